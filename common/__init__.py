@@ -1,0 +1,1 @@
+"""What every moemesh process shares: names, messages, codec, transport, weights, settings."""

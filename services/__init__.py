@@ -1,0 +1,1 @@
+"""The three services of a mesh: router, stage, expert. None imports another."""

@@ -1,0 +1,1 @@
+"""An expert node: holds expert shards and runs their gated FFNs."""

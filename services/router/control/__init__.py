@@ -1,0 +1,1 @@
+"""Which node does what. Pure: no socket, clock, log or torch."""

@@ -1,0 +1,72 @@
+"""The seam between the front (HTTP, text) and the mesh (tokens). The front knows no more of the mesh than this."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from common.ids import RequestId
+from services.router.scheduling.sampling_parameters import SamplingParameters
+
+
+class FinishReason(StrEnum):
+    """OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One choice of one HTTP request. Choices of one request share everything but `choice` and `request_id`."""
+
+    request_id: RequestId
+    """Unique; the front makes it, for example `cmpl-…-0`."""
+    prompt_token_ids: tuple[int, ...]
+    """At least one."""
+    sampling: SamplingParameters
+    choice: int
+    """Index of the choice; part of the sampling key, so that choices with one seed differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One sampled token, in order. The last one of a choice has a finish reason."""
+
+    token_id: int
+    logprob: float | None
+    """Natural log of the model's own probability (before temperature and filters); None if not asked for."""
+    top_logprobs: tuple[tuple[int, float], ...]
+    """(token id, logprob), best first; empty if not asked for."""
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether a token can be made end to end, and if not, what is missing, as a sentence."""
+
+    ready: bool
+    detail: str
+
+
+class Engine(Protocol):
+    """What the front asks of the mesh."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        """Tokens of one choice as they are made.
+
+        Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator
+        (aclose, or cancelling the task) cancels the request in the mesh: its KV blocks are free within a step.
+        """
+        ...
+
+    def readiness(self) -> Readiness:
+        """Cheap; from what the mesh thread last published."""
+        ...
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt plus completion may hold this many tokens."""
+        ...

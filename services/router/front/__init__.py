@@ -1,0 +1,1 @@
+"""What people talk to: HTTP routes, request validation, tokenizer, detokenizer."""

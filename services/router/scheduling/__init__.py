@@ -1,0 +1,1 @@
+"""Which tokens run next. Pure: no socket, clock, log or torch."""

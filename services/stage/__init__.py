@@ -1,0 +1,1 @@
+"""A stage: one layer range of the decoder with its paged KV cache."""

@@ -1,0 +1,1 @@
+"""The decoder in reading order: linear, norm, rope, attention, gate, block, sampling."""
