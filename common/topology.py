@@ -1,0 +1,83 @@
+"""Who holds what: layer ranges, pipeline slots, expert shards. Plain values, ordered, hashable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from common.ids import Generation, Incarnation, LeaseTerm, NodeId, PipelineId, SlotIndex
+
+
+class NodeKind(StrEnum):
+    """What a node process can become. The router's own incarnation is no node."""
+
+    STAGE = "stage"
+    EXPERT = "expert"
+
+
+class LayerRange(NamedTuple):
+    """Decoder layers [start, stop)."""
+
+    start: int
+    stop: int
+
+
+class ShardId(NamedTuple):
+    """One slice of one expert of one layer; `slice_index` is 0 where experts are whole."""
+
+    layer: int
+    expert: int
+    slice_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """What a node says of itself when it registers."""
+
+    node_id: NodeId
+    incarnation: Incarnation
+    kind: NodeKind
+    capacity_bytes: int
+    """Weights (and, on a stage, KV cache) that it offers to hold."""
+    host_label: str
+    """Copies of one shard go to different labels where there are any."""
+    numeric_class: str
+    """Device, instruction set, torch build, kernels: what decides the bits of a result."""
+    fingerprint: str
+    """Of the checkpoint that it sees."""
+    endpoints: tuple[str, ...]
+    """Where its data socket listens; ipc first where it has one."""
+    lifeline: tuple[str, ...]
+    """Where its lifeline socket listens: the router connects only to see it close."""
+    ipc_token: str
+    """Equal tokens prove that two processes see the same ipc folder on the same host; empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSlot:
+    """A place in a pipeline. Slots are stable: a hole stays a hole until a replacement takes it."""
+
+    pipeline: PipelineId
+    index: SlotIndex
+
+
+@dataclass(frozen=True, slots=True)
+class StageRole:
+    """A slot as one node holds it now."""
+
+    slot: StageSlot
+    layers: LayerRange
+    lease_term: LeaseTerm
+    generation: Generation
+    num_slots: int
+
+    @property
+    def is_first(self) -> bool:
+        """Embeds tokens."""
+        return self.slot.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Norms, projects to the vocabulary and samples."""
+        return self.slot.index == self.num_slots - 1
