@@ -1,0 +1,62 @@
+# Every target does its own set-up: `make run` and `make test` work in a bare clone.
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/installed.stamp
+SOURCES := $(wildcard common services compose chaos tests)
+LOCAL_TESTS := not docker and not slow and not gpu and not load
+
+# A person's activated environment or module path must not leak into this one.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX PIP_USER
+export PYTHONNOUSERSITE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint type fmt bench bench-parity load-test lock clean
+
+help:
+	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
+	@echo 'make test          unit, architecture and integration tests that need no Docker'
+	@echo 'make lint type fmt ruff, mypy --strict, ruff format'
+	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
+	@echo 'make bench-parity  every comparison with transformers, the long ones too'
+	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
+	@echo 'make lock          resolve the ranges of pyproject.toml anew into requirements.lock'
+	@echo 'make clean         remove the environment and all caches'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock compose/setup-venv.sh
+	@sh compose/setup-venv.sh $(VENV)
+
+run: $(STAMP)
+	@$(VENV)/bin/moemesh up
+
+test: $(STAMP)
+	$(VENV_PYTHON) -m pytest -m "$(LOCAL_TESTS)" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+type: $(STAMP)
+	$(VENV_PYTHON) -m mypy $(SOURCES)
+
+fmt: $(STAMP)
+	$(VENV_PYTHON) -m ruff format .
+	$(VENV_PYTHON) -m ruff check --fix .
+
+bench: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks $(BENCH_ARGS)
+
+bench-parity: $(STAMP)
+	$(VENV_PYTHON) -m pytest -m parity $(PYTEST_ARGS)
+
+load-test: $(STAMP)
+	$(VENV_PYTHON) -m pytest -m load $(PYTEST_ARGS)
+
+lock:
+	@sh compose/write-lock.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
