@@ -1,0 +1,1 @@
+"""How a mesh is put together on one machine: the command line, the containers, the tiny default model."""

@@ -1,0 +1,264 @@
+"""The default model: a complete Hugging Face checkpoint with random weights, small enough to be made in a second.
+
+    python -m compose.tiny_checkpoint DIR [--family qwen3_moe|mixtral] [--seed N]
+
+It says nothing sensible, but every part of the mesh works on it as on a real one. Needs neither torch nor transformers:
+the router's image, which has none, makes it for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common.errors import CheckpointError
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+TRAINING_TEXT = """\
+A mesh serves one model. The router takes each request, turns its text into tokens, and plans the steps.
+A stage holds a range of layers with their attention and their part of the cache. An expert holds the feed-forward
+weights of a few experts, and answers whoever asks. Where there is more work, there can be more of them.
+When a process dies, another one takes its place, and the answer goes on where it was. No token is lost,
+no token comes twice, and nobody has to wait for long. Small things joined together make a large thing,
+and the large thing keeps working while the small things come and go.
+"""
+
+
+class Family(StrEnum):
+    """Model types as `config.json` names them."""
+
+    QWEN3_MOE = "qwen3_moe"
+    MIXTRAL = "mixtral"
+
+
+@dataclass(frozen=True, slots=True)
+class TinySizes:
+    """Letters as in the model code: T tokens, D model width, F expert width, E experts, K experts a token, L layers."""
+
+    vocabulary: int = 448
+    layers: int = 4
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 16
+    experts: int = 8
+    experts_per_token: int = 2
+    expert_width: int = 64
+    context_tokens: int = 4096
+
+
+def write_tiny_checkpoint(directory: Path, family: Family = Family.QWEN3_MOE, seed: int = 0) -> Path:
+    """Makes `directory` a complete checkpoint and returns it; one that is complete already is left as it is.
+
+    The same seed gives the same bytes. Others see all files or none: they are written beside it and moved in one step.
+    Raises CheckpointError if `directory` holds something else.
+    """
+    if is_complete(directory):
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        _write_files(workplace, family, seed)
+        # Made for their owner alone; containers of one mesh may read as other users.
+        workplace.chmod(0o755)
+        for file in workplace.iterdir():
+            file.chmod(0o644)
+        os.rename(workplace, directory)
+    except OSError as error:
+        shutil.rmtree(workplace, ignore_errors=True)
+        # Another process may have been faster with the same files.
+        if not is_complete(directory):
+            raise CheckpointError(f"cannot write a tiny checkpoint to {directory}: {error.strerror}") from error
+    return directory
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file of a tiny checkpoint is there."""
+    return all((directory / name).is_file() for name in FILES)
+
+
+def _write_files(directory: Path, family: Family, seed: int) -> None:
+    sizes = TinySizes()
+    tokenizer = _train_tokenizer(sizes.vocabulary)
+    turn_end, end_of_text = SPECIAL_TOKENS.index(TURN_END), SPECIAL_TOKENS.index(END_OF_TEXT)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config(sizes))
+    _write_json(directory / "config.json", _model_config(family, sizes, turn_end))
+    _write_json(
+        directory / "generation_config.json", {"eos_token_id": [turn_end, end_of_text], "pad_token_id": end_of_text}
+    )
+    speakable = _speakable_tokens(tokenizer, sizes.vocabulary)
+    weights = _random_weights(family, sizes, np.random.default_rng(seed), speakable)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _train_tokenizer(vocabulary: int) -> Tokenizer:
+    """Byte-level BPE: 3 special tokens, the 256 bytes, then pieces of TRAINING_TEXT: any text comes back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def _tokenizer_config(sizes: TinySizes) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": sizes.context_tokens,
+        "bos_token": None,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _model_config(family: Family, sizes: TinySizes, eos_token_id: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_type": family.value,
+        "torch_dtype": "float32",
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_width,
+        "num_experts_per_tok": sizes.experts_per_token,
+        "hidden_act": "silu",
+        "max_position_embeddings": sizes.context_tokens,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "use_cache": True,
+    }
+    if family is Family.MIXTRAL:
+        return config | {
+            "architectures": ["MixtralForCausalLM"],
+            "intermediate_size": sizes.expert_width,
+            "num_local_experts": sizes.experts,
+            "sliding_window": None,
+        }
+    return config | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "intermediate_size": sizes.expert_width,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": sizes.expert_width,
+        "norm_topk_prob": True,
+        "num_experts": sizes.experts,
+        "use_sliding_window": False,
+    }
+
+
+def _speakable_tokens(tokenizer: Tokenizer, vocabulary: int) -> npt.NDArray[np.bool_]:
+    """[vocabulary] True where a token is printable text by itself: what a demonstration should consist of."""
+    texts = [tokenizer.decode([token_id], skip_special_tokens=True) for token_id in range(vocabulary)]
+    return np.array([text.isascii() and text.isprintable() and text != "" for text in texts])
+
+
+def _random_weights(
+    family: Family, sizes: TinySizes, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Every tensor under its Hugging Face name, float32, scaled so that the logits have spread."""
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
+        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
+
+    def norm(width: int) -> npt.NDArray[np.float32]:
+        return 1 + 0.1 * random.standard_normal(width, dtype=np.float32)
+
+    query_width, kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
+    weights = {
+        "model.embed_tokens.weight": matrix(sizes.vocabulary, sizes.width, gain=sizes.width**0.5),
+        # Small rows give logits near 0, which never win against the spread of the others: answers stay readable.
+        "lm_head.weight": matrix(sizes.vocabulary, sizes.width, gain=4.0)
+        * np.where(speakable, 1, 0.02)[:, None].astype("f4"),
+        "model.norm.weight": norm(sizes.width),
+    }
+    for layer in range(sizes.layers):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            prefix + "input_layernorm.weight": norm(sizes.width),
+            prefix + "post_attention_layernorm.weight": norm(sizes.width),
+            prefix + "self_attn.q_proj.weight": matrix(query_width, sizes.width, gain=2.0),
+            prefix + "self_attn.k_proj.weight": matrix(kv_width, sizes.width, gain=2.0),
+            prefix + "self_attn.v_proj.weight": matrix(kv_width, sizes.width),
+            prefix + "self_attn.o_proj.weight": matrix(sizes.width, query_width),
+        }
+        if family is Family.QWEN3_MOE:
+            weights |= {prefix + f"self_attn.{name}_norm.weight": norm(sizes.head_width) for name in ("q", "k")}
+        moe, (gate, up, down) = {
+            Family.QWEN3_MOE: ("mlp.", ("gate_proj", "up_proj", "down_proj")),
+            Family.MIXTRAL: ("block_sparse_moe.", ("w1", "w3", "w2")),
+        }[family]
+        weights[prefix + moe + "gate.weight"] = matrix(sizes.experts, sizes.width, gain=2.0)
+        for expert in range(sizes.experts):
+            expert_prefix = f"{prefix}{moe}experts.{expert}."
+            weights |= {
+                f"{expert_prefix}{gate}.weight": matrix(sizes.expert_width, sizes.width, gain=1.5),
+                f"{expert_prefix}{up}.weight": matrix(sizes.expert_width, sizes.width, gain=1.5),
+                f"{expert_prefix}{down}.weight": matrix(sizes.width, sizes.expert_width, gain=1.5),
+            }
+    return weights
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with a sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m compose.tiny_checkpoint", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--family", type=Family, choices=list(Family), default=Family.QWEN3_MOE)
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(arguments)
+    try:
+        print(write_tiny_checkpoint(parsed.directory, parsed.family, parsed.seed))
+    except CheckpointError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

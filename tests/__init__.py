@@ -1,0 +1,1 @@
+"""What the mesh is held to."""

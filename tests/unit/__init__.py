@@ -1,0 +1,1 @@
+"""Modules by themselves: no sockets, no sleep."""
