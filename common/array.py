@@ -1,0 +1,40 @@
+"""numpy array <-> TensorFrame, for processes without torch (the router) and for integer columns everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ProtocolError
+from common.messages import TensorFrame
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+Float64Array = npt.NDArray[np.float64]
+Float32Array = npt.NDArray[np.float32]
+Uint8Array = npt.NDArray[np.uint8]
+
+
+def array_to_frame(array: npt.NDArray[Any]) -> TensorFrame:
+    """A frame over the array's own memory: do not write to it until it is sent."""
+    contiguous = np.ascontiguousarray(array)
+    data = contiguous.reshape(-1).view(np.uint8).data if contiguous.size else b""
+    return TensorFrame(str(contiguous.dtype), contiguous.shape, data)
+
+
+def frame_to_array(frame: TensorFrame, dtype: str, shape: tuple[int | None, ...], name: str) -> npt.NDArray[Any]:
+    """The frame as an array over the received bytes (read-only).
+
+    `shape` states what is expected; None stands for any size. Raises ProtocolError that names the field.
+    """
+    if frame.dtype != dtype or not shape_matches(frame.shape, shape):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ProtocolError(f"{name} must be {dtype} [{wanted}], not {frame.dtype} {list(frame.shape)}")
+    return np.frombuffer(frame.data, dtype=dtype).reshape(frame.shape)
+
+
+def shape_matches(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Whether a shape has the wanted rank and sizes; None matches any size."""
+    return len(shape) == len(wanted) and all(w is None or w == size for size, w in zip(shape, wanted, strict=True))

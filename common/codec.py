@@ -1,0 +1,198 @@
+"""Message <-> frames, the only place that knows bytes.
+
+    [prefix: magic, version, checksum | msgpack map] [tensor frame]*
+
+The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames. The map
+holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
+Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
+anything is handed on. Versions N and N-1 are understood. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, get_type_hints
+
+import msgpack
+import xxhash
+
+from common import messages
+from common.errors import ProtocolError
+from common.messages import Header, Message, TensorFrame
+
+PROTOCOL_VERSION: Final = 1
+OLDEST_VERSION: Final = 1
+"""N-1 where there is one: version 1 is the first."""
+MAX_FRAMES: Final = 16
+MAX_HEADER_BYTES: Final = 4 << 20
+MAX_ELEMENTS: Final = 1 << 31
+MAX_DIMENSIONS: Final = 4
+
+_MAGIC: Final = b"MOEM"
+_PREFIX: Final = struct.Struct("<4sHHQ")
+_INT64: Final = 1 << 63
+
+ITEM_BYTES: Final[dict[str, int]] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+}
+
+_KINDS: Final[dict[int, type[Message]]] = {
+    1: messages.Hello,
+    2: messages.Welcome,
+    3: messages.AssignStage,
+    4: messages.Unassign,
+    5: messages.StageReady,
+    6: messages.AssignShards,
+    7: messages.ShardsReady,
+    8: messages.PublishPlacement,
+    9: messages.Heartbeat,
+    10: messages.Leave,
+    11: messages.LeaveAcknowledged,
+    12: messages.Failed,
+    20: messages.Step,
+    21: messages.StepResult,
+    30: messages.Dispatch,
+    31: messages.ExpertRows,
+}
+_NUMBERS: Final[dict[type[Message], int]] = {kind: number for number, kind in _KINDS.items()}
+
+
+def _plan(kind: type[Any]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Scalar fields with the name of their type, and tensor fields, in the order of the dataclass."""
+    names = {int: "int", float: "float", str: "str", bool: "bool", tuple[str, ...]: "strs", tuple[int, ...]: "ints"}
+    hints = get_type_hints(kind)
+    scalars, tensors = [], []
+    for field in dataclasses.fields(kind):
+        if hints[field.name] is TensorFrame:
+            tensors.append(field.name)
+        else:
+            scalars.append((field.name, names[hints[field.name]]))
+    return tuple(scalars), tuple(tensors)
+
+
+_PLANS: Final = {kind: _plan(kind) for kind in _NUMBERS}
+_HEADER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Header))
+
+
+def encode(message: Message, header: Header) -> list[bytes | memoryview]:
+    """Frames of a message. Tensor frames are the message's own buffers: do not write to them until they are sent."""
+    kind = type(message)
+    scalars, tensors = _PLANS[kind]
+    frames: list[bytes | memoryview] = [getattr(message, name).data for name in tensors]
+    body = msgpack.packb(
+        {
+            "k": _NUMBERS[kind],
+            "h": [getattr(header, name) for name in _HEADER_FIELDS],
+            "f": {name: getattr(message, name) for name, _ in scalars},
+            "t": [(frame.dtype, frame.shape) for frame in (getattr(message, name) for name in tensors)],
+        }
+    )
+    prefix = _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, 0, _checksum(body, frames))
+    return [prefix + body, *frames]
+
+
+def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
+    """The message that the frames stand for (routing frames already taken off). Raises ProtocolError, and nothing else."""
+    if not 1 <= len(frames) <= 1 + MAX_FRAMES:
+        raise ProtocolError(f"a message has 1 to {1 + MAX_FRAMES} frames, not {len(frames)}")
+    first = memoryview(frames[0])
+    if not _PREFIX.size < first.nbytes <= MAX_HEADER_BYTES:
+        raise ProtocolError(f"header frame of {first.nbytes} bytes; {_PREFIX.size + 1} to {MAX_HEADER_BYTES} are allowed")
+    magic, version, flags, checksum = _PREFIX.unpack_from(first)
+    if magic != _MAGIC:
+        raise ProtocolError("not a moemesh message (wrong magic)")
+    if not OLDEST_VERSION <= version <= PROTOCOL_VERSION or flags:
+        raise ProtocolError(f"protocol version {version}; {OLDEST_VERSION} to {PROTOCOL_VERSION} are understood")
+    body = first[_PREFIX.size :]
+    if _checksum(body, frames[1:]) != checksum:
+        raise ProtocolError("checksum does not match: the message was damaged on its way")
+    try:
+        fields = msgpack.unpackb(body, strict_map_key=True, use_list=False)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"header is not msgpack: {error}") from None
+    if not isinstance(fields, dict) or fields.keys() != {"k", "h", "f", "t"}:
+        raise ProtocolError("header must be a map with the keys k, h, f and t")
+    kind = _KINDS.get(fields["k"]) if isinstance(fields["k"], int) else None
+    if kind is None:
+        raise ProtocolError(f"unknown kind of message {fields['k']!r}")
+    values = _decode_fields(kind, fields["f"])
+    values.update(_decode_tensors(kind, fields["t"], frames[1:]))
+    return kind(**values), _decode_header(fields["h"])
+
+
+def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview]) -> int:
+    digest = xxhash.xxh3_64(body)
+    for frame in frames:
+        digest.update(frame)
+    return digest.intdigest()
+
+
+def _decode_header(values: Any) -> Header:
+    if not isinstance(values, tuple) or len(values) != len(_HEADER_FIELDS):
+        raise ProtocolError(f"header must have {len(_HEADER_FIELDS)} values")
+    *counters, trace = values
+    for name, value in zip(_HEADER_FIELDS, counters, strict=False):
+        if type(value) is not int or not 0 <= value < _INT64:
+            raise ProtocolError(f"header field {name} must be a whole number from 0 to 2^63, not {value!r}")
+    if not isinstance(trace, str) or len(trace) > 128:
+        raise ProtocolError("header field trace must be a string of at most 128 characters")
+    return Header(*counters, trace)
+
+
+def _decode_fields(kind: type[Any], values: Any) -> dict[str, Any]:
+    scalars, _ = _PLANS[kind]
+    if not isinstance(values, dict) or values.keys() != {name for name, _ in scalars}:
+        raise ProtocolError(f"{kind.__name__} must have the fields {', '.join(name for name, _ in scalars)}")
+    for name, type_name in scalars:
+        if not _fits(values[name], type_name):
+            raise ProtocolError(f"{kind.__name__}.{name} must be of type {type_name}, not {values[name]!r:.80}")
+    return dict(values)
+
+
+def _fits(value: Any, type_name: str) -> bool:
+    if type_name == "int":
+        return type(value) is int and 0 <= value < _INT64
+    if type_name == "float":
+        return type(value) is float and math.isfinite(value)
+    if type_name == "str":
+        return isinstance(value, str)
+    if type_name == "bool":
+        return isinstance(value, bool)
+    if type_name == "strs":
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return isinstance(value, tuple) and all(_fits(item, "int") for item in value)
+
+
+def _decode_tensors(
+    kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview]
+) -> dict[str, TensorFrame]:
+    _, names = _PLANS[kind]
+    if not isinstance(descriptions, tuple) or len(descriptions) != len(names) or len(frames) != len(names):
+        raise ProtocolError(f"{kind.__name__} must have {len(names)} tensor frames, not {len(frames)}")
+    tensors = {}
+    for name, description, frame in zip(names, descriptions, frames, strict=True):
+        if not isinstance(description, tuple) or len(description) != 2:
+            raise ProtocolError(f"{kind.__name__}.{name} must be described by dtype and shape")
+        dtype, shape = description
+        item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+        if item_bytes is None:
+            raise ProtocolError(f"{kind.__name__}.{name} has the unknown dtype {dtype!r:.40}")
+        if not _fits(shape, "ints") or len(shape) > MAX_DIMENSIONS:
+            raise ProtocolError(f"{kind.__name__}.{name} must have at most {MAX_DIMENSIONS} dimensions")
+        elements = math.prod(shape)
+        data = memoryview(frame)
+        if elements > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
+            raise ProtocolError(
+                f"{kind.__name__}.{name} of {dtype} {shape} needs {elements * item_bytes} bytes, not {data.nbytes}"
+            )
+        tensors[name] = TensorFrame(dtype, shape, data)
+    return tensors

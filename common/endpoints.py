@@ -1,0 +1,43 @@
+"""Which address of a peer to use: ipc where both ends prove that they share a folder on one host, tcp otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import ConfigurationError
+
+_MAX_IPC_PATH_BYTES = 107
+"""sun_path of a Unix socket has 108 bytes, the last of them zero."""
+
+
+def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token: str) -> str:
+    """The best of a peer's endpoints. Raises ConfigurationError when none can be reached from here."""
+    same_host = bool(own_ipc_token) and peer_ipc_token == own_ipc_token
+    for endpoint in endpoints:
+        if endpoint.startswith("tcp://") or (endpoint.startswith("ipc://") and same_host):
+            return endpoint
+    raise ConfigurationError(
+        f"no endpoint of {', '.join(endpoints) or '(none)'} can be reached: on another host a node must listen on tcp"
+    )
+
+
+def ipc_folder(state_dir: Path) -> Path:
+    """Folder for socket files of one mesh: in its state folder, or, where that path is too long, a short stand-in."""
+    folder = state_dir.resolve() / "ipc"
+    if len(str(folder)) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES:
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"moemesh-{digest}"
+    return folder
+
+
+def ipc_token(folder: Path) -> str:
+    """The same for two processes only if they see the same folder of the same running kernel."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    if not boot_id.exists():
+        return ""
+    status = folder.stat()
+    proof = f"{boot_id.read_text().strip()}:{status.st_dev}:{status.st_ino}"
+    return hashlib.sha256(proof.encode()).hexdigest()[:32]

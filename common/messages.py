@@ -1,0 +1,269 @@
+"""Every message of the mesh, grouped by link. A kind that asks is an imperative, one that tells is not.
+
+The codec (`common/codec.py`) turns these to frames and back; field types are limited to what it checks: int, float,
+str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step, time left and trace are in `Header`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFrame:
+    """A dense row-major array beside the header; the bytes are not copied on their way to the socket."""
+
+    dtype: str
+    """`float32`, `bfloat16`, `float16`, `int64`, `int32`, `uint8` or `float64`."""
+    shape: tuple[int, ...]
+    data: memoryview | bytes
+    """Contiguous; its length is the product of the shape times the item size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What every message carries besides its own fields; zero where it does not apply."""
+
+    router_term: int = 0
+    generation: int = 0
+    attempt: int = 0
+    step: int = 0
+    layer: int = 0
+    sequence_number: int = 0
+    """Counts the messages of one socket; a gap is an error that is reported."""
+    time_left_ms: int = 0
+    """How long the sender will wait from now on; restamped at every hop, so clocks need not agree. 0: no limit."""
+    trace: str = ""
+
+
+# ---- node <-> router, control ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Node -> router: I exist. Answer: Welcome or Failed."""
+
+    node_id: str
+    incarnation: int
+    node_kind: str
+    capacity_bytes: int
+    host_label: str
+    numeric_class: str
+    fingerprint: str
+    endpoints: tuple[str, ...]
+    lifeline: tuple[str, ...]
+    ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Router -> node: you are registered; these settings hold for the whole mesh."""
+
+    heartbeat_interval_ms: int
+    dtype: str
+    combine: str
+    block_tokens: int
+    num_slices: int
+    call_deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignStage:
+    """Router -> stage: hold this slot. Answer: StageReady or Failed. Repeated with a new generation when the pipeline
+    changed elsewhere: weights stay, KV and sequences are forgotten."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    first_layer: int
+    stop_layer: int
+    lease_term: int
+    num_blocks: int
+    downstream: tuple[str, ...]
+    """Endpoints of the next slot's data socket; of the router's results socket for the last slot."""
+    downstream_ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unassign:
+    """Router -> stage: leave your slot and become a spare. Not answered."""
+
+    lease_term: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageReady:
+    """Stage -> router: loaded, self-tested, connected downstream, for the header's generation."""
+
+    pipeline: int
+    slot: int
+    lease_term: int
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignShards:
+    """Router -> expert node: hold exactly these shards. Answers: ShardsReady as they load, Failed for what cannot be."""
+
+    version: int
+    shards: TensorFrame
+    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsReady:
+    """Expert node -> router: what is loaded and self-tested now."""
+
+    version: int
+    complete: bool
+    """Nothing of `version` is missing."""
+    shards: TensorFrame
+    """uint8 [L, E, S]."""
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishPlacement:
+    """Router -> stage: who holds which shards, ready to be asked. Advisory. Parallel tuples, one entry a node."""
+
+    version: int
+    node_ids: tuple[str, ...]
+    incarnations: tuple[int, ...]
+    endpoints: tuple[str, ...]
+    """Each node's endpoints, separated by spaces."""
+    ipc_tokens: tuple[str, ...]
+    numeric_classes: tuple[str, ...]
+    copies: TensorFrame
+    """uint8 [nodes, L, E, S]: 0 not there, else 1 + place in the shard's ordered list of copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Both ways. A node adds what it has done; the router sends zeros."""
+
+    busy_seconds: float
+    """Time spent computing since start."""
+    steps: int
+    """Steps (stage) or expert calls (expert node) answered since start."""
+    rows: int
+    """Token rows (stage) or expert rows (expert node) computed since start."""
+    queued: int
+    """Waiting now."""
+    dropped: int
+    """Messages of an old term, generation or attempt dropped since start."""
+    bytes_sent: int
+    hop_seconds: float
+    """Stage: time waited for expert calls since start, summed over calls. Expert node: time queued."""
+    hops: int
+    """Calls in `hop_seconds`."""
+    resent: int
+    """Stage: expert calls repeated on another copy since start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Node -> router: I am asked to stop; give my work to others. Answer: LeaveAcknowledged when nothing is in flight."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveAcknowledged:
+    """Router -> node: nobody will ask you for anything any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Either way: what was asked for cannot be done. `code` is that of an error leaf (`common/errors.py`)."""
+
+    code: str
+    message: str
+    call: int = 0
+    """Of the Dispatch that failed; 0 otherwise."""
+
+
+# ---- router -> first stage -> ... -> last stage -> router: the pipeline ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S of the sequences sample a token."""
+
+    hidden: TensorFrame
+    """int32 [T] token ids towards the first stage; model dtype [T, D] hidden states between stages."""
+    sequences: TensorFrame
+    """int64 [Q, 6]: sequence id, start position, tokens, blocks known before, new blocks, 1 if it samples."""
+    new_blocks: TensorFrame
+    """int32 [sum of new blocks]: KV block ids, in order of the sequences."""
+    released: TensorFrame
+    """int64 [*]: sequences whose state can be dropped before this step."""
+    sampling: TensorFrame
+    """float64 [S, 4]: temperature (0 greedy), top_p, top_k (0 off), number of top logprobs (-1: no logprobs)."""
+    seeds: TensorFrame
+    """int64 [S, 2]: request seed, choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Last stage -> router: the sampled tokens of a step. P is the largest number of top logprobs asked for."""
+
+    sequence_ids: TensorFrame
+    """int64 [S]."""
+    token_ids: TensorFrame
+    """int32 [S]."""
+    logprobs: TensorFrame
+    """float32 [S] of the sampled tokens, before temperature and filters."""
+    top_token_ids: TensorFrame
+    """int32 [S, P]."""
+    top_logprobs: TensorFrame
+    """float32 [S, P]."""
+
+
+# ---- stage <-> expert ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Stage -> expert node: one layer's rows for that node. Answer: ExpertRows or Failed, within the header's time left."""
+
+    call: int
+    """The stage's number for this call; echoed in the answer."""
+    hidden: TensorFrame
+    """model dtype [T, D], each token row once."""
+    routing: TensorFrame
+    """int32 [3, R]: row of `hidden`, expert, slice of each routed row; sorted by (expert, slice)."""
+    weights: TensorFrame
+    """float32 [R] gate weights for combine mode `partial`; [0] for `exact`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Expert node -> stage. Exact: model dtype [R, D] in the order asked. Partial: float32 [T, D], weighted and summed."""
+
+    call: int
+    rows: TensorFrame
+    compute_seconds: float
+    """Time of the grouped FFN that this call was part of."""
+    queue_seconds: float
+    """Time between the call's arrival and the start of its FFN."""
+
+
+Message = (
+    Hello
+    | Welcome
+    | AssignStage
+    | Unassign
+    | StageReady
+    | AssignShards
+    | ShardsReady
+    | PublishPlacement
+    | Heartbeat
+    | Leave
+    | LeaveAcknowledged
+    | Failed
+    | Step
+    | StepResult
+    | Dispatch
+    | ExpertRows
+)

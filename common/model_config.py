@@ -1,0 +1,261 @@
+"""Sizes of a model, read from a Hugging Face `config.json`: one description of a decoder, not a class a family.
+
+A family is a row of `_FAMILIES`: what its config calls things and what it fixes. Whatever a config asks for and this
+build does not compute is refused here with a sentence that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, UnsupportedModelError
+from common.rope_config import RopeConfig, read_rope_config
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensorNames:
+    """Names below `model.layers.N.`; `{expert}` stands for the expert's number."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+    fused_gate_up: str
+    """One tensor [E, 2F, D] for all experts of a layer, as newer checkpoints may store it."""
+    fused_down: str
+    """[E, D, F]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only Mixture-of-Experts model. L layers, D width, H heads, N head width, E experts, K a token, F width."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int
+    num_experts_per_token: int
+    expert_intermediate_size: int
+    dense_intermediate_size: int
+    """Width of the FFN of layers that are not MoE layers (unused where all are)."""
+    moe_layers: tuple[bool, ...]
+    """[L]: which layers have experts."""
+    normalize_expert_weights: bool
+    """Divide the K gate weights of a token by their sum."""
+    gate_weights_in_float32: bool
+    """Mixtral keeps gate weights in float32; Qwen3-MoE rounds them to the model's dtype."""
+    rms_norm_eps: float
+    attention_bias: bool
+    query_key_norm: bool
+    sliding_window: int | None
+    """Attend to the last so many positions only."""
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeConfig
+    dtype: str
+    """What the checkpoint is stored in, by its own word: `float32`, `bfloat16` or `float16`."""
+    expert_names: ExpertTensorNames
+
+    @property
+    def moe_layer_indices(self) -> tuple[int, ...]:
+        """Layers that call experts, ascending."""
+        return tuple(layer for layer, is_moe in enumerate(self.moe_layers) if is_moe)
+
+    def attention_parameters(self) -> int:
+        """Weights of one layer's attention and norms."""
+        projections = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return projections + 2 * self.hidden_size
+
+    def layer_parameters_on_stage(self, layer: int) -> int:
+        """Weights of one layer that live on a stage: all but the experts."""
+        if self.moe_layers[layer]:
+            return self.attention_parameters() + self.num_experts * self.hidden_size
+        return self.attention_parameters() + 3 * self.hidden_size * self.dense_intermediate_size
+
+    def expert_parameters(self) -> int:
+        """Weights of one expert of one layer."""
+        return 3 * self.hidden_size * self.expert_intermediate_size
+
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding, or of an untied lm_head."""
+        return self.vocab_size * self.hidden_size
+
+    def kv_values_per_token(self) -> int:
+        """K and V numbers that one layer keeps for one token."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a model family calls things, and what it leaves unsaid."""
+
+    expert_intermediate_key: str
+    query_key_norm: bool
+    always_normalizes: bool
+    gate_weights_in_float32: bool
+    default_rms_norm_eps: float
+    default_rope_theta: float
+    sliding_window_needs_flag: bool
+    names: ExpertTensorNames
+
+
+_FAMILIES: dict[str, _Family] = {
+    "mixtral": _Family(
+        expert_intermediate_key="intermediate_size",
+        query_key_norm=False,
+        always_normalizes=True,
+        gate_weights_in_float32=True,
+        default_rms_norm_eps=1e-5,
+        default_rope_theta=1_000_000.0,
+        sliding_window_needs_flag=False,
+        names=ExpertTensorNames(
+            router="block_sparse_moe.gate.weight",
+            gate="block_sparse_moe.experts.{expert}.w1.weight",
+            up="block_sparse_moe.experts.{expert}.w3.weight",
+            down="block_sparse_moe.experts.{expert}.w2.weight",
+            fused_gate_up="mlp.experts.gate_up_proj",
+            fused_down="mlp.experts.down_proj",
+        ),
+    ),
+    "qwen3_moe": _Family(
+        expert_intermediate_key="moe_intermediate_size",
+        query_key_norm=True,
+        always_normalizes=False,
+        gate_weights_in_float32=False,
+        default_rms_norm_eps=1e-6,
+        default_rope_theta=10_000.0,
+        sliding_window_needs_flag=True,
+        names=ExpertTensorNames(
+            router="mlp.gate.weight",
+            gate="mlp.experts.{expert}.gate_proj.weight",
+            up="mlp.experts.{expert}.up_proj.weight",
+            down="mlp.experts.{expert}.down_proj.weight",
+            fused_gate_up="mlp.experts.gate_up_proj",
+            fused_down="mlp.experts.down_proj",
+        ),
+    ),
+}
+
+_TOP_LEVEL_FEATURES_REFUSED = {
+    "quantization_config": "quantized weights",
+    "vision_config": "an image encoder",
+    "audio_config": "an audio encoder",
+    "auto_map": "remote code",
+}
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """Read `config.json` of a checkpoint directory.
+
+    Raises CheckpointError (missing, damaged, a size that makes no sense) or UnsupportedModelError (names the feature).
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no config.json in {directory}: MODEL must be a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return parse_model_config(raw)
+
+
+def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The description of the decoder that a parsed `config.json` stands for. Raises as `read_model_config`."""
+    model_type = raw.get("model_type")
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or not isinstance(model_type, str):
+        raise UnsupportedModelError(
+            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
+        )
+    for key, feature in _TOP_LEVEL_FEATURES_REFUSED.items():
+        if raw.get(key):
+            raise UnsupportedModelError(f"config.json: {key} asks for {feature}, which is not supported")
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedModelError(f"config.json: hidden_act {activation!r} is not supported; supported is 'silu'")
+
+    num_layers = _size(raw, "num_hidden_layers")
+    hidden_size = _size(raw, "hidden_size")
+    num_heads = _size(raw, "num_attention_heads")
+    num_kv_heads = _size(raw, "num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    head_dim = _size(raw, "head_dim", default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise UnsupportedModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs an even one")
+    num_experts = _size(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+    num_experts_per_token = _size(raw, "num_experts_per_tok")
+    if num_experts_per_token > num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {num_experts_per_token} is more than the {num_experts} experts"
+        )
+    max_position_embeddings = _size(raw, "max_position_embeddings")
+    expert_intermediate_size = _size(raw, family.expert_intermediate_key)
+    return ModelConfig(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_size(raw, "vocab_size"),
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
+        expert_intermediate_size=expert_intermediate_size,
+        dense_intermediate_size=_size(raw, "intermediate_size", default=expert_intermediate_size),
+        moe_layers=_moe_layers(raw, num_layers),
+        normalize_expert_weights=family.always_normalizes or bool(raw.get("norm_topk_prob", False)),
+        gate_weights_in_float32=family.gate_weights_in_float32,
+        rms_norm_eps=float(raw.get("rms_norm_eps", family.default_rms_norm_eps)),
+        attention_bias=bool(raw.get("attention_bias", False)),
+        query_key_norm=family.query_key_norm,
+        sliding_window=_sliding_window(raw, family),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=max_position_embeddings,
+        rope=read_rope_config(raw, family.default_rope_theta, max_position_embeddings),
+        dtype=_dtype(raw),
+        expert_names=family.names,
+    )
+
+
+def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    step = _size(raw, "decoder_sparse_step", default=1)
+    dense_layers = frozenset(raw.get("mlp_only_layers") or ())
+    return tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(num_layers))
+
+
+def _sliding_window(raw: Mapping[str, Any], family: _Family) -> int | None:
+    window = raw.get("sliding_window")
+    if window is None or (family.sliding_window_needs_flag and not raw.get("use_sliding_window", False)):
+        return None
+    return _size(raw, "sliding_window")
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if value not in ("float32", "bfloat16", "float16"):
+        raise UnsupportedModelError(
+            f"config.json: dtype {value!r} is not supported; supported are float32, bfloat16 and float16"
+        )
+    return str(value)

@@ -1,0 +1,224 @@
+"""Typed sockets: call sites put and get messages and see no bytes.
+
+Every socket states its high-water mark, linger, largest message and heartbeat. Sends never block: a socket whose
+high-water mark is reached raises `Full`, and credits further up keep that from happening in a healthy mesh. One socket
+per (peer, incarnation, generation) with IMMEDIATE=1, since a PUSH or DEALER with several peers deals its messages round
+and loses what was queued for a dead one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from common.codec import decode, encode
+from common.errors import MeshError, ProtocolError
+from common.messages import Header, Message
+
+
+class Full(MeshError):
+    """A peer does not take what is sent: its queue of `high_water_mark` messages is full, or it is not connected."""
+
+    code = "peer_full"
+
+
+@dataclass(frozen=True, slots=True)
+class SocketLimits:
+    """What every socket of the mesh is set to."""
+
+    high_water_mark: int = 1024
+    linger_ms: int = 0
+    max_message_bytes: int = 1 << 30
+    heartbeat_interval_ms: int = 250
+    heartbeat_timeout_ms: int = 900
+    """ZeroMQ's own ping on its I/O thread: a long computation does not look like death, a stopped process does."""
+    reconnect_interval_ms: int = 20
+    reconnect_interval_max_ms: int = 500
+
+
+class LinkEvent(Enum):
+    """What a socket's monitor tells of its connection."""
+
+    CONNECTED = "connected"
+    CLOSED = "closed"
+
+
+class Transport:
+    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name."""
+
+    def __init__(self, limits: SocketLimits, on_damaged: Callable[[str, ProtocolError], None]) -> None:
+        self.context = zmq.Context(io_threads=1)
+        self.limits = limits
+        self.on_damaged = on_damaged
+        self._monitor_numbers = itertools.count()
+
+    def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
+        """Bound PULL: steps from whoever is upstream."""
+        return self._bound(zmq.PULL, name, endpoints)
+
+    def push(self, name: str, endpoint: str) -> MessageSocket:
+        """Connected PUSH to one peer."""
+        return self._connected(zmq.PUSH, name, endpoint)
+
+    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+        """Connected DEALER to one peer's ROUTER."""
+        return self._connected(zmq.DEALER, name, endpoint, identity)
+
+    def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
+        """Bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
+        raw = self._raw(zmq.ROUTER)
+        raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        return RoutingSocket(self, name, raw, self._bind(raw, endpoints))
+
+    def close(self) -> None:
+        """Close what is left and free the I/O thread."""
+        self.context.destroy(linger=0)
+
+    def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
+        raw = self._raw(kind)
+        return MessageSocket(self, name, raw, self._bind(raw, endpoints))
+
+    def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+        raw = self._raw(kind)
+        raw.setsockopt(zmq.IMMEDIATE, 1)
+        if identity:
+            raw.setsockopt(zmq.IDENTITY, identity)
+        monitor = raw.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
+            f"inproc://monitor-{next(self._monitor_numbers)}",
+        )
+        raw.connect(endpoint)
+        return MessageSocket(self, name, raw, (endpoint,), monitor)
+
+    def _raw(self, kind: int) -> zmq.Socket[bytes]:
+        raw = self.context.socket(kind)
+        limits = self.limits
+        raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
+        raw.setsockopt(zmq.RCVHWM, limits.high_water_mark)
+        raw.setsockopt(zmq.LINGER, limits.linger_ms)
+        raw.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
+        raw.setsockopt(zmq.HEARTBEAT_IVL, limits.heartbeat_interval_ms)
+        raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, limits.heartbeat_timeout_ms)
+        raw.setsockopt(zmq.HEARTBEAT_TTL, limits.heartbeat_timeout_ms)
+        raw.setsockopt(zmq.RECONNECT_IVL, limits.reconnect_interval_ms)
+        raw.setsockopt(zmq.RECONNECT_IVL_MAX, limits.reconnect_interval_max_ms)
+        return raw
+
+    @staticmethod
+    def _bind(raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
+        """Bind to all; a port of `*` becomes the one that was given."""
+        bound = []
+        for endpoint in endpoints:
+            raw.bind(endpoint)
+            bound.append(raw.getsockopt_string(zmq.LAST_ENDPOINT))
+        return tuple(bound)
+
+
+class MessageSocket:
+    """A socket whose messages need no address: PUSH, PULL or DEALER."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        name: str,
+        raw: zmq.Socket[bytes],
+        endpoints: tuple[str, ...],
+        monitor: zmq.Socket[bytes] | None = None,
+    ) -> None:
+        self.name = name
+        self.endpoints = endpoints
+        self.raw = raw
+        self.monitor = monitor
+        self.bytes_sent = 0
+        self._transport = transport
+        self._sequence_number = 0
+
+    def send(self, message: Message, header: Header) -> None:
+        """Queue a message. Raises Full instead of blocking; the caller still has the message then."""
+        frames = encode(message, replace(header, sequence_number=self._sequence_number + 1))
+        try:
+            self.raw.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            raise Full(f"{self.name}: the peer does not take messages") from None
+        self._sequence_number += 1
+        self.bytes_sent += _size(frames)
+
+    def receive(self) -> tuple[Message, Header] | None:
+        """The next message, or None when nothing waits. Damaged ones are reported to the transport and skipped."""
+        while True:
+            try:
+                frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            try:
+                return decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                self._transport.on_damaged(self.name, error)
+
+    def link_events(self) -> list[LinkEvent]:
+        """What the monitor saw since the last call; only for sockets that connect."""
+        events: list[LinkEvent] = []
+        while self.monitor is not None and self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
+            events.append(LinkEvent.CLOSED if event == zmq.EVENT_DISCONNECTED else LinkEvent.CONNECTED)
+        return events
+
+    def close(self) -> None:
+        """Drop what is queued and close."""
+        if self.monitor is not None:
+            self.raw.disable_monitor()
+            self.monitor.close(linger=0)
+            self.monitor = None
+        self.raw.close(linger=0)
+
+
+class RoutingSocket:
+    """A bound ROUTER: messages come with the identity of the peer, and go to one."""
+
+    def __init__(
+        self, transport: Transport, name: str, raw: zmq.Socket[bytes], endpoints: tuple[str, ...]
+    ) -> None:
+        self.name = name
+        self.endpoints = endpoints
+        self.raw = raw
+        self.bytes_sent = 0
+        self._transport = transport
+
+    def send(self, identity: bytes, message: Message, header: Header) -> None:
+        """Queue a message for a peer. Raises Full if the peer is gone or does not take messages."""
+        frames = encode(message, header)
+        try:
+            self.raw.send_multipart([identity, *frames], flags=zmq.DONTWAIT, copy=False)
+        except (zmq.Again, zmq.ZMQError) as error:
+            if isinstance(error, zmq.Again) or error.errno == zmq.EHOSTUNREACH:
+                raise Full(f"{self.name}: peer {identity!r} is gone or does not take messages") from None
+            raise
+        self.bytes_sent += _size(frames)
+
+    def receive(self) -> tuple[bytes, Message, Header] | None:
+        """The next message with its sender's identity, or None. Damaged ones are reported and skipped."""
+        while True:
+            try:
+                frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            try:
+                message, header = decode([frame.buffer for frame in frames[1:]])
+            except ProtocolError as error:
+                self._transport.on_damaged(self.name, error)
+                continue
+            return frames[0].bytes, message, header
+
+    def close(self) -> None:
+        """Drop what is queued and close."""
+        self.raw.close(linger=0)
+
+
+def _size(frames: Sequence[bytes | memoryview]) -> int:
+    return sum(len(frame) for frame in frames)
