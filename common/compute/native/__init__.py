@@ -1,0 +1,1 @@
+"""C++ sources of the kernels; `prebuilt/` holds ready libraries where an image was built with them."""

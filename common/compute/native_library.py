@@ -1,0 +1,241 @@
+"""Compiles native/kernels.cpp for this processor, or finds a prebuilt variant, and loads it through ctypes.
+
+Order of choice: the best prebuilt variant that the processor can run (a Docker image has them and no compiler), else a
+compiled one from the cache folder, else none: the callers then compute with torch, by the same rule, slower.
+
+`python -m common.compute.native_library --output DIR [--isa x86-64-v3]` builds variants ahead of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+ABI_VERSION = 1
+SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
+PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
+# Contraction stays off: which products are fused is written in the source, not chosen by the compiler.
+COMMON_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+)
+COMPILE_TIMEOUT_S = 180.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """One way to compile the kernels: its name, the compiler's flags, and the /proc/cpuinfo flags that it needs."""
+
+    name: str
+    compiler_flags: tuple[str, ...]
+    cpu_flags: frozenset[str]
+    machine: str
+
+
+_V3_CPU_FLAGS = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+_V4_CPU_FLAGS = _V3_CPU_FLAGS | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+# Best first.
+INSTRUCTION_SETS = (
+    InstructionSet(
+        "x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4_CPU_FLAGS | {"avx512_bf16"}, machine="x86_64"
+    ),
+    InstructionSet("x86-64-v4", ("-march=x86-64-v4",), _V4_CPU_FLAGS, machine="x86_64"),
+    InstructionSet("x86-64-v3", ("-march=x86-64-v3",), _V3_CPU_FLAGS, machine="x86_64"),
+    InstructionSet("x86-64", (), frozenset(), machine="x86_64"),
+    InstructionSet("aarch64", (), frozenset(), machine="aarch64"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """The loaded kernels as C functions, argument types set. `variant` names what decides their bits."""
+
+    variant: str
+    threads: int
+    path: Path
+    linear: ctypes._NamedFuncPointer
+    pack: ctypes._NamedFuncPointer
+    packed_values: ctypes._NamedFuncPointer
+    gated_ffn: ctypes._NamedFuncPointer
+    attention: ctypes._NamedFuncPointer
+    write_kv: ctypes._NamedFuncPointer
+
+
+def load_native_kernels(
+    *,
+    threads: int = 1,
+    cache_folder: Path | None = None,
+    prebuilt_folder: Path = PREBUILT_FOLDER,
+    cpu_flags: frozenset[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> NativeKernels | None:
+    """The kernels for this processor; None, with the reason logged, where there is no prebuilt library and no compiler.
+
+    `threads`: how many threads one call may use; it changes no bits.
+    `cache_folder`: where compiled libraries are kept; default the variable MOEMESH_CACHE, else ~/.cache/moemesh.
+    """
+    flags = read_cpu_flags() if cpu_flags is None else cpu_flags
+    usable = usable_instruction_sets(flags)
+    for instruction_set in usable:
+        prebuilt = prebuilt_folder / library_name(instruction_set)
+        if prebuilt.is_file():
+            return _opened(prebuilt, threads)
+    compiler = find_compiler(environment)
+    if compiler is None:
+        log.warning("native_kernels_absent", reason="no prebuilt library fits and no C++ compiler is installed")
+        return None
+    folder = cache_folder if cache_folder is not None else default_cache_folder(environment)
+    for instruction_set in usable:
+        try:
+            return _opened(compile_cached(instruction_set, compiler, folder), threads)
+        except (OSError, subprocess.SubprocessError) as failure:
+            # An older compiler may not know the newest instructions: the next set may do.
+            log.warning("native_kernels_not_built", instruction_set=instruction_set.name, reason=_reason(failure))
+    return None
+
+
+def default_cache_folder(environment: Mapping[str, str]) -> Path:
+    """MOEMESH_CACHE, else ~/.cache/moemesh."""
+    configured = environment.get("MOEMESH_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "moemesh"
+
+
+def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty where they cannot be read."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def usable_instruction_sets(cpu_flags: frozenset[str]) -> list[InstructionSet]:
+    """The sets that a processor with these flags can run, best first."""
+    return [one for one in INSTRUCTION_SETS if one.machine == platform.machine() and one.cpu_flags <= cpu_flags]
+
+
+def library_name(instruction_set: InstructionSet) -> str:
+    """The file name of a prebuilt variant; the hash of the source keeps a stale one from being loaded."""
+    source_hash = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    return f"kernels-{instruction_set.name}-{source_hash}.so"
+
+
+def find_compiler(environment: Mapping[str, str]) -> str | None:
+    """CXX where it is set, else the first of g++, clang++, c++ on the path."""
+    candidates = [environment["CXX"]] if environment.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path) -> Path:
+    """The compiled library, from the folder if it is there. Raises OSError or SubprocessError if it cannot be made."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    key = hashlib.sha256(version)
+    key.update(" ".join((compiler, *COMMON_FLAGS, *instruction_set.compiler_flags)).encode())
+    key.update(SOURCE.read_bytes())
+    path = folder / f"kernels-{instruction_set.name}-{key.hexdigest()[:16]}.so"
+    if not path.is_file():
+        compile_to(path, instruction_set, compiler)
+    return path
+
+
+def compile_to(path: Path, instruction_set: InstructionSet, compiler: str) -> None:
+    """Compiles beside `path` and renames: several processes may do so at once, each sees a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as build:
+        result = Path(build) / path.name
+        command = [compiler, *COMMON_FLAGS, *instruction_set.compiler_flags, str(SOURCE), "-o", str(result)]
+        subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(result, path)
+
+
+def _opened(path: Path, threads: int) -> NativeKernels:
+    library = ctypes.CDLL(str(path))
+    # Small calls keep the GIL: giving it up and waiting for it again can cost more than the call.
+    quick_library = ctypes.PyDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+
+    def function(
+        name: str, *arguments: type, result: type | None = None, quick: bool = False
+    ) -> ctypes._NamedFuncPointer:
+        found = (quick_library if quick else library)[f"moemesh_{name}"]
+        found.argtypes, found.restype = list(arguments), result
+        return found
+
+    version = function("abi_version", result=integer)()
+    if version != ABI_VERSION:
+        raise OSError(f"{path} has kernel interface {version}, this code needs {ABI_VERSION}")
+    variant = function("variant", result=ctypes.c_char_p)().decode()
+    log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
+    return NativeKernels(
+        variant=f"native-{variant}",
+        threads=threads,
+        path=path,
+        linear=function("linear", pointer, pointer, integer, pointer, integer),
+        pack=function("pack", pointer, pointer, integer, integer, integer),
+        packed_values=function("packed_values", integer, integer, integer, result=integer),
+        gated_ffn=function("gated_ffn", pointer, pointer, pointer, integer, integer, integer, integer),
+        attention=function("attention", pointer, integer),
+        write_kv=function("write_kv", *[pointer] * 5, *[integer] * 4, quick=True),
+    )
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, subprocess.CalledProcessError):
+        return bytes(failure.stderr).decode(errors="replace")[-500:]
+    return str(failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds variants into a folder; without --isa every one of this machine's kind that the compiler can make."""
+    parser = argparse.ArgumentParser(prog="python -m common.compute.native_library", description=main.__doc__)
+    parser.add_argument("--output", type=Path, default=PREBUILT_FOLDER)
+    names = [one.name for one in INSTRUCTION_SETS]
+    parser.add_argument("--isa", action="append", choices=[*names, "native"], help="may be given several times")
+    options = parser.parse_args(arguments)
+    compiler = find_compiler(os.environ)
+    if compiler is None:
+        print("no C++ compiler found: install g++, or set CXX", file=sys.stderr)
+        return 1
+    own = [one for one in INSTRUCTION_SETS if one.machine == platform.machine()]
+    native = usable_instruction_sets(read_cpu_flags())[:1]
+    asked = [one for one in own if options.isa is None or one.name in options.isa]
+    if options.isa and "native" in options.isa:
+        asked += [one for one in native if one not in asked]
+    for instruction_set in asked:
+        path = options.output / library_name(instruction_set)
+        try:
+            compile_to(path, instruction_set, compiler)
+        except (OSError, subprocess.SubprocessError) as failure:
+            print(f"{instruction_set.name}: {_reason(failure)}", file=sys.stderr)
+            return 1
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Causal attention over a paged KV cache, and the writing of new keys and values into it.
+
+T tokens, H query heads, Hkv key/value heads, d head width. One layer's cache is two tensors:
+    keys   [blocks, Hkv, d, KV_BLOCK_TOKENS]   transposed inside a block: scores then need no sums across lanes
+    values [blocks, Hkv, KV_BLOCK_TOKENS, d]
+A KV block is also the tile of the online softmax: a token's result is a fold over the tiles of its sequence, in
+position order, cut at multiples of KV_BLOCK_TOKENS. So its bits do not depend on the chunk that it came in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.compute.linear import KERNEL_DTYPES
+from common.compute.native_library import NativeKernels
+
+KV_BLOCK_TOKENS = 32  # KV_BLOCK in kernels.cpp
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKvCache:
+    """Keys and values of one layer, laid out as the head of this file says."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[0]
+
+
+class _AttentionDescriptor(ctypes.Structure):
+    """`struct Attention` of kernels.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "keys", "values", "tables", "sequences", "positions", "output")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "heads", "kv_heads", "width", "max_blocks", "window", "threads")
+        ),
+        ("scale", ctypes.c_double),
+    )
+
+
+def allocate_kv_cache(
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[LayerKvCache]:
+    """One cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"a KV cache is float32 or bfloat16, not {dtype}")
+    return [
+        LayerKvCache(
+            keys=torch.zeros((num_blocks, num_kv_heads, head_dim, KV_BLOCK_TOKENS), dtype=dtype, device=device),
+            values=torch.zeros((num_blocks, num_kv_heads, KV_BLOCK_TOKENS, head_dim), dtype=dtype, device=device),
+        )
+        for _ in range(num_layers)
+    ]
+
+
+def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, kernels: NativeKernels | None) -> None:
+    """Puts key and value [T, Hkv, d] at slots [T] int64 (block * KV_BLOCK_TOKENS + offset; negative: skipped).
+
+    Raises ValueError when shapes or dtypes do not fit the cache. Slots are trusted: check them where they come in.
+    """
+    tokens, kv_heads, width = key.shape
+    if cache.keys.shape[1:3] != (kv_heads, width) or value.shape != key.shape or slots.shape != (tokens,):
+        raise ValueError(
+            f"key {tuple(key.shape)}, value {tuple(value.shape)}, slots {tuple(slots.shape)} do not fit a cache of "
+            f"{tuple(cache.keys.shape)}"
+        )
+    if key.dtype != cache.keys.dtype or value.dtype != cache.keys.dtype or slots.dtype != torch.int64:
+        raise ValueError(f"key {key.dtype}, value {value.dtype}, slots {slots.dtype} for a cache of {cache.keys.dtype}")
+    if kernels is None or key.device.type != "cpu":
+        kept = slots >= 0
+        slots = slots[kept]
+        blocks, offsets = slots // KV_BLOCK_TOKENS, slots % KV_BLOCK_TOKENS
+        cache.keys[blocks, :, :, offsets] = key[kept]
+        cache.values[blocks, :, offsets] = value[kept]
+        return
+    key, value, slots = key.contiguous(), value.contiguous(), slots.contiguous()
+    kernels.write_kv(
+        key.data_ptr(),
+        value.data_ptr(),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        slots.data_ptr(),
+        tokens,
+        kv_heads,
+        width,
+        int(key.dtype == torch.bfloat16),
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    cache: LayerKvCache,
+    block_tables: Tensor,
+    row_sequence: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    kernels: NativeKernels | None,
+) -> Tensor:
+    """query [T, H, d] -> [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
+
+    block_tables [S, max_blocks] int32: block of each KV_BLOCK_TOKENS positions of a sequence.
+    row_sequence [T] int32: the row of block_tables of each token. positions [T] int32.
+    sliding_window 0 is none. Tokens of one sequence should follow each other: they are then computed together.
+    Raises ValueError when shapes or dtypes do not fit. Indices are trusted: check them where they come in.
+    """
+    tokens, heads, width = query.shape
+    kv_heads = cache.keys.shape[1]
+    if heads % kv_heads or width != cache.keys.shape[2] or query.dtype != cache.keys.dtype:
+        raise ValueError(
+            f"query {tuple(query.shape)} {query.dtype} does not fit a cache of {tuple(cache.keys.shape)} "
+            f"{cache.keys.dtype}"
+        )
+    if block_tables.dim() != 2 or row_sequence.shape != (tokens,) or positions.shape != (tokens,):
+        raise ValueError(
+            f"block_tables {tuple(block_tables.shape)}, row_sequence {tuple(row_sequence.shape)}, positions "
+            f"{tuple(positions.shape)} do not fit {tokens} tokens"
+        )
+    if not block_tables.dtype == row_sequence.dtype == positions.dtype == torch.int32:
+        raise ValueError(
+            f"block_tables, row_sequence and positions are int32, not {block_tables.dtype}, "
+            f"{row_sequence.dtype} and {positions.dtype}"
+        )
+    if kernels is None or query.device.type != "cpu":
+        return _attention_by_torch(query, cache, block_tables, row_sequence, positions, scale, sliding_window)
+    query, block_tables = query.contiguous(), block_tables.contiguous()
+    row_sequence, positions = row_sequence.contiguous(), positions.contiguous()
+    output = torch.empty_like(query)
+    descriptor = _AttentionDescriptor(
+        query.data_ptr(),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        block_tables.data_ptr(),
+        row_sequence.data_ptr(),
+        positions.data_ptr(),
+        output.data_ptr(),
+        tokens,
+        heads,
+        kv_heads,
+        width,
+        block_tables.shape[1],
+        sliding_window,
+        kernels.threads,
+        scale,
+    )
+    kernels.attention(ctypes.addressof(descriptor), int(query.dtype == torch.bfloat16))
+    return output
+
+
+def _attention_by_torch(
+    query: Tensor,
+    cache: LayerKvCache,
+    block_tables: Tensor,
+    row_sequence: Tensor,
+    positions: Tensor,
+    scale: float,
+    sliding_window: int,
+) -> Tensor:
+    """The same fold in torch, one token at a time: every product then has one shape, whoever shares the call."""
+    output = torch.empty_like(query)
+    heads, width = query.shape[1:]
+    kv_heads = cache.keys.shape[1]
+    offsets = torch.arange(KV_BLOCK_TOKENS, device=query.device)
+    for token, (sequence, position) in enumerate(zip(row_sequence.tolist(), positions.tolist(), strict=True)):
+        start = max(0, position - sliding_window + 1) if sliding_window > 0 else 0
+        grouped = query[token].to(torch.float32).reshape(kv_heads, heads // kv_heads, width)  # [Hkv, G, d]
+        maximum = torch.full((kv_heads, heads // kv_heads, 1), -torch.inf, device=query.device)
+        total = torch.zeros_like(maximum)
+        result = torch.zeros_like(grouped)
+        for tile in range(start // KV_BLOCK_TOKENS, position // KV_BLOCK_TOKENS + 1):
+            block = int(block_tables[sequence, tile])
+            at = tile * KV_BLOCK_TOKENS + offsets
+            seen = (at >= start) & (at <= position)
+            scores = torch.matmul(grouped, cache.keys[block].to(torch.float32)) * scale
+            scores = scores.masked_fill(~seen, -torch.inf)
+            largest = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+            weights = torch.exp(scores - largest)
+            correction = torch.exp(maximum - largest)
+            # What a freed slot still holds, be it infinite, must not come in through 0 * value.
+            values = cache.values[block].to(torch.float32).masked_fill(~seen[None, :, None], 0.0)
+            total = total * correction + weights.sum(-1, keepdim=True)
+            result = result * correction + torch.matmul(weights, values)
+            maximum = largest
+        output[token] = (result / total).reshape(heads, width).to(query.dtype)
+    return output
