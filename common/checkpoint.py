@@ -1,0 +1,145 @@
+"""A Hugging Face checkpoint directory: which tensor is in which file, its shape, and a fingerprint. No torch.
+
+Layout: `config.json`, `model.safetensors` or several `*.safetensors` with `model.safetensors.index.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, ConfigurationError
+
+_SAMPLES_PER_FILE = 64
+_SAMPLE_BYTES = 4096
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor is, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' word: F32, BF16, F16, ..."""
+
+
+def resolve_model(model: str) -> Path:
+    """The directory that MODEL names: itself, or the local snapshot of a hub name (downloaded once).
+
+    Raises ConfigurationError when it is neither.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ConfigurationError(f"MODEL={model}: no such directory (and not a hub name of the form owner/name)")
+    from huggingface_hub import snapshot_download  # costs 0.3 s that a local directory need not pay
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(f"MODEL={model}: no such directory, and the hub does not give it: {error}") from None
+
+
+def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor of the checkpoint by name. Raises CheckpointError that names the file and what is wrong."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(directory):
+        header = _safetensors_header(file)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in tensors:
+                raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
+            tensors[name] = StoredTensor(file, tuple(entry["shape"]), str(entry["dtype"]))
+    return tensors
+
+
+def fingerprint(directory: Path) -> str:
+    """Equal for equal checkpoints: config, names, shapes and samples of every file's bytes (not all of them: a large
+    checkpoint would take minutes)."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(_read_json(directory / "config.json"), sort_keys=True).encode())
+    for file in _weight_files(directory):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        digest.update(json.dumps(_safetensors_header(file), sort_keys=True).encode())
+        with file.open("rb") as stream:
+            for position in _sample_positions(size):
+                stream.seek(position)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def _sample_positions(size: int) -> Iterator[int]:
+    last = max(0, size - _SAMPLE_BYTES)
+    for sample in range(_SAMPLES_PER_FILE):
+        yield last * sample // (_SAMPLES_PER_FILE - 1)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index_path = directory / "model.safetensors.index.json"
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path}: weight_map is missing or empty")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index_path}: weight_map names a file outside the directory")
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"no *.safetensors file in {directory}")
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file} is named in {index_path.name} and missing")
+    return files
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file (its format: 8 bytes length, header, data)."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{file} is too short to be a safetensors file")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > size - 8:
+                raise CheckpointError(f"{file} is cut off or not a safetensors file")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: header is not a JSON object")
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict) or not {"shape", "dtype", "data_offsets"} <= entry.keys():
+            raise CheckpointError(f"{file}: entry {name} of the header is damaged")
+        end = max(end, int(entry["data_offsets"][1]))
+    if end > size - 8 - length:
+        raise CheckpointError(f"{file} is cut off: {end} bytes of tensors are announced, {size - 8 - length} are there")
+    return header
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value

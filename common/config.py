@@ -1,0 +1,88 @@
+"""Settings by environment: the same names for `make run`, compose and a process started by hand.
+
+Read once in a process's `__main__`, checked there, then passed on; nothing else reads the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from common.errors import ConfigurationError
+
+
+class Settings(BaseSettings):
+    """Every setting of a mesh and of its processes. Field names are the environment's names in lower case."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    # ---- what is served, and where
+    model: str = Field(min_length=1, description="checkpoint directory or hub name")
+    served_name: str = Field(default="", description="name in the API; default: the directory's name")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
+    state_dir: Path = Path("state")
+
+    # ---- the shape of the mesh
+    pp: int = Field(default=2, ge=1, description="layer ranges of a pipeline")
+    stages: int = Field(default=0, ge=0, description="stage processes to start; 0: PP")
+    spares: int = Field(default=0, ge=0, description="stage processes held back")
+    experts: int = Field(default=2, ge=1, description="expert processes to start")
+    copies: int = Field(default=2, ge=1, description="safety copies of each expert")
+    expert_slices: int = Field(default=1, ge=1, description="cuts of each expert along its width")
+    tp: int = Field(default=1, ge=1, description="tensor-parallel ranks of a stage")
+
+    # ---- numbers
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    combine: Literal["exact", "partial"] = "exact"
+    threads: int = Field(default=1, ge=1, description="compute threads of a process")
+
+    # ---- the scheduler's budgets
+    max_batch_tokens: int = Field(default=512, ge=1)
+    max_batch_sequences: int = Field(default=64, ge=1)
+    prefill_chunk_tokens: int = Field(default=256, ge=1)
+    max_waiting: int = Field(default=512, ge=1, description="requests queued before the door says 429")
+    micro_batches: int = Field(default=0, ge=0, description="in flight a pipeline; 0: as many as it has stages")
+    kv_cache_tokens: int = Field(default=65536, ge=64, description="KV cache of a pipeline, in tokens")
+    max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")
+    pipeline_policy: Literal["least_in_flight", "weighted"] = "least_in_flight"
+
+    # ---- one process
+    control: str = Field(default="", description="router's control endpoint; default: ipc in the state folder")
+    advertise_host: str = Field(default="", description="host name for a node's tcp sockets; default: its own address")
+    host_label: str = Field(default="", description="copies of an expert go to different labels; default: host name")
+    capacity_bytes: int = Field(default=0, ge=0, description="memory a node offers; 0: 80% of what is free")
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # ---- deadlines
+    step_deadline_ms: int = Field(default=60_000, ge=100, description="a step that takes longer has failed")
+    call_deadline_ms: int = Field(default=20_000, ge=50, description="an expert call that takes longer has failed")
+    heartbeat_interval_ms: int = Field(default=250, ge=20)
+
+    @property
+    def stage_processes(self) -> int:
+        """How many stage processes a supervisor starts."""
+        return self.stages or self.pp + self.spares
+
+
+def read_settings() -> Settings:
+    """Settings of this process. Raises ConfigurationError that names each wrong variable and what would be right."""
+    try:
+        settings = Settings()  # type: ignore[call-arg]  # fields come from the environment
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'_'.join(str(part) for part in problem['loc']).upper()}={problem['input']!r}: {problem['msg']}"
+            if problem["type"] != "missing"
+            else f"{str(problem['loc'][0]).upper()} is not set"
+            for problem in error.errors()
+        )
+        raise ConfigurationError(f"wrong settings: {problems}") from None
+    if settings.tp != 1:
+        raise ConfigurationError(
+            f"TP={settings.tp}: tensor parallelism inside a stage is not built yet; use TP=1 and a larger PP"
+        )
+    return settings

@@ -1,0 +1,73 @@
+"""Named tensors and slices of a checkpoint, memory-mapped: only the pages that a role reads are touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.checkpoint import StoredTensor, read_tensor_index
+from common.errors import CheckpointError
+
+_STORED_DTYPES = {"F32", "BF16", "F16"}
+
+
+class CheckpointWeights:
+    """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was asked for, as stored."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.directory = directory
+        self.dtype = dtype
+        self.bytes_read = 0
+        self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
+        self._files: dict[Path, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        index: int | None = None,
+        rows: slice | None = None,
+        columns: slice | None = None,
+    ) -> torch.Tensor:
+        """A tensor, or part of it, in the compute dtype (a fresh copy, never a view of the map).
+
+        `shape` is what the config says the whole tensor must have. `index` takes one entry of the first axis of a
+        three-axis tensor; `rows` and `columns` cut the last two axes. Raises CheckpointError that names the tensor.
+        """
+        stored = self._index.get(name)
+        if stored is None:
+            raise CheckpointError(f"tensor {name} is missing in {self.directory}")
+        if stored.shape != shape:
+            raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
+        if stored.dtype not in _STORED_DTYPES:
+            raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; supported are F32, BF16 and F16")
+        window: tuple[int | slice, ...] = (rows or slice(None), columns or slice(None))[: len(shape)]
+        if index is not None:
+            window = (index, *window)
+        try:
+            part = self._open(stored.file).get_slice(name)[window]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"tensor {name} cannot be read from {stored.file}: {error}") from None
+        self.bytes_read += part.numel() * part.element_size()
+        tensor: torch.Tensor = part.to(self.dtype)
+        return tensor.clone(memory_format=torch.contiguous_format) if tensor is part else tensor.contiguous()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(str(file), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be opened: {error}") from None
+        return self._files[file]
