@@ -1,0 +1,94 @@
+"""Take, queue or refuse: what may enter, checked before anything is spent on it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from common.errors import ContextLengthError, InvalidRequestError, OverloadedError
+from services.router.engine import GenerationRequest
+
+MAX_RETRY_AFTER_S = 60
+"""Nobody is sent away for longer: the estimate is from few samples, and the mesh may have grown by then."""
+
+
+def num_blocks_for(num_tokens: int, block_tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // block_tokens)
+
+
+class CompletionRate:
+    """Requests completed per second, over the latest few."""
+
+    def __init__(self, num_samples: int = 32) -> None:
+        self._times_s: deque[float] = deque(maxlen=num_samples)
+
+    def note(self, now_s: float) -> None:
+        """A request has ended and made room."""
+        self._times_s.append(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        """0.0 while fewer than two have ended. The time since the latest counts, so that a standstill shows."""
+        if len(self._times_s) < 2:
+            return 0.0
+        return (len(self._times_s) - 1) / max(now_s - self._times_s[0], 1e-3)
+
+
+def retry_after_s(num_waiting: int, completions_per_s: float) -> int:
+    """Seconds in which the line ahead would be served, in [1, MAX_RETRY_AFTER_S]."""
+    if num_waiting == 0:
+        return 1
+    if completions_per_s * MAX_RETRY_AFTER_S <= num_waiting:
+        return MAX_RETRY_AFTER_S
+    return max(1, math.ceil(num_waiting / completions_per_s))
+
+
+class Admission:
+    """The door. What it lets in, it reserves in the same call: two requests cannot both take the last place."""
+
+    def __init__(self, *, max_waiting: int, max_reserved_tokens: int, block_tokens: int) -> None:
+        self._max_waiting = max_waiting
+        self._max_reserved_tokens = max_reserved_tokens
+        self._block_tokens = block_tokens
+        self.reserved_tokens = 0
+        """Prompt and max_tokens of everything that was let in and has not ended."""
+
+    def admit(
+        self, request: GenerationRequest, *, num_waiting: int, largest_pool_blocks: int | None, completions_per_s: float
+    ) -> None:
+        """Reserve the request's tokens, or raise.
+
+        `largest_pool_blocks` is None while no pipeline is open: then any size may wait for one.
+        Raises InvalidRequestError, ContextLengthError (can never fit), OverloadedError (not now).
+        """
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+        if num_prompt_tokens < 1:
+            raise InvalidRequestError("the prompt has no token; at least 1 is needed", "prompt")
+        if max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {max_tokens}; at least 1 is needed", "max_tokens")
+        num_tokens = num_prompt_tokens + max_tokens
+        num_blocks = num_blocks_for(num_tokens, self._block_tokens)
+        if largest_pool_blocks is not None and num_blocks > largest_pool_blocks:
+            raise ContextLengthError(
+                f"{num_prompt_tokens} prompt tokens + {max_tokens} max_tokens = {num_tokens} tokens need {num_blocks} "
+                f"cache blocks of {self._block_tokens} tokens; the largest pipeline has {largest_pool_blocks} "
+                f"({largest_pool_blocks * self._block_tokens} tokens)",
+                "max_tokens",
+            )
+        if num_waiting >= self._max_waiting:
+            raise OverloadedError(
+                f"{num_waiting} requests are waiting, which is all the queue holds; try again later",
+                retry_after_s(num_waiting, completions_per_s),
+            )
+        if self.reserved_tokens and self.reserved_tokens + num_tokens > self._max_reserved_tokens:
+            raise OverloadedError(
+                f"{self.reserved_tokens} tokens are reserved of {self._max_reserved_tokens}, and this request may need "
+                f"{num_tokens}; try again later",
+                retry_after_s(max(1, num_waiting), completions_per_s),
+            )
+        self.reserved_tokens += num_tokens
+
+    def release(self, request: GenerationRequest) -> None:
+        """A request that was let in has ended, however."""
+        self.reserved_tokens -= len(request.prompt_token_ids) + request.sampling.max_tokens
+        assert self.reserved_tokens >= 0, "more tokens released than reserved"

@@ -1,0 +1,244 @@
+"""One open pipeline in one generation: its block pool, the requests that run on it, and its steps in flight.
+
+Plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the oldest
+always gets on, and admission has made sure that it fits the pool alone.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from common.ids import Generation, PipelineId, SequenceId, StepId
+from services.router.scheduling.admission import num_blocks_for
+from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.pipeline_selection import PipelineLoad
+from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
+
+FIRST_ATTEMPT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was sent and has not been answered. `requests` go with the plan's chunks."""
+
+    plan: StepPlan
+    requests: tuple[Request, ...]
+    sent_s: float
+
+
+class PipelineSchedule:
+    """See the module."""
+
+    def __init__(
+        self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int, settings: SchedulerSettings
+    ) -> None:
+        self.pipeline = pipeline
+        self.generation = generation
+        self.num_slots = num_slots
+        self.allocator = BlockAllocator(num_blocks)
+        self.running: list[Request] = []
+        """By arrival."""
+        self.in_flight: dict[StepId, StepInFlight] = {}
+        self.held_releases: list[SequenceId] = []
+        """To be told with the next step."""
+        self.max_micro_batches = settings.micro_batches_per_pipeline or num_slots
+        # More could not be part of every round of micro-batches, and the young would starve.
+        self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
+        self._settings = settings
+        self._step_durations_s: deque[float] = deque(maxlen=128)
+
+    # Taking requests in
+
+    def can_ever_hold(self, request: Request) -> bool:
+        """Whether the whole pool would do."""
+        return num_blocks_for(request.max_num_tokens, self._settings.block_tokens) <= self.allocator.num_blocks
+
+    def has_room(self, request: Request) -> bool:
+        """Whether its prefill fits beside those under way. Decoding on may still preempt somebody later."""
+        if len(self.running) >= self.max_running or not self.can_ever_hold(request):
+            return False
+        if not self.running:
+            return True
+        promised = sum(
+            self._num_blocks(other.num_tokens) - len(other.block_table)
+            for other in self.running
+            if not other.is_decoding
+        )
+        # A little is left for those that decode, so that a joiner is not preempted at once.
+        headroom = self.allocator.num_blocks // 64
+        return self.allocator.num_free - promised - headroom >= self._num_blocks(request.num_tokens)
+
+    def admit(self, request: Request, sequence_id: SequenceId) -> None:
+        """It runs here from now on."""
+        request.start(self.pipeline, sequence_id)
+        insort(self.running, request, key=lambda other: other.arrival)
+
+    # Planning
+
+    def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
+        """The next micro-batch, or None if none may or need be sent; and who was preempted for it, youngest first."""
+        preempted: list[Request] = []
+        if len(self.in_flight) >= self.max_micro_batches:
+            return None, preempted
+        chunks: list[ScheduledChunk] = []
+        requests: list[Request] = []
+        for request, num_tokens in self._candidates():
+            if request.state is not RequestState.RUNNING:
+                continue  # preempted for an older one a moment ago
+            chunk = self._plan_chunk(request, num_tokens, preempted)
+            if chunk is not None:
+                chunks.append(chunk)
+                requests.append(request)
+                request.step = step
+        if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
+            return None, preempted
+        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, tuple(chunks), tuple(self.held_releases))
+        self.held_releases.clear()
+        self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
+        return plan, preempted
+
+    def _candidates(self) -> list[tuple[Request, int]]:
+        """Who is to be in the next step with how many tokens, by arrival.
+
+        Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
+        that took them all would leave the other stages idle.
+        """
+        settings = self._settings
+        decoding = [request for request in self.running if request.is_decoding]
+        prefilling = [request for request in self.running if not request.is_decoding]
+        decode_share = -(-len(decoding) // self.max_micro_batches)
+        prefill_share = -(-len(prefilling) // self.max_micro_batches)
+        ready_decodes = [request for request in decoding if request.step is None]
+        ready_prefills = [request for request in prefilling if request.step is None][:prefill_share]
+        # One place and one token stay free for the oldest prefill, which would otherwise wait for all who decode.
+        kept_back = 1 if ready_prefills else 0
+        num_decodes = min(
+            decode_share, settings.max_batch_tokens - kept_back, max(1, settings.max_batch_sequences - kept_back)
+        )
+        picked = [(request, 1) for request in ready_decodes[:num_decodes]]
+        num_tokens_left = settings.max_batch_tokens - len(picked)
+        for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
+            num_tokens = min(request.num_remaining_tokens, settings.prefill_chunk_tokens, num_tokens_left)
+            if num_tokens < 1:
+                break
+            picked.append((request, num_tokens))
+            num_tokens_left -= num_tokens
+        return sorted(picked, key=lambda pick: pick[0].arrival)
+
+    def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
+        """The chunk, with blocks for it; shorter than asked, or None, if blocks lack and nobody younger gives any."""
+        start = request.num_computed_tokens
+        num_known_blocks = len(request.block_table)
+        while self._num_blocks(start + num_tokens) - num_known_blocks > self.allocator.num_free:
+            victim = self._youngest_after(request)
+            if victim is None:
+                break
+            self.withdraw(victim)
+            preempted.append(victim)
+        num_covered_tokens = (num_known_blocks + self.allocator.num_free) * self._settings.block_tokens
+        num_tokens = min(num_tokens, num_covered_tokens - start)
+        if num_tokens < 1:
+            return None
+        new_block_ids = self.allocator.allocate(self._num_blocks(start + num_tokens) - num_known_blocks)
+        assert new_block_ids is not None, "the chunk was cut to what is free"
+        request.block_table.extend(new_block_ids)
+        assert request.sequence_id is not None, "a running request has a sequence id"
+        return ScheduledChunk(
+            sequence_id=request.sequence_id,
+            token_ids=request.token_ids(start, start + num_tokens),
+            start_position=start,
+            block_offset=num_known_blocks,
+            new_block_ids=new_block_ids,
+            samples=start + num_tokens == request.num_tokens,
+            sampling=request.generation_request.sampling,
+            choice=request.generation_request.choice,
+            num_generated=len(request.generated_token_ids),
+        )
+
+    def _youngest_after(self, request: Request) -> Request | None:
+        """Who gives its blocks up: the youngest that holds any and is in no step in flight, if it is younger."""
+        for other in reversed(self.running):
+            if other.arrival <= request.arrival:
+                return None
+            if other.step is None and other.block_table:
+                return other
+        return None
+
+    # Coming back
+
+    def land(self, step: StepId, now_s: float) -> StepInFlight | None:
+        """The step is answered: its requests are free for another. None if it is not in flight here."""
+        in_flight = self.in_flight.pop(step, None)
+        if in_flight is not None:
+            self._step_durations_s.append(now_s - in_flight.sent_s)
+            for request in in_flight.requests:
+                request.step = None
+                if request.state is not RequestState.RUNNING:
+                    self._give_back(request)  # it ended in mid-flight; only now can nothing write to its blocks
+        return in_flight
+
+    def withdraw(self, request: Request) -> None:
+        """It runs here no longer. Its blocks are free at once, or when the step that it is part of lands."""
+        self.running.remove(request)
+        if request.step is None:
+            self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
+        assert request.sequence_id is not None, "it has run here"
+        if request.block_table:  # else no stage has heard of it
+            self.held_releases.append(request.sequence_id)
+            self.allocator.free(request.block_table)
+            request.block_table = []
+
+    def abandon(self) -> list[Request]:
+        """The generation ends: nothing of it comes back. Returns who ran here, without cache, by arrival."""
+        for in_flight in self.in_flight.values():
+            for request in in_flight.requests:
+                request.step, request.block_table = None, []
+        self.in_flight.clear()
+        running, self.running = self.running, []
+        for request in running:
+            request.block_table = []
+        return running
+
+    # Being observed
+
+    def load(self) -> PipelineLoad:
+        """For the choice of a pipeline."""
+        durations_s = sorted(self._step_durations_s)
+        return PipelineLoad(
+            pipeline=self.pipeline,
+            num_running=len(self.running),
+            max_running=self.max_running,
+            num_queued_tokens=sum(other.num_remaining_tokens for other in self.running if not other.is_decoding),
+            num_used_blocks=self.allocator.num_blocks - self.allocator.num_free,
+            num_blocks=self.allocator.num_blocks,
+            p99_step_s=durations_s[int(0.99 * (len(durations_s) - 1))] if durations_s else 0.0,
+        )
+
+    def check_invariants(self) -> None:
+        """AssertionError if a block is leaked or held twice, or a request is in two steps."""
+        self.allocator.check_invariants()
+        holders = {id(request): request for request in self.running}
+        for step, in_flight in self.in_flight.items():
+            for request in in_flight.requests:
+                assert request.step == step, f"{request.request_id} is in step {step} and says {request.step}"
+                holders[id(request)] = request
+        held = [block_id for request in holders.values() for block_id in request.block_table]
+        assert len(held) == len(set(held)), "two requests hold one block"
+        assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
+        assert len(self.in_flight) <= self.max_micro_batches, "too many micro-batches in flight"
+        arrivals = [request.arrival for request in self.running]
+        assert arrivals == sorted(set(arrivals)), "running requests are out of order"
+        for request in self.running:
+            assert request.state is RequestState.RUNNING, f"{request.request_id} is {request.state} and runs"
+            assert request.num_remaining_tokens >= 1, f"{request.request_id} has nothing to compute"
+            covered = len(request.block_table) * self._settings.block_tokens
+            assert covered >= request.num_computed_tokens, f"{request.request_id} has more cache than blocks"
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return num_blocks_for(num_tokens, self._settings.block_tokens)

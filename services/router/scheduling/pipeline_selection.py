@@ -1,0 +1,105 @@
+"""Which pipeline takes a request: named policies over what is observed of each, and a breaker for one that flaps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from common.errors import ConfigurationError
+from common.ids import PipelineId
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineLoad:
+    """One open pipeline as the policies see it."""
+
+    pipeline: PipelineId
+    num_running: int
+    """Requests that it has."""
+    max_running: int
+    """Its in-flight cap; at the cap it is not a candidate."""
+    num_queued_tokens: int
+    """Tokens of its requests that are still to be prefilled."""
+    num_used_blocks: int
+    num_blocks: int
+    p99_step_s: float
+    """Of its recent steps; 0.0 while there are none."""
+
+
+def _least_in_flight(loads: Sequence[PipelineLoad]) -> list[float]:
+    return [float(load.num_running) for load in loads]
+
+
+def _weighted(loads: Sequence[PipelineLoad]) -> list[float]:
+    """Queue 0.4, utilisation 0.3, p99 0.3. Queue and p99 are relative to the worst, so that units cancel."""
+    longest_queue = max(1, *(load.num_queued_tokens for load in loads))
+    slowest_s = max(1e-9, *(load.p99_step_s for load in loads))
+    return [
+        0.4 * load.num_queued_tokens / longest_queue
+        + 0.3 * load.num_used_blocks / load.num_blocks
+        + 0.3 * load.p99_step_s / slowest_s
+        for load in loads
+    ]
+
+
+POLICIES: Mapping[str, Callable[[Sequence[PipelineLoad]], list[float]]] = MappingProxyType(
+    {"least_in_flight": _least_in_flight, "weighted": _weighted}
+)
+"""Name -> a score for each; the lowest takes the request, equal ones take turns."""
+
+
+class FlapBreaker:
+    """Counts how often a pipeline was opened; one that opens again and again is left alone for a while."""
+
+    def __init__(self, *, max_openings: int = 3, window_s: float = 60.0, cooling_s: float = 30.0) -> None:
+        self._max_openings = max_openings
+        self._window_s = window_s
+        self._cooling_s = cooling_s
+        self._openings_s: dict[PipelineId, deque[float]] = {}
+        self._cool_until_s: dict[PipelineId, float] = {}
+
+    def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
+        """The opening that exceeds `max_openings` within the window starts the cooling."""
+        openings_s = self._openings_s.setdefault(pipeline, deque(maxlen=self._max_openings + 1))
+        openings_s.append(now_s)
+        if len(openings_s) > self._max_openings and now_s - openings_s[0] <= self._window_s:
+            self._cool_until_s[pipeline] = now_s + self._cooling_s
+
+    def is_cooling(self, pipeline: PipelineId, now_s: float) -> bool:
+        """Whether new requests should go elsewhere."""
+        return now_s < self._cool_until_s.get(pipeline, now_s)
+
+
+class PipelineSelection:
+    """A policy, whose turn it is among equals, and the breaker."""
+
+    def __init__(self, policy: str, breaker: FlapBreaker | None = None) -> None:
+        if policy not in POLICIES:
+            raise ConfigurationError(f"pipeline policy {policy!r} is unknown; known are {', '.join(sorted(POLICIES))}")
+        self._scores_of = POLICIES[policy]
+        self._breaker = breaker or FlapBreaker()
+        self._last_pick = -1
+
+    def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
+        """A pipeline has opened, for the first time or again."""
+        self._breaker.note_opening(pipeline, now_s)
+
+    def usable(self, pipelines: Sequence[PipelineId], now_s: float) -> list[PipelineId]:
+        """Those that are not cooling off; all of them if all are: a mesh with one pipeline must go on trying it."""
+        steady = [pipeline for pipeline in pipelines if not self._breaker.is_cooling(pipeline, now_s)]
+        return steady or list(pipelines)
+
+    def choose(self, loads: Sequence[PipelineLoad]) -> PipelineId | None:
+        """The pipeline that takes the next request; None if every one is at its cap."""
+        candidates = [load for load in loads if load.num_running < load.max_running]
+        if not candidates:
+            return None
+        scores = self._scores_of(candidates)
+        best = min(scores)
+        equals = sorted(load.pipeline for load, score in zip(candidates, scores, strict=True) if score == best)
+        after_last = [pipeline for pipeline in equals if pipeline > self._last_pick]
+        pick = (after_last or equals)[0]
+        self._last_pick = pick
+        return pick

@@ -1,0 +1,125 @@
+"""One request's life as a state machine.
+
+WAITING -> RUNNING -> FINISHED
+   ^  |       | |---> CANCELLED (also from WAITING)
+   |  |       | '---> FAILED    (also from WAITING)
+   '--+-------'  preempted: keeps its place in line and its tokens; its cache is computed again
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from common.ids import PipelineId, RequestId, SequenceId, StepId
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.scheduling.step_plan import SampledToken
+
+
+class RequestState(StrEnum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and what the scheduler knows of it. Compared by identity."""
+
+    generation_request: GenerationRequest
+    arrival: int
+    """Place in line; kept through preemptions."""
+    arrived_s: float
+    queued_s: float
+    """When it last entered the queue."""
+    state: RequestState = RequestState.WAITING
+    generated_token_ids: list[int] = field(default_factory=list)
+    sequence_id: SequenceId | None = None
+    """Its number on the wire, while it runs. Each recomputation draws a new one, so that nothing said of the old
+    cache can be taken for the new."""
+    pipeline: PipelineId | None = None
+    num_computed_tokens: int = 0
+    """Positions whose K and V are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    step: StepId | None = None
+    """The step in flight that it is part of. One that ended in mid-flight keeps it, and its blocks, until it lands."""
+    num_failed_steps: int = 0
+    """Failed steps since its last new token."""
+    num_preemptions: int = 0
+
+    @property
+    def request_id(self) -> RequestId:
+        """The front's name for it."""
+        return self.generation_request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.generation_request.prompt_token_ids) + len(self.generated_token_ids)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Prompt and all the tokens that it may generate: what admission reserves."""
+        return len(self.generation_request.prompt_token_ids) + self.generation_request.sampling.max_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Known tokens that are not in the cache yet; at least 1 while it lives."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is left to compute."""
+        return self.num_remaining_tokens == 1
+
+    def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens at positions [start, stop). A decode step does not touch the prompt."""
+        prompt = self.generation_request.prompt_token_ids
+        generated = self.generated_token_ids
+        return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
+
+    def start(self, pipeline: PipelineId, sequence_id: SequenceId) -> None:
+        """WAITING -> RUNNING, with an empty cache."""
+        self._move({RequestState.WAITING}, RequestState.RUNNING)
+        self.pipeline, self.sequence_id = pipeline, sequence_id
+
+    def requeue(self, now_s: float) -> None:
+        """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and step were given back before."""
+        if self.step is not None or self.block_table:
+            raise ValueError(f"request {self.request_id} still holds a step or blocks")
+        self._move({RequestState.RUNNING}, RequestState.WAITING)
+        self.pipeline, self.sequence_id, self.num_computed_tokens = None, None, 0
+        self.queued_s = now_s
+
+    def take_token(self, sampled: SampledToken) -> GeneratedToken:
+        """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""
+        if self.state is not RequestState.RUNNING:
+            raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
+        self.generated_token_ids.append(sampled.token_id)
+        self.num_failed_steps = 0
+        sampling = self.generation_request.sampling
+        finish_reason = None
+        if sampled.token_id in sampling.stop_token_ids:
+            finish_reason = FinishReason.STOP
+        elif len(self.generated_token_ids) >= sampling.max_tokens:
+            finish_reason = FinishReason.LENGTH
+        if finish_reason is not None:
+            self.state = RequestState.FINISHED
+        return GeneratedToken(sampled.token_id, sampled.logprob, sampled.top, finish_reason)
+
+    def cancel(self) -> None:
+        """Its client is gone."""
+        self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.CANCELLED)
+
+    def fail(self) -> None:
+        """It cannot be finished."""
+        self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.FAILED)
+
+    def _move(self, allowed: set[RequestState], state: RequestState) -> None:
+        if self.state not in allowed:
+            raise ValueError(f"request {self.request_id} is {self.state} and cannot become {state}")
+        self.state = state

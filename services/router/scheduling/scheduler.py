@@ -1,0 +1,372 @@
+"""Which tokens run next, over all pipelines. A pure object: no socket, no clock, no thread; time is an argument.
+
+The owner adds and cancels requests, opens and closes pipelines, sends what `schedule` returns, and feeds the answers
+back through `complete` and `fail_step`. First come, first served; a preempted or recomputed request keeps its place and
+its tokens. Tokens come out of `complete` once each, in order, however often a request is recomputed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from common.errors import (
+    CapacityError,
+    DeadlineError,
+    ExecutionError,
+    InvalidRequestError,
+    MoemeshError,
+    NotReadyError,
+)
+from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
+from services.router.engine import GenerationRequest
+from services.router.scheduling.admission import Admission, CompletionRate, num_blocks_for
+from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
+from services.router.scheduling.pipeline_selection import PipelineLoad, PipelineSelection
+from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.scheduling.step_plan import RequestFailure, SampledToken, StepPlan, TokenOutput
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Since the start; each only grows."""
+
+    requests_admitted: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    requests_failed: int = 0
+    steps_planned: int = 0
+    tokens_planned: int = 0
+    tokens_generated: int = 0
+    tokens_recomputed: int = 0
+    """Cached tokens that were given up with a preemption, a failed step or a pipeline."""
+    preemptions: int = 0
+    failed_steps: int = 0
+    dropped_results: int = 0
+    """Answers of an unknown step, another generation or another attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSnapshot:
+    """One open pipeline, for metrics and the status page."""
+
+    pipeline: PipelineId
+    generation: Generation
+    load: PipelineLoad
+    num_free_blocks: int
+    num_steps_in_flight: int
+    num_tokens_in_flight: int
+    oldest_step_sent_s: float | None
+    """When the longest unanswered step was sent; None if none is in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSnapshot:
+    """For metrics and the status page. Lists are by pipeline id."""
+
+    num_waiting: int
+    num_running: int
+    reserved_tokens: int
+    pipelines: tuple[PipelineSnapshot, ...]
+    counters: SchedulerCounters
+
+
+class Scheduler:
+    """See the module. `draw_sequence_id` gives ids unique in the router's term; by default it counts from 1."""
+
+    def __init__(self, settings: SchedulerSettings, draw_sequence_id: Callable[[], SequenceId] | None = None) -> None:
+        self.settings = settings
+        self.counters = SchedulerCounters()
+        self._admission = Admission(
+            max_waiting=settings.max_waiting,
+            max_reserved_tokens=settings.max_reserved_tokens,
+            block_tokens=settings.block_tokens,
+        )
+        self._selection = PipelineSelection(settings.pipeline_policy)
+        self._completion_rate = CompletionRate()
+        self._requests: dict[RequestId, Request] = {}
+        self._waiting: list[Request] = []  # by arrival
+        self._pipelines: dict[PipelineId, PipelineSchedule] = {}
+        self._failures: list[RequestFailure] = []
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._num_sequences = 0
+        self._draw_sequence_id = draw_sequence_id or self._count_sequences
+
+    # Requests
+
+    def add(self, request: GenerationRequest, now_s: float) -> None:
+        """Queue a request. InvalidRequestError, ContextLengthError, OverloadedError: then nothing is kept of it."""
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use")
+        pools = [schedule.allocator.num_blocks for schedule in self._pipelines.values()]
+        self._admission.admit(
+            request,
+            num_waiting=len(self._waiting),
+            largest_pool_blocks=max(pools, default=None),
+            completions_per_s=self._completion_rate.per_s(now_s),
+        )
+        self._num_arrived += 1
+        admitted = Request(request, arrival=self._num_arrived, arrived_s=now_s, queued_s=now_s)
+        self._requests[request.request_id] = admitted
+        self._waiting.append(admitted)
+        self.counters.requests_admitted += 1
+
+    def cancel(self, request_id: RequestId) -> bool:
+        """Nobody wants it any longer. False, and no error, if it is not here: it may have ended on its own."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._withdraw(request)
+        request.cancel()
+        self._forget(request)
+        self.counters.requests_cancelled += 1
+        return True
+
+    # Pipelines
+
+    def open_pipeline(
+        self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int, now_s: float
+    ) -> None:
+        """All its slots are ready. An older generation of it is closed first; ValueError if that is no older."""
+        current = self._pipelines.get(pipeline)
+        if current is not None:
+            if current.generation >= generation:
+                raise ValueError(
+                    f"pipeline {pipeline} is open in generation {current.generation}, not before {generation}"
+                )
+            self.close_pipeline(pipeline, now_s)
+        self._pipelines[pipeline] = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self.settings)
+        self._selection.note_opening(pipeline, now_s)
+
+    def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
+        """It lost a slot. What ran there waits again, each at its old place; what is in flight there is dropped."""
+        schedule = self._pipelines.pop(pipeline, None)
+        if schedule is not None:
+            for request in schedule.abandon():
+                self._requeue(request, now_s)
+
+    # Steps
+
+    def schedule(self, now_s: float) -> list[StepPlan]:
+        """All micro-batches that may be sent now. Ask `take_failures` afterwards: deadlines are looked at here."""
+        self._expire(now_s)
+        self._admit_waiting(now_s)
+        plans: list[StepPlan] = []
+        for pipeline in sorted(self._pipelines):
+            while True:
+                plan, preempted = self._pipelines[pipeline].plan_step(StepId(self._num_steps + 1), now_s)
+                for request in preempted:
+                    request.num_preemptions += 1
+                    self.counters.preemptions += 1
+                    self._requeue(request, now_s)
+                if plan is None:
+                    break
+                self._num_steps += 1
+                self.counters.steps_planned += 1
+                self.counters.tokens_planned += plan.num_tokens
+                plans.append(plan)
+        return plans
+
+    def complete(
+        self,
+        step: StepId,
+        pipeline: PipelineId,
+        generation: Generation,
+        attempt: int,
+        sampled: Mapping[SequenceId, SampledToken],
+        now_s: float,
+    ) -> list[TokenOutput]:
+        """The last stage answered. Returns what to journal and deliver, by arrival. Stale answers are only counted.
+
+        A token that is missing from `sampled` counts as a failed step for its request alone.
+        """
+        in_flight = self._land(step, pipeline, generation, attempt, now_s)
+        if in_flight is None:
+            return []
+        outputs: list[TokenOutput] = []
+        for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
+            if request.state is not RequestState.RUNNING:
+                continue
+            if chunk.samples and chunk.sequence_id not in sampled:
+                error = ExecutionError(
+                    f"pipeline {pipeline} answered step {step} without a token for {request.request_id}"
+                )
+                self._failures.extend(self._retry(request, error, now_s))
+                continue
+            request.num_computed_tokens += len(chunk.token_ids)
+            if chunk.samples:
+                outputs.append(TokenOutput(request.request_id, request.take_token(sampled[chunk.sequence_id])))
+                self.counters.tokens_generated += 1
+                if outputs[-1].token.finish_reason is not None:
+                    self._withdraw(request)
+                    self._forget(request)
+                    self._completion_rate.note(now_s)
+                    self.counters.requests_finished += 1
+        return outputs
+
+    def fail_step(
+        self,
+        step: StepId,
+        pipeline: PipelineId,
+        generation: Generation,
+        attempt: int,
+        error: MoemeshError,
+        now_s: float,
+    ) -> list[RequestFailure]:
+        """A stage could not do it. Its requests are recomputed; returns those that have failed too often for that."""
+        in_flight = self._land(step, pipeline, generation, attempt, now_s)
+        if in_flight is None:
+            return []
+        self.counters.failed_steps += 1
+        failures: list[RequestFailure] = []
+        for request in in_flight.requests:
+            if request.state is RequestState.RUNNING:
+                failures.extend(self._retry(request, error, now_s))
+        return failures
+
+    def take_failures(self) -> list[RequestFailure]:
+        """Requests that failed outside `fail_step` since the last call: their time was up, or a token was missing."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    # Being observed
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+        return not self._requests and not any(schedule.in_flight for schedule in self._pipelines.values())
+
+    def snapshot(self) -> SchedulerSnapshot:
+        """A copy of what metrics and the status page show."""
+        return SchedulerSnapshot(
+            num_waiting=len(self._waiting),
+            num_running=sum(len(schedule.running) for schedule in self._pipelines.values()),
+            reserved_tokens=self._admission.reserved_tokens,
+            pipelines=tuple(_snapshot_of(self._pipelines[pipeline]) for pipeline in sorted(self._pipelines)),
+            counters=replace(self.counters),
+        )
+
+    def check_invariants(self) -> None:
+        """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
+        placed = list(self._waiting)
+        for schedule in self._pipelines.values():
+            schedule.check_invariants()
+            placed += schedule.running
+        assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
+        assert {id(request) for request in placed} == set(map(id, self._requests.values())), "a request is lost"
+        for request in self._waiting:
+            assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
+            assert not request.block_table, f"{request.request_id} waits and holds blocks"
+            assert request.step is None, f"{request.request_id} waits and is in flight"
+        arrivals = [request.arrival for request in self._waiting]
+        assert arrivals == sorted(arrivals), "the line is out of order"
+        reserved = sum(request.max_num_tokens for request in placed)
+        assert self._admission.reserved_tokens == reserved, "reserved tokens do not add up"
+
+    # Inside
+
+    def _admit_waiting(self, now_s: float) -> None:
+        """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
+        could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
+        kept_free: set[PipelineId] = set()
+        for request in list(self._waiting):
+            fitting = [pipeline for pipeline in self._pipelines if self._pipelines[pipeline].can_ever_hold(request)]
+            open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
+            loads = [self._pipelines[p].load() for p in open_to_it if self._pipelines[p].has_room(request)]
+            choice = self._selection.choose(loads)
+            if choice is None:
+                kept_free.update(fitting)
+                if len(kept_free) == len(self._pipelines):
+                    break
+            else:
+                self._waiting.remove(request)
+                self._pipelines[choice].admit(request, self._draw_sequence_id())
+
+    def _expire(self, now_s: float) -> None:
+        """Every wait has an end."""
+        settings = self.settings
+        late = [
+            request
+            for request in self._requests.values()
+            if now_s - request.arrived_s > settings.max_request_s
+            or (request.state is RequestState.WAITING and now_s - request.queued_s > settings.max_queue_s)
+        ]
+        for request in late:
+            self._failures.append(self._fail(request, self._lateness(request, now_s)))
+
+    def _lateness(self, request: Request, now_s: float) -> MoemeshError:
+        """Why it took too long, as well as this object can tell."""
+        waited = f"the request took {now_s - request.arrived_s:.0f} s"
+        if not self._pipelines:
+            return NotReadyError(f"{waited} and no pipeline is open")
+        if not any(schedule.can_ever_hold(request) for schedule in self._pipelines.values()):
+            num_blocks = num_blocks_for(request.max_num_tokens, self.settings.block_tokens)
+            largest = max(schedule.allocator.num_blocks for schedule in self._pipelines.values())
+            return CapacityError(f"{waited}; it needs {num_blocks} cache blocks, the largest pipeline has {largest}")
+        return DeadlineError(f"{waited}, {len(request.generated_token_ids)} tokens were generated")
+
+    def _land(
+        self, step: StepId, pipeline: PipelineId, generation: Generation, attempt: int, now_s: float
+    ) -> StepInFlight | None:
+        schedule = self._pipelines.get(pipeline)
+        in_flight = schedule.in_flight.get(step) if schedule is not None else None
+        if (
+            schedule is None
+            or in_flight is None
+            or (schedule.generation, in_flight.plan.attempt) != (generation, attempt)
+        ):
+            self.counters.dropped_results += 1
+            return None
+        return schedule.land(step, now_s)
+
+    def _retry(self, request: Request, error: MoemeshError, now_s: float) -> list[RequestFailure]:
+        """Recompute the request, or fail it once it has had its share."""
+        request.num_failed_steps += 1
+        if request.num_failed_steps > self.settings.max_failed_steps:
+            return [self._fail(request, error)]
+        self._withdraw(request)
+        self._requeue(request, now_s)
+        return []
+
+    def _fail(self, request: Request, error: MoemeshError) -> RequestFailure:
+        self._withdraw(request)
+        request.fail()
+        self._forget(request)
+        self.counters.requests_failed += 1
+        return RequestFailure(request.request_id, error)
+
+    def _requeue(self, request: Request, now_s: float) -> None:
+        """Back in line by arrival. The owner of its blocks has taken them back."""
+        self.counters.tokens_recomputed += request.num_computed_tokens
+        request.requeue(now_s)
+        insort(self._waiting, request, key=lambda other: other.arrival)
+
+    def _withdraw(self, request: Request) -> None:
+        """Out of the line or off its pipeline."""
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        elif request.pipeline is not None:
+            self._pipelines[request.pipeline].withdraw(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._admission.release(request.generation_request)
+
+    def _count_sequences(self) -> SequenceId:
+        self._num_sequences += 1
+        return SequenceId(self._num_sequences)
+
+
+def _snapshot_of(schedule: PipelineSchedule) -> PipelineSnapshot:
+    return PipelineSnapshot(
+        pipeline=schedule.pipeline,
+        generation=schedule.generation,
+        load=schedule.load(),
+        num_free_blocks=schedule.allocator.num_free,
+        num_steps_in_flight=len(schedule.in_flight),
+        num_tokens_in_flight=sum(in_flight.plan.num_tokens for in_flight in schedule.in_flight.values()),
+        oldest_step_sent_s=min((in_flight.sent_s for in_flight in schedule.in_flight.values()), default=None),
+    )

@@ -1,0 +1,81 @@
+"""What the scheduler decides and what comes of it: plain values between it and the mesh thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.errors import MoemeshError
+from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
+from services.router.engine import GeneratedToken
+from services.router.scheduling.sampling_parameters import SamplingParameters
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The tokens of one sequence in one step: a decode token or a chunk of its prefill."""
+
+    sequence_id: SequenceId
+    token_ids: tuple[int, ...]
+    """At least one; they stand at positions [start_position, start_position + len(token_ids))."""
+    start_position: int
+    block_offset: int
+    """Blocks of this sequence that the stages know already; 0 in its first chunk."""
+    new_block_ids: tuple[int, ...]
+    """Blocks `block_offset` and on; together they cover all positions up to the chunk's end."""
+    samples: bool
+    """Whether the last stage samples a token after the last one of the chunk (else it only fills the cache)."""
+    sampling: SamplingParameters
+    choice: int
+    num_generated: int
+    """Tokens that the request has generated before this step, over all its recomputations."""
+
+    @property
+    def sampling_position(self) -> int:
+        """Position of the token that is sampled; part of the sampling key."""
+        return self.start_position + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One micro-batch. Every step is answered once by the last stage, also where nothing is sampled."""
+
+    step: StepId
+    pipeline: PipelineId
+    generation: Generation
+    attempt: int
+    chunks: tuple[ScheduledChunk, ...]
+    """By arrival; empty only where the step does nothing but release."""
+    released: tuple[SequenceId, ...]
+    """Sequences whose state the stages can drop; each is told once, and is in no chunk of this or a later step."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the stages compute."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the last stage drew for one sequence."""
+
+    token_id: int
+    logprob: float | None
+    """Natural log of the model's own probability; None if not asked for."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), best first; empty if not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One token to journal and deliver; with a finish reason it is the request's last."""
+
+    request_id: RequestId
+    token: GeneratedToken
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """A request that ends here without its last token."""
+
+    request_id: RequestId
+    error: MoemeshError
