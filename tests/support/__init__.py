@@ -1,0 +1,1 @@
+"""What several tests build on: checkpoints, a reference, builders."""
