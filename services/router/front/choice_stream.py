@@ -1,0 +1,102 @@
+"""One choice: tokens of the mesh in, what a client sees out. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.front.stop_strings import StopStringMatcher
+from services.router.front.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A sampled token as log-probabilities show it."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    text_offset: int
+    """Characters of this choice's text before the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """News of one choice: text, or its end, or both. Text that is held back comes with a later event."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    """Tokens since the last event, whether they show in `text` or not."""
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChoice:
+    """A choice before it is asked of the mesh."""
+
+    index: int
+    """In the reply: prompt by prompt, choice by choice."""
+    request: GenerationRequest
+    stop_strings: tuple[str, ...]
+    echoed_text: str
+    """The prompt, if the client wants it in front; else ""."""
+
+
+class ChoiceStream:
+    """Detokenizer, stop strings and log-probabilities of one choice."""
+
+    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
+        self._index = planned.index
+        self._ending_ids = planned.request.sampling.stop_token_ids
+        self._detokenizer = tokenizer.create_detokenizer()
+        self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
+        self._pending_text = planned.echoed_text
+        self._pending_token_ids: list[int] = []
+        self._pending_logprobs: list[TokenLogprob] = []
+        self._num_characters = 0
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token: GeneratedToken) -> ChoiceEvent | None:
+        """The event that this token makes, if it makes one. Not after a finish reason."""
+        assert self.finish_reason is None
+        self.num_tokens += 1
+        self._pending_token_ids.append(token.token_id)
+        if token.logprob is not None:
+            self._pending_logprobs.append(
+                TokenLogprob(token.token_id, token.logprob, token.top_logprobs, self._num_characters)
+            )
+        self._pending_text += self._text_of(token)
+        if self.finish_reason is None and not self._pending_text:
+            return None
+        event = ChoiceEvent(
+            self._index,
+            self._pending_text,
+            tuple(self._pending_token_ids),
+            tuple(self._pending_logprobs),
+            self.finish_reason,
+        )
+        self._pending_text = ""
+        self._pending_token_ids.clear()
+        self._pending_logprobs.clear()
+        return event
+
+    def _text_of(self, token: GeneratedToken) -> str:
+        """What may be shown now; sets the finish reason."""
+        is_ending = token.finish_reason is FinishReason.STOP and token.token_id in self._ending_ids
+        text = "" if is_ending else self._detokenizer.push(token.token_id)
+        if token.finish_reason is not None:
+            text += self._detokenizer.flush()
+        self._num_characters += len(text)
+        matcher = self._stop_matcher
+        if matcher is not None:
+            text = matcher.push(text)
+            if matcher.stopped:
+                self.finish_reason = FinishReason.STOP
+                return text
+            if token.finish_reason is not None:
+                text += matcher.flush()
+        self.finish_reason = token.finish_reason
+        return text

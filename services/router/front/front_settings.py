@@ -1,0 +1,25 @@
+"""What an operator may set about the HTTP front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSettings:
+    """Bounds and names of the front. Everything has a value that suits one machine."""
+
+    served_name: str
+    """The `model` that clients ask for."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """A longer request body is refused with 413 while it is being read."""
+    keep_alive_interval_s: float = 5.0
+    """An SSE comment goes out after this long without a token, so that proxies do not cut the line."""
+    max_choices: int = 16
+    """Largest `n`."""
+    max_sequences: int = 128
+    """Largest number of prompts times `n` in one request."""
+    thread_above_characters: int = 4096
+    """Prompts and bodies longer than this are parsed and tokenized in a thread, off the event loop."""
+    system_fingerprint: str | None = None
+    """Goes into replies as it is: what decides the bits of a result."""

@@ -1,0 +1,38 @@
+"""What the front counts and times. Names carry their unit."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class FrontMetrics:
+    """Made once on the registry of the process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "moemesh_http_requests_total", "HTTP requests by route and status", ["route", "status"], registry=registry
+        )
+        self.requests_in_flight = Gauge(
+            "moemesh_http_requests_in_flight", "HTTP requests that have no complete answer yet", registry=registry
+        )
+        self.time_to_first_token_s = Histogram(
+            "moemesh_time_to_first_token_seconds",
+            "From the complete request to the first token of any of its choices",
+            buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token_s = Histogram(
+            "moemesh_inter_token_seconds",
+            "From one token of a choice to the next",
+            buckets=_INTER_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("moemesh_prompt_tokens_total", "Tokens of accepted prompts", registry=registry)
+        self.completion_tokens = Counter("moemesh_completion_tokens_total", "Tokens generated", registry=registry)
+        self.cancelled = Counter(
+            "moemesh_http_requests_cancelled_total", "Requests whose client went away", registry=registry
+        )

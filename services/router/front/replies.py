@@ -1,0 +1,283 @@
+"""What goes back to clients, in OpenAI's shapes: whole replies, stream chunks, errors.
+
+A streamed token costs one small string join: everything around it is encoded once a request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from common.errors import MoemeshError, RequestError
+from services.router.engine import FinishReason
+from services.router.front.choice_stream import ChoiceEvent, TokenLogprob
+from services.router.front.request_planning import Plan
+from services.router.front.vocabulary import Vocabulary
+
+JsonObject = dict[str, Any]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_LOWEST_LOGPROB = -9999.0
+"""JSON has no infinity; vLLM's value."""
+
+DONE_EVENT = b"data: [DONE]\n\n"
+KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHead:
+    """What all chunks of one reply share."""
+
+    reply_id: str
+    created_s: int
+    model: str
+    system_fingerprint: str | None
+
+
+def encode_json(value: object) -> bytes:
+    """Compact UTF-8."""
+    return _ENCODER.encode(value).encode()
+
+
+def error_body(error: Exception) -> JsonObject:
+    """OpenAI's error object. What is no MoemeshError is a defect here, and its text is not for clients."""
+    if not isinstance(error, MoemeshError):
+        fields = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
+        return {"error": fields}
+    parameter = error.parameter if isinstance(error, RequestError) else None
+    return {"error": {"message": error.message, "type": error.openai_type, "param": parameter, "code": error.code}}
+
+
+def error_event(error: Exception) -> bytes:
+    """An error in mid-stream."""
+    return b"data: " + encode_json(error_body(error)) + b"\n\n"
+
+
+def usage_of(plan: Plan, num_completion_tokens: int) -> JsonObject:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": plan.num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": plan.num_prompt_tokens + num_completion_tokens,
+    }
+
+
+class ReplyForm(Protocol):
+    """Completions and chats differ by this."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def whole_choice(self, event: ChoiceEvent) -> JsonObject:
+        """The choice of a reply that is not streamed; `event` holds all of it."""
+        ...
+
+    def opening_choices(self, num_choices: int) -> list[JsonObject]:
+        """Chunks before the first token."""
+        ...
+
+    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
+        """Chunks of an event."""
+        ...
+
+    def text_affixes(self, index: int) -> tuple[str, str]:
+        """JSON before and after the text, in the choice of a chunk that holds text and nothing else."""
+        ...
+
+
+class CompletionForm:
+    """/v1/completions."""
+
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, vocabulary: Vocabulary, with_logprobs: bool) -> None:
+        self._vocabulary = vocabulary
+        self._with_logprobs = with_logprobs
+
+    def whole_choice(self, event: ChoiceEvent) -> JsonObject:
+        return {
+            "index": event.index,
+            "text": event.text,
+            "logprobs": self._logprobs(event.logprobs) if self._with_logprobs else None,
+            "finish_reason": event.finish_reason,
+        }
+
+    def opening_choices(self, num_choices: int) -> list[JsonObject]:
+        return []
+
+    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
+        return [self.whole_choice(event)]
+
+    def text_affixes(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}'
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> JsonObject:
+        text = self._vocabulary.token_text
+        top: list[dict[str, float]] = []
+        for token in logprobs:
+            values: dict[str, float] = {}
+            for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
+                # Two ids may read alike (parts of characters do): the likelier one stays.
+                values.setdefault(text(token_id), _finite(logprob))
+            top.append(values)
+        return {
+            "tokens": [text(token.token_id) for token in logprobs],
+            "token_logprobs": [_finite(token.logprob) for token in logprobs],
+            "top_logprobs": top,
+            "text_offset": [token.text_offset for token in logprobs],
+        }
+
+
+class ChatForm:
+    """/v1/chat/completions."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, vocabulary: Vocabulary, with_logprobs: bool) -> None:
+        self._vocabulary = vocabulary
+        self._with_logprobs = with_logprobs
+
+    def whole_choice(self, event: ChoiceEvent) -> JsonObject:
+        return {
+            "index": event.index,
+            "message": {"role": "assistant", "content": event.text, "refusal": None},
+            "logprobs": self._logprobs(event.logprobs) if self._with_logprobs else None,
+            "finish_reason": event.finish_reason,
+        }
+
+    def opening_choices(self, num_choices: int) -> list[JsonObject]:
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(index, delta, (), None) for index in range(num_choices)]
+
+    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
+        chunks: list[JsonObject] = []
+        if event.text or event.logprobs:
+            chunks.append(self._chunk(event.index, {"content": event.text}, event.logprobs, None))
+        if event.finish_reason is not None:
+            chunks.append(self._chunk(event.index, {}, (), event.finish_reason))
+        return chunks
+
+    def text_affixes(self, index: int) -> tuple[str, str]:
+        return f'{{"index":{index},"delta":{{"content":', '},"logprobs":null,"finish_reason":null}'
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Mapping[str, str],
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: FinishReason | None,
+    ) -> JsonObject:
+        shown = self._logprobs(logprobs) if logprobs else None
+        return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> JsonObject:
+        content = [
+            {
+                **self._entry(token.token_id, token.logprob),
+                "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in token.top_logprobs],
+            }
+            for token in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> JsonObject:
+        value = self._vocabulary.token_bytes(token_id)
+        return {"token": value.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(value)}
+
+
+class ChunkEncoder:
+    """Events of one stream to SSE bytes."""
+
+    def __init__(self, head: ReplyHead, form: ReplyForm, plan: Plan, with_usage: bool, with_token_ids: bool) -> None:
+        self._form = form
+        self._plan = plan
+        self._with_token_ids = with_token_ids
+        self._with_usage = with_usage
+        fields = _ENCODER.encode(
+            {
+                "id": head.reply_id,
+                "object": form.chunk_object,
+                "created": head.created_s,
+                "model": head.model,
+                "system_fingerprint": head.system_fingerprint,
+            }
+        )
+        self._prefix = f'data: {fields[:-1]},"choices":['
+        # With `include_usage`, OpenAI puts a null into every chunk but the last.
+        self._suffix = '],"usage":null}\n\n' if with_usage else "]}\n\n"
+        self._affixes: dict[int, tuple[str, str]] = {}
+        self._prompt_shown: set[int] = set()
+
+    def opening(self) -> bytes:
+        """Before the first token."""
+        return b"".join(self._chunk(choice) for choice in self._form.opening_choices(len(self._plan.choices)))
+
+    def event(self, event: ChoiceEvent) -> bytes:
+        """The chunks of one event."""
+        if event.finish_reason is None and not event.logprobs and not self._with_token_ids:
+            affixes = self._affixes.get(event.index)
+            if affixes is None:
+                before, after = self._form.text_affixes(event.index)
+                affixes = self._affixes[event.index] = (self._prefix + before, after + self._suffix)
+            return (affixes[0] + _ENCODER.encode(event.text) + affixes[1]).encode()
+        choices = self._form.chunk_choices(event)
+        if self._with_token_ids:
+            self._add_token_ids(choices[0], event)
+        return b"".join(self._chunk(choice) for choice in choices)
+
+    def usage(self, num_completion_tokens: int) -> bytes:
+        """The last chunk, if the client asked for it; else b""."""
+        if not self._with_usage:
+            return b""
+        usage = _ENCODER.encode(usage_of(self._plan, num_completion_tokens))
+        return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
+
+    def _chunk(self, choice: JsonObject) -> bytes:
+        return (self._prefix + _ENCODER.encode(choice) + self._suffix).encode()
+
+    def _add_token_ids(self, choice: JsonObject, event: ChoiceEvent) -> None:
+        choice["token_ids"] = event.token_ids
+        if event.index not in self._prompt_shown:
+            self._prompt_shown.add(event.index)
+            choice["prompt_token_ids"] = self._plan.choices[event.index].request.prompt_token_ids
+
+
+def whole_reply(
+    head: ReplyHead, form: ReplyForm, plan: Plan, events: Sequence[ChoiceEvent], with_token_ids: bool
+) -> JsonObject:
+    """The reply that is not streamed. `events`: one a choice, by index, each with all of its choice."""
+    choices = [form.whole_choice(event) for event in events]
+    if with_token_ids:
+        for choice, event in zip(choices, events, strict=True):
+            choice["token_ids"] = event.token_ids
+            choice["prompt_token_ids"] = plan.choices[event.index].request.prompt_token_ids
+    return {
+        "id": head.reply_id,
+        "object": form.whole_object,
+        "created": head.created_s,
+        "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
+        "choices": choices,
+        "usage": usage_of(plan, sum(len(event.token_ids) for event in events)),
+    }
+
+
+def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
+    """All events of one choice as one."""
+    return ChoiceEvent(
+        events[0].index,
+        "".join(event.text for event in events),
+        tuple(token_id for event in events for token_id in event.token_ids),
+        tuple(token for event in events for token in event.logprobs),
+        events[-1].finish_reason,
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST_LOGPROB)

@@ -1,0 +1,161 @@
+"""A checked request becomes choices: tokenized, bounded by the context, every default filled in."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
+from common.ids import RequestId
+from services.router.engine import GenerationRequest
+from services.router.front.choice_stream import PlannedChoice
+from services.router.front.front_settings import FrontSettings
+from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, GenerationFields
+from services.router.front.tokenizer import TextTokenizer
+from services.router.scheduling.sampling_parameters import SamplingParameters
+
+DEFAULT_COMPLETION_TOKENS = 16
+_SEED_MASK = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one HTTP request asks of the mesh."""
+
+    choices: tuple[PlannedChoice, ...]
+    """Prompt by prompt, and in each prompt `n` choices."""
+    prompts_token_ids: tuple[tuple[int, ...], ...]
+    choices_per_prompt: int
+    num_top_logprobs: int | None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, whatever `n` is."""
+        return sum(len(token_ids) for token_ids in self.prompts_token_ids)
+
+
+def draw_seed() -> int:
+    """For a request that gives none."""
+    return secrets.randbits(63)
+
+
+class RequestPlanner:
+    """Knows the tokenizer and the bounds; keeps nothing between requests."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        settings: FrontSettings,
+        max_context_tokens: Callable[[], int],
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._max_context_tokens = max_context_tokens
+        self._draw_seed = draw_seed
+
+    async def plan_completion(self, request: CompletionRequest, reply_id: str) -> Plan:
+        """Raises RequestError leaves."""
+        self._check(request, len(request.prompts))
+        prompts = [await self._encode_prompt(prompt, request) for prompt in request.prompts]
+        max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        for prompt in prompts:
+            self._check_prompt(prompt, "prompt", max_tokens)
+        echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
+        return self._plan(request, reply_id, prompts, echoed, [max_tokens] * len(prompts), request.num_top_logprobs)
+
+    async def plan_chat(self, request: ChatCompletionRequest, reply_id: str) -> Plan:
+        """Raises RequestError leaves."""
+        self._check(request, 1)
+        messages = [message.model_dump() for message in request.messages]
+        arguments = request.chat_template_kwargs or {}
+        num_characters = sum(len(str(message["content"])) for message in messages)
+        if num_characters > self._settings.thread_above_characters:
+            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, arguments)
+        else:
+            prompt = self._tokenizer.encode_chat(messages, arguments)
+        max_tokens = request.max_completion_tokens or request.max_tokens
+        self._check_prompt(prompt, "messages", max_tokens or 1)
+        if max_tokens is None:
+            max_tokens = self._max_context_tokens() - len(prompt)
+        return self._plan(request, reply_id, [prompt], [""], [max_tokens], request.num_top_logprobs)
+
+    def _check(self, request: GenerationFields, num_prompts: int) -> None:
+        if request.model != self._settings.served_name:
+            raise UnknownModelError(
+                f"the model `{request.model}` is not served here; `{self._settings.served_name}` is", "model"
+            )
+        if request.num_choices > self._settings.max_choices:
+            raise InvalidRequestError(f"`n`: must be at most {self._settings.max_choices}", "n")
+        if num_prompts == 0:
+            raise InvalidRequestError("`prompt`: must hold at least one prompt", "prompt")
+        if num_prompts * request.num_choices > self._settings.max_sequences:
+            raise InvalidRequestError(
+                f"`prompt`: prompts times `n` must be at most {self._settings.max_sequences}", "prompt"
+            )
+
+    async def _encode_prompt(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        add_special_tokens = request.add_special_tokens is not False
+        if len(prompt) > self._settings.thread_above_characters:
+            return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
+        return self._tokenizer.encode(prompt, add_special_tokens)
+
+    def _check_prompt(self, token_ids: Sequence[int], parameter: str, max_tokens: int) -> None:
+        if not token_ids:
+            raise InvalidRequestError(f"`{parameter}`: makes no token; it must make at least one", parameter)
+        context = self._max_context_tokens()
+        if len(token_ids) + max_tokens > context:
+            raise ContextLengthError(
+                f"this model's context holds {context} tokens; the prompt has {len(token_ids)} and {max_tokens} were "
+                "asked for",
+                parameter,
+            )
+        vocabulary_size = self._tokenizer.defaults.vocabulary_size
+        if vocabulary_size is not None and max(token_ids) >= vocabulary_size:
+            raise InvalidRequestError(
+                f"`{parameter}`: token id {max(token_ids)} is outside the model's vocabulary of {vocabulary_size}",
+                parameter,
+            )
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _plan(
+        self,
+        request: GenerationFields,
+        reply_id: str,
+        prompts: Sequence[Sequence[int]],
+        echoed: Sequence[str],
+        max_tokens: Sequence[int],
+        num_top_logprobs: int | None,
+    ) -> Plan:
+        # One seed for all: choices differ by their number, and a prompt's result not by the prompts around it.
+        seed = (self._draw_seed() if request.seed is None else request.seed) & _SEED_MASK
+        prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
+        choices: list[PlannedChoice] = []
+        for token_ids, echoed_text, limit in zip(prompts_token_ids, echoed, max_tokens, strict=True):
+            sampling = self._sampling(request, seed, limit, num_top_logprobs)
+            for choice in range(request.num_choices):
+                index = len(choices)
+                generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
+                choices.append(PlannedChoice(index, generation, request.stop_strings, echoed_text))
+        return Plan(tuple(choices), prompts_token_ids, request.num_choices, num_top_logprobs)
+
+    def _sampling(
+        self, request: GenerationFields, seed: int, max_tokens: int, num_top_logprobs: int | None
+    ) -> SamplingParameters:
+        defaults = self._tokenizer.defaults
+        ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+        return SamplingParameters(
+            max_tokens=max_tokens,
+            temperature=defaults.temperature if request.temperature is None else request.temperature,
+            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            top_k=defaults.top_k if request.top_k is None else max(0, request.top_k),
+            seed=seed,
+            num_top_logprobs=num_top_logprobs,
+            stop_token_ids=ending_ids | frozenset(request.stop_token_ids or ()),
+        )

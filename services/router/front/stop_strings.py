@@ -1,0 +1,75 @@
+"""Finds stop strings in text that comes in pieces, and never lets a part of one out.
+
+One Knuth-Morris-Pratt automaton a stop string: linear in the text, whatever the pieces, and the automaton's state is
+the longest suffix of the text so far that may still become the stop string, so it is also what must be held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class _Automaton:
+    """Walks one stop string along the text."""
+
+    __slots__ = ("_fallback", "_stop", "matched")
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self.matched = 0
+        """Length of the longest suffix of the text so far that is a prefix of the stop string."""
+        self._fallback = [0] * len(stop)
+        length = 0
+        for position in range(1, len(stop)):
+            while length and stop[position] != stop[length]:
+                length = self._fallback[length - 1]
+            if stop[position] == stop[length]:
+                length += 1
+            self._fallback[position] = length
+
+    def step(self, character: str) -> bool:
+        """True if `character` completes the stop string."""
+        matched = self.matched
+        while matched and self._stop[matched] != character:
+            matched = self._fallback[matched - 1]
+        if self._stop[matched] == character:
+            matched += 1
+        self.matched = matched
+        return matched == len(self._stop)
+
+
+class StopStringMatcher:
+    """Text in, text that is safe to show out. Where several stop strings end, the one that ends first counts.
+
+    First end, not first start: only so is the result the same however the text was cut into pieces.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        """`stop_strings`: not empty, and none of them empty."""
+        self._automata = [_Automaton(stop) for stop in stop_strings]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What may be shown after `text` came; sets `stopped` if a stop string is complete. Not after `stopped`."""
+        assert not self.stopped
+        for position, character in enumerate(text):
+            longest = 0
+            for automaton in self._automata:
+                if automaton.step(character) and automaton.matched > longest:
+                    longest = automaton.matched
+            if longest:
+                self.stopped = True
+                visible = (self._held + text[: position + 1])[:-longest]
+                self._held = ""
+                return visible
+        self._held += text
+        num_held = max(automaton.matched for automaton in self._automata)
+        visible = self._held[: len(self._held) - num_held]
+        self._held = self._held[len(visible) :]
+        return visible
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held

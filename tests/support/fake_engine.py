@@ -1,0 +1,89 @@
+"""An engine without a mesh: it makes the tokens that a test wrote down, and remembers what was asked and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """In a script: nothing comes until the test opens `FakeEngine.gate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """In a script: the engine raises."""
+
+    error: Exception
+
+
+Step = int | Pause | Fault
+
+
+@dataclass
+class FakeEngine:
+    """Every choice gets the tokens of `script`, cut at `max_tokens`.
+
+    `script_by_choice` counts before `script`. Token ids of the request's `stop_token_ids` end a choice.
+    """
+
+    script: Sequence[Step] = ()
+    script_by_choice: Mapping[int, Sequence[Step]] = field(default_factory=dict)
+    context_tokens: int = 4096
+    state: Readiness = field(default_factory=lambda: Readiness(True, "ready"))
+    logprob: float = -0.5
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """Offered as top log-probabilities, cut at the number asked for."""
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    asked: list[GenerationRequest] = field(default_factory=list)
+    cancelled: list[GenerationRequest] = field(default_factory=list)
+    """Closed or cancelled before their end."""
+    cancellation: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at the first one."""
+
+    @property
+    def max_context_tokens(self) -> int:
+        return self.context_tokens
+
+    def readiness(self) -> Readiness:
+        return self.state
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        self.asked.append(request)
+        complete = False
+        try:
+            num_tokens = 0
+            for step in self.script_by_choice.get(request.choice, self.script):
+                if isinstance(step, Pause):
+                    await self.gate.wait()
+                    continue
+                if isinstance(step, Fault):
+                    complete = True
+                    raise step.error
+                num_tokens += 1
+                token = self._token(request, step, num_tokens)
+                complete = token.finish_reason is not None
+                yield token
+                if complete:
+                    return
+                await asyncio.sleep(0)
+        finally:
+            if not complete:
+                self.cancelled.append(request)
+                self.cancellation.set()
+
+    def _token(self, request: GenerationRequest, token_id: int, num_tokens: int) -> GeneratedToken:
+        sampling = request.sampling
+        finish_reason = None
+        if token_id in sampling.stop_token_ids:
+            finish_reason = FinishReason.STOP
+        elif num_tokens == sampling.max_tokens:
+            finish_reason = FinishReason.LENGTH
+        if sampling.num_top_logprobs is None:
+            return GeneratedToken(token_id, None, (), finish_reason)
+        top = self.alternatives[: sampling.num_top_logprobs]
+        return GeneratedToken(token_id, self.logprob, top, finish_reason)
