@@ -1,0 +1,207 @@
+"""Which nodes live: alive -> suspect -> dead, from heartbeats, lifelines and progress. Pure; time is an argument.
+
+Three witnesses, because each sees another kind of death. A closed lifeline: the process is gone (or its host is cut off;
+ZeroMQ's own heartbeats, on its I/O thread, close the connection then). Silence on the control link: its loop is stuck.
+Heartbeats without progress while there is work: it computes nothing. Dead is final for an incarnation: what it says
+afterwards is counted and not believed, and it comes back as another incarnation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from common.errors import ConfigurationError
+from common.ids import Incarnation, NodeId
+
+
+class NodeState(StrEnum):
+    """What is believed of a node."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    """Gets no new work if there is another choice; nothing is taken from it."""
+    DEAD = "dead"
+
+
+class ChangeReason(StrEnum):
+    """What a change of state was concluded from."""
+
+    JOINED = "joined"
+    HEARD = "heard"
+    SILENT = "silent"
+    LIFELINE_CLOSED = "lifeline_closed"
+    NO_PROGRESS = "no_progress"
+    LEFT = "left"
+    REPLACED = "replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """One node's state changed. `before` is None for a node that has just joined."""
+
+    node_id: NodeId
+    incarnation: Incarnation
+    before: NodeState | None
+    after: NodeState
+    reason: ChangeReason
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipSettings:
+    """Times after which something is concluded. Checked when made: ConfigurationError."""
+
+    silent_suspect_s: float = 2.0
+    """Without a heartbeat."""
+    silent_dead_s: float = 10.0
+    """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
+    lifeline_grace_s: float = 0.05
+    """For a closed lifeline to open again; within it the node is suspect."""
+    progress_suspect_s: float = 15.0
+    """Busy without progress."""
+    progress_dead_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.silent_suspect_s <= self.silent_dead_s:
+            raise ConfigurationError("silent_suspect_s must be above 0 and not above silent_dead_s")
+        if not 0 < self.progress_suspect_s <= self.progress_dead_s:
+            raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
+        if self.lifeline_grace_s < 0:
+            raise ConfigurationError("lifeline_grace_s must not be negative")
+
+
+@dataclass(slots=True)
+class _Member:
+    incarnation: Incarnation
+    heard_s: float
+    progressed_s: float
+    progress: int = 0
+    is_busy: bool = False
+    closed_s: float | None = None
+    state: NodeState = NodeState.ALIVE
+
+
+class Membership:
+    """See the module. Every method that may change a state returns the changes; `tick` finds those that time brings."""
+
+    def __init__(self, settings: MembershipSettings) -> None:
+        self._settings = settings
+        self._members: dict[NodeId, _Member] = {}
+        self._dead: dict[NodeId, Incarnation] = {}
+        self.stale_observations = 0
+        """Said by or of an incarnation that is unknown, dead or replaced."""
+
+    def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays dead."""
+        if self._dead.get(node_id) == incarnation:
+            self.stale_observations += 1
+            return []
+        member = self._members.get(node_id)
+        if member is not None and member.incarnation == incarnation:
+            return self.heartbeat(node_id, incarnation, member.progress, member.is_busy, now_s)
+        changes = self._bury(node_id, ChangeReason.REPLACED)
+        self._members[node_id] = _Member(incarnation, heard_s=now_s, progressed_s=now_s)
+        return [*changes, MembershipChange(node_id, incarnation, None, NodeState.ALIVE, ChangeReason.JOINED)]
+
+    def heartbeat(
+        self, node_id: NodeId, incarnation: Incarnation, progress: int, is_busy: bool, now_s: float
+    ) -> list[MembershipChange]:
+        """It is there. `progress` counts pieces of work done (steps, calls, tensors loaded); `is_busy`: it has some to do."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.heard_s = now_s
+        if progress != member.progress or not is_busy or not member.is_busy:
+            member.progressed_s = now_s  # idle until now counts as progress: the work has only just come
+        member.progress, member.is_busy = progress, is_busy
+        return self._judge(node_id, member, now_s)
+
+    def lifeline_closed(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection broke. Heartbeats do not save it (they may have been under way); only a new connection does."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.closed_s = now_s if member.closed_s is None else member.closed_s
+        return self._judge(node_id, member, now_s)
+
+    def lifeline_opened(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection stands (again)."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.closed_s = None
+        return self._judge(node_id, member, now_s)
+
+    def leave(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
+        """It said goodbye, or the router sends it away."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.LEFT)
+
+    def tick(self, now_s: float) -> list[MembershipChange]:
+        """What time alone has changed, by node id."""
+        changes: list[MembershipChange] = []
+        for node_id in sorted(self._members):
+            changes += self._judge(node_id, self._members[node_id], now_s)
+        return changes
+
+    def next_tick_s(self) -> float | None:
+        """When `tick` may next find something, if nothing is heard until then; None without members."""
+        settings = self._settings
+        times_s: list[float] = []
+        for member in self._members.values():
+            is_alive = member.state is NodeState.ALIVE
+            times_s.append(member.heard_s + (settings.silent_suspect_s if is_alive else settings.silent_dead_s))
+            if member.is_busy:
+                wait_s = settings.progress_suspect_s if is_alive else settings.progress_dead_s
+                times_s.append(member.progressed_s + wait_s)
+            if member.closed_s is not None:
+                times_s.append(member.closed_s + settings.lifeline_grace_s)
+        return min(times_s, default=None)
+
+    def state_of(self, node_id: NodeId) -> NodeState:
+        """DEAD for a node that is not known."""
+        member = self._members.get(node_id)
+        return NodeState.DEAD if member is None else member.state
+
+    def living(self) -> dict[NodeId, NodeState]:
+        """Nodes that are alive or suspect, by id."""
+        return {node_id: self._members[node_id].state for node_id in sorted(self._members)}
+
+    def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
+        member = self._members.get(node_id)
+        if member is None or member.incarnation != incarnation:
+            self.stale_observations += 1
+            return None
+        return member
+
+    def _bury(self, node_id: NodeId, reason: ChangeReason) -> list[MembershipChange]:
+        member = self._members.pop(node_id, None)
+        if member is None:
+            return []
+        self._dead[node_id] = member.incarnation
+        return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]
+
+    def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:
+        """The state that the observations allow now; worst witness first."""
+        settings = self._settings
+        silent_s = now_s - member.heard_s
+        stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
+        if member.closed_s is not None and now_s - member.closed_s >= settings.lifeline_grace_s:
+            return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
+        if silent_s >= settings.silent_dead_s:
+            return self._bury(node_id, ChangeReason.SILENT)
+        if stuck_s >= settings.progress_dead_s:
+            return self._bury(node_id, ChangeReason.NO_PROGRESS)
+        if member.closed_s is not None:
+            after, reason = NodeState.SUSPECT, ChangeReason.LIFELINE_CLOSED
+        elif silent_s >= settings.silent_suspect_s:
+            after, reason = NodeState.SUSPECT, ChangeReason.SILENT
+        elif stuck_s >= settings.progress_suspect_s:
+            after, reason = NodeState.SUSPECT, ChangeReason.NO_PROGRESS
+        else:
+            after, reason = NodeState.ALIVE, ChangeReason.HEARD
+        if after is member.state:
+            return []
+        before, member.state = member.state, after
+        return [MembershipChange(node_id, member.incarnation, before, after, reason)]
