@@ -1,0 +1,156 @@
+"""A node's side of the control link: say hello (again, whenever the router comes back), beat, leave.
+
+A node is anonymous until the router assigns it a role. The link is a DEALER whose identity is the node's id; the
+lifeline is a bound socket that nobody sends on: the router connects to it and sees it close when this process ends.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+from common.config import Settings
+from common.endpoints import ipc_folder, ipc_token
+from common.errors import ConfigurationError, MoemeshError, error_from_wire
+from common.ids import Incarnation, NodeId
+from common.messages import Failed, Header, Heartbeat, Hello, Leave, LeaveAcknowledged, Message, Welcome
+from common.topology import NodeDescription, NodeKind
+from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+
+HELLO_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAddresses:
+    """Where this process listens and where the router is."""
+
+    control: str
+    folder_token: str
+    bind_pattern: str
+    """With `{socket}` in place of the socket's name."""
+
+
+def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
+    """ipc when the control endpoint is ipc (one host, one folder), tcp on the node's own address otherwise."""
+    control = settings.control
+    if not control or control.startswith("ipc://"):
+        folder = ipc_folder(settings.state_dir)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return NodeAddresses(
+            control=control or f"ipc://{folder}/control",
+            folder_token=ipc_token(folder),
+            bind_pattern=f"ipc://{folder}/{node_id}-{{socket}}",
+        )
+    host = urlsplit(control).hostname
+    if not control.startswith("tcp://") or not host:
+        raise ConfigurationError(f"CONTROL={control}: must be ipc://PATH or tcp://HOST:PORT")
+    own_host = settings.advertise_host or ("127.0.0.1" if host in ("127.0.0.1", "localhost") else own_address())
+    return NodeAddresses(control=control, folder_token="", bind_pattern=f"tcp://{own_host}:*")
+
+
+def own_address() -> str:
+    """This host's address on the network that its name stands for (in a container: its address there)."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError as error:
+        raise ConfigurationError(f"ADVERTISE_HOST is not set and this host's name has no address: {error}") from None
+
+
+def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:
+    """A new incarnation, and the name that people see for it."""
+    incarnation = secrets.randbits(62) + 1
+    return NodeId(f"{kind.value}-{incarnation:016x}"), Incarnation(incarnation)
+
+
+class ControlLink:
+    """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
+
+    def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
+        self.description = description
+        self.router_term = 0
+        self.welcome: Welcome | None = None
+        self.socket: MessageSocket = transport.dealer(
+            "control", addresses.control, identity=description.node_id.encode()
+        )
+        self._connected = False
+        self._next_hello_s = 0.0
+        self._next_beat_s = 0.0
+        self.leave_acknowledged = False
+
+    @property
+    def registered(self) -> bool:
+        """Whether the router that is connected now has taken this node in."""
+        return self._connected and self.welcome is not None
+
+    def receive(self, now_s: float) -> list[tuple[Message, Header]]:
+        """What the router asks; hello, welcome and heartbeats are dealt with here.
+
+        Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries.
+        """
+        for event in self.socket.link_events():
+            self._connected = event is LinkEvent.CONNECTED
+            self.welcome = None
+            self._next_hello_s = 0.0
+        if self._connected and self.welcome is None and now_s >= self._next_hello_s:
+            self._next_hello_s = now_s + HELLO_INTERVAL_S
+            self.send(self._hello())
+        asked: list[tuple[Message, Header]] = []
+        while (received := self.socket.receive()) is not None:
+            message, header = received
+            if header.router_term < self.router_term:
+                continue  # a router that was replaced woke up; it is fenced
+            self.router_term = header.router_term
+            if isinstance(message, Welcome):
+                self.welcome = message
+            elif isinstance(message, Failed):
+                raise error_from_wire(message.code, message.message)
+            elif isinstance(message, LeaveAcknowledged):
+                self.leave_acknowledged = True
+            elif not isinstance(message, Heartbeat):
+                asked.append((message, header))
+        return asked
+
+    def send(self, message: Message, header: Header | None = None) -> bool:
+        """Send to the router; False while it is away (what matters is said again after the next hello)."""
+        try:
+            self.socket.send(message, replace(header or Header(), router_term=self.router_term))
+        except Full:
+            return False
+        return True
+
+    def fail(self, error: MoemeshError, header: Header | None = None) -> None:
+        """Tell the router that what it asked cannot be done."""
+        self.send(Failed(error.code, error.message), header)
+
+    def beat(self, now_s: float, load: Callable[[], Heartbeat]) -> None:
+        """Send a heartbeat when one is due."""
+        if self.welcome is not None and now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + self.welcome.heartbeat_interval_ms / 1000
+            self.send(load())
+
+    def leave(self, reason: str) -> None:
+        """Ask the router to let this node go; `leave_acknowledged` turns true when it may."""
+        self.send(Leave(reason))
+
+    def _hello(self) -> Hello:
+        own = self.description
+        return Hello(
+            node_id=own.node_id,
+            incarnation=own.incarnation,
+            node_kind=own.kind.value,
+            capacity_bytes=own.capacity_bytes,
+            host_label=own.host_label,
+            numeric_class=own.numeric_class,
+            fingerprint=own.fingerprint,
+            endpoints=own.endpoints,
+            lifeline=own.lifeline,
+            ipc_token=own.ipc_token,
+        )
+
+
+def bind_lifeline(transport: Transport, addresses: NodeAddresses) -> RoutingSocket:
+    """The socket whose closing tells the router that this process has ended."""
+    return transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])

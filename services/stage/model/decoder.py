@@ -1,0 +1,82 @@
+"""One stage's part of the decoder: embedding, layers, final norm and lm_head, as far as its layer range has them.
+
+A forward pass is a generator that yields at every expert call, so that one loop can drive many micro-batches.
+T tokens, D model width, K experts a token, S sampled rows, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
+from common.compute.linear import PackedLinear
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.attention import Attention
+from services.stage.model.gate import Gate
+from services.stage.model.norm import rms_norm
+from services.stage.model.rope import RotaryTable
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """What a layer asks of its experts. The answer is the weighted sum [T, D] in the model's dtype."""
+
+    layer: int
+    hidden: Tensor
+    """[T, D]."""
+    experts: Tensor
+    """int64 [T, K]."""
+    weights: Tensor
+    """float32 [T, K]."""
+
+
+ForwardPass = Generator[ExpertCall, Tensor, Tensor]
+"""Yields expert calls, is sent their answers, returns hidden states [T, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention and a feed-forward half: a gate (experts elsewhere) or a dense FFN."""
+
+    index: int
+    input_norm: Tensor
+    attention: Attention
+    post_attention_norm: Tensor
+    feed_forward: Gate | GatedExpert
+
+
+@dataclass(frozen=True, slots=True)
+class StageModel:
+    """Layers [start, stop) with what the ends of the pipeline have besides."""
+
+    layers: tuple[DecoderLayer, ...]
+    rotary: RotaryTable
+    rms_norm_eps: float
+    embedding: Tensor | None
+    """[V, D] on the first stage."""
+    final_norm: Tensor | None
+    lm_head: PackedLinear | None
+    """On the last stage."""
+
+    def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
+        """Hidden states of a micro-batch after this stage's layers."""
+        x = batch.hidden if self.embedding is None else self.embedding[batch.hidden]
+        rotary = self.rotary.rows(batch.positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = x + layer.attention(rms_norm(x, layer.input_norm, self.rms_norm_eps), batch, rotary, cache)
+            normed = rms_norm(x, layer.post_attention_norm, self.rms_norm_eps)
+            if isinstance(layer.feed_forward, Gate):
+                experts, weights = layer.feed_forward(normed)
+                x = x + (yield ExpertCall(layer.index, normed, experts, weights))
+            else:
+                x = x + grouped_gated_ffn(normed, (0, normed.shape[0]), (layer.feed_forward,))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, D] of the rows that sample -> [S, V]; on the last stage only."""
+        assert self.final_norm is not None and self.lm_head is not None
+        return self.lm_head(rms_norm(hidden, self.final_norm, self.rms_norm_eps))

@@ -1,0 +1,77 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864): a table of cos and sin rows, and the rotation.
+
+P positions, N head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.rope_config import RopeConfig
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """float32 [N/2]. Sources: linear position interpolation, YaRN (arXiv 2309.00071), Llama 3.1; as transformers does."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    plain = 1.0 / (config.theta**exponents)
+    if config.kind == "linear":
+        return plain / config.factor
+    if config.kind == "llama3":
+        return _llama3(config, plain)
+    if config.kind == "yarn":
+        return _yarn(config, head_dim, exponents)
+    return plain
+
+
+def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
+    low_wavelength = config.original_max_position_embeddings / config.low_freq_factor
+    high_wavelength = config.original_max_position_embeddings / config.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    scaled = torch.where(wavelength > low_wavelength, plain / config.factor, plain)
+    smooth = (config.original_max_position_embeddings / wavelength - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    between = (1 - smooth) * scaled / config.factor + smooth * scaled
+    is_between = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
+    return torch.where(is_between, between, scaled)
+
+
+def _yarn(config: RopeConfig, head_dim: int, exponents: Tensor) -> Tensor:
+    def dimension_of(rotations: float) -> float:
+        return (head_dim * math.log(config.original_max_position_embeddings / (rotations * 2 * math.pi))) / (
+            2 * math.log(config.theta)
+        )
+
+    low, high = dimension_of(config.beta_fast), dimension_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # keeps the ramp's slope finite
+    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    positional = config.theta**exponents
+    extrapolated, interpolated = 1.0 / positional, 1.0 / (config.factor * positional)
+    return interpolated * ramp + extrapolated * (1 - ramp)
+
+
+class RotaryTable:
+    """cos and signed sin for all positions, in the compute dtype, made once: a step looks its rows up."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> None:
+        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequencies(config, head_dim)
+        cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
+        self.cos = torch.cat((cos, cos), dim=-1).to(dtype)
+        # The sign of rotate_half is folded in: x * cos + swap_halves(x) * sin.
+        self.signed_sin = torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [T, 1, N] for positions [T]."""
+        return self.cos[positions].unsqueeze(1), self.signed_sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate heads x [T, H, N]. Separate multiply and add: a fused one may round differently in a vector's tail."""
+    return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * signed_sin
