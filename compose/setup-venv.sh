@@ -5,6 +5,8 @@
 #
 # PYTHON   the interpreter to make it with (default: the first of python3, python3.11 ... python3.14 that is new enough)
 #
+# A build of torch that lies in wheels/ is taken before the one that the package index has.
+#
 # Safe to repeat: a sound environment is kept and only brought up to the lock. The stamp file is written last, so that
 # an interrupted run is taken up again by the next one.
 set -eu
@@ -43,7 +45,7 @@ if ! sound; then
     "$python" -m venv --clear "$venv"
 fi
 say "installing what requirements.lock names into $venv (torch is the large one; only the first time takes minutes)"
-"$venv_python" -m pip install --disable-pip-version-check -r requirements.lock
+"$venv_python" -m pip install --disable-pip-version-check --find-links wheels -r requirements.lock
 "$venv_python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 touch "$venv/installed.stamp"
 say "ready"
