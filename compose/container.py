@@ -4,8 +4,8 @@
     python -m compose.container services.stage     become that process
     python -m compose.container health             exit status 0 if the router of this container answers
 
-MODEL is written for people: a directory of the host, a hub name, or nothing. Inside, /checkpoint is the host's directory,
-or the volume that `prepare` has filled.
+MODEL is written for people: a directory of the host, a hub name, or nothing. Inside, /checkpoint is the host's
+directory, or the volume that `prepare` has filled.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The mesh as Docker Compose runs it."""

@@ -1,0 +1,61 @@
+"""MODEL means the same to people whether it is a directory, a hub name or nothing; containers see a path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from compose.container import main, process_environment, router_answers
+
+
+def test_without_a_model_the_tiny_checkpoint_is_served() -> None:
+    found = process_environment({"MODEL": "", "PP": "2"})
+    assert found == {"MODEL": "/checkpoint/tiny-random", "SERVED_NAME": "tiny-random", "PP": "2"}
+
+
+@pytest.mark.parametrize("model", ["/data/mixtral-8x7b", "./mixtral-8x7b/", "../models/mixtral-8x7b"])
+def test_a_host_directory_is_served_under_its_own_name(model: str) -> None:
+    found = process_environment({"MODEL": model, "MODEL_SOURCE": ""})
+    assert (found["MODEL"], found["SERVED_NAME"]) == ("/checkpoint", "mixtral-8x7b")
+
+
+def test_a_hub_name_is_handed_on_and_read_from_the_volume_without_the_hub() -> None:
+    found = process_environment({"MODEL": "owner/name", "MODEL_SOURCE": "models"}, mount=Path("/somewhere"))
+    assert (found["MODEL"], found["SERVED_NAME"]) == ("owner/name", "name")
+    assert (found["HF_HOME"], found["HF_HUB_OFFLINE"]) == ("/somewhere", "1")
+
+
+def test_a_served_name_that_was_given_wins() -> None:
+    assert process_environment({"MODEL": "/data/a", "SERVED_NAME": "mine"})["SERVED_NAME"] == "mine"
+
+
+def test_a_container_becomes_the_process_with_the_changed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, list[str], dict[str, str]]] = []
+
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        started.append((path, arguments, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execve", execve)
+    monkeypatch.setenv("MODEL", "/data/mixtral")
+    with pytest.raises(SystemExit):
+        main(["services.stage"])
+    ((path, arguments, environment),) = started
+    assert (path, arguments[1:]) == (sys.executable, ["-m", "services.stage"])
+    assert environment["MODEL"] == "/checkpoint"
+
+
+def test_a_directory_without_a_config_is_refused_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("compose.container.CHECKPOINT_MOUNT", tmp_path)
+    monkeypatch.setenv("MODEL", "/data/empty")
+    monkeypatch.delenv("MODEL_SOURCE", raising=False)
+    assert main(["prepare"]) == 2
+    assert "MODEL=/data/empty holds no config.json" in capsys.readouterr().err
+
+
+def test_no_router_is_not_healthy() -> None:
+    assert not router_answers("1")
