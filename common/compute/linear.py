@@ -63,15 +63,18 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] of the weights' dtype -> [T, N]. Raises ValueError when x does not fit."""
-        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != self.dtype:
-            raise ValueError(f"linear needs [T, {self.in_features}] {self.dtype}, not {tuple(x.shape)} {x.dtype}")
+        shape = x.shape
+        if len(shape) != 2 or shape[1] != self.in_features or x.dtype != self.dtype:
+            raise ValueError(f"linear needs [T, {self.in_features}] {self.dtype}, not {tuple(shape)} {x.dtype}")
         if self._kernels is None:
             return self._by_torch(x)
-        if x.stride(1) != 1 and x.numel():
-            x = x.contiguous()
-        rows = x.shape[0]
-        y = torch.empty((rows, self.out_features), dtype=self.dtype)
-        self._function(self._descriptor_address, x.data_ptr(), x.stride(0), y.data_ptr(), rows)
+        stride = self.in_features
+        if not x.is_contiguous():
+            x = x if x.stride(1) == 1 else x.contiguous()
+            stride = x.stride(0)
+        rows = shape[0]
+        y = torch.empty(rows, self.out_features, dtype=self.dtype)
+        self._function(self._descriptor_address, x.data_ptr(), stride, y.data_ptr(), rows)
         return y
 
     def _by_torch(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import structlog
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
 # Contraction stays off: which products are fused is written in the source, not chosen by the compiler.
@@ -80,6 +80,8 @@ class NativeKernels:
     gated_ffn: ctypes._NamedFuncPointer
     attention: ctypes._NamedFuncPointer
     write_kv: ctypes._NamedFuncPointer
+    rms_norm: ctypes._NamedFuncPointer
+    rope: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -200,7 +202,11 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         packed_values=function("packed_values", integer, integer, integer, result=integer),
         gated_ffn=function("gated_ffn", pointer, pointer, pointer, integer, integer, integer, integer),
         attention=function("attention", pointer, integer),
-        write_kv=function("write_kv", *[pointer] * 5, *[integer] * 4, quick=True),
+        write_kv=function("write_kv", *[pointer, integer] * 2, *[pointer] * 3, *[integer] * 4, quick=True),
+        rms_norm=function(
+            "rms_norm", pointer, integer, *[pointer] * 4, integer, integer, ctypes.c_float, integer, quick=True
+        ),
+        rope=function("rope", pointer, integer, *[pointer] * 4, *[integer] * 4, ctypes.c_float, integer, quick=True),
     )
 
 

@@ -84,10 +84,13 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
         cache.keys[blocks, :, :, offsets] = key[kept]
         cache.values[blocks, :, offsets] = value[kept]
         return
-    key, value, slots = key.contiguous(), value.contiguous(), slots.contiguous()
+    key, value = _packed_heads(key), _packed_heads(value)
+    slots = slots.contiguous()
     kernels.write_kv(
         key.data_ptr(),
+        key.stride(0),
         value.data_ptr(),
+        value.stride(0),
         cache.keys.data_ptr(),
         cache.values.data_ptr(),
         slots.data_ptr(),
@@ -96,6 +99,11 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
         width,
         int(key.dtype == torch.bfloat16),
     )
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    """x [T, Hkv, d] as it is where each token's heads lie together, as in a slice of a fused projection; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def paged_attention(

@@ -29,7 +29,8 @@ class MicroBatch:
     """int64 [T]: where each token's K and V go."""
     sampling_rows: Tensor
     """int64 [S]: rows whose hidden state is projected to the vocabulary."""
-    sampling: SamplingColumns
+    sampling: SamplingColumns | None
+    """None only in a self-test."""
 
 
 @dataclass(frozen=True, slots=True)

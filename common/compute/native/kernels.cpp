@@ -2,8 +2,9 @@
 //
 // The numeric rule: the bits of one output row depend on that row's inputs and the weights, and on nothing else.
 // How it holds here, by construction:
-//   * one output element is one accumulator lane; its products are added in the order of k, whatever the number of
-//     rows, panels or threads. Row blocking only puts several such lanes side by side.
+//   * one output element is one accumulator lane; its products are added in the order of k (float32: in sections of
+//     K_SECTION, whose sums are added in order, for precision), whatever the number of rows, panels or threads.
+//     Row blocking only puts several such lanes side by side.
 //   * multiply-adds are explicit (`fma_of`), never left to the compiler: build with -ffp-contract=off.
 //   * sums across lanes (softmax, norm) are always the same fold over 32 virtual lanes, so they do not depend on the
 //     vector width either.
@@ -16,7 +17,11 @@
 #include <string.h>
 
 #include <algorithm>
-#include <memory>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -32,7 +37,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------------- vectors
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, PANEL_VECTORS = 4, TILE_ROWS = 6, SCORE_ROWS = 12;
+constexpr int LANES = 16, PANEL_VECTORS = 4, TILE_ROWS = 6, SCORE_ROWS = 8;
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8, PANEL_VECTORS = 2, TILE_ROWS = 6, SCORE_ROWS = 3;
 #elif defined(__aarch64__)
@@ -42,6 +47,7 @@ constexpr int LANES = 4, PANEL_VECTORS = 2, TILE_ROWS = 4, SCORE_ROWS = 1;
 #endif
 
 constexpr int PANEL = LANES * PANEL_VECTORS;
+constexpr int K_SECTION = 256;
 constexpr int KV_BLOCK = 32;  // tokens of a KV block, the tile of attention; KV_BLOCK_TOKENS in Python
 constexpr int KV_VECTORS = KV_BLOCK / LANES;
 
@@ -76,11 +82,12 @@ INLINE vf fma_of(vf a, vf b, vf c) {
 
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
+INLINE float float_of(float x) { return x; }
 INLINE float float_of(bf16 x) { uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y; }
 INLINE bf16 bf16_of(float x) {
     uint32_t bits; memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40);
-    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+    uint32_t nan = (bits >> 16) | 0x40, nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    return (bf16)((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest_even);  // no branch: the loops around it vectorise
 }
 INLINE vu rounded_bits(vf x) {  // nearest even, the bf16 in the upper half
     vu bits = (vu)x, r = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -127,20 +134,34 @@ INLINE vf exp_of(vf x) {
 
 INLINE vf silu_of(vf x) { return x / (all(1.0f) + exp_of(-x)); }
 
-// Sum and maximum of 32 virtual lanes; the sum is the same fold (halves onto each other) at any vector width.
+INLINE vf max_of(vf a, vf b) { return select((vi)(a > b), a, b); }
+
+// Sum and maximum of 32 virtual lanes by folding halves onto each other: the same order at any vector width.
 INLINE float fold_sum(const vf v[KV_VECTORS]) {
+#if defined(__AVX512F__)
+    __m512 a = (__m512)(v[0] + v[1]);
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+#else
     float lanes[KV_BLOCK];
     for (int i = 0; i < KV_VECTORS; i++) store(lanes + i * LANES, v[i]);
     for (int half = KV_BLOCK / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+#endif
 }
 INLINE float fold_max(const vf v[KV_VECTORS]) {
-    float lanes[KV_BLOCK];
-    for (int i = 0; i < KV_VECTORS; i++) store(lanes + i * LANES, v[i]);
-    for (int half = KV_BLOCK / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)max_of(v[0], v[1]));
+#else
+    vf best = v[0];
+    for (int i = 1; i < KV_VECTORS; i++) best = max_of(best, v[i]);
+    float lanes[LANES];
+    store(lanes, best);
+    return *std::max_element(lanes, lanes + LANES);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------- scratch, threads
@@ -161,16 +182,77 @@ struct Buffer {  // grows, is kept for the thread's life: a call must not pay fo
     }
 };
 
+// Worker threads, made when a call first asks for them. One call at a time uses them; another one computes alone.
+class Pool {
+  public:
+    template <class Work> bool run(int64_t threads, int64_t parts, const Work& work) {
+        std::unique_lock<std::mutex> only(calls_, std::try_to_lock);
+        if (!only.owns_lock()) return false;
+        while ((int64_t)workers_.size() < threads - 1) workers_.emplace_back([this, n = workers_.size()] { serve((int64_t)n); });
+        std::unique_lock<std::mutex> lock(state_);
+        job_ = {[](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work, parts, threads - 1};
+        next_part_ = 0;
+        busy_ = threads - 1;
+        round_++;
+        lock.unlock();
+        wake_.notify_all();
+        take_parts();
+        lock.lock();
+        done_.wait(lock, [this] { return busy_ == 0; });
+        return true;
+    }
+    ~Pool() {
+        { std::lock_guard<std::mutex> lock(state_); stop_ = true; }
+        wake_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+  private:
+    struct Job {
+        void (*work)(const void*, int64_t);
+        const void* context;
+        int64_t parts, helpers;
+    };
+    void take_parts() {
+        for (int64_t part; (part = next_part_.fetch_add(1)) < job_.parts;) job_.work(job_.context, part);
+    }
+    void serve(int64_t number) {
+        std::unique_lock<std::mutex> lock(state_);
+        for (uint64_t seen = 0;;) {
+            wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+            if (stop_) return;
+            seen = round_;
+            if (number >= job_.helpers) continue;
+            lock.unlock();
+            take_parts();
+            lock.lock();
+            if (--busy_ == 0) done_.notify_one();
+        }
+    }
+    std::mutex calls_, state_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    Job job_{};
+    std::atomic<int64_t> next_part_{0};
+    int64_t busy_ = 0;
+    uint64_t round_ = 0;
+    bool stop_ = false;
+};
+
+// Does parts [0, parts) in any order, on up to `threads` threads.
 template <class Work> void share(int64_t threads, int64_t parts, const Work& work) {
-    (void)threads;
+    if (threads > 1 && parts > 1) {
+        static Pool pool;
+        if (pool.run(threads, parts, work)) return;
+    }
     for (int64_t part = 0; part < parts; part++) work(part);
 }
 
 // ---------------------------------------------------------------------------------------------------- the tile
 
 // acc[r][v] += sum over k of x[r][k] * w[k][v], k ascending: the only place where products are added.
-template <int ROWS, int VECTORS>
-INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_stride, const float* w, int64_t w_stride,
+template <int ROWS, int VECTORS, class Weight>
+INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_stride, const Weight* w, int64_t w_stride,
                        int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++) {
         vf column[VECTORS];
@@ -241,9 +323,13 @@ INLINE void finish(vf (&acc)[ROWS][VECTORS], const float* bias, Out* y, int64_t 
 template <int ROWS, int VECTORS, class Out>
 __attribute__((noinline)) void tile(const float* x, int64_t x_stride, const float* panel, const float* bias, Out* y,
                                     int64_t y_stride, int64_t k, int64_t columns) {
-    vf acc[ROWS][VECTORS] = {};
-    accumulate<ROWS, VECTORS>(acc, x, x_stride, panel, VECTORS * LANES, 0, k);
-    finish<ROWS, VECTORS, Out>(acc, bias, y, y_stride, columns);
+    vf total[ROWS][VECTORS] = {};
+    for (int64_t begin = 0; begin < k; begin += K_SECTION) {
+        vf acc[ROWS][VECTORS] = {};
+        accumulate<ROWS, VECTORS>(acc, x, x_stride, panel, VECTORS * LANES, begin, std::min(k, begin + K_SECTION));
+        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int v = 0; v < VECTORS; v++) total[r][v] += acc[r][v];
+    }
+    finish<ROWS, VECTORS, Out>(total, bias, y, y_stride, columns);
 }
 
 struct PairRows { const pair_input* x; };  // tells the overloads apart where pair_input is float
@@ -258,21 +344,32 @@ __attribute__((noinline)) void tile(PairRows x, int64_t x_stride, const bf16* pa
 INLINE const float* row_at(const float* x, int64_t offset) { return x + offset; }
 INLINE PairRows row_at(PairRows x, int64_t offset) { return {x.x + offset}; }
 
+// Calls work(rows<n>, first) for tiles of at most MOST rows, as even as they can be: 8 rows are 4 + 4, not 6 + 2.
+template <int N> struct rows_t { static constexpr int value = N; };
+template <int MOST, class Work> INLINE void in_row_tiles(int64_t rows, const Work& work) {
+    for (int64_t first = 0, tiles = (rows + MOST - 1) / MOST; tiles; tiles--) {
+        int64_t size = (rows - first + tiles - 1) / tiles;
+        switch (size) {
+            case 1: work(rows_t<1>{}, first); break;
+            case 2: if constexpr (MOST >= 2) work(rows_t<2>{}, first); break;
+            case 3: if constexpr (MOST >= 3) work(rows_t<3>{}, first); break;
+            case 4: if constexpr (MOST >= 4) work(rows_t<4>{}, first); break;
+            case 5: if constexpr (MOST >= 5) work(rows_t<5>{}, first); break;
+            case 6: if constexpr (MOST >= 6) work(rows_t<6>{}, first); break;
+            case 7: if constexpr (MOST >= 7) work(rows_t<7>{}, first); break;
+            case 8: if constexpr (MOST >= 8) work(rows_t<8>{}, first); break;
+        }
+        first += size;
+    }
+}
+
 template <int VECTORS, class In, class Weight, class Out>
 void panel_rows(In x, int64_t x_stride, const Weight* panel, const float* bias, Out* y, int64_t y_stride, int64_t rows,
                 int64_t k, int64_t columns) {
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-        tile<TILE_ROWS, VECTORS, Out>(row_at(x, r * x_stride), x_stride, panel, bias, y + r * y_stride, y_stride, k, columns);
-    In rest = row_at(x, r * x_stride);
-    Out* to = y + r * y_stride;
-    switch (rows - r) {
-        case 5: tile<5, VECTORS, Out>(rest, x_stride, panel, bias, to, y_stride, k, columns); break;
-        case 4: tile<4, VECTORS, Out>(rest, x_stride, panel, bias, to, y_stride, k, columns); break;
-        case 3: tile<3, VECTORS, Out>(rest, x_stride, panel, bias, to, y_stride, k, columns); break;
-        case 2: tile<2, VECTORS, Out>(rest, x_stride, panel, bias, to, y_stride, k, columns); break;
-        case 1: tile<1, VECTORS, Out>(rest, x_stride, panel, bias, to, y_stride, k, columns); break;
-    }
+    in_row_tiles<TILE_ROWS>(rows, [&](auto size, int64_t first) {
+        tile<decltype(size)::value, VECTORS, Out>(row_at(x, first * x_stride), x_stride, panel, bias, y + first * y_stride,
+                                                  y_stride, k, columns);
+    });
 }
 
 // y[rows][n] = x[rows][k] @ weights + bias, panel by panel.
@@ -286,10 +383,8 @@ void linear_panel(In x, int64_t x_stride, const Weight* packed, int64_t k_stored
     switch ((columns + LANES - 1) / LANES) {
         case 1: panel_rows<1>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
         case 2: panel_rows<2>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-#if !defined(__AVX2__) || defined(__AVX512F__)
-        case 3: panel_rows<3>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-        case 4: panel_rows<4>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-#endif
+        case 3: if constexpr (PANEL_VECTORS > 2) panel_rows<3>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
+        case 4: if constexpr (PANEL_VECTORS > 2) panel_rows<4>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
     }
 }
 
@@ -390,144 +485,158 @@ struct Attention {  // mirrored by services/stage/attention_kernel.py
 
 thread_local Buffer attention_buffer;
 
-template <int VECTORS>
-INLINE void weigh_values(float* out, int64_t out_stride, const float* weights, const float* corrections,
-                         const float* values, int64_t v_stride, int rows, int begin, int end) {
-    int r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
-        vf acc[TILE_ROWS][VECTORS];
-        UNROLL for (int i = 0; i < TILE_ROWS; i++)
-            UNROLL for (int v = 0; v < VECTORS; v++)
-                acc[i][v] = load(out + (r + i) * out_stride + v * LANES) * all(corrections[r + i]);
-        accumulate<TILE_ROWS, VECTORS>(acc, weights + r * KV_BLOCK, KV_BLOCK, values, v_stride, begin, end);
-        UNROLL for (int i = 0; i < TILE_ROWS; i++)
-            UNROLL for (int v = 0; v < VECTORS; v++) store(out + (r + i) * out_stride + v * LANES, acc[i][v]);
-    }
-    for (; r < rows; r++) {
-        vf acc[1][VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) acc[0][v] = load(out + r * out_stride + v * LANES) * all(corrections[r]);
-        accumulate<1, VECTORS>(acc, weights + r * KV_BLOCK, KV_BLOCK, values, v_stride, begin, end);
-        UNROLL for (int v = 0; v < VECTORS; v++) store(out + r * out_stride + v * LANES, acc[0][v]);
-    }
+// out[r] = out[r] * corrections[r] + sum over keys [begin, end) of weights[r][key] * values[key], keys ascending.
+template <int ROWS, int VECTORS, class Cached>
+INLINE void weigh_tile(float* out, int64_t out_stride, const float* weights, const float* corrections,
+                       const Cached* values, int64_t v_stride, int begin, int end) {
+    vf acc[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            acc[r][v] = load(out + r * out_stride + v * LANES);
+            if (corrections) acc[r][v] = acc[r][v] * all(corrections[r]);
+        }
+    accumulate<ROWS, VECTORS>(acc, weights, KV_BLOCK, values, v_stride, begin, end);
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) store(out + r * out_stride + v * LANES, acc[r][v]);
 }
 
-// One tile of keys and values for `rows` rows, of which keys [begin, end) are seen by all of them.
-INLINE void attend_tile(const float* query, float* out, float* maxima, float* sums, float* scores, float* corrections,
-                        const float* keys, const float* values, int64_t width, int64_t wide, float scale, int rows,
-                        int begin, int end) {
-    int r = 0;
-    for (; r + SCORE_ROWS <= rows; r += SCORE_ROWS) {
-        vf acc[SCORE_ROWS][KV_VECTORS] = {};
-        accumulate<SCORE_ROWS, KV_VECTORS>(acc, query + r * width, width, keys, KV_BLOCK, 0, width);
-        UNROLL for (int i = 0; i < SCORE_ROWS; i++)
-            UNROLL for (int v = 0; v < KV_VECTORS; v++) store(scores + (r + i) * KV_BLOCK + v * LANES, acc[i][v]);
-    }
-    for (; r < rows; r++) {
-        vf acc[1][KV_VECTORS] = {};
-        accumulate<1, KV_VECTORS>(acc, query + r * width, width, keys, KV_BLOCK, 0, width);
-        UNROLL for (int v = 0; v < KV_VECTORS; v++) store(scores + r * KV_BLOCK + v * LANES, acc[0][v]);
-    }
+struct Rows {  // of one call to attend_rows: what the fold over tiles carries, and this tile's part of it
+    int count;
+    float *query, *out, *scores;
+    float maxima[BLOCK_ROWS], sums[BLOCK_ROWS], corrections[BLOCK_ROWS];
+    int begin[BLOCK_ROWS], end[BLOCK_ROWS];  // the keys of this tile that the row sees; none where begin >= end
+};
+
+// scores[r] becomes the weights of the keys that row r sees; a row that sees none is left as it is.
+INLINE void soften(Rows& rows, float scale) {
     vi lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    for (r = 0; r < rows; r++) {
-        float* row = scores + r * KV_BLOCK;
+    for (int r = 0; r < rows.count; r++) {
+        rows.corrections[r] = 1.0f;
+        if (rows.begin[r] >= rows.end[r]) continue;
+        float* row = rows.scores + r * KV_BLOCK;
         vf score[KV_VECTORS];
-        vi seen[KV_VECTORS];
         UNROLL for (int v = 0; v < KV_VECTORS; v++) {
-            vi key = lane + v * LANES;
-            seen[v] = (vi)(key >= begin) & (vi)(key < end);
-            score[v] = select(seen[v], load(row + v * LANES) * all(scale), all(-INFINITY));
+            vi key = lane + v * LANES, seen = (vi)(key >= rows.begin[r]) & (vi)(key < rows.end[r]);
+            score[v] = select(seen, load(row + v * LANES) * all(scale), all(-INFINITY));
         }
-        float best = std::max(maxima[r], fold_max(score));
-        float correction = exp_of(all(maxima[r] - best))[0];
+        float best = fold_max(score);
+        if (best > rows.maxima[r]) {  // otherwise the correction is exp(0), exactly 1
+            rows.corrections[r] = exp_of(all(rows.maxima[r] - best))[0];
+            rows.maxima[r] = best;
+        }
         UNROLL for (int v = 0; v < KV_VECTORS; v++) {
-            score[v] = select(seen[v], exp_of(score[v] - all(best)), (vf){});
+            score[v] = exp_of(score[v] - all(rows.maxima[r]));  // exactly 0 where not seen
             store(row + v * LANES, score[v]);
         }
-        sums[r] = sums[r] * correction + fold_sum(score);
-        maxima[r] = best;
-        corrections[r] = correction;
+        rows.sums[r] = rows.sums[r] * rows.corrections[r] + fold_sum(score);
     }
-    int64_t c = 0;
-    for (; c + PANEL <= wide; c += PANEL)
-        weigh_values<PANEL_VECTORS>(out + c, wide, scores, corrections, values + c, wide, rows, begin, end);
-    for (; c < wide; c += LANES)
-        weigh_values<1>(out + c, wide, scores, corrections, values + c, wide, rows, begin, end);
 }
 
-// Rows [first, first + tokens) belong to one sequence; all heads of one KV head; at most BLOCK_ROWS (token, head) rows.
-template <class T>
-void attend_rows(const Attention& a, int64_t first_row, int rows, int64_t first_token, int64_t kv_head) {
-    const int64_t width = a.width, wide = padded(width, LANES), share_of = a.heads / a.kv_heads;
-    float* memory = attention_buffer.of<float>((size_t)BLOCK_ROWS * (width + wide + KV_BLOCK + 4) +
-                                               (size_t)KV_BLOCK * (width + wide) + 64 * LANES);
-    float* query = memory;
-    float* out = query + padded(BLOCK_ROWS * width, LANES);
-    float* scores = out + BLOCK_ROWS * wide;
-    float* keys = scores + BLOCK_ROWS * KV_BLOCK;
-    float* values = keys + padded(KV_BLOCK * width, LANES);
-    float* maxima = values + KV_BLOCK * wide;
-    float *sums = maxima + 2 * LANES + BLOCK_ROWS, *corrections = sums + BLOCK_ROWS;
-    int64_t positions[BLOCK_ROWS], tokens[BLOCK_ROWS], heads[BLOCK_ROWS], starts[BLOCK_ROWS];
+template <int VECTORS, class Cached>
+INLINE void weigh_values(const Rows& rows, int64_t column, const Cached* values, int64_t wide) {
+    float* out = rows.out + column;
+    int low = *std::max_element(rows.begin, rows.begin + rows.count);
+    int high = *std::min_element(rows.end, rows.end + rows.count);
+    if (low >= high) low = high = KV_BLOCK;  // no key that all rows see: each row goes alone
+    // A key that a row does not see is left out, not weighed with 0: a freed slot may hold anything. So the rows go
+    // alone over the keys before those that all see, together over these, and alone over the rest.
+    const bool together = high > low;
+    for (int r = 0; r < rows.count; r++)
+        if (rows.begin[r] < std::min(low, rows.end[r]))
+            weigh_tile<1, VECTORS>(out + r * wide, wide, rows.scores + r * KV_BLOCK, rows.corrections + r, values, wide,
+                                   rows.begin[r], std::min(low, rows.end[r]));
+    if (!together) return;
+    in_row_tiles<TILE_ROWS>(rows.count, [&](auto size, int64_t first) {
+        float corrections[TILE_ROWS];  // what went alone before has been corrected
+        for (int r = 0; r < decltype(size)::value; r++)
+            corrections[r] = rows.begin[first + r] < low ? 1.0f : rows.corrections[first + r];
+        weigh_tile<decltype(size)::value, VECTORS>(out + first * wide, wide, rows.scores + first * KV_BLOCK, corrections,
+                                                   values, wide, low, high);
+    });
+    for (int r = 0; r < rows.count; r++)
+        if (rows.end[r] > high)
+            weigh_tile<1, VECTORS>(out + r * wide, wide, rows.scores + r * KV_BLOCK, nullptr, values, wide, high,
+                                   rows.end[r]);
+}
+
+// One tile: keys [width][32], values [32][wide].
+template <class Key, class Value>
+INLINE void attend_tile(Rows& rows, const Key* keys, const Value* values, int64_t width, int64_t wide, float scale) {
+    in_row_tiles<SCORE_ROWS>(rows.count, [&](auto size, int64_t first) {
+        constexpr int ROWS = decltype(size)::value;
+        vf acc[ROWS][KV_VECTORS] = {};
+        accumulate<ROWS, KV_VECTORS>(acc, rows.query + first * width, width, keys, KV_BLOCK, 0, width);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int v = 0; v < KV_VECTORS; v++) store(rows.scores + (first + r) * KV_BLOCK + v * LANES, acc[r][v]);
+    });
+    soften(rows, scale);
+    int64_t column = 0;
+    for (; column + PANEL <= wide; column += PANEL) weigh_values<PANEL_VECTORS>(rows, column, values + column, wide);
+    for (; column < wide; column += LANES) weigh_values<1>(rows, column, values + column, wide);
+}
+
+struct Part {  // at most BLOCK_ROWS (token, head) rows that share a sequence and a KV head
+    int64_t first_token, first_row, kv_head;
+    int rows;
+};
+
+template <class T> void attend_rows(const Attention& a, const Part& part) {
+    const int64_t width = a.width, wide = padded(width, LANES), group = a.heads / a.kv_heads;
+    const int count = part.rows;
+    const int64_t tile_values = KV_BLOCK * width, query_values = padded(BLOCK_ROWS * width, LANES);
+    float* memory = attention_buffer.of<float>(query_values + BLOCK_ROWS * (wide + KV_BLOCK) + tile_values + KV_BLOCK * wide);
+    Rows rows;
+    rows.count = count;
+    rows.query = memory;
+    rows.out = rows.query + query_values;
+    rows.scores = rows.out + BLOCK_ROWS * wide;
+    float *keys = rows.scores + BLOCK_ROWS * KV_BLOCK, *values = keys + tile_values;
+    int64_t positions[BLOCK_ROWS], starts[BLOCK_ROWS], at_output[BLOCK_ROWS];
     int64_t first_tile = INT64_MAX, last_tile = 0;
-    for (int r = 0; r < rows; r++) {
-        int64_t flat = first_row + r;
-        tokens[r] = first_token + flat / share_of;
-        heads[r] = kv_head * share_of + flat % share_of;
-        positions[r] = a.positions[tokens[r]];
+    for (int r = 0; r < count; r++) {
+        int64_t token = part.first_token + (part.first_row + r) / group;
+        int64_t head = part.kv_head * group + (part.first_row + r) % group;
+        positions[r] = a.positions[token];
         starts[r] = a.window > 0 ? std::max<int64_t>(0, positions[r] - a.window + 1) : 0;
         first_tile = std::min(first_tile, starts[r] / KV_BLOCK);
         last_tile = std::max(last_tile, positions[r] / KV_BLOCK);
-        const T* from = (const T*)a.query + (tokens[r] * a.heads + heads[r]) * width;
-        if constexpr (sizeof(T) == 4) memcpy(query + r * width, from, width * 4);
-        else for (int64_t i = 0; i < width; i++) query[r * width + i] = float_of(((const bf16*)from)[i]);
-        maxima[r] = -INFINITY;
-        sums[r] = 0;
+        at_output[r] = (token * a.heads + head) * width;
+        const T* from = (const T*)a.query + at_output[r];
+        for (int64_t i = 0; i < width; i++) rows.query[r * width + i] = float_of(from[i]);
+        rows.maxima[r] = -INFINITY;
+        rows.sums[r] = 0;
     }
-    memset(out, 0, rows * wide * sizeof(float));
-    const int32_t* table = a.tables + a.sequences[first_token] * a.max_blocks;
-    for (int64_t tile_index = first_tile; tile_index <= last_tile; tile_index++) {
-        const int64_t at = ((int64_t)table[tile_index] * a.kv_heads + kv_head) * width * KV_BLOCK;
-        const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
-        const float *k, *v;
-        if constexpr (sizeof(T) == 4) {
-            k = (const float*)key_tile;
-            v = (const float*)value_tile;
-        } else {
-            for (int64_t i = 0; i < width * KV_BLOCK; i += LANES) store(keys + i, load(key_tile + i));
-            if (wide == width)
-                for (int64_t i = 0; i < width * KV_BLOCK; i += LANES) store(values + i, load(value_tile + i));
-            k = keys;
-            v = values;
+    memset(rows.out, 0, count * wide * sizeof(float));
+    const int32_t* table = a.tables + a.sequences[part.first_token] * a.max_blocks;
+    for (int64_t t = first_tile; t <= last_tile; t++) {
+        for (int r = 0; r < count; r++) {
+            rows.begin[r] = (int)std::min<int64_t>(KV_BLOCK, std::max<int64_t>(0, starts[r] - t * KV_BLOCK));
+            rows.end[r] = (int)std::max<int64_t>(0, std::min<int64_t>(KV_BLOCK, positions[r] - t * KV_BLOCK + 1));
         }
-        if (wide != width) {
-            for (int j = 0; j < KV_BLOCK; j++)
+        const int64_t at = ((int64_t)table[t] * a.kv_heads + part.kv_head) * tile_values;
+        const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
+        // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
+        const bool widen = sizeof(T) != sizeof(float) && count > SCORE_ROWS;
+        if (widen)
+            for (int64_t i = 0; i < tile_values; i += LANES) store(keys + i, load(key_tile + i));
+        if (wide != width)
+            for (int64_t j = 0; j < KV_BLOCK; j++)
                 for (int64_t i = 0; i < wide; i += LANES)
                     store(values + j * wide + i,
                           load_part(value_tile + j * width + i, (int)std::min<int64_t>(LANES, width - i)));
-            v = values;
-        }
-        const int64_t base = tile_index * KV_BLOCK;
-        int whole = 0;  // rows that see every key of this tile go together, the others alone
-        while (whole < rows && starts[whole] <= base && positions[whole] >= base + KV_BLOCK - 1) whole++;
-        if (whole == rows) {
-            attend_tile(query, out, maxima, sums, scores, corrections, k, v, width, wide, (float)a.scale, rows, 0,
-                        KV_BLOCK);
-            continue;
-        }
-        for (int r = 0; r < rows; r++) {
-            int begin = (int)std::max<int64_t>(0, starts[r] - base);
-            int end = (int)std::min<int64_t>(KV_BLOCK, positions[r] - base + 1);
-            if (begin < end)
-                attend_tile(query + r * width, out + r * wide, maxima + r, sums + r, scores, corrections, k, v, width,
-                            wide, (float)a.scale, 1, begin, end);
-        }
+        else if (widen)
+            for (int64_t i = 0; i < tile_values; i += LANES) store(values + i, load(value_tile + i));
+        const float scale = (float)a.scale;
+        if (widen) attend_tile(rows, keys, values, width, wide, scale);
+        else if (wide != width) attend_tile(rows, key_tile, values, width, wide, scale);
+        else attend_tile(rows, key_tile, value_tile, width, wide, scale);
     }
-    for (int r = 0; r < rows; r++) {
-        T* to = (T*)a.output + (tokens[r] * a.heads + heads[r]) * width;
-        vf inverse = all(1.0f / sums[r]);
+    for (int r = 0; r < count; r++) {
+        T* to = (T*)a.output + at_output[r];
+        vf inverse = all(1.0f / rows.sums[r]);
         for (int64_t i = 0; i < width; i += LANES) {
-            vf value = load(out + r * wide + i) * inverse;
+            vf value = load(rows.out + r * wide + i) * inverse;
             if (i + LANES <= width) store(to + i, value);
             else store_part(to + i, value, (int)(width - i));
         }
@@ -535,30 +644,97 @@ void attend_rows(const Attention& a, int64_t first_row, int rows, int64_t first_
 }
 
 template <class T> void attention(const Attention& a) {
-    const int64_t share_of = a.heads / a.kv_heads;
+    static thread_local std::vector<Part> parts;
+    parts.clear();
+    const int64_t group = a.heads / a.kv_heads;
     for (int64_t first = 0, last; first < a.tokens; first = last) {
         for (last = first + 1; last < a.tokens && a.sequences[last] == a.sequences[first];) last++;
-        int64_t rows = (last - first) * share_of, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        share(a.threads, a.kv_heads * blocks, [&](int64_t part) {
-            int64_t row = part % blocks * BLOCK_ROWS;
-            attend_rows<T>(a, row, (int)std::min<int64_t>(BLOCK_ROWS, rows - row), first, part / blocks);
-        });
+        const int64_t rows = (last - first) * group;
+        for (int64_t head = 0; head < a.kv_heads; head++)
+            for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
+                parts.push_back({first, row, head, (int)std::min<int64_t>(BLOCK_ROWS, rows - row)});
     }
+    const Part* all_parts = parts.data();
+    share(a.threads, (int64_t)parts.size(), [&](int64_t p) { attend_rows<T>(a, all_parts[p]); });
 }
 
 template <class T>
-void write_rows(const T* key, const T* value, T* keys, T* values, const int64_t* slots, int64_t tokens,
-                int64_t kv_heads, int64_t width) {
+void write_rows(const T* key, int64_t key_stride, const T* value, int64_t value_stride, T* keys, T* values,
+                const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t width) {
     for (int64_t t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;
         int64_t block = slots[t] / KV_BLOCK, offset = slots[t] % KV_BLOCK;
         for (int64_t h = 0; h < kv_heads; h++) {
-            const T *k = key + (t * kv_heads + h) * width, *v = value + (t * kv_heads + h) * width;
+            const T *k = key + t * key_stride + h * width, *v = value + t * value_stride + h * width;
             int64_t at = (block * kv_heads + h) * width * KV_BLOCK;
             for (int64_t i = 0; i < width; i++) keys[at + i * KV_BLOCK + offset] = k[i];
             memcpy(values + at + offset * width, v, width * sizeof(T));
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------- norm, rope
+
+INLINE float as(float x, const float*) { return x; }  // rounded to what a tensor of that type holds
+INLINE float as(float x, const bf16*) { return float_of(bf16_of(x)); }
+INLINE void put(float* to, float x) { *to = x; }
+INLINE void put(bf16* to, float x) { *to = bf16_of(x); }
+
+// y = round(x / rms(x)) * weight, rounded where the reference makes a tensor.
+template <class T> INLINE void normalize(const T* x, const T* weight, T* y, int64_t width, float epsilon) {
+    vf squares[KV_VECTORS] = {};
+    int64_t i = 0;
+    for (; i + KV_BLOCK <= width; i += KV_BLOCK)
+        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
+            vf value = load(x + i + v * LANES);
+            squares[v] = fma_of(value, value, squares[v]);
+        }
+    if (i < width) {
+        float rest[KV_BLOCK] = {};
+        for (int64_t j = i; j < width; j++) rest[j - i] = float_of(x[j]);
+        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
+            vf value = load(rest + v * LANES);
+            squares[v] = fma_of(value, value, squares[v]);
+        }
+    }
+    const float inverse = 1.0f / sqrtf(fold_sum(squares) / (float)width + epsilon);
+    for (int64_t j = 0; j < width; j++) put(y + j, as(float_of(x[j]) * inverse, x) * float_of(weight[j]));
+}
+
+// x[r] += added[r] where there is something to add (summed receives it), then the norm.
+template <class T>
+void norm_rows(const T* x, int64_t x_stride, const T* added, T* summed, const T* weight, T* y, int64_t rows,
+               int64_t width, float epsilon) {
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = x + r * x_stride;
+        if (added) {
+            for (int64_t i = 0; i < width; i++)
+                put(summed + r * width + i, float_of(row[i]) + float_of(added[r * width + i]));
+            row = summed + r * width;
+        }
+        normalize(row, weight, y + r * width, width, epsilon);
+    }
+}
+
+// Rotates the first `turned` values of each head, halves against each other; the norm of each head comes first where
+// there is a weight for it.
+template <class T>
+void rope_rows(const T* x, int64_t x_stride, const T* cosine, const T* sine, const T* weight, T* y, int64_t tokens,
+               int64_t heads, int64_t width, int64_t turned, float epsilon) {
+    const int64_t half = turned / 2;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            const T* from = x + t * x_stride + h * width;
+            T* to = y + (t * heads + h) * width;
+            const T *c = cosine + t * turned, *s = sine + t * turned;
+            if (weight) normalize(from, weight, to, width, epsilon);
+            else memcpy(to, from, width * sizeof(T));
+            for (int64_t i = 0; i < half; i++) {
+                float low = float_of(to[i]), high = float_of(to[half + i]);
+                put(to + i, as(low * float_of(c[i]), x) + as(-high * float_of(s[i]), x));
+                put(to + half + i, as(high * float_of(c[half + i]), x) + as(low * float_of(s[half + i]), x));
+            }
+        }
 }
 
 template <class T> void pack(const T* w, T* packed, int64_t n, int64_t k) {
@@ -585,7 +761,7 @@ struct Linear {  // mirrored by _LinearDescriptor in linear.py
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 1; }
+int64_t moemesh_abi_version(void) { return 2; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -621,10 +797,11 @@ void moemesh_linear(const Linear* l, const void* x, int64_t x_stride, void* y, i
 void moemesh_gated_ffn(const void* x, void* y, const int64_t* groups, int64_t group_count, int64_t d, int64_t is_bf16,
                        int64_t threads) {
     const Group* all_groups = (const Group*)groups;
-    for (int64_t g = 0; g < group_count; g++) {
-        if (is_bf16) gated_ffn((const bf16*)x, (bf16*)y, all_groups[g], d, threads);
-        else gated_ffn((const float*)x, (float*)y, all_groups[g], d, threads);
-    }
+    const bool by_group = group_count >= 2 * threads;  // otherwise threads divide the panels of one group after another
+    share(by_group ? threads : 1, group_count, [&](int64_t g) {
+        if (is_bf16) gated_ffn((const bf16*)x, (bf16*)y, all_groups[g], d, by_group ? 1 : threads);
+        else gated_ffn((const float*)x, (float*)y, all_groups[g], d, by_group ? 1 : threads);
+    });
 }
 
 void moemesh_attention(const Attention* a, int64_t is_bf16) {
@@ -632,12 +809,36 @@ void moemesh_attention(const Attention* a, int64_t is_bf16) {
     else attention<float>(*a);
 }
 
-void moemesh_write_kv(const void* key, const void* value, void* keys, void* values, const int64_t* slots,
-                      int64_t tokens, int64_t kv_heads, int64_t width, int64_t is_bf16) {
+void moemesh_write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride, void* keys,
+                      void* values, const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t width,
+                      int64_t is_bf16) {
     if (is_bf16)
-        write_rows((const bf16*)key, (const bf16*)value, (bf16*)keys, (bf16*)values, slots, tokens, kv_heads, width);
+        write_rows((const bf16*)key, key_stride, (const bf16*)value, value_stride, (bf16*)keys, (bf16*)values, slots,
+                   tokens, kv_heads, width);
     else
-        write_rows((const float*)key, (const float*)value, (float*)keys, (float*)values, slots, tokens, kv_heads, width);
+        write_rows((const float*)key, key_stride, (const float*)value, value_stride, (float*)keys, (float*)values, slots,
+                   tokens, kv_heads, width);
+}
+
+// `added` and `summed` are both null or both [rows, width].
+void moemesh_rms_norm(const void* x, int64_t x_stride, const void* added, void* summed, const void* weight, void* y,
+                      int64_t rows, int64_t width, float epsilon, int64_t is_bf16) {
+    if (is_bf16)
+        norm_rows((const bf16*)x, x_stride, (const bf16*)added, (bf16*)summed, (const bf16*)weight, (bf16*)y, rows, width,
+                  epsilon);
+    else
+        norm_rows((const float*)x, x_stride, (const float*)added, (float*)summed, (const float*)weight, (float*)y, rows,
+                  width, epsilon);
+}
+
+void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const void* sine, const void* weight, void* y,
+                  int64_t tokens, int64_t heads, int64_t width, int64_t turned, float epsilon, int64_t is_bf16) {
+    if (is_bf16)
+        rope_rows((const bf16*)x, x_stride, (const bf16*)cosine, (const bf16*)sine, (const bf16*)weight, (bf16*)y, tokens,
+                  heads, width, turned, epsilon);
+    else
+        rope_rows((const float*)x, x_stride, (const float*)cosine, (const float*)sine, (const float*)weight, (float*)y,
+                  tokens, heads, width, turned, epsilon);
 }
 
 }  // extern "C"

@@ -1,0 +1,104 @@
+"""What a stage and an expert process do alike: sockets, registration, SIGTERM, and one sentence when it cannot start."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from common.checkpoint import fingerprint
+from common.config import Settings
+from common.errors import MoemeshError, ProtocolError
+from common.log import configure_log
+from common.memory import offered_bytes
+from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
+from common.topology import NodeDescription, NodeKind
+from common.transport import RoutingSocket, SocketLimits, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProcess:
+    """The outside of a node: everything but its work."""
+
+    transport: Transport
+    control: ControlLink
+    lifeline: RoutingSocket
+    data_endpoints: tuple[str, ...]
+    ipc_token: str
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; calling it tells whether to stop."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def __call__(self) -> bool:
+        return self._stopping
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+
+def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
+    """A transport that logs damaged messages."""
+
+    def damaged(name: str, error: ProtocolError) -> None:
+        log.error("damaged_message", socket=name, reason=str(error))
+
+    if settings.control.startswith("tcp://"):
+        log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
+    return Transport(SocketLimits(), damaged)
+
+
+def describe_node(
+    kind: NodeKind,
+    settings: Settings,
+    checkpoint: Path,
+    numeric_class: str,
+    transport: Transport,
+    bind_data: Callable[[str], tuple[str, ...]],
+) -> NodeProcess:
+    """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where."""
+    node_id, incarnation = draw_identity(kind)
+    addresses = find_addresses(settings, node_id)
+    lifeline = bind_lifeline(transport, addresses)
+    data_endpoints = bind_data(addresses.bind_pattern.format(socket="data"))
+    description = NodeDescription(
+        node_id=node_id,
+        incarnation=incarnation,
+        kind=kind,
+        capacity_bytes=settings.capacity_bytes or offered_bytes(),
+        host_label=settings.host_label or socket.gethostname(),
+        numeric_class=numeric_class,
+        fingerprint=fingerprint(checkpoint),
+        endpoints=data_endpoints,
+        lifeline=lifeline.endpoints,
+        ipc_token=addresses.folder_token,
+    )
+    return NodeProcess(
+        transport=transport,
+        control=ControlLink(transport, addresses, description),
+        lifeline=lifeline,
+        data_endpoints=data_endpoints,
+        ipc_token=addresses.folder_token,
+    )
+
+
+def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:
+    """Run a process's work; what is wrong with settings, checkpoint or mesh ends in one logged sentence and exit 1."""
+    log = configure_log(service, level)
+    try:
+        work(log)
+    except MoemeshError as error:
+        log.error("cannot_go_on", code=error.code, reason=str(error))
+        print(f"moemesh {service}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,130 @@
+"""Calls that wait on an expert node, and the arithmetic that answers all of one layer's at once. No sockets.
+
+T_n token rows of a call, R routed rows, D model width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.array import Float32Array, Int32Array, frame_to_array
+from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
+from common.errors import NotReadyError, ProtocolError
+from common.messages import Dispatch, Header
+from common.tensor import frame_to_tensor
+from common.topology import ShardId
+from services.expert.grouping import group_rows
+from services.expert.shard_store import ShardStore
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WaitingCall:
+    """A checked Dispatch."""
+
+    identity: bytes
+    number: int
+    header: Header
+    arrived_s: float
+    hidden: Tensor
+    """[T_n, D]."""
+    routing: Int32Array
+    """[3, R]: row of `hidden`, expert, slice."""
+    weights: Float32Array | None
+    """[R] where the answer is the weighted sum a token (combine mode `partial`)."""
+
+
+def check_call(
+    identity: bytes,
+    message: Dispatch,
+    header: Header,
+    arrived_s: float,
+    store: ShardStore,
+    shape: tuple[torch.dtype, int],
+) -> WaitingCall:
+    """Raises ProtocolError for what does not fit, NotReadyError for a shard that is not here."""
+    dtype, width = shape
+    num_slices = store.num_slices
+    hidden = frame_to_tensor(message.hidden, dtype, (None, width), "Dispatch.hidden")
+    routing: Int32Array = frame_to_array(message.routing, "int32", (3, None), "Dispatch.routing")
+    if routing.size == 0:
+        raise ProtocolError("Dispatch.routing has no rows")
+    if routing.min() < 0 or routing[0].max() >= hidden.shape[0] or routing[2].max() >= num_slices:
+        raise ProtocolError(
+            f"Dispatch.routing names a row outside [0, {hidden.shape[0]}) or a slice outside [0, {num_slices})"
+        )
+    weights: Float32Array | None = None
+    if message.weights.shape != (0,):
+        weights = frame_to_array(message.weights, "float32", (routing.shape[1],), "Dispatch.weights")
+    for expert, slice_index in {(expert, piece) for expert, piece in zip(*routing[1:].tolist(), strict=True)}:
+        if store.find(ShardId(header.layer, expert, slice_index)) is None:
+            raise NotReadyError(f"expert {expert}, slice {slice_index} of layer {header.layer} is not held here")
+    return WaitingCall(identity, message.call, header, arrived_s, hidden, routing, weights)
+
+
+class CallQueue:
+    """First come, first served by layer: the layer of the oldest call goes next, with all calls that wait for it."""
+
+    def __init__(self) -> None:
+        self._calls: deque[WaitingCall] = deque()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: WaitingCall) -> None:
+        """Queue a call; bounded by the callers' credits (one call a micro-batch in flight and layer)."""
+        self._calls.append(call)
+
+    def take_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
+        """All calls of the next layer, and how many calls were dropped since nobody waits for them any more."""
+        live = deque(c for c in self._calls if not c.header.time_left_ms or now_s < _expires_s(c))
+        expired = len(self._calls) - len(live)
+        if not live:
+            self._calls = live
+            return [], expired
+        layer = live[0].header.layer
+        self._calls = deque(call for call in live if call.header.layer != layer)
+        return [call for call in live if call.header.layer == layer], expired
+
+
+def _expires_s(call: WaitingCall) -> float:
+    return call.arrived_s + call.header.time_left_ms / 1000
+
+
+def answer_calls(calls: list[WaitingCall], store: ShardStore) -> list[Tensor]:
+    """One grouped FFN over all rows of one layer's calls.
+
+    Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights.
+    """
+    layer, num_slices = calls[0].header.layer, store.num_slices
+    grouping = group_rows([call.routing for call in calls], num_slices)
+    experts = [_held(store, ShardId(layer, *divmod(key, num_slices))) for key in grouping.keys]
+    rows = [call.hidden[torch.from_numpy(call.routing[0])] for call in calls]
+    x = rows[0] if len(rows) == 1 else torch.cat(rows)
+    if grouping.is_sorted:
+        y = grouped_gated_ffn(x, grouping.offsets, experts)
+    else:
+        order = torch.from_numpy(grouping.order)
+        y = torch.empty_like(x)
+        y[order] = grouped_gated_ffn(x[order], grouping.offsets, experts)
+    answers = torch.split(y, [call.routing.shape[1] for call in calls])
+    return [
+        answer if call.weights is None else _weighted(call, call.weights, answer)
+        for call, answer in zip(calls, answers, strict=True)
+    ]
+
+
+def _held(store: ShardStore, shard: ShardId) -> GatedExpert:
+    expert = store.find(shard)
+    if expert is None:
+        raise NotReadyError(f"expert {shard.expert} of layer {shard.layer} was let go while a call waited for it")
+    return expert
+
+
+def _weighted(call: WaitingCall, weights: Float32Array, rows: Tensor) -> Tensor:
+    weighted = rows.to(torch.float32) * torch.from_numpy(weights)[:, None]
+    total = torch.zeros((call.hidden.shape[0], rows.shape[1]), dtype=torch.float32)
+    return total.index_add_(0, torch.from_numpy(call.routing[0]), weighted)

@@ -1,0 +1,244 @@
+"""The expert process: one loop that receives calls, runs what is queued a layer at a time, and answers."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+import zmq
+from torch import Tensor
+
+from common.array import array_to_frame, frame_to_array
+from common.compute.native_library import NativeKernels
+from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
+from common.messages import AssignShards, Dispatch, ExpertRows, Failed, Header, Heartbeat, Message, ShardsReady
+from common.model_config import ModelConfig
+from common.node import ControlLink
+from common.tensor import DTYPES, tensor_to_frame
+from common.topology import ShardId
+from common.transport import Full, RoutingSocket, Transport
+from common.weights import CheckpointWeights
+from services.expert.calls import CallQueue, WaitingCall, answer_calls, check_call
+from services.expert.shard_store import ShardStore
+
+POLL_MS = 50
+LEAVE_DEADLINE_S = 15.0
+PROGRESS_INTERVAL_S = 0.5
+
+
+@dataclass(slots=True)
+class Assignment:
+    """What the router wants held, and how far that is."""
+
+    version: int
+    wanted: frozenset[ShardId] = frozenset()
+    missing: deque[ShardId] = field(default_factory=deque)
+    reported: bool = False
+    next_report_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What heartbeats carry."""
+
+    busy_seconds: float = 0.0
+    calls: int = 0
+    rows: int = 0
+    dropped: int = 0
+    queue_seconds: float = 0.0
+
+
+class ExpertService:
+    """One expert node. `run` returns when `should_stop` says so and the router lets it go."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Path,
+        kernels: NativeKernels | None,
+        transport: Transport,
+        control: ControlLink,
+        calls: RoutingSocket,
+        log: structlog.stdlib.BoundLogger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._kernels = kernels
+        self._transport = transport
+        self._control = control
+        self._socket = calls
+        self._log = log
+        self._clock = clock
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._store: ShardStore | None = None
+        self._weights: CheckpointWeights | None = None
+        self._assignment = Assignment(version=0)
+        self._loading: tuple[ShardId, Future[None]] | None = None
+        self._queue = CallQueue()
+        self._counters = Counters()
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Serve until told to stop. Raises the router's refusal of this node."""
+        poller = zmq.Poller()
+        for socket in (self._control.socket.raw, self._control.socket.monitor, self._socket.raw):
+            if socket is not None:
+                poller.register(socket, zmq.POLLIN)
+        leave_by_s: float | None = None
+        while not self._control.leave_acknowledged:
+            now_s = self._clock()
+            if should_stop():
+                if leave_by_s is None:
+                    self._log.info("leaving")
+                    self._control.leave("stopped")
+                    leave_by_s = now_s + LEAVE_DEADLINE_S
+                if now_s >= leave_by_s or not self._control.registered:
+                    break
+            poller.poll(0 if len(self._queue) else (5 if self._loading else POLL_MS))
+            now_s = self._clock()
+            self._take_control(now_s)
+            self._load_next(now_s)
+            self._take_calls(now_s)
+            self._answer_layer(now_s)
+            self._control.beat(now_s, self._load)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    # ---- control and shards
+
+    def _take_control(self, now_s: float) -> None:
+        for message, header in self._control.receive(now_s):
+            try:
+                if not isinstance(message, AssignShards):
+                    raise ProtocolError(f"an expert node does not take {type(message).__name__}")
+                self._assign(message)
+            except MoemeshError as error:
+                self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
+                self._control.fail(error, header)
+
+    def _assign(self, message: AssignShards) -> None:
+        welcome = self._control.welcome
+        assert welcome is not None
+        shape = (self._config.num_layers, self._config.num_experts, welcome.num_slices)
+        bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
+        if self._store is None:
+            self._store = ShardStore(self._config, welcome.num_slices, self._kernels)
+            self._weights = CheckpointWeights(self._checkpoint, DTYPES[welcome.dtype])
+        wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
+        for shard in self._store:
+            if shard not in wanted:
+                self._store.drop(shard)
+        missing = deque(sorted(wanted.difference(self._store)))
+        self._assignment = Assignment(message.version, wanted, missing)
+        self._log.info("shards_assigned", version=message.version, wanted=len(wanted), missing=len(missing))
+
+    def _load_next(self, now_s: float) -> None:
+        """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile."""
+        if self._store is None or self._weights is None:
+            return
+        assignment = self._assignment
+        if self._loading is not None and self._loading[1].done():
+            shard, future = self._loading
+            self._loading = None
+            self._loaded(shard, future)
+        if self._loading is None and assignment.missing:
+            shard = assignment.missing.popleft()
+            self._loading = (shard, self._loader.submit(self._store.load, self._weights, shard))
+        complete = self._loading is None and not assignment.missing
+        if not assignment.reported and (complete or now_s >= assignment.next_report_s):
+            assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
+            assignment.reported = self._report(complete) and complete
+
+    def _loaded(self, shard: ShardId, future: Future[None]) -> None:
+        assert self._store is not None
+        try:
+            future.result()
+        except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
+            self._log.error("shard_not_loaded", shard=list(shard), reason=str(error))
+            self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)))
+            return
+        if shard not in self._assignment.wanted:
+            self._store.drop(shard)
+
+    def _report(self, complete: bool) -> bool:
+        assert self._store is not None and self._control.welcome is not None
+        shape = (self._config.num_layers, self._config.num_experts, self._control.welcome.num_slices)
+        held = np.zeros(shape, dtype=np.uint8)
+        for shard in self._store:
+            held[shard] = 1
+        if complete:
+            self._log.info("shards_ready", held=len(self._store), mapped_bytes=self._store.weight_bytes)
+        return self._control.send(
+            ShardsReady(self._assignment.version, complete, array_to_frame(held), self._store.weight_bytes)
+        )
+
+    # ---- calls
+
+    def _take_calls(self, now_s: float) -> None:
+        while (received := self._socket.receive()) is not None:
+            identity, message, header = received
+            number = message.call if isinstance(message, Dispatch) else 0
+            try:
+                if not isinstance(message, Dispatch):
+                    raise ProtocolError(f"an expert node's data socket does not take {type(message).__name__}")
+                if self._store is None or self._weights is None:
+                    raise NotReadyError("no shards are assigned here yet")
+                shape = (self._weights.dtype, self._config.hidden_size)
+                self._queue.add(check_call(identity, message, header, now_s, self._store, shape))
+            except MoemeshError as error:
+                self._answer(identity, Failed(error.code, str(error), number), header)
+
+    def _answer_layer(self, now_s: float) -> None:
+        if not len(self._queue) or self._store is None:
+            return
+        calls, expired = self._queue.take_layer(now_s)
+        self._counters.dropped += expired
+        if not calls:
+            return
+        began_s = self._clock()
+        try:
+            with torch.inference_mode():
+                answers = answer_calls(calls, self._store)
+        except (MoemeshError, ValueError, RuntimeError) as error:
+            code = error.code if isinstance(error, MoemeshError) else ExecutionError.code
+            self._log.error("calls_failed", layer=calls[0].header.layer, reason=str(error))
+            for call in calls:
+                self._answer(call.identity, Failed(code, str(error), call.number), call.header)
+            return
+        compute_seconds = self._clock() - began_s
+        self._counters.busy_seconds += compute_seconds
+        for call, rows in zip(calls, answers, strict=True):
+            self._send_rows(call, rows, compute_seconds, began_s - call.arrived_s)
+
+    def _send_rows(self, call: WaitingCall, rows: Tensor, compute_seconds: float, queue_seconds: float) -> None:
+        self._counters.calls += 1
+        self._counters.rows += call.routing.shape[1]
+        self._counters.queue_seconds += queue_seconds
+        answer = ExpertRows(call.number, tensor_to_frame(rows), compute_seconds, max(0.0, queue_seconds))
+        self._answer(call.identity, answer, call.header)
+
+    def _answer(self, identity: bytes, message: Message, header: Header) -> None:
+        try:
+            self._socket.send(identity, message, header)
+        except Full:
+            self._counters.dropped += 1  # the stage is gone: nobody waits for this answer
+
+    def _load(self) -> Heartbeat:
+        counters = self._counters
+        return Heartbeat(
+            busy_seconds=counters.busy_seconds,
+            steps=counters.calls,
+            rows=counters.rows,
+            queued=len(self._queue),
+            dropped=counters.dropped,
+            bytes_sent=self._socket.bytes_sent,
+            hop_seconds=counters.queue_seconds,
+            hops=counters.calls,
+            resent=0,
+        )

@@ -1,0 +1,138 @@
+"""Runs the micro-batches of one stage: whichever has its expert answers goes on. No sockets.
+
+Each micro-batch is a generator (`StageModel.forward`) that yields expert calls. `run_one` drives the next one that can
+go on until it yields again or ends; what it wants sent comes back as a value.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.messages import Header, Step
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+
+
+@dataclass(slots=True, eq=False)
+class RunningBatch:
+    """A micro-batch between its arrival and its departure."""
+
+    step: Step
+    header: Header
+    deadline_s: float
+    batch: MicroBatch
+    forward: ForwardPass
+
+
+@dataclass(frozen=True, slots=True)
+class WantsExperts:
+    """The batch waits for the answer to this call."""
+
+    running: RunningBatch
+    call: ExpertCall
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The batch has left this stage's layers."""
+
+    running: RunningBatch
+    hidden: Tensor
+    """[T, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The forward pass raised; the batch is gone, the others go on."""
+
+    running: RunningBatch
+    error: Exception
+
+
+class Executor:
+    """Micro-batches that run on one model and one KV cache."""
+
+    def __init__(self, model: StageModel, caches: list[LayerKvCache]) -> None:
+        self._model = model
+        self._caches = caches
+        self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
+        self._running: set[RunningBatch] = set()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `run_one` would do something."""
+        return bool(self._runnable)
+
+    @property
+    def num_running(self) -> int:
+        """Batches here, computing or waiting."""
+        return len(self._running)
+
+    def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
+        """Take in a micro-batch; it runs when its turn comes."""
+        running = RunningBatch(step, header, deadline_s, batch, self._model.forward(batch, self._caches))
+        self._running.add(running)
+        self._runnable.append((running, None))
+
+    def resume(self, running: RunningBatch, answer: Tensor) -> None:
+        """Give a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""
+        if running in self._running:
+            self._runnable.append((running, answer))
+
+    def run_one(self) -> WantsExperts | Finished | Broken:
+        """Drive the batch that has waited longest until it wants experts, ends or breaks."""
+        running, answer = self._runnable.popleft()
+        try:
+            with torch.inference_mode():
+                call = running.forward.send(answer) if answer is not None else next(running.forward)
+        except StopIteration as stop:
+            self._running.discard(running)
+            return Finished(running, stop.value)
+        except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
+            self._running.discard(running)
+            return Broken(running, error)
+        return WantsExperts(running, call)
+
+    def drop(self, running: RunningBatch) -> None:
+        """End a batch whose step has failed."""
+        self._running.discard(running)
+        self._runnable = deque(entry for entry in self._runnable if entry[0] is not running)
+        running.forward.close()
+
+    def self_test(self) -> None:
+        """One token through all layers, experts answering zero. Raises ValueError if a hidden state is not finite."""
+        probe = _probe_batch(self._model)
+        forward = self._model.forward(probe, self._caches)
+        with torch.inference_mode():
+            try:
+                call = next(forward)
+                while True:
+                    call = forward.send(torch.zeros_like(call.hidden))
+            except StopIteration as stop:
+                hidden: Tensor = stop.value
+            outputs = self._model.logits(hidden) if self._model.lm_head is not None else hidden
+        if not bool(torch.isfinite(outputs).all()):
+            raise ValueError("the self-test gave numbers that are not finite: the checkpoint is damaged")
+
+
+def _probe_batch(model: StageModel) -> MicroBatch:
+    """Token 0 at position 0 in block 0, which nothing uses before the first step."""
+    hidden = torch.zeros(1, dtype=torch.int64)
+    if model.embedding is None:
+        norm = model.layers[0].input_norm
+        hidden = torch.ones((1, norm.shape[0]), dtype=norm.dtype)
+    zero = torch.zeros(1, dtype=torch.int32)
+    return MicroBatch(
+        hidden=hidden,
+        positions=zero,
+        row_sequence=zero,
+        block_tables=zero[None, :],
+        slots=torch.zeros(1, dtype=torch.int64),
+        sampling_rows=torch.zeros(0, dtype=torch.int64),
+        sampling=None,
+    )
