@@ -1,9 +1,9 @@
 """Which nodes live: alive -> suspect -> dead, from heartbeats, lifelines and progress. Pure; time is an argument.
 
-Three witnesses, because each sees another kind of death. A closed lifeline: the process is gone (or its host is cut off;
-ZeroMQ's own heartbeats, on its I/O thread, close the connection then). Silence on the control link: its loop is stuck.
-Heartbeats without progress while there is work: it computes nothing. Dead is final for an incarnation: what it says
-afterwards is counted and not believed, and it comes back as another incarnation.
+Three witnesses, because each sees another kind of death. A closed lifeline: the process is gone (or its host is cut
+off; ZeroMQ's own heartbeats, on its I/O thread, close the connection then). Silence on the control link: its loop is
+stuck. Heartbeats without progress while there is work: it computes nothing. Dead is final for an incarnation: what it
+says afterwards is counted and not believed, and it comes back as another incarnation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from enum import StrEnum
 
 from common.errors import ConfigurationError
 from common.ids import Incarnation, NodeId
+
+
+MAX_REMEMBERED_DEAD = 1024
+"""Incarnations that are still known to be dead; nobody speaks again that long after."""
 
 
 class NodeState(StrEnum):
@@ -92,7 +96,7 @@ class Membership:
         """Said by or of an incarnation that is unknown, dead or replaced."""
 
     def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
-        """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays dead."""
+        """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays so."""
         if self._dead.get(node_id) == incarnation:
             self.stale_observations += 1
             return []
@@ -106,7 +110,7 @@ class Membership:
     def heartbeat(
         self, node_id: NodeId, incarnation: Incarnation, progress: int, is_busy: bool, now_s: float
     ) -> list[MembershipChange]:
-        """It is there. `progress` counts pieces of work done (steps, calls, tensors loaded); `is_busy`: it has some to do."""
+        """It is there. `progress` counts work done (steps, calls, tensors loaded); `is_busy`: it has some to do."""
         member = self._member(node_id, incarnation)
         if member is None:
             return []
@@ -117,7 +121,7 @@ class Membership:
         return self._judge(node_id, member, now_s)
 
     def lifeline_closed(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
-        """Its connection broke. Heartbeats do not save it (they may have been under way); only a new connection does."""
+        """Its connection broke. Heartbeats do not save it (they may have been under way), only a new connection."""
         member = self._member(node_id, incarnation)
         if member is None:
             return []
@@ -180,6 +184,8 @@ class Membership:
         if member is None:
             return []
         self._dead[node_id] = member.incarnation
+        if len(self._dead) > MAX_REMEMBERED_DEAD:
+            del self._dead[next(iter(self._dead))]  # the longest dead
         return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]
 
     def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:

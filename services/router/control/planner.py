@@ -15,9 +15,9 @@ def balance_layers(
 ) -> list[LayerRange]:
     """Contiguous ranges, one a stage, each of at least one layer, that minimise the most expensive stage.
 
-    `first_extra` (embedding) and `last_extra` (final norm, lm_head) are added to the first and the last stage; all costs
-    are in one unit and not negative. Among the plans with the same maximum, the most even one (least sum of squares) is
-    taken, then the one with the lower starts. Raises ConfigurationError.
+    `first_extra` (embedding) and `last_extra` (final norm, lm_head) are added to the first and the last stage; all
+    costs are in one unit and not negative. Among the plans with the same maximum, the most even one (least sum of
+    squares) is taken, then the one with the lower starts. Raises ConfigurationError.
     """
     num_layers = len(layer_costs)
     if not 1 <= num_stages <= num_layers:

@@ -44,10 +44,10 @@ def plan_roles(
 ) -> RolePlan:
     """Slots for n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
 
-    A spare is there to fill a hole: a pipeline that exists is kept, and the first one is formed, as long as nodes suffice
-    for it at all, even where fewer than `spares` are left over then. `current` may name dead nodes; those slots are
-    holes. Holes are filled in slot order: by spares in join order, then by nodes of pipelines that dissolve (the highest
-    ids), each preferring the numeric class that its pipeline has. Raises ConfigurationError for pp < 1 or spares < 0.
+    A spare is there to fill a hole: a pipeline that exists is kept, and the first one is formed, as long as nodes
+    suffice for it at all, even where fewer than `spares` are left over then. `current` may name dead nodes; those slots
+    are holes. Holes are filled in slot order: by spares in join order, then by nodes of pipelines that dissolve (the
+    highest ids), each preferring the numeric class that its pipeline has. ConfigurationError for pp < 1 or spares < 0.
     """
     if pp < 1 or spares < 0:
         raise ConfigurationError(f"PP is {pp} and SPARES {spares}; at least 1 and 0 are needed")
