@@ -14,7 +14,6 @@ from enum import StrEnum
 from common.errors import ConfigurationError
 from common.ids import Incarnation, NodeId
 
-
 MAX_REMEMBERED_DEAD = 1024
 """Incarnations that are still known to be dead; nobody speaks again that long after."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from common.errors import (
     CapacityError,
@@ -23,54 +23,11 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, num_blocks_for
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
-from services.router.scheduling.pipeline_selection import PipelineLoad, PipelineSelection
+from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
+from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
 from services.router.scheduling.step_plan import RequestFailure, SampledToken, StepPlan, TokenOutput
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Since the start; each only grows."""
-
-    requests_admitted: int = 0
-    requests_finished: int = 0
-    requests_cancelled: int = 0
-    requests_failed: int = 0
-    steps_planned: int = 0
-    tokens_planned: int = 0
-    tokens_generated: int = 0
-    tokens_recomputed: int = 0
-    """Cached tokens that were given up with a preemption, a failed step or a pipeline."""
-    preemptions: int = 0
-    failed_steps: int = 0
-    dropped_results: int = 0
-    """Answers of an unknown step, another generation or another attempt."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineSnapshot:
-    """One open pipeline, for metrics and the status page."""
-
-    pipeline: PipelineId
-    generation: Generation
-    load: PipelineLoad
-    num_free_blocks: int
-    num_steps_in_flight: int
-    num_tokens_in_flight: int
-    oldest_step_sent_s: float | None
-    """When the longest unanswered step was sent; None if none is in flight."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerSnapshot:
-    """For metrics and the status page. Lists are by pipeline id."""
-
-    num_waiting: int
-    num_running: int
-    reserved_tokens: int
-    pipelines: tuple[PipelineSnapshot, ...]
-    counters: SchedulerCounters
 
 
 class Scheduler:
@@ -245,7 +202,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_running=sum(len(schedule.running) for schedule in self._pipelines.values()),
             reserved_tokens=self._admission.reserved_tokens,
-            pipelines=tuple(_snapshot_of(self._pipelines[pipeline]) for pipeline in sorted(self._pipelines)),
+            pipelines=tuple(pipeline_snapshot(self._pipelines[pipeline]) for pipeline in sorted(self._pipelines)),
             counters=replace(self.counters),
         )
 
@@ -358,15 +315,3 @@ class Scheduler:
     def _count_sequences(self) -> SequenceId:
         self._num_sequences += 1
         return SequenceId(self._num_sequences)
-
-
-def _snapshot_of(schedule: PipelineSchedule) -> PipelineSnapshot:
-    return PipelineSnapshot(
-        pipeline=schedule.pipeline,
-        generation=schedule.generation,
-        load=schedule.load(),
-        num_free_blocks=schedule.allocator.num_free,
-        num_steps_in_flight=len(schedule.in_flight),
-        num_tokens_in_flight=sum(in_flight.plan.num_tokens for in_flight in schedule.in_flight.values()),
-        oldest_step_sent_s=min((in_flight.sent_s for in_flight in schedule.in_flight.values()), default=None),
-    )

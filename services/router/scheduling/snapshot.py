@@ -1,0 +1,66 @@
+"""The scheduler as metrics and the status page see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.ids import Generation, PipelineId
+from services.router.scheduling.pipeline_schedule import PipelineSchedule
+from services.router.scheduling.pipeline_selection import PipelineLoad
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Since the start; each only grows."""
+
+    requests_admitted: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    requests_failed: int = 0
+    steps_planned: int = 0
+    tokens_planned: int = 0
+    tokens_generated: int = 0
+    tokens_recomputed: int = 0
+    """Cached tokens that were given up with a preemption, a failed step or a pipeline."""
+    preemptions: int = 0
+    failed_steps: int = 0
+    dropped_results: int = 0
+    """Answers of an unknown step, another generation or another attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSnapshot:
+    """One open pipeline, for metrics and the status page."""
+
+    pipeline: PipelineId
+    generation: Generation
+    load: PipelineLoad
+    num_free_blocks: int
+    num_steps_in_flight: int
+    num_tokens_in_flight: int
+    oldest_step_sent_s: float | None
+    """When the longest unanswered step was sent; None if none is in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSnapshot:
+    """For metrics and the status page. Lists are by pipeline id."""
+
+    num_waiting: int
+    num_running: int
+    reserved_tokens: int
+    pipelines: tuple[PipelineSnapshot, ...]
+    counters: SchedulerCounters
+
+
+def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
+    """What there is to see of it now."""
+    return PipelineSnapshot(
+        pipeline=schedule.pipeline,
+        generation=schedule.generation,
+        load=schedule.load(),
+        num_free_blocks=schedule.allocator.num_free,
+        num_steps_in_flight=len(schedule.in_flight),
+        num_tokens_in_flight=sum(in_flight.plan.num_tokens for in_flight in schedule.in_flight.values()),
+        oldest_step_sent_s=min((in_flight.sent_s for in_flight in schedule.in_flight.values()), default=None),
+    )
