@@ -194,7 +194,8 @@ Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 def parse_request(body: bytes, model: type[Request]) -> Request:
     """The request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
     try:
-        fields = from_json(body, allow_inf_nan=False)
+        # NaN is let in here, so that the field that it stands in can be named below.
+        fields = from_json(body, allow_inf_nan=True)
     except ValueError as error:
         raise InvalidRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):

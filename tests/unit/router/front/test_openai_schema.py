@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from common.errors import InvalidRequestError
+from services.router.front.openai_schema import (
+    UNSUPPORTED,
+    ChatCompletionRequest,
+    CompletionRequest,
+    parse_request,
+)
+
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse_request(json.dumps({"model": "m", "prompt": "a"} | fields).encode(), CompletionRequest)
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return parse_request(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), ChatCompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([], []),
+        ([[]], [[]]),
+    ],
+)
+def test_prompt_takes_four_forms(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [None, 1, True, [1, "a"], [-1], [1.5], [True], {"a": 1}, [[1], "a"], [["a"]]])
+def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="a list of token ids") as caught:
+        completion(prompt=prompt)
+    assert caught.value.parameter == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", [1]),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 0.5),
+        ("seed", 2**63),
+        ("seed", "x"),
+        ("n", 0),
+        ("n", 17),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 17),
+        ("stop", [1]),
+        ("stop_token_ids", [-1]),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("stream", "yes"),
+        ("stream", 1),
+        ("echo", 0),
+        ("ignore_eos", "no"),
+        ("model", 5),
+        ("user", 5),
+    ],
+)
+def test_wrong_value_is_refused_with_the_field_named(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**{field: value})
+    assert caught.value.parameter in (field, f"{field}[0]")
+
+
+def test_number_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_request(b'{"model": "m", "prompt": "a", "temperature": 1e999}', CompletionRequest)
+    assert caught.value.parameter == "temperature"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b'{"model": "\\ud800"}', b"[" * 5000, b'{"a":' * 5000]
+)
+def test_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_request(body, CompletionRequest)
+
+
+@pytest.mark.parametrize("field", ["model", "prompt"])
+def test_required_field_is_named(field: str) -> None:
+    fields = {"model": "m", "prompt": "a"}
+    del fields[field]
+    with pytest.raises(InvalidRequestError, match=f"`{field}`: is required"):
+        parse_request(json.dumps(fields).encode(), CompletionRequest)
+
+
+def test_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(temprature=0)
+    assert caught.value.parameter == "temprature"
+
+
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+def test_unsupported_field_is_refused_unless_it_asks_for_nothing(field: str) -> None:
+    for neutral in UNSUPPORTED[field]:
+        completion(**{field: neutral})
+        chat(**{field: neutral})
+    for asking in ({"a": 1}, 7.5, True):
+        if asking in UNSUPPORTED[field]:
+            continue
+        with pytest.raises(InvalidRequestError, match="not supported") as caught:
+            chat(**{field: asking})
+        assert caught.value.parameter == field
+
+
+def test_best_of_may_equal_n() -> None:
+    assert completion(best_of=2, n=2).num_choices == 2
+    assert completion(best_of=1).num_choices == 1
+    for fields in ({"best_of": 2}, {"best_of": 3, "n": 2}, {"best_of": True}):
+        with pytest.raises(InvalidRequestError):
+            completion(**fields)
+
+
+def test_fields_of_one_route_are_unknown_on_the_other() -> None:
+    for fields in ({"prompt": "a"}, {"echo": True}):
+        with pytest.raises(InvalidRequestError):
+            chat(**fields)
+    for fields in ({"messages": MESSAGES}, {"top_logprobs": 1}, {"max_completion_tokens": 1}):
+        with pytest.raises(InvalidRequestError):
+            completion(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter"),
+    [
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": "a"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [*MESSAGES, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "a", "mood": "b"}]}, "messages[0].mood"),
+    ],
+)
+def test_wrong_chat_is_refused_with_the_place_named(fields: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert caught.value.parameter == parameter
+
+
+def test_message_of_a_reply_may_be_sent_back_as_it_came() -> None:
+    message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "audio": None}
+    assert chat(messages=[*MESSAGES, message, *MESSAGES]).messages[1].content == "a"
+
+
+def test_text_parts_are_taken() -> None:
+    request = chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+    assert request.messages[0].model_dump()["content"] == [{"type": "text", "text": "a"}]
+
+
+def test_echo_with_logprobs_is_refused() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(echo=True, logprobs=1)
+    assert caught.value.parameter == "echo"
+
+
+def test_logprobs_mean_the_same_on_both_routes() -> None:
+    assert completion().num_top_logprobs is None
+    assert completion(logprobs=0).num_top_logprobs == 0
+    assert completion(logprobs=3).num_top_logprobs == 3
+    assert chat(logprobs=False).num_top_logprobs is None
+    assert chat(logprobs=True).num_top_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).num_top_logprobs == 3
+
+
+def test_whole_numbers_are_fine_where_fractions_are() -> None:
+    assert completion(temperature=0, top_p=1).temperature == 0
+
+
+def test_stop_is_one_or_many() -> None:
+    assert completion().stop_strings == ()
+    assert completion(stop="a").stop_strings == ("a",)
+    assert completion(stop=["a", "b"]).stop_strings == ("a", "b")
+    assert completion(stop=[]).stop_strings == ()

@@ -1,0 +1,152 @@
+"""The tokenizer must do what transformers does, so most tests here ask transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer
+
+from common.errors import CheckpointError, InvalidRequestError
+from services.router.front.tokenizer import TextTokenizer
+from tests.support.tiny_tokenizers import (
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    write_tokenizer_directory,
+)
+
+TEXTS = (
+    "The quick brown fox",
+    " leading space, trailing space ",
+    "two\n\nlines\tand tab",
+    "Grüße 你好 👩‍🚀 naïve e\u0301",
+    "<s>[INST] special tokens </s> in text <|user|>",
+    "",
+    "x" * 500,
+)
+CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello there"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": " c "},
+    ],
+)
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "byte_level": byte_level_tokenizer,
+    "byte_fallback": byte_fallback_tokenizer,
+}
+
+
+def bos_first(tokenizer: Tokenizer) -> Tokenizer:
+    bos_id = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
+    return tokenizer
+
+
+def both(directory: Path, tokenizer: Tokenizer, **files: Any) -> tuple[TextTokenizer, Any]:
+    write_tokenizer_directory(directory, tokenizer, **files)
+    return TextTokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def ours_and_theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return both(tmp_path_factory.mktemp(request.param), KINDS[request.param]())
+
+
+def test_completion_prompts_encode_as_transformers_encodes_them(ours_and_theirs: tuple[TextTokenizer, Any]) -> None:
+    ours, theirs = ours_and_theirs
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=40))
+def test_any_text_encodes_and_decodes_as_in_transformers(ours_and_theirs: tuple[TextTokenizer, Any], text: str) -> None:
+    ours, theirs = ours_and_theirs
+    token_ids = theirs(text)["input_ids"]
+    assert ours.encode(text) == token_ids
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+def test_chats_encode_as_transformers_encodes_them(ours_and_theirs: tuple[TextTokenizer, Any]) -> None:
+    ours, theirs = ours_and_theirs
+    for chat in CHATS:
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert ours.encode_chat(chat, {}) == expected
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False, None])
+@pytest.mark.parametrize("has_post_processor", [True, False])
+def test_add_bos_token_counts_as_it_does_in_transformers(
+    tmp_path: Path, add_bos_token: bool | None, has_post_processor: bool
+) -> None:
+    tokenizer = bos_first(byte_level_tokenizer()) if has_post_processor else byte_level_tokenizer()
+    ours, theirs = both(tmp_path, tokenizer, tokenizer_config={"add_bos_token": add_bos_token})
+    assert ours.encode("The quick") == theirs("The quick")["input_ids"]
+
+
+def test_special_tokens_that_tokenizer_json_lacks_are_added_as_transformers_adds_them(tmp_path: Path) -> None:
+    settings_ = {
+        "bos_token": "<begin>",
+        "eos_token": {"__type": "AddedToken", "content": "<end>", "lstrip": False, "rstrip": True, "normalized": False},
+        "additional_special_tokens": ["<extra>"],
+        "added_tokens_decoder": {"400": {"content": "<decoder>", "special": False, "normalized": False}},
+    }
+    ours, theirs = both(tmp_path, byte_level_tokenizer(), tokenizer_config=settings_)
+    for text in ("<begin>a<end> b<extra>c<decoder>d", "<decoder><extra>"):
+        token_ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == token_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+def test_special_tokens_map_of_older_checkpoints_counts(tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer())
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|user|>"}}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chat = CHATS[0]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert TextTokenizer.from_directory(tmp_path).render_chat(chat, {}) == expected
+    assert expected.startswith("<|user|>")
+
+
+def test_truncation_and_padding_of_tokenizer_json_do_not_touch_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    ours, theirs = both(tmp_path, tokenizer)
+    for text in ("The quick brown fox jumps", "a"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+def test_chat_template_file_counts_before_the_configuration(tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer())
+    (tmp_path / "chat_template.jinja").write_text("file: {{ messages[0]['content'] }}")
+    assert TextTokenizer.from_directory(tmp_path).render_chat(CHATS[0], {}) == "file: Hello there"
+
+
+def test_of_named_templates_the_default_one_is_used(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), tokenizer_config={"chat_template": templates})
+    assert TextTokenizer.from_directory(tmp_path).render_chat(CHATS[0], {}) == "plain"
+
+
+def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), chat_template=None)
+    with pytest.raises(InvalidRequestError, match="has no chat template"):
+        TextTokenizer.from_directory(tmp_path).encode_chat(CHATS[0], {})
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {"type": "nothing"}}'])
+def test_missing_or_damaged_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        TextTokenizer.from_directory(tmp_path)
