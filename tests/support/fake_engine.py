@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
@@ -42,8 +42,16 @@ class FakeEngine:
     asked: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[GenerationRequest] = field(default_factory=list)
     """Closed or cancelled before their end."""
-    cancellation: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set at the first one."""
+    on_cancel: Callable[[], None] = lambda: None
+    """Called at each."""
+
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait_asked(self, num_requests: int) -> None:
+        """Until so many choices were asked for."""
+        while len(self.asked) < num_requests:
+            self._news.clear()
+            await self._news.wait()
 
     @property
     def max_context_tokens(self) -> int:
@@ -54,6 +62,7 @@ class FakeEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         self.asked.append(request)
+        self._news.set()
         complete = False
         try:
             num_tokens = 0
@@ -74,7 +83,7 @@ class FakeEngine:
         finally:
             if not complete:
                 self.cancelled.append(request)
-                self.cancellation.set()
+                self.on_cancel()
 
     def _token(self, request: GenerationRequest, token_id: int, num_tokens: int) -> GeneratedToken:
         sampling = request.sampling

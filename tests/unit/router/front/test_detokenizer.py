@@ -9,7 +9,7 @@ from services.router.front.detokenizer import ByteLevelDetokenizer, WindowDetoke
 from services.router.front.vocabulary import Vocabulary
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 
-MANY_EXAMPLES = settings(max_examples=300, deadline=None)
+MANY_EXAMPLES = settings(max_examples=150, deadline=None)
 
 
 def metaspace_tokenizer() -> Tokenizer:

@@ -143,9 +143,9 @@ def test_fields_of_one_route_are_unknown_on_the_other() -> None:
     for fields in ({"prompt": "a"}, {"echo": True}):
         with pytest.raises(InvalidRequestError):
             chat(**fields)
-    for fields in ({"messages": MESSAGES}, {"top_logprobs": 1}, {"max_completion_tokens": 1}):
+    for name, value in (("messages", MESSAGES), ("top_logprobs", 1), ("max_completion_tokens", 1)):
         with pytest.raises(InvalidRequestError):
-            completion(**fields)
+            completion(**{name: value})
 
 
 @pytest.mark.parametrize(

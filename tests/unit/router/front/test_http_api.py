@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from common.errors import ExecutionError, MoemeshError, NodeLostError, NotReadyError, OverloadedError
+from services.router.engine import Readiness
+from services.router.front.front_settings import FrontSettings
+from services.router.front.http_api import create_app
+from services.router.front.tokenizer import TextTokenizer
+from tests.support.asgi_exchange import Answer, Exchange, ask
+from tests.support.fake_engine import FakeEngine, Fault, Pause, Step
+
+EOS = 2
+TEXT = "quick brown 你好 fox"
+MESSAGES = [{"role": "user", "content": "hi"}]
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+ROUTES: list[tuple[str, dict[str, Any]]] = [(COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": MESSAGES})]
+
+
+class Server:
+    """An application over a fake engine whose choices say `TEXT`, or what is given."""
+
+    def __init__(self, tokenizer: TextTokenizer, script: list[Step] | None = None, **settings: Any) -> None:
+        said = [*tokenizer.encode(TEXT), EOS]
+        self.engine = FakeEngine(script=said if script is None else script, alternatives=((5, -0.2), (6, -1.0)))
+        self.registry = CollectorRegistry()
+        front_settings = FrontSettings("tiny", **settings)
+        self.app: FastAPI = create_app(
+            self.engine, tokenizer, front_settings, self.registry, wall_clock=lambda: 1000.9, draw_seed=lambda: 7
+        )
+
+    def start(self, path: str, **fields: Any) -> Exchange:
+        return Exchange(self.app, "POST", path, fields={"model": "tiny", "max_tokens": 100} | fields).start()
+
+    async def post(self, path: str, **fields: Any) -> Answer:
+        return await self.start(path, **fields).answer()
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_completion_is_in_openais_shape(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        reply = (await Server(tokenizer).post(COMPLETIONS, prompt="hi")).json()
+        num_tokens = len(tokenizer.encode(TEXT)) + 1
+        assert reply.pop("id").startswith("cmpl-")
+        assert reply == {
+            "object": "text_completion",
+            "created": 1000,
+            "model": "tiny",
+            "system_fingerprint": None,
+            "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 2, "completion_tokens": num_tokens, "total_tokens": num_tokens + 2},
+        }
+
+    run(main())
+
+
+def test_chat_is_in_openais_shape(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        reply = (await Server(tokenizer, system_fingerprint="fp").post(CHAT, messages=MESSAGES, max_tokens=1)).json()
+        message = {"role": "assistant", "content": TEXT[:2], "refusal": None}
+        assert reply["object"] == "chat.completion"
+        assert reply["system_fingerprint"] == "fp"
+        assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
+
+    run(main())
+
+
+def test_streamed_completion_joins_to_the_whole_one(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer).post(COMPLETIONS, prompt="hi", stream=True, n=2)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert "content-length" not in answer.headers
+        *chunks, done = answer.data
+        assert done == "[DONE]"
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        for index in range(2):
+            choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+            assert "".join(choice["text"] for choice in choices) == TEXT
+            assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+
+    run(main())
+
+
+def test_streamed_chat_has_a_role_chunk_text_chunks_and_a_finish_chunk(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer).post(CHAT, messages=MESSAGES, stream=True)
+        *chunks, done = answer.data
+        choices = [chunk["choices"][0] for chunk in chunks]
+        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"]["content"] for choice in choices[1:-1]) == TEXT
+        assert (choices[-1]["delta"], choices[-1]["finish_reason"]) == ({}, "stop")
+        assert all(choice["finish_reason"] is None for choice in choices[:-1])
+        assert all("usage" not in chunk for chunk in chunks)
+        assert done == "[DONE]"
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_usage_comes_in_a_chunk_of_its_own_if_asked_for(
+    tokenizer: TextTokenizer, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        options = {"include_usage": True}
+        *chunks, usage, _ = (await server.post(path, stream=True, stream_options=options, **fields)).data
+        whole = (await server.post(path, **fields)).json()
+        assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+        assert all(chunk["usage"] is None for chunk in chunks)
+
+    run(main())
+
+
+def test_logprobs_of_a_completion(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        whole = (await server.post(COMPLETIONS, prompt="hi", logprobs=1)).json()["choices"][0]["logprobs"]
+        token_ids = [*tokenizer.encode(TEXT), EOS]
+        assert whole["tokens"] == [tokenizer.vocabulary.token_text(token_id) for token_id in token_ids]
+        assert whole["token_logprobs"] == [-0.5] * len(token_ids)
+        assert whole["top_logprobs"][0] == {tokenizer.vocabulary.token_text(5): -0.2, whole["tokens"][0]: -0.5}
+        assert whole["text_offset"][:2] == [0, len(whole["tokens"][0])]
+        chunks = (await server.post(COMPLETIONS, prompt="hi", logprobs=1, stream=True)).data[:-1]
+        streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        for name, values in whole.items():
+            assert [value for logprobs in streamed for value in logprobs[name]] == values
+
+    run(main())
+
+
+def test_logprobs_of_a_chat(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        fields = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+        whole = (await server.post(CHAT, **fields)).json()["choices"][0]["logprobs"]["content"]
+        assert [entry["token"] for entry in whole[:-1]] == [
+            tokenizer.vocabulary.token_text(token_id) for token_id in tokenizer.encode(TEXT)
+        ]
+        assert b"".join(bytes(entry["bytes"]) for entry in whole[:-1]).decode() == TEXT
+        assert [alternative["logprob"] for alternative in whole[0]["top_logprobs"]] == [-0.2, -1.0]
+        chunks = (await server.post(CHAT, stream=True, **fields)).data[:-1]
+        streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        assert [entry for logprobs in streamed if logprobs for entry in logprobs["content"]] == whole
+
+    run(main())
+
+
+def test_infinite_logprobs_become_finite_json(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        server.engine.logprob = float("-inf")
+        reply = (await server.post(COMPLETIONS, prompt="hi", logprobs=0, max_tokens=1)).json()
+        assert reply["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_cancels_the_rest_in_the_mesh(tokenizer: TextTokenizer, stream: bool) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        answer = await server.post(COMPLETIONS, prompt="hi", stop="brown", stream=stream)
+        choices = [chunk["choices"][0] for chunk in answer.data[:-1]] if stream else answer.json()["choices"]
+        assert "".join(choice["text"] for choice in choices) == "quick "
+        assert choices[-1]["finish_reason"] == "stop"
+        assert server.engine.cancelled == server.engine.asked
+
+    run(main())
+
+
+def test_token_ids_are_given_if_asked_for(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        token_ids = [*tokenizer.encode(TEXT), EOS]
+        choice = (await server.post(COMPLETIONS, prompt=[9, 8], return_token_ids=True)).json()["choices"][0]
+        assert (choice["prompt_token_ids"], choice["token_ids"]) == ([9, 8], token_ids)
+        for path, fields in ROUTES:
+            chunks = (await server.post(path, stream=True, return_token_ids=True, **fields)).data[:-1]
+            choices = [chunk["choices"][0] for chunk in chunks]
+            assert [token_id for choice in choices for token_id in choice.get("token_ids", [])] == token_ids
+            assert sum("prompt_token_ids" in choice for choice in choices) == 1
+
+    run(main())
+
+
+def test_prompts_and_choices_come_in_order(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        server.engine.script_by_choice = {0: [*tokenizer.encode("a"), EOS], 1: [*tokenizer.encode("b"), EOS]}
+        reply = (await server.post(COMPLETIONS, prompt=["one:", "two:"], n=2, echo=True)).json()
+        assert [choice["text"] for choice in reply["choices"]] == ["one:a", "one:b", "two:a", "two:b"]
+        assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+
+    run(main())
+
+
+ERRORS: list[tuple[Exception, int, str]] = [
+    (NotReadyError("no pipeline yet"), 503, "not_ready"),
+    (NodeLostError("stage-1 is gone"), 503, "node_lost"),
+    (ExecutionError("bad row"), 500, "execution_error"),
+    (OverloadedError("queue full", retry_after_s=3), 429, "overloaded"),
+    (RuntimeError("secret path"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_error_before_the_first_token_has_its_status(
+    tokenizer: TextTokenizer, error: Exception, status: int, code: str, stream: bool
+) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer, [Fault(error)]).post(COMPLETIONS, prompt="hi", stream=stream)
+        assert answer.status == status
+        assert answer.headers["content-type"] == "application/json"
+        body = answer.json()["error"]
+        assert body["code"] == code
+        assert set(body) == {"message", "type", "param", "code"}
+        assert body["message"] == (str(error) if isinstance(error, MoemeshError) else "internal error")
+        assert answer.headers.get("retry-after") == ("3" if status == 429 else None)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_error_in_mid_stream_is_an_event_then_done(tokenizer: TextTokenizer, path: str, fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        script: list[Step] = [*tokenizer.encode("quick"), Fault(NodeLostError("stage-1 is gone"))]
+        server = Server(tokenizer, script)
+        answer = await server.post(path, stream=True, **fields)
+        assert answer.status == 200
+        *_, error, done = answer.data
+        assert error["error"]["code"] == "node_lost"
+        assert done == "[DONE]"
+        assert (await server.post(path, **fields)).status == 503
+
+    run(main())
+
+
+def test_one_failing_choice_cancels_the_others(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        server.engine.script_by_choice = {0: [5, Pause()], 1: [5, 6, Fault(ExecutionError("bad"))]}
+        assert (await server.post(COMPLETIONS, prompt="hi", n=2)).status == 500
+        assert [request.choice for request in server.engine.cancelled] == [0]
+
+    run(main())
+
+
+def test_a_choice_that_ends_without_a_reason_is_an_error(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer, [5, 6]).post(COMPLETIONS, prompt="hi")
+        assert (answer.status, answer.json()["error"]["code"]) == (500, "execution_error")
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("script", [[Pause()], [5, 6, Pause()]])
+def test_client_that_goes_away_cancels_every_choice(tokenizer: TextTokenizer, stream: bool, script: list[Step]) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, script)
+        exchange = server.start(COMPLETIONS, prompt="hi", n=3, stream=stream)
+        await server.engine.wait_asked(3)
+        if stream and script != [Pause()]:
+            assert (await exchange.next_message())["type"] == "http.response.start"
+            await exchange.next_message()
+        exchange.disconnect()
+        await exchange.wait_ended()
+        assert sorted(request.choice for request in server.engine.cancelled) == [0, 1, 2]
+        assert server.metric("moemesh_http_requests_cancelled_total") == 1
+        assert server.metric("moemesh_http_requests_in_flight") == 0
+
+    run(main())
+
+
+def test_pause_is_filled_with_comments_and_then_goes_on(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        script: list[Step] = [*tokenizer.encode("ab"), Pause(), *tokenizer.encode("cd"), EOS]
+        server = Server(tokenizer, script, keep_alive_interval_s=0.01)
+        exchange = server.start(COMPLETIONS, prompt="hi", stream=True)
+        comments = 0
+        await exchange.next_message()
+        while comments < 3:
+            comments += (await exchange.next_message())["body"] == b": keep-alive\n\n"
+        server.engine.gate.set()
+        rest = b""
+        while not rest.endswith(b"[DONE]\n\n"):
+            rest += (await exchange.next_message())["body"]
+        assert b'"text":"c"' in rest
+        await exchange.wait_ended()
+
+    run(main())
+
+
+def test_long_wait_for_the_first_token_opens_the_stream(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        script: list[Step] = [Pause(), Fault(NodeLostError("gone"))]
+        server = Server(tokenizer, script, keep_alive_interval_s=0.01)
+        exchange = server.start(CHAT, messages=MESSAGES, stream=True)
+        assert (await exchange.next_message())["status"] == 200
+        assert b'"role":"assistant"' in (await exchange.next_message())["body"]
+        assert (await exchange.next_message())["body"] == b": keep-alive\n\n"
+        server.engine.gate.set()
+        body = b""
+        while not body.endswith(b"[DONE]\n\n"):
+            body += (await exchange.next_message())["body"]
+        assert b'"code":"node_lost"' in body
+
+    run(main())
+
+
+def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, max_body_bytes=100)
+        exchange = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x" * 60] * 50)
+        answer = await exchange.start().answer()
+        assert (answer.status, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert exchange.pieces_read == 2
+        announced = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x"] * 50, headers={"content-length": "101"})
+        assert (await announced.start().answer()).status == 413
+        assert announced.pieces_read == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "parameter", "code"),
+    [
+        ({"temperature": "hot"}, 400, "temperature", "invalid_request"),
+        ({"prompt": ""}, 400, "prompt", "invalid_request"),
+        ({"max_tokens": 10**6}, 400, "prompt", "context_length_exceeded"),
+        ({"model": "other"}, 404, "model", "model_not_found"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "invalid_request"),
+    ],
+)
+def test_wrong_request_is_answered_with_the_field(
+    tokenizer: TextTokenizer, fields: dict[str, Any], status: int, parameter: str, code: str
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        answer = await server.post(COMPLETIONS, **({"prompt": "hi"} | fields))
+        error = answer.json()["error"]
+        assert (answer.status, error["param"], error["code"]) == (status, parameter, code)
+        assert error["type"] == "invalid_request_error"
+        assert server.engine.asked == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", COMPLETIONS, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_wrong_paths_and_methods_are_in_openais_shape(
+    tokenizer: TextTokenizer, method: str, path: str, status: int
+) -> None:
+    async def main() -> None:
+        answer = await ask(Server(tokenizer).app, method, path)
+        assert answer.status == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert ("allow" in answer.headers) == (status == 405)
+
+    run(main())
+
+
+def test_models_are_listed(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        app = Server(tokenizer).app
+        listed = (await ask(app, "GET", "/v1/models")).json()
+        assert [model["id"] for model in listed["data"]] == ["tiny"]
+        assert (await ask(app, "GET", "/v1/models/tiny")).json() == listed["data"][0]
+
+    run(main())
+
+
+def test_served_name_may_have_a_slash(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        app = create_app(FakeEngine(), tokenizer, FrontSettings("org/model"), CollectorRegistry())
+        assert (await ask(app, "GET", "/v1/models/org/model")).json()["id"] == "org/model"
+
+    run(main())
+
+
+def test_health_is_the_process_and_readiness_the_mesh(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        assert (await ask(server.app, "GET", "/ready")).status == 200
+        server.engine.state = Readiness(False, "stage 1 of pipeline 0 is missing")
+        unready = await ask(server.app, "GET", "/ready")
+        assert (unready.status, unready.json()["detail"]) == (503, "stage 1 of pipeline 0 is missing")
+        assert (await ask(server.app, "GET", "/health")).status == 200
+
+    run(main())
+
+
+def test_metrics_count_requests_and_tokens(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        await server.post(COMPLETIONS, prompt=[5, 6, 7], max_tokens=4, n=2)
+        await server.post(COMPLETIONS, prompt=1.5)
+        await ask(server.app, "GET", "/no/such/path")
+        requests = "moemesh_http_requests_total"
+        assert server.metric(requests, route=COMPLETIONS, status="200") == 1
+        assert server.metric(requests, route=COMPLETIONS, status="400") == 1
+        assert server.metric(requests, route="unknown", status="404") == 1
+        assert server.metric("moemesh_prompt_tokens_total") == 3
+        assert server.metric("moemesh_completion_tokens_total") == 8
+        assert server.metric("moemesh_time_to_first_token_seconds_count") == 1
+        assert server.metric("moemesh_inter_token_seconds_count") == 6
+        page = await ask(server.app, "GET", "/metrics")
+        assert b"moemesh_completion_tokens_total 8.0" in page.body
+
+    run(main())
+
+
+def test_request_id_is_the_clients_if_it_is_plain(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        app = Server(tokenizer).app
+        own = await ask(app, "GET", "/health", headers={"X-Request-Id": "trace-1"})
+        assert own.headers["x-request-id"] == "trace-1"
+        for odd in ("a b", "x" * 200, ""):
+            drawn = await ask(app, "GET", "/health", headers={"X-Request-Id": odd})
+            assert drawn.headers["x-request-id"].startswith("req-")
+
+    run(main())

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, UnknownModelError
+from services.router.front.checkpoint_defaults import CheckpointDefaults
+from services.router.front.front_settings import FrontSettings
+from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
+from services.router.front.request_planning import Plan, RequestPlanner
+from services.router.front.tokenizer import TextTokenizer
+from services.router.scheduling.sampling_parameters import SamplingParameters
+
+CONTEXT_TOKENS = 64
+MESSAGES = [{"role": "user", "content": "fox"}]
+
+
+def planner(tokenizer: TextTokenizer, **settings: Any) -> RequestPlanner:
+    return RequestPlanner(tokenizer, FrontSettings("m", **settings), lambda: CONTEXT_TOKENS, draw_seed=lambda: 77)
+
+
+def plan(tokenizer: TextTokenizer, settings: dict[str, Any] | None = None, **fields: Any) -> Plan:
+    body = json.dumps({"model": "m", "prompt": "fox"} | fields).encode()
+    request = parse_request(body, CompletionRequest)
+    return asyncio.run(planner(tokenizer, **(settings or {})).plan_completion(request, "cmpl-1"))
+
+
+def plan_chat(tokenizer: TextTokenizer, **fields: Any) -> Plan:
+    body = json.dumps({"model": "m", "messages": MESSAGES} | fields).encode()
+    return asyncio.run(planner(tokenizer).plan_chat(parse_request(body, ChatCompletionRequest), "chatcmpl-1"))
+
+
+def sampling(planned: Plan) -> SamplingParameters:
+    return planned.choices[0].request.sampling
+
+
+def test_defaults_are_complete(tokenizer: TextTokenizer) -> None:
+    assert sampling(plan(tokenizer)) == SamplingParameters(16, 1.0, 1.0, 0, 77, None, frozenset({2}))
+
+
+def test_checkpoint_defaults_fill_what_the_client_left_out(tokenizer: TextTokenizer) -> None:
+    changed = TextTokenizer(tokenizer._tokenizer, {}, CheckpointDefaults(frozenset({5}), None, 0.6, 0.9, 20))
+    filled = sampling(plan(changed))
+    assert (filled.temperature, filled.top_p, filled.top_k, filled.stop_token_ids) == (0.6, 0.9, 20, frozenset({5}))
+    own = sampling(plan(changed, temperature=0, top_p=1, top_k=0))
+    assert (own.temperature, own.top_p, own.top_k) == (0, 1, 0)
+
+
+def test_top_k_minus_one_is_off(tokenizer: TextTokenizer) -> None:
+    assert sampling(plan(tokenizer, top_k=-1)).top_k == 0
+
+
+def test_clients_stop_tokens_join_the_checkpoints(tokenizer: TextTokenizer) -> None:
+    assert sampling(plan(tokenizer, stop_token_ids=[9])).stop_token_ids == {2, 9}
+    assert sampling(plan(tokenizer, stop_token_ids=[9], ignore_eos=True)).stop_token_ids == {9}
+    assert sampling(plan(tokenizer, ignore_eos=True)).stop_token_ids == frozenset()
+
+
+@pytest.mark.parametrize("seed", [0, 5, -1, -(2**63), 2**63 - 1])
+def test_any_seed_becomes_63_bits_and_the_same_each_time(tokenizer: TextTokenizer, seed: int) -> None:
+    first, second = sampling(plan(tokenizer, seed=seed)).seed, sampling(plan(tokenizer, seed=seed)).seed
+    assert first == second == seed % 2**63
+
+
+def test_choices_are_counted_in_the_reply_and_in_the_prompt(tokenizer: TextTokenizer) -> None:
+    planned = plan(tokenizer, prompt=["fox", "dog"], n=2)
+    assert [choice.index for choice in planned.choices] == [0, 1, 2, 3]
+    assert [choice.request.choice for choice in planned.choices] == [0, 1, 0, 1]
+    assert len({choice.request.request_id for choice in planned.choices}) == 4
+    assert len({choice.request.sampling.seed for choice in planned.choices}) == 1
+    assert planned.num_prompt_tokens == len(tokenizer.encode("fox")) + len(tokenizer.encode("dog"))
+
+
+def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:
+    assert plan(tokenizer, prompt=[5, 6]).prompts_token_ids == ((5, 6),)
+
+
+def test_echo_is_the_prompts_text(tokenizer: TextTokenizer) -> None:
+    token_ids = tokenizer.encode("dog </s>")
+    assert plan(tokenizer, prompt=[token_ids, [5]], echo=True).choices[0].echoed_text == "dog </s>"
+    assert plan(tokenizer, prompt="fox", echo=True).choices[0].echoed_text == "fox"
+    assert plan(tokenizer, prompt="fox").choices[0].echoed_text == ""
+
+
+@pytest.mark.parametrize("threshold", [0, 10**6])
+def test_a_thread_changes_nothing(tokenizer: TextTokenizer, threshold: int) -> None:
+    planned = plan(tokenizer, {"thread_above_characters": threshold}, prompt="quick fox")
+    assert planned.prompts_token_ids == (tuple(tokenizer.encode("quick fox")),)
+
+
+def test_prompt_and_completion_may_fill_the_context_exactly(tokenizer: TextTokenizer) -> None:
+    assert sampling(plan(tokenizer, prompt=[5] * 60, max_tokens=4)).max_tokens == 4
+    with pytest.raises(ContextLengthError, match="64 tokens"):
+        plan(tokenizer, prompt=[5] * 60, max_tokens=5)
+
+
+def test_default_of_a_completion_is_not_clipped(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(ContextLengthError):
+        plan(tokenizer, prompt=[5] * 60)
+
+
+def test_chat_may_use_what_is_left_of_the_context(tokenizer: TextTokenizer) -> None:
+    planned = plan_chat(tokenizer)
+    assert sampling(planned).max_tokens == CONTEXT_TOKENS - planned.num_prompt_tokens
+    assert sampling(plan_chat(tokenizer, max_tokens=3)).max_tokens == 3
+    assert sampling(plan_chat(tokenizer, max_completion_tokens=3)).max_tokens == 3
+    with pytest.raises(ContextLengthError):
+        plan_chat(tokenizer, messages=[{"role": "user", "content": "x y z " * 64}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "parameter"),
+    [
+        ({"model": "other"}, UnknownModelError, "model"),
+        ({"prompt": ""}, InvalidRequestError, "prompt"),
+        ({"prompt": []}, InvalidRequestError, "prompt"),
+        ({"prompt": [[]]}, InvalidRequestError, "prompt"),
+        ({"prompt": ["a", ""]}, InvalidRequestError, "prompt"),
+        ({"prompt": [100_000]}, InvalidRequestError, "prompt"),
+        ({"prompt": ["a"] * 9, "n": 15}, InvalidRequestError, "prompt"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    tokenizer: TextTokenizer, fields: dict[str, Any], error: type[MoemeshError], parameter: str
+) -> None:
+    with pytest.raises(error) as caught:
+        plan(tokenizer, **fields)
+    assert getattr(caught.value, "parameter", None) == parameter
+
+
+def test_n_may_be_bounded_further(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="at most 2"):
+        plan(tokenizer, {"max_choices": 2}, n=3)
+
+
+def test_chat_template_gets_the_clients_variables(tokenizer: TextTokenizer) -> None:
+    with_prompt = plan_chat(tokenizer)
+    without = plan_chat(tokenizer, chat_template_kwargs={"add_generation_prompt": False})
+    assert without.num_prompt_tokens < with_prompt.num_prompt_tokens
+
+
+def test_vocabulary_bound_is_the_models(tokenizer: TextTokenizer) -> None:
+    defaults = replace(tokenizer.defaults, vocabulary_size=4)
+    small = TextTokenizer(tokenizer._tokenizer, {}, defaults)
+    with pytest.raises(InvalidRequestError, match="vocabulary of 4"):
+        plan(small, prompt="fox")
