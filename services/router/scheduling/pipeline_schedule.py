@@ -114,11 +114,10 @@ class PipelineSchedule:
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if request.step is None]
         ready_prefills = [request for request in prefilling if request.step is None][:prefill_share]
-        # One place and one token stay free for the oldest prefill, which would otherwise wait for all who decode.
-        kept_back = 1 if ready_prefills else 0
-        num_decodes = min(
-            decode_share, settings.max_batch_tokens - kept_back, max(1, settings.max_batch_sequences - kept_back)
-        )
+        # If the oldest of all is to be prefilled, the younger who decode leave it a place and a token.
+        oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
+        kept_back = 0 if oldest is None or oldest.is_decoding else 1
+        num_decodes = min(decode_share, settings.max_batch_tokens - kept_back, settings.max_batch_sequences - kept_back)
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
         num_tokens_left = settings.max_batch_tokens - len(picked)
         for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
