@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
@@ -113,7 +114,8 @@ class ExchangeMiddleware:
 
         self._metrics.requests_in_flight.inc()
         try:
-            await self._app(scope, receive, send_with_id)
+            with structlog.contextvars.bound_contextvars(http_request_id=request_id):
+                await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             status = _CLIENT_CLOSED_STATUS
             self._metrics.cancelled.inc()

@@ -27,7 +27,6 @@ class Plan:
     choices: tuple[PlannedChoice, ...]
     """Prompt by prompt, and in each prompt `n` choices."""
     prompts_token_ids: tuple[tuple[int, ...], ...]
-    choices_per_prompt: int
     num_top_logprobs: int | None
 
     @property
@@ -143,7 +142,7 @@ class RequestPlanner:
                 index = len(choices)
                 generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
                 choices.append(PlannedChoice(index, generation, request.stop_strings, echoed_text))
-        return Plan(tuple(choices), prompts_token_ids, request.num_choices, num_top_logprobs)
+        return Plan(tuple(choices), prompts_token_ids, num_top_logprobs)
 
     def _sampling(
         self, request: GenerationFields, seed: int, max_tokens: int, num_top_logprobs: int | None

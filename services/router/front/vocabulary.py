@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
 from tokenizers import Tokenizer
-
-_FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class DecoderKind(Enum):
@@ -33,9 +30,9 @@ class Vocabulary:
             decoder["type"] == "Replace" and decoder.get("pattern") == {"String": "\u2581"} for decoder in decoders
         )
         added = tokenizer.get_added_tokens_decoder()
-        self._added_texts = {token_id: token.content for token_id, token in added.items()}
-        special_texts = {token.content for token in added.values() if token.special}
-        self._special_texts = special_texts
+        self._added_ids = frozenset(added)
+        self._special_texts = {token.content for token in added.values() if token.special}
+        self._fallback_bytes = _fallback_bytes(tokenizer) if self.has_byte_fallback else {}
         self._skipped: dict[int, bool] = {}
         self._bytes: dict[int, bytes] = {}
         self._byte_of_character = _byte_of_character()
@@ -50,10 +47,7 @@ class Vocabulary:
 
     def is_fallback_byte(self, token_id: int) -> bool:
         """True if the token is one byte of a character that the vocabulary lacks."""
-        if not self.has_byte_fallback:
-            return False
-        token = self._tokenizer.id_to_token(token_id)
-        return token is not None and _FALLBACK_BYTE.fullmatch(token) is not None
+        return token_id in self._fallback_bytes
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text: UTF-8, perhaps a part of a character; special tokens as they are written."""
@@ -78,11 +72,10 @@ class Vocabulary:
             # The decoder itself falls back to the token's own characters if one of them stands for no byte.
             values = [self._byte_of_character.get(character) for character in token]
             return token.encode() if None in values else bytes(value for value in values if value is not None)
-        if token_id in self._added_texts:
+        if token_id in self._fallback_bytes:
+            return bytes([self._fallback_bytes[token_id]])
+        if token_id in self._added_ids:
             return token.encode()
-        fallback = _FALLBACK_BYTE.fullmatch(token) if self.has_byte_fallback else None
-        if fallback is not None:
-            return bytes([int(fallback[1], 16)])
         return (token.replace("\u2581", " ") if self._is_metaspace else token).encode()
 
 
@@ -93,6 +86,17 @@ def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         return [part for child in decoder["decoders"] for part in _decoders(child)]
     return [decoder]
+
+
+def _fallback_bytes(tokenizer: Tokenizer) -> dict[int, int]:
+    """Token id -> byte. The library's decoder takes both cases of hexadecimal digits."""
+    found: dict[int, int] = {}
+    for value in range(256):
+        for token in (f"<0x{value:02X}>", f"<0x{value:02x}>"):
+            token_id = tokenizer.token_to_id(token)
+            if token_id is not None:
+                found[token_id] = value
+    return found
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.tokenizer import TextTokenizer
 from tests.support.tiny_tokenizers import (
+    CHAT_TEMPLATE,
     byte_fallback_tokenizer,
     byte_level_tokenizer,
     write_tokenizer_directory,
@@ -115,6 +117,32 @@ def test_special_tokens_map_of_older_checkpoints_counts(tmp_path: Path) -> None:
     expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert TextTokenizer.from_directory(tmp_path).render_chat(chat, {}) == expected
     assert expected.startswith("<|user|>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type", "base"),
+    [
+        (Qwen2Tokenizer, "qwen3_moe", byte_level_tokenizer),
+        (LlamaTokenizer, "mixtral", byte_fallback_tokenizer),
+        (LlamaTokenizer, "qwen3_moe", byte_fallback_tokenizer),
+    ],
+)
+def test_directories_that_transformers_itself_saves_are_read_alike(
+    tmp_path: Path, tokenizer_class: Any, model_type: str, base: Callable[[], Tokenizer]
+) -> None:
+    model = json.loads(base().to_str())["model"]
+    saved = tokenizer_class(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    saved.chat_template = CHAT_TEMPLATE
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = TextTokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        token_ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == token_ids
+        assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    for chat in CHATS:
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert ours.render_chat(chat, {}) == expected
 
 
 def test_truncation_and_padding_of_tokenizer_json_do_not_touch_prompts(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from common.ids import RequestId
+from services.router.engine import FinishReason, GenerationRequest
+from services.router.front.choice_stream import ChoiceEvent, PlannedChoice
+from services.router.front.replies import ChatForm, ChunkEncoder, CompletionForm, ReplyForm, ReplyHead, merge_events
+from services.router.front.request_planning import Plan
+from services.router.front.tokenizer import TextTokenizer
+from services.router.scheduling.sampling_parameters import SamplingParameters
+
+HEAD = ReplyHead("id-1", 5, 'mo"del', None)
+
+
+def encoder(form: ReplyForm, with_usage: bool = False) -> ChunkEncoder:
+    sampling = SamplingParameters(1, 1.0, 1.0, 0, 1, None, frozenset())
+    request = GenerationRequest(RequestId("r"), (5,), sampling, 0)
+    plan = Plan((PlannedChoice(0, request, (), ""),), ((5,),), None)
+    return ChunkEncoder(HEAD, form, plan, with_usage, with_token_ids=False)
+
+
+def decode(data: bytes) -> list[dict[str, Any]]:
+    assert data.endswith(b"\n\n")
+    return [json.loads(event.removeprefix("data: ")) for event in data.decode().split("\n\n")[:-1]]
+
+
+@pytest.mark.parametrize("form_class", [CompletionForm, ChatForm])
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_prepared_chunks_equal_composed_ones(
+    tokenizer: TextTokenizer, form_class: type[CompletionForm] | type[ChatForm], with_usage: bool
+) -> None:
+    form = form_class(tokenizer.vocabulary, False)
+    event = ChoiceEvent(3, 'a"\n\u2028\\ 你', (1,), (), None)
+    (chunk,) = decode(encoder(form, with_usage).event(event))
+    assert chunk["choices"] == form.chunk_choices(event)
+    assert chunk["model"] == 'mo"del'
+    assert ("usage" in chunk) == with_usage
+
+
+def test_text_with_line_breaks_stays_one_event(tokenizer: TextTokenizer) -> None:
+    data = encoder(CompletionForm(tokenizer.vocabulary, False)).event(ChoiceEvent(0, "a\n\nb\r\n", (1,), (), None))
+    assert data.count(b"\n") == 2
+    assert b"\r" not in data
+
+
+def test_last_text_and_finish_of_a_chat_are_two_chunks(tokenizer: TextTokenizer) -> None:
+    event = ChoiceEvent(0, "end", (1,), (), FinishReason.LENGTH)
+    chunks = [chunk["choices"][0] for chunk in decode(encoder(ChatForm(tokenizer.vocabulary, False)).event(event))]
+    assert [(chunk["delta"], chunk["finish_reason"]) for chunk in chunks] == [
+        ({"content": "end"}, None),
+        ({}, "length"),
+    ]
+
+
+def test_merged_events_keep_everything_in_order() -> None:
+    merged = merge_events([ChoiceEvent(1, "a", (5, 6), (), None), ChoiceEvent(1, "b", (7,), (), FinishReason.STOP)])
+    assert merged == ChoiceEvent(1, "ab", (5, 6, 7), (), FinishReason.STOP)
