@@ -153,8 +153,11 @@ class Heartbeat:
     dropped: int
     """Messages of an old term, generation or attempt dropped since start."""
     bytes_sent: int
+    """On all data sockets since start."""
+    hop_bytes: int
+    """Stage: sent towards expert nodes since start. Expert node: sent as answers."""
     hop_seconds: float
-    """Stage: time waited for expert calls since start, summed over calls. Expert node: time queued."""
+    """Stage: from an expert call to its whole sum, over all calls since start. Expert node: time queued."""
     hops: int
     """Calls in `hop_seconds`."""
     resent: int

@@ -31,6 +31,12 @@ class NodeAddresses:
     folder_token: str
     bind_pattern: str
     """With `{socket}` in place of the socket's name."""
+    public_host: str = ""
+    """Peers reach a tcp socket that is bound to all addresses by this name."""
+
+    def advertised(self, bound: tuple[str, ...]) -> tuple[str, ...]:
+        """Endpoints as peers are to use them."""
+        return tuple(endpoint.replace("//0.0.0.0:", f"//{self.public_host}:") for endpoint in bound)
 
 
 def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
@@ -40,15 +46,15 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
         folder = ipc_folder(settings.state_dir)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return NodeAddresses(
-            control=control or f"ipc://{folder}/control",
-            folder_token=ipc_token(folder),
-            bind_pattern=f"ipc://{folder}/{node_id}-{{socket}}",
+            control or f"ipc://{folder}/control", ipc_token(folder), f"ipc://{folder}/{node_id}-{{socket}}"
         )
     host = urlsplit(control).hostname
     if not control.startswith("tcp://") or not host:
         raise ConfigurationError(f"CONTROL={control}: must be ipc://PATH or tcp://HOST:PORT")
-    own_host = settings.advertise_host or ("127.0.0.1" if host in ("127.0.0.1", "localhost") else own_address())
-    return NodeAddresses(control=control, folder_token="", bind_pattern=f"tcp://{own_host}:*")
+    if settings.advertise_host:
+        return NodeAddresses(control, "", "tcp://0.0.0.0:*", settings.advertise_host)
+    own_host = "127.0.0.1" if host in ("127.0.0.1", "localhost") else own_address()
+    return NodeAddresses(control, "", f"tcp://{own_host}:*")
 
 
 def own_address() -> str:

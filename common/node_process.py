@@ -70,7 +70,7 @@ def describe_node(
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(settings, node_id)
     lifeline = bind_lifeline(transport, addresses)
-    data_endpoints = bind_data(addresses.bind_pattern.format(socket="data"))
+    data_endpoints = addresses.advertised(bind_data(addresses.bind_pattern.format(socket="data")))
     description = NodeDescription(
         node_id=node_id,
         incarnation=incarnation,
@@ -80,7 +80,7 @@ def describe_node(
         numeric_class=numeric_class,
         fingerprint=fingerprint(checkpoint),
         endpoints=data_endpoints,
-        lifeline=lifeline.endpoints,
+        lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,
     )
     return NodeProcess(

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from common.compute.linear import PackedLinear, check_weight, pack_weight
 from common.compute.native_library import NativeKernels
+from common.compute.torch_elementwise import silu
 
 
 class GatedExpert:
@@ -42,7 +42,7 @@ class GatedExpert:
     def by_torch(self, x: Tensor) -> Tensor:
         """x [R, D] -> [R, D] without native kernels."""
         gate, up, down = self._layers
-        return down(functional.silu(gate(x)) * up(x))
+        return down(silu(gate(x)) * up(x))
 
 
 def grouped_gated_ffn(x: Tensor, offsets: Sequence[int], experts: Sequence[GatedExpert]) -> Tensor:
@@ -58,15 +58,19 @@ def grouped_gated_ffn(x: Tensor, offsets: Sequence[int], experts: Sequence[Gated
     first = experts[0]
     if x.dim() != 2 or x.shape[1] != first.model_width or x.dtype != first.dtype:
         raise ValueError(f"experts need [R, {first.model_width}] {first.dtype}, not {tuple(x.shape)} {x.dtype}")
+    for index, expert in enumerate(experts):
+        if (
+            expert.model_width != first.model_width
+            or expert.dtype != first.dtype
+            or offsets[index] > offsets[index + 1]
+        ):
+            raise ValueError(f"group {index} (rows {offsets[index]} to {offsets[index + 1]}) does not fit the others")
     if first.kernels is None:
         parts = zip(offsets, offsets[1:], experts, strict=False)
         return torch.cat([expert.by_torch(x[start:stop]) for start, stop, expert in parts])
     groups = array("q")
     for index, expert in enumerate(experts):
-        start, stop = offsets[index], offsets[index + 1]
-        if expert.model_width != first.model_width or expert.dtype != first.dtype or start > stop:
-            raise ValueError(f"group {index} (rows {start} to {stop}) does not fit the others")
-        groups.extend((*expert.group_fields, start, stop))
+        groups.extend((*expert.group_fields, offsets[index], offsets[index + 1]))
     x = x.contiguous()
     y = torch.empty_like(x)
     first.kernels.gated_ffn(

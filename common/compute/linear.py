@@ -9,15 +9,11 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from common.compute.native_library import NativeKernels
+from common.compute.torch_linear import TorchLinear
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-# Without native kernels: every product has this one shape, so that the library behind it has one way to compute it.
-FALLBACK_ROWS = 16
-# oneDNN's sums over k were seen to depend on the number of rows from K = 2048 up, and never at 1024 and below.
-FALLBACK_COLUMNS = 512
 
 
 class _LinearDescriptor(ctypes.Structure):
@@ -43,9 +39,8 @@ class PackedLinear:
         self.dtype = weight.dtype
         self.device = weight.device
         self._kernels = kernels if weight.device.type == "cpu" else None
-        self._plain_bias = bias
         if self._kernels is None:
-            self._panels = _fallback_panels(weight)
+            self._by_torch = TorchLinear(weight, bias)
             return
         self._packed = pack_weight(weight, self._kernels)
         # fp32, so that a bf16 result is rounded once, after the bias was added.
@@ -77,23 +72,6 @@ class PackedLinear:
         self._function(self._descriptor_address, x.data_ptr(), stride, y.data_ptr(), rows)
         return y
 
-    def _by_torch(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return functional.linear(x, self._panels[0], self._plain_bias)
-        rows = x.shape[0]
-        padded = functional.pad(x.to(torch.float32), (0, 0, 0, -rows % FALLBACK_ROWS))
-        result = torch.empty((padded.shape[0], self.out_features), dtype=torch.float32)
-        for start in range(0, padded.shape[0], FALLBACK_ROWS):
-            tile = padded[start : start + FALLBACK_ROWS]
-            total = torch.zeros((FALLBACK_ROWS, self.out_features))
-            for index, panel in enumerate(self._panels):
-                first = index * FALLBACK_COLUMNS
-                total += tile[:, first : first + FALLBACK_COLUMNS].contiguous() @ panel
-            result[start : start + FALLBACK_ROWS] = total
-        if self._plain_bias is not None:
-            result += self._plain_bias.to(torch.float32)
-        return result[:rows].to(self.dtype)
-
 
 def check_weight(weight: Tensor, bias: Tensor | None = None) -> None:
     """Raises ValueError unless weight is [N, K], bias [N] or None, of one dtype that the kernels know."""
@@ -115,11 +93,3 @@ def pack_weight(weight: Tensor, kernels: NativeKernels) -> Tensor:
     packed = torch.empty(kernels.packed_values(rows, columns, is_bf16), dtype=weight.dtype)
     kernels.pack(source.data_ptr(), packed.data_ptr(), rows, columns, is_bf16)
     return packed
-
-
-def _fallback_panels(weight: Tensor) -> list[Tensor]:
-    """On a CPU: fp32 slices [<= FALLBACK_COLUMNS, N] along K, added in order. Elsewhere the weight as it is."""
-    if weight.device.type != "cpu":
-        return [weight]
-    transposed = weight.detach().to(torch.float32).t()
-    return [panel.contiguous() for panel in torch.split(transposed, FALLBACK_COLUMNS)]

@@ -238,6 +238,7 @@ class ExpertService:
             queued=len(self._queue),
             dropped=counters.dropped,
             bytes_sent=self._socket.bytes_sent,
+            hop_bytes=self._socket.bytes_sent,
             hop_seconds=counters.queue_seconds,
             hops=counters.calls,
             resent=0,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
+from services.stage.torch_attention import attention_by_torch
 
 KV_BLOCK_TOKENS = 32  # KV_BLOCK in kernels.cpp
 
@@ -102,7 +103,7 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
 
 
 def _packed_heads(x: Tensor) -> Tensor:
-    """x [T, Hkv, d] as it is where each token's heads lie together, as in a slice of a fused projection; else a copy."""
+    """x [T, Hkv, d] as it is where a token's heads lie together, as in a slice of a fused projection; else a copy."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -142,7 +143,9 @@ def paged_attention(
             f"{row_sequence.dtype} and {positions.dtype}"
         )
     if kernels is None or query.device.type != "cpu":
-        return _attention_by_torch(query, cache, block_tables, row_sequence, positions, scale, sliding_window)
+        return attention_by_torch(
+            query, cache.keys, cache.values, block_tables, row_sequence, positions, scale, sliding_window
+        )
     query, block_tables = query.contiguous(), block_tables.contiguous()
     row_sequence, positions = row_sequence.contiguous(), positions.contiguous()
     output = torch.empty_like(query)
@@ -164,42 +167,4 @@ def paged_attention(
         scale,
     )
     kernels.attention(ctypes.addressof(descriptor), int(query.dtype == torch.bfloat16))
-    return output
-
-
-def _attention_by_torch(
-    query: Tensor,
-    cache: LayerKvCache,
-    block_tables: Tensor,
-    row_sequence: Tensor,
-    positions: Tensor,
-    scale: float,
-    sliding_window: int,
-) -> Tensor:
-    """The same fold in torch, one token at a time: every product then has one shape, whoever shares the call."""
-    output = torch.empty_like(query)
-    heads, width = query.shape[1:]
-    kv_heads = cache.keys.shape[1]
-    offsets = torch.arange(KV_BLOCK_TOKENS, device=query.device)
-    for token, (sequence, position) in enumerate(zip(row_sequence.tolist(), positions.tolist(), strict=True)):
-        start = max(0, position - sliding_window + 1) if sliding_window > 0 else 0
-        grouped = query[token].to(torch.float32).reshape(kv_heads, heads // kv_heads, width)  # [Hkv, G, d]
-        maximum = torch.full((kv_heads, heads // kv_heads, 1), -torch.inf, device=query.device)
-        total = torch.zeros_like(maximum)
-        result = torch.zeros_like(grouped)
-        for tile in range(start // KV_BLOCK_TOKENS, position // KV_BLOCK_TOKENS + 1):
-            block = int(block_tables[sequence, tile])
-            at = tile * KV_BLOCK_TOKENS + offsets
-            seen = (at >= start) & (at <= position)
-            scores = torch.matmul(grouped, cache.keys[block].to(torch.float32)) * scale
-            scores = scores.masked_fill(~seen, -torch.inf)
-            largest = torch.maximum(maximum, scores.amax(-1, keepdim=True))
-            weights = torch.exp(scores - largest)
-            correction = torch.exp(maximum - largest)
-            # What a freed slot still holds, be it infinite, must not come in through 0 * value.
-            values = cache.values[block].to(torch.float32).masked_fill(~seen[None, :, None], 0.0)
-            total = total * correction + weights.sum(-1, keepdim=True)
-            result = result * correction + torch.matmul(weights, values)
-            maximum = largest
-        output[token] = (result / total).reshape(heads, width).to(query.dtype)
     return output

@@ -222,8 +222,8 @@ class ExpertClient:
                 self.resent_calls += 1
                 self._send_pairs(pending, part.pairs, now_s)
             return
-        self.answered += 1
         if not pending.parts and not pending.homeless:
+            self.answered += 1
             self.wait_seconds += now_s - pending.started_s
             pending.on_done(pending.sum.total())
 

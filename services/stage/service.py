@@ -355,6 +355,7 @@ class StageService:
             queued=self._slot.executor.num_running if self._slot is not None else 0,
             dropped=self._dropped,
             bytes_sent=self._bytes_sent + sent + self._experts.bytes_sent,
+            hop_bytes=self._experts.bytes_sent,
             hop_seconds=self._experts.wait_seconds,
             hops=self._experts.answered,
             resent=self._experts.resent_calls,

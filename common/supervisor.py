@@ -1,0 +1,240 @@
+"""A mesh of local processes: start, watch, restart what dies, end all of it. For `make run`, tests and the chaos harness.
+
+No child outlives the supervisor, even one that is killed: children ask the kernel for SIGTERM when their parent ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
+
+from common.errors import ConfigurationError, DeadlineError, NodeLostError
+
+_PR_SET_PDEATHSIG = 1
+RESTART_DELAY_S = 0.25
+MAX_RESTART_DELAY_S = 8.0
+STEADY_S = 10.0
+"""A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
+GRACE_S = 20.0
+
+
+@dataclass(slots=True)
+class Child:
+    """One place in the mesh, and the process that fills it now."""
+
+    name: str
+    module: str
+    environment: dict[str, str]
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0
+    restart_at_s: float = 0.0
+    failures_in_a_row: int = 0
+    restarts: int = 0
+    is_wanted: bool = True
+
+
+@dataclass(slots=True)
+class LocalMesh:
+    """Router, stages and experts as processes of this machine. A context manager: leaving it ends all of them.
+
+    `environment` holds settings by their environment's names and wins over this process's own environment.
+    """
+
+    environment: Mapping[str, str]
+    state_dir: Path
+    clock: Callable[[], float] = time.monotonic
+    children: dict[str, Child] = field(default_factory=dict)
+    _watcher: threading.Thread | None = None
+    _ending: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __enter__(self) -> Self:
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        (self.state_dir / "logs").mkdir(exist_ok=True)
+        (self.state_dir / "http.url").unlink(missing_ok=True)
+        pp = int(self._setting("PP", "2"))
+        spares = int(self._setting("SPARES", "0"))
+        num_stages = int(self._setting("STAGES", "0")) or pp + spares
+        self.add("router", "router-0")
+        for number in range(num_stages):
+            self.add("stage", f"stage-{number}")
+        for number in range(int(self._setting("EXPERTS", "2"))):
+            self.add("expert", f"expert-{number}")
+        self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where the router answers HTTP. Raises NodeLostError while it does not listen."""
+        try:
+            return (self.state_dir / "http.url").read_text().strip()
+        except FileNotFoundError:
+            raise NodeLostError("the router does not listen yet") from None
+
+    def add(self, service: str, name: str) -> None:
+        """Start one more process: `stage` or `expert` (a mesh has one `router`)."""
+        environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        environment.setdefault("OMP_NUM_THREADS", environment.get("THREADS") or "1")
+        with self._lock:
+            if name in self.children:
+                raise ConfigurationError(f"{name} is part of this mesh already")
+            child = Child(name, f"services.{service}", environment, self.state_dir / "logs" / f"{name}.log")
+            self.children[name] = child
+            self._start(child)
+
+    def remove(self, name: str, timeout_s: float = GRACE_S) -> None:
+        """End one process in an orderly way and do not restart it."""
+        with self._lock:
+            child = self.children.pop(name)
+            child.is_wanted = False
+        self._end([child], timeout_s)
+
+    def processes(self) -> list[tuple[str, int]]:
+        """Name and pid of every process that runs now."""
+        with self._lock:
+            return [
+                (child.name, child.process.pid)
+                for child in self.children.values()
+                if child.process is not None and child.process.poll() is None
+            ]
+
+    def logs(self, name: str) -> Path:
+        """A process's log file; a restarted process goes on in it."""
+        return self.state_dir / "logs" / f"{name}.log"
+
+    def wait_ready(self, timeout_s: float, on_progress: Callable[[str], None] | None = None) -> None:
+        """Until /ready says yes. Raises DeadlineError with what is missing, or NodeLostError if a process cannot start."""
+        last = "starting"
+
+        def probe() -> bool:
+            nonlocal last
+            self._raise_if_hopeless()
+            is_ready, last = self._ask_ready()
+            if on_progress is not None:
+                on_progress(last)
+            return is_ready
+
+        def give_up(state: RetryCallState) -> bool:
+            raise DeadlineError(f"the mesh was not ready within {timeout_s:.0f} s: {last}")
+
+        Retrying(
+            retry=retry_if_result(lambda ready: not ready),
+            wait=wait_fixed(0.1),
+            stop=stop_after_delay(timeout_s),
+            retry_error_callback=give_up,
+        )(probe)
+
+    def close(self) -> None:
+        """End all processes: nodes first, so that they can say goodbye, then the router."""
+        self._ending.set()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+        with self._lock:
+            children = list(self.children.values())
+        self._end([child for child in children if child.module != "services.router"], GRACE_S)
+        self._end([child for child in children if child.module == "services.router"], GRACE_S)
+
+    # ---- inside
+
+    def _setting(self, name: str, default: str) -> str:
+        return self.environment.get(name) or os.environ.get(name) or default
+
+    def _start(self, child: Child) -> None:
+        parent = os.getpid()
+        with child.log_path.open("ab") as log:
+            child.process = subprocess.Popen(
+                [sys.executable, "-m", child.module],
+                env=child.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C goes to the supervisor, which ends them in order
+                preexec_fn=lambda: _end_with_parent(parent),
+            )
+        child.started_s = self.clock()
+
+    def _watch(self) -> None:
+        while not self._ending.wait(0.05):
+            with self._lock:
+                for child in self.children.values():
+                    if child.is_wanted and child.process is not None and child.process.poll() is not None:
+                        self._revive(child)
+
+    def _revive(self, child: Child) -> None:
+        now_s = self.clock()
+        if child.restart_at_s < child.started_s:  # it has only just been seen dead
+            is_early = now_s - child.started_s < STEADY_S
+            child.failures_in_a_row = child.failures_in_a_row + 1 if is_early else 0
+            delay_s = min(MAX_RESTART_DELAY_S, RESTART_DELAY_S * 2 ** max(0, child.failures_in_a_row - 1))
+            child.restart_at_s = now_s + (delay_s if is_early else 0.0)
+        if now_s >= child.restart_at_s:
+            child.restarts += 1
+            self._start(child)
+
+    def _raise_if_hopeless(self) -> None:
+        """A process that died three times in a row at start has something to say: its last line of log."""
+        for child in list(self.children.values()):
+            process = child.process
+            refused = process is not None and process.poll() == 1 and child.restarts == 0
+            if child.failures_in_a_row >= 3 or refused:
+                raise NodeLostError(f"{child.name} cannot start: {_last_sentence(child.log_path)}")
+
+    def _ask_ready(self) -> tuple[bool, str]:
+        try:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as reply:
+                return True, str(reply.read(2000), "utf-8", "replace")
+        except urllib.error.HTTPError as reply:
+            return False, str(reply.read(2000), "utf-8", "replace")
+        except (NodeLostError, OSError) as error:
+            return False, str(error)
+
+    @staticmethod
+    def _end(children: list[Child], timeout_s: float) -> None:
+        running = [c.process for c in children if c.process is not None and c.process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)  # a paused one must hear it too
+        deadline_s = time.monotonic() + timeout_s
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _end_with_parent(parent: int) -> None:
+    """In the child, before exec: SIGTERM when the supervisor ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _last_sentence(log_path: Path) -> str:
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    plain = [line for line in lines if line.startswith("moemesh ")]
+    return (plain or lines or ["(it wrote no log)"])[-1][:1000]

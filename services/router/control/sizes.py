@@ -1,0 +1,70 @@
+"""How many bytes a role takes, from the model's shapes, and what that leaves for the KV cache. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.errors import CapacityError
+from common.model_config import ModelConfig
+from common.topology import LayerRange
+from services.router.control.planner import balance_layers
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """What the operator has set, as far as roles depend on it."""
+
+    pp: int
+    spares: int
+    copies: int
+    num_slices: int
+    item_bytes: int
+    """Of one weight or one number of the cache."""
+    block_tokens: int
+    kv_cache_tokens: int
+    """Wished for a pipeline; memory may allow less."""
+    context_tokens: int
+    """The longest sequence: a pool that cannot hold one is refused."""
+
+
+def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:
+    """Layer ranges of a pipeline's slots, balanced by the weights that one token reads.
+
+    A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads one
+    row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
+    """
+    active_experts = config.num_experts_per_token * config.expert_parameters()
+    costs = [
+        config.layer_parameters_on_stage(layer) + (active_experts if config.moe_layers[layer] else 0)
+        for layer in range(config.num_layers)
+    ]
+    return balance_layers(costs, config.hidden_size, config.embedding_parameters(), shape.pp)
+
+
+def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
+    """Weights that the holder of a slot keeps in memory."""
+    parameters = sum(config.layer_parameters_on_stage(layer) for layer in range(layers.start, layers.stop))
+    parameters += config.embedding_parameters() * ((slot == 0) + (slot == shape.pp - 1))
+    return parameters * shape.item_bytes
+
+
+def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
+    """Weights of one slice of one expert of one layer."""
+    return config.expert_parameters() * shape.item_bytes // shape.num_slices
+
+
+def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Sequence[int]) -> int:
+    """KV blocks of a pipeline whose slots offer these capacities. Raises CapacityError with the numbers."""
+    wished = -(-shape.kv_cache_tokens // shape.block_tokens)
+    blocks = wished
+    for slot, (span, capacity) in enumerate(zip(layers, capacities, strict=True)):
+        weights = stage_weight_bytes(config, shape, slot, span)
+        block_bytes = (span.stop - span.start) * config.kv_values_per_token() * shape.block_tokens * shape.item_bytes
+        blocks = min(blocks, (capacity - weights) // block_bytes)
+        if blocks < 1:
+            raise CapacityError(
+                f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} a KV block; "
+                f"its node offers {capacity} bytes"
+            )
+    return blocks

@@ -1,0 +1,126 @@
+"""The router's sockets: control of all nodes, their lifelines, one PUSH a pipeline, and the results of all pipelines."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import structlog
+import zmq
+
+from common.endpoints import choose_endpoint
+from common.ids import NodeId, PipelineId
+from common.messages import Header, Message
+from common.node import NodeAddresses
+from common.topology import NodeDescription
+from common.transport import Full, LinkEvent, MessageSocket, Transport
+
+
+class MeshClient:
+    """Typed sends and receives; knows addresses, decides nothing. Used by the mesh thread only, but for `wake`."""
+
+    def __init__(
+        self, transport: Transport, addresses: NodeAddresses, router_term: int, log: structlog.stdlib.BoundLogger
+    ) -> None:
+        self._transport = transport
+        self._ipc_token = addresses.folder_token
+        self._router_term = router_term
+        self._log = log
+        self.control = transport.router("control", [addresses.control])
+        self.results = transport.pull("results", [addresses.bind_pattern.format(socket="results")])
+        self._lifelines: dict[NodeId, MessageSocket] = {}
+        self._pipelines: dict[PipelineId, MessageSocket] = {}
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._poller.register(self.control.raw, zmq.POLLIN)
+        self._poller.register(self.results.raw, zmq.POLLIN)
+        self._poller.register(self._wake_reader, zmq.POLLIN)
+        self._closed_bytes_sent = 0
+
+    @property
+    def step_bytes_sent(self) -> int:
+        """Of steps, to all first stages since start."""
+        return self._closed_bytes_sent + sum(socket.bytes_sent for socket in self._pipelines.values())
+
+    def wake(self) -> None:
+        """End the current `wait`; from any thread."""
+        try:
+            os.write(self._wake_writer, b"!")
+        except BlockingIOError:
+            return  # 64 KiB of wake-ups are waiting already
+
+    def wait(self, timeout_ms: int) -> None:
+        """Until a socket has something, `wake` was called, or the time is up."""
+        for source, _ in self._poller.poll(timeout_ms):
+            if source == self._wake_reader:
+                os.read(self._wake_reader, 65536)
+
+    def receive_control(self) -> tuple[NodeId, Message, Header] | None:
+        """The next control message with its sender."""
+        received = self.control.receive()
+        if received is None:
+            return None
+        identity, message, header = received
+        return NodeId(identity.decode(errors="replace")), message, header
+
+    def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
+        """Send to a node; False if it is gone (its lifeline says so too)."""
+        try:
+            self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self._router_term))
+        except Full:
+            return False
+        return True
+
+    def watch(self, description: NodeDescription) -> None:
+        """Open a node's lifeline. Raises ConfigurationError if it cannot be reached from here."""
+        if description.node_id in self._lifelines:
+            return
+        endpoint = choose_endpoint(description.lifeline, description.ipc_token, self._ipc_token)
+        lifeline = self._transport.dealer(f"lifeline of {description.node_id}", endpoint)
+        self._lifelines[description.node_id] = lifeline
+        self._poller.register(lifeline.monitor, zmq.POLLIN)
+
+    def unwatch(self, node_id: NodeId) -> None:
+        """Close a node's lifeline; one that is not open is no error."""
+        lifeline = self._lifelines.pop(node_id, None)
+        if lifeline is not None:
+            self._poller.unregister(lifeline.monitor)
+            lifeline.close()
+
+    def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
+        """Lifelines that opened or closed since the last call."""
+        return [
+            (node_id, event) for node_id, lifeline in list(self._lifelines.items()) for event in lifeline.link_events()
+        ]
+
+    def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
+        """Connect to a pipeline's first stage with a new socket: what was queued for an older one is dropped."""
+        self.close_pipeline(pipeline)
+        endpoint = choose_endpoint(first_stage.endpoints, first_stage.ipc_token, self._ipc_token)
+        self._pipelines[pipeline] = self._transport.push(f"pipeline {pipeline}", endpoint)
+
+    def close_pipeline(self, pipeline: PipelineId) -> None:
+        """One that is not open is no error."""
+        socket = self._pipelines.pop(pipeline, None)
+        if socket is not None:
+            self._closed_bytes_sent += socket.bytes_sent
+            socket.close()
+
+    def send_step(self, pipeline: PipelineId, message: Message, header: Header) -> bool:
+        """False if the first stage does not take it (not connected yet, or gone): send it again."""
+        try:
+            self._pipelines[pipeline].send(message, header)
+        except Full:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close everything."""
+        for node_id in list(self._lifelines):
+            self.unwatch(node_id)
+        for pipeline in list(self._pipelines):
+            self.close_pipeline(pipeline)
+        self.control.close()
+        self.results.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)

@@ -1,0 +1,90 @@
+"""The Engine that the front sees: requests go to the mesh thread, tokens come back into asyncio queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from common.errors import MoemeshError, NotReadyError
+from common.ids import RequestId
+from services.router.engine import GeneratedToken, GenerationRequest, Readiness
+from services.router.mesh_loop import MeshLoop
+
+Outcome = GeneratedToken | MoemeshError
+NOT_READY_GRACE_S = 10.0
+"""While the mesh recovers, requests wait; once it has been down for so long, the door says so at once."""
+
+
+class TokenMailbox:
+    """Hands outcomes from the mesh thread to the coroutines that wait for them; one hand-over a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queues: dict[RequestId, asyncio.Queue[Outcome]] = {}
+
+    def open(self, request_id: RequestId) -> asyncio.Queue[Outcome]:
+        """In the event loop: a queue for a request's outcomes."""
+        queue: asyncio.Queue[Outcome] = asyncio.Queue()
+        self._queues[request_id] = queue
+        return queue
+
+    def close(self, request_id: RequestId) -> None:
+        """In the event loop: what still comes for it is dropped."""
+        self._queues.pop(request_id, None)
+
+    def __call__(self, outcomes: list[tuple[RequestId, Outcome]]) -> None:
+        """In the mesh thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, outcomes)
+
+    def _deliver(self, outcomes: list[tuple[RequestId, Outcome]]) -> None:
+        for request_id, outcome in outcomes:
+            queue = self._queues.get(request_id)
+            if queue is not None:
+                queue.put_nowait(outcome)
+
+
+class MeshEngine:
+    """See `services.router.engine.Engine`."""
+
+    def __init__(
+        self, mesh: MeshLoop, mailbox: TokenMailbox, max_context_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        self._mesh = mesh
+        self._mailbox = mailbox
+        self._max_context_tokens = max_context_tokens
+        self._clock = clock
+        self._ready_s: float | None = None
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt plus completion."""
+        return self._max_context_tokens
+
+    def readiness(self) -> Readiness:
+        """From the last status of the mesh thread."""
+        readiness = self._mesh.status.readiness
+        if readiness.ready:
+            self._ready_s = self._clock()
+        return readiness
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        """Tokens as they come; see the protocol."""
+        readiness = self.readiness()
+        if not readiness.ready and (self._ready_s is None or self._clock() - self._ready_s > NOT_READY_GRACE_S):
+            raise NotReadyError(f"the mesh is not ready: {readiness.detail}")
+        queue = self._mailbox.open(request.request_id)
+        self._mesh.submit(request)
+        ended = False
+        try:
+            while not ended:
+                outcome = await queue.get()
+                if isinstance(outcome, MoemeshError):
+                    ended = True
+                    raise outcome
+                ended = outcome.finish_reason is not None
+                yield outcome
+        finally:
+            self._mailbox.close(request.request_id)
+            if not ended:
+                self._mesh.cancel(request.request_id)

@@ -1,0 +1,99 @@
+"""Prometheus metrics of the mesh, read from its last status when somebody scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from services.router.mesh_status import MeshStatus
+
+
+class MeshCollector(Collector):
+    """Registered once; `status` gives the newest status."""
+
+    def __init__(self, status: Callable[[], MeshStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """All families; see docs/operations.md for what each means."""
+        status = self._status()
+        yield from _requests(status)
+        yield from _pipelines(status)
+        yield from _hops(status)
+        yield from _nodes(status)
+
+
+def _requests(status: MeshStatus) -> Iterator[Metric]:
+    scheduler, counters = status.scheduler, status.scheduler.counters
+    yield GaugeMetricFamily("moemesh_ready", "1 if a token can be made end to end", int(status.readiness.ready))
+    yield GaugeMetricFamily("moemesh_requests_waiting", "Requests in the queue", scheduler.num_waiting)
+    yield GaugeMetricFamily("moemesh_requests_running", "Requests on a pipeline", scheduler.num_running)
+    ended = CounterMetricFamily("moemesh_requests_ended", "Requests that ended", labels=["how"])
+    ended.add_metric(["finished"], counters.requests_finished)
+    ended.add_metric(["cancelled"], counters.requests_cancelled)
+    ended.add_metric(["failed"], counters.requests_failed)
+    yield ended
+    for name, text, value in (
+        ("moemesh_steps_planned", "Steps sent to pipelines", counters.steps_planned),
+        ("moemesh_tokens_planned", "Tokens computed by pipelines, prefill and decode", counters.tokens_planned),
+        ("moemesh_tokens_generated", "Tokens sampled", counters.tokens_generated),
+        ("moemesh_tokens_recomputed", "Cached tokens given up and computed again", counters.tokens_recomputed),
+        ("moemesh_preemptions", "Requests sent back to the queue for want of KV blocks", counters.preemptions),
+        ("moemesh_failed_steps", "Steps that a stage could not do", counters.failed_steps),
+        ("moemesh_dropped_results", "Results of an old generation or attempt", counters.dropped_results),
+    ):
+        yield CounterMetricFamily(name, text, value)
+
+
+def _pipelines(status: MeshStatus) -> Iterator[Metric]:
+    total = sum(status.num_blocks.values())
+    free = sum(pipeline.num_free_blocks for pipeline in status.scheduler.pipelines)
+    in_flight = sum(pipeline.num_steps_in_flight for pipeline in status.scheduler.pipelines)
+    yield GaugeMetricFamily("moemesh_pipelines_open", "Pipelines that take steps", len(status.scheduler.pipelines))
+    yield GaugeMetricFamily("moemesh_kv_blocks_total", "KV blocks of all open pipelines", total)
+    yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
+    yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
+    yield GaugeMetricFamily("moemesh_missing_copies", "Safety copies of experts without room", status.missing_copies)
+    yield GaugeMetricFamily("moemesh_placement_version", "Version of the expert placement", status.placement_version)
+
+
+def _hops(status: MeshStatus) -> Iterator[Metric]:
+    hops = status.hops
+    links = (
+        ("pipeline", hops.steps, hops.step_seconds, hops.step_bytes),
+        ("stage_to_expert", hops.expert_calls, hops.expert_call_seconds, hops.expert_call_bytes),
+        ("expert_queue", hops.expert_answers, hops.expert_queue_seconds, hops.expert_answer_bytes),
+    )
+    seconds = SummaryMetricFamily(
+        "moemesh_hop_seconds",
+        "Round trips: a step through its pipeline, an expert call until its sum, a call in an expert node's queue",
+        labels=["link"],
+    )
+    sent = CounterMetricFamily("moemesh_hop_bytes", "Bytes sent on a link", labels=["link"])
+    for link, count, total_seconds, total_bytes in links:
+        seconds.add_metric([link], count, total_seconds)
+        sent.add_metric([link], total_bytes)
+    yield seconds
+    yield sent
+    yield CounterMetricFamily("moemesh_expert_calls_resent", "Calls repeated on another copy", hops.resent_calls)
+    yield CounterMetricFamily("moemesh_dropped_messages", "Messages of an old term or generation", hops.dropped)
+
+
+def _nodes(status: MeshStatus) -> Iterator[Metric]:
+    count = GaugeMetricFamily("moemesh_nodes", "Registered nodes", labels=["kind", "state"])
+    busy = CounterMetricFamily("moemesh_node_busy_seconds", "Time spent computing", labels=["node", "kind"])
+    rows = CounterMetricFamily("moemesh_node_rows", "Rows computed", labels=["node", "kind"])
+    queued = GaugeMetricFamily("moemesh_node_queued", "Steps or calls waiting", labels=["node", "kind"])
+    numbers: dict[tuple[str, str], int] = {}
+    for node in status.nodes:
+        kind, name = node.description.kind.value, node.description.node_id
+        numbers[(kind, node.state.value)] = numbers.get((kind, node.state.value), 0) + 1
+        if node.heartbeat is not None:
+            busy.add_metric([name, kind], node.heartbeat.busy_seconds)
+            rows.add_metric([name, kind], node.heartbeat.rows)
+            queued.add_metric([name, kind], node.heartbeat.queued)
+    for (kind, state), number in numbers.items():
+        count.add_metric([kind, state], number)
+    yield from (count, busy, rows, queued)

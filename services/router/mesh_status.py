@@ -1,0 +1,90 @@
+"""What the mesh thread publishes for other threads: immutable, a new one several times a second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from common.ids import Generation, PipelineId
+from common.membership import NodeState
+from common.messages import Heartbeat
+from common.topology import NodeDescription, NodeKind, StageSlot
+from services.router.engine import Readiness
+from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One registered node."""
+
+    description: NodeDescription
+    state: NodeState
+    heartbeat: Heartbeat | None
+    slot: StageSlot | None
+
+
+@dataclass(slots=True)
+class HopTotals:
+    """Time and bytes between processes since the router's start, also of nodes that are gone."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    step_bytes: int = 0
+    expert_calls: int = 0
+    expert_call_seconds: float = 0.0
+    expert_call_bytes: int = 0
+    expert_answers: int = 0
+    expert_queue_seconds: float = 0.0
+    expert_answer_bytes: int = 0
+    resent_calls: int = 0
+    dropped: int = 0
+
+    def keep(self, node: NodeDescription | None, last: Heartbeat | None) -> None:
+        """Add a node's counts for good: it is gone."""
+        if node is None or last is None:
+            return
+        self.dropped += last.dropped
+        self.resent_calls += last.resent
+        if node.kind is NodeKind.STAGE:
+            self.expert_calls += last.hops
+            self.expert_call_seconds += last.hop_seconds
+            self.expert_call_bytes += last.hop_bytes
+        else:
+            self.expert_answers += last.hops
+            self.expert_queue_seconds += last.hop_seconds
+            self.expert_answer_bytes += last.hop_bytes
+
+    def snapshot(self, nodes: tuple[NodeStatus, ...]) -> HopTotals:
+        """The totals with what living nodes last reported."""
+        total = replace(self)
+        for node in nodes:
+            total.keep(node.description, node.heartbeat)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class MeshStatus:
+    """Everything that /ready, /metrics and the status page show of the mesh."""
+
+    readiness: Readiness
+    nodes: tuple[NodeStatus, ...]
+    scheduler: SchedulerSnapshot
+    num_blocks: Mapping[PipelineId, int]
+    hops: HopTotals
+    placement_version: int
+    missing_copies: int
+    generations: Mapping[PipelineId, Generation]
+
+    @staticmethod
+    def starting(detail: str) -> MeshStatus:
+        """Before the mesh thread has looked once."""
+        return MeshStatus(
+            readiness=Readiness(False, detail),
+            nodes=(),
+            scheduler=SchedulerSnapshot(0, 0, 0, (), SchedulerCounters()),
+            num_blocks={},
+            hops=HopTotals(),
+            placement_version=0,
+            missing_copies=0,
+            generations={},
+        )

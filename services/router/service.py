@@ -1,0 +1,205 @@
+"""The router process put together: mesh thread and HTTP server around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+from common.checkpoint import fingerprint, resolve_model
+from common.codec import ITEM_BYTES
+from common.config import Settings
+from common.errors import ConfigurationError
+from common.ids import NodeId
+from common.membership import Membership, MembershipSettings
+from common.messages import Welcome
+from common.model_config import ModelConfig, read_model_config
+from common.node import NodeAddresses, find_addresses
+from common.node_process import open_transport
+from services.router.control.expert_roles import ExpertRoles
+from services.router.control.sizes import MeshShape
+from services.router.control.stage_roles import StageRoles
+from services.router.front.front_settings import FrontSettings
+from services.router.front.http_api import create_app
+from services.router.front.tokenizer import TextTokenizer
+from services.router.mesh_client import MeshClient
+from services.router.mesh_engine import MeshEngine, TokenMailbox
+from services.router.mesh_loop import LoopSettings, MeshLoop
+from services.router.mesh_metrics import MeshCollector
+from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.state_folder import open_state_folder
+
+BLOCK_TOKENS = 32
+"""Of a KV block; stages compute attention in tiles of so many positions, so it is part of what decides a result's bits."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served."""
+
+    directory: Path
+    config: ModelConfig
+    fingerprint: str
+    dtype: str
+    context_tokens: int
+    served_name: str
+
+
+def read_model(settings: Settings) -> Model:
+    """Raises ConfigurationError or CheckpointError with a sentence."""
+    directory = resolve_model(settings.model)
+    config = read_model_config(directory)
+    stored = "bfloat16" if config.dtype == "float16" else config.dtype
+    return Model(
+        directory=directory,
+        config=config,
+        fingerprint=fingerprint(directory),
+        dtype=stored if settings.dtype == "auto" else settings.dtype,
+        context_tokens=min(settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings),
+        served_name=settings.served_name or directory.name,
+    )
+
+
+async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    model = read_model(settings)
+    tokenizer = TextTokenizer.from_directory(model.directory)
+    state = open_state_folder(settings.state_dir)
+    listener = _listen(settings)
+    transport = open_transport(settings, log)
+    mailbox = TokenMailbox(asyncio.get_running_loop())
+    addresses = find_addresses(settings, NodeId("router"))
+    client = MeshClient(transport, addresses, state.term, log)
+    mesh = _mesh_loop(settings, model, client, addresses, state.term, mailbox, log)
+    registry = CollectorRegistry()
+    for collector in (MeshCollector(lambda: mesh.status), ProcessCollector(registry=None), PlatformCollector(registry=None)):
+        registry.register(collector)
+    engine = MeshEngine(mesh, mailbox, _context_tokens(settings, model), time.monotonic)
+    front = FrontSettings(
+        served_name=model.served_name,
+        max_body_bytes=settings.max_body_bytes,
+        system_fingerprint=f"{model.fingerprint[:12]}-{model.dtype}",
+    )
+    app = create_app(engine, tokenizer, front, registry)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False)
+    )
+    failure: list[BaseException] = []
+    thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
+    thread.start()
+    host, port = listener.getsockname()[:2]
+    (settings.state_dir / "http.url").write_text(f"http://{host}:{port}\n")
+    log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        mesh.stop()
+        thread.join(timeout=5)
+        client.close()
+        transport.close()
+        with contextlib.suppress(FileNotFoundError):
+            (settings.state_dir / "http.url").unlink()
+        state.close()
+    if failure:
+        raise failure[0]
+    log.info("stopped")
+
+
+def _run_mesh(
+    mesh: MeshLoop, server: uvicorn.Server, failure: list[BaseException], log: structlog.stdlib.BoundLogger
+) -> None:
+    """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
+    try:
+        mesh.run()
+    except BaseException as error:
+        log.critical("mesh_thread_broke", exc_info=error)
+        failure.append(error)
+        server.should_exit = True
+
+
+def _context_tokens(settings: Settings, model: Model) -> int:
+    """What one sequence may hold: the model's context, or what the KV cache of a pipeline takes."""
+    return min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"HOST={settings.host} PORT={settings.port} cannot be listened on: {error}") from None
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+def _mesh_loop(
+    settings: Settings,
+    model: Model,
+    client: MeshClient,
+    addresses: NodeAddresses,
+    term: int,
+    mailbox: TokenMailbox,
+    log: structlog.stdlib.BoundLogger,
+) -> MeshLoop:
+    shape = MeshShape(
+        pp=settings.pp,
+        spares=settings.spares,
+        copies=settings.copies,
+        num_slices=settings.expert_slices,
+        item_bytes=ITEM_BYTES[model.dtype],
+        block_tokens=BLOCK_TOKENS,
+        kv_cache_tokens=settings.kv_cache_tokens,
+        context_tokens=model.context_tokens,
+    )
+    scheduler = Scheduler(
+        SchedulerSettings(
+            block_tokens=BLOCK_TOKENS,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_sequences=settings.max_batch_sequences,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            max_waiting=settings.max_waiting,
+            micro_batches_per_pipeline=settings.micro_batches or None,
+            pipeline_policy=settings.pipeline_policy,
+        )
+    )
+    step_deadline_s = settings.step_deadline_ms / 1000
+    membership = Membership(
+        MembershipSettings(progress_suspect_s=step_deadline_s, progress_dead_s=2 * step_deadline_s)
+    )
+    welcome = Welcome(
+        heartbeat_interval_ms=settings.heartbeat_interval_ms,
+        dtype=model.dtype,
+        combine=settings.combine,
+        block_tokens=BLOCK_TOKENS,
+        num_slices=settings.expert_slices,
+        call_deadline_ms=settings.call_deadline_ms,
+    )
+    return MeshLoop(
+        model.config,
+        LoopSettings(welcome, settings.step_deadline_ms, model.fingerprint),
+        client,
+        scheduler,
+        StageRoles(model.config, shape, addresses.advertised(client.results.endpoints), addresses.folder_token),
+        ExpertRoles(model.config, shape, settings.experts),
+        membership,
+        term,
+        mailbox,
+        log,
+    )
