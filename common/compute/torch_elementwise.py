@@ -1,7 +1,7 @@
 """exp and silu in torch whose bits depend on the value alone.
 
 Torch computes the last elements of a tensor, or of a thread's share of it, with scalar code that rounds differently
-from its vector code: the same value at another place gives other bits. (Sums and products are safe: they round exactly.)
+from its vector code: the same value at another place gives other bits. (Sums and products round exactly, anywhere.)
 """
 
 from __future__ import annotations

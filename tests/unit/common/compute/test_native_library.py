@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from common.compute import native_library
+from common.compute.native_library import (
+    INSTRUCTION_SETS,
+    compile_to,
+    default_cache_folder,
+    find_compiler,
+    library_name,
+    load_native_kernels,
+    read_cpu_flags,
+    usable_instruction_sets,
+)
+from tests.support.kernels import kernels_for
+
+V4_BF16, V4, V3, BASE, _ = INSTRUCTION_SETS
+
+
+@pytest.fixture
+def on_x86_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+
+@pytest.mark.usefixtures("on_x86_64")
+def test_best_set_comes_first_and_needs_all_its_cpu_flags() -> None:
+    assert usable_instruction_sets(V4_BF16.cpu_flags) == [V4_BF16, V4, V3, BASE]
+    assert usable_instruction_sets(V4.cpu_flags) == [V4, V3, BASE]
+    assert usable_instruction_sets(V3.cpu_flags - {"fma"}) == [BASE]
+
+
+def test_another_machine_gets_none_of_these_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert usable_instruction_sets(V4_BF16.cpu_flags) == []
+
+
+def test_cpu_flags_are_read_from_either_spelling(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fma avx2\n\nprocessor\t: 1\nflags\t\t: fma\n")
+    assert read_cpu_flags(cpuinfo) == {"fma", "avx2"}
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: asimd\n")
+    assert read_cpu_flags(cpuinfo) == {"asimd"}
+    assert read_cpu_flags(tmp_path / "absent") == frozenset()
+
+
+def test_no_compiler_and_no_prebuilt_library_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load_native_kernels(prebuilt_folder=tmp_path, cache_folder=tmp_path, environment={}) is None
+
+
+def test_compiler_that_fails_means_none(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    kernels = load_native_kernels(
+        prebuilt_folder=tmp_path / "absent", cache_folder=tmp_path / "cache", environment={"CXX": str(broken)}
+    )
+    assert kernels is None
+
+
+def test_prebuilt_library_wins_over_compiling(tmp_path: Path) -> None:
+    compiled = kernels_for("native")
+    assert compiled is not None
+    best = usable_instruction_sets(read_cpu_flags())[0]
+    (tmp_path / library_name(best)).write_bytes(compiled.path.read_bytes())
+    kernels = load_native_kernels(prebuilt_folder=tmp_path, cache_folder=tmp_path / "cache", environment={"CXX": "no"})
+    assert kernels is not None
+    assert kernels.path.parent == tmp_path
+    assert kernels.variant == compiled.variant
+    assert kernels.variant.startswith("native-")
+
+
+def test_cache_folder_is_a_setting() -> None:
+    assert default_cache_folder({"MOEMESH_CACHE": "/somewhere"}) == Path("/somewhere")
+    assert default_cache_folder({}) == Path.home() / ".cache" / "moemesh"
+
+
+def test_processes_that_build_at_once_leave_one_whole_library(tmp_path: Path) -> None:
+    writer = tmp_path / "slow-compiler"
+    writer.write_text('#!/bin/sh\nfor last; do :; done\nprintf half > "$last"\nsleep 0.02\nprintf whole > "$last"\n')
+    writer.chmod(0o755)
+    path = tmp_path / "cache" / "kernels.so"
+    with ThreadPoolExecutor(5) as executor:
+        list(executor.map(lambda _: compile_to(path, BASE, str(writer)), range(5)))
+    assert path.read_text() == "whole"
+    assert [entry.name for entry in path.parent.iterdir()] == ["kernels.so"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, ids=lambda one: one.name)
+def test_every_set_compiles_without_warnings(
+    instruction_set: native_library.InstructionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = find_compiler({})
+    if compiler is None or instruction_set.machine != platform.machine():
+        pytest.skip("needs a compiler for that machine")
+    # gcc 12 warns of its own AVX-512 header
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+    monkeypatch.setattr(native_library, "COMMON_FLAGS", (*native_library.COMMON_FLAGS, *warnings))
+    try:
+        compile_to(tmp_path / "kernels.so", instruction_set, compiler)
+    except subprocess.CalledProcessError as failure:
+        pytest.fail(failure.stderr.decode())
