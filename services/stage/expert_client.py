@@ -58,6 +58,8 @@ class PendingCall:
     """By number of the message."""
     homeless: list[Int64Array] = field(default_factory=list)
     """Pairs that no usable node holds now."""
+    refused_by: set[int] = field(default_factory=set)
+    """Nodes that could not answer this call: they are asked again only after a new placement."""
     refusals: int = 0
 
 
@@ -161,7 +163,7 @@ class ExpertClient:
             self._forget(pending)
 
     def _send_pairs(self, pending: PendingCall, pairs: Int64Array | None, now_s: float) -> None:
-        holders = self._usable(pending.call.layer)
+        holders = self._usable(pending.call.layer, pending.refused_by)
         load = {node.number: node.outstanding_rows for node in self._nodes.values()}
         try:
             parts = split_pairs(pending.call, pairs, self.num_slices, holders, load)
@@ -192,13 +194,14 @@ class ExpertClient:
             except Full:
                 self._link_changed(node, False, now_s)
 
-    def _usable(self, layer: int) -> list[list[int]]:
+    def _usable(self, layer: int, refused_by: set[int]) -> list[list[int]]:
         copies = self._copies.get(layer)
         if copies is None:
             raise ExecutionError(f"no placement for layer {layer} is known here yet")
-        if all(node.connected for node in self._nodes.values()):
+        usable = {node.number for node in self._nodes.values() if node.connected} - refused_by
+        if len(usable) == len(self._nodes):
             return copies
-        return [[n for n in holders if self._nodes[n].connected] for holders in copies]
+        return [[number for number in holders if number in usable] for holders in copies]
 
     def _answered(self, node: ExpertNode, message: Message, now_s: float) -> None:
         number = message.call if isinstance(message, ExpertRows | Failed) else 0
@@ -216,6 +219,7 @@ class ExpertClient:
         except (ProtocolError, ExecutionError) as error:
             self._log.warning("expert_call_refused", node=node.node_id, layer=pending.call.layer, reason=str(error))
             pending.refusals += 1
+            pending.refused_by.add(node.number)
             if pending.refusals >= MAX_REFUSALS:
                 self._fail(pending, ExecutionError(str(error)))
             else:
@@ -291,6 +295,7 @@ class ExpertClient:
         """Ask homeless pairs again; called after a new placement was taken in."""
         stranded, self._stranded = self._stranded, []
         for pending in stranded:
+            pending.refused_by.clear()
             homeless, pending.homeless = pending.homeless, []
             for pairs in homeless:
                 self._send_pairs(pending, pairs, now_s)
@@ -326,8 +331,8 @@ def _stamp(header: Header, layer: int, time_left_ms: int) -> Header:
 
 def _copies_by_layer(copies: Any, numbers: list[int]) -> dict[int, list[list[int]]]:
     """uint8 [nodes, L, E, S] with 1 + place in the list of copies -> layer -> shard key -> node numbers in order."""
-    num_layers = copies.shape[1]
-    flat = copies.reshape(copies.shape[0], num_layers, -1)
+    num_nodes, num_layers, num_experts, num_slices = copies.shape
+    flat = copies.reshape(num_nodes, num_layers, num_experts * num_slices)
     table: dict[int, list[list[int]]] = {}
     for layer in range(num_layers):
         keys: list[list[tuple[int, int]]] = [[] for _ in range(flat.shape[2])]

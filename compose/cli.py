@@ -1,0 +1,183 @@
+"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one, `plan` sizes one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Settings, read_settings
+from common.errors import MoemeshError
+from common.supervisor import LocalMesh
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
+console = Console(stderr=True)
+
+READY_TIMEOUT_S = 600.0
+DEFAULT_CHECKPOINT = "tiny-random"
+DEMO_PROMPT = "Once upon a time"
+UrlOption = Annotated[str, typer.Option("--url", envvar="MOEMESH_URL", help="where the router answers")]
+
+
+@app.command()
+def up() -> None:
+    """Start a mesh on this machine, wait until it answers, serve until Ctrl-C. Settings come from the environment."""
+    try:
+        state_dir = Path(os.environ.get("STATE_DIR") or "state")
+        environment = {"MODEL": os.environ.get("MODEL") or str(_default_checkpoint(state_dir))}
+        os.environ["MODEL"] = environment["MODEL"]
+        settings = read_settings()
+        with _stop_event() as stopped, LocalMesh(environment, state_dir) as mesh:
+            _wait_ready(mesh, settings)
+            _greet(mesh, settings, sys.stdout.isatty())
+            stopped.wait()
+            console.print("stopping")
+    except MoemeshError as error:
+        console.print(f"[red]moemesh:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def ask(
+    question: str,
+    url: UrlOption = "http://127.0.0.1:8000",
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+) -> None:
+    """Ask a running mesh, streamed. Uses the chat template where the model has one."""
+    try:
+        for piece in stream_answer(url, question, max_tokens, temperature):
+            print(piece, end="", flush=True)
+        print()
+    except (httpx.HTTPError, MoemeshError) as error:
+        console.print(f"[red]moemesh:[/red] {url}: {error}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
+    """Whether a mesh is ready, and what it counts."""
+    try:
+        with httpx.Client(base_url=url, timeout=10) as client:
+            ready = client.get("/ready").json()
+            metrics = client.get("/metrics").text
+    except (httpx.HTTPError, ValueError) as error:
+        console.print(f"[red]moemesh:[/red] {url}: {error}", highlight=False)
+        raise typer.Exit(1) from None
+    print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
+    table = Table("metric", "value")
+    for line in metrics.splitlines():
+        if line.startswith("moemesh_") and "_bucket" not in line and "_created" not in line:
+            name, _, value = line.rpartition(" ")
+            table.add_row(name, value)
+    Console().print(table)
+    if not ready.get("ready"):
+        raise typer.Exit(1)
+
+
+def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
+    """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=300)) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
+        yield from _stream(client, "/v1/chat/completions", chat)
+
+
+def _stream(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
+    with client.stream("POST", path, json=body) as reply:
+        if reply.status_code != 200:
+            raise MoemeshError(json.loads(reply.read()).get("error", {}).get("message", f"HTTP {reply.status_code}"))
+        for line in reply.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise MoemeshError(event["error"]["message"])
+            for choice in event["choices"]:
+                yield choice.get("text") or choice.get("delta", {}).get("content") or ""
+
+
+def _default_checkpoint(state_dir: Path) -> Path:
+    """Without MODEL: a tiny random checkpoint of the project's own making."""
+    from compose.tiny_checkpoint import write_tiny_checkpoint  # numpy and tokenizers: 0.3 s that others need not pay
+
+    directory = state_dir / "models" / DEFAULT_CHECKPOINT
+    write_tiny_checkpoint(directory)
+    console.print(f"MODEL is not set: serving a tiny random model ({directory}); its answers mean nothing", highlight=False)
+    return directory
+
+
+@contextlib.contextmanager
+def _stop_event() -> Iterator[threading.Event]:
+    """Set by SIGTERM or Ctrl-C, also while the mesh starts (a KeyboardInterrupt then)."""
+    stopped = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ready = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        stopped.set()
+        if not ready.is_set():
+            ready.set()
+            raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_ready(mesh: LocalMesh, settings: Settings) -> None:
+    names = f"1 router, {settings.stage_processes} stages, {settings.experts} experts"
+    with console.status(f"starting {names}") as line:
+
+        def show(detail: str) -> None:
+            with contextlib.suppress(ValueError):
+                detail = json.loads(detail).get("detail", detail)
+            line.update(f"starting {names}: {detail}")
+
+        mesh.wait_ready(READY_TIMEOUT_S, show)
+
+
+def _greet(mesh: LocalMesh, settings: Settings, is_terminal: bool) -> None:
+    """`ready URL`, a curl line that works as it stands, and one real answer."""
+    url = mesh.url
+    with httpx.Client(base_url=url, timeout=60) as client:
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        body = {"model": model, "prompt": DEMO_PROMPT, "max_tokens": 24, "temperature": 0, "stream": True}
+        print(f"ready {url}", flush=True)
+        print(
+            f"curl -N {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+            flush=True,
+        )
+        print(f"{DEMO_PROMPT}", end="", flush=True)
+        for piece in _stream(client, "/v1/completions", body):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    console.print(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh", highlight=False)
+
+
+def main() -> None:
+    """Entry point of the `moemesh` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
