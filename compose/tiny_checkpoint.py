@@ -212,7 +212,7 @@ def _random_weights(
     weights = {
         "model.embed_tokens.weight": matrix(sizes.vocabulary, sizes.width, gain=sizes.width**0.5),
         # Small rows give logits near 0, which never win against the spread of the others: answers stay readable.
-        "lm_head.weight": matrix(sizes.vocabulary, sizes.width, gain=4.0)
+        "lm_head.weight": matrix(sizes.vocabulary, sizes.width, gain=3.0)
         * np.where(speakable, 1, 0.02)[:, None].astype("f4"),
         "model.norm.weight": norm(sizes.width),
     }
@@ -221,8 +221,8 @@ def _random_weights(
         weights |= {
             prefix + "input_layernorm.weight": norm(sizes.width),
             prefix + "post_attention_layernorm.weight": norm(sizes.width),
-            prefix + "self_attn.q_proj.weight": matrix(query_width, sizes.width, gain=2.0),
-            prefix + "self_attn.k_proj.weight": matrix(kv_width, sizes.width, gain=2.0),
+            prefix + "self_attn.q_proj.weight": matrix(query_width, sizes.width),
+            prefix + "self_attn.k_proj.weight": matrix(kv_width, sizes.width),
             prefix + "self_attn.v_proj.weight": matrix(kv_width, sizes.width),
             prefix + "self_attn.o_proj.weight": matrix(sizes.width, query_width),
         }
@@ -232,13 +232,13 @@ def _random_weights(
             Family.QWEN3_MOE: ("mlp.", ("gate_proj", "up_proj", "down_proj")),
             Family.MIXTRAL: ("block_sparse_moe.", ("w1", "w3", "w2")),
         }[family]
-        weights[prefix + moe + "gate.weight"] = matrix(sizes.experts, sizes.width, gain=2.0)
+        weights[prefix + moe + "gate.weight"] = matrix(sizes.experts, sizes.width, gain=1.5)
         for expert in range(sizes.experts):
             expert_prefix = f"{prefix}{moe}experts.{expert}."
             weights |= {
-                f"{expert_prefix}{gate}.weight": matrix(sizes.expert_width, sizes.width, gain=1.5),
-                f"{expert_prefix}{up}.weight": matrix(sizes.expert_width, sizes.width, gain=1.5),
-                f"{expert_prefix}{down}.weight": matrix(sizes.width, sizes.expert_width, gain=1.5),
+                f"{expert_prefix}{gate}.weight": matrix(sizes.expert_width, sizes.width),
+                f"{expert_prefix}{up}.weight": matrix(sizes.expert_width, sizes.width),
+                f"{expert_prefix}{down}.weight": matrix(sizes.width, sizes.expert_width, gain=3.0),
             }
     return weights
 

@@ -199,8 +199,9 @@ def randomize(model: Any, seed: int, row_scales: dict[int, float]) -> None:
 def _gain(name: str, tied: bool) -> float:
     if "embed_tokens" in name or "lm_head" in name:
         # A tied matrix favours the token that came in, the more the larger it is: answers would be one token, repeated.
-        return 2.0 if tied else 4.0
-    return 2.0 if any(part in name for part in ("q_proj", "k_proj", "gate.weight")) else 1.2
+        return 1.2 if tied else 3.0
+    # Sharper attention or gates than this would magnify rounding from layer to layer, up to what tests allow.
+    return 1.5 if "gate.weight" in name else 1.0
 
 
 def _write_legacy_rope_fields(path: Path) -> None:

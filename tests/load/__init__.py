@@ -1,0 +1,1 @@
+"""Many requests, rude clients, and what is left behind."""

@@ -1,0 +1,1 @@
+"""The mesh beside transformers, and beside itself in other shapes."""

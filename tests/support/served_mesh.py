@@ -1,0 +1,55 @@
+"""Real processes for a test: a mesh that is ready, a client for it, and its logs where the test fails."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.supervisor import LocalMesh
+from tests.support.mesh_client import MeshClient, mesh_client
+
+READY_WITHIN_S = 120
+LOG_TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class ServedMesh:
+    """A mesh that has said that it is ready."""
+
+    local: LocalMesh
+    client: MeshClient
+
+
+@contextmanager
+def served_mesh(model: Path, **settings: str) -> Iterator[ServedMesh]:
+    """Starts a mesh for `model` with settings by their environment's names, and ends it.
+
+    Its state folder is short (sockets live there, and their paths are bounded) and gone afterwards.
+    """
+    state_dir = Path(tempfile.mkdtemp(prefix="moemesh-"))
+    environment = {"MODEL": str(model), "PORT": "0", "KV_CACHE_TOKENS": "32768"} | settings
+    try:
+        with LocalMesh(environment=environment, state_dir=state_dir) as local:
+            try:
+                local.wait_ready(timeout_s=READY_WITHIN_S)
+                with mesh_client(local.url) as client:
+                    yield ServedMesh(local, client)
+            except BaseException:
+                print(log_tails(local))
+                raise
+    finally:
+        shutil.rmtree(state_dir, ignore_errors=True)
+
+
+def log_tails(local: LocalMesh) -> str:
+    """The last lines of every process's log."""
+    tails = []
+    for name, _ in local.processes():
+        path = Path(local.logs(name))
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else ["(no log)"]
+        tails.append("\n".join([f"---- {name}", *lines[-LOG_TAIL_LINES:]]))
+    return "\n".join(tails)
