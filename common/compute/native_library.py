@@ -23,7 +23,7 @@ from pathlib import Path
 
 import structlog
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
 # Contraction stays off: which products are fused is written in the source, not chosen by the compiler.
@@ -206,7 +206,18 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         rms_norm=function(
             "rms_norm", pointer, integer, *[pointer] * 4, integer, integer, ctypes.c_float, integer, quick=True
         ),
-        rope=function("rope", pointer, integer, *[pointer] * 4, *[integer] * 4, ctypes.c_float, integer, quick=True),
+        rope=function(
+            "rope",
+            pointer,
+            integer,
+            *[pointer] * 3,
+            integer,
+            pointer,
+            *[integer] * 4,
+            ctypes.c_float,
+            integer,
+            quick=True,
+        ),
     )
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
-from common.compute.rms_norm import rms_norm
 
 
 def apply_rotary(
     x: Tensor,
     cosine: Tensor,
-    sine: Tensor,
+    signed_sine: Tensor,
     *,
     norm_weight: Tensor | None = None,
     epsilon: float = 0.0,
@@ -24,30 +23,41 @@ def apply_rotary(
 ) -> Tensor:
     """x [T, H, d] -> [T, H, d], a new tensor; the first r values of each head turn, the others stay.
 
-    cosine, sine [T, r] of x's dtype, r <= d and even, the same angles in both halves. x may be a slice of a fused
-    projection. norm_weight [d]: RMSNorm of each head comes first. Raises ValueError when shapes or dtypes do not fit.
+    cosine, signed_sine [T, r] of x's dtype, r <= d and even, the same angles in both halves, the sine negative in the
+    first half. x may be a slice of a fused projection.
+    norm_weight: RMSNorm of each head comes first, [d] for one weight or [H, d] for one a head.
+    Raises ValueError when shapes or dtypes do not fit.
     """
     tokens, heads, width = x.shape
     turned = cosine.shape[1]
-    if cosine.shape != sine.shape or cosine.shape[0] != tokens or turned > width or turned % 2:
+    if cosine.shape != signed_sine.shape or cosine.shape[0] != tokens or turned > width or turned % 2:
         raise ValueError(
-            f"cosine {tuple(cosine.shape)} and sine {tuple(sine.shape)} do not fit heads of {tuple(x.shape)}"
+            f"cosine {tuple(cosine.shape)} and sine {tuple(signed_sine.shape)} do not fit heads of {tuple(x.shape)}"
         )
-    if not cosine.dtype == sine.dtype == x.dtype:
-        raise ValueError(f"cosine {cosine.dtype} and sine {sine.dtype} for heads of {x.dtype}")
-    if norm_weight is not None and (norm_weight.shape != (width,) or norm_weight.dtype != x.dtype):
-        raise ValueError(f"norm weight {tuple(norm_weight.shape)} {norm_weight.dtype} for heads of {width} {x.dtype}")
+    if not cosine.dtype == signed_sine.dtype == x.dtype:
+        raise ValueError(f"cosine {cosine.dtype} and sine {signed_sine.dtype} for heads of {x.dtype}")
+    weight_address = None
+    weight_stride = 0
+    if norm_weight is not None:
+        if norm_weight.shape not in ((width,), (heads, width)) or norm_weight.dtype != x.dtype:
+            raise ValueError(
+                f"norm weight {tuple(norm_weight.shape)} {norm_weight.dtype} for {tuple(x.shape)} {x.dtype}"
+            )
+        norm_weight = norm_weight.contiguous()
+        weight_address = norm_weight.data_ptr()
+        weight_stride = width if norm_weight.dim() == 2 else 0
     if kernels is None or x.device.type != "cpu":
-        return _by_torch(x, cosine, sine, norm_weight, epsilon)
+        return _by_torch(x, cosine, signed_sine, norm_weight, epsilon)
     x = x if x.stride(2) == 1 and x.stride(1) == width else x.contiguous()
-    cosine, sine = cosine.contiguous(), sine.contiguous()
+    cosine, signed_sine = cosine.contiguous(), signed_sine.contiguous()
     y = torch.empty(tokens, heads, width, dtype=x.dtype)
     kernels.rope(
         x.data_ptr(),
         x.stride(0),
         cosine.data_ptr(),
-        sine.data_ptr(),
-        None if norm_weight is None else norm_weight.data_ptr(),
+        signed_sine.data_ptr(),
+        weight_address,
+        weight_stride,
         y.data_ptr(),
         tokens,
         heads,
@@ -59,11 +69,12 @@ def apply_rotary(
     return y
 
 
-def _by_torch(x: Tensor, cosine: Tensor, sine: Tensor, norm_weight: Tensor | None, epsilon: float) -> Tensor:
+def _by_torch(x: Tensor, cosine: Tensor, signed_sine: Tensor, norm_weight: Tensor | None, epsilon: float) -> Tensor:
     if norm_weight is not None:
-        x = rms_norm(x.reshape(-1, x.shape[2]), norm_weight, epsilon, kernels=None).view(x.shape)
+        wide = x.to(torch.float32).contiguous()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
+        x = wide.to(x.dtype) * norm_weight
     turned = cosine.shape[1]
     head, rest = x[..., :turned], x[..., turned:]
-    low, high = head[..., : turned // 2], head[..., turned // 2 :]
-    rotated = head * cosine[:, None] + torch.cat((-high, low), dim=-1) * sine[:, None]
-    return torch.cat((rotated, rest), dim=-1)
+    swapped = torch.roll(head, turned // 2, dims=-1)
+    return torch.cat((head * cosine[:, None] + swapped * signed_sine[:, None], rest), dim=-1)

@@ -675,66 +675,68 @@ void write_rows(const T* key, int64_t key_stride, const T* value, int64_t value_
 
 // ---------------------------------------------------------------------------------------------------- norm, rope
 
-INLINE float as(float x, const float*) { return x; }  // rounded to what a tensor of that type holds
-INLINE float as(float x, const bf16*) { return float_of(bf16_of(x)); }
-INLINE void put(float* to, float x) { *to = x; }
-INLINE void put(bf16* to, float x) { *to = bf16_of(x); }
-
-// y = round(x / rms(x)) * weight, rounded where the reference makes a tensor.
-template <class T> INLINE void normalize(const T* x, const T* weight, T* y, int64_t width, float epsilon) {
-    vf squares[KV_VECTORS] = {};
-    int64_t i = 0;
-    for (; i + KV_BLOCK <= width; i += KV_BLOCK)
-        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
-            vf value = load(x + i + v * LANES);
-            squares[v] = fma_of(value, value, squares[v]);
-        }
-    if (i < width) {
-        float rest[KV_BLOCK] = {};
-        for (int64_t j = i; j < width; j++) rest[j - i] = float_of(x[j]);
-        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
-            vf value = load(rest + v * LANES);
-            squares[v] = fma_of(value, value, squares[v]);
-        }
-    }
-    const float inverse = 1.0f / sqrtf(fold_sum(squares) / (float)width + epsilon);
-    for (int64_t j = 0; j < width; j++) put(y + j, as(float_of(x[j]) * inverse, x) * float_of(weight[j]));
+INLINE vf as(vf x, const float*) { return x; }  // rounded to what a tensor of that type holds
+INLINE vf as(vf x, const bf16*) { return rounded(x); }
+template <class T> INLINE vf take(const T* from, int64_t left) {
+    return left >= LANES ? load(from) : load_part(from, (int)left);
+}
+template <class T> INLINE void put(T* to, vf x, int64_t left) {
+    if (left >= LANES) store(to, x);
+    else store_part(to, x, (int)left);
 }
 
-// x[r] += added[r] where there is something to add (summed receives it), then the norm.
+// y = round(x / rms(x)) * weight, rounded where the reference makes a tensor. y may be x.
+template <class T> INLINE void normalize(const T* x, const T* weight, T* y, int64_t width, float epsilon) {
+    vf squares[KV_VECTORS] = {};
+    for (int64_t i = 0; i < width; i += KV_BLOCK)
+        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
+            const int64_t at = i + v * LANES;
+            if (at >= width) continue;
+            vf value = take(x + at, width - at);
+            squares[v] = fma_of(value, value, squares[v]);
+        }
+    const vf inverse = all(1.0f / sqrtf(fold_sum(squares) / (float)width + epsilon));
+    for (int64_t i = 0; i < width; i += LANES)
+        put(y + i, as(take(x + i, width - i) * inverse, x) * take(weight + i, width - i), width - i);
+}
+
+// summed[r] = x[r] + added[r] where there is something to add, then the norm of it.
 template <class T>
 void norm_rows(const T* x, int64_t x_stride, const T* added, T* summed, const T* weight, T* y, int64_t rows,
                int64_t width, float epsilon) {
     for (int64_t r = 0; r < rows; r++) {
         const T* row = x + r * x_stride;
         if (added) {
-            for (int64_t i = 0; i < width; i++)
-                put(summed + r * width + i, float_of(row[i]) + float_of(added[r * width + i]));
-            row = summed + r * width;
+            T* sum = summed + r * width;
+            for (int64_t i = 0; i < width; i += LANES)
+                put(sum + i, take(row + i, width - i) + take(added + r * width + i, width - i), width - i);
+            row = sum;
         }
         normalize(row, weight, y + r * width, width, epsilon);
     }
 }
 
-// Rotates the first `turned` values of each head, halves against each other; the norm of each head comes first where
-// there is a weight for it.
+// Rotates the first `turned` values of each head, halves against each other; the sign is in `sine`. The norm of each
+// head comes first where there is a weight for it, one for all heads (weight_stride 0) or one a head.
 template <class T>
-void rope_rows(const T* x, int64_t x_stride, const T* cosine, const T* sine, const T* weight, T* y, int64_t tokens,
-               int64_t heads, int64_t width, int64_t turned, float epsilon) {
+void rope_rows(const T* x, int64_t x_stride, const T* cosine, const T* sine, const T* weight, int64_t weight_stride, T* y,
+               int64_t tokens, int64_t heads, int64_t width, int64_t turned, float epsilon) {
     const int64_t half = turned / 2;
-    for (int64_t t = 0; t < tokens; t++)
+    for (int64_t t = 0; t < tokens; t++) {
+        const T *c = cosine + t * turned, *s = sine + t * turned;
         for (int64_t h = 0; h < heads; h++) {
             const T* from = x + t * x_stride + h * width;
             T* to = y + (t * heads + h) * width;
-            const T *c = cosine + t * turned, *s = sine + t * turned;
-            if (weight) normalize(from, weight, to, width, epsilon);
+            if (weight) normalize(from, weight + h * weight_stride, to, width, epsilon);
             else memcpy(to, from, width * sizeof(T));
-            for (int64_t i = 0; i < half; i++) {
-                float low = float_of(to[i]), high = float_of(to[half + i]);
-                put(to + i, as(low * float_of(c[i]), x) + as(-high * float_of(s[i]), x));
-                put(to + half + i, as(high * float_of(c[half + i]), x) + as(low * float_of(s[half + i]), x));
+            for (int64_t i = 0; i < half; i += LANES) {
+                const int64_t left = half - i;
+                vf low = take(to + i, left), high = take(to + half + i, left);
+                put(to + i, as(low * take(c + i, left), x) + as(high * take(s + i, left), x), left);
+                put(to + half + i, as(high * take(c + half + i, left), x) + as(low * take(s + half + i, left), x), left);
             }
         }
+    }
 }
 
 template <class T> void pack(const T* w, T* packed, int64_t n, int64_t k) {
@@ -761,7 +763,7 @@ struct Linear {  // mirrored by _LinearDescriptor in linear.py
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 2; }
+int64_t moemesh_abi_version(void) { return 3; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -831,14 +833,15 @@ void moemesh_rms_norm(const void* x, int64_t x_stride, const void* added, void* 
                   width, epsilon);
 }
 
-void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const void* sine, const void* weight, void* y,
-                  int64_t tokens, int64_t heads, int64_t width, int64_t turned, float epsilon, int64_t is_bf16) {
+void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const void* sine, const void* weight,
+                  int64_t weight_stride, void* y, int64_t tokens, int64_t heads, int64_t width, int64_t turned,
+                  float epsilon, int64_t is_bf16) {
     if (is_bf16)
-        rope_rows((const bf16*)x, x_stride, (const bf16*)cosine, (const bf16*)sine, (const bf16*)weight, (bf16*)y, tokens,
-                  heads, width, turned, epsilon);
+        rope_rows((const bf16*)x, x_stride, (const bf16*)cosine, (const bf16*)sine, (const bf16*)weight, weight_stride,
+                  (bf16*)y, tokens, heads, width, turned, epsilon);
     else
-        rope_rows((const float*)x, x_stride, (const float*)cosine, (const float*)sine, (const float*)weight, (float*)y,
-                  tokens, heads, width, turned, epsilon);
+        rope_rows((const float*)x, x_stride, (const float*)cosine, (const float*)sine, (const float*)weight, weight_stride,
+                  (float*)y, tokens, heads, width, turned, epsilon);
 }
 
 }  // extern "C"
