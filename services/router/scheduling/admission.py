@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
-from common.errors import ContextLengthError, InvalidRequestError, OverloadedError
+from common.errors import (
+    CapacityError,
+    ContextLengthError,
+    DeadlineError,
+    InvalidRequestError,
+    MeshError,
+    NotReadyError,
+    OverloadedError,
+)
 from services.router.engine import GenerationRequest
 
 MAX_RETRY_AFTER_S = 60
@@ -41,6 +50,19 @@ def retry_after_s(num_waiting: int, completions_per_s: float) -> int:
     if completions_per_s * MAX_RETRY_AFTER_S <= num_waiting:
         return MAX_RETRY_AFTER_S
     return max(1, math.ceil(num_waiting / completions_per_s))
+
+
+def lateness(request: GenerationRequest, age_s: float, pool_blocks: Sequence[int], block_tokens: int) -> MeshError:
+    """Why a request took too long, as well as the blocks of the open pipelines tell."""
+    num_blocks = num_blocks_for(len(request.prompt_token_ids) + request.sampling.max_tokens, block_tokens)
+    if not pool_blocks:
+        return NotReadyError(f"the request took {age_s:.0f} s and no pipeline is open")
+    if num_blocks > max(pool_blocks):
+        return CapacityError(
+            f"the request took {age_s:.0f} s; it needs {num_blocks} cache blocks, the largest pipeline now has "
+            f"{max(pool_blocks)}"
+        )
+    return DeadlineError(f"the request took {age_s:.0f} s, which is too long")
 
 
 class Admission:

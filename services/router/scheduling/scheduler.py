@@ -12,16 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from common.errors import (
-    CapacityError,
-    DeadlineError,
     ExecutionError,
     InvalidRequestError,
     MoemeshError,
-    NotReadyError,
 )
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import GenerationRequest
-from services.router.scheduling.admission import Admission, CompletionRate, num_blocks_for
+from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Request, RequestState
@@ -58,11 +55,10 @@ class Scheduler:
         """Queue a request. InvalidRequestError, ContextLengthError, OverloadedError: then nothing is kept of it."""
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
-        pools = [schedule.allocator.num_blocks for schedule in self._pipelines.values()]
         self._admission.admit(
             request,
             num_waiting=len(self._waiting),
-            largest_pool_blocks=max(pools, default=None),
+            largest_pool_blocks=max(self._pool_sizes(), default=None),
             completions_per_s=self._completion_rate.per_s(now_s),
         )
         self._num_arrived += 1
@@ -251,19 +247,13 @@ class Scheduler:
             if now_s - request.arrived_s > settings.max_request_s
             or (request.state is RequestState.WAITING and now_s - request.queued_s > settings.max_queue_s)
         ]
+        pools = self._pool_sizes()
         for request in late:
-            self._failures.append(self._fail(request, self._lateness(request, now_s)))
+            error = lateness(request.generation_request, now_s - request.arrived_s, pools, settings.block_tokens)
+            self._failures.append(self._fail(request, error))
 
-    def _lateness(self, request: Request, now_s: float) -> MoemeshError:
-        """Why it took too long, as well as this object can tell."""
-        waited = f"the request took {now_s - request.arrived_s:.0f} s"
-        if not self._pipelines:
-            return NotReadyError(f"{waited} and no pipeline is open")
-        if not any(schedule.can_ever_hold(request) for schedule in self._pipelines.values()):
-            num_blocks = num_blocks_for(request.max_num_tokens, self.settings.block_tokens)
-            largest = max(schedule.allocator.num_blocks for schedule in self._pipelines.values())
-            return CapacityError(f"{waited}; it needs {num_blocks} cache blocks, the largest pipeline has {largest}")
-        return DeadlineError(f"{waited}, {len(request.generated_token_ids)} tokens were generated")
+    def _pool_sizes(self) -> list[int]:
+        return [schedule.allocator.num_blocks for schedule in self._pipelines.values()]
 
     def _land(
         self, step: StepId, pipeline: PipelineId, generation: Generation, attempt: int, now_s: float

@@ -130,6 +130,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if lives:
             self.cancelled.add(request_id)
 
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def cancel_one_in_flight_and_schedule(self) -> None:
+        for chunk in self.in_flight[0].chunks[:1]:
+            request_id = RequestId(f"request-{chunk.sampling.seed}")  # the seed is the request's number
+            if self.scheduler.cancel(request_id):
+                self.cancelled.add(request_id)
+        self.send_plans()
+
     @rule(seconds=st.floats(0.0, 2.0))
     def schedule(self, seconds: float) -> None:
         self.now_s += seconds

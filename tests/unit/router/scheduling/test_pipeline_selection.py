@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+
+from common.errors import ConfigurationError
+from common.ids import PipelineId
+from services.router.scheduling.pipeline_selection import FlapBreaker, PipelineLoad, PipelineSelection
+
+
+def load(
+    pipeline: int,
+    *,
+    num_running: int = 0,
+    max_running: int = 8,
+    num_queued_tokens: int = 0,
+    num_used_blocks: int = 0,
+    p99_step_s: float = 0.0,
+) -> PipelineLoad:
+    return PipelineLoad(
+        PipelineId(pipeline), num_running, max_running, num_queued_tokens, num_used_blocks, 10, p99_step_s
+    )
+
+
+def test_least_in_flight_wins() -> None:
+    selection = PipelineSelection("least_in_flight")
+    assert selection.choose([load(0, num_running=2), load(1, num_running=1), load(2, num_running=3)]) == 1
+
+
+def test_equals_take_turns() -> None:
+    selection = PipelineSelection("least_in_flight")
+    loads = [load(2), load(0), load(1)]
+    assert [selection.choose(loads) for _ in range(4)] == [0, 1, 2, 0]
+
+
+def test_pipeline_at_its_cap_is_no_candidate() -> None:
+    selection = PipelineSelection("least_in_flight")
+    assert selection.choose([load(0, num_running=2, max_running=2), load(1, num_running=5)]) == 1
+    assert selection.choose([load(0, num_running=2, max_running=2)]) is None
+    assert selection.choose([]) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (load(0, num_queued_tokens=100), load(1, num_used_blocks=10)),  # 0.4 against 0.3
+        (load(0, num_used_blocks=10, p99_step_s=0.1), load(1, num_queued_tokens=9)),  # 0.6 against 0.4
+        (load(0, p99_step_s=0.2), load(1, p99_step_s=0.1)),
+    ],
+)
+def test_weighted_takes_queue_utilisation_and_p99(first: PipelineLoad, second: PipelineLoad) -> None:
+    assert PipelineSelection("weighted").choose([first, second]) == 1
+
+
+def test_unknown_policy_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="'fastest' is unknown; known are least_in_flight, weighted"):
+        PipelineSelection("fastest")
+
+
+def test_flapping_pipeline_cools_off_and_comes_back() -> None:
+    breaker = FlapBreaker(max_openings=2, window_s=10.0, cooling_s=5.0)
+    for now_s in (0.0, 3.0):
+        breaker.note_opening(PipelineId(0), now_s)
+    assert not breaker.is_cooling(PipelineId(0), 3.0)
+    breaker.note_opening(PipelineId(0), 6.0)
+    assert breaker.is_cooling(PipelineId(0), 6.0)
+    assert not breaker.is_cooling(PipelineId(0), 11.0)
+    assert not breaker.is_cooling(PipelineId(1), 6.0)
+
+
+def test_rare_openings_do_not_trip_the_breaker() -> None:
+    breaker = FlapBreaker(max_openings=2, window_s=10.0, cooling_s=5.0)
+    for now_s in (0.0, 11.0, 22.0, 33.0):
+        breaker.note_opening(PipelineId(0), now_s)
+        assert not breaker.is_cooling(PipelineId(0), now_s)
+
+
+def test_cooling_pipeline_is_used_if_there_is_no_other() -> None:
+    selection = PipelineSelection("least_in_flight", FlapBreaker(max_openings=1, window_s=10.0, cooling_s=5.0))
+    selection.note_opening(PipelineId(0), 0.0)
+    selection.note_opening(PipelineId(0), 1.0)
+    assert selection.usable([PipelineId(0), PipelineId(1)], 1.0) == [1]
+    assert selection.usable([PipelineId(0)], 1.0) == [0]

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+
+from common.ids import PipelineId, SequenceId, StepId
+from services.router.engine import FinishReason
+from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.step_plan import SampledToken
+from tests.support.simulated_pipeline import build_request
+
+
+def waiting_request(prompt_length: int = 4, max_tokens: int = 3, stop: int | None = None) -> Request:
+    stop_token_ids = frozenset() if stop is None else frozenset({stop})
+    generation_request = build_request("a", prompt_length, max_tokens, stop_token_ids=stop_token_ids)
+    return Request(generation_request, arrival=1, arrived_s=0.0, queued_s=0.0)
+
+
+def sampled(token_id: int) -> SampledToken:
+    return SampledToken(token_id, -0.5, ((token_id, -0.5),))
+
+
+def test_last_token_finishes_by_length() -> None:
+    request = waiting_request(max_tokens=2)
+    request.start(PipelineId(0), SequenceId(1))
+    first, last = request.take_token(sampled(7)), request.take_token(sampled(8))
+    assert (first.finish_reason, last.finish_reason) == (None, FinishReason.LENGTH)
+    assert (last.token_id, last.logprob, last.top_logprobs) == (8, -0.5, ((8, -0.5),))
+    assert request.state is RequestState.FINISHED
+
+
+def test_stop_token_finishes_and_is_handed_on() -> None:
+    request = waiting_request(stop=9)
+    request.start(PipelineId(0), SequenceId(1))
+    token = request.take_token(sampled(9))
+    assert (token.token_id, token.finish_reason) == (9, FinishReason.STOP)
+
+
+def test_stop_token_at_the_limit_is_a_stop() -> None:
+    request = waiting_request(max_tokens=1, stop=9)
+    request.start(PipelineId(0), SequenceId(1))
+    assert request.take_token(sampled(9)).finish_reason is FinishReason.STOP
+
+
+def test_requeued_request_keeps_tokens_and_place_and_loses_its_cache() -> None:
+    request = waiting_request()
+    request.start(PipelineId(0), SequenceId(1))
+    request.take_token(sampled(7))
+    request.num_computed_tokens = 4
+    request.requeue(5.0)
+    assert (request.state, request.generated_token_ids, request.arrival) == (RequestState.WAITING, [7], 1)
+    assert (request.num_computed_tokens, request.num_remaining_tokens, request.sequence_id) == (0, 5, None)
+
+
+def test_request_that_still_holds_something_cannot_be_requeued() -> None:
+    request = waiting_request()
+    request.start(PipelineId(0), SequenceId(1))
+    request.step = StepId(1)
+    with pytest.raises(ValueError, match="still holds"):
+        request.requeue(0.0)
+    request.step, request.block_table = None, [0]
+    with pytest.raises(ValueError, match="still holds"):
+        request.requeue(0.0)
+
+
+def test_tokens_run_over_from_the_prompt_into_the_generated() -> None:
+    request = waiting_request(prompt_length=4)
+    request.start(PipelineId(0), SequenceId(1))
+    request.take_token(sampled(50))
+    request.take_token(sampled(51))
+    prompt = request.generation_request.prompt_token_ids
+    assert request.token_ids(2, 5) == (*prompt[2:], 50)
+    assert request.token_ids(5, 6) == (51,)
+    assert request.token_ids(0, 6) == (*prompt, 50, 51)
+
+
+@pytest.mark.parametrize("end", ["cancel", "fail"])
+def test_end_is_final(end: str) -> None:
+    request = waiting_request()
+    getattr(request, end)()
+    for transition in (request.cancel, request.fail, lambda: request.start(PipelineId(0), SequenceId(1))):
+        with pytest.raises(ValueError, match="cannot become"):
+            transition()
+    with pytest.raises(ValueError, match="takes no token"):
+        request.take_token(sampled(1))

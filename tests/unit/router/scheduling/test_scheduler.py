@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import pytest
+
+from common.errors import (
+    CapacityError,
+    ConfigurationError,
+    ContextLengthError,
+    DeadlineError,
+    ExecutionError,
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+)
+from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.scheduling.step_plan import SampledToken, StepPlan, TokenOutput
+from tests.support.simulated_pipeline import build_request
+
+P0, P1 = PipelineId(0), PipelineId(1)
+
+
+def make_scheduler(num_blocks: int = 100, num_slots: int = 1, **changes: object) -> Scheduler:
+    fields: dict[str, object] = {"block_tokens": 4, **changes}
+    scheduler = Scheduler(SchedulerSettings(**fields))  # type: ignore[arg-type]
+    scheduler.open_pipeline(P0, Generation(1), num_blocks, num_slots, now_s=0.0)
+    return scheduler
+
+
+def add(scheduler: Scheduler, *names: str, prompt_length: int = 4, max_tokens: int = 10, now_s: float = 0.0) -> None:
+    for name in names:
+        scheduler.add(build_request(name, prompt_length, max_tokens, seed=ord(name[0])), now_s)
+
+
+def only_plan(scheduler: Scheduler, now_s: float = 0.0) -> StepPlan:
+    (plan,) = scheduler.schedule(now_s)
+    return plan
+
+
+def complete(scheduler: Scheduler, plan: StepPlan, token_id: int = 1, now_s: float = 0.0) -> list[TokenOutput]:
+    sampled = {chunk.sequence_id: SampledToken(token_id, None, ()) for chunk in plan.chunks if chunk.samples}
+    outputs = scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s)
+    scheduler.check_invariants()
+    return outputs
+
+
+def names_in(plan: StepPlan) -> list[str]:
+    """Requests are told by their seed."""
+    return [chr(chunk.sampling.seed) for chunk in plan.chunks]
+
+
+def lengths_in(plan: StepPlan) -> list[int]:
+    return [len(chunk.token_ids) for chunk in plan.chunks]
+
+
+# Chunks and budgets
+
+
+def test_long_prompt_is_prefilled_in_chunks_and_sampled_once_at_its_end() -> None:
+    scheduler = make_scheduler(prefill_chunk_tokens=6)
+    add(scheduler, "a", prompt_length=15)
+    seen = []
+    for _ in range(3):
+        plan = only_plan(scheduler)
+        (chunk,) = plan.chunks
+        seen.append(
+            (chunk.start_position, len(chunk.token_ids), chunk.block_offset, chunk.new_block_ids, chunk.samples)
+        )
+        outputs = complete(scheduler, plan)
+    assert seen == [(0, 6, 0, (0, 1), False), (6, 6, 2, (2,), False), (12, 3, 3, (3,), True)]
+    assert [output.request_id for output in outputs] == ["a"]
+    (decode,) = only_plan(scheduler).chunks
+    assert (decode.token_ids, decode.start_position, decode.new_block_ids, decode.num_generated) == ((1,), 15, (), 1)
+    assert decode.sampling_position == 16
+
+
+def test_decodes_come_before_prefill_chunks_in_the_budget() -> None:
+    scheduler = make_scheduler(max_batch_tokens=8, prefill_chunk_tokens=8)
+    add(scheduler, "a", "b")
+    complete(scheduler, only_plan(scheduler))
+    add(scheduler, "c", prompt_length=20)
+    plan = only_plan(scheduler)
+    assert (names_in(plan), lengths_in(plan)) == (["a", "b", "c"], [1, 1, 6])
+
+
+def test_oldest_prefill_gets_a_token_however_many_younger_decode() -> None:
+    scheduler = make_scheduler(max_batch_tokens=2, num_slots=2)
+    add(scheduler, "a", prompt_length=8)
+    add(scheduler, "b", "c", "d", prompt_length=1)
+    plans = scheduler.schedule(0.0)
+    assert "a" in names_in(plans[0])
+
+
+def test_step_takes_no_more_sequences_than_set() -> None:
+    scheduler = make_scheduler(max_batch_sequences=2)
+    add(scheduler, "a", "b", "c", prompt_length=1)
+    assert names_in(only_plan(scheduler)) == ["a", "b"]
+
+
+def test_last_token_of_all_is_not_computed() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", max_tokens=2)
+    complete(scheduler, only_plan(scheduler))
+    assert complete(scheduler, only_plan(scheduler))[0].token.finish_reason == "length"
+    assert scheduler.schedule(0.0) == []
+    assert scheduler.is_idle
+
+
+# Micro-batches
+
+
+def test_decodes_are_shared_out_over_the_micro_batches() -> None:
+    scheduler = make_scheduler(num_slots=3)
+    add(scheduler, *"abcdefg", prompt_length=1)
+    plans = scheduler.schedule(0.0)
+    assert [names_in(plan) for plan in plans] == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+    assert scheduler.schedule(0.0) == []  # the cap
+
+
+def test_a_single_sequence_is_in_one_step_at_a_time() -> None:
+    scheduler = make_scheduler(num_blocks=200, num_slots=4)
+    add(scheduler, "a", prompt_length=600)
+    assert len(scheduler.schedule(0.0)) == 1
+    assert scheduler.schedule(0.0) == []
+
+
+def test_micro_batches_setting_overrides_the_number_of_slots() -> None:
+    scheduler = make_scheduler(num_slots=1, micro_batches_per_pipeline=2)
+    add(scheduler, "a", "b")
+    assert [names_in(plan) for plan in scheduler.schedule(0.0)] == [["a"], ["b"]]
+
+
+def test_answers_may_come_out_of_order() -> None:
+    scheduler = make_scheduler(num_slots=2)
+    add(scheduler, "a", "b")
+    first, second = scheduler.schedule(0.0)
+    assert [output.request_id for output in complete(scheduler, second)] == ["b"]
+    assert names_in(only_plan(scheduler)) == ["b"]
+    assert [output.request_id for output in complete(scheduler, first)] == ["a"]
+
+
+# Several pipelines
+
+
+def test_requests_are_dealt_out_over_pipelines() -> None:
+    scheduler = make_scheduler()
+    scheduler.open_pipeline(P1, Generation(1), 100, 1, now_s=0.0)
+    add(scheduler, *"abcd")
+    assert [(plan.pipeline, names_in(plan)) for plan in scheduler.schedule(0.0)] == [(0, ["a", "c"]), (1, ["b", "d"])]
+
+
+def test_nobody_overtakes_except_on_a_pool_too_small_for_the_one_ahead() -> None:
+    scheduler = make_scheduler(num_blocks=10)
+    scheduler.open_pipeline(P1, Generation(1), 3, 1, now_s=0.0)
+    add(scheduler, "a", prompt_length=28, max_tokens=1)
+    scheduler.schedule(0.0)
+    add(scheduler, "b", prompt_length=28, max_tokens=1)  # fits pipeline 0 alone, which is full
+    add(scheduler, "c", prompt_length=2, max_tokens=1)
+    assert [(plan.pipeline, names_in(plan)) for plan in scheduler.schedule(0.0)] == [(1, ["c"])]
+    add(scheduler, "d", prompt_length=2, max_tokens=1)
+    assert scheduler.schedule(0.0) == []
+
+
+def test_closed_pipeline_gives_its_requests_back_to_the_head_of_the_line() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", "b")
+    complete(scheduler, only_plan(scheduler), token_id=5)
+    scheduler.schedule(0.0)
+    add(scheduler, "c")
+    scheduler.close_pipeline(P0, 1.0)
+    assert scheduler.schedule(1.0) == []
+    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s=2.0)
+    plan = only_plan(scheduler, 2.0)
+    assert (names_in(plan), lengths_in(plan)) == (["a", "b", "c"], [5, 5, 4])
+    assert plan.chunks[0].token_ids[-1] == 5
+    assert plan.chunks[0].num_generated == 1
+    assert plan.released == ()
+
+
+def test_answers_of_an_old_generation_step_or_attempt_are_counted_and_dropped() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    old = only_plan(scheduler)
+    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s=0.0)
+    new = only_plan(scheduler)
+    assert complete(scheduler, old) == []
+    error = ExecutionError("late")
+    assert scheduler.fail_step(old.step, P0, old.generation, old.attempt, error, 0.0) == []
+    assert scheduler.complete(new.step, P0, new.generation, new.attempt + 1, {}, 0.0) == []
+    assert scheduler.complete(new.step, P1, new.generation, new.attempt, {}, 0.0) == []
+    assert scheduler.counters.dropped_results == 4
+    assert len(complete(scheduler, new)) == 1
+    assert complete(scheduler, new) == []  # the same answer twice
+
+
+def test_pipeline_opens_only_in_a_newer_generation() -> None:
+    scheduler = make_scheduler()
+    with pytest.raises(ValueError, match="is open in generation 1"):
+        scheduler.open_pipeline(P0, Generation(1), 100, 1, now_s=0.0)
+
+
+# Preemption
+
+
+def test_youngest_is_preempted_and_keeps_its_place_in_line() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    add(scheduler, "a", "b", prompt_length=7, max_tokens=8)  # two blocks each: full
+    complete(scheduler, only_plan(scheduler))  # 8 tokens each
+    add(scheduler, "c", prompt_length=1, max_tokens=1)
+    complete(scheduler, only_plan(scheduler))  # 9 tokens each: a third block
+    plan = only_plan(scheduler)
+    assert names_in(plan) == ["a"]
+    assert scheduler.counters.preemptions == 1
+    sequence_of_b = SequenceId(2)
+    assert plan.released == (sequence_of_b,)
+    assert scheduler.snapshot().num_waiting == 2
+    seen = []
+    while not scheduler.is_idle:
+        complete(scheduler, plan)
+        plans = scheduler.schedule(0.0)
+        if plans:
+            (plan,) = plans
+            seen += [name for name in names_in(plan) if name not in seen]
+    assert seen == ["a", "b", "c"]
+
+
+def test_preempted_request_comes_back_under_another_sequence_id() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    add(scheduler, "a", "b", prompt_length=7, max_tokens=8)
+    ids: dict[str, set[SequenceId]] = {"a": set(), "b": set()}
+    while not scheduler.is_idle:
+        for plan in scheduler.schedule(0.0):
+            for name, chunk in zip(names_in(plan), plan.chunks, strict=True):
+                ids[name].add(chunk.sequence_id)
+            complete(scheduler, plan)
+    assert (len(ids["a"]), len(ids["b"])) == (1, 2)
+
+
+# Cancelling
+
+
+def test_cancelled_waiting_request_is_gone() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    assert scheduler.cancel(RequestId("a"))
+    assert not scheduler.cancel(RequestId("a"))
+    assert scheduler.schedule(0.0) == []
+    assert scheduler.is_idle
+
+
+def test_blocks_of_a_request_cancelled_in_flight_are_free_when_the_step_lands() -> None:
+    scheduler = make_scheduler(num_blocks=10)
+    add(scheduler, "a")
+    plan = only_plan(scheduler)
+    scheduler.cancel(RequestId("a"))
+    scheduler.check_invariants()
+    assert scheduler.snapshot().pipelines[0].num_free_blocks == 9
+    assert complete(scheduler, plan) == []
+    assert scheduler.snapshot().pipelines[0].num_free_blocks == 10
+    assert scheduler.is_idle
+
+
+def test_id_of_an_ended_request_can_be_used_again() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    with pytest.raises(InvalidRequestError, match="in use"):
+        add(scheduler, "a")
+    only_plan(scheduler)
+    scheduler.cancel(RequestId("a"))
+    add(scheduler, "a")
+
+
+# Releases
+
+
+def test_release_waits_for_the_next_step() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", "b", max_tokens=1)
+    plan = only_plan(scheduler)
+    complete(scheduler, plan)
+    assert scheduler.schedule(0.0) == []
+    add(scheduler, "c")
+    assert only_plan(scheduler).released == tuple(chunk.sequence_id for chunk in plan.chunks)
+
+
+def test_too_many_held_releases_go_in_a_step_of_their_own() -> None:
+    scheduler = make_scheduler(max_held_releases=1)
+    add(scheduler, "a", "b", max_tokens=1)
+    complete(scheduler, only_plan(scheduler))
+    plan = only_plan(scheduler)
+    assert plan.chunks == ()
+    assert len(plan.released) == 2
+    assert not scheduler.is_idle
+    assert complete(scheduler, plan) == []
+    assert scheduler.is_idle
+
+
+# Failing
+
+
+def test_failed_step_is_recomputed_and_its_tokens_stay() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    complete(scheduler, only_plan(scheduler), token_id=5)
+    failed = only_plan(scheduler)
+    assert scheduler.fail_step(failed.step, P0, failed.generation, failed.attempt, ExecutionError("x"), 0.0) == []
+    plan = only_plan(scheduler)
+    assert lengths_in(plan) == [5]
+    assert plan.released == (failed.chunks[0].sequence_id,)
+    assert [output.token.token_id for output in complete(scheduler, plan, token_id=6)] == [6]
+
+
+def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    error = ExecutionError("poisoned")
+    for attempt in range(4):
+        plan = only_plan(scheduler)
+        failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+        assert [failure.error for failure in failures] == ([error] if attempt == 3 else [])
+    assert scheduler.is_idle
+    assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
+
+
+def test_new_token_forgives_failed_steps() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    for _ in range(3):
+        for _ in range(3):
+            plan = only_plan(scheduler)
+            assert not scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+        complete(scheduler, only_plan(scheduler))
+
+
+def test_missing_token_counts_as_a_failed_step_of_that_request() -> None:
+    scheduler = make_scheduler(max_failed_steps=0)
+    add(scheduler, "a", "b")
+    plan = only_plan(scheduler)
+    sampled = {plan.chunks[1].sequence_id: SampledToken(3, None, ())}
+    outputs = scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
+    assert [output.request_id for output in outputs] == ["b"]
+    (failure,) = scheduler.take_failures()
+    assert (failure.request_id, type(failure.error)) == ("a", ExecutionError)
+    assert scheduler.take_failures() == []
+
+
+# The door and deadlines
+
+
+def test_request_larger_than_every_pool_is_refused() -> None:
+    scheduler = make_scheduler(num_blocks=3)
+    add(scheduler, "a", prompt_length=6, max_tokens=6)
+    with pytest.raises(ContextLengthError):
+        add(scheduler, "b", prompt_length=6, max_tokens=7)
+
+
+def test_full_queue_is_refused() -> None:
+    scheduler = make_scheduler(max_waiting=2)
+    add(scheduler, "a", "b")
+    with pytest.raises(OverloadedError):
+        add(scheduler, "c")
+    scheduler.schedule(0.0)
+    add(scheduler, "c")
+
+
+@pytest.mark.parametrize(("num_blocks", "error"), [(None, NotReadyError), (2, CapacityError), (5, DeadlineError)])
+def test_waiting_too_long_ends_in_an_error_that_says_why(num_blocks: int | None, error: type[Exception]) -> None:
+    scheduler = make_scheduler(num_blocks=5, max_queue_s=10.0)
+    add(scheduler, "a", "b", prompt_length=16, max_tokens=2)
+    if num_blocks != 5:
+        scheduler.close_pipeline(P0, 0.0)
+    if num_blocks == 2:
+        scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=0.0)
+    scheduler.schedule(1.0)
+    assert scheduler.take_failures() == []
+    scheduler.schedule(11.0)
+    failures = scheduler.take_failures()
+    assert [failure.request_id for failure in failures] == (["b"] if num_blocks == 5 else ["a", "b"])
+    assert {type(failure.error) for failure in failures} == {error}
+
+
+def test_running_too_long_ends_in_an_error() -> None:
+    scheduler = make_scheduler(max_request_s=10.0)
+    add(scheduler, "a")
+    plan = only_plan(scheduler)
+    assert scheduler.schedule(11.0) == []
+    (failure,) = scheduler.take_failures()
+    assert isinstance(failure.error, DeadlineError)
+    assert complete(scheduler, plan) == []
+    assert scheduler.is_idle
+
+
+def test_snapshot_tells_what_is_in_flight() -> None:
+    scheduler = make_scheduler(num_blocks=10)
+    add(scheduler, "a", "b", now_s=1.0)
+    scheduler.schedule(2.0)
+    add(scheduler, "c", now_s=2.0)
+    snapshot = scheduler.snapshot()
+    assert (snapshot.num_waiting, snapshot.num_running, snapshot.reserved_tokens) == (1, 2, 42)
+    (pipeline,) = snapshot.pipelines
+    assert (pipeline.num_free_blocks, pipeline.num_steps_in_flight, pipeline.num_tokens_in_flight) == (8, 1, 8)
+    assert pipeline.oldest_step_sent_s == 2.0
+
+
+@pytest.mark.parametrize("field", ["block_tokens", "max_batch_tokens", "max_waiting", "micro_batches_per_pipeline"])
+def test_setting_below_one_is_refused_by_name(field: str) -> None:
+    with pytest.raises(ConfigurationError, match=field):
+        SchedulerSettings(**{field: 0})  # type: ignore[arg-type]
