@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -161,7 +162,12 @@ def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path)
     key.update(SOURCE.read_bytes())
     path = folder / f"kernels-{instruction_set.name}-{key.hexdigest()[:16]}.so"
     if not path.is_file():
-        compile_to(path, instruction_set, compiler)
+        # The processes of a mesh start together: one compiles, the others wait for it rather than all do the same.
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "compile.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                compile_to(path, instruction_set, compiler)
     return path
 
 

@@ -112,6 +112,16 @@ template <class T> INLINE void store_part(T* p, vf v, int n) {
     memcpy(p, whole, n * sizeof(T));
 }
 
+template <class T> INLINE vf take(const T* from, int64_t left) {
+    return left >= LANES ? load(from) : load_part(from, (int)left);
+}
+template <class T> INLINE void put(T* to, vf x, int64_t left) {
+    if (left >= LANES) store(to, x);
+    else store_part(to, x, (int)left);
+}
+INLINE vf as(vf x, const float*) { return x; }  // rounded to what a tensor of that type holds
+INLINE vf as(vf x, const bf16*) { return rounded(x); }
+
 // exp with Cody-Waite reduction and Cephes' polynomial, about 1 ulp; exp_of(0) is exactly 1; under -87.3 exactly 0.
 INLINE vf exp_of(vf x) {
     const vf low = all(-87.33654f), high = all(88.37626f);
@@ -301,22 +311,19 @@ INLINE void accumulate_pairs(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x
 
 // ---------------------------------------------------------------------------------------------------- linear
 
-// Packed weights: panels of PANEL columns (the last one narrower, a multiple of LANES), each [K][width] float32 or
+// Packed weights: panels of PANEL columns (the last one of LANES, if that is enough), each [K][width] float32 or
 // [ceil(K/2)][width][2] bf16, zero padded.
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
+INLINE int64_t panel_width(int64_t columns) { return columns <= LANES ? LANES : PANEL; }
 
 template <int ROWS, int VECTORS, class Out>
 INLINE void finish(vf (&acc)[ROWS][VECTORS], const float* bias, Out* y, int64_t y_stride, int64_t columns) {
     UNROLL for (int v = 0; v < VECTORS; v++) {
-        int64_t left = columns - v * LANES;
+        const int64_t left = columns - v * LANES;
         if (left <= 0) continue;
-        int n = left < LANES ? (int)left : LANES;
-        vf b = bias ? (n == LANES ? load(bias + v * LANES) : load_part(bias + v * LANES, n)) : (vf){};
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            vf value = bias ? acc[r][v] + b : acc[r][v];
-            Out* to = y + r * y_stride + v * LANES;
-            if (n == LANES) store(to, value); else store_part(to, value, n);
-        }
+        vf b = bias ? take(bias + v * LANES, left) : (vf){};
+        UNROLL for (int r = 0; r < ROWS; r++) put(y + r * y_stride + v * LANES, bias ? acc[r][v] + b : acc[r][v], left);
     }
 }
 
@@ -380,15 +387,10 @@ void linear_panel(In x, int64_t x_stride, const Weight* packed, int64_t k_stored
     int64_t first = p * PANEL, columns = std::min<int64_t>(PANEL, n - first);
     const float* b = bias ? bias + first : nullptr;
     Out* to = y + first;
-    switch ((columns + LANES - 1) / LANES) {
-        case 1: panel_rows<1>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-        case 2: panel_rows<2>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-        case 3: if constexpr (PANEL_VECTORS > 2) panel_rows<3>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-        case 4: if constexpr (PANEL_VECTORS > 2) panel_rows<4>(x, x_stride, panel, b, to, y_stride, rows, k, columns); break;
-    }
+    // Two widths only: every further one is a quarter of the time that this file takes to compile.
+    if (panel_width(columns) == LANES) panel_rows<1>(x, x_stride, panel, b, to, y_stride, rows, k, columns);
+    else panel_rows<PANEL_VECTORS>(x, x_stride, panel, b, to, y_stride, rows, k, columns);
 }
-
-INLINE int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
 
 // What accumulate_pairs reads: rows of an even number of values (bf16 as they are, or widened to float).
 INLINE PairRows pair_rows(const bf16* x, int64_t& x_stride, int64_t rows, int64_t k, Buffer& buffer) {
@@ -508,7 +510,7 @@ struct Rows {  // of one call to attend_rows: what the fold over tiles carries, 
 };
 
 // scores[r] becomes the weights of the keys that row r sees; a row that sees none is left as it is.
-INLINE void soften(Rows& rows, float scale) {
+__attribute__((noinline)) void soften(Rows& rows, float scale) {
     vi lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int r = 0; r < rows.count; r++) {
@@ -561,8 +563,9 @@ INLINE void weigh_values(const Rows& rows, int64_t column, const Cached* values,
 }
 
 // One tile: keys [width][32], values [32][wide].
-template <class Key, class Value>
-INLINE void attend_tile(Rows& rows, const Key* keys, const Value* values, int64_t width, int64_t wide, float scale) {
+template <class Cached>
+__attribute__((noinline)) void attend_tile(Rows& rows, const Cached* keys, const Cached* values, int64_t width,
+                                           int64_t wide, float scale) {
     in_row_tiles<SCORE_ROWS>(rows.count, [&](auto size, int64_t first) {
         constexpr int ROWS = decltype(size)::value;
         vf acc[ROWS][KV_VECTORS] = {};
@@ -617,28 +620,25 @@ template <class T> void attend_rows(const Attention& a, const Part& part) {
         const int64_t at = ((int64_t)table[t] * a.kv_heads + part.kv_head) * tile_values;
         const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
         // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
-        const bool widen = sizeof(T) != sizeof(float) && count > SCORE_ROWS;
+        const float scale = (float)a.scale;
+        const bool pad = wide != width, widen = sizeof(T) != sizeof(float) && (pad || count > SCORE_ROWS);
         if (widen)
             for (int64_t i = 0; i < tile_values; i += LANES) store(keys + i, load(key_tile + i));
-        if (wide != width)
+        if (pad)
             for (int64_t j = 0; j < KV_BLOCK; j++)
                 for (int64_t i = 0; i < wide; i += LANES)
-                    store(values + j * wide + i,
-                          load_part(value_tile + j * width + i, (int)std::min<int64_t>(LANES, width - i)));
+                    store(values + j * wide + i, take(value_tile + j * width + i, width - i));
         else if (widen)
             for (int64_t i = 0; i < tile_values; i += LANES) store(values + i, load(value_tile + i));
-        const float scale = (float)a.scale;
-        if (widen) attend_tile(rows, keys, values, width, wide, scale);
-        else if (wide != width) attend_tile(rows, key_tile, values, width, wide, scale);
-        else attend_tile(rows, key_tile, value_tile, width, wide, scale);
+        if (widen) attend_tile<float>(rows, keys, values, width, wide, scale);
+        else if (pad) attend_tile<float>(rows, (const float*)key_tile, values, width, wide, scale);  // T is float
+        else attend_tile<T>(rows, key_tile, value_tile, width, wide, scale);
     }
     for (int r = 0; r < count; r++) {
         T* to = (T*)a.output + at_output[r];
         vf inverse = all(1.0f / rows.sums[r]);
         for (int64_t i = 0; i < width; i += LANES) {
-            vf value = load(rows.out + r * wide + i) * inverse;
-            if (i + LANES <= width) store(to + i, value);
-            else store_part(to + i, value, (int)(width - i));
+            put(to + i, load(rows.out + r * wide + i) * inverse, width - i);
         }
     }
 }
@@ -674,16 +674,6 @@ void write_rows(const T* key, int64_t key_stride, const T* value, int64_t value_
 }
 
 // ---------------------------------------------------------------------------------------------------- norm, rope
-
-INLINE vf as(vf x, const float*) { return x; }  // rounded to what a tensor of that type holds
-INLINE vf as(vf x, const bf16*) { return rounded(x); }
-template <class T> INLINE vf take(const T* from, int64_t left) {
-    return left >= LANES ? load(from) : load_part(from, (int)left);
-}
-template <class T> INLINE void put(T* to, vf x, int64_t left) {
-    if (left >= LANES) store(to, x);
-    else store_part(to, x, (int)left);
-}
 
 // y = round(x / rms(x)) * weight, rounded where the reference makes a tensor. y may be x.
 template <class T> INLINE void normalize(const T* x, const T* weight, T* y, int64_t width, float epsilon) {
@@ -743,7 +733,7 @@ template <class T> void pack(const T* w, T* packed, int64_t n, int64_t k) {
     constexpr int64_t group = sizeof(T) == 4 ? 1 : 2;
     int64_t k_stored = padded(k, group);
     for (int64_t p = 0; p < panels_of(n); p++) {
-        int64_t first = p * PANEL, width = std::min<int64_t>(PANEL, padded(n - first, LANES));
+        int64_t first = p * PANEL, width = panel_width(n - first);
         T* panel = packed + first * k_stored;
         for (int64_t i = 0; i < k_stored; i++)
             for (int64_t j = 0; j < width; j++)
@@ -781,7 +771,8 @@ const char* moemesh_variant(void) {
 
 // Values (not bytes) of the packed form of an [n, k] weight.
 int64_t moemesh_packed_values(int64_t n, int64_t k, int64_t is_bf16) {
-    return padded(n, LANES) * padded(k, is_bf16 ? 2 : 1);
+    int64_t last = (panels_of(n) - 1) * PANEL;
+    return (last + panel_width(n - last)) * padded(k, is_bf16 ? 2 : 1);
 }
 
 void moemesh_pack(const void* weight, void* packed, int64_t n, int64_t k, int64_t is_bf16) {
