@@ -23,6 +23,7 @@ from typing import Self
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
+from common.memory import offered_bytes
 
 _PR_SET_PDEATHSIG = 1
 RESTART_DELAY_S = 0.25
@@ -59,6 +60,7 @@ class LocalMesh:
     state_dir: Path
     clock: Callable[[], float] = time.monotonic
     children: dict[str, Child] = field(default_factory=dict)
+    num_nodes_at_start: int = 0
     _watcher: threading.Thread | None = None
     _ending: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -70,10 +72,12 @@ class LocalMesh:
         pp = int(self._setting("PP", "2"))
         spares = int(self._setting("SPARES", "0"))
         num_stages = int(self._setting("STAGES", "0")) or pp + spares
+        num_experts = int(self._setting("EXPERTS", "2"))
+        self.num_nodes_at_start = num_stages + num_experts
         self.add("router", "router-0")
         for number in range(num_stages):
             self.add("stage", f"stage-{number}")
-        for number in range(int(self._setting("EXPERTS", "2"))):
+        for number in range(num_experts):
             self.add("expert", f"expert-{number}")
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._watcher.start()
@@ -96,6 +100,10 @@ class LocalMesh:
         """Start one more process: `stage` or `expert` (a mesh has one `router`)."""
         environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if not environment.get("CAPACITY_BYTES"):
+            # Each process would offer what is free, and all of them share one memory.
+            num_nodes = max(1, self.num_nodes_at_start)
+            environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
         environment.setdefault("OMP_NUM_THREADS", environment.get("THREADS") or "1")
         with self._lock:
             if name in self.children:

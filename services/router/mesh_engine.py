@@ -54,7 +54,6 @@ class MeshEngine:
         self._mailbox = mailbox
         self._max_context_tokens = max_context_tokens
         self._clock = clock
-        self._ready_s: float | None = None
 
     @property
     def max_context_tokens(self) -> int:
@@ -63,16 +62,13 @@ class MeshEngine:
 
     def readiness(self) -> Readiness:
         """From the last status of the mesh thread."""
-        readiness = self._mesh.status.readiness
-        if readiness.ready:
-            self._ready_s = self._clock()
-        return readiness
+        return self._mesh.status.readiness
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""
-        readiness = self.readiness()
-        if not readiness.ready and (self._ready_s is None or self._clock() - self._ready_s > NOT_READY_GRACE_S):
-            raise NotReadyError(f"the mesh is not ready: {readiness.detail}")
+        status = self._mesh.status
+        if status.ready_s is None or self._clock() - status.ready_s > NOT_READY_GRACE_S:
+            raise NotReadyError(f"the mesh is not ready: {status.readiness.detail}")
         queue = self._mailbox.open(request.request_id)
         self._mesh.submit(request)
         ended = False

@@ -415,8 +415,10 @@ class MeshLoop:
             for node_id, node in sorted(self._nodes.items())
         )
         self._hops.step_bytes = self._client.step_bytes_sent
+        readiness = self._readiness()
         self.status = MeshStatus(
-            readiness=self._readiness(),
+            readiness=readiness,
+            ready_s=now_s if readiness.ready else self.status.ready_s,
             nodes=nodes,
             scheduler=self._scheduler.snapshot(),
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},

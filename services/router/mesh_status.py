@@ -67,6 +67,8 @@ class MeshStatus:
     """Everything that /ready, /metrics and the status page show of the mesh."""
 
     readiness: Readiness
+    ready_s: float | None
+    """When the mesh was last ready, by the mesh thread's clock; None: never."""
     nodes: tuple[NodeStatus, ...]
     scheduler: SchedulerSnapshot
     num_blocks: Mapping[PipelineId, int]
@@ -80,6 +82,7 @@ class MeshStatus:
         """Before the mesh thread has looked once."""
         return MeshStatus(
             readiness=Readiness(False, detail),
+            ready_s=None,
             nodes=(),
             scheduler=SchedulerSnapshot(0, 0, 0, (), SchedulerCounters()),
             num_blocks={},

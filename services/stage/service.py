@@ -36,7 +36,7 @@ from common.tensor import DTYPES, frame_to_tensor, tensor_to_frame
 from common.topology import LayerRange, StageRole, StageSlot
 from common.transport import Full, MessageSocket, Transport
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
 from services.stage.executor import Executor, Finished, WantsExperts
 from services.stage.expert_client import ExpertClient
 from services.stage.loading import load_stage
@@ -48,13 +48,23 @@ POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoadedLayers:
-    """Weights of a layer range, kept while only generations change."""
+    """Weights and KV cache of a layer range, kept while only generations change."""
 
     layers: LayerRange
     model: StageModel
     bytes_read: int
+    caches: list[LayerKvCache]
+    """Their content means nothing in a new generation; the memory stays."""
+
+    def caches_of(self, num_blocks: int, config: ModelConfig, dtype: torch.dtype) -> list[LayerKvCache]:
+        """Caches of so many blocks, the ones that are here if they have that size."""
+        if not self.caches or self.caches[0].num_blocks != num_blocks:
+            self.caches = allocate_kv_cache(
+                len(self.model.layers), num_blocks, config.num_kv_heads, config.head_dim, dtype
+            )
+        return self.caches
 
 
 @dataclass(slots=True)
@@ -166,7 +176,7 @@ class StageService:
         self._leave_slot()
         layers = LayerRange(message.first_layer, message.stop_layer)
         if self._loaded is not None and self._loaded.layers == layers and self._loading is None:
-            self._enter_slot(message, header, self._loaded)
+            self._try_slot(message, header, self._loaded)
             return
         self._loaded = None
         role = _role(message, header)
@@ -178,7 +188,7 @@ class StageService:
         weights = CheckpointWeights(self._checkpoint, self._dtype)
         model = load_stage(weights, self._config, role, self._num_positions, self._kernels)
         weights.close()
-        return LoadedLayers(role.layers, model, weights.bytes_read)
+        return LoadedLayers(role.layers, model, weights.bytes_read, [])
 
     def _finish_loading(self) -> None:
         if self._loading is None or not self._loading[2].done():
@@ -187,16 +197,24 @@ class StageService:
         self._loading = None
         try:
             self._loaded = future.result()
-            self._enter_slot(message, header, self._loaded)
         except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
-            self._log.error("loading_failed", reason=str(error))
-            self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)), header)
+            self._refuse_slot(error, header)
+            return
+        self._try_slot(message, header, self._loaded)
+
+    def _try_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers) -> None:
+        try:
+            self._enter_slot(message, header, loaded)
+        except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
+            self._refuse_slot(error, header)
+
+    def _refuse_slot(self, error: Exception, header: Header) -> None:
+        self._log.error("slot_not_taken", reason=str(error))
+        self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)), header)
 
     def _enter_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers) -> None:
         role = _role(message, header)
-        caches = allocate_kv_cache(
-            len(loaded.model.layers), message.num_blocks, self._config.num_kv_heads, self._config.head_dim, self._dtype
-        )
+        caches = loaded.caches_of(message.num_blocks, self._config, self._dtype)
         executor = Executor(loaded.model, caches)
         executor.self_test()
         endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)

@@ -190,9 +190,9 @@ class _Placing:
 
         def other_class(item: int, position: int) -> int:
             """A copy is of most use where the bits are the same."""
-            numeric_class = self.nodes[host[position]].numeric_class
-            holders = self.owners[shards[item]]
-            return int(bool(holders) and all(self.nodes[holder].numeric_class != numeric_class for holder in holders))
+            holders = {*self.owners[shards[item]], *(host[p] for p, count in enumerate(in_host[item]) if count)}
+            classes = {self.nodes[holder].numeric_class for holder in holders}
+            return int(bool(classes) and self.nodes[host[position]].numeric_class not in classes)
 
         fill(
             in_host,
