@@ -90,13 +90,13 @@ class Membership:
     def __init__(self, settings: MembershipSettings) -> None:
         self._settings = settings
         self._members: dict[NodeId, _Member] = {}
-        self._dead: dict[NodeId, Incarnation] = {}
+        self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
         self.stale_observations = 0
         """Said by or of an incarnation that is unknown, dead or replaced."""
 
     def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
         """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays so."""
-        if self._dead.get(node_id) == incarnation:
+        if (node_id, incarnation) in self._dead:
             self.stale_observations += 1
             return []
         member = self._members.get(node_id)
@@ -182,7 +182,7 @@ class Membership:
         member = self._members.pop(node_id, None)
         if member is None:
             return []
-        self._dead[node_id] = member.incarnation
+        self._dead[node_id, member.incarnation] = None
         if len(self._dead) > MAX_REMEMBERED_DEAD:
             del self._dead[next(iter(self._dead))]  # the longest dead
         return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]

@@ -1,0 +1,1 @@
+"""Tests of who does what in the mesh."""

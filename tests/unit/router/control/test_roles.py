@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ConfigurationError
+from common.ids import NodeId, PipelineId, SlotIndex
+from common.topology import LayerRange, StageSlot
+from services.router.control.roles import ObservedStage, RolePlan, layers_of, plan_roles
+
+
+def slot(pipeline: int, index: int) -> StageSlot:
+    return StageSlot(PipelineId(pipeline), SlotIndex(index))
+
+
+def nodes(names: str, classes: str | None = None) -> list[ObservedStage]:
+    """One letter a node, in the order in which they joined."""
+    return [
+        ObservedStage(NodeId(name), (classes or "x" * len(names))[order], order) for order, name in enumerate(names)
+    ]
+
+
+def held(plan: RolePlan) -> str:
+    """Holders by pipeline and index."""
+    return "".join(plan.assignments.values())
+
+
+@pytest.mark.parametrize(
+    ("names", "pp", "spares", "holders", "left"),
+    [
+        ("ab", 2, 0, "ab", ""),
+        ("abc", 2, 0, "ab", "c"),
+        ("abcd", 2, 0, "abcd", ""),
+        ("abcd", 2, 1, "ab", "cd"),
+        ("abcde", 2, 1, "abcd", "e"),
+        ("abc", 1, 2, "a", "bc"),
+    ],
+)
+def test_number_of_pipelines_follows_the_rule(names: str, pp: int, spares: int, holders: str, left: str) -> None:
+    plan = plan_roles(nodes(names), {}, pp, spares)
+    assert (held(plan), "".join(plan.spares)) == (holders, left)
+    assert plan.num_pipelines == len(holders) // pp
+
+
+def test_too_few_nodes_make_no_pipeline_and_the_detail_says_how_many_there_are() -> None:
+    plan = plan_roles(nodes("a"), {}, 2, 0)
+    assert (plan.num_pipelines, plan.assignments, plan.spares) == (0, {}, ("a",))
+    assert plan.detail == "1 of 2 stage nodes"
+
+
+def test_first_pipeline_is_worth_more_than_a_spare() -> None:
+    plan = plan_roles(nodes("ab"), {}, 2, 1)
+    assert held(plan) == "ab"
+    assert plan.detail == "2 stage nodes: 1 pipeline of 2, 0 spare of the 1 wanted"
+
+
+def test_spare_fills_the_hole_and_nobody_else_moves() -> None:
+    before = plan_roles(nodes("abcde"), {}, 2, 1)
+    after = plan_roles([node for node in nodes("abcde") if node.node_id != "b"], before.assignments, 2, 1)
+    assert held(after) == "aecd"
+    assert after.num_pipelines == 2
+
+
+def test_highest_pipeline_dissolves_to_fill_the_hole_of_a_lower_one() -> None:
+    before = plan_roles(nodes("abcdef"), {}, 2, 0)
+    after = plan_roles([node for node in nodes("abcdef") if node.node_id != "a"], before.assignments, 2, 0)
+    assert held(after) == "ebcd"
+    assert after.spares == ("f",)
+
+
+def test_dead_node_of_the_highest_pipeline_leaves_the_others_alone() -> None:
+    before = plan_roles(nodes("abcd"), {}, 2, 0)
+    after = plan_roles(nodes("abc"), before.assignments, 2, 0)
+    assert (held(after), after.spares) == ("ab", ("c",))
+
+
+def test_joiner_completes_a_further_pipeline() -> None:
+    before = plan_roles(nodes("abc"), {}, 2, 0)
+    after = plan_roles(nodes("abcd"), before.assignments, 2, 0)
+    assert held(after) == "abcd"
+
+
+def test_pipeline_is_of_one_numeric_class_where_it_can_be() -> None:
+    assert held(plan_roles(nodes("abcd", "xyxy"), {}, 2, 0)) == "acbd"
+
+
+def test_hole_prefers_the_class_of_its_pipeline_and_takes_another_in_need() -> None:
+    current = {slot(0, 0): NodeId("a"), slot(0, 1): NodeId("dead")}
+    assert held(plan_roles(nodes("abc", "xyx"), current, 2, 0)) == "ac"
+    assert held(plan_roles(nodes("ab", "xy"), current, 2, 0)) == "ab"
+
+
+def test_slots_of_another_shape_are_not_kept() -> None:
+    current = {slot(0, 0): NodeId("a"), slot(0, 1): NodeId("b"), slot(0, 2): NodeId("c")}
+    assert held(plan_roles(nodes("abcd"), current, 2, 0)) == "abcd"
+
+
+@pytest.mark.parametrize(("pp", "spares"), [(0, 0), (1, -1)])
+def test_impossible_settings_are_refused(pp: int, spares: int) -> None:
+    with pytest.raises(ConfigurationError):
+        plan_roles([], {}, pp, spares)
+
+
+def test_layers_are_those_of_the_slot_in_every_pipeline() -> None:
+    layer_ranges = [LayerRange(0, 3), LayerRange(3, 7)]
+    assert layers_of(slot(0, 1), layer_ranges) == layers_of(slot(5, 1), layer_ranges) == LayerRange(3, 7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(), pp=st.integers(1, 3), spares=st.integers(0, 2), changes=st.lists(st.integers(0, 11), max_size=25)
+)
+def test_through_any_changes_slots_are_whole_and_stable(
+    data: st.DataObject, pp: int, spares: int, changes: list[int]
+) -> None:
+    alive: dict[int, ObservedStage] = {}
+    plan = plan_roles([], {}, pp, spares)
+    for order, number in enumerate(changes):
+        if number in alive:
+            del alive[number]
+        else:
+            alive[number] = ObservedStage(NodeId(f"n{number}"), "xy"[number % 2], order)
+        before, shuffled = plan, data.draw(st.permutations(list(alive.values())))
+        plan = plan_roles(shuffled, before.assignments, pp, spares)
+        names = {node.node_id for node in alive.values()}
+        holders = list(plan.assignments.values())
+        assert sorted([*holders, *plan.spares]) == sorted(names), "everyone has one place"
+        assert set(plan.assignments) == {slot(p, i) for p in range(plan.num_pipelines) for i in range(pp)}
+        assert (len(names) - spares) // pp <= plan.num_pipelines <= len(names) // pp
+        for kept, node_id in before.assignments.items():
+            if kept.pipeline < plan.num_pipelines and node_id in names:
+                assert plan.assignments[kept] == node_id, "moved without need"
+        assert plan_roles(shuffled, plan.assignments, pp, spares) == plan, "a second look changes something"
