@@ -216,18 +216,19 @@ class _Placing:
             row[index] = 0
             num_held[index] -= 1
 
+        def drop_beyond(count: int, row: list[int], indexes: Sequence[int]) -> None:
+            """From the nodes that are fullest against their quota."""
+            if sum(row[index] for index in indexes) > count:
+                holders = sorted((i for i in indexes if row[i]), key=lambda i: (node_quotas[i] - num_held[i], i))
+                for index in holders[: len(holders) - count]:
+                    drop(row, index)
+
+        everywhere = range(len(self.nodes))
         for row, wanted in zip(held, num_copies, strict=True):
             for host in self.hosts:
-                members = sorted(
-                    (index for index in host if row[index]), key=lambda i: (node_quotas[i] - num_held[i], i)
-                )
-                for index in members[: max(0, len(members) - copies_a_host)]:
-                    drop(row, index)
-            members = sorted(
-                (i for i, count in enumerate(row) if count), key=lambda i: (node_quotas[i] - num_held[i], i)
-            )
-            for index in members[: max(0, len(members) - wanted)]:
-                drop(row, index)
+                if len(host) > copies_a_host:
+                    drop_beyond(copies_a_host, row, host)
+            drop_beyond(wanted, row, everywhere)
         for index in range(len(self.nodes)):
             # A shard that has lost no copy yet can go on to whoever lacks one; two lost copies would need two takers.
             rows = sorted(
