@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 
 from common.errors import (
     ExecutionError,
@@ -46,8 +47,8 @@ class Scheduler:
         self._failures: list[RequestFailure] = []
         self._num_arrived = 0
         self._num_steps = 0
-        self._num_sequences = 0
-        self._draw_sequence_id = draw_sequence_id or self._count_sequences
+        numbers = count(1)
+        self._draw_sequence_id = draw_sequence_id or (lambda: SequenceId(next(numbers)))
 
     # Requests
 
@@ -260,14 +261,10 @@ class Scheduler:
     ) -> StepInFlight | None:
         schedule = self._pipelines.get(pipeline)
         in_flight = schedule.in_flight.get(step) if schedule is not None else None
-        if (
-            schedule is None
-            or in_flight is None
-            or (schedule.generation, in_flight.plan.attempt) != (generation, attempt)
-        ):
-            self.counters.dropped_results += 1
-            return None
-        return schedule.land(step, now_s)
+        if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
+            return schedule.land(step, now_s)
+        self.counters.dropped_results += 1
+        return None
 
     def _retry(self, request: Request, error: MoemeshError, now_s: float) -> list[RequestFailure]:
         """Recompute the request, or fail it once it has had its share."""
@@ -301,7 +298,3 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._admission.release(request.generation_request)
-
-    def _count_sequences(self) -> SequenceId:
-        self._num_sequences += 1
-        return SequenceId(self._num_sequences)
