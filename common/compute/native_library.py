@@ -103,7 +103,11 @@ def load_native_kernels(
     for instruction_set in usable:
         prebuilt = prebuilt_folder / library_name(instruction_set)
         if prebuilt.is_file():
-            return _opened(prebuilt, threads)
+            try:
+                return _opened(prebuilt, threads)
+            except OSError as failure:
+                # Built against a newer C++ runtime than this machine's, say.
+                log.warning("native_kernels_not_loaded", path=str(prebuilt), reason=str(failure))
     compiler = find_compiler(environment)
     if compiler is None:
         log.warning("native_kernels_absent", reason="no prebuilt library fits and no C++ compiler is installed")

@@ -30,7 +30,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace {
 
@@ -249,6 +253,14 @@ class Pool {
     bool stop_ = false;
 };
 
+constexpr double WORTH_SHARING = 2e6;  // multiply-adds; waking a thread costs about as much as 20 us of work
+INLINE int64_t worth(int64_t threads, double multiply_adds) { return multiply_adds < WORTH_SHARING ? 1 : threads; }
+// A few rows wait for the weights to come from memory, which takes as long as computing with this many rows.
+constexpr int64_t ROWS_HIDDEN_BY_MEMORY = 8;
+INLINE double linear_work(int64_t rows, int64_t k, int64_t n) {
+    return (double)k * (double)n * (double)std::max(rows, ROWS_HIDDEN_BY_MEMORY);
+}
+
 // Does parts [0, parts) in any order, on up to `threads` threads.
 template <class Work> void share(int64_t threads, int64_t parts, const Work& work) {
     if (threads > 1 && parts > 1) {
@@ -417,11 +429,13 @@ thread_local Buffer input_buffer, gate_buffer, up_buffer, product_buffer;
 
 void linear(const float* x, int64_t x_stride, const float* packed, const float* bias, float* y, int64_t rows,
             int64_t k, int64_t n, int64_t threads) {
+    threads = worth(threads, linear_work(rows, k, n));
     share(threads, panels_of(n), [&](int64_t p) { linear_panel(x, x_stride, packed, k, bias, y, n, rows, k, n, p); });
 }
 void linear(const bf16* x, int64_t x_stride, const bf16* packed, const float* bias, bf16* y, int64_t rows, int64_t k,
             int64_t n, int64_t threads) {
     PairRows pairs = pair_rows(x, x_stride, rows, k, input_buffer);
+    threads = worth(threads, linear_work(rows, k, n));
     share(threads, panels_of(n),
           [&](int64_t p) { linear_panel(pairs, x_stride, packed, padded(k, 2), bias, y, n, rows, k, n, p); });
 }
@@ -446,7 +460,7 @@ void gated_ffn(const float* x, float* y, const Group& g, int64_t d, int64_t thre
     float *gate = gate_buffer.of<float>(all_values), *up = up_buffer.of<float>(all_values);
     float* product = product_buffer.of<float>(all_values);
     int64_t panels = panels_of(width);
-    share(threads, 2 * panels, [&](int64_t p) {
+    share(worth(threads, linear_work(rows, d, 2 * width)), 2 * panels, [&](int64_t p) {
         bool is_up = p >= panels;
         linear_panel(x + g.begin * d, d, (const float*)(is_up ? g.up : g.gate), d, nullptr, is_up ? up : gate, width,
                      rows, d, width, is_up ? p - panels : p);
@@ -460,7 +474,7 @@ void gated_ffn(const bf16* x, bf16* y, const Group& g, int64_t d, int64_t thread
     bf16* product = product_buffer.of<bf16>(all_values);
     int64_t panels = panels_of(width), x_stride = d;
     PairRows pairs = pair_rows(x + g.begin * d, x_stride, rows, d, input_buffer);
-    share(threads, 2 * panels, [&](int64_t p) {
+    share(worth(threads, linear_work(rows, d, 2 * width)), 2 * panels, [&](int64_t p) {
         bool is_up = p >= panels;
         linear_panel(pairs, x_stride, (const bf16*)(is_up ? g.up : g.gate), padded(d, 2), nullptr, is_up ? up : gate,
                      width, rows, d, width, is_up ? p - panels : p);
@@ -647,6 +661,10 @@ template <class T> void attention(const Attention& a) {
     static thread_local std::vector<Part> parts;
     parts.clear();
     const int64_t group = a.heads / a.kv_heads;
+    double keys_seen = 0;
+    for (int64_t t = 0; t < a.tokens; t++)
+        keys_seen += (double)(a.window > 0 ? std::min<int64_t>(a.window, a.positions[t] + 1) : a.positions[t] + 1);
+    const int64_t threads = worth(a.threads, 2 * keys_seen * (double)(a.heads * a.width));
     for (int64_t first = 0, last; first < a.tokens; first = last) {
         for (last = first + 1; last < a.tokens && a.sequences[last] == a.sequences[first];) last++;
         const int64_t rows = (last - first) * group;
@@ -655,7 +673,7 @@ template <class T> void attention(const Attention& a) {
                 parts.push_back({first, row, head, (int)std::min<int64_t>(BLOCK_ROWS, rows - row)});
     }
     const Part* all_parts = parts.data();
-    share(a.threads, (int64_t)parts.size(), [&](int64_t p) { attend_rows<T>(a, all_parts[p]); });
+    share(threads, (int64_t)parts.size(), [&](int64_t p) { attend_rows<T>(a, all_parts[p]); });
 }
 
 template <class T>
@@ -729,15 +747,22 @@ void rope_rows(const T* x, int64_t x_stride, const T* cosine, const T* sine, con
     }
 }
 
+// A unit is what lies together in a panel: one float or a pair of bf16.
 template <class T> void pack(const T* w, T* packed, int64_t n, int64_t k) {
-    constexpr int64_t group = sizeof(T) == 4 ? 1 : 2;
-    int64_t k_stored = padded(k, group);
-    for (int64_t p = 0; p < panels_of(n); p++) {
-        int64_t first = p * PANEL, width = panel_width(n - first);
-        T* panel = packed + first * k_stored;
-        for (int64_t i = 0; i < k_stored; i++)
-            for (int64_t j = 0; j < width; j++)
-                panel[(i / group * width + j) * group + i % group] = first + j < n && i < k ? w[(first + j) * k + i] : T(0);
+    constexpr int64_t UNIT = 4 / sizeof(T), LINE = 16;
+    const int64_t units = padded(k, UNIT) / UNIT;
+    for (int64_t first = 0; first < n; first += PANEL) {
+        const int64_t width = panel_width(n - first);
+        uint32_t* panel = (uint32_t*)packed + first * units;
+        for (int64_t begin = 0; begin < units; begin += LINE) {
+            // By way of a small block: rows of a weight are often a power of two apart, and evict each other.
+            uint32_t block[PANEL][LINE] = {};
+            const int64_t values = std::min(LINE * UNIT, k - begin * UNIT);
+            for (int64_t j = 0; j < std::min(width, n - first); j++)
+                memcpy(block[j], w + (first + j) * k + begin * UNIT, values * sizeof(T));
+            for (int64_t i = 0; i < std::min(LINE, units - begin); i++)
+                for (int64_t j = 0; j < width; j++) panel[(begin + i) * width + j] = block[j][i];
+        }
     }
 }
 
@@ -790,6 +815,10 @@ void moemesh_linear(const Linear* l, const void* x, int64_t x_stride, void* y, i
 void moemesh_gated_ffn(const void* x, void* y, const int64_t* groups, int64_t group_count, int64_t d, int64_t is_bf16,
                        int64_t threads) {
     const Group* all_groups = (const Group*)groups;
+    double work = 0;
+    for (int64_t g = 0; g < group_count; g++)
+        work += 3 * linear_work(all_groups[g].end - all_groups[g].begin, d, all_groups[g].width);
+    threads = worth(threads, work);
     const bool by_group = group_count >= 2 * threads;  // otherwise threads divide the panels of one group after another
     share(by_group ? threads : 1, group_count, [&](int64_t g) {
         if (is_bf16) gated_ffn((const bf16*)x, (bf16*)y, all_groups[g], d, by_group ? 1 : threads);

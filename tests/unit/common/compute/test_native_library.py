@@ -76,6 +76,12 @@ def test_prebuilt_library_wins_over_compiling(tmp_path: Path) -> None:
     assert kernels.variant.startswith("native-")
 
 
+def test_prebuilt_library_that_does_not_load_is_passed_over(tmp_path: Path) -> None:
+    for one in usable_instruction_sets(read_cpu_flags()):
+        (tmp_path / library_name(one)).write_bytes(b"not a library")
+    assert load_native_kernels(prebuilt_folder=tmp_path, cache_folder=tmp_path, environment={"CXX": "no"}) is None
+
+
 def test_cache_folder_is_a_setting() -> None:
     assert default_cache_folder({"MOEMESH_CACHE": "/somewhere"}) == Path("/somewhere")
     assert default_cache_folder({}) == Path.home() / ".cache" / "moemesh"
