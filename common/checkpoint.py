@@ -17,6 +17,8 @@ from common.errors import CheckpointError, ConfigurationError
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
+_MAX_HEADER_BYTES = 100_000_000
+"""As the safetensors library has it: a damaged length must not fill the memory."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -92,7 +94,7 @@ def _weight_files(directory: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path}: weight_map is missing or empty")
         names = sorted({str(name) for name in weight_map.values()})
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or name == ".." for name in names):
             raise CheckpointError(f"{index_path}: weight_map names a file outside the directory")
         files = [directory / name for name in names]
     else:
@@ -114,10 +116,10 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{file} is too short to be a safetensors file")
             (length,) = struct.unpack("<Q", prefix)
-            if length > size - 8:
+            if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file} is cut off or not a safetensors file")
             header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is not a JSON object")
@@ -125,12 +127,22 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if not isinstance(entry, dict) or not {"shape", "dtype", "data_offsets"} <= entry.keys():
+        if not _is_tensor_entry(entry):
             raise CheckpointError(f"{file}: entry {name} of the header is damaged")
-        end = max(end, int(entry["data_offsets"][1]))
+        end = max(end, entry["data_offsets"][1])
     if end > size - 8 - length:
         raise CheckpointError(f"{file} is cut off: {end} bytes of tensors are announced, {size - 8 - length} are there")
     return header
+
+
+def _is_tensor_entry(entry: Any) -> bool:
+    """`{"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}`"""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

@@ -101,12 +101,14 @@ def encode(message: Message, header: Header) -> list[bytes | memoryview]:
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
-    """The message that the frames stand for (routing frames already taken off). Raises ProtocolError, and nothing else."""
+    """The message that the frames (without routing frames) stand for. Raises ProtocolError, and nothing else."""
     if not 1 <= len(frames) <= 1 + MAX_FRAMES:
         raise ProtocolError(f"a message has 1 to {1 + MAX_FRAMES} frames, not {len(frames)}")
     first = memoryview(frames[0])
     if not _PREFIX.size < first.nbytes <= MAX_HEADER_BYTES:
-        raise ProtocolError(f"header frame of {first.nbytes} bytes; {_PREFIX.size + 1} to {MAX_HEADER_BYTES} are allowed")
+        raise ProtocolError(
+            f"header frame of {first.nbytes} bytes; {_PREFIX.size + 1} to {MAX_HEADER_BYTES} are allowed"
+        )
     magic, version, flags, checksum = _PREFIX.unpack_from(first)
     if magic != _MAGIC:
         raise ProtocolError("not a moemesh message (wrong magic)")
@@ -121,9 +123,9 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
         raise ProtocolError(f"header is not msgpack: {error}") from None
     if not isinstance(fields, dict) or fields.keys() != {"k", "h", "f", "t"}:
         raise ProtocolError("header must be a map with the keys k, h, f and t")
-    kind = _KINDS.get(fields["k"]) if isinstance(fields["k"], int) else None
+    kind = _KINDS.get(fields["k"]) if type(fields["k"]) is int else None
     if kind is None:
-        raise ProtocolError(f"unknown kind of message {fields['k']!r}")
+        raise ProtocolError(f"unknown kind of message {fields['k']!r:.40}")
     values = _decode_fields(kind, fields["f"])
     values.update(_decode_tensors(kind, fields["t"], frames[1:]))
     return kind(**values), _decode_header(fields["h"])
@@ -173,9 +175,7 @@ def _fits(value: Any, type_name: str) -> bool:
     return isinstance(value, tuple) and all(_fits(item, "int") for item in value)
 
 
-def _decode_tensors(
-    kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview]
-) -> dict[str, TensorFrame]:
+def _decode_tensors(kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview]) -> dict[str, TensorFrame]:
     _, names = _PLANS[kind]
     if not isinstance(descriptions, tuple) or len(descriptions) != len(names) or len(frames) != len(names):
         raise ProtocolError(f"{kind.__name__} must have {len(names)} tensor frames, not {len(frames)}")
@@ -191,7 +191,8 @@ def _decode_tensors(
             raise ProtocolError(f"{kind.__name__}.{name} must have at most {MAX_DIMENSIONS} dimensions")
         elements = math.prod(shape)
         data = memoryview(frame)
-        if elements > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
+        # An empty array may not claim huge sizes either: numpy and torch fail on them where nobody expects it.
+        if math.prod(filter(None, shape)) > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
             raise ProtocolError(
                 f"{kind.__name__}.{name} of {dtype} {shape} needs {elements * item_bytes} bytes, not {data.nbytes}"
             )

@@ -104,7 +104,7 @@ class StageReady:
 
 @dataclass(frozen=True, slots=True)
 class AssignShards:
-    """Router -> expert node: hold exactly these shards. Answers: ShardsReady as they load, Failed for what cannot be."""
+    """Router -> expert node: hold exactly these shards. Answers: ShardsReady, or Failed for what cannot be."""
 
     version: int
     shards: TensorFrame
@@ -166,7 +166,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Node -> router: I am asked to stop; give my work to others. Answer: LeaveAcknowledged when nothing is in flight."""
+    """Node -> router: I am asked to stop; give my work to others. Answer: LeaveAcknowledged when that is done."""
 
     reason: str
 
@@ -186,12 +186,12 @@ class Failed:
     """Of the Dispatch that failed; 0 otherwise."""
 
 
-# ---- router -> first stage -> ... -> last stage -> router: the pipeline ------------------------------------------------
+# ---- router -> first stage -> ... -> last stage -> router: the pipeline --------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S of the sequences sample a token."""
+    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
 
     hidden: TensorFrame
     """int32 [T] token ids towards the first stage; model dtype [T, D] hidden states between stages."""
@@ -228,7 +228,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Stage -> expert node: one layer's rows for that node. Answer: ExpertRows or Failed, within the header's time left."""
+    """Stage -> expert node: one layer's rows for that node. Answer in the header's time: ExpertRows or Failed."""
 
     call: int
     """The stage's number for this call; echoed in the answer."""
@@ -242,7 +242,7 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
-    """Expert node -> stage. Exact: model dtype [R, D] in the order asked. Partial: float32 [T, D], weighted and summed."""
+    """Expert node -> stage. Exact: model dtype [R, D] as asked. Partial: float32 [T, D], weighted and summed."""
 
     call: int
     rows: TensorFrame

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, UnsupportedModelError
+from common.model_refusals import refuse_attention_bias, refuse_dense_layers, refuse_unsupported_features
 from common.rope_config import RopeConfig, read_rope_config
 
 
@@ -32,7 +33,7 @@ class ExpertTensorNames:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only Mixture-of-Experts model. L layers, D width, H heads, N head width, E experts, K a token, F width."""
+    """A decoder-only Mixture-of-Experts model. L layers, D width, H heads, N head width, E experts, K a token."""
 
     model_type: str
     num_layers: int
@@ -95,27 +96,37 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What a model family calls things, and what it leaves unsaid."""
+    """What a model family calls things, and what it leaves unsaid (as transformers' config class fills it in)."""
 
     expert_intermediate_key: str
+    default_num_kv_heads: int
+    has_attention_bias: bool
+    """Reads `attention_bias`."""
+    has_dense_layers: bool
+    """Reads `decoder_sparse_step` and `mlp_only_layers`."""
     query_key_norm: bool
     always_normalizes: bool
     gate_weights_in_float32: bool
     default_rms_norm_eps: float
     default_rope_theta: float
     sliding_window_needs_flag: bool
+    default_sliding_window: int | None
     names: ExpertTensorNames
 
 
 _FAMILIES: dict[str, _Family] = {
     "mixtral": _Family(
         expert_intermediate_key="intermediate_size",
+        default_num_kv_heads=8,
+        has_attention_bias=False,
+        has_dense_layers=False,
         query_key_norm=False,
         always_normalizes=True,
         gate_weights_in_float32=True,
         default_rms_norm_eps=1e-5,
         default_rope_theta=1_000_000.0,
         sliding_window_needs_flag=False,
+        default_sliding_window=None,
         names=ExpertTensorNames(
             router="block_sparse_moe.gate.weight",
             gate="block_sparse_moe.experts.{expert}.w1.weight",
@@ -127,12 +138,16 @@ _FAMILIES: dict[str, _Family] = {
     ),
     "qwen3_moe": _Family(
         expert_intermediate_key="moe_intermediate_size",
+        default_num_kv_heads=4,
+        has_attention_bias=True,
+        has_dense_layers=True,
         query_key_norm=True,
         always_normalizes=False,
         gate_weights_in_float32=False,
         default_rms_norm_eps=1e-6,
         default_rope_theta=10_000.0,
         sliding_window_needs_flag=True,
+        default_sliding_window=4096,
         names=ExpertTensorNames(
             router="mlp.gate.weight",
             gate="mlp.experts.{expert}.gate_proj.weight",
@@ -142,13 +157,6 @@ _FAMILIES: dict[str, _Family] = {
             fused_down="mlp.experts.down_proj",
         ),
     ),
-}
-
-_TOP_LEVEL_FEATURES_REFUSED = {
-    "quantization_config": "quantized weights",
-    "vision_config": "an image encoder",
-    "audio_config": "an audio encoder",
-    "auto_map": "remote code",
 }
 
 
@@ -161,8 +169,10 @@ def read_model_config(directory: Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"no config.json in {directory}: MODEL must be a Hugging Face checkpoint directory") from None
-    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no config.json in {directory}: MODEL must be a Hugging Face checkpoint directory"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -177,17 +187,18 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedModelError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
         )
-    for key, feature in _TOP_LEVEL_FEATURES_REFUSED.items():
-        if raw.get(key):
-            raise UnsupportedModelError(f"config.json: {key} asks for {feature}, which is not supported")
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json: hidden_act {activation!r} is not supported; supported is 'silu'")
+    sliding_window = _sliding_window(raw, family)
+    refuse_unsupported_features(raw, sliding_window)
+    if not family.has_attention_bias:
+        refuse_attention_bias(raw, model_type)
+    if not family.has_dense_layers:
+        refuse_dense_layers(raw, model_type)
 
     num_layers = _size(raw, "num_hidden_layers")
     hidden_size = _size(raw, "hidden_size")
     num_heads = _size(raw, "num_attention_heads")
-    num_kv_heads = _size(raw, "num_key_value_heads", default=num_heads)
+    unsaid_kv_heads = num_heads if "num_key_value_heads" in raw else family.default_num_kv_heads
+    num_kv_heads = _size(raw, "num_key_value_heads", default=unsaid_kv_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
@@ -195,7 +206,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = _size(raw, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise UnsupportedModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs an even one")
-    num_experts = _size(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts")
+    num_experts = _num_experts(raw)
     num_experts_per_token = _size(raw, "num_experts_per_tok")
     if num_experts_per_token > num_experts:
         raise CheckpointError(
@@ -216,13 +227,13 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         expert_intermediate_size=expert_intermediate_size,
         dense_intermediate_size=_size(raw, "intermediate_size", default=expert_intermediate_size),
         moe_layers=_moe_layers(raw, num_layers),
-        normalize_expert_weights=family.always_normalizes or bool(raw.get("norm_topk_prob", False)),
+        normalize_expert_weights=family.always_normalizes or _flag(raw, "norm_topk_prob"),
         gate_weights_in_float32=family.gate_weights_in_float32,
-        rms_norm_eps=float(raw.get("rms_norm_eps", family.default_rms_norm_eps)),
-        attention_bias=bool(raw.get("attention_bias", False)),
+        rms_norm_eps=_epsilon(raw, family),
+        attention_bias=_flag(raw, "attention_bias"),
         query_key_norm=family.query_key_norm,
-        sliding_window=_sliding_window(raw, family),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        sliding_window=sliding_window,
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
         max_position_embeddings=max_position_embeddings,
         rope=read_rope_config(raw, family.default_rope_theta, max_position_embeddings),
         dtype=_dtype(raw),
@@ -239,17 +250,42 @@ def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
+    value = raw.get("rms_norm_eps", family.default_rms_norm_eps)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise CheckpointError(f"config.json: rms_norm_eps must be a number from 0 to 1, not {value!r}")
+    return float(value)
+
+
+def _num_experts(raw: Mapping[str, Any]) -> int:
+    """By either of its names: transformers knows both in both families."""
+    named = {key: _size(raw, key) for key in ("num_local_experts", "num_experts") if key in raw}
+    if len(set(named.values())) > 1:
+        raise CheckpointError(f"config.json: num_local_experts and num_experts differ: {named}")
+    return next(iter(named.values())) if named else _size(raw, "num_experts")
+
+
 def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     step = _size(raw, "decoder_sparse_step", default=1)
-    dense_layers = frozenset(raw.get("mlp_only_layers") or ())
+    dense_layers = raw.get("mlp_only_layers") or []
+    if not isinstance(dense_layers, list) or not all(type(layer) is int for layer in dense_layers):
+        raise CheckpointError(f"config.json: mlp_only_layers must be a list of layer numbers, not {dense_layers!r}")
     return tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
 def _sliding_window(raw: Mapping[str, Any], family: _Family) -> int | None:
-    window = raw.get("sliding_window")
-    if window is None or (family.sliding_window_needs_flag and not raw.get("use_sliding_window", False)):
+    if family.sliding_window_needs_flag and not _flag(raw, "use_sliding_window"):
         return None
-    return _size(raw, "sliding_window")
+    if raw.get("sliding_window", family.default_sliding_window) is None:
+        return None
+    return _size(raw, "sliding_window", default=family.default_sliding_window)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:

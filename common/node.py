@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from common.config import Settings
 from common.endpoints import ipc_folder, ipc_token
-from common.errors import ConfigurationError, MoemeshError, error_from_wire
+from common.errors import ConfigurationError, MoemeshError, NotReadyError, error_from_wire
 from common.ids import Incarnation, NodeId
 from common.messages import Failed, Header, Heartbeat, Hello, Leave, LeaveAcknowledged, Message, Welcome
 from common.topology import NodeDescription, NodeKind
@@ -77,7 +77,8 @@ class ControlLink:
     def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
         self.description = description
         self.router_term = 0
-        self.welcome: Welcome | None = None
+        self._settings: Welcome | None = None
+        self._is_welcome = False
         self.socket: MessageSocket = transport.dealer(
             "control", addresses.control, identity=description.node_id.encode()
         )
@@ -89,7 +90,14 @@ class ControlLink:
     @property
     def registered(self) -> bool:
         """Whether the router that is connected now has taken this node in."""
-        return self._connected and self.welcome is not None
+        return self._connected and self._is_welcome
+
+    @property
+    def settings(self) -> Welcome:
+        """What the router said last, also while it is away. Raises NotReadyError before the first welcome."""
+        if self._settings is None:
+            raise NotReadyError("no router has welcomed this node yet")
+        return self._settings
 
     def receive(self, now_s: float) -> list[tuple[Message, Header]]:
         """What the router asks; hello, welcome and heartbeats are dealt with here.
@@ -98,9 +106,9 @@ class ControlLink:
         """
         for event in self.socket.link_events():
             self._connected = event is LinkEvent.CONNECTED
-            self.welcome = None
+            self._is_welcome = False
             self._next_hello_s = 0.0
-        if self._connected and self.welcome is None and now_s >= self._next_hello_s:
+        if self._connected and not self._is_welcome and now_s >= self._next_hello_s:
             self._next_hello_s = now_s + HELLO_INTERVAL_S
             self.send(self._hello())
         asked: list[tuple[Message, Header]] = []
@@ -110,7 +118,7 @@ class ControlLink:
                 continue  # a router that was replaced woke up; it is fenced
             self.router_term = header.router_term
             if isinstance(message, Welcome):
-                self.welcome = message
+                self._settings, self._is_welcome = message, True
             elif isinstance(message, Failed):
                 raise error_from_wire(message.code, message.message)
             elif isinstance(message, LeaveAcknowledged):
@@ -133,8 +141,8 @@ class ControlLink:
 
     def beat(self, now_s: float, load: Callable[[], Heartbeat]) -> None:
         """Send a heartbeat when one is due."""
-        if self.welcome is not None and now_s >= self._next_beat_s:
-            self._next_beat_s = now_s + self.welcome.heartbeat_interval_ms / 1000
+        if self.registered and now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + self.settings.heartbeat_interval_ms / 1000
             self.send(load())
 
     def leave(self, reason: str) -> None:

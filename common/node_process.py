@@ -1,4 +1,4 @@
-"""What a stage and an expert process do alike: sockets, registration, SIGTERM, and one sentence when it cannot start."""
+"""What a stage and an expert process do alike: sockets, registration, SIGTERM, one sentence when it cannot start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding as `config.json` states it, old form (`rope_theta`, `rope_scaling`) or new (`rope_parameters`)."""
+"""Rotary position embedding as `config.json` states it: `rope_theta` and `rope_scaling`, or newer `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ class RopeConfig:
 
 def read_rope_config(raw: Mapping[str, Any], default_theta: float, max_position_embeddings: int) -> RopeConfig:
     """Raises UnsupportedModelError for a kind that is not computed here, CheckpointError for a missing number."""
-    parameters: dict[str, Any] = dict(raw.get("rope_scaling") or {})
-    parameters.update(raw.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or default_theta)
+    parameters = _parameters(raw)
+    theta = _positive(parameters, "rope_theta", _positive(raw, "rope_theta", default_theta))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in _SUPPORTED:
         raise UnsupportedModelError(
             f"config.json: rope type {kind!r} is not supported; supported are {', '.join(_SUPPORTED)}"
         )
-    if float(parameters.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    if _positive(parameters, "partial_rotary_factor", _positive(raw, "partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1.0 is not supported")
     if kind == "default":
         return RopeConfig(kind="default", theta=theta)
     factor = _number(parameters, "factor", kind)
     if kind == "linear":
         return RopeConfig(kind="linear", theta=theta, factor=factor)
-    original = int(parameters.get("original_max_position_embeddings") or max_position_embeddings)
+    # Beside the rope parameters it counts more than among them, as transformers has it.
+    stated = _positive(parameters, "original_max_position_embeddings", max_position_embeddings)
+    original = int(_positive(raw, "original_max_position_embeddings", stated))
     if kind == "llama3":
         return RopeConfig(
             kind="llama3",
@@ -65,8 +66,8 @@ def read_rope_config(raw: Mapping[str, Any], default_theta: float, max_position_
         factor=factor,
         original_max_position_embeddings=original,
         attention_factor=_yarn_attention_factor(parameters, factor),
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
+        beta_fast=_positive(parameters, "beta_fast", 32.0),
+        beta_slow=_positive(parameters, "beta_slow", 1.0),
         truncate=bool(parameters.get("truncate", True)),
     )
 
@@ -77,13 +78,34 @@ def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> floa
     def scale(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
-    stated = parameters.get("attention_factor")
-    if stated is not None:
-        return float(stated)
-    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return scale(float(mscale)) / scale(float(mscale_all_dim))
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor", "yarn")
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        mscale, mscale_all_dim = (_number(parameters, key, "yarn") for key in ("mscale", "mscale_all_dim"))
+        return scale(mscale) / scale(mscale_all_dim)
     return scale(1.0)
+
+
+def _parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    stated = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(parameters, dict) for parameters in stated):
+        raise CheckpointError("config.json: rope_scaling and rope_parameters must be objects")
+    if all(stated) and stated[0] != stated[1]:
+        raise UnsupportedModelError("config.json: rope_scaling and rope_parameters differ; one of them must go")
+    parameters: dict[str, Any] = stated[0] or stated[1]
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UnsupportedModelError("config.json: rope parameters that differ from layer to layer are not supported")
+    if parameters.get("mrope_section") is not None:
+        raise UnsupportedModelError("config.json: mrope_section is not supported: positions have one axis here")
+    return parameters
+
+
+def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
+    """A number, or the default where it is absent, null or zero (which transformers takes for absent)."""
+    value = values.get(key) or default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:

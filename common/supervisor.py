@@ -1,4 +1,4 @@
-"""A mesh of local processes: start, watch, restart what dies, end all of it. For `make run`, tests and the chaos harness.
+"""A mesh of local processes: start, watch, restart what dies, end all of it. For `make run` and for tests.
 
 No child outlives the supervisor, even one that is killed: children ask the kernel for SIGTERM when their parent ends.
 """
@@ -133,7 +133,7 @@ class LocalMesh:
         return self.state_dir / "logs" / f"{name}.log"
 
     def wait_ready(self, timeout_s: float, on_progress: Callable[[str], None] | None = None) -> None:
-        """Until /ready says yes. Raises DeadlineError with what is missing, or NodeLostError if a process cannot start."""
+        """Until /ready says yes. Raises DeadlineError (what is missing) or NodeLostError (cannot start)."""
         last = "starting"
 
         def probe() -> bool:

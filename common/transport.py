@@ -181,9 +181,7 @@ class MessageSocket:
 class RoutingSocket:
     """A bound ROUTER: messages come with the identity of the peer, and go to one."""
 
-    def __init__(
-        self, transport: Transport, name: str, raw: zmq.Socket[bytes], endpoints: tuple[str, ...]
-    ) -> None:
+    def __init__(self, transport: Transport, name: str, raw: zmq.Socket[bytes], endpoints: tuple[str, ...]) -> None:
         self.name = name
         self.endpoints = endpoints
         self.raw = raw

@@ -16,7 +16,7 @@ _STORED_DTYPES = {"F32", "BF16", "F16"}
 
 
 class CheckpointWeights:
-    """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was asked for, as stored."""
+    """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was read, as stored."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.directory = directory

@@ -118,7 +118,9 @@ def _default_checkpoint(state_dir: Path) -> Path:
 
     directory = state_dir / "models" / DEFAULT_CHECKPOINT
     write_tiny_checkpoint(directory)
-    console.print(f"MODEL is not set: serving a tiny random model ({directory}); its answers mean nothing", highlight=False)
+    console.print(
+        f"MODEL is not set: serving a tiny random model ({directory}); its answers mean nothing", highlight=False
+    )
     return directory
 
 

@@ -123,8 +123,7 @@ class ExpertService:
                 self._control.fail(error, header)
 
     def _assign(self, message: AssignShards) -> None:
-        welcome = self._control.welcome
-        assert welcome is not None
+        welcome = self._control.settings
         shape = (self._config.num_layers, self._config.num_experts, welcome.num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
         if self._store is None:
@@ -167,8 +166,8 @@ class ExpertService:
             self._store.drop(shard)
 
     def _report(self, complete: bool) -> bool:
-        assert self._store is not None and self._control.welcome is not None
-        shape = (self._config.num_layers, self._config.num_experts, self._control.welcome.num_slices)
+        assert self._store is not None
+        shape = (self._config.num_layers, self._config.num_experts, self._store.num_slices)
         held = np.zeros(shape, dtype=np.uint8)
         for shard in self._store:
             held[shard] = 1

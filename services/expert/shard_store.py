@@ -50,7 +50,7 @@ class ShardStore:
         probe = torch.ones((1, self._config.hidden_size), dtype=weights.dtype)
         if not bool(torch.isfinite(grouped_gated_ffn(probe, (0, 1), (expert,))).all()):
             raise CheckpointError(
-                f"expert {shard.expert} of layer {shard.layer} gives numbers that are not finite: its weights are damaged"
+                f"expert {shard.expert} of layer {shard.layer} gives numbers that are not finite: it is damaged"
             )
         self._bytes[shard] = weights.bytes_read - before
         self._shards[shard] = expert

@@ -1,4 +1,4 @@
-"""The router's sockets: control of all nodes, their lifelines, one PUSH a pipeline, and the results of all pipelines."""
+"""The router's sockets: control of all nodes, their lifelines, a PUSH for each pipeline, and all results."""
 
 from __future__ import annotations
 

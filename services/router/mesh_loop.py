@@ -10,20 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import structlog
 
 from common.array import frame_to_array
-from common.errors import (
-    CheckpointError,
-    DeadlineError,
-    MoemeshError,
-    NotReadyError,
-    ProtocolError,
-    error_from_wire,
-)
-from common.ids import Generation, Incarnation, NodeId, PipelineId, RequestId, StepId
+from common.errors import CheckpointError, MoemeshError, NotReadyError, ProtocolError, error_from_wire
+from common.ids import Incarnation, NodeId, PipelineId, RequestId, StepId
 from common.membership import Membership, MembershipChange, NodeState
 from common.messages import (
     Failed,
@@ -35,60 +28,34 @@ from common.messages import (
     Message,
     ShardsReady,
     StageReady,
-    StepResult,
     Welcome,
 )
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, ShardId
 from common.transport import LinkEvent
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, Tell
+from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.stage_roles import StageRoles
-from services.router.engine import GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import GenerationRequest, Readiness
 from services.router.mesh_client import MeshClient
-from services.router.mesh_status import HopTotals, MeshStatus, NodeStatus
+from services.router.mesh_status import MeshStatus, NodeStatus
 from services.router.scheduling.scheduler import Scheduler
-from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
-from services.router.step_message import sampled_tokens, step_header, step_message
+from services.router.step_flow import StepFlow
 
 WAIT_MS = 50
 STATUS_INTERVAL_S = 0.1
 
 
-class Sink(Protocol):
-    """Where the outcome of requests goes; called in the mesh thread, must return at once."""
-
-    def __call__(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """Times of the loop."""
+    """What every node is told, and must have."""
 
     welcome: Welcome
-    step_deadline_ms: int
     fingerprint: str
 
 
-@dataclass(slots=True)
-class StepInFlight:
-    """A step that was planned and has not come back."""
-
-    plan: StepPlan
-    sent_s: float | None
-    """None while the first stage has not taken it."""
-    deadline_s: float
-
-
-@dataclass(slots=True)
-class Leaving:
-    """A node that asked to go; it is let go when nothing of its old role is in flight."""
-
-    pipelines: frozenset[PipelineId]
-
-
 class MeshLoop:
-    """See the module. `run` is the thread's function; `submit`, `cancel`, `stop` and `status` may be called from others."""
+    """See the module. `run` is the thread's function; `submit`, `cancel`, `stop`, `status` are for others."""
 
     def __init__(
         self,
@@ -96,11 +63,10 @@ class MeshLoop:
         settings: LoopSettings,
         client: MeshClient,
         scheduler: Scheduler,
+        flow: StepFlow,
         stages: StageRoles,
         experts: ExpertRoles,
         membership: Membership,
-        router_term: int,
-        sink: Sink,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -111,16 +77,12 @@ class MeshLoop:
         self._stages = stages
         self._experts = experts
         self._membership = membership
-        self._router_term = router_term
-        self._sink = sink
+        self._flow = flow
         self._log = log
         self._clock = clock
         self._commands: deque[GenerationRequest | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
-        self._steps: dict[StepId, StepInFlight] = {}
-        self._unsent: dict[PipelineId, deque[StepPlan]] = {}
-        self._hops = HopTotals()
         self._stopping = False
         self._next_status_s = 0.0
         self.status = MeshStatus.starting("no node has registered yet")
@@ -154,14 +116,13 @@ class MeshLoop:
             self._take_lifelines(now_s)
             self._apply_changes(self._membership.tick(now_s), now_s)
             self._act(self._experts.tick(now_s), now_s)
-            self._take_results(now_s)
-            self._check_deadlines(now_s)
-            self._publish_news()
-            self._plan_steps(now_s)
+            self._renew(self._flow.take_results(now_s), now_s)
+            self._renew(self._flow.check_deadlines(now_s), now_s)
+            self._publish_news(now_s)
+            self._flow.send_plans(now_s)
             self._publish_status(now_s)
 
     def _take_commands(self, now_s: float) -> None:
-        refused: list[tuple[RequestId, GeneratedToken | MoemeshError]] = []
         while self._commands:
             command = self._commands.popleft()
             if not isinstance(command, GenerationRequest):
@@ -170,9 +131,7 @@ class MeshLoop:
             try:
                 self._scheduler.add(command, now_s)
             except MoemeshError as error:
-                refused.append((command.request_id, error))
-        if refused:
-            self._sink(refused)
+                self._flow.refuse(command.request_id, error)
 
     # ---- control
 
@@ -270,15 +229,13 @@ class MeshLoop:
         self._log.error("node_failed", node=node_id, code=message.code, reason=message.message, step=header.step)
         if not header.step:
             return
-        step = self._steps.get(StepId(header.step))
-        if step is not None:
-            self._fail_step(step, error, now_s)
+        self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
     def _let_go(self, node_id: NodeId, reason: str, now_s: float) -> None:
         description = self._nodes[node_id]
         self._log.info("node_leaves", node=node_id, reason=reason)
         self._apply_changes(self._membership.leave(node_id, description.incarnation), now_s)
-        self._publish_news()
+        self._publish_news(now_s)
         self._client.tell(node_id, LeaveAcknowledged())
 
     def _take_lifelines(self, now_s: float) -> None:
@@ -300,7 +257,7 @@ class MeshLoop:
             self._log.warning("node_lost", node=change.node_id, reason=change.reason)
             self._client.unwatch(change.node_id)
             description = self._nodes.pop(change.node_id, None)
-            self._hops.keep(description, self._heartbeats.pop(change.node_id, None))
+            self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)
             self._act(self._experts.lose(change.node_id, now_s), now_s)
 
@@ -309,100 +266,30 @@ class MeshLoop:
             if isinstance(action, Tell):
                 self._client.tell(action.node_id, action.message, action.header)
             elif isinstance(action, OpenPipeline):
-                self._open(action, now_s)
+                self._flow.open(action, self._nodes[action.first_stage], now_s)
+                self._log.info(
+                    "pipeline_open",
+                    pipeline=action.pipeline,
+                    generation=action.generation,
+                    num_blocks=action.num_blocks,
+                )
             else:
-                self._close(action, now_s)
+                self._log.warning("pipeline_closed", pipeline=action.pipeline)
+                self._flow.close(action.pipeline, now_s)
 
-    def _open(self, action: OpenPipeline, now_s: float) -> None:
-        self._client.open_pipeline(action.pipeline, self._nodes[action.first_stage])
-        self._unsent[action.pipeline] = deque()
-        self._scheduler.open_pipeline(action.pipeline, action.generation, action.num_blocks, action.num_slots, now_s)
-        self._log.info(
-            "pipeline_open", pipeline=action.pipeline, generation=action.generation, num_blocks=action.num_blocks
-        )
+    def _renew(self, broken: list[PipelineId], now_s: float) -> None:
+        for pipeline in dict.fromkeys(broken):
+            self._act(self._stages.renew(pipeline), now_s)
 
-    def _close(self, action: ClosePipeline, now_s: float) -> None:
-        self._log.warning("pipeline_closed", pipeline=action.pipeline)
-        self._client.close_pipeline(action.pipeline)
-        self._unsent.pop(action.pipeline, None)
-        self._scheduler.close_pipeline(action.pipeline, now_s)
-        self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != action.pipeline}
-
-    def _publish_news(self) -> None:
+    def _publish_news(self, now_s: float) -> None:
         if self._experts.has_news:
             stages = [node.node_id for node in self._nodes.values() if node.kind is NodeKind.STAGE]
-            self._act(self._experts.take_news(stages), self._clock())
+            self._act(self._experts.take_news(stages), now_s)
 
     def _shards(self, message: ShardsReady) -> frozenset[ShardId]:
         shape = (self._config.num_layers, self._config.num_experts, self._settings.welcome.num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "ShardsReady.shards")
-        return frozenset(ShardId(int(layer), int(expert), int(piece)) for layer, expert, piece in zip(*bitmap.nonzero(), strict=True))
-
-    # ---- steps
-
-    def _plan_steps(self, now_s: float) -> None:
-        for plan in self._scheduler.schedule(now_s):
-            deadline_s = now_s + self._settings.step_deadline_ms / 1000
-            self._steps[plan.step] = StepInFlight(plan, None, deadline_s)
-            self._unsent[plan.pipeline].append(plan)
-        for pipeline, waiting in self._unsent.items():
-            while waiting:
-                plan = waiting[0]
-                step = self._steps.get(plan.step)
-                if step is not None:
-                    left_ms = max(1, int((step.deadline_s - now_s) * 1000))
-                    header = step_header(plan, self._router_term, left_ms)
-                    if not self._client.send_step(pipeline, step_message(plan), header):
-                        break
-                    step.sent_s = now_s
-                waiting.popleft()
-        self._report_failures(self._scheduler.take_failures())
-
-    def _take_results(self, now_s: float) -> None:
-        outputs: list[TokenOutput] = []
-        while (received := self._client.results.receive()) is not None:
-            message, header = received
-            step = self._steps.get(StepId(header.step))
-            if step is None or not isinstance(message, StepResult):
-                self._hops.dropped += 1
-                continue
-            if (header.generation, header.attempt) != (step.plan.generation, step.plan.attempt):
-                self._hops.dropped += 1
-                continue
-            try:
-                sampled = sampled_tokens(message, step.plan, self._config.vocab_size)
-            except ProtocolError as error:
-                self._fail_step(step, error, now_s)
-                continue
-            del self._steps[step.plan.step]
-            self._hops.steps += 1
-            self._hops.step_seconds += now_s - (step.sent_s or now_s)
-            plan = step.plan
-            outputs += self._scheduler.complete(
-                plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s
-            )
-        if outputs:
-            self._sink([(output.request_id, output.token) for output in outputs])
-
-    def _fail_step(self, step: StepInFlight, error: MoemeshError, now_s: float) -> None:
-        plan = step.plan
-        self._steps.pop(plan.step, None)
-        self._log.error("step_failed", step=plan.step, pipeline=plan.pipeline, code=error.code, reason=str(error))
-        failures = self._scheduler.fail_step(
-            plan.step, plan.pipeline, plan.generation, plan.attempt, error, now_s
-        )
-        self._report_failures(failures)
-        # Stages may hold this step's sequences half done: a new generation makes them forget all of it.
-        self._act(self._stages.renew(plan.pipeline), now_s)
-
-    def _check_deadlines(self, now_s: float) -> None:
-        for step in [step for step in self._steps.values() if now_s >= step.deadline_s]:
-            if step.plan.step in self._steps:
-                self._fail_step(step, DeadlineError(f"pipeline {step.plan.pipeline} did not answer a step in time"), now_s)
-
-    def _report_failures(self, failures: list[RequestFailure]) -> None:
-        if failures:
-            self._sink([(failure.request_id, failure.error) for failure in failures])
+        return frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
 
     # ---- what others see
 
@@ -411,10 +298,15 @@ class MeshLoop:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
         nodes = tuple(
-            NodeStatus(node, self._membership.state_of(node_id), self._heartbeats.get(node_id), self._stages.slot_of(node_id))
+            NodeStatus(
+                node,
+                self._membership.state_of(node_id),
+                self._heartbeats.get(node_id),
+                self._stages.slot_of(node_id),
+            )
             for node_id, node in sorted(self._nodes.items())
         )
-        self._hops.step_bytes = self._client.step_bytes_sent
+        self._flow.totals.step_bytes = self._client.step_bytes_sent
         readiness = self._readiness()
         self.status = MeshStatus(
             readiness=readiness,
@@ -422,10 +314,10 @@ class MeshLoop:
             nodes=nodes,
             scheduler=self._scheduler.snapshot(),
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},
-            hops=self._hops.snapshot(nodes),
+            hops=self._flow.totals.snapshot(nodes),
             placement_version=self._experts.version,
             missing_copies=self._experts.missing_copies,
-            generations={p: Generation(pipeline.generation) for p, pipeline in self._stages.pipelines.items()},
+            generations={p: pipeline.generation for p, pipeline in self._stages.pipelines.items()},
         )
 
     def _readiness(self) -> Readiness:

@@ -38,9 +38,10 @@ from services.router.mesh_metrics import MeshCollector
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.state_folder import open_state_folder
+from services.router.step_flow import StepFlow
 
 BLOCK_TOKENS = 32
-"""Of a KV block; stages compute attention in tiles of so many positions, so it is part of what decides a result's bits."""
+"""Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 
@@ -67,7 +68,9 @@ def read_model(settings: Settings) -> Model:
         config=config,
         fingerprint=fingerprint(directory),
         dtype=stored if settings.dtype == "auto" else settings.dtype,
-        context_tokens=min(settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings),
+        context_tokens=min(
+            settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings
+        ),
         served_name=settings.served_name or directory.name,
     )
 
@@ -85,7 +88,11 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     client = MeshClient(transport, addresses, state.term, log)
     mesh = _mesh_loop(settings, model, client, addresses, state.term, mailbox, log)
     registry = CollectorRegistry()
-    for collector in (MeshCollector(lambda: mesh.status), ProcessCollector(registry=None), PlatformCollector(registry=None)):
+    for collector in (
+        MeshCollector(lambda: mesh.status),
+        ProcessCollector(registry=None),
+        PlatformCollector(registry=None),
+    ):
         registry.register(collector)
     engine = MeshEngine(mesh, mailbox, _context_tokens(settings, model), time.monotonic)
     front = FrontSettings(
@@ -180,9 +187,7 @@ def _mesh_loop(
         )
     )
     step_deadline_s = settings.step_deadline_ms / 1000
-    membership = Membership(
-        MembershipSettings(progress_suspect_s=step_deadline_s, progress_dead_s=2 * step_deadline_s)
-    )
+    membership = Membership(MembershipSettings(progress_suspect_s=step_deadline_s, progress_dead_s=2 * step_deadline_s))
     welcome = Welcome(
         heartbeat_interval_ms=settings.heartbeat_interval_ms,
         dtype=model.dtype,
@@ -193,13 +198,12 @@ def _mesh_loop(
     )
     return MeshLoop(
         model.config,
-        LoopSettings(welcome, settings.step_deadline_ms, model.fingerprint),
+        LoopSettings(welcome, model.fingerprint),
         client,
         scheduler,
+        StepFlow(client, scheduler, term, step_deadline_s, model.config.vocab_size, mailbox, log),
         StageRoles(model.config, shape, addresses.advertised(client.results.endpoints), addresses.folder_token),
         ExpertRoles(model.config, shape, settings.experts),
         membership,
-        term,
-        mailbox,
         log,
     )

@@ -25,7 +25,7 @@ class StateFolder:
 
 
 def open_state_folder(path: Path) -> StateFolder:
-    """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it or it is damaged."""
+    """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path / "router.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -35,7 +35,9 @@ def open_state_folder(path: Path) -> StateFolder:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigurationError(f"another router runs on STATE_DIR={path}: give each mesh a folder of its own") from None
+        raise ConfigurationError(
+            f"another router runs on STATE_DIR={path}: give each mesh a folder of its own"
+        ) from None
     return StateFolder(path, _next_term(path / "router.json"), descriptor)
 
 

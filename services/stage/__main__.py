@@ -16,7 +16,9 @@ from common.node_process import StopFlag, describe_node, open_transport, run_pro
 from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import MessageSocket
+from services.stage.expert_client import ExpertClient
 from services.stage.service import StageService
+from services.stage.slot_keeper import SlotKeeper
 
 
 def main() -> int:
@@ -44,9 +46,9 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     log = log.bind(node=node.control.description.node_id)
     num_positions = min(settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings)
-    service = StageService(
-        config, checkpoint, num_positions, kernels, transport, node.control, sockets[0], node.ipc_token, log
-    )
+    keeper = SlotKeeper(config, checkpoint, num_positions, kernels, transport, node.ipc_token, log)
+    experts = ExpertClient(transport, node.ipc_token, log)
+    service = StageService(config, keeper, experts, node.control, sockets[0], log)
     try:
         service.run(should_stop)
     finally:

@@ -48,7 +48,7 @@ def split_pairs(
     keys = experts[pairs // num_slices] * num_slices + pairs % num_slices
     order = np.argsort(keys, kind="stable")
     pairs, keys = pairs[order], keys[order]
-    shards, firsts, counts = _runs(keys)
+    shards, counts = _runs(keys)
     chosen = choose_copies(dict(zip(shards, counts, strict=True)), holders, outstanding_rows)
     nodes = np.repeat(np.array([chosen[shard] for shard in shards]), counts)
     return [
@@ -58,16 +58,14 @@ def split_pairs(
     ]
 
 
-def _runs(keys: Int64Array) -> tuple[list[int], list[int], list[int]]:
-    """Distinct values of a sorted array, where each begins, how often it occurs."""
+def _runs(keys: Int64Array) -> tuple[list[int], list[int]]:
+    """Distinct values of a sorted array, and how often each occurs."""
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     counts = np.diff(np.append(starts, keys.size))
-    return keys[starts].tolist(), starts.tolist(), counts.tolist()
+    return keys[starts].tolist(), counts.tolist()
 
 
-def _node_rows(
-    node: int, pairs: Int64Array, keys: Int64Array, pairs_per_token: int, num_slices: int
-) -> NodeRows:
+def _node_rows(node: int, pairs: Int64Array, keys: Int64Array, pairs_per_token: int, num_slices: int) -> NodeRows:
     tokens, rows = np.unique(pairs // pairs_per_token, return_inverse=True)
     routing = np.empty((3, pairs.size), dtype=np.int32)
     routing[0], routing[1], routing[2] = rows, keys // num_slices, keys % num_slices
@@ -83,9 +81,7 @@ class ExactSum:
     def __init__(self, call: ExpertCall, num_slices: int) -> None:
         num_tokens, num_choices = call.experts.shape
         self._call = call
-        self._rows = torch.empty(
-            (num_tokens * num_choices * num_slices, call.hidden.shape[1]), dtype=call.hidden.dtype
-        )
+        self._rows = torch.empty((num_tokens * num_choices * num_slices, call.hidden.shape[1]), dtype=call.hidden.dtype)
         self._shape = (num_tokens, num_choices, num_slices, call.hidden.shape[1])
 
     def add(self, part: NodeRows, rows: Tensor) -> None:

@@ -131,9 +131,7 @@ class ExpertClient:
         on_failed: Callable[[MoemeshError], None],
     ) -> None:
         """Send a call's rows; one of the callbacks comes later from `receive` or `check_deadlines`, never from here."""
-        total: ExactSum | PartialSum = (
-            ExactSum(call, self.num_slices) if self.combine == "exact" else PartialSum(call)
-        )
+        total: ExactSum | PartialSum = ExactSum(call, self.num_slices) if self.combine == "exact" else PartialSum(call)
         pending = PendingCall(call, header, deadline_s, total, now_s, on_done, on_failed)
         self._send_pairs(pending, None, now_s)
 
@@ -240,9 +238,7 @@ class ExpertClient:
     def _connect(self, placement: PublishPlacement, index: int) -> ExpertNode:
         node_id = placement.node_ids[index]
         try:
-            endpoint = choose_endpoint(
-                placement.endpoints[index].split(), placement.ipc_tokens[index], self._ipc_token
-            )
+            endpoint = choose_endpoint(placement.endpoints[index].split(), placement.ipc_tokens[index], self._ipc_token)
         except ConfigurationError as error:
             raise ConfigurationError(f"expert node {node_id}: {error}") from None
         number = next(self._node_numbers)

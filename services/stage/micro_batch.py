@@ -67,7 +67,7 @@ class BlockTables:
     def apply(self, step: Step) -> tuple[Int64Array, list[Int32Array]]:
         """Take in a step's releases and new blocks; its sequence columns [Q, 6] and the tables, in order.
 
-        Raises ProtocolError when the deltas do not continue what is known here: the router then sends the sequence anew.
+        Raises ProtocolError when the deltas do not continue what is known here: the router then sends it anew.
         """
         for sequence_id in frame_to_array(step.released, "int64", (None,), "Step.released").tolist():
             self._tables.pop(sequence_id, None)
@@ -76,7 +76,9 @@ class BlockTables:
         if columns.size and columns[:, 1:].min() < 0:
             raise ProtocolError("Step.sequences holds a negative number")
         if int(columns[:, 4].sum()) != new_blocks.size:
-            raise ProtocolError(f"Step.new_blocks has {new_blocks.size} ids, its sequences announce {columns[:, 4].sum()}")
+            raise ProtocolError(
+                f"Step.new_blocks has {new_blocks.size} ids, its sequences announce {columns[:, 4].sum()}"
+            )
         if new_blocks.size and not (0 <= new_blocks.min() and new_blocks.max() < self.num_blocks):
             raise ProtocolError(f"Step.new_blocks names a block outside [0, {self.num_blocks})")
         tables, taken = [], 0
@@ -86,7 +88,9 @@ class BlockTables:
                 table = new_blocks[taken : taken + num_new]
             elif table is None or table.size != num_known:
                 known = 0 if table is None else table.size
-                raise ProtocolError(f"sequence {sequence_id} has {known} blocks here, the step continues from {num_known}")
+                raise ProtocolError(
+                    f"sequence {sequence_id} has {known} blocks here, the step continues from {num_known}"
+                )
             elif num_new:
                 table = np.concatenate((table, new_blocks[taken : taken + num_new]))
             taken += num_new

@@ -120,7 +120,9 @@ class ExpertRoles:
         except CapacityError as error:
             self.problem = str(error)
             # What is held goes on being served; there is no placement that would hold everything.
-            holders = {shard: tuple(n for n in sorted(self._ready) if shard in self._ready[n]) for shard in self._shards}
+            holders = {
+                shard: tuple(n for n in sorted(self._ready) if shard in self._ready[n]) for shard in self._shards
+            }
             self._target = Placement(owners=holders, missing_copies=0)
         return self._roll_on()
 

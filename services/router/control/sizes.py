@@ -31,8 +31,8 @@ class MeshShape:
 def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:
     """Layer ranges of a pipeline's slots, balanced by the weights that one token reads.
 
-    A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads one
-    row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
+    A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads
+    one row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
     """
     active_experts = config.num_experts_per_token * config.expert_parameters()
     costs = [

@@ -20,4 +20,4 @@ class SamplingParameters:
     seed: int
     num_top_logprobs: int | None
     stop_token_ids: frozenset[int]
-    """Token ids that end the choice (end-of-sequence ids, unless the client asked to ignore them); not part of the text."""
+    """Token ids that end the choice (end of sequence, unless the client asked to ignore it); not part of the text."""

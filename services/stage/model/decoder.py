@@ -78,5 +78,6 @@ class StageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, D] of the rows that sample -> [S, V]; on the last stage only."""
-        assert self.final_norm is not None and self.lm_head is not None
+        assert self.final_norm is not None, "only the last stage has it"
+        assert self.lm_head is not None, "only the last stage has it"
         return self.lm_head(rms_norm(hidden, self.final_norm, self.rms_norm_eps))

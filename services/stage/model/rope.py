@@ -14,7 +14,7 @@ from common.rope_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """float32 [N/2]. Sources: linear position interpolation, YaRN (arXiv 2309.00071), Llama 3.1; as transformers does."""
+    """float32 [N/2]. Sources: linear interpolation, YaRN (arXiv 2309.00071), Llama 3.1; as in transformers."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (config.theta**exponents)
     if config.kind == "linear":

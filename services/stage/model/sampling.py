@@ -27,7 +27,7 @@ Uint64Array = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """What was chosen. P is the largest number of top logprobs that a row asked for (columns past its own are filler)."""
+    """What was chosen. P is the largest number of top logprobs that a row asked for (the rest is filler)."""
 
     token_ids: Tensor
     """int32 [S]."""
