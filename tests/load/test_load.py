@@ -93,7 +93,7 @@ def test_thousand_requests_leave_no_error_no_block_and_no_memory(mesh: ServedMes
 
 
 def test_clients_that_vanish_leave_nothing_behind(mesh: ServedMesh) -> None:
-    router_pid = dict(mesh.local.processes())["router"]
+    router_pid = dict(mesh.local.processes())["router-0"]
     # What a first stray connection makes for good (thread pools, imports) is no leak.
     vanish(mesh.local.url, mesh.client.model, long_ask(0), Vanishing.IN_THE_STREAM)
     wait_until(lambda: holds_nothing(mesh), CLEAN_WITHIN_S, "blocks of one rude client")

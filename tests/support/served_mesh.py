@@ -23,6 +23,10 @@ class ServedMesh:
     local: LocalMesh
     client: MeshClient
 
+    def log_tails(self) -> str:
+        """The last lines of every process's log; a failing test shows them."""
+        return log_tails(self.local)
+
 
 @contextmanager
 def served_mesh(model: Path, **settings: str) -> Iterator[ServedMesh]:
@@ -46,10 +50,8 @@ def served_mesh(model: Path, **settings: str) -> Iterator[ServedMesh]:
 
 
 def log_tails(local: LocalMesh) -> str:
-    """The last lines of every process's log."""
+    """The last lines of each log."""
     tails = []
-    for name, _ in local.processes():
-        path = Path(local.logs(name))
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else ["(no log)"]
-        tails.append("\n".join([f"---- {name}", *lines[-LOG_TAIL_LINES:]]))
+    for path in sorted((local.state_dir / "logs").iterdir()):
+        tails.append("\n".join([f"---- {path.name}", *path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]]))
     return "\n".join(tails)
