@@ -30,6 +30,8 @@ MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
 MAX_DIMENSIONS: Final = 4
+MAX_ENTRIES: Final = 1 << 13
+"""Of a tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims to hold."""
 
 _MAGIC: Final = b"MOEM"
 _PREFIX: Final = struct.Struct("<4sHHQ")
@@ -118,7 +120,15 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     if _checksum(body, frames[1:]) != checksum:
         raise ProtocolError("checksum does not match: the message was damaged on its way")
     try:
-        fields = msgpack.unpackb(body, strict_map_key=True, use_list=False)
+        fields = msgpack.unpackb(
+            body,
+            strict_map_key=True,
+            use_list=False,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
+            max_bin_len=0,
+            max_ext_len=0,
+        )
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(f"header is not msgpack: {error}") from None
     if not isinstance(fields, dict) or fields.keys() != {"k", "h", "f", "t"}:
