@@ -48,7 +48,7 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
     architectures = raw.get("architectures") or []
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise UnsupportedModelError(
-            f"config.json: architectures {architectures!r} is not supported; supported is a language model, ...ForCausalLM"
+            f"config.json: architectures {architectures!r} is not supported; supported is a ...ForCausalLM"
         )
     if sliding_window is not None and raw.get("max_window_layers"):
         # transformers windows all layers, other engines those from this one on.
