@@ -11,6 +11,8 @@ directory, or the volume that `prepare` has filled.
 from __future__ import annotations
 
 import os
+import runpy
+import signal
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -96,7 +98,18 @@ def main(arguments: Sequence[str]) -> int:
             print(f"checkpoint: {error.message}", file=sys.stderr)
             return 2
         return 0
-    os.execve(sys.executable, [sys.executable, "-m", task], process_environment(os.environ))
+    become(task)
+    return 0
+
+
+def become(module: str) -> None:
+    """Runs the module as this process."""
+    # The kernel drops a SIGTERM to a container's first process that has no handler, and importing torch takes seconds.
+    # Told to stop before it serves it has nothing to leave; once it serves it has installed a handler of its own.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    os.environ.update(process_environment(os.environ))
+    sys.argv = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.support.metrics_text import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD_TIMEOUT_S = 1200.0
@@ -50,34 +51,61 @@ class ComposeMesh:
         return len(self.compose("ps", "--status", "running", "--quiet", service).split())
 
     def scale(self, **replicas: int) -> None:
-        """As a person does it, here for `stage` and `expert`."""
+        """As a person does it, for `stage` and `expert`; returns when the router knows just as many of each."""
         flags = [word for service, number in replicas.items() for word in ("--scale", f"{service}={number}")]
         self.compose("up", "-d", "--wait", "--no-build", *flags)
+        self._wait_for(f"{replicas} registered", lambda: self.registered_nodes() == replicas)
+        self.wait_until_ready()
 
-    def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Returns when /ready says so; raises AssertionError with its last detail."""
-        deadline = time.monotonic() + timeout_s
-        detail = "no answer"
+    def wait_until_ready(self) -> None:
+        """Returns when /ready says so."""
+        self._wait_for("/ready", lambda: self._get("/ready").status_code == 200)
+
+    def registered_nodes(self) -> dict[str, int]:
+        """How many nodes of each kind the router knows."""
+        counts = read_metrics(self._get("/metrics").text).by_label("moemesh_nodes", "kind")
+        return {kind: int(count) for kind, count in counts.items()}
+
+    def _get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=5, trust_env=False)
+
+    def _wait_for(self, what: str, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        seen = "no"
         while time.monotonic() < deadline:
             try:
-                response = httpx.get(f"{self.url}/ready", timeout=5, trust_env=False)
-                detail = response.text
-                if response.status_code == 200:
+                if holds():
                     return
             except httpx.HTTPError as error:
-                detail = repr(error)
+                seen = repr(error)
             time.sleep(0.2)
-        raise AssertionError(f"not ready after {timeout_s:.0f} s: {detail}\n{self.logs()}")
+        raise AssertionError(f"{what}: {seen} after {READY_TIMEOUT_S:.0f} s\n{self.logs()}")
 
     def logs(self, lines: int = 40) -> str:
         """The last lines of every container."""
         return self.compose("logs", "--no-color", "--tail", str(lines))
 
-    def exit_codes(self) -> dict[str, int]:
-        """Of all containers that have ended, by name."""
-        rows = self.compose("ps", "--all", "--format", "json").splitlines()
-        containers = [json.loads(row) for row in rows if row]
-        return {row["Name"]: int(row["ExitCode"]) for row in containers if row["State"] == "exited"}
+    def exit_codes_since(self, started_s: float) -> dict[str, int]:
+        """Of the containers that ended since then (seconds of the epoch), by name; 137 is one that had to be killed."""
+        command = ["docker", "events", "--since", f"{started_s:.3f}", "--until", f"{time.time():.3f}"]
+        command += ["--filter", "event=die", "--filter", f"label=com.docker.compose.project={self.project}"]
+        command += ["--format", "{{.Actor.Attributes.name}} {{.Actor.Attributes.exitCode}}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_TIMEOUT_S)
+        rows = result.stdout.splitlines()
+        return {name: int(code) for name, code in (row.split() for row in rows)}
+
+    def take_down(self) -> None:
+        """Containers, network and volumes go."""
+        self.compose("down", "--volumes", "--remove-orphans")
+
+    def leftovers(self) -> list[str]:
+        """What Docker still has of this project: containers, volumes, networks."""
+        found: list[str] = []
+        for listing in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
+            command = ["docker", *listing, "--quiet", "--filter", f"label=com.docker.compose.project={self.project}"]
+            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_TIMEOUT_S)
+            found += result.stdout.split()
+        return found
 
 
 @contextmanager
@@ -90,7 +118,7 @@ def compose_mesh() -> Iterator[ComposeMesh]:
         mesh.wait_until_ready()
         yield mesh
     finally:
-        mesh.compose("down", "--volumes", "--remove-orphans")
+        mesh.take_down()
 
 
 def _free_port() -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -111,39 +111,42 @@ def test_doubling_while_requests_run_fails_none_and_changes_none(
 ) -> None:
     with requests_running(client) as (answers, failures):
         mesh.scale(stage=4, expert=4)
-        mesh.wait_until_ready()
-    assert (mesh.running("stage"), mesh.running("expert")) == (4, 4)
     assert failures == []
-    assert set(answers) == {first_answer}
+    assert answers
+    assert all(answer == first_answer for answer in answers)
     assert client.ask(GREEDY) == first_answer
 
 
 def test_halving_while_requests_run_hangs_none_and_changes_none(
     mesh: ComposeMesh, client: MeshClient, first_answer: Answer
 ) -> None:
+    started_s = time.time()
     with requests_running(client) as (answers, failures):
         mesh.scale(stage=2, expert=2)
-        mesh.wait_until_ready()
-    assert (mesh.running("stage"), mesh.running("expert")) == (2, 2)
-    assert set(answers) == {first_answer}
+    assert set(mesh.exit_codes_since(started_s).values()) == {0}
+    assert answers
+    assert all(answer == first_answer for answer in answers)
     assert client.ask(GREEDY) == first_answer
     # Until failover exists a node that goes may fail what it was computing, with a clear error.
     assert all(failure.startswith(("500", "503", "504")) for failure in failures), failures
 
 
+def test_nodes_told_to_stop_while_they_start_stop(mesh: ComposeMesh, client: MeshClient, first_answer: Answer) -> None:
+    started_s = time.time()
+    mesh.compose("up", "-d", "--no-build", "--scale", "stage=3", "--scale", "expert=3")
+    mesh.scale(stage=2, expert=2)
+    assert set(mesh.exit_codes_since(started_s).values()) == {0}
+    assert client.ask(GREEDY) == first_answer
+
+
 def test_stopping_ends_every_process_by_itself(mesh: ComposeMesh) -> None:
+    started_s = time.time()
     mesh.compose("stop")
-    assert set(mesh.exit_codes().values()) == {0}
+    codes = mesh.exit_codes_since(started_s)
+    assert len(codes) == 5
+    assert set(codes.values()) == {0}
 
 
-def test_nothing_is_left_behind() -> None:
-    with compose_mesh() as short:
-        project = short.project
-    listed = subprocess.run(
-        ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={project}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert listed.stdout == ""
+def test_taking_it_down_leaves_nothing_behind(mesh: ComposeMesh) -> None:
+    mesh.take_down()
+    assert mesh.leftovers() == []

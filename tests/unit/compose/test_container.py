@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,21 @@ def test_a_served_name_that_was_given_wins() -> None:
 
 
 def test_a_container_becomes_the_process_with_the_changed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[str, list[str], dict[str, str]]] = []
+    started: list[tuple[str, str]] = []
 
-    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
-        started.append((path, arguments, environment))
-        raise SystemExit(0)
+    def run_module(name: str, run_name: str, alter_sys: bool) -> None:
+        started.append((name, os.environ["MODEL"]))
 
-    monkeypatch.setattr("os.execve", execve)
-    monkeypatch.setenv("MODEL", "/data/mixtral")
-    with pytest.raises(SystemExit):
-        main(["services.stage"])
-    ((path, arguments, environment),) = started
-    assert (path, arguments[1:]) == (sys.executable, ["-m", "services.stage"])
-    assert environment["MODEL"] == "/checkpoint"
+    monkeypatch.setattr("runpy.run_module", run_module)
+    monkeypatch.setattr("os.environ", {"MODEL": "/data/mixtral"})
+    monkeypatch.setattr("sys.argv", ["container"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["services.stage"]) == 0
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started == [("services.stage", "/checkpoint")]
 
 
 def test_a_directory_without_a_config_is_refused_with_a_sentence(
