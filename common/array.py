@@ -21,7 +21,7 @@ def array_to_frame(array: npt.NDArray[Any]) -> TensorFrame:
     """A frame over the array's own memory: do not write to it until it is sent."""
     contiguous = np.ascontiguousarray(array)
     data = contiguous.reshape(-1).view(np.uint8).data if contiguous.size else b""
-    return TensorFrame(str(contiguous.dtype), contiguous.shape, data)
+    return TensorFrame(str(contiguous.dtype), array.shape, data)  # numpy makes a contiguous scalar one of shape [1]
 
 
 def frame_to_array(frame: TensorFrame, dtype: str, shape: tuple[int | None, ...], name: str) -> npt.NDArray[Any]:

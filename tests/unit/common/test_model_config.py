@@ -54,7 +54,7 @@ def saved(config: Any, directory: Path) -> dict[str, Any]:
     ids=str,
 )
 def test_mixtral_as_transformers_writes_it(options: dict[str, Any], tmp_path: Path) -> None:
-    config = MixtralConfig(**(MIXTRAL | options))
+    config: Any = MixtralConfig(**(MIXTRAL | options))
     read = parse_model_config(saved(config, tmp_path))
     assert read == read_model_config(tmp_path)
     assert read.num_layers == config.num_hidden_layers
@@ -87,7 +87,7 @@ def test_mixtral_as_transformers_writes_it(options: dict[str, Any], tmp_path: Pa
     ids=str,
 )
 def test_qwen3_moe_as_transformers_writes_it(options: dict[str, Any], tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(**(QWEN3 | options))
+    config: Any = Qwen3MoeConfig(**(QWEN3 | options))
     read = parse_model_config(saved(config, tmp_path))
     assert read.num_experts == config.num_experts
     assert read.expert_intermediate_size == config.moe_intermediate_size

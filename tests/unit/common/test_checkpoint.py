@@ -1,0 +1,202 @@
+"""A checkpoint directory: found, read, and where it is damaged, refused by the name of the file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from common.checkpoint import StoredTensor, fingerprint, read_tensor_index, resolve_model
+from common.errors import CheckpointError, ConfigurationError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """Two files and an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, directory / "one.safetensors")
+    save_file({"c": torch.ones(5, 1)}, directory / "two.safetensors", metadata={"format": "pt"})
+    weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def write_header(file: Path, header: Any, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_every_tensor_is_found_in_its_file_with_its_shape(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    assert read_tensor_index(directory) == {
+        "a": StoredTensor(directory / "one.safetensors", (2, 3), "F32"),
+        "b": StoredTensor(directory / "one.safetensors", (4,), "BF16"),
+        "c": StoredTensor(directory / "two.safetensors", (5, 1), "F32"),
+    }
+
+
+def test_without_an_index_all_files_of_the_folder_count(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / INDEX).unlink()
+    assert sorted(read_tensor_index(directory)) == ["a", "b", "c"]
+
+
+def test_a_file_that_the_index_names_and_is_missing_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "two.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is named in .*index\.json and missing"):
+        read_tensor_index(directory)
+
+
+def test_a_file_that_the_index_does_not_name_is_not_read(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "stray.safetensors").write_bytes(b"damaged")
+    assert sorted(read_tensor_index(directory)) == ["a", "b", "c"]
+
+
+def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+        read_tensor_index(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    save_file({"a": torch.ones(1), "c": torch.ones(5, 1)}, directory / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor a is also in one\.safetensors"):
+        read_tensor_index(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "../../x", "a/../one.safetensors"]
+)
+def test_an_index_that_points_outside_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "inner")
+    write_checkpoint(tmp_path)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="outside the directory"):
+        read_tensor_index(directory)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 99_999])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_tensor_index(directory)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3, 8, 20, -1])
+def test_a_file_that_is_cut_off_is_named(kept_bytes: int, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    file = directory / "one.safetensors"
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(CheckpointError, match=r"one\.safetensors.*(too short|cut off)"):
+        read_tensor_index(directory)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {},
+        {"dtype": "F32", "shape": [1]},
+        {"dtype": 3, "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": None},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]},
+    ],
+    ids=str,
+)
+def test_a_damaged_entry_is_named_with_its_file(entry: Any, tmp_path: Path) -> None:
+    write_header(tmp_path / "x.safetensors", {"weird.name": entry}, bytes(4))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: entry weird\.name"):
+        read_tensor_index(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"[]", b"3", b"{", b"\xff\xfe", b"[" * 99_999])
+def test_a_header_that_is_no_json_object_is_refused(header: bytes, tmp_path: Path) -> None:
+    write_header(tmp_path / "x.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        read_tensor_index(tmp_path)
+
+
+def test_a_header_length_of_gigabytes_is_refused_without_reading_them(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", 40 << 30))
+        stream.truncate(50 << 30)  # sparse: takes no room on the disk
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_tensor_index(tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damaged_byte_is_a_checkpoint_error_or_changes_no_place(data: st.DataObject, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    file = directory / "one.safetensors"
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        read_tensor_index(directory)
+    except CheckpointError as error:
+        named = str(error)
+    else:
+        return
+    assert "one.safetensors" in named
+
+
+def test_equal_checkpoints_have_equal_fingerprints_wherever_they_are(tmp_path: Path) -> None:
+    first, second = write_checkpoint(tmp_path / "first"), write_checkpoint(tmp_path / "second")
+    assert fingerprint(first) == fingerprint(second)
+    (second / "config.json").write_text('{ "model_type":  "mixtral" }')
+    assert fingerprint(first) == fingerprint(second), "how the JSON is laid out means nothing"
+
+
+def test_another_config_another_byte_or_another_name_is_another_fingerprint(tmp_path: Path) -> None:
+    base = fingerprint(write_checkpoint(tmp_path / "base"))
+    other = write_checkpoint(tmp_path / "config")
+    (other / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    assert fingerprint(other) != base
+    other = write_checkpoint(tmp_path / "byte")
+    content = bytearray((other / "one.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "one.safetensors").write_bytes(content)
+    assert fingerprint(other) != base
+    other = write_checkpoint(tmp_path / "tensor")
+    save_file({"d": torch.ones(5, 1)}, other / "two.safetensors", metadata={"format": "pt"})
+    assert fingerprint(other) != base
+
+
+def test_a_checkpoint_without_config_has_no_fingerprint(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        fingerprint(directory)
+
+
+def test_a_directory_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve_model("~/model") == (tmp_path / "model").resolve()
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere", "nowhere", "a/b/c"])
+def test_what_is_neither_a_directory_nor_a_hub_name_is_named(model: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"MODEL={model}: no such directory"):
+        resolve_model(model)

@@ -1,0 +1,95 @@
+"""Settings: each wrong variable is named, with what would be right."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from common.config import Settings, read_settings
+from common.errors import ConfigurationError
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("MODEL", "somewhere")
+
+
+def test_defaults_are_those_of_the_readme() -> None:
+    settings = read_settings()
+    assert (settings.host, settings.port, settings.pp, settings.experts, settings.copies) == (
+        "127.0.0.1",
+        8000,
+        2,
+        2,
+        2,
+    )
+    assert (settings.spares, settings.tp, settings.dtype, str(settings.state_dir)) == (0, 1, "auto", "state")
+
+
+def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, ""):
+        monkeypatch.delenv("MODEL") if value is None else monkeypatch.setenv("MODEL", value)
+        with pytest.raises(ConfigurationError, match="MODEL is not set"):
+            read_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "65536"),
+        ("PORT", "http"),
+        ("PP", "0"),
+        ("STAGES", "-1"),
+        ("SPARES", "-1"),
+        ("EXPERTS", "0"),
+        ("COPIES", "0"),
+        ("TP", "2"),
+        ("TP", "0"),
+        ("DTYPE", "float16"),
+        ("COMBINE", "sum"),
+        ("THREADS", "0"),
+        ("THREADS", "1.5"),
+        ("MAX_BATCH_TOKENS", "0"),
+        ("KV_CACHE_TOKENS", "63"),
+        ("PIPELINE_POLICY", "random"),
+        ("LOG_LEVEL", "loud"),
+        ("CAPACITY_BYTES", "1GB"),
+        ("STEP_DEADLINE_MS", "1"),
+        ("HEARTBEAT_INTERVAL_MS", "0"),
+    ],
+)
+def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"{name}='?{value}'?"):
+        read_settings()
+
+
+def test_all_wrong_variables_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PP", "none")
+    monkeypatch.setenv("COPIES", "0")
+    monkeypatch.delenv("MODEL")
+    with pytest.raises(ConfigurationError) as caught:
+        read_settings()
+    assert all(name in str(caught.value) for name in ("PP='none'", "COPIES='0'", "MODEL is not set"))
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose passes what mesh.env leaves empty."""
+    for name in ("PORT", "CONTROL", "DTYPE", "THREADS", "LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
+    assert read_settings() == Settings(model="somewhere")
+
+
+def test_stage_processes_are_what_one_pipeline_and_its_spares_need_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PP", "3")
+    monkeypatch.setenv("SPARES", "1")
+    assert read_settings().stage_processes == 4
+    monkeypatch.setenv("STAGES", "6")
+    assert read_settings().stage_processes == 6
+
+
+def test_settings_are_left_alone_once_read() -> None:
+    with pytest.raises(ValidationError):
+        read_settings().pp = 3  # type: ignore[misc]
