@@ -36,7 +36,7 @@ class GatedExpert:
             self._layers = [PackedLinear(weight, kernels=None) for weight in (gate, up, down)]
         else:
             self._packed = [pack_weight(weight, self.kernels) for weight in (gate, up, down)]
-            # gate, up, down, F: the first fields of `struct Group` in kernels.cpp
+            # gate, up, down, F: the first fields of `struct Group` in native/gated_ffn.h
             self.group_fields = (*(weight.data_ptr() for weight in self._packed), self.expert_width)
 
     def by_torch(self, x: Tensor) -> Tensor:

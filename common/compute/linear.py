@@ -17,7 +17,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _LinearDescriptor(ctypes.Structure):
-    """`struct Linear` of kernels.cpp."""
+    """`struct Linear` of native/kernels.cpp."""
 
     _fields_ = (
         ("packed", ctypes.c_void_p),

@@ -148,8 +148,15 @@ def usable_instruction_sets(cpu_flags: frozenset[str]) -> list[InstructionSet]:
 
 def library_name(instruction_set: InstructionSet) -> str:
     """The file name of a prebuilt variant; the hash of the source keeps a stale one from being loaded."""
-    source_hash = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    return f"kernels-{instruction_set.name}-{source_hash}.so"
+    return f"kernels-{instruction_set.name}-{source_hash()[:12]}.so"
+
+
+def source_hash() -> str:
+    """Hex digest of kernels.cpp and of every header beside it."""
+    digest = hashlib.sha256()
+    for path in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def find_compiler(environment: Mapping[str, str]) -> str | None:
@@ -163,7 +170,7 @@ def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path)
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     key = hashlib.sha256(version)
     key.update(" ".join((compiler, *COMMON_FLAGS, *instruction_set.compiler_flags)).encode())
-    key.update(SOURCE.read_bytes())
+    key.update(source_hash().encode())
     path = folder / f"kernels-{instruction_set.name}-{key.hexdigest()[:16]}.so"
     if not path.is_file():
         # The processes of a mesh start together: one compiles, the others wait for it rather than all do the same.

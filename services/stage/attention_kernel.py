@@ -19,7 +19,7 @@ from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
 from services.stage.torch_attention import attention_by_torch
 
-KV_BLOCK_TOKENS = 32  # KV_BLOCK in kernels.cpp
+KV_BLOCK_TOKENS = 32  # KV_BLOCK in common/compute/native/vectors.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class LayerKvCache:
 
 
 class _AttentionDescriptor(ctypes.Structure):
-    """`struct Attention` of kernels.cpp."""
+    """`struct Attention` of common/compute/native/attention.h."""
 
     _fields_ = (
         *(

@@ -1,0 +1,220 @@
+// Causal attention over a paged KV cache, as an online softmax over its blocks in position order; and filling them.
+
+#pragma once
+
+#include "threads.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int BLOCK_ROWS = 24;  // (token, head) rows that share a KV head and go over its tiles together
+
+struct Attention {  // mirrored by _AttentionDescriptor in services/stage/attention_kernel.py
+    const void* query;          // [T, H, d]
+    const void* keys;           // [blocks, Hkv, d, 32]
+    const void* values;         // [blocks, Hkv, 32, d]
+    const int32_t* tables;      // [S, max_blocks]
+    const int32_t* sequences;   // [T], a row of tables
+    const int32_t* positions;   // [T]
+    void* output;               // [T, H, d]
+    int64_t tokens, heads, kv_heads, width, max_blocks, window, threads;
+    double scale;
+};
+
+thread_local Buffer attention_buffer;
+
+// out[r] = out[r] * corrections[r] + sum over keys [begin, end) of weights[r][key] * values[key], keys ascending.
+template <int ROWS, int VECTORS, class Cached>
+INLINE void weigh_tile(float* out, int64_t out_stride, const float* weights, const float* corrections,
+                       const Cached* values, int64_t v_stride, int begin, int end) {
+    vf acc[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            acc[r][v] = load(out + r * out_stride + v * LANES);
+            if (corrections) acc[r][v] = acc[r][v] * all(corrections[r]);
+        }
+    accumulate<ROWS, VECTORS>(acc, weights, KV_BLOCK, values, v_stride, begin, end);
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) store(out + r * out_stride + v * LANES, acc[r][v]);
+}
+
+struct Rows {  // of one call to attend_rows: what the fold over tiles carries, and this tile's part of it
+    int count;
+    float *query, *out, *scores;
+    float maxima[BLOCK_ROWS], sums[BLOCK_ROWS], corrections[BLOCK_ROWS];
+    int begin[BLOCK_ROWS], end[BLOCK_ROWS];  // the keys of this tile that the row sees; none where begin >= end
+};
+
+// scores[r] becomes the weights of the keys that row r sees; a row that sees none is left as it is.
+__attribute__((noinline)) void soften(Rows& rows, float scale) {
+    vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int r = 0; r < rows.count; r++) {
+        rows.corrections[r] = 1.0f;
+        if (rows.begin[r] >= rows.end[r]) continue;
+        float* row = rows.scores + r * KV_BLOCK;
+        vf score[KV_VECTORS];
+        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
+            vi key = lane + v * LANES, seen = (vi)(key >= rows.begin[r]) & (vi)(key < rows.end[r]);
+            score[v] = select(seen, load(row + v * LANES) * all(scale), all(-INFINITY));
+        }
+        float best = fold_max(score);
+        if (best > rows.maxima[r]) {  // otherwise the correction is exp(0), exactly 1
+            rows.corrections[r] = exp_of(all(rows.maxima[r] - best))[0];
+            rows.maxima[r] = best;
+        }
+        UNROLL for (int v = 0; v < KV_VECTORS; v++) {
+            score[v] = exp_of(score[v] - all(rows.maxima[r]));  // exactly 0 where not seen
+            store(row + v * LANES, score[v]);
+        }
+        rows.sums[r] = rows.sums[r] * rows.corrections[r] + fold_sum(score);
+    }
+}
+
+template <int VECTORS, class Cached>
+INLINE void weigh_values(const Rows& rows, int64_t column, const Cached* values, int64_t wide) {
+    float* out = rows.out + column;
+    const int low = *std::max_element(rows.begin, rows.begin + rows.count);
+    const int high = *std::min_element(rows.end, rows.end + rows.count);
+    // A key that a row does not see is left out, not weighed with 0: a freed slot may hold anything. So each row goes
+    // alone over the keys before those that all rows see, all go together over these, each alone over the rest.
+    const int alone_until = low < high ? low : KV_BLOCK;
+    for (int r = 0; r < rows.count; r++) {
+        const int end = std::min(alone_until, rows.end[r]);
+        if (rows.begin[r] < end)
+            weigh_tile<1, VECTORS>(out + r * wide, wide, rows.scores + r * KV_BLOCK, rows.corrections + r, values, wide,
+                                   rows.begin[r], end);
+    }
+    if (low >= high) return;
+    in_row_tiles<TILE_ROWS>(rows.count, [&](auto size, int64_t first) {
+        constexpr int ROWS = decltype(size)::value;
+        float corrections[ROWS];  // what went alone before has been corrected
+        for (int r = 0; r < ROWS; r++)
+            corrections[r] = rows.begin[first + r] < low ? 1.0f : rows.corrections[first + r];
+        weigh_tile<ROWS, VECTORS>(out + first * wide, wide, rows.scores + first * KV_BLOCK, corrections, values, wide,
+                                  low, high);
+    });
+    for (int r = 0; r < rows.count; r++)
+        if (rows.end[r] > high)
+            weigh_tile<1, VECTORS>(out + r * wide, wide, rows.scores + r * KV_BLOCK, nullptr, values, wide, high,
+                                   rows.end[r]);
+}
+
+// One tile: keys [width][32], values [32][wide].
+template <class Cached>
+__attribute__((noinline)) void attend_tile(Rows& rows, const Cached* keys, const Cached* values, int64_t width,
+                                           int64_t wide, float scale) {
+    in_row_tiles<SCORE_ROWS>(rows.count, [&](auto size, int64_t first) {
+        constexpr int ROWS = decltype(size)::value;
+        vf acc[ROWS][KV_VECTORS] = {};
+        accumulate<ROWS, KV_VECTORS>(acc, rows.query + first * width, width, keys, KV_BLOCK, 0, width);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int v = 0; v < KV_VECTORS; v++)
+                store(rows.scores + (first + r) * KV_BLOCK + v * LANES, acc[r][v]);
+    });
+    soften(rows, scale);
+    int64_t column = 0;
+    for (; column + PANEL <= wide; column += PANEL) weigh_values<PANEL_VECTORS>(rows, column, values + column, wide);
+    for (; column < wide; column += LANES) weigh_values<1>(rows, column, values + column, wide);
+}
+
+struct Part {  // at most BLOCK_ROWS (token, head) rows that share a sequence and a KV head
+    int64_t first_token, first_row, kv_head;
+    int rows;
+};
+
+template <class T> void attend_rows(const Attention& a, const Part& part) {
+    const int64_t width = a.width, wide = padded(width, LANES), group = a.heads / a.kv_heads;
+    const int count = part.rows;
+    const int64_t tile_values = KV_BLOCK * width, query_values = padded(BLOCK_ROWS * width, LANES);
+    float* memory = attention_buffer.of<float>(query_values + BLOCK_ROWS * (wide + KV_BLOCK) + tile_values +
+                                               KV_BLOCK * wide);
+    Rows rows;
+    rows.count = count;
+    rows.query = memory;
+    rows.out = rows.query + query_values;
+    rows.scores = rows.out + BLOCK_ROWS * wide;
+    float *keys = rows.scores + BLOCK_ROWS * KV_BLOCK, *values = keys + tile_values;
+    int64_t positions[BLOCK_ROWS], starts[BLOCK_ROWS], at_output[BLOCK_ROWS];
+    int64_t first_tile = INT64_MAX, last_tile = 0;
+    for (int r = 0; r < count; r++) {
+        int64_t token = part.first_token + (part.first_row + r) / group;
+        int64_t head = part.kv_head * group + (part.first_row + r) % group;
+        positions[r] = a.positions[token];
+        starts[r] = a.window > 0 ? std::max<int64_t>(0, positions[r] - a.window + 1) : 0;
+        first_tile = std::min(first_tile, starts[r] / KV_BLOCK);
+        last_tile = std::max(last_tile, positions[r] / KV_BLOCK);
+        at_output[r] = (token * a.heads + head) * width;
+        const T* from = (const T*)a.query + at_output[r];
+        for (int64_t i = 0; i < width; i++) rows.query[r * width + i] = float_of(from[i]);
+        rows.maxima[r] = -INFINITY;
+        rows.sums[r] = 0;
+    }
+    memset(rows.out, 0, count * wide * sizeof(float));
+    const int32_t* table = a.tables + a.sequences[part.first_token] * a.max_blocks;
+    for (int64_t t = first_tile; t <= last_tile; t++) {
+        for (int r = 0; r < count; r++) {
+            rows.begin[r] = (int)std::min<int64_t>(KV_BLOCK, std::max<int64_t>(0, starts[r] - t * KV_BLOCK));
+            rows.end[r] = (int)std::max<int64_t>(0, std::min<int64_t>(KV_BLOCK, positions[r] - t * KV_BLOCK + 1));
+        }
+        const int64_t at = ((int64_t)table[t] * a.kv_heads + part.kv_head) * tile_values;
+        const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
+        // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
+        const float scale = (float)a.scale;
+        const bool pad = wide != width, widen = sizeof(T) != sizeof(float) && (pad || count > SCORE_ROWS);
+        if (widen)
+            for (int64_t i = 0; i < tile_values; i += LANES) store(keys + i, load(key_tile + i));
+        if (pad)
+            for (int64_t j = 0; j < KV_BLOCK; j++)
+                for (int64_t i = 0; i < wide; i += LANES)
+                    store(values + j * wide + i, take(value_tile + j * width + i, width - i));
+        else if (widen)
+            for (int64_t i = 0; i < tile_values; i += LANES) store(values + i, load(value_tile + i));
+        if (widen) attend_tile<float>(rows, keys, values, width, wide, scale);
+        else if (pad) attend_tile<float>(rows, (const float*)key_tile, values, width, wide, scale);  // T is float
+        else attend_tile<T>(rows, key_tile, value_tile, width, wide, scale);
+    }
+    for (int r = 0; r < count; r++) {
+        T* to = (T*)a.output + at_output[r];
+        vf inverse = all(1.0f / rows.sums[r]);
+        for (int64_t i = 0; i < width; i += LANES) {
+            put(to + i, load(rows.out + r * wide + i) * inverse, width - i);
+        }
+    }
+}
+
+template <class T> void attention(const Attention& a) {
+    static thread_local std::vector<Part> parts;
+    parts.clear();
+    const int64_t group = a.heads / a.kv_heads;
+    double keys_seen = 0;
+    for (int64_t t = 0; t < a.tokens; t++)
+        keys_seen += (double)(a.window > 0 ? std::min<int64_t>(a.window, a.positions[t] + 1) : a.positions[t] + 1);
+    const int64_t threads = worth(a.threads, 2 * keys_seen * (double)(a.heads * a.width));
+    for (int64_t first = 0, last; first < a.tokens; first = last) {
+        for (last = first + 1; last < a.tokens && a.sequences[last] == a.sequences[first];) last++;
+        const int64_t rows = (last - first) * group;
+        for (int64_t head = 0; head < a.kv_heads; head++)
+            for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
+                parts.push_back({first, row, head, (int)std::min<int64_t>(BLOCK_ROWS, rows - row)});
+    }
+    const Part* all_parts = parts.data();
+    share(threads, (int64_t)parts.size(), [&](int64_t p) { attend_rows<T>(a, all_parts[p]); });
+}
+
+template <class T>
+void write_rows(const T* key, int64_t key_stride, const T* value, int64_t value_stride, T* keys, T* values,
+                const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t width) {
+    for (int64_t t = 0; t < tokens; t++) {
+        if (slots[t] < 0) continue;
+        int64_t block = slots[t] / KV_BLOCK, offset = slots[t] % KV_BLOCK;
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const T *k = key + t * key_stride + h * width, *v = value + t * value_stride + h * width;
+            int64_t at = (block * kv_heads + h) * width * KV_BLOCK;
+            for (int64_t i = 0; i < width; i++) keys[at + i * KV_BLOCK + offset] = k[i];
+            memcpy(values + at + offset * width, v, width * sizeof(T));
+        }
+    }
+}
+
+}  // namespace
