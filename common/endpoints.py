@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token
 def ipc_folder(state_dir: Path) -> Path:
     """Folder for socket files of one mesh: in its state folder, or, where that path is too long, a short stand-in."""
     folder = state_dir.resolve() / "ipc"
-    if len(str(folder)) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES:
+    if len(os.fsencode(folder)) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES:
         digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"moemesh-{digest}"
     return folder

@@ -9,7 +9,9 @@ import structlog
 
 
 def configure_log(service: str, level: str) -> structlog.stdlib.BoundLogger:
-    """Set up logging of this process; the logger to pass around."""
+    """Set up logging of this process; the logger to pass around. A level that does not exist is taken for `info`: the
+    settings that are read next name it."""
+    threshold = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     structlog.configure(
         processors=[
@@ -18,7 +20,7 @@ def configure_log(service: str, level: str) -> structlog.stdlib.BoundLogger:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )

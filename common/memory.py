@@ -15,7 +15,13 @@ def offered_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/s
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    limit, used, parts = (cgroup / name for name in ("memory.max", "memory.current", "memory.stat"))
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+        # Cached files count as used there, checkpoints above all; the kernel gives their memory to whoever asks.
+        reclaimable = _entry(parts.read_text(), "inactive_file") if parts.exists() else 0
+        available = min(available, int(text) - int(used.read_text()) + reclaimable)
     return int(max(0, available) * _OFFERED_SHARE)
+
+
+def _entry(text: str, name: str) -> int:
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0)

@@ -92,4 +92,4 @@ def test_stage_processes_are_what_one_pipeline_and_its_spares_need_unless_said(m
 
 def test_settings_are_left_alone_once_read() -> None:
     with pytest.raises(ValidationError):
-        read_settings().pp = 3  # type: ignore[misc]
+        read_settings().pp = 3

@@ -1,0 +1,43 @@
+"""Which address of a peer is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.endpoints import choose_endpoint, ipc_folder, ipc_token
+from common.errors import ConfigurationError
+
+BOTH = ("ipc:///state/ipc/x", "tcp://10.0.0.2:4000")
+
+
+def test_ipc_only_where_both_prove_that_they_share_a_folder() -> None:
+    assert choose_endpoint(BOTH, "token", "token") == BOTH[0]
+    assert choose_endpoint(BOTH, "token", "other") == BOTH[1]
+    assert choose_endpoint(BOTH, "", "") == BOTH[1], "two that have no proof prove nothing"
+
+
+@pytest.mark.parametrize("endpoints", [(), ("ipc:///x",), ("udp://1.2.3.4:5",), ("",)])
+def test_a_peer_that_cannot_be_reached_is_a_sentence(endpoints: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigurationError, match="tcp"):
+        choose_endpoint(endpoints, "token", "other")
+
+
+def test_a_token_is_of_one_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert ipc_token(tmp_path / "a") == ipc_token(tmp_path / "link")
+    assert ipc_token(tmp_path / "a") != ipc_token(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["state", "s" * 90, "ä" * 60, "s" * 200])
+def test_socket_paths_fit_their_108_bytes(name: str, tmp_path: Path) -> None:
+    folder = ipc_folder(Path("/") / name)
+    assert len(bytes(folder / "expert-0123456789abcdef-lifeline")) < 108
+    assert ipc_folder(Path("/") / name) == folder, "all processes of a mesh find the same"
+
+
+def test_two_meshes_with_long_paths_have_folders_of_their_own() -> None:
+    assert ipc_folder(Path("/") / ("s" * 200)) != ipc_folder(Path("/") / ("t" * 200))

@@ -1,0 +1,50 @@
+"""What a node may offer: what is free, within the container that it is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.memory import offered_bytes
+
+MIB = 1 << 20
+
+
+def meminfo(folder: Path, available_mib: int) -> Path:
+    path = folder / "meminfo"
+    path.write_text(f"MemTotal:  {4 * available_mib * 1024} kB\nMemAvailable:  {available_mib * 1024} kB\n")
+    return path
+
+
+def cgroup(folder: Path, limit: str, used_mib: int, cached_mib: int | None = None) -> Path:
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used_mib * MIB}\n")
+    if cached_mib is not None:
+        (folder / "memory.stat").write_text(f"anon 5\nfile 1\ninactive_file {cached_mib * MIB}\nactive_file 7\n")
+    return folder
+
+
+def test_without_a_container_four_fifths_of_what_is_available_are_offered(tmp_path: Path) -> None:
+    assert offered_bytes(meminfo(tmp_path, 1000), tmp_path / "none") == int(800 * MIB)
+    assert offered_bytes(meminfo(tmp_path, 1000), cgroup(tmp_path, "max", 990)) == int(800 * MIB)
+
+
+def test_a_container_offers_no_more_than_is_left_of_its_limit(tmp_path: Path) -> None:
+    assert offered_bytes(meminfo(tmp_path, 1000), cgroup(tmp_path, str(600 * MIB), 100)) == int(400 * MIB)
+    assert offered_bytes(meminfo(tmp_path, 100), cgroup(tmp_path, str(600 * MIB), 100)) == int(80 * MIB)
+
+
+def test_cached_files_of_a_container_are_free_memory(tmp_path: Path) -> None:
+    """Else a node that starts again beside a warm checkpoint would offer nothing."""
+    assert offered_bytes(meminfo(tmp_path, 1000), cgroup(tmp_path, str(600 * MIB), 600, 500)) == int(400 * MIB)
+
+
+def test_a_container_over_its_limit_offers_nothing(tmp_path: Path) -> None:
+    assert offered_bytes(meminfo(tmp_path, 1000), cgroup(tmp_path, str(100 * MIB), 200)) == 0
+
+
+def test_where_nothing_can_be_read_something_is_offered(tmp_path: Path) -> None:
+    assert offered_bytes(tmp_path / "none", tmp_path / "none") > 0
+
+
+def test_this_machine_has_memory() -> None:
+    assert offered_bytes() > 0
