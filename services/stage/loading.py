@@ -40,6 +40,7 @@ def load_stage(
         embedding=weights.tensor("model.embed_tokens.weight", vocabulary_shape) if role.is_first else None,
         final_norm=final_norm,
         lm_head=lm_head,
+        kernels=kernels,
     )
 
 

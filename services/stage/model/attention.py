@@ -12,10 +12,9 @@ from torch import Tensor
 
 from common.compute.linear import PackedLinear
 from common.compute.native_library import NativeKernels
+from common.compute.rotary import apply_rotary
 from services.stage.attention_kernel import LayerKvCache, paged_attention, write_kv
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.norm import rms_norm
-from services.stage.model.rope import rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,13 @@ class Attention:
         num_tokens = x.shape[0]
         rotated_heads = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(num_tokens, rotated_heads + self.num_kv_heads, self.head_dim)
-        query_key = heads[:, :rotated_heads]
-        if self.query_key_norm is not None:
-            query_key = rms_norm(query_key, self.query_key_norm, self.rms_norm_eps)
-        query_key = rotate(query_key, *rotary)
+        query_key = apply_rotary(
+            heads[:, :rotated_heads],
+            *rotary,
+            norm_weight=self.query_key_norm,
+            epsilon=self.rms_norm_eps,
+            kernels=self.kernels,
+        )
         query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
         write_kv(key, heads[:, rotated_heads:], cache, batch.slots, kernels=self.kernels)
         attended = paged_attention(

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.linear import PackedLinear
+from common.compute.native_library import NativeKernels
+from common.compute.rms_norm import add_rms_norm, rms_norm
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
 from services.stage.model.attention import Attention
 from services.stage.model.gate import Gate
-from services.stage.model.norm import rms_norm
 from services.stage.model.rope import RotaryTable
 
 
@@ -61,23 +62,32 @@ class StageModel:
     final_norm: Tensor | None
     lm_head: PackedLinear | None
     """On the last stage."""
+    kernels: NativeKernels | None
 
     def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
         """Hidden states of a micro-batch after this stage's layers."""
         x = batch.hidden if self.embedding is None else self.embedding[batch.hidden]
         rotary = self.rotary.rows(batch.positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = x + layer.attention(rms_norm(x, layer.input_norm, self.rms_norm_eps), batch, rotary, cache)
-            normed = rms_norm(x, layer.post_attention_norm, self.rms_norm_eps)
+        normed = rms_norm(x, self.layers[0].input_norm, self.rms_norm_eps, kernels=self.kernels)
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), start=1):
+            attended = layer.attention(normed, batch, rotary, cache)
+            x, normed = self._add_norm(x, attended, layer.post_attention_norm)
             if isinstance(layer.feed_forward, Gate):
                 experts, weights = layer.feed_forward(normed)
-                x = x + (yield ExpertCall(layer.index, normed, experts, weights))
+                fed = yield ExpertCall(layer.index, normed, experts, weights)
             else:
-                x = x + grouped_gated_ffn(normed, (0, normed.shape[0]), (layer.feed_forward,))
-        return x
+                fed = grouped_gated_ffn(normed, (0, normed.shape[0]), (layer.feed_forward,))
+            if number == len(self.layers):
+                return x + fed
+            x, normed = self._add_norm(x, fed, self.layers[number].input_norm)
+        raise AssertionError("a stage has at least one layer")
+
+    def _add_norm(self, residual: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with x added, and its norm, in one pass over memory."""
+        return add_rms_norm(residual, x, weight, self.rms_norm_eps, kernels=self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, D] of the rows that sample -> [S, V]; on the last stage only."""
         assert self.final_norm is not None, "only the last stage has it"
         assert self.lm_head is not None, "only the last stage has it"
-        return self.lm_head(rms_norm(hidden, self.final_norm, self.rms_norm_eps))
+        return self.lm_head(rms_norm(hidden, self.final_norm, self.rms_norm_eps, kernels=self.kernels))

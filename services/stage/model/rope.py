@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864): a table of cos and sin rows, and the rotation.
+"""Rotary position embedding (Su et al., arXiv 2104.09864): a table of cos and sin rows.
 
 P positions, N head width.
 """
@@ -64,14 +64,9 @@ class RotaryTable:
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequencies(config, head_dim)
         cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
         self.cos = torch.cat((cos, cos), dim=-1).to(dtype)
-        # The sign of rotate_half is folded in: x * cos + swap_halves(x) * sin.
+        # The sign of rotate_half is folded in: a head turns into x * cos + swap_halves(x) * signed_sin.
         self.signed_sin = torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, 1, N] for positions [T]."""
-        return self.cos[positions].unsqueeze(1), self.signed_sin[positions].unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotate heads x [T, H, N]. Separate multiply and add: a fused one may round differently in a vector's tail."""
-    return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * signed_sin
+        """cos and signed sin [T, N] for positions [T]."""
+        return self.cos[positions], self.signed_sin[positions]
