@@ -1,0 +1,173 @@
+"""The supervisor: who is started, when what dies is started again, and how it ends. No process is started here."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigurationError, NodeLostError
+from common.supervisor import MAX_RESTART_DELAY_S, RESTART_DELAY_S, STEADY_S, LocalMesh
+
+
+class FakeProcess:
+    """What Popen would have started."""
+
+    started: list[FakeProcess]
+
+    def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
+        self.module, self.environment, self.options = command[-1], env, options
+        self.pid = 1000 + len(self.started)
+        self.returncode: int | None = None
+        self.signals: list[int] = []
+        self.hears_signals = True
+        self.started.append(self)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.hears_signals and signal.SIGTERM in self.signals:
+            self.returncode = 0
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.module, timeout or 0.0)
+        return self.returncode
+
+    def kill(self) -> None:
+        self.signals.append(signal.SIGKILL)
+        self.returncode = -signal.SIGKILL
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
+    FakeProcess.started = []
+    monkeypatch.setattr(subprocess, "Popen", FakeProcess)
+    return FakeProcess.started
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def mesh(tmp_path: Path, clock: Clock, started: list[FakeProcess]) -> LocalMesh:
+    (tmp_path / "logs").mkdir()
+    return LocalMesh({"MODEL": "m", "THREADS": "3"}, tmp_path, clock)
+
+
+def test_a_process_gets_the_meshs_settings_over_its_own(
+    mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL", "another")
+    monkeypatch.setenv("HOST_LABEL", "kept")
+    mesh.add("stage", "stage-0")
+    (process,) = started
+    assert process.module == "services.stage"
+    assert process.environment["MODEL"] == "m"
+    assert process.environment["HOST_LABEL"] == "kept"
+    assert process.environment["STATE_DIR"] == str(mesh.state_dir)
+    assert process.options["start_new_session"], "Ctrl-C is the supervisor's"
+
+
+def test_a_name_is_taken_once(mesh: LocalMesh) -> None:
+    mesh.add("expert", "expert-0")
+    with pytest.raises(ConfigurationError, match="expert-0"):
+        mesh.add("expert", "expert-0")
+
+
+def test_a_steady_process_that_dies_is_started_at_once(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess]
+) -> None:
+    mesh.add("stage", "stage-0")
+    clock.now_s += STEADY_S + 1
+    started[0].returncode = -9
+    mesh._revive(mesh.children["stage-0"])
+    assert len(started) == 2
+    assert mesh.processes() == [("stage-0", started[1].pid)]
+
+
+def test_a_process_that_keeps_dying_is_started_less_and_less_often(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess]
+) -> None:
+    mesh.add("stage", "stage-0")
+    child = mesh.children["stage-0"]
+    waits_s: list[float] = []
+    while len(waits_s) < 9:
+        started[-1].returncode = 1
+        died_s, count = clock.now_s, len(started)
+        while len(started) == count:
+            mesh._revive(child)
+            clock.now_s += 0.05
+        waits_s.append(clock.now_s - died_s)
+    for wait_s, wanted_s in zip(waits_s, (RESTART_DELAY_S * 2**n for n in range(9)), strict=True):
+        assert wait_s == pytest.approx(min(wanted_s, MAX_RESTART_DELAY_S), abs=0.11)
+
+
+def test_one_that_was_steady_starts_counting_anew(mesh: LocalMesh, clock: Clock, started: list[FakeProcess]) -> None:
+    mesh.add("stage", "stage-0")
+    child = mesh.children["stage-0"]
+    child.failures_in_a_row = 5
+    clock.now_s += STEADY_S
+    started[-1].returncode = 1
+    mesh._revive(child)
+    assert child.failures_in_a_row == 0
+
+
+def test_a_process_that_refuses_to_start_is_quoted(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    mesh.add("router", "router-0")
+    mesh.logs("router-0").write_text('{"event": "x"}\nmoemesh router: PORT=99999 is wrong\n{"event": "y"}\n')
+    started[0].returncode = 1
+    with pytest.raises(NodeLostError, match="router-0 cannot start: moemesh router: PORT=99999 is wrong"):
+        mesh.wait_ready(10.0)
+
+
+def test_one_that_dies_three_times_in_a_row_is_hopeless(mesh: LocalMesh) -> None:
+    mesh.add("stage", "stage-0")
+    mesh.children["stage-0"].failures_in_a_row = 3
+    with pytest.raises(NodeLostError, match=r"stage-0 cannot start: \(it wrote no log\)"):
+        mesh.wait_ready(10.0)
+
+
+def test_nodes_end_before_the_router_so_that_they_can_say_goodbye(
+    mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def end(self: FakeProcess, number: int) -> None:
+        told.append(self.module)
+        self.returncode = 0
+
+    monkeypatch.setattr(FakeProcess, "send_signal", end)
+    for service, name in (("router", "router-0"), ("stage", "stage-0"), ("expert", "expert-0")):
+        mesh.add(service, name)
+    mesh.close()
+    assert list(dict.fromkeys(told)) == ["services.stage", "services.expert", "services.router"]
+
+
+def test_a_process_that_does_not_hear_is_killed(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    mesh.add("stage", "stage-0")
+    started[0].hears_signals = False
+    mesh.remove("stage-0", timeout_s=0.0)
+    assert started[0].signals == [signal.SIGTERM, signal.SIGCONT, signal.SIGKILL]
+    assert mesh.processes() == []
+
+
+def test_the_address_is_known_only_while_the_router_listens(mesh: LocalMesh) -> None:
+    with pytest.raises(NodeLostError, match="does not listen yet"):
+        _ = mesh.url
+    (mesh.state_dir / "http.url").write_text("http://127.0.0.1:8000\n")
+    assert mesh.url == "http://127.0.0.1:8000"
