@@ -67,6 +67,8 @@ class StageModel:
     def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
         """Hidden states of a micro-batch after this stage's layers."""
         x = batch.hidden if self.embedding is None else self.embedding[batch.hidden]
+        if not x.shape[0]:
+            return x  # the step only releases sequences
         rotary = self.rotary.rows(batch.positions)
         normed = rms_norm(x, self.layers[0].input_norm, self.rms_norm_eps, kernels=self.kernels)
         for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True), start=1):
