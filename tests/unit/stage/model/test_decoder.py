@@ -1,0 +1,105 @@
+"""One whole forward pass, layers, gates and experts, against transformers' own model on the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.support.checkpoints import (
+    MIXTRAL_SHARDED,
+    MIXTRAL_SLIDING_TIED,
+    QWEN3,
+    QWEN3_DENSE_LAYERS,
+    QWEN3_TIED_SHARDED_BF16,
+    QWEN3_YARN,
+    Recipe,
+    write_checkpoint,
+)
+from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.local_pipeline import Chunk, LocalPipeline
+
+__all__ = ["one_torch_thread"]
+RECIPES = (QWEN3, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SHARDED, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS, QWEN3_YARN)
+TOKENS = tuple((7 * position * position + 3 * position + 11) % 200 for position in range(70))
+Made = Callable[[Recipe], tuple[Path, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A recipe's checkpoint, and transformers' logits [70, V] in float32 for TOKENS."""
+    kept: dict[str, tuple[Path, Tensor]] = {}
+
+    def make(recipe: Recipe) -> tuple[Path, Tensor]:
+        if recipe.name not in kept:
+            directory = write_checkpoint(tmp_path_factory.mktemp("checkpoints") / recipe.name, recipe)
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            with torch.inference_mode():
+                kept[recipe.name] = directory, model(torch.tensor([TOKENS])).logits[0]
+        return kept[recipe.name]
+
+    return make
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_logits_are_those_of_transformers(recipe: Recipe, kernels: str, made: Made) -> None:
+    directory, wanted = made(recipe)
+    pipeline = LocalPipeline(directory, kernels=kernels_for(kernels))
+    assert difference(pipeline.logits([Chunk(1, TOKENS)]), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("recipe", [QWEN3, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS], ids=lambda recipe: recipe.name)
+def test_stages_chunks_nodes_and_batch_mates_change_no_bit(recipe: Recipe, made: Made) -> None:
+    directory, wanted = made(recipe)
+    kernels = kernels_for("native")
+    whole = LocalPipeline(directory, kernels=kernels).logits([Chunk(1, TOKENS)])
+    assert difference(whole, wanted) < 1e-4
+    pipeline = LocalPipeline(directory, pp=3, num_nodes=3, kernels=kernels)
+    others = TOKENS[::-1]
+    rows = [
+        pipeline.logits([Chunk(8, others[:5]), Chunk(1, TOKENS[:33])])[5:],
+        pipeline.logits([Chunk(1, TOKENS[33:34]), Chunk(9, others)])[:1],
+        pipeline.logits([Chunk(8, others[5:6]), Chunk(1, TOKENS[34:69]), Chunk(9, others[:1])])[1:-1],
+        pipeline.logits([Chunk(1, TOKENS[69:])]),
+    ]
+    assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize("combine", ["exact", "partial"])
+def test_sliced_experts_add_up_to_whole_ones(combine: str, made: Made) -> None:
+    directory, wanted = made(QWEN3)
+    pipeline = LocalPipeline(directory, num_slices=3, num_nodes=2, combine=combine, kernels=kernels_for("native"))
+    assert difference(pipeline.logits([Chunk(1, TOKENS)]), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+def test_a_step_that_only_releases_passes_through_every_stage(kernels: str, made: Made) -> None:
+    """Releases go in a step of their own when many wait and nothing runs; the stages must answer it."""
+    directory, _ = made(QWEN3)
+    pipeline = LocalPipeline(directory, pp=2, kernels=kernels_for(kernels))
+    pipeline.logits([Chunk(1, TOKENS[:5]), Chunk(2, TOKENS[:3])])
+    assert [len(tables) for tables in pipeline.tables] == [2, 2]
+    hidden = pipeline.hidden([], released=[1, 2])
+    assert hidden.shape == (0, QWEN3.width)
+    assert [len(tables) for tables in pipeline.tables] == [0, 0]
+    assert pipeline.models[-1].logits(hidden).shape[0] == 0
+
+
+def test_bfloat16_is_as_near_to_transformers_as_bfloat16_can_be(made: Made) -> None:
+    directory, wanted = made(QWEN3_TIED_SHARDED_BF16)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([TOKENS])).logits[0].float()
+    pipeline = LocalPipeline(directory, dtype=torch.bfloat16, kernels=kernels_for("native"))
+    ours = pipeline.logits([Chunk(1, TOKENS)]).float()
+    assert (ours - wanted).abs().mean() < 1.5 * (theirs - wanted).abs().mean()
