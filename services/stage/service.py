@@ -96,8 +96,7 @@ class StageService:
                     self._forget_steps()
                     self._answer_assignment(self._keeper.assign(message, header, self._dtype))
                 elif isinstance(message, Unassign):
-                    self._forget_steps()
-                    self._keeper.leave()
+                    self._unassign(message)
                 elif isinstance(message, PublishPlacement):
                     self._take_placement(message, now_s)
                 else:
@@ -117,6 +116,14 @@ class StageService:
             self._control.send(outcome.ready, outcome.header)
         elif isinstance(outcome, Refused):
             self._control.fail(outcome.error, outcome.header)
+
+    def _unassign(self, message: Unassign) -> None:
+        slot = self._keeper.slot
+        if slot is not None and slot.role.lease_term > message.lease_term:
+            self._dropped += 1  # of a lease before this one
+            return
+        self._forget_steps()
+        self._keeper.leave()
 
     def _forget_steps(self) -> None:
         self._experts.abandon()

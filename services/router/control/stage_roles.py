@@ -121,9 +121,9 @@ class StageRoles:
         actions: list[Action] = []
         for pipeline_id in [p for p in self._pipelines if p not in wanted]:
             actions += self._dissolve(pipeline_id)
-        for node_id in plan.spares:
-            if node_id in current.values():
-                actions.append(Tell(node_id, Unassign(0), Header()))
+        for slot, node_id in current.items():
+            if node_id in plan.spares:
+                actions.append(Tell(node_id, Unassign(self._lease_terms[slot]), Header()))
         for pipeline_id, holders in wanted.items():
             pipeline = self._pipelines.get(pipeline_id)
             if pipeline is None or pipeline.holders != tuple(holders):
