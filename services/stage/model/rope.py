@@ -54,7 +54,8 @@ def _yarn(config: RopeConfig, head_dim: int, exponents: Tensor) -> Tensor:
     ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     positional = config.theta**exponents
     extrapolated, interpolated = 1.0 / positional, 1.0 / (config.factor * positional)
-    return interpolated * ramp + extrapolated * (1 - ramp)
+    kept = 1 - ramp  # and 1 - kept is not always ramp: bit by bit as transformers has it
+    return interpolated * (1 - kept) + extrapolated * kept
 
 
 class RotaryTable:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from services.stage.micro_batch import SamplingColumns
 
+MIN_TEMPERATURE = 1e-30
+"""As good as greedy; less would make the logits infinite, and of infinite ones none is the best."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -64,7 +66,8 @@ def sample(logits: Tensor, columns: SamplingColumns) -> SampledTokens:
 
 def _draw(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> Tensor:
     """Token ids int64 of the given rows."""
-    scaled = logits[torch.from_numpy(rows)] / torch.from_numpy(columns.temperatures[rows].astype(np.float32))[:, None]
+    temperatures = np.maximum(columns.temperatures[rows], MIN_TEMPERATURE).astype(np.float32)
+    scaled = logits[torch.from_numpy(rows)] / torch.from_numpy(temperatures)[:, None]
     scaled = _filtered(scaled, columns.top_ks[rows], columns.top_ps[rows])
     noise = gumbel_noise(columns.seeds[rows], columns.choices[rows], columns.positions[rows], logits.shape[1])
     return torch.argmax(scaled.to(torch.float64) + torch.from_numpy(noise), dim=-1)
