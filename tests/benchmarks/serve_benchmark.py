@@ -34,6 +34,8 @@ from tests.support.process_table import process_size
 
 READY_WITHIN_S = 300
 WARM_UP_TOKENS = 8
+SETTLE_S = 0.75
+"""Nodes report their counts with every heartbeat, a few a second."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Plan:
     max_tokens: int
     prefill_tokens: tuple[int, ...]
     repeats: int
+    time_limit_s: float
+    """No repeat begins that would end after this; the first one always runs."""
     threads: int
     settings: dict[str, str]
     models_dir: Path
@@ -74,7 +78,8 @@ class MeshUnderTest:
         return timed
 
     def metrics(self) -> MetricsSnapshot:
-        """What the mesh has counted so far."""
+        """What the mesh has counted so far, once all nodes have reported it."""
+        time.sleep(SETTLE_S)
         return read_metrics(httpx.get(self.local.url + "/metrics", trust_env=False).text)
 
 
@@ -115,7 +120,7 @@ class _Level:
 
 def run_benchmark(plan: Plan) -> BenchmarkReport:
     """A and B in turn: each repeat has every level of the mesh and of transformers, so that drift meets both."""
-    machine = describe_machine()
+    machine, started_s = describe_machine(), time.monotonic()
     checkpoint = make_bench_model(plan.models_dir / f"{plan.model}-{plan.dtype}", plan.model, plan.dtype)
     source = PromptSource(SIZES[plan.model].vocabulary)
     levels = {concurrency: _Level([], [], [], []) for concurrency in plan.concurrencies}
@@ -125,14 +130,16 @@ def run_benchmark(plan: Plan) -> BenchmarkReport:
             warm_up = source.take(concurrency, plan.prompt_tokens)
             mesh.run_round(warm_up, WARM_UP_TOKENS)
             peer.run_round(warm_up, WARM_UP_TOKENS)
-        for repeat in range(plan.repeats):
+        num_repeats = 0
+        while num_repeats < plan.repeats and _is_time_left(plan, started_s, num_repeats):
+            num_repeats += 1
             for length, (mesh_s, peer_s) in prefills.items():
                 prompts = source.take(1, length)
                 mesh_s.append(_first_token_s(mesh.run_round(prompts, 1).streams))
                 peer_s.append(_first_token_s(peer.run_round(prompts, 1)))
             for concurrency, level in levels.items():
                 _run_level(plan, mesh, peer, source.take(concurrency, plan.prompt_tokens), level)
-                _print_progress(repeat, concurrency, level)
+                _print_progress(num_repeats, concurrency, level)
         processes = [
             ProcessReport(name, process_size(pid).resident_bytes, process_size(pid).private_bytes)
             for name, pid in mesh.local.processes()
@@ -145,12 +152,18 @@ def run_benchmark(plan: Plan) -> BenchmarkReport:
         settings=plan.settings,
         prompt_tokens=plan.prompt_tokens,
         max_tokens=plan.max_tokens,
-        repeats=plan.repeats,
+        repeats=num_repeats,
         peer_threads=plan.threads,
         levels=[_level_report(concurrency, level) for concurrency, level in levels.items()],
         prefills=[PrefillReport(length, median(ours), median(theirs)) for length, (ours, theirs) in prefills.items()],
         processes=processes,
     )
+
+
+def _is_time_left(plan: Plan, started_s: float, num_done: int) -> bool:
+    """Counts the start as part of every repeat, which errs on the short side."""
+    elapsed_s = time.monotonic() - started_s
+    return num_done == 0 or elapsed_s * (num_done + 1) / num_done < plan.time_limit_s
 
 
 def _run_level(
@@ -185,7 +198,7 @@ def _level_report(concurrency: int, level: _Level) -> LevelReport:
 def _print_progress(repeat: int, concurrency: int, level: _Level) -> None:
     ours, theirs = level.mesh[-1], level.peer[-1]
     print(
-        f"repeat {repeat + 1}, concurrency {concurrency:>2}: mesh {ours.steady_tokens_per_s:7.1f} tokens/s steady, "
+        f"repeat {repeat}, concurrency {concurrency:>2}: mesh {ours.steady_tokens_per_s:7.1f} tokens/s steady, "
         f"TTFT {ours.ttft_s * 1000:6.0f} ms | transformers {theirs.steady_tokens_per_s:7.1f}, "
         f"{theirs.ttft_s * 1000:6.0f} ms | client {level.client_cpu_shares[-1]:.1%} of a core",
         flush=True,
@@ -204,6 +217,7 @@ def parse_plan(arguments: Sequence[str] | None) -> Plan:
         "--prefill-tokens", type=int, nargs="*", default=[512, 2048], help="prompts timed by themselves"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--time-limit-s", type=float, default=540, help="begin no repeat that would end later")
     parser.add_argument("--threads", type=int, default=2, help="of transformers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the mesh")
     parser.add_argument("--models-dir", type=Path, default=Path(".moemesh/bench-models"))
@@ -219,6 +233,7 @@ def parse_plan(arguments: Sequence[str] | None) -> Plan:
         max_tokens=parsed.max_tokens,
         prefill_tokens=tuple(parsed.prefill_tokens),
         repeats=parsed.repeats,
+        time_limit_s=parsed.time_limit_s,
         threads=parsed.threads,
         settings=dict(setting.split("=", 1) for setting in parsed.set),
         models_dir=parsed.models_dir,

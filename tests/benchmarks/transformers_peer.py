@@ -50,6 +50,7 @@ def _serve(connection: Connection, directory: Path, dtype: str, threads: int) ->
     """Runs in the child until the other end closes."""
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+    from transformers.utils import logging
 
     class NoteTimes(StoppingCriteria):
         """Asked after each token; never stops."""
@@ -61,6 +62,8 @@ def _serve(connection: Connection, directory: Path, dtype: str, threads: int) ->
             self.times_s.append(time.perf_counter())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
+    quieten: Any = logging.disable_progress_bar
+    quieten()
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None

@@ -75,7 +75,7 @@ def test_missing_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
     missing = "model.layers.2.self_attn.k_proj.weight"
     del weights[missing]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MoemeshError, match=missing), served_mesh(model):
+    with pytest.raises(MoemeshError, match=missing), served_mesh(model, ready_within_s=40):
         pass
 
 
@@ -85,7 +85,7 @@ def test_tensor_of_another_shape_is_refused_by_its_name(tmp_path: Path) -> None:
     wrong = "model.layers.1.mlp.experts.3.up_proj.weight"
     weights[wrong] = np.zeros((16, 16), np.float32)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MoemeshError, match=wrong), served_mesh(model):
+    with pytest.raises(MoemeshError, match=wrong), served_mesh(model, ready_within_s=40):
         pass
 
 
@@ -107,9 +107,16 @@ def test_node_with_another_checkpoint_is_refused_and_nobody_else_is_touched(tmp_
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("PP", "5"), ("PP", "none"), ("TP", "2"), ("DTYPE", "int3"), ("PORT", "70000")]
+    ("setting", "value", "named"),
+    [
+        ("PP", "5", "4 layers"),
+        ("PP", "none", "PP"),
+        ("TP", "2", "TP"),
+        ("DTYPE", "int3", "DTYPE"),
+        ("PORT", "70000", "PORT"),
+    ],
 )
-def test_wrong_setting_is_refused_by_its_name(tmp_path: Path, setting: str, value: str) -> None:
+def test_wrong_setting_is_refused_by_its_name(tmp_path: Path, setting: str, value: str, named: str) -> None:
     model = write_tiny_checkpoint(tmp_path / "tiny")
     environment = {"MODEL": str(model), "STATE_DIR": str(tmp_path / "s"), "PORT": "0"} | {setting: value}
     refused = subprocess.run(
@@ -121,4 +128,4 @@ def test_wrong_setting_is_refused_by_its_name(tmp_path: Path, setting: str, valu
         check=False,
     )
     assert refused.returncode == 1
-    assert setting in refused.stderr.splitlines()[-1]
+    assert named in refused.stderr.splitlines()[-1]

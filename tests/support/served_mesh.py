@@ -29,7 +29,7 @@ class ServedMesh:
 
 
 @contextmanager
-def served_mesh(model: Path, **settings: str) -> Iterator[ServedMesh]:
+def served_mesh(model: Path, ready_within_s: float = READY_WITHIN_S, **settings: str) -> Iterator[ServedMesh]:
     """Starts a mesh for `model` with settings by their environment's names, and ends it.
 
     Its state folder is short (sockets live there, and their paths are bounded) and gone afterwards.
@@ -39,7 +39,7 @@ def served_mesh(model: Path, **settings: str) -> Iterator[ServedMesh]:
     try:
         with LocalMesh(environment=environment, state_dir=state_dir) as local:
             try:
-                local.wait_ready(timeout_s=READY_WITHIN_S)
+                local.wait_ready(timeout_s=ready_within_s)
                 with mesh_client(local.url) as client:
                     yield ServedMesh(local, client)
             except BaseException:
