@@ -12,6 +12,8 @@ from common.array import Float64Array, Int32Array, Int64Array, frame_to_array
 from common.errors import ProtocolError
 from common.messages import Step
 
+MAX_TOP_LOGPROBS = 1024
+
 
 @dataclass(slots=True)
 class MicroBatch:
@@ -133,6 +135,14 @@ def read_micro_batch(step: Step, hidden: Tensor, tables: BlockTables) -> MicroBa
 def _sampling_columns(step: Step, columns: Int64Array) -> SamplingColumns:
     sampling: Float64Array = frame_to_array(step.sampling, "float64", (len(columns), 4), "Step.sampling")
     seeds: Int64Array = frame_to_array(step.seeds, "int64", (len(columns), 2), "Step.seeds")
+    if (
+        not np.isfinite(sampling).all()
+        or (sampling[:, 2] >= 1 << 31).any()
+        or (sampling[:, 3] > MAX_TOP_LOGPROBS).any()
+    ):
+        raise ProtocolError(
+            f"Step.sampling holds a number that is not finite, or asks for over {MAX_TOP_LOGPROBS} logprobs"
+        )
     return SamplingColumns(
         sequence_ids=columns[:, 0],
         positions=columns[:, 1] + columns[:, 2],
