@@ -38,7 +38,7 @@ def long_asks() -> list[Ask]:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("mesh")) / "tiny")
-    with served_mesh(model, PP="2", EXPERTS="2", COPIES="2") as served:
+    with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "2"}) as served:
         yield served
 
 
@@ -171,7 +171,8 @@ def test_killed_node_ends_no_request_in_silence_and_is_replaced(
     for stream in running.streams:
         assert_went_on_or_said_why(stream, died_s, undisturbed)
     num_failed = sum(stream.error is not None for stream in running.streams)
-    print(f"{victim} killed: {num_failed} of {len(running.streams)} requests ended with an error")
+    silence_s = max(stream.longest_silence_s(died_s) for stream in running.streams)
+    print(f"{victim} killed: {num_failed} of {len(running.streams)} requests failed; silence up to {silence_s:.1f} s")
     wait_until(
         lambda: metrics(mesh).by_label("moemesh_nodes", "kind") == {"stage": 2, "expert": 2} and is_ready(mesh),
         READY_AGAIN_WITHIN_S,

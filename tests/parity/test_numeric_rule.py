@@ -88,7 +88,7 @@ def plain(request: pytest.FixtureRequest, shelf: Shelf) -> PlainAnswers:
     recipe, dtype = request.param
     checkpoint = shelf.checkpoint(recipe)
     wanted = asks(shelf.reference(recipe).vocabulary)
-    with served_mesh(checkpoint, DTYPE=dtype, **PLAIN.settings) as mesh:
+    with served_mesh(checkpoint, {"DTYPE": dtype, **PLAIN.settings}) as mesh:
         alone = [mesh.client.ask(ask) for ask in wanted]
         return PlainAnswers(checkpoint, dtype, wanted, alone, mesh.client.ask_all(wanted))
 
@@ -109,12 +109,12 @@ def test_answers_differ_from_each_other(plain: PlainAnswers) -> None:
 
 
 def test_layout_chunks_and_batches_change_no_bit(plain: PlainAnswers) -> None:
-    with served_mesh(plain.checkpoint, DTYPE=plain.dtype, **ALL_OTHER.settings) as mesh:
+    with served_mesh(plain.checkpoint, {"DTYPE": plain.dtype, **ALL_OTHER.settings}) as mesh:
         assert_same_bits(mesh.client, plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ONE_BY_ONE, ids=str)
 def test_no_single_setting_changes_a_bit(plain: PlainAnswers, layout: Layout) -> None:
-    with served_mesh(plain.checkpoint, DTYPE=plain.dtype, **layout.settings) as mesh:
+    with served_mesh(plain.checkpoint, {"DTYPE": plain.dtype, **layout.settings}) as mesh:
         assert_same_bits(mesh.client, plain)

@@ -77,7 +77,7 @@ def served(request: pytest.FixtureRequest, shelf: Shelf) -> Iterator[Served]:
     shape: Shape = request.param
     reference = shelf.reference(shape.recipe)
     settings = {"PP": str(shape.pp), "EXPERTS": str(shape.experts), "COMBINE": shape.combine, "DTYPE": "float32"}
-    with served_mesh(shelf.checkpoint(shape.recipe), **settings) as mesh:
+    with served_mesh(shelf.checkpoint(shape.recipe), settings) as mesh:
         yield Served(mesh.client, reference, random_prompts(reference.vocabulary, seed=shape.recipe.seed))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,15 @@ class ServedMesh:
 
 
 @contextmanager
-def served_mesh(model: Path, ready_within_s: float = READY_WITHIN_S, **settings: str) -> Iterator[ServedMesh]:
+def served_mesh(
+    model: Path, settings: Mapping[str, str] | None = None, ready_within_s: float = READY_WITHIN_S
+) -> Iterator[ServedMesh]:
     """Starts a mesh for `model` with settings by their environment's names, and ends it.
 
     Its state folder is short (sockets live there, and their paths are bounded) and gone afterwards.
     """
     state_dir = Path(tempfile.mkdtemp(prefix="moemesh-"))
-    environment = {"MODEL": str(model), "PORT": "0", "KV_CACHE_TOKENS": "32768"} | settings
+    environment = {"MODEL": str(model), "PORT": "0", "KV_CACHE_TOKENS": "32768", **(settings or {})}
     try:
         with LocalMesh(environment=environment, state_dir=state_dir) as local:
             try:
