@@ -28,7 +28,7 @@ class Settings(BaseSettings):
 
     # ---- the shape of the mesh
     pp: int = Field(default=2, ge=1, description="layer ranges of a pipeline")
-    stages: int = Field(default=0, ge=0, description="stage processes to start; 0: PP")
+    stages: int = Field(default=0, ge=0, description="stage processes to start; 0: PP + SPARES")
     spares: int = Field(default=0, ge=0, description="stage processes held back")
     experts: int = Field(default=2, ge=1, description="expert processes to start")
     copies: int = Field(default=2, ge=1, description="safety copies of each expert")
@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     # ---- one process
     control: str = Field(default="", description="router's control endpoint; default: ipc in the state folder")
     advertise_host: str = Field(default="", description="host name for a node's tcp sockets; default: its own address")
-    host_label: str = Field(default="", description="copies of an expert go to different labels; default: host name")
+    host_label: str = Field(default="", description="copies go to different labels; default: one a machine")
     capacity_bytes: int = Field(default=0, ge=0, description="memory a node offers; 0: 80% of what is free")
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -30,7 +30,7 @@ class Header:
     step: int = 0
     layer: int = 0
     sequence_number: int = 0
-    """Counts the messages of one socket; a gap is an error that is reported."""
+    """Counts the messages of one socket from 1; a stage that sees a gap reports it."""
     time_left_ms: int = 0
     """How long the sender will wait from now on; restamped at every hop, so clocks need not agree. 0: no limit."""
     trace: str = ""
@@ -140,7 +140,7 @@ class PublishPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Both ways. A node adds what it has done; the router sends zeros."""
+    """Node -> router: I am here, and this is what I have done. Not answered."""
 
     busy_seconds: float
     """Time spent computing since start."""

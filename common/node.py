@@ -123,7 +123,7 @@ class ControlLink:
                 raise error_from_wire(message.code, message.message)
             elif isinstance(message, LeaveAcknowledged):
                 self.leave_acknowledged = True
-            elif not isinstance(message, Heartbeat):
+            else:
                 asked.append((message, header))
         return asked
 

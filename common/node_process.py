@@ -47,6 +47,11 @@ class StopFlag:
         self._stopping = True
 
 
+def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    """The same for all processes of one running kernel, in containers too: copies on it are lost together."""
+    return boot_id.read_text().strip()[:13] if boot_id.exists() else socket.gethostname()
+
+
 def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
     """A transport that logs damaged messages."""
 
@@ -76,7 +81,7 @@ def describe_node(
         incarnation=incarnation,
         kind=kind,
         capacity_bytes=settings.capacity_bytes or offered_bytes(),
-        host_label=settings.host_label or socket.gethostname(),
+        host_label=settings.host_label or machine_label(),
         numeric_class=numeric_class,
         fingerprint=fingerprint(checkpoint),
         endpoints=data_endpoints,

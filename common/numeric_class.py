@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def numeric_class(device: str, dtype: str, kernels_variant: str) -> str:
-    """Device, kernels (or torch's own, with its instruction set), torch build and dtype. Threads change no bits."""
+def numeric_class(device: str, kernels_variant: str) -> str:
+    """Device, kernels, torch's instruction set and build. Threads change no bits; the dtype is the whole mesh's."""
     capability = torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name()
-    return "/".join((device, kernels_variant, str(capability), torch.__version__, dtype)).replace(" ", "-")
+    return "/".join((device, kernels_variant, str(capability), torch.__version__)).replace(" ", "-")

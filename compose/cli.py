@@ -1,4 +1,4 @@
-"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one, `plan` sizes one."""
+"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one."""
 
 from __future__ import annotations
 

@@ -39,9 +39,7 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         return sockets[0].endpoints
 
     variant = kernels.variant if kernels is not None else "torch"
-    node = describe_node(
-        NodeKind.EXPERT, settings, checkpoint, numeric_class("cpu", config.dtype, variant), transport, bind_data
-    )
+    node = describe_node(NodeKind.EXPERT, settings, checkpoint, numeric_class("cpu", variant), transport, bind_data)
     log = log.bind(node=node.control.description.node_id)
     service = ExpertService(config, checkpoint, kernels, transport, node.control, sockets[0], log)
     try:

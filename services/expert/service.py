@@ -31,6 +31,7 @@ from services.expert.shard_store import ShardStore
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 0.5
+RETRY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -40,6 +41,8 @@ class Assignment:
     version: int
     wanted: frozenset[ShardId] = frozenset()
     missing: deque[ShardId] = field(default_factory=deque)
+    retry_at_s: dict[ShardId, float] = field(default_factory=dict)
+    """Shards that could not be loaded, and when to try again: a full disk or memory may have room by then."""
     reported: bool = False
     next_report_s: float = 0.0
 
@@ -126,9 +129,18 @@ class ExpertService:
         welcome = self._control.settings
         shape = (self._config.num_layers, self._config.num_experts, welcome.num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
-        if self._store is None:
+        dtype = DTYPES[welcome.dtype]
+        if (
+            self._store is None
+            or self._weights is None
+            or (self._store.num_slices, self._weights.dtype)
+            != (
+                welcome.num_slices,
+                dtype,
+            )
+        ):
             self._store = ShardStore(self._config, welcome.num_slices, self._kernels)
-            self._weights = CheckpointWeights(self._checkpoint, DTYPES[welcome.dtype])
+            self._weights = CheckpointWeights(self._checkpoint, dtype)
         wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
         for shard in self._store:
             if shard not in wanted:
@@ -146,10 +158,13 @@ class ExpertService:
             shard, future = self._loading
             self._loading = None
             self._loaded(shard, future)
+        for shard in [shard for shard, retry_at_s in assignment.retry_at_s.items() if now_s >= retry_at_s]:
+            del assignment.retry_at_s[shard]
+            assignment.missing.append(shard)
         if self._loading is None and assignment.missing:
             shard = assignment.missing.popleft()
             self._loading = (shard, self._loader.submit(self._store.load, self._weights, shard))
-        complete = self._loading is None and not assignment.missing
+        complete = self._loading is None and not assignment.missing and not assignment.retry_at_s
         if not assignment.reported and (complete or now_s >= assignment.next_report_s):
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
             assignment.reported = self._report(complete) and complete
@@ -161,6 +176,7 @@ class ExpertService:
         except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
             self._log.error("shard_not_loaded", shard=list(shard), reason=str(error))
             self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)))
+            self._assignment.retry_at_s[shard] = self._clock() + RETRY_S
             return
         if shard not in self._assignment.wanted:
             self._store.drop(shard)

@@ -15,6 +15,10 @@ NOT_READY_GRACE_S = 10.0
 """While the mesh recovers, requests wait; once it has been down for so long, the door says so at once."""
 
 
+STALE_S = 1.5
+"""A status is published every 0.1 s; one that is so old means that the mesh thread hangs."""
+
+
 class TokenMailbox:
     """Hands outcomes from the mesh thread to the coroutines that wait for them; one hand-over a step."""
 
@@ -61,8 +65,11 @@ class MeshEngine:
         return self._max_context_tokens
 
     def readiness(self) -> Readiness:
-        """From the last status of the mesh thread."""
-        return self._mesh.status.readiness
+        """From the last status of the mesh thread, if it is fresh."""
+        status = self._mesh.status
+        if status.published_s is not None and self._clock() - status.published_s > STALE_S:
+            return Readiness(False, f"the mesh thread has been silent for {self._clock() - status.published_s:.1f} s")
+        return status.readiness
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""

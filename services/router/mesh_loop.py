@@ -15,9 +15,9 @@ import numpy as np
 import structlog
 
 from common.array import frame_to_array
-from common.errors import CheckpointError, MoemeshError, NotReadyError, ProtocolError, error_from_wire
+from common.errors import CheckpointError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import Incarnation, NodeId, PipelineId, RequestId, StepId
-from common.membership import Membership, MembershipChange, NodeState
+from common.membership import ChangeReason, Membership, MembershipChange, NodeState
 from common.messages import (
     Failed,
     Header,
@@ -43,6 +43,8 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 
 WAIT_MS = 50
+RETRY_S = 5.0
+"""After a node could not take its role."""
 STATUS_INTERVAL_S = 0.1
 
 
@@ -83,6 +85,11 @@ class MeshLoop:
         self._commands: deque[GenerationRequest | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
+        self._declared_dead: set[NodeId] = set()
+        """Told so when they speak again, so that they end and come back; grows by one a death."""
+        self._last_failure = ""
+        self._retry_at_s: dict[PipelineId, float] = {}
+        """Pipelines whose assignment a node refused, and when to try again."""
         self._stopping = False
         self._next_status_s = 0.0
         self.status = MeshStatus.starting("no node has registered yet")
@@ -118,6 +125,7 @@ class MeshLoop:
             self._act(self._experts.tick(now_s), now_s)
             self._renew(self._flow.take_results(now_s), now_s)
             self._renew(self._flow.check_deadlines(now_s), now_s)
+            self._retry_refused(now_s)
             self._publish_news(now_s)
             self._flow.send_plans(now_s)
             self._publish_status(now_s)
@@ -150,7 +158,9 @@ class MeshLoop:
             return
         description = self._nodes.get(node_id)
         if description is None:
-            return  # it will say hello again when its link does
+            if node_id in self._declared_dead:
+                raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
+            return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
             self._heartbeats[node_id] = message
             changes = self._membership.heartbeat(
@@ -193,7 +203,7 @@ class MeshLoop:
         )
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
-            raise NotReadyError(f"{node_id} was declared dead: it must come back as a new process")
+            raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
         self._client.watch(description)
         self._nodes[node_id] = description
         self._client.tell(node_id, self._settings.welcome)
@@ -228,6 +238,10 @@ class MeshLoop:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")
         self._log.error("node_failed", node=node_id, code=message.code, reason=message.message, step=header.step)
         if not header.step:
+            self._last_failure = f"{node_id}: {message.message}"
+            slot = self._stages.slot_of(node_id)
+            if slot is not None and header.generation == self._stages.pipelines[slot.pipeline].generation:
+                self._retry_at_s[slot.pipeline] = now_s + RETRY_S
             return
         self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
@@ -256,6 +270,8 @@ class MeshLoop:
                 continue
             self._log.warning("node_lost", node=change.node_id, reason=change.reason)
             self._client.unwatch(change.node_id)
+            if change.reason not in (ChangeReason.LEFT, ChangeReason.REPLACED):
+                self._declared_dead.add(change.node_id)
             description = self._nodes.pop(change.node_id, None)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)
@@ -280,6 +296,11 @@ class MeshLoop:
     def _renew(self, broken: list[PipelineId], now_s: float) -> None:
         for pipeline in dict.fromkeys(broken):
             self._act(self._stages.renew(pipeline), now_s)
+
+    def _retry_refused(self, now_s: float) -> None:
+        for pipeline in [p for p, retry_at_s in self._retry_at_s.items() if now_s >= retry_at_s]:
+            del self._retry_at_s[pipeline]
+            self._renew([pipeline], now_s)
 
     def _publish_news(self, now_s: float) -> None:
         if self._experts.has_news:
@@ -310,6 +331,7 @@ class MeshLoop:
         readiness = self._readiness()
         self.status = MeshStatus(
             readiness=readiness,
+            published_s=now_s,
             ready_s=now_s if readiness.ready else self.status.ready_s,
             nodes=nodes,
             scheduler=self._scheduler.snapshot(),
@@ -321,8 +343,10 @@ class MeshLoop:
         )
 
     def _readiness(self) -> Readiness:
+        said = f"; {self._last_failure}" if self._last_failure else ""
         if not self._experts.is_served:
-            return Readiness(False, self._experts.detail)
+            return Readiness(False, self._experts.detail + said)
         if not self._stages.num_open:
-            return Readiness(False, f"no pipeline is open ({self._stages.detail})")
+            return Readiness(False, f"no pipeline is open ({self._stages.detail})" + said)
+        self._last_failure = ""
         return Readiness(True, f"{self._stages.num_open} pipelines; {self._experts.detail}")

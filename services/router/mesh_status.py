@@ -67,6 +67,8 @@ class MeshStatus:
     """Everything that /ready, /metrics and the status page show of the mesh."""
 
     readiness: Readiness
+    published_s: float | None
+    """When the mesh thread made this status; None: it has not run yet."""
     ready_s: float | None
     """When the mesh was last ready, by the mesh thread's clock; None: never."""
     nodes: tuple[NodeStatus, ...]
@@ -82,6 +84,7 @@ class MeshStatus:
         """Before the mesh thread has looked once."""
         return MeshStatus(
             readiness=Readiness(False, detail),
+            published_s=None,
             ready_s=None,
             nodes=(),
             scheduler=SchedulerSnapshot(0, 0, 0, (), SchedulerCounters()),

@@ -71,14 +71,21 @@ def read_model(settings: Settings) -> Model:
         context_tokens=min(
             settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings
         ),
-        served_name=settings.served_name or directory.name,
+        served_name=settings.served_name or served_name(settings.model, directory),
     )
+
+
+def served_name(model: str, directory: Path) -> str:
+    """The directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
+    return directory.name if Path(model).expanduser().is_dir() else model
 
 
 async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     model = read_model(settings)
+    if model.config.dtype == "float16" and model.dtype == "bfloat16":
+        log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
     tokenizer = TextTokenizer.from_directory(model.directory)
     state = open_state_folder(settings.state_dir)
     listener = _listen(settings)
@@ -173,7 +180,6 @@ def _mesh_loop(
         item_bytes=ITEM_BYTES[model.dtype],
         block_tokens=BLOCK_TOKENS,
         kv_cache_tokens=settings.kv_cache_tokens,
-        context_tokens=model.context_tokens,
     )
     scheduler = Scheduler(
         SchedulerSettings(
@@ -187,7 +193,16 @@ def _mesh_loop(
         )
     )
     step_deadline_s = settings.step_deadline_ms / 1000
-    membership = Membership(MembershipSettings(progress_suspect_s=step_deadline_s, progress_dead_s=2 * step_deadline_s))
+    # A process that ended or hangs is seen by its lifeline. Silence alone may be one long computation: it gets as long
+    # as a step does.
+    membership = Membership(
+        MembershipSettings(
+            silent_suspect_s=step_deadline_s / 2,
+            silent_dead_s=step_deadline_s,
+            progress_suspect_s=step_deadline_s,
+            progress_dead_s=2 * step_deadline_s,
+        )
+    )
     welcome = Welcome(
         heartbeat_interval_ms=settings.heartbeat_interval_ms,
         dtype=model.dtype,

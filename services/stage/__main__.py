@@ -17,6 +17,7 @@ from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import MessageSocket
 from services.stage.expert_client import ExpertClient
+from services.stage.expert_nodes import ExpertNodes
 from services.stage.service import StageService
 from services.stage.slot_keeper import SlotKeeper
 
@@ -41,13 +42,11 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         return sockets[0].endpoints
 
     variant = kernels.variant if kernels is not None else "torch"
-    node = describe_node(
-        NodeKind.STAGE, settings, checkpoint, numeric_class("cpu", config.dtype, variant), transport, bind_data
-    )
+    node = describe_node(NodeKind.STAGE, settings, checkpoint, numeric_class("cpu", variant), transport, bind_data)
     log = log.bind(node=node.control.description.node_id)
     num_positions = min(settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings)
     keeper = SlotKeeper(config, checkpoint, num_positions, kernels, transport, node.ipc_token, log)
-    experts = ExpertClient(transport, node.ipc_token, log)
+    experts = ExpertClient(ExpertNodes(transport, node.ipc_token, log), log)
     service = StageService(config, keeper, experts, node.control, sockets[0], log)
     try:
         service.run(should_stop)

@@ -19,6 +19,7 @@ from common.model_config import ModelConfig
 from common.node import ControlLink
 from common.tensor import DTYPES, frame_to_tensor, tensor_to_frame
 from common.transport import Full, MessageSocket
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.executor import Finished, WantsExperts
 from services.stage.expert_client import ExpertClient
 from services.stage.micro_batch import read_micro_batch
@@ -94,28 +95,33 @@ class StageService:
             try:
                 if isinstance(message, AssignStage):
                     self._forget_steps()
+                    self._check_block_tokens()
                     self._answer_assignment(self._keeper.assign(message, header, self._dtype))
                 elif isinstance(message, Unassign):
                     self._unassign(message)
                 elif isinstance(message, PublishPlacement):
-                    self._take_placement(message, now_s)
+                    self._take_placement(message, header, now_s)
                 else:
                     raise ProtocolError(f"a stage does not take {type(message).__name__}")
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
 
-    def _take_placement(self, message: PublishPlacement, now_s: float) -> None:
+    def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
         self._experts.combine = self._control.settings.combine
-        if self._experts.take_placement(message, self._control.settings.num_slices):
+        if self._experts.take_placement(message, header.router_term, self._control.settings.num_slices, now_s):
             self._watch_sockets()
-            self._experts.retry_stranded(now_s)
 
     def _answer_assignment(self, outcome: Taken | Refused | None) -> None:
         if isinstance(outcome, Taken):
             self._control.send(outcome.ready, outcome.header)
         elif isinstance(outcome, Refused):
             self._control.fail(outcome.error, outcome.header)
+
+    def _check_block_tokens(self) -> None:
+        block_tokens = self._control.settings.block_tokens
+        if block_tokens != KV_BLOCK_TOKENS:
+            raise ProtocolError(f"the router has KV blocks of {block_tokens} tokens, this build has {KV_BLOCK_TOKENS}")
 
     def _unassign(self, message: Unassign) -> None:
         slot = self._keeper.slot
@@ -135,13 +141,23 @@ class StageService:
         while (received := self._steps.receive()) is not None:
             message, header = received
             slot = self._keeper.slot
-            if slot is None or not isinstance(message, Step) or header.generation != slot.role.generation:
+            stamp = (header.router_term, header.generation)
+            if slot is None or not isinstance(message, Step) or stamp != (slot.router_term, slot.role.generation):
                 self._dropped += 1
                 continue
             try:
+                self._check_sequence(slot, header)
                 self._begin_step(slot, message, header, now_s)
             except MoemeshError as error:
                 self._fail_step(error, header)
+
+    def _check_sequence(self, slot: Slot, header: Header) -> None:
+        """Upstream has a new socket for each generation, and counts its messages from 1."""
+        slot.last_sequence_number += 1
+        if header.sequence_number != slot.last_sequence_number:
+            missing = header.sequence_number - slot.last_sequence_number
+            slot.last_sequence_number = header.sequence_number
+            raise ProtocolError(f"{missing} steps before step {header.step} did not arrive whole")
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
         if slot.role.is_first:
@@ -245,7 +261,7 @@ class StageService:
     def _watch_sockets(self) -> None:
         self._poller = zmq.Poller()
         own = [self._control.socket.raw, self._control.socket.monitor, self._steps.raw]
-        for socket in (*own, *self._experts.poll_sockets()):
+        for socket in (*own, *self._experts.nodes.poll_sockets()):
             if socket is not None:
                 self._poller.register(socket, zmq.POLLIN)
 
@@ -256,9 +272,9 @@ class StageService:
             steps=self._num_steps,
             rows=self._num_rows,
             queued=slot.executor.num_running if slot is not None else 0,
-            dropped=self._dropped,
-            bytes_sent=self._keeper.bytes_sent + self._experts.bytes_sent,
-            hop_bytes=self._experts.bytes_sent,
+            dropped=self._dropped + self._experts.late_answers,
+            bytes_sent=self._keeper.bytes_sent + self._experts.nodes.bytes_sent,
+            hop_bytes=self._experts.nodes.bytes_sent,
             hop_seconds=self._experts.wait_seconds,
             hops=self._experts.answered,
             resent=self._experts.resent_calls,

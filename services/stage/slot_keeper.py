@@ -33,19 +33,23 @@ class LoadedLayers:
     """Weights of a layer range."""
 
     layers: LayerRange
+    dtype: torch.dtype
     model: StageModel
     bytes_read: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slot:
     """The slot that this stage serves now."""
 
     role: StageRole
+    router_term: int
     model: StageModel
     executor: Executor
     tables: BlockTables
     downstream: MessageSocket
+    last_sequence_number: int = 0
+    """Of the messages from upstream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class SlotKeeper:
         self._loaded: LoadedLayers | None = None
         self._caches: list[LayerKvCache] = []
         """Their content means nothing in a new generation; the memory stays."""
-        self._loading: tuple[AssignStage, Header, torch.dtype, Future[LoadedLayers]] | None = None
+        self._loading: tuple[AssignStage, Header, Future[LoadedLayers]] | None = None
         self._bytes_to_former_downstreams = 0
         self.slot: Slot | None = None
 
@@ -107,24 +111,25 @@ class SlotKeeper:
             )
         self.leave()
         role = role_of(message, header)
-        if self._loaded is not None and self._loaded.layers == role.layers and self._loading is None:
-            return self._enter(message, header, self._loaded, dtype)
+        loaded = self._loaded
+        if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and self._loading is None:
+            return self._enter(message, header, loaded)
         self._loaded, self._caches = None, []  # makes room before the new layers come
         self._log.info("loading_layers", first=role.layers.start, stop=role.layers.stop)
-        self._loading = (message, header, dtype, self._loader.submit(self._load, role, dtype))
+        self._loading = (message, header, self._loader.submit(self._load, role, dtype))
         return None
 
     def poll(self) -> Taken | Refused | None:
         """What became of the assignment that was loading; None while there is nothing new."""
-        if self._loading is None or not self._loading[3].done():
+        if self._loading is None or not self._loading[2].done():
             return None
-        message, header, dtype, future = self._loading
+        message, header, future = self._loading
         self._loading = None
         try:
             self._loaded = future.result()
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
-        return self._enter(message, header, self._loaded, dtype)
+        return self._enter(message, header, self._loaded)
 
     def leave(self) -> None:
         """Forget sequences and steps; weights stay."""
@@ -143,9 +148,9 @@ class SlotKeeper:
         weights = CheckpointWeights(self._checkpoint, dtype)
         model = load_stage(weights, self._config, role, self._num_positions, self._kernels)
         weights.close()
-        return LoadedLayers(role.layers, model, weights.bytes_read)
+        return LoadedLayers(role.layers, dtype, model, weights.bytes_read)
 
-    def _enter(self, message: AssignStage, header: Header, loaded: LoadedLayers, dtype: torch.dtype) -> Taken | Refused:
+    def _enter(self, message: AssignStage, header: Header, loaded: LoadedLayers) -> Taken | Refused:
         role = role_of(message, header)
         try:
             if not self._caches or self._caches[0].num_blocks != message.num_blocks:
@@ -154,7 +159,7 @@ class SlotKeeper:
                     message.num_blocks,
                     self._config.num_kv_heads,
                     self._config.head_dim,
-                    dtype,
+                    loaded.dtype,
                 )
             executor = Executor(loaded.model, self._caches)
             executor.self_test()
@@ -163,6 +168,7 @@ class SlotKeeper:
             return self._refuse(error, header)
         self.slot = Slot(
             role=role,
+            router_term=header.router_term,
             model=loaded.model,
             executor=executor,
             tables=BlockTables(KV_BLOCK_TOKENS, message.num_blocks),

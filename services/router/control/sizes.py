@@ -24,8 +24,6 @@ class MeshShape:
     block_tokens: int
     kv_cache_tokens: int
     """Wished for a pipeline; memory may allow less."""
-    context_tokens: int
-    """The longest sequence: a pool that cannot hold one is refused."""
 
 
 def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:

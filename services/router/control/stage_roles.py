@@ -40,7 +40,8 @@ class StageRoles:
         self._num_joined = 0
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
-        self._last_generation: dict[PipelineId, int] = {}
+        self._last_generation = 0
+        """One count for all pipelines: a step of another pipeline, too, is told by its generation."""
         self.detail = f"0 of {shape.pp} stage nodes"
 
     @property
@@ -138,8 +139,8 @@ class StageRoles:
         """A new generation. A slot that changes hands gets a new lease term."""
         before = self._pipelines.get(pipeline_id)
         actions: list[Action] = [ClosePipeline(pipeline_id)] if before is not None and before.is_open else []
-        generation = Generation(self._last_generation.get(pipeline_id, 0) + 1)
-        self._last_generation[pipeline_id] = generation
+        self._last_generation += 1
+        generation = Generation(self._last_generation)
         capacities = [self._nodes[node_id][0].capacity_bytes for node_id in holders]
         try:
             num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
