@@ -15,8 +15,8 @@ import numpy as np
 import structlog
 
 from common.array import frame_to_array
-from common.errors import CheckpointError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
-from common.ids import Incarnation, NodeId, PipelineId, RequestId, StepId
+from common.errors import MoemeshError, NodeLostError, ProtocolError, error_from_wire
+from common.ids import NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
 from common.messages import (
     Failed,
@@ -39,6 +39,7 @@ from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
 from services.router.mesh_client import MeshClient
 from services.router.mesh_status import MeshStatus, NodeStatus
+from services.router.registration import check_hello, differing_classes
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 
@@ -180,27 +181,7 @@ class MeshLoop:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
     def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
-        if hello.node_id != node_id:
-            raise ProtocolError(f"Hello.node_id {hello.node_id!r} is not the sender {node_id!r}")
-        if hello.fingerprint != self._settings.fingerprint:
-            raise CheckpointError(
-                f"{node_id} sees another checkpoint (fingerprint {hello.fingerprint}) than the router "
-                f"({self._settings.fingerprint}): MODEL must name the same files on every node"
-            )
-        if hello.node_kind not in tuple(NodeKind):
-            raise ProtocolError(f"Hello.node_kind {hello.node_kind!r} is neither stage nor expert")
-        description = NodeDescription(
-            node_id=node_id,
-            incarnation=Incarnation(hello.incarnation),
-            kind=NodeKind(hello.node_kind),
-            capacity_bytes=hello.capacity_bytes,
-            host_label=hello.host_label,
-            numeric_class=hello.numeric_class,
-            fingerprint=hello.fingerprint,
-            endpoints=hello.endpoints,
-            lifeline=hello.lifeline,
-            ipc_token=hello.ipc_token,
-        )
+        description = check_hello(hello, node_id, self._settings.fingerprint)
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
             raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
@@ -215,7 +196,8 @@ class MeshLoop:
             numeric_class=description.numeric_class,
             capacity_bytes=description.capacity_bytes,
         )
-        self._warn_of_mixed_classes(description)
+        if classes := differing_classes(self._nodes.values(), description.kind):
+            self._log.warning("numeric_classes_differ", kind=description.kind, classes=classes)
         self._apply_changes([change for change in changes if change.node_id != node_id], now_s)
         if description.kind is NodeKind.STAGE:
             # The placement goes out before the role: a stage that is ready knows whom to ask.
@@ -223,16 +205,6 @@ class MeshLoop:
             self._act(self._stages.join(description), now_s)
         else:
             self._act(self._experts.join(description, now_s), now_s)
-
-    def _warn_of_mixed_classes(self, description: NodeDescription) -> None:
-        classes = {node.numeric_class for node in self._nodes.values() if node.kind is description.kind}
-        if len(classes) > 1:
-            self._log.warning(
-                "numeric_classes_differ",
-                kind=description.kind,
-                classes=sorted(classes),
-                detail="results may differ in their last bits between nodes",
-            )
 
     def _node_failed(self, node_id: NodeId, message: Failed, header: Header, now_s: float) -> None:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")

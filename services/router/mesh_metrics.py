@@ -56,9 +56,7 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
     yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
     yield GaugeMetricFamily("moemesh_missing_copies", "Safety copies of experts without room", status.missing_copies)
-    generations = GaugeMetricFamily(
-        "moemesh_pipeline_generation", "Grows when it is assigned anew", labels=["pipeline"]
-    )
+    generations = GaugeMetricFamily("moemesh_pipeline_generation", "Grows when assigned anew", labels=["pipeline"])
     for pipeline, generation in sorted(status.generations.items()):
         generations.add_metric([str(pipeline)], generation)
     yield generations

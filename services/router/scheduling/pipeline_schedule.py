@@ -126,7 +126,7 @@ class PipelineSchedule:
                 break
             picked.append((request, num_tokens))
             num_tokens_left -= num_tokens
-        return sorted(picked, key=lambda pick: pick[0].arrival)
+        return _isolated(sorted(picked, key=lambda pick: pick[0].arrival))
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
         """The chunk, with blocks for it; shorter than asked, or None, if blocks lack and nobody younger gives any."""
@@ -241,3 +241,9 @@ class PipelineSchedule:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return num_blocks_for(num_tokens, self._settings.block_tokens)
+
+
+def _isolated(picked: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+    """A request whose last step failed goes alone, so that one that breaks its steps takes no others along."""
+    suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
+    return picked if suspect is None else [suspect]

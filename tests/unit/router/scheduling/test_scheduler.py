@@ -323,6 +323,24 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
 
 
+def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", "b", "c", max_tokens=2)
+    ended: list[str] = []
+    for _ in range(20):
+        if scheduler.is_idle:
+            break
+        plan = only_plan(scheduler)
+        if "b" in names_in(plan):
+            error = ExecutionError("poisoned")
+            failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+            ended += [f"{failure.request_id} failed" for failure in failures]
+        else:
+            outputs = complete(scheduler, plan)
+            ended += [f"{output.request_id} finished" for output in outputs if output.token.finish_reason]
+    assert sorted(ended) == ["a finished", "b failed", "c finished"]
+
+
 def test_new_token_forgives_failed_steps() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a")

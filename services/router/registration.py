@@ -1,0 +1,41 @@
+"""Who may join: a node's Hello, checked against what this mesh serves. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from common.errors import CheckpointError, ProtocolError
+from common.ids import Incarnation, NodeId
+from common.messages import Hello
+from common.topology import NodeDescription, NodeKind
+
+
+def check_hello(hello: Hello, sender: NodeId, fingerprint: str) -> NodeDescription:
+    """What the node says of itself. Raises ProtocolError, or CheckpointError if it sees other weights."""
+    if hello.node_id != sender:
+        raise ProtocolError(f"Hello.node_id {hello.node_id!r} is not the sender {sender!r}")
+    if hello.node_kind not in tuple(NodeKind):
+        raise ProtocolError(f"Hello.node_kind {hello.node_kind!r} is neither stage nor expert")
+    if hello.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{sender} sees another checkpoint (fingerprint {hello.fingerprint}) than the router "
+            f"({fingerprint}): MODEL must name the same files on every node"
+        )
+    return NodeDescription(
+        node_id=sender,
+        incarnation=Incarnation(hello.incarnation),
+        kind=NodeKind(hello.node_kind),
+        capacity_bytes=hello.capacity_bytes,
+        host_label=hello.host_label,
+        numeric_class=hello.numeric_class,
+        fingerprint=hello.fingerprint,
+        endpoints=hello.endpoints,
+        lifeline=hello.lifeline,
+        ipc_token=hello.ipc_token,
+    )
+
+
+def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[str]:
+    """Numeric classes of the nodes of one kind, if there is more than one: results may differ in their last bits."""
+    classes = sorted({node.numeric_class for node in nodes if node.kind is kind})
+    return classes if len(classes) > 1 else []
