@@ -1,0 +1,159 @@
+"""Micro-batches that take turns: whichever has its answer goes on, and none takes the others along."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.messages import Header
+from services.stage.attention_kernel import allocate_kv_cache
+from services.stage.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
+from services.stage.model.decoder import ExpertCall
+
+
+@dataclass
+class Model:
+    """Asks its experts `calls` times and adds up what they say; breaks at call `breaks_at`."""
+
+    calls: int = 2
+    breaks_at: int = -1
+    closed: list[Any] = field(default_factory=list)
+    embedding: Any = None
+    lm_head: Any = None
+
+    def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall, Tensor, Tensor]:
+        x: Tensor = batch
+        try:
+            for number in range(self.calls):
+                if number == self.breaks_at:
+                    raise ZeroDivisionError("an impossible number")
+                experts = torch.zeros((x.shape[0], 1), dtype=torch.int64)
+                x = x + (yield ExpertCall(number, x, experts, torch.ones(x.shape[0], 1)))
+        except GeneratorExit:
+            self.closed.append(batch)
+            raise
+        return x
+
+
+def executor_of(model: Model) -> Executor:
+    given: Any = model
+    return Executor(given, [])
+
+
+def add(executor: Executor, value: float) -> None:
+    batch: Any = torch.full((1, 2), value)
+    step: Any = None
+    executor.add(step, Header(step=int(value)), 9.0, batch)
+
+
+def wanting(outcome: Any) -> tuple[RunningBatch, int]:
+    assert isinstance(outcome, WantsExperts)
+    return outcome.running, outcome.call.layer
+
+
+def test_a_batch_runs_until_it_wants_experts_and_goes_on_with_their_answer() -> None:
+    executor = executor_of(Model())
+    assert not executor.has_work
+    add(executor, 1.0)
+    running, layer = wanting(executor.run_one())
+    assert (layer, executor.has_work, executor.num_running) == (0, False, 1)
+    executor.resume(running, torch.full((1, 2), 10.0))
+    assert executor.has_work
+    running, layer = wanting(executor.run_one())
+    assert layer == 1
+    executor.resume(running, torch.full((1, 2), 100.0))
+    outcome = executor.run_one()
+    assert isinstance(outcome, Finished)
+    assert outcome.hidden.tolist() == [[111.0, 111.0]]
+    assert outcome.running.header == Header(step=1)
+    assert (executor.has_work, executor.num_running) == (False, 0)
+
+
+def test_whichever_has_its_answer_goes_on() -> None:
+    executor = executor_of(Model(calls=1))
+    for value in (1.0, 2.0, 3.0):
+        add(executor, value)
+    waiting = [wanting(executor.run_one())[0] for _ in range(3)]
+    assert not executor.has_work
+    for running in (waiting[2], waiting[0]):
+        executor.resume(running, torch.zeros(1, 2))
+    outcomes = [executor.run_one(), executor.run_one()]
+    assert [outcome.running.header.step for outcome in outcomes] == [3, 1]
+    assert executor.num_running == 1
+
+
+def test_one_that_breaks_leaves_the_others_running() -> None:
+    model = Model(calls=2, breaks_at=1)
+    executor = executor_of(model)
+    add(executor, 1.0)
+    first, _ = wanting(executor.run_one())
+    add(executor, 2.0)
+    executor.resume(first, torch.zeros(1, 2))
+    second, _ = wanting(executor.run_one())
+    outcome = executor.run_one()
+    assert isinstance(outcome, Broken)
+    assert outcome.running is first
+    assert isinstance(outcome.error, ZeroDivisionError)
+    model.breaks_at = -1
+    executor.resume(second, torch.zeros(1, 2))
+    assert wanting(executor.run_one())[0] is second
+    assert executor.num_running == 1
+
+
+def test_an_answer_for_a_batch_that_was_dropped_is_ignored() -> None:
+    model = Model()
+    executor = executor_of(model)
+    add(executor, 1.0)
+    running, _ = wanting(executor.run_one())
+    executor.drop(running)
+    assert len(model.closed) == 1
+    executor.resume(running, torch.zeros(1, 2))
+    assert (executor.has_work, executor.num_running) == (False, 0)
+
+
+def test_a_batch_that_is_dropped_while_it_waits_for_its_turn_does_not_run() -> None:
+    executor = executor_of(Model())
+    add(executor, 1.0)
+    add(executor, 2.0)
+    running, _ = wanting(executor.run_one())
+    executor.resume(running, torch.zeros(1, 2))
+    executor.drop(running)
+    executor.drop(running)
+    assert wanting(executor.run_one())[0].header.step == 2
+    assert not executor.has_work
+
+
+def test_no_gradient_is_kept() -> None:
+    model = Model(calls=0)
+    executor = executor_of(model)
+    batch: Any = torch.ones((1, 2), requires_grad=True)
+    step: Any = None
+    executor.add(step, Header(), 9.0, batch)
+    outcome = executor.run_one()
+    assert isinstance(outcome, Finished)
+    assert outcome.running.batch is batch
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), None])
+def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None) -> None:
+    class Layers(Model):
+        """Answers the probe with what its weights make of it."""
+
+        def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall, Tensor, Tensor]:
+            assert batch.slots.tolist() == [0], "block 0 is nobody's before the first step"
+            hidden = torch.ones((1, 4)) * (1.0 if damage is None else damage)
+            yield ExpertCall(0, hidden, torch.zeros((1, 1), dtype=torch.int64), torch.ones(1, 1))
+            return hidden
+
+    model: Any = Layers(embedding=torch.ones(3, 4))
+    executor = Executor(model, allocate_kv_cache(1, 1, 1, 4, torch.float32))
+    if damage is None:
+        executor.self_test()
+        return
+    with pytest.raises(ValueError, match="not finite"):
+        executor.self_test()
