@@ -1,0 +1,128 @@
+"""Shards that a node holds: whole, sliced, fused; tested before they are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.compute.gated_ffn import grouped_gated_ffn
+from common.errors import CheckpointError
+from common.model_config import read_model_config
+from common.topology import ShardId
+from common.weights import CheckpointWeights
+from services.expert.shard_store import ShardStore
+from tests.support.checkpoints import MIXTRAL_SHARDED, QWEN3, Recipe, write_checkpoint
+from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+
+__all__ = ["one_torch_thread"]
+WIDTH, EXPERT_WIDTH = QWEN3.width, QWEN3.expert_width
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), QWEN3)
+
+
+def store_of(directory: Path, num_slices: int = 1) -> tuple[ShardStore, CheckpointWeights]:
+    return ShardStore(read_model_config(directory), num_slices, None), CheckpointWeights(directory, torch.float32)
+
+
+def output(store: ShardStore, shard: ShardId, x: torch.Tensor) -> torch.Tensor:
+    expert = store.find(shard)
+    assert expert is not None
+    return grouped_gated_ffn(x, (0, x.shape[0]), (expert,))
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def by_definition(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+@pytest.mark.parametrize("recipe", [QWEN3, MIXTRAL_SHARDED], ids=lambda recipe: recipe.name)
+def test_a_shard_computes_its_experts_formula(recipe: Recipe, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, recipe)
+    store, weights = store_of(directory)
+    store.load(weights, ShardId(1, 4, 0))
+    stored = tensors_of(directory)
+    names = {"qwen3_moe": "mlp.experts.4.{}.weight", "mixtral": "block_sparse_moe.experts.4.{}.weight"}[recipe.family]
+    parts = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}[recipe.family]
+    x = torch.randn((3, WIDTH), generator=torch.Generator().manual_seed(1))
+    gate, up, down = (stored[f"model.layers.1.{names.format(part)}"] for part in parts)
+    assert torch.allclose(output(store, ShardId(1, 4, 0), x), by_definition(gate, up, down, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+@pytest.mark.parametrize("num_slices", [2, 3, 5, 7, EXPERT_WIDTH])
+def test_slices_add_up_to_the_expert_also_where_they_are_uneven(directory: Path, num_slices: int, kernels: str) -> None:
+    whole, weights = store_of(directory)
+    sliced = ShardStore(read_model_config(directory), num_slices, kernels_for(kernels))
+    whole.load(weights, ShardId(0, 2, 0))
+    for piece in range(num_slices):
+        sliced.load(weights, ShardId(0, 2, piece))
+    x = torch.randn((4, WIDTH), generator=torch.Generator().manual_seed(2))
+    total = sum(output(sliced, ShardId(0, 2, piece), x) for piece in range(num_slices))
+    assert torch.allclose(torch.as_tensor(total), output(whole, ShardId(0, 2, 0), x), atol=1e-5)
+    assert sliced.weight_bytes == whole.weight_bytes == 3 * WIDTH * EXPERT_WIDTH * 4
+
+
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_experts_that_are_stored_as_one_tensor_are_the_same(directory: Path, tmp_path: Path, num_slices: int) -> None:
+    """transformers 5 keeps all experts of a layer in one tensor, and some checkpoints are written so."""
+    stored = tensors_of(directory)
+    fused = {name: value for name, value in stored.items() if ".experts." not in name}
+    for layer in range(QWEN3.layers):
+        names = f"model.layers.{layer}.mlp.experts"
+        part = {
+            kind: torch.stack([stored[f"{names}.{expert}.{kind}.weight"] for expert in range(QWEN3.experts)])
+            for kind in ("gate_proj", "up_proj", "down_proj")
+        }
+        fused[f"{names}.gate_up_proj"] = torch.cat((part["gate_proj"], part["up_proj"]), dim=1).contiguous()
+        fused[f"{names}.down_proj"] = part["down_proj"]
+    save_file(fused, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    x = torch.randn((4, WIDTH), generator=torch.Generator().manual_seed(3))
+    outputs = []
+    for source in (directory, tmp_path):
+        store, weights = store_of(source, num_slices)
+        store.load(weights, ShardId(3, 5, num_slices - 1))
+        outputs.append(output(store, ShardId(3, 5, num_slices - 1), x))
+        assert weights.bytes_read == 3 * WIDTH * EXPERT_WIDTH * 4 // num_slices
+    assert torch.equal(*outputs)
+
+
+def test_what_is_dropped_is_not_found_and_not_counted(directory: Path) -> None:
+    store, weights = store_of(directory)
+    shards = [ShardId(0, 0, 0), ShardId(2, 1, 0)]
+    for shard in shards:
+        store.load(weights, shard)
+    assert sorted(store) == shards
+    for shard in store:
+        store.drop(shard)
+        store.drop(shard)
+    assert (len(store), store.weight_bytes, store.find(shards[0])) == (0, 0, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_shard_with_a_damaged_weight_never_appears(directory: Path, tmp_path: Path, value: float) -> None:
+    stored = tensors_of(directory)
+    stored["model.layers.0.mlp.experts.1.down_proj.weight"][3, 5] = value
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    store, weights = store_of(tmp_path)
+    with pytest.raises(CheckpointError, match="expert 1 of layer 0 gives numbers that are not finite"):
+        store.load(weights, ShardId(0, 1, 0))
+    assert (len(store), store.weight_bytes) == (0, 0)
+    store.load(weights, ShardId(0, 2, 0))
+
+
+@pytest.mark.parametrize("shard", [ShardId(99, 0, 0), ShardId(0, 99, 0)])
+def test_a_shard_that_the_checkpoint_does_not_have_is_named(directory: Path, shard: ShardId) -> None:
+    store, weights = store_of(directory)
+    with pytest.raises(CheckpointError, match=f"layers.{shard.layer}.mlp.experts.{shard.expert}.gate_proj"):
+        store.load(weights, shard)
