@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import CapacityError
+from common.errors import CapacityError, ConfigurationError
 from common.model_config import ModelConfig
 from common.topology import LayerRange
 from services.router.control.planner import balance_layers
@@ -37,7 +37,10 @@ def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:
         config.layer_parameters_on_stage(layer) + (active_experts if config.moe_layers[layer] else 0)
         for layer in range(config.num_layers)
     ]
-    return balance_layers(costs, config.hidden_size, config.embedding_parameters(), shape.pp)
+    try:
+        return balance_layers(costs, config.hidden_size, config.embedding_parameters(), shape.pp)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"PP={shape.pp}: {error}") from None
 
 
 def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
@@ -48,8 +51,13 @@ def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers:
 
 
 def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
-    """Weights of one slice of one expert of one layer."""
-    return config.expert_parameters() * shape.item_bytes // shape.num_slices
+    """Weights of the widest slice of one expert of one layer. Raises ConfigurationError for slices of no width."""
+    if shape.num_slices > config.expert_intermediate_size:
+        raise ConfigurationError(
+            f"EXPERT_SLICES={shape.num_slices}: the experts of this model are {config.expert_intermediate_size} wide"
+        )
+    widest = -(-config.expert_intermediate_size // shape.num_slices)
+    return 3 * config.hidden_size * widest * shape.item_bytes
 
 
 def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Sequence[int]) -> int:

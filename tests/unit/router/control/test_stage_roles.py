@@ -1,0 +1,274 @@
+"""Slots, lease terms and generations, as nodes come and go in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from common.ids import Generation, NodeId, PipelineId, SlotIndex
+from common.messages import AssignStage, StageReady, Unassign
+from common.topology import StageSlot
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, Tell
+from services.router.control.stage_roles import StageRoles
+from tests.support.mesh_shapes import LAYERS, node, small_mesh, small_model
+
+RESULTS = ("tcp://router:9",)
+
+
+def roles_of(**mesh: Any) -> StageRoles:
+    return StageRoles(small_model(), small_mesh(**mesh), RESULTS, "token of router")
+
+
+def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
+    """Assignments by node, with their generation."""
+    return {
+        action.node_id: (action.message, action.header.generation)
+        for action in actions
+        if isinstance(action, Tell) and isinstance(action.message, AssignStage)
+    }
+
+
+def ready(message: AssignStage) -> StageReady:
+    return StageReady(message.pipeline, message.slot, message.lease_term, 1, 1)
+
+
+def report(roles: StageRoles, actions: list[Action]) -> list[Action]:
+    """All who were told a slot are ready for it."""
+    answers: list[Action] = []
+    for node_id, (message, generation) in told(actions).items():
+        answers += roles.take_ready(NodeId(node_id), ready(message), generation)
+    return answers
+
+
+def opened(roles: StageRoles, *names: str) -> list[Action]:
+    answers: list[Action] = []
+    for name in names:
+        answers += report(roles, roles.join(node(name)))
+    return answers
+
+
+def test_a_pipeline_is_told_slot_by_slot_where_its_layers_and_its_neighbours_are() -> None:
+    roles = roles_of()
+    assert roles.join(node("a")) == []
+    assert roles.detail == "1 of 2 stage nodes"
+    assignments = told(roles.join(node("b")))
+    first, last = assignments["a"][0], assignments["b"][0]
+    assert (first.slot, first.num_slots, first.first_layer) == (0, 2, 0)
+    assert first.stop_layer == last.first_layer
+    assert last.stop_layer == LAYERS
+    assert (first.downstream, first.downstream_ipc_token) == (("tcp://b:1",), "token of b")
+    assert (last.downstream, last.downstream_ipc_token) == (RESULTS, "token of router")
+    assert assignments["a"][1] == assignments["b"][1] > 0
+
+
+def test_it_opens_with_the_last_of_its_slots_and_once() -> None:
+    roles = roles_of()
+    roles.join(node("a"))
+    (a, generation), (b, _) = told(roles.join(node("b"))).values()
+    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
+    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
+    (action,) = roles.take_ready(NodeId("a"), ready(a), generation)
+    assert action == OpenPipeline(PipelineId(0), Generation(generation), NodeId("a"), 32, 2)
+    assert roles.take_ready(NodeId("a"), ready(a), generation) == []
+    assert roles.num_open == 1
+
+
+def test_reports_of_another_generation_slot_or_node_change_nothing() -> None:
+    roles = roles_of()
+    roles.join(node("a"))
+    (a, generation), (b, _) = told(roles.join(node("b"))).values()
+    roles.take_ready(NodeId("a"), ready(a), generation)
+    for name, message, of in (
+        ("b", b, generation - 1),
+        ("b", b, generation + 1),
+        ("a", b, generation),
+        ("c", b, generation),
+    ):
+        assert roles.take_ready(NodeId(name), ready(message), of) == []
+    for pipeline, slot in ((0, 2), (0, 2**40), (1, 1)):
+        assert roles.take_ready(NodeId("b"), StageReady(pipeline, slot, 1, 1, 1), generation) == []
+    assert roles.num_open == 0
+
+
+def test_a_lost_holder_closes_its_pipeline_and_the_spare_takes_its_slot_alone() -> None:
+    roles = roles_of(spares=1)
+    opened(roles, "a", "b", "c")
+    before = roles.pipelines[PipelineId(0)].generation
+    actions = roles.lose(NodeId("a"))
+    assert actions[0] == ClosePipeline(PipelineId(0))
+    assignments = told(actions)
+    assert {name: message.slot for name, (message, _) in assignments.items()} == {"c": 0, "b": 1}
+    assert {generation for _, generation in assignments.values()} == {roles.pipelines[PipelineId(0)].generation}
+    assert roles.pipelines[PipelineId(0)].generation > before
+    assert (assignments["c"][0].lease_term, assignments["b"][0].lease_term) == (2, 1), "only slot 0 changed hands"
+    assert any(isinstance(action, OpenPipeline) for action in report(roles, actions))
+
+
+def test_without_a_replacement_the_pipeline_is_closed_and_its_holder_is_let_go() -> None:
+    roles = roles_of()
+    opened(roles, "a", "b")
+    actions = roles.lose(NodeId("b"))
+    assert ClosePipeline(PipelineId(0)) in actions
+    assert [
+        action.node_id for action in actions if isinstance(action, Tell) and isinstance(action.message, Unassign)
+    ] == ["a"]
+    assert roles.slot_of(NodeId("a")) is None
+    assert roles.detail == "1 of 2 stage nodes"
+
+
+def test_losing_a_spare_or_a_stranger_changes_nothing() -> None:
+    roles = roles_of(spares=1)
+    opened(roles, "a", "b", "c")
+    assert roles.lose(NodeId("c")) == []
+    assert roles.lose(NodeId("nobody")) == []
+    assert roles.num_open == 1
+
+
+def test_a_holder_that_reconnects_is_told_its_slot_anew() -> None:
+    roles = roles_of()
+    opened(roles, "a", "b")
+    actions = roles.join(node("a"))
+    assert actions[0] == ClosePipeline(PipelineId(0))
+    assert told(actions)["a"][0].slot == 0
+    assert told(actions)["a"][0].lease_term == 1, "it holds the slot still"
+    assert any(isinstance(action, OpenPipeline) for action in report(roles, actions))
+
+
+def test_a_renewed_pipeline_keeps_its_holders_and_terms_in_a_new_generation() -> None:
+    roles = roles_of()
+    opened(roles, "a", "b")
+    before = roles.pipelines[PipelineId(0)]
+    actions = roles.renew(PipelineId(0))
+    after = roles.pipelines[PipelineId(0)]
+    assert actions[0] == ClosePipeline(PipelineId(0))
+    assert after.generation > before.generation
+    assert after.holders == before.holders
+    assert {message.lease_term for message, _ in told(actions).values()} == {1}
+    assert roles.renew(PipelineId(7)) == []
+
+
+def test_a_pipeline_that_does_not_fit_its_nodes_says_so_and_stays_closed() -> None:
+    roles = roles_of()
+    roles.join(node("a", capacity_bytes=1000))
+    assert told(roles.join(node("b"))) == {}
+    assert "its node offers 1000 bytes" in roles.detail
+    assert roles.num_open == 0
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+def test_pipelines_of_other_lengths_open_as_well(pp: int) -> None:
+    roles = roles_of(pp=pp)
+    answers = opened(roles, *"abcdef")
+    assert len([action for action in answers if isinstance(action, OpenPipeline)]) >= 6 // pp
+    assert roles.num_open == 6 // pp
+
+
+class Stages(RuleBasedStateMachine):
+    """Each node believes what it was told last; the router must never lose sight of that."""
+
+    NAMES = "abcdefg"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles = roles_of(spares=1)
+        self.believed: dict[str, tuple[StageSlot, int, int] | None] = {}
+        """Slot, lease term, generation."""
+        self.reported: set[tuple[int, int, int]] = set()
+        """Pipeline, slot, generation."""
+        self.open: dict[int, int] = {}
+        """Generation by pipeline."""
+        self.last_generation = 0
+        self.holders: dict[StageSlot, tuple[str, int]] = {}
+        """Who was told the slot last, and in which lease term."""
+
+    def carry_out(self, actions: list[Action]) -> None:
+        assigned: set[int] = set()
+        for action in actions:
+            if isinstance(action, ClosePipeline):
+                del self.open[action.pipeline]
+            elif isinstance(action, OpenPipeline):
+                pipeline = self.roles.pipelines[action.pipeline]
+                assert action.pipeline not in self.open
+                assert action.generation == pipeline.generation
+                for slot, holder in enumerate(pipeline.holders):
+                    assert self.believed[holder] is not None
+                    assert (action.pipeline, slot, action.generation) in self.reported
+                self.open[action.pipeline] = action.generation
+            elif isinstance(action.message, Unassign):
+                self.believed[action.node_id] = None
+            else:
+                self.take_assignment(action)
+                assigned.add(action.header.generation)
+        if assigned:
+            assert min(assigned) > self.last_generation
+            self.last_generation = max(assigned)
+
+    def take_assignment(self, action: Tell) -> None:
+        message = action.message
+        assert isinstance(message, AssignStage)
+        assert action.node_id in self.believed, "only the living are told anything"
+        assert message.pipeline not in self.open, "closed before it changes"
+        slot = StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot))
+        before = self.holders.get(slot)
+        if before is not None and before != (action.node_id, message.lease_term):
+            assert message.lease_term > before[1]
+        self.holders[slot] = action.node_id, message.lease_term
+        self.believed[action.node_id] = slot, message.lease_term, action.header.generation
+
+    @rule(name=st.sampled_from(NAMES))
+    def join(self, name: str) -> None:
+        self.believed.setdefault(name, None)
+        self.carry_out(self.roles.join(node(name)))
+
+    @rule(name=st.sampled_from(NAMES))
+    def lose(self, name: str) -> None:
+        self.believed.pop(name, None)
+        self.carry_out(self.roles.lose(NodeId(name)))
+
+    @rule(pipeline=st.integers(0, 3))
+    def renew(self, pipeline: int) -> None:
+        self.carry_out(self.roles.renew(PipelineId(pipeline)))
+
+    @rule(name=st.sampled_from(NAMES), age=st.integers(0, 1))
+    def get_ready(self, name: str, age: int) -> None:
+        belief = self.believed.get(name)
+        if belief is not None:
+            slot, term, generation = belief
+            if not age:
+                self.reported.add((slot.pipeline, slot.index, generation))
+            message = StageReady(slot.pipeline, slot.index, term, 1, 1)
+            self.carry_out(self.roles.take_ready(NodeId(name), message, generation - age))
+
+    @invariant()
+    def nobody_holds_two_slots_and_no_slot_has_two_holders(self) -> None:
+        holders = [holder for pipeline in self.roles.pipelines.values() for holder in pipeline.holders]
+        assert len(holders) == len(set(holders))
+        assert set(holders) <= set(self.believed)
+
+    @invariant()
+    def every_node_believes_what_the_router_believes_of_it(self) -> None:
+        for name, belief in self.believed.items():
+            assert (belief[0] if belief is not None else None) == self.roles.slot_of(NodeId(name))
+
+    @invariant()
+    def what_is_open_is_open_in_its_generation(self) -> None:
+        pipelines = self.roles.pipelines.items()
+        assert self.open == {number: pipeline.generation for number, pipeline in pipelines if pipeline.is_open}
+
+    @invariant()
+    def there_are_as_many_pipelines_as_nodes_suffice_for(self) -> None:
+        count = len(self.believed)
+        assert len(self.roles.pipelines) >= max((count - 1) // 2, min(1, count // 2))
+
+    def teardown(self) -> None:
+        for name in list(self.believed):
+            self.get_ready(name, 0)
+        assert len(self.open) == len(self.roles.pipelines), "all that are ready are open"
+
+
+TestStages = Stages.TestCase
+TestStages.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
