@@ -10,7 +10,7 @@ import numpy.typing as npt
 from common.errors import ProtocolError
 from common.messages import TensorFrame
 
-_NAMES: Final = {np.dtype(name).char: name for name in ("float64", "float32", "float16", "int64", "int32", "uint8")}
+_NAMES: Final = {np.dtype(name): name for name in ("float64", "float32", "float16", "int64", "int32", "uint8")}
 """A dtype's own `name` is composed anew at every call, which takes longer than the rest of making a frame."""
 
 Int64Array = npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ def array_to_frame(array: npt.NDArray[Any]) -> TensorFrame:
     contiguous = np.ascontiguousarray(array)
     data = contiguous.reshape(-1).view(np.uint8).data if contiguous.size else b""
     # The shape is the array's own: numpy makes a contiguous scalar one of shape [1].
-    return TensorFrame(_NAMES[contiguous.dtype.char], array.shape, data)
+    return TensorFrame(_NAMES[contiguous.dtype], array.shape, data)
 
 
 def frame_to_array(frame: TensorFrame, dtype: str, shape: tuple[int | None, ...], name: str) -> npt.NDArray[Any]:

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.checkpoint import StoredTensor, read_tensor_index
 from common.errors import CheckpointError
-
-_STORED_DTYPES = {"F32", "BF16", "F16"}
+from common.tensor_names import STORED_DTYPES
 
 
 class CheckpointWeights:
@@ -47,7 +46,7 @@ class CheckpointWeights:
             raise CheckpointError(f"tensor {name} is missing in {self.directory}")
         if stored.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
-        if stored.dtype not in _STORED_DTYPES:
+        if stored.dtype not in STORED_DTYPES:
             raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; supported are F32, BF16 and F16")
         window: tuple[int | slice, ...] = (rows or slice(None), columns or slice(None))[: len(shape)]
         if index is not None:

@@ -15,7 +15,7 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from common.checkpoint import fingerprint, resolve_model
+from common.checkpoint import fingerprint, read_tensor_index, resolve_model
 from common.codec import ITEM_BYTES
 from common.config import Settings
 from common.errors import ConfigurationError
@@ -24,7 +24,8 @@ from common.membership import Membership, MembershipSettings
 from common.messages import Welcome
 from common.model_config import ModelConfig, read_model_config
 from common.node import NodeAddresses, find_addresses
-from common.node_process import open_transport
+from common.node_process import StopFlag, open_transport
+from common.tensor_names import check_tensors
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
@@ -62,6 +63,7 @@ def read_model(settings: Settings) -> Model:
     """Raises ConfigurationError or CheckpointError with a sentence."""
     directory = resolve_model(settings.model)
     config = read_model_config(directory)
+    check_tensors(config, read_tensor_index(directory))
     stored = "bfloat16" if config.dtype == "float16" else config.dtype
     return Model(
         directory=directory,
@@ -82,6 +84,8 @@ def served_name(model: str, directory: Path) -> str:
 
 async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
+    # The server takes these signals while it runs, and raises them again once it has ended: to nobody's harm then.
+    should_stop = StopFlag()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     model = read_model(settings)
     if model.config.dtype == "float16" and model.dtype == "bfloat16":
@@ -118,7 +122,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     (settings.state_dir / "http.url").write_text(f"http://{host}:{port}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
-        await server.serve(sockets=[listener])
+        if not should_stop():
+            await server.serve(sockets=[listener])
     finally:
         mesh.stop()
         thread.join(timeout=5)

@@ -79,9 +79,10 @@ class ExpertRoles:
         return self._ready
 
     def join(self, description: NodeDescription, now_s: float) -> list[Action]:
-        """An expert node registered; one that reconnects is told anew, and reports what it still holds."""
+        """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
+        process would have another id."""
         self._nodes[description.node_id] = description
-        self._ready[description.node_id] = frozenset()
+        self._ready.setdefault(description.node_id, frozenset())
         self._told.pop(description.node_id, None)
         self._last_joined_s = now_s
         self._must_place = True

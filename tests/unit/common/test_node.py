@@ -137,7 +137,6 @@ def test_before_the_first_welcome_there_are_no_settings(link: Link) -> None:
 
 def test_what_it_is_asked_comes_out_in_order_with_its_header(registered: Link) -> None:
     registered.peer.say(ASSIGN, Header(router_term=3, generation=7))
-    registered.peer.say(BEAT, Header(router_term=3))
     registered.peer.say(Unassign(1), Header(router_term=3))
     assert registered.receive(0.2) == [
         (ASSIGN, Header(router_term=3, generation=7)),
