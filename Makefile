@@ -3,6 +3,7 @@
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/installed.stamp
+DEMO_RUN := state/demo-model
 SOURCES := $(wildcard common services compose chaos tests)
 LOCAL_TESTS := not docker and not slow and not gpu and not load
 
@@ -11,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint type fmt bench bench-parity load-test lock clean
+.PHONY: help setup run test lint type fmt bench bench-parity load-test demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -20,6 +21,8 @@ help:
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
+	@echo 'make demo-model    train the demo model anew (an hour on two cores; goes on where it stopped)'
+	@echo 'make demo-eval     held-out questions to the demo model through a mesh, accuracy by task'
 	@echo 'make lock          resolve the ranges of pyproject.toml anew into requirements.lock'
 	@echo 'make clean         remove the environment and all caches'
 
@@ -53,6 +56,14 @@ bench-parity: $(STAMP)
 
 load-test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m load $(PYTEST_ARGS)
+
+demo-model: $(STAMP)
+	$(VENV_PYTHON) -m compose.demo.train $(DEMO_RUN) $(DEMO_ARGS)
+	$(VENV_PYTHON) -m compose.demo.export $(DEMO_RUN) compose/demo/checkpoint
+	$(VENV_PYTHON) -m compose.demo.routing_report $(DEMO_RUN) --image $(DEMO_RUN)/experts.png
+
+demo-eval: $(STAMP)
+	$(VENV_PYTHON) -m compose.demo.evaluate $(DEMO_EVAL_ARGS)
 
 lock:
 	@sh compose/write-lock.sh

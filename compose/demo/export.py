@@ -1,0 +1,138 @@
+"""Writes a trained demo model as a Hugging Face checkpoint: python -m compose.demo.export RUN CHECKPOINT
+
+Every tensor goes under its Qwen3-MoE name, in bfloat16; tokenizer, chat template and model card beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from compose.demo.accuracy import held_out_accuracy
+from compose.demo.dataset import ChatMaker
+from compose.demo.model import DemoModel, DemoSizes
+from compose.demo.model_card import model_card
+from compose.demo.tasks.catalog import TASKS, WEIGHTS
+from compose.demo.tokenizer import END_OF_TEXT, TURN_END, build_tokenizer, token_id, tokenizer_config
+
+CHATS_PER_TASK = 500
+
+
+def export(model: DemoModel, tokenizer: Tokenizer, directory: Path, card: str) -> None:
+    """Makes `directory` a complete checkpoint. Raises OSError where it cannot be written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in named_tensors(model).items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(directory / "tokenizer.json"))
+    ends = [token_id(tokenizer, token) for token in (TURN_END, END_OF_TEXT)]
+    _write_json(directory / "config.json", model_config(model.sizes, ends[0]))
+    _write_json(directory / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1]})
+    _write_json(directory / "tokenizer_config.json", tokenizer_config(model.sizes.context_tokens))
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def named_tensors(model: DemoModel) -> dict[str, Tensor]:
+    """Views of the model's weights under Hugging Face's names for Qwen3-MoE."""
+    tensors: dict[str, Tensor] = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head,
+    }
+    for index, layer in enumerate(model.typed_layers()):
+        prefix, attention, experts = f"model.layers.{index}.", layer.attention, layer.experts
+        widths = [attention.query_width, attention.kv_width, attention.kv_width]
+        query, key, value = torch.split(attention.query_key_value, widths)
+        tensors |= {
+            prefix + "input_layernorm.weight": layer.attention_norm.weight,
+            prefix + "post_attention_layernorm.weight": layer.experts_norm.weight,
+            prefix + "self_attn.q_proj.weight": query,
+            prefix + "self_attn.k_proj.weight": key,
+            prefix + "self_attn.v_proj.weight": value,
+            prefix + "self_attn.o_proj.weight": attention.out,
+            prefix + "self_attn.q_norm.weight": attention.query_norm.weight,
+            prefix + "self_attn.k_norm.weight": attention.key_norm.weight,
+            prefix + "mlp.gate.weight": experts.gate,
+        }
+        for expert in range(model.sizes.experts):
+            gate, up = experts.gate_up[expert].chunk(2)
+            names = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down[expert]}
+            tensors |= {f"{prefix}mlp.experts.{expert}.{name}.weight": tensor for name, tensor in names.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def model_config(sizes: DemoSizes, eos_token_id: int) -> dict[str, Any]:
+    """The content of `config.json`. Weights are stored in bfloat16 and computed in float32: they are tiny anyway."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "float32",
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_width,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.experts_per_token,
+        "moe_intermediate_size": sizes.expert_width,
+        "intermediate_size": sizes.expert_width,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "max_position_embeddings": sizes.context_tokens,
+        "rms_norm_eps": sizes.norm_epsilon,
+        "rope_theta": sizes.rope_theta,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "use_cache": True,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_run(run: Path) -> tuple[DemoModel, int]:
+    """The model of a training run, rounded to bfloat16 as it will be stored, and the tokens that it saw."""
+    state = torch.load(run / "progress.pt", weights_only=True)
+    model = DemoModel(DemoSizes(**state["sizes"]), seed=0)
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model, state["counts"][0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0."""
+    parser = argparse.ArgumentParser(prog="python -m compose.demo.export", description="Export the demo model.")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parsed = parser.parse_args(arguments)
+    tokenizer = build_tokenizer(TASKS)
+    model, num_tokens = load_run(parsed.run)
+    maker = ChatMaker(tokenizer, TASKS, WEIGHTS)
+    # Another seed than in training, where questions of one seed are asked again and again.
+    accuracy = held_out_accuracy(model, maker, TASKS, CHATS_PER_TASK, seed=1)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = model_card(model.sizes, num_parameters, num_tokens, accuracy, CHATS_PER_TASK)
+    export(model, tokenizer, parsed.checkpoint, card)
+    print("\n".join(f"{name:20}{share:7.1%}" for name, share in accuracy.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
