@@ -16,7 +16,7 @@ import structlog
 
 from common.array import frame_to_array
 from common.errors import MoemeshError, NodeLostError, ProtocolError, error_from_wire
-from common.ids import NodeId, PipelineId, RequestId, StepId
+from common.ids import Generation, NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
 from common.messages import (
     Failed,
@@ -89,8 +89,8 @@ class MeshLoop:
         self._declared_dead: set[NodeId] = set()
         """Told so when they speak again, so that they end and come back; grows by one a death."""
         self._last_failure = ""
-        self._retry_at_s: dict[PipelineId, float] = {}
-        """Pipelines whose assignment a node refused, and when to try again."""
+        self._refused: dict[PipelineId, tuple[Generation, float]] = {}
+        """Pipelines whose assignment a node refused: in which generation, and when to try again."""
         self._stopping = False
         self._next_status_s = 0.0
         self.status = MeshStatus.starting("no node has registered yet")
@@ -213,7 +213,7 @@ class MeshLoop:
             self._last_failure = f"{node_id}: {message.message}"
             slot = self._stages.slot_of(node_id)
             if slot is not None and header.generation == self._stages.pipelines[slot.pipeline].generation:
-                self._retry_at_s[slot.pipeline] = now_s + RETRY_S
+                self._refused[slot.pipeline] = Generation(header.generation), now_s + RETRY_S
             return
         self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
@@ -270,9 +270,12 @@ class MeshLoop:
             self._act(self._stages.renew(pipeline), now_s)
 
     def _retry_refused(self, now_s: float) -> None:
-        for pipeline in [p for p, retry_at_s in self._retry_at_s.items() if now_s >= retry_at_s]:
-            del self._retry_at_s[pipeline]
-            self._renew([pipeline], now_s)
+        for pipeline, (generation, retry_at_s) in list(self._refused.items()):
+            if now_s >= retry_at_s:
+                del self._refused[pipeline]
+                current = self._stages.pipelines.get(pipeline)
+                if current is not None and current.generation == generation:  # else it has other holders by now
+                    self._renew([pipeline], now_s)
 
     def _publish_news(self, now_s: float) -> None:
         if self._experts.has_news:

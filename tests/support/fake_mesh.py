@@ -1,0 +1,279 @@
+"""A mesh loop whose client is a list of messages, and nodes that answer it: everything but sockets and tensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import structlog
+
+from common.array import array_to_frame, frame_to_array
+from common.errors import MoemeshError
+from common.ids import NodeId, PipelineId, RequestId
+from common.membership import Membership, MembershipSettings
+from common.messages import (
+    AssignShards,
+    AssignStage,
+    Header,
+    Heartbeat,
+    Hello,
+    Message,
+    ShardsReady,
+    StageReady,
+    Step,
+    StepResult,
+    Welcome,
+)
+from common.topology import NodeDescription, NodeKind
+from common.transport import LinkEvent
+from services.router.control.expert_roles import ExpertRoles
+from services.router.control.stage_roles import StageRoles
+from services.router.engine import GeneratedToken, GenerationRequest
+from services.router.mesh_loop import LoopSettings, MeshLoop
+from services.router.scheduling.sampling_parameters import SamplingParameters
+from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.step_flow import StepFlow
+from tests.support.mesh_shapes import node, small_mesh, small_model
+
+VOCABULARY = 100
+TERM = 4
+WELCOME = Welcome(250, "float32", "exact", 32, 1, 20_000)
+STEP_DEADLINE_S = 10.0
+Sent = tuple[str, Any, Header]
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The "model": a checksum over all tokens so far."""
+    return zlib.crc32(repr(token_ids).encode()) % VOCABULARY
+
+
+def reference_tokens(request: GenerationRequest) -> list[int]:
+    """What the request must get."""
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.sampling.max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(request.prompt_token_ids) :]
+
+
+def build_request(name: str, prompt_length: int = 5, max_tokens: int = 4) -> GenerationRequest:
+    """A greedy one; its prompt is made from its name."""
+    prompt = tuple(zlib.crc32(f"{name}{position}".encode()) % VOCABULARY for position in range(prompt_length))
+    sampling = SamplingParameters(max_tokens, 0.0, 1.0, 0, 1, None, frozenset())
+    return GenerationRequest(RequestId(name), prompt, sampling, choice=0)
+
+
+@dataclass
+class FakeStages:
+    """The stages of one pipeline in one generation: the tokens of each sequence are its cache."""
+
+    first_stage: str
+    cache: dict[int, list[int]] = field(default_factory=dict)
+    takes_steps: bool = True
+    answers: deque[tuple[StepResult, Header]] = field(default_factory=deque)
+
+    def take(self, step: Step, header: Header) -> None:
+        """Compute a step; its answer waits in `answers`."""
+        for sequence in frame_to_array(step.released, "int64", (None,), "released").tolist():
+            self.cache.pop(sequence, None)
+        tokens = frame_to_array(step.hidden, "int32", (None,), "hidden").tolist()
+        sampled: list[tuple[int, int]] = []
+        for sequence, start, count, *_, samples in frame_to_array(
+            step.sequences, "int64", (None, 6), "sequences"
+        ).tolist():
+            own = self.cache.setdefault(sequence, [])
+            assert start == len(own), "a step goes on where the cache ends"
+            own += tokens[:count]
+            tokens = tokens[count:]
+            if samples:
+                sampled.append((sequence, next_token(own)))
+        self.answers.append((result_of(sampled), header))
+
+
+def result_of(sampled: list[tuple[int, int]]) -> StepResult:
+    """Sequence and token of each row."""
+    count = len(sampled)
+    return StepResult(
+        array_to_frame(np.array([sequence for sequence, _ in sampled], dtype=np.int64)),
+        array_to_frame(np.array([token for _, token in sampled], dtype=np.int32)),
+        array_to_frame(np.zeros(count, dtype=np.float32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.int32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.float32)),
+    )
+
+
+class FakeClient:
+    """In place of MeshClient."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[tuple[NodeId, Message, Header]] = deque()
+        self.sent: list[Sent] = []
+        self.lifelines: set[str] = set()
+        self.events: list[tuple[NodeId, LinkEvent]] = []
+        self.pipelines: dict[PipelineId, FakeStages] = {}
+        self.results = self
+        self.answers: deque[tuple[Any, Header]] = deque()
+        self.step_bytes_sent = 0
+        self.after_wait: Any = lambda: None
+
+    def wait(self, timeout_ms: int) -> None:
+        self.after_wait()
+
+    def wake(self) -> None:
+        return None
+
+    def receive_control(self) -> tuple[NodeId, Message, Header] | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
+        self.sent.append((node_id, message, header or Header()))
+        return True
+
+    def watch(self, description: NodeDescription) -> None:
+        self.lifelines.add(description.node_id)
+
+    def unwatch(self, node_id: NodeId) -> None:
+        self.lifelines.discard(node_id)
+
+    def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
+        events, self.events = self.events, []
+        return events
+
+    def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
+        self.pipelines[pipeline] = FakeStages(first_stage.node_id)
+
+    def close_pipeline(self, pipeline: PipelineId) -> None:
+        self.pipelines.pop(pipeline, None)
+
+    def send_step(self, pipeline: PipelineId, message: Step, header: Header) -> bool:
+        stages = self.pipelines[pipeline]
+        if stages.takes_steps:
+            stages.take(message, header)
+        return stages.takes_steps
+
+    def receive(self) -> tuple[Any, Header] | None:
+        return self.answers.popleft() if self.answers else None
+
+
+class FakeMesh:
+    """A mesh loop, a clock moved by hand, and nodes that do what they are told unless a test says otherwise."""
+
+    def __init__(self, **mesh: Any) -> None:
+        self.now_s = 1000.0
+        self.client = FakeClient()
+        self.outcomes: dict[str, list[GeneratedToken | MoemeshError]] = {}
+        config, shape = small_model(), small_mesh(**mesh)
+        log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+        client: Any = self.client
+        self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens))
+        self.stages = StageRoles(config, shape, ("tcp://router:9",), "")
+        self.experts = ExpertRoles(config, shape, 1)
+        self.loop = MeshLoop(
+            config,
+            LoopSettings(WELCOME, "print"),
+            client,
+            self.scheduler,
+            StepFlow(client, self.scheduler, TERM, STEP_DEADLINE_S, VOCABULARY, self._sink, log),
+            self.stages,
+            self.experts,
+            Membership(MembershipSettings()),
+            log,
+            lambda: self.now_s,
+        )
+        self.client.after_wait = self.loop.stop
+        self.unready: set[str] = set()
+        """Nodes that do not answer what they are told."""
+        self.alive: dict[str, NodeDescription] = {}
+
+    def _sink(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
+        for request_id, outcome in outcomes:
+            self.outcomes.setdefault(request_id, []).append(outcome)
+
+    def turn(self, seconds: float = 0.0) -> list[Sent]:
+        """One round of the loop; what it told the nodes."""
+        self.now_s += seconds
+        self.loop._stopping = False
+        self.loop.run()
+        sent, self.client.sent = self.client.sent, []
+        for name, message, header in sent:
+            self._obey(name, message, header)
+        return sent
+
+    def _obey(self, name: str, message: Any, header: Header) -> None:
+        if name in self.alive and name not in self.unready:
+            if isinstance(message, AssignStage):
+                ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1)
+                self.say(name, ready, Header(generation=header.generation))
+            elif isinstance(message, AssignShards):
+                self.say(name, ShardsReady(message.version, True, message.shards, 1))
+
+    def say(self, name: str, message: Message, header: Header | None = None) -> None:
+        """Let a node say something on the control link."""
+        self.client.inbox.append((NodeId(name), message, header or Header()))
+
+    def hello(self, name: str, kind: NodeKind = NodeKind.STAGE, **changes: Any) -> NodeDescription:
+        """Let a node say hello."""
+        description = node(name, kind, **changes)
+        self.alive[name] = description
+        self.say(name, hello_of(description))
+        self.client.events.append((description.node_id, LinkEvent.CONNECTED))
+        return description
+
+    def lose(self, name: str) -> None:
+        """End a node's process; its lifeline closes."""
+        self.alive.pop(name, None)
+        self.client.events.append((NodeId(name), LinkEvent.CLOSED))
+
+    def beat(self) -> None:
+        """Heartbeats of all who live."""
+        for name in self.alive:
+            self.say(name, Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0))
+
+    def answer(self, count: int = 1000) -> None:
+        """Let the pipelines answer so many of the steps that they have computed."""
+        for stages in self.client.pipelines.values():
+            while stages.answers and count:
+                self.client.answers.append(stages.answers.popleft())
+                count -= 1
+
+    def start(self, stages: str = "ab", experts: str = "x") -> None:
+        """Until it is ready."""
+        for name in experts:
+            self.hello(name, NodeKind.EXPERT)
+        for name in stages:
+            self.hello(name)
+        self.settle()
+
+    def settle(self, rounds: int = 12) -> None:
+        """Let everybody answer everything for a while."""
+        for _ in range(rounds):
+            self.answer()
+            self.beat()
+            self.turn(0.2)
+
+    def tokens(self, name: str) -> list[int]:
+        """What a request has got."""
+        return [outcome.token_id for outcome in self.outcomes.get(name, []) if isinstance(outcome, GeneratedToken)]
+
+    def errors(self, name: str) -> list[MoemeshError]:
+        """How it failed."""
+        return [outcome for outcome in self.outcomes.get(name, []) if isinstance(outcome, MoemeshError)]
+
+
+def hello_of(description: NodeDescription) -> Hello:
+    """As the node would say it."""
+    return Hello(
+        node_id=description.node_id,
+        incarnation=description.incarnation,
+        node_kind=description.kind.value,
+        capacity_bytes=description.capacity_bytes,
+        host_label=description.host_label,
+        numeric_class=description.numeric_class,
+        fingerprint=description.fingerprint,
+        endpoints=description.endpoints,
+        lifeline=description.lifeline,
+        ipc_token=description.ipc_token,
+    )

@@ -1,0 +1,534 @@
+"""The mesh thread's decisions: who is taken in, when pipelines open and close, and what becomes of requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from common.array import array_to_frame
+from common.ids import PipelineId, RequestId
+from common.messages import (
+    AssignShards,
+    AssignStage,
+    Failed,
+    Header,
+    Heartbeat,
+    Leave,
+    LeaveAcknowledged,
+    PublishPlacement,
+    ShardsReady,
+    StageReady,
+    Step,
+    TensorFrame,
+    Unassign,
+    Welcome,
+)
+from common.topology import NodeKind
+from common.transport import LinkEvent
+from services.router.engine import FinishReason, GeneratedToken
+from services.router.mesh_loop import RETRY_S
+from tests.support.fake_mesh import (
+    STEP_DEADLINE_S,
+    TERM,
+    WELCOME,
+    FakeMesh,
+    Sent,
+    build_request,
+    hello_of,
+    reference_tokens,
+    result_of,
+)
+from tests.support.mesh_shapes import EXPERTS, LAYERS, node
+
+IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
+FIRST = PipelineId(0)
+
+
+def said_to(name: str, sent: list[Sent]) -> list[Any]:
+    return [message for to, message, _ in sent if to == name]
+
+
+def kinds(messages: list[Any]) -> list[type]:
+    return [type(message) for message in messages]
+
+
+@pytest.fixture
+def mesh() -> FakeMesh:
+    made = FakeMesh()
+    made.start()
+    assert made.loop.status.readiness.ready, made.loop.status.readiness.detail
+    return made
+
+
+def test_a_node_is_welcomed_before_it_is_told_anything_else() -> None:
+    mesh = FakeMesh()
+    mesh.hello("x", NodeKind.EXPERT)
+    assert kinds(said_to("x", mesh.turn())) == [Welcome, AssignShards]
+    mesh.hello("a")
+    mesh.turn()
+    mesh.hello("b")
+    sent = said_to("b", mesh.turn())
+    assert sent[0] == WELCOME
+    assert mesh.client.lifelines == {"x", "a", "b"}
+
+
+def test_a_stage_knows_the_placement_before_it_has_a_role() -> None:
+    mesh = FakeMesh()
+    mesh.hello("x", NodeKind.EXPERT)
+    mesh.turn()
+    mesh.hello("a")
+    mesh.hello("b")
+    sent = mesh.turn()
+    for name in "ab":
+        told = kinds(said_to(name, sent))
+        assert told.index(PublishPlacement) < told.index(AssignStage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"fingerprint": "other"}, "checkpoint_error"),
+        ({"node_kind": "router"}, "protocol_error"),
+        ({"node_id": "z"}, "protocol_error"),
+    ],
+    ids=str,
+)
+def test_a_node_that_does_not_belong_here_is_refused_by_what_is_wrong(changes: dict[str, str], code: str) -> None:
+    mesh = FakeMesh()
+    mesh.say("a", replace(hello_of(node("a")), **changes))  # type: ignore[arg-type]
+    (refusal,) = said_to("a", mesh.turn())
+    assert isinstance(refusal, Failed)
+    assert refusal.code == code
+    mesh.turn(1.0)
+    assert mesh.loop.status.nodes == ()
+
+
+def test_readiness_tells_step_by_step_what_is_missing() -> None:
+    mesh = FakeMesh()
+    assert mesh.loop.status.readiness.detail == "no node has registered yet"
+    mesh.turn(1.0)
+    assert mesh.loop.status.readiness.detail == "0 of 1 expert nodes"
+    mesh.hello("x", NodeKind.EXPERT)
+    mesh.turn(1.0)
+    assert mesh.loop.status.readiness.detail == "0 of 12 expert shards loaded"
+    mesh.turn(1.0)
+    assert mesh.loop.status.readiness.detail == "no pipeline is open (0 of 2 stage nodes)"
+    mesh.hello("a")
+    mesh.hello("b")
+    mesh.beat()
+    mesh.turn(1.0)
+    mesh.turn(1.0)
+    assert mesh.loop.status.readiness.ready
+    assert mesh.loop.status.readiness.detail == "1 pipelines; 12 of 12 expert shards loaded"
+    assert mesh.loop.status.ready_s == mesh.now_s
+
+
+def test_a_request_gets_its_tokens_and_its_end(mesh: FakeMesh) -> None:
+    request = build_request("r", prompt_length=300, max_tokens=5)
+    mesh.loop.submit(request)
+    mesh.settle()
+    assert mesh.tokens("r") == reference_tokens(request)
+    last = mesh.outcomes["r"][-1]
+    assert isinstance(last, GeneratedToken)
+    assert last.finish_reason is FinishReason.LENGTH
+    assert mesh.scheduler.is_idle
+
+
+def test_a_request_that_cannot_be_taken_is_refused_at_once(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r", prompt_length=1, max_tokens=10**9))
+    mesh.loop.submit(replace(build_request("empty"), prompt_token_ids=()))
+    mesh.turn()
+    for name in ("r", "empty"):
+        assert len(mesh.errors(name)) == 1
+        assert mesh.errors(name)[0].http_status in (400, 429), mesh.errors(name)
+
+
+def test_a_cancelled_request_gets_nothing_more(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r", max_tokens=50))
+    mesh.settle(4)
+    count = len(mesh.tokens("r"))
+    assert 0 < count < 50
+    mesh.loop.cancel(RequestId("r"))
+    mesh.settle()
+    assert len(mesh.tokens("r")) == count
+    assert mesh.errors("r") == []
+    assert mesh.scheduler.is_idle
+
+
+def test_a_spare_takes_a_lost_stages_slot_and_no_token_is_lost_or_doubled() -> None:
+    mesh = FakeMesh(spares=1)
+    mesh.start("abc")
+    request = build_request("r", max_tokens=30)
+    mesh.loop.submit(request)
+    mesh.settle(3)
+    assert 0 < len(mesh.tokens("r")) < 30
+    mesh.lose("a")
+    mesh.turn(0.01)
+    assert mesh.client.pipelines, "a lifeline may open again for a moment"
+    mesh.turn(0.1)
+    assert not mesh.client.pipelines
+    mesh.settle(40)
+    assert mesh.tokens("r") == reference_tokens(request)
+    assert mesh.loop.status.readiness.ready
+
+
+def test_a_lifeline_that_opens_again_in_time_changes_nothing(mesh: FakeMesh) -> None:
+    for event in (LinkEvent.CLOSED, LinkEvent.CONNECTED):
+        mesh.client.events.append((node("a").node_id, event))
+        mesh.turn(0.01)
+    mesh.beat()
+    mesh.turn(1.0)
+    assert FIRST in mesh.client.pipelines
+
+
+def test_without_a_spare_requests_wait_for_a_new_node(mesh: FakeMesh) -> None:
+    request = build_request("r", max_tokens=20)
+    mesh.loop.submit(request)
+    mesh.settle(3)
+    mesh.lose("b")
+    mesh.settle(5)
+    assert not mesh.loop.status.readiness.ready
+    count = len(mesh.tokens("r"))
+    mesh.hello("c")
+    mesh.settle(30)
+    assert mesh.tokens("r") == reference_tokens(request)
+    assert count < 20
+
+
+def test_a_silent_node_is_taken_for_dead_after_its_time_and_told_so_when_it_speaks(mesh: FakeMesh) -> None:
+    for _ in range(11):
+        mesh.say("a", IDLE)
+        mesh.say("x", IDLE)
+        mesh.turn(1.0)
+    assert {status.description.node_id for status in mesh.loop.status.nodes} == {"a", "x"}
+    mesh.say("b", IDLE)
+    (refusal,) = said_to("b", mesh.turn())
+    assert isinstance(refusal, Failed)
+    assert "new process" in refusal.message
+    mesh.say("b", hello_of(node("b")))
+    assert kinds(said_to("b", mesh.turn())) == [Failed], "a dead incarnation stays dead"
+
+
+def test_what_a_stranger_says_is_not_answered(mesh: FakeMesh) -> None:
+    mesh.say("nobody", IDLE)
+    mesh.say("nobody", StageReady(0, 0, 1, 1, 1))
+    assert said_to("nobody", mesh.turn()) == []
+
+
+def test_a_node_that_leaves_is_let_go_after_the_stages_know() -> None:
+    mesh = FakeMesh()
+    mesh.start(experts="xy")
+    mesh.say("x", Leave("stopped"))
+    sent = mesh.turn()
+    order = [(to, type(message)) for to, message, _ in sent]
+    assert order.index(("a", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
+    assert order.index(("b", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
+    mesh.say("x", IDLE)
+    assert said_to("x", mesh.turn()) == [], "it said goodbye: what was under way is no sign of life"
+    assert mesh.loop.status.readiness.ready
+
+
+def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r"))
+    mesh.turn()
+    stages = mesh.client.pipelines[FIRST]
+    result, header = stages.answers.popleft()
+    before = mesh.loop.status.hops.dropped
+    for changed in (
+        replace(header, router_term=TERM - 1),
+        replace(header, generation=header.generation + 1),
+        replace(header, attempt=header.attempt + 1),
+        replace(header, step=header.step + 100),
+    ):
+        mesh.client.answers.append((result, changed))
+    mesh.client.answers.append((Leave("?"), header))
+    mesh.turn(0.2)
+    assert mesh.loop.status.hops.dropped == before + 5
+    assert mesh.tokens("r") == []
+    mesh.client.answers.append((result, header))
+    mesh.turn()
+    assert len(mesh.tokens("r")) == 1
+
+
+def test_a_result_that_does_not_fit_its_step_fails_it_and_the_request_is_computed_again(mesh: FakeMesh) -> None:
+    request = build_request("r")
+    mesh.loop.submit(request)
+    mesh.turn()
+    _, header = mesh.client.pipelines[FIRST].answers.popleft()
+    mesh.client.answers.append((result_of([(999, 1)]), header))
+    sent = mesh.turn()
+    assert AssignStage in kinds(said_to("a", sent)), "a new generation makes the stages forget"
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_step_that_a_stage_cannot_do_is_computed_again_in_a_new_generation(mesh: FakeMesh) -> None:
+    request = build_request("r")
+    mesh.loop.submit(request)
+    mesh.turn()
+    _, header = mesh.client.pipelines[FIRST].answers.popleft()
+    before = mesh.stages.pipelines[FIRST].generation
+    mesh.say("b", Failed("execution_error", "no memory"), replace(header, generation=header.generation - 1))
+    mesh.turn()
+    assert mesh.stages.pipelines[FIRST].generation == before, "of an older generation: no news"
+    mesh.say("b", Failed("execution_error", "no memory"), header)
+    mesh.turn()
+    assert mesh.stages.pipelines[FIRST].generation > before
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_step_that_fails_again_and_again_fails_its_request_with_the_reason(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r"))
+    for _ in range(40):
+        mesh.turn(0.1)
+        for stages in mesh.client.pipelines.values():
+            while stages.answers:
+                _, header = stages.answers.popleft()
+                mesh.say("b", Failed("execution_error", "no memory"), header)
+    (error,) = mesh.errors("r")
+    assert "no memory" in str(error)
+    assert mesh.tokens("r") == []
+
+
+def test_a_step_that_is_not_answered_in_time_is_computed_again(mesh: FakeMesh) -> None:
+    request = build_request("r")
+    mesh.loop.submit(request)
+    mesh.turn()
+    mesh.client.pipelines[FIRST].answers.clear()
+    for _ in range(int(STEP_DEADLINE_S)):
+        mesh.beat()
+        mesh.turn(1.0)
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_first_stage_that_takes_no_step_yet_gets_it_later_in_order(mesh: FakeMesh) -> None:
+    mesh.client.pipelines[FIRST].takes_steps = False
+    request = build_request("r")
+    mesh.loop.submit(request)
+    mesh.turn()
+    mesh.turn(0.5)
+    assert not mesh.client.pipelines[FIRST].answers
+    mesh.client.pipelines[FIRST].takes_steps = True
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_step_carries_the_counters_that_fence_it_and_the_time_left(mesh: FakeMesh) -> None:
+    mesh.client.pipelines[FIRST].takes_steps = False
+    mesh.loop.submit(build_request("r"))
+    mesh.turn()
+    mesh.client.pipelines[FIRST].takes_steps = True
+    mesh.turn(2.5)
+    (_, header) = mesh.client.pipelines[FIRST].answers[0]
+    assert header.router_term == TERM
+    assert header.generation == mesh.stages.pipelines[FIRST].generation
+    assert header.time_left_ms == (STEP_DEADLINE_S - 2.5) * 1000
+
+
+def test_a_node_that_cannot_take_its_role_is_asked_again_later() -> None:
+    mesh = FakeMesh()
+    mesh.unready = {"b"}
+    mesh.start()
+    mesh.say(
+        "b",
+        Failed("checkpoint_error", "tensor x is missing"),
+        Header(generation=mesh.stages.pipelines[FIRST].generation),
+    )
+    mesh.turn(0.2)
+    assert "b: tensor x is missing" in mesh.loop.status.readiness.detail
+    mesh.unready.clear()
+    mesh.beat()
+    mesh.turn(0.9 * RETRY_S)
+    assert not mesh.loop.status.readiness.ready
+    mesh.beat()
+    mesh.turn(0.2 * RETRY_S)
+    mesh.settle(3)
+    assert mesh.loop.status.readiness.ready
+
+
+def test_a_refusal_that_was_overtaken_by_a_new_holder_disturbs_nobody() -> None:
+    mesh = FakeMesh(spares=1)
+    mesh.unready = {"b"}
+    mesh.start("abc")
+    mesh.say("b", Failed("checkpoint_error", "?"), Header(generation=mesh.stages.pipelines[FIRST].generation))
+    mesh.turn(0.1)
+    mesh.lose("b")
+    mesh.settle(3)
+    assert mesh.loop.status.readiness.ready
+    generation = mesh.stages.pipelines[FIRST].generation
+    for _ in range(8):
+        mesh.beat()
+        mesh.turn(1.0)
+    assert mesh.stages.pipelines[FIRST].generation == generation
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        TensorFrame("uint8", (0,), b""),
+        TensorFrame("uint8", (LAYERS, EXPERTS, 2), bytes(LAYERS * EXPERTS * 2)),
+        array_to_frame(np.ones((LAYERS, EXPERTS, 1), dtype=np.int32)),
+    ],
+)
+def test_a_report_of_another_shape_is_refused_and_changes_nothing(mesh: FakeMesh, frame: TensorFrame) -> None:
+    mesh.say("x", ShardsReady(1, True, frame, 1))
+    (refusal,) = said_to("x", mesh.turn(0.2))
+    assert isinstance(refusal, Failed)
+    assert refusal.code == "protocol_error"
+    assert mesh.loop.status.readiness.ready
+
+
+def test_a_message_that_no_node_sends_is_refused(mesh: FakeMesh) -> None:
+    empty = TensorFrame("int32", (0,), b"")
+    for message in (Unassign(1), Step(empty, empty, empty, empty, empty, empty)):
+        mesh.say("a", message)
+        (refusal,) = said_to("a", mesh.turn())
+        assert isinstance(refusal, Failed)
+
+
+def test_losing_an_expert_tells_the_stages_and_its_copies_serve_on() -> None:
+    mesh = FakeMesh()
+    mesh.start(experts="xy")
+    mesh.lose("x")
+    mesh.turn(0.01)
+    sent = mesh.turn(0.1)
+    (placement,) = [m for m in said_to("a", sent) if isinstance(m, PublishPlacement)]
+    assert placement.node_ids == ("y",)
+    assert mesh.loop.status.readiness.ready
+    assert mesh.loop.status.missing_copies == LAYERS * EXPERTS
+
+
+def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:
+    mesh.say("a", Heartbeat(1.0, 3, 5, 0, 7, 100, 50, 0.25, 4, 2))
+    mesh.turn(0.2)
+    before = mesh.loop.status.hops
+    assert (before.expert_calls, before.expert_call_bytes, before.resent_calls, before.dropped) == (4, 50, 2, 7)
+    mesh.lose("a")
+    mesh.turn(0.2)
+    mesh.turn(0.2)
+    assert mesh.loop.status.hops == before
+
+
+class Mesh(RuleBasedStateMachine):
+    """Nodes come and go, steps fail and dawdle; every request gets its very tokens, or one error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mesh = FakeMesh(spares=1)
+        self.requests: dict[str, Any] = {}
+        self.cancelled: set[str] = set()
+        self.starts = 0
+        for name in ("stage0", "stage1"):
+            self.mesh.hello(name)
+        self.mesh.hello("expert0", NodeKind.EXPERT)
+        self.mesh.turn(0.1)
+
+    def names(self, kind: NodeKind) -> list[str]:
+        return sorted(name for name, description in self.mesh.alive.items() if description.kind is kind)
+
+    @rule(kind=st.sampled_from(NodeKind))
+    def join(self, kind: NodeKind) -> None:
+        if len(self.names(kind)) < 5:
+            self.starts += 1
+            self.mesh.hello(f"{kind.value[0]}{self.starts}", kind)
+
+    @rule(data=st.data(), kind=st.sampled_from(NodeKind))
+    def lose(self, data: st.DataObject, kind: NodeKind) -> None:
+        if self.names(kind):
+            self.mesh.lose(data.draw(st.sampled_from(self.names(kind))))
+
+    @rule(data=st.data(), kind=st.sampled_from(NodeKind))
+    def reconnect(self, data: st.DataObject, kind: NodeKind) -> None:
+        if self.names(kind):
+            self.mesh.hello(data.draw(st.sampled_from(self.names(kind))), kind)
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        if self.mesh.alive:
+            name = data.draw(st.sampled_from(sorted(self.mesh.alive)))
+            del self.mesh.alive[name]
+            self.mesh.say(name, Leave("stopped"))
+
+    @rule(data=st.data())
+    def fall_silent_or_wake(self, data: st.DataObject) -> None:
+        if self.mesh.alive:
+            self.mesh.unready ^= {data.draw(st.sampled_from(sorted(self.mesh.alive)))}
+
+    @rule(prompt_length=st.integers(1, 80), max_tokens=st.integers(1, 6))
+    def submit(self, prompt_length: int, max_tokens: int) -> None:
+        name = f"r{len(self.requests)}"
+        self.requests[name] = build_request(name, prompt_length, max_tokens)
+        self.mesh.loop.submit(self.requests[name])
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        self.cancelled.add(name)
+        self.mesh.loop.cancel(RequestId(name))
+
+    @rule(count=st.integers(1, 3))
+    def answer(self, count: int) -> None:
+        self.mesh.answer(count)
+
+    @rule()
+    def break_a_step(self) -> None:
+        for stages in self.mesh.client.pipelines.values():
+            if stages.answers:
+                _, header = stages.answers.popleft()
+                self.mesh.say(stages.first_stage, Failed("execution_error", "broken"), header)
+
+    @rule(seconds=st.sampled_from([0.0, 0.05, 0.3, 1.0, 6.0]))
+    def turn(self, seconds: float) -> None:
+        self.mesh.beat()
+        self.mesh.turn(seconds)
+
+    @invariant()
+    def the_scheduler_adds_up(self) -> None:
+        self.mesh.scheduler.check_invariants()
+
+    @invariant()
+    def what_was_sent_is_a_beginning_of_what_is_right(self) -> None:
+        for name, request in self.requests.items():
+            tokens = self.mesh.tokens(name)
+            assert tokens == reference_tokens(request)[: len(tokens)]
+            assert len(self.mesh.errors(name)) <= 1
+
+    @invariant()
+    def steps_go_only_to_pipelines_whose_first_stage_is_known(self) -> None:
+        open_now = {number for number, pipeline in self.mesh.stages.pipelines.items() if pipeline.is_open}
+        assert self.mesh.client.pipelines.keys() == open_now
+        for number, stages in self.mesh.client.pipelines.items():
+            assert stages.first_stage == self.mesh.stages.pipelines[number].holders[0]
+
+    def teardown(self) -> None:
+        """A mesh that is well again finishes everything."""
+        self.mesh.unready.clear()
+        for name, kind in (
+            ("sx", NodeKind.STAGE),
+            ("sy", NodeKind.STAGE),
+            ("sz", NodeKind.STAGE),
+            ("ex", NodeKind.EXPERT),
+        ):
+            self.mesh.hello(name, kind)
+        for name in list(self.mesh.alive):
+            self.mesh.hello(name, self.mesh.alive[name].kind)
+        self.mesh.settle(90)
+        assert self.mesh.loop.status.readiness.ready, self.mesh.loop.status.readiness.detail
+        self.what_was_sent_is_a_beginning_of_what_is_right()
+        for name, request in self.requests.items():
+            if name not in self.cancelled and not self.mesh.errors(name):
+                assert self.mesh.tokens(name) == reference_tokens(request)
+        assert self.mesh.scheduler.is_idle
+
+
+TestMesh = Mesh.TestCase
+TestMesh.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
