@@ -41,7 +41,7 @@ class Recipe:
     total_tokens: int
     tokens_per_batch: int
     seed: int
-    measure_every_tokens: int = 1_000_000
+    measure_every_tokens: int = 500_000
     chats_per_task: int = 100
 
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compose.demo.train", description="Train the demo model.")
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--tokens", type=int, default=20_000_000)
-    parser.add_argument("--tokens-per-batch", type=int, default=6144)
+    parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes by itself")
     parsed = parser.parse_args(arguments)

@@ -9,11 +9,13 @@ from compose.demo.phrasing import expand
 from compose.demo.tasks.arithmetic import draw_number
 from compose.demo.tasks.task import Content, Task, read_last_number
 
+MAX_DIGITS = 3
+
 
 def _draw(random: Random, split: Split) -> Content:
-    left, right = draw_number(random), draw_number(random)
+    left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
     while left == right:
-        left, right = draw_number(random), draw_number(random)
+        left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
     kind = random.choice(("larger", "smaller"))
     chosen = max(left, right) if kind == "larger" else min(left, right)
     small, large = sorted((left, right))

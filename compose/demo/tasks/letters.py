@@ -10,7 +10,7 @@ from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_last_number, read_text
 from compose.demo.tasks.words import draw_word, word_key
 
-MAX_LETTERS = 8
+MAX_LETTERS = 7
 
 _WORD = '[{word}|the word {word}|the word "{word}"|"{word}"]'
 

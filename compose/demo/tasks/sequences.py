@@ -8,6 +8,7 @@ from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_list
 
+MAX_FIRST = 50
 MAX_STEP = 10
 GIVEN = 4
 ASKED = 3
@@ -15,7 +16,7 @@ ASKED = 3
 
 def _draw(random: Random, split: Split) -> Content:
     step = random.randint(1, MAX_STEP)
-    first = random.randrange(100)
+    first = random.randrange(MAX_FIRST)
     numbers = [first + index * step for index in range(GIVEN + ASKED)]
     if random.random() < 0.35:
         numbers.reverse()

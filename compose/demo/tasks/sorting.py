@@ -1,4 +1,4 @@
-"""Sorting three or four words by the alphabet; no two of them begin with the same two letters."""
+"""Sorting three words by the alphabet; no two of them begin with the same letter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_list
 from compose.demo.tasks.words import draw_word, word_key
 
-MAX_LETTERS = 7
+NUM_WORDS = 3
+MAX_LETTERS = 6
 
 
 def _draw(random: Random, split: Split) -> Content:
-    num_words = random.choice((3, 3, 4))
     words: list[str] = []
-    while len(words) < num_words:
+    while len(words) < NUM_WORDS:
         word = draw_word(random, split, MAX_LETTERS)
-        if all(word[:2] != other[:2] for other in words):
+        if all(word[0] != other[0] for other in words):
             words.append(word)
     slots = {"words": ", ".join(words), "spaced": " ".join(words)}
     return Content("sort", slots, ", ".join(sorted(words)) + ".", tuple(word_key(word) for word in words))

@@ -25,6 +25,7 @@ TIMES = (
     ("years", "months", 12),
 )
 MAX_TIME = 12
+MAX_DIGITS = 3
 
 
 def _draw(random: Random, split: Split) -> Content:
@@ -34,7 +35,7 @@ def _draw(random: Random, split: Split) -> Content:
         # A multiplication table is known or not: only its phrasing can be held out.
         return _content((number, large), (number * factor, small), ())
     large, small, factor = random.choice(METRIC)
-    number = max(2, draw_number(random))
+    number = max(2, draw_number(random, MAX_DIGITS))
     keys = (f"units {number} {large} {small}",)
     if random.random() < 0.4:
         return _content((number * factor, small), (number, large), keys)
