@@ -38,15 +38,21 @@ def open_state_folder(path: Path) -> StateFolder:
         raise ConfigurationError(
             f"another router runs on STATE_DIR={path}: give each mesh a folder of its own"
         ) from None
-    return StateFolder(path, _next_term(path / "router.json"), descriptor)
+    try:
+        return StateFolder(path, _next_term(path / "router.json"), descriptor)
+    except ConfigurationError:
+        os.close(descriptor)
+        raise
 
 
 def _next_term(path: Path) -> RouterTerm:
     term = 0
     if path.exists():
         try:
-            term = int(json.loads(path.read_text())["term"])
-        except (ValueError, KeyError, TypeError) as error:
+            term = json.loads(path.read_text())["term"]
+            if type(term) is not int or term < 0:
+                raise ValueError(f"term is {term!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is damaged ({error}): remove it once no node of its mesh runs") from None
     # Renamed into place, so that a crash leaves the old term or the new one, never half a file.
     replacement = path.with_suffix(".new")

@@ -64,7 +64,7 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
     ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
     count = len(ids)
     tokens = frame_to_array(result.token_ids, "int32", (count,), "StepResult.token_ids").tolist()
-    logprobs = frame_to_array(result.logprobs, "float32", (count,), "StepResult.logprobs").tolist()
+    logprobs = frame_to_array(result.logprobs, "float32", (count,), "StepResult.logprobs")
     top_ids = frame_to_array(result.top_token_ids, "int32", (count, None), "StepResult.top_token_ids")
     top_logprobs = frame_to_array(result.top_logprobs, "float32", top_ids.shape, "StepResult.top_logprobs")
     wanted = {chunk.sequence_id: chunk.sampling.num_top_logprobs for chunk in plan.chunks if chunk.samples}
@@ -72,6 +72,13 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
         raise ProtocolError(f"StepResult answers {count} sequences, the step asked for {len(wanted)}")
     if any(not 0 <= token < vocab_size for token in tokens):
         raise ProtocolError(f"StepResult.token_ids holds an id outside [0, {vocab_size})")
+    if not (np.isfinite(logprobs).all() and np.isfinite(top_logprobs).all()):
+        raise ProtocolError("StepResult.logprobs or top_logprobs holds a number that is not finite")
+    num_columns = max((num_top or 0 for num_top in wanted.values()), default=0)
+    if top_ids.shape[1] < num_columns:
+        raise ProtocolError(
+            f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
+        )
     sampled: dict[SequenceId, SampledToken] = {}
     for row, sequence_id in enumerate(ids):
         num_top = wanted[sequence_id]
@@ -79,5 +86,5 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
             sampled[sequence_id] = SampledToken(tokens[row], None, ())
             continue
         top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
-        sampled[sequence_id] = SampledToken(tokens[row], logprobs[row], tuple(top))
+        sampled[sequence_id] = SampledToken(tokens[row], float(logprobs[row]), tuple(top))
     return sampled
