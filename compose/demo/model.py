@@ -111,10 +111,15 @@ class Layer(nn.Module):
         self.experts_norm = RmsNorm(sizes.width, sizes.norm_epsilon)
         self.experts = Experts(sizes)
 
-    def forward(self, x_btd: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rotation)
-        mixed, probabilities, chosen = self.experts(self.experts_norm(x_btd).flatten(0, 1))
-        return x_btd + mixed.view_as(x_btd), probabilities, chosen
+    def attend(self, x_btd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """The first one."""
+        attended: Tensor = self.attention(self.attention_norm(x_btd), rotation)
+        return x_btd + attended
+
+    def feed(self, x_nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The second one, with the gate's probabilities and choices; every row for itself."""
+        fed, probabilities, chosen = self.experts(self.experts_norm(x_nd))
+        return x_nd + fed, probabilities, chosen
 
 
 class DemoModel(nn.Module):
@@ -154,13 +159,17 @@ class DemoModel(nn.Module):
         rotation = rotary_table(ids_bt.shape[1], self.sizes, self.head.dtype)
         x_btd = functional.embedding(ids_bt, self.embedding)
         balance, choices = x_btd.new_zeros((), dtype=torch.float32), []
-        for layer in self.typed_layers():
-            x_btd, probabilities, chosen = layer(x_btd, rotation)
+        for index, layer in enumerate(self.typed_layers()):
+            x_btd = layer.attend(x_btd, rotation)
+            x_nd = x_btd.flatten(0, 1)
+            # Rows that nobody asks for end where no other row can look at them: in the last layer.
+            if kept is not None and index == self.sizes.layers - 1:
+                x_nd = x_nd[kept]
+            x_nd, probabilities, chosen = layer.feed(x_nd)
+            x_btd = x_nd.view_as(x_btd) if x_nd.numel() == x_btd.numel() else x_btd
             balance = balance + balance_loss(probabilities, chosen) / self.sizes.layers
             choices.append(chosen)
-        x_nd = x_btd.flatten(0, 1)
-        x_nd = self.norm(x_nd if kept is None else x_nd[kept])
-        return functional.linear(x_nd, self.head), balance, choices
+        return functional.linear(self.norm(x_nd), self.head), balance, choices
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
