@@ -39,9 +39,12 @@ class Shape:
     pp: int
     experts: int
     combine: str
+    slices: int = 1
+    """Cuts of each expert along its width."""
 
     def __str__(self) -> str:
-        return f"{self.recipe.name}-pp{self.pp}-experts{self.experts}-{self.combine}"
+        cut = f"-slices{self.slices}" if self.slices > 1 else ""
+        return f"{self.recipe.name}-pp{self.pp}-experts{self.experts}-{self.combine}{cut}"
 
 
 QUICK = (
@@ -52,9 +55,13 @@ QUICK = (
 )
 """Run by `make test`: each value of each dimension at least once, and what differs most between checkpoints."""
 
-_WHOLE = tuple(
-    Shape(recipe, pp, experts, combine)
-    for recipe, pp, experts, combine in itertools.product(RECIPES, (1, 3), (1, 3), ("exact", "partial"))
+_WHOLE = (
+    *(
+        Shape(recipe, pp, experts, combine)
+        for recipe, pp, experts, combine in itertools.product(RECIPES, (1, 3), (1, 3), ("exact", "partial"))
+    ),
+    Shape(QWEN3, pp=2, experts=3, combine="exact", slices=2),
+    Shape(MIXTRAL_BF16, pp=2, experts=3, combine="partial", slices=3),
 )
 
 
@@ -76,7 +83,13 @@ class Served:
 def served(request: pytest.FixtureRequest, shelf: Shelf) -> Iterator[Served]:
     shape: Shape = request.param
     reference = shelf.reference(shape.recipe)
-    settings = {"PP": str(shape.pp), "EXPERTS": str(shape.experts), "COMBINE": shape.combine, "DTYPE": "float32"}
+    settings = {
+        "PP": str(shape.pp),
+        "EXPERTS": str(shape.experts),
+        "COMBINE": shape.combine,
+        "EXPERT_SLICES": str(shape.slices),
+        "DTYPE": "float32",
+    }
     with served_mesh(shelf.checkpoint(shape.recipe), settings) as mesh:
         yield Served(mesh.client, reference, random_prompts(reference.vocabulary, seed=shape.recipe.seed))
 
