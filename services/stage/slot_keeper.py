@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -36,6 +36,17 @@ class LoadedLayers:
     dtype: torch.dtype
     model: StageModel
     bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """An assignment whose layers are on their way."""
+
+    message: AssignStage
+    header: Header
+    layers: LayerRange
+    dtype: torch.dtype
+    future: Future[LoadedLayers]
 
 
 @dataclass(slots=True)
@@ -92,7 +103,7 @@ class SlotKeeper:
         self._loaded: LoadedLayers | None = None
         self._caches: list[LayerKvCache] = []
         """Their content means nothing in a new generation; the memory stays."""
-        self._loading: tuple[AssignStage, Header, Future[LoadedLayers]] | None = None
+        self._loading: Loading | None = None
         self._bytes_to_former_downstreams = 0
         self.slot: Slot | None = None
 
@@ -109,30 +120,38 @@ class SlotKeeper:
             raise ProtocolError(
                 f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
             )
-        self.leave()
+        self._close_slot()
         role = role_of(message, header)
+        loading = self._loading
+        if loading is not None and (loading.layers, loading.dtype) == (role.layers, dtype):
+            self._loading = replace(loading, message=message, header=header)  # a new generation of the same: load once
+            return None
         loaded = self._loaded
-        if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and self._loading is None:
+        if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
         self._loaded, self._caches = None, []  # makes room before the new layers come
         self._log.info("loading_layers", first=role.layers.start, stop=role.layers.stop)
-        self._loading = (message, header, self._loader.submit(self._load, role, dtype))
+        self._loading = Loading(message, header, role.layers, dtype, self._loader.submit(self._load, role, dtype))
         return None
 
     def poll(self) -> Taken | Refused | None:
         """What became of the assignment that was loading; None while there is nothing new."""
-        if self._loading is None or not self._loading[2].done():
+        loading = self._loading
+        if loading is None or not loading.future.done():
             return None
-        message, header, future = self._loading
         self._loading = None
         try:
-            self._loaded = future.result()
+            self._loaded = loading.future.result()
         except LOADING_ERRORS as error:
-            return self._refuse(error, header)
-        return self._enter(message, header, self._loaded)
+            return self._refuse(error, loading.header)
+        return self._enter(loading.message, loading.header, self._loaded)
 
     def leave(self) -> None:
-        """Forget sequences and steps; weights stay."""
+        """Forget sequences and steps, and an assignment that is still loading; loaded weights stay."""
+        self._loading = None
+        self._close_slot()
+
+    def _close_slot(self) -> None:
         if self.slot is not None:
             self._bytes_to_former_downstreams += self.slot.downstream.bytes_sent
             self.slot.downstream.close()

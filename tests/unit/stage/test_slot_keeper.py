@@ -1,0 +1,203 @@
+"""The slot that a stage holds: the newest assignment wins, and layers are loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import torch
+
+from common.errors import MoemeshError, ProtocolError
+from common.messages import AssignStage, Header
+from common.model_config import read_model_config
+from services.stage.loading import load_stage
+from services.stage.slot_keeper import Refused, SlotKeeper, Taken
+from tests.support.checkpoints import QWEN3, write_checkpoint
+from tests.support.kernels import one_torch_thread
+from tests.support.memory_transport import MemorySocket, MemoryTransport
+
+__all__ = ["one_torch_thread"]
+ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 4, ("tcp://next:1",), "")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), QWEN3)
+
+
+class Keeper(SlotKeeper):
+    def __init__(self, directory: Path) -> None:
+        self.transport = MemoryTransport()
+        transport: Any = self.transport
+        log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+        super().__init__(read_model_config(directory), directory, 64, None, transport, "", log)
+
+    def take(self, message: AssignStage, generation: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+        return self.assign(message, Header(generation=generation), dtype)
+
+    def finish(self) -> Taken | Refused | None:
+        """Wait for the loader."""
+        if self._loading is not None:
+            self._loading.future.exception(timeout=60)
+        return self.poll()
+
+    @property
+    def downstream(self) -> MemorySocket:
+        assert self.slot is not None
+        given: Any = self.slot.downstream
+        assert isinstance(given, MemorySocket)
+        return given
+
+
+@pytest.fixture
+def keeper(directory: Path) -> Any:
+    made = Keeper(directory)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Layer ranges that were read."""
+    seen: list[Any] = []
+
+    def counted(weights: Any, config: Any, role: Any, *rest: Any) -> Any:
+        seen.append(role.layers)
+        return load_stage(weights, config, role, *rest)
+
+    monkeypatch.setattr("services.stage.slot_keeper.load_stage", counted)
+    return seen
+
+
+def test_a_slot_is_taken_once_its_layers_are_loaded(keeper: Keeper) -> None:
+    assert keeper.poll() is None
+    assert keeper.take(ASSIGN, 3) is None
+    outcome = keeper.finish()
+    assert isinstance(outcome, Taken)
+    assert outcome.header.generation == 3
+    assert (outcome.ready.pipeline, outcome.ready.slot, outcome.ready.lease_term) == (0, 0, 1)
+    assert outcome.ready.weight_bytes > 0
+    assert outcome.ready.kv_bytes == 2 * 2 * 4 * QWEN3.kv_heads * QWEN3.head_width * 32 * 4
+    assert keeper.slot is not None
+    assert keeper.slot.role.is_first
+    assert keeper.downstream.endpoints == ("tcp://next:1",)
+    assert keeper.poll() is None
+
+
+def test_a_new_generation_keeps_the_weights_and_forgets_the_sequences(keeper: Keeper, loads: list[Any]) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    assert keeper.slot is not None
+    former, socket = keeper.slot, keeper.downstream
+    socket.bytes_sent = 100
+    outcome = keeper.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
+    assert isinstance(outcome, Taken)
+    assert outcome.header.generation == 2
+    assert socket.is_closed
+    assert keeper.downstream.endpoints == ("tcp://other:1",)
+    assert keeper.slot.model is former.model
+    assert keeper.slot.tables is not former.tables
+    assert keeper.bytes_sent == 100
+    assert len(loads) == 1
+
+
+def test_a_new_generation_while_the_same_layers_load_does_not_load_them_again(keeper: Keeper, loads: list[Any]) -> None:
+    for generation in (1, 2, 3):
+        assert keeper.take(replace(ASSIGN, lease_term=generation), generation) is None
+    outcome = keeper.finish()
+    assert isinstance(outcome, Taken)
+    assert (outcome.header.generation, outcome.ready.lease_term) == (3, 3)
+    assert loads == [(0, 2)]
+
+
+def test_other_layers_replace_those_that_are_loading(keeper: Keeper, loads: list[Any]) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.take(replace(ASSIGN, slot=1, first_layer=2, stop_layer=5), 2)
+    outcome = keeper.finish()
+    assert isinstance(outcome, Taken)
+    assert outcome.header.generation == 2
+    assert keeper.slot is not None
+    assert keeper.slot.role.layers == (2, 5)
+    assert keeper.slot.role.is_last
+
+
+def test_another_dtype_is_another_load(keeper: Keeper, loads: list[Any]) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    assert keeper.take(ASSIGN, 2, torch.bfloat16) is None
+    assert isinstance(keeper.finish(), Taken)
+    assert len(loads) == 2
+    assert keeper.slot is not None
+    assert keeper.slot.model.layers[0].input_norm.dtype == torch.bfloat16
+
+
+def test_whoever_is_let_go_while_it_loads_takes_nothing(keeper: Keeper) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.leave()
+    assert keeper.finish() is None
+    assert keeper.slot is None
+    keeper.take(ASSIGN, 2)
+    assert isinstance(keeper.finish(), Taken)
+
+
+def test_leaving_closes_the_link_downstream(keeper: Keeper) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    socket = keeper.downstream
+    keeper.leave()
+    assert socket.is_closed
+    assert keeper.slot is None
+    assert isinstance(keeper.take(ASSIGN, 2), Taken), "the weights have stayed"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop_layer": 6},
+        {"first_layer": 2},
+        {"first_layer": 3, "stop_layer": 2},
+        {"num_blocks": 0},
+        {"slot": 2},
+        {"num_slots": 0},
+    ],
+    ids=str,
+)
+def test_an_assignment_that_makes_no_sense_is_refused_and_changes_nothing(
+    keeper: Keeper, changes: dict[str, int]
+) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    with pytest.raises(ProtocolError):
+        keeper.take(replace(ASSIGN, **changes), 2)  # type: ignore[arg-type]
+    assert keeper.slot is not None
+    assert keeper.slot.role.generation == 1
+
+
+def test_what_cannot_be_loaded_is_refused_with_the_reason_and_may_be_tried_again(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise MemoryError("not enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("services.stage.slot_keeper.load_stage", broken)
+        keeper.take(ASSIGN, 4)
+        outcome = keeper.finish()
+    assert isinstance(outcome, Refused)
+    assert isinstance(outcome.error, MoemeshError)
+    assert "not enough" in str(outcome.error)
+    assert outcome.header.generation == 4
+    assert keeper.slot is None
+    keeper.take(ASSIGN, 5)
+    assert isinstance(keeper.finish(), Taken)
+
+
+def test_a_downstream_that_cannot_be_reached_is_refused(keeper: Keeper) -> None:
+    keeper.take(replace(ASSIGN, downstream=("ipc:///elsewhere",)), 1)
+    outcome = keeper.finish()
+    assert isinstance(outcome, Refused)
+    assert "tcp" in str(outcome.error)
+    assert isinstance(keeper.take(ASSIGN, 2), Taken)
