@@ -93,15 +93,37 @@ def stream_answer(url: str, question: str, max_tokens: int, temperature: float) 
     """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
     with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=300)) as client:
-        model = client.get("/v1/models").json()["data"][0]["id"]
+        model = served_model(client)
         chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
-        yield from _stream(client, "/v1/chat/completions", chat)
+        try:
+            yield from stream_pieces(client, "/v1/chat/completions", chat)
+        except MoemeshError as error:
+            if "chat template" not in str(error):
+                raise
+            yield from stream_pieces(client, "/v1/completions", {"model": model, "prompt": question, **sampling})
 
 
-def _stream(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
+def served_model(client: httpx.Client) -> str:
+    """The name of the model. Raises as `stream_pieces`."""
+    reply = client.get("/v1/models")
+    if reply.status_code != 200:
+        raise MoemeshError(_sentence(reply))
+    return str(reply.json()["data"][0]["id"])
+
+
+def _sentence(reply: httpx.Response) -> str:
+    """What the server says is wrong; whatever else answers here (a proxy, another program) says it by its status."""
+    try:
+        return str(json.loads(reply.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {reply.status_code}"
+
+
+def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
+    """Text of a streamed reply, piece by piece. Raises httpx.HTTPError, or MoemeshError with the server's sentence."""
     with client.stream("POST", path, json=body) as reply:
         if reply.status_code != 200:
-            raise MoemeshError(json.loads(reply.read()).get("error", {}).get("message", f"HTTP {reply.status_code}"))
+            raise MoemeshError(_sentence(reply))
         for line in reply.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -162,7 +184,7 @@ def _greet(mesh: LocalMesh, settings: Settings, is_terminal: bool) -> None:
     """`ready URL`, a curl line that works as it stands, and one real answer."""
     url = mesh.url
     with httpx.Client(base_url=url, timeout=60) as client:
-        model = client.get("/v1/models").json()["data"][0]["id"]
+        model = served_model(client)
         body = {"model": model, "prompt": DEMO_PROMPT, "max_tokens": 24, "temperature": 0, "stream": True}
         print(f"ready {url}", flush=True)
         print(
@@ -170,7 +192,7 @@ def _greet(mesh: LocalMesh, settings: Settings, is_terminal: bool) -> None:
             flush=True,
         )
         print(f"{DEMO_PROMPT}", end="", flush=True)
-        for piece in _stream(client, "/v1/completions", body):
+        for piece in stream_pieces(client, "/v1/completions", body):
             print(piece, end="", flush=True)
         print(flush=True)
     console.print(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh", highlight=False)

@@ -1,0 +1,155 @@
+"""What the `moemesh` command says to a mesh, and what it makes of the answers."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import MoemeshError
+from compose.cli import app, served_model, stream_answer, stream_pieces
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+def events(*payloads: Any) -> bytes:
+    return b"".join(
+        b"data: " + (payload if isinstance(payload, bytes) else json.dumps(payload).encode()) + b"\n\n"
+        for payload in payloads
+    )
+
+
+def text_events(path: str, *pieces: str) -> bytes:
+    choices = [{"text": piece} if "chat" not in path else {"delta": {"content": piece}} for piece in pieces]
+    return events(*({"choices": [choice]} for choice in choices), b"[DONE]")
+
+
+def mesh(request: httpx.Request) -> httpx.Response:
+    """A mesh that repeats what it was asked."""
+    if request.url.path == "/v1/models":
+        return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+    if request.url.path == "/ready":
+        return httpx.Response(200, json={"ready": True, "detail": "1 pipelines"})
+    if request.url.path == "/metrics":
+        return httpx.Response(200, text='# HELP x\nmoemesh_ready 1.0\nmoemesh_ttft_bucket{le="1"} 3\nother 2\n')
+    body = json.loads(request.content)
+    assert body["model"] == "tiny"
+    assert body["stream"] is True
+    asked = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+    return httpx.Response(
+        200, content=b": a comment keeps the line open\n\n" + text_events(request.url.path, "you said ", asked)
+    )
+
+
+def without_template(request: httpx.Request) -> httpx.Response:
+    if request.url.path == "/v1/chat/completions":
+        message = "this model has no chat template; use /v1/completions"
+        return httpx.Response(400, json={"error": {"message": message}})
+    return mesh(request)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
+    def use(answer: Answer) -> None:
+        client = functools.partial(httpx.Client, transport=httpx.MockTransport(answer))
+        monkeypatch.setattr("compose.cli.httpx.Client", client)
+
+    return use
+
+
+def client_of(answer: Answer) -> httpx.Client:
+    return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://mesh")
+
+
+@pytest.mark.parametrize("answer", [mesh, without_template])
+def test_an_answer_comes_piece_by_piece_with_and_without_a_chat_template(serve: Any, answer: Answer) -> None:
+    serve(answer)
+    assert list(stream_answer("http://mesh", "hello", 5, 0.0)) == ["you said ", "hello"]
+
+
+def test_an_error_in_mid_stream_is_the_servers_own_sentence() -> None:
+    content = events({"choices": [{"text": "so"}]}, {"error": {"message": "stage-1 is gone"}})
+    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, content=content)), "/v1/completions", {})
+    assert next(pieces) == "so"
+    with pytest.raises(MoemeshError, match="stage-1 is gone"):
+        next(pieces)
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (httpx.Response(429, json={"error": {"message": "come back in 3 s"}}), "come back in 3 s"),
+        (httpx.Response(502, text="<html>bad gateway</html>"), "HTTP 502"),
+        (httpx.Response(500, json={"detail": "?"}), "HTTP 500"),
+        (httpx.Response(500, json=[]), "HTTP 500"),
+        (httpx.Response(404), "HTTP 404"),
+    ],
+)
+def test_a_refusal_is_said_in_a_sentence_whoever_answers(reply: httpx.Response, sentence: str) -> None:
+    with pytest.raises(MoemeshError, match=sentence):
+        list(stream_pieces(client_of(lambda request: reply), "/v1/completions", {}))
+    with pytest.raises(MoemeshError, match=sentence):
+        served_model(client_of(lambda request: reply))
+
+
+def test_pieces_without_text_are_empty() -> None:
+    content = events(
+        {"choices": [{"delta": {"role": "assistant"}}]}, {"choices": []}, {"choices": [{"text": ""}]}, b"[DONE]"
+    )
+    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, content=content)), "/v1/completions", {})
+    assert "".join(pieces) == ""
+
+
+def test_ask_prints_the_answer(serve: Any) -> None:
+    serve(mesh)
+    result = CliRunner().invoke(app, ["ask", "hello", "--url", "http://mesh", "--max-tokens", "3"])
+    assert result.exit_code == 0
+    assert result.output == "you said hello\n"
+
+
+def refused(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+@pytest.mark.parametrize("command", [["ask", "hello"], ["status"]])
+def test_where_nobody_answers_the_command_says_so_and_fails(serve: Any, command: list[str]) -> None:
+    serve(refused)
+    result = CliRunner().invoke(app, [*command, "--url", "http://mesh"])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+
+
+def test_status_shows_readiness_and_the_numbers_of_the_mesh(serve: Any) -> None:
+    serve(mesh)
+    result = CliRunner().invoke(app, ["status", "--url", "http://mesh"])
+    assert result.exit_code == 0
+    assert "ready: 1 pipelines" in result.output
+    assert "moemesh_ready" in result.output
+    assert "bucket" not in result.output
+    assert "other" not in result.output
+
+
+def test_status_of_a_mesh_that_is_not_ready_is_a_failure(serve: Any) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/ready":
+            return httpx.Response(503, json={"ready": False, "detail": "0 of 2 stage nodes"})
+        return mesh(request)
+
+    serve(answer)
+    result = CliRunner().invoke(app, ["status", "--url", "http://mesh"])
+    assert result.exit_code == 1
+    assert "not ready: 0 of 2 stage nodes" in result.output
+
+
+def test_wrong_settings_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("MODEL", str(tmp_path))
+    monkeypatch.setenv("STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("PP", "none")
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
