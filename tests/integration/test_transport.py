@@ -1,0 +1,263 @@
+"""Sockets as they are: messages arrive, a full queue is said so, a peer's end is seen, damage is survived."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import zmq
+
+from common.array import array_to_frame
+from common.codec import encode
+from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
+from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
+
+LIMIT_MS = 10_000
+Kept = TypeVar("Kept", MessageSocket, RoutingSocket)
+
+
+class KeptTransport(Transport):
+    """Holds on to its sockets, as the owner of a process's sockets does, and closes them with itself."""
+
+    def __init__(self, limits: SocketLimits | None = None, on_damaged: Any = lambda name, error: None) -> None:
+        super().__init__(limits or SocketLimits(), on_damaged)
+        self.kept: list[MessageSocket | RoutingSocket] = []
+
+    def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
+        return self._keep(super().pull(name, endpoints))
+
+    def push(self, name: str, endpoint: str) -> MessageSocket:
+        return self._keep(super().push(name, endpoint))
+
+    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+        return self._keep(super().dealer(name, endpoint, identity))
+
+    def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
+        return self._keep(super().router(name, endpoints))
+
+    def _keep(self, socket: Kept) -> Kept:
+        self.kept.append(socket)
+        return socket
+
+    def close(self) -> None:
+        for socket in self.kept:
+            socket.close()
+        super().close()
+
+
+@pytest.fixture
+def damaged() -> list[tuple[str, str]]:
+    """Socket and reason of each damaged message."""
+    return []
+
+
+@pytest.fixture
+def transport(damaged: list[tuple[str, str]]) -> Iterator[Transport]:
+    made = KeptTransport(on_damaged=lambda name, error: damaged.append((name, str(error))))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "tcp":
+        yield "tcp://127.0.0.1:*"
+        return
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own paths are too long for a socket
+        yield f"ipc://{folder}/socket"
+
+
+def wait(socket: Any, receive: Callable[[], Any]) -> Any:
+    """What comes first; polls in place of sleeping."""
+    raw = socket.raw if isinstance(socket, MessageSocket | RoutingSocket) else socket
+    for _ in range(100):
+        received = receive()
+        if received:
+            return received
+        raw.poll(LIMIT_MS // 100)
+    raise AssertionError("nothing came")
+
+
+def wait_for_link(socket: MessageSocket, wanted: LinkEvent) -> None:
+    seen: list[LinkEvent] = []
+    while wanted not in seen:
+        seen += wait(socket.monitor, socket.link_events)
+
+
+def try_to_send(push: MessageSocket, message: ExpertRows) -> bool:
+    try:
+        push.send(message, Header())
+    except Full:
+        return False
+    return True
+
+
+def rows(number: int, size: int = 4) -> ExpertRows:
+    return ExpertRows(number, array_to_frame(np.full(size, number, dtype=np.int32)), 0.5, 0.25)
+
+
+def test_a_pipeline_carries_messages_in_order_and_counts_them(transport: Transport, address: str) -> None:
+    pull = transport.pull("steps", [address])
+    push = transport.push("next", pull.endpoints[0])
+    wait_for_link(push, LinkEvent.CONNECTED)
+    for number in range(3):
+        push.send(rows(number), Header(step=number))
+    for number in range(3):
+        message, header = wait(pull, pull.receive)
+        assert (header.step, header.sequence_number) == (number, number + 1)
+        assert message == rows(number)
+    assert pull.receive() is None
+    assert push.bytes_sent > 3 * 16
+
+
+def test_a_question_and_its_answer(transport: Transport, address: str) -> None:
+    router = transport.router("control", [address])
+    dealer = transport.dealer("to router", router.endpoints[0], identity=b"stage-1")
+    wait_for_link(dealer, LinkEvent.CONNECTED)
+    dealer.send(Leave("stopped"), Header())
+    identity, message, _ = wait(router, router.receive)
+    assert (identity, message) == (b"stage-1", Leave("stopped"))
+    router.send(identity, LeaveAcknowledged(), Header(router_term=3))
+    assert wait(dealer, dealer.receive) == (LeaveAcknowledged(), Header(router_term=3))
+
+
+def test_large_tensors_arrive_whole(transport: Transport, address: str) -> None:
+    router = transport.router("calls", [address])
+    dealer = transport.dealer("to expert", router.endpoints[0])
+    wait_for_link(dealer, LinkEvent.CONNECTED)
+    hidden = np.random.default_rng(1).integers(0, 255, (512, 4096)).astype(np.uint8)
+    empty = TensorFrame("float32", (0,), b"")
+    dealer.send(Dispatch(1, array_to_frame(hidden), empty, empty), Header())
+    _, message, _ = wait(router, router.receive)
+    assert isinstance(message, Dispatch)
+    assert bytes(message.hidden.data) == hidden.tobytes()
+
+
+def test_a_socket_without_a_peer_says_full_and_keeps_nothing(transport: Transport) -> None:
+    """IMMEDIATE: what is queued for nobody would go to whoever comes."""
+    push = transport.push("next", "tcp://127.0.0.1:9")
+    with pytest.raises(Full, match="next"):
+        push.send(rows(1), Header())
+    assert push.bytes_sent == 0
+
+
+def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_block() -> None:
+    limits = SocketLimits(high_water_mark=4)
+    with contextlib.closing(KeptTransport(limits)) as small:
+        pull = small.pull("steps", ["tcp://127.0.0.1:*"])
+        push = small.push("next", pull.endpoints[0])
+        wait_for_link(push, LinkEvent.CONNECTED)
+        sent = 0
+        while try_to_send(push, rows(sent, 1 << 16)):
+            sent += 1
+        assert 4 <= sent < 10_000
+        for number in range(sent):
+            message, header = wait(pull, pull.receive)
+            assert message.call == number
+            assert header.sequence_number == number + 1, "what was refused has no number: there is no gap"
+
+
+def test_a_peer_that_is_gone_or_was_never_there_is_full_too(transport: Transport, address: str) -> None:
+    router = transport.router("control", [address])
+    with pytest.raises(Full):
+        router.send(b"nobody", LeaveAcknowledged(), Header())
+    dealer = transport.dealer("to router", router.endpoints[0], identity=b"stage-1")
+    wait_for_link(dealer, LinkEvent.CONNECTED)
+    dealer.send(Leave("x"), Header())
+    wait(router, router.receive)
+    dealer.close()
+    for _ in range(1000):
+        try:
+            router.send(b"stage-1", LeaveAcknowledged(), Header())
+        except Full:
+            return
+        router.raw.poll(5)
+    raise AssertionError("the router never noticed")
+
+
+def test_the_end_of_a_peer_is_seen_and_so_is_its_return(transport: Transport, address: str) -> None:
+    bound = KeptTransport()
+    lifeline = bound.router("lifeline", [address])
+    endpoint = lifeline.endpoints[0]
+    watcher = transport.dealer("watch", endpoint)
+    wait_for_link(watcher, LinkEvent.CONNECTED)
+    lifeline.close()
+    bound.close()
+    wait_for_link(watcher, LinkEvent.CLOSED)
+    with pytest.raises(Full):
+        watcher.send(Leave("x"), Header())
+    back = transport.router("lifeline", [endpoint])
+    wait_for_link(watcher, LinkEvent.CONNECTED)
+    watcher.send(Leave("again"), Header())
+    assert wait(back, back.receive)[1] == Leave("again")
+
+
+def test_a_new_connection_of_the_same_node_takes_over_its_name(transport: Transport, address: str) -> None:
+    router = transport.router("control", [address])
+    first = transport.dealer("first", router.endpoints[0], identity=b"stage-1")
+    wait_for_link(first, LinkEvent.CONNECTED)
+    second = transport.dealer("second", router.endpoints[0], identity=b"stage-1")
+    wait_for_link(second, LinkEvent.CONNECTED)
+    second.send(Leave("mine"), Header())
+    identity, _, _ = wait(router, router.receive)
+    router.send(identity, LeaveAcknowledged(), Header())
+    assert wait(second, second.receive)[0] == LeaveAcknowledged()
+    assert first.receive() is None
+
+
+def test_damaged_messages_are_reported_and_what_follows_arrives(
+    transport: Transport, damaged: list[tuple[str, str]], address: str
+) -> None:
+    pull, router = transport.pull("steps", [address]), transport.router("calls", ["inproc://calls"])
+    push = transport.push("next", pull.endpoints[0])
+    wait_for_link(push, LinkEvent.CONNECTED)
+    dealer = transport.context.socket(zmq.DEALER)
+    dealer.connect("inproc://calls")
+    good = [bytes(frame) for frame in encode(rows(1), Header())]
+    flipped = [good[0], bytes([good[1][0] ^ 1]) + good[1][1:]]
+    for frames in ([b""], [b"nonsense"], flipped, good[:1], [*good, b"more"], good):
+        push.raw.send_multipart(frames)
+        dealer.send_multipart(frames)
+    message, _ = wait(pull, pull.receive)
+    assert message == rows(1)
+    _, routed, _ = wait(router, router.receive)
+    assert routed == rows(1)
+    assert [name for name, _ in damaged] == ["steps"] * 5 + ["calls"] * 5
+    assert all(reason for _, reason in damaged)
+    dealer.close(linger=0)
+
+
+def test_an_oversized_message_ends_its_connection_and_nobody_elses() -> None:
+    limits = SocketLimits(max_message_bytes=1 << 16)
+    with contextlib.closing(KeptTransport(limits)) as small:
+        pull = small.pull("steps", ["tcp://127.0.0.1:*"])
+        push, other = small.push("rude", pull.endpoints[0]), small.push("kind", pull.endpoints[0])
+        for socket in (push, other):
+            wait_for_link(socket, LinkEvent.CONNECTED)
+        push.send(rows(1, 1 << 16), Header())
+        wait_for_link(push, LinkEvent.CLOSED)
+        other.send(rows(2), Header())
+        message, _ = wait(pull, pull.receive)
+        assert message == rows(2)
+
+
+def test_sockets_of_one_process_may_meet_in_memory(transport: Transport) -> None:
+    router = transport.router("control", ["inproc://control"])
+    dealer = transport.dealer("to router", "inproc://control", identity=b"n")
+    dealer.send(Leave("x"), Header())
+    assert wait(router, router.receive)[0] == b"n"
+
+
+def test_closing_the_transport_frees_all_of_it_at_once() -> None:
+    made = KeptTransport()
+    pull = made.pull("steps", ["tcp://127.0.0.1:*"])
+    push = made.push("next", pull.endpoints[0])
+    wait_for_link(push, LinkEvent.CONNECTED)
+    push.send(rows(1, 1 << 20), Header())
+    push.close()
+    made.close()
+    assert made.context.closed
