@@ -17,7 +17,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from common.codec import decode, encode
-from common.errors import MeshError, ProtocolError
+from common.errors import ConfigurationError, MeshError, ProtocolError
 from common.messages import Header, Message
 
 
@@ -93,7 +93,13 @@ class Transport:
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
             f"inproc://monitor-{next(self._monitor_numbers)}",
         )
-        raw.connect(endpoint)
+        try:
+            raw.connect(endpoint)
+        except zmq.ZMQError as error:
+            raw.disable_monitor()
+            monitor.close(linger=0)
+            raw.close(linger=0)
+            raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
         return MessageSocket(self, name, raw, (endpoint,), monitor)
 
     def _raw(self, kind: int) -> zmq.Socket[bytes]:
@@ -112,10 +118,14 @@ class Transport:
 
     @staticmethod
     def _bind(raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
-        """Bind to all; a port of `*` becomes the one that was given."""
+        """Bind to all; a port of `*` becomes the one that was given. Raises ConfigurationError with the address."""
         bound = []
         for endpoint in endpoints:
-            raw.bind(endpoint)
+            try:
+                raw.bind(endpoint)
+            except zmq.ZMQError as error:
+                raw.close(linger=0)
+                raise ConfigurationError(f"{endpoint!r} cannot be listened on: {error}") from None
             bound.append(raw.getsockopt_string(zmq.LAST_ENDPOINT))
         return tuple(bound)
 

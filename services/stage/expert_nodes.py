@@ -112,15 +112,11 @@ class ExpertNodes:
         node_id = placement.node_ids[index]
         try:
             endpoint = choose_endpoint(placement.endpoints[index].split(), placement.ipc_tokens[index], self._ipc_token)
+            socket = self._transport.dealer(f"to {node_id}", endpoint)
         except ConfigurationError as error:
             self._log.error("expert_unreachable", node=node_id, reason=str(error))
             return None
-        node = ExpertNode(
-            next(self._numbers),
-            node_id,
-            placement.incarnations[index],
-            self._transport.dealer(f"to {node_id}", endpoint),
-        )
+        node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], socket)
         self._nodes[node.number] = node
         return node
 

@@ -183,6 +183,7 @@ class SlotKeeper:
             executor = Executor(loaded.model, self._caches)
             executor.self_test()
             endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
+            downstream = self._transport.push(f"after {role.slot}", endpoint)
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
         self.slot = Slot(
@@ -191,7 +192,7 @@ class SlotKeeper:
             model=loaded.model,
             executor=executor,
             tables=BlockTables(KV_BLOCK_TOKENS, message.num_blocks),
-            downstream=self._transport.push(f"after {role.slot}", endpoint),
+            downstream=downstream,
         )
         kv_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
         self._log.info(

@@ -13,6 +13,7 @@ import zmq
 
 from common.array import array_to_frame
 from common.codec import encode
+from common.errors import ConfigurationError
 from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
 
@@ -261,3 +262,19 @@ def test_closing_the_transport_frees_all_of_it_at_once() -> None:
     push.close()
     made.close()
     assert made.context.closed
+
+
+@pytest.mark.parametrize("endpoint", ["", "tcp://", "tcp://host", "tcp://127.0.0.1", "udp://127.0.0.1:5", "nonsense"])
+def test_an_address_that_is_none_is_named(transport: Transport, endpoint: str) -> None:
+    """A peer may say anything in its hello: it must not end whoever believes it."""
+    for connect in (transport.dealer, transport.push):
+        with pytest.raises(ConfigurationError, match="is no address"):
+            connect("to a peer", endpoint)
+    with pytest.raises(ConfigurationError, match="cannot be listened on"):
+        transport.pull("steps", [endpoint])
+
+
+def test_an_address_that_is_taken_is_named(transport: Transport) -> None:
+    pull = transport.pull("steps", ["tcp://127.0.0.1:*"])
+    with pytest.raises(ConfigurationError, match=f"{pull.endpoints[0]}.* cannot be listened on"):
+        transport.router("control", [pull.endpoints[0]])
