@@ -60,6 +60,7 @@ class Settings(BaseSettings):
 
     # ---- deadlines
     step_deadline_ms: int = Field(default=60_000, ge=100, description="a step that takes longer has failed")
+    outage_deadline_ms: int = Field(default=60_000, ge=100, description="longest wait without an open pipeline")
     call_deadline_ms: int = Field(default=20_000, ge=50, description="an expert call that takes longer has failed")
     heartbeat_interval_ms: int = Field(default=250, ge=20)
 

@@ -1,6 +1,6 @@
 """A mesh of local processes: start, watch, restart what dies, end all of it. For `make run` and for tests.
 
-No child outlives the supervisor, even one that is killed: children ask the kernel for SIGTERM when their parent ends.
+No child outlives the supervisor, even one that is killed: children ask the kernel to kill them when their parent ends.
 """
 
 from __future__ import annotations
@@ -235,9 +235,9 @@ class LocalMesh:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In the child, before exec: SIGTERM when the supervisor ends, however it ends."""
+    """In the child, before exec: SIGKILL when the supervisor ends, however it ends: one that is paused cannot hear others."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -194,6 +194,7 @@ def _mesh_loop(
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             max_waiting=settings.max_waiting,
             micro_batches_per_pipeline=settings.micro_batches or None,
+            max_outage_s=settings.outage_deadline_ms / 1000,
             pipeline_policy=settings.pipeline_policy,
         )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Split
+from compose.demo.held_out import Ranges, Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.arithmetic import draw_number
 from compose.demo.tasks.task import Content, Task, read_last_number
@@ -12,7 +12,7 @@ from compose.demo.tasks.task import Content, Task, read_last_number
 MAX_DIGITS = 3
 
 
-def _draw(random: Random, split: Split) -> Content:
+def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
     left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
     while left == right:
         left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)

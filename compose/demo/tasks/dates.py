@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Split
+from compose.demo.held_out import Ranges, Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_last_number
 
@@ -24,7 +24,7 @@ MONTHS = (
 )
 
 
-def _draw(random: Random, split: Split) -> Content:
+def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
     if random.random() < 0.5:
         name, length = random.choice(MONTHS)
         first, last = sorted(random.sample(range(1, length + 1), 2))

@@ -242,11 +242,12 @@ class Scheduler:
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
         settings = self.settings
+        max_wait_s = settings.max_queue_s if self._pipelines else settings.max_outage_s
         late = [
             request
             for request in self._requests.values()
             if now_s - request.arrived_s > settings.max_request_s
-            or (request.state is RequestState.WAITING and now_s - request.queued_s > settings.max_queue_s)
+            or (request.state is RequestState.WAITING and now_s - request.queued_s > max_wait_s)
         ]
         pools = self._pool_sizes()
         for request in late:

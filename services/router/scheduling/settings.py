@@ -29,6 +29,8 @@ class SchedulerSettings:
     """Releases that wait for a step to go with; one more and they go in a step of their own."""
     max_queue_s: float = 600.0
     """Longest wait for a place in a pipeline."""
+    max_outage_s: float = 60.0
+    """Longest wait while no pipeline is open at all."""
     max_request_s: float = 3600.0
     """Longest life of a request."""
     pipeline_policy: str = "least_in_flight"

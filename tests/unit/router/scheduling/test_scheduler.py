@@ -323,6 +323,19 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
 
 
+def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
+    scheduler = make_scheduler(max_outage_s=30.0, max_queue_s=600.0)
+    add(scheduler, "a")
+    only_plan(scheduler)
+    scheduler.close_pipeline(P0, now_s=10.0)
+    assert scheduler.schedule(40.0) == []
+    assert scheduler.take_failures() == []
+    assert scheduler.schedule(40.1) == []
+    (failure,) = scheduler.take_failures()
+    assert isinstance(failure.error, NotReadyError)
+    assert scheduler.is_idle
+
+
 def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", "b", "c", max_tokens=2)
