@@ -470,6 +470,7 @@ class Calls(RuleBasedStateMachine):
         super().__init__()
         self.stage = Stage()
         self.started: dict[str, ExpertCall] = {}
+        self.num_started = 0
         self.unanswered: list[tuple[MemorySocket, Dispatch]] = []
         self.stage.place({"a": ALL, "b": (0, 1)})
 
@@ -481,7 +482,8 @@ class Calls(RuleBasedStateMachine):
         layer=st.integers(0, 1),
     )
     def start(self, experts: list[list[int]], layer: int) -> None:
-        name = f"call {len(self.started)}"
+        self.num_started += 1
+        name = f"call {self.num_started}"
         self.started[name] = make_call(experts, layer)
         self.stage.start(self.started[name], name, within_s=5.0)
 
