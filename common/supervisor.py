@@ -235,7 +235,7 @@ class LocalMesh:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In the child, before exec: SIGKILL when the supervisor ends, however it ends: one that is paused cannot hear others."""
+    """In the child, before exec: SIGKILL when the supervisor ends, however it ends (a paused one hears no other)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

@@ -397,7 +397,7 @@ def test_full_queue_is_refused() -> None:
 
 @pytest.mark.parametrize(("num_blocks", "error"), [(None, NotReadyError), (2, CapacityError), (5, DeadlineError)])
 def test_waiting_too_long_ends_in_an_error_that_says_why(num_blocks: int | None, error: type[Exception]) -> None:
-    scheduler = make_scheduler(num_blocks=5, max_queue_s=10.0)
+    scheduler = make_scheduler(num_blocks=5, max_queue_s=10.0, max_outage_s=10.0)
     add(scheduler, "a", "b", prompt_length=16, max_tokens=2)
     if num_blocks != 5:
         scheduler.close_pipeline(P0, 0.0)
