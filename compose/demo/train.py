@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 at the end of the recipe."""
     parser = argparse.ArgumentParser(prog="python -m compose.demo.train", description="Train the demo model.")
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--tokens", type=int, default=20_000_000)
-    parser.add_argument("--tokens-per-batch", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=12_000_000)
+    parser.add_argument("--tokens-per-batch", type=int, default=2560)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes by itself")
     parsed = parser.parse_args(arguments)
