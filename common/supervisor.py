@@ -156,14 +156,17 @@ class LocalMesh:
 
     def close(self) -> None:
         """End all processes: nodes first, so that they can say goodbye, then the router."""
+        with self._lock:
+            children = list(self.children.values())
+            for child in children:
+                child.is_wanted = False
+        self._end([child for child in children if child.module != "services.router"], GRACE_S)
+        self._end([child for child in children if child.module == "services.router"], GRACE_S)
+        # Last: the kernel ends a child with the thread that started it, and the watcher started what was restarted.
         self._ending.set()
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
-        with self._lock:
-            children = list(self.children.values())
-        self._end([child for child in children if child.module != "services.router"], GRACE_S)
-        self._end([child for child in children if child.module == "services.router"], GRACE_S)
 
     # ---- inside
 

@@ -82,6 +82,11 @@ def served_name(model: str, directory: Path) -> str:
     return directory.name if Path(model).expanduser().is_dir() else model
 
 
+def http_url(host: str, port: int) -> str:
+    """Where a listening address is asked; an IPv6 address stands in brackets (RFC 3986)."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
     # The server takes these signals while it runs, and raises them again once it has ended: to nobody's harm then.
@@ -119,7 +124,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     thread.start()
     host, port = listener.getsockname()[:2]
-    (settings.state_dir / "http.url").write_text(f"http://{host}:{port}\n")
+    (settings.state_dir / "http.url").write_text(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
         if not should_stop():
@@ -193,6 +198,7 @@ def _mesh_loop(
             max_batch_sequences=settings.max_batch_sequences,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             max_waiting=settings.max_waiting,
+            min_decode_share=settings.micro_batch_sequences,
             micro_batches_per_pipeline=settings.micro_batches or None,
             max_outage_s=settings.outage_deadline_ms / 1000,
             pipeline_policy=settings.pipeline_policy,

@@ -18,6 +18,8 @@ from services.router.scheduling.sampling_parameters import SamplingParameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
+_MAX_TOP_K = 2**31 - 1
+"""More than any vocabulary has, so it asks for all of it; a JSON number may be larger than any that a step carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +151,12 @@ class RequestPlanner:
     ) -> SamplingParameters:
         defaults = self._tokenizer.defaults
         ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+        top_k = defaults.top_k if request.top_k is None else request.top_k
         return SamplingParameters(
             max_tokens=max_tokens,
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=defaults.top_p if request.top_p is None else request.top_p,
-            top_k=defaults.top_k if request.top_k is None else max(0, request.top_k),
+            top_k=min(max(0, top_k), _MAX_TOP_K),
             seed=seed,
             num_top_logprobs=num_top_logprobs,
             stop_token_ids=ending_ids | frozenset(request.stop_token_ids or ()),

@@ -105,12 +105,12 @@ class PipelineSchedule:
         """Who is to be in the next step with how many tokens, by arrival.
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
-        that took them all would leave the other stages idle.
+        that took them all would leave the other stages idle. Few decoding ones stay together, though.
         """
         settings = self._settings
         decoding = [request for request in self.running if request.is_decoding]
         prefilling = [request for request in self.running if not request.is_decoding]
-        decode_share = -(-len(decoding) // self.max_micro_batches)
+        decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if request.step is None]
         ready_prefills = [request for request in prefilling if request.step is None][:prefill_share]

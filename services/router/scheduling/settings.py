@@ -23,6 +23,9 @@ class SchedulerSettings:
     """Prompts and max_tokens of all requests inside: bounds the router's memory."""
     micro_batches_per_pipeline: int | None = None
     """Steps that may be in flight in a pipeline; None: as many as it has slots."""
+    min_decode_share: int = 1
+    """Decoding sequences are cut into several micro-batches only as far as each keeps so many: every micro-batch reads
+    all weights again, and until the arithmetic outweighs that, one large step is faster than two small ones."""
     max_failed_steps: int = 3
     """Failed steps in a row after which a request is still recomputed; one more and it fails."""
     max_held_releases: int = 64

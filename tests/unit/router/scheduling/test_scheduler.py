@@ -323,6 +323,15 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
 
 
+@pytest.mark.parametrize(("num_requests", "shares"), [(3, [3]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (10, [5, 5])])
+def test_few_decoding_sequences_stay_in_one_micro_batch(num_requests: int, shares: list[int]) -> None:
+    scheduler = make_scheduler(num_slots=2, min_decode_share=4)
+    add(scheduler, *"abcdefghij"[:num_requests])
+    for plan in scheduler.schedule(0.0):
+        complete(scheduler, plan)
+    assert [len(plan.chunks) for plan in scheduler.schedule(0.0)] == shares
+
+
 def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
     scheduler = make_scheduler(max_outage_s=30.0, max_queue_s=600.0)
     add(scheduler, "a")
