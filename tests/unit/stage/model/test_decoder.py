@@ -18,6 +18,7 @@ from tests.support.checkpoints import (
     QWEN3_DENSE_LAYERS,
     QWEN3_TIED_SHARDED_BF16,
     QWEN3_YARN,
+    Family,
     Recipe,
     write_checkpoint,
 )
@@ -26,6 +27,44 @@ from tests.support.local_pipeline import Chunk, LocalPipeline
 
 __all__ = ["one_torch_thread"]
 RECIPES = (QWEN3, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SHARDED, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS, QWEN3_YARN)
+CORNERS = (
+    Recipe("one expert", Family.QWEN3_MOE, layers=2, experts=1, experts_per_token=1, seed=11),
+    Recipe("every expert for every token", Family.MIXTRAL, layers=2, experts=5, experts_per_token=5, seed=12),
+    Recipe("heads wider than the model", Family.QWEN3_MOE, layers=2, heads=2, kv_heads=2, head_width=80, seed=13),
+    Recipe("narrow heads, one for all", Family.MIXTRAL, layers=2, heads=6, kv_heads=1, head_width=6, seed=14),
+    Recipe("odd widths", Family.QWEN3_MOE, layers=2, width=52, heads=4, kv_heads=4, expert_width=37, seed=15),
+    Recipe(
+        "window by flag",
+        Family.QWEN3_MOE,
+        layers=3,
+        seed=16,
+        options={"use_sliding_window": True, "sliding_window": 20, "rms_norm_eps": 1e-3},
+    ),
+    Recipe("window of one", Family.MIXTRAL, layers=2, seed=17, options={"sliding_window": 1}),
+    Recipe(
+        "llama3 rope",
+        Family.MIXTRAL,
+        layers=2,
+        seed=18,
+        rope={
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    Recipe(
+        "old linear rope",
+        Family.QWEN3_MOE,
+        layers=2,
+        seed=19,
+        legacy_rope_fields=True,
+        rope={"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+    ),
+)
+"""Small ones, each with one thing that is unlike the usual."""
 TOKENS = tuple((7 * position * position + 3 * position + 11) % 200 for position in range(70))
 Made = Callable[[Recipe], tuple[Path, Tensor]]
 
@@ -38,7 +77,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     def make(recipe: Recipe) -> tuple[Path, Tensor]:
         if recipe.name not in kept:
             directory = write_checkpoint(tmp_path_factory.mktemp("checkpoints") / recipe.name, recipe)
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, experts_implementation="eager"
+            )
             with torch.inference_mode():
                 kept[recipe.name] = directory, model(torch.tensor([TOKENS])).logits[0]
         return kept[recipe.name]
@@ -51,7 +92,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kernels", KERNEL_CHOICES)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", RECIPES + CORNERS, ids=lambda recipe: recipe.name)
 def test_logits_are_those_of_transformers(recipe: Recipe, kernels: str, made: Made) -> None:
     directory, wanted = made(recipe)
     pipeline = LocalPipeline(directory, kernels=kernels_for(kernels))
