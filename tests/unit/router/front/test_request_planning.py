@@ -54,6 +54,11 @@ def test_top_k_minus_one_is_off(tokenizer: TextTokenizer) -> None:
     assert sampling(plan(tokenizer, top_k=-1)).top_k == 0
 
 
+@pytest.mark.parametrize("top_k", [2**31 - 1, 2**31, 2**63, 10**400])
+def test_top_k_above_any_vocabulary_is_a_number_that_a_step_can_carry(tokenizer: TextTokenizer, top_k: int) -> None:
+    assert sampling(plan(tokenizer, top_k=top_k)).top_k == 2**31 - 1
+
+
 def test_clients_stop_tokens_join_the_checkpoints(tokenizer: TextTokenizer) -> None:
     assert sampling(plan(tokenizer, stop_token_ids=[9])).stop_token_ids == {2, 9}
     assert sampling(plan(tokenizer, stop_token_ids=[9], ignore_eos=True)).stop_token_ids == {9}
