@@ -44,9 +44,13 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
     control = settings.control
     if not control or control.startswith("ipc://"):
         folder = ipc_folder(settings.state_dir)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigurationError(f"STATE_DIR={settings.state_dir} cannot be used: {error}") from None
+        escaped = str(folder).replace("{", "{{").replace("}", "}}")
         return NodeAddresses(
-            control or f"ipc://{folder}/control", ipc_token(folder), f"ipc://{folder}/{node_id}-{{socket}}"
+            control or f"ipc://{folder}/control", ipc_token(folder), f"ipc://{escaped}/{node_id}-{{socket}}"
         )
     host = urlsplit(control).hostname
     if not control.startswith("tcp://") or not host:

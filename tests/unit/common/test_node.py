@@ -209,6 +209,18 @@ def test_without_a_control_endpoint_a_mesh_lives_in_its_state_folder(tmp_path: P
     assert (tmp_path / "ipc").stat().st_mode & 0o777 == 0o700
 
 
+def test_a_state_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "{socket} of {0}"
+    addresses = find_addresses(settings(state_dir=folder), NodeId("stage-1"))
+    assert addresses.bind_pattern.format(socket="data") == f"ipc://{folder.resolve()}/ipc/stage-1-data"
+
+
+def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="STATE_DIR="):
+        find_addresses(settings(state_dir=tmp_path / "file"), NodeId("stage-1"))
+
+
 def test_over_tcp_a_node_listens_where_its_peers_reach_it() -> None:
     addresses = find_addresses(settings(control="tcp://127.0.0.1:5550"), NodeId("stage-1"))
     assert (addresses.bind_pattern, addresses.folder_token) == ("tcp://127.0.0.1:*", "")
