@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +202,20 @@ def settings(**values: Any) -> Settings:
     return Settings(model="m", **values)
 
 
-def test_without_a_control_endpoint_a_mesh_lives_in_its_state_folder(tmp_path: Path) -> None:
-    addresses = find_addresses(settings(state_dir=tmp_path), NodeId("stage-1"))
-    assert addresses.control == f"ipc://{tmp_path.resolve()}/ipc/control"
-    assert addresses.bind_pattern.format(socket="data") == f"ipc://{tmp_path.resolve()}/ipc/stage-1-data"
-    assert addresses.folder_token
-    assert (tmp_path / "ipc").stat().st_mode & 0o777 == 0o700
+def test_without_a_control_endpoint_a_mesh_lives_in_its_state_folder() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve() / "ipc"
+        addresses = find_addresses(settings(state_dir=Path(name)), NodeId("stage-1"))
+        assert addresses.control == f"ipc://{folder}/control"
+        assert addresses.bind_pattern.format(socket="data") == f"ipc://{folder}/stage-1-data"
+        assert addresses.folder_token
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_state_folder_may_have_any_name(tmp_path: Path) -> None:
-    folder = tmp_path / "{socket} of {0}"
-    addresses = find_addresses(settings(state_dir=folder), NodeId("stage-1"))
-    assert addresses.bind_pattern.format(socket="data") == f"ipc://{folder.resolve()}/ipc/stage-1-data"
+def test_a_state_folder_may_have_any_name() -> None:
+    with tempfile.TemporaryDirectory(prefix="{socket}{0}") as folder:  # pytest's own paths are too long for a socket
+        addresses = find_addresses(settings(state_dir=Path(folder)), NodeId("stage-1"))
+        assert addresses.bind_pattern.format(socket="data") == f"ipc://{folder}/ipc/stage-1-data"
 
 
 def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
