@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from common.errors import CapacityError
@@ -104,10 +105,12 @@ class StageRoles:
             )
         ]
 
-    def _replan(self) -> list[Action]:
+    def _replan(self, too_small: Set[NodeId] = frozenset()) -> list[Action]:
+        """Roles for all nodes but those that turned out too small for the slot that they would have got."""
         observed = [
             ObservedStage(node_id, description.numeric_class, order)
             for node_id, (description, order) in self._nodes.items()
+            if node_id not in too_small
         ]
         current = {
             StageSlot(pipeline_id, SlotIndex(index)): node_id
@@ -125,15 +128,46 @@ class StageRoles:
         for slot, node_id in current.items():
             if node_id in plan.spares:
                 actions.append(Tell(node_id, Unassign(self._lease_terms[slot]), Header()))
+        misfits: dict[NodeId, str] = {}
         for pipeline_id, holders in wanted.items():
             pipeline = self._pipelines.get(pipeline_id)
-            if pipeline is None or pipeline.holders != tuple(holders):
-                actions += self._assign(pipeline_id, tuple(holders))
+            if pipeline is not None and pipeline.holders == tuple(holders):
+                continue
+            found = self._misfits(holders)
+            misfits |= found
+            actions += self._give_up(pipeline_id) if found else self._assign(pipeline_id, tuple(holders))
+        if misfits:
+            actions += self._replan(too_small | misfits.keys())
+            self.detail += f"; {', '.join(f'{node_id}: {reason}' for node_id, reason in misfits.items())}"
         return actions
+
+    def _misfits(self, holders: Sequence[NodeId]) -> dict[NodeId, str]:
+        """Nodes that have no room for the slot that they would hold, and how much is missing."""
+        found: dict[NodeId, str] = {}
+        for slot, node_id in enumerate(holders):
+            capacities = [sys.maxsize] * len(holders)
+            capacities[slot] = self._nodes[node_id][0].capacity_bytes
+            try:
+                pool_blocks(self._config, self._shape, self.layers, capacities)
+            except CapacityError as error:
+                found[node_id] = str(error)
+        return found
 
     def _dissolve(self, pipeline_id: PipelineId) -> list[Action]:
         was_open = self._pipelines.pop(pipeline_id).is_open
         return [ClosePipeline(pipeline_id)] if was_open else []
+
+    def _give_up(self, pipeline_id: PipelineId) -> list[Action]:
+        """No node fits a hole of this pipeline; its holders are free for another."""
+        pipeline = self._pipelines.get(pipeline_id)
+        if pipeline is None:
+            return []
+        slots = [(node_id, StageSlot(pipeline_id, SlotIndex(index))) for index, node_id in enumerate(pipeline.holders)]
+        return self._dissolve(pipeline_id) + [
+            Tell(node_id, Unassign(self._lease_terms[slot]), Header())
+            for node_id, slot in slots
+            if node_id in self._nodes
+        ]
 
     def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId, ...]) -> list[Action]:
         """A new generation. A slot that changes hands gets a new lease term."""
@@ -142,12 +176,7 @@ class StageRoles:
         self._last_generation += 1
         generation = Generation(self._last_generation)
         capacities = [self._nodes[node_id][0].capacity_bytes for node_id in holders]
-        try:
-            num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
-        except CapacityError as error:
-            self.detail = str(error)
-            self._pipelines.pop(pipeline_id, None)
-            return actions
+        num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
         self._pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks)
         for index, node_id in enumerate(holders):
             slot = StageSlot(pipeline_id, SlotIndex(index))

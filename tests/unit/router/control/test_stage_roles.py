@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
-from common.messages import AssignStage, StageReady, Unassign
+from common.messages import AssignStage, Header, StageReady, Unassign
 from common.topology import StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
-from tests.support.mesh_shapes import LAYERS, node, small_mesh, small_model
+from tests.support.mesh_shapes import LAYERS, PLENTY, node, small_mesh, small_model
 
 RESULTS = ("tcp://router:9",)
 
@@ -159,6 +160,25 @@ def test_a_pipeline_that_does_not_fit_its_nodes_says_so_and_stays_closed() -> No
     assert roles.num_open == 0
 
 
+def test_a_node_that_is_too_small_does_not_stand_in_the_way_of_larger_ones() -> None:
+    roles = roles_of()
+    opened(roles, *"ab")
+    small = replace(node("a"), node_id=NodeId("small"), capacity_bytes=1000)
+    assert roles.join(small) == []
+    actions = roles.lose(NodeId("b"))
+    assert roles.num_open == 0
+    assert roles.slot_of(NodeId("small")) is None
+    assert "1 of 2 stage nodes; small: " in roles.detail
+    assert Tell(NodeId("a"), Unassign(1), Header()) in actions, "it held a slot of a pipeline that is no more"
+    answers = opened(roles, "c")
+    assert [type(action) for action in answers] == [OpenPipeline]
+    assert set(roles.pipelines[PipelineId(0)].holders) == {"a", "c"}
+    assert report(roles, roles.join(node("d"))) == [], "small and d are no pipeline; the other goes on"
+    assert roles.num_open == 1
+    assert len(report(roles, roles.join(node("e")))) == 1
+    assert roles.num_open == 2
+
+
 @pytest.mark.parametrize("pp", [1, 3])
 def test_pipelines_of_other_lengths_open_as_well(pp: int) -> None:
     roles = roles_of(pp=pp)
@@ -170,7 +190,9 @@ def test_pipelines_of_other_lengths_open_as_well(pp: int) -> None:
 class Stages(RuleBasedStateMachine):
     """Each node believes what it was told last; the router must never lose sight of that."""
 
-    NAMES = "abcdefg"
+    NAMES = "abcdefghi"
+    SMALL = "hi"
+    """Too small for any slot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +244,7 @@ class Stages(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def join(self, name: str) -> None:
         self.believed.setdefault(name, None)
-        self.carry_out(self.roles.join(node(name)))
+        self.carry_out(self.roles.join(node(name, capacity_bytes=1000 if name in self.SMALL else PLENTY)))
 
     @rule(name=st.sampled_from(NAMES))
     def lose(self, name: str) -> None:
@@ -261,7 +283,7 @@ class Stages(RuleBasedStateMachine):
 
     @invariant()
     def there_are_as_many_pipelines_as_nodes_suffice_for(self) -> None:
-        count = len(self.believed)
+        count = len(self.believed.keys() - set(self.SMALL))
         assert len(self.roles.pipelines) >= max((count - 1) // 2, min(1, count // 2))
 
     def teardown(self) -> None:
