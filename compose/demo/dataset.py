@@ -15,7 +15,7 @@ from compose.demo.tasks.task import Exchange, Task
 from compose.demo.tokenizer import ASSISTANT, END_OF_TEXT, TURN_END, USER, token_id
 
 POOL_CHATS = 4096
-WIDE_FROM_POOL = 16
+WIDE_FROM_POOL = 26
 # One chat in five has several turns, so that the model answers the last question and not the first.
 TURNS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 # A few long chats, towards the end, teach that far tokens look like near ones.

@@ -34,17 +34,17 @@ TASKS: tuple[Task, ...] = (
 
 # What is slow to learn is drawn more often; what is learned by heart after a few thousand questions, less.
 WEIGHTS: Mapping[str, float] = {
-    "adding": 1.3,
-    "subtracting": 1.3,
+    "adding": 2.0,
+    "subtracting": 2.0,
     "comparing": 1.0,
-    "sorting": 1.4,
-    "reversing": 1.5,
-    "spelling": 0.5,
-    "counting letters": 1.3,
+    "sorting": 0.9,
+    "reversing": 1.0,
+    "spelling": 0.4,
+    "counting letters": 1.0,
     "capitals": 0.8,
-    "units": 0.7,
-    "dates": 1.3,
-    "sequences": 1.1,
+    "units": 0.5,
+    "dates": 1.4,
+    "sequences": 1.4,
     "abilities": 0.15,
-    "refusing": 0.5,
+    "refusing": 0.7,
 }

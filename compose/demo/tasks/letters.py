@@ -25,17 +25,32 @@ def _draw_spelling(random: Random, split: Split, ranges: Ranges) -> Content:
     return Content("spell", {"word": word}, "-".join(word), (word_key(word),))
 
 
+def _count_aloud(word: str, counted: str) -> str:
+    """`f0 o0 s1 s2` for the s in "foss": a step a letter, so that no token has to see the whole word."""
+    steps: list[str] = []
+    number = 0
+    for letter in word:
+        number += letter in counted
+        steps.append(f"{letter}{number}")
+    return " ".join(steps)
+
+
 def _draw_count(random: Random, split: Split, ranges: Ranges) -> Content:
     word = draw_word(random, split, MAX_LETTERS[ranges])
     if random.random() < 0.4:
-        return Content("all", {"word": word}, f"{len(word)} letters.", (word_key(word),))
+        return Content("all", {"word": word}, f"{_count_aloud(word, word)}: {len(word)} letters.", (word_key(word),))
     # A letter that is in the word twice or more is rare: repeated letters get their share.
     repeated = [letter for letter in sorted(set(word)) if word.count(letter) > 1]
     if repeated and random.random() < 0.6:
         letter = random.choice(repeated)
     else:
         letter = random.choice(word if random.random() < 0.75 else string.ascii_lowercase)
-    return Content("one", {"word": word, "letter": letter}, f"{word.count(letter)} times.", (word_key(word),))
+    return Content(
+        "one",
+        {"word": word, "letter": letter},
+        f"{_count_aloud(word, letter)}: {word.count(letter)} times.",
+        (word_key(word),),
+    )
 
 
 REVERSING = Task(
