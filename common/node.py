@@ -6,6 +6,7 @@ lifeline is a bound socket that nobody sends on: the router connects to it and s
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Callable
@@ -48,6 +49,9 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ConfigurationError(f"STATE_DIR={settings.state_dir} cannot be used: {error}") from None
+        if folder.stat().st_uid != os.getuid():
+            # The stand-in for a long path lies where anybody may make folders.
+            raise ConfigurationError(f"the folder for socket files, {folder}, belongs to another user")
         escaped = str(folder).replace("{", "{{").replace("}", "}}")
         return NodeAddresses(
             control or f"ipc://{folder}/control", ipc_token(folder), f"ipc://{escaped}/{node_id}-{{socket}}"

@@ -236,3 +236,11 @@ def test_over_tcp_a_node_listens_where_its_peers_reach_it() -> None:
 def test_a_control_endpoint_of_another_kind_is_named(control: str) -> None:
     with pytest.raises(ConfigurationError, match=f"CONTROL={control}"):
         find_addresses(settings(control=control), NodeId("stage-1"))
+
+
+def test_a_folder_for_sockets_that_belongs_to_somebody_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(ConfigurationError, match="belongs to another user"):
+        find_addresses(settings(state_dir=tmp_path), NodeId("stage-1"))

@@ -50,6 +50,7 @@ def test_the_same_seed_and_pool_give_the_same_batches() -> None:
     assert torch.equal(first.ids, second.ids)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     recipe = Recipe(total_tokens=20_000, tokens_per_batch=2048, seed=1, measure_every_tokens=10**9, chats_per_task=2)
     losses = []
@@ -70,6 +71,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_the_loss_falls() -> None:
     recipe = Recipe(total_tokens=60_000, tokens_per_batch=1024, seed=1)
     training = Training(Path(), recipe, SIZES, MAKER)
