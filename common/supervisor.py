@@ -6,6 +6,7 @@ No child outlives the supervisor, even one that is killed: children ask the kern
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -61,13 +62,13 @@ class LocalMesh:
     clock: Callable[[], float] = time.monotonic
     children: dict[str, Child] = field(default_factory=dict)
     num_nodes_at_start: int = 0
+    _folder_lock: int | None = None
     _watcher: threading.Thread | None = None
     _ending: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __enter__(self) -> Self:
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        (self.state_dir / "logs").mkdir(exist_ok=True)
+        self._folder_lock = _claim_folder(self.state_dir)
         (self.state_dir / "http.url").unlink(missing_ok=True)
         pp = int(self._setting("PP", "2"))
         spares = int(self._setting("SPARES", "0"))
@@ -167,6 +168,9 @@ class LocalMesh:
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
 
     # ---- inside
 
@@ -235,6 +239,23 @@ class LocalMesh:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _claim_folder(state_dir: Path) -> int:
+    """Make the folder and lock it: nodes of a second mesh in it would join the first. Raises ConfigurationError."""
+    try:
+        (state_dir / "logs").mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(state_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(f"STATE_DIR={state_dir} cannot be used: {error}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigurationError(
+            f"another mesh runs on STATE_DIR={state_dir}: give each mesh a folder of its own"
+        ) from None
+    return descriptor
 
 
 def _end_with_parent(parent: int) -> None:

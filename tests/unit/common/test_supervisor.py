@@ -158,12 +158,46 @@ def test_nodes_end_before_the_router_so_that_they_can_say_goodbye(
     assert list(dict.fromkeys(told)) == ["services.stage", "services.expert", "services.router"]
 
 
+def test_the_watcher_outlives_its_children_since_the_kernel_ends_a_child_with_the_thread_that_started_it(
+    mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[bool] = []
+
+    def end(self: FakeProcess, number: int) -> None:
+        watched.append(mesh._watcher is not None and mesh._watcher.is_alive())
+        self.returncode = 0
+
+    monkeypatch.setattr(FakeProcess, "send_signal", end)
+    with mesh:
+        num_started = len(started)
+    assert watched
+    assert all(watched)
+    assert mesh._watcher is None
+    assert len(started) == num_started
+
+
 def test_a_process_that_does_not_hear_is_killed(mesh: LocalMesh, started: list[FakeProcess]) -> None:
     mesh.add("stage", "stage-0")
     started[0].hears_signals = False
     mesh.remove("stage-0", timeout_s=0.0)
     assert started[0].signals == [signal.SIGTERM, signal.SIGCONT, signal.SIGKILL]
     assert mesh.processes() == []
+
+
+def test_a_folder_belongs_to_one_mesh_and_a_second_touches_nothing_in_it(mesh: LocalMesh) -> None:
+    with mesh:
+        (mesh.state_dir / "http.url").write_text("http://127.0.0.1:8000\n")
+        with pytest.raises(ConfigurationError, match="another mesh runs on STATE_DIR"):
+            LocalMesh({"MODEL": "m"}, mesh.state_dir).__enter__()
+        assert mesh.url == "http://127.0.0.1:8000"
+    with LocalMesh({"MODEL": "m"}, mesh.state_dir):
+        assert len(mesh.processes()) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"STATE_DIR=.* cannot be used"):
+        LocalMesh({"MODEL": "m"}, tmp_path / "file" / "state").__enter__()
 
 
 def test_the_address_is_known_only_while_the_router_listens(mesh: LocalMesh) -> None:
