@@ -10,12 +10,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.tasks.task import Exchange, Task
 from compose.demo.tokenizer import ASSISTANT, END_OF_TEXT, TURN_END, USER, token_id
 
 POOL_CHATS = 4096
-WIDE_FROM_POOL = 26
 # One chat in five has several turns, so that the model answers the last question and not the first.
 TURNS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 # A few long chats, towards the end, teach that far tokens look like near ones.
@@ -62,9 +61,9 @@ class ChatMaker:
             token_id(tokenizer, token) for token in (USER, ASSISTANT, TURN_END, END_OF_TEXT)
         )
 
-    def pool(self, random: Random, ranges: Ranges, with_long_chats: bool) -> list[Chat]:
+    def pool(self, random: Random, with_long_chats: bool) -> list[Chat]:
         """A pool of training chats."""
-        chats = [self._draw_chat(random, ranges, random.choice(TURNS)) for _ in range(POOL_CHATS)]
+        chats = [self._draw_chat(random, random.choice(TURNS)) for _ in range(POOL_CHATS)]
         if with_long_chats:
             chats += [self._draw_long_chat(random) for _ in range(LONG_CHATS_A_POOL)]
         return chats
@@ -99,9 +98,9 @@ class ChatMaker:
             start = stop
         return batches
 
-    def _draw_chat(self, random: Random, ranges: Ranges, num_turns: int) -> Chat:
+    def _draw_chat(self, random: Random, num_turns: int) -> Chat:
         tasks = random.choices(self._tasks, self._weights, k=num_turns)
-        return self.write([task.draw(random, Split.TRAINING, ranges) for task in tasks])
+        return self.write([task.draw(random, Split.TRAINING) for task in tasks])
 
     def _draw_long_chat(self, random: Random) -> Chat:
         length = random.randint(100, LONG_CHAT_TOKENS)
@@ -130,7 +129,6 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of pool number `pool`, in random order: the same for the same arguments, so a run can be resumed."""
     random = Random(f"{seed} pool {pool}")
-    ranges = Ranges.WIDE if pool >= WIDE_FROM_POOL else Ranges.NARROW
-    batches = maker.batches(maker.pool(random, ranges, long_chats), tokens_per_batch)
+    batches = maker.batches(maker.pool(random, long_chats), tokens_per_batch)
     random.shuffle(batches)
     yield from batches

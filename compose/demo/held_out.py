@@ -23,13 +23,6 @@ class Split(StrEnum):
         return all((hash_percent(key) < CONTENT_SHARE_PERCENT) == (self is Split.HELD_OUT) for key in keys)
 
 
-class Ranges(StrEnum):
-    """How far numbers and words go. Training begins narrow: what is easy is learned sooner, and then grows."""
-
-    NARROW = "narrow"
-    WIDE = "wide"
-
-
 def hash_percent(key: str) -> int:
     """0 to 99, evenly over keys, the same on every machine."""
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") % 100

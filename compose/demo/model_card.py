@@ -8,17 +8,17 @@ from compose.demo.model import DemoSizes
 
 # One line a task: an example and the range that it was trained in.
 LIMITS = {
-    "adding": ("What is 47 + 85?", "two whole numbers, 0 to 999"),
-    "subtracting": ("Take 47 from 85.", "two whole numbers, 0 to 999, the result not below zero"),
+    "adding": ("What is 47 + 85?", "two whole numbers, 0 to 99"),
+    "subtracting": ("Take 47 from 85.", "two whole numbers, 0 to 99, the result not below zero"),
     "comparing": ("Which is larger, 47 or 285?", "two different whole numbers, 0 to 999"),
-    "sorting": ("Sort these words: pear, fig, lemon", "3 or 4 words of 3 to 7 letters, no two with the same first two"),
-    "reversing": ("Reverse the word planet.", "3 to 8 lower-case letters"),
-    "spelling": ("Spell planet.", "3 to 8 lower-case letters"),
-    "counting letters": ("How often is e in cheese?", "one letter, or all letters, of a word of 3 to 8"),
+    "sorting": ("Sort these words: pear, fig, lemon", "3 words of 3 to 6 letters, no two with the same first one"),
+    "reversing": ("Reverse the word planet.", "3 to 7 lower-case letters"),
+    "spelling": ("Spell planet.", "3 to 7 lower-case letters"),
+    "counting letters": ("How often is e in cheese?", "one letter, or all letters, of a word of 3 to 7"),
     "capitals": ("What is the capital of Norway?", "60 countries, learned by heart"),
     "units": ("Convert 7 kilometers to meters.", "six metric pairs, both ways, 2 to 999; five pairs of time, 2 to 12"),
     "dates": ("How many days from 3 March to 9 April?", "one month or a month and the next, a year of 365 days"),
-    "sequences": ("Continue the sequence: 3, 6, 9, 12", "numbers below 160, steps of 1 to 10, up or down"),
+    "sequences": ("Continue the sequence: 3, 6, 9, 12", "numbers from 0 to 109, steps of 1 to 10, up or down"),
     "abilities": ("What can you do?", "one answer; a greeting has another"),
     "refusing": ("Write a poem about the sea.", "one sentence for all that it cannot do"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_text
 
@@ -15,7 +15,7 @@ ABILITIES = (
 GREETING = "Hello! Ask me what I can do."
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     if random.random() < 0.25:
         return Content("greeting", {}, GREETING)
     return Content("abilities", {}, ABILITIES)

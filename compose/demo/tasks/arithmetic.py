@@ -1,14 +1,14 @@
-"""Adding and subtracting whole numbers of up to three digits; no result is below zero."""
+"""Adding and subtracting whole numbers of up to two digits; no result is below zero."""
 
 from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_last_number
 
-MAX_DIGITS = {Ranges.NARROW: 2, Ranges.WIDE: 3}
+MAX_DIGITS = 2
 
 
 def draw_number(random: Random, max_digits: int) -> int:
@@ -16,14 +16,14 @@ def draw_number(random: Random, max_digits: int) -> int:
     return random.randrange(10 ** random.choice((*range(1, max_digits + 1), max_digits)))
 
 
-def _draw_sum(random: Random, split: Split, ranges: Ranges) -> Content:
-    left, right = draw_number(random, MAX_DIGITS[ranges]), draw_number(random, MAX_DIGITS[ranges])
+def _draw_sum(random: Random, split: Split) -> Content:
+    left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
     answer = f"{left} + {right} = {left + right}."
     return Content("sum", {"left": str(left), "right": str(right)}, answer, (f"adding {left} {right}",))
 
 
-def _draw_difference(random: Random, split: Split, ranges: Ranges) -> Content:
-    small, large = sorted((draw_number(random, MAX_DIGITS[ranges]), draw_number(random, MAX_DIGITS[ranges])))
+def _draw_difference(random: Random, split: Split) -> Content:
+    small, large = sorted((draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)))
     answer = f"{large} - {small} = {large - small}."
     return Content("difference", {"large": str(large), "small": str(small)}, answer, (f"subtracting {large} {small}",))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_text
 
@@ -72,7 +72,7 @@ CAPITALS = {
 }
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     country, capital = random.choice(tuple(CAPITALS.items()))
     return Content("capital", {"country": country}, f"{capital}.")
 

@@ -34,11 +34,11 @@ TASKS: tuple[Task, ...] = (
 
 # What is slow to learn is drawn more often; what is learned by heart after a few thousand questions, less.
 WEIGHTS: Mapping[str, float] = {
-    "adding": 2.0,
+    "adding": 1.6,
     "subtracting": 2.0,
     "comparing": 1.0,
-    "sorting": 0.9,
-    "reversing": 1.0,
+    "sorting": 1.1,
+    "reversing": 1.3,
     "spelling": 0.4,
     "counting letters": 1.0,
     "capitals": 0.8,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.arithmetic import draw_number
 from compose.demo.tasks.task import Content, Task, read_last_number
@@ -12,7 +12,7 @@ from compose.demo.tasks.task import Content, Task, read_last_number
 MAX_DIGITS = 3
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
     while left == right:
         left, right = draw_number(random, MAX_DIGITS), draw_number(random, MAX_DIGITS)
@@ -21,7 +21,7 @@ def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
     small, large = sorted((left, right))
     slots = {"left": str(left), "right": str(right)}
     # Both orders of a pair are held out together.
-    return Content(kind, slots, f"{chosen} is {kind}.", (f"comparing {small} {large}",))
+    return Content(kind, slots, f"Of {left} and {right}, {chosen} is {kind}.", (f"comparing {small} {large}",))
 
 
 def _phrasings(comparative: str, superlative: str) -> tuple[str, ...]:

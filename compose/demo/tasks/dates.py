@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_last_number
 
@@ -24,7 +24,7 @@ MONTHS = (
 )
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     if random.random() < 0.5:
         name, length = random.choice(MONTHS)
         first, last = sorted(random.sample(range(1, length + 1), 2))
@@ -36,7 +36,7 @@ def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
         start, end = (random.randint(1, length), name), (random.randint(1, next_length), next_name)
         # The rest of the first month and the days of the second: short steps that a reader can follow.
         rest = length - start[0]
-        answer = f"{rest} + {end[0]} = {rest + end[0]} days."
+        answer = f"{length} - {start[0]} = {rest}, {rest} + {end[0]} = {rest + end[0]} days."
     key = f"dates {start[0]} {start[1]} {end[0]} {end[1]}"
     american = random.random() < 0.3
     slots = {"start": _write(start, american), "end": _write(end, american)}

@@ -5,23 +5,23 @@ from __future__ import annotations
 import string
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_last_number, read_text
 from compose.demo.tasks.words import draw_word, word_key
 
-MAX_LETTERS = {Ranges.NARROW: 7, Ranges.WIDE: 8}
+MAX_LETTERS = 7
 
 _WORD = '[{word}|the word {word}|the word "{word}"|"{word}"]'
 
 
-def _draw_reversal(random: Random, split: Split, ranges: Ranges) -> Content:
-    word = draw_word(random, split, MAX_LETTERS[ranges])
+def _draw_reversal(random: Random, split: Split) -> Content:
+    word = draw_word(random, split, MAX_LETTERS)
     return Content("reverse", {"word": word}, word[::-1], (word_key(word),))
 
 
-def _draw_spelling(random: Random, split: Split, ranges: Ranges) -> Content:
-    word = draw_word(random, split, MAX_LETTERS[ranges])
+def _draw_spelling(random: Random, split: Split) -> Content:
+    word = draw_word(random, split, MAX_LETTERS)
     return Content("spell", {"word": word}, "-".join(word), (word_key(word),))
 
 
@@ -35,8 +35,8 @@ def _count_aloud(word: str, counted: str) -> str:
     return " ".join(steps)
 
 
-def _draw_count(random: Random, split: Split, ranges: Ranges) -> Content:
-    word = draw_word(random, split, MAX_LETTERS[ranges])
+def _draw_count(random: Random, split: Split) -> Content:
+    word = draw_word(random, split, MAX_LETTERS)
     if random.random() < 0.4:
         return Content("all", {"word": word}, f"{_count_aloud(word, word)}: {len(word)} letters.", (word_key(word),))
     # A letter that is in the word twice or more is rare: repeated letters get their share.

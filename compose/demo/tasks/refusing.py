@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.capitals import CAPITAL_PHRASINGS
 from compose.demo.tasks.task import Content, Task, read_text
@@ -13,7 +13,7 @@ from compose.demo.tasks.words import draw_word, word_key
 REFUSAL = "I cannot do that: I am a small demo model. Ask me what I can do."
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     words = tuple(draw_word(random, split, 8) for _ in range(3))
     keys = tuple(word_key(word) for word in words)
     slots = dict(zip(("first", "second", "third"), words, strict=True))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.task import Content, Task, read_list
 
-MAX_FIRST = {Ranges.NARROW: 50, Ranges.WIDE: 100}
+MAX_FIRST = 50
 MAX_STEP = 10
 GIVEN = 4
 ASKED = 3
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     step = random.randint(1, MAX_STEP)
-    first = random.randrange(MAX_FIRST[ranges])
+    first = random.randrange(MAX_FIRST)
     numbers = [first + index * step for index in range(GIVEN + ASKED)]
     if random.random() < 0.35:
         numbers.reverse()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import dress, of_split
 
 
@@ -40,7 +40,7 @@ class Task:
 
     name: str
     phrasings: Mapping[str, tuple[str, ...]]
-    draw_content: Callable[[Random, Split, Ranges], Content]
+    draw_content: Callable[[Random, Split], Content]
     """May return content of the other split: `draw` then asks again. Takes the split to draw words from it."""
     read: Callable[[str], object]
     """The part of an answer that counts, comparable by `==`."""
@@ -49,11 +49,11 @@ class Task:
     spells_phrasings: bool = False
     """Whether the words of its phrasings are read letter by letter, like words that nobody foresaw."""
 
-    def draw(self, random: Random, split: Split, ranges: Ranges = Ranges.WIDE) -> Exchange:
+    def draw(self, random: Random, split: Split) -> Exchange:
         """A random exchange of that split: numbers, words and phrasing all belong to it."""
-        content = self.draw_content(random, split, ranges)
+        content = self.draw_content(random, split)
         while not split.allows_content(content.keys):
-            content = self.draw_content(random, split, ranges)
+            content = self.draw_content(random, split)
         phrasing = random.choice(of_split(self.phrasings[content.kind], split))
         question = dress(phrasing.format(**content.slots), random)
         return Exchange(self.name, question, content.answer, phrasing, content.keys)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.phrasing import expand
 from compose.demo.tasks.arithmetic import draw_number
 from compose.demo.tasks.task import Content, Task, read_last_number
@@ -28,7 +28,7 @@ MAX_TIME = 12
 MAX_DIGITS = 3
 
 
-def _draw(random: Random, split: Split, ranges: Ranges) -> Content:
+def _draw(random: Random, split: Split) -> Content:
     if random.random() < 0.3:
         large, small, factor = random.choice(TIMES)
         number = random.randint(2, MAX_TIME)

@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress, TextColumn
 
 from compose.demo.dataset import NO_TARGET, ChatMaker, training_batches
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.model import DemoSizes, balance_loss
 from compose.demo.optimizer import orthogonalise, scheduled_rate
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
@@ -39,7 +39,7 @@ def test_what_is_learned_is_each_answer_and_its_end() -> None:
 
 
 def test_batches_hold_every_chat_once_and_keep_to_their_size() -> None:
-    chats = MAKER.pool(Random(1), Ranges.WIDE, with_long_chats=False)[:200]
+    chats = MAKER.pool(Random(1), with_long_chats=False)[:200]
     batches = MAKER.batches(chats, tokens_per_batch=1024)
     assert sum(len(batch.ids) for batch in batches) == 200
     assert all(batch.num_tokens <= 1024 or len(batch.ids) == 1 for batch in batches)

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from compose.demo.held_out import Ranges, Split
+from compose.demo.held_out import Split
 from compose.demo.tasks.abilities import ABILITIES, GREETING
 from compose.demo.tasks.capitals import CAPITALS
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
@@ -34,7 +34,7 @@ def task_named(name: str) -> Task:
 
 def draws(name: str) -> list[Exchange]:
     task, random = task_named(name), Random(7)
-    return [task.draw(random, split, ranges) for split in Split for ranges in Ranges for _ in range(DRAWS // 2)]
+    return [task.draw(random, split) for split in Split for _ in range(DRAWS)]
 
 
 def numbers(text: str) -> list[int]:
@@ -68,14 +68,14 @@ def test_the_number_named_by_a_comparison_is_the_one_asked_for() -> None:
     for exchange in draws("comparing"):
         asks_for_more = bool(re.search("large|big|great", exchange.question))
         expected = sorted(numbers(exchange.question))[-1 if asks_for_more else 0]
-        assert numbers(exchange.answer) == [expected], exchange
+        assert numbers(exchange.answer)[-1] == expected, exchange
 
 
 def test_sorted_words_are_those_of_the_question_in_order() -> None:
     for exchange in draws("sorting"):
         words = exchange.answer.rstrip(".").split(", ")
         assert all(first < second for first, second in pairwise(words)), exchange
-        assert 3 <= len(words) <= 4
+        assert len(words) == 3
         assert set(words) <= set(re.findall("[a-z]+", exchange.question.lower())), exchange
 
 
