@@ -12,6 +12,8 @@ from common.errors import ConfigurationError
 
 _MAX_IPC_PATH_BYTES = 107
 """sun_path of a Unix socket has 108 bytes, the last of them zero."""
+_SEPARATOR = "\0"
+"""The one character that no path has: a state folder may well have blanks in its name."""
 
 
 def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token: str) -> str:
@@ -23,6 +25,16 @@ def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token
     raise ConfigurationError(
         f"no endpoint of {', '.join(endpoints) or '(none)'} can be reached: on another host a node must listen on tcp"
     )
+
+
+def join_endpoints(endpoints: Sequence[str]) -> str:
+    """Endpoints as one string, for a list of nodes that each have some."""
+    return _SEPARATOR.join(endpoints)
+
+
+def split_endpoints(joined: str) -> list[str]:
+    """What `join_endpoints` joined."""
+    return joined.split(_SEPARATOR) if joined else []
 
 
 def ipc_folder(state_dir: Path) -> Path:

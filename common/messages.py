@@ -131,7 +131,7 @@ class PublishPlacement:
     node_ids: tuple[str, ...]
     incarnations: tuple[int, ...]
     endpoints: tuple[str, ...]
-    """Each node's endpoints, separated by spaces."""
+    """Each node's endpoints, as `join_endpoints` joins them."""
     ipc_tokens: tuple[str, ...]
     numeric_classes: tuple[str, ...]
     copies: TensorFrame

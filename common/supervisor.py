@@ -6,7 +6,6 @@ No child outlives the supervisor, even one that is killed: children ask the kern
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from typing import Self
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
+from common.folder_lock import lock_folder
 from common.memory import offered_bytes
 
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +68,9 @@ class LocalMesh:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __enter__(self) -> Self:
-        self._folder_lock = _claim_folder(self.state_dir)
+        # Nodes of a second mesh in this folder would join the first.
+        self._folder_lock = lock_folder(self.state_dir, "mesh")
+        (self.state_dir / "logs").mkdir(exist_ok=True)
         (self.state_dir / "http.url").unlink(missing_ok=True)
         pp = int(self._setting("PP", "2"))
         spares = int(self._setting("SPARES", "0"))
@@ -239,23 +241,6 @@ class LocalMesh:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _claim_folder(state_dir: Path) -> int:
-    """Make the folder and lock it: nodes of a second mesh in it would join the first. Raises ConfigurationError."""
-    try:
-        (state_dir / "logs").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(state_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigurationError(f"STATE_DIR={state_dir} cannot be used: {error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigurationError(
-            f"another mesh runs on STATE_DIR={state_dir}: give each mesh a folder of its own"
-        ) from None
-    return descriptor
 
 
 def _end_with_parent(parent: int) -> None:

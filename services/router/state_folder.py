@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
 
 from common.errors import ConfigurationError
+from common.folder_lock import lock_folder
 from common.ids import RouterTerm
 
 
@@ -26,18 +26,7 @@ class StateFolder:
 
 def open_state_folder(path: Path) -> StateFolder:
     """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path / "router.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigurationError(f"STATE_DIR={path} cannot be used: {error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigurationError(
-            f"another router runs on STATE_DIR={path}: give each mesh a folder of its own"
-        ) from None
+    descriptor = lock_folder(path, "router")
     try:
         return StateFolder(path, _next_term(path / "router.json"), descriptor)
     except ConfigurationError:
