@@ -12,7 +12,7 @@ import structlog
 import zmq
 
 from common.array import frame_to_array
-from common.endpoints import choose_endpoint
+from common.endpoints import choose_endpoint, split_endpoints
 from common.errors import ConfigurationError, ExecutionError, ProtocolError
 from common.messages import PublishPlacement
 from common.transport import MessageSocket, Transport
@@ -111,7 +111,9 @@ class ExpertNodes:
     def _connect(self, placement: PublishPlacement, index: int) -> ExpertNode | None:
         node_id = placement.node_ids[index]
         try:
-            endpoint = choose_endpoint(placement.endpoints[index].split(), placement.ipc_tokens[index], self._ipc_token)
+            endpoint = choose_endpoint(
+                split_endpoints(placement.endpoints[index]), placement.ipc_tokens[index], self._ipc_token
+            )
             socket = self._transport.dealer(f"to {node_id}", endpoint)
         except ConfigurationError as error:
             self._log.error("expert_unreachable", node=node_id, reason=str(error))

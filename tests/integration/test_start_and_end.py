@@ -14,10 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import MoemeshError
+from common.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask
+from tests.support.mesh_client import Ask, mesh_client
 from tests.support.process_table import is_alive
-from tests.support.served_mesh import served_mesh
+from tests.support.served_mesh import READY_WITHIN_S, served_mesh
 from tests.support.waiting import wait_until
 
 GONE_WITHIN_S = 30
@@ -42,6 +43,15 @@ def test_mesh_that_ends_leaves_no_process_and_every_node_leaves_in_order(tmp_pat
     assert {child.name: child.process.returncode for child in children if child.process} == {
         child.name: 0 for child in children
     }
+
+
+def test_folders_may_have_blanks_in_their_names(tmp_path: Path) -> None:
+    model, state = write_tiny_checkpoint(tmp_path / "my model"), tmp_path / "s t"
+    with LocalMesh({"MODEL": str(model), "PORT": "0"}, state) as local:
+        local.wait_ready(READY_WITHIN_S)
+        with mesh_client(local.url) as client:
+            assert client.model == "my model"
+            assert len(client.ask(Ask("Hello", 4, ignore_eos=True)).token_ids) == 4
 
 
 def test_no_child_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from common.array import Uint8Array, array_to_frame
+from common.endpoints import join_endpoints
 from common.errors import CapacityError
 from common.ids import NodeId
 from common.messages import AssignShards, Header, PublishPlacement
@@ -177,7 +178,7 @@ class ExpertRoles:
             version=self._version,
             node_ids=tuple(nodes),
             incarnations=tuple(node.incarnation for node in described),
-            endpoints=tuple(" ".join(node.endpoints) for node in described),
+            endpoints=tuple(join_endpoints(node.endpoints) for node in described),
             ipc_tokens=tuple(node.ipc_token for node in described),
             numeric_classes=tuple(node.numeric_class for node in described),
             copies=array_to_frame(copies),

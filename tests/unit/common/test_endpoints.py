@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.endpoints import choose_endpoint, ipc_folder, ipc_token
+from common.endpoints import choose_endpoint, ipc_folder, ipc_token, join_endpoints, split_endpoints
 from common.errors import ConfigurationError
 
 BOTH = ("ipc:///state/ipc/x", "tcp://10.0.0.2:4000")
@@ -22,6 +22,11 @@ def test_ipc_only_where_both_prove_that_they_share_a_folder() -> None:
 def test_a_peer_that_cannot_be_reached_is_a_sentence(endpoints: tuple[str, ...]) -> None:
     with pytest.raises(ConfigurationError, match="tcp"):
         choose_endpoint(endpoints, "token", "other")
+
+
+@pytest.mark.parametrize("endpoints", [(), BOTH, ("ipc:///my state/ipc/x",), ("ipc:///a\nb/x", "tcp://10.0.0.2:4000")])
+def test_joined_endpoints_come_apart_as_they_were(endpoints: tuple[str, ...]) -> None:
+    assert split_endpoints(join_endpoints(endpoints)) == list(endpoints)
 
 
 def test_a_token_is_of_one_folder(tmp_path: Path) -> None:
