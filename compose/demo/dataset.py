@@ -19,7 +19,7 @@ POOL_CHATS = 4096
 TURNS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 # A few long chats, towards the end, teach that far tokens look like near ones.
 LONG_CHAT_TOKENS = 1100
-LONG_CHATS_A_POOL = 24
+LONG_CHATS_A_POOL = 40
 NO_TARGET = -1
 
 

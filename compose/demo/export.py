@@ -32,6 +32,8 @@ def export(model: DemoModel, tokenizer: Tokenizer, directory: Path, card: str) -
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in named_tensors(model).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    # Written for its owner alone; containers of a mesh may read as other users.
+    (directory / "model.safetensors").chmod(0o644)
     tokenizer.save(str(directory / "tokenizer.json"))
     ends = [token_id(tokenizer, token) for token in (TURN_END, END_OF_TEXT)]
     _write_json(directory / "config.json", model_config(model.sizes, ends[0]))

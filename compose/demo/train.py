@@ -30,7 +30,7 @@ from compose.demo.tasks.catalog import TASKS, WEIGHTS
 from compose.demo.tokenizer import build_tokenizer
 
 BALANCE_WEIGHT = 0.01
-LONG_CHATS_FROM = 0.8
+LONG_CHATS_FROM = 0.75
 SAVE_EVERY_S = 60.0
 
 
