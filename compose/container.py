@@ -104,8 +104,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def become(module: str) -> None:
     """Runs the module as this process."""
-    # The kernel drops a SIGTERM to a container's first process that has no handler, and importing torch takes seconds.
-    # Told to stop before it serves it has nothing to leave; once it serves it has installed a handler of its own.
+    # Told to stop before it serves it has nothing to leave, and importing torch takes seconds; once it serves it has
+    # installed a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     os.environ.update(process_environment(os.environ))
     sys.argv = [module]

@@ -135,7 +135,8 @@ def test_nodes_told_to_stop_while_they_start_stop(mesh: ComposeMesh, client: Mes
     started_s = time.time()
     mesh.compose("up", "-d", "--no-build", "--scale", "stage=3", "--scale", "expert=3")
     mesh.scale(stage=2, expert=2)
-    assert set(mesh.exit_codes_since(started_s).values()) == {0}
+    # 143: ended by the signal itself, before there was anything to leave. 137 would be one that had to be killed.
+    assert set(mesh.exit_codes_since(started_s).values()) <= {0, 143}
     assert client.ask(GREEDY) == first_answer
 
 
