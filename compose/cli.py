@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +21,13 @@ from rich.table import Table
 from common.config import Settings, read_settings
 from common.errors import MoemeshError
 from common.supervisor import LocalMesh
+from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
 console = Console(stderr=True)
 
 READY_TIMEOUT_S = 600.0
-DEFAULT_CHECKPOINT = "tiny-random"
-DEMO_PROMPT = "Once upon a time"
+GREETING_PROMPT = "Once upon a time"
 UrlOption = Annotated[str, typer.Option("--url", envvar="MOEMESH_URL", help="where the router answers")]
 
 
@@ -36,8 +36,8 @@ def up() -> None:
     """Start a mesh on this machine, wait until it answers, serve until Ctrl-C. Settings come from the environment."""
     try:
         state_dir = Path(os.environ.get("STATE_DIR") or "state")
-        environment = {"MODEL": os.environ.get("MODEL") or str(_default_checkpoint(state_dir))}
-        os.environ["MODEL"] = environment["MODEL"]
+        environment = _model_environment(os.environ)
+        os.environ.update(environment)
         settings = read_settings()
         with _stop_event() as stopped, LocalMesh(environment, state_dir) as mesh:
             _wait_ready(mesh, settings)
@@ -134,16 +134,12 @@ def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iter
                 yield choice.get("text") or choice.get("delta", {}).get("content") or ""
 
 
-def _default_checkpoint(state_dir: Path) -> Path:
-    """Without MODEL: a tiny random checkpoint of the project's own making."""
-    from compose.tiny_checkpoint import write_tiny_checkpoint  # numpy and tokenizers: 0.3 s that others need not pay
-
-    directory = state_dir / "models" / DEFAULT_CHECKPOINT
-    write_tiny_checkpoint(directory)
-    console.print(
-        f"MODEL is not set: serving a tiny random model ({directory}); its answers mean nothing", highlight=False
-    )
-    return directory
+def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """MODEL, and without it the demo model under its name."""
+    if environment.get("MODEL"):
+        return {"MODEL": environment["MODEL"]}
+    console.print("MODEL is not set: serving the demo model; ask it what it can do", highlight=False)
+    return {"MODEL": str(DEMO_CHECKPOINT), "SERVED_NAME": environment.get("SERVED_NAME") or DEMO_NAME}
 
 
 @contextlib.contextmanager
@@ -185,14 +181,15 @@ def _greet(mesh: LocalMesh, settings: Settings, is_terminal: bool) -> None:
     url = mesh.url
     with httpx.Client(base_url=url, timeout=60) as client:
         model = served_model(client)
-        body = {"model": model, "prompt": DEMO_PROMPT, "max_tokens": 24, "temperature": 0, "stream": True}
+        is_demo = os.environ.get("MODEL") == str(DEMO_CHECKPOINT)
+        path = "/v1/chat/completions" if is_demo else "/v1/completions"
+        prompt = DEMO_QUESTION if is_demo else GREETING_PROMPT
+        asked = {"messages": [{"role": "user", "content": prompt}]} if is_demo else {"prompt": prompt}
+        body = {"model": model, **asked, "max_tokens": 24, "temperature": 0, "stream": True}
         print(f"ready {url}", flush=True)
-        print(
-            f"curl -N {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
-            flush=True,
-        )
-        print(f"{DEMO_PROMPT}", end="", flush=True)
-        for piece in stream_pieces(client, "/v1/completions", body):
+        print(f"curl -N {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}", flush=True)
+        print(prompt, end=": " if is_demo else "", flush=True)
+        for piece in stream_pieces(client, path, body):
             print(piece, end="", flush=True)
         print(flush=True)
     console.print(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh", highlight=False)

@@ -18,13 +18,14 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compose.demo_checkpoint import DEMO_NAME, copy_demo_checkpoint
+
 CHECKPOINT_MOUNT = Path("/checkpoint")
 """Read-only in every container."""
 
 VOLUME_MOUNT = Path("/models")
 """The same volume, writable: only `prepare` has it."""
 
-TINY_NAME = "tiny-random"
 HEALTH_TIMEOUT_S = 3.0
 
 
@@ -33,8 +34,8 @@ def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT
     model = environment.get("MODEL", "")
     result = dict(environment)
     if not model:
-        result["MODEL"] = str(mount / TINY_NAME)
-        default_name = TINY_NAME
+        result["MODEL"] = str(mount / DEMO_NAME)
+        default_name = DEMO_NAME
     elif is_hub_name(environment):
         # Filled by `prepare`, read-only here: the hub must not be asked again by every node.
         result |= {"HF_HOME": str(mount), "HF_HUB_OFFLINE": "1"}
@@ -57,9 +58,7 @@ def prepare(environment: Mapping[str, str]) -> str:
 
     model = environment.get("MODEL", "")
     if not model:
-        from compose.tiny_checkpoint import write_tiny_checkpoint
-
-        return f"tiny random checkpoint in {write_tiny_checkpoint(VOLUME_MOUNT / TINY_NAME)}"
+        return f"demo model in {copy_demo_checkpoint(VOLUME_MOUNT / DEMO_NAME)}"
     if is_hub_name(environment):
         os.environ["HF_HOME"] = str(VOLUME_MOUNT)
         from common.checkpoint import resolve_model  # the hub's library reads HF_HOME when it is imported

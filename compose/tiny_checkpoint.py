@@ -1,9 +1,8 @@
-"""The default model: a complete Hugging Face checkpoint with random weights, small enough to be made in a second.
+"""A model to test with: a complete Hugging Face checkpoint with random weights, small enough to be made in a second.
 
     python -m compose.tiny_checkpoint DIR [--family qwen3_moe|mixtral] [--seed N]
 
-It says nothing sensible, but every part of the mesh works on it as on a real one. Needs neither torch nor transformers:
-the router's image, which has none, makes it for the others.
+It says nothing sensible, but every part of the mesh works on it as on a real one. Needs neither torch nor transformers.
 """
 
 from __future__ import annotations

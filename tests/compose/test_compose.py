@@ -74,7 +74,7 @@ def test_the_default_mesh_has_two_of_each(mesh: ComposeMesh) -> None:
 
 
 def test_the_default_model_is_served_under_its_name(client: MeshClient) -> None:
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny-random"]
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["moemesh-demo"]
 
 
 def test_a_streamed_answer_is_the_same_text(mesh: ComposeMesh, client: MeshClient, first_answer: Answer) -> None:

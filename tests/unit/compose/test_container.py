@@ -11,9 +11,9 @@ import pytest
 from compose.container import main, process_environment, router_answers
 
 
-def test_without_a_model_the_tiny_checkpoint_is_served() -> None:
+def test_without_a_model_the_demo_model_is_served() -> None:
     found = process_environment({"MODEL": "", "PP": "2"})
-    assert found == {"MODEL": "/checkpoint/tiny-random", "SERVED_NAME": "tiny-random", "PP": "2"}
+    assert found == {"MODEL": "/checkpoint/moemesh-demo", "SERVED_NAME": "moemesh-demo", "PP": "2"}
 
 
 @pytest.mark.parametrize("model", ["/data/mixtral-8x7b", "./mixtral-8x7b/", "../models/mixtral-8x7b"])
