@@ -17,9 +17,9 @@ from compose.demo.tokenizer import ASSISTANT, END_OF_TEXT, TURN_END, USER, token
 POOL_CHATS = 4096
 # One chat in five has several turns, so that the model answers the last question and not the first.
 TURNS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
-# A few long chats, towards the end, teach that far tokens look like near ones.
-LONG_CHAT_TOKENS = 1100
-LONG_CHATS_A_POOL = 40
+# Long chats, from half-way on, teach that far tokens look like near ones; 40 a pool at the end taught too little.
+LONG_CHAT_TOKENS = 1400
+LONG_CHATS_A_POOL = 80
 NO_TARGET = -1
 
 

@@ -51,7 +51,7 @@ def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """[M, rows, columns] -> the same shape, every singular value brought near 1 by five Newton-Schulz steps."""
     first, third, fifth = _NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.float()
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -30,7 +30,7 @@ from compose.demo.tasks.catalog import TASKS, WEIGHTS
 from compose.demo.tokenizer import build_tokenizer
 
 BALANCE_WEIGHT = 0.01
-LONG_CHATS_FROM = 0.75
+LONG_CHATS_FROM = 0.5
 SAVE_EVERY_S = 60.0
 
 
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 at the end of the recipe."""
     parser = argparse.ArgumentParser(prog="python -m compose.demo.train", description="Train the demo model.")
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--tokens", type=int, default=12_000_000)
+    parser.add_argument("--tokens", type=int, default=14_000_000)
     parser.add_argument("--tokens-per-batch", type=int, default=2560)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes by itself")

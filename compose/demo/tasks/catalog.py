@@ -36,15 +36,15 @@ TASKS: tuple[Task, ...] = (
 WEIGHTS: Mapping[str, float] = {
     "adding": 1.6,
     "subtracting": 2.0,
-    "comparing": 1.1,
-    "sorting": 1.6,
+    "comparing": 1.4,
+    "sorting": 1.9,
     "reversing": 1.6,
     "spelling": 0.4,
     "counting letters": 0.7,
     "capitals": 0.6,
     "units": 0.8,
     "dates": 1.1,
-    "sequences": 1.5,
+    "sequences": 1.8,
     "abilities": 0.15,
     "refusing": 0.7,
 }
