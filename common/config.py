@@ -51,6 +51,11 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")
     pipeline_policy: Literal["least_in_flight", "weighted"] = "least_in_flight"
 
+    # ---- what happens when a stage is lost
+    recovery: Literal["auto", "mirror", "replay", "move"] = Field(
+        default="auto", description="how requests of a lost stage go on; auto: by mirror, else replay or move"
+    )
+
     # ---- one process
     control: str = Field(default="", description="router's control endpoint; default: ipc in the state folder")
     advertise_host: str = Field(default="", description="host name for a node's tcp sockets; default: its own address")

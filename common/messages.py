@@ -20,6 +20,10 @@ class TensorFrame:
     """Contiguous; its length is the product of the shape times the item size."""
 
 
+NO_ARRAY = TensorFrame("uint8", (0,), b"")
+"""Where a message has nothing to say in a tensor field."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What every message carries besides its own fields; zero where it does not apply."""
@@ -53,6 +57,15 @@ class Hello:
     endpoints: tuple[str, ...]
     lifeline: tuple[str, ...]
     ipc_token: str
+    held_slot: tuple[int, ...] = ()
+    """What a stage holds from a router before this one: pipeline, slot, slots of the pipeline, first layer, stop layer,
+    lease term, KV blocks, last step. Empty: nothing."""
+    held_sequences: TensorFrame = NO_ARRAY
+    """int64 [N, 3]: sequence id, positions whose K and V are there, blocks."""
+    held_blocks: TensorFrame = NO_ARRAY
+    """int32 [*]: KV block ids, in order of `held_sequences`."""
+    held_shards: TensorFrame = NO_ARRAY
+    """uint8 [L, E, S]: what an expert node holds; [0] before it was told how experts are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,7 @@ class Welcome:
 @dataclass(frozen=True, slots=True)
 class AssignStage:
     """Router -> stage: hold this slot. Answer: StageReady or Failed. Repeated with a new generation when the pipeline
-    changed elsewhere: weights stay, KV and sequences are forgotten."""
+    changed elsewhere: weights, K and V and the activation log stay, steps in flight are forgotten."""
 
     pipeline: int
     slot: int
@@ -100,6 +113,48 @@ class StageReady:
     lease_term: int
     weight_bytes: int
     kv_bytes: int
+    kv_mark: int = 0
+    """The paged memory holds what all steps up to this one have written; 0: it is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignMirror:
+    """Router -> spare stage: load a slot's layers and keep a copy of its holder's paged memory. Answers: MirrorReady
+    when it may be sent to, and again once the copy is complete; or Failed."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    first_layer: int
+    stop_layer: int
+    lease_term: int
+    """Of the slot's holder."""
+    num_blocks: int
+    primary: tuple[str, ...]
+    """Data endpoints of the holder, for acknowledgements."""
+    primary_ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorReady:
+    """Mirror -> router."""
+
+    pipeline: int
+    slot: int
+    lease_term: int
+    is_complete: bool
+    """Every block that was in use has come; false also where the stream of rows broke and must begin anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorTo:
+    """Router -> stage: send your paged memory, and from then on each row, to this node. Not answered."""
+
+    lease_term: int
+    node_id: str
+    endpoints: tuple[str, ...]
+    """Empty: to nobody any more."""
+    ipc_token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +260,9 @@ class Step:
     """float64 [S, 4]: temperature (0 greedy), top_p, top_k (0 off), number of top logprobs (-1: no logprobs)."""
     seeds: TensorFrame
     """int64 [S, 2]: request seed, choice."""
+    computing_slots: tuple[int, ...] = ()
+    """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
+    do nothing. Empty: an ordinary step, all compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +279,52 @@ class StepResult:
     """int32 [S, P]."""
     top_logprobs: TensorFrame
     """float32 [S, P]."""
+
+
+# ---- stage -> its mirror, in order -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRows:
+    """Stage -> mirror: what a step wrote. T positions, L layers, H KV heads, W head width, D model width."""
+
+    lease_term: int
+    mark: int
+    """All steps up to this one have been sent whole."""
+    positions: TensorFrame
+    """int64 [T]: block * block size + offset."""
+    keys: TensorFrame
+    """model dtype [L, T, H, W]."""
+    values: TensorFrame
+    """model dtype [L, T, H, W]."""
+    hidden: TensorFrame
+    """model dtype [T, D], for the activation log; [0, D] on the last stage, which has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorBlocks:
+    """Stage -> mirror: whole blocks as they are now, for a mirror that joined late."""
+
+    lease_term: int
+    mark: int
+    is_last: bool
+    """The copy is complete with these."""
+    blocks: TensorFrame
+    """int32 [B]."""
+    keys: TensorFrame
+    """model dtype [L, B, *]: a block's keys as they lie in memory."""
+    values: TensorFrame
+    """model dtype [L, B, *]."""
+    hidden: TensorFrame
+    """model dtype [B, *]; [0, *] on the last stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorAck:
+    """Mirror -> stage: everything up to the message of this sequence number is applied."""
+
+    lease_term: int
+    applied: int
 
 
 # ---- stage <-> expert ------------------------------------------------------------------------------------------------
@@ -258,6 +362,9 @@ Message = (
     | AssignStage
     | Unassign
     | StageReady
+    | AssignMirror
+    | MirrorReady
+    | MirrorTo
     | AssignShards
     | ShardsReady
     | PublishPlacement
@@ -267,6 +374,9 @@ Message = (
     | Failed
     | Step
     | StepResult
+    | MirrorRows
+    | MirrorBlocks
+    | MirrorAck
     | Dispatch
     | ExpertRows
 )

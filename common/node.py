@@ -17,7 +17,18 @@ from common.config import Settings
 from common.endpoints import ipc_folder, ipc_token
 from common.errors import ConfigurationError, MoemeshError, NotReadyError, error_from_wire
 from common.ids import Incarnation, NodeId
-from common.messages import Failed, Header, Heartbeat, Hello, Leave, LeaveAcknowledged, Message, Welcome
+from common.messages import (
+    NO_ARRAY,
+    Failed,
+    Header,
+    Heartbeat,
+    Hello,
+    Leave,
+    LeaveAcknowledged,
+    Message,
+    TensorFrame,
+    Welcome,
+)
 from common.topology import NodeDescription, NodeKind
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
@@ -79,11 +90,23 @@ def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:
     return NodeId(f"{kind.value}-{incarnation:016x}"), Incarnation(incarnation)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """What a node holds from a router before this one; the fields are those of `Hello`."""
+
+    slot: tuple[int, ...] = ()
+    sequences: TensorFrame = NO_ARRAY
+    blocks: TensorFrame = NO_ARRAY
+    shards: TensorFrame = NO_ARRAY
+
+
 class ControlLink:
     """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
 
     def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
         self.description = description
+        self.describe_held: Callable[[], HeldState] = HeldState
+        """Asked with every hello; set by whoever holds something."""
         self.router_term = 0
         self._settings: Welcome | None = None
         self._is_welcome = False
@@ -158,7 +181,7 @@ class ControlLink:
         self.send(Leave(reason))
 
     def _hello(self) -> Hello:
-        own = self.description
+        own, held = self.description, self.describe_held()
         return Hello(
             node_id=own.node_id,
             incarnation=own.incarnation,
@@ -170,6 +193,10 @@ class ControlLink:
             endpoints=own.endpoints,
             lifeline=own.lifeline,
             ipc_token=own.ipc_token,
+            held_slot=held.slot,
+            held_sequences=held.sequences,
+            held_blocks=held.blocks,
+            held_shards=held.shards,
         )
 
 

@@ -26,6 +26,7 @@ from common.messages import (
     Leave,
     LeaveAcknowledged,
     Message,
+    MirrorReady,
     ShardsReady,
     StageReady,
     Welcome,
@@ -33,7 +34,8 @@ from common.messages import (
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, ShardId
 from common.transport import LinkEvent
-from services.router.control.actions import Action, OpenPipeline, Tell
+from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.adoption import read_held_slot
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
@@ -124,9 +126,12 @@ class MeshLoop:
             self._take_lifelines(now_s)
             self._apply_changes(self._membership.tick(now_s), now_s)
             self._act(self._experts.tick(now_s), now_s)
+            if self._stages.waits:
+                self._act(self._stages.tick(now_s), now_s)
             self._renew(self._flow.take_results(now_s), now_s)
             self._renew(self._flow.check_deadlines(now_s), now_s)
             self._retry_refused(now_s)
+            self._let_leavers_go(now_s)
             self._publish_news(now_s)
             self._flow.send_plans(now_s)
             self._publish_status(now_s)
@@ -171,10 +176,13 @@ class MeshLoop:
         elif isinstance(message, StageReady):
             self._log.info("stage_ready", node=node_id, pipeline=message.pipeline, slot=message.slot)
             self._act(self._stages.take_ready(node_id, message, header.generation), now_s)
+        elif isinstance(message, MirrorReady):
+            self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
+            self._act(self._stages.take_mirror(node_id, message), now_s)
         elif isinstance(message, ShardsReady):
             self._act(self._experts.take_report(node_id, self._shards(message)), now_s)
         elif isinstance(message, Leave):
-            self._let_go(node_id, message.reason, now_s)
+            self._drain(node_id, message.reason, now_s)
         elif isinstance(message, Failed):
             self._node_failed(node_id, message, header, now_s)
         else:
@@ -202,7 +210,7 @@ class MeshLoop:
         if description.kind is NodeKind.STAGE:
             # The placement goes out before the role: a stage that is ready knows whom to ask.
             self._act(self._experts.publish_to([node_id]), now_s)
-            self._act(self._stages.join(description), now_s)
+            self._act(self._stages.join(description, now_s, read_held_slot(hello)), now_s)
         else:
             self._act(self._experts.join(description, now_s), now_s)
 
@@ -211,15 +219,27 @@ class MeshLoop:
         self._log.error("node_failed", node=node_id, code=message.code, reason=message.message, step=header.step)
         if not header.step:
             self._last_failure = f"{node_id}: {message.message}"
+            self._stages.mirror_failed(node_id)
             slot = self._stages.slot_of(node_id)
             if slot is not None and header.generation == self._stages.pipelines[slot.pipeline].generation:
                 self._refused[slot.pipeline] = Generation(header.generation), now_s + RETRY_S
             return
         self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
-    def _let_go(self, node_id: NodeId, reason: str, now_s: float) -> None:
-        description = self._nodes[node_id]
+    def _drain(self, node_id: NodeId, reason: str, now_s: float) -> None:
+        """A node is told to stop. It goes on until nothing is lost with it, or until its own patience ends."""
         self._log.info("node_leaves", node=node_id, reason=reason)
+        if self._nodes[node_id].kind is NodeKind.STAGE:
+            self._act(self._stages.drain(node_id), now_s)
+        else:
+            self._let_go(node_id, now_s)
+
+    def _let_leavers_go(self, now_s: float) -> None:
+        for node_id in self._stages.leaving:
+            self._let_go(node_id, now_s)
+
+    def _let_go(self, node_id: NodeId, now_s: float) -> None:
+        description = self._nodes[node_id]
         self._apply_changes(self._membership.leave(node_id, description.incarnation), now_s)
         self._publish_news(now_s)
         self._client.tell(node_id, LeaveAcknowledged())
@@ -260,7 +280,11 @@ class MeshLoop:
                     pipeline=action.pipeline,
                     generation=action.generation,
                     num_blocks=action.num_blocks,
+                    kv_marks=action.kv_marks,
                 )
+            elif isinstance(action, SuspendPipeline):
+                self._log.warning("pipeline_suspended", pipeline=action.pipeline)
+                self._flow.suspend(action.pipeline, now_s)
             else:
                 self._log.warning("pipeline_closed", pipeline=action.pipeline)
                 self._flow.close(action.pipeline, now_s)

@@ -43,6 +43,8 @@ from services.router.step_flow import StepFlow
 
 BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
+TERM_SHIFT = 32
+"""Numbers of steps and sequences have the router's term above so many bits: they ascend from one router to the next."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 
@@ -202,7 +204,8 @@ def _mesh_loop(
             micro_batches_per_pipeline=settings.micro_batches or None,
             max_outage_s=settings.outage_deadline_ms / 1000,
             pipeline_policy=settings.pipeline_policy,
-        )
+        ),
+        first_number=term << TERM_SHIFT,
     )
     step_deadline_s = settings.step_deadline_ms / 1000
     # A process that ended or hangs is seen by its lifeline. Silence alone may be one long computation: it gets as long
@@ -229,7 +232,14 @@ def _mesh_loop(
         client,
         scheduler,
         StepFlow(client, scheduler, term, step_deadline_s, model.config.vocab_size, mailbox, log),
-        StageRoles(model.config, shape, addresses.advertised(client.results.endpoints), addresses.folder_token),
+        StageRoles(
+            model.config,
+            shape,
+            addresses.advertised(client.results.endpoints),
+            addresses.folder_token,
+            recovery=settings.recovery,
+            adopts=term > 1,
+        ),
         ExpertRoles(model.config, shape, settings.experts),
         membership,
         log,

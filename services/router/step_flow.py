@@ -69,13 +69,29 @@ class StepFlow:
         """Steps may go to this pipeline from now on."""
         self._client.open_pipeline(action.pipeline, first_stage)
         self._unsent[action.pipeline] = deque()
-        self._scheduler.open_pipeline(action.pipeline, action.generation, action.num_blocks, action.num_slots, now_s)
+        self._scheduler.open_pipeline(
+            action.pipeline,
+            action.generation,
+            action.num_blocks,
+            action.num_slots,
+            now_s,
+            action.kv_marks,
+            action.held,
+        )
+
+    def suspend(self, pipeline: PipelineId, now_s: float) -> None:
+        """What was under way there is void; its requests wait for the pipeline, with their blocks."""
+        self._drop_steps(pipeline)
+        self._scheduler.suspend_pipeline(pipeline, now_s)
 
     def close(self, pipeline: PipelineId, now_s: float) -> None:
         """What was under way there is void; its requests wait for another place."""
+        self._drop_steps(pipeline)
+        self._scheduler.close_pipeline(pipeline, now_s)
+
+    def _drop_steps(self, pipeline: PipelineId) -> None:
         self._client.close_pipeline(pipeline)
         self._unsent.pop(pipeline, None)
-        self._scheduler.close_pipeline(pipeline, now_s)
         self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
 
     def send_plans(self, now_s: float) -> None:

@@ -44,6 +44,7 @@ def step_message(plan: StepPlan) -> Step:
         released=array_to_frame(np.array(plan.released, dtype=np.int64)),
         sampling=array_to_frame(np.array(sampling, dtype=np.float64).reshape(-1, 4)),
         seeds=array_to_frame(np.array(seeds, dtype=np.int64).reshape(-1, 2)),
+        computing_slots=plan.computing_slots,
     )
 
 

@@ -18,6 +18,7 @@ from common.topology import NodeKind
 from common.transport import MessageSocket
 from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
+from services.stage.mirror_link import MirrorLink
 from services.stage.service import StageService
 from services.stage.slot_keeper import SlotKeeper
 
@@ -47,7 +48,8 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     num_positions = min(settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings)
     keeper = SlotKeeper(config, checkpoint, num_positions, kernels, transport, node.ipc_token, log)
     experts = ExpertClient(ExpertNodes(transport, node.ipc_token, log), log)
-    service = StageService(config, keeper, experts, node.control, sockets[0], log)
+    mirror_link = MirrorLink(transport, node.ipc_token, log)
+    service = StageService(config, keeper, experts, node.control, sockets[0], mirror_link, log)
     try:
         service.run(should_stop)
     finally:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from common.messages import Header, Step
-from services.stage.attention_kernel import LayerKvCache
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.micro_batch import MicroBatch
 from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+from services.stage.paged_memory import PagedMemory
 
 
 @dataclass(slots=True, eq=False)
@@ -55,11 +56,11 @@ class Broken:
 
 
 class Executor:
-    """Micro-batches that run on one model and one KV cache."""
+    """Micro-batches that run on one model and one paged memory."""
 
-    def __init__(self, model: StageModel, caches: list[LayerKvCache]) -> None:
+    def __init__(self, model: StageModel, memory: PagedMemory) -> None:
         self._model = model
-        self._caches = caches
+        self._memory = memory
         self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
         self._running: set[RunningBatch] = set()
 
@@ -75,7 +76,7 @@ class Executor:
 
     def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
         """Take in a micro-batch; it runs when its turn comes."""
-        running = RunningBatch(step, header, deadline_s, batch, self._model.forward(batch, self._caches))
+        running = RunningBatch(step, header, deadline_s, batch, self._model.forward(batch, self._memory.caches))
         self._running.add(running)
         self._runnable.append((running, None))
 
@@ -106,8 +107,8 @@ class Executor:
 
     def self_test(self) -> None:
         """One token through all layers, experts answering zero. Raises ValueError if a hidden state is not finite."""
-        probe = _probe_batch(self._model)
-        forward = self._model.forward(probe, self._caches)
+        probe = _probe_batch(self._model, self._memory.num_blocks)
+        forward = self._model.forward(probe, self._memory.caches)
         with torch.inference_mode():
             try:
                 call = next(forward)
@@ -120,8 +121,8 @@ class Executor:
             raise ValueError("the self-test gave numbers that are not finite: the checkpoint is damaged")
 
 
-def _probe_batch(model: StageModel) -> MicroBatch:
-    """Token 0 at position 0 in block 0, which nothing uses before the first step."""
+def _probe_batch(model: StageModel, block: int) -> MicroBatch:
+    """Token 0 at position 0 in a block that no sequence uses: the memory may hold what must not be lost."""
     hidden = torch.zeros(1, dtype=torch.int64)
     if model.embedding is None:
         norm = model.layers[0].input_norm
@@ -131,8 +132,8 @@ def _probe_batch(model: StageModel) -> MicroBatch:
         hidden=hidden,
         positions=zero,
         row_sequence=zero,
-        block_tables=zero[None, :],
-        slots=torch.zeros(1, dtype=torch.int64),
+        block_tables=torch.full((1, 1), block, dtype=torch.int32),
+        slots=torch.tensor([block * KV_BLOCK_TOKENS]),
         sampling_rows=torch.zeros(0, dtype=torch.int64),
         sampling=None,
     )

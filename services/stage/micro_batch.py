@@ -58,13 +58,28 @@ class BlockTables:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
         self._tables: dict[int, Int32Array] = {}
+        self._computed: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._tables)
 
-    def clear(self) -> None:
-        """Forget all sequences (a new generation begins)."""
-        self._tables.clear()
+    def computed(self, step: Step) -> None:
+        """A step is through: its sequences have K and V up to the ends of its chunks."""
+        for sequence_id, start, num_tokens, *_ in frame_to_array(
+            step.sequences, "int64", (None, 6), "Step.sequences"
+        ).tolist():
+            if sequence_id in self._tables:
+                self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
+
+    def used_blocks(self) -> list[int]:
+        """Blocks of all sequences."""
+        return [block for table in self._tables.values() for block in table.tolist()]
+
+    def held(self) -> tuple[Int64Array, Int32Array]:
+        """What a router that has forgotten is told: [N, 3] sequence id, positions computed, blocks; and the blocks."""
+        rows = [(number, self._computed.get(number, 0), table.size) for number, table in self._tables.items()]
+        tables = [*self._tables.values(), np.zeros(0, dtype=np.int32)]
+        return np.array(rows, dtype=np.int64).reshape(-1, 3), np.concatenate(tables).astype(np.int32)
 
     def apply(self, step: Step) -> tuple[Int64Array, list[Int32Array]]:
         """Take in a step's releases and new blocks; its sequence columns [Q, 6] and the tables, in order.
@@ -73,6 +88,7 @@ class BlockTables:
         """
         for sequence_id in frame_to_array(step.released, "int64", (None,), "Step.released").tolist():
             self._tables.pop(sequence_id, None)
+            self._computed.pop(sequence_id, None)
         columns: Int64Array = frame_to_array(step.sequences, "int64", (None, 6), "Step.sequences")
         new_blocks: Int32Array = frame_to_array(step.new_blocks, "int32", (None,), "Step.new_blocks")
         if columns.size and columns[:, 1:].min() < 0:
@@ -108,18 +124,33 @@ class BlockTables:
 def read_micro_batch(step: Step, hidden: Tensor, tables: BlockTables) -> MicroBatch:
     """Check a step and lay it out flat. `hidden` is its tensor as this stage takes it. Raises ProtocolError."""
     columns, block_tables = tables.apply(step)
-    starts, counts = columns[:, 1], columns[:, 2]
-    num_tokens = int(counts.sum())
+    num_tokens = int(columns[:, 2].sum())
     if num_tokens != hidden.shape[0]:
         raise ProtocolError(f"Step.hidden has {hidden.shape[0]} rows, its sequences announce {num_tokens}")
+    return _lay_out(step, hidden, columns, block_tables, tables.block_tokens)
+
+
+def read_positions(step: Step, tables: BlockTables) -> Tensor:
+    """int64 [T]: where in paged memory a step's tokens stand, for a stage that does not compute it. Raises
+    ProtocolError."""
+    columns, block_tables = tables.apply(step)
+    nothing = torch.zeros((int(columns[:, 2].sum()), 0))
+    return _lay_out(step, nothing, columns, block_tables, tables.block_tokens).slots
+
+
+def _lay_out(
+    step: Step, hidden: Tensor, columns: Int64Array, block_tables: list[Int32Array], block_tokens: int
+) -> MicroBatch:
+    starts, counts = columns[:, 1], columns[:, 2]
+    num_tokens = hidden.shape[0]
     padded = np.zeros((len(block_tables), max((t.size for t in block_tables), default=0)), dtype=np.int32)
     for row, table in enumerate(block_tables):
         padded[row, : table.size] = table
     row_sequence = np.repeat(np.arange(len(block_tables), dtype=np.int32), counts)
     ends = np.cumsum(counts)
     positions = np.arange(num_tokens) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
-    blocks = padded[row_sequence, positions // tables.block_tokens].astype(np.int64)
-    slots = blocks * tables.block_tokens + positions % tables.block_tokens
+    blocks = padded[row_sequence, positions // block_tokens].astype(np.int64)
+    slots = blocks * block_tokens + positions % block_tokens
     samples = columns[:, 5] != 0
     return MicroBatch(
         hidden=hidden,

@@ -14,20 +14,48 @@ import zmq
 
 from common.array import array_to_frame
 from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
-from common.messages import AssignStage, Header, Heartbeat, Message, PublishPlacement, Step, StepResult, Unassign
+from common.messages import (
+    NO_ARRAY,
+    AssignMirror,
+    AssignStage,
+    Header,
+    Heartbeat,
+    Message,
+    MirrorAck,
+    MirrorBlocks,
+    MirrorReady,
+    MirrorRows,
+    MirrorTo,
+    PublishPlacement,
+    Step,
+    StepResult,
+    Unassign,
+)
 from common.model_config import ModelConfig
-from common.node import ControlLink
+from common.node import ControlLink, HeldState
 from common.tensor import DTYPES, frame_to_tensor, tensor_to_frame
 from common.transport import Full, MessageSocket
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.executor import Finished, WantsExperts
 from services.stage.expert_client import ExpertClient
-from services.stage.micro_batch import read_micro_batch
+from services.stage.micro_batch import read_micro_batch, read_positions
+from services.stage.mirror_link import MirrorLink
 from services.stage.model.sampling import sample
 from services.stage.slot_keeper import Refused, Slot, SlotKeeper, Taken
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
+KEEP_STATE_S = 300.0
+"""Without a router: K and V may belong to requests that a restarted one goes on with."""
+
+EMPTY_RESULT = StepResult(
+    array_to_frame(np.zeros(0, dtype=np.int64)),
+    array_to_frame(np.zeros(0, dtype=np.int32)),
+    array_to_frame(np.zeros(0, dtype=np.float32)),
+    array_to_frame(np.zeros((0, 0), dtype=np.int32)),
+    array_to_frame(np.zeros((0, 0), dtype=np.float32)),
+)
+"""Of a step that samples nothing."""
 
 
 class StageService:
@@ -40,6 +68,7 @@ class StageService:
         experts: ExpertClient,
         control: ControlLink,
         steps: MessageSocket,
+        mirror_link: MirrorLink,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -48,8 +77,11 @@ class StageService:
         self._experts = experts
         self._control = control
         self._steps = steps
+        self._mirror_link = mirror_link
         self._log = log
         self._clock = clock
+        self._last_registered_s = clock()
+        control.describe_held = self._describe_held
         self._unsent: deque[tuple[Message, Header, float]] = deque()
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
         self._busy_seconds = 0.0
@@ -69,7 +101,8 @@ class StageService:
                 if now_s >= leave_by_s or not self._control.registered:
                     break
             slot = self._keeper.slot
-            self._poller.poll(0 if slot is not None and slot.executor.has_work else POLL_MS)
+            has_work = slot is not None and (slot.executor.has_work or self._mirror_link.wants_to_send)
+            self._poller.poll(0 if has_work else POLL_MS)
             now_s = self._clock()
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
@@ -77,13 +110,47 @@ class StageService:
             self._experts.receive(now_s)
             self._experts.check_deadlines(now_s)
             self._send_unsent(now_s)
+            self._feed_mirror(now_s)
             slot = self._keeper.slot
             if slot is not None and slot.executor.has_work:
                 self._run_one(slot)
+            self._forget_after_long_silence(now_s)
             self._control.beat(now_s, self._load)
+        self._mirror_link.stop()
         self._keeper.close()
 
     # ---- control
+
+    def _describe_held(self) -> HeldState:
+        """For a router that may have been restarted."""
+        slot = self._keeper.slot
+        if slot is None:
+            return HeldState()
+        role, tag = slot.role, slot.held.tag
+        sequences, blocks = slot.held.tables.held()
+        return HeldState(
+            slot=(
+                tag.pipeline,
+                tag.slot,
+                tag.num_slots,
+                role.layers.start,
+                role.layers.stop,
+                role.lease_term,
+                tag.num_blocks,
+                slot.held.marks.mark,
+            ),
+            sequences=array_to_frame(sequences),
+            blocks=array_to_frame(blocks),
+        )
+
+    def _forget_after_long_silence(self, now_s: float) -> None:
+        if self._control.registered:
+            self._last_registered_s = now_s
+        elif now_s - self._last_registered_s > KEEP_STATE_S and self._keeper.slot is not None:
+            self._log.warning("state_forgotten", reason=f"no router for {KEEP_STATE_S:.0f} s")
+            self._forget_steps()
+            self._mirror_link.stop()
+            self._keeper.forget()
 
     def _begin_leaving(self, now_s: float) -> float:
         self._log.info("leaving")
@@ -93,10 +160,10 @@ class StageService:
     def _take_control(self, now_s: float) -> None:
         for message, header in self._control.receive(now_s):
             try:
-                if isinstance(message, AssignStage):
-                    self._forget_steps()
-                    self._check_block_tokens()
-                    self._answer_assignment(self._keeper.assign(message, header, self._dtype))
+                if isinstance(message, AssignStage | AssignMirror):
+                    self._assign(message, header, now_s)
+                elif isinstance(message, MirrorTo):
+                    self._mirror_to(message)
                 elif isinstance(message, Unassign):
                     self._unassign(message)
                 elif isinstance(message, PublishPlacement):
@@ -106,6 +173,25 @@ class StageService:
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
+
+    def _assign(self, message: AssignStage | AssignMirror, header: Header, now_s: float) -> None:
+        # Rows that wait in the socket are part of what is taken over.
+        self._take_steps(now_s)
+        self._forget_steps()
+        self._check_block_tokens()
+        role = self._keeper.slot.role if self._keeper.slot is not None else None
+        if role is None or isinstance(message, AssignMirror) or role.lease_term != message.lease_term:
+            self._mirror_link.stop()
+        self._answer_assignment(self._keeper.assign(message, header, self._dtype))
+        self._watch_sockets()
+
+    def _mirror_to(self, message: MirrorTo) -> None:
+        slot = self._keeper.slot
+        if slot is None or slot.role.lease_term != message.lease_term:
+            self._dropped += 1  # of a lease before this one
+            return
+        self._mirror_link.start(message)
+        self._watch_sockets()
 
     def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
         self._experts.combine = self._control.settings.combine
@@ -129,7 +215,9 @@ class StageService:
             self._dropped += 1  # of a lease before this one
             return
         self._forget_steps()
+        self._mirror_link.stop()
         self._keeper.leave()
+        self._watch_sockets()
 
     def _forget_steps(self) -> None:
         self._experts.abandon()
@@ -140,6 +228,12 @@ class StageService:
     def _take_steps(self, now_s: float) -> None:
         while (received := self._steps.receive()) is not None:
             message, header = received
+            if isinstance(message, MirrorRows | MirrorBlocks):
+                self._take_rows(message, header)
+                continue
+            if isinstance(message, MirrorAck):
+                self._mirror_link.acknowledged(message)
+                continue
             slot = self._keeper.slot
             stamp = (header.router_term, header.generation)
             if slot is None or not isinstance(message, Step) or stamp != (slot.router_term, slot.role.generation):
@@ -151,6 +245,36 @@ class StageService:
             except MoemeshError as error:
                 self._fail_step(error, header)
 
+    def _take_rows(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+        """What a mirrored stage has written. A stream that does not fit begins anew: the router is told."""
+        mirror = self._keeper.mirror
+        if mirror is None or message.lease_term != mirror.role.lease_term:
+            self._dropped += 1
+            return
+        if mirror.is_spoilt and header.attempt <= mirror.attempt:
+            return
+        try:
+            has_become_complete = mirror.take(message, header)
+        except ProtocolError as error:
+            self._log.error("mirror_spoilt", reason=str(error))
+            mirror.is_spoilt, mirror.is_complete = True, False
+            self._tell_mirror_state()
+            return
+        if has_become_complete:
+            self._log.info("mirror_complete", pipeline=mirror.role.pipeline, slot=mirror.role.slot, mark=mirror.mark)
+            self._tell_mirror_state()
+
+    def _tell_mirror_state(self) -> None:
+        mirror = self._keeper.mirror
+        assert mirror is not None, "called while it follows"
+        role = mirror.role
+        self._control.send(MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete))
+
+    def _feed_mirror(self, now_s: float) -> None:
+        slot = self._keeper.slot
+        if slot is not None and self._mirror_link.pump(slot.held, now_s):
+            self._watch_sockets()
+
     def _check_sequence(self, slot: Slot, header: Header) -> None:
         """Upstream has a new socket for each generation, and counts its messages from 1."""
         slot.last_sequence_number += 1
@@ -160,6 +284,11 @@ class StageService:
             raise ProtocolError(f"{missing} steps before step {header.step} did not arrive whole")
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
+        slot.held.marks.begin(header.step)
+        deadline_s = now_s + header.time_left_ms / 1000
+        if step.computing_slots and slot.role.slot.index not in step.computing_slots:
+            self._relay(slot, step, header, deadline_s)
+            return
         if slot.role.is_first:
             tokens = frame_to_tensor(step.hidden, torch.int32, (None,), "Step.hidden").to(torch.int64)
             if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._config.vocab_size:
@@ -167,8 +296,22 @@ class StageService:
             hidden = tokens
         else:
             hidden = frame_to_tensor(step.hidden, self._dtype, (None, self._config.hidden_size), "Step.hidden")
-        batch = read_micro_batch(step, hidden, slot.tables)
-        slot.executor.add(step, header, now_s + header.time_left_ms / 1000, batch)
+        batch = read_micro_batch(step, hidden, slot.held.tables)
+        slot.executor.add(step, header, deadline_s, batch)
+
+    def _relay(self, slot: Slot, step: Step, header: Header, deadline_s: float) -> None:
+        """A replay step that is for other slots: what was sent on for its tokens is sent on again, if a later one
+        computes."""
+        positions = read_positions(step, slot.held.tables)
+        slot.held.marks.finish(header.step)
+        if slot.role.is_last:
+            message: Message = EMPTY_RESULT
+        elif max(step.computing_slots) > slot.role.slot.index:
+            message = replace(step, hidden=tensor_to_frame(slot.held.memory.logged(positions)))
+        else:
+            message = replace(step, hidden=NO_ARRAY)
+        self._unsent.append((message, header, deadline_s))
+        self._send_unsent(self._clock())
 
     def _run_one(self, slot: Slot) -> None:
         began_s = self._clock()
@@ -207,16 +350,23 @@ class StageService:
         )
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
-        running = finished.running
+        running, held = finished.running, slot.held
         self._num_steps += 1
         self._num_rows += finished.hidden.shape[0]
-        message = (
-            self._sampled(slot, finished)
-            if slot.role.is_last
-            else replace(running.step, hidden=tensor_to_frame(finished.hidden))
-        )
+        with torch.inference_mode():
+            held.memory.log_hidden(running.batch.slots, finished.hidden)
+        held.tables.computed(running.step)
+        held.marks.finish(running.header.step)
+        if slot.role.is_last:
+            message: Message = self._sampled(slot, finished)
+        elif running.step.computing_slots and max(running.step.computing_slots) <= slot.role.slot.index:
+            message = replace(running.step, hidden=NO_ARRAY)
+        else:
+            message = replace(running.step, hidden=tensor_to_frame(finished.hidden))
         self._unsent.append((message, running.header, running.deadline_s))
         self._send_unsent(self._clock())
+        # After the step itself: the mirror may lag by a step, the client should not.
+        self._mirror_link.send_rows(held, running.batch.slots)
 
     def _sampled(self, slot: Slot, finished: Finished) -> StepResult:
         batch = finished.running.batch
@@ -261,7 +411,7 @@ class StageService:
     def _watch_sockets(self) -> None:
         self._poller = zmq.Poller()
         own = [self._control.socket.raw, self._control.socket.monitor, self._steps.raw]
-        for socket in (*own, *self._experts.nodes.poll_sockets()):
+        for socket in (*own, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets()):
             if socket is not None:
                 self._poller.register(socket, zmq.POLLIN)
 
@@ -273,7 +423,7 @@ class StageService:
             rows=self._num_rows,
             queued=slot.executor.num_running if slot is not None else 0,
             dropped=self._dropped + self._experts.late_answers,
-            bytes_sent=self._keeper.bytes_sent + self._experts.nodes.bytes_sent,
+            bytes_sent=self._keeper.bytes_sent + self._experts.nodes.bytes_sent + self._mirror_link.bytes_sent,
             hop_bytes=self._experts.nodes.bytes_sent,
             hop_seconds=self._experts.wait_seconds,
             hops=self._experts.answered,

@@ -1,10 +1,14 @@
-"""The slot that a stage holds: load its layers off the message loop, keep them while only generations change."""
+"""The slot that a stage holds or mirrors: load its layers off the message loop, keep them and the paged memory.
+
+The memory outlives generations, and also the slot: `StageReady.kv_mark` tells the router up to which step it is good.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -13,16 +17,19 @@ from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
 from common.errors import ExecutionError, MoemeshError, ProtocolError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
-from common.messages import AssignStage, Header, StageReady
+from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole, StageSlot
 from common.transport import MessageSocket, Transport
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.executor import Executor
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables
+from services.stage.mirror import Mirror
 from services.stage.model.decoder import StageModel
+from services.stage.paged_memory import PagedMemory, allocate_paged_memory
+from services.stage.step_marks import StepMarks
 
 LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError)
 """What a damaged checkpoint or too little memory may raise."""
@@ -38,11 +45,32 @@ class LoadedLayers:
     bytes_read: int
 
 
+class MemoryTag(NamedTuple):
+    """Which paged memory this is. Of another slot or size, nothing of it is of use."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    layers: LayerRange
+    num_blocks: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class HeldMemory:
+    """Paged memory, whose it is, and how far it is filled."""
+
+    tag: MemoryTag
+    memory: PagedMemory
+    tables: BlockTables
+    marks: StepMarks
+
+
 @dataclass(frozen=True, slots=True)
 class Loading:
     """An assignment whose layers are on their way."""
 
-    message: AssignStage
+    message: AssignStage | AssignMirror
     header: Header
     layers: LayerRange
     dtype: torch.dtype
@@ -57,7 +85,7 @@ class Slot:
     router_term: int
     model: StageModel
     executor: Executor
-    tables: BlockTables
+    held: HeldMemory
     downstream: MessageSocket
     last_sequence_number: int = 0
     """Of the messages from upstream."""
@@ -65,9 +93,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The slot is loaded, tested and connected."""
+    """The slot is loaded, tested and connected; or it is mirrored from now on."""
 
-    ready: StageReady
+    ready: StageReady | MirrorReady
     header: Header
 
 
@@ -101,19 +129,23 @@ class SlotKeeper:
         self._log = log
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._loaded: LoadedLayers | None = None
-        self._caches: list[LayerKvCache] = []
-        """Their content means nothing in a new generation; the memory stays."""
+        self._held: HeldMemory | None = None
         self._loading: Loading | None = None
         self._bytes_to_former_downstreams = 0
         self.slot: Slot | None = None
+        self.mirror: Mirror | None = None
+        """Where this node follows another's slot."""
 
     @property
     def bytes_sent(self) -> int:
         """Downstream, since start."""
         return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
 
-    def assign(self, message: AssignStage, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
-        """Take a slot; None: its layers are being loaded, ask `poll`. Raises ProtocolError for layers that are not."""
+    def assign(self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
+        """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
+
+        Raises ProtocolError for layers that are not.
+        """
         if not 0 <= message.first_layer < message.stop_layer <= self._config.num_layers:
             raise ProtocolError(f"layers [{message.first_layer}, {message.stop_layer}) are not in this model")
         if message.num_blocks < 1 or not 0 <= message.slot < message.num_slots:
@@ -121,17 +153,19 @@ class SlotKeeper:
                 f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
             )
         self._close_slot()
-        role = role_of(message, header)
+        layers = LayerRange(message.first_layer, message.stop_layer)
         loading = self._loading
-        if loading is not None and (loading.layers, loading.dtype) == (role.layers, dtype):
+        if loading is not None and (loading.layers, loading.dtype) == (layers, dtype):
             self._loading = replace(loading, message=message, header=header)  # a new generation of the same: load once
             return None
         loaded = self._loaded
-        if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and loading is None:
+        if loaded is not None and (loaded.layers, loaded.dtype) == (layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
-        self._loaded, self._caches = None, []  # makes room before the new layers come
-        self._log.info("loading_layers", first=role.layers.start, stop=role.layers.stop)
-        self._loading = Loading(message, header, role.layers, dtype, self._loader.submit(self._load, role, dtype))
+        self._drop_memory()
+        self._loaded = None  # makes room before the new layers come
+        self._log.info("loading_layers", first=layers.start, stop=layers.stop)
+        future = self._loader.submit(self._load, role_of(message, header), dtype)
+        self._loading = Loading(message, header, layers, dtype, future)
         return None
 
     def poll(self) -> Taken | Refused | None:
@@ -147,9 +181,27 @@ class SlotKeeper:
         return self._enter(loading.message, loading.header, self._loaded)
 
     def leave(self) -> None:
-        """Forget sequences and steps, and an assignment that is still loading; loaded weights stay."""
+        """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
         self._loading = None
         self._close_slot()
+        self._end_mirror()
+
+    def forget(self) -> None:
+        """Leave, and give the memory up too."""
+        self.leave()
+        self._held = None
+
+    def _end_mirror(self) -> None:
+        """Keep what was copied, as far as it is good."""
+        if self.mirror is not None:
+            self.mirror.close()
+            if self._held is not None:
+                self._held.marks = StepMarks(self.mirror.mark if self.mirror.is_complete else 0)
+            self.mirror = None
+
+    def _drop_memory(self) -> None:
+        self._end_mirror()
+        self._held = None
 
     def _close_slot(self) -> None:
         if self.slot is not None:
@@ -169,32 +221,53 @@ class SlotKeeper:
         weights.close()
         return LoadedLayers(role.layers, dtype, model, weights.bytes_read)
 
-    def _enter(self, message: AssignStage, header: Header, loaded: LoadedLayers) -> Taken | Refused:
-        role = role_of(message, header)
+    def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
         try:
-            if not self._caches or self._caches[0].num_blocks != message.num_blocks:
-                self._caches = allocate_kv_cache(
-                    len(loaded.model.layers),
-                    message.num_blocks,
-                    self._config.num_kv_heads,
-                    self._config.head_dim,
-                    loaded.dtype,
-                )
-            executor = Executor(loaded.model, self._caches)
-            executor.self_test()
-            endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
-            downstream = self._transport.push(f"after {role.slot}", endpoint)
+            self._end_mirror()
+            held = self._keep_or_allocate(message, loaded)
+            if isinstance(message, AssignMirror):
+                return self._follow(message, header, held)
+            return self._take_slot(message, header, loaded, held)
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
-        self.slot = Slot(
-            role=role,
-            router_term=header.router_term,
-            model=loaded.model,
-            executor=executor,
-            tables=BlockTables(KV_BLOCK_TOKENS, message.num_blocks),
-            downstream=downstream,
+
+    def _keep_or_allocate(self, message: AssignStage | AssignMirror, loaded: LoadedLayers) -> HeldMemory:
+        """The memory of this very slot as it is, or a new one."""
+        tag = MemoryTag(
+            message.pipeline, message.slot, message.num_slots, loaded.layers, message.num_blocks, loaded.dtype
         )
-        kv_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
+        held = self._held
+        if held is not None and held.tag == tag:
+            held.marks.drop_unfinished()
+            return held
+        self._held = None
+        memory = allocate_paged_memory(
+            len(loaded.model.layers),
+            message.num_blocks,
+            (self._config.num_kv_heads, self._config.head_dim),
+            self._config.hidden_size,
+            loaded.dtype,
+            self._kernels,
+            with_log=message.slot < message.num_slots - 1,
+        )
+        self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
+        return self._held
+
+    def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
+        held.marks = StepMarks()  # of no use before the copy is complete
+        endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
+        socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
+        self.mirror = Mirror(message, held.memory, socket)
+        self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
+        return Taken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
+
+    def _take_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> Taken:
+        role = role_of(message, header)
+        executor = Executor(loaded.model, held.memory)
+        executor.self_test()
+        endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
+        downstream = self._transport.push(f"after {role.slot}", endpoint)
+        self.slot = Slot(role, header.router_term, loaded.model, executor, held, downstream)
         self._log.info(
             "slot_taken",
             pipeline=message.pipeline,
@@ -203,9 +276,17 @@ class SlotKeeper:
             generation=role.generation,
             lease_term=role.lease_term,
             mapped_bytes=loaded.bytes_read,
-            kv_bytes=kv_bytes,
+            kv_bytes=held.memory.num_bytes,
+            kv_mark=held.marks.mark,
         )
-        ready = StageReady(message.pipeline, message.slot, message.lease_term, loaded.bytes_read, kv_bytes)
+        ready = StageReady(
+            message.pipeline,
+            message.slot,
+            message.lease_term,
+            loaded.bytes_read,
+            held.memory.num_bytes,
+            held.marks.mark,
+        )
         return Taken(ready, Header(generation=role.generation))
 
     def _refuse(self, error: Exception, header: Header) -> Refused:
@@ -213,7 +294,7 @@ class SlotKeeper:
         return Refused(error if isinstance(error, MoemeshError) else ExecutionError(str(error)), header)
 
 
-def role_of(message: AssignStage, header: Header) -> StageRole:
+def role_of(message: AssignStage | AssignMirror, header: Header) -> StageRole:
     """The role that an assignment stands for."""
     return StageRole(
         slot=StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot)),

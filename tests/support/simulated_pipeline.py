@@ -2,7 +2,8 @@
 
 Two stages a pipeline. The first writes its cache when a step is sent, the last when it is answered, in whatever order
 that is. A block that is given out while an old step may still write to it, or a chunk that skips a position, shows as a
-wrong token.
+wrong token. A stage may be lost and replaced by an empty one or by a mirror that is some steps behind; the other one
+goes on with what it has.
 """
 
 from __future__ import annotations
@@ -60,41 +61,72 @@ class SimulatedPipeline:
         self._block_tables: dict[SequenceId, list[int]] = {}
         self._seen: set[SequenceId] = set()
         self._released: set[SequenceId] = set()
-        self._first_stage: dict[int, int] = {}  # slot -> token
-        self._last_stage: dict[int, int] = {}
+        self._caches: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        """By stage: place -> token."""
+        self._marks = [0, 0]
+        self._mirrors: list[tuple[int, dict[int, int]]] = [(0, {}), (0, {})]
+        """By stage: up to which step, and what the cache was then."""
 
     @property
     def num_known_sequences(self) -> int:
         """Sequences that the stages still keep something of."""
         return len(self._block_tables)
 
+    @property
+    def marks(self) -> tuple[int, int]:
+        """What the holders of both slots say of their caches."""
+        return self._marks[0], self._marks[1]
+
+    def mirror(self, stage: int) -> None:
+        """A stage's mirror is up to date now."""
+        self._mirrors[stage] = self._marks[stage], dict(self._caches[stage])
+
+    def resume(self, generation: Generation, lost: Sequence[int], mirrored: bool) -> None:
+        """A new generation, in which other nodes hold the lost slots."""
+        self.generation = generation
+        for stage in lost:
+            self._marks[stage], cache = self._mirrors[stage] if mirrored else (0, {})
+            self._caches[stage].clear()
+            self._caches[stage].update(cache)
+            self._mirrors[stage] = (0, {})
+
     def send(self, plan: StepPlan) -> None:
         """The first stage takes the step."""
         assert (plan.pipeline, plan.generation) == (self.pipeline, self.generation)
         for sequence_id in plan.released:
-            assert sequence_id in self._block_tables, f"sequence {sequence_id} is released and was not there"
-            del self._block_tables[sequence_id]
+            self._block_tables.pop(sequence_id, None)
             self._released.add(sequence_id)
         sequence_ids = [chunk.sequence_id for chunk in plan.chunks]
         assert len(sequence_ids) == len(set(sequence_ids)), "a sequence is in a step twice"
         for chunk in plan.chunks:
             assert chunk.sequence_id not in self._released, f"sequence {chunk.sequence_id} was released"
             table = self._block_tables.setdefault(chunk.sequence_id, [])
+            if chunk.block_offset == 0:
+                table.clear()
             assert chunk.block_offset == len(table), "the stages know another number of blocks"
             assert all(0 <= block_id < self._num_blocks for block_id in chunk.new_block_ids)
             table.extend(chunk.new_block_ids)
             assert chunk.token_ids, "a chunk is empty"
             end = chunk.start_position + len(chunk.token_ids)
-            assert (len(table) - 1) * self._block_tokens < end <= len(table) * self._block_tokens, "blocks do not match"
-            self._write(self._first_stage, chunk)
+            assert end <= len(table) * self._block_tokens, "blocks do not match"
+        self._compute(0, plan)
 
     def answer(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
         """The last stage is done with the step."""
-        for chunk in plan.chunks:
-            self._write(self._last_stage, chunk)
+        if 1 in plan.computing_slots and 0 not in plan.computing_slots:
+            for chunk in plan.chunks:
+                slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+                assert [self._caches[0][slot] for slot in slots] == list(chunk.token_ids), "the log says something else"
+        self._compute(1, plan)
         return {
             chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in plan.chunks if chunk.samples
         }
+
+    def _compute(self, stage: int, plan: StepPlan) -> None:
+        if not plan.computing_slots or stage in plan.computing_slots:
+            for chunk in plan.chunks:
+                self._write(self._caches[stage], chunk)
+        self._marks[stage] = max(self._marks[stage], plan.step)
 
     def _slots(self, chunk: ScheduledChunk, start: int, stop: int) -> list[int]:
         table = self._block_tables[chunk.sequence_id]
@@ -107,6 +139,6 @@ class SimulatedPipeline:
 
     def _sample(self, chunk: ScheduledChunk) -> int:
         slots = self._slots(chunk, 0, chunk.sampling_position)
-        tokens = [self._last_stage[slot] for slot in slots]
-        assert tokens == [self._first_stage[slot] for slot in slots], "the stages' caches differ"
+        tokens = [self._caches[1][slot] for slot in slots]
+        assert tokens == [self._caches[0][slot] for slot in slots], "the stages' caches differ"
         return next_token(tokens, chunk.sampling.seed)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.ids import Generation, NodeId, PipelineId
 from common.messages import Header, Message
+from services.router.control.adoption import HeldCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,24 @@ class OpenPipeline:
     first_stage: NodeId
     num_blocks: int
     num_slots: int
+    kv_marks: tuple[int, ...] = ()
+    """By slot: up to which step its paged memory is good."""
+    held: HeldCache | None = None
+    """Of a pipeline that a router before this one had open."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClosePipeline:
-    """A slot is lost or changes hands: no more steps until it is opened again."""
+class SuspendPipeline:
+    """A slot is lost or changes hands: no more steps until it is opened again. Its requests keep their blocks."""
 
     pipeline: PipelineId
 
 
-Action = Tell | OpenPipeline | ClosePipeline
+@dataclass(frozen=True, slots=True)
+class ClosePipeline:
+    """It is not coming back soon, or not with its blocks: its requests go elsewhere."""
+
+    pipeline: PipelineId
+
+
+Action = Tell | OpenPipeline | SuspendPipeline | ClosePipeline

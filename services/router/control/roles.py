@@ -26,12 +26,21 @@ class RolePlan:
     """Who holds what."""
 
     assignments: Mapping[StageSlot, NodeId]
-    """By pipeline, then index; complete pipelines only."""
+    """By pipeline, then index; those of pipelines with a hole too."""
+    holes: tuple[StageSlot, ...]
+    """Slots that nobody can fill now; their pipelines take no steps."""
     spares: tuple[NodeId, ...]
     """By join order."""
-    num_pipelines: int
     detail: str
     """What there is and what is missing, as a sentence for people."""
+
+    @property
+    def pipelines(self) -> dict[PipelineId, tuple[NodeId | None, ...]]:
+        """Holders by slot; None for a hole."""
+        found: dict[PipelineId, dict[int, NodeId | None]] = {}
+        for slot in sorted([*self.assignments, *self.holes], key=_slot_order):
+            found.setdefault(slot.pipeline, {})[slot.index] = self.assignments.get(slot)
+        return {pipeline: tuple(holders.values()) for pipeline, holders in found.items()}
 
 
 def layers_of(slot: StageSlot, layer_ranges: Sequence[LayerRange]) -> LayerRange:
@@ -40,39 +49,52 @@ def layers_of(slot: StageSlot, layer_ranges: Sequence[LayerRange]) -> LayerRange
 
 
 def plan_roles(
-    stage_nodes: Sequence[ObservedStage], current: Mapping[StageSlot, NodeId], pp: int, spares: int
+    stage_nodes: Sequence[ObservedStage],
+    current: Mapping[StageSlot, NodeId],
+    pp: int,
+    spares: int,
+    mirrors: Mapping[StageSlot, NodeId] | None = None,
 ) -> RolePlan:
     """Slots for n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
 
-    A spare is there to fill a hole: a pipeline that exists is kept, and the first one is formed, as long as nodes
-    suffice for it at all, even where fewer than `spares` are left over then. `current` may name dead nodes; those slots
-    are holes. Holes are filled in slot order: by spares in join order, then by nodes of pipelines that dissolve (the
-    highest ids), each preferring the numeric class that its pipeline has. ConfigurationError for pp < 1 or spares < 0.
+    `current` may name dead nodes; those slots are holes, and a hole stays one until somebody is free for it: its mirror
+    before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
+    whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
+    A pipeline that exists is kept, and the first one is formed, also where fewer than `spares` are left over then.
+    ConfigurationError for pp < 1 or spares < 0.
     """
     if pp < 1 or spares < 0:
         raise ConfigurationError(f"PP is {pp} and SPARES {spares}; at least 1 and 0 are needed")
     nodes = {node.node_id: node for node in sorted(stage_nodes, key=lambda node: (node.join_order, node.node_id))}
-    held = _living_holders(current, nodes, pp)
-    num_existing = len({slot.pipeline for slot in held})
-    num_pipelines = max((len(nodes) - spares) // pp, min(max(num_existing, 1), len(nodes) // pp))
-
-    assignments = {slot: node_id for slot, node_id in held.items() if slot.pipeline < num_pipelines}
-    dissolved = {node_id for slot, node_id in held.items() if slot.pipeline >= num_pipelines}
-    placed = set(assignments.values())
-    free = [nodes[node_id] for node_id in nodes if node_id not in placed]
-    free.sort(key=lambda node: node.node_id in dissolved)  # stable: join order within both groups
-    for pipeline in range(num_pipelines):
-        _fill_holes(PipelineId(pipeline), pp, assignments, free, nodes)
+    assignments = _living_holders(current, nodes, pp)
+    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
+    kept = sorted({slot.pipeline for slot in assignments})
+    for pipeline in kept:
+        _fill_holes(pipeline, pp, assignments, free, nodes, mirrors or {})
+    _merge_broken(kept, pp, assignments, nodes)
+    kept = sorted({slot.pipeline for slot in assignments})
+    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
+    num_wanted = max((len(nodes) - spares) // pp, 1)
+    while len(kept) < num_wanted and len(free) >= pp:
+        pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
+        _fill_holes(pipeline, pp, assignments, free, nodes, {})
+        kept = sorted([*kept, pipeline])
+    holes = [slot for pipeline in kept for slot in _slots(pipeline, pp) if slot not in assignments]
+    num_whole = len(kept) - len({slot.pipeline for slot in holes})
     return RolePlan(
         assignments={slot: assignments[slot] for slot in sorted(assignments, key=_slot_order)},
+        holes=tuple(holes),
         spares=tuple(sorted((node.node_id for node in free), key=list(nodes).index)),
-        num_pipelines=num_pipelines,
-        detail=_detail(len(nodes), num_pipelines, len(free), pp, spares),
+        detail=_detail(len(nodes), num_whole, holes, len(free), pp, spares),
     )
 
 
 def _slot_order(slot: StageSlot) -> tuple[int, int]:
     return slot.pipeline, slot.index
+
+
+def _slots(pipeline: PipelineId, pp: int) -> list[StageSlot]:
+    return [StageSlot(pipeline, SlotIndex(index)) for index in range(pp)]
 
 
 def _living_holders(
@@ -95,9 +117,10 @@ def _fill_holes(
     assignments: dict[StageSlot, NodeId],
     free: list[ObservedStage],
     nodes: Mapping[NodeId, ObservedStage],
+    mirrors: Mapping[StageSlot, NodeId],
 ) -> None:
-    """Complete one pipeline out of `free`, which must suffice; takes what it uses from there."""
-    slots = [StageSlot(pipeline, SlotIndex(index)) for index in range(pp)]
+    """Fill what `free` suffices for; takes what it uses from there."""
+    slots = _slots(pipeline, pp)
     holes = [slot for slot in slots if slot not in assignments]
     classes = Counter(nodes[assignments[slot]].numeric_class for slot in slots if slot in assignments)
     if not classes:
@@ -106,15 +129,45 @@ def _fill_holes(
         whole = [node.numeric_class for node in free if available[node.numeric_class] >= len(holes)]
         classes.update(whole[:1])
     wanted = max(sorted(classes), key=classes.__getitem__, default=None)
+    others_mirrors = {node_id for slot, node_id in mirrors.items() if slot not in holes}
     for slot in holes:
-        node = next((node for node in free if node.numeric_class == wanted), free[0])
+        if not free:
+            return
+        own_mirror = mirrors.get(slot)
+        node = min(
+            free,  # in join order: `min` takes the first of equals
+            key=lambda node: (
+                node.node_id != own_mirror,
+                node.numeric_class != wanted,
+                node.node_id in others_mirrors,
+            ),
+        )
         free.remove(node)
         assignments[slot] = node.node_id
 
 
-def _detail(num_nodes: int, num_pipelines: int, num_free: int, pp: int, spares: int) -> str:
+def _merge_broken(
+    kept: Sequence[PipelineId],
+    pp: int,
+    assignments: dict[StageSlot, NodeId],
+    nodes: Mapping[NodeId, ObservedStage],
+) -> None:
+    """Nodes of the highest broken pipeline fill the holes of the lowest one, until at most one is left broken."""
+    while True:
+        broken = [p for p in kept if 0 < sum(slot in assignments for slot in _slots(p, pp)) < pp]
+        if len(broken) < 2:
+            return
+        lowest, highest = broken[0], broken[-1]
+        giving = [slot for slot in _slots(highest, pp) if slot in assignments]
+        giving = giving[: pp - sum(slot in assignments for slot in _slots(lowest, pp))]
+        moved = [nodes[assignments.pop(slot)] for slot in giving]
+        _fill_holes(lowest, pp, assignments, moved, nodes, {})
+
+
+def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_free: int, pp: int, spares: int) -> str:
+    missing = "".join(f"; nobody holds slot {slot.index} of pipeline {slot.pipeline}" for slot in holes)
     if num_pipelines == 0:
-        return f"{num_nodes} of {pp} stage nodes"
+        return f"{num_nodes} of {pp} stage nodes{missing}"
     pipelines = "1 pipeline" if num_pipelines == 1 else f"{num_pipelines} pipelines"
     sentence = f"{num_nodes} stage nodes: {pipelines} of {pp}, {num_free} spare"
-    return sentence if num_free >= spares else f"{sentence} of the {spares} wanted"
+    return (sentence if num_free >= spares else f"{sentence} of the {spares} wanted") + missing

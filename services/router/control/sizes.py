@@ -60,14 +60,22 @@ def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
     return 3 * config.hidden_size * widest * shape.item_bytes
 
 
+def block_bytes_of(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
+    """Paged memory of one block on the holder of a slot: K and V, and the activation log on all but the last."""
+    values = (layers.stop - layers.start) * config.kv_values_per_token()
+    values += config.hidden_size if slot < shape.pp - 1 else 0
+    return values * shape.block_tokens * shape.item_bytes
+
+
 def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Sequence[int]) -> int:
     """KV blocks of a pipeline whose slots offer these capacities. Raises CapacityError with the numbers."""
     wished = -(-shape.kv_cache_tokens // shape.block_tokens)
     blocks = wished
     for slot, (span, capacity) in enumerate(zip(layers, capacities, strict=True)):
         weights = stage_weight_bytes(config, shape, slot, span)
-        block_bytes = (span.stop - span.start) * config.kv_values_per_token() * shape.block_tokens * shape.item_bytes
-        blocks = min(blocks, (capacity - weights) // block_bytes)
+        block_bytes = block_bytes_of(config, shape, slot, span)
+        # One block more than the router uses is there for self-tests.
+        blocks = min(blocks, (capacity - weights) // block_bytes - 1)
         if blocks < 1:
             raise CapacityError(
                 f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} a KV block; "

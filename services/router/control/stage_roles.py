@@ -8,12 +8,18 @@ from dataclasses import dataclass, field
 
 from common.errors import CapacityError
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
-from common.messages import AssignStage, Header, StageReady, Unassign
+from common.messages import AssignStage, Header, MirrorReady, StageReady, Unassign
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, Tell
-from services.router.control.roles import ObservedStage, plan_roles
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.adoption import HeldCache, HeldSlot, combine
+from services.router.control.mirror_roles import MirrorRoles
+from services.router.control.mirrors import MirroredSlot
+from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
+
+ADOPT_S = 1.5
+"""How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
 
 
 @dataclass(slots=True)
@@ -21,26 +27,51 @@ class Pipeline:
     """One pipeline's holders in one generation."""
 
     generation: Generation
-    holders: tuple[NodeId, ...]
+    holders: tuple[NodeId | None, ...]
+    """None: a hole."""
     num_blocks: int
-    ready: set[int] = field(default_factory=set)
+    marks: dict[int, int] = field(default_factory=dict)
+    """By slot that is ready in this generation: up to which step its paged memory is good."""
     is_open: bool = False
+    has_pool: bool = False
+    """The scheduler keeps its requests' blocks, also while it is not open."""
+    held: HeldCache | None = None
+    """From a router before this one, until it opens."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Every slot has a holder."""
+        return None not in self.holders
 
 
 class StageRoles:
     """Assigns slots. `results_endpoints` is where last stages send their results."""
 
     def __init__(
-        self, config: ModelConfig, shape: MeshShape, results_endpoints: tuple[str, ...], results_ipc_token: str
+        self,
+        config: ModelConfig,
+        shape: MeshShape,
+        results_endpoints: tuple[str, ...],
+        results_ipc_token: str,
+        *,
+        recovery: str = "auto",
+        adopts: bool = False,
     ) -> None:
+        """`recovery`: auto, mirror, replay or move. `adopts`: nodes may hold slots of a router before this one."""
         self.layers = plan_layers(config, shape)
         self._config = config
         self._shape = shape
         self._results = results_endpoints, results_ipc_token
+        self._recovery = recovery
         self._nodes: dict[NodeId, tuple[NodeDescription, int]] = {}
         self._num_joined = 0
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
+        self._claims: dict[StageSlot, tuple[NodeId, HeldSlot]] = {}
+        self._adopts = adopts
+        self._adopt_by_s: float | None = None
+        self._draining: set[NodeId] = set()
+        self.mirrors = MirrorRoles(config, shape, self.layers)
         self._last_generation = 0
         """One count for all pipelines: a step of another pipeline, too, is told by its generation."""
         self.detail = f"0 of {shape.pp} stage nodes"
@@ -62,25 +93,66 @@ class StageRoles:
                 return StageSlot(pipeline_id, SlotIndex(pipeline.holders.index(node_id)))
         return None
 
-    def join(self, description: NodeDescription) -> list[Action]:
+    # Nodes come and go
+
+    def join(self, description: NodeDescription, now_s: float = 0.0, held: HeldSlot | None = None) -> list[Action]:
         """A stage node registered (again: a node that reconnects is told its slot anew)."""
         node_id = description.node_id
         slot = self.slot_of(node_id)
         if node_id not in self._nodes:
             self._num_joined += 1
         self._nodes[node_id] = (description, self._num_joined)
-        return self._replan() + (self.renew(slot.pipeline) if slot is not None else [])
+        if self._adopts and held is not None and self._fits_this_mesh(held):
+            self._claims.setdefault(StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot)), (node_id, held))
+        if self._adopt_by_s is None:
+            self._adopt_by_s = now_s + ADOPT_S
+        return self.tick(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back."""
+        if self._adopts:
+            if self._adopt_by_s is None or (now_s < self._adopt_by_s and not self._claims_are_whole()):
+                return []
+            self._adopts = False
+            return self._adopt() + self._replan()
+        return self._replan()
+
+    @property
+    def waits(self) -> bool:
+        """Whether `tick` may have something to do."""
+        return self._adopts and self._adopt_by_s is not None
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
+        self._draining.discard(node_id)
         if self._nodes.pop(node_id, None) is None:
             return []
-        return self._replan()
+        self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
+        return [] if self._adopts else self._replan()
+
+    def drain(self, node_id: NodeId) -> list[Action]:
+        """A node wants to leave. Ask `may_leave` from now on; until then it serves."""
+        self._draining.add(node_id)
+        return [] if self._adopts else self._mirror()
+
+    def may_leave(self, node_id: NodeId) -> bool:
+        """Whether nothing is gained by waiting: it holds no open slot, its mirror is complete, or there is none."""
+        slot = self.slot_of(node_id)
+        if slot is None or not self._pipelines[slot.pipeline].is_open:
+            return True
+        return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
+
+    @property
+    def leaving(self) -> list[NodeId]:
+        """Nodes that wait for leave and may have it."""
+        return sorted(node_id for node_id in self._draining if self.may_leave(node_id))
+
+    # What nodes report
 
     def renew(self, pipeline_id: PipelineId) -> list[Action]:
         """Give a pipeline a new generation with the same holders: what it had in flight is void."""
         pipeline = self._pipelines.get(pipeline_id)
-        if pipeline is None:
+        if pipeline is None or not pipeline.is_whole:
             return []
         return self._assign(pipeline_id, pipeline.holders)
 
@@ -91,19 +163,32 @@ class StageRoles:
             return []
         if message.slot >= len(pipeline.holders) or pipeline.holders[message.slot] != node_id:
             return []
-        pipeline.ready.add(message.slot)
-        if len(pipeline.ready) < len(pipeline.holders):
+        pipeline.marks[message.slot] = message.kv_mark
+        first_stage = pipeline.holders[0]
+        if len(pipeline.marks) < len(pipeline.holders) or first_stage is None:
             return []
-        pipeline.is_open = True
-        return [
-            OpenPipeline(
-                PipelineId(message.pipeline),
-                pipeline.generation,
-                pipeline.holders[0],
-                pipeline.num_blocks,
-                len(pipeline.holders),
-            )
-        ]
+        pipeline.is_open = pipeline.has_pool = True
+        held, pipeline.held = pipeline.held, None
+        opened = OpenPipeline(
+            PipelineId(message.pipeline),
+            pipeline.generation,
+            first_stage,
+            pipeline.num_blocks,
+            len(pipeline.holders),
+            tuple(mark for _, mark in sorted(pipeline.marks.items())),
+            held,
+        )
+        return [opened, *self._move_on(), *self._mirror()]
+
+    def take_mirror(self, node_id: NodeId, message: MirrorReady) -> list[Action]:
+        """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
+        return self.mirrors.take_report(node_id, message, self._nodes)
+
+    def mirror_failed(self, node_id: NodeId) -> None:
+        """A spare could not load what it was to mirror."""
+        self.mirrors.fail(node_id)
+
+    # Planning
 
     def _replan(self, too_small: Set[NodeId] = frozenset()) -> list[Action]:
         """Roles for all nodes but those that turned out too small for the slot that they would have got."""
@@ -112,39 +197,49 @@ class StageRoles:
             for node_id, (description, order) in self._nodes.items()
             if node_id not in too_small
         ]
-        current = {
-            StageSlot(pipeline_id, SlotIndex(index)): node_id
-            for pipeline_id, pipeline in self._pipelines.items()
-            for index, node_id in enumerate(pipeline.holders)
-        }
-        plan = plan_roles(observed, current, self._shape.pp, self._shape.spares)
+        current = self._holders()
+        plan = plan_roles(observed, current, self._shape.pp, self._shape.spares, self.mirrors.nodes)
         self.detail = plan.detail
-        wanted: dict[PipelineId, list[NodeId]] = {}
-        for slot, node_id in plan.assignments.items():
-            wanted.setdefault(slot.pipeline, []).append(node_id)
+        wanted = plan.pipelines
         actions: list[Action] = []
         for pipeline_id in [p for p in self._pipelines if p not in wanted]:
-            actions += self._dissolve(pipeline_id)
-        for slot, node_id in current.items():
-            if node_id in plan.spares:
-                actions.append(Tell(node_id, Unassign(self._lease_terms[slot]), Header()))
+            pipeline = self._pipelines.pop(pipeline_id)
+            actions += [ClosePipeline(pipeline_id)] if pipeline.has_pool else []
+        actions += self._let_go(plan, current)
         misfits: dict[NodeId, str] = {}
         for pipeline_id, holders in wanted.items():
-            pipeline = self._pipelines.get(pipeline_id)
-            if pipeline is not None and pipeline.holders == tuple(holders):
-                continue
-            found = self._misfits(holders)
+            found = self._misfits(pipeline_id, holders)
             misfits |= found
-            actions += self._give_up(pipeline_id) if found else self._assign(pipeline_id, tuple(holders))
+            if not found:
+                actions += self._take_over(pipeline_id, holders)
         if misfits:
             actions += self._replan(too_small | misfits.keys())
             self.detail += f"; {', '.join(f'{node_id}: {reason}' for node_id, reason in misfits.items())}"
-        return actions
+            return actions
+        return actions + self._move_on() + self._mirror()
 
-    def _misfits(self, holders: Sequence[NodeId]) -> dict[NodeId, str]:
-        """Nodes that have no room for the slot that they would hold, and how much is missing."""
+    def _holders(self) -> dict[StageSlot, NodeId]:
+        return {
+            StageSlot(pipeline_id, SlotIndex(index)): node_id
+            for pipeline_id, pipeline in self._pipelines.items()
+            for index, node_id in enumerate(pipeline.holders)
+            if node_id is not None
+        }
+
+    def _let_go(self, plan: RolePlan, current: Mapping[StageSlot, NodeId]) -> list[Action]:
+        return [
+            Tell(node_id, Unassign(self._lease_terms[slot]), Header())
+            for slot, node_id in current.items()
+            if node_id in plan.spares
+        ]
+
+    def _misfits(self, pipeline_id: PipelineId, holders: Sequence[NodeId | None]) -> dict[NodeId, str]:
+        """New holders that have no room for their slot, and how much is missing."""
+        before = self._pipelines.get(pipeline_id)
         found: dict[NodeId, str] = {}
         for slot, node_id in enumerate(holders):
+            if node_id is None or (before is not None and before.holders[slot] == node_id):
+                continue
             capacities = [sys.maxsize] * len(holders)
             capacities[slot] = self._nodes[node_id][0].capacity_bytes
             try:
@@ -153,39 +248,71 @@ class StageRoles:
                 found[node_id] = str(error)
         return found
 
-    def _dissolve(self, pipeline_id: PipelineId) -> list[Action]:
-        was_open = self._pipelines.pop(pipeline_id).is_open
-        return [ClosePipeline(pipeline_id)] if was_open else []
-
-    def _give_up(self, pipeline_id: PipelineId) -> list[Action]:
-        """No node fits a hole of this pipeline; its holders are free for another."""
-        pipeline = self._pipelines.get(pipeline_id)
-        if pipeline is None:
+    def _take_over(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
+        """A pipeline's holders are these now."""
+        before = self._pipelines.get(pipeline_id)
+        if before is not None and before.holders == holders:
             return []
-        slots = [(node_id, StageSlot(pipeline_id, SlotIndex(index))) for index, node_id in enumerate(pipeline.holders)]
-        return self._dissolve(pipeline_id) + [
-            Tell(node_id, Unassign(self._lease_terms[slot]), Header())
-            for node_id, slot in slots
-            if node_id in self._nodes
-        ]
+        if None not in holders:
+            return self._assign(pipeline_id, holders)
+        if before is None:
+            return []
+        was_open, before.is_open, before.holders = before.is_open, False, holders
+        return [SuspendPipeline(pipeline_id)] if was_open else []
 
-    def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId, ...]) -> list[Action]:
+    def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """A new generation. A slot that changes hands gets a new lease term."""
         before = self._pipelines.get(pipeline_id)
-        actions: list[Action] = [ClosePipeline(pipeline_id)] if before is not None and before.is_open else []
+        nodes = [node_id for node_id in holders if node_id is not None]
+        capacities = [self._nodes[node_id][0].capacity_bytes for node_id in nodes]
+        num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
+        actions: list[Action] = []
+        has_pool, held = False, None
+        if before is not None:
+            fits = before.num_blocks <= num_blocks
+            has_pool = before.has_pool and fits and not self._should_move(pipeline_id, before, holders)
+            held = before.held if fits else None
+            num_blocks = before.num_blocks if has_pool or held is not None else num_blocks
+            if before.has_pool and not has_pool:
+                actions.append(ClosePipeline(pipeline_id))
+            elif before.is_open:
+                actions.append(SuspendPipeline(pipeline_id))
         self._last_generation += 1
         generation = Generation(self._last_generation)
-        capacities = [self._nodes[node_id][0].capacity_bytes for node_id in holders]
-        num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
-        self._pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks)
-        for index, node_id in enumerate(holders):
+        self._pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks, has_pool=has_pool, held=held)
+        for index, node_id in enumerate(nodes):
             slot = StageSlot(pipeline_id, SlotIndex(index))
             if before is None or index >= len(before.holders) or before.holders[index] != node_id:
                 self._lease_terms[slot] = LeaseTerm(self._lease_terms.get(slot, 0) + 1)
-            actions.append(Tell(node_id, self._assignment(slot, holders, num_blocks), Header(generation=generation)))
+            actions.append(Tell(node_id, self._assignment(slot, nodes, num_blocks), Header(generation=generation)))
         return actions
 
-    def _assignment(self, slot: StageSlot, holders: tuple[NodeId, ...], num_blocks: int) -> AssignStage:
+    def _should_move(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> bool:
+        """Whether requests are better off elsewhere than waiting for a new holder that knows nothing."""
+        if before.holders == holders or self._recovery == "replay":
+            return False
+        if self._recovery == "move":
+            return True
+        is_elsewhere_open = any(p.is_open for number, p in self._pipelines.items() if number != pipeline_id)
+        is_mirrored = all(
+            before.holders[index] == node_id
+            or self.mirrors.node_of(StageSlot(pipeline_id, SlotIndex(index))) == node_id
+            for index, node_id in enumerate(holders)
+        )
+        return is_elsewhere_open and not is_mirrored
+
+    def _move_on(self) -> list[Action]:
+        """Requests of a pipeline with a hole go where another pipeline is open."""
+        if self._recovery == "replay" or not (self.num_open or self._recovery == "move"):
+            return []
+        actions: list[Action] = []
+        for pipeline_id, pipeline in self._pipelines.items():
+            if pipeline.has_pool and not pipeline.is_whole:
+                pipeline.has_pool = False
+                actions.append(ClosePipeline(pipeline_id))
+        return actions
+
+    def _assignment(self, slot: StageSlot, holders: Sequence[NodeId], num_blocks: int) -> AssignStage:
         is_last = slot.index == len(holders) - 1
         downstream = self._results
         if not is_last:
@@ -202,3 +329,64 @@ class StageRoles:
             downstream=downstream[0],
             downstream_ipc_token=downstream[1],
         )
+
+    def _mirror(self) -> list[Action]:
+        """Spares follow slots of open pipelines, if that is wanted or their holder is about to leave."""
+        holders = {slot: node_id for slot, node_id in self._holders().items() if node_id in self._nodes}
+        mirrored = [
+            MirroredSlot(
+                slot,
+                node_id,
+                self._nodes[node_id][0].numeric_class,
+                self._lease_terms[slot],
+                self._pipelines[slot.pipeline].num_blocks,
+                is_wanted=self._pipelines[slot.pipeline].is_open
+                and (self._recovery in ("auto", "mirror") or (self._recovery != "move" and node_id in self._draining)),
+            )
+            for slot, node_id in holders.items()
+        ]
+        # Who leaves needs a mirror first.
+        mirrored.sort(key=lambda held: (held.holder not in self._draining, held.slot.pipeline, held.slot.index))
+        spares = [
+            node_id
+            for node_id in sorted(self._nodes, key=lambda node_id: self._nodes[node_id][1])
+            if node_id not in holders.values() and node_id not in self._draining
+        ]
+        return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
+
+    # Adoption
+
+    def _fits_this_mesh(self, held: HeldSlot) -> bool:
+        return held.num_slots == self._shape.pp and held.layers == self.layers[held.slot]
+
+    def _claims_are_whole(self) -> bool:
+        """Every pipeline that a node claims a slot of has all of its holders back."""
+        claimed = {slot.pipeline for slot in self._claims}
+        return bool(claimed) and all(
+            StageSlot(pipeline, SlotIndex(index)) in self._claims
+            for pipeline in claimed
+            for index in range(self._shape.pp)
+        )
+
+    def _adopt(self) -> list[Action]:
+        """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
+        for pipeline_id in sorted({slot.pipeline for slot in self._claims}):
+            slots = [StageSlot(pipeline_id, SlotIndex(index)) for index in range(self._shape.pp)]
+            reports = [self._claims[slot][1] for slot in slots if slot in self._claims]
+            for slot in slots:
+                if slot in self._claims:
+                    self._lease_terms[slot] = LeaseTerm(self._claims[slot][1].lease_term)
+            agreed = len({report.num_blocks for report in reports}) == 1
+            self._pipelines[pipeline_id] = Pipeline(
+                Generation(0),
+                tuple(self._claims[slot][0] if slot in self._claims else None for slot in slots),
+                reports[0].num_blocks,
+                held=combine(reports, self._shape.block_tokens) if agreed else None,
+            )
+        self._claims.clear()
+        return [
+            action
+            for pipeline_id, pipeline in list(self._pipelines.items())
+            if pipeline.is_whole
+            for action in self._assign(pipeline_id, pipeline.holders)
+        ]

@@ -36,6 +36,17 @@ class BlockAllocator:
             self._reference_counts[block_id] = 1
         return block_ids
 
+    def take(self, block_ids: Iterable[int]) -> bool:
+        """These very blocks, one reference each; False, and nothing taken, if one is held, named twice or not there."""
+        wanted = list(block_ids)
+        free = set(self._free)
+        if len(set(wanted)) != len(wanted) or not free.issuperset(wanted):
+            return False
+        self._free = sorted(free.difference(wanted))  # an ascending list is a heap
+        for block_id in wanted:
+            self._reference_counts[block_id] = 1
+        return True
+
     def share(self, block_ids: Iterable[int]) -> None:
         """One more reference to each; ValueError for a block that nobody holds."""
         block_ids = tuple(block_ids)

@@ -1,4 +1,7 @@
-"""One open pipeline in one generation: its block pool, the requests that run on it, and its steps in flight.
+"""One pipeline: its block pool, the requests that run on it, and its steps in flight.
+
+When a slot is lost it is suspended: steps in flight are void, requests keep their blocks. It is resumed in a new
+generation, and what the new holder lacks is *replayed*: prefill in steps of their own, in which only its slot computes.
 
 Plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the oldest
 always gets on, and admission has made sure that it fits the pool alone.
@@ -8,9 +11,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.ids import Generation, PipelineId, SequenceId, StepId
+from services.router.control.adoption import HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.router.scheduling.pipeline_selection import PipelineLoad
@@ -45,6 +50,13 @@ class PipelineSchedule:
         self.in_flight: dict[StepId, StepInFlight] = {}
         self.held_releases: list[SequenceId] = []
         """To be told with the next step."""
+        self.last_step = 0
+        """The newest step that was answered."""
+        self.replay_slots: tuple[int, ...] = ()
+        """Slots that lack cache of requests that are replaying."""
+        self.suspended_s: float | None = None
+        """Since when it takes no steps; None: it does."""
+        self._has_just_replayed = False
         self.max_micro_batches = settings.micro_batches_per_pipeline or num_slots
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
@@ -84,19 +96,34 @@ class PipelineSchedule:
         preempted: list[Request] = []
         if len(self.in_flight) >= self.max_micro_batches:
             return None, preempted
+        replays = self._replay_candidates()
+        ordinary = [] if replays and not self._has_just_replayed else self._candidates()
+        # Those that have all of their cache go on between the replays of the others.
+        self._has_just_replayed = bool(replays) and not ordinary
         chunks: list[ScheduledChunk] = []
         requests: list[Request] = []
-        for request, num_tokens in self._candidates():
+        for request, num_tokens in ordinary or replays:
             if request.state is not RequestState.RUNNING:
                 continue  # preempted for an older one a moment ago
-            chunk = self._plan_chunk(request, num_tokens, preempted)
+            if self._has_just_replayed:
+                chunk: ScheduledChunk | None = self._replay_chunk(request, num_tokens)
+            else:
+                chunk = self._plan_chunk(request, num_tokens, preempted)
             if chunk is not None:
                 chunks.append(chunk)
                 requests.append(request)
                 request.step = step
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
-        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, tuple(chunks), tuple(self.held_releases))
+        plan = StepPlan(
+            step,
+            self.pipeline,
+            self.generation,
+            FIRST_ATTEMPT,
+            tuple(chunks),
+            tuple(self.held_releases),
+            self.replay_slots if chunks and self._has_just_replayed else (),
+        )
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
         return plan, preempted
@@ -108,8 +135,8 @@ class PipelineSchedule:
         that took them all would leave the other stages idle. Few decoding ones stay together, though.
         """
         settings = self._settings
-        decoding = [request for request in self.running if request.is_decoding]
-        prefilling = [request for request in self.running if not request.is_decoding]
+        decoding = [request for request in self.running if request.is_decoding and not request.is_replaying]
+        prefilling = [request for request in self.running if not request.is_decoding and not request.is_replaying]
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if request.step is None]
@@ -142,17 +169,36 @@ class PipelineSchedule:
         num_tokens = min(num_tokens, num_covered_tokens - start)
         if num_tokens < 1:
             return None
-        new_block_ids = self.allocator.allocate(self._num_blocks(start + num_tokens) - num_known_blocks)
+        new_block_ids = self.allocator.allocate(max(0, self._num_blocks(start + num_tokens) - num_known_blocks))
         assert new_block_ids is not None, "the chunk was cut to what is free"
         request.block_table.extend(new_block_ids)
+        return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+
+    def _replay_candidates(self) -> list[tuple[Request, int]]:
+        """Who is replayed next with how many tokens, by arrival; as many tokens as a step may have."""
+        num_tokens_left = self._settings.max_batch_tokens
+        picked: list[tuple[Request, int]] = []
+        for request in self.running:
+            if request.is_replaying and request.step is None and num_tokens_left:
+                num_tokens = min(request.replay_stop - request.replay_position, num_tokens_left)
+                picked.append((request, num_tokens))
+                num_tokens_left -= num_tokens
+        return _isolated(picked)
+
+    def _replay_chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
+        return self._chunk(request, request.replay_position, num_tokens, samples=False)
+
+    def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool) -> ScheduledChunk:
+        """Tokens from `start` on, with the part of the block table that the stages do not know yet."""
         assert request.sequence_id is not None, "a running request has a sequence id"
+        num_told, request.num_told_blocks = request.num_told_blocks, len(request.block_table)
         return ScheduledChunk(
             sequence_id=request.sequence_id,
             token_ids=request.token_ids(start, start + num_tokens),
             start_position=start,
-            block_offset=num_known_blocks,
-            new_block_ids=new_block_ids,
-            samples=start + num_tokens == request.num_tokens,
+            block_offset=num_told,
+            new_block_ids=tuple(request.block_table[num_told:]),
+            samples=samples,
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
@@ -174,6 +220,7 @@ class PipelineSchedule:
         in_flight = self.in_flight.pop(step, None)
         if in_flight is not None:
             self._step_durations_s.append(now_s - in_flight.sent_s)
+            self.last_step = max(self.last_step, step)
             for request in in_flight.requests:
                 request.step = None
                 if request.state is not RequestState.RUNNING:
@@ -193,6 +240,55 @@ class PipelineSchedule:
             self.allocator.free(request.block_table)
             request.block_table = []
 
+    def suspend(self, now_s: float) -> None:
+        """The generation ends: what is in flight is void, since every stage drops it before it takes a new step."""
+        self.suspended_s = now_s if self.suspended_s is None else self.suspended_s
+        in_flight, self.in_flight = list(self.in_flight.values()), {}
+        for step in in_flight:
+            self.held_releases.extend(step.plan.released)  # not every stage may have been told
+            for request in step.requests:
+                request.step = None
+                if request.state is not RequestState.RUNNING:
+                    self._give_back(request)
+        for request in self.running:
+            request.num_recoveries += 1
+
+    def resume(self, generation: Generation, kv_marks: Sequence[int]) -> None:
+        """A new generation. `kv_marks`: by slot, up to which step its holder's cache is good.
+
+        Whose cache is not whole on every slot is replayed from where the worst of them ends.
+        """
+        covered = [
+            [self._covered(request, slot, mark) for slot, mark in enumerate(kv_marks)] for request in self.running
+        ]
+        lacking = {
+            slot
+            for request, by_slot in zip(self.running, covered, strict=True)
+            for slot, position in enumerate(by_slot)
+            if position < request.num_computed_tokens
+        }
+        for request, by_slot in zip(self.running, covered, strict=True):
+            request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
+        self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
+
+    def _covered(self, request: Request, slot: int, mark: int) -> int:
+        """Positions of a request that a slot's holder has."""
+        if request.is_replaying and slot in self.replay_slots:
+            # Interrupted again: who has all that was answered has what was replayed so far.
+            return request.replay_position if mark >= self.last_step else 0
+        return min(request.covered_by(mark), request.num_computed_tokens)
+
+    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, mark: int) -> bool:
+        """A request that a router before this one ran goes on with its cache. False if its blocks are not free."""
+        num_computed = min(held.num_computed, request.num_tokens - 1)
+        if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.take(held.block_ids):
+            return False
+        self.admit(request, sequence_id)
+        request.block_table = list(held.block_ids)
+        request.num_computed_tokens = num_computed
+        request.kv_history = [(mark, num_computed)]
+        return True
+
     def abandon(self) -> list[Request]:
         """The generation ends: nothing of it comes back. Returns who ran here, without cache, by arrival."""
         for in_flight in self.in_flight.values():
@@ -202,6 +298,8 @@ class PipelineSchedule:
         running, self.running = self.running, []
         for request in running:
             request.block_table = []
+            request.num_recoveries += self.suspended_s is None
+            request.num_replayed_tokens += request.num_computed_tokens
         return running
 
     # Being observed

@@ -15,6 +15,9 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
 from services.router.scheduling.step_plan import SampledToken
 
+MAX_KV_HISTORY = 64
+"""Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
+
 
 class RequestState(StrEnum):
     """Where a request is in its life."""
@@ -47,9 +50,23 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     step: StepId | None = None
     """The step in flight that it is part of. One that ended in mid-flight keeps it, and its blocks, until it lands."""
+    num_told_blocks: int = 0
+    """Blocks of its table that the stages of this generation know."""
+    kv_history: list[tuple[int, int]] = field(default_factory=list)
+    """(step, positions computed with it), ascending: what a copy of the cache holds that is good up to some step."""
+    replay_position: int = 0
+    """While its cache is rebuilt on some slots: positions that are there again."""
+    replay_stop: int = 0
+    """What must be there before it goes on; at or below `replay_position`: nothing is to be rebuilt."""
+    held_sequence_id: SequenceId | None = None
+    """Of a request that a router before this one ran: stages may have its cache under this number."""
     num_failed_steps: int = 0
     """Failed steps since its last new token."""
     num_preemptions: int = 0
+    num_recoveries: int = 0
+    """Times that a loss of nodes interrupted it."""
+    num_replayed_tokens: int = 0
+    """Positions computed again after such a loss."""
 
     @property
     def request_id(self) -> RequestId:
@@ -76,6 +93,33 @@ class Request:
         """Only its newest token is left to compute."""
         return self.num_remaining_tokens == 1
 
+    @property
+    def is_replaying(self) -> bool:
+        """Some slots do not have all of its cache yet."""
+        return self.replay_position < self.replay_stop
+
+    def covered_by(self, mark: int) -> int:
+        """Positions that a cache which is good up to step `mark` holds."""
+        return max((stop for step, stop in self.kv_history if step <= mark), default=0)
+
+    def note_computed(self, step: int, num_tokens: int) -> None:
+        """So many tokens more are in the cache of every slot."""
+        self.num_computed_tokens += num_tokens
+        self.kv_history.append((step, self.num_computed_tokens))
+        del self.kv_history[:-MAX_KV_HISTORY]
+
+    def note_replayed(self, step: int, num_tokens: int) -> None:
+        """So many tokens more are there again. Once all are, no copy from before this step has them."""
+        self.replay_position += num_tokens
+        self.num_replayed_tokens += num_tokens
+        if not self.is_replaying:
+            self.kv_history = [(step, self.num_computed_tokens)]
+
+    def replay_from(self, position: int) -> None:
+        """Positions from here on are to be rebuilt on some slots; the stages are told its whole table again."""
+        self.replay_position, self.replay_stop = position, self.num_computed_tokens
+        self.num_told_blocks = 0
+
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens at positions [start, stop). A decode step does not touch the prompt."""
         prompt = self.generation_request.prompt_token_ids
@@ -86,14 +130,20 @@ class Request:
         """WAITING -> RUNNING, with an empty cache."""
         self._move({RequestState.WAITING}, RequestState.RUNNING)
         self.pipeline, self.sequence_id = pipeline, sequence_id
+        self._forget_cache()
 
     def requeue(self, now_s: float) -> None:
         """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and step were given back before."""
         if self.step is not None or self.block_table:
             raise ValueError(f"request {self.request_id} still holds a step or blocks")
         self._move({RequestState.RUNNING}, RequestState.WAITING)
-        self.pipeline, self.sequence_id, self.num_computed_tokens = None, None, 0
+        self.pipeline, self.sequence_id = None, None
+        self._forget_cache()
         self.queued_s = now_s
+
+    def _forget_cache(self) -> None:
+        self.num_computed_tokens = self.num_told_blocks = self.replay_position = self.replay_stop = 0
+        self.kv_history.clear()
 
     def take_token(self, sampled: SampledToken) -> GeneratedToken:
         """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""

@@ -8,7 +8,7 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -18,6 +18,7 @@ from common.errors import (
     MoemeshError,
 )
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
+from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
@@ -29,9 +30,9 @@ from services.router.scheduling.step_plan import RequestFailure, SampledToken, S
 
 
 class Scheduler:
-    """See the module. `draw_sequence_id` gives ids unique in the router's term; by default it counts from 1."""
+    """See the module. Numbers of steps and sequences count up from `first_number`: they ascend over routers' terms."""
 
-    def __init__(self, settings: SchedulerSettings, draw_sequence_id: Callable[[], SequenceId] | None = None) -> None:
+    def __init__(self, settings: SchedulerSettings, first_number: int = 0) -> None:
         self.settings = settings
         self.counters = SchedulerCounters()
         self._admission = Admission(
@@ -44,11 +45,12 @@ class Scheduler:
         self._requests: dict[RequestId, Request] = {}
         self._waiting: list[Request] = []  # by arrival
         self._pipelines: dict[PipelineId, PipelineSchedule] = {}
+        self._suspended: dict[PipelineId, PipelineSchedule] = {}
+        """Pipelines that wait for a holder; their requests keep their blocks."""
         self._failures: list[RequestFailure] = []
         self._num_arrived = 0
-        self._num_steps = 0
-        numbers = count(1)
-        self._draw_sequence_id = draw_sequence_id or (lambda: SequenceId(next(numbers)))
+        self._step_numbers = count(first_number + 1)
+        self._sequence_numbers = count(first_number + 1)
 
     # Requests
 
@@ -82,9 +84,20 @@ class Scheduler:
     # Pipelines
 
     def open_pipeline(
-        self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int, now_s: float
+        self,
+        pipeline: PipelineId,
+        generation: Generation,
+        num_blocks: int,
+        num_slots: int,
+        now_s: float,
+        kv_marks: Sequence[int] = (),
+        held: HeldCache | None = None,
     ) -> None:
-        """All its slots are ready. An older generation of it is closed first; ValueError if that is no older."""
+        """All its slots are ready. A suspended one goes on with its blocks, as far as `kv_marks` (by slot) say.
+
+        An older generation of it that is open is closed first; ValueError if that is no older. `held`: what its stages
+        have from a router before this one.
+        """
         current = self._pipelines.get(pipeline)
         if current is not None:
             if current.generation >= generation:
@@ -92,12 +105,28 @@ class Scheduler:
                     f"pipeline {pipeline} is open in generation {current.generation}, not before {generation}"
                 )
             self.close_pipeline(pipeline, now_s)
-        self._pipelines[pipeline] = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self.settings)
+        schedule = self._suspended.get(pipeline)
+        if schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots):
+            self.close_pipeline(pipeline, now_s)
+        schedule = self._suspended.pop(pipeline, None)
+        if schedule is None:
+            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self.settings)
+        if held is not None:
+            self._adopt(schedule, held)
+        schedule.resume(generation, kv_marks)
+        self._pipelines[pipeline] = schedule
         self._selection.note_opening(pipeline, now_s)
 
-    def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
-        """It lost a slot. What ran there waits again, each at its old place; what is in flight there is dropped."""
+    def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
+        """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
         schedule = self._pipelines.pop(pipeline, None)
+        if schedule is not None:
+            schedule.suspend(now_s)
+            self._suspended[pipeline] = schedule
+
+    def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
+        """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
+        schedule = self._pipelines.pop(pipeline, None) or self._suspended.pop(pipeline, None)
         if schedule is not None:
             for request in schedule.abandon():
                 self._requeue(request, now_s)
@@ -109,16 +138,17 @@ class Scheduler:
         self._expire(now_s)
         self._admit_waiting(now_s)
         plans: list[StepPlan] = []
+        step = StepId(next(self._step_numbers))
         for pipeline in sorted(self._pipelines):
             while True:
-                plan, preempted = self._pipelines[pipeline].plan_step(StepId(self._num_steps + 1), now_s)
+                plan, preempted = self._pipelines[pipeline].plan_step(step, now_s)
                 for request in preempted:
                     request.num_preemptions += 1
                     self.counters.preemptions += 1
                     self._requeue(request, now_s)
                 if plan is None:
                     break
-                self._num_steps += 1
+                step = StepId(next(self._step_numbers))
                 self.counters.steps_planned += 1
                 self.counters.tokens_planned += plan.num_tokens
                 plans.append(plan)
@@ -150,7 +180,11 @@ class Scheduler:
                 )
                 self._failures.extend(self._retry(request, error, now_s))
                 continue
-            request.num_computed_tokens += len(chunk.token_ids)
+            if in_flight.plan.computing_slots:
+                request.note_replayed(step, len(chunk.token_ids))
+                self.counters.tokens_replayed += len(chunk.token_ids)
+                continue
+            request.note_computed(step, len(chunk.token_ids))
             if chunk.samples:
                 outputs.append(TokenOutput(request.request_id, request.take_token(sampled[chunk.sequence_id])))
                 self.counters.tokens_generated += 1
@@ -197,7 +231,7 @@ class Scheduler:
         """A copy of what metrics and the status page show."""
         return SchedulerSnapshot(
             num_waiting=len(self._waiting),
-            num_running=sum(len(schedule.running) for schedule in self._pipelines.values()),
+            num_running=sum(len(schedule.running) for schedule in self._schedules()),
             reserved_tokens=self._admission.reserved_tokens,
             pipelines=tuple(pipeline_snapshot(self._pipelines[pipeline]) for pipeline in sorted(self._pipelines)),
             counters=replace(self.counters),
@@ -206,7 +240,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
         placed = list(self._waiting)
-        for schedule in self._pipelines.values():
+        for schedule in self._schedules():
             schedule.check_invariants()
             placed += schedule.running
         assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
@@ -221,6 +255,24 @@ class Scheduler:
         assert self._admission.reserved_tokens == reserved, "reserved tokens do not add up"
 
     # Inside
+
+    def _schedules(self) -> list[PipelineSchedule]:
+        return [*self._pipelines.values(), *self._suspended.values()]
+
+    def _adopt(self, schedule: PipelineSchedule, held: HeldCache) -> None:
+        """Requests that a router before this one ran here go on with the cache that the stages still have."""
+        schedule.held_releases.extend(SequenceId(number) for number in held.released)
+        owners = {
+            request.held_sequence_id: request for request in self._waiting if request.held_sequence_id is not None
+        }
+        for number, sequence in held.sequences.items():
+            sequence_id = SequenceId(number)
+            request = owners.get(sequence_id)
+            if request is not None and schedule.adopt(request, sequence, sequence_id, held.mark):
+                self._waiting.remove(request)
+                self.counters.requests_adopted += 1
+            else:
+                schedule.held_releases.append(sequence_id)
 
     def _admit_waiting(self, now_s: float) -> None:
         """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
@@ -237,7 +289,7 @@ class Scheduler:
                     break
             else:
                 self._waiting.remove(request)
-                self._pipelines[choice].admit(request, self._draw_sequence_id())
+                self._pipelines[choice].admit(request, SequenceId(next(self._sequence_numbers)))
 
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
@@ -248,11 +300,18 @@ class Scheduler:
             for request in self._requests.values()
             if now_s - request.arrived_s > settings.max_request_s
             or (request.state is RequestState.WAITING and now_s - request.queued_s > max_wait_s)
+            or self._is_stranded(request, now_s)
         ]
         pools = self._pool_sizes()
         for request in late:
             error = lateness(request.generation_request, now_s - request.arrived_s, pools, settings.block_tokens)
             self._failures.append(self._fail(request, error))
+
+    def _is_stranded(self, request: Request, now_s: float) -> bool:
+        """Its pipeline has waited too long for a holder."""
+        schedule = self._suspended.get(request.pipeline) if request.pipeline is not None else None
+        since_s = schedule.suspended_s if schedule is not None else None
+        return since_s is not None and now_s - since_s > self.settings.max_outage_s
 
     def _pool_sizes(self) -> list[int]:
         return [schedule.allocator.num_blocks for schedule in self._pipelines.values()]
@@ -268,10 +327,13 @@ class Scheduler:
         return None
 
     def _retry(self, request: Request, error: MoemeshError, now_s: float) -> list[RequestFailure]:
-        """Recompute the request, or fail it once it has had its share."""
+        """Do the step again; at the next failure recompute the request; fail it once it has had its share."""
         request.num_failed_steps += 1
         if request.num_failed_steps > self.settings.max_failed_steps:
             return [self._fail(request, error)]
+        if request.num_failed_steps == 1:
+            request.num_told_blocks = 0  # nobody knows how far the stages have got
+            return []
         self._withdraw(request)
         self._requeue(request, now_s)
         return []
@@ -294,7 +356,7 @@ class Scheduler:
         if request.state is RequestState.WAITING:
             self._waiting.remove(request)
         elif request.pipeline is not None:
-            self._pipelines[request.pipeline].withdraw(request)
+            (self._pipelines.get(request.pipeline) or self._suspended[request.pipeline]).withdraw(request)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]

@@ -22,6 +22,10 @@ class SchedulerCounters:
     tokens_generated: int = 0
     tokens_recomputed: int = 0
     """Cached tokens that were given up with a preemption, a failed step or a pipeline."""
+    tokens_replayed: int = 0
+    """Positions rebuilt on a slot's new holder while the other slots kept theirs."""
+    requests_adopted: int = 0
+    """Requests of a router before this one that went on with the cache that stages still had."""
     preemptions: int = 0
     failed_steps: int = 0
     dropped_results: int = 0

@@ -47,6 +47,8 @@ class StepPlan:
     """By arrival; empty only where the step does nothing but release."""
     released: tuple[SequenceId, ...]
     """Sequences whose state the stages can drop; each is told once, and is in no chunk of this or a later step."""
+    computing_slots: tuple[int, ...] = ()
+    """Of a replay, the slots that compute; empty: all."""
 
     @property
     def num_tokens(self) -> int:

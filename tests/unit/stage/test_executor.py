@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from common.messages import Header
-from services.stage.attention_kernel import allocate_kv_cache
 from services.stage.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.decoder import ExpertCall
+from services.stage.paged_memory import PagedMemory, allocate_paged_memory
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Model:
 
 def executor_of(model: Model) -> Executor:
     given: Any = model
-    return Executor(given, [])
+    memory: Any = PagedMemory([], torch.zeros(0, 2), None)
+    return Executor(given, memory)
 
 
 def add(executor: Executor, value: float) -> None:
@@ -145,13 +146,13 @@ def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None)
         """Answers the probe with what its weights make of it."""
 
         def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall, Tensor, Tensor]:
-            assert batch.slots.tolist() == [0], "block 0 is nobody's before the first step"
+            assert batch.slots.tolist() == [32], "block 1 is nobody's"
             hidden = torch.ones((1, 4)) * (1.0 if damage is None else damage)
             yield ExpertCall(0, hidden, torch.zeros((1, 1), dtype=torch.int64), torch.ones(1, 1))
             return hidden
 
     model: Any = Layers(embedding=torch.ones(3, 4))
-    executor = Executor(model, allocate_kv_cache(1, 1, 1, 4, torch.float32))
+    executor = Executor(model, allocate_paged_memory(1, 1, (1, 4), 8, torch.float32, None, with_log=False))
     if damage is None:
         executor.self_test()
         return

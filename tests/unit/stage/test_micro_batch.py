@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.array import array_to_frame
 from common.errors import ProtocolError
-from common.messages import Step, TensorFrame
-from services.stage.micro_batch import BlockTables, MicroBatch, read_micro_batch
+from common.messages import NO_ARRAY, Step, TensorFrame
+from services.stage.micro_batch import BlockTables, MicroBatch, read_micro_batch, read_positions
 
 BLOCK_TOKENS = 4
 NUM_BLOCKS = 20
@@ -105,11 +106,32 @@ def test_a_released_sequence_begins_anew() -> None:
         read(step([(7, 2, 1, 1, 0, 0)], [], released=[7]), known)
 
 
-def test_a_new_generation_forgets_all_sequences() -> None:
+def test_a_router_that_has_forgotten_is_told_tables_and_what_is_computed() -> None:
+    known = tables()
+    first = step([(7, 0, 3, 0, 1, 0)], [3])
+    read(first, known)
+    sequences, blocks = known.held()
+    assert (sequences.tolist(), blocks.tolist()) == ([[7, 0, 1]], [3])
+    known.computed(first)
+    read(step([(7, 3, 5, 1, 1, 0), (8, 0, 2, 0, 1, 0)], [1, 2]), known)
+    sequences, blocks = known.held()
+    assert (sequences.tolist(), blocks.tolist()) == ([[7, 3, 2], [8, 0, 1]], [3, 1, 2])
+    assert known.used_blocks() == [3, 1, 2]
+    read(step([], [], released=[7]), known)
+    assert known.held()[0].tolist() == [[8, 0, 1]]
+
+
+def test_a_table_that_is_told_from_its_first_block_on_replaces_what_was_known() -> None:
     known = tables()
     read(step([(7, 0, 3, 0, 1, 0)], [3]), known)
-    known.clear()
-    assert len(known) == 0
+    read(step([(7, 3, 5, 0, 2, 0)], [4, 5]), known)
+    assert known.used_blocks() == [4, 5]
+
+
+def test_a_stage_that_does_not_compute_a_step_knows_where_its_tokens_stand() -> None:
+    known = tables()
+    message = replace(step([(7, 0, 6, 0, 2, 0)], [3, 1]), hidden=NO_ARRAY)
+    assert read_positions(message, known).tolist() == [12, 13, 14, 15, 4, 5]
 
 
 def test_a_step_that_only_releases_has_no_rows() -> None:

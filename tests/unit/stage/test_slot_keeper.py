@@ -11,7 +11,7 @@ import structlog
 import torch
 
 from common.errors import MoemeshError, ProtocolError
-from common.messages import AssignStage, Header
+from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import read_model_config
 from services.stage.loading import load_stage
 from services.stage.slot_keeper import Refused, SlotKeeper, Taken
@@ -78,30 +78,80 @@ def test_a_slot_is_taken_once_its_layers_are_loaded(keeper: Keeper) -> None:
     outcome = keeper.finish()
     assert isinstance(outcome, Taken)
     assert outcome.header.generation == 3
+    assert isinstance(outcome.ready, StageReady)
     assert (outcome.ready.pipeline, outcome.ready.slot, outcome.ready.lease_term) == (0, 0, 1)
     assert outcome.ready.weight_bytes > 0
-    assert outcome.ready.kv_bytes == 2 * 2 * 4 * QWEN3.kv_heads * QWEN3.head_width * 32 * 4
+    kv_values, log_values = 2 * 2 * QWEN3.kv_heads * QWEN3.head_width, QWEN3.width
+    assert outcome.ready.kv_bytes == (4 + 1) * 32 * (kv_values + log_values) * 4, "and a block for self-tests"
     assert keeper.slot is not None
     assert keeper.slot.role.is_first
     assert keeper.downstream.endpoints == ("tcp://next:1",)
     assert keeper.poll() is None
 
 
-def test_a_new_generation_keeps_the_weights_and_forgets_the_sequences(keeper: Keeper, loads: list[Any]) -> None:
+def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled(
+    keeper: Keeper, loads: list[Any]
+) -> None:
     keeper.take(ASSIGN, 1)
     keeper.finish()
     assert keeper.slot is not None
     former, socket = keeper.slot, keeper.downstream
+    former.held.marks.begin(17)
+    former.held.memory.caches[0].keys.fill_(3.0)
     socket.bytes_sent = 100
     outcome = keeper.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
     assert isinstance(outcome, Taken)
+    assert isinstance(outcome.ready, StageReady)
     assert outcome.header.generation == 2
+    assert outcome.ready.kv_mark == 17, "what was under way then is void, and all before it is there"
     assert socket.is_closed
     assert keeper.downstream.endpoints == ("tcp://other:1",)
     assert keeper.slot.model is former.model
-    assert keeper.slot.tables is not former.tables
+    assert keeper.slot.held is former.held
+    router_blocks = keeper.slot.held.memory.caches[0].keys[: ASSIGN.num_blocks]
+    assert bool((router_blocks == 3.0).all()), "the self-test writes elsewhere"
     assert keeper.bytes_sent == 100
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("change", [{"num_blocks": 5}, {"pipeline": 1}])
+def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, change: dict[str, int]) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    assert keeper.slot is not None
+    keeper.slot.held.marks.begin(17)
+    outcome = keeper.take(replace(ASSIGN, **change), 2)
+    assert isinstance(outcome, Taken)
+    assert isinstance(outcome.ready, StageReady)
+    assert outcome.ready.kv_mark == 0
+
+
+def test_a_mirror_takes_over_with_what_it_has_copied(keeper: Keeper) -> None:
+    follow = AssignMirror(0, 0, 2, 0, 2, 1, 4, ("tcp://primary:1",), "")
+    assert keeper.assign(follow, Header(), torch.float32) is None
+    outcome = keeper.finish()
+    assert isinstance(outcome, Taken)
+    assert outcome.ready == MirrorReady(0, 0, 1, False)
+    assert keeper.slot is None
+    assert keeper.mirror is not None
+    keeper.mirror.is_complete, keeper.mirror.mark = True, 41
+    taken = keeper.take(replace(ASSIGN, lease_term=2), 2)
+    assert isinstance(taken, Taken)
+    assert isinstance(taken.ready, StageReady)
+    assert taken.ready.kv_mark == 41
+    assert keeper.mirror is None
+
+
+def test_a_mirror_that_is_not_complete_takes_over_with_nothing(keeper: Keeper) -> None:
+    follow = AssignMirror(0, 0, 2, 0, 2, 1, 4, ("tcp://primary:1",), "")
+    keeper.assign(follow, Header(), torch.float32)
+    keeper.finish()
+    assert keeper.mirror is not None
+    keeper.mirror.mark = 41
+    taken = keeper.take(replace(ASSIGN, lease_term=2), 2)
+    assert isinstance(taken, Taken)
+    assert isinstance(taken.ready, StageReady)
+    assert taken.ready.kv_mark == 0
 
 
 def test_a_new_generation_while_the_same_layers_load_does_not_load_them_again(keeper: Keeper, loads: list[Any]) -> None:

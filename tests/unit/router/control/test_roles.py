@@ -40,12 +40,12 @@ def held(plan: RolePlan) -> str:
 def test_number_of_pipelines_follows_the_rule(names: str, pp: int, spares: int, holders: str, left: str) -> None:
     plan = plan_roles(nodes(names), {}, pp, spares)
     assert (held(plan), "".join(plan.spares)) == (holders, left)
-    assert plan.num_pipelines == len(holders) // pp
+    assert len(plan.pipelines) == len(holders) // pp
 
 
 def test_too_few_nodes_make_no_pipeline_and_the_detail_says_how_many_there_are() -> None:
     plan = plan_roles(nodes("a"), {}, 2, 0)
-    assert (plan.num_pipelines, plan.assignments, plan.spares) == (0, {}, ("a",))
+    assert (plan.pipelines, plan.assignments, plan.spares) == ({}, {}, ("a",))
     assert plan.detail == "1 of 2 stage nodes"
 
 
@@ -59,20 +59,35 @@ def test_spare_fills_the_hole_and_nobody_else_moves() -> None:
     before = plan_roles(nodes("abcde"), {}, 2, 1)
     after = plan_roles([node for node in nodes("abcde") if node.node_id != "b"], before.assignments, 2, 1)
     assert held(after) == "aecd"
-    assert after.num_pipelines == 2
+    assert after.holes == ()
 
 
-def test_highest_pipeline_dissolves_to_fill_the_hole_of_a_lower_one() -> None:
+def test_a_hole_stays_a_hole_while_nobody_is_free_for_it() -> None:
     before = plan_roles(nodes("abcdef"), {}, 2, 0)
     after = plan_roles([node for node in nodes("abcdef") if node.node_id != "a"], before.assignments, 2, 0)
-    assert held(after) == "ebcd"
-    assert after.spares == ("f",)
+    assert held(after) == "bcdef"
+    assert after.holes == (slot(0, 0),)
+    assert after.pipelines[PipelineId(0)] == (None, "b")
+    assert "nobody holds slot 0 of pipeline 0" in after.detail
+    joined = [*(node for node in nodes("abcdefg") if node.node_id != "a")]
+    assert held(plan_roles(joined, after.assignments, 2, 0)) == "gbcdef"
 
 
-def test_dead_node_of_the_highest_pipeline_leaves_the_others_alone() -> None:
-    before = plan_roles(nodes("abcd"), {}, 2, 0)
-    after = plan_roles(nodes("abc"), before.assignments, 2, 0)
-    assert (held(after), after.spares) == ("ab", ("c",))
+def test_of_two_broken_pipelines_the_higher_one_fills_the_lower_one() -> None:
+    before = plan_roles(nodes("abcdef"), {}, 2, 0)
+    after = plan_roles([node for node in nodes("abcdef") if node.node_id not in "ad"], before.assignments, 2, 0)
+    assert held(after) == "cbef"
+    assert after.holes == ()
+    assert set(after.pipelines) == {0, 2}, "nobody is renumbered"
+
+
+def test_mirror_takes_the_slot_that_it_mirrors_and_others_leave_it_alone() -> None:
+    before = plan_roles(nodes("abcd"), {}, 2, 2)
+    alive = [node for node in nodes("abcd") if node.node_id != "a"]
+    mirrors = {slot(0, 0): NodeId("d"), slot(0, 1): NodeId("c")}
+    assert held(plan_roles(alive, before.assignments, 2, 2, mirrors)) == "db"
+    assert held(plan_roles(alive, before.assignments, 2, 2, {slot(0, 1): NodeId("c")})) == "db"
+    assert held(plan_roles(alive, before.assignments, 2, 2)) == "cb"
 
 
 def test_joiner_completes_a_further_pipeline() -> None:
@@ -126,9 +141,22 @@ def test_through_any_changes_slots_are_whole_and_stable(
         names = {node.node_id for node in alive.values()}
         holders = list(plan.assignments.values())
         assert sorted([*holders, *plan.spares]) == sorted(names), "everyone has one place"
-        assert set(plan.assignments) == {slot(p, i) for p in range(plan.num_pipelines) for i in range(pp)}
-        assert (len(names) - spares) // pp <= plan.num_pipelines <= len(names) // pp
+        assert {len(holders) for holders in plan.pipelines.values()} <= {pp}
+        broken = {hole.pipeline for hole in plan.holes}
+        assert len(broken) <= 1, "two broken pipelines could be one whole one"
+        assert not (broken and plan.spares), "a hole stays while somebody is free"
+        if len(names) >= pp:
+            assert len(plan.pipelines) >= 1
+            assert (len(names) - spares) // pp <= len(plan.pipelines)
         for kept, node_id in before.assignments.items():
-            if kept.pipeline < plan.num_pipelines and node_id in names:
+            if (
+                node_id in names
+                and kept.pipeline not in {hole.pipeline for hole in before.holes}
+                and all(
+                    before.assignments[other] in names
+                    for other in before.assignments
+                    if other.pipeline == kept.pipeline
+                )
+            ):
                 assert plan.assignments[kept] == node_id, "moved without need"
         assert plan_roles(shuffled, plan.assignments, pp, spares) == plan, "a second look changes something"

@@ -64,8 +64,8 @@ def test_the_pool_is_what_was_wished_where_memory_allows_it() -> None:
 def test_the_pool_is_what_the_tightest_slot_has_room_for() -> None:
     config, mesh, spans = small_model(), small_mesh(), [LayerRange(0, 2), LayerRange(2, 4)]
     weights = stage_weight_bytes(config, mesh, 1, spans[1])
-    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 5 * BLOCK_BYTES]) == 5
-    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 6 * BLOCK_BYTES - 1]) == 5
+    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 6 * BLOCK_BYTES]) == 5
+    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 7 * BLOCK_BYTES - 1]) == 5
 
 
 def test_a_slot_without_room_for_a_single_block_is_named_with_the_numbers() -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
-from common.messages import AssignStage, Header, StageReady, Unassign
+from common.messages import AssignMirror, AssignStage, MirrorReady, MirrorTo, StageReady, Unassign
 from common.topology import StageSlot
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, Tell
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import LAYERS, PLENTY, node, small_mesh, small_model
 
@@ -21,7 +22,8 @@ RESULTS = ("tcp://router:9",)
 
 
 def roles_of(**mesh: Any) -> StageRoles:
-    return StageRoles(small_model(), small_mesh(**mesh), RESULTS, "token of router")
+    settings = {name: mesh.pop(name) for name in ("recovery", "adopts") if name in mesh}
+    return StageRoles(small_model(), small_mesh(**mesh), RESULTS, "token of router", **settings)
 
 
 def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
@@ -34,7 +36,7 @@ def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
 
 
 def ready(message: AssignStage) -> StageReady:
-    return StageReady(message.pipeline, message.slot, message.lease_term, 1, 1)
+    return StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, 7)
 
 
 def report(roles: StageRoles, actions: list[Action]) -> list[Action]:
@@ -73,7 +75,7 @@ def test_it_opens_with_the_last_of_its_slots_and_once() -> None:
     assert roles.take_ready(NodeId("b"), ready(b), generation) == []
     assert roles.take_ready(NodeId("b"), ready(b), generation) == []
     (action,) = roles.take_ready(NodeId("a"), ready(a), generation)
-    assert action == OpenPipeline(PipelineId(0), Generation(generation), NodeId("a"), 32, 2)
+    assert action == OpenPipeline(PipelineId(0), Generation(generation), NodeId("a"), 32, 2, (7, 7))
     assert roles.take_ready(NodeId("a"), ready(a), generation) == []
     assert roles.num_open == 1
 
@@ -100,7 +102,7 @@ def test_a_lost_holder_closes_its_pipeline_and_the_spare_takes_its_slot_alone() 
     opened(roles, "a", "b", "c")
     before = roles.pipelines[PipelineId(0)].generation
     actions = roles.lose(NodeId("a"))
-    assert actions[0] == ClosePipeline(PipelineId(0))
+    assert actions[0] == SuspendPipeline(PipelineId(0))
     assignments = told(actions)
     assert {name: message.slot for name, (message, _) in assignments.items()} == {"c": 0, "b": 1}
     assert {generation for _, generation in assignments.values()} == {roles.pipelines[PipelineId(0)].generation}
@@ -109,22 +111,120 @@ def test_a_lost_holder_closes_its_pipeline_and_the_spare_takes_its_slot_alone() 
     assert any(isinstance(action, OpenPipeline) for action in report(roles, actions))
 
 
-def test_without_a_replacement_the_pipeline_is_closed_and_its_holder_is_let_go() -> None:
+def test_without_a_replacement_the_hole_stays_and_its_neighbour_keeps_its_slot() -> None:
     roles = roles_of()
     opened(roles, "a", "b")
     actions = roles.lose(NodeId("b"))
-    assert ClosePipeline(PipelineId(0)) in actions
-    assert [
-        action.node_id for action in actions if isinstance(action, Tell) and isinstance(action.message, Unassign)
-    ] == ["a"]
-    assert roles.slot_of(NodeId("a")) is None
-    assert roles.detail == "1 of 2 stage nodes"
+    assert actions == [SuspendPipeline(PipelineId(0))]
+    assert roles.slot_of(NodeId("a")) == StageSlot(PipelineId(0), SlotIndex(0))
+    assert roles.num_open == 0
+    assert roles.detail == "1 of 2 stage nodes; nobody holds slot 1 of pipeline 0"
+    assignments = told(roles.join(node("c")))
+    assert (assignments["c"][0].slot, assignments["a"][0].slot) == (1, 0)
+    assert (assignments["c"][0].lease_term, assignments["a"][0].lease_term) == (2, 1)
+
+
+def test_requests_of_a_broken_pipeline_move_where_another_one_is_open() -> None:
+    roles = roles_of()
+    opened(roles, *"abcd")
+    assert roles.lose(NodeId("b")) == [SuspendPipeline(PipelineId(0)), ClosePipeline(PipelineId(0))]
+    roles = roles_of(recovery="replay")
+    opened(roles, *"abcd")
+    assert roles.lose(NodeId("b")) == [SuspendPipeline(PipelineId(0))]
+    roles = roles_of(recovery="move", spares=1)
+    opened(roles, *"abc")
+    assert roles.lose(NodeId("b"))[0] == ClosePipeline(PipelineId(0))
+
+
+def mirror_of(actions: list[Action]) -> dict[str, AssignMirror]:
+    return {
+        action.node_id: action.message
+        for action in actions
+        if isinstance(action, Tell) and isinstance(action.message, AssignMirror)
+    }
+
+
+def mirrored(roles: StageRoles, actions: list[Action]) -> None:
+    """All who were told to mirror are complete."""
+    for name, message in mirror_of(actions).items():
+        for is_complete in (False, True):
+            roles.take_mirror(
+                NodeId(name), MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
+            )
+
+
+def test_spares_mirror_the_slots_of_an_open_pipeline_one_each() -> None:
+    roles = roles_of(spares=2)
+    opened(roles, *"ab")
+    follows = mirror_of(roles.join(node("c")) + roles.join(node("d")))
+    assert {name: message.slot for name, message in follows.items()} == {"c": 0, "d": 1}
+    assert follows["d"].primary == ("tcp://b:1",)
+    (tell,) = roles.take_mirror(NodeId("d"), MirrorReady(0, 1, 1, False))
+    assert isinstance(tell, Tell)
+    assert (tell.node_id, tell.message) == ("b", MirrorTo(1, "d", ("tcp://d:1",), "token of d"))
+    assert roles.take_mirror(NodeId("d"), MirrorReady(0, 1, 1, True)) == []
+    assert roles.take_mirror(NodeId("c"), MirrorReady(0, 1, 1, True)) == [], "it was told another slot"
+
+
+def test_a_mirror_takes_the_slot_that_it_follows_also_beside_an_open_pipeline() -> None:
+    roles = roles_of(spares=2)
+    opened(roles, *"ab")
+    mirrored(roles, roles.join(node("c")) + roles.join(node("d")))
+    actions = roles.lose(NodeId("b"))
+    assert actions[0] == SuspendPipeline(PipelineId(0))
+    assert told(actions)["d"][0].slot == 1
+    assert "c" not in told(actions)
+
+
+def test_a_holder_that_leaves_waits_for_its_mirror_and_one_without_does_not() -> None:
+    roles = roles_of(spares=1, recovery="replay")
+    opened(roles, *"abc")
+    assert roles.may_leave(NodeId("b")), "nobody follows it"
+    actions = roles.drain(NodeId("b"))
+    assert mirror_of(actions)["c"].slot == 1
+    assert not roles.may_leave(NodeId("b"))
+    assert roles.leaving == []
+    mirrored(roles, actions)
+    assert roles.leaving == ["b"]
+    assert told(roles.lose(NodeId("b")))["c"][0].slot == 1
+
+
+def held(pipeline: int, slot: int, roles: StageRoles, sequences: dict[int, HeldSequence]) -> HeldSlot:
+    return HeldSlot(pipeline, slot, 2, roles.layers[slot], 5, 32, 900 + slot, sequences)
+
+
+def test_a_restarted_router_gives_slots_back_to_their_holders_with_what_both_have() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    assert roles.join(node("s"), 0.0) == [], "a spare may be back first"
+    sequences = {1: HeldSequence((0, 1), 40), 2: HeldSequence((2,), 9)}
+    assert roles.join(node("b"), 0.1, held(0, 1, roles, {1: HeldSequence((0,), 30)})) == []
+    actions = roles.join(node("a"), 0.2, held(0, 0, roles, sequences))
+    assert {name: message.slot for name, (message, _) in told(actions).items()} == {"a": 0, "b": 1}
+    assert {message.lease_term for message, _ in told(actions).values()} == {5}
+    (opening, *_) = report(roles, actions)
+    assert isinstance(opening, OpenPipeline)
+    assert opening.held == HeldCache({1: HeldSequence((0, 1), 30)}, (2,), 900)
+
+
+def test_a_restarted_router_fills_a_hole_once_its_holder_had_time_to_come_back() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    roles.join(node("s"), 0.0)
+    assert roles.join(node("a"), 0.1, held(0, 0, roles, {1: HeldSequence((0,), 9)})) == []
+    assert roles.waits
+    assert roles.tick(1.4) == []
+    actions = roles.tick(1.5)
+    assert {name: message.slot for name, (message, _) in told(actions).items()} == {"a": 0, "s": 1}
+    (opening, *_) = report(roles, actions)
+    assert isinstance(opening, OpenPipeline)
+    assert opening.held is not None
+    assert opening.held.sequences == {1: HeldSequence((0,), 9)}
+    assert not roles.waits
 
 
 def test_losing_a_spare_or_a_stranger_changes_nothing() -> None:
     roles = roles_of(spares=1)
     opened(roles, "a", "b", "c")
-    assert roles.lose(NodeId("c")) == []
+    assert [type(action.message) for action in roles.lose(NodeId("c")) if isinstance(action, Tell)] == []
     assert roles.lose(NodeId("nobody")) == []
     assert roles.num_open == 1
 
@@ -133,7 +233,7 @@ def test_a_holder_that_reconnects_is_told_its_slot_anew() -> None:
     roles = roles_of()
     opened(roles, "a", "b")
     actions = roles.join(node("a"))
-    assert actions[0] == ClosePipeline(PipelineId(0))
+    assert actions[0] == SuspendPipeline(PipelineId(0))
     assert told(actions)["a"][0].slot == 0
     assert told(actions)["a"][0].lease_term == 1, "it holds the slot still"
     assert any(isinstance(action, OpenPipeline) for action in report(roles, actions))
@@ -145,7 +245,7 @@ def test_a_renewed_pipeline_keeps_its_holders_and_terms_in_a_new_generation() ->
     before = roles.pipelines[PipelineId(0)]
     actions = roles.renew(PipelineId(0))
     after = roles.pipelines[PipelineId(0)]
-    assert actions[0] == ClosePipeline(PipelineId(0))
+    assert actions[0] == SuspendPipeline(PipelineId(0))
     assert after.generation > before.generation
     assert after.holders == before.holders
     assert {message.lease_term for message, _ in told(actions).values()} == {1}
@@ -168,12 +268,12 @@ def test_a_node_that_is_too_small_does_not_stand_in_the_way_of_larger_ones() -> 
     actions = roles.lose(NodeId("b"))
     assert roles.num_open == 0
     assert roles.slot_of(NodeId("small")) is None
-    assert "1 of 2 stage nodes; small: " in roles.detail
-    assert Tell(NodeId("a"), Unassign(1), Header()) in actions, "it held a slot of a pipeline that is no more"
+    assert "; small: " in roles.detail
+    assert actions == [SuspendPipeline(PipelineId(0))]
     answers = opened(roles, "c")
     assert [type(action) for action in answers] == [OpenPipeline]
     assert set(roles.pipelines[PipelineId(0)].holders) == {"a", "c"}
-    assert report(roles, roles.join(node("d"))) == [], "small and d are no pipeline; the other goes on"
+    assert not told(roles.join(node("d"))), "small and d are no pipeline; the other goes on"
     assert roles.num_open == 1
     assert len(report(roles, roles.join(node("e")))) == 1
     assert roles.num_open == 2
@@ -203,6 +303,9 @@ class Stages(RuleBasedStateMachine):
         """Pipeline, slot, generation."""
         self.open: dict[int, int] = {}
         """Generation by pipeline."""
+        self.suspended: set[int] = set()
+        """Pipelines whose requests keep their blocks."""
+        self.mirrors: list[tuple[str, AssignMirror | MirrorTo]] = []
         self.last_generation = 0
         self.holders: dict[StageSlot, tuple[str, int]] = {}
         """Who was told the slot last, and in which lease term."""
@@ -210,16 +313,26 @@ class Stages(RuleBasedStateMachine):
     def carry_out(self, actions: list[Action]) -> None:
         assigned: set[int] = set()
         for action in actions:
-            if isinstance(action, ClosePipeline):
+            if isinstance(action, SuspendPipeline):
                 del self.open[action.pipeline]
+                self.suspended.add(action.pipeline)
+            elif isinstance(action, ClosePipeline):
+                assert action.pipeline in self.open or action.pipeline in self.suspended
+                self.open.pop(action.pipeline, None)
+                self.suspended.discard(action.pipeline)
             elif isinstance(action, OpenPipeline):
                 pipeline = self.roles.pipelines[action.pipeline]
                 assert action.pipeline not in self.open
                 assert action.generation == pipeline.generation
                 for slot, holder in enumerate(pipeline.holders):
+                    assert holder is not None
                     assert self.believed[holder] is not None
                     assert (action.pipeline, slot, action.generation) in self.reported
                 self.open[action.pipeline] = action.generation
+                self.suspended.discard(action.pipeline)
+            elif isinstance(action.message, AssignMirror | MirrorTo):
+                assert action.node_id in self.believed, "only the living are told anything"
+                self.mirrors.append((action.node_id, action.message))
             elif isinstance(action.message, Unassign):
                 self.believed[action.node_id] = None
             else:
@@ -251,6 +364,20 @@ class Stages(RuleBasedStateMachine):
         self.believed.pop(name, None)
         self.carry_out(self.roles.lose(NodeId(name)))
 
+    @rule(number=st.integers(0, 50), is_complete=st.booleans())
+    def mirror(self, number: int, is_complete: bool) -> None:
+        told = [(name, message) for name, message in self.mirrors if isinstance(message, AssignMirror)]
+        if told:
+            name, message = told[number % len(told)]
+            report = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
+            self.carry_out(self.roles.take_mirror(NodeId(name), report))
+
+    @rule(name=st.sampled_from(NAMES))
+    def drain(self, name: str) -> None:
+        if name in self.believed:
+            self.carry_out(self.roles.drain(NodeId(name)))
+            assert all(leaver in self.believed for leaver in self.roles.leaving)
+
     @rule(pipeline=st.integers(0, 3))
     def renew(self, pipeline: int) -> None:
         self.carry_out(self.roles.renew(PipelineId(pipeline)))
@@ -267,7 +394,7 @@ class Stages(RuleBasedStateMachine):
 
     @invariant()
     def nobody_holds_two_slots_and_no_slot_has_two_holders(self) -> None:
-        holders = [holder for pipeline in self.roles.pipelines.values() for holder in pipeline.holders]
+        holders = [holder for p in self.roles.pipelines.values() for holder in p.holders if holder is not None]
         assert len(holders) == len(set(holders))
         assert set(holders) <= set(self.believed)
 
@@ -289,7 +416,9 @@ class Stages(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name in list(self.believed):
             self.get_ready(name, 0)
-        assert len(self.open) == len(self.roles.pipelines), "all that are ready are open"
+        whole = [number for number, pipeline in self.roles.pipelines.items() if pipeline.is_whole]
+        assert len(self.open) == len(whole), "all that are ready are open"
+        assert len(self.roles.pipelines) - len(whole) <= 1
 
 
 TestStages = Stages.TestCase

@@ -299,12 +299,16 @@ def test_too_many_held_releases_go_in_a_step_of_their_own() -> None:
 # Failing
 
 
-def test_failed_step_is_recomputed_and_its_tokens_stay() -> None:
+def test_failed_step_is_done_again_and_after_a_second_failure_all_is_recomputed() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a")
     complete(scheduler, only_plan(scheduler), token_id=5)
     failed = only_plan(scheduler)
     assert scheduler.fail_step(failed.step, P0, failed.generation, failed.attempt, ExecutionError("x"), 0.0) == []
+    plan = only_plan(scheduler)
+    assert lengths_in(plan) == [1]
+    assert plan.chunks[0].block_offset == 0, "nobody knows which blocks the stages were told"
+    assert scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0) == []
     plan = only_plan(scheduler)
     assert lengths_in(plan) == [5]
     assert plan.released == (failed.chunks[0].sequence_id,)

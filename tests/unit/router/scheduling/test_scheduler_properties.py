@@ -61,6 +61,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cancelled: set[RequestId] = set()
         self.failed: dict[RequestId, RequestFailure] = {}
         self.stages: dict[PipelineId, SimulatedPipeline] = {}
+        self.suspended: dict[PipelineId, tuple[SimulatedPipeline, int]] = {}
+        """With their number of blocks."""
+        self.num_blocks: dict[PipelineId, int] = {}
         self.in_flight: list[StepPlan] = []
         self.stale: list[StepPlan] = []
         self.open(PIPELINES[0], num_blocks)
@@ -68,8 +71,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def open(self, pipeline: PipelineId, num_blocks: int) -> None:
         self.drop_in_flight(pipeline)
         self.generation += 1
+        self.suspended.pop(pipeline, None)
+        self.scheduler.close_pipeline(pipeline, self.now_s)
         generation = Generation(self.generation)
         self.scheduler.open_pipeline(pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
+        self.num_blocks[pipeline] = num_blocks
         self.stages[pipeline] = SimulatedPipeline(pipeline, generation, num_blocks, self.settings.block_tokens)
 
     def drop_in_flight(self, pipeline: PipelineId) -> None:
@@ -176,7 +182,34 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(pipeline=st.sampled_from(PIPELINES))
     def close(self, pipeline: PipelineId) -> None:
         self.drop_in_flight(pipeline)
+        self.suspended.pop(pipeline, None)
         self.scheduler.close_pipeline(pipeline, self.now_s)
+
+    @rule(pipeline=st.sampled_from(PIPELINES), stage=st.integers(0, 1))
+    def mirror(self, pipeline: PipelineId, stage: int) -> None:
+        if pipeline in self.stages and not any(plan.pipeline == pipeline for plan in self.in_flight):
+            self.stages[pipeline].mirror(stage)
+
+    @rule(pipeline=st.sampled_from(PIPELINES))
+    def suspend(self, pipeline: PipelineId) -> None:
+        stages = self.stages.get(pipeline)
+        self.scheduler.suspend_pipeline(pipeline, self.now_s)
+        self.drop_in_flight(pipeline)
+        if stages is not None:
+            self.suspended[pipeline] = stages, self.num_blocks[pipeline]
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data(), lost=st.sets(st.integers(0, 1)), mirrored=st.booleans())
+    def resume(self, data: st.DataObject, lost: set[int], mirrored: bool) -> None:
+        pipeline = data.draw(st.sampled_from(sorted(self.suspended)))
+        stages, num_blocks = self.suspended.pop(pipeline)
+        self.generation += 1
+        stages.resume(Generation(self.generation), sorted(lost), mirrored)
+        self.scheduler.open_pipeline(
+            pipeline, Generation(self.generation), num_blocks, 2, self.now_s, kv_marks=stages.marks
+        )
+        self.stages[pipeline] = stages
+        self.send_plans()
 
     @rule(pipeline=st.sampled_from(PIPELINES), num_blocks=st.integers(2, 14))
     def reopen(self, pipeline: PipelineId, num_blocks: int) -> None:

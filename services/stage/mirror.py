@@ -1,0 +1,95 @@
+"""The receiving side of a mirror: a copy of another stage's paged memory, and up to which step it is whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.errors import ProtocolError
+from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorRows
+from common.tensor import frame_to_tensor
+from common.transport import Full, MessageSocket
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
+from services.stage.paged_memory import Blocks, PagedMemory, Rows
+
+
+@dataclass(slots=True)
+class Mirror:
+    """A copy that grows. `socket` leads back to the holder, for acknowledgements."""
+
+    role: AssignMirror
+    memory: PagedMemory
+    socket: MessageSocket
+    mark: int = 0
+    """All steps up to this one are in the copy, once it is complete."""
+    is_complete: bool = False
+    is_spoilt: bool = False
+    """The stream has a gap; nothing of it is taken before it begins anew."""
+    attempt: int = 0
+    """Of the stream that is taken now."""
+    last_sequence_number: int = 0
+
+    def take(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+        """Apply one message. True if the copy has become complete with it.
+
+        Raises ProtocolError where the stream has a gap or does not fit: the copy is then worth nothing.
+        """
+        if header.attempt > self.attempt:
+            self.attempt, self.last_sequence_number, self.mark = header.attempt, 0, 0
+            self.is_complete = self.is_spoilt = False
+        self.last_sequence_number += 1
+        if header.sequence_number != self.last_sequence_number:
+            missing = header.sequence_number - self.last_sequence_number
+            raise ProtocolError(f"{missing} messages of the mirrored stage did not arrive")
+        was_complete = self.is_complete
+        if isinstance(message, MirrorRows):
+            self._put_rows(message)
+        else:
+            self._put_blocks(message)
+            self.is_complete = self.is_complete or message.is_last
+        self.mark = max(self.mark, message.mark)
+        self._acknowledge()
+        return self.is_complete and not was_complete
+
+    def close(self) -> None:
+        """Follow nobody any more."""
+        self.socket.close()
+
+    def _put_rows(self, message: MirrorRows) -> None:
+        positions = frame_to_tensor(message.positions, torch.int64, (None,), "MirrorRows.positions")
+        limit = self.memory.num_blocks * KV_BLOCK_TOKENS
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
+            raise ProtocolError(f"MirrorRows.positions names a place outside [0, {limit})")
+        keys = self.memory.caches[0].keys
+        shape = (len(self.memory.caches), len(positions), keys.shape[1], keys.shape[2])
+        log_rows = len(positions) if self.memory.has_log else 0
+        rows = Rows(
+            frame_to_tensor(message.keys, keys.dtype, shape, "MirrorRows.keys"),
+            frame_to_tensor(message.values, keys.dtype, shape, "MirrorRows.values"),
+            frame_to_tensor(message.hidden, keys.dtype, (log_rows, self.memory.log.shape[1]), "MirrorRows.hidden"),
+        )
+        if len(positions):
+            self.memory.put_rows(positions, rows)
+
+    def _put_blocks(self, message: MirrorBlocks) -> None:
+        block_ids = frame_to_tensor(message.blocks, torch.int32, (None,), "MirrorBlocks.blocks").to(torch.int64)
+        limit = self.memory.num_blocks
+        if block_ids.numel() and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < limit:
+            raise ProtocolError(f"MirrorBlocks.blocks names a block outside [0, {limit})")
+        keys = self.memory.caches[0].keys
+        shape = (len(self.memory.caches), len(block_ids), keys[0].numel())
+        log_shape = (len(block_ids) if self.memory.has_log else 0, KV_BLOCK_TOKENS * self.memory.log.shape[1])
+        blocks = Blocks(
+            frame_to_tensor(message.keys, keys.dtype, shape, "MirrorBlocks.keys"),
+            frame_to_tensor(message.values, keys.dtype, shape, "MirrorBlocks.values"),
+            frame_to_tensor(message.hidden, keys.dtype, log_shape, "MirrorBlocks.hidden"),
+        )
+        if len(block_ids):
+            self.memory.put_blocks(block_ids, blocks)
+
+    def _acknowledge(self) -> None:
+        try:
+            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header())
+        except Full:
+            return  # the holder is gone or busy; the next acknowledgement covers this one

@@ -1,0 +1,111 @@
+"""Which mirror this stage feeds, if any, and beginning anew when one does not keep up."""
+
+from __future__ import annotations
+
+import itertools
+
+import structlog
+import torch
+import zmq
+from torch import Tensor
+
+from common.endpoints import choose_endpoint
+from common.errors import ConfigurationError
+from common.messages import MirrorAck, MirrorTo
+from common.transport import LinkEvent, Transport
+from services.stage.mirror_sender import MirrorSender
+from services.stage.slot_keeper import HeldMemory
+
+RESTART_DELAY_S = 1.0
+
+
+class MirrorLink:
+    """At most one mirror at a time. The owner calls `pump` in each round of its loop."""
+
+    def __init__(self, transport: Transport, ipc_token: str, log: structlog.stdlib.BoundLogger) -> None:
+        self._transport = transport
+        self._ipc_token = ipc_token
+        self._log = log
+        self._attempts = itertools.count(1)
+        self._wanted: MirrorTo | None = None
+        self._sender: MirrorSender | None = None
+        self._restart_at_s: float | None = None
+        self._bytes_to_former_mirrors = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """To all mirrors since start."""
+        current = self._sender.socket.bytes_sent if self._sender is not None else 0
+        return self._bytes_to_former_mirrors + current
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether a back-fill is under way."""
+        return self._sender is not None and self._sender.wants_to_send
+
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """That tell when the mirror is connected."""
+        monitor = self._sender.socket.monitor if self._sender is not None else None
+        return [monitor] if monitor is not None else []
+
+    def start(self, wanted: MirrorTo) -> None:
+        """Feed this node, from the beginning. Raises ConfigurationError for an address that is none."""
+        self.stop()
+        if wanted.endpoints:
+            self._wanted = wanted
+            self._connect(wanted)
+
+    def stop(self) -> None:
+        """Feed nobody any more."""
+        self._wanted, self._restart_at_s = None, None
+        self._close_sender()
+
+    def acknowledged(self, message: MirrorAck) -> None:
+        """The mirror has applied what was sent."""
+        if self._sender is not None and message.lease_term == self._sender.lease_term:
+            self._sender.acknowledged(message.applied)
+
+    def send_rows(self, held: HeldMemory, positions: Tensor) -> None:
+        """What a step has written."""
+        if self._sender is not None:
+            with torch.inference_mode():
+                self._sender.send_rows(held.memory, positions, held.marks.mark)
+
+    def pump(self, held: HeldMemory, now_s: float) -> bool:
+        """Take link events, go on with the back-fill, begin anew when it is time. True if sockets have changed."""
+        if self._restart_at_s is not None and self._wanted is not None and now_s >= self._restart_at_s:
+            self._restart_at_s = None
+            self._connect(self._wanted)
+            return True
+        sender = self._sender
+        if sender is None:
+            return False
+        for event in sender.socket.link_events():
+            if event is LinkEvent.CONNECTED and not sender.connected:
+                sender.begin(held.tables.used_blocks())
+            elif event is LinkEvent.CLOSED:
+                sender.is_broken = True
+        if sender.wants_to_send:
+            with torch.inference_mode():
+                sender.send_blocks(held.memory, held.marks.mark)
+        if sender.is_broken:
+            self._log.warning("mirror_lags", lease_term=sender.lease_term)
+            self._close_sender()
+            self._restart_at_s = now_s + RESTART_DELAY_S
+            return True
+        return False
+
+    def _connect(self, wanted: MirrorTo) -> None:
+        try:
+            endpoint = choose_endpoint(wanted.endpoints, wanted.ipc_token, self._ipc_token)
+            socket = self._transport.push(f"mirror {wanted.node_id}", endpoint)
+        except ConfigurationError as error:
+            self._log.error("mirror_unreachable", node=wanted.node_id, reason=str(error))
+            return
+        self._sender = MirrorSender(socket, wanted.lease_term, next(self._attempts))
+
+    def _close_sender(self) -> None:
+        if self._sender is not None:
+            self._bytes_to_former_mirrors += self._sender.socket.bytes_sent
+            self._sender.close()
+            self._sender = None
