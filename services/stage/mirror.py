@@ -19,6 +19,7 @@ class Mirror:
     """A copy that grows. `socket` leads back to the holder, for acknowledgements."""
 
     role: AssignMirror
+    router_term: int
     memory: PagedMemory
     socket: MessageSocket
     mark: int = 0
@@ -29,6 +30,10 @@ class Mirror:
     attempt: int = 0
     """Of the stream that is taken now."""
     last_sequence_number: int = 0
+
+    def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+        """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
+        return (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
 
     def take(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
         """Apply one message. True if the copy has become complete with it.

@@ -27,7 +27,8 @@ class MirrorLink:
         self._ipc_token = ipc_token
         self._log = log
         self._attempts = itertools.count(1)
-        self._wanted: MirrorTo | None = None
+        self._wanted: tuple[MirrorTo, int] | None = None
+        """And the router's term in which it was asked for."""
         self._sender: MirrorSender | None = None
         self._restart_at_s: float | None = None
         self._bytes_to_former_mirrors = 0
@@ -48,12 +49,12 @@ class MirrorLink:
         monitor = self._sender.socket.monitor if self._sender is not None else None
         return [monitor] if monitor is not None else []
 
-    def start(self, wanted: MirrorTo) -> None:
+    def start(self, wanted: MirrorTo, router_term: int) -> None:
         """Feed this node, from the beginning. Raises ConfigurationError for an address that is none."""
         self.stop()
         if wanted.endpoints:
-            self._wanted = wanted
-            self._connect(wanted)
+            self._wanted = wanted, router_term
+            self._connect(*self._wanted)
 
     def stop(self) -> None:
         """Feed nobody any more."""
@@ -75,7 +76,7 @@ class MirrorLink:
         """Take link events, go on with the back-fill, begin anew when it is time. True if sockets have changed."""
         if self._restart_at_s is not None and self._wanted is not None and now_s >= self._restart_at_s:
             self._restart_at_s = None
-            self._connect(self._wanted)
+            self._connect(*self._wanted)
             return True
         sender = self._sender
         if sender is None:
@@ -95,14 +96,14 @@ class MirrorLink:
             return True
         return False
 
-    def _connect(self, wanted: MirrorTo) -> None:
+    def _connect(self, wanted: MirrorTo, router_term: int) -> None:
         try:
             endpoint = choose_endpoint(wanted.endpoints, wanted.ipc_token, self._ipc_token)
             socket = self._transport.push(f"mirror {wanted.node_id}", endpoint)
         except ConfigurationError as error:
             self._log.error("mirror_unreachable", node=wanted.node_id, reason=str(error))
             return
-        self._sender = MirrorSender(socket, wanted.lease_term, next(self._attempts))
+        self._sender = MirrorSender(socket, router_term, wanted.lease_term, next(self._attempts))
 
     def _close_sender(self) -> None:
         if self._sender is not None:

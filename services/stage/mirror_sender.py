@@ -26,9 +26,10 @@ MAX_UNACKNOWLEDGED_BYTES = 256 << 20
 class MirrorSender:
     """One mirror of this stage. `is_broken` once it does not keep up: the router then begins anew."""
 
-    def __init__(self, socket: MessageSocket, lease_term: int, attempt: int) -> None:
+    def __init__(self, socket: MessageSocket, router_term: int, lease_term: int, attempt: int) -> None:
         """`attempt` counts the back-fills of this stage; a mirror that sees a higher one begins anew."""
         self.socket = socket
+        self.router_term = router_term
         self.lease_term = lease_term
         self.attempt = attempt
         self.is_broken = False
@@ -93,7 +94,7 @@ class MirrorSender:
 
     def _send(self, message: Message, num_bytes: int) -> None:
         try:
-            self.socket.send(message, Header(attempt=self.attempt))
+            self.socket.send(message, Header(router_term=self.router_term, attempt=self.attempt))
         except Full:
             self.is_broken = True
             return

@@ -163,7 +163,7 @@ class StageService:
                 if isinstance(message, AssignStage | AssignMirror):
                     self._assign(message, header, now_s)
                 elif isinstance(message, MirrorTo):
-                    self._mirror_to(message)
+                    self._mirror_to(message, header)
                 elif isinstance(message, Unassign):
                     self._unassign(message)
                 elif isinstance(message, PublishPlacement):
@@ -185,12 +185,12 @@ class StageService:
         self._answer_assignment(self._keeper.assign(message, header, self._dtype))
         self._watch_sockets()
 
-    def _mirror_to(self, message: MirrorTo) -> None:
+    def _mirror_to(self, message: MirrorTo, header: Header) -> None:
         slot = self._keeper.slot
         if slot is None or slot.role.lease_term != message.lease_term:
             self._dropped += 1  # of a lease before this one
             return
-        self._mirror_link.start(message)
+        self._mirror_link.start(message, header.router_term)
         self._watch_sockets()
 
     def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
@@ -248,7 +248,7 @@ class StageService:
     def _take_rows(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
         """What a mirrored stage has written. A stream that does not fit begins anew: the router is told."""
         mirror = self._keeper.mirror
-        if mirror is None or message.lease_term != mirror.role.lease_term:
+        if mirror is None or not mirror.follows(message, header):
             self._dropped += 1
             return
         if mirror.is_spoilt and header.attempt <= mirror.attempt:

@@ -257,7 +257,7 @@ class SlotKeeper:
         held.marks = StepMarks()  # of no use before the copy is complete
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
-        self.mirror = Mirror(message, held.memory, socket)
+        self.mirror = Mirror(message, header.router_term, held.memory, socket)
         self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
         return Taken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.array import frame_to_array
 from common.errors import ProtocolError
+from common.ids import NodeId, PipelineId, SlotIndex
 from common.messages import Hello
-from common.topology import LayerRange
+from common.topology import LayerRange, StageSlot
 
 MAX_PIPELINES = 1 << 16
+ADOPT_S = 1.5
+"""How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,72 @@ class HeldCache:
     """Sequences that some stage has and not all agree on: of no use, to be dropped."""
     mark: int
     """Steps up to this one are in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedPipeline:
+    """A pipeline as it was before the router was restarted."""
+
+    pipeline: PipelineId
+    holders: tuple[NodeId | None, ...]
+    """None: nobody has come back for this slot."""
+    lease_terms: tuple[int, ...]
+    """0 for a hole."""
+    num_blocks: int
+    held: HeldCache | None
+
+
+class Adoption:
+    """Collects what nodes claim, until all are back or have had their time."""
+
+    def __init__(self, layers: Sequence[LayerRange], block_tokens: int, is_wanted: bool) -> None:
+        """`layers`: by slot of this mesh. Not wanted (a first router): there is nothing to wait for."""
+        self._layers = layers
+        self._block_tokens = block_tokens
+        self._claims: dict[StageSlot, tuple[NodeId, HeldSlot]] = {}
+        self._deadline_s: float | None = None
+        self.is_pending = is_wanted
+
+    def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float) -> None:
+        """A node registered. What does not fit this mesh is not taken: the node gets a role like any other."""
+        self._deadline_s = now_s + ADOPT_S if self._deadline_s is None else self._deadline_s
+        if held is not None and held.num_slots == len(self._layers) and held.layers == self._layers[held.slot]:
+            self._claims.setdefault(StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot)), (node_id, held))
+
+    def withdraw(self, node_id: NodeId) -> None:
+        """It is gone again."""
+        self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
+
+    def is_due(self, now_s: float) -> bool:
+        """Every pipeline that is claimed has all of its holders back, or the time is up."""
+        if self._deadline_s is None:
+            return False
+        claimed = {slot.pipeline for slot in self._claims}
+        slots = [slot for pipeline in claimed for slot in self._slots(pipeline)]
+        return now_s >= self._deadline_s or (bool(slots) and all(slot in self._claims for slot in slots))
+
+    def take(self) -> list[AdoptedPipeline]:
+        """What is taken over; once."""
+        self.is_pending = False
+        claims, self._claims = self._claims, {}
+        found: list[AdoptedPipeline] = []
+        for pipeline in sorted({slot.pipeline for slot in claims}):
+            by_slot = [claims.get(slot) for slot in self._slots(pipeline)]
+            reports = [claim[1] for claim in by_slot if claim is not None]
+            agreed = len({report.num_blocks for report in reports}) == 1
+            found.append(
+                AdoptedPipeline(
+                    pipeline,
+                    tuple(claim[0] if claim is not None else None for claim in by_slot),
+                    tuple(claim[1].lease_term if claim is not None else 0 for claim in by_slot),
+                    reports[0].num_blocks,
+                    combine(reports, self._block_tokens) if agreed else None,
+                )
+            )
+        return found
+
+    def _slots(self, pipeline: PipelineId) -> list[StageSlot]:
+        return [StageSlot(pipeline, SlotIndex(index)) for index in range(len(self._layers))]
 
 
 def read_held_slot(hello: Hello) -> HeldSlot | None:

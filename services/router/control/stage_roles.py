@@ -12,14 +12,11 @@ from common.messages import AssignStage, Header, MirrorReady, StageReady, Unassi
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import HeldCache, HeldSlot, combine
+from services.router.control.adoption import Adoption, HeldCache, HeldSlot
 from services.router.control.mirror_roles import MirrorRoles
 from services.router.control.mirrors import MirroredSlot
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
-
-ADOPT_S = 1.5
-"""How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
 
 
 @dataclass(slots=True)
@@ -67,9 +64,7 @@ class StageRoles:
         self._num_joined = 0
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
-        self._claims: dict[StageSlot, tuple[NodeId, HeldSlot]] = {}
-        self._adopts = adopts
-        self._adopt_by_s: float | None = None
+        self._adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self.mirrors = MirrorRoles(config, shape, self.layers)
         self._last_generation = 0
@@ -102,38 +97,34 @@ class StageRoles:
         if node_id not in self._nodes:
             self._num_joined += 1
         self._nodes[node_id] = (description, self._num_joined)
-        if self._adopts and held is not None and self._fits_this_mesh(held):
-            self._claims.setdefault(StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot)), (node_id, held))
-        if self._adopt_by_s is None:
-            self._adopt_by_s = now_s + ADOPT_S
+        self._adoption.claim(node_id, held, now_s)
         return self.tick(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
         """Roles that time alone decides: a restarted router does not give a slot away before its holder is back."""
-        if self._adopts:
-            if self._adopt_by_s is None or (now_s < self._adopt_by_s and not self._claims_are_whole()):
-                return []
-            self._adopts = False
-            return self._adopt() + self._replan()
-        return self._replan()
+        if not self._adoption.is_pending:
+            return self._replan()
+        if not self._adoption.is_due(now_s):
+            return []
+        return self._adopt() + self._replan()
 
     @property
     def waits(self) -> bool:
         """Whether `tick` may have something to do."""
-        return self._adopts and self._adopt_by_s is not None
+        return self._adoption.is_pending
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
         self._draining.discard(node_id)
         if self._nodes.pop(node_id, None) is None:
             return []
-        self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
-        return [] if self._adopts else self._replan()
+        self._adoption.withdraw(node_id)
+        return [] if self._adoption.is_pending else self._replan()
 
     def drain(self, node_id: NodeId) -> list[Action]:
         """A node wants to leave. Ask `may_leave` from now on; until then it serves."""
         self._draining.add(node_id)
-        return [] if self._adopts else self._mirror()
+        return [] if self._adoption.is_pending else self._mirror()
 
     def may_leave(self, node_id: NodeId) -> bool:
         """Whether nothing is gained by waiting: it holds no open slot, its mirror is complete, or there is none."""
@@ -354,39 +345,15 @@ class StageRoles:
         ]
         return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
 
-    # Adoption
-
-    def _fits_this_mesh(self, held: HeldSlot) -> bool:
-        return held.num_slots == self._shape.pp and held.layers == self.layers[held.slot]
-
-    def _claims_are_whole(self) -> bool:
-        """Every pipeline that a node claims a slot of has all of its holders back."""
-        claimed = {slot.pipeline for slot in self._claims}
-        return bool(claimed) and all(
-            StageSlot(pipeline, SlotIndex(index)) in self._claims
-            for pipeline in claimed
-            for index in range(self._shape.pp)
-        )
-
     def _adopt(self) -> list[Action]:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
-        for pipeline_id in sorted({slot.pipeline for slot in self._claims}):
-            slots = [StageSlot(pipeline_id, SlotIndex(index)) for index in range(self._shape.pp)]
-            reports = [self._claims[slot][1] for slot in slots if slot in self._claims]
-            for slot in slots:
-                if slot in self._claims:
-                    self._lease_terms[slot] = LeaseTerm(self._claims[slot][1].lease_term)
-            agreed = len({report.num_blocks for report in reports}) == 1
-            self._pipelines[pipeline_id] = Pipeline(
-                Generation(0),
-                tuple(self._claims[slot][0] if slot in self._claims else None for slot in slots),
-                reports[0].num_blocks,
-                held=combine(reports, self._shape.block_tokens) if agreed else None,
+        actions: list[Action] = []
+        for adopted in self._adoption.take():
+            for index, lease_term in enumerate(adopted.lease_terms):
+                self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)
+            self._pipelines[adopted.pipeline] = Pipeline(
+                Generation(0), adopted.holders, adopted.num_blocks, held=adopted.held
             )
-        self._claims.clear()
-        return [
-            action
-            for pipeline_id, pipeline in list(self._pipelines.items())
-            if pipeline.is_whole
-            for action in self._assign(pipeline_id, pipeline.holders)
-        ]
+            if None not in adopted.holders:
+                actions += self._assign(adopted.pipeline, adopted.holders)
+        return actions
