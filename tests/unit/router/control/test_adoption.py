@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.array import array_to_frame
+from common.errors import ProtocolError
+from common.messages import Hello
+from common.topology import LayerRange
+from services.router.control.adoption import HeldSequence, HeldSlot, combine, read_held_slot
+
+BLOCK_TOKENS = 4
+
+
+def slot(index: int, sequences: dict[int, tuple[tuple[int, ...], int]], last_step: int = 50) -> HeldSlot:
+    held = {number: HeldSequence(blocks, computed) for number, (blocks, computed) in sequences.items()}
+    return HeldSlot(0, index, 2, LayerRange(index, index + 1), 1, 32, last_step, held)
+
+
+def hello(held_slot: tuple[int, ...], sequences: list[list[int]], blocks: list[int]) -> Hello:
+    fields: dict[str, Any] = {
+        "node_id": "a",
+        "incarnation": 1,
+        "node_kind": "stage",
+        "capacity_bytes": 1,
+        "host_label": "",
+        "numeric_class": "",
+        "fingerprint": "",
+        "endpoints": (),
+        "lifeline": (),
+        "ipc_token": "",
+    }
+    return Hello(
+        **fields,
+        held_slot=held_slot,
+        held_sequences=array_to_frame(np.array(sequences, dtype=np.int64).reshape(-1, 3)),
+        held_blocks=array_to_frame(np.array(blocks, dtype=np.int32)),
+    )
+
+
+SLOT = (0, 1, 2, 3, 5, 7, 10, 99)
+
+
+def test_a_sequence_goes_on_as_far_as_every_slot_has_it() -> None:
+    held = combine([slot(0, {7: ((1, 2), 8)}), slot(1, {7: ((1,), 4)}, last_step=48)], BLOCK_TOKENS)
+    assert held.sequences == {7: HeldSequence((1, 2), 4)}
+    assert held.released == ()
+    assert held.mark == 48
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {7: ((3,), 4)},
+        {7: ((1,), 0)},
+        {7: ((1, 2), 9)},
+    ],
+    ids=["missing", "another block", "nothing computed", "more positions than blocks"],
+)
+def test_what_slots_do_not_agree_on_is_dropped(other: dict[int, tuple[tuple[int, ...], int]]) -> None:
+    held = combine([slot(0, {7: ((1, 2), 9)}), slot(1, other)], BLOCK_TOKENS)
+    assert held.sequences == {}
+    assert held.released == (7,)
+
+
+def test_two_sequences_do_not_get_one_block() -> None:
+    sequences = {7: ((1, 2), 8), 8: ((2,), 4)}
+    held = combine([slot(0, sequences), slot(1, sequences)], BLOCK_TOKENS)
+    assert (set(held.sequences), held.released) == ({7}, (8,))
+
+
+def test_a_hello_says_what_is_held() -> None:
+    held = read_held_slot(hello(SLOT, [[7, 40, 2], [8, 3, 1]], [4, 5, 9]))
+    assert held is not None
+    assert (held.pipeline, held.slot, held.layers, held.lease_term, held.last_step) == (0, 1, (3, 5), 7, 99)
+    assert held.sequences == {7: HeldSequence((4, 5), 40), 8: HeldSequence((9,), 3)}
+    assert read_held_slot(hello((), [], [])) is None
+
+
+@pytest.mark.parametrize(
+    ("held_slot", "sequences", "blocks", "field"),
+    [
+        ((1, 2), [], [], "held_slot"),
+        ((0, 2, 2, 3, 5, 7, 10, 99), [], [], "held_slot"),
+        ((0, 1, 2, 5, 5, 7, 10, 99), [], [], "held_slot"),
+        (SLOT, [[7, 40, 2]], [4], "held_blocks"),
+        (SLOT, [[7, 40, 1]], [10], "held_blocks"),
+        (SLOT, [[7, -1, 1]], [1], "held_blocks"),
+    ],
+)
+def test_a_hello_that_makes_no_sense_is_refused_by_the_field(
+    held_slot: tuple[int, ...], sequences: list[list[int]], blocks: list[int], field: str
+) -> None:
+    with pytest.raises(ProtocolError, match=f"Hello.{field}"):
+        read_held_slot(hello(held_slot, sequences, blocks))

@@ -1,0 +1,183 @@
+"""A mirror is its primary's memory, as far as it says: whatever is written while it is filled, and through any gap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.codec import decode, encode
+from common.errors import ProtocolError
+from common.messages import AssignMirror, Header, Message, MirrorAck, MirrorBlocks, MirrorRows
+from common.transport import Full
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
+from services.stage.mirror import Mirror
+from services.stage.mirror_sender import BACKFILL_BLOCKS, MirrorSender
+from services.stage.paged_memory import PagedMemory, allocate_paged_memory
+from tests.unit.stage.test_paged_memory import assert_equal
+
+BLOCKS = 20
+ROLE = AssignMirror(0, 0, 2, 0, 2, 5, BLOCKS, (), "")
+TERM = 3
+
+
+def memory() -> PagedMemory:
+    return allocate_paged_memory(2, BLOCKS, (2, 4), 8, torch.float32, None, with_log=True)
+
+
+class Wire:
+    """A socket whose messages arrive encoded, decoded and numbered, when somebody asks."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Any, Header]] = []
+        self.num_sent = 0
+        self.takes = True
+
+    def send(self, message: Message, header: Header) -> None:
+        if not self.takes:
+            raise Full("full")
+        self.num_sent += 1
+        frames = encode(message, Header(header.router_term, 0, header.attempt, sequence_number=self.num_sent))
+        self.waiting.append(decode([bytearray(frame) for frame in frames]))  # type: ignore[list-item]
+
+    def close(self) -> None:
+        return None
+
+
+class Pair:
+    """A primary that writes, and its mirror."""
+
+    def __init__(self) -> None:
+        self.memory, self.wire, self.back = memory(), Wire(), Wire()
+        wire: Any = self.wire
+        back: Any = self.back
+        self.sender = MirrorSender(wire, TERM, 5, attempt=1)
+        self.mirror = Mirror(ROLE, TERM, memory(), back)
+        self.step = 0
+
+    def write(self, positions: list[int]) -> None:
+        self.step += 1
+        at, generator = torch.tensor(positions), torch.Generator().manual_seed(self.step)
+        for cache in self.memory.caches:
+            blocks, offsets = at // KV_BLOCK_TOKENS, at % KV_BLOCK_TOKENS
+            cache.keys[blocks, :, :, offsets] = torch.randn(len(at), 2, 4, generator=generator)
+            cache.values[blocks, :, offsets] = torch.randn(len(at), 2, 4, generator=generator)
+        self.memory.log_hidden(at, torch.randn(len(at), 8, generator=generator))
+        self.sender.send_rows(self.memory, at, self.step)
+
+    def fill(self) -> None:
+        if self.sender.wants_to_send:
+            self.sender.send_blocks(self.memory, self.step)
+
+    def deliver(self) -> None:
+        while self.wire.waiting:
+            self.mirror.take(*self.wire.waiting.pop(0))
+        while self.back.waiting:
+            message, _ = self.back.waiting.pop(0)
+            assert isinstance(message, MirrorAck)
+            self.sender.acknowledged(message.applied)
+
+
+POSITIONS = st.lists(st.integers(0, BLOCKS * KV_BLOCK_TOKENS - 1), min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(POSITIONS, st.sampled_from(["fill", "deliver"])), max_size=25), st.integers(0, 8))
+def test_a_mirror_that_joins_at_any_time_is_equal_once_it_is_complete(events: list[Any], joins_at: int) -> None:
+    pair, used = Pair(), set[int]()
+    for number, event in enumerate(events):
+        if number == joins_at:
+            pair.sender.begin(used)
+        if event == "fill":
+            pair.fill()
+        elif event == "deliver":
+            pair.deliver()
+        else:
+            pair.write(event)
+            used.update(position // KV_BLOCK_TOKENS for position in event)
+        if pair.mirror.is_complete and not pair.wire.waiting:
+            assert_equal(pair.memory, pair.mirror.memory)
+            assert pair.mirror.mark == pair.step
+    if not pair.sender.connected:
+        pair.sender.begin(used)
+    while pair.sender.wants_to_send:
+        pair.fill()
+    pair.deliver()
+    assert pair.mirror.is_complete
+    assert_equal(pair.memory, pair.mirror.memory)
+    assert pair.mirror.mark == pair.step
+
+
+def test_a_large_back_fill_goes_in_pieces_and_only_the_last_completes() -> None:
+    pair = Pair()
+    pair.sender.begin(range(BACKFILL_BLOCKS + 1))
+    pair.fill()
+    pair.deliver()
+    assert not pair.mirror.is_complete
+    pair.fill()
+    assert not pair.sender.wants_to_send
+    pair.deliver()
+    assert pair.mirror.is_complete
+
+
+def test_a_gap_spoils_the_copy_until_the_stream_begins_anew() -> None:
+    pair = Pair()
+    pair.sender.begin([0])
+    pair.fill()
+    pair.deliver()
+    pair.write([1])
+    pair.wire.waiting.clear()
+    pair.write([2])
+    with pytest.raises(ProtocolError, match="1 messages of the mirrored stage did not arrive"):
+        pair.deliver()
+    pair.wire.num_sent = 0
+    wire: Any = pair.wire
+    pair.sender = MirrorSender(wire, TERM, 5, attempt=2)
+    pair.sender.begin([0])
+    pair.fill()
+    pair.deliver()
+    assert pair.mirror.is_complete
+    assert_equal(pair.memory, pair.mirror.memory)
+
+
+@pytest.mark.parametrize(("term", "lease_term"), [(TERM - 1, 5), (TERM, 4)])
+def test_a_holder_that_was_replaced_is_not_followed(term: int, lease_term: int) -> None:
+    pair, wire = Pair(), Wire()
+    given: Any = wire
+    stale = MirrorSender(given, term, lease_term, attempt=9)
+    stale.begin([])
+    stale.send_blocks(pair.memory, 1)
+    assert not pair.mirror.follows(*wire.waiting[0])
+
+
+def test_what_names_a_place_outside_the_memory_is_refused() -> None:
+    pair = Pair()
+    pair.sender.begin([])
+    pair.write([1])
+    message, header = pair.wire.waiting[0]
+    assert isinstance(message, MirrorRows)
+    pair.mirror.memory = allocate_paged_memory(2, 0 + 1, (2, 4), 8, torch.float32, None, with_log=True)
+    pair.wire.waiting.clear()
+    pair.write([40])
+    with pytest.raises(ProtocolError, match=r"MirrorRows\.positions names a place outside"):
+        pair.mirror.take(pair.wire.waiting[0][0], header)
+    pair = Pair()
+    pair.sender.begin([19])
+    pair.fill()
+    message, header = pair.wire.waiting[0]
+    assert isinstance(message, MirrorBlocks)
+    pair.mirror.memory = allocate_paged_memory(2, 1, (2, 4), 8, torch.float32, None, with_log=True)
+    with pytest.raises(ProtocolError, match=r"MirrorBlocks\.blocks names a block outside"):
+        pair.mirror.take(message, header)
+
+
+def test_a_mirror_that_does_not_keep_up_is_given_up() -> None:
+    pair = Pair()
+    pair.sender.begin([])
+    pair.wire.takes = False
+    pair.write([1])
+    assert pair.sender.is_broken
+    assert not pair.sender.wants_to_send
