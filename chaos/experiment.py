@@ -75,7 +75,7 @@ class Load(_Strict):
 class Victims(_Strict):
     """Who is hurt; see chaos/victims.py."""
 
-    rule: Literal["random", "same", "all", "everything_but_router", "pair", "named"] = "random"
+    rule: Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody"] = "random"
     kind: NodeKind | Literal[""] = ""
     count: Annotated[int, Field(ge=1)] = 1
     names: tuple[str, ...] = ()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -76,7 +77,8 @@ class LocalTarget:
     def signal(self, node: Node, number: int) -> None:
         # A pid is given again to others; only a child that runs is ours.
         if (node.name, node.pid) in self.mesh.processes():
-            os.kill(node.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(node.pid, number)
 
     def stop(self, node: Node, timeout_s: float) -> None:
         with _as_target_error():
@@ -100,15 +102,12 @@ class LocalTarget:
         shutil.rmtree(self._state_dir, ignore_errors=True)
 
 
-class _as_target_error:
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, ConfigurationError):
-            raise TargetError(error.message) from error
+@contextlib.contextmanager
+def _as_target_error() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise TargetError(error.message) from error
 
 
 def free_port() -> int:

@@ -76,6 +76,17 @@ def make_timeline(seed: int, allowed: Sequence[AllowedFault], rules: TimelineRul
     return planned
 
 
+def overlapping_groups(planned: Sequence[PlannedFault]) -> list[list[PlannedFault]]:
+    """Faults that hurt at the same time, together; in the order of time."""
+    groups: list[list[PlannedFault]] = []
+    for fault in planned:
+        if fault.overlaps and groups:
+            groups[-1].append(fault)
+        else:
+            groups.append([fault])
+    return groups
+
+
 def _kinds_in_order(draw: random.Random, allowed: Sequence[AllowedFault], count: int) -> list[AllowedFault]:
     each_once = draw.sample(list(allowed), len(allowed))[:count]
     weights = [entry.weight for entry in allowed]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from chaos.target import NODE_KINDS, Node
 
-RULES = ("random", "same", "all", "everything_but_router", "pair", "named")
+RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class VictimRule:
     """One of RULES. `random` and `all` take `kind`; `random` takes `count`; `named` takes `names`.
 
     `same`: those of the fault before, by name (flapping over restarts). `pair`: one node of each of two kinds where
-    there are two kinds besides the router, else two nodes.
+    there are two kinds besides the router, else two nodes. `nobody`: for faults that hurt the mesh as a whole.
     """
 
     rule: str = "random"
@@ -62,6 +62,8 @@ def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, befor
             return [node for node in nodes if node.kind != "router"]
         case "named":
             return [node for node in nodes if node.name in rule.names]
+        case "nobody":
+            return ()
         case "pair":
             return _pair(of_kind, draw)
         case unknown:
