@@ -276,7 +276,7 @@ def decode_event(line: str) -> Event:
         kind = _KINDS[values.pop("event")]
         if values.keys() != {item.name for item in fields(kind)}:
             raise HistoryError(f"not the fields of {kind.__name__}: {line[:200]!r}")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise HistoryError(f"no event: {line[:200]!r}") from error
     for name, value in values.items():
         if isinstance(value, list):
