@@ -14,6 +14,8 @@ from chaos.verdict import percentile
 
 NOTICEABLE_S = 0.05
 """A gap that is longer than the usual longest by less than this is no stall."""
+NOTICED_WITHIN_S = 2.0
+"""A stall that begins later than this after a fault is of something else: of a node that comes back, for example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class FaultOutcome:
     """Over those streams: the longest time without a token, less the usual longest one."""
     gap_max_s: float
     tokens_again_s: float
-    """From the fault until the last stalled stream got a token again; 0 if none stalled."""
+    """From the fault until the last of the streams that stalled at once got a token again; 0 if none did."""
     doubts: tuple[str, ...] = ()
 
     @property
@@ -113,6 +115,7 @@ def _outcome(
     for operation in active:
         begin_s, end_s = _longest_gap(operation, fault.at_s, until_s)
         gaps.append(max(0.0, end_s - begin_s - usual_s))
+        begin_s, end_s = _longest_gap(operation, fault.at_s, min(until_s, fault.at_s + NOTICED_WITHIN_S))
         if end_s - begin_s > usual_s + NOTICEABLE_S:
             again_s = max(again_s, end_s)
     doubts = []
