@@ -220,8 +220,10 @@ class Load:
         await self.client.ask(f"{self.label}-{self._count}", stream, request)
 
 
-def http_client(num_streams: int, silence_s: float) -> httpx.AsyncClient:
+def http_client(
+    num_streams: int, silence_s: float, transport: httpx.AsyncBaseTransport | None = None
+) -> httpx.AsyncClient:
     """Connections for so many streams; one that says nothing for `silence_s`, not even a comment, is broken."""
     timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=silence_s)
     limits = httpx.Limits(max_connections=num_streams + 8, max_keepalive_connections=num_streams)
-    return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+    return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, transport=transport)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from chaos.history import Asked, Event, MetricsSample, NodesSeen, Tokens
+from chaos.history import Abandoned, Asked, Ended, Event, Failed, MetricsSample, NodesSeen, Tokens
 from chaos.metrics_text import is_whole, sum_metrics
 from chaos.process_table import sample_process
 from chaos.target import Node, Target, TargetError
@@ -21,16 +21,30 @@ WHOLE_FOR_S = 1.0
 
 @dataclass(slots=True)
 class Progress:
-    """When each stream last got a token; fed with the events of the record."""
+    """When each stream last got a token, and who is in mid-answer; fed with the events of the record."""
 
     last_token_s: dict[int, float] = field(default_factory=dict)
     _streams: dict[str, int] = field(default_factory=dict)
+    _streaming: set[str] = field(default_factory=set)
 
     def see(self, event: Event) -> None:
-        if isinstance(event, Asked):
-            self._streams[event.operation] = event.stream
-        elif isinstance(event, Tokens):
-            self.last_token_s[self._streams[event.operation]] = event.at_s
+        """One more event."""
+        match event:
+            case Asked():
+                self._streams[event.operation] = event.stream
+            case Tokens():
+                self.last_token_s[self._streams[event.operation]] = event.at_s
+                self._streaming.add(event.operation)
+            case Ended() | Failed() | Abandoned():
+                self._streaming.discard(event.operation)
+                del self._streams[event.operation]
+            case _:
+                pass
+
+    @property
+    def num_streaming(self) -> int:
+        """Answers that have begun and not ended."""
+        return len(self._streaming)
 
     def all_since(self, at_s: float, num_streams: int) -> bool:
         """Whether every stream has got a token since then."""

@@ -39,6 +39,8 @@ from chaos.victims import choose_victims
 SILENCE_S = 30.0
 """The server comments every few seconds in a pause; a connection that says nothing for so long is broken."""
 BETWEEN_OVERLAPPING_S = 0.4
+WORK_WITHIN_S = 10.0
+"""How long a fault waits for most streams to be in mid-answer."""
 
 
 class CannotRunError(Exception):
@@ -58,6 +60,8 @@ class Run:
     """Seconds since the run began."""
     began_unix_s: float
     say: Callable[[str], None]
+    transport: httpx.AsyncBaseTransport | None = None
+    """In place of the network."""
     sees_processes: bool = False
     requests: list[ChaosRequest] = field(default_factory=list)
     model: str = ""
@@ -68,7 +72,10 @@ class Run:
     async def execute(self) -> None:
         """All phases. Raises CannotRunError. Everything that was hurt is healed when it returns or raises."""
         load = self.experiment.load
-        async with http_client(load.streams, SILENCE_S) as http, httpx.AsyncClient(timeout=5, trust_env=False) as ask:
+        async with (
+            http_client(load.streams, SILENCE_S, self.transport) as http,
+            httpx.AsyncClient(timeout=5, trust_env=False, transport=self.transport) as ask,
+        ):
             observer = Observer(ask, self.target, self._record, self.clock)
             await self._reach_steady_state(observer)
             self.requests = draw_requests(self.seed, load.requests, load.shape, await self._takes_penalties(ask))
@@ -150,11 +157,15 @@ class Run:
             await asyncio.gather(*load.tasks, watching, return_exceptions=True)
 
     async def _wait_all_stream(self, since_s: float, timeout_s: float) -> None:
+        await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)
+
+    async def _wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
+        """Or until the timeout; the record tells which."""
         deadline_s = self.clock() + timeout_s
         for _ in itertools.count():
-            if self._progress.all_since(since_s, self.experiment.load.streams) or self.clock() > deadline_s:
+            if is_so() or self.clock() > deadline_s:
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
 
     async def _apply_timeline(self, observer: Observer) -> None:
         timeline = self.experiment.timeline
@@ -192,6 +203,9 @@ class Run:
         victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep)
         if not victims and planned.victims.rule != "nobody":
             return self._skip(planned, f"nobody to hurt: {planned.victims}", is_expected=False)
+        # Streams that run in step end at the same moment; a fault between two rounds would hit nothing.
+        most = max(1, self.experiment.load.streams * 3 // 4)
+        await self._wait_until(lambda: self._progress.num_streaming >= most, WORK_WITHIN_S)
         at_s = self.clock()
         self._open_faults.append((planned, fault))
         try:
