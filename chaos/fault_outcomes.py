@@ -113,11 +113,11 @@ def _outcome(
     active = [o for o in operations if o.was_streaming(fault.at_s)]
     gaps, again_s = [], fault.at_s
     for operation in active:
-        begin_s, end_s = _longest_gap(operation, fault.at_s, until_s)
-        gaps.append(max(0.0, end_s - begin_s - usual_s))
-        begin_s, end_s = _longest_gap(operation, fault.at_s, min(until_s, fault.at_s + NOTICED_WITHIN_S))
-        if end_s - begin_s > usual_s + NOTICEABLE_S:
-            again_s = max(again_s, end_s)
+        touching = _gaps_between(operation, fault.at_s, until_s)
+        gaps.append(max(0.0, max((end_s - begin_s for begin_s, end_s in touching), default=0.0) - usual_s))
+        for begin_s, end_s in touching:
+            if begin_s < fault.at_s + NOTICED_WITHIN_S and end_s - begin_s > usual_s + NOTICEABLE_S:
+                again_s = max(again_s, end_s)
     doubts = []
     if not active:
         doubts.append("no stream was getting tokens when it came")
@@ -142,11 +142,12 @@ def _outcome(
     )
 
 
-def _longest_gap(operation: Operation, since_s: float, until_s: float) -> tuple[float, float]:
-    touching = [gap for gap in operation.gaps() if gap[1] > since_s and gap[0] < until_s]
-    if operation.ended_s is None and operation.arrivals_s[-1] < until_s:
-        touching.append((operation.arrivals_s[-1], until_s))  # it waits still
-    return max(touching, key=lambda gap: gap[1] - gap[0], default=(since_s, since_s))
+def _gaps_between(operation: Operation, since_s: float, until_s: float) -> list[tuple[float, float]]:
+    """Times without tokens that touch a window. One that goes on after it is the next window's: it ends here."""
+    gaps = list(operation.gaps())
+    if operation.ended_s is None:
+        gaps.append((operation.arrivals_s[-1], until_s))  # it waits still
+    return [(begin_s, min(end_s, until_s)) for begin_s, end_s in gaps if end_s > since_s and begin_s < until_s]
 
 
 def skipped(events: Sequence[Event]) -> list[FaultSkipped]:

@@ -138,3 +138,9 @@ def test_requests_follow_from_the_seed_and_stay_what_they_are_without_penalties(
     assert all(word in kinds for word in ("greedy", "seeded", "stop", "n=2", "penalties"))
     assert len({request.body_sha256("m") for request in one}) == 40
     assert all("seed" in request.fields for request in one if request.fields["temperature"] > 0)
+
+
+@pytest.mark.parametrize("events", [good_history(), broken_history(), unknown_history()])
+def test_every_row_of_a_table_has_a_cell_for_each_column(events: list[Event]) -> None:
+    for heading, columns, rows in report(events).tables():
+        assert all(len(row) == len(columns) for row in rows), heading

@@ -15,6 +15,7 @@ from chaos.history import (
     Event,
     Failed,
     FaultApplied,
+    FaultHealed,
     FaultSkipped,
     MeshWhole,
     MetricsSample,
@@ -341,3 +342,19 @@ def test_the_time_of_load_ends_when_clients_are_told_to_finish() -> None:
     events = alter(good_history(), PhaseBegan, lambda e: replace(e, at_s=FAULT_S + 1) if e.phase == "finish" else e)
     speed = judge(events, Bounds()).throughput
     assert speed.inside_s + speed.outside_s == pytest.approx(FAULT_S + 1 - FAULTS_BEGIN_S - STEP_S)
+
+
+def test_a_stall_of_the_next_fault_is_not_put_down_to_the_one_before() -> None:
+    next_s = FAULT_S + 0.4
+    events = later(good_history(), "run-0", next_s, 3.0)
+    events += [
+        FaultApplied(next_s, 1, "kill", (NODES[1],), ("stage-0",), {}),
+        FaultHealed(next_s + 0.01, 1),
+        MeshWhole(next_s + 4, 1),
+    ]
+    first, second = judge(events, Bounds()).outcomes
+    assert first.gap_max_s == pytest.approx(0.0, abs=0.01)
+    assert first.tokens_again_s == 0.0
+    assert second.gap_max_s == pytest.approx(3.0, abs=0.01)
+    assert second.tokens_again_s == pytest.approx(3.0 + STEP_S / 2, abs=0.01)
+    assert second.victim_kinds == ("stage",)
