@@ -65,6 +65,7 @@ class Report:
             "p99 s",
             "tokens again s",
             "whole s",
+            "doubts",
         ]
         return [
             ("Verdicts", ["invariant", "verdict", "why"], verdicts),
