@@ -34,7 +34,7 @@ class Flap:
 
     def heal(self, target: Target) -> None:
         try:
-            self._work.finish(patience_s=self.times * (self.off_s + self.on_s))
+            self._work.finish(patience_s=self.times * (self.off_s + self.on_s) + 5.0)  # a busy machine is late
         finally:
             for victim in self._victims:
                 target.signal(victim, signal.SIGCONT)
