@@ -100,7 +100,14 @@ class LocalMesh:
             raise NodeLostError("the router does not listen yet") from None
 
     def add(self, service: str, name: str) -> None:
-        """Start one more process: `stage` or `expert` (a mesh has one `router`)."""
+        """Start one more process: `stage` or `expert` (a mesh has one `router`).
+
+        The kernel ends it with the thread that calls this; other threads than the one that owns the mesh use `scale`.
+        """
+        with self._lock:
+            self._start(self._place(service, name))
+
+    def _place(self, service: str, name: str) -> Child:
         environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not environment.get("CAPACITY_BYTES"):
@@ -113,7 +120,7 @@ class LocalMesh:
                 raise ConfigurationError(f"{name} is part of this mesh already")
             child = Child(name, f"services.{service}", environment, self.state_dir / "logs" / f"{name}.log")
             self.children[name] = child
-            self._start(child)
+            return child
 
     def remove(self, name: str, timeout_s: float = GRACE_S) -> None:
         """End one process in an orderly way and do not restart it."""
@@ -121,6 +128,44 @@ class LocalMesh:
             child = self.children.pop(name)
             child.is_wanted = False
         self._end([child], timeout_s)
+
+    def stop(self, name: str, timeout_s: float = GRACE_S) -> None:
+        """End one process in an orderly way and leave it ended until `start`. Raises ConfigurationError."""
+        with self._lock:
+            child = self._child(name)
+            child.is_wanted = False
+        self._end([child], timeout_s)
+
+    def start(self, name: str) -> None:
+        """Have a process that was stopped again; the watcher starts it. Raises ConfigurationError.
+
+        One that runs stays as it is.
+        """
+        with self._lock:
+            child = self._child(name)
+            child.is_wanted = True
+            child.failures_in_a_row = 0
+            child.restart_at_s = max(self.clock(), child.started_s)  # it did not fail: no delay
+
+    def scale(self, service: str, count: int, timeout_s: float = GRACE_S) -> None:
+        """Have `count` stages or experts: the watcher starts new ones, the newest end first and in an orderly way."""
+        with self._lock:
+            prefix = f"{service}-"
+            numbered = [name for name, child in self.children.items() if child.module == f"services.{service}"]
+            highest = max(
+                (int(n.removeprefix(prefix)) for n in numbered if n.removeprefix(prefix).isdecimal()), default=-1
+            )
+            for number in range(highest + 1, highest + 1 + count - len(numbered)):
+                self._place(service, f"{prefix}{number}")
+            leaving = [self.children.pop(name) for name in numbered[count:]]
+            for child in leaving:
+                child.is_wanted = False
+        self._end(leaving, timeout_s)
+
+    def kinds(self) -> dict[str, str]:
+        """What each place in the mesh is for, by name: router, stage or expert."""
+        with self._lock:
+            return {name: child.module.removeprefix("services.") for name, child in self.children.items()}
 
     def processes(self) -> list[tuple[str, int]]:
         """Name and pid of every process that runs now."""
@@ -176,6 +221,12 @@ class LocalMesh:
 
     # ---- inside
 
+    def _child(self, name: str) -> Child:
+        try:
+            return self.children[name]
+        except KeyError:
+            raise ConfigurationError(f"{name} is no part of this mesh; there are {', '.join(self.children)}") from None
+
     def _setting(self, name: str, default: str) -> str:
         return self.environment.get(name) or os.environ.get(name) or default
 
@@ -197,7 +248,9 @@ class LocalMesh:
         while not self._ending.wait(0.05):
             with self._lock:
                 for child in self.children.values():
-                    if child.is_wanted and child.process is not None and child.process.poll() is not None:
+                    if child.is_wanted and child.process is None:
+                        self._start(child)
+                    elif child.is_wanted and child.process is not None and child.process.poll() is not None:
                         self._revive(child)
 
     def _revive(self, child: Child) -> None:

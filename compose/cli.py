@@ -1,4 +1,4 @@
-"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one."""
+"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one, `chaos` hurts one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from chaos.command import app as chaos_app
 from common.config import Settings, read_settings
 from common.errors import MoemeshError
 from common.supervisor import LocalMesh
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
+app.add_typer(chaos_app, name="chaos")
 console = Console(stderr=True)
 
 READY_TIMEOUT_S = 600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,48 @@ def test_the_address_is_known_only_while_the_router_listens(mesh: LocalMesh) -> 
         _ = mesh.url
     (mesh.state_dir / "http.url").write_text("http://127.0.0.1:8000\n")
     assert mesh.url == "http://127.0.0.1:8000"
+
+
+def test_one_that_is_stopped_stays_ended_until_it_is_started_and_then_comes_without_delay(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess]
+) -> None:
+    mesh.add("expert", "expert-0")
+    mesh.stop("expert-0", timeout_s=0.0)
+    assert started[0].signals[0] == signal.SIGTERM
+    assert mesh.processes() == []
+    assert not mesh.children["expert-0"].is_wanted
+    clock.now_s += 0.05
+    mesh.start("expert-0")
+    mesh._revive(mesh.children["expert-0"])
+    assert mesh.processes() == [("expert-0", started[1].pid)]
+    assert mesh.children["expert-0"].failures_in_a_row == 0
+
+
+def test_scaling_gives_new_names_and_ends_the_newest_first(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    for number in range(2):
+        mesh.add("expert", f"expert-{number}")
+    mesh.scale("expert", 4)
+    assert list(mesh.children) == ["expert-0", "expert-1", "expert-2", "expert-3"]
+    assert len(started) == 2, "the watcher starts them: the kernel ends a child with the thread that started it"
+    for name in ("expert-2", "expert-3"):
+        mesh._start(mesh.children[name])
+    mesh.scale("expert", 1)
+    assert list(mesh.children) == ["expert-0"]
+    assert [process.returncode for process in started] == [None, 0, 0, 0]
+
+
+def test_the_watcher_starts_what_scaling_asked_for(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    with mesh:
+        before = len(started)
+        mesh.scale("stage", 3)
+        deadline_s = time.monotonic() + 5
+        while len(started) == before and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert [process.module for process in started[before:]] == ["services.stage"]
+        assert mesh.kinds()["stage-2"] == "stage"
+
+
+def test_a_name_that_is_not_there_is_a_sentence(mesh: LocalMesh) -> None:
+    mesh.add("stage", "stage-0")
+    with pytest.raises(ConfigurationError, match="stage-7 is no part of this mesh; there are stage-0"):
+        mesh.stop("stage-7")

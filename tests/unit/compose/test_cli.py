@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -153,3 +154,11 @@ def test_wrong_settings_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["chaos", "run", "--list-faults"])
+    assert listed.exit_code == 0
+    assert "kill" in listed.output
+    arguments = ["chaos", "run", "--suite", "no-such", "--output", str(tmp_path / "report")]
+    assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -1,0 +1,154 @@
+"""What `moemesh chaos` and `python -m chaos` do: a run from its options to its report and exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chaos.experiment import Experiment, ExperimentError, read_experiment
+from chaos.faults.catalog import FAULTS
+from chaos.history import History, HistoryError, read_history
+from chaos.operations import Reference
+from chaos.reference_file import StoredReferenceError, read_reference, write_reference
+from chaos.report import COULD_NOT_RUN, EXIT_STATUS, Report
+from chaos.requests import requests_sha256
+from chaos.runner import CannotRunError, Run
+from chaos.target import Target, TargetError
+from chaos.targets import TargetRequest, make_target
+from chaos.verdicts import judge
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh under load; was anything lost?")
+OUTPUT = Path("chaos-report")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Of one run."""
+
+    target: str
+    suite: str
+    seed: int
+    against: str
+    output: Path
+    reference: Path | None
+
+
+def _print_faults() -> None:
+    for name, make in sorted(FAULTS.items()):
+        module = sys.modules[make.__module__]
+        print(f"{name:16} {(module.__doc__ or '').splitlines()[0]}")
+
+
+@app.command()
+def run(
+    target: Annotated[str, typer.Option(help="docker or local")] = "local",
+    suite: Annotated[str, typer.Option(help="smoke, nightly, soak, or the path of a YAML file")] = "smoke",
+    seed: Annotated[int, typer.Option(help="the same seed asks and hurts the same")] = 0,
+    against: Annotated[str, typer.Option(help="URL of a deployment that runs already")] = "",
+    output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
+    reference: Annotated[Path | None, typer.Option(help="answers of another run; written if it is not there")] = None,
+    list_faults: Annotated[bool, typer.Option("--list-faults", help="show the kinds of faults and end")] = False,
+) -> None:
+    """Exit status 0: all held; 1: something is broken; 2: could not run; 3: not known."""
+    if list_faults:
+        _print_faults()
+        return
+    raise typer.Exit(run_suite(Options(target, suite, seed, against, output, reference)))
+
+
+@app.command("judge")
+def judge_again(
+    history: Path,
+    suite: Annotated[str, typer.Option(help="whose bounds")] = "smoke",
+    output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
+) -> None:
+    """Judge the history.jsonl of an earlier run once more, for example by other bounds."""
+    try:
+        with history.open(encoding="utf-8") as lines:
+            events = read_history(lines).events
+        experiment = read_experiment(suite)
+    except (OSError, HistoryError, ExperimentError) as error:
+        raise typer.Exit(_complain(error)) from None
+    raise typer.Exit(_report(History(events), experiment, True, output, None))
+
+
+def run_suite(options: Options) -> int:
+    """The exit status. Messages for people go to stderr, the verdicts to stdout."""
+    try:
+        experiment = read_experiment(options.suite)
+        options.output.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(value) for name, value in experiment.mesh.items()}
+        request = TargetRequest(settings, options.against, options.output / "logs")
+        with (
+            (options.output / "history.jsonl").open("w", encoding="utf-8", buffering=1) as lines,
+            make_target(options.target, request) as target,
+        ):
+            return _run_on(target, options, experiment, History(sink=lines.write))
+    except (ExperimentError, TargetError, CannotRunError, StoredReferenceError, OSError) as error:
+        return _complain(error)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return _complain("stopped; everything is healed, and nothing is judged")
+
+
+def _run_on(target: Target, options: Options, experiment: Experiment, history: History) -> int:
+    started_s = time.monotonic()
+    made = Run(
+        experiment,
+        target,
+        options.target if not options.against else f"{options.target} ({options.against})",
+        options.seed,
+        history,
+        lambda: time.monotonic() - started_s,
+        time.time(),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    asyncio.run(_execute(made))
+    reference = _oracle(made, options.reference)
+    return _report(history, experiment, made.sees_processes, options.output, reference)
+
+
+async def _execute(made: Run) -> None:
+    """SIGTERM ends a run as Ctrl-C does: healed."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await made.execute()
+
+
+def _oracle(made: Run, path: Path | None) -> Reference | None:
+    """A stored reference, which the undisturbed answers of this run must agree with, or None where there is none."""
+    if path is None:
+        return None
+    fingerprint = requests_sha256(made.requests, made.model)
+    own = made.reference
+    if not path.exists():
+        write_reference(path, fingerprint, own)
+        return None
+    stored = read_reference(path, fingerprint)
+    if stored != own:
+        raise StoredReferenceError(f"{path}: this mesh gives other answers without any fault (another numeric class?)")
+    return stored
+
+
+def _report(
+    history: History, experiment: Experiment, sees_processes: bool, output: Path, reference: Reference | None
+) -> int:
+    report = Report(history.events, judge(history.events, experiment.bounds.bounds(sees_processes), reference))
+    output.mkdir(parents=True, exist_ok=True)
+    report.write(output)
+    for verdict in report.judgement.verdicts:
+        print(f"{verdict.state.value:8} {verdict.name:16} {verdict.sentence}")
+    print(f"{report.title}; {output / 'report.html'}")
+    return EXIT_STATUS[report.judgement.state]
+
+
+def _complain(error: object) -> int:
+    print(f"moemesh chaos: {error}", file=sys.stderr)
+    return COULD_NOT_RUN

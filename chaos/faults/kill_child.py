@@ -1,0 +1,54 @@
+"""SIGKILL for a child of a node: a rank below its supervisor, or the process below a container's init."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chaos.faults.parameters import Parameters
+from chaos.target import Node, Target, TargetError
+
+
+@dataclass(slots=True)
+class KillChild:
+    """The newest child of each victim; a node without children cannot be hurt by it."""
+
+    name: str = "kill_child"
+    needs: frozenset[str] = frozenset({"processes"})
+
+    def unavailable(self, target: Target) -> str:
+        if not Path("/proc/self/task").exists():
+            return "this system has no /proc, which tells a process's children"
+        return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
+
+    def apply(self, target: Target, victims: Sequence[Node]) -> None:
+        doomed = [(node, children(node.pid)) for node in victims]
+        for node, pids in doomed:
+            if not pids:
+                raise TargetError(f"{node.name} has no child process; choose a kind that starts some")
+        for _, pids in doomed:
+            os.kill(pids[-1], signal.SIGKILL)
+
+    def heal(self, target: Target) -> None:
+        return
+
+
+def children(pid: int) -> list[int]:
+    """Pids of a process's children, the newest last; none where the process is gone or not ours to see."""
+    found: list[int] = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def make_kill_child(parameters: Mapping[str, Any]) -> KillChild:
+    """No parameters."""
+    Parameters(parameters).done()
+    return KillChild()

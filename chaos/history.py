@@ -1,0 +1,297 @@
+"""The record of a run: what was asked, what came, what was hurt. Append only; the verdicts read nothing else.
+
+A line of `history.jsonl` is one event: its kind under `event`, then its fields. Times are seconds since the run began.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from chaos.target import Node
+
+
+def logprob_bits(logprob: float) -> str:
+    """The 64 bits of a log-probability as 16 hexadecimal digits: equal text is equality in every bit."""
+    return struct.pack(">d", logprob).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class RunBegan:
+    """The first line: what makes the run repeatable."""
+
+    at_s: float
+    suite: str
+    seed: int
+    target: str
+    model: str
+    began_unix_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseBegan:
+    """`steady`, `reference`, `baseline`, `faults`, `finish`, `quiet`, `end`."""
+
+    at_s: float
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A client begins one operation. `operation` is unique in the run; `request` names what is asked."""
+
+    at_s: float
+    operation: str
+    stream: int
+    request: str
+    body_sha256: str
+    kind: str
+    """`greedy`, `seeded`, and what it has besides: `stop`, `n=2`, `penalties`."""
+    num_choices: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one server-sent event brought for one choice; `offset` counts the tokens that this client had before it."""
+
+    at_s: float
+    operation: str
+    choice: int
+    offset: int
+    token_ids: tuple[int, ...]
+    logprob_bits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A connection ended in mid-answer, or could not be opened."""
+
+    at_s: float
+    operation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server did not take the operation now (429, 503) and nothing of it had begun; the client asks again."""
+
+    at_s: float
+    operation: str
+    status: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reattached:
+    """The client has the rest of its answer on a new connection."""
+
+    at_s: float
+    operation: str
+    last_event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """A choice's finish reason, and the hash of all of its text."""
+
+    at_s: float
+    operation: str
+    choice: int
+    reason: str
+    text_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer is whole. `usage`: the last chunk's, with whatever the server tells of recoveries."""
+
+    at_s: float
+    operation: str
+    usage: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The operation ended with an error: the server's own, or `connection_lost`, `not_resumable`, `ended_early`."""
+
+    at_s: float
+    operation: str
+    code: str
+    message: str
+    status: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """The client gave up: neither an end nor an error came within its deadline."""
+
+    at_s: float
+    operation: str
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FaultApplied:
+    """`victims` are the processes as they were when they were hurt; `alive` those of them that lived then."""
+
+    at_s: float
+    fault: int
+    kind: str
+    victims: tuple[Node, ...]
+    alive: tuple[str, ...]
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FaultHealed:
+    """What was done to the mesh is undone; the mesh may still be recovering."""
+
+    at_s: float
+    fault: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeshWhole:
+    """After a fault: ready, with as many nodes, pipelines and copies as before the faults began."""
+
+    at_s: float
+    fault: int
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSkipped:
+    """It could not be done. `is_expected`: this target or machine does not offer it; else nobody was there to hurt."""
+
+    at_s: float
+    fault: int
+    kind: str
+    reason: str
+    is_expected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NodesSeen:
+    """Who runs; written when it changes."""
+
+    at_s: float
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSample:
+    """Sums over labels of the samples that verdicts look at; absent where /metrics did not answer or lacks it."""
+
+    at_s: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSample:
+    """One process as the kernel sees it."""
+
+    at_s: float
+    name: str
+    kind: str
+    pid: int
+    rss_bytes: int
+    num_files: int
+    num_sockets: int
+
+
+Event = (
+    RunBegan
+    | PhaseBegan
+    | Asked
+    | Tokens
+    | Broken
+    | Refused
+    | Reattached
+    | ChoiceFinished
+    | Ended
+    | Failed
+    | Abandoned
+    | FaultApplied
+    | FaultHealed
+    | MeshWhole
+    | FaultSkipped
+    | NodesSeen
+    | MetricsSample
+    | ProcessSample
+)
+
+_KINDS: dict[str, type[Event]] = {
+    "run_began": RunBegan,
+    "phase_began": PhaseBegan,
+    "asked": Asked,
+    "tokens": Tokens,
+    "broken": Broken,
+    "refused": Refused,
+    "reattached": Reattached,
+    "choice_finished": ChoiceFinished,
+    "ended": Ended,
+    "failed": Failed,
+    "abandoned": Abandoned,
+    "fault_applied": FaultApplied,
+    "fault_healed": FaultHealed,
+    "mesh_whole": MeshWhole,
+    "fault_skipped": FaultSkipped,
+    "nodes_seen": NodesSeen,
+    "metrics_sample": MetricsSample,
+    "process_sample": ProcessSample,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+class HistoryError(Exception):
+    """A line of a history cannot be read; names the line."""
+
+
+@dataclass(slots=True)
+class History:
+    """Events in the order in which they were seen. `sink` gets each line at once, so that a broken run leaves it."""
+
+    events: list[Event] = field(default_factory=list)
+    sink: Callable[[str], object] | None = None
+
+    def add(self, event: Event) -> None:
+        """Append one event."""
+        self.events.append(event)
+        if self.sink is not None:
+            self.sink(encode_event(event))
+
+
+def encode_event(event: Event) -> str:
+    """One line of JSON with its line end."""
+    return json.dumps({"event": _NAMES[type(event)], **asdict(event)}, separators=(",", ":")) + "\n"
+
+
+def decode_event(line: str) -> Event:
+    """The event of a line. Raises HistoryError where it is none."""
+    try:
+        values = json.loads(line)
+        kind = _KINDS[values.pop("event")]
+        if values.keys() != {item.name for item in fields(kind)}:
+            raise HistoryError(f"not the fields of {kind.__name__}: {line[:200]!r}")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise HistoryError(f"no event: {line[:200]!r}") from error
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(Node(**item) if isinstance(item, dict) else item for item in value)
+    return kind(**values)
+
+
+def read_history(lines: Iterable[str]) -> History:
+    """A whole history. Raises HistoryError with the number of the line that cannot be read."""
+    return History(list(_numbered(lines)))
+
+
+def _numbered(lines: Iterable[str]) -> Iterator[Event]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield decode_event(line)
+        except HistoryError as error:
+            raise HistoryError(f"line {number}: {error}") from None

@@ -1,0 +1,268 @@
+"""One run: steady state, the answers without faults, load and faults, healing in any case, quiet.
+
+It makes the record and nothing else; what the record means is said by chaos/verdicts.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from chaos.experiment import Experiment
+from chaos.faults.base import Fault
+from chaos.faults.catalog import FAULTS
+from chaos.history import (
+    Event,
+    FaultApplied,
+    FaultHealed,
+    FaultSkipped,
+    History,
+    MeshWhole,
+    PhaseBegan,
+    RunBegan,
+)
+from chaos.load import ClientSettings, Load, StreamingClient, http_client
+from chaos.observer import Observer, Progress
+from chaos.operations import Reference, read_operations, reference_of
+from chaos.requests import ChaosRequest, draw_requests
+from chaos.target import Target, TargetError
+from chaos.timeline import PlannedFault, make_timeline, overlapping_groups
+from chaos.victims import choose_victims
+
+SILENCE_S = 30.0
+"""The server comments every few seconds in a pause; a connection that says nothing for so long is broken."""
+BETWEEN_OVERLAPPING_S = 0.4
+WORK_WITHIN_S = 10.0
+"""How long a fault waits for most streams to be in mid-answer."""
+
+
+class CannotRunError(Exception):
+    """The run could not be made; nothing is known about the mesh. Says what was missing."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One use each. `history` grows while `execute` runs, and is worth reading also when it raises."""
+
+    experiment: Experiment
+    target: Target
+    target_name: str
+    seed: int
+    history: History
+    clock: Callable[[], float]
+    """Seconds since the run began."""
+    began_unix_s: float
+    say: Callable[[str], None]
+    transport: httpx.AsyncBaseTransport | None = None
+    """In place of the network."""
+    sees_processes: bool = False
+    requests: list[ChaosRequest] = field(default_factory=list)
+    model: str = ""
+    _progress: Progress = field(default_factory=Progress)
+    _open_faults: list[tuple[PlannedFault, Fault]] = field(default_factory=list)
+    _last_victims: tuple[str, ...] = ()
+
+    async def execute(self) -> None:
+        """All phases. Raises CannotRunError. Everything that was hurt is healed when it returns or raises."""
+        load = self.experiment.load
+        async with (
+            http_client(load.streams, SILENCE_S, self.transport) as http,
+            httpx.AsyncClient(timeout=5, trust_env=False, transport=self.transport) as ask,
+        ):
+            observer = Observer(ask, self.target, self._record, self.clock)
+            await self._reach_steady_state(observer)
+            self.requests = draw_requests(self.seed, load.requests, load.shape, await self._takes_penalties(ask))
+            settings = ClientSettings(load.resumable, load.reattach_within_s, load.request_deadline_s)
+            client = StreamingClient(http, self.target.url, self.model, settings, self._record, self.clock)
+            label = uuid.uuid4().hex[:12]
+            await self._run_undisturbed(Load(client, self.requests, load.streams, f"{label}-reference"))
+            await self._take_baseline(observer)
+            await self._run_faults(observer, Load(client, self.requests, load.streams, label))
+            await self._end(observer)
+
+    def _record(self, event: Event) -> None:
+        self.history.add(event)
+        self._progress.see(event)
+
+    def _begin(self, phase: str) -> None:
+        self.say(f"{self.clock():7.1f} s  {phase}")
+        self._record(PhaseBegan(self.clock(), phase))
+
+    async def _reach_steady_state(self, observer: Observer) -> None:
+        within_s = self.experiment.steady_state.ready_within_s
+        said = await observer.wait_ready(within_s)
+        if said:
+            raise CannotRunError(f"{self.target.url} was not ready within {within_s:.0f} s: {said}")
+        try:
+            reply = await observer.http.get(f"{self.target.url}/v1/models")
+            self.model = str(reply.json()["data"][0]["id"])
+        except (httpx.TransportError, ValueError, KeyError, IndexError) as error:
+            raise CannotRunError(f"{self.target.url}/v1/models does not name a model: {error}") from error
+        began = RunBegan(0.0, self.experiment.name, self.seed, self.target_name, self.model, self.began_unix_s)
+        self._record(began)
+        self._begin("steady")
+
+    async def _takes_penalties(self, http: httpx.AsyncClient) -> bool:
+        body = {"model": self.model, "prompt": "a", "max_tokens": 1, "presence_penalty": 0.5}
+        try:
+            reply = await http.post(f"{self.target.url}/v1/completions", json=body, timeout=60)
+        except httpx.TransportError as error:
+            raise CannotRunError(f"{self.target.url} does not answer a request: {error}") from error
+        return reply.status_code == 200
+
+    async def _run_undisturbed(self, load: Load) -> None:
+        self._begin("reference")
+        await load.run_once()
+        operations = [o for o in read_operations(self.history.events) if o.phase == "reference"]
+        failed = [operation for operation in operations if not operation.is_whole]
+        if failed:
+            raise CannotRunError(f"without any fault {failed[0].name} is not answered: {failed[0].failure}")
+
+    @property
+    def reference(self) -> Reference:
+        """The answers of the undisturbed phase."""
+        return reference_of(read_operations(self.history.events))
+
+    async def _take_baseline(self, observer: Observer) -> None:
+        self._begin("baseline")
+        await observer.wait_quiet(self.experiment.rollback.quiet_within_s)
+        await observer.take_baseline()
+        self.sees_processes = observer.sample_processes() > 0
+        observer.record_metrics()
+
+    async def _run_faults(self, observer: Observer, load: Load) -> None:
+        self._begin("faults")
+        watching = asyncio.create_task(observer.watch())
+        began_s = self.clock()
+        load.start()
+        try:
+            await self._wait_all_stream(began_s, self.experiment.steady_state.streams_within_s)
+            await self._apply_timeline(observer)
+            self._begin("finish")
+            load.stop()
+            await load.join(self.experiment.rollback.finish_within_s)
+        finally:
+            # Not awaited piece by piece: this runs also when the run is being cancelled.
+            self._heal_all()
+            load.stop()
+            for task in (*load.tasks, watching):
+                task.cancel()
+            await asyncio.gather(*load.tasks, watching, return_exceptions=True)
+
+    async def _wait_all_stream(self, since_s: float, timeout_s: float) -> None:
+        await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)
+
+    async def _wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
+        """Or until the timeout; the record tells which."""
+        deadline_s = self.clock() + timeout_s
+        for _ in itertools.count():
+            if is_so() or self.clock() > deadline_s:
+                return
+            await asyncio.sleep(0.01)
+
+    async def _apply_timeline(self, observer: Observer) -> None:
+        timeline = self.experiment.timeline
+        planned = make_timeline(self.seed, [entry.allowed for entry in timeline.faults], timeline.rules)
+        before_s = 0.0
+        for group in overlapping_groups(planned):
+            await asyncio.sleep(group[0].at_s - before_s)
+            before_s = group[-1].at_s
+            if await self._hurt(group, observer):
+                await self._settle(group, observer)
+
+    async def _hurt(self, group: Sequence[PlannedFault], observer: Observer) -> bool:
+        """Apply a fault and those that overlap it, and heal each after its time. Whether any was applied."""
+        healing_s: list[tuple[float, PlannedFault]] = []
+        for position, planned in enumerate(group):
+            if position:
+                await asyncio.sleep(min(BETWEEN_OVERLAPPING_S, group[0].heal_after_s / 2 or BETWEEN_OVERLAPPING_S))
+            if await self._apply(planned, observer):
+                healing_s.append((self.clock() + planned.heal_after_s, planned))
+        for due_s, planned in sorted(healing_s, key=lambda item: item[0]):
+            await asyncio.sleep(max(0.0, due_s - self.clock()))
+            await self._heal(planned)
+        return bool(healing_s)
+
+    async def _apply(self, planned: PlannedFault, observer: Observer) -> bool:
+        fault = FAULTS[planned.kind](planned.parameters)
+        lacking = fault.needs - self.target.features
+        reason = f"the target has no {', '.join(sorted(lacking))}" if lacking else ""
+        reason = reason or await asyncio.to_thread(fault.unavailable, self.target)
+        if reason:
+            return self._skip(planned, reason, is_expected=True)
+        nodes = await observer.look_at_nodes()
+        draw = random.Random(f"{self.seed}/victims/{planned.number}")
+        keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}
+        victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep)
+        if not victims and planned.victims.rule != "nobody":
+            return self._skip(planned, f"nobody to hurt: {planned.victims}", is_expected=False)
+        # Streams that run in step end at the same moment; a fault between two rounds would hit nothing.
+        most = max(1, self.experiment.load.streams * 3 // 4)
+        await self._wait_until(lambda: self._progress.num_streaming >= most, WORK_WITHIN_S)
+        at_s = self.clock()
+        self._open_faults.append((planned, fault))
+        try:
+            await asyncio.to_thread(fault.apply, self.target, victims)
+        except TargetError as error:
+            await self._heal(planned)
+            return self._skip(planned, str(error), is_expected=False)
+        names = tuple(victim.name for victim in victims)
+        self._last_victims = names
+        self.say(
+            f"{at_s:7.1f} s  {planned.number + 1}/{self.experiment.timeline.count} {planned.kind} {' '.join(names)}"
+        )
+        self._record(FaultApplied(at_s, planned.number, planned.kind, tuple(victims), names, planned.parameters))
+        return True
+
+    def _skip(self, planned: PlannedFault, reason: str, is_expected: bool) -> bool:
+        self.say(f"{self.clock():7.1f} s  {planned.kind} left out: {reason}")
+        self._record(FaultSkipped(self.clock(), planned.number, planned.kind, reason, is_expected))
+        return False
+
+    async def _heal(self, planned: PlannedFault) -> None:
+        for entry in [entry for entry in self._open_faults if entry[0] is planned]:
+            await asyncio.to_thread(self._try_to_heal, entry[1])
+            self._open_faults.remove(entry)
+            self._record(FaultHealed(self.clock(), planned.number))
+
+    def _heal_all(self) -> None:
+        """In the loop's own thread: nothing may come between."""
+        while self._open_faults:
+            planned, fault = self._open_faults.pop()
+            self._try_to_heal(fault)
+            self._record(FaultHealed(self.clock(), planned.number))
+
+    def _try_to_heal(self, fault: Fault) -> None:
+        """Raises nothing: what cannot be healed is said, and shows in the verdict that the mesh is not whole."""
+        try:
+            fault.heal(self.target)
+        except TargetError as error:
+            self.say(f"{self.clock():7.1f} s  healing of {fault.name}: {error}")
+
+    async def _settle(self, group: Sequence[PlannedFault], observer: Observer) -> None:
+        """Until the mesh is whole and all streams go on; the next fault should hit work in flight."""
+        within_s = self.experiment.timeline.settle_within_s
+        whole_s = await observer.wait_whole(self.clock(), within_s)
+        if whole_s is None:
+            self.say(f"{self.clock():7.1f} s  not whole within {within_s:.0f} s")
+            return
+        for planned in group:
+            self._record(MeshWhole(whole_s, planned.number))
+        await self._wait_all_stream(whole_s, within_s)
+
+    async def _end(self, observer: Observer) -> None:
+        self._begin("quiet")
+        await observer.wait_quiet(self.experiment.rollback.quiet_within_s)
+        # A node that has only just come back is still loading; its memory is looked at when it has settled.
+        with contextlib.suppress(TargetError):
+            await observer.look()
+        self._begin("end")
+        observer.record_metrics()
+        observer.sample_processes()

@@ -1,0 +1,43 @@
+"""Targets by the name of `--target`. One line a target; nothing registers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from chaos.local_target import LocalTarget
+from chaos.remote_target import RemoteTarget
+from chaos.target import Target, TargetError
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRequest:
+    """What a person has said about the target. `settings` come from the suite, by their environment's names."""
+
+    settings: Mapping[str, str]
+    against: str
+    """Base URL of a deployment that runs already; empty: the target finds or starts one itself."""
+    logs: Path
+    """Where a target that was started for the run leaves its logs."""
+
+
+TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
+
+
+def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
+    """A mesh of its own; with `against` none is started, and nothing can be hurt."""
+    if request.against:
+        return RemoteTarget(request.against.rstrip("/"))
+    return LocalTarget(request.settings, request.logs)
+
+
+TARGETS: Mapping[str, TargetMaker] = {"local": make_local}
+
+
+def make_target(name: str, request: TargetRequest) -> AbstractContextManager[Target]:
+    """Raises TargetError that names what there is."""
+    if name not in TARGETS:
+        raise TargetError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
+    return TARGETS[name](request)

@@ -1,0 +1,87 @@
+"""Who is hurt: a rule of the suite, the nodes that run, and a drawn number make the victims. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chaos.target import NODE_KINDS, Node
+
+RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody")
+
+
+@dataclass(frozen=True, slots=True)
+class VictimRule:
+    """One of RULES. `random` and `all` take `kind`; `random` takes `count`; `named` takes `names`.
+
+    `same`: those of the fault before, by name (flapping over restarts). `pair`: one node of each of two kinds where
+    there are two kinds besides the router, else two nodes. `nobody`: for faults that hurt the mesh as a whole.
+    """
+
+    rule: str = "random"
+    kind: str = ""
+    """One of NODE_KINDS; empty means any of them."""
+    count: int = 1
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        match self.rule:
+            case "random":
+                return f"{self.count} random {self.kind or 'node'}"
+            case "all":
+                return f"all of kind {self.kind}" if self.kind else "all"
+            case "named":
+                return ", ".join(self.names)
+            case _:
+                return self.rule.replace("_", " ")
+
+
+def choose_victims(
+    rule: VictimRule, nodes: Sequence[Node], draw: random.Random, before: Sequence[str], keep: Mapping[str, int]
+) -> list[Node]:
+    """The victims, by name. Empty where the rule finds nobody that may be hurt.
+
+    `before`: names of the victims of the fault before. `keep`: how many of a kind must stay unhurt.
+    """
+    ordered = sorted(nodes, key=lambda node: node.name)
+    chosen = sorted(_by_rule(rule, ordered, draw, before), key=lambda node: node.name)
+    return _spare(chosen, ordered, keep)
+
+
+def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, before: Sequence[str]) -> Sequence[Node]:
+    of_kind = [node for node in nodes if rule.kind in ("", node.kind)]
+    match rule.rule:
+        case "random":
+            return draw.sample(of_kind, min(rule.count, len(of_kind)))
+        case "same":
+            return [node for node in nodes if node.name in before]
+        case "all":
+            return of_kind
+        case "everything_but_router":
+            return [node for node in nodes if node.kind != "router"]
+        case "named":
+            return [node for node in nodes if node.name in rule.names]
+        case "nobody":
+            return ()
+        case "pair":
+            return _pair(of_kind, draw)
+        case unknown:
+            raise ValueError(f"no such victim rule: {unknown}; there are {', '.join(RULES)}")
+
+
+def _pair(nodes: Sequence[Node], draw: random.Random) -> list[Node]:
+    kinds = [kind for kind in NODE_KINDS if kind != "router" and any(node.kind == kind for node in nodes)]
+    if len(kinds) == 2:
+        return [draw.choice([node for node in nodes if node.kind == kind]) for kind in kinds]
+    return draw.sample(nodes, min(2, len(nodes)))
+
+
+def _spare(chosen: Sequence[Node], nodes: Sequence[Node], keep: Mapping[str, int]) -> list[Node]:
+    """Without those that would leave too few of their kind unhurt."""
+    victims: list[Node] = []
+    for node in chosen:
+        unhurt = sum(1 for other in nodes if other.kind == node.kind) - sum(1 for v in victims if v.kind == node.kind)
+        if unhurt > keep.get(node.kind, 0):
+            victims.append(node)
+    return victims

@@ -1,0 +1,158 @@
+"""What each process fault does to a target, and that healing undoes it, twice as well as once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chaos.faults import rolling_restart
+from chaos.faults.catalog import FAULTS
+from chaos.faults.cpu_hog import CpuHog
+from chaos.faults.kill_child import children
+from chaos.target import Node, TargetError
+from tests.support.chaos_target import ListedTarget
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def target() -> ListedTarget:
+    return ListedTarget()
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_healing_what_was_never_applied_does_nothing(name: str, target: ListedTarget) -> None:
+    fault = FAULTS[name]({})
+    fault.heal(target)
+    fault.heal(target)
+    assert target.done == []
+    assert fault.name == name
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match="colour"):
+        FAULTS[name]({"colour": "red"})
+
+
+def test_a_kill_is_sigkill_to_each_victim_and_needs_no_healing(target: ListedTarget) -> None:
+    fault = FAULTS["kill"]({})
+    fault.apply(target, target.named("expert-0", "stage-1"))
+    fault.heal(target)
+    assert target.done == [("signal", "expert-0", signal.SIGKILL), ("signal", "stage-1", signal.SIGKILL)]
+
+
+def test_a_paused_process_is_woken_once(target: ListedTarget) -> None:
+    fault = FAULTS["pause"]({})
+    fault.apply(target, target.named("expert-0"))
+    fault.heal(target)
+    fault.heal(target)
+    assert target.done == [("signal", "expert-0", signal.SIGSTOP), ("signal", "expert-0", signal.SIGCONT)]
+
+
+def test_what_is_stopped_stays_away_until_it_is_healed(target: ListedTarget) -> None:
+    fault = FAULTS["stop"]({"timeout_s": 3})
+    fault.apply(target, target.named("stage-0"))
+    wait_until(lambda: not target.named("stage-0"), 5, "the stop")
+    fault.heal(target)
+    fault.heal(target)
+    assert target.done == [("stop", "stage-0", 3.0), ("start", "stage-0", 0)]
+
+
+def test_a_restart_comes_back_by_itself(target: ListedTarget) -> None:
+    (before,) = target.named("expert-1")
+    fault = FAULTS["restart"]({})
+    fault.apply(target, [before])
+    wait_until(lambda: [n.pid for n in target.named("expert-1")] not in ([], [before.pid]), 5, "the restart")
+    fault.heal(target)
+    assert [what for what, *_ in target.done] == ["stop", "start"]
+
+
+def test_a_rolling_restart_waits_for_each_before_the_next(
+    target: ListedTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = rolling_restart.is_back
+
+    def is_back(mesh: ListedTarget, node: Node) -> bool:
+        asked.append(node.name)
+        return asked.count(node.name) > 1
+
+    monkeypatch.setattr(rolling_restart, "is_back", is_back)
+    fault = FAULTS["rolling_restart"]({"pause_s": 0, "within_s": 30})
+    fault.apply(target, target.named("expert-0", "expert-1"))
+    fault.heal(target)
+    assert [(what, name) for what, name, _ in target.done] == [
+        ("stop", "expert-0"),
+        ("start", "expert-0"),
+        ("stop", "expert-1"),
+        ("start", "expert-1"),
+    ]
+    assert asked == ["expert-0", "expert-0", "expert-1", "expert-1"]
+    assert not real(target, target.nodes()[0]), "the same pid is not back"
+
+
+def test_scaling_is_undone_to_what_there_was(target: ListedTarget) -> None:
+    fault = FAULTS["scale"]({"kind": "expert", "change": 2})
+    fault.apply(target, [])
+    fault.heal(target)
+    fault.heal(target)
+    assert target.done == [("scale", "expert", 4), ("scale", "expert", 2)]
+
+
+def test_scaling_to_nothing_is_refused(target: ListedTarget) -> None:
+    with pytest.raises(TargetError, match="2 processes of kind stage cannot become 0"):
+        FAULTS["scale"]({"kind": "stage", "change": -2}).apply(target, [])
+    with pytest.raises(ValueError, match="change=0"):
+        FAULTS["scale"]({"change": 0})
+
+
+def test_flapping_ends_awake(target: ListedTarget) -> None:
+    fault = FAULTS["flap"]({"times": 2, "off_s": 0.01, "on_s": 0.01})
+    fault.apply(target, target.named("expert-0"))
+    fault.heal(target)
+    numbers = [number for _, _, number in target.done]
+    assert numbers == [signal.SIGSTOP, signal.SIGCONT] * 2 + [signal.SIGCONT]
+
+
+def test_hogs_are_as_many_as_asked_and_gone_when_healed(target: ListedTarget) -> None:
+    fault = FAULTS["cpu_hog"]({"per_cpu": 0.5})
+    assert isinstance(fault, CpuHog)
+    fault.apply(target, [])
+    hogs = list(fault._hogs)
+    assert len(hogs) == max(1, round(0.5 * (os.cpu_count() or 1)))
+    assert all(hog.poll() is None for hog in hogs)
+    fault.heal(target)
+    assert all(hog.poll() is not None for hog in hogs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from /proc")
+def test_the_newest_child_of_a_process_is_killed_and_a_childless_one_is_refused(target: ListedTarget) -> None:
+    fault = FAULTS["kill_child"]({})
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert children(os.getpid())[-1] == sleeper.pid
+        fault.apply(target, [Node("stage-0", "stage", os.getpid())])
+        assert sleeper.wait(10) == -signal.SIGKILL
+        with pytest.raises(TargetError, match="stage-0 has no child"):
+            fault.apply(target, [Node("stage-0", "stage", os.getpid())])
+        assert "no node has a child" in fault.unavailable(target)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_what_breaks_in_a_faults_thread_comes_out_when_it_is_healed(target: ListedTarget) -> None:
+    fault = FAULTS["scale"]({"kind": "expert", "change": 1})
+
+    def refuse(kind: str, count: int) -> None:
+        raise TargetError("no room")
+
+    target.scale = refuse  # type: ignore[method-assign]
+    fault.apply(target, [])
+    with pytest.raises(TargetError, match="no room"):
+        fault.heal(target)

@@ -1,0 +1,63 @@
+"""Who is hurt, by rule and draw; and who is left."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chaos.target import Node
+from chaos.victims import RULES, VictimRule, choose_victims
+
+MESH = [
+    Node("router-0", "router", 1),
+    *(Node(f"stage-{n}", "stage", 10 + n) for n in range(3)),
+    *(Node(f"expert-{n}", "expert", 20 + n) for n in range(3)),
+]
+
+
+def names(rule: VictimRule, seed: int = 0, before: tuple[str, ...] = (), **keep: int) -> list[str]:
+    return [node.name for node in choose_victims(rule, MESH, random.Random(seed), before, keep)]
+
+
+def test_random_ones_are_of_their_kind_and_as_many_as_asked() -> None:
+    drawn = {tuple(names(VictimRule(kind="expert", count=2), seed)) for seed in range(40)}
+    assert drawn == {("expert-0", "expert-1"), ("expert-0", "expert-2"), ("expert-1", "expert-2")}
+    assert len(names(VictimRule(kind="stage", count=9))) == 3
+
+
+def test_rules_that_name_their_victims() -> None:
+    assert names(VictimRule("all", "expert")) == ["expert-0", "expert-1", "expert-2"]
+    assert names(VictimRule("everything_but_router")) == [node.name for node in sorted(MESH[1:], key=lambda n: n.name)]
+    assert names(VictimRule("same"), before=("stage-1",)) == ["stage-1"]
+    assert names(VictimRule("named", names=("stage-2", "gone"))) == ["stage-2"]
+    assert names(VictimRule("nobody")) == []
+
+
+def test_a_pair_is_of_two_kinds_without_the_router() -> None:
+    for seed in range(20):
+        pair = names(VictimRule("pair"), seed)
+        assert sorted(name.split("-")[0] for name in pair) == ["expert", "stage"]
+    assert len(names(VictimRule("pair", "expert"))) == 2
+
+
+def test_as_many_as_must_stay_are_left() -> None:
+    assert len(names(VictimRule("all", "expert"), expert=2)) == 1
+    assert names(VictimRule("all", "expert"), expert=3) == []
+    assert len(names(VictimRule("everything_but_router"), expert=1, stage=1)) == 4
+
+
+@given(st.sampled_from(RULES), st.sampled_from(["", "stage", "expert"]), st.integers(), st.integers(0, 3))
+def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(rule: str, kind: str, seed: int, kept: int) -> None:
+    chosen = VictimRule(rule, kind, 2, ("expert-1",))
+    shuffled = random.Random(seed).sample(MESH, len(MESH))
+    first = choose_victims(chosen, MESH, random.Random(seed), ["stage-0"], {"expert": kept})
+    assert first == choose_victims(chosen, shuffled, random.Random(seed), ["stage-0"], {"expert": kept})
+    assert sum(node.kind == "expert" for node in first) <= 3 - kept
+
+
+def test_an_unknown_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="no such victim rule: most; there are random"):
+        names(VictimRule("most"))
