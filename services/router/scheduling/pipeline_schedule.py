@@ -202,6 +202,7 @@ class PipelineSchedule:
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
+            token_counts=request.token_counts() if samples else b"",
         )
 
     def _youngest_after(self, request: Request) -> Request | None:
