@@ -49,6 +49,8 @@ class Readiness:
 
     ready: bool
     detail: str
+    missing: tuple[str, ...] = ()
+    """Each thing that is missing, as a sentence; empty if ready."""
 
 
 class Engine(Protocol):
