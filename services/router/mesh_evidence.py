@@ -17,7 +17,11 @@ def mesh_evidence(
     scheduler: SchedulerSnapshot,
 ) -> MeshEvidence:
     """All living nodes, and the pipelines that roles and scheduler both hold open."""
-    holders = {pipeline: roles.holders for pipeline, roles in stages.pipelines.items() if roles.is_open}
+    holders = {
+        pipeline: tuple(node_id for node_id in roles.holders if node_id is not None)
+        for pipeline, roles in stages.pipelines.items()
+        if roles.is_open
+    }
     return MeshEvidence(
         nodes={node_id: progress.evidence(node_id, state) for node_id, state in membership.living().items()},
         pipelines=tuple(

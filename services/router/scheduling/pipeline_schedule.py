@@ -134,11 +134,12 @@ class PipelineSchedule:
         self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
         return plan, preempted
 
-    def plan_canary(self, step: StepId, now_s: float) -> StepPlan | None:
-        """A step that carries nothing, if nothing is in flight and nothing was answered for a while: its answer shows
-        that every stage still passes steps on."""
-        if self.in_flight or now_s - self.last_answer_s < self._settings.canary_interval_s:
-            return None
+    def is_canary_due(self, now_s: float) -> bool:
+        """Whether nothing is in flight and nothing was answered for a while."""
+        return not self.in_flight and now_s - self.last_answer_s >= self._settings.canary_interval_s
+
+    def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
+        """A step that carries nothing: its answer shows that every stage still passes steps on."""
         plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, (), tuple(self.held_releases))
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, (), now_s, is_canary=True)

@@ -159,10 +159,9 @@ class Scheduler:
         """Steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
         plans: list[StepPlan] = []
         for pipeline in sorted(self._pipelines):
-            plan = self._pipelines[pipeline].plan_canary(StepId(self._num_steps + 1), now_s)
-            if plan is not None:
-                self._num_steps += 1
-                plans.append(plan)
+            schedule = self._pipelines[pipeline]
+            if schedule.is_canary_due(now_s):
+                plans.append(schedule.plan_canary(StepId(next(self._step_numbers)), now_s))
         return plans
 
     def complete(
