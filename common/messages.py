@@ -263,6 +263,13 @@ class Step:
     computing_slots: tuple[int, ...] = ()
     """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
     do nothing. Empty: an ordinary step, all compute."""
+    penalties: TensorFrame = TensorFrame("float64", (0, 5), b"")
+    """float64 [*, 5]: row in [0, S), min_p, presence, frequency and repetition penalty; only rows that have any."""
+    token_counts: TensorFrame = TensorFrame("int32", (0, 4), b"")
+    """int32 [*, 4]: row in [0, S), token id, times generated, 1 if in the prompt: what penalties look at. Sent whole
+    with every step, so that stages keep nothing that a replay, a move or a new router would have to restore."""
+    biases: TensorFrame = TensorFrame("float64", (0, 3), b"")
+    """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +281,7 @@ class StepResult:
     token_ids: TensorFrame
     """int32 [S]."""
     logprobs: TensorFrame
-    """float32 [S] of the sampled tokens, before temperature and filters."""
+    """float32 [S] of the sampled tokens, before penalties, temperature and filters."""
     top_token_ids: TensorFrame
     """int32 [S, P]."""
     top_logprobs: TensorFrame

@@ -37,7 +37,7 @@ class GeneratedToken:
 
     token_id: int
     logprob: float | None
-    """Natural log of the model's own probability (before temperature and filters); None if not asked for."""
+    """Natural log of the model's own probability (before penalties, temperature and filters); None if not asked for."""
     top_logprobs: tuple[tuple[int, float], ...]
     """(token id, logprob), best first; empty if not asked for."""
     finish_reason: FinishReason | None
@@ -49,6 +49,8 @@ class Readiness:
 
     ready: bool
     detail: str
+    missing: tuple[str, ...] = ()
+    """Each thing that is missing, as a sentence; empty if ready."""
 
 
 class Engine(Protocol):

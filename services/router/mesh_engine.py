@@ -7,16 +7,13 @@ from collections.abc import AsyncIterator, Callable
 
 from common.errors import MoemeshError, NotReadyError
 from common.ids import RequestId
+from services.router.control.readiness import judge_age
 from services.router.engine import GeneratedToken, GenerationRequest, Readiness
 from services.router.mesh_loop import MeshLoop
 
 Outcome = GeneratedToken | MoemeshError
 NOT_READY_GRACE_S = 10.0
 """While the mesh recovers, requests wait; once it has been down for so long, the door says so at once."""
-
-
-STALE_S = 1.5
-"""A status is published every 0.1 s; one that is so old means that the mesh thread hangs."""
 
 
 class TokenMailbox:
@@ -67,9 +64,7 @@ class MeshEngine:
     def readiness(self) -> Readiness:
         """From the last status of the mesh thread, if it is fresh."""
         status = self._mesh.status
-        if status.published_s is not None and self._clock() - status.published_s > STALE_S:
-            return Readiness(False, f"the mesh thread has been silent for {self._clock() - status.published_s:.1f} s")
-        return status.readiness
+        return judge_age(status.readiness, status.published_s, self._clock())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import structlog
@@ -37,12 +37,15 @@ from common.transport import LinkEvent
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import read_held_slot
 from services.router.control.expert_roles import ExpertRoles
+from services.router.control.readiness import ProgressWatch, judge
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
 from services.router.mesh_client import MeshClient
+from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
 from services.router.registration import check_hello, differing_classes
 from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.snapshot import SchedulerSnapshot
 from services.router.step_flow import StepFlow
 
 WAIT_MS = 50
@@ -88,6 +91,7 @@ class MeshLoop:
         self._commands: deque[GenerationRequest | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
+        self._progress = ProgressWatch()
         self._declared_dead: set[NodeId] = set()
         """Told so when they speak again, so that they end and come back; grows by one a death."""
         self._last_failure = ""
@@ -169,6 +173,7 @@ class MeshLoop:
             return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
             self._heartbeats[node_id] = message
+            self._progress.note(node_id, message, now_s)
             changes = self._membership.heartbeat(
                 node_id, description.incarnation, message.steps, message.queued > 0, now_s
             )
@@ -195,6 +200,7 @@ class MeshLoop:
             raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
         self._client.watch(description)
         self._nodes[node_id] = description
+        self._progress.join(node_id, now_s)
         self._client.tell(node_id, self._settings.welcome)
         self._log.info(
             "node_joined",
@@ -265,6 +271,7 @@ class MeshLoop:
             if change.reason not in (ChangeReason.LEFT, ChangeReason.REPLACED):
                 self._declared_dead.add(change.node_id)
             description = self._nodes.pop(change.node_id, None)
+            self._progress.forget(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)
             self._act(self._experts.lose(change.node_id, now_s), now_s)
@@ -327,13 +334,14 @@ class MeshLoop:
             for node_id, node in sorted(self._nodes.items())
         )
         self._flow.totals.step_bytes = self._client.step_bytes_sent
-        readiness = self._readiness()
+        scheduler = self._scheduler.snapshot()
+        readiness = self._readiness(scheduler, now_s)
         self.status = MeshStatus(
             readiness=readiness,
             published_s=now_s,
             ready_s=now_s if readiness.ready else self.status.ready_s,
             nodes=nodes,
-            scheduler=self._scheduler.snapshot(),
+            scheduler=scheduler,
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},
             hops=self._flow.totals.snapshot(nodes),
             placement_version=self._experts.version,
@@ -341,11 +349,13 @@ class MeshLoop:
             generations={p: pipeline.generation for p, pipeline in self._stages.pipelines.items()},
         )
 
-    def _readiness(self) -> Readiness:
-        said = f"; {self._last_failure}" if self._last_failure else ""
-        if not self._experts.is_served:
-            return Readiness(False, self._experts.detail + said)
-        if not self._stages.num_open:
-            return Readiness(False, f"no pipeline is open ({self._stages.detail})" + said)
-        self._last_failure = ""
-        return Readiness(True, f"{self._stages.num_open} pipelines; {self._experts.detail}")
+    def _readiness(self, scheduler: SchedulerSnapshot, now_s: float) -> Readiness:
+        readiness = judge(
+            mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler), now_s
+        )
+        if readiness.ready:
+            self._last_failure = ""
+        elif self._last_failure:
+            said = self._last_failure
+            return replace(readiness, detail=f"{readiness.detail}; {said}", missing=(*readiness.missing, said))
+        return readiness

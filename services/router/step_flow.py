@@ -96,7 +96,7 @@ class StepFlow:
 
     def send_plans(self, now_s: float) -> None:
         """Send what the scheduler decides; what a first stage does not take yet goes with the next call."""
-        for plan in self._scheduler.schedule(now_s):
+        for plan in self._scheduler.schedule(now_s) + self._scheduler.plan_canaries(now_s):
             step = StepInFlight(plan, now_s + self._step_deadline_s)
             self._steps[plan.step] = step
             self._unsent[plan.pipeline].append(step)
@@ -135,8 +135,9 @@ class StepFlow:
                 continue
             plan = step.plan
             del self._steps[plan.step]
-            self.totals.steps += 1
-            self.totals.step_seconds += now_s - (step.sent_s or now_s)
+            if plan.chunks:  # a canary says nothing of how long work takes
+                self.totals.steps += 1
+                self.totals.step_seconds += now_s - (step.sent_s or now_s)
             outputs += self._scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s)
         if outputs:
             self._sink([(output.request_id, output.token) for output in outputs])

@@ -9,6 +9,7 @@ from common.errors import ProtocolError
 from common.ids import SequenceId
 from common.messages import Header, Step, StepResult
 from services.router.scheduling.step_plan import SampledToken, StepPlan
+from services.router.step_adjustments import bias_rows, count_rows, penalty_rows
 
 
 def step_message(plan: StepPlan) -> Step:
@@ -45,6 +46,9 @@ def step_message(plan: StepPlan) -> Step:
         sampling=array_to_frame(np.array(sampling, dtype=np.float64).reshape(-1, 4)),
         seeds=array_to_frame(np.array(seeds, dtype=np.int64).reshape(-1, 2)),
         computing_slots=plan.computing_slots,
+        penalties=array_to_frame(penalty_rows(sampled)),
+        token_counts=array_to_frame(count_rows(sampled)),
+        biases=array_to_frame(bias_rows(sampled)),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.array import Float64Array, Int32Array, Int64Array, frame_to_array
 from common.errors import ProtocolError
 from common.messages import Step
+from services.stage.logit_adjustments import LogitAdjustments, read_adjustments
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -49,6 +50,8 @@ class SamplingColumns:
     """-1: no logprobs."""
     seeds: Int64Array
     choices: Int64Array
+    adjustments: LogitAdjustments | None = None
+    """Penalties and biases; None where no row has any."""
 
 
 class BlockTables:
@@ -183,4 +186,5 @@ def _sampling_columns(step: Step, columns: Int64Array) -> SamplingColumns:
         num_top_logprobs=sampling[:, 3].astype(np.int64),
         seeds=seeds[:, 0],
         choices=seeds[:, 1],
+        adjustments=read_adjustments(step, len(columns)),
     )

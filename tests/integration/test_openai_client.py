@@ -137,7 +137,7 @@ def test_errors_become_the_clients_exceptions(front: RunningFront) -> None:
         front.client.completions.create(model="other", prompt="hi")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as wrong:
-        front.client.completions.create(model="tiny", prompt="hi", frequency_penalty=1)
+        front.client.completions.create(model="tiny", prompt="hi", frequency_penalty=3)
     assert wrong.value.param == "frequency_penalty"
     with pytest.raises(openai.BadRequestError) as long:
         front.client.completions.create(model="tiny", prompt="hi", max_tokens=10**6)

@@ -60,6 +60,11 @@ class ExpertRoles:
         return self._assignment is not None and not self._assignment.orphans()
 
     @property
+    def num_shards(self) -> int:
+        """Of the whole model."""
+        return len(self._shards)
+
+    @property
     def missing_copies(self) -> int:
         """Safety copies that are wished for and have no room or no node."""
         return self._target.missing_copies if self._target is not None else 0

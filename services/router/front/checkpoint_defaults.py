@@ -22,6 +22,8 @@ class CheckpointDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def read_checkpoint_defaults(directory: Path) -> CheckpointDefaults:
@@ -35,12 +37,18 @@ def read_checkpoint_defaults(directory: Path) -> CheckpointDefaults:
     temperature = generation.get("temperature")
     top_p = generation.get("top_p")
     top_k = generation.get("top_k")
+    min_p = generation.get("min_p")
+    repetition_penalty = generation.get("repetition_penalty")
+    if repetition_penalty is not None and not repetition_penalty > 0:
+        raise CheckpointError(f"generation_config.json: repetition_penalty is {repetition_penalty}, not above 0")
     return CheckpointDefaults(
         eos_token_ids=frozenset({*_token_ids(generation), *_token_ids(text_config), *_token_ids(config)}),
         vocabulary_size=text_config.get("vocab_size"),
         temperature=1.0 if temperature is None else float(temperature),
         top_p=1.0 if top_p is None else float(top_p),
         top_k=0 if top_k is None else max(0, int(top_k)),
+        min_p=0.0 if min_p is None else float(min_p),
+        repetition_penalty=1.0 if repetition_penalty is None else float(repetition_penalty),
     )
 
 

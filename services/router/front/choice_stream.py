@@ -50,6 +50,7 @@ class ChoiceStream:
     def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
         self._index = planned.index
         self._ending_ids = planned.request.sampling.stop_token_ids
+        self._min_tokens = planned.request.sampling.min_tokens
         self._detokenizer = tokenizer.create_detokenizer()
         self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
         self._pending_text = planned.echoed_text
@@ -92,7 +93,7 @@ class ChoiceStream:
         self._num_characters += len(text)
         matcher = self._stop_matcher
         if matcher is not None:
-            text = matcher.push(text)
+            text = matcher.push(text, may_stop=self.num_tokens > self._min_tokens)
             if matcher.stopped:
                 self.finish_reason = FinishReason.STOP
                 return text

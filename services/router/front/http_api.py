@@ -140,7 +140,8 @@ class _Front:
     async def show_readiness(self) -> Response:
         """Whether a token can be made end to end; 503 and what is missing if not."""
         readiness = self._engine.readiness()
-        return _json({"ready": readiness.ready, "detail": readiness.detail}, 200 if readiness.ready else 503)
+        body = {"ready": readiness.ready, "detail": readiness.detail, "missing": list(readiness.missing)}
+        return _json(body, 200 if readiness.ready else 503)
 
     async def show_metrics(self) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -17,26 +17,21 @@ from common.errors import InvalidRequestError
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
+MAX_LOGIT_BIASES = 1024
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (None,),
     "best_of": (None,),  # checked against `n` on completions, where it exists
     "continue_final_message": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_json": (None,),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "metadata": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None,),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
@@ -73,6 +68,14 @@ Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
     _described(f"a string or a list of up to {MAX_STOP_STRINGS} strings, none of them empty"),
 ]
+LogitBias = Annotated[
+    Annotated[
+        dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_LOGIT_BIASES),
+    ]
+    | None,
+    _described(f"a map of up to {MAX_LOGIT_BIASES} token ids, written as strings, to numbers from -100 to 100"),
+]
 
 
 class _Strict(BaseModel):
@@ -97,6 +100,16 @@ class GenerationFields(_Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
     """0 and -1: off."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """As in vLLM: tokens less likely than this times the likeliest one are left out."""
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """This and `presence_penalty` as in OpenAI's API: over the tokens generated so far."""
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """As in transformers and vLLM: over prompt and generated tokens; 1 is off."""
+    logit_bias: LogitBias = None
+    min_tokens: int | None = Field(default=None, ge=0)
+    """As in vLLM: nothing but `max_tokens` ends a choice before it has so many tokens."""
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
     stop_token_ids: TokenIds | None = None

@@ -151,13 +151,38 @@ class RequestPlanner:
     ) -> SamplingParameters:
         defaults = self._tokenizer.defaults
         ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+        min_tokens = request.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
+            )
         top_k = defaults.top_k if request.top_k is None else request.top_k
         return SamplingParameters(
             max_tokens=max_tokens,
-            temperature=defaults.temperature if request.temperature is None else request.temperature,
-            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
             top_k=min(max(0, top_k), _MAX_TOP_K),
             seed=seed,
             num_top_logprobs=num_top_logprobs,
             stop_token_ids=ending_ids | frozenset(request.stop_token_ids or ()),
+            min_p=_given(request.min_p, defaults.min_p),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=self._logit_bias(request),
+            min_tokens=min_tokens,
         )
+
+    def _logit_bias(self, request: GenerationFields) -> tuple[tuple[int, float], ...]:
+        biases = tuple(sorted((int(token_id), bias) for token_id, bias in (request.logit_bias or {}).items()))
+        vocabulary_size = self._tokenizer.defaults.vocabulary_size
+        if biases and vocabulary_size is not None and biases[-1][0] >= vocabulary_size:
+            raise InvalidRequestError(
+                f"`logit_bias`: token id {biases[-1][0]} is outside the model's vocabulary of {vocabulary_size}",
+                "logit_bias",
+            )
+        return biases
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

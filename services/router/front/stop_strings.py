@@ -37,6 +37,10 @@ class _Automaton:
         self.matched = matched
         return matched == len(self._stop)
 
+    def pass_over(self) -> None:
+        """The stop string that was completed does not count; another may overlap it."""
+        self.matched = self._fallback[-1]
+
 
 class StopStringMatcher:
     """Text in, text that is safe to show out. Where several stop strings end, the one that ends first counts.
@@ -50,14 +54,21 @@ class StopStringMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """What may be shown after `text` came; sets `stopped` if a stop string is complete. Not after `stopped`."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """What may be shown after `text` came; sets `stopped` if a stop string ends in it. Not after `stopped`.
+
+        `may_stop` False: stop strings that end in this text do not count.
+        """
         assert not self.stopped
         for position, character in enumerate(text):
             longest = 0
             for automaton in self._automata:
-                if automaton.step(character) and automaton.matched > longest:
-                    longest = automaton.matched
+                if not automaton.step(character):
+                    continue
+                if may_stop:
+                    longest = max(longest, automaton.matched)
+                else:
+                    automaton.pass_over()
             if longest:
                 self.stopped = True
                 visible = (self._held + text[: position + 1])[:-longest]

@@ -33,6 +33,8 @@ class StepInFlight:
     plan: StepPlan
     requests: tuple[Request, ...]
     sent_s: float
+    is_canary: bool = False
+    """It carries nothing, and was sent to see whether it is answered."""
 
 
 class PipelineSchedule:
@@ -62,6 +64,10 @@ class PipelineSchedule:
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
         self._step_durations_s: deque[float] = deque(maxlen=128)
+        self.last_answer_s = 0.0
+        """When a step was last answered; at first, when the pipeline opened."""
+        self.last_work_s = 0.0
+        """The same, but for canaries."""
 
     # Taking requests in
 
@@ -127,6 +133,17 @@ class PipelineSchedule:
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
         return plan, preempted
+
+    def is_canary_due(self, now_s: float) -> bool:
+        """Whether nothing is in flight and nothing was answered for a while."""
+        return not self.in_flight and now_s - self.last_answer_s >= self._settings.canary_interval_s
+
+    def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
+        """A step that carries nothing: its answer shows that every stage still passes steps on."""
+        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, (), tuple(self.held_releases))
+        self.held_releases.clear()
+        self.in_flight[step] = StepInFlight(plan, (), now_s, is_canary=True)
+        return plan
 
     def _candidates(self) -> list[tuple[Request, int]]:
         """Who is to be in the next step with how many tokens, by arrival.
@@ -202,6 +219,7 @@ class PipelineSchedule:
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
+            token_counts=request.token_counts() if samples else b"",
         )
 
     def _youngest_after(self, request: Request) -> Request | None:
@@ -219,8 +237,11 @@ class PipelineSchedule:
         """The step is answered: its requests are free for another. None if it is not in flight here."""
         in_flight = self.in_flight.pop(step, None)
         if in_flight is not None:
-            self._step_durations_s.append(now_s - in_flight.sent_s)
             self.last_step = max(self.last_step, step)
+            self.last_answer_s = now_s
+            if not in_flight.is_canary:  # a canary says nothing of how long work takes
+                self.last_work_s = now_s
+                self._step_durations_s.append(now_s - in_flight.sent_s)
             for request in in_flight.requests:
                 request.step = None
                 if request.state is not RequestState.RUNNING:

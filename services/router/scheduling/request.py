@@ -14,6 +14,7 @@ from enum import StrEnum
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
 from services.router.scheduling.step_plan import SampledToken
+from services.router.scheduling.token_counts import TokenCounts
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
@@ -67,6 +68,8 @@ class Request:
     """Times that a loss of nodes interrupted it."""
     num_replayed_tokens: int = 0
     """Positions computed again after such a loss."""
+    _token_counts: TokenCounts | None = None
+    """Made when first asked for; only for requests with a penalty."""
 
     @property
     def request_id(self) -> RequestId:
@@ -125,6 +128,16 @@ class Request:
         prompt = self.generation_request.prompt_token_ids
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
+
+    def token_counts(self) -> bytes:
+        """For `ScheduledChunk.token_counts`: what the penalties of the next token look at."""
+        sampling = self.generation_request.sampling
+        if not sampling.counts_tokens:
+            return b""
+        if self._token_counts is None:
+            prompt = self.generation_request.prompt_token_ids if sampling.counts_prompt else ()
+            self._token_counts = TokenCounts(prompt)
+        return self._token_counts.take(self.generated_token_ids)
 
     def start(self, pipeline: PipelineId, sequence_id: SequenceId) -> None:
         """WAITING -> RUNNING, with an empty cache."""

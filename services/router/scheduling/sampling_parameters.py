@@ -21,3 +21,25 @@ class SamplingParameters:
     num_top_logprobs: int | None
     stop_token_ids: frozenset[int]
     """Token ids that end the choice (end of sequence, unless the client asked to ignore it); not part of the text."""
+    min_p: float = 0.0
+    """Tokens less likely than this times the likeliest one are left out; 0: none."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was generated."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for each time that it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in the prompt or generated, multiplies negative ones; 1: off."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); each id once."""
+    min_tokens: int = 0
+    """Stop tokens cannot be drawn, and stop strings do not count, before so many tokens are there."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a next token depends on how often others came before it."""
+        return self.counts_prompt or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def counts_prompt(self) -> bool:
+        """Whether it depends on the prompt's tokens too."""
+        return self.repetition_penalty != 1.0

@@ -114,6 +114,7 @@ class Scheduler:
         if held is not None:
             self._adopt(schedule, held)
         schedule.resume(generation, kv_marks)
+        schedule.last_answer_s = schedule.last_work_s = now_s
         self._pipelines[pipeline] = schedule
         self._selection.note_opening(pipeline, now_s)
 
@@ -152,6 +153,15 @@ class Scheduler:
                 self.counters.steps_planned += 1
                 self.counters.tokens_planned += plan.num_tokens
                 plans.append(plan)
+        return plans
+
+    def plan_canaries(self, now_s: float) -> list[StepPlan]:
+        """Steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
+        plans: list[StepPlan] = []
+        for pipeline in sorted(self._pipelines):
+            schedule = self._pipelines[pipeline]
+            if schedule.is_canary_due(now_s):
+                plans.append(schedule.plan_canary(StepId(next(self._step_numbers)), now_s))
         return plans
 
     def complete(
@@ -224,8 +234,9 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing waits, runs or is in flight."""
-        return not self._requests and not any(schedule.in_flight for schedule in self._pipelines.values())
+        """Nothing waits, runs or is in flight, but for canaries."""
+        steps = [step for schedule in self._pipelines.values() for step in schedule.in_flight.values()]
+        return not self._requests and all(step.is_canary for step in steps)
 
     def snapshot(self) -> SchedulerSnapshot:
         """A copy of what metrics and the status page show."""

@@ -36,6 +36,8 @@ class SchedulerSettings:
     """Longest wait while no pipeline is open at all."""
     max_request_s: float = 3600.0
     """Longest life of a request."""
+    canary_interval_s: float = 1.0
+    """An open pipeline in which nothing has been answered for so long gets a step that carries nothing."""
     pipeline_policy: str = "least_in_flight"
 
     def __post_init__(self) -> None:

@@ -43,7 +43,11 @@ class PipelineSnapshot:
     num_steps_in_flight: int
     num_tokens_in_flight: int
     oldest_step_sent_s: float | None
-    """When the longest unanswered step was sent; None if none is in flight."""
+    """When the longest unanswered step, but for canaries, was sent; None if none is in flight."""
+    canary_sent_s: float | None
+    """The same of canaries."""
+    last_work_s: float
+    """When a step that was no canary was last answered, or when the pipeline opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,15 @@ class SchedulerSnapshot:
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
     """What there is to see of it now."""
+    in_flight = schedule.in_flight.values()
     return PipelineSnapshot(
         pipeline=schedule.pipeline,
         generation=schedule.generation,
         load=schedule.load(),
         num_free_blocks=schedule.allocator.num_free,
-        num_steps_in_flight=len(schedule.in_flight),
-        num_tokens_in_flight=sum(in_flight.plan.num_tokens for in_flight in schedule.in_flight.values()),
-        oldest_step_sent_s=min((in_flight.sent_s for in_flight in schedule.in_flight.values()), default=None),
+        num_steps_in_flight=sum(not step.is_canary for step in in_flight),
+        num_tokens_in_flight=sum(step.plan.num_tokens for step in in_flight),
+        oldest_step_sent_s=min((step.sent_s for step in in_flight if not step.is_canary), default=None),
+        canary_sent_s=min((step.sent_s for step in in_flight if step.is_canary), default=None),
+        last_work_s=schedule.last_work_s,
     )

@@ -28,6 +28,9 @@ class ScheduledChunk:
     choice: int
     num_generated: int
     """Tokens that the request has generated before this step, over all its recomputations."""
+    token_counts: bytes = b""
+    """int32 [*, 3]: token id, times generated, 1 if in the prompt; of a chunk that samples with a penalty, else empty.
+    It says all that the last stage must know of the past, so that a recomputed request draws the same token."""
 
     @property
     def sampling_position(self) -> int:

@@ -2,7 +2,8 @@
 
 Gumbel-max (Maddison et al., arXiv 1411.0030): argmax of logits / temperature + noise. The noise of (request seed,
 choice, position, token id) comes from a counter-based generator (SplitMix64, Steele et al. 2014), so that a row's token
-does not depend on its batch mates, and a replayed request draws the same tokens.
+does not depend on its batch mates, and a replayed request draws the same tokens. Penalties, biases and min_p shape what
+is drawn (`penalties.py`); log-probabilities are of the model's own distribution, before all of that.
 
 S rows, V tokens.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from services.stage.micro_batch import SamplingColumns
+from services.stage.model.penalties import adjusted_logits, without_unlikely
 
 MIN_TEMPERATURE = 1e-30
 """As good as greedy; less would make the logits infinite, and of infinite ones none is the best."""
@@ -44,10 +46,11 @@ class SampledTokens:
 def sample(logits: Tensor, columns: SamplingColumns) -> SampledTokens:
     """logits [S, V] of any float dtype -> one token a row, as its columns ask for."""
     logits = logits.to(torch.float32)
-    tokens = torch.argmax(logits, dim=-1)
+    adjusted = logits if columns.adjustments is None else adjusted_logits(logits, columns.adjustments)
+    tokens = torch.argmax(adjusted, dim=-1)
     drawn = np.flatnonzero(columns.temperatures > 0)
     if drawn.size:
-        tokens[torch.from_numpy(drawn)] = _draw(logits, columns, drawn)
+        tokens[torch.from_numpy(drawn)] = _draw(adjusted, columns, drawn)
     asked = np.flatnonzero(columns.num_top_logprobs >= 0)
     num_top = int(columns.num_top_logprobs.max(initial=0))
     logprobs = torch.zeros(len(tokens))
@@ -68,6 +71,8 @@ def _draw(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> T
     """Token ids int64 of the given rows."""
     temperatures = np.maximum(columns.temperatures[rows], MIN_TEMPERATURE).astype(np.float32)
     scaled = logits[torch.from_numpy(rows)] / torch.from_numpy(temperatures)[:, None]
+    if columns.adjustments is not None:
+        scaled = without_unlikely(scaled, columns.adjustments.min_ps[rows])
     scaled = _filtered(scaled, columns.top_ks[rows], columns.top_ps[rows])
     noise = gumbel_noise(columns.seeds[rows], columns.choices[rows], columns.positions[rows], logits.shape[1])
     return torch.argmax(scaled.to(torch.float64) + torch.from_numpy(noise), dim=-1)

@@ -11,8 +11,9 @@ import pytest
 
 from common.errors import MoemeshError, NodeLostError, NotReadyError
 from common.ids import RequestId
+from services.router.control.readiness import STALE_S
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
-from services.router.mesh_engine import NOT_READY_GRACE_S, STALE_S, MeshEngine, TokenMailbox
+from services.router.mesh_engine import NOT_READY_GRACE_S, MeshEngine, TokenMailbox
 from services.router.mesh_status import MeshStatus
 from tests.support.fake_mesh import build_request
 

@@ -110,10 +110,11 @@ def test_readiness_tells_step_by_step_what_is_missing() -> None:
     mesh = FakeMesh()
     assert mesh.loop.status.readiness.detail == "no node has registered yet"
     mesh.turn(1.0)
-    assert mesh.loop.status.readiness.detail == "0 of 1 expert nodes"
+    assert mesh.loop.status.readiness.detail == "0 of 1 expert nodes; no pipeline is open (0 of 2 stage nodes)"
     mesh.hello("x", NodeKind.EXPERT)
     mesh.turn(1.0)
-    assert mesh.loop.status.readiness.detail == "0 of 12 expert shards loaded"
+    missing = ("0 of 12 expert shards loaded", "no pipeline is open (0 of 2 stage nodes)")
+    assert mesh.loop.status.readiness.missing == missing
     mesh.turn(1.0)
     assert mesh.loop.status.readiness.detail == "no pipeline is open (0 of 2 stage nodes)"
     mesh.hello("a")
@@ -412,3 +413,59 @@ def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:
     mesh.turn(0.2)
     mesh.turn(0.2)
     assert mesh.loop.status.hops == before
+
+
+def test_in_silence_a_canary_goes_through_each_pipeline_and_is_no_work(mesh: FakeMesh) -> None:
+    steps, planned = mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned
+    mesh.client.pipelines[FIRST].answers.clear()
+    for _ in range(6):
+        mesh.beat()
+        mesh.turn(0.25)
+    (result, header) = mesh.client.pipelines[FIRST].answers[0]
+    assert result.sequence_ids.shape == (0,)
+    assert header.generation == mesh.stages.pipelines[FIRST].generation
+    mesh.settle()
+    assert mesh.loop.status.readiness.ready
+    assert (mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned) == (steps, planned)
+
+
+def test_an_unanswered_canary_shows_a_hang_until_it_is_answered(mesh: FakeMesh) -> None:
+    for _ in range(12):
+        mesh.beat()
+        mesh.turn(0.25)
+    assert not mesh.loop.status.readiness.ready
+    assert "a canary has been unanswered" in mesh.loop.status.readiness.detail
+    mesh.answer()
+    mesh.beat()
+    mesh.turn(0.1)
+    mesh.turn(0.1)
+    assert mesh.loop.status.readiness.ready
+
+
+def test_a_request_goes_on_beside_a_canary(mesh: FakeMesh) -> None:
+    request = build_request("r", max_tokens=6)
+    mesh.beat()
+    mesh.turn(1.5)
+    assert mesh.client.pipelines[FIRST].answers, "a canary is in flight"
+    mesh.loop.submit(request)
+    mesh.settle()
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_suspect_stage_is_not_ready_at_once(mesh: FakeMesh) -> None:
+    mesh.turn(0.2)
+    mesh.client.events.append((node("b").node_id, LinkEvent.CLOSED))
+    mesh.turn(0.11)
+    assert mesh.loop.status.readiness.missing == ("pipeline 0: b does not answer",)
+
+
+def test_experts_whose_lifelines_closed_leave_nothing_served() -> None:
+    mesh = FakeMesh(copies=2)
+    mesh.start(experts="xy")
+    mesh.lose("x")
+    mesh.beat()
+    mesh.turn(0.11)
+    assert mesh.loop.status.readiness.ready, "a copy lives"
+    mesh.lose("y")
+    mesh.turn(0.11)
+    assert not mesh.loop.status.readiness.ready

@@ -29,9 +29,22 @@ def test_sampling_defaults_are_the_checkpoints(tmp_path: Path) -> None:
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (0.6, 0.95, 20)
 
 
+def test_penalties_of_the_checkpoint_count_as_in_vllm(tmp_path: Path) -> None:
+    write(tmp_path, config={}, generation_config={"repetition_penalty": 1.05, "min_p": 0.1})
+    defaults = read_checkpoint_defaults(tmp_path)
+    assert (defaults.repetition_penalty, defaults.min_p) == (1.05, 0.1)
+
+
+def test_a_penalty_that_divides_by_zero_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, config={}, generation_config={"repetition_penalty": 0})
+    with pytest.raises(CheckpointError, match="repetition_penalty"):
+        read_checkpoint_defaults(tmp_path)
+
+
 def test_without_files_sampling_is_plain(tmp_path: Path) -> None:
     defaults = read_checkpoint_defaults(tmp_path)
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (1.0, 1.0, 0)
+    assert (defaults.min_p, defaults.repetition_penalty) == (0.0, 1.0)
     assert defaults.eos_token_ids == frozenset()
 
 

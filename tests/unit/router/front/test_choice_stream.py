@@ -100,3 +100,14 @@ def test_ignored_end_of_sequence_token_goes_on(tokenizer: TextTokenizer) -> None
     token_ids = [*tokenizer.encode("fox"), EOS, *tokenizer.encode(" dog")]
     events = push_all(stream_of(tokenizer, ignore_eos=True), token_ids, FinishReason.LENGTH)
     assert text_of(events) == "fox dog"
+
+
+def test_stop_strings_do_not_count_before_min_tokens(tokenizer: TextTokenizer) -> None:
+    token_ids = tokenizer.encode("fox fox fox")
+    fox = len(tokenizer.encode("fox"))
+    for min_tokens, wanted in ((0, ""), (fox, "fox ")):
+        sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, frozenset({EOS}), min_tokens=min_tokens)
+        request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
+        stream = ChoiceStream(PlannedChoice(0, request, ("fox",), ""), tokenizer)
+        assert text_of(push_all(stream, token_ids, FinishReason.LENGTH)) == wanted
+        assert stream.finish_reason is FinishReason.STOP

@@ -343,7 +343,8 @@ def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) ->
         ({"prompt": ""}, 400, "prompt", "invalid_request"),
         ({"max_tokens": 10**6}, 400, "prompt", "context_length_exceeded"),
         ({"model": "other"}, 404, "model", "model_not_found"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias", "invalid_request"),
+        ({"best_of": 3}, 400, "best_of", "invalid_request"),
     ],
 )
 def test_wrong_request_is_answered_with_the_field(

@@ -7,6 +7,7 @@ import pytest
 
 from common.errors import InvalidRequestError
 from services.router.front.openai_schema import (
+    MAX_LOGIT_BIASES,
     UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
@@ -64,6 +65,24 @@ def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
         ("top_p", 1.1),
         ("top_k", -2),
         ("top_k", 0.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", float("nan")),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1.0),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("logit_bias", [1]),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": None}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"9" * 30: 1}),
+        ("logit_bias", {str(token_id): 1 for token_id in range(MAX_LOGIT_BIASES + 1)}),
         ("seed", 2**63),
         ("seed", "x"),
         ("n", 0),
@@ -88,6 +107,21 @@ def test_wrong_value_is_refused_with_the_field_named(field: str, value: Any) -> 
     with pytest.raises(InvalidRequestError) as caught:
         completion(**{field: value})
     assert caught.value.parameter in (field, f"{field}[0]")
+
+
+def test_penalties_are_fields_of_both_routes() -> None:
+    fields: dict[str, Any] = {
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.1,
+        "min_p": 1,
+        "logit_bias": {"0": -100, "7": 2.5},
+        "min_tokens": 3,
+    }
+    for request in (completion(**fields), chat(**fields)):
+        assert {name: getattr(request, name) for name in fields} == fields
+    for request in (completion(**dict.fromkeys(fields)), chat(**dict.fromkeys(fields))):
+        assert {getattr(request, name) for name in fields} == {None}, "null asks for nothing"
 
 
 def test_number_too_large_for_a_float_is_refused() -> None:

@@ -50,6 +50,28 @@ def test_checkpoint_defaults_fill_what_the_client_left_out(tokenizer: TextTokeni
     assert (own.temperature, own.top_p, own.top_k) == (0, 1, 0)
 
 
+def test_penalties_reach_the_mesh_as_they_were_asked_for(tokenizer: TextTokenizer) -> None:
+    asked: dict[str, Any] = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.2,
+        "min_p": 0.1,
+        "min_tokens": 4,
+    }
+    for planned in (plan(tokenizer, **asked), plan_chat(tokenizer, **asked)):
+        assert {name: getattr(sampling(planned), name) for name in asked} == asked
+    assert sampling(plan(tokenizer, logit_bias={"9": -1, "3": 100})).logit_bias == ((3, 100.0), (9, -1.0))
+
+
+def test_checkpoint_defaults_of_penalties_give_way_to_the_clients(tokenizer: TextTokenizer) -> None:
+    defaults = CheckpointDefaults(frozenset({5}), None, min_p=0.05, repetition_penalty=1.05)
+    changed = TextTokenizer(tokenizer._tokenizer, {}, defaults)
+    filled = sampling(plan(changed))
+    assert (filled.min_p, filled.repetition_penalty) == (0.05, 1.05)
+    own = sampling(plan(changed, min_p=0, repetition_penalty=1))
+    assert (own.min_p, own.repetition_penalty, own.counts_tokens) == (0, 1, False)
+
+
 def test_top_k_minus_one_is_off(tokenizer: TextTokenizer) -> None:
     assert sampling(plan(tokenizer, top_k=-1)).top_k == 0
 
@@ -127,6 +149,8 @@ def test_chat_may_use_what_is_left_of_the_context(tokenizer: TextTokenizer) -> N
         ({"prompt": ["a", ""]}, InvalidRequestError, "prompt"),
         ({"prompt": [100_000]}, InvalidRequestError, "prompt"),
         ({"prompt": ["a"] * 9, "n": 15}, InvalidRequestError, "prompt"),
+        ({"logit_bias": {"100000": 1}}, InvalidRequestError, "logit_bias"),
+        ({"min_tokens": 17}, InvalidRequestError, "min_tokens"),
     ],
 )
 def test_what_cannot_be_served_is_refused(

@@ -64,3 +64,18 @@ def test_false_start_comes_out_once_it_is_one() -> None:
 
 def test_held_text_comes_out_at_the_end() -> None:
     assert run(["\n\n"], ["line\n"]) == (["line", "\n"], False)
+
+
+@given(STOPS, SHORT_TEXT, SHORT_TEXT)
+def test_only_stop_strings_that_end_where_they_may_count(stops: list[str], early: str, late: str) -> None:
+    matcher = StopStringMatcher(stops)
+    shown = matcher.push(early, may_stop=False) + matcher.push(late)
+    text, ends = early + late, range(len(early) + 1, len(early + late) + 1)
+    ending = [(end, max((len(s) for s in stops if text[:end].endswith(s)), default=0)) for end in ends]
+    first = next(((end, length) for end, length in ending if length), None)
+    assert matcher.stopped == (first is not None)
+    if first is None:
+        assert shown + matcher.flush() == text
+    else:
+        assert text[: first[0]].startswith(shown), "what was shown before the end cannot be taken back"
+        assert shown == text[: first[0] - first[1]]

@@ -41,7 +41,8 @@ def columns(rows: int, **values: Any) -> SamplingColumns:
 
 
 def pick(source: SamplingColumns, rows: Any) -> SamplingColumns:
-    return SamplingColumns(*(getattr(source, name)[rows] for name in SamplingColumns.__slots__))
+    names = [name for name in SamplingColumns.__slots__ if name != "adjustments"]
+    return SamplingColumns(**{name: getattr(source, name)[rows] for name in names})
 
 
 def logits_of(rows: int, vocabulary: int, seed: int = 0, scale: float = 2.0) -> Tensor:

@@ -1,0 +1,48 @@
+"""What a step says of penalties and biases, row by row of its sampling sequences. Pure: numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.array import Float64Array, Int32Array
+from services.router.scheduling.step_plan import ScheduledChunk
+
+MAX_TOKEN_ID = 2**31
+
+
+def penalty_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
+    """`Step.penalties`: float64 [*, 5], of the chunks that sample."""
+    rows = [
+        (row, sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+        for row, sampling in enumerate(chunk.sampling for chunk in sampled)
+        if sampling.min_p or sampling.counts_tokens
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 5)
+
+
+def count_rows(sampled: Sequence[ScheduledChunk]) -> Int32Array:
+    """`Step.token_counts`: int32 [*, 4]."""
+    parts = []
+    for row, chunk in enumerate(sampled):
+        if chunk.token_counts:
+            counts = np.frombuffer(chunk.token_counts, dtype=np.int32).reshape(-1, 3)
+            parts.append(np.insert(counts, 0, row, axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int32)
+
+
+def bias_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
+    """`Step.biases`: float64 [*, 3]; while a choice is too short to end, its stop tokens stand there with -inf."""
+    rows: list[tuple[int, int, float]] = []
+    for row, chunk in enumerate(sampled):
+        sampling = chunk.sampling
+        too_short = chunk.num_generated < sampling.min_tokens
+        if not sampling.logit_bias and not too_short:
+            continue
+        biases = dict(sampling.logit_bias)
+        if too_short:
+            # A client may name ids that no vocabulary has, and that no column could carry.
+            biases.update({token_id: -np.inf for token_id in sampling.stop_token_ids if token_id < MAX_TOKEN_ID})
+        rows += [(row, token_id, bias) for token_id, bias in biases.items()]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3)

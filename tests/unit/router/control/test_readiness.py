@@ -1,0 +1,162 @@
+"""What /ready says, by plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.ids import NodeId, PipelineId
+from common.membership import NodeState
+from common.messages import Heartbeat
+from common.topology import ShardId
+from services.router.control.readiness import (
+    SILENT_S,
+    STALE_S,
+    UNANSWERED_S,
+    MeshEvidence,
+    NodeEvidence,
+    PipelineEvidence,
+    ProgressWatch,
+    judge,
+    judge_age,
+)
+from services.router.engine import Readiness
+
+NOW_S = 1000.0
+A, B, X, Y = (NodeId(name) for name in "abxy")
+LEFT, RIGHT = ShardId(0, 0, 0), ShardId(0, 1, 0)
+FRESH = NodeEvidence(NodeState.ALIVE, NOW_S, NOW_S - 60)
+PIPELINE = PipelineEvidence(PipelineId(0), (A, B), None, None, NOW_S - 30, 0.1)
+
+
+def evidence(**changes: Any) -> MeshEvidence:
+    """Two stages, two expert nodes that hold everything, and silence."""
+    healthy = MeshEvidence(
+        nodes=dict.fromkeys((A, B, X, Y), FRESH),
+        pipelines=(PIPELINE,),
+        stages_detail="2 stage nodes",
+        is_served=True,
+        shards=dict.fromkeys((X, Y), frozenset({LEFT, RIGHT})),
+        num_shards=2,
+        experts_detail="2 of 2 expert shards loaded",
+    )
+    return replace(healthy, **changes)
+
+
+def with_node(seen: MeshEvidence, *names: NodeId, **changes: Any) -> MeshEvidence:
+    changed = {name: replace(seen.nodes[name], **changes) for name in names}
+    return replace(seen, nodes={**seen.nodes, **changed})
+
+
+def with_pipeline(**changes: Any) -> MeshEvidence:
+    return evidence(pipelines=(replace(PIPELINE, **changes),))
+
+
+def test_a_healthy_mesh_is_ready_and_says_what_it_has() -> None:
+    assert judge(evidence(), NOW_S) == Readiness(True, "1 pipelines; 2 of 2 expert shards loaded")
+
+
+def test_all_that_is_missing_is_named() -> None:
+    readiness = judge(evidence(is_served=False, experts_detail="1 of 2 expert shards loaded", pipelines=()), NOW_S)
+    assert readiness.missing == ("1 of 2 expert shards loaded", "no pipeline is open (2 stage nodes)")
+    assert readiness.detail == "; ".join(readiness.missing)
+
+
+def test_one_copy_on_a_node_that_lives_is_enough() -> None:
+    one_suspect = with_node(evidence(), X, state=NodeState.SUSPECT)
+    assert judge(one_suspect, NOW_S).ready
+    both = judge(with_node(evidence(), X, Y, state=NodeState.SUSPECT), NOW_S)
+    assert both.missing == ("2 of 2 expert shards are held only by x, y: no answer",)
+    split = replace(one_suspect, shards={X: frozenset({LEFT}), Y: frozenset({RIGHT})})
+    assert judge(split, NOW_S).missing == ("1 of 2 expert shards are held only by x: no answer",)
+
+
+def test_a_pipeline_with_a_suspect_stage_does_not_count() -> None:
+    suspect = with_node(evidence(), B, state=NodeState.SUSPECT)
+    assert judge(suspect, NOW_S).missing == ("pipeline 0: b does not answer",)
+    other = replace(PIPELINE, pipeline=PipelineId(1), holders=(A,))
+    assert judge(replace(suspect, pipelines=(PIPELINE, other)), NOW_S).ready, "another one can make tokens"
+
+
+def test_a_holder_that_is_not_known_any_more_is_missing() -> None:
+    nodes = {name: node for name, node in evidence().nodes.items() if name != A}
+    assert judge(evidence(nodes=nodes), NOW_S).missing == ("pipeline 0: a does not answer",)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("oldest_step_sent_s", "step"), ("canary_sent_s", "canary")], ids=["step", "canary"]
+)
+def test_an_unanswered_step_without_progress_is_a_hang(field: str, name: str) -> None:
+    just = with_pipeline(**{field: NOW_S - UNANSWERED_S})
+    assert judge(just, NOW_S).ready
+    (said,) = judge(just, NOW_S + 0.1).missing
+    assert said == f"pipeline 0: a {name} has been unanswered for 1.6 s"
+
+
+def test_progress_of_any_of_its_stages_shows_that_a_step_only_takes_long() -> None:
+    slow = with_pipeline(oldest_step_sent_s=NOW_S - 20)
+    assert not judge(slow, NOW_S).ready
+    assert judge(with_node(slow, B, progressed_s=NOW_S - 1), NOW_S).ready
+    assert not judge(with_node(slow, X, progressed_s=NOW_S - 1), NOW_S).ready, "experts may work for another pipeline"
+
+
+def test_where_steps_are_slow_one_may_take_four_times_as_long_but_a_canary_may_not() -> None:
+    assert judge(with_pipeline(oldest_step_sent_s=NOW_S - 7.9, p99_step_s=2.0), NOW_S).ready
+    assert not judge(with_pipeline(oldest_step_sent_s=NOW_S - 8.1, p99_step_s=2.0), NOW_S).ready
+    assert not judge(with_pipeline(canary_sent_s=NOW_S - 1.6, p99_step_s=2.0), NOW_S).ready
+
+
+@pytest.mark.parametrize("names", [(A,), (X, Y)], ids=["stage", "experts"])
+def test_in_silence_a_node_without_heartbeats_hangs(names: tuple[NodeId, ...]) -> None:
+    assert judge(with_node(evidence(), *names, heard_s=NOW_S - SILENT_S + 0.1), NOW_S).ready
+    silent = with_node(evidence(), *names, heard_s=NOW_S - SILENT_S - 0.1)
+    assert not judge(silent, NOW_S).ready
+    (pipeline,) = silent.pipelines
+    at_work = replace(silent, pipelines=(replace(pipeline, oldest_step_sent_s=NOW_S - 0.2),))
+    assert judge(at_work, NOW_S).ready, "under load a node may be too busy for heartbeats"
+    just_done = replace(silent, pipelines=(replace(pipeline, last_work_s=NOW_S - 0.2),))
+    assert judge(just_done, NOW_S).ready, "silence begins with the last work"
+
+
+@given(st.floats(0, 30), st.floats(0, 30) | st.none(), st.floats(0, 30) | st.none(), st.floats(0, 3), st.floats(0, 30))
+def test_what_is_missing_stays_missing_until_something_is_heard(
+    heard_ago_s: float, step_ago_s: float | None, canary_ago_s: float | None, p99_s: float, later_s: float
+) -> None:
+    seen = with_pipeline(
+        oldest_step_sent_s=None if step_ago_s is None else NOW_S - step_ago_s,
+        canary_sent_s=None if canary_ago_s is None else NOW_S - canary_ago_s,
+        p99_step_s=p99_s,
+    )
+    seen = with_node(seen, A, B, X, Y, heard_s=NOW_S - heard_ago_s)
+    if not judge(seen, NOW_S).ready:
+        assert not judge(seen, NOW_S + later_s).ready
+
+
+def test_the_first_look_is_awaited_and_an_old_one_believed_no_longer() -> None:
+    ready, starting = Readiness(True, "1 pipelines"), Readiness(False, "starting")
+    assert judge_age(starting, None, NOW_S) == starting
+    assert judge_age(ready, NOW_S - STALE_S, NOW_S) == ready
+    old = judge_age(ready, NOW_S - 2, NOW_S)
+    assert (old.ready, old.missing) == (False, ("the mesh thread has been silent for 2.0 s",))
+
+
+def test_progress_is_more_work_done_not_more_heartbeats() -> None:
+    watch, beat = ProgressWatch(), Heartbeat(0.0, 5, 50, 0, 0, 0, 0, 0.0, 0, 0)
+    watch.join(A, 1.0)
+    watch.note(A, beat, 2.0)
+    watch.note(A, replace(beat, busy_seconds=9.0, resent=3), 3.0)
+    assert watch.evidence(A, NodeState.ALIVE) == NodeEvidence(NodeState.ALIVE, 3.0, 2.0)
+    for field in ("steps", "rows", "hops"):
+        beat = replace(beat, **{field: 99})
+        watch.note(A, beat, 4.0)
+        assert watch.evidence(A, NodeState.SUSPECT).progressed_s == 4.0
+        watch.note(A, beat, 5.0)
+        assert watch.evidence(A, NodeState.ALIVE).progressed_s == 4.0
+        watch.join(A, 0.0)
+        watch.note(A, beat, 0.5)
+    watch.forget(A)
+    watch.forget(A)
