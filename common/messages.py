@@ -78,6 +78,10 @@ class Welcome:
     block_tokens: int
     num_slices: int
     call_deadline_ms: int
+    expert_loss: str = "wait"
+    """`wait` for an expert shard that nobody can be asked for, or `degrade`: go on without it."""
+    degrade_after_ms: int = 500
+    """How long `degrade` waits first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,8 @@ class AssignShards:
 
     version: int
     shards: TensorFrame
-    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert."""
+    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert, 2 where nobody else can be asked for it:
+    those are loaded first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,8 @@ class Heartbeat:
     queued: int
     """Waiting now."""
     dropped: int
-    """Messages of an old term, generation or attempt dropped since start."""
+    """Messages of an old term, generation or attempt dropped since start. Expert node: also calls that nobody waited
+    for any more."""
     bytes_sent: int
     """On all data sockets since start."""
     hop_bytes: int
@@ -217,6 +223,16 @@ class Heartbeat:
     """Calls in `hop_seconds`."""
     resent: int
     """Stage: expert calls repeated on another copy since start."""
+    hedged: int = 0
+    """Stage: expert calls asked of a further copy since start, because the first one was late."""
+    hedge_wins: int = 0
+    """Stage: those of them that answered first."""
+    late: int = 0
+    """Stage: answers of expert nodes that were not used any more. Expert node: calls that were taken back in time."""
+    suspicions: int = 0
+    """Stage: how often an expert node was taken to hang."""
+    degraded_rows: int = 0
+    """Stage: token rows of a layer that went on without one of their experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +260,10 @@ class Failed:
 # ---- router -> first stage -> ... -> last stage -> router: the pipeline --------------------------------------------
 
 
+NO_FLAGS = TensorFrame("uint8", (0,), b"")
+"""A column of flags none of which is set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
@@ -263,6 +283,8 @@ class Step:
     computing_slots: tuple[int, ...] = ()
     """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
     do nothing. Empty: an ordinary step, all compute."""
+    degraded: TensorFrame = NO_FLAGS
+    """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +301,8 @@ class StepResult:
     """int32 [S, P]."""
     top_logprobs: TensorFrame
     """float32 [S, P]."""
+    degraded: TensorFrame = NO_FLAGS
+    """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
 
 
 # ---- stage -> its mirror, in order -----------------------------------------------------------------------------------
@@ -356,6 +380,14 @@ class ExpertRows:
     """Time between the call's arrival and the start of its FFN."""
 
 
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    """Stage -> expert node: nobody waits for these calls any more; what still queues is dropped. Not answered."""
+
+    calls: tuple[int, ...]
+    """The stage's numbers; unknown ones are no error."""
+
+
 Message = (
     Hello
     | Welcome
@@ -379,4 +411,5 @@ Message = (
     | MirrorAck
     | Dispatch
     | ExpertRows
+    | CancelCall
 )

@@ -18,7 +18,17 @@ from torch import Tensor
 from common.array import array_to_frame, frame_to_array
 from common.compute.native_library import NativeKernels
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
-from common.messages import AssignShards, Dispatch, ExpertRows, Failed, Header, Heartbeat, Message, ShardsReady
+from common.messages import (
+    AssignShards,
+    CancelCall,
+    Dispatch,
+    ExpertRows,
+    Failed,
+    Header,
+    Heartbeat,
+    Message,
+    ShardsReady,
+)
 from common.model_config import ModelConfig
 from common.node import ControlLink
 from common.tensor import DTYPES, tensor_to_frame
@@ -55,6 +65,7 @@ class Counters:
     calls: int = 0
     rows: int = 0
     dropped: int = 0
+    cancelled: int = 0
     queue_seconds: float = 0.0
 
 
@@ -95,7 +106,7 @@ class ExpertService:
             if socket is not None:
                 poller.register(socket, zmq.POLLIN)
         leave_by_s: float | None = None
-        while not self._control.leave_acknowledged:
+        while not self._control.leave_acknowledged or len(self._queue):
             now_s = self._clock()
             if should_stop():
                 if leave_by_s is None:
@@ -198,6 +209,9 @@ class ExpertService:
     def _take_calls(self, now_s: float) -> None:
         while (received := self._socket.receive()) is not None:
             identity, message, header = received
+            if isinstance(message, CancelCall):
+                self._counters.cancelled += self._queue.cancel(identity, message.calls)
+                continue
             number = message.call if isinstance(message, Dispatch) else 0
             try:
                 if not isinstance(message, Dispatch):
@@ -257,4 +271,5 @@ class ExpertService:
             hop_seconds=counters.queue_seconds,
             hops=counters.calls,
             resent=0,
+            late=counters.cancelled,
         )

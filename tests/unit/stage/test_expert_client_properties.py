@@ -100,7 +100,8 @@ class Calls(RuleBasedStateMachine):
         client = self.stage.client
         owed = {node.number: 0 for node in client.nodes}
         for number, pending in client._calls.items():
-            owed[pending.parts[number].node] += pending.parts[number].pairs.size
+            rows = pending.parts[number].rows
+            owed[rows.node] += rows.pairs.size
         assert owed == client.nodes.outstanding_rows
 
     def teardown(self) -> None:
@@ -121,7 +122,7 @@ class Calls(RuleBasedStateMachine):
         assert self.open() == []
         assert set(self.stage.outstanding.values()) <= {0}
         assert not self.stage.client._calls
-        assert not self.stage.client._stranded
+        assert not self.stage.client._open
 
 
 TestCalls = Calls.TestCase
