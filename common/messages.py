@@ -260,10 +260,6 @@ class Failed:
 # ---- router -> first stage -> ... -> last stage -> router: the pipeline --------------------------------------------
 
 
-NO_FLAGS = TensorFrame("uint8", (0,), b"")
-"""A column of flags none of which is set."""
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
@@ -283,7 +279,7 @@ class Step:
     computing_slots: tuple[int, ...] = ()
     """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
     do nothing. Empty: an ordinary step, all compute."""
-    degraded: TensorFrame = NO_FLAGS
+    degraded: TensorFrame = NO_ARRAY
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
 
 
@@ -301,7 +297,7 @@ class StepResult:
     """int32 [S, P]."""
     top_logprobs: TensorFrame
     """float32 [S, P]."""
-    degraded: TensorFrame = NO_FLAGS
+    degraded: TensorFrame = NO_ARRAY
     """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import numpy as np
 
 from common.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
-from common.messages import NO_FLAGS, Step, TensorFrame
+from common.messages import NO_ARRAY, Step, TensorFrame
 from services.stage.micro_batch import MicroBatch
 
 
@@ -31,4 +31,4 @@ def degraded_sequences(step: Step, batch: MicroBatch, degraded_rows: Collection[
 
 def flags_frame(flags: BoolArray) -> TensorFrame:
     """uint8 of the same length, or nothing where no flag is set."""
-    return array_to_frame(flags.astype(np.uint8)) if flags.any() else NO_FLAGS
+    return array_to_frame(flags.astype(np.uint8)) if flags.any() else NO_ARRAY

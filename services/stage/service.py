@@ -361,12 +361,14 @@ class StageService:
             held.memory.log_hidden(running.batch.slots, finished.hidden)
         held.tables.computed(running.step)
         held.marks.finish(running.header.step)
+        degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
+        step = replace(running.step, degraded=flags_frame(degraded))
         if slot.role.is_last:
-            message: Message = self._sampled(slot, finished)
-        elif running.step.computing_slots and max(running.step.computing_slots) <= slot.role.slot.index:
-            message = replace(running.step, hidden=NO_ARRAY)
+            message: Message = self._sampled(slot, finished, degraded)
+        elif step.computing_slots and max(step.computing_slots) <= slot.role.slot.index:
+            message = replace(step, hidden=NO_ARRAY)
         else:
-            message = replace(running.step, hidden=tensor_to_frame(finished.hidden))
+            message = replace(step, hidden=tensor_to_frame(finished.hidden))
         self._unsent.append((message, running.header, running.deadline_s))
         self._send_unsent(self._clock())
         # After the step itself: the mirror may lag by a step, the client should not.
