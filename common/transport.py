@@ -38,9 +38,9 @@ class SocketLimits:
     heartbeat_timeout_ms: int = 600
     """ZeroMQ's own ping on its I/O thread: a long computation does not look like death, a stopped process does.
 
-    Silence closes the connection after 600 to 750 ms, on either side, so that with the router's grace and its loop it is
-    known within 1 s. The margin: the thread must not run for 600 ms. On cores that are twice oversubscribed it waits for
-    a few time slices, 10 to 25 ms; under a CPU quota at most for the rest of a period, 100 ms. That leaves a factor of 6.
+    Silence closes the connection after 600 to 750 ms, on either side, so that with the router's grace and its loop it
+    is known within 1 s. The margin: the thread must not run for 600 ms. On cores that are twice oversubscribed it waits
+    for a few time slices, 10 to 25 ms; under a CPU quota at most for the rest of a period, 100 ms: a factor of 6.
     """
     handshake_timeout_ms: int = 1000
     """A stopped process's kernel accepts connections; without this limit a new one would wait for it 30 s."""

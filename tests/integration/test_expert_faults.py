@@ -1,7 +1,7 @@
 """Expert nodes are paused, killed and told to stop under load, with a copy of everything: nobody notices but the clock.
 
 Eight streams, greedy and sampled. Their tokens and log-probabilities are those of the run without a fault, bit by bit.
-The longest time without a token is printed (`-s` shows it); how short it must be is for the chaos suites to judge, since
+The longest time without a token is printed (`-s` shows it); how short it must be is for the chaos suites to judge:
 it says as much about the machine that runs the test.
 """
 
@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,9 +96,8 @@ def longest_gap_s(streams: list[Stream], since_s: float) -> float:
     return max(stream.longest_silence_s(since_s) for stream in streams)
 
 
-def run_through(mesh: ServedMesh, undisturbed: list[Answer], what: str, fault: object) -> None:
+def run_through(mesh: ServedMesh, undisturbed: list[Answer], what: str, fault: Callable[[], None]) -> None:
     """Load, a fault in the middle of it, and nothing else than without."""
-    assert callable(fault)
     with answers_under_way(mesh) as answers, RunningStreams(mesh.local.url, mesh.client.model, asks()) as running:
         wait_until(lambda: all(len(stream.token_ids) > 20 for stream in running.streams), 60, "tokens on every stream")
         began_s = time.monotonic()
