@@ -1,12 +1,12 @@
 """When a late expert call is asked of a further copy. Pure; times are arguments.
 
 The delay follows the replies: a call that takes longer than nearly all others before it is probably not merely
-queueing. Two bounds hold it where the numbers mislead. The floor: on two cores that are busy with five processes, a node
-waits for a core two or three times 3-4 ms while it computes one call, and a call that comes while another layer runs
-waits for that too; below 15 ms a hedge would mostly repeat work that is being done. The ceiling: a token passes a
-handful of stages, each of which may have to find out for itself that a node hangs; at 100 ms two of them still stay
-under the 0.4 s that a stream may stand still. A large prefill chunk or a slow machine may take longer than the ceiling
-with nothing wrong. Then the budget is what keeps a general slowdown from doubling the load that caused it.
+queueing. Two bounds hold it where the numbers mislead. The floor: on two cores that are busy with five processes, a
+node waits for a core two or three times 3-4 ms while it computes one call, and a call that comes while another layer
+runs waits for that too; below 15 ms a hedge would mostly repeat work that is being done. The ceiling: a token passes
+a handful of stages, each of which may have to find out for itself that a node hangs; at 100 ms two of them still stay
+under the 0.4 s that a stream may stand still. A large prefill chunk or a slow machine may take longer than the
+ceiling with nothing wrong. Then the budget is what keeps a general slowdown from doubling the load that caused it.
 """
 
 from __future__ import annotations

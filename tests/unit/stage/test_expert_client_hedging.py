@@ -139,7 +139,7 @@ def test_a_node_that_is_suspect_loses_all_that_it_owes_at_once_and_beyond_the_bu
 
 def test_a_node_that_is_silent_while_others_answer_is_found_without_a_budget_for_hedges() -> None:
     stage = stage_of(a=ALL, b=ALL)
-    while stage.client._budget.take():
+    while stage.client._ledger.budget.take():
         pass
     stage.start(CALL)
     stage.asked("a")
@@ -156,7 +156,7 @@ def test_a_suspect_that_alone_holds_a_shard_is_asked_all_the_same() -> None:
     stage.start(make_call([[0, 1]]))
     stage.asked("a")
     stage.asked("b")
-    stage.client._suspicions.silent(0, stage.now_s)
+    stage.client._ledger.suspicions.silent(0, stage.now_s)
     stage.start(make_call([[2, 3]]), "only a")
     assert pairs_of(stage.asked("a")) == 2
 

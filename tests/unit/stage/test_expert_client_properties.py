@@ -117,7 +117,7 @@ class Calls(RuleBasedStateMachine):
     def what_nodes_owe_is_what_was_asked_of_them(self) -> None:
         client = self.stage.client
         owed = {node.number: 0 for node in client.nodes}
-        for number, pending in client._calls.items():
+        for number, pending in client._ledger._in_flight.items():
             rows = pending.parts[number].rows
             owed[rows.node] += rows.pairs.size
         assert owed == client.nodes.outstanding_rows
@@ -139,8 +139,8 @@ class Calls(RuleBasedStateMachine):
         self.every_call_ends_at_most_once_and_right()
         assert self.open() == []
         assert set(self.stage.outstanding.values()) <= {0}
-        assert not self.stage.client._calls
-        assert not self.stage.client._open
+        assert not self.stage.client._ledger._in_flight
+        assert not self.stage.client._ledger._open
 
 
 class PartialCalls(Calls):
