@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from compose.tiny_checkpoint import write_tiny_checkpoint
+from compose.tiny_checkpoint import TinySizes, write_tiny_checkpoint
 from tests.support.mesh_client import Answer, Ask
 from tests.support.metrics_text import read_metrics
 from tests.support.process_table import is_alive
@@ -158,3 +159,39 @@ def test_an_expert_node_that_is_told_to_stop_hands_over_and_leaves_with_status_0
     run_through(mesh, undisturbed, "expert-1 told to stop", lambda: os.kill(process.pid, signal.SIGTERM))
     wait_until(lambda: process.poll() is not None, 20, "the end of the process")
     assert process.returncode == 0
+
+
+def test_shards_that_only_a_killed_node_held_are_loaded_elsewhere_while_the_step_waits(
+    tmp_path: Path,
+) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny")
+    with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "1"}) as alone:
+        expected = alone.client.ask_all(asks())
+        run_through(alone, expected, "only holder killed", lambda: os.kill(pid_of(alone, "expert-0"), signal.SIGKILL))
+        assert metric(alone, "moemesh_failed_steps_total") == 0, "inside the step"
+
+
+def test_where_nobody_can_load_them_tokens_go_on_without_if_the_operator_wants_that(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny")
+    sizes = TinySizes()
+    shard_bytes = 3 * sizes.width * sizes.expert_width * 4
+    num_shards = sizes.layers * sizes.experts
+    settings = {
+        "PP": "2",
+        "EXPERTS": "2",
+        "COPIES": "1",
+        "EXPERT_LOSS": "degrade",
+        "DEGRADE_AFTER_MS": "200",
+        "CAPACITY_BYTES": str(shard_bytes * num_shards * 5 // 8),
+    }
+    with served_mesh(model, settings) as narrow:
+        asked = [replace(ask, max_tokens=150) for ask in asks()]
+        expected = narrow.client.ask_all(asked)
+        with RunningStreams(narrow.local.url, narrow.client.model, asked) as running:
+            wait_until(lambda: all(len(stream.token_ids) > 20 for stream in running.streams), 60, "tokens")
+            os.kill(pid_of(narrow, "expert-0"), signal.SIGKILL)
+        for stream in running.streams:
+            assert (stream.broke_off, stream.error, stream.finish_reason) == ("", None, "length")
+        assert metric(narrow, "moemesh_degraded_rows_total") > 0
+        wait_until(lambda: narrow.client.get("/ready").status_code == 200, READY_AGAIN_WITHIN_S, "all shards")
+        assert narrow.client.ask_all(asked) == expected, "whole again"
