@@ -52,9 +52,9 @@ def undisturbed(mesh: ServedMesh) -> list[Answer]:
     return mesh.client.ask_all(asks())
 
 
-@pytest.fixture(autouse=True)
-def well(mesh: ServedMesh) -> None:
-    """Every test begins with both expert nodes in place and every copy there."""
+@pytest.fixture
+def well(mesh: ServedMesh) -> ServedMesh:
+    """The mesh. Every test begins with both expert nodes in place and every copy there."""
     wait_until(lambda: metric(mesh, "moemesh_missing_copies") == 0, READY_AGAIN_WITHIN_S, "all copies")
     wait_until(
         lambda: read_metrics(mesh.client.get("/metrics").text).by_label("moemesh_nodes", "kind")["expert"] == 2,
@@ -62,6 +62,7 @@ def well(mesh: ServedMesh) -> None:
         "two expert nodes",
     )
     settle(mesh)
+    return mesh
 
 
 def settle(mesh: ServedMesh) -> None:
@@ -113,15 +114,15 @@ def run_through(mesh: ServedMesh, undisturbed: list[Answer], what: str, fault: C
     assert gap_s < MAX_GAP_S
 
 
-def test_without_a_fault_streams_say_what_whole_answers_say(mesh: ServedMesh, undisturbed: list[Answer]) -> None:
-    run_through(mesh, undisturbed, "no fault", lambda: None)
+def test_without_a_fault_streams_say_what_whole_answers_say(well: ServedMesh, undisturbed: list[Answer]) -> None:
+    run_through(well, undisturbed, "no fault", lambda: None)
 
 
 @pytest.mark.parametrize("name", ["expert-0", "expert-1"])
 def test_a_paused_expert_node_costs_nothing_but_a_moment(
-    mesh: ServedMesh, undisturbed: list[Answer], name: str
+    well: ServedMesh, undisturbed: list[Answer], name: str
 ) -> None:
-    pid = pid_of(mesh, name)
+    pid = pid_of(well, name)
     wake = threading.Timer(PAUSE_S, os.kill, (pid, signal.SIGCONT))
 
     def pause() -> None:
@@ -129,34 +130,34 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
         wake.start()
 
     try:
-        run_through(mesh, undisturbed, f"{name} paused", pause)
+        run_through(well, undisturbed, f"{name} paused", pause)
     finally:
         wake.join()
-    assert metric(mesh, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
+    assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
 
 
-def test_a_short_pause_is_hedged_and_nobody_is_declared_dead(mesh: ServedMesh, undisturbed: list[Answer]) -> None:
-    pid = pid_of(mesh, "expert-0")
+def test_a_short_pause_is_hedged_and_nobody_is_declared_dead(well: ServedMesh, undisturbed: list[Answer]) -> None:
+    pid = pid_of(well, "expert-0")
 
     def pause() -> None:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(0.35)
         os.kill(pid, signal.SIGCONT)
 
-    run_through(mesh, undisturbed, "expert-0 paused for 0.35 s", pause)
+    run_through(well, undisturbed, "expert-0 paused for 0.35 s", pause)
     assert is_alive(pid)
 
 
-def test_a_killed_expert_node_costs_nothing_but_a_moment(mesh: ServedMesh, undisturbed: list[Answer]) -> None:
-    run_through(mesh, undisturbed, "expert-0 killed", lambda: os.kill(pid_of(mesh, "expert-0"), signal.SIGKILL))
+def test_a_killed_expert_node_costs_nothing_but_a_moment(well: ServedMesh, undisturbed: list[Answer]) -> None:
+    run_through(well, undisturbed, "expert-0 killed", lambda: os.kill(pid_of(well, "expert-0"), signal.SIGKILL))
 
 
 def test_an_expert_node_that_is_told_to_stop_hands_over_and_leaves_with_status_0(
-    mesh: ServedMesh, undisturbed: list[Answer]
+    well: ServedMesh, undisturbed: list[Answer]
 ) -> None:
-    process = mesh.local.children["expert-1"].process
+    process = well.local.children["expert-1"].process
     assert process is not None
-    run_through(mesh, undisturbed, "expert-1 told to stop", lambda: os.kill(process.pid, signal.SIGTERM))
+    run_through(well, undisturbed, "expert-1 told to stop", lambda: os.kill(process.pid, signal.SIGTERM))
     wait_until(lambda: process.poll() is not None, 20, "the end of the process")
     assert process.returncode == 0
 
@@ -185,7 +186,7 @@ def test_where_nobody_can_load_them_tokens_go_on_without_if_the_operator_wants_t
         "CAPACITY_BYTES": str(shard_bytes * num_shards * 5 // 8),
     }
     with served_mesh(model, settings) as narrow:
-        asked = [replace(ask, max_tokens=150) for ask in asks()]
+        asked = [replace(ask, max_tokens=80) for ask in asks()]
         expected = narrow.client.ask_all(asked)
         with RunningStreams(narrow.local.url, narrow.client.model, asked) as running:
             wait_until(lambda: all(len(stream.token_ids) > 20 for stream in running.streams), 60, "tokens")
