@@ -10,7 +10,7 @@ import torch
 
 from common.array import array_to_frame
 from common.errors import ProtocolError
-from common.messages import NO_FLAGS, Step
+from common.messages import NO_ARRAY, Step
 from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.micro_batch import BlockTables, MicroBatch, read_micro_batch
 
@@ -43,7 +43,7 @@ def test_what_a_stage_before_says_is_kept() -> None:
 
 
 def test_no_flags_travel_where_nothing_is_degraded() -> None:
-    assert flags_frame(np.array([False, False])) == NO_FLAGS
+    assert flags_frame(np.array([False, False])) == NO_ARRAY
 
 
 def test_flags_of_another_number_than_sequences_are_refused() -> None:
