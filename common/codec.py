@@ -70,6 +70,7 @@ _KINDS: Final[dict[int, type[Message]]] = {
     24: messages.MirrorAck,
     30: messages.Dispatch,
     31: messages.ExpertRows,
+    32: messages.CancelCall,
 }
 _NUMBERS: Final[dict[type[Message], int]] = {kind: number for number, kind in _KINDS.items()}
 

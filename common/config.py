@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     outage_deadline_ms: int = Field(default=60_000, ge=100, description="longest wait without an open pipeline")
     call_deadline_ms: int = Field(default=20_000, ge=50, description="an expert call that takes longer has failed")
     heartbeat_interval_ms: int = Field(default=250, ge=20)
+    expert_loss: Literal["wait", "degrade"] = Field(default="wait", description="when no copy of an expert is left")
+    degrade_after_ms: int = Field(default=500, ge=0, description="how long EXPERT_LOSS=degrade waits for a copy")
 
     @property
     def stage_processes(self) -> int:
@@ -92,4 +94,6 @@ def read_settings() -> Settings:
         raise ConfigurationError(
             f"TP={settings.tp}: tensor parallelism inside a stage is not built yet; use TP=1 and a larger PP"
         )
+    if settings.expert_loss == "degrade" and settings.combine != "exact":
+        raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
     return settings

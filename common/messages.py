@@ -78,6 +78,10 @@ class Welcome:
     block_tokens: int
     num_slices: int
     call_deadline_ms: int
+    expert_loss: str = "wait"
+    """`wait` for an expert shard that nobody can be asked for, or `degrade`: go on without it."""
+    degrade_after_ms: int = 500
+    """How long `degrade` waits first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,8 @@ class AssignShards:
 
     version: int
     shards: TensorFrame
-    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert."""
+    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert, 2 where nobody else can be asked for it:
+    those are loaded first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,8 @@ class Heartbeat:
     queued: int
     """Waiting now."""
     dropped: int
-    """Messages of an old term, generation or attempt dropped since start."""
+    """Messages of an old term, generation or attempt dropped since start. Expert node: also calls that nobody waited
+    for any more."""
     bytes_sent: int
     """On all data sockets since start."""
     hop_bytes: int
@@ -217,6 +223,16 @@ class Heartbeat:
     """Calls in `hop_seconds`."""
     resent: int
     """Stage: expert calls repeated on another copy since start."""
+    hedged: int = 0
+    """Stage: expert calls asked of a further copy since start, because the first one was late."""
+    hedge_wins: int = 0
+    """Stage: those of them that answered first."""
+    late: int = 0
+    """Stage: answers of expert nodes that were not used any more. Expert node: calls that were taken back in time."""
+    suspicions: int = 0
+    """Stage: how often an expert node was taken to hang."""
+    degraded_rows: int = 0
+    """Stage: token rows of a layer that went on without one of their experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +286,8 @@ class Step:
     with every step, so that stages keep nothing that a replay, a move or a new router would have to restore."""
     biases: TensorFrame = TensorFrame("float64", (0, 3), b"")
     """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn."""
+    degraded: TensorFrame = NO_ARRAY
+    """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +304,8 @@ class StepResult:
     """int32 [S, P]."""
     top_logprobs: TensorFrame
     """float32 [S, P]."""
+    degraded: TensorFrame = NO_ARRAY
+    """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
 
 
 # ---- stage -> its mirror, in order -----------------------------------------------------------------------------------
@@ -363,6 +383,14 @@ class ExpertRows:
     """Time between the call's arrival and the start of its FFN."""
 
 
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    """Stage -> expert node: nobody waits for these calls any more; what still queues is dropped. Not answered."""
+
+    calls: tuple[int, ...]
+    """The stage's numbers; unknown ones are no error."""
+
+
 Message = (
     Hello
     | Welcome
@@ -386,4 +414,5 @@ Message = (
     | MirrorAck
     | Dispatch
     | ExpertRows
+    | CancelCall
 )

@@ -6,6 +6,7 @@ T_n token rows of a call, R routed rows, D model width.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,13 @@ class CallQueue:
     def add(self, call: WaitingCall) -> None:
         """Queue a call; bounded by the callers' credits (one call a micro-batch in flight and layer)."""
         self._calls.append(call)
+
+    def cancel(self, identity: bytes, numbers: Collection[int]) -> int:
+        """Drop calls that their stage takes back; how many were still here."""
+        kept = deque(call for call in self._calls if call.identity != identity or call.number not in numbers)
+        num_dropped = len(self._calls) - len(kept)
+        self._calls = kept
+        return num_dropped
 
     def take_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
         """All calls of the next layer, and how many calls were dropped since nobody waits for them any more."""

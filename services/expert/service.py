@@ -18,7 +18,17 @@ from torch import Tensor
 from common.array import array_to_frame, frame_to_array
 from common.compute.native_library import NativeKernels
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
-from common.messages import AssignShards, Dispatch, ExpertRows, Failed, Header, Heartbeat, Message, ShardsReady
+from common.messages import (
+    AssignShards,
+    CancelCall,
+    Dispatch,
+    ExpertRows,
+    Failed,
+    Header,
+    Heartbeat,
+    Message,
+    ShardsReady,
+)
 from common.model_config import ModelConfig
 from common.node import ControlLink
 from common.tensor import DTYPES, tensor_to_frame
@@ -30,7 +40,9 @@ from services.expert.shard_store import ShardStore
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
-PROGRESS_INTERVAL_S = 0.5
+PROGRESS_INTERVAL_S = 0.2
+LOADS_AHEAD = 8
+"""Shards that the loader's thread has in hand, so that it need not wait for the loop between two small ones."""
 RETRY_S = 5.0
 
 
@@ -41,6 +53,9 @@ class Assignment:
     version: int
     wanted: frozenset[ShardId] = frozenset()
     missing: deque[ShardId] = field(default_factory=deque)
+    """In the order in which they are loaded."""
+    urgent: set[ShardId] = field(default_factory=set)
+    """Those of the missing ones that nobody else can be asked for."""
     retry_at_s: dict[ShardId, float] = field(default_factory=dict)
     """Shards that could not be loaded, and when to try again: a full disk or memory may have room by then."""
     reported: bool = False
@@ -55,6 +70,7 @@ class Counters:
     calls: int = 0
     rows: int = 0
     dropped: int = 0
+    cancelled: int = 0
     queue_seconds: float = 0.0
 
 
@@ -84,7 +100,7 @@ class ExpertService:
         self._store: ShardStore | None = None
         self._weights: CheckpointWeights | None = None
         self._assignment = Assignment(version=0)
-        self._loading: tuple[ShardId, Future[None]] | None = None
+        self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self._queue = CallQueue()
         self._counters = Counters()
 
@@ -95,7 +111,7 @@ class ExpertService:
             if socket is not None:
                 poller.register(socket, zmq.POLLIN)
         leave_by_s: float | None = None
-        while not self._control.leave_acknowledged:
+        while not self._control.leave_acknowledged or len(self._queue):
             now_s = self._clock()
             if should_stop():
                 if leave_by_s is None:
@@ -145,26 +161,29 @@ class ExpertService:
         for shard in self._store:
             if shard not in wanted:
                 self._store.drop(shard)
-        missing = deque(sorted(wanted.difference(self._store)))
-        self._assignment = Assignment(message.version, wanted, missing)
-        self._log.info("shards_assigned", version=message.version, wanted=len(wanted), missing=len(missing))
+        in_hand = {shard for shard, _ in self._loading}
+        absent = wanted.difference(self._store)
+        urgent = {shard for shard in absent if bitmap[shard] > 1}
+        missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
+        self._assignment = Assignment(message.version, wanted, missing, urgent)
+        self._log.info(
+            "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)
+        )
 
     def _load_next(self, now_s: float) -> None:
         """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile."""
         if self._store is None or self._weights is None:
             return
         assignment = self._assignment
-        if self._loading is not None and self._loading[1].done():
-            shard, future = self._loading
-            self._loading = None
-            self._loaded(shard, future)
+        while self._loading and self._loading[0][1].done():
+            self._loaded(*self._loading.popleft())
         for shard in [shard for shard, retry_at_s in assignment.retry_at_s.items() if now_s >= retry_at_s]:
             del assignment.retry_at_s[shard]
             assignment.missing.append(shard)
-        if self._loading is None and assignment.missing:
+        while assignment.missing and len(self._loading) < LOADS_AHEAD:
             shard = assignment.missing.popleft()
-            self._loading = (shard, self._loader.submit(self._store.load, self._weights, shard))
-        complete = self._loading is None and not assignment.missing and not assignment.retry_at_s
+            self._loading.append((shard, self._loader.submit(self._store.load, self._weights, shard)))
+        complete = not self._loading and not assignment.missing and not assignment.retry_at_s
         if not assignment.reported and (complete or now_s >= assignment.next_report_s):
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
             assignment.reported = self._report(complete) and complete
@@ -180,6 +199,10 @@ class ExpertService:
             return
         if shard not in self._assignment.wanted:
             self._store.drop(shard)
+        if shard in self._assignment.urgent:
+            self._assignment.urgent.remove(shard)
+            if not self._assignment.urgent:
+                self._assignment.next_report_s = 0.0  # calls wait for these
 
     def _report(self, complete: bool) -> bool:
         assert self._store is not None
@@ -198,6 +221,9 @@ class ExpertService:
     def _take_calls(self, now_s: float) -> None:
         while (received := self._socket.receive()) is not None:
             identity, message, header = received
+            if isinstance(message, CancelCall):
+                self._counters.cancelled += self._queue.cancel(identity, message.calls)
+                continue
             number = message.call if isinstance(message, Dispatch) else 0
             try:
                 if not isinstance(message, Dispatch):
@@ -257,4 +283,5 @@ class ExpertService:
             hop_seconds=counters.queue_seconds,
             hops=counters.calls,
             resent=0,
+            late=counters.cancelled,
         )

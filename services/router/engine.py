@@ -41,6 +41,8 @@ class GeneratedToken:
     top_logprobs: tuple[tuple[int, float], ...]
     """(token id, logprob), best first; empty if not asked for."""
     finish_reason: FinishReason | None
+    degraded: bool = False
+    """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,10 +238,10 @@ class MeshLoop:
         if self._nodes[node_id].kind is NodeKind.STAGE:
             self._act(self._stages.drain(node_id), now_s)
         else:
-            self._let_go(node_id, now_s)
+            self._act(self._experts.drain(node_id, now_s), now_s)
 
     def _let_leavers_go(self, now_s: float) -> None:
-        for node_id in self._stages.leaving:
+        for node_id in (*self._stages.leaving, *self._experts.may_go(now_s)):
             self._let_go(node_id, now_s)
 
     def _let_go(self, node_id: NodeId, now_s: float) -> None:

@@ -81,7 +81,16 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
         sent.add_metric([link], total_bytes)
     yield seconds
     yield sent
-    yield CounterMetricFamily("moemesh_expert_calls_resent", "Calls repeated on another copy", hops.resent_calls)
+    for name, text, value in (
+        ("moemesh_expert_calls_resent", "Calls repeated on another copy", hops.resent_calls),
+        ("moemesh_expert_hedges", "Calls asked of a further copy, since the first was late", hops.hedges),
+        ("moemesh_expert_hedge_wins", "Hedges that answered first", hops.hedge_wins),
+        ("moemesh_expert_late_answers", "Answers of expert nodes that were not used any more", hops.late_answers),
+        ("moemesh_expert_calls_cancelled", "Calls taken back while they queued", hops.cancelled_calls),
+        ("moemesh_expert_suspicions", "Times that a stage took an expert node to hang", hops.suspicions),
+        ("moemesh_degraded_rows", "Token rows that went on without one of their experts", hops.degraded_rows),
+    ):
+        yield CounterMetricFamily(name, text, value)
     yield CounterMetricFamily("moemesh_dropped_messages", "Messages of an old term or generation", hops.dropped)
 
 

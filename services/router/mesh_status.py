@@ -37,6 +37,12 @@ class HopTotals:
     expert_queue_seconds: float = 0.0
     expert_answer_bytes: int = 0
     resent_calls: int = 0
+    hedges: int = 0
+    hedge_wins: int = 0
+    late_answers: int = 0
+    cancelled_calls: int = 0
+    suspicions: int = 0
+    degraded_rows: int = 0
     dropped: int = 0
 
     def keep(self, node: NodeDescription | None, last: Heartbeat | None) -> None:
@@ -49,10 +55,16 @@ class HopTotals:
             self.expert_calls += last.hops
             self.expert_call_seconds += last.hop_seconds
             self.expert_call_bytes += last.hop_bytes
+            self.hedges += last.hedged
+            self.hedge_wins += last.hedge_wins
+            self.late_answers += last.late
+            self.suspicions += last.suspicions
+            self.degraded_rows += last.degraded_rows
         else:
             self.expert_answers += last.hops
             self.expert_queue_seconds += last.hop_seconds
             self.expert_answer_bytes += last.hop_bytes
+            self.cancelled_calls += last.late
 
     def snapshot(self, nodes: tuple[NodeStatus, ...]) -> HopTotals:
         """The totals with what living nodes last reported."""

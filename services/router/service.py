@@ -225,6 +225,8 @@ def _mesh_loop(
         block_tokens=BLOCK_TOKENS,
         num_slices=settings.expert_slices,
         call_deadline_ms=settings.call_deadline_ms,
+        expert_loss=settings.expert_loss,
+        degrade_after_ms=settings.degrade_after_ms,
     )
     return MeshLoop(
         model.config,

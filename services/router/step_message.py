@@ -84,12 +84,15 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
         raise ProtocolError(
             f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
         )
+    degraded = np.zeros(count, dtype=np.uint8)
+    if result.degraded.shape != (0,):
+        degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded")
     sampled: dict[SequenceId, SampledToken] = {}
     for row, sequence_id in enumerate(ids):
         num_top = wanted[sequence_id]
         if num_top is None:
-            sampled[sequence_id] = SampledToken(tokens[row], None, ())
+            sampled[sequence_id] = SampledToken(tokens[row], None, (), bool(degraded[row]))
             continue
         top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
-        sampled[sequence_id] = SampledToken(tokens[row], float(logprobs[row]), tuple(top))
+        sampled[sequence_id] = SampledToken(tokens[row], float(logprobs[row]), tuple(top), bool(degraded[row]))
     return sampled

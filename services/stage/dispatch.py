@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.array import Int32Array, Int64Array
+from common.array import BoolArray, Int32Array, Int64Array
 from services.stage.model.decoder import ExpertCall
 from services.stage.replica_selection import choose_copies
 
@@ -78,20 +78,41 @@ class ExactSum:
     The order is that of the gate's ranking, in float32, so the sum depends neither on who answered nor on when.
     """
 
+    takes_some_pairs = True
+    """A part of a node's rows may be used, where another node's answer gave the rest."""
+
     def __init__(self, call: ExpertCall, num_slices: int) -> None:
         num_tokens, num_choices = call.experts.shape
         self._call = call
         self._rows = torch.empty((num_tokens * num_choices * num_slices, call.hidden.shape[1]), dtype=call.hidden.dtype)
         self._shape = (num_tokens, num_choices, num_slices, call.hidden.shape[1])
+        self._left_out: Tensor | None = None
 
-    def add(self, part: NodeRows, rows: Tensor) -> None:
-        """Take in a node's rows [R, D], in the order of its pairs."""
-        self._rows[torch.from_numpy(part.pairs)] = rows
+    def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
+        """Take in a node's rows [R, D], in the order of its pairs; with `fresh` [R] only those that are set."""
+        if fresh is None or fresh.all():
+            self._rows[torch.from_numpy(part.pairs)] = rows
+        else:
+            self._rows[torch.from_numpy(part.pairs[fresh])] = rows[torch.from_numpy(fresh)]
+
+    def leave_out(self, pairs: Int64Array) -> Int64Array:
+        """Do without these pairs. A slice alone is worth nothing: its whole expert is left out for that token.
+
+        Returns all pairs [R'] that are not needed any more, ascending.
+        """
+        num_tokens, num_choices, num_slices, _ = self._shape
+        if self._left_out is None:
+            self._left_out = torch.zeros((num_tokens, num_choices), dtype=torch.bool)
+        choices = np.unique(pairs // num_slices)
+        self._left_out.view(-1)[torch.from_numpy(choices)] = True
+        gone: Int64Array = (choices[:, None] * num_slices + np.arange(num_slices)).reshape(-1)
+        self._rows[torch.from_numpy(gone)] = 0.0
+        return gone
 
     def total(self) -> Tensor:
         """[T, D] in the model's dtype."""
         rows = self._rows.view(self._shape)
-        weights = self._call.weights
+        weights = self._call.weights if self._left_out is None else _renormalised(self._call.weights, self._left_out)
         total = None
         for choice in range(self._shape[1]):
             expert = rows[:, choice, 0].to(torch.float32)
@@ -103,16 +124,32 @@ class ExactSum:
         return total.to(self._call.hidden.dtype)
 
 
+def _renormalised(weights: Tensor, left_out: Tensor) -> Tensor:
+    """float32 [T, K]: what is left of each token's weights, scaled so that their sum is what it was.
+
+    A token with no expert left gets zero; its residual goes on alone.
+    """
+    kept = weights.masked_fill(left_out, 0.0)
+    remaining = kept.sum(dim=1, keepdim=True)
+    scale = torch.where(remaining > 0, weights.sum(dim=1, keepdim=True) / remaining.clamp_min(1e-30), 0.0)
+    # Tokens that lack nothing keep their weights to the last bit.
+    return torch.where(left_out.any(dim=1, keepdim=True), kept * scale, weights)
+
+
 class PartialSum:
     """Combine mode `partial`: nodes weigh and add what they hold; fewer bytes, sums depend on who held what."""
+
+    takes_some_pairs = False
+    """A node's answer is one sum: it is used as a whole or not at all."""
 
     def __init__(self, call: ExpertCall) -> None:
         self._dtype = call.hidden.dtype
         self._sum = torch.zeros(call.hidden.shape, dtype=torch.float32)
         self._parts: list[tuple[NodeRows, Tensor]] = []
 
-    def add(self, part: NodeRows, rows: Tensor) -> None:
-        """Take in a node's weighted sums [T_n, D] float32."""
+    def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
+        """Take in a node's weighted sums [T_n, D] float32; all of its pairs must be new."""
+        assert fresh is None or fresh.all()
         self._parts.append((part, rows))
 
     def total(self) -> Tensor:

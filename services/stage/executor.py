@@ -7,7 +7,7 @@ go on until it yields again or ends; what it wants sent comes back as a value.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class RunningBatch:
     deadline_s: float
     batch: MicroBatch
     forward: ForwardPass
+    degraded_rows: set[int] = field(default_factory=set)
+    """Token rows that went on here without one of their experts."""
 
 
 @dataclass(frozen=True, slots=True)

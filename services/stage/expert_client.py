@@ -1,34 +1,38 @@
 """The stage's side of expert calls: what is in flight, who owes it, and putting answers together.
 
 A node whose connection closes, that refuses a call or takes no message loses its rows to the next copy, inside the
-same step. Each pair of a call is taken once. A shard without a usable copy makes its call wait for one, until
-its deadline.
+same step. One that is late keeps them, and the next copy is asked too (`hedging.py`); whichever answers first fills the
+pairs, the other is told to forget it. Each pair of a call is taken once. A shard without a usable copy makes its call
+wait for one, until its deadline, or is left out where the operator wants that.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import numpy as np
 import structlog
 import torch
 from torch import Tensor
 
-from common.array import Int64Array, array_to_frame
-from common.errors import DeadlineError, ExecutionError, MoemeshError, NodeLostError, ProtocolError
-from common.messages import Dispatch, ExpertRows, Failed, Header, Message, PublishPlacement
-from common.tensor import frame_to_tensor, tensor_to_frame
-from common.transport import Full, LinkEvent
-from services.stage.dispatch import ExactSum, NodeRows, PartialSum, pair_weights, split_pairs
+from common.array import Int64Array
+from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
+from common.messages import ExpertRows, Failed, Header, Message, PublishPlacement
+from common.tensor import frame_to_tensor
+from common.transport import LinkEvent
+from services.stage.call_ledger import CallLedger
+from services.stage.dispatch import ExactSum, NodeRows, PartialSum
 from services.stage.expert_nodes import ExpertNode, ExpertNodes
 from services.stage.model.decoder import ExpertCall
-from services.stage.pending_call import PendingCall
+from services.stage.pending_call import AskedPart, PendingCall
 
 MAX_REFUSALS = 8
 """A call that was refused so often fails: the fault is in the call, not in a node."""
 RETRY_INTERVAL_S = 0.1
 """How often pairs without a usable node are tried again, besides when a link or the placement changes."""
+LOOK_AGAIN_S = 0.01
+"""After nothing could be done about a late part: no budget, or no copy."""
+AWAY_S = 0.1
+"""A stage that has not looked for so long was stopped or computed: answers may lie in its own sockets."""
 
 
 class ExpertClient:
@@ -37,17 +41,29 @@ class ExpertClient:
     def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger) -> None:
         self.nodes = nodes
         self._log = log
-        self._numbers = itertools.count(1)
-        self._calls: dict[int, PendingCall] = {}
-        """By number of each message in flight."""
-        self._stranded: list[PendingCall] = []
-        """Calls with homeless pairs."""
+        self._ledger = CallLedger(nodes, log)
         self._next_retry_s = 0.0
+        self._looked_s = 0.0
+        self._patient_until_s = 0.0
         self.combine = "exact"
+        self.degrade_after_s: float | None = None
+        """None: a call waits for a copy until its deadline."""
         self.resent_calls = 0
         self.late_answers = 0
+        self.hedge_wins = 0
+        self.degraded_rows = 0
         self.wait_seconds = 0.0
         self.answered = 0
+
+    @property
+    def hedged_calls(self) -> int:
+        """Messages that asked a further copy."""
+        return self._ledger.num_hedges
+
+    @property
+    def num_suspicions(self) -> int:
+        """Times that a node was taken to hang."""
+        return self._ledger.suspicions.num_suspicions
 
     def take_placement(self, placement: PublishPlacement, router_term: int, num_slices: int, now_s: float) -> bool:
         """Who holds what now. True if the sockets may have changed. Raises as `ExpertNodes.take_placement`."""
@@ -56,7 +72,7 @@ class ExpertClient:
             return False
         for node in gone:
             self._reclaim(node, now_s)
-        self._retry_stranded(now_s)
+        self._retry_homeless(now_s)
         return True
 
     def start(
@@ -67,15 +83,17 @@ class ExpertClient:
         deadline_s: float,
         on_done: Callable[[Tensor], None],
         on_failed: Callable[[MoemeshError], None],
+        on_degraded: Callable[[Int64Array], None] = lambda tokens: None,
     ) -> None:
         """Send a call's rows; one of the callbacks comes later from `receive` or `check_deadlines`, never from here.
 
         Raises ExecutionError before any placement is known.
         """
-        total: ExactSum | PartialSum = (
-            ExactSum(call, self.nodes.num_slices) if self.combine == "exact" else PartialSum(call)
-        )
-        self._send_pairs(PendingCall(call, header, deadline_s, total, now_s, on_done, on_failed), None, now_s)
+        num_slices = self.nodes.num_slices
+        total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
+        pending = PendingCall(call, header, deadline_s, num_slices, total, now_s, on_done, on_failed, on_degraded)
+        self._ledger.ask_uncovered(pending, now_s)
+        self._ledger.add(pending)
 
     def receive(self, now_s: float) -> bool:
         """Take in answers and link events of all nodes. True if anything came."""
@@ -90,88 +108,130 @@ class ExpertClient:
         return came
 
     def check_deadlines(self, now_s: float) -> None:
-        """Fail calls whose time is up; try those again that nobody could take."""
-        if self._stranded and now_s >= self._next_retry_s:
+        """Fail calls whose time is up, hedge what is late, try those again that nobody could take."""
+        if now_s >= self._next_retry_s:
             self._next_retry_s = now_s + RETRY_INTERVAL_S
-            self._retry_stranded(now_s)
-        for pending in self._all_pending():
+            self._retry_homeless(now_s)
+        if now_s - self._looked_s > AWAY_S:
+            self._patient_until_s = now_s + LOOK_AGAIN_S
+        self._looked_s = now_s
+        for pending in self._ledger.open_calls:
             if now_s >= pending.deadline_s:
-                waited_for = sorted({self._name(part.node) for part in pending.parts.values()})
+                waited_for = sorted({self._name(part.rows.node) for part in pending.parts.values()})
                 missing = ", ".join(waited_for) or "a node that holds the layer's experts"
                 self._fail(pending, DeadlineError(f"layer {pending.call.layer}: no answer in time from {missing}"))
+            elif self._is_given_up(pending, now_s):
+                self._degrade(pending, now_s)
+            elif now_s >= max(pending.look_again_s, self._patient_until_s):
+                self._hedge_late(pending, now_s)
+
+    def wait_ms(self, now_s: float, longest_ms: int) -> int:
+        """How long there is nothing to do here unless a socket says something."""
+        next_s = min((pending.look_again_s for pending in self._ledger.open_calls), default=float("inf"))
+        next_s = max(next_s, self._patient_until_s)
+        return longest_ms if next_s - now_s > longest_ms / 1000 else max(1, int((next_s - now_s) * 1000) + 1)
 
     def abandon(self) -> None:
         """Forget all calls: their steps are gone, their answers will be late."""
-        for pending in self._all_pending():
-            self._forget(pending)
+        for pending in self._ledger.open_calls:
+            self._ledger.forget(pending, self._looked_s)
 
-    def _all_pending(self) -> Iterable[PendingCall]:
-        return {id(pending): pending for pending in (*self._calls.values(), *self._stranded)}.values()
+    def _retry_homeless(self, now_s: float) -> None:
+        for pending in self._ledger.open_calls:
+            if pending.homeless_since_s is not None:
+                self._ledger.ask_uncovered(pending, now_s)
 
-    def _send_pairs(self, pending: PendingCall, pairs: Int64Array | None, now_s: float) -> None:
-        """Ask the nodes that hold the pairs (None: all of the call); those that nobody can take now are stranded."""
-        call, num_slices = pending.call, self.nodes.num_slices
-        holders = self.nodes.holders(call.layer, pending.refused_by)
-        try:
-            parts = split_pairs(call, pairs, num_slices, holders, self.nodes.outstanding_rows)
-        except NodeLostError:
-            pending.refused_by.clear()  # at the next try, those who refused are better than nobody
-            self._strand(pending, pairs)
-            return
-        for part in parts:
-            if not self._send_part(pending, part, now_s):
-                pending.refused_by.add(part.node)
-                self._send_pairs(pending, part.pairs, now_s)
+    # ---- being late
 
-    def _send_part(self, pending: PendingCall, part: NodeRows, now_s: float) -> bool:
-        call, node, number = pending.call, self.nodes[part.node], next(self._numbers)
-        is_whole = part.tokens.size == call.hidden.shape[0]
-        rows = call.hidden if is_whole else call.hidden[torch.from_numpy(part.tokens)]
-        weights = (
-            np.zeros(0, np.float32) if self.combine == "exact" else pair_weights(call, part, self.nodes.num_slices)
+    def _hedge_late(self, pending: PendingCall, now_s: float) -> None:
+        """Ask further copies for what is late, within the budget, and see who is silent while others answer."""
+        delay_s, silence_s = (
+            self._ledger.times.delay_s(pending.call.layer),
+            self._ledger.times.silence_s(pending.call.layer),
         )
-        message = Dispatch(number, tensor_to_frame(rows), array_to_frame(part.routing), array_to_frame(weights))
-        try:
-            node.socket.send(message, pending.header_now(now_s))
-        except Full:
+        for part in list(pending.parts.values()):
+            node = part.rows.node
+            if now_s - part.asked_s >= silence_s and self._others_answered(node, part.asked_s):
+                if self._ledger.suspicions.silent(node, now_s):
+                    self._suspect(node, now_s)
+            elif (overdue := pending.overdue(part, now_s - delay_s)).size:
+                self._ledger.hedge(pending, part, overdue, now_s, self._ledger.suspicions.is_struck(node))
+        asked_s = float(pending.asked_s[pending.missing].min())
+        pending.look_again_s = max(asked_s + delay_s, now_s + LOOK_AGAIN_S)
+
+    def _suspect(self, node: int, now_s: float) -> None:
+        """A node hangs: whatever it owes is asked of others now."""
+        self._log.warning("expert_suspect", node=self._name(node))
+        for pending, number in self._ledger.owed_by(node):
+            part = pending.parts[number]
+            self._ledger.hedge(pending, part, pending.overdue(part, part.asked_s), now_s, is_free=True)
+
+    def _others_answered(self, node: int, since_s: float) -> bool:
+        return any(other.heard_s > since_s for other in self.nodes if other.number != node)
+
+    def _is_given_up(self, pending: PendingCall, now_s: float) -> bool:
+        if self.degrade_after_s is None or pending.homeless_since_s is None:
             return False
-        pending.parts[number] = part
-        self._calls[number] = pending
-        node.outstanding_rows += part.pairs.size
-        return True
+        return now_s - pending.homeless_since_s >= self.degrade_after_s and pending.sum.takes_some_pairs
 
-    def _strand(self, pending: PendingCall, pairs: Int64Array | None) -> None:
-        if pairs is None:
-            pairs = np.arange(pending.call.experts.numel() * self.nodes.num_slices)
-        pending.homeless.append(pairs)
-        if pending not in self._stranded:
-            self._stranded.append(pending)
+    def _degrade(self, pending: PendingCall, now_s: float) -> None:
+        """Go on without what nobody holds."""
+        tokens = pending.leave_out(pending.uncovered())
+        pending.homeless_since_s = None
+        self.degraded_rows += tokens.size
+        self._log.warning("expert_left_out", layer=pending.call.layer, rows=tokens.size)
+        pending.on_degraded(tokens)
+        self._take_back_pointless(pending, None, now_s)
+        self._finish_if_whole(pending, now_s)
 
-    def _retry_stranded(self, now_s: float) -> None:
-        stranded, self._stranded = self._stranded, []
-        for pending in stranded:
-            homeless, pending.homeless = pending.homeless, []
-            for pairs in homeless:
-                self._send_pairs(pending, pairs, now_s)
+    # ---- answers
 
     def _answered(self, node: ExpertNode, message: Message, now_s: float) -> None:
+        node.heard_s = now_s
+        self._ledger.suspicions.heard(node.number, now_s)
         number = message.call if isinstance(message, ExpertRows | Failed) else 0
-        pending = self._calls.get(number)
-        if pending is None or pending.parts[number].node != node.number:
+        if number == node.probe:
+            node.probe = 0
+        pending = self._ledger.find(number, node)
+        if pending is None:
             self.late_answers += 1
             return
-        del self._calls[number]
-        part = pending.parts.pop(number)
-        node.outstanding_rows -= part.pairs.size
+        part = self._ledger.take_part(pending, number)
         try:
             if not isinstance(message, ExpertRows):
                 reason = message.message if isinstance(message, Failed) else f"answered {type(message).__name__}"
                 raise ExecutionError(f"{node.node_id}: {reason}")
-            pending.sum.add(part, self._rows(message, part, pending))
+            pending.take(part, self._rows(message, part.rows, pending))
         except (ProtocolError, ExecutionError) as error:
-            self._refused(pending, part, error, now_s)
+            self._refused(pending, part.rows, error, now_s)
             return
+        self._ledger.times.add(pending.call.layer, now_s - part.asked_s)
+        self._ledger.suspicions.answered_in_time(node.number)
+        self.hedge_wins += part.is_hedge
+        self._take_back_pointless(pending, part, now_s)
+        self._finish_if_whole(pending, now_s)
+
+    def _take_back_pointless(self, pending: PendingCall, winner: AskedPart | None, now_s: float) -> None:
+        """Others need not answer any more what has been answered; those that were asked first have lost a hedge."""
+        suspects = set()
+        for number in pending.pointless():
+            loser = self._ledger.take_part(pending, number)
+            node = loser.rows.node
+            if winner is not None and loser.asked_s < winner.asked_s:
+                self._ledger.times.add(pending.call.layer, now_s - loser.asked_s)
+                if self._ledger.suspicions.lost(node, now_s):
+                    suspects.add(node)
+            self._ledger.cancel(node, number, now_s)
+        for node in suspects:
+            self._suspect(node, now_s)
+        if winner is not None and not pending.sum.takes_some_pairs:
+            self._ledger.ask_uncovered(
+                pending, now_s
+            )  # a sum of which some is known already had to be dropped as a whole
+
+    def _finish_if_whole(self, pending: PendingCall, now_s: float) -> None:
         if pending.is_whole:
+            self._ledger.close(pending)
             self.answered += 1
             self.wait_seconds += now_s - pending.started_s
             pending.on_done(pending.sum.total())
@@ -183,14 +243,15 @@ class ExpertClient:
         if pending.refusals >= MAX_REFUSALS:
             self._fail(pending, ExecutionError(str(error)))
             return
-        self.resent_calls += 1
-        self._send_pairs(pending, part.pairs, now_s)
+        self._resend(pending, now_s)
 
     def _rows(self, message: ExpertRows, part: NodeRows, pending: PendingCall) -> Tensor:
         width = pending.call.hidden.shape[1]
-        if self.combine == "exact":
+        if pending.sum.takes_some_pairs:
             return frame_to_tensor(message.rows, pending.call.hidden.dtype, (part.pairs.size, width), "rows")
         return frame_to_tensor(message.rows, torch.float32, (part.tokens.size, width), "rows")
+
+    # ---- losing nodes and calls
 
     def _link_changed(self, node: ExpertNode, connected: bool, now_s: float) -> None:
         if node.connected == connected:
@@ -198,33 +259,27 @@ class ExpertClient:
         node.connected = connected
         self._log.info("expert_link", node=node.node_id, connected=connected)
         if connected:
-            self._retry_stranded(now_s)
+            self._ledger.suspicions.forget(node.number)
+            self._retry_homeless(now_s)
         else:
             self._reclaim(node, now_s)
 
     def _reclaim(self, node: ExpertNode, now_s: float) -> None:
         """What a lost node owed goes to other copies; if it answers after all, the answer is late."""
-        for number, pending in list(self._calls.items()):
-            part = pending.parts.get(number)
-            if part is not None and part.node == node.number:
-                del self._calls[number], pending.parts[number]
-                node.outstanding_rows -= part.pairs.size
-                self.resent_calls += 1
-                self._send_pairs(pending, part.pairs, now_s)
+        node.probe = 0
+        self._ledger.suspicions.forget(node.number)
+        for pending, number in self._ledger.owed_by(node.number):
+            self._ledger.take_part(pending, number)
+            self._resend(pending, now_s)
+
+    def _resend(self, pending: PendingCall, now_s: float) -> None:
+        if pending.uncovered().size:
+            self.resent_calls += 1
+            self._ledger.ask_uncovered(pending, now_s)
 
     def _fail(self, pending: PendingCall, error: MoemeshError) -> None:
-        self._forget(pending)
+        self._ledger.forget(pending, self._looked_s)
         pending.on_failed(error)
-
-    def _forget(self, pending: PendingCall) -> None:
-        for number, part in pending.parts.items():
-            self._calls.pop(number, None)
-            if part.node in self.nodes:
-                self.nodes[part.node].outstanding_rows -= part.pairs.size
-        pending.parts.clear()
-        pending.homeless.clear()
-        if pending in self._stranded:
-            self._stranded.remove(pending)
 
     def _name(self, number: int) -> str:
         return self.nodes[number].node_id if number in self.nodes else "a lost node"

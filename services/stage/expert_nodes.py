@@ -28,6 +28,10 @@ class ExpertNode:
     socket: MessageSocket
     connected: bool = False
     outstanding_rows: int = 0
+    heard_s: float = 0.0
+    """When it last said anything."""
+    probe: int = 0
+    """A call that is not wanted any more and was not taken back: its answer tells that the node is back. 0: none."""
 
 
 class ExpertNodes:

@@ -1,42 +1,112 @@
-"""One expert call of a stage until its sum is whole."""
+"""One expert call of a stage until its sum is whole: which pairs are missing, and who has been asked for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
-from common.array import Int64Array
+from common.array import BoolArray, Float64Array, Int64Array
 from common.errors import MoemeshError
 from common.messages import Header
 from services.stage.dispatch import ExactSum, NodeRows, PartialSum
 from services.stage.model.decoder import ExpertCall
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AskedPart:
+    """Rows that one node was asked for and has not answered."""
+
+    rows: NodeRows
+    asked_s: float
+    is_hedge: bool
+    """Somebody else was asked for them before, and owes them still."""
+
+
 @dataclass(slots=True, eq=False)
 class PendingCall:
-    """What is asked, of whom, and what has come back."""
+    """What is asked, of whom, and what has come back. A pair may be asked of several nodes; it is taken once."""
 
     call: ExpertCall
     header: Header
     deadline_s: float
+    num_slices: int
     sum: ExactSum | PartialSum
     started_s: float
     on_done: Callable[[Tensor], None]
     on_failed: Callable[[MoemeshError], None]
-    parts: dict[int, NodeRows] = field(default_factory=dict)
+    on_degraded: Callable[[Int64Array], None]
+    """Told of the token rows that do without an expert, before `on_done`."""
+    parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
-    homeless: list[Int64Array] = field(default_factory=list)
-    """Pairs that no usable node holds now."""
     refused_by: set[int] = field(default_factory=set)
     """Nodes that did not take this call: they are asked again only when nobody else is left."""
     refusals: int = 0
+    homeless_since_s: float | None = None
+    """Since when there are pairs that no usable node holds; None: there are none."""
+    look_again_s: float = float("inf")
+    """Before that there is nothing to hedge."""
+    missing: BoolArray = field(init=False)
+    """[pairs]: not come back yet."""
+    asked_s: Float64Array = field(init=False)
+    """[pairs]: when somebody was last asked."""
+
+    def __post_init__(self) -> None:
+        num_pairs = self.call.experts.numel() * self.num_slices
+        self.missing = np.ones(num_pairs, dtype=np.bool_)
+        self.asked_s = np.zeros(num_pairs)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every pair has come back."""
-        return not self.parts and not self.homeless
+        """Whether every pair has come back or is left out."""
+        return not self.missing.any()
+
+    def keys(self, pairs: Int64Array) -> Int64Array:
+        """Shard key of each pair."""
+        experts: Int64Array = self.call.experts.numpy().reshape(-1)
+        return experts[pairs // self.num_slices] * self.num_slices + pairs % self.num_slices
+
+    def uncovered(self) -> Int64Array:
+        """Pairs that are missing and that nobody owes."""
+        mask = self.missing.copy()
+        for part in self.parts.values():
+            mask[part.rows.pairs] = False
+        return np.flatnonzero(mask)
+
+    def overdue(self, part: AskedPart, before_s: float) -> Int64Array:
+        """Pairs of a part that are missing, and that nobody was asked for after `before_s`."""
+        pairs = part.rows.pairs
+        return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
+
+    def owed_by(self, pairs: Int64Array) -> set[int]:
+        """Nodes that owe any of these pairs."""
+        mask = np.zeros(self.missing.size, dtype=np.bool_)
+        mask[pairs] = True
+        return {part.rows.node for part in self.parts.values() if mask[part.rows.pairs].any()}
+
+    def take(self, part: AskedPart, rows: Tensor) -> None:
+        """Use what is new in an answer to a part that is no longer among `parts`."""
+        pairs = part.rows.pairs
+        self.sum.add(part.rows, rows, self.missing[pairs])
+        self.missing[pairs] = False
+
+    def pointless(self) -> list[int]:
+        """Messages whose answers cannot be used any more, since others answered."""
+        some = self.sum.takes_some_pairs
+        return [
+            number
+            for number, part in self.parts.items()
+            for left in (self.missing[part.rows.pairs],)
+            if not (left.any() if some else left.all())
+        ]
+
+    def leave_out(self, pairs: Int64Array) -> Int64Array:
+        """Go on without these pairs (combine mode `exact` only). The token rows that this concerns, ascending."""
+        assert isinstance(self.sum, ExactSum)
+        self.missing[self.sum.leave_out(pairs)] = False
+        return np.unique(pairs // (self.call.experts.shape[1] * self.num_slices))
 
     def header_now(self, now_s: float) -> Header:
         """The step's counters with this call's layer and the time that is left."""

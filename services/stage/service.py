@@ -12,7 +12,7 @@ import structlog
 import torch
 import zmq
 
-from common.array import array_to_frame
+from common.array import BoolArray, array_to_frame
 from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
     NO_ARRAY,
@@ -36,6 +36,7 @@ from common.node import ControlLink, HeldState
 from common.tensor import DTYPES, frame_to_tensor, tensor_to_frame
 from common.transport import Full, MessageSocket
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
+from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.executor import Finished, WantsExperts
 from services.stage.expert_client import ExpertClient
 from services.stage.micro_batch import read_micro_batch, read_positions
@@ -102,7 +103,7 @@ class StageService:
                     break
             slot = self._keeper.slot
             has_work = slot is not None and (slot.executor.has_work or self._mirror_link.wants_to_send)
-            self._poller.poll(0 if has_work else POLL_MS)
+            self._poller.poll(0 if has_work else self._experts.wait_ms(now_s, POLL_MS))
             now_s = self._clock()
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
@@ -194,8 +195,10 @@ class StageService:
         self._watch_sockets()
 
     def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
-        self._experts.combine = self._control.settings.combine
-        if self._experts.take_placement(message, header.router_term, self._control.settings.num_slices, now_s):
+        settings = self._control.settings
+        self._experts.combine = settings.combine
+        self._experts.degrade_after_s = settings.degrade_after_ms / 1000 if settings.expert_loss == "degrade" else None
+        if self._experts.take_placement(message, header.router_term, settings.num_slices, now_s):
             self._watch_sockets()
 
     def _answer_assignment(self, outcome: Taken | Refused | None) -> None:
@@ -347,6 +350,7 @@ class StageService:
             deadline_s,
             on_done=lambda answer: slot.executor.resume(running, answer),
             on_failed=failed,
+            on_degraded=running.degraded_rows.update,
         )
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
@@ -357,18 +361,20 @@ class StageService:
             held.memory.log_hidden(running.batch.slots, finished.hidden)
         held.tables.computed(running.step)
         held.marks.finish(running.header.step)
+        degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
+        step = replace(running.step, degraded=flags_frame(degraded))
         if slot.role.is_last:
-            message: Message = self._sampled(slot, finished)
-        elif running.step.computing_slots and max(running.step.computing_slots) <= slot.role.slot.index:
-            message = replace(running.step, hidden=NO_ARRAY)
+            message: Message = self._sampled(slot, finished, degraded)
+        elif step.computing_slots and max(step.computing_slots) <= slot.role.slot.index:
+            message = replace(step, hidden=NO_ARRAY)
         else:
-            message = replace(running.step, hidden=tensor_to_frame(finished.hidden))
+            message = replace(step, hidden=tensor_to_frame(finished.hidden))
         self._unsent.append((message, running.header, running.deadline_s))
         self._send_unsent(self._clock())
         # After the step itself: the mirror may lag by a step, the client should not.
         self._mirror_link.send_rows(held, running.batch.slots)
 
-    def _sampled(self, slot: Slot, finished: Finished) -> StepResult:
+    def _sampled(self, slot: Slot, finished: Finished, degraded: BoolArray) -> StepResult:
         batch = finished.running.batch
         assert batch.sampling is not None
         with torch.inference_mode():
@@ -380,6 +386,7 @@ class StageService:
             logprobs=tensor_to_frame(sampled.logprobs),
             top_token_ids=tensor_to_frame(sampled.top_token_ids),
             top_logprobs=tensor_to_frame(sampled.top_logprobs),
+            degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
         )
 
     def _send_unsent(self, now_s: float) -> None:
@@ -428,4 +435,9 @@ class StageService:
             hop_seconds=self._experts.wait_seconds,
             hops=self._experts.answered,
             resent=self._experts.resent_calls,
+            hedged=self._experts.hedged_calls,
+            hedge_wins=self._experts.hedge_wins,
+            late=self._experts.late_answers,
+            suspicions=self._experts.num_suspicions,
+            degraded_rows=self._experts.degraded_rows,
         )

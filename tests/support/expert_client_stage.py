@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.array import array_to_frame
 from common.errors import MoemeshError
-from common.messages import Dispatch, ExpertRows, Failed, Header, PublishPlacement
+from common.messages import CancelCall, Dispatch, ExpertRows, Failed, Header, PublishPlacement
 from common.tensor import frame_to_tensor, tensor_to_frame
 from common.transport import LinkEvent
 from services.stage.expert_client import ExpertClient
@@ -38,6 +38,8 @@ class Stage:
         self.version = 0
         self.sums: list[tuple[str, Tensor]] = []
         self.failures: list[tuple[str, MoemeshError]] = []
+        self.cancelled: list[tuple[str, int]] = []
+        self.degraded: list[int] = []
 
     def place(self, holdings: Holdings, *, connect: bool = True, version: int | None = None) -> bool:
         """Publish who holds which experts (of every layer), first node first choice."""
@@ -66,10 +68,23 @@ class Stage:
             self.now_s + within_s,
             on_done=lambda answer: self.sums.append((name, answer)),
             on_failed=lambda error: self.failures.append((name, error)),
+            on_degraded=lambda tokens: self.degraded.extend(tokens.tolist()),
         )
 
     def asked(self, node: str) -> list[Dispatch]:
-        return [message for message, _ in self.socket(node).take_sent()]
+        """Calls that have come to a node since the last look; `cancelled` keeps what was taken back."""
+        messages = [message for message, _ in self.socket(node).take_sent()]
+        self.cancelled += [
+            (node, call) for message in messages if isinstance(message, CancelCall) for call in message.calls
+        ]
+        return [message for message in messages if isinstance(message, Dispatch)]
+
+    def pass_time(self, seconds: float) -> None:
+        """In steps as small as a stage's loop has them."""
+        until_s = self.now_s + seconds
+        while self.now_s < until_s:
+            self.now_s = min(until_s, self.now_s + 0.005)
+            self.client.check_deadlines(self.now_s)
 
     def answer(self, node: str, *messages: Any) -> None:
         for message in messages:

@@ -14,6 +14,7 @@ from common.messages import AssignShards, Header, PublishPlacement
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, ShardId
 from services.router.control.actions import Action, Tell
+from services.router.control.draining import Draining
 from services.router.control.placement import ExpertNodeCapacity, Placement, place_shards
 from services.router.control.roll_out import Assignment, next_assignment
 from services.router.control.sizes import MeshShape, shard_bytes
@@ -44,6 +45,7 @@ class ExpertRoles:
         self._last_joined_s = 0.0
         self._must_place = False
         self._version = 0
+        self._draining = Draining()
         self.has_news = False
         """Whether what may be asked has changed since `take_news`."""
         self.problem = ""
@@ -94,8 +96,23 @@ class ExpertRoles:
         self._must_place = True
         return self.tick(now_s)
 
+    def drain(self, node_id: NodeId, now_s: float) -> list[Action]:
+        """An expert node wants to stop: others are to hold what it holds. It is asked until they do; see `may_go`."""
+        if node_id not in self._nodes or node_id in self._draining:
+            return []
+        self._draining.begin(node_id, now_s)
+        self._must_place = True
+        return self.tick(now_s)
+
+    def may_go(self, now_s: float) -> list[NodeId]:
+        """Nodes that wanted to stop and that nobody needs, or that cannot be waited for any longer: `lose` them."""
+        owners = self._assignment.owners.values() if self._assignment is not None else ()
+        asked = {node_id for nodes in owners for node_id in nodes}
+        return self._draining.may_go(asked, bool(self.problem) or self._must_place, now_s)
+
     def lose(self, node_id: NodeId, now_s: float) -> list[Action]:
-        """An expert node is gone or leaves."""
+        """An expert node is gone."""
+        self._draining.end(node_id)
         if self._nodes.pop(node_id, None) is None:
             return []
         self._ready.pop(node_id, None)
@@ -119,6 +136,7 @@ class ExpertRoles:
         capacities = [
             ExpertNodeCapacity(node.node_id, node.host_label, node.capacity_bytes, node.numeric_class)
             for node in self._nodes.values()
+            if node.node_id not in self._draining
         ]
         current = {node_id: self._told.get(node_id, held) for node_id, held in self._ready.items()}
         try:
@@ -152,21 +170,23 @@ class ExpertRoles:
         told = {node_id: self._told.get(node_id, frozenset()) for node_id in self._nodes}
         before = self._assignment.owners if self._assignment is not None else None
         self._assignment = next_assignment(self._target, self._ready, told, capacity, self._shard_bytes)
+        orphans = frozenset(self._assignment.orphans())
         actions: list[Action] = []
         for node_id, shards in self._assignment.shards.items():
-            if self._told.get(node_id) != shards:
+            # One that leaves keeps what it has, so that calls that are under way to it are answered.
+            if self._told.get(node_id) != shards and node_id not in self._draining:
                 self._told[node_id] = shards
-                message = AssignShards(self._version + 1, array_to_frame(self._bitmap(shards)))
+                message = AssignShards(self._version + 1, array_to_frame(self._bitmap(shards, orphans)))
                 actions.append(Tell(node_id, message, Header()))
         if before != self._assignment.owners or actions:
             self._version += 1
             self.has_news = True
         return actions
 
-    def _bitmap(self, shards: frozenset[ShardId]) -> Uint8Array:
+    def _bitmap(self, shards: frozenset[ShardId], orphans: frozenset[ShardId]) -> Uint8Array:
         bitmap = np.zeros((self._config.num_layers, self._config.num_experts, self._shape.num_slices), dtype=np.uint8)
         for shard in shards:
-            bitmap[shard] = 1
+            bitmap[shard] = 2 if shard in orphans else 1
         return bitmap
 
     def _published(self) -> PublishPlacement:

@@ -172,7 +172,7 @@ class Request:
             finish_reason = FinishReason.LENGTH
         if finish_reason is not None:
             self.state = RequestState.FINISHED
-        return GeneratedToken(sampled.token_id, sampled.logprob, sampled.top, finish_reason)
+        return GeneratedToken(sampled.token_id, sampled.logprob, sampled.top, finish_reason, sampled.degraded)
 
     def cancel(self) -> None:
         """Its client is gone."""

@@ -68,6 +68,8 @@ class SampledToken:
     """Natural log of the model's own probability; None if not asked for."""
     top: tuple[tuple[int, float], ...]
     """(token id, logprob), best first; empty if not asked for."""
+    degraded: bool = False
+    """Whether the step went on without an expert that this sequence's tokens wanted."""
 
 
 @dataclass(frozen=True, slots=True)

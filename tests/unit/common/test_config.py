@@ -58,6 +58,8 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("CAPACITY_BYTES", "1GB"),
         ("STEP_DEADLINE_MS", "1"),
         ("HEARTBEAT_INTERVAL_MS", "0"),
+        ("EXPERT_LOSS", "ignore"),
+        ("DEGRADE_AFTER_MS", "-1"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -93,3 +95,11 @@ def test_stage_processes_are_what_one_pipeline_and_its_spares_need_unless_said(m
 def test_settings_are_left_alone_once_read() -> None:
     with pytest.raises(ValidationError):
         read_settings().pp = 3
+
+
+def test_experts_can_be_left_out_only_where_stages_weigh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERT_LOSS", "degrade")
+    assert read_settings().expert_loss == "degrade"
+    monkeypatch.setenv("COMBINE", "partial")
+    with pytest.raises(ConfigurationError, match="EXPERT_LOSS=degrade needs COMBINE=exact"):
+        read_settings()

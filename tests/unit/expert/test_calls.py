@@ -179,3 +179,14 @@ def test_a_call_for_which_nobody_waits_any_more_is_dropped_and_counted(store: Sh
     queue.add(check(message, store, 0, 1.0, time_left_ms=1))
     assert queue.take_layer(2.0) == ([], 1)
     assert len(queue) == 0
+
+
+def test_a_call_that_is_taken_back_is_dropped_while_it_waits(store: ShardStore) -> None:
+    queue = CallQueue()
+    for identity, number in ((b"s", 1), (b"s", 2), (b"t", 1)):
+        message = dispatch(hidden_of(1), [(0, 0, 0)], number=number)
+        queue.add(check_call(identity, message, Header(layer=0), 0.0, store, SHAPE))
+    assert queue.cancel(b"s", (1, 7)) == 1, "of that stage only; one that is not here is no error"
+    calls, _ = queue.take_layer(0.0)
+    assert [(call.identity, call.number) for call in calls] == [(b"s", 2), (b"t", 1)]
+    assert queue.cancel(b"s", (2,)) == 0, "it is being computed"

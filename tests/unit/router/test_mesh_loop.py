@@ -28,6 +28,7 @@ from common.messages import (
 )
 from common.topology import NodeKind
 from common.transport import LinkEvent
+from services.router.control.draining import DRAIN_QUIET_S
 from services.router.engine import FinishReason, GeneratedToken
 from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
@@ -223,8 +224,7 @@ def test_a_node_that_leaves_is_let_go_after_the_stages_know() -> None:
     mesh = FakeMesh()
     mesh.start(experts="xy")
     mesh.say("x", Leave("stopped"))
-    sent = mesh.turn()
-    order = [(to, type(message)) for to, message, _ in sent]
+    order = [(to, type(message)) for seconds in (0.0, DRAIN_QUIET_S) for to, message, _ in mesh.turn(seconds)]
     assert order.index(("a", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
     assert order.index(("b", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
     mesh.say("x", IDLE)

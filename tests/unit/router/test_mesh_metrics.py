@@ -86,3 +86,17 @@ def test_what_the_dead_have_counted_stays_counted_and_the_living_are_not_counted
     assert totals.snapshot(living).expert_calls == 12
     assert totals.snapshot(living).expert_calls == 12
     assert totals.expert_calls == 6
+
+
+def test_what_stages_and_expert_nodes_count_under_one_name_is_kept_apart() -> None:
+    totals = HopTotals()
+    beat = replace(BEAT, hedged=5, hedge_wins=3, late=2, suspicions=1, degraded_rows=8)
+    totals.keep(node("s"), beat)
+    totals.keep(node("e", NodeKind.EXPERT), replace(BEAT, late=4))
+    values = scraped(replace(MeshStatus.starting(""), hops=totals))
+    assert values[("moemesh_expert_hedges_total", ())] == 5
+    assert values[("moemesh_expert_hedge_wins_total", ())] == 3
+    assert values[("moemesh_expert_late_answers_total", ())] == 2
+    assert values[("moemesh_expert_calls_cancelled_total", ())] == 4
+    assert values[("moemesh_expert_suspicions_total", ())] == 1
+    assert values[("moemesh_degraded_rows_total", ())] == 8

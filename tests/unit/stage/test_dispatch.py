@@ -196,3 +196,24 @@ def test_every_shard_goes_to_one_of_its_copies(rows: dict[int, int], copies: lis
     chosen = choose(rows, copies)
     assert chosen.keys() == rows.keys()
     assert all(chosen[shard] in copies[shard] for shard in rows)
+
+
+def test_a_slice_that_is_left_out_takes_its_whole_expert_along_for_that_token() -> None:
+    call = ExpertCall(
+        0, torch.ones((2, WIDTH)), torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    )
+    total = ExactSum(call, 2)
+    for part in split_pairs(call, None, 2, [[0]] * 4, {}):
+        total.add(part, torch.ones((part.pairs.size, WIDTH)))
+    assert total.leave_out(np.array([3])).tolist() == [2, 3], "token 0, second choice, both slices"
+    assert torch.allclose(total.total()[0], torch.full((WIDTH,), 2.0)), "all weight is on the expert that is left"
+    assert torch.equal(total.total()[1], torch.full((WIDTH,), 2.0))
+
+
+def test_only_the_fresh_rows_of_an_answer_are_taken() -> None:
+    call = ExpertCall(0, torch.ones((1, WIDTH)), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    total = ExactSum(call, 1)
+    (part,) = split_pairs(call, None, 1, [[0], [0]], {})
+    total.add(part, torch.ones((2, WIDTH)))
+    total.add(part, torch.full((2, WIDTH), 3.0), np.array([False, True]))
+    assert torch.equal(total.total()[0], torch.full((WIDTH,), 2.0))

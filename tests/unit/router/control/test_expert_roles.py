@@ -14,6 +14,7 @@ from common.ids import NodeId
 from common.messages import AssignShards, PublishPlacement
 from common.topology import NodeDescription, NodeKind, ShardId
 from services.router.control.actions import Action, Tell
+from services.router.control.draining import DRAIN_QUIET_S
 from services.router.control.expert_roles import SETTLE_S, ExpertRoles
 from tests.support.mesh_shapes import EXPERTS, LAYERS, PLENTY, SHARD_BYTES, node, small_mesh, small_model
 
@@ -267,3 +268,83 @@ class Experts(RuleBasedStateMachine):
 
 TestExperts = Experts.TestCase
 TestExperts.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+
+
+# ---- a node that wants to stop
+
+
+def ready_roles(names: str, **mesh: Any) -> ExpertRoles:
+    roles, actions = roles_of(num_expected=len(names), **mesh), []
+    for name in names:
+        actions += roles.join(expert(name), 0.0)
+    settle(roles, actions)
+    return roles
+
+
+def test_what_a_leaving_node_holds_alone_is_loaded_elsewhere_while_it_is_still_asked() -> None:
+    roles = ready_roles("ab", copies=1)
+    before = published(roles)
+    alone = {shard for shard, owners in before.items() if owners == ["a"]}
+    wanted = told(roles.drain(NodeId("a"), 1.0))
+    assert wanted == {"b": ALL}, "the leaving node is told nothing: it keeps what it has"
+    assert published(roles) == before
+    assert roles.may_go(2.0) == []
+    roles.take_report(NodeId("b"), ALL)
+    assert roles.has_news
+    assert published(roles) == {shard: ["b"] for shard in ALL}
+    assert roles.is_served
+    assert alone
+    assert roles.may_go(3.0) == []
+    assert roles.may_go(3.0 + DRAIN_QUIET_S) == ["a"]
+    roles.lose(NodeId("a"), 4.0)
+    assert roles.may_go(9.0) == []
+
+
+def test_a_leaving_nodes_copies_are_made_anew_elsewhere_before_it_goes() -> None:
+    roles = ready_roles("abc", copies=2)
+    settle(roles, roles.drain(NodeId("a"), 1.0))
+    assert all(sorted(owners) == ["b", "c"] for owners in published(roles).values())
+
+
+def test_where_others_hold_everything_a_node_leaves_without_a_wait() -> None:
+    roles = ready_roles("ab", copies=2)
+    assert told(roles.drain(NodeId("a"), 1.0)) == {}
+    assert published(roles) == {shard: ["b"] for shard in ALL}
+    roles.may_go(1.0)
+    assert roles.may_go(1.0 + DRAIN_QUIET_S) == ["a"]
+
+
+def test_the_last_node_and_one_whose_shards_have_no_room_elsewhere_go_at_once() -> None:
+    roles = ready_roles("a", copies=1)
+    roles.drain(NodeId("a"), 1.0)
+    assert roles.may_go(1.0) == ["a"]
+    roles = roles_of(copies=1)
+    actions = [*roles.join(expert("a", 6), 0.0), *roles.join(expert("b", 6), 0.0)]
+    settle(roles, actions)
+    roles.drain(NodeId("a"), 1.0)
+    assert roles.may_go(1.0) == ["a"]
+
+
+def test_all_that_leave_together_are_let_go_at_once() -> None:
+    roles = ready_roles("ab", copies=1)
+    roles.drain(NodeId("a"), 1.0)
+    roles.drain(NodeId("b"), 1.0)
+    assert roles.may_go(1.0) == ["a", "b"]
+
+
+def test_a_node_that_joins_meanwhile_takes_over() -> None:
+    roles = ready_roles("ab", copies=1)
+    roles.drain(NodeId("a"), 1.0)
+    settle(roles, roles.join(expert("c"), 1.5))
+    owners = published(roles)
+    assert {name for names in owners.values() for name in names} == {"b", "c"}
+
+
+def test_shards_that_nobody_serves_are_marked_as_urgent() -> None:
+    roles = ready_roles("ab", copies=1)
+    lost = {shard for shard, owners in published(roles).items() if owners == ["a"]}
+    (action,) = roles.lose(NodeId("a"), 1.0)
+    assert isinstance(action, Tell)
+    assert isinstance(action.message, AssignShards)
+    bitmap = frame_to_array(action.message.shards, "uint8", (LAYERS, EXPERTS, None), "shards")
+    assert {ShardId(*map(int, place)) for place in zip(*(bitmap == 2).nonzero(), strict=True)} == lost

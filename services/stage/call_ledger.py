@@ -1,0 +1,150 @@
+"""The open expert calls of a stage: whom each was asked of, who owes what; sending parts and taking them back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import structlog
+import torch
+
+from common.array import Int64Array, array_to_frame
+from common.messages import CancelCall, Dispatch, Header
+from common.tensor import tensor_to_frame
+from common.transport import Full
+from services.stage.dispatch import NodeRows, pair_weights, split_pairs
+from services.stage.expert_nodes import ExpertNode, ExpertNodes
+from services.stage.hedging import HedgeBudget, ReplyTimes
+from services.stage.pending_call import AskedPart, PendingCall
+from services.stage.suspicion import Suspicions
+
+
+class CallLedger:
+    """Which messages are in flight, and for which call."""
+
+    def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger) -> None:
+        self.nodes = nodes
+        self.times = ReplyTimes()
+        self.budget = HedgeBudget()
+        self.suspicions = Suspicions()
+        self.num_hedges = 0
+        self._log = log
+        self._numbers = itertools.count(1)
+        self._open: dict[int, PendingCall] = {}
+        """Calls that are not whole, by identity."""
+        self._in_flight: dict[int, PendingCall] = {}
+        """By number of each message."""
+
+    @property
+    def open_calls(self) -> list[PendingCall]:
+        """All, oldest first; safe against changes while one goes through it."""
+        return list(self._open.values())
+
+    def add(self, pending: PendingCall) -> None:
+        """A call that is to be followed."""
+        self._open[id(pending)] = pending
+
+    def close(self, pending: PendingCall) -> None:
+        """Nothing is wanted of a call any more."""
+        self._open.pop(id(pending), None)
+
+    def find(self, number: int, node: ExpertNode) -> PendingCall | None:
+        """The call that waits for this answer of this node."""
+        pending = self._in_flight.get(number)
+        return pending if pending is not None and pending.parts[number].rows.node == node.number else None
+
+    def owed_by(self, node: int) -> list[tuple[PendingCall, int]]:
+        """Calls and numbers of the messages that a node has not answered."""
+        return [
+            (pending, number) for number, pending in self._in_flight.items() if pending.parts[number].rows.node == node
+        ]
+
+    def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
+        """Ask for the pairs that nobody owes; what nobody can take now waits as homeless."""
+        while (pairs := pending.uncovered()).size:
+            holders = self._holders(pending, pending.refused_by, now_s)
+            parts = self._deal(pending, pairs, holders)
+            if not parts:
+                pending.refused_by.clear()  # at the next try, those who refused are better than nobody
+                if pending.homeless_since_s is None:
+                    pending.homeless_since_s = now_s
+                return
+            for part in parts:
+                if self._send(pending, part, now_s, is_hedge=False):
+                    self.budget.earn()
+                else:
+                    pending.refused_by.add(part.node)
+        pending.homeless_since_s = None
+
+    def hedge(self, pending: PendingCall, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
+        """Ask other copies for pairs of a part too. Without a copy that is not in doubt, or budget, nothing is sent."""
+        avoided = pending.refused_by | pending.owed_by(pairs) | self.suspicions.doubted(now_s) | {part.rows.node}
+        parts = self._deal(pending, pairs, self.nodes.holders(pending.call.layer, avoided))
+        if not parts or not (is_free or self.budget.take()):
+            return
+        for copy in parts:
+            self.num_hedges += self._send(pending, copy, now_s, is_hedge=True)
+
+    def take_part(self, pending: PendingCall, number: int) -> AskedPart:
+        """Nobody owes this part any more."""
+        del self._in_flight[number]
+        part = pending.parts.pop(number)
+        if part.rows.node in self.nodes:
+            self.nodes[part.rows.node].outstanding_rows -= part.rows.pairs.size
+        return part
+
+    def forget(self, pending: PendingCall, now_s: float) -> None:
+        """A call ends without an answer; what is in flight for it is taken back."""
+        for number in list(pending.parts):
+            self.cancel(self.take_part(pending, number).rows.node, number, now_s)
+        self.close(pending)
+
+    def cancel(self, number_of_node: int, number: int, now_s: float) -> None:
+        """Take a call back; but one call stays with a node in doubt: its answer tells that the node is back."""
+        if number_of_node not in self.nodes:
+            return
+        node = self.nodes[number_of_node]
+        if not node.probe and self.suspicions.is_doubted(number_of_node, now_s):
+            node.probe = number
+            return
+        if node.connected:
+            try:
+                node.socket.send(CancelCall((number,)), Header())
+            except Full:
+                self._log.debug("cancel_not_sent", node=node.node_id)  # it will be answered, and dropped as late
+
+    def _holders(self, pending: PendingCall, avoided: set[int], now_s: float) -> Sequence[Sequence[int]]:
+        """Copies that may be asked, by shard key; those in doubt only where there is no other."""
+        holders = self.nodes.holders(pending.call.layer, avoided)
+        doubted = self.suspicions.doubted(now_s)
+        if not doubted:
+            return holders
+        return [[node for node in copies if node not in doubted] or copies for copies in holders]
+
+    def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
+        """Pairs by node, without those that nobody holds."""
+        keys = pending.keys(pairs)
+        has_holder = np.array([bool(copies) for copies in holders])
+        pairs = pairs[has_holder[keys]]
+        if not pairs.size:
+            return []
+        return split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
+
+    def _send(self, pending: PendingCall, part: NodeRows, now_s: float, is_hedge: bool) -> bool:
+        call, node, number = pending.call, self.nodes[part.node], next(self._numbers)
+        is_all = part.tokens.size == call.hidden.shape[0]
+        rows = call.hidden if is_all else call.hidden[torch.from_numpy(part.tokens)]
+        is_exact = pending.sum.takes_some_pairs
+        weights = np.zeros(0, np.float32) if is_exact else pair_weights(call, part, pending.num_slices)
+        message = Dispatch(number, tensor_to_frame(rows), array_to_frame(part.routing), array_to_frame(weights))
+        try:
+            node.socket.send(message, pending.header_now(now_s))
+        except Full:
+            return False
+        pending.parts[number] = AskedPart(part, now_s, is_hedge)
+        pending.asked_s[part.pairs] = now_s
+        pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
+        self._in_flight[number] = pending
+        node.outstanding_rows += part.pairs.size
+        return True
