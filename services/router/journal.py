@@ -138,7 +138,7 @@ class Journal:
             if choice is not None:
                 self._pending.placements.append((choice.number, sequence_id))
 
-    def end(self, reply_id: str, is_kept: bool) -> None:
+    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """See RequestJournal."""
         with self._lock:
             request = self._requests.pop(reply_id, None)
@@ -149,6 +149,8 @@ class Journal:
                 del self._choices[choice_id]
             ended_s = self._wall_clock()
             self._pending.ends.append((number, ended_s, is_kept))
+            if error is not None and is_kept:
+                self._pending.failures.append((number * MAX_CHOICES, error.code, error.message))
             if is_kept:
                 heapq.heappush(self._kept, (ended_s, number))
 

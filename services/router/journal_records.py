@@ -97,8 +97,9 @@ class RequestJournal(Protocol):
         """Written when it returns. Raises JournalError (then the request must not begin) or FencedError."""
         ...
 
-    def end(self, reply_id: str, is_kept: bool) -> None:
-        """Nothing more comes for it; it is deleted, or kept for the retention time. Written within a second."""
+    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
+        """Nothing more comes for it; it is deleted, or kept for the retention time with what it failed by. Written
+        within a second."""
         ...
 
     def flush(self) -> None:
@@ -114,7 +115,7 @@ class NoJournal:
     def accept(self, accepted: AcceptedRequest) -> None:
         """Nothing is kept."""
 
-    def end(self, reply_id: str, is_kept: bool) -> None:
+    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """Nothing was kept."""
 
     def flush(self) -> None:

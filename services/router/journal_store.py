@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.errors import ConfigurationError
 from common.ids import RequestId, SequenceId
@@ -251,10 +252,12 @@ def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
     connection.execute("UPDATE meta SET value = ? WHERE name = 'model'", (model,))
 
 
-def _accepted(row: Sequence[object]) -> AcceptedRequest:
-    *fields, is_resumable, choice_ids = row
-    ids = tuple(RequestId(choice_id) for choice_id in json.loads(str(choice_ids)))
-    return AcceptedRequest(*fields, bool(is_resumable), ids)  # type: ignore[arg-type]  # columns as they were written
+def _accepted(row: Sequence[Any]) -> AcceptedRequest:
+    """`row`: as `_REQUEST_COLUMNS` behind the number."""
+    values: dict[str, Any] = dict(zip(_REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
+    values["is_resumable"] = bool(values["is_resumable"])
+    values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))
+    return AcceptedRequest(**values)
 
 
 def _choice(requests: Mapping[int, JournalledRequest], number: int) -> JournalledChoice | None:

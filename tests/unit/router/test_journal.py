@@ -300,7 +300,7 @@ def test_a_journal_of_another_model_with_requests_is_refused_and_stays_as_it_is(
     journal.accept(accepted("a"))
     journal.close()
     for other in ("other float32", "print bfloat16"):
-        with pytest.raises(ConfigurationError, match="another model or dtype.*move the file away"):
+        with pytest.raises(ConfigurationError, match=r"another model or dtype.*move the file away"):
             open_at(path, model=other)
     assert len(reopened(path)) == 1
 
