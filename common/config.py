@@ -64,6 +64,13 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    # ---- the journal: what outlives the router and its clients' connections
+    journal: Literal["process", "durable", "off"] = Field(
+        default="process", description="process: survives kill -9; durable: also power loss, each commit waits"
+    )
+    resume_grace_ms: int = Field(default=60_000, ge=0, description="a resumable request goes on so long without client")
+    journal_retention_s: int = Field(default=600, ge=0, description="ended resumable requests can be asked for so long")
+
     # ---- deadlines
     step_deadline_ms: int = Field(default=60_000, ge=100, description="a step that takes longer has failed")
     outage_deadline_ms: int = Field(default=60_000, ge=100, description="longest wait without an open pipeline")

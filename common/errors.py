@@ -9,6 +9,8 @@ MoemeshError
 │   ├── InvalidRequestError       a field is wrong                               400
 │   ├── ContextLengthError        prompt + max_tokens exceed the context         400
 │   ├── UnknownModelError         another model than the one served              404
+│   ├── UnknownRequestError       no such request, or another tenant's           404
+│   ├── IdempotencyError          a key that stands for another body             422
 │   ├── RequestTooLargeError      too many bytes                                 413
 │   └── OverloadedError           queue full: try again after a while            429
 └── MeshError                 the mesh cannot go on with something
@@ -16,7 +18,9 @@ MoemeshError
     ├── NodeLostError             a node died and nothing could take over        503
     ├── DeadlineError             a wait ran out of time                         504
     ├── CapacityError             shards or cache do not fit what nodes offer    503
-    └── ExecutionError            a node failed while computing                  500
+    ├── ExecutionError            a node failed while computing                  500
+    ├── JournalError              the journal cannot be written to               503
+    └── FencedError               a newer router has the state folder            503 (ends the process)
 
 Each leaf has a wire code (what `Failed` carries) and an HTTP status with OpenAI's error type.
 """
@@ -92,6 +96,20 @@ class UnknownModelError(RequestError):
     http_status = 404
 
 
+class UnknownRequestError(RequestError):
+    """Nobody asked for it, it is forgotten, or it belongs to another tenant; which of them is not told."""
+
+    code = "request_not_found"
+    http_status = 404
+
+
+class IdempotencyError(RequestError):
+    """The idempotency key was given with another body before."""
+
+    code = "idempotency_key_reused"
+    http_status = 422
+
+
 class RequestTooLargeError(RequestError):
     """The body has more bytes than the door takes."""
 
@@ -148,6 +166,18 @@ class ExecutionError(MeshError):
 
     code = "execution_error"
     http_status = 500
+
+
+class JournalError(MeshError):
+    """The journal takes nothing now (a full disk, an I/O error): what cannot be kept is not begun."""
+
+    code = "journal_unavailable"
+
+
+class FencedError(MeshError):
+    """The state folder carries a newer term: this router was replaced while it was stopped."""
+
+    code = "router_fenced"
 
 
 _LEAVES: tuple[type[MoemeshError], ...] = (

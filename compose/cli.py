@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from chaos.command import app as chaos_app
 from common.config import Settings, read_settings
@@ -29,6 +31,8 @@ app.add_typer(chaos_app, name="chaos")
 console = Console(stderr=True)
 
 READY_TIMEOUT_S = 600.0
+RESUME_PATIENCE_S = 30.0
+"""How long a router that went away is looked for."""
 GREETING_PROMPT = "Once upon a time"
 UrlOption = Annotated[str, typer.Option("--url", envvar="MOEMESH_URL", help="where the router answers")]
 
@@ -122,18 +126,78 @@ def _sentence(reply: httpx.Response) -> str:
 
 
 def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
-    """Text of a streamed reply, piece by piece. Raises httpx.HTTPError, or MoemeshError with the server's sentence."""
-    with client.stream("POST", path, json=body) as reply:
+    """Text of a streamed reply, piece by piece; comes back for the rest where the connection breaks.
+
+    Raises httpx.HTTPError once that has failed for long, or MoemeshError with the server's sentence.
+    """
+    stream = _ResumableStream(client, path, body)
+    # Waits grow from 0.1 s; a router that was killed is back within seconds.
+    attempts = Retrying(
+        retry=retry_if_exception_type(httpx.TransportError),
+        wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
+        stop=stop_after_delay(RESUME_PATIENCE_S),
+        reraise=True,
+    )
+    while not stream.is_done:
+        lines = stream.begin() if not stream.is_begun else attempts(stream.come_back)
+        try:
+            yield from stream.pieces(lines)
+        except httpx.TransportError:
+            if not stream.is_resumable:
+                raise
+
+
+class _ResumableStream:
+    """One streamed reply over as many connections as it takes."""
+
+    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+        self._client = client
+        self._path = path
+        self._body = body
+        self._request_id = f"ask-{uuid.uuid4().hex}"
+        self._last_event_id = ""
+        self.is_begun = False
+        self.is_resumable = False
+        """The server has said so; another server than ours does not."""
+        self.is_done = False
+
+    def begin(self) -> httpx.Response:
+        """Ask. Nothing is asked twice: if this fails, it fails."""
+        headers = {"Moemesh-Resumable": "1", "X-Request-Id": self._request_id}
+        return self._open(self._client.build_request("POST", self._path, json=self._body, headers=headers))
+
+    def come_back(self) -> httpx.Response:
+        """Ask for what comes after the last event that was read."""
+        headers = {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
+        return self._open(self._client.build_request("GET", f"/v1/requests/{self._request_id}/events", headers=headers))
+
+    def pieces(self, reply: httpx.Response) -> Iterator[str]:
+        """Of one connection, until it ends or breaks."""
+        with contextlib.closing(reply):
+            for line in reply.iter_lines():
+                if line.startswith("id: "):
+                    self._last_event_id = line.removeprefix("id: ")
+                elif line == "data: [DONE]":
+                    self.is_done = True
+                elif line.startswith("data: "):
+                    yield _text_of(json.loads(line.removeprefix("data: ")))
+        # Without [DONE] the router has sent us away; a server that does not know it ends so.
+        self.is_done = self.is_done or not self.is_resumable
+
+    def _open(self, request: httpx.Request) -> httpx.Response:
+        reply = self._client.send(request, stream=True)
         if reply.status_code != 200:
-            raise MoemeshError(_sentence(reply))
-        for line in reply.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise MoemeshError(event["error"]["message"])
-            for choice in event["choices"]:
-                yield choice.get("text") or choice.get("delta", {}).get("content") or ""
+            with contextlib.closing(reply):
+                raise MoemeshError(_sentence(reply))
+        self.is_begun = True
+        self.is_resumable = "moemesh-request-id" in reply.headers
+        return reply
+
+
+def _text_of(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise MoemeshError(event["error"]["message"])
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"])
 
 
 def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from common.ids import RequestId
+from common.ids import RequestId, SequenceId
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
 
@@ -32,6 +32,29 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoredChoice:
+    """A choice that was under way when the router ended, as the journal has it."""
+
+    request: GenerationRequest
+    generated_token_ids: tuple[int, ...]
+    """Sampled so far, and never the whole of it: a finished choice needs no mesh."""
+    sequence_id: SequenceId | None
+    """Its last number on the wire; stages that live may still hold its KV blocks under it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryCounts:
+    """What it took to finish a choice in spite of losses; told to the client."""
+
+    recoveries: int
+    """Times that its cache was moved, rebuilt or computed again."""
+    replayed_tokens: int
+    """Positions that were computed again for that."""
+    retried_calls: int = 0
+    """Expert calls of its steps that were repeated on another copy."""
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratedToken:
     """One sampled token, in order. The last one of a choice has a finish reason."""
 
@@ -43,6 +66,8 @@ class GeneratedToken:
     finish_reason: FinishReason | None
     degraded: bool = False
     """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
+    recovery: RecoveryCounts | None = None
+    """On the last token of a choice only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +89,10 @@ class Engine(Protocol):
         Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator
         (aclose, or cancelling the task) cancels the request in the mesh: its KV blocks are free within a step.
         """
+        ...
+
+    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
+        """The tokens that are still missing, as `generate`; it waits for a mesh that starts."""
         ...
 
     def readiness(self) -> Readiness:

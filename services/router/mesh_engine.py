@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from common.errors import MoemeshError, NotReadyError
 from common.ids import RequestId
 from services.router.control.readiness import judge_age
-from services.router.engine import GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_loop import MeshLoop
 
 Outcome = GeneratedToken | MoemeshError
@@ -66,13 +66,21 @@ class MeshEngine:
         status = self._mesh.status
         return judge_age(status.readiness, status.published_s, self._clock())
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""
-        status = self._mesh.status
-        if status.ready_s is None or self._clock() - status.ready_s > NOT_READY_GRACE_S:
-            raise NotReadyError(f"the mesh is not ready: {status.readiness.detail}")
-        queue = self._mailbox.open(request.request_id)
-        self._mesh.submit(request)
+        return self._outcomes(request.request_id, request)
+
+    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
+        """The rest of a choice; see the protocol. The mesh may take its time to start."""
+        return self._outcomes(restored.request.request_id, restored)
+
+    async def _outcomes(
+        self, request_id: RequestId, asked: GenerationRequest | RestoredChoice
+    ) -> AsyncIterator[GeneratedToken]:
+        if isinstance(asked, GenerationRequest):
+            self._check_ready()
+        queue = self._mailbox.open(request_id)
+        self._mesh.submit(asked)
         ended = False
         try:
             while not ended:
@@ -83,6 +91,11 @@ class MeshEngine:
                 ended = outcome.finish_reason is not None
                 yield outcome
         finally:
-            self._mailbox.close(request.request_id)
+            self._mailbox.close(request_id)
             if not ended:
-                self._mesh.cancel(request.request_id)
+                self._mesh.cancel(request_id)
+
+    def _check_ready(self) -> None:
+        status = self._mesh.status
+        if status.ready_s is None or self._clock() - status.ready_s > NOT_READY_GRACE_S:
+            raise NotReadyError(f"the mesh is not ready: {status.readiness.detail}")

@@ -39,7 +39,7 @@ from services.router.control.adoption import read_held_slot
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.readiness import ProgressWatch, judge
 from services.router.control.stage_roles import StageRoles
-from services.router.engine import GenerationRequest, Readiness
+from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
@@ -77,7 +77,9 @@ class MeshLoop:
         membership: Membership,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
+        housekeeping: Callable[[], None] = lambda: None,
     ) -> None:
+        """`housekeeping` is called every turn, cheap; what it raises ends the loop."""
         self._config = config
         self._settings = settings
         self._client = client
@@ -88,7 +90,8 @@ class MeshLoop:
         self._flow = flow
         self._log = log
         self._clock = clock
-        self._commands: deque[GenerationRequest | RequestId] = deque()
+        self._housekeeping = housekeeping
+        self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
@@ -103,8 +106,8 @@ class MeshLoop:
 
     # ---- from other threads
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; its outcome comes through the sink."""
+    def submit(self, request: GenerationRequest | RestoredChoice) -> None:
+        """Queue a request, or what is left of one; its outcome comes through the sink."""
         self._commands.append(request)
         self._client.wake()
 
@@ -125,6 +128,7 @@ class MeshLoop:
         while not self._stopping:
             self._client.wait(WAIT_MS)
             now_s = self._clock()
+            self._housekeeping()
             self._take_commands(now_s)
             self._take_control(now_s)
             self._take_lifelines(now_s)
@@ -143,6 +147,9 @@ class MeshLoop:
     def _take_commands(self, now_s: float) -> None:
         while self._commands:
             command = self._commands.popleft()
+            if isinstance(command, RestoredChoice):
+                self._scheduler.restore(command.request, command.generated_token_ids, now_s, command.sequence_id)
+                continue
             if not isinstance(command, GenerationRequest):
                 self._scheduler.cancel(command)
                 continue

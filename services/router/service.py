@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from common.checkpoint import fingerprint, read_tensor_index, resolve_model
 from common.codec import ITEM_BYTES
 from common.config import Settings
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, FencedError
 from common.ids import NodeId
 from common.membership import Membership, MembershipSettings
 from common.messages import Welcome
@@ -31,15 +32,20 @@ from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
+from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
+from services.router.journal import Journal, JournalSettings, open_journal
+from services.router.journal_metrics import JournalCollector
+from services.router.journal_records import JournalledRequest
+from services.router.journal_sink import Housekeeping, JournalFirst
 from services.router.mesh_client import MeshClient
 from services.router.mesh_engine import MeshEngine, TokenMailbox
 from services.router.mesh_loop import LoopSettings, MeshLoop
 from services.router.mesh_metrics import MeshCollector
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.state_folder import open_state_folder
-from services.router.step_flow import StepFlow
+from services.router.state_folder import StateFolder, open_state_folder
+from services.router.step_flow import Sink, StepFlow
 
 BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
@@ -99,13 +105,18 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
     tokenizer = TextTokenizer.from_directory(model.directory)
     state = open_state_folder(settings.state_dir)
+    journal, journalled = _open_journal(settings, model, state, log)
     listener = _listen(settings)
     transport = open_transport(settings, log)
     mailbox = TokenMailbox(asyncio.get_running_loop())
     addresses = find_addresses(settings, NodeId("router"))
     client = MeshClient(transport, addresses, state.term, log)
-    mesh = _mesh_loop(settings, model, client, addresses, state.term, mailbox, log)
+    sink = mailbox if journal is None else JournalFirst(journal, mailbox)
+    housekeeping = Housekeeping(state.check_term, journal)
+    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, log)
     registry = CollectorRegistry()
+    if journal is not None:
+        registry.register(JournalCollector(journal.counts))
     for collector in (
         MeshCollector(lambda: mesh.status),
         ProcessCollector(registry=None),
@@ -117,31 +128,71 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         served_name=model.served_name,
         max_body_bytes=settings.max_body_bytes,
         system_fingerprint=f"{model.fingerprint[:12]}-{model.dtype}",
+        resume_grace_s=settings.resume_grace_ms / 1000,
+        retention_s=settings.journal_retention_s,
     )
-    app = create_app(engine, tokenizer, front, registry)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False)
+    app = create_app(engine, tokenizer, front, registry, journal=journal)
+    requests: RequestRegistry = app.state.requests
+    server = FrontServer(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False),
+        requests.release,
     )
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     thread.start()
     host, port = listener.getsockname()[:2]
-    (settings.state_dir / "http.url").write_text(f"{http_url(host, port)}\n")
+    url = f"{http_url(host, port)}\n"
+    (settings.state_dir / "http.url").write_text(url)
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
+        # Who connects meanwhile waits in the listener's queue, and finds its request.
+        await requests.restore(journalled)
+        if journalled:
+            log.info("requests_restored", number=len(journalled))
         if not should_stop():
             await server.serve(sockets=[listener])
     finally:
         mesh.stop()
         thread.join(timeout=5)
+        await requests.close()
+        if journal is not None:
+            journal.close()
         client.close()
         transport.close()
         with contextlib.suppress(FileNotFoundError):
-            (settings.state_dir / "http.url").unlink()
+            if (settings.state_dir / "http.url").read_text() == url:  # else another router has the folder
+                (settings.state_dir / "http.url").unlink()
         state.close()
     if failure:
         raise failure[0]
     log.info("stopped")
+
+
+class FrontServer(uvicorn.Server):
+    """Says when it begins to end: clients that can come back are sent away at once, others get their time."""
+
+    def __init__(self, config: uvicorn.Config, on_shutdown: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_shutdown = on_shutdown
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        self._on_shutdown()
+        await super().shutdown(sockets)
+
+
+def _open_journal(
+    settings: Settings, model: Model, state: StateFolder, log: structlog.stdlib.BoundLogger
+) -> tuple[Journal | None, list[JournalledRequest]]:
+    if settings.journal == "off":
+        return None, []
+    return open_journal(
+        state.path / "journal.sqlite3",
+        f"{model.fingerprint} {model.dtype}",
+        JournalSettings(settings.journal == "durable", settings.journal_retention_s),
+        state.check_term,
+        log,
+    )
 
 
 def _run_mesh(
@@ -150,6 +201,10 @@ def _run_mesh(
     """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
     try:
         mesh.run()
+    except FencedError as error:
+        log.error("router_fenced", reason=error.message)
+        failure.append(error)
+        server.should_exit = True
     except BaseException as error:
         log.critical("mesh_thread_broke", exc_info=error)
         failure.append(error)
@@ -181,7 +236,8 @@ def _mesh_loop(
     client: MeshClient,
     addresses: NodeAddresses,
     term: int,
-    mailbox: TokenMailbox,
+    sink: Sink,
+    housekeeping: Housekeeping,
     log: structlog.stdlib.BoundLogger,
 ) -> MeshLoop:
     shape = MeshShape(
@@ -233,7 +289,7 @@ def _mesh_loop(
         LoopSettings(welcome, model.fingerprint),
         client,
         scheduler,
-        StepFlow(client, scheduler, term, step_deadline_s, model.config.vocab_size, mailbox, log),
+        StepFlow(client, scheduler, term, step_deadline_s, model.config.vocab_size, sink, log),
         StageRoles(
             model.config,
             shape,
@@ -245,4 +301,5 @@ def _mesh_loop(
         ExpertRoles(model.config, shape, settings.experts),
         membership,
         log,
+        housekeeping=housekeeping,
     )

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, FencedError
 from common.folder_lock import lock_folder
 from common.ids import RouterTerm
 
@@ -18,6 +18,25 @@ class StateFolder:
         self.path = path
         self.term = term
         self._lock_descriptor = lock_descriptor
+        self._seen = _identity(self._term_path)
+
+    def check_term(self) -> None:
+        """One `stat` while nothing has changed. Raises FencedError if another router has taken the folder since: the
+        lock ends with the process that holds it, but a folder may have been copied, or the lock's file removed."""
+        seen = _identity(self._term_path)
+        if seen == self._seen:
+            return
+        term = _read_term(self._term_path)
+        if term > self.term:
+            raise FencedError(
+                f"STATE_DIR={self.path} carries term {term}, this router has {self.term}: it was replaced while it was "
+                "stopped, and ends"
+            )
+        self._seen = seen
+
+    @property
+    def _term_path(self) -> Path:
+        return self.path / "router.json"
 
     def close(self) -> None:
         """Let another router have it."""
@@ -34,15 +53,29 @@ def open_state_folder(path: Path) -> StateFolder:
         raise
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Changes with every term, since a new file is renamed into place; (0, 0) where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns
+
+
+def _read_term(path: Path) -> int:
+    if not path.exists():
+        return 0
+    try:
+        term = json.loads(path.read_text())["term"]
+        if type(term) is not int or term < 0:
+            raise ValueError(f"term is {term!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}): remove it once no node of its mesh runs") from None
+    return term
+
+
 def _next_term(path: Path) -> RouterTerm:
-    term = 0
-    if path.exists():
-        try:
-            term = json.loads(path.read_text())["term"]
-            if type(term) is not int or term < 0:
-                raise ValueError(f"term is {term!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{path} is damaged ({error}): remove it once no node of its mesh runs") from None
+    term = _read_term(path)
     # Renamed into place, so that a crash leaves the old term or the new one, never half a file.
     replacement = path.with_suffix(".new")
     with replacement.open("w") as stream:

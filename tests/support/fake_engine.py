@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class FakeEngine:
     """Offered as top log-probabilities, cut at the number asked for."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[GenerationRequest] = field(default_factory=list)
+    resumed: list[RestoredChoice] = field(default_factory=list)
     cancelled: list[GenerationRequest] = field(default_factory=list)
     """Closed or cancelled before their end."""
     on_cancel: Callable[[], None] = lambda: None
@@ -60,13 +61,24 @@ class FakeEngine:
     def readiness(self) -> Readiness:
         return self.state
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        return self._run(request, 0)
+
+    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
+        """Goes on in the script after as many tokens as there are, and through no pause before them."""
+        self.resumed.append(restored)
+        return self._run(restored.request, len(restored.generated_token_ids))
+
+    async def _run(self, request: GenerationRequest, num_given: int) -> AsyncIterator[GeneratedToken]:
         self.asked.append(request)
         self._news.set()
         complete = False
         try:
             num_tokens = 0
             for step in self.script_by_choice.get(request.choice, self.script):
+                if num_tokens < num_given:
+                    num_tokens += isinstance(step, int)
+                    continue
                 if isinstance(step, Pause):
                     await self.gate.wait()
                     continue

@@ -97,12 +97,15 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._takes_parts = self._probe_parts()
 
-    def render(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> str:
+    def render(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
+    ) -> str:
         """The prompt's text, up to where the assistant's turn begins. Raises InvalidRequestError with what the template
-        says against the messages."""
+        says against the messages. With `now`, a request that is rendered again later has the same text."""
         flattened = [self._flatten(message) for message in messages]
+        clock = {} if now is None else {"strftime_now": now.strftime}
         try:
-            return self._render(flattened, template_arguments)
+            return self._render(flattened, {**clock, **template_arguments})
         # A template is a program: what it raises on odd messages may be any error, and is the request's fault.
         except Exception as error:
             raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error

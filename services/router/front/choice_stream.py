@@ -30,6 +30,8 @@ class ChoiceEvent:
     """Tokens since the last event, whether they show in `text` or not."""
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
+    num_tokens: int
+    """Tokens of the choice so far, these included: where a client is that has got this event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class ChoiceStream:
             tuple(self._pending_token_ids),
             tuple(self._pending_logprobs),
             self.finish_reason,
+            self.num_tokens,
         )
         self._pending_text = ""
         self._pending_token_ids.clear()

@@ -23,3 +23,7 @@ class FrontSettings:
     """Prompts and bodies longer than this are parsed and tokenized in a thread, off the event loop."""
     system_fingerprint: str | None = None
     """Goes into replies as it is: what decides the bits of a result."""
+    resume_grace_s: float = 60.0
+    """A request that may be resumed goes on for so long without a client; after a restart every request does."""
+    retention_s: float = 600.0
+    """Such a request can be asked for so long after its end."""

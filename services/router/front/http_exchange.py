@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from services.router.front.metrics import FrontMetrics
 
 Result = TypeVar("Result")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID_SCOPE = "moemesh.request_id"
+"""Where the id of a request stands in its scope."""
 _CLIENT_CLOSED_STATUS = 499
 """nginx's number for a client that did not wait for the answer; it is only counted, never sent."""
 
@@ -68,9 +70,11 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
+    ) -> None:
         """`close` is awaited in any case, also when the answer was never begun."""
-        super().__init__()
+        super().__init__(headers=headers)
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
@@ -103,6 +107,7 @@ class ExchangeMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        scope[REQUEST_ID_SCOPE] = request_id
         status = 0
 
         async def send_with_id(message: Message) -> None:

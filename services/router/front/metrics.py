@@ -36,3 +36,13 @@ class FrontMetrics:
         self.cancelled = Counter(
             "moemesh_http_requests_cancelled_total", "Requests whose client went away", registry=registry
         )
+        self.abandoned = Counter(
+            "moemesh_requests_abandoned_total",
+            "Resumable requests that were cancelled because nobody came back for them in time",
+            registry=registry,
+        )
+        self.reattached = Counter(
+            "moemesh_requests_reattached_total",
+            "Clients that came back to a request by its id or key",
+            registry=registry,
+        )

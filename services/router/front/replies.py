@@ -14,6 +14,7 @@ from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason
 from services.router.front.choice_stream import ChoiceEvent, TokenLogprob
 from services.router.front.request_planning import Plan
+from services.router.front.usage import Outcome, usage_of
 from services.router.front.vocabulary import Vocabulary
 
 JsonObject = dict[str, Any]
@@ -54,15 +55,6 @@ def error_event(error: Exception) -> bytes:
     return b"data: " + encode_json(error_body(error)) + b"\n\n"
 
 
-def usage_of(plan: Plan, num_completion_tokens: int) -> JsonObject:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": plan.num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": plan.num_prompt_tokens + num_completion_tokens,
-    }
-
-
 class ReplyForm(Protocol):
     """Completions and chats differ by this."""
 
@@ -78,8 +70,8 @@ class ReplyForm(Protocol):
         """Chunks before the first token."""
         ...
 
-    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
-        """Chunks of an event."""
+    def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
+        """Chunks of an event; with `is_one` never more than one, so that nobody can have got half of them."""
         ...
 
     def text_affixes(self, index: int) -> tuple[str, str]:
@@ -109,7 +101,7 @@ class CompletionForm:
     def opening_choices(self, num_choices: int) -> list[JsonObject]:
         return []
 
-    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
+    def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
         return [self.whole_choice(event)]
 
     def text_affixes(self, index: int) -> tuple[str, str]:
@@ -155,8 +147,11 @@ class ChatForm:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, delta, (), None) for index in range(num_choices)]
 
-    def chunk_choices(self, event: ChoiceEvent) -> list[JsonObject]:
+    def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
         chunks: list[JsonObject] = []
+        if is_one:
+            delta = {"content": event.text} if event.text or event.logprobs else {}
+            return [self._chunk(event.index, delta, event.logprobs, event.finish_reason)]
         if event.text or event.logprobs:
             chunks.append(self._chunk(event.index, {"content": event.text}, event.logprobs, None))
         if event.finish_reason is not None:
@@ -194,11 +189,21 @@ class ChatForm:
 class ChunkEncoder:
     """Events of one stream to SSE bytes."""
 
-    def __init__(self, head: ReplyHead, form: ReplyForm, plan: Plan, with_usage: bool, with_token_ids: bool) -> None:
+    def __init__(
+        self,
+        head: ReplyHead,
+        form: ReplyForm,
+        plan: Plan,
+        with_usage: bool,
+        with_token_ids: bool,
+        taken: Sequence[int] | None = None,
+    ) -> None:
+        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it."""
         self._form = form
         self._plan = plan
         self._with_token_ids = with_token_ids
         self._with_usage = with_usage
+        self._taken = None if taken is None else list(taken)
         fields = _ENCODER.encode(
             {
                 "id": head.reply_id,
@@ -212,30 +217,38 @@ class ChunkEncoder:
         # With `include_usage`, OpenAI puts a null into every chunk but the last.
         self._suffix = '],"usage":null}\n\n' if with_usage else "]}\n\n"
         self._affixes: dict[int, tuple[str, str]] = {}
-        self._prompt_shown: set[int] = set()
 
     def opening(self) -> bytes:
-        """Before the first token."""
+        """Before the first token; nothing for a client that has tokens."""
+        if self._taken is not None and any(self._taken):
+            return b""
         return b"".join(self._chunk(choice) for choice in self._form.opening_choices(len(self._plan.choices)))
 
     def event(self, event: ChoiceEvent) -> bytes:
         """The chunks of one event."""
+        data = self._chunks(event)
+        if self._taken is None:
+            return data
+        self._taken[event.index] = event.num_tokens
+        return f"id: {','.join(map(str, self._taken))}\n".encode() + data
+
+    def _chunks(self, event: ChoiceEvent) -> bytes:
         if event.finish_reason is None and not event.logprobs and not self._with_token_ids:
             affixes = self._affixes.get(event.index)
             if affixes is None:
                 before, after = self._form.text_affixes(event.index)
                 affixes = self._affixes[event.index] = (self._prefix + before, after + self._suffix)
             return (affixes[0] + _ENCODER.encode(event.text) + affixes[1]).encode()
-        choices = self._form.chunk_choices(event)
+        choices = self._form.chunk_choices(event, is_one=self._taken is not None)
         if self._with_token_ids:
             self._add_token_ids(choices[0], event)
         return b"".join(self._chunk(choice) for choice in choices)
 
-    def usage(self, num_completion_tokens: int) -> bytes:
+    def usage(self, outcome: Outcome) -> bytes:
         """The last chunk, if the client asked for it; else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._plan, num_completion_tokens))
+        usage = _ENCODER.encode(usage_of(self._plan, outcome, is_extended=True))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject) -> bytes:
@@ -243,13 +256,17 @@ class ChunkEncoder:
 
     def _add_token_ids(self, choice: JsonObject, event: ChoiceEvent) -> None:
         choice["token_ids"] = event.token_ids
-        if event.index not in self._prompt_shown:
-            self._prompt_shown.add(event.index)
+        if event.num_tokens == len(event.token_ids):
             choice["prompt_token_ids"] = self._plan.choices[event.index].request.prompt_token_ids
 
 
 def whole_reply(
-    head: ReplyHead, form: ReplyForm, plan: Plan, events: Sequence[ChoiceEvent], with_token_ids: bool
+    head: ReplyHead,
+    form: ReplyForm,
+    plan: Plan,
+    events: Sequence[ChoiceEvent],
+    with_token_ids: bool,
+    usage: JsonObject,
 ) -> JsonObject:
     """The reply that is not streamed. `events`: one a choice, by index, each with all of its choice."""
     choices = [form.whole_choice(event) for event in events]
@@ -264,7 +281,7 @@ def whole_reply(
         "model": head.model,
         "system_fingerprint": head.system_fingerprint,
         "choices": choices,
-        "usage": usage_of(plan, sum(len(event.token_ids) for event in events)),
+        "usage": usage,
     }
 
 
@@ -276,6 +293,7 @@ def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
         tuple(token_id for event in events for token_id in event.token_ids),
         tuple(token for event in events for token in event.logprobs),
         events[-1].finish_reason,
+        events[-1].num_tokens,
     )
 
 

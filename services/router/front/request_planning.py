@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from common.ids import RequestId
@@ -57,31 +58,37 @@ class RequestPlanner:
         self._max_context_tokens = max_context_tokens
         self._draw_seed = draw_seed
 
-    async def plan_completion(self, request: CompletionRequest, reply_id: str) -> Plan:
-        """Raises RequestError leaves."""
+    async def plan_completion(self, request: CompletionRequest, reply_id: str, drawn_seed: int | None = None) -> Plan:
+        """Raises RequestError leaves. `drawn_seed`: what was drawn when it was planned before."""
         self._check(request, len(request.prompts))
         prompts = [await self._encode_prompt(prompt, request) for prompt in request.prompts]
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         for prompt in prompts:
             self._check_prompt(prompt, "prompt", max_tokens)
         echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
-        return self._plan(request, reply_id, prompts, echoed, [max_tokens] * len(prompts), request.num_top_logprobs)
+        return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed)
 
-    async def plan_chat(self, request: ChatCompletionRequest, reply_id: str) -> Plan:
-        """Raises RequestError leaves."""
+    async def plan_chat(
+        self,
+        request: ChatCompletionRequest,
+        reply_id: str,
+        drawn_seed: int | None = None,
+        now: datetime | None = None,
+    ) -> Plan:
+        """Raises RequestError leaves. `now`: the date that a chat template sees."""
         self._check(request, 1)
         messages = [message.model_dump() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
         num_characters = sum(len(str(message["content"])) for message in messages)
         if num_characters > self._settings.thread_above_characters:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, arguments)
+            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, arguments, now)
         else:
-            prompt = self._tokenizer.encode_chat(messages, arguments)
+            prompt = self._tokenizer.encode_chat(messages, arguments, now)
         max_tokens = request.max_completion_tokens or request.max_tokens
         self._check_prompt(prompt, "messages", max_tokens or 1)
         if max_tokens is None:
             max_tokens = self._max_context_tokens() - len(prompt)
-        return self._plan(request, reply_id, [prompt], [""], [max_tokens], request.num_top_logprobs)
+        return self._plan(request, reply_id, [prompt], [""], max_tokens, drawn_seed)
 
     def _check(self, request: GenerationFields, num_prompts: int) -> None:
         if request.model != self._settings.served_name:
@@ -127,19 +134,21 @@ class RequestPlanner:
 
     def _plan(
         self,
-        request: GenerationFields,
+        request: CompletionRequest | ChatCompletionRequest,
         reply_id: str,
         prompts: Sequence[Sequence[int]],
         echoed: Sequence[str],
-        max_tokens: Sequence[int],
-        num_top_logprobs: int | None,
+        max_tokens: int,
+        drawn_seed: int | None,
     ) -> Plan:
         # One seed for all: choices differ by their number, and a prompt's result not by the prompts around it.
-        seed = (self._draw_seed() if request.seed is None else request.seed) & _SEED_MASK
+        drawn = request.seed if request.seed is not None else drawn_seed
+        seed = (self._draw_seed() if drawn is None else drawn) & _SEED_MASK
+        num_top_logprobs = request.num_top_logprobs
+        sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
         prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
         choices: list[PlannedChoice] = []
-        for token_ids, echoed_text, limit in zip(prompts_token_ids, echoed, max_tokens, strict=True):
-            sampling = self._sampling(request, seed, limit, num_top_logprobs)
+        for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
             for choice in range(request.num_choices):
                 index = len(choices)
                 generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,26 @@ class TextTokenizer:
         ids: list[int] = encodings[0].ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's turn begins.
+    def encode_chat(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant's turn begins; `now` is the date that a template sees.
 
         Raises InvalidRequestError if there is no chat template or it refuses the messages.
         """
         # The template writes special tokens itself, so none are added.
-        return self.encode(self.render_chat(messages, template_arguments), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, template_arguments, now), add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
+    ) -> str:
         """The text that `encode_chat` encodes."""
         template = self._chat_templates.get("default")
         if template is None:
             names = ", ".join(sorted(self._chat_templates))
             reason = f"has no default one among its chat templates ({names})" if names else "has no chat template"
             raise InvalidRequestError(f"this model {reason}; use /v1/completions", "messages")
-        return template.render(messages, template_arguments)
+        return template.render(messages, template_arguments, now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """All ids at once."""

@@ -110,6 +110,10 @@ class Admission:
             )
         self.reserved_tokens += num_tokens
 
+    def readmit(self, request: GenerationRequest) -> None:
+        """Reserve the tokens of a request that was let in before a restart."""
+        self.reserved_tokens += len(request.prompt_token_ids) + request.sampling.max_tokens
+
     def release(self, request: GenerationRequest) -> None:
         """A request that was let in has ended, however."""
         self.reserved_tokens -= len(request.prompt_token_ids) + request.sampling.max_tokens

@@ -70,6 +70,8 @@ class Request:
     """Positions computed again after such a loss."""
     _token_counts: TokenCounts | None = None
     """Made when first asked for; only for requests with a penalty."""
+    waits_for_start: bool = False
+    """It came with a router's start and has not run since: nodes may have to load first, which is no outage."""
 
     @property
     def request_id(self) -> RequestId:
@@ -144,6 +146,7 @@ class Request:
         self._move({RequestState.WAITING}, RequestState.RUNNING)
         self.pipeline, self.sequence_id = pipeline, sequence_id
         self._forget_cache()
+        self.waits_for_start = False
 
     def requeue(self, now_s: float) -> None:
         """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and step were given back before."""

@@ -70,6 +70,35 @@ class Scheduler:
         self._waiting.append(admitted)
         self.counters.requests_admitted += 1
 
+    def restore(
+        self,
+        request: GenerationRequest,
+        generated_token_ids: Sequence[int],
+        now_s: float,
+        held_sequence_id: SequenceId | None = None,
+    ) -> None:
+        """Queue a request that a router before this one had taken in, behind those restored before it.
+
+        It goes on after its tokens so far (fewer than it may have, none of them its last). Nothing refuses it: it was
+        let in once. `held_sequence_id`: the number under which stages may still have its cache.
+        ValueError if its id is in use or it has no token left to make.
+        """
+        if request.request_id in self._requests or len(generated_token_ids) >= request.sampling.max_tokens:
+            raise ValueError(f"request {request.request_id} is here already, or was finished")
+        self._admission.readmit(request)
+        self._num_arrived += 1
+        restored = Request(
+            request,
+            arrival=self._num_arrived,
+            arrived_s=now_s,
+            queued_s=now_s,
+            generated_token_ids=list(generated_token_ids),
+            held_sequence_id=held_sequence_id,
+            waits_for_start=True,
+        )
+        self._requests[request.request_id] = restored
+        self._waiting.append(restored)
+
     def cancel(self, request_id: RequestId) -> bool:
         """Nobody wants it any longer. False, and no error, if it is not here: it may have ended on its own."""
         request = self._requests.get(request_id)
@@ -310,7 +339,10 @@ class Scheduler:
             request
             for request in self._requests.values()
             if now_s - request.arrived_s > settings.max_request_s
-            or (request.state is RequestState.WAITING and now_s - request.queued_s > max_wait_s)
+            or (
+                request.state is RequestState.WAITING
+                and now_s - request.queued_s > (settings.max_queue_s if request.waits_for_start else max_wait_s)
+            )
             or self._is_stranded(request, now_s)
         ]
         pools = self._pool_sizes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,49 @@ def test_a_refusal_is_said_in_a_sentence_whoever_answers(reply: httpx.Response, 
         list(stream_pieces(client_of(lambda request: reply), "/v1/completions", {}))
     with pytest.raises(MoemeshError, match=sentence):
         served_model(client_of(lambda request: reply))
+
+
+class Breaking(httpx.SyncByteStream):
+    """A connection that breaks after its bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._content
+        raise httpx.ReadError("reset by peer")
+
+
+@pytest.mark.parametrize("is_clean_end", [False, True])
+def test_a_broken_stream_is_gone_on_with_where_it_was(is_clean_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    asked: list[httpx.Request] = []
+    part = b"id: 1\n" + events({"choices": [{"text": "one "}]})
+    resumable = {"Moemesh-Request-Id": "cmpl-1"}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if len(asked) == 1:
+            stream = httpx.ByteStream(part) if is_clean_end else Breaking(part)
+            return httpx.Response(200, stream=stream, headers=resumable)
+        if len(asked) == 2:
+            raise httpx.ConnectError("the router is away")
+        return httpx.Response(200, content=events({"choices": [{"text": "two"}]}, b"[DONE]"), headers=resumable)
+
+    assert "".join(stream_pieces(client_of(answer), "/v1/completions", {})) == "one two"
+    first, *rest = asked
+    assert (first.method, first.headers["moemesh-resumable"]) == ("POST", "1")
+    for request in rest:
+        assert request.url.path == f"/v1/requests/{first.headers['x-request-id']}/events"
+        assert request.headers["last-event-id"] == "1"
+
+
+def test_a_stream_that_nobody_can_go_on_with_is_an_error() -> None:
+    part = events({"choices": [{"text": "one "}]})
+    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, stream=Breaking(part))), "/v1/completions", {})
+    assert next(pieces) == "one "
+    with pytest.raises(httpx.ReadError):
+        next(pieces)
 
 
 def test_pieces_without_text_are_empty() -> None:

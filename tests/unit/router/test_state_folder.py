@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, FencedError
 from services.router.state_folder import open_state_folder
 
 
@@ -62,3 +62,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=r"STATE_DIR=.* cannot be used"):
         open_state_folder(tmp_path / "file" / "state")
+
+
+def test_a_router_whose_folder_carries_a_newer_term_is_fenced(tmp_path: Path) -> None:
+    folder = open_state_folder(tmp_path)
+    folder.check_term()
+    (tmp_path / "router.lock").unlink()
+    newer = open_state_folder(tmp_path)
+    newer.check_term()
+    with pytest.raises(FencedError, match="carries term 2, this router has 1"):
+        folder.check_term()
+    with pytest.raises(FencedError):
+        folder.check_term()
+    newer.close()
+    folder.close()
+
+
+def test_a_term_file_that_is_gone_fences_nobody(tmp_path: Path) -> None:
+    folder = open_state_folder(tmp_path)
+    (tmp_path / "router.json").unlink()
+    folder.check_term()
+    folder.close()

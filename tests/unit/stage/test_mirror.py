@@ -41,7 +41,7 @@ class Wire:
             raise Full("full")
         self.num_sent += 1
         frames = encode(message, Header(header.router_term, 0, header.attempt, sequence_number=self.num_sent))
-        self.waiting.append(decode([bytearray(frame) for frame in frames]))  # type: ignore[list-item]
+        self.waiting.append(decode([memoryview(bytearray(frame)) for frame in frames]))
 
     def close(self) -> None:
         return None

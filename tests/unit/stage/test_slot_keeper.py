@@ -114,13 +114,13 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     assert len(loads) == 1
 
 
-@pytest.mark.parametrize("change", [{"num_blocks": 5}, {"pipeline": 1}])
-def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("other", [replace(ASSIGN, num_blocks=5), replace(ASSIGN, pipeline=1)])
+def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, other: AssignStage) -> None:
     keeper.take(ASSIGN, 1)
     keeper.finish()
     assert keeper.slot is not None
     keeper.slot.held.marks.begin(17)
-    outcome = keeper.take(replace(ASSIGN, **change), 2)
+    outcome = keeper.take(other, 2)
     assert isinstance(outcome, Taken)
     assert isinstance(outcome.ready, StageReady)
     assert outcome.ready.kv_mark == 0

@@ -118,6 +118,8 @@ def test_usage_comes_in_a_chunk_of_its_own_if_asked_for(
         options = {"include_usage": True}
         *chunks, usage, _ = (await server.post(path, stream=True, stream_options=options, **fields)).data
         whole = (await server.post(path, **fields)).json()
+        extension = usage["usage"].pop("moemesh")
+        assert extension == {"recoveries": 0, "replayed_tokens": 0, "retried_calls": 0, "durable": False}
         assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
         assert all(chunk["usage"] is None for chunk in chunks)
 

@@ -34,7 +34,7 @@ def test_prepared_chunks_equal_composed_ones(
     tokenizer: TextTokenizer, form_class: type[CompletionForm] | type[ChatForm], with_usage: bool
 ) -> None:
     form = form_class(tokenizer.vocabulary, False)
-    event = ChoiceEvent(3, 'a"\n\u2028\\ 你', (1,), (), None)
+    event = ChoiceEvent(3, 'a"\n\u2028\\ 你', (1,), (), None, 1)
     (chunk,) = decode(encoder(form, with_usage).event(event))
     assert chunk["choices"] == form.chunk_choices(event)
     assert chunk["model"] == 'mo"del'
@@ -42,13 +42,13 @@ def test_prepared_chunks_equal_composed_ones(
 
 
 def test_text_with_line_breaks_stays_one_event(tokenizer: TextTokenizer) -> None:
-    data = encoder(CompletionForm(tokenizer.vocabulary, False)).event(ChoiceEvent(0, "a\n\nb\r\n", (1,), (), None))
+    data = encoder(CompletionForm(tokenizer.vocabulary, False)).event(ChoiceEvent(0, "a\n\nb\r\n", (1,), (), None, 1))
     assert data.count(b"\n") == 2
     assert b"\r" not in data
 
 
 def test_last_text_and_finish_of_a_chat_are_two_chunks(tokenizer: TextTokenizer) -> None:
-    event = ChoiceEvent(0, "end", (1,), (), FinishReason.LENGTH)
+    event = ChoiceEvent(0, "end", (1,), (), FinishReason.LENGTH, 1)
     chunks = [chunk["choices"][0] for chunk in decode(encoder(ChatForm(tokenizer.vocabulary, False)).event(event))]
     assert [(chunk["delta"], chunk["finish_reason"]) for chunk in chunks] == [
         ({"content": "end"}, None),
@@ -57,5 +57,7 @@ def test_last_text_and_finish_of_a_chat_are_two_chunks(tokenizer: TextTokenizer)
 
 
 def test_merged_events_keep_everything_in_order() -> None:
-    merged = merge_events([ChoiceEvent(1, "a", (5, 6), (), None), ChoiceEvent(1, "b", (7,), (), FinishReason.STOP)])
-    assert merged == ChoiceEvent(1, "ab", (5, 6, 7), (), FinishReason.STOP)
+    merged = merge_events(
+        [ChoiceEvent(1, "a", (5, 6), (), None, 2), ChoiceEvent(1, "b", (7,), (), FinishReason.STOP, 3)]
+    )
+    assert merged == ChoiceEvent(1, "ab", (5, 6, 7), (), FinishReason.STOP, 3)

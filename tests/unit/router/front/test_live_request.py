@@ -1,20 +1,26 @@
+"""A request in the mesh, and one client that reads it."""
+
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from common.errors import ExecutionError
-from common.ids import RequestId
+from common.errors import ExecutionError, InvalidRequestError
 from services.router.engine import GeneratedToken, GenerationRequest
-from services.router.front.choice_stream import ChoiceEvent, PlannedChoice
-from services.router.front.generation import GenerationRun
+from services.router.front.asked_request import COMPLETIONS, ReplyIdentity, RequestIntake
+from services.router.front.choice_stream import ChoiceEvent
+from services.router.front.front_settings import FrontSettings
+from services.router.front.live_request import ClientIdentity
 from services.router.front.metrics import FrontMetrics
+from services.router.front.reply_reader import ReplyReader, parse_event_id
+from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
-from services.router.scheduling.sampling_parameters import SamplingParameters
+from services.router.journal_records import NoJournal
 from tests.support.fake_engine import FakeEngine, Fault, Pause
 
 EOS = 2
@@ -24,16 +30,19 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int = 1, *stop_strings: str) -> GenerationRun:
-    sampling = SamplingParameters(50, 1.0, 1.0, 0, 1, None, frozenset({EOS}))
-    choices = [
-        PlannedChoice(index, GenerationRequest(RequestId(f"r-{index}"), (5,), sampling, index), stop_strings, "")
-        for index in range(num_choices)
-    ]
-    return GenerationRun(engine, tokenizer, choices, FrontMetrics(CollectorRegistry()), clock=lambda: 0.0)
+async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int = 1, *stop_strings: str) -> ReplyReader:
+    settings, metrics = FrontSettings("tiny"), FrontMetrics(CollectorRegistry())
+    intake = RequestIntake(tokenizer, settings, lambda: engine.max_context_tokens, lambda: 1)
+    registry = RequestRegistry(
+        engine, tokenizer, NoJournal(), intake, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
+    )
+    fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
+    body = json.dumps(fields).encode()
+    asked = await intake.read(COMPLETIONS, body, lambda prefix: ReplyIdentity(f"{prefix}r", 0, None))
+    return registry.attach(registry.admit(asked, ClientIdentity("t", None, None, False), body, ""))
 
 
-async def collect(generation: GenerationRun) -> list[ChoiceEvent]:
+async def collect(generation: ReplyReader) -> list[ChoiceEvent]:
     events: list[ChoiceEvent] = []
     while not generation.finished:
         events += await generation.next_events(timeout_s=None)
@@ -44,7 +53,7 @@ def test_choices_run_side_by_side(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         first, second = [*tokenizer.encode("fox"), EOS], [*tokenizer.encode("dog"), EOS]
         engine = FakeEngine(script_by_choice={0: first, 1: second})
-        async with start(engine, tokenizer, 2) as generation:
+        async with await start(engine, tokenizer, 2) as generation:
             events = await collect(generation)
         texts = {index: "".join(event.text for event in events if event.index == index) for index in range(2)}
         assert texts == {0: "fox", 1: "dog"}
@@ -57,7 +66,7 @@ def test_choices_run_side_by_side(tokenizer: TextTokenizer) -> None:
 def test_nothing_in_time_is_an_empty_list(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         engine = FakeEngine(script=[Pause(), EOS])
-        async with start(engine, tokenizer) as generation:
+        async with await start(engine, tokenizer) as generation:
             assert await generation.next_events(timeout_s=0.001) == []
             engine.gate.set()
             assert len(await collect(generation)) == 1
@@ -68,7 +77,7 @@ def test_nothing_in_time_is_an_empty_list(tokenizer: TextTokenizer) -> None:
 def test_events_before_an_error_come_before_it(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         engine = FakeEngine(script=[*tokenizer.encode("ab"), Fault(ExecutionError("bad row"))])
-        async with start(engine, tokenizer) as generation:
+        async with await start(engine, tokenizer) as generation:
             events: list[ChoiceEvent] = []
             while len(events) < 2:
                 events += await generation.next_events(timeout_s=None)
@@ -82,7 +91,7 @@ def test_events_before_an_error_come_before_it(tokenizer: TextTokenizer) -> None
 def test_leaving_cancels_what_is_not_finished(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         engine = FakeEngine(script_by_choice={0: [5, EOS], 1: [5, Pause()]})
-        async with start(engine, tokenizer, 2) as generation:
+        async with await start(engine, tokenizer, 2) as generation:
             events: list[ChoiceEvent] = []
             while not any(event.finish_reason for event in events):
                 events += await generation.next_events(timeout_s=None)
@@ -107,8 +116,19 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
 
     async def main() -> None:
         engine = SlowToCancel(script=[*tokenizer.encode("fox jumps"), Pause()])
-        async with start(engine, tokenizer, 1, "jum") as generation:
+        async with await start(engine, tokenizer, 1, "jum") as generation:
             await collect(generation)
         assert engine.closed
 
     run(main())
+
+
+@pytest.mark.parametrize("text", ["x", "1", "1,2,3", "-1,2", "1, 2", "1,", "٣,1", "1,99999999999"])
+def test_event_ids_that_do_not_fit_the_request_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="must be 2 counts"):
+        parse_event_id(text, 2)
+
+
+def test_event_ids_are_counts_by_choice() -> None:
+    assert parse_event_id("17,0", 2) == (17, 0)
+    assert parse_event_id(None, 2) == parse_event_id("", 2) == (0, 0)

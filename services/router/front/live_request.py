@@ -1,0 +1,208 @@
+"""One accepted HTTP request in the mesh, apart from any connection: its choices, and their tokens so far.
+
+Text, stop strings and offsets follow from the tokens alone, so whoever listens makes them anew (`reply_reader.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.errors import ExecutionError, UnknownRequestError
+from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
+from services.router.front.asked_request import AskedRequest
+from services.router.front.choice_stream import ChoiceStream, PlannedChoice
+from services.router.front.metrics import FrontMetrics
+from services.router.front.tokenizer import TextTokenizer
+from services.router.journal_records import JournalledChoice
+
+
+@dataclass(frozen=True, slots=True)
+class ClientIdentity:
+    """Whose request it is, and what its client wants of it."""
+
+    tenant: str
+    """Hash of the authorization; who has another one does not see the request."""
+    client_request_id: str | None
+    idempotency_key: str | None
+    is_resumable: bool
+
+
+class Listener(Protocol):
+    """Told that there is something new to read."""
+
+    def wake(self) -> None: ...
+
+
+class LiveChoice:
+    """Tokens of one choice, and whether more are to come."""
+
+    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
+        self.planned = planned
+        self.tokens: list[GeneratedToken] = []
+        self.is_over = False
+        # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
+        self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
+
+    def take(self, token: GeneratedToken) -> None:
+        """The next token; not after the last."""
+        assert not self.is_over
+        self.tokens.append(token)
+        if self._watch is not None:
+            self._watch.push(token)
+            self.is_over = self._watch.finish_reason is not None
+        else:
+            self.is_over = token.finish_reason is not None
+
+
+class LiveRequest:
+    """Belongs to the event loop. `on_end` is called once: all is there, or it failed, or it was cancelled."""
+
+    def __init__(
+        self,
+        asked: AskedRequest,
+        identity: ClientIdentity,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        metrics: FrontMetrics,
+        clock: Callable[[], float],
+        on_end: Callable[[LiveRequest], None],
+    ) -> None:
+        self.asked = asked
+        self.identity = identity
+        self.choices = [LiveChoice(planned, tokenizer) for planned in asked.plan.choices]
+        self.error: Exception | None = None
+        self.has_ended = False
+        self.is_released = False
+        """The router ends, the request does not: its readers are sent away."""
+        self.is_restored = False
+        self.listeners: set[Listener] = set()
+        self._engine = engine
+        self._metrics = metrics
+        self._clock = clock
+        self._on_end = on_end
+        self._started_s = clock()
+        self._has_token = False
+        self._tasks: dict[LiveChoice, asyncio.Task[None]] = {}
+
+    @property
+    def reply_id(self) -> str:
+        """Its name everywhere."""
+        return self.asked.head.reply_id
+
+    @property
+    def recovery(self) -> RecoveryCounts:
+        """Of all choices; a restart of the router counts once."""
+        counts = [token.recovery for choice in self.choices for token in choice.tokens[-1:] if token.recovery]
+        return RecoveryCounts(
+            sum(count.recoveries for count in counts) + self.is_restored,
+            sum(count.replayed_tokens for count in counts),
+            sum(count.retried_calls for count in counts),
+        )
+
+    def start(self) -> None:
+        """Ask all choices of the mesh."""
+        for choice in self.choices:
+            self._run(choice, self._engine.generate(choice.planned.request))
+
+    def restore(self, journalled: Sequence[JournalledChoice]) -> None:
+        """Go on where a router before this one was; `journalled` goes with the choices."""
+        self.is_restored = True
+        self._has_token = any(record.tokens for record in journalled)
+        for choice, record in zip(self.choices, journalled, strict=True):
+            for token in record.tokens:
+                if not choice.is_over:  # the mesh may have made some behind a stop string
+                    choice.take(token)
+            self.error = self.error or record.error
+        if self.error is not None:
+            self._end()
+            return
+        for choice, record in zip(self.choices, journalled, strict=True):
+            if not choice.is_over:
+                token_ids = tuple(token.token_id for token in choice.tokens)
+                self._run(
+                    choice, self._engine.resume(RestoredChoice(choice.planned.request, token_ids, record.sequence_id))
+                )
+        self._end_if_complete()
+
+    async def cancel(self) -> None:
+        """Take it out of the mesh; who still listens is told."""
+        if not self.has_ended:
+            self.error = UnknownRequestError(f"the request {self.reply_id} was cancelled")
+            self._end()
+        await self.settle()
+
+    async def abandon(self) -> None:
+        """The router ends: stop without an end."""
+        self.has_ended = True
+        self._stop_choices()
+        await self.settle()
+
+    def release(self) -> None:
+        """Send the readers away."""
+        self.is_released = True
+        self._wake()
+
+    async def settle(self) -> None:
+        """Until the mesh has been told of all that is over."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _run(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
+        self._tasks[choice] = asyncio.create_task(self._pump(choice, tokens))
+
+    async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
+        last_s: float | None = None
+        try:
+            async for token in tokens:
+                last_s = self._observe(last_s)
+                choice.take(token)
+                self._wake()
+                if choice.is_over:
+                    self._end_if_complete()
+                    return
+            raise ExecutionError("the mesh ended a choice without a finish reason")
+        except Exception as error:  # kept for the readers, who know what to tell their clients
+            if not self.has_ended:
+                self.error = error
+                self._end()
+        finally:
+            await _close(tokens)
+
+    def _end_if_complete(self) -> None:
+        if not self.has_ended and all(choice.is_over for choice in self.choices):
+            self._end()
+
+    def _end(self) -> None:
+        self.has_ended = True
+        self._stop_choices()
+        self._on_end(self)
+        self._wake()
+
+    def _stop_choices(self) -> None:
+        current = asyncio.current_task()
+        for choice, task in self._tasks.items():
+            # One that is over may still be closing its iterator (a stop string): it must not be torn out of that.
+            if not choice.is_over and task is not current:
+                task.cancel()
+
+    def _wake(self) -> None:
+        for listener in self.listeners:
+            listener.wake()
+
+    def _observe(self, last_s: float | None) -> float:
+        now_s = self._clock()
+        self._metrics.completion_tokens.inc()
+        if last_s is not None:
+            self._metrics.inter_token_s.observe(now_s - last_s)
+        elif not self._has_token:
+            self._has_token = True
+            self._metrics.time_to_first_token_s.observe(now_s - self._started_s)
+        return now_s
+
+
+async def _close(tokens: AsyncIterator[GeneratedToken]) -> None:
+    """Cancels in the mesh if tokens are still to come."""
+    if isinstance(tokens, AsyncGenerator):
+        await tokens.aclose()

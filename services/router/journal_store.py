@@ -1,0 +1,286 @@
+"""The journal's file: SQLite in WAL mode. What its tables are, how it is opened and refused, what is read back.
+
+A step is one row in `log`, so that a group commit is one statement. Once a second the log is folded: tokens go to
+`segments`, by choice, where they can be deleted by choice; placements and errors go to `choices`; the log is emptied.
+All of a fold is one transaction, so a reader finds a token in one of the two places.
+
+A process that is killed at any byte leaves a prefix of what was committed (SQLite checks every frame of the WAL).
+Without `synchronous`, that holds for the process only, and not for the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigurationError
+from common.ids import RequestId, SequenceId
+from services.router.engine import GeneratedToken
+from services.router.journal_records import (
+    MAX_CHOICES,
+    AcceptedRequest,
+    JournalledChoice,
+    JournalledRequest,
+    StepRecord,
+    decode_step,
+    decode_tokens,
+    encode_tokens,
+    restored_error,
+)
+
+SCHEMA_VERSION = "1"
+_WAL_LIMIT_BYTES = 16 << 20
+_REQUEST_COLUMNS = (
+    "number, reply_id, created_s, accepted_s, route, tenant, client_request_id, idempotency_key, body_hash, body, "
+    "seed, is_resumable, choice_ids"
+)
+_SCHEMA = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE requests ({_REQUEST_COLUMNS.replace("number", "number INTEGER PRIMARY KEY", 1)}, ended_s);
+CREATE TABLE choices (number INTEGER PRIMARY KEY, sequence_id INTEGER, error_code TEXT, error_message TEXT);
+CREATE TABLE segments (choice INTEGER, first INTEGER, tokens BLOB NOT NULL, PRIMARY KEY (choice, first)) WITHOUT ROWID;
+CREATE TABLE log (number INTEGER PRIMARY KEY, step BLOB NOT NULL);
+"""
+
+
+@dataclass(slots=True)
+class FoldBuffer:
+    """What stands in the log and not yet in the other tables."""
+
+    tokens: dict[int, tuple[int, list[GeneratedToken]]] = field(default_factory=dict)
+    """choice -> (position of the first, tokens)."""
+    placements: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
+    ends: dict[int, tuple[float, bool]] = field(default_factory=dict)
+
+    def add(self, record: StepRecord) -> None:
+        """A step was written to the log."""
+        for choice, position, token in record.tokens:
+            self.tokens.setdefault(choice, (position, []))[1].append(token)
+        self.placements.update(record.placements)
+        self.failures.update({choice: (code, message) for choice, code, message in record.failures})
+        self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens or self.placements or self.failures or self.ends)
+
+
+class JournalStore:
+    """Open with `open_store`. Methods raise sqlite3.Error, and leave no transaction open."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def insert_request(self, number: int, accepted: AcceptedRequest) -> None:
+        """Committed when it returns."""
+        values = (
+            number,
+            accepted.reply_id,
+            accepted.created_s,
+            accepted.accepted_s,
+            accepted.route,
+            accepted.tenant,
+            accepted.client_request_id,
+            accepted.idempotency_key,
+            accepted.body_hash,
+            accepted.body,
+            accepted.seed,
+            int(accepted.is_resumable),
+            json.dumps(accepted.choice_ids),
+        )
+        marks = ",".join("?" * len(values))
+        self._connection.execute(f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES ({marks})", values)
+
+    def append_steps(self, steps: Sequence[bytes]) -> None:
+        """One transaction, and one statement: each statement lets another thread have the interpreter for a while."""
+        marks = ",".join(["(?)"] * len(steps))
+        self._connection.execute(f"INSERT INTO log (step) VALUES {marks}", steps)
+
+    def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> None:
+        """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests."""
+        dropped = {request for request, (_, is_kept) in buffer.ends.items() if not is_kept} | set(expired)
+        with self._transaction() as run:
+            run.executemany(
+                "INSERT OR REPLACE INTO segments VALUES (?, ?, ?)",
+                [
+                    (choice, first, encode_tokens(tokens))
+                    for choice, (first, tokens) in buffer.tokens.items()
+                    if choice // MAX_CHOICES not in dropped
+                ],
+            )
+            run.executemany(
+                "INSERT INTO choices (number, sequence_id) VALUES (?, ?) "
+                "ON CONFLICT (number) DO UPDATE SET sequence_id = excluded.sequence_id",
+                buffer.placements.items(),
+            )
+            run.executemany(
+                "INSERT INTO choices (number, error_code, error_message) VALUES (?, ?, ?) ON CONFLICT (number) "
+                "DO UPDATE SET error_code = excluded.error_code, error_message = excluded.error_message",
+                [(choice, *failure) for choice, failure in buffer.failures.items()],
+            )
+            run.executemany(
+                "UPDATE requests SET ended_s = ? WHERE number = ?",
+                [(ended_s, request) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept],
+            )
+            run.executemany("DELETE FROM requests WHERE number = ?", [(request,) for request in dropped])
+            ranges = [(request * MAX_CHOICES, (request + 1) * MAX_CHOICES) for request in dropped]
+            run.executemany("DELETE FROM choices WHERE number >= ? AND number < ?", ranges)
+            run.executemany("DELETE FROM segments WHERE choice >= ? AND choice < ?", ranges)
+            run.execute("DELETE FROM log")
+
+    def read(self) -> tuple[dict[int, JournalledRequest], FoldBuffer]:
+        """Every request by its number, in the order of their acceptance; and what the log holds.
+
+        Raises ValueError if a row is not what was written.
+        """
+        read = self._connection.execute
+        requests = {
+            row[0]: JournalledRequest(
+                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1]
+            )
+            for row in read(f"SELECT {_REQUEST_COLUMNS}, ended_s FROM requests ORDER BY number")
+        }
+        for number, sequence_id, code, message in read("SELECT * FROM choices"):
+            _place(requests, {number: sequence_id} if sequence_id is not None else {})
+            _fail(requests, {number: (code, message)} if code is not None else {})
+        for choice, first, data in read("SELECT choice, first, tokens FROM segments ORDER BY choice, first"):
+            _extend(requests, choice, first, decode_tokens(data))
+        buffer = FoldBuffer()
+        for (data,) in read("SELECT step FROM log ORDER BY number"):
+            buffer.add(decode_step(data))
+        for choice, (first, tokens) in buffer.tokens.items():
+            _extend(requests, choice, first, tokens)
+        _place(requests, buffer.placements)
+        _fail(requests, buffer.failures)
+        for number, (ended_s, is_kept) in buffer.ends.items():
+            if number in requests:
+                ended = requests.pop(number)
+                if is_kept:
+                    requests[number] = JournalledRequest(ended.accepted, ended.choices, ended_s)
+        return dict(sorted(requests.items())), buffer
+
+    def close(self) -> None:
+        """Fold the WAL into the file."""
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
+    """`model`: what the tokens depend on; a journal that holds requests of another one is refused.
+
+    Raises ConfigurationError, which says what to do.
+    """
+    try:
+        connection = _connect(path, is_synchronous)
+    except sqlite3.Error as error:
+        raise damaged(path, error) from None
+    try:
+        _check(connection, path, model)
+    except sqlite3.Error as error:
+        connection.close()
+        raise damaged(path, error) from None
+    except ConfigurationError:
+        connection.close()
+        raise
+    return JournalStore(connection)
+
+
+def damaged(path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"the journal {path} cannot be read ({error}): move it and its -wal file away to start without the requests "
+        "in it, or set JOURNAL=off"
+    )
+
+
+def _connect(path: Path, is_synchronous: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    for setting in (
+        # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
+        "locking_mode = EXCLUSIVE",
+        "journal_mode = WAL",
+        f"synchronous = {'FULL' if is_synchronous else 'OFF'}",
+        f"journal_size_limit = {_WAL_LIMIT_BYTES}",
+    ):
+        try:
+            connection.execute(f"PRAGMA {setting}")
+        except sqlite3.Error:
+            connection.close()
+            raise
+    return connection
+
+
+def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    if not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        # All at once: half a schema would be another version.
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [("schema", SCHEMA_VERSION), ("model", model)])
+        connection.execute("COMMIT")
+        return
+    meta: Mapping[str, str] = dict(connection.execute("SELECT name, value FROM meta"))
+    if meta.get("schema") != SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"the journal {path} has version {meta.get('schema')}, this build writes {SCHEMA_VERSION}: let the build "
+            "that wrote it finish its requests, or move the file away"
+        )
+    if meta.get("model") == model:
+        return
+    if connection.execute("SELECT count(*) FROM requests").fetchone()[0]:
+        raise ConfigurationError(
+            f"the journal {path} holds requests of another model or dtype ({meta.get('model')}; this is {model}): "
+            "serve that one until they have ended, move the file away to drop them, or give another STATE_DIR"
+        )
+    connection.execute("UPDATE meta SET value = ? WHERE name = 'model'", (model,))
+
+
+def _accepted(row: Sequence[Any]) -> AcceptedRequest:
+    """`row`: as `_REQUEST_COLUMNS` behind the number."""
+    values: dict[str, Any] = dict(zip(_REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
+    values["is_resumable"] = bool(values["is_resumable"])
+    values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))
+    return AcceptedRequest(**values)
+
+
+def _choice(requests: Mapping[int, JournalledRequest], number: int) -> JournalledChoice | None:
+    request = requests.get(number // MAX_CHOICES)
+    return None if request is None else request.choices[number % MAX_CHOICES]
+
+
+def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[GeneratedToken]) -> None:
+    """What would leave a hole is dropped: the mesh makes the same tokens again."""
+    choice = _choice(requests, number)
+    if choice is not None and first == len(choice.tokens):
+        choice.tokens += tokens
+
+
+def _place(requests: Mapping[int, JournalledRequest], placements: Mapping[int, int]) -> None:
+    for number, sequence_id in placements.items():
+        choice = _choice(requests, number)
+        if choice is not None:
+            choice.sequence_id = SequenceId(sequence_id)
+
+
+def _fail(requests: Mapping[int, JournalledRequest], failures: Mapping[int, tuple[str, str]]) -> None:
+    for number, (code, message) in failures.items():
+        choice = _choice(requests, number)
+        if choice is not None:
+            choice.error = restored_error(code, message)

@@ -1,0 +1,425 @@
+"""Clients that go and come back, over a fake engine and a real journal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from common.errors import JournalError, NodeLostError
+from services.router.engine import FinishReason, GeneratedToken
+from services.router.front.front_settings import FrontSettings
+from services.router.front.http_api import create_app
+from services.router.front.tokenizer import TextTokenizer
+from services.router.journal import Journal
+from services.router.journal_records import JournalledRequest
+from tests.support.asgi_exchange import Answer, Exchange
+from tests.support.fake_engine import FakeEngine, Fault, Pause, Step
+from tests.support.journals import open_at
+
+EOS = 2
+TEXT = "quick brown 你好 fox"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESUMABLE = {"Moemesh-Resumable": "1", "X-Request-Id": "mine"}
+ROUTES: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "hi", "logprobs": 1, "n": 2}),
+    (COMPLETIONS, {"prompt": "hi", "return_token_ids": True, "stop": "fo"}),
+    (CHAT, {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "n": 2}),
+    (CHAT, {"messages": [{"role": "user", "content": "hi"}], "stop": "fo"}),
+]
+
+
+class Journalling(FakeEngine):
+    """Its tokens go through the journal first, as those of the mesh do."""
+
+    journal: Journal
+
+    async def _run(self, request: Any, num_given: int) -> Any:
+        tokens: Any = super()._run(request, num_given)
+        try:
+            async for token in tokens:
+                self.journal.append([(request.request_id, token)])
+                yield token
+        finally:
+            await tokens.aclose()
+
+
+class Server:
+    """A router's front, its journal and its engine; `again` is the router after a restart on the same file."""
+
+    def __init__(self, tokenizer: TextTokenizer, path: Path, script: list[Step], **settings: Any) -> None:
+        self._tokenizer = tokenizer
+        self._path = path
+        self._settings = settings
+        self.engine = Journalling(script=script, alternatives=((5, -0.25), (6, -1.0)))
+        self.journal, self._journalled = open_at(path)
+        self.engine.journal = self.journal
+        self.app: FastAPI = create_app(
+            self.engine,
+            tokenizer,
+            FrontSettings("tiny", **settings),
+            CollectorRegistry(),
+            journal=self.journal,
+            wall_clock=lambda: 1000.9,
+            draw_seed=lambda: 7,
+        )
+
+    async def restarted(self, script: list[Step], seed: int = 99) -> Server:
+        """Nothing of this one is asked any more, as if it had been killed."""
+        await self.app.state.requests.close()
+        self.journal.close()
+        server = Server(self._tokenizer, self._path, script, **self._settings)
+        await server.app.state.requests.restore(server._journalled)
+        return server
+
+    def start(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Exchange:
+        body = {"model": "tiny", "max_tokens": 100} | fields if fields else None
+        return Exchange(self.app, method, path, fields=body, headers=headers).start()
+
+    async def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
+        return await self.start(method, path, headers, **fields).answer()
+
+    async def state(self, name: str = "mine", **headers: str) -> Answer:
+        return await self.ask("GET", f"/v1/requests/{name}", headers)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 20))
+
+
+def events_of(body: bytes) -> list[tuple[str | None, str]]:
+    """(id, data) of every event."""
+    events: list[tuple[str | None, str]] = []
+    for block in body.decode().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "data" in lines:
+            events.append((lines.get("id"), lines["data"]))
+    return events
+
+
+def by_choice(events: list[tuple[str | None, str]]) -> dict[int, list[Any]]:
+    """The choices of all chunks, each choice in order: how they are mixed is not promised. -1: what is no choice."""
+    choices: dict[int, list[Any]] = {-1: []}
+    for _, data in events:
+        if data == "[DONE]":
+            choices[-1].append(data)
+            continue
+        for choice in json.loads(data)["choices"]:
+            choices.setdefault(choice["index"], []).append(choice)
+    return choices
+
+
+async def wait_for_tokens(server: Server, count: int) -> None:
+    """Until the first choice has so many."""
+    while True:
+        answer = await server.state()
+        if answer.status == 200 and answer.json()["choices"][0]["num_tokens"] >= count:
+            return
+        await asyncio.sleep(0.001)
+
+
+async def wait_for_end(server: Server) -> dict[str, Any]:
+    """The state that says so."""
+    while True:
+        state: dict[str, Any] = (await server.state()).json()
+        if state["state"] != "running":
+            return state
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_whoever_comes_back_after_any_event_gets_exactly_the_rest(
+    tokenizer: TextTokenizer, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS])
+        whole = await server.ask("POST", path, RESUMABLE, stream=True, **fields)
+        assert whole.headers["moemesh-request-id"] == (await server.state()).json()["id"]
+        events = events_of(whole.body)
+        with_ids = [position for position, (event_id, _) in enumerate(events) if event_id is not None]
+        assert len(with_ids) >= 5
+        for position in with_ids:
+            rest = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": str(events[position][0])})
+            assert by_choice(events_of(rest.body)) == by_choice(events[position + 1 :])
+        again = await server.ask("GET", "/v1/requests/mine/events")
+        assert by_choice(events_of(again.body)) == by_choice(events)
+        assert events_of(again.body)[with_ids[-1]][0] == events[with_ids[-1]][0]
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_after_a_restart_a_client_gets_exactly_the_rest(
+    tokenizer: TextTokenizer, tmp_path: Path, path: str, fields: dict[str, Any], num_tokens: int
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        calm = Server(tokenizer, tmp_path / "calm", said)
+        expected = events_of((await calm.ask("POST", path, RESUMABLE, stream=True, **fields)).body)
+        server = Server(tokenizer, tmp_path / "j", [*said[:num_tokens], Pause(), *said[num_tokens:]])
+        exchange = server.start("POST", path, RESUMABLE, stream=True, **fields)
+        await wait_for_tokens(server, num_tokens)
+        assert (await exchange.next_message())["status"] == 200
+        got = b""
+        while len([event_id for event_id, _ in events_of(got) if event_id]) < num_tokens:
+            got += (await exchange.next_message())["body"]
+        server = await server.restarted(said)
+        last = [event_id for event_id, _ in events_of(got) if event_id][-1]
+        rest = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": str(last)})
+        seed = server.engine.resumed[0].request.sampling.seed
+        assert seed == 7, "drawn once"
+        assert all(len(each.generated_token_ids) >= num_tokens for each in server.engine.resumed)
+        assert by_choice(events_of(got) + events_of(rest.body)) == by_choice(expected)
+
+    run(main())
+
+
+def test_two_clients_on_one_request_both_get_all(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        script: list[Step] = [*tokenizer.encode("ab"), Pause(), *tokenizer.encode("cd"), EOS]
+        server = Server(tokenizer, tmp_path / "j", script)
+        first = server.start("POST", COMPLETIONS, RESUMABLE, stream=True, prompt="hi")
+        await wait_for_tokens(server, 2)
+        second = server.start("GET", "/v1/requests/mine/events")
+        await asyncio.sleep(0.01)
+        server.engine.gate.set()
+        assert events_of((await first.answer()).body) == events_of((await second.answer()).body)
+        assert len(server.engine.asked) == 1
+
+    run(main())
+
+
+def test_resumable_request_goes_on_without_its_client_and_is_polled(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        said = tokenizer.encode(TEXT)
+        server = Server(tokenizer, tmp_path / "j", [*said[:3], Pause(), *said[3:], EOS])
+        exchange = server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
+        await wait_for_tokens(server, 3)
+        exchange.disconnect()
+        await exchange.wait_ended()
+        running = (await server.state()).json()
+        assert (running["state"], running["reply"], running["choices"][0]["token_ids"]) == ("running", None, said[:3])
+        server.engine.gate.set()
+        state = await wait_for_end(server)
+        assert state["reply"]["choices"][0]["text"] == TEXT
+        assert state["reply"]["usage"]["moemesh"]["durable"] is True
+        assert server.engine.cancelled == []
+        server = await server.restarted([])
+        assert (await server.state()).json()["reply"]["choices"] == state["reply"]["choices"]
+        assert server.engine.asked == []
+
+    run(main())
+
+
+def test_nobody_who_comes_back_in_time_cancels_it(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, Pause()], resume_grace_s=0.02)
+        exchange = server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi", stream=True)
+        await wait_for_tokens(server, 1)
+        exchange.disconnect()
+        await exchange.wait_ended()
+        assert server.engine.cancelled == []
+        await asyncio.sleep(0.1)
+        assert server.engine.cancelled == server.engine.asked
+        answer = await server.state()
+        assert (answer.status, answer.json()["error"]["code"]) == (404, "request_not_found")
+        server = await server.restarted([5, EOS])
+        assert server.engine.asked == []
+
+    run(main())
+
+
+def test_after_a_restart_a_plain_client_counts_as_gone_only_after_the_grace(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, Pause()], resume_grace_s=0.05)
+        server.start("POST", COMPLETIONS, {"X-Request-Id": "mine"}, prompt="hi", stream=True)
+        await wait_for_tokens(server, 1)
+        server = await server.restarted([5, Pause()])
+        assert (await server.state()).json()["state"] == "running"
+        await asyncio.sleep(0.2)
+        assert (await server.state()).status == 404
+        assert server.engine.cancelled == server.engine.asked
+
+    run(main())
+
+
+def test_another_tenant_sees_nothing(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, Pause()])
+        own = {"Authorization": "Bearer a"}
+        server.start("POST", COMPLETIONS, RESUMABLE | own, prompt="hi")
+        await server.engine.wait_asked(1)
+        reply_id = (await server.state("mine", **own)).json()["id"]
+        for method, suffix in (("GET", ""), ("GET", "/events"), ("DELETE", "")):
+            for name in ("mine", reply_id):
+                for other in ({}, {"Authorization": "Bearer b"}):
+                    answer = await server.ask(method, f"/v1/requests/{name}{suffix}", other)
+                    assert (answer.status, answer.json()["error"]["code"]) == (404, "request_not_found")
+        assert server.engine.cancelled == []
+        assert (await server.ask("DELETE", "/v1/requests/mine", own)).json()["deleted"] is True
+        assert server.engine.cancelled == server.engine.asked
+        assert (await server.state("mine", **own)).status == 404
+
+    run(main())
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_idempotency_key_attaches_to_the_same_request(
+    tokenizer: TextTokenizer, tmp_path: Path, is_restarted: bool
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", [*said[:2], Pause(), *said[2:]])
+        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
+        exchange = server.start("POST", COMPLETIONS, key, prompt="hi")
+        await wait_for_tokens(server, 2)
+        exchange.disconnect()
+        await exchange.wait_ended()
+        if is_restarted:
+            server = await server.restarted(said)
+        server.engine.gate.set()
+        answers = await asyncio.gather(*(server.ask("POST", COMPLETIONS, key, prompt="hi") for _ in range(3)))
+        assert {answer.json()["choices"][0]["text"] for answer in answers} == {TEXT}
+        assert len({answer.json()["id"] for answer in answers}) == 1
+        assert len(server.engine.asked) == 1
+        other = await server.ask("POST", COMPLETIONS, key, prompt="ho")
+        assert (other.status, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+        await server.ask("POST", COMPLETIONS, key | {"Authorization": "b"}, prompt="hi")
+        assert len(server.engine.asked) == 2, "keys belong to tenants"
+
+    run(main())
+
+
+def test_simultaneous_requests_with_one_key_are_one(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS], thread_above_characters=1)
+        key = {"Idempotency-Key": "once"}
+        answers = await asyncio.gather(*(server.ask("POST", COMPLETIONS, key, prompt="hi there") for _ in range(5)))
+        assert len({answer.json()["id"] for answer in answers}) == 1
+        assert len(server.engine.asked) == 1
+
+    run(main())
+
+
+def test_a_failed_request_frees_its_key_and_says_why_by_its_id(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [Fault(NodeLostError("gone"))])
+        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
+        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 503
+        server = await server.restarted([5, EOS])
+        state = (await server.state()).json()
+        assert (state["state"], state["error"]["code"]) == ("failed", "node_lost")
+        assert server.engine.asked == []
+        assert (await server.ask("GET", "/v1/requests/mine/events")).status == 503
+        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 200
+
+    run(main())
+
+
+def test_a_request_that_the_journal_does_not_take_is_not_begun(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, EOS])
+
+        def full(accepted: object) -> None:
+            raise JournalError("the disk is full")
+
+        server.journal.accept = full  # type: ignore[method-assign]
+        answer = await server.ask("POST", COMPLETIONS, prompt="hi")
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "journal_unavailable")
+        assert server.engine.asked == []
+
+    run(main())
+
+
+def test_plain_streams_carry_no_ids_and_leave_nothing_behind(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS])
+        answer = await server.ask("POST", COMPLETIONS, {"X-Request-Id": "mine"}, prompt="hi", stream=True)
+        assert all(event_id is None for event_id, _ in events_of(answer.body))
+        assert "moemesh-request-id" not in answer.headers
+        assert (await server.state()).status == 404
+        server = await server.restarted([])
+        assert (await server.state()).status == 404
+
+    run(main())
+
+
+def test_a_router_that_ends_sends_resumable_clients_away_without_an_end(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode("ab"), Pause(), *tokenizer.encode("cd"), EOS]
+        server = Server(tokenizer, tmp_path / "j", said)
+        exchange = server.start("POST", COMPLETIONS, RESUMABLE, stream=True, prompt="hi")
+        await wait_for_tokens(server, 2)
+        server.app.state.requests.release()
+        answer = await exchange.answer()
+        assert b"[DONE]" not in answer.body
+        server = await server.restarted([step for step in said if isinstance(step, int)])
+        last = str(events_of(answer.body)[-1][0])
+        rest = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": last})
+        assert "".join(event_id or "" for event_id, _ in events_of(rest.body)) == "345"
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"Moemesh-Resumable": "yes"}, 400), ({"Idempotency-Key": "x" * 256}, 400), ({"Idempotency-Key": ""}, 400)],
+)
+def test_wrong_headers_are_refused(
+    tokenizer: TextTokenizer, tmp_path: Path, headers: dict[str, str], status: int
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, EOS])
+        assert (await server.ask("POST", COMPLETIONS, headers, prompt="hi")).status == status
+        await server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi")
+        assert (await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": "a"})).status == 400
+
+    run(main())
+
+
+def test_tokens_behind_a_stop_string_are_not_taken_after_a_restart(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """The mesh makes one or two more before it hears of the end; the journal may have them."""
+
+    async def main() -> None:
+        said = tokenizer.encode(TEXT)
+        server = Server(tokenizer, tmp_path / "j", [Pause()])
+        server.start("POST", COMPLETIONS, RESUMABLE, stream=True, prompt="hi", stop="brown")
+        await server.engine.wait_asked(1)
+        (request,) = server.engine.asked
+        server.journal.append([(request.request_id, GeneratedToken(each, None, (), None)) for each in said])
+        server.journal.append([(request.request_id, GeneratedToken(EOS, None, (), FinishReason.STOP))])
+        server = await server.restarted([])
+        state = (await server.state()).json()
+        assert (state["state"], state["reply"]["choices"][0]["text"]) == ("finished", "quick ")
+        assert server.engine.asked == []
+
+    run(main())
+
+
+def test_a_request_that_cannot_be_planned_again_is_dropped(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [Pause()])
+        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
+        await server.engine.wait_asked(1)
+        await server.app.state.requests.close()
+        server.journal.close()
+        later = Server(tokenizer, tmp_path / "j", [5])
+        later.engine.context_tokens = 10
+        journalled: list[JournalledRequest] = later._journalled
+        await later.app.state.requests.restore(journalled)
+        assert (await later.state()).status == 404
+        later.journal.close()
+        assert open_at(tmp_path / "j")[1] == []
+
+    run(main())
