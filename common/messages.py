@@ -288,6 +288,8 @@ class Step:
     """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
+    retried_calls: int = 0
+    """Expert calls that stages before asked of another copy too, or instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +308,8 @@ class StepResult:
     """float32 [S, P]."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
+    retried_calls: int = 0
+    """Expert calls of all stages that were asked of another copy too, or instead."""
 
 
 # ---- stage -> its mirror, in order -----------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from common.messages import (
     Heartbeat,
     Message,
     ShardsReady,
+    TensorFrame,
 )
 from common.model_config import ModelConfig
-from common.node import ControlLink
+from common.node import ControlLink, HeldState
 from common.tensor import DTYPES, tensor_to_frame
 from common.topology import ShardId
 from common.transport import Full, RoutingSocket, Transport
@@ -103,6 +104,7 @@ class ExpertService:
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self._queue = CallQueue()
         self._counters = Counters()
+        control.describe_held = self._describe_held
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serve until told to stop. Raises the router's refusal of this node."""
@@ -204,16 +206,22 @@ class ExpertService:
             if not self._assignment.urgent:
                 self._assignment.next_report_s = 0.0  # calls wait for these
 
+    def _describe_held(self) -> HeldState:
+        """For a router that may have been restarted."""
+        return HeldState() if self._store is None else HeldState(shards=self._bitmap(self._store))
+
+    def _bitmap(self, store: ShardStore) -> TensorFrame:
+        held = np.zeros((self._config.num_layers, self._config.num_experts, store.num_slices), dtype=np.uint8)
+        for shard in store:
+            held[shard] = 1
+        return array_to_frame(held)
+
     def _report(self, complete: bool) -> bool:
         assert self._store is not None
-        shape = (self._config.num_layers, self._config.num_experts, self._store.num_slices)
-        held = np.zeros(shape, dtype=np.uint8)
-        for shard in self._store:
-            held[shard] = 1
         if complete:
             self._log.info("shards_ready", held=len(self._store), mapped_bytes=self._store.weight_bytes)
         return self._control.send(
-            ShardsReady(self._assignment.version, complete, array_to_frame(held), self._store.weight_bytes)
+            ShardsReady(self._assignment.version, complete, self._bitmap(self._store), self._store.weight_bytes)
         )
 
     # ---- calls

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 from common.errors import MoemeshError, NotReadyError
 from common.ids import RequestId
@@ -49,8 +50,16 @@ class MeshEngine:
     """See `services.router.engine.Engine`."""
 
     def __init__(
-        self, mesh: MeshLoop, mailbox: TokenMailbox, max_context_tokens: int, clock: Callable[[], float]
+        self,
+        mesh: MeshLoop,
+        mailbox: TokenMailbox,
+        max_context_tokens: int,
+        clock: Callable[[], float],
+        *,
+        takes_over: bool = False,
     ) -> None:
+        """`takes_over`: a router ran before this one, whose nodes will be back in a moment."""
+        self._grace_from_s = clock() if takes_over else None
         self._mesh = mesh
         self._mailbox = mailbox
         self._max_context_tokens = max_context_tokens
@@ -66,21 +75,26 @@ class MeshEngine:
         status = self._mesh.status
         return judge_age(status.readiness, status.published_s, self._clock())
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""
-        return self._outcomes(request.request_id, request)
+        self._check_ready()
+        queue = self._mailbox.open(request.request_id)
+        self._mesh.submit(request)
+        # Closed with this one, and not when somebody collects the garbage: that cancels the request in the mesh.
+        async with aclosing(self._outcomes(request.request_id, queue)) as tokens:
+            async for token in tokens:
+                yield token
 
     def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
-        """The rest of a choice; see the protocol. The mesh may take its time to start."""
-        return self._outcomes(restored.request.request_id, restored)
+        """The rest of a choice; see the protocol. The mesh may take its time to start.
 
-    async def _outcomes(
-        self, request_id: RequestId, asked: GenerationRequest | RestoredChoice
-    ) -> AsyncIterator[GeneratedToken]:
-        if isinstance(asked, GenerationRequest):
-            self._check_ready()
-        queue = self._mailbox.open(request_id)
-        self._mesh.submit(asked)
+        It is in line when this returns: its stages may be back a moment later, and only who is in line gets his cache.
+        """
+        queue = self._mailbox.open(restored.request.request_id)
+        self._mesh.submit(restored)
+        return self._outcomes(restored.request.request_id, queue)
+
+    async def _outcomes(self, request_id: RequestId, queue: asyncio.Queue[Outcome]) -> AsyncGenerator[GeneratedToken]:
         ended = False
         try:
             while not ended:
@@ -97,5 +111,6 @@ class MeshEngine:
 
     def _check_ready(self) -> None:
         status = self._mesh.status
-        if status.ready_s is None or self._clock() - status.ready_s > NOT_READY_GRACE_S:
+        ready_s = self._grace_from_s if status.ready_s is None else status.ready_s
+        if ready_s is None or self._clock() - ready_s > NOT_READY_GRACE_S:
             raise NotReadyError(f"the mesh is not ready: {status.readiness.detail}")

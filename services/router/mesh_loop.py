@@ -29,6 +29,7 @@ from common.messages import (
     MirrorReady,
     ShardsReady,
     StageReady,
+    TensorFrame,
     Welcome,
 )
 from common.model_config import ModelConfig
@@ -192,7 +193,7 @@ class MeshLoop:
             self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
             self._act(self._stages.take_mirror(node_id, message), now_s)
         elif isinstance(message, ShardsReady):
-            self._act(self._experts.take_report(node_id, self._shards(message)), now_s)
+            self._act(self._experts.take_report(node_id, self._shards(message.shards, "ShardsReady.shards")), now_s)
         elif isinstance(message, Leave):
             self._drain(node_id, message.reason, now_s)
         elif isinstance(message, Failed):
@@ -225,7 +226,7 @@ class MeshLoop:
             self._act(self._experts.publish_to([node_id]), now_s)
             self._act(self._stages.join(description, now_s, read_held_slot(hello)), now_s)
         else:
-            self._act(self._experts.join(description, now_s), now_s)
+            self._act(self._experts.join(description, now_s, self._held_shards(hello)), now_s)
 
     def _node_failed(self, node_id: NodeId, message: Failed, header: Header, now_s: float) -> None:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")
@@ -320,9 +321,15 @@ class MeshLoop:
             stages = [node.node_id for node in self._nodes.values() if node.kind is NodeKind.STAGE]
             self._act(self._experts.take_news(stages), now_s)
 
-    def _shards(self, message: ShardsReady) -> frozenset[ShardId]:
+    def _held_shards(self, hello: Hello) -> frozenset[ShardId]:
+        """What an expert node has from a router before this one; of no use where that one cut experts otherwise."""
+        expected = (self._config.num_layers, self._config.num_experts, self._settings.welcome.num_slices)
+        held = hello.held_shards
+        return self._shards(held, "Hello.held_shards") if held.shape == expected else frozenset()
+
+    def _shards(self, frame: TensorFrame, name: str) -> frozenset[ShardId]:
         shape = (self._config.num_layers, self._config.num_experts, self._settings.welcome.num_slices)
-        bitmap = frame_to_array(message.shards, "uint8", shape, "ShardsReady.shards")
+        bitmap = frame_to_array(frame, "uint8", shape, name)
         return frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
 
     # ---- what others see

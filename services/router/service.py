@@ -113,7 +113,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     client = MeshClient(transport, addresses, state.term, log)
     sink = mailbox if journal is None else JournalFirst(journal, mailbox)
     housekeeping = Housekeeping(state.check_term, journal)
-    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, log)
+    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, journal, log)
     registry = CollectorRegistry()
     if journal is not None:
         registry.register(JournalCollector(journal.counts))
@@ -123,7 +123,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         PlatformCollector(registry=None),
     ):
         registry.register(collector)
-    engine = MeshEngine(mesh, mailbox, _context_tokens(settings, model), time.monotonic)
+    context_tokens = _context_tokens(settings, model)
+    engine = MeshEngine(mesh, mailbox, context_tokens, time.monotonic, takes_over=state.term > 1)
     front = FrontSettings(
         served_name=model.served_name,
         max_body_bytes=settings.max_body_bytes,
@@ -139,7 +140,6 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
-    thread.start()
     host, port = listener.getsockname()[:2]
     url = f"{http_url(host, port)}\n"
     (settings.state_dir / "http.url").write_text(url)
@@ -149,11 +149,14 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         await requests.restore(journalled)
         if journalled:
             log.info("requests_restored", number=len(journalled))
+        # Only now: stages that are back hand their cache to requests that are in line.
+        thread.start()
         if not should_stop():
             await server.serve(sockets=[listener])
     finally:
         mesh.stop()
-        thread.join(timeout=5)
+        if thread.is_alive():
+            thread.join(timeout=5)
         await requests.close()
         if journal is not None:
             journal.close()
@@ -238,6 +241,7 @@ def _mesh_loop(
     term: int,
     sink: Sink,
     housekeeping: Housekeeping,
+    journal: Journal | None,
     log: structlog.stdlib.BoundLogger,
 ) -> MeshLoop:
     shape = MeshShape(
@@ -289,7 +293,16 @@ def _mesh_loop(
         LoopSettings(welcome, model.fingerprint),
         client,
         scheduler,
-        StepFlow(client, scheduler, term, step_deadline_s, model.config.vocab_size, sink, log),
+        StepFlow(
+            client,
+            scheduler,
+            term,
+            step_deadline_s,
+            model.config.vocab_size,
+            sink,
+            log,
+            *([journal.note_placement] if journal is not None else []),
+        ),
         StageRoles(
             model.config,
             shape,

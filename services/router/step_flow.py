@@ -7,13 +7,14 @@ generation, so that its stages forget what they hold half done. Methods return t
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from common.errors import DeadlineError, MoemeshError, ProtocolError
-from common.ids import PipelineId, RequestId, StepId
+from common.ids import PipelineId, RequestId, SequenceId, StepId
 from common.messages import StepResult
 from common.topology import NodeDescription
 from services.router.control.actions import OpenPipeline
@@ -53,7 +54,9 @@ class StepFlow:
         vocab_size: int,
         sink: Sink,
         log: structlog.stdlib.BoundLogger,
+        note_placement: Callable[[RequestId, SequenceId], None] = lambda request_id, sequence_id: None,
     ) -> None:
+        self._note_placement = note_placement
         self._client = client
         self._scheduler = scheduler
         self._router_term = router_term
@@ -100,6 +103,8 @@ class StepFlow:
             step = StepInFlight(plan, now_s + self._step_deadline_s)
             self._steps[plan.step] = step
             self._unsent[plan.pipeline].append(step)
+        for request_id, sequence_id in self._scheduler.take_placements():
+            self._note_placement(request_id, sequence_id)
         for pipeline, waiting in self._unsent.items():
             while waiting and self._send(pipeline, waiting[0], now_s):
                 waiting.popleft()
@@ -138,7 +143,9 @@ class StepFlow:
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.steps += 1
                 self.totals.step_seconds += now_s - (step.sent_s or now_s)
-            outputs += self._scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s)
+            outputs += self._scheduler.complete(
+                plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s, message.retried_calls
+            )
         if outputs:
             self._sink([(output.request_id, output.token) for output in outputs])
         return broken

@@ -83,6 +83,7 @@ class CallLedger:
         parts = self._deal(pending, pairs, self.nodes.holders(pending.call.layer, avoided))
         if not parts or not (is_free or self.budget.take()):
             return
+        pending.on_retried()
         for copy in parts:
             self.num_hedges += self._send(pending, copy, now_s, is_hedge=True)
 

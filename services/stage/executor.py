@@ -30,6 +30,12 @@ class RunningBatch:
     forward: ForwardPass
     degraded_rows: set[int] = field(default_factory=set)
     """Token rows that went on here without one of their experts."""
+    num_retried_calls: int = 0
+    """Expert calls that were asked of another copy too, or instead."""
+
+    def count_retried(self) -> None:
+        """One more."""
+        self.num_retried_calls += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class ExpertClient:
         on_done: Callable[[Tensor], None],
         on_failed: Callable[[MoemeshError], None],
         on_degraded: Callable[[Int64Array], None] = lambda tokens: None,
+        on_retried: Callable[[], None] = lambda: None,
     ) -> None:
         """Send a call's rows; one of the callbacks comes later from `receive` or `check_deadlines`, never from here.
 
@@ -91,7 +92,8 @@ class ExpertClient:
         """
         num_slices = self.nodes.num_slices
         total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
-        pending = PendingCall(call, header, deadline_s, num_slices, total, now_s, on_done, on_failed, on_degraded)
+        callbacks = (on_done, on_failed, on_degraded, on_retried)
+        pending = PendingCall(call, header, deadline_s, num_slices, total, now_s, *callbacks)
         self._ledger.ask_uncovered(pending, now_s)
         self._ledger.add(pending)
 
@@ -275,6 +277,7 @@ class ExpertClient:
     def _resend(self, pending: PendingCall, now_s: float) -> None:
         if pending.uncovered().size:
             self.resent_calls += 1
+            pending.on_retried()
             self._ledger.ask_uncovered(pending, now_s)
 
     def _fail(self, pending: PendingCall, error: MoemeshError) -> None:

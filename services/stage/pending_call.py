@@ -39,6 +39,8 @@ class PendingCall:
     on_failed: Callable[[MoemeshError], None]
     on_degraded: Callable[[Int64Array], None]
     """Told of the token rows that do without an expert, before `on_done`."""
+    on_retried: Callable[[], None]
+    """Told each time that somebody else is asked too, or instead."""
     parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
     refused_by: set[int] = field(default_factory=set)

@@ -7,15 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import structlog
 import torch
 import zmq
 
-from common.array import BoolArray, array_to_frame
 from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
-    NO_ARRAY,
     AssignMirror,
     AssignStage,
     Header,
@@ -23,40 +20,29 @@ from common.messages import (
     Message,
     MirrorAck,
     MirrorBlocks,
-    MirrorReady,
     MirrorRows,
     MirrorTo,
     PublishPlacement,
     Step,
-    StepResult,
     Unassign,
 )
 from common.model_config import ModelConfig
-from common.node import ControlLink, HeldState
-from common.tensor import DTYPES, frame_to_tensor, tensor_to_frame
+from common.node import ControlLink
+from common.tensor import DTYPES, frame_to_tensor
 from common.transport import Full, MessageSocket
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
-from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.executor import Finished, WantsExperts
 from services.stage.expert_client import ExpertClient
 from services.stage.micro_batch import read_micro_batch, read_positions
+from services.stage.mirror_intake import MirrorIntake
 from services.stage.mirror_link import MirrorLink
-from services.stage.model.sampling import sample
 from services.stage.slot_keeper import Refused, Slot, SlotKeeper, Taken
+from services.stage.step_output import describe_held, passed_on, relayed
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
 KEEP_STATE_S = 300.0
 """Without a router: K and V may belong to requests that a restarted one goes on with."""
-
-EMPTY_RESULT = StepResult(
-    array_to_frame(np.zeros(0, dtype=np.int64)),
-    array_to_frame(np.zeros(0, dtype=np.int32)),
-    array_to_frame(np.zeros(0, dtype=np.float32)),
-    array_to_frame(np.zeros((0, 0), dtype=np.int32)),
-    array_to_frame(np.zeros((0, 0), dtype=np.float32)),
-)
-"""Of a step that samples nothing."""
 
 
 class StageService:
@@ -82,7 +68,8 @@ class StageService:
         self._log = log
         self._clock = clock
         self._last_registered_s = clock()
-        control.describe_held = self._describe_held
+        self._mirror_intake = MirrorIntake(keeper, control, log)
+        control.describe_held = lambda: describe_held(keeper.slot)
         self._unsent: deque[tuple[Message, Header, float]] = deque()
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
         self._busy_seconds = 0.0
@@ -121,28 +108,6 @@ class StageService:
         self._keeper.close()
 
     # ---- control
-
-    def _describe_held(self) -> HeldState:
-        """For a router that may have been restarted."""
-        slot = self._keeper.slot
-        if slot is None:
-            return HeldState()
-        role, tag = slot.role, slot.held.tag
-        sequences, blocks = slot.held.tables.held()
-        return HeldState(
-            slot=(
-                tag.pipeline,
-                tag.slot,
-                tag.num_slots,
-                role.layers.start,
-                role.layers.stop,
-                role.lease_term,
-                tag.num_blocks,
-                slot.held.marks.mark,
-            ),
-            sequences=array_to_frame(sequences),
-            blocks=array_to_frame(blocks),
-        )
 
     def _forget_after_long_silence(self, now_s: float) -> None:
         if self._control.registered:
@@ -232,7 +197,7 @@ class StageService:
         while (received := self._steps.receive()) is not None:
             message, header = received
             if isinstance(message, MirrorRows | MirrorBlocks):
-                self._take_rows(message, header)
+                self._mirror_intake.take(message, header)
                 continue
             if isinstance(message, MirrorAck):
                 self._mirror_link.acknowledged(message)
@@ -247,31 +212,6 @@ class StageService:
                 self._begin_step(slot, message, header, now_s)
             except MoemeshError as error:
                 self._fail_step(error, header)
-
-    def _take_rows(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
-        """What a mirrored stage has written. A stream that does not fit begins anew: the router is told."""
-        mirror = self._keeper.mirror
-        if mirror is None or not mirror.follows(message, header):
-            self._dropped += 1
-            return
-        if mirror.is_spoilt and header.attempt <= mirror.attempt:
-            return
-        try:
-            has_become_complete = mirror.take(message, header)
-        except ProtocolError as error:
-            self._log.error("mirror_spoilt", reason=str(error))
-            mirror.is_spoilt, mirror.is_complete = True, False
-            self._tell_mirror_state()
-            return
-        if has_become_complete:
-            self._log.info("mirror_complete", pipeline=mirror.role.pipeline, slot=mirror.role.slot, mark=mirror.mark)
-            self._tell_mirror_state()
-
-    def _tell_mirror_state(self) -> None:
-        mirror = self._keeper.mirror
-        assert mirror is not None, "called while it follows"
-        role = mirror.role
-        self._control.send(MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete))
 
     def _feed_mirror(self, now_s: float) -> None:
         slot = self._keeper.slot
@@ -307,14 +247,7 @@ class StageService:
         computes."""
         positions = read_positions(step, slot.held.tables)
         slot.held.marks.finish(header.step)
-        if slot.role.is_last:
-            message: Message = EMPTY_RESULT
-        elif max(step.computing_slots) > slot.role.slot.index:
-            message = replace(step, hidden=tensor_to_frame(slot.held.memory.logged(positions)))
-        else:
-            message = replace(step, hidden=NO_ARRAY)
-        self._unsent.append((message, header, deadline_s))
-        self._send_unsent(self._clock())
+        self._send_on(relayed(slot, step, positions), header, deadline_s)
 
     def _run_one(self, slot: Slot) -> None:
         began_s = self._clock()
@@ -351,6 +284,7 @@ class StageService:
             on_done=lambda answer: slot.executor.resume(running, answer),
             on_failed=failed,
             on_degraded=running.degraded_rows.update,
+            on_retried=running.count_retried,
         )
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
@@ -361,33 +295,13 @@ class StageService:
             held.memory.log_hidden(running.batch.slots, finished.hidden)
         held.tables.computed(running.step)
         held.marks.finish(running.header.step)
-        degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
-        step = replace(running.step, degraded=flags_frame(degraded))
-        if slot.role.is_last:
-            message: Message = self._sampled(slot, finished, degraded)
-        elif step.computing_slots and max(step.computing_slots) <= slot.role.slot.index:
-            message = replace(step, hidden=NO_ARRAY)
-        else:
-            message = replace(step, hidden=tensor_to_frame(finished.hidden))
-        self._unsent.append((message, running.header, running.deadline_s))
-        self._send_unsent(self._clock())
+        self._send_on(passed_on(slot, finished), running.header, running.deadline_s)
         # After the step itself: the mirror may lag by a step, the client should not.
         self._mirror_link.send_rows(held, running.batch.slots)
 
-    def _sampled(self, slot: Slot, finished: Finished, degraded: BoolArray) -> StepResult:
-        batch = finished.running.batch
-        assert batch.sampling is not None
-        with torch.inference_mode():
-            logits = slot.model.logits(finished.hidden[batch.sampling_rows])
-            sampled = sample(logits, batch.sampling)
-        return StepResult(
-            sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
-            token_ids=tensor_to_frame(sampled.token_ids),
-            logprobs=tensor_to_frame(sampled.logprobs),
-            top_token_ids=tensor_to_frame(sampled.top_token_ids),
-            top_logprobs=tensor_to_frame(sampled.top_logprobs),
-            degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
-        )
+    def _send_on(self, message: Message, header: Header, deadline_s: float) -> None:
+        self._unsent.append((message, header, deadline_s))
+        self._send_unsent(self._clock())
 
     def _send_unsent(self, now_s: float) -> None:
         """In order; a downstream that is not connected yet gets them when it is, until their deadline."""
@@ -429,7 +343,7 @@ class StageService:
             steps=self._num_steps,
             rows=self._num_rows,
             queued=slot.executor.num_running if slot is not None else 0,
-            dropped=self._dropped + self._experts.late_answers,
+            dropped=self._dropped + self._mirror_intake.dropped + self._experts.late_answers,
             bytes_sent=self._keeper.bytes_sent + self._experts.nodes.bytes_sent + self._mirror_link.bytes_sent,
             hop_bytes=self._experts.nodes.bytes_sent,
             hop_seconds=self._experts.wait_seconds,

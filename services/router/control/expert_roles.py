@@ -86,11 +86,11 @@ class ExpertRoles:
         """What each node holds, by its own report."""
         return self._ready
 
-    def join(self, description: NodeDescription, now_s: float) -> list[Action]:
+    def join(self, description: NodeDescription, now_s: float, held: frozenset[ShardId] = frozenset()) -> list[Action]:
         """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
-        process would have another id."""
+        process would have another id. `held`: what it has from a router before this one."""
         self._nodes[description.node_id] = description
-        self._ready.setdefault(description.node_id, frozenset())
+        self._ready.setdefault(description.node_id, held)
         self._told.pop(description.node_id, None)
         self._last_joined_s = now_s
         self._must_place = True

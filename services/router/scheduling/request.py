@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, RecoveryCounts
 from services.router.scheduling.step_plan import SampledToken
 from services.router.scheduling.token_counts import TokenCounts
 
@@ -68,6 +68,8 @@ class Request:
     """Times that a loss of nodes interrupted it."""
     num_replayed_tokens: int = 0
     """Positions computed again after such a loss."""
+    num_retried_calls: int = 0
+    """Expert calls of its steps that were asked of another copy too, or instead."""
     _token_counts: TokenCounts | None = None
     """Made when first asked for; only for requests with a penalty."""
     waits_for_start: bool = False
@@ -175,7 +177,15 @@ class Request:
             finish_reason = FinishReason.LENGTH
         if finish_reason is not None:
             self.state = RequestState.FINISHED
-        return GeneratedToken(sampled.token_id, sampled.logprob, sampled.top, finish_reason, sampled.degraded)
+        recovery = RecoveryCounts(self.num_recoveries, self.num_replayed_tokens, self.num_retried_calls)
+        return GeneratedToken(
+            sampled.token_id,
+            sampled.logprob,
+            sampled.top,
+            finish_reason,
+            sampled.degraded,
+            recovery if finish_reason is not None else None,
+        )
 
     def cancel(self) -> None:
         """Its client is gone."""

@@ -21,6 +21,7 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
+from services.router.scheduling.invariants import check_scheduler
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Request, RequestState
@@ -48,6 +49,7 @@ class Scheduler:
         self._suspended: dict[PipelineId, PipelineSchedule] = {}
         """Pipelines that wait for a holder; their requests keep their blocks."""
         self._failures: list[RequestFailure] = []
+        self._placements: list[tuple[RequestId, SequenceId]] = []
         self._num_arrived = 0
         self._step_numbers = count(first_number + 1)
         self._sequence_numbers = count(first_number + 1)
@@ -201,6 +203,7 @@ class Scheduler:
         attempt: int,
         sampled: Mapping[SequenceId, SampledToken],
         now_s: float,
+        retried_calls: int = 0,
     ) -> list[TokenOutput]:
         """The last stage answered. Returns what to journal and deliver, by arrival. Stale answers are only counted.
 
@@ -213,6 +216,7 @@ class Scheduler:
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
             if request.state is not RequestState.RUNNING:
                 continue
+            request.num_retried_calls += retried_calls
             if chunk.samples and chunk.sequence_id not in sampled:
                 error = ExecutionError(
                     f"pipeline {pipeline} answered step {step} without a token for {request.request_id}"
@@ -259,6 +263,11 @@ class Scheduler:
         failures, self._failures = self._failures, []
         return failures
 
+    def take_placements(self) -> list[tuple[RequestId, SequenceId]]:
+        """Under which numbers requests run that were placed since the last call: stages know them by these."""
+        placements, self._placements = self._placements, []
+        return placements
+
     # Being observed
 
     @property
@@ -279,20 +288,9 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
-        placed = list(self._waiting)
-        for schedule in self._schedules():
-            schedule.check_invariants()
-            placed += schedule.running
-        assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
-        assert {id(request) for request in placed} == set(map(id, self._requests.values())), "a request is lost"
-        for request in self._waiting:
-            assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
-            assert not request.block_table, f"{request.request_id} waits and holds blocks"
-            assert request.step is None, f"{request.request_id} waits and is in flight"
-        arrivals = [request.arrival for request in self._waiting]
-        assert arrivals == sorted(arrivals), "the line is out of order"
-        reserved = sum(request.max_num_tokens for request in placed)
-        assert self._admission.reserved_tokens == reserved, "reserved tokens do not add up"
+        check_scheduler(
+            list(self._requests.values()), self._waiting, self._schedules(), self._admission.reserved_tokens
+        )
 
     # Inside
 
@@ -329,7 +327,9 @@ class Scheduler:
                     break
             else:
                 self._waiting.remove(request)
-                self._pipelines[choice].admit(request, SequenceId(next(self._sequence_numbers)))
+                sequence_id = SequenceId(next(self._sequence_numbers))
+                self._pipelines[choice].admit(request, sequence_id)
+                self._placements.append((request.request_id, sequence_id))
 
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""

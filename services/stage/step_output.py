@@ -1,0 +1,94 @@
+"""What a stage sends on when a step is through. No sockets.
+
+T tokens, D model width, S sequences that sample a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.array import BoolArray, array_to_frame
+from common.messages import NO_ARRAY, Step, StepResult
+from common.node import HeldState
+from common.tensor import tensor_to_frame
+from services.stage.degradation import degraded_sequences, flags_frame
+from services.stage.executor import Finished
+from services.stage.model.sampling import sample
+from services.stage.slot_keeper import Slot
+
+EMPTY_RESULT = StepResult(
+    array_to_frame(np.zeros(0, dtype=np.int64)),
+    array_to_frame(np.zeros(0, dtype=np.int32)),
+    array_to_frame(np.zeros(0, dtype=np.float32)),
+    array_to_frame(np.zeros((0, 0), dtype=np.int32)),
+    array_to_frame(np.zeros((0, 0), dtype=np.float32)),
+)
+"""Of a step that samples nothing."""
+
+
+def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
+    """What comes after this stage has computed a step: hidden states, sampled tokens, or, at the end of a replay,
+    nothing but the step itself."""
+    running = finished.running
+    degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
+    retried = running.step.retried_calls + running.num_retried_calls
+    if slot.role.is_last:
+        return _sampled(slot, finished, degraded, retried)
+    step = replace(running.step, degraded=flags_frame(degraded), retried_calls=retried)
+    return replace(step, hidden=tensor_to_frame(finished.hidden) if _is_awaited(slot, step) else NO_ARRAY)
+
+
+def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
+    """A replay step that is for other slots. A later one that computes gets what was sent on for its tokens [T]."""
+    if slot.role.is_last:
+        return EMPTY_RESULT
+    logged = tensor_to_frame(slot.held.memory.logged(positions)) if _is_awaited(slot, step) else NO_ARRAY
+    return replace(step, hidden=logged)
+
+
+def _is_awaited(slot: Slot, step: Step) -> bool:
+    """Whether a later slot computes this step."""
+    return not step.computing_slots or max(step.computing_slots) > slot.role.slot.index
+
+
+def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls: int) -> StepResult:
+    batch = finished.running.batch
+    assert batch.sampling is not None
+    with torch.inference_mode():
+        logits = slot.model.logits(finished.hidden[batch.sampling_rows])
+        sampled = sample(logits, batch.sampling)
+    return StepResult(
+        sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
+        token_ids=tensor_to_frame(sampled.token_ids),
+        logprobs=tensor_to_frame(sampled.logprobs),
+        top_token_ids=tensor_to_frame(sampled.top_token_ids),
+        top_logprobs=tensor_to_frame(sampled.top_logprobs),
+        degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
+        retried_calls=retried_calls,
+    )
+
+
+def describe_held(slot: Slot | None) -> HeldState:
+    """What a router that has been restarted is told with the hello."""
+    if slot is None:
+        return HeldState()
+    role, tag = slot.role, slot.held.tag
+    sequences, blocks = slot.held.tables.held()
+    return HeldState(
+        slot=(
+            tag.pipeline,
+            tag.slot,
+            tag.num_slots,
+            role.layers.start,
+            role.layers.stop,
+            role.lease_term,
+            tag.num_blocks,
+            slot.held.marks.mark,
+        ),
+        sequences=array_to_frame(sequences),
+        blocks=array_to_frame(blocks),
+    )
