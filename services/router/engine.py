@@ -67,7 +67,7 @@ class GeneratedToken:
     degraded: bool = False
     """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
     recovery: RecoveryCounts | None = None
-    """On the last token of a choice only."""
+    """On a choice's last token at least; a stop string ends it at a token of which the mesh does not know that."""
 
 
 @dataclass(frozen=True, slots=True)

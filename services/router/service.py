@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from common.tensor_names import check_tensors
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
+from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
 from services.router.front.request_registry import RequestRegistry
@@ -169,19 +169,6 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     if failure:
         raise failure[0]
     log.info("stopped")
-
-
-class FrontServer(uvicorn.Server):
-    """Says when it begins to end: clients that can come back are sent away at once, others get their time."""
-
-    def __init__(self, config: uvicorn.Config, on_shutdown: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_shutdown = on_shutdown
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
-        self._on_shutdown()
-        await super().shutdown(sockets)
 
 
 def _open_journal(

@@ -220,7 +220,7 @@ class ChunkEncoder:
 
     def opening(self) -> bytes:
         """Before the first token; nothing for a client that has tokens."""
-        if self._taken is not None and any(self._taken):
+        if any(self._taken or ()):
             return b""
         return b"".join(self._chunk(choice) for choice in self._form.opening_choices(len(self._plan.choices)))
 
