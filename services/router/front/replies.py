@@ -19,8 +19,7 @@ from services.router.front.vocabulary import Vocabulary
 
 JsonObject = dict[str, Any]
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-_LOWEST_LOGPROB = -9999.0
-"""JSON has no infinity; vLLM's value."""
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's value
 
 DONE_EVENT = b"data: [DONE]\n\n"
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
