@@ -39,6 +39,8 @@ class SocketLimits:
     """ZeroMQ's own ping on its I/O thread: a long computation does not look like death, a stopped process does."""
     reconnect_interval_ms: int = 20
     reconnect_interval_max_ms: int = 500
+    socks_proxy: str = ""
+    """HOST:PORT of a SOCKS5 proxy that every tcp connection is opened through; empty: none."""
 
 
 class LinkEvent(Enum):
@@ -114,6 +116,8 @@ class Transport:
         raw.setsockopt(zmq.HEARTBEAT_TTL, limits.heartbeat_timeout_ms)
         raw.setsockopt(zmq.RECONNECT_IVL, limits.reconnect_interval_ms)
         raw.setsockopt(zmq.RECONNECT_IVL_MAX, limits.reconnect_interval_max_ms)
+        if limits.socks_proxy:
+            raw.setsockopt_string(zmq.SOCKS_PROXY, limits.socks_proxy)
         return raw
 
     @staticmethod
