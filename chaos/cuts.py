@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["in", "out"]
-CUTS = ("off", "pair", "one_way", "halves")
+CUTS = ("off", "pair", "one_way", "one_way_back", "halves")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,16 +53,22 @@ def halves(ones: Sequence[str], others: Sequence[str]) -> list[Refusal]:
 
 
 def make_cut(kind: str, victims: Sequence[str], everybody: Sequence[str]) -> list[Refusal]:
-    """The cut that a suite names, for its victims: `off` for each of them; `pair` and `one_way` (the first speaks, the
-    second does not hear) need two; `halves` cuts the victims from the rest. Raises ValueError."""
+    """The cut that a suite names, for its victims. Raises ValueError.
+
+    `off` is for each of them; `halves` cuts them from the rest. `pair`, `one_way` (the first speaks, the second does
+    not hear) and `one_way_back` (the other way round) need two.
+    """
     if kind == "off":
         return sorted({refusal for victim in victims for refusal in off(victim, everybody)})
     if kind == "halves":
         return halves(victims, [name for name in everybody if name not in victims])
-    if kind in ("pair", "one_way"):
+    if kind in ("pair", "one_way", "one_way_back"):
         if len(victims) != 2:
             raise ValueError(f"cut {kind} is between 2 nodes, not {len(victims)}")
-        return pair(*victims) if kind == "pair" else one_way(*victims)
+        first, second = victims
+        if kind == "pair":
+            return pair(first, second)
+        return one_way(first, second) if kind == "one_way" else one_way(second, first)
     raise ValueError(f"cut {kind!r}: one of {', '.join(CUTS)} is known")
 
 
