@@ -33,7 +33,7 @@ class LocalTarget:
     port: int = 0
     _state_dir: Path | None = None
     _mesh: LocalMesh | None = None
-    features: frozenset[str] = field(default=frozenset({"processes", "proxy"}))
+    features: frozenset[str] = field(default=frozenset({"processes"}))
 
     def __enter__(self) -> Self:
         # The router must have the same address after a restart.

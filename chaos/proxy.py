@@ -64,9 +64,13 @@ class Link:
 class LinkProxy:
     """A context manager; its thread ends with it. All methods may be called from any thread."""
 
-    def __init__(self, identify: Identify, host: str = "127.0.0.1", resolve: Resolve = lambda host: host) -> None:
+    def __init__(
+        self, identify: Identify, host: str = "127.0.0.1", port: int = 0, resolve: Resolve = lambda host: host
+    ) -> None:
         self.host = host
-        self.port = 0
+        self.port = port
+        """0 until it listens: then the port that the system chose."""
+        self._is_listening = False
         self._identify = identify
         self._resolve = resolve
         self._book = RuleBook()
@@ -84,8 +88,8 @@ class LinkProxy:
         listening = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(listening,), name="link-proxy", daemon=True)
         self._thread.start()
-        if not listening.wait(CLOSE_TIMEOUT_S) or not self.port:
-            raise TargetError(f"the proxy cannot listen on {self.host}")
+        if not listening.wait(CLOSE_TIMEOUT_S) or not self._is_listening:
+            raise TargetError(f"the proxy cannot listen on {self.address}")
         return self
 
     def __exit__(
@@ -150,8 +154,12 @@ class LinkProxy:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-        server = await asyncio.start_server(accept, self.host, 0)
+        try:
+            server = await asyncio.start_server(accept, self.host, self.port)
+        except OSError:
+            return  # told by `__enter__`
         self.port = server.sockets[0].getsockname()[1]
+        self._is_listening = True
         listening.set()
         await self._stop.wait()
         server.close()
@@ -166,12 +174,13 @@ class LinkProxy:
 
     async def _connect_and_carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = await read_request(reader, writer)
+        host = self._resolve(host)
         peer_host, peer_port = writer.get_extra_info("peername")[:2]
         source, destination = self._identify(peer_host, peer_port), self._identify(host, port)
         # A cut network loses the first packet of a connection too: nobody is answered until it is whole again.
         await self._book.wait_until_open(source, destination)
         try:
-            far = await asyncio.open_connection(self._resolve(host), port)
+            far = await asyncio.open_connection(host, port)
         except OSError:
             writer.write(_UNREACHABLE)
             await writer.drain()
