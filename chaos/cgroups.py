@@ -32,14 +32,20 @@ class ControlGroup:
     folder: Path
     is_version_2: bool
 
+    def read(self, name: str) -> str:
+        """What stands in one of its files. Raises TargetError."""
+        try:
+            return (self.folder / name).read_text().strip()
+        except OSError as error:
+            raise TargetError(f"{self.folder / name}: {error.strerror}") from None
+
     def write(self, name: str, value: str) -> str:
         """Set a limit; the one before. Raises TargetError."""
-        path = self.folder / name
+        before = self.read(name)
         try:
-            before = path.read_text().strip()
-            path.write_text(value)
+            (self.folder / name).write_text(value)
         except OSError as error:
-            raise TargetError(f"{path} = {value}: {error.strerror}") from None
+            raise TargetError(f"{self.folder / name} = {value}: {error.strerror}") from None
         return before
 
     def restore(self, name: str, value: str) -> None:
@@ -48,7 +54,7 @@ class ControlGroup:
             self.write(name, value)
 
     def enter(self, pid: int) -> None:
-        """Move a process here. Raises TargetError; ProcessLookupError counts as such."""
+        """Move a process here. Raises TargetError, also when the process is gone."""
         try:
             (self.folder / "cgroup.procs").write_text(str(pid))
         except OSError as error:
@@ -80,16 +86,19 @@ def group_of(node: Node, controller: str, undo: UndoList, root: Path = ROOT) -> 
     if node.container:
         return before
     made = ControlGroup(top / f"moemesh-chaos-{node.name}-{node.pid}", is_version_2)
-    if is_version_2:
-        (top / "cgroup.subtree_control").write_text(f"+{controller}")
-    made.folder.mkdir(exist_ok=True)
+    try:
+        if is_version_2:
+            (top / "cgroup.subtree_control").write_text(f"+{controller}")
+        made.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{made.folder}: {error.strerror}") from None
     undo.add(_give_back, made, before)
     made.enter(node.pid)
     return made
 
 
 def _give_back(made: ControlGroup, before: ControlGroup) -> None:
-    for pid in (made.folder / "cgroup.procs").read_text().split():
+    for pid in made.read("cgroup.procs").split():
         with suppress(TargetError):  # it may end just now
             before.enter(int(pid))
     try:

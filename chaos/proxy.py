@@ -27,7 +27,7 @@ Resolve = Callable[[str], str]
 _Result = TypeVar("_Result")
 _PORT = struct.Struct(">H")
 _GRANTED, _UNREACHABLE = b"\5\0\0\1\0\0\0\0\0\0", b"\5\5\0\1\0\0\0\0\0\0"
-CLOSE_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
 
 
 class Link:
@@ -136,7 +136,10 @@ class LinkProxy:
         async def run() -> _Result:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(CLOSE_TIMEOUT_S)
+        try:
+            return asyncio.run_coroutine_threadsafe(run(), self._loop).result(CALL_TIMEOUT_S)
+        except (TimeoutError, RuntimeError) as error:
+            raise TargetError(f"the proxy does not answer: {error}") from None
 
     def _run(self, listening: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)

@@ -27,7 +27,7 @@ class UndoList:
         while self._steps:
             try:
                 self._steps.pop()()
-            except TargetError as error:
+            except (TargetError, OSError) as error:
                 failures.append(str(error))
         if failures:
             raise TargetError("not healed: " + "; ".join(failures))

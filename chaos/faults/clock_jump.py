@@ -46,7 +46,10 @@ class ClockJump:
 
 
 def _refusal(node: Node) -> str:
-    environment = environment_of(node)
+    try:
+        environment = environment_of(node)
+    except TargetError as error:
+        return str(error)
     if "libfaketime" in environment.get("LD_PRELOAD", "") and environment.get("FAKETIME_TIMESTAMP_FILE"):
         return ""
     return f"{node.name} was not started under libfaketime"

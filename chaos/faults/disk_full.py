@@ -35,7 +35,10 @@ class DiskFull:
 
     def unavailable(self, target: Target) -> str:
         routers = [node for node in target.nodes() if node.kind == "router"]
-        return refusal(state_folder(routers[0])) if routers else "there is no router whose state folder could be seen"
+        try:
+            return refusal(state_folder(routers[0])) if routers else "there is no router whose state folder is seen"
+        except TargetError as error:
+            return str(error)
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:

@@ -57,7 +57,7 @@ class MemoryLimit:
                     "memory.usage_in_bytes",
                 )
             )
-            used_bytes = int((group.folder / used).read_text())
+            used_bytes = int(group.read(used))
             before = group.write(limit, str(used_bytes + (self.headroom_mib << 20)))
             self._undo.add(group.restore, limit, "-1" if limit == "memory.limit_in_bytes" else before)
             self._eat(group, victim)
