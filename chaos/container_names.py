@@ -29,6 +29,8 @@ class ContainerNames:
 
     def address_of(self, host: str) -> str:
         """The address that a service's name stands for; other names and addresses stay as they are."""
+        if host.replace(".", "").isdigit():
+            return host
         found = self._matching(lambda entry: entry.service == host and bool(entry.addresses))
         return found[0].addresses[0] if found else host
 

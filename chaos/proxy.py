@@ -177,9 +177,11 @@ class LinkProxy:
 
     async def _connect_and_carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = await read_request(reader, writer)
-        host = self._resolve(host)
         peer_host, peer_port = writer.get_extra_info("peername")[:2]
-        source, destination = self._identify(peer_host, peer_port), self._identify(host, port)
+        # Off the loop: asking takes long on a busy machine, and the links that are open must not wait for it.
+        host = await asyncio.to_thread(self._resolve, host)
+        source = await asyncio.to_thread(self._identify, peer_host, peer_port)
+        destination = await asyncio.to_thread(self._identify, host, port)
         # A cut network loses the first packet of a connection too: nobody is answered until it is whole again.
         await self._book.wait_until_open(source, destination)
         try:

@@ -17,5 +17,14 @@ def test_names_and_addresses_are_found_and_asked_for_again_only_when_unknown() -
     assert names.name_at("10.0.0.9", 4711) == ""
 
 
-def test_an_address_stays_as_it_is() -> None:
-    assert ContainerNames(lambda: [ROUTER]).address_of("10.0.0.3") == "10.0.0.3"
+def test_an_address_stays_as_it_is_and_nobody_is_asked_for_it() -> None:
+    asked: list[int] = []
+
+    def look_up() -> list[ContainerAddress]:
+        asked.append(1)
+        return []
+
+    assert ContainerNames(look_up).address_of("10.0.0.3") == "10.0.0.3"
+    assert asked == []
+    assert ContainerNames(look_up).address_of("elsewhere") == "elsewhere"
+    assert asked == [1]
