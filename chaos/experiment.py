@@ -195,6 +195,8 @@ class Experiment(_Strict):
     description: str = ""
     mesh: dict[str, str | int] = {}
     """Settings by their environment's names that a target which is started for the run gets."""
+    links: Literal["direct", "proxy"] = "direct"
+    """`proxy`: such a mesh has its links through the harness's proxy, which faults of links need."""
     steady_state: SteadyState = SteadyState()
     load: Load = Load()
     timeline: Timeline

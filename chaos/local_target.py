@@ -31,9 +31,11 @@ class LocalTarget:
     """By their environment's names. MODEL may be left out where the environment has it, or for the demo model."""
     keep_logs: Path | None = None
     port: int = 0
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """See LocalMesh: a build with something else in place of a service."""
     _state_dir: Path | None = None
     _mesh: LocalMesh | None = None
-    features: frozenset[str] = field(default=frozenset({"processes", "proxy"}))
+    features: frozenset[str] = field(default=frozenset({"processes"}))
 
     def __enter__(self) -> Self:
         # The router must have the same address after a restart.
@@ -43,7 +45,7 @@ class LocalTarget:
         model = self.settings.get("MODEL") or os.environ.get("MODEL") or str(DEMO_CHECKPOINT)
         environment = {**self.settings, "MODEL": model, "PORT": str(self.port), "HOST": "127.0.0.1"}
         try:
-            self._mesh = LocalMesh(environment, self._state_dir).__enter__()
+            self._mesh = LocalMesh(environment, self._state_dir, modules=self.modules).__enter__()
         except MoemeshError as error:
             self._clear()
             raise TargetError(error.message) from error

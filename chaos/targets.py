@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from chaos.docker_target import DockerTarget, project_at
 from chaos.local_target import LocalTarget
+from chaos.proxied_local_target import ProxiedLocalTarget
 from chaos.remote_target import RemoteTarget
 from chaos.target import Target, TargetError
+
+DEFAULT_PROJECT = "moemesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,8 @@ class TargetRequest:
     """Base URL of a deployment that runs already; empty: the target finds or starts one itself."""
     logs: Path
     """Where a target that was started for the run leaves its logs."""
+    links: str = "direct"
+    """`proxy`: a mesh that is started for the run has its links through the harness's proxy."""
 
 
 TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
@@ -30,10 +37,18 @@ def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
     """A mesh of its own; with `against` none is started, and nothing can be hurt."""
     if request.against:
         return RemoteTarget(request.against.rstrip("/"))
-    return LocalTarget(request.settings, request.logs)
+    made = ProxiedLocalTarget if request.links == "proxy" else LocalTarget
+    return made(request.settings, request.logs)
 
 
-TARGETS: Mapping[str, TargetMaker] = {"local": make_local}
+def make_docker(request: TargetRequest) -> AbstractContextManager[Target]:
+    """The compose project at the URL, else that of COMPOSE_PROJECT_NAME, else the one of compose.yaml, as it runs."""
+    if request.against:
+        return DockerTarget(project_at(request.against))
+    return DockerTarget(os.environ.get("COMPOSE_PROJECT_NAME") or DEFAULT_PROJECT)
+
+
+TARGETS: Mapping[str, TargetMaker] = {"docker": make_docker, "local": make_local}
 
 
 def make_target(name: str, request: TargetRequest) -> AbstractContextManager[Target]:

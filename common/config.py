@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     # ---- one process
     control: str = Field(default="", description="router's control endpoint; default: ipc in the state folder")
     advertise_host: str = Field(default="", description="host name for a node's tcp sockets; default: its own address")
+    socks_proxy: str = Field(default="", description="HOST:PORT of a SOCKS5 proxy for all tcp links; default: none")
     host_label: str = Field(default="", description="copies go to different labels; default: one a machine")
     capacity_bytes: int = Field(default=0, ge=0, description="memory a node offers; 0: 80% of what is free")
     max_body_bytes: int = Field(default=8 << 20, ge=1024)

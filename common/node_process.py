@@ -60,7 +60,7 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
 
     if settings.control.startswith("tcp://"):
         log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
-    return Transport(SocketLimits(), damaged)
+    return Transport(SocketLimits(socks_proxy=settings.socks_proxy), damaged)
 
 
 def describe_node(

@@ -60,6 +60,8 @@ class LocalMesh:
     environment: Mapping[str, str]
     state_dir: Path
     clock: Callable[[], float] = time.monotonic
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """What runs in place of `services.X`, by service: a module and its arguments. Tests plant bugs with it."""
     children: dict[str, Child] = field(default_factory=dict)
     num_nodes_at_start: int = 0
     _folder_lock: int | None = None
@@ -234,7 +236,7 @@ class LocalMesh:
         parent = os.getpid()
         with child.log_path.open("ab") as log:
             child.process = subprocess.Popen(
-                [sys.executable, "-m", child.module],
+                [sys.executable, "-m", *self.modules.get(child.module.removeprefix("services."), child.module).split()],
                 env=child.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -48,6 +48,8 @@ class SocketLimits:
     """A cut network swallows the first packet; the kernel would send it again only after 1, 3, 7 s."""
     reconnect_interval_ms: int = 20
     reconnect_interval_max_ms: int = 200
+    socks_proxy: str = ""
+    """HOST:PORT of a SOCKS5 proxy that every tcp connection is opened through; empty: none."""
 
 
 class LinkEvent(Enum):
@@ -125,6 +127,8 @@ class Transport:
         raw.setsockopt(zmq.CONNECT_TIMEOUT, limits.connect_timeout_ms)
         raw.setsockopt(zmq.RECONNECT_IVL, limits.reconnect_interval_ms)
         raw.setsockopt(zmq.RECONNECT_IVL_MAX, limits.reconnect_interval_max_ms)
+        if limits.socks_proxy:
+            raw.setsockopt_string(zmq.SOCKS_PROXY, limits.socks_proxy)
         return raw
 
     @staticmethod

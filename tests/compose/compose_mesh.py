@@ -111,7 +111,7 @@ class ComposeMesh:
 @contextmanager
 def compose_mesh() -> Iterator[ComposeMesh]:
     """Built, up and ready; taken down with its volumes, whatever happens inside."""
-    mesh = ComposeMesh(project=f"moemesh-test-{os.getpid()}", port=_free_port())
+    mesh = ComposeMesh(project=f"moemesh-test-{os.getpid()}", port=free_port())
     mesh.compose("build", timeout_s=BUILD_TIMEOUT_S)
     try:
         mesh.compose("up", "-d", "--wait", "--no-build")
@@ -121,7 +121,8 @@ def compose_mesh() -> Iterator[ComposeMesh]:
         mesh.take_down()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -19,8 +19,8 @@ class StandIn:
 
     made: list[StandIn]
 
-    def __init__(self, environment: dict[str, str], state_dir: Path) -> None:
-        self.environment, self.state_dir = environment, state_dir
+    def __init__(self, environment: dict[str, str], state_dir: Path, modules: dict[str, str]) -> None:
+        self.environment, self.state_dir, self.modules = environment, state_dir, modules
         self.calls: list[tuple[object, ...]] = []
         self.made.append(self)
 

@@ -124,5 +124,5 @@ def test_an_address_alone_can_be_asked_and_not_hurt(tmp_path: Path) -> None:
 
 
 def test_an_unknown_target_is_refused_with_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="there is no target 'moon'; there are local"):
+    with pytest.raises(TargetError, match="there is no target 'moon'; there are docker, local"):
         make_target("moon", TargetRequest({}, "", tmp_path))

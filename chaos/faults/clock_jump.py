@@ -1,0 +1,84 @@
+"""The wall clock of a node jumps. Only for processes that were started under libfaketime, which reads a file for it;
+their monotonic clock stays: no kernel makes that jump."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chaos.faults.parameters import Parameters
+from chaos.host_commands import run
+from chaos.process_environment import environment_of, path_seen_by
+from chaos.target import Node, Target, TargetError
+from chaos.undo import UndoList
+
+LIBRARY = "faketime/libfaketime.so.1"
+FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
+_NO_OFFSET = "+0"
+
+
+class ClockJump:
+    """By `offset_s`, forwards or backwards. Processes that share one file jump together."""
+
+    name = "clock_jump"
+    needs = frozenset({"processes"})
+
+    def __init__(self, offset_s: float) -> None:
+        self.offset_s = offset_s
+        self._undo = UndoList()
+
+    def unavailable(self, target: Target) -> str:
+        return next((reason for node in target.nodes() if (reason := _refusal(node))), "")
+
+    def apply(self, target: Target, victims: Sequence[Node]) -> None:
+        for victim in victims:
+            if reason := _refusal(victim):
+                raise TargetError(reason)
+            path = path_seen_by(victim, environment_of(victim)["FAKETIME_TIMESTAMP_FILE"]).resolve()
+            self._undo.add(path.write_text, _NO_OFFSET)
+            path.write_text(f"{self.offset_s:+g}")
+
+    def heal(self, target: Target) -> None:
+        self._undo.run()
+
+
+def _refusal(node: Node) -> str:
+    try:
+        environment = environment_of(node)
+    except TargetError as error:
+        return str(error)
+    if "libfaketime" in environment.get("LD_PRELOAD", "") and environment.get("FAKETIME_TIMESTAMP_FILE"):
+        return ""
+    return f"{node.name} was not started under libfaketime"
+
+
+def faketime_environment(offset_file: Path) -> dict[str, str]:
+    """What a mesh must be started with for this fault. Raises TargetError where libfaketime is missing or of no use."""
+    library = next((path for folder in FOLDERS if os.path.exists(path := f"{folder}/{LIBRARY}")), "")
+    if not library:
+        raise TargetError("libfaketime is not installed")
+    offset_file.write_text(_NO_OFFSET)
+    environment = {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(offset_file.resolve()),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    # Some builds (0.9.10) fail every sleep of a Python that sleeps by the monotonic clock.
+    trial = [sys.executable, "-S", "-c", "import time; time.sleep(0.001)"]
+    try:
+        run(trial, environment=os.environ | environment)
+    except TargetError as error:
+        raise TargetError(f"this build of libfaketime breaks Python's sleep: {error}") from None
+    return environment
+
+
+def make_clock_jump(parameters: Mapping[str, Any]) -> ClockJump:
+    """`offset_s`, negative: back."""
+    given = Parameters(parameters)
+    fault = ClockJump(given.number("offset_s", 3600.0, -1e9, 1e9))
+    given.done()
+    return fault

@@ -1,0 +1,121 @@
+"""The disk of the router's state folder is full: a file takes what is left, and goes away when it is healed.
+
+Only a file system of at most MAX_BYTES is filled: a machine must not lose its disk for a test. So the mesh must keep
+its state on a small one: `small_disk` for local processes, the overlay compose/compose.chaos.yaml for containers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chaos.faults.parameters import Parameters
+from chaos.host_commands import run
+from chaos.process_environment import environment_of, path_seen_by
+from chaos.target import Node, Target, TargetError
+from chaos.undo import UndoList
+
+MAX_BYTES = 1 << 30
+FILLER = "chaos-disk-full"
+
+
+class DiskFull:
+    """The file system that holds STATE_DIR of each victim, to the last byte or with `left_kib` left."""
+
+    name = "disk_full"
+    needs = frozenset({"processes"})
+
+    def __init__(self, left_kib: int) -> None:
+        self.left_kib = left_kib
+        self._undo = UndoList()
+
+    def unavailable(self, target: Target) -> str:
+        routers = [node for node in target.nodes() if node.kind == "router"]
+        try:
+            return refusal(state_folder(routers[0])) if routers else "there is no router whose state folder is seen"
+        except TargetError as error:
+            return str(error)
+
+    def apply(self, target: Target, victims: Sequence[Node]) -> None:
+        for victim in victims:
+            folder = state_folder(victim)
+            if reason := refusal(folder):
+                raise TargetError(reason)
+            # By the folder itself: the path leads through a process that may end before this is undone.
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            self._undo.add(_remove, handle)
+            fill(handle, self.left_kib << 10)
+
+    def heal(self, target: Target) -> None:
+        self._undo.run()
+
+
+def state_folder(node: Node) -> Path:
+    """Where the process keeps its state, as this process reaches it."""
+    return path_seen_by(node, environment_of(node).get("STATE_DIR") or "state")
+
+
+def refusal(folder: Path) -> str:
+    """Why the file system of a folder is not filled, as a sentence; empty if it may be."""
+    try:
+        status = os.statvfs(folder)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    size = status.f_blocks * status.f_frsize
+    if size > MAX_BYTES:
+        return f"STATE_DIR lies on a file system of {size >> 20} MiB; only one of at most {MAX_BYTES >> 20} is filled"
+    return ""
+
+
+def fill(folder: int, left_bytes: int) -> None:
+    """Take all space but so much with one file, in ever smaller steps. `folder` is an open folder."""
+    handle = os.open(FILLER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, dir_fd=folder)
+    try:
+        for step in (1 << 20, 1 << 12, 1 << 9):
+            while (free := _free_bytes(folder)) > left_bytes or left_bytes == 0:
+                try:
+                    os.write(handle, bytes(min(step, max(1, free - left_bytes))))
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise TargetError(f"{FILLER}: {error.strerror}") from None
+                    break
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def small_disk(folder: Path, size_mib: int = 64) -> Iterator[Path]:
+    """The folder on a file system of its own in memory while the block runs. Needs root. Raises TargetError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "moemesh-chaos", str(folder)])
+    try:
+        yield folder
+    finally:
+        run(["umount", str(folder)])
+
+
+def _free_bytes(folder: int) -> int:
+    status = os.fstatvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _remove(folder: int) -> None:
+    try:
+        os.unlink(FILLER, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise TargetError(f"{FILLER}: {error.strerror}") from None
+    finally:
+        os.close(folder)
+
+
+def make_disk_full(parameters: Mapping[str, Any]) -> DiskFull:
+    """`left_kib`: what is left free."""
+    given = Parameters(parameters)
+    fault = DiskFull(given.whole("left_kib", 0, 0, 1 << 20))
+    given.done()
+    return fault

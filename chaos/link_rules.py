@@ -1,0 +1,62 @@
+"""What is done to the bytes between two nodes, and what several such rules come to together. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ANYBODY = ""
+"""In place of a node's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRule:
+    """Messages are damaged, each with this probability; see `zmtp_frames.DAMAGES`."""
+
+    kind: str
+    probability: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRule:
+    """Holds for bytes from `source` to `destination`, whoever of them opened the connection."""
+
+    source: str = ANYBODY
+    destination: str = ANYBODY
+    delay_ms: float = 0.0
+    bytes_per_s: float = 0.0
+    """0: no limit."""
+    is_stalled: bool = False
+    """Nothing arrives, nothing is lost: what was on its way arrives when the rule is gone."""
+    frames: FrameRule | None = None
+
+    def holds_for(self, source: str, destination: str) -> bool:
+        """Whether it speaks of this direction."""
+        return self.source in (ANYBODY, source) and self.destination in (ANYBODY, destination)
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """All rules for one direction together."""
+
+    delay_ms: float = 0.0
+    bytes_per_s: float = 0.0
+    is_stalled: bool = False
+    frames: tuple[FrameRule, ...] = ()
+
+
+def treatment(rules: Iterable[LinkRule], source: str, destination: str) -> Treatment:
+    """Delays add up, the smallest bandwidth counts, one stall is enough, damages follow each other."""
+    found = [rule for rule in rules if rule.holds_for(source, destination)]
+    return Treatment(
+        delay_ms=sum(rule.delay_ms for rule in found),
+        bytes_per_s=min((rule.bytes_per_s for rule in found if rule.bytes_per_s), default=0.0),
+        is_stalled=any(rule.is_stalled for rule in found),
+        frames=tuple(rule.frames for rule in found if rule.frames is not None),
+    )
+
+
+def around(node: str, **what: object) -> list[LinkRule]:
+    """The same rule for all that comes to a node and all that leaves it; `what`: fields of LinkRule."""
+    return [LinkRule(source=node, **what), LinkRule(destination=node, **what)]  # type: ignore[arg-type]

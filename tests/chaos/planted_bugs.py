@@ -1,0 +1,213 @@
+"""The product with a bug planted in it, to see whether the harness finds it:
+
+    python -m tests.chaos.planted_bugs dropped_token services.router
+
+A bug replaces one function before the service starts; the product has no switch for it. Bugs strike now and then, not
+at fixed places of a request: two runs that had them at the same places would agree with each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from common.array import array_to_frame, frame_to_array
+from common.messages import Dispatch, ExpertRows, Header, Message, StepResult, TensorFrame
+from common.transport import MessageSocket
+
+EVERY = 53
+"""A bug of the router strikes at each so many-th occasion: often enough for a short run, in any order of requests."""
+LATE_S = 0.3
+"""An answer to an expert call that took longer is late: something was hurt."""
+
+
+def hit_now_and_then(every: int = EVERY) -> Callable[[], bool]:
+    """True at each `every`-th call."""
+    calls = itertools.count(1)
+    return lambda: next(calls) % every == 0
+
+
+# ---- what is replaced, each: the function as it is -> the function with the bug
+
+
+def drop_token(deliver: Callable[..., None]) -> Callable[..., None]:
+    """A token is made, and the client never gets it."""
+    hit = hit_now_and_then()
+
+    def planted(self: Any, outcomes: Iterable[Any]) -> None:
+        deliver(self, [entry for entry in outcomes if not (_is_inner_token(entry) and hit())])
+
+    return planted
+
+
+def double_token(deliver: Callable[..., None]) -> Callable[..., None]:
+    """The client gets a token twice."""
+    hit = hit_now_and_then()
+
+    def planted(self: Any, outcomes: Iterable[Any]) -> None:
+        deliver(
+            self, [again for entry in outcomes for again in [entry] * (2 if _is_inner_token(entry) and hit() else 1)]
+        )
+
+    return planted
+
+
+def flip_logprob_bit(receive: Callable[..., Any]) -> Callable[..., Any]:
+    """The lowest mantissa bit of one logprob of a step's result."""
+    hit = hit_now_and_then()
+
+    def planted(self: MessageSocket) -> tuple[Message, Header] | None:
+        received: tuple[Message, Header] | None = receive(self)
+        if received is None:
+            return None
+        result, header = received
+        if isinstance(result, StepResult) and result.logprobs.shape[0] and hit():
+            return replace(result, logprobs=with_flipped_bit(result.logprobs)), header
+        return received
+
+    return planted
+
+
+def flip_replayed_bit(logged: Callable[..., Any]) -> Callable[..., Any]:
+    """The lowest mantissa bit of the first number of what is replayed from the activation log."""
+
+    def planted(self: Any, *arguments: Any) -> Any:
+        rows = logged(self, *arguments).clone()
+        if rows.numel():
+            kind = {2: "int16", 4: "int32"}[rows.element_size()]
+            rows.view(getattr(importlib.import_module("torch"), kind)).reshape(-1)[0] ^= 1
+        return rows
+
+    return planted
+
+
+def leak_block(free: Callable[..., None]) -> Callable[..., None]:
+    """One block of those that are given back is not."""
+    hit = hit_now_and_then(5)
+
+    def planted(self: Any, block_ids: Iterable[int]) -> None:
+        blocks = tuple(block_ids)
+        free(self, blocks[:-1] if blocks and hit() else blocks)
+
+    return planted
+
+
+def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
+    """A late answer of an expert node is taken for the answer to what that node was asked last."""
+    asked: dict[int, dict[int, tuple[float, int]]] = {}
+    send = MessageSocket.send
+
+    def remember(self: MessageSocket, message: Message, header: Header) -> None:
+        send(self, message, header)
+        if isinstance(message, Dispatch):
+            rows = message.routing.shape[1]
+            asked.setdefault(id(self), {})[message.call] = (time.monotonic(), rows)
+
+    def planted(self: MessageSocket) -> tuple[Message, Header] | None:
+        received: tuple[Message, Header] | None = receive(self)
+        if received is None:
+            return None
+        answer, header = received
+        if not isinstance(answer, ExpertRows):
+            return received
+        waiting = asked.setdefault(id(self), {})
+        sent_s, _ = waiting.pop(answer.call, (time.monotonic(), 0))
+        if time.monotonic() - sent_s < LATE_S or not waiting:
+            return received
+        call = max(waiting)
+        return replace(answer, call=call, rows=with_num_rows(answer.rows, waiting[call][1])), header
+
+    MessageSocket.send = remember  # type: ignore[method-assign]
+    return planted
+
+
+def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
+    """What a hedge answers counts twice in the sum."""
+
+    def planted(self: Any, part: Any, rows: Any) -> None:
+        take(self, part, rows + rows if part.is_hedge else rows)
+
+    return planted
+
+
+# ---- arrays
+
+
+def with_flipped_bit(frame: TensorFrame) -> TensorFrame:
+    """A float32 frame with the lowest mantissa bit of its first number flipped."""
+    numbers = frame_to_array(frame, "float32", frame.shape, "planted").copy()
+    numbers.view(np.int32).reshape(-1)[0] ^= 1
+    return array_to_frame(numbers)
+
+
+def with_num_rows(frame: TensorFrame, count: int) -> TensorFrame:
+    """A frame [R, D] with another number of rows: cut, or the rows again."""
+    row_bytes = len(memoryview(frame.data).cast("B")) // max(1, frame.shape[0])
+    data = bytes(frame.data)
+    again = data * (-(-count // max(1, frame.shape[0])))
+    return TensorFrame(frame.dtype, (count, *frame.shape[1:]), again[: count * row_bytes])
+
+
+def _is_inner_token(entry: Any) -> bool:
+    """A token that is not the last one of its choice: a stream that never ends would be another bug."""
+    return getattr(entry[1], "finish_reason", "an error") is None
+
+
+# ---- the launcher
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedBug:
+    """Where it is planted."""
+
+    service: str
+    """Whose process it is in."""
+    module: str
+    owner: str
+    function: str
+    plant: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+BUGS = {
+    "dropped_token": PlantedBug("router", "services.router.mesh_engine", "TokenMailbox", "_deliver", drop_token),
+    "doubled_token": PlantedBug("router", "services.router.mesh_engine", "TokenMailbox", "_deliver", double_token),
+    "flipped_logprob_bit": PlantedBug("router", "common.transport", "MessageSocket", "receive", flip_logprob_bit),
+    "flipped_replayed_bit": PlantedBug(
+        "stage", "services.stage.paged_memory", "PagedMemory", "logged", flip_replayed_bit
+    ),
+    "leaked_block": PlantedBug(
+        "router", "services.router.scheduling.block_allocator", "BlockAllocator", "free", leak_block
+    ),
+    "unfenced_late_reply": PlantedBug("stage", "common.transport", "MessageSocket", "receive", take_late_reply),
+    "hedge_counted_twice": PlantedBug("stage", "services.stage.pending_call", "PendingCall", "take", count_hedge_twice),
+}
+
+
+def module_of(name: str) -> dict[str, str]:
+    """What `LocalMesh(modules=...)` is given for a mesh with this bug."""
+    service = BUGS[name].service
+    return {service: f"tests.chaos.planted_bugs {name} services.{service}"}
+
+
+def plant(name: str) -> None:
+    """Into this process. Raises LookupError if the product has no such place."""
+    bug = BUGS[name]
+    owner = getattr(importlib.import_module(bug.module), bug.owner)
+    if not hasattr(owner, bug.function):
+        raise LookupError(f"{name}: {bug.module}.{bug.owner} has no {bug.function}")
+    setattr(owner, bug.function, bug.plant(getattr(owner, bug.function)))
+
+
+if __name__ == "__main__":
+    _, chosen, service_module = sys.argv
+    plant(chosen)
+    sys.argv = [service_module]
+    runpy.run_module(service_module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,116 @@
+"""A build with a planted bug turns the verdict red that speaks of it; the same run of the product as it is does not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.experiment import Experiment, parse_experiment
+from chaos.history import History
+from chaos.local_target import LocalTarget
+from chaos.operations import Reference
+from chaos.runner import Run
+from chaos.verdict import State
+from chaos.verdicts import Judgement, judge
+from compose.tiny_checkpoint import write_tiny_checkpoint
+from tests.chaos.planted_bugs import BUGS, module_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SEED = 4
+BLIP = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [0.1, 0.2]}
+"""Nobody is declared dead for so short a time."""
+LONG_PAUSE = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [2.0, 3.0]}
+KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which verdicts may speak of a bug, and what must happen for it to strike."""
+
+    verdicts: tuple[str, ...]
+    fault: Mapping[str, Any]
+    settings: Mapping[str, str]
+
+
+TOKENS = ("tokens_changed", "logprobs")
+CASES = {
+    "dropped_token": Case(("tokens_lost",), BLIP, {}),
+    "doubled_token": Case(("tokens_doubled",), BLIP, {}),
+    "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
+    "leaked_block": Case(("leaks_mesh",), BLIP, {}),
+    "unfenced_late_reply": Case(TOKENS, LONG_PAUSE, {}),
+    "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
+    "flipped_replayed_bit": Case(TOKENS, KILLED_STAGE, {"RECOVERY": "replay"}),
+}
+
+
+def experiment(case: Case, count: int) -> Experiment:
+    return parse_experiment(
+        {
+            "name": "planted",
+            "load": {
+                "streams": 4,
+                "requests": 4,
+                "max_tokens": 160,
+                "prompt_words": [4, 8],
+                "stop": 0,
+                "two_choices": 0,
+                "penalties": 0,
+            },
+            "timeline": {"count": count, "spacing_s": [0.2, 0.5], "settle_within_s": 30, "faults": [case.fault]},
+            "bounds": {"max_refused": None},
+            "rollback": {"finish_within_s": 60, "quiet_within_s": 5},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("planted") / "tiny")
+
+
+def run(case: Case, model: Path, logs: Path, modules: Mapping[str, str], count: int = 2) -> tuple[History, Run]:
+    settings = {"MODEL": str(model), "PP": "2", "EXPERTS": "2", "COPIES": "2", "KV_CACHE_TOKENS": "16384"}
+    history, started_s = History(), time.monotonic()
+    with LocalTarget({**settings, **case.settings}, logs, modules=modules) as target:
+        made = Run(
+            experiment(case, count), target, "local", SEED, history, lambda: time.monotonic() - started_s, 0.0, print
+        )
+        asyncio.run(made.execute())
+    return history, made
+
+
+def judged(case: Case, history: History, reference: Reference) -> Judgement:
+    return judge(history.events, experiment(case, 2).bounds.bounds(sees_processes=True), reference)
+
+
+@pytest.fixture(scope="module")
+def healthy(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[History, Reference]:
+    """The product as it is, under the mildest of the faults; its undisturbed answers are the truth for all others."""
+    history, made = run(CASES["dropped_token"], model, tmp_path_factory.mktemp("healthy"), {})
+    return history, made.reference
+
+
+def test_the_product_as_it_is_has_none_of_these_bugs(healthy: tuple[History, Reference]) -> None:
+    judgement = judged(CASES["dropped_token"], *healthy)
+    states = {verdict.name: verdict.state for verdict in judgement.verdicts}
+    named = {name for case in CASES.values() for name in case.verdicts}
+    assert {name: states[name] for name in named} == dict.fromkeys(named, State.HELD)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_turns_its_verdict_red(
+    name: str, model: Path, healthy: tuple[History, Reference], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    history, _ = run(case, model, tmp_path / "logs", module_of(name))
+    verdicts = {verdict.name: verdict for verdict in judged(case, history, healthy[1]).verdicts}
+    broken = [verdicts[found].sentence for found in case.verdicts if verdicts[found].state is State.BROKEN]
+    assert broken, [(verdict.name, verdict.state.value, verdict.sentence) for verdict in verdicts.values()]

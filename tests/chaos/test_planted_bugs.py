@@ -1,0 +1,163 @@
+"""Each planted bug alone: it does what its name says, so that a verdict that stays green is the verdict's own fault."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.array import array_to_frame, frame_to_array
+from common.messages import Dispatch, ExpertRows, Header, Message, StepResult
+from common.supervisor import Child, LocalMesh
+from common.transport import MessageSocket
+from services.router.scheduling.block_allocator import BlockAllocator
+from tests.chaos import planted_bugs
+from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
+
+
+@dataclass(frozen=True)
+class Token:
+    number: int
+    finish_reason: str | None = None
+
+
+def delivered(plant: Any, count: int) -> list[int]:
+    """What comes out when so many tokens go in, one a step, the last one with a finish reason."""
+    seen: list[int] = []
+    deliver = plant(lambda self, outcomes: seen.extend(token.number for _, token in outcomes))
+    for number in range(count):
+        deliver(None, [("request", Token(number, "length" if number == count - 1 else None))])
+    return seen
+
+
+def test_a_dropped_token_is_missing_and_the_stream_still_ends() -> None:
+    seen = delivered(planted_bugs.drop_token, EVERY + 2)
+    assert seen == [number for number in range(EVERY + 2) if number != EVERY - 1]
+    assert delivered(planted_bugs.drop_token, 1) == [0]
+
+
+def test_a_doubled_token_comes_twice() -> None:
+    assert delivered(planted_bugs.double_token, EVERY + 2).count(EVERY - 1) == 2
+    assert len(delivered(planted_bugs.double_token, EVERY + 2)) == EVERY + 3
+
+
+def step_result(logprobs: list[float]) -> StepResult:
+    count = len(logprobs)
+    return StepResult(
+        array_to_frame(np.arange(count, dtype=np.int64)),
+        array_to_frame(np.zeros(count, dtype=np.int32)),
+        array_to_frame(np.array(logprobs, dtype=np.float32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.int32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.float32)),
+    )
+
+
+def test_one_bit_of_one_logprob_is_flipped_and_only_now_and_then() -> None:
+    receive = planted_bugs.flip_logprob_bit(lambda self: (step_result([-1.5, -2.5]), Header()))
+    seen = []
+    for _ in range(EVERY):
+        message, _header = receive(None)
+        seen.append(frame_to_array(message.logprobs, "float32", (2,), "logprobs").view(np.int32).tolist())
+    true = np.array([-1.5, -2.5], np.float32).view(np.int32).tolist()
+    assert seen[:-1] == [true] * (EVERY - 1)
+    assert seen[-1] == [true[0] ^ 1, true[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_row_differs_in_one_bit_and_the_log_stays_as_it_is(dtype: torch.dtype) -> None:
+    log = torch.full((3, 4), 0.75, dtype=dtype)
+    replayed = planted_bugs.flip_replayed_bit(lambda self, rows: log)(None, None)
+    assert (replayed != log).sum() == 1
+    assert (log == 0.75).all()
+    assert (replayed - log).abs().max() < 0.01
+
+
+def test_a_leaked_block_never_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockAllocator, "free", planted_bugs.leak_block(BlockAllocator.free))
+    pool = BlockAllocator(10)
+    for _ in range(10):
+        blocks = pool.allocate(2)
+        assert blocks is not None
+        pool.free(blocks)
+    assert pool.num_free == 8
+
+
+def answer(call: int, rows: int, value: float) -> ExpertRows:
+    return ExpertRows(call, array_to_frame(np.full((rows, 2), value, dtype=np.float32)), 0.0, 0.0)
+
+
+def question(call: int, rows: int) -> Dispatch:
+    empty = array_to_frame(np.zeros(0, dtype=np.float32))
+    return Dispatch(call, empty, array_to_frame(np.zeros((3, rows), dtype=np.int32)), empty)
+
+
+def test_a_late_reply_is_taken_for_the_answer_to_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr("tests.chaos.planted_bugs.time.monotonic", lambda: clock.now_s)
+    monkeypatch.setattr(MessageSocket, "send", lambda self, message, header: None)
+    arriving: list[Message] = []
+    receive = planted_bugs.take_late_reply(lambda self: (arriving.pop(0), Header()) if arriving else None)
+    socket: Any = object.__new__(MessageSocket)
+    MessageSocket.send(socket, question(1, 3), Header())
+    clock.now_s = 0.1
+    arriving.append(answer(1, 3, 1.0))
+    assert receive(socket)[0].call == 1
+    MessageSocket.send(socket, question(2, 3), Header())
+    clock.now_s = 1.0
+    MessageSocket.send(socket, question(3, 5), Header())
+    arriving.append(answer(2, 3, 2.0))
+    taken = receive(socket)[0]
+    assert (taken.call, taken.rows.shape) == (3, (5, 2))
+    assert receive(socket) is None
+
+
+def test_rows_are_cut_or_repeated_to_the_number_that_is_needed() -> None:
+    frame = array_to_frame(np.arange(6, dtype=np.float32).reshape(3, 2))
+    shorter = frame_to_array(with_num_rows(frame, 2), "float32", (2, 2), "rows")
+    longer = frame_to_array(with_num_rows(frame, 4), "float32", (4, 2), "rows")
+    assert shorter.tolist() == [[0, 1], [2, 3]]
+    assert longer.tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+
+
+def test_a_hedge_counts_twice_and_other_answers_once() -> None:
+    taken: list[float] = []
+    take = planted_bugs.count_hedge_twice(lambda self, part, rows: taken.append(float(rows.sum())))
+    take(None, SimpleNamespace(is_hedge=False), torch.ones(2))
+    take(None, SimpleNamespace(is_hedge=True), torch.ones(2))
+    assert taken == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_place_of_each_bug_exists(name: str) -> None:
+    bug = BUGS[name]
+    assert hasattr(getattr(importlib.import_module(bug.module), bug.owner), bug.function)
+
+
+def test_the_launcher_runs_the_service_with_the_bug_in_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *module_of("dropped_token")["router"].split()],
+        env={name: value for name, value in os.environ.items() if name != "MODEL"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "MODEL is not set" in done.stderr
+
+
+def test_a_mesh_starts_the_module_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
+    mesh = LocalMesh({}, tmp_path, modules=module_of("leaked_block"))
+    for service in ("router", "stage"):
+        mesh._start(Child(f"{service}-0", f"services.{service}", {}, tmp_path / "log"))
+    assert started[0][1:] == ["-m", "tests.chaos.planted_bugs", "leaked_block", "services.router"]
+    assert started[1][1:] == ["-m", "services.stage"]

@@ -1,0 +1,188 @@
+"""Faults that go through the kernel of this machine, on plain processes: what they say they do, and healed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos.faults.clock_jump import faketime_environment, make_clock_jump
+from chaos.faults.cpu_quota import make_cpu_quota
+from chaos.faults.disk_full import FILLER, make_disk_full, small_disk
+from chaos.faults.memory_limit import make_memory_limit
+from chaos.host_commands import NetworkNamespace, missing
+from chaos.target import TargetError
+from tests.chaos.plain_target import SPIN, PlainTarget, plain_target
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+HOLD_MEMORY = "import time; held = bytearray(b'x' * (40 << 20)); time.sleep(600)"
+WITHIN_S = 15.0
+
+
+@pytest.fixture
+def target() -> Iterator[PlainTarget]:
+    with plain_target() as running:
+        yield running
+
+
+def wait_for(what: str, holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WITHIN_S
+    while not holds():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.01)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def groups(pid: int) -> str:
+    return Path(f"/proc/{pid}/cgroup").read_text()
+
+
+@needs_root
+def test_a_quota_bounds_cpu_time_and_healing_gives_the_process_back(target: PlainTarget, tmp_path: Path) -> None:
+    node = target.run("stage-0", "stage", "while True: pass", {}, tmp_path)
+    fault = make_cpu_quota({"percent": 10.0})
+    if reason := fault.unavailable(target):
+        pytest.skip(reason)
+    before = groups(node.pid)
+    fault.apply(target, [node])
+    try:
+        assert groups(node.pid) != before
+        start = cpu_seconds(node.pid)
+        time.sleep(1.0)
+        assert cpu_seconds(node.pid) - start <= 0.2
+    finally:
+        fault.heal(target)
+    assert groups(node.pid) == before
+    start = cpu_seconds(node.pid)
+    wait_for("the process is as slow as before", lambda: cpu_seconds(node.pid) - start > 0.5)
+    fault.heal(target)
+
+
+@needs_root
+def test_out_of_memory_the_kernel_kills_the_node_and_nobody_else(target: PlainTarget, tmp_path: Path) -> None:
+    node = target.run("expert-0", "expert", HOLD_MEMORY, {}, tmp_path)
+    other = target.run("expert-1", "expert", HOLD_MEMORY, {}, tmp_path)
+    fault = make_memory_limit({})
+    if reason := fault.unavailable(target):
+        pytest.skip(reason)
+    process = target.processes[node.name][1]
+    fault.apply(target, [node])
+    try:
+        assert process.wait(WITHIN_S) == -signal.SIGKILL
+    finally:
+        fault.heal(target)
+    assert [left.name for left in target.nodes()] == [other.name]
+    assert not list(Path("/sys/fs/cgroup").glob("*/moemesh-chaos-*"))
+
+
+@needs_root
+def test_a_full_disk_refuses_writes_until_it_is_healed(target: PlainTarget, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "state", size_mib=4) as folder:
+        node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, Path("/"))
+        fault = make_disk_full({})
+        wait_for("the process has started", lambda: fault.unavailable(target) == "")
+        (folder / "journal").write_bytes(b"before")
+        fault.apply(target, [node])
+        with pytest.raises(OSError, match="No space left"), (folder / "more").open("wb") as file:
+            file.write(bytes(8192))
+        assert (folder / "journal").read_bytes() == b"before"
+        target.processes[node.name][1].kill()
+        fault.heal(target)
+        assert not (folder / FILLER).exists()
+        (folder / "more").write_bytes(bytes(8192))
+        fault.heal(target)
+
+
+@needs_root
+def test_a_disk_can_be_left_with_a_little(target: PlainTarget, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "state", size_mib=4) as folder:
+        node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, Path("/"))
+        fault = make_disk_full({"left_kib": 64})
+        wait_for("the process has started", lambda: fault.unavailable(target) == "")
+        fault.apply(target, [node])
+        try:
+            status = os.statvfs(folder)
+            assert 0 < status.f_bavail * status.f_frsize <= 64 << 10
+        finally:
+            fault.heal(target)
+
+
+def test_a_large_disk_is_never_filled(target: PlainTarget) -> None:
+    folder = Path(__file__).parent
+    status = os.statvfs(folder)
+    if status.f_blocks * status.f_frsize <= 1 << 30:
+        pytest.skip("the disk of this checkout is a small one")
+    node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, folder)
+    fault = make_disk_full({})
+    wait_for("the reason", lambda: "only one of at most" in fault.unavailable(target))
+    with pytest.raises(TargetError, match="only one of at most"):
+        fault.apply(target, [node])
+    fault.heal(target)
+    assert not (folder / FILLER).exists()
+
+
+def test_a_clock_jumps_and_comes_back(target: PlainTarget, tmp_path: Path) -> None:
+    try:
+        environment = faketime_environment(tmp_path / "offset")
+    except TargetError as error:
+        pytest.skip(str(error))
+    program = (
+        "import sys, time\nwhile True: open('now', 'w').write(f'{time.time()} {time.monotonic()}'); time.sleep(0.02)"
+    )
+    node = target.run("router-0", "router", program, environment, tmp_path)
+
+    def offset_s() -> float:
+        try:
+            return float((tmp_path / "now").read_text().split()[0]) - time.time()
+        except (OSError, IndexError):
+            return float("nan")
+
+    wait_for("the clock is right at first", lambda: abs(offset_s()) < 5)
+    fault = make_clock_jump({"offset_s": 3600})
+    assert fault.unavailable(target) == ""
+    fault.apply(target, [node])
+    wait_for("the clock has jumped", lambda: abs(offset_s() - 3600) < 5)
+    assert abs(float((tmp_path / "now").read_text().split()[1]) - time.monotonic()) < 5
+    fault.heal(target)
+    wait_for("the clock is right again", lambda: abs(offset_s()) < 5)
+
+
+def test_a_clock_that_cannot_jump_says_why(target: PlainTarget, tmp_path: Path) -> None:
+    target.run("router-0", "router", SPIN, {"LD_PRELOAD": ""}, tmp_path)
+    fault = make_clock_jump({})
+    wait_for("the reason", lambda: fault.unavailable(target) == "router-0 was not started under libfaketime")
+
+
+def test_the_harness_itself_has_no_network_namespace_to_hurt() -> None:
+    with pytest.raises(TargetError, match="no network namespace of its own"):
+        NetworkNamespace(os.getpid()).run("ip", "link", "show")
+
+
+@needs_root
+def test_addresses_and_interfaces_of_a_namespace_are_read_without_loopback() -> None:
+    if reason := missing("unshare", "nsenter", "ip"):
+        pytest.skip(reason)
+    script = (
+        "ip link add one type dummy && ip addr add 10.9.8.7/24 dev one && ip link set one up && echo up && sleep 600"
+    )
+    with subprocess.Popen(["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"up\n":
+                pytest.skip("this kernel has no dummy interfaces")
+            namespace = NetworkNamespace(process.pid)
+            assert namespace.interfaces() == ("one",)
+            assert namespace.addresses() == ("10.9.8.7",)
+        finally:
+            process.kill()
+    assert not namespace.exists
+    assert namespace.run_if_there("ip", "link", "show") == ""
