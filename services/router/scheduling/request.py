@@ -20,6 +20,9 @@ MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
 
 
+UNDISTURBED = RecoveryCounts(0, 0, 0)
+
+
 class RequestState(StrEnum):
     """Where a request is in its life."""
 
@@ -184,7 +187,7 @@ class Request:
             sampled.top,
             finish_reason,
             sampled.degraded,
-            recovery if finish_reason is not None else None,
+            recovery if finish_reason is not None or recovery != UNDISTURBED else None,
         )
 
     def cancel(self) -> None:

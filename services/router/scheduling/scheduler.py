@@ -21,6 +21,7 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
+from services.router.scheduling.adopting import adopt_held
 from services.router.scheduling.invariants import check_scheduler
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
@@ -143,7 +144,9 @@ class Scheduler:
         if schedule is None:
             schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self.settings)
         if held is not None:
-            self._adopt(schedule, held)
+            adopted = adopt_held(schedule, held, self._waiting)
+            self._waiting = [request for request in self._waiting if request not in adopted]
+            self.counters.requests_adopted += len(adopted)
         schedule.resume(generation, kv_marks)
         schedule.last_answer_s = schedule.last_work_s = now_s
         self._pipelines[pipeline] = schedule
@@ -296,21 +299,6 @@ class Scheduler:
 
     def _schedules(self) -> list[PipelineSchedule]:
         return [*self._pipelines.values(), *self._suspended.values()]
-
-    def _adopt(self, schedule: PipelineSchedule, held: HeldCache) -> None:
-        """Requests that a router before this one ran here go on with the cache that the stages still have."""
-        schedule.held_releases.extend(SequenceId(number) for number in held.released)
-        owners = {
-            request.held_sequence_id: request for request in self._waiting if request.held_sequence_id is not None
-        }
-        for number, sequence in held.sequences.items():
-            sequence_id = SequenceId(number)
-            request = owners.get(sequence_id)
-            if request is not None and schedule.adopt(request, sequence, sequence_id, held.mark):
-                self._waiting.remove(request)
-                self.counters.requests_adopted += 1
-            else:
-                schedule.held_releases.append(sequence_id)
 
     def _admit_waiting(self, now_s: float) -> None:
         """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that

@@ -1,0 +1,221 @@
+"""Node <-> router, control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.messages.frames import NO_ARRAY, TensorFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Node -> router: I exist. Answer: Welcome or Failed."""
+
+    node_id: str
+    incarnation: int
+    node_kind: str
+    capacity_bytes: int
+    host_label: str
+    numeric_class: str
+    fingerprint: str
+    endpoints: tuple[str, ...]
+    lifeline: tuple[str, ...]
+    ipc_token: str
+    held_slot: tuple[int, ...] = ()
+    """What a stage holds from a router before this one: pipeline, slot, slots of the pipeline, first layer, stop layer,
+    lease term, KV blocks, last step. Empty: nothing."""
+    held_sequences: TensorFrame = NO_ARRAY
+    """int64 [N, 3]: sequence id, positions whose K and V are there, blocks."""
+    held_blocks: TensorFrame = NO_ARRAY
+    """int32 [*]: KV block ids, in order of `held_sequences`."""
+    held_shards: TensorFrame = NO_ARRAY
+    """uint8 [L, E, S]: what an expert node holds; [0] before it was told how experts are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Router -> node: you are registered; these settings hold for the whole mesh."""
+
+    heartbeat_interval_ms: int
+    dtype: str
+    combine: str
+    block_tokens: int
+    num_slices: int
+    call_deadline_ms: int
+    expert_loss: str = "wait"
+    """`wait` for an expert shard that nobody can be asked for, or `degrade`: go on without it."""
+    degrade_after_ms: int = 500
+    """How long `degrade` waits first."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignStage:
+    """Router -> stage: hold this slot. Answer: StageReady or Failed. Repeated with a new generation when the pipeline
+    changed elsewhere: weights, K and V and the activation log stay, steps in flight are forgotten."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    first_layer: int
+    stop_layer: int
+    lease_term: int
+    num_blocks: int
+    downstream: tuple[str, ...]
+    """Endpoints of the next slot's data socket; of the router's results socket for the last slot."""
+    downstream_ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unassign:
+    """Router -> stage: leave your slot and become a spare. Not answered."""
+
+    lease_term: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageReady:
+    """Stage -> router: loaded, self-tested, connected downstream, for the header's generation."""
+
+    pipeline: int
+    slot: int
+    lease_term: int
+    weight_bytes: int
+    kv_bytes: int
+    kv_mark: int = 0
+    """The paged memory holds what all steps up to this one have written; 0: it is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssignMirror:
+    """Router -> spare stage: load a slot's layers and keep a copy of its holder's paged memory. Answers: MirrorReady
+    when it may be sent to, and again once the copy is complete; or Failed."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    first_layer: int
+    stop_layer: int
+    lease_term: int
+    """Of the slot's holder."""
+    num_blocks: int
+    primary: tuple[str, ...]
+    """Data endpoints of the holder, for acknowledgements."""
+    primary_ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorReady:
+    """Mirror -> router."""
+
+    pipeline: int
+    slot: int
+    lease_term: int
+    is_complete: bool
+    """Every block that was in use has come; false also where the stream of rows broke and must begin anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorTo:
+    """Router -> stage: send your paged memory, and from then on each row, to this node. Not answered."""
+
+    lease_term: int
+    node_id: str
+    endpoints: tuple[str, ...]
+    """Empty: to nobody any more."""
+    ipc_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssignShards:
+    """Router -> expert node: hold exactly these shards. Answers: ShardsReady, or Failed for what cannot be."""
+
+    version: int
+    shards: TensorFrame
+    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert, 2 where nobody else can be asked for it:
+    those are loaded first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsReady:
+    """Expert node -> router: what is loaded and self-tested now."""
+
+    version: int
+    complete: bool
+    """Nothing of `version` is missing."""
+    shards: TensorFrame
+    """uint8 [L, E, S]."""
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishPlacement:
+    """Router -> stage: who holds which shards, ready to be asked. Advisory. Parallel tuples, one entry a node."""
+
+    version: int
+    node_ids: tuple[str, ...]
+    incarnations: tuple[int, ...]
+    endpoints: tuple[str, ...]
+    """Each node's endpoints, as `join_endpoints` joins them."""
+    ipc_tokens: tuple[str, ...]
+    numeric_classes: tuple[str, ...]
+    copies: TensorFrame
+    """uint8 [nodes, L, E, S]: 0 not there, else 1 + place in the shard's ordered list of copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Node -> router: I am here, and this is what I have done. Not answered."""
+
+    busy_seconds: float
+    """Time spent computing since start."""
+    steps: int
+    """Steps (stage) or expert calls (expert node) answered since start."""
+    rows: int
+    """Token rows (stage) or expert rows (expert node) computed since start."""
+    queued: int
+    """Waiting now."""
+    dropped: int
+    """Messages of an old term, generation or attempt dropped since start. Expert node: also calls that nobody waited
+    for any more."""
+    bytes_sent: int
+    """On all data sockets since start."""
+    hop_bytes: int
+    """Stage: sent towards expert nodes since start. Expert node: sent as answers."""
+    hop_seconds: float
+    """Stage: from an expert call to its whole sum, over all calls since start. Expert node: time queued."""
+    hops: int
+    """Calls in `hop_seconds`."""
+    resent: int
+    """Stage: expert calls repeated on another copy since start."""
+    hedged: int = 0
+    """Stage: expert calls asked of a further copy since start, because the first one was late."""
+    hedge_wins: int = 0
+    """Stage: those of them that answered first."""
+    late: int = 0
+    """Stage: answers of expert nodes that were not used any more. Expert node: calls that were taken back in time."""
+    suspicions: int = 0
+    """Stage: how often an expert node was taken to hang."""
+    degraded_rows: int = 0
+    """Stage: token rows of a layer that went on without one of their experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Node -> router: I am asked to stop; give my work to others. Answer: LeaveAcknowledged when that is done."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveAcknowledged:
+    """Router -> node: nobody will ask you for anything any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Either way: what was asked for cannot be done. `code` is that of an error leaf (`common/errors.py`)."""
+
+    code: str
+    message: str
+    call: int = 0
+    """Of the Dispatch that failed; 0 otherwise."""
