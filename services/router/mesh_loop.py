@@ -361,6 +361,8 @@ class MeshLoop:
             placement_version=self._experts.version,
             missing_copies=self._experts.missing_copies,
             generations={p: pipeline.generation for p, pipeline in self._stages.pipelines.items()},
+            complete_mirrors=self._stages.mirrors.num_complete,
+            suspended_pipelines=self._stages.num_suspended,
         )
 
     def _readiness(self, scheduler: SchedulerSnapshot, now_s: float) -> Readiness:

@@ -40,6 +40,12 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_tokens_planned", "Tokens computed by pipelines, prefill and decode", counters.tokens_planned),
         ("moemesh_tokens_generated", "Tokens sampled", counters.tokens_generated),
         ("moemesh_tokens_recomputed", "Cached tokens given up and computed again", counters.tokens_recomputed),
+        ("moemesh_tokens_replayed", "Cached tokens rebuilt on one slot's new holder", counters.tokens_replayed),
+        (
+            "moemesh_requests_adopted",
+            "Requests that kept their cache over a router's restart",
+            counters.requests_adopted,
+        ),
         ("moemesh_preemptions", "Requests sent back to the queue for want of KV blocks", counters.preemptions),
         ("moemesh_failed_steps", "Steps that a stage could not do", counters.failed_steps),
         ("moemesh_dropped_results", "Results of an old generation or attempt", counters.dropped_results),
@@ -56,6 +62,12 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
     yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
     yield GaugeMetricFamily("moemesh_missing_copies", "Safety copies of experts without room", status.missing_copies)
+    yield GaugeMetricFamily(
+        "moemesh_mirrors_complete", "Slots whose mirror could take over now", status.complete_mirrors
+    )
+    yield GaugeMetricFamily(
+        "moemesh_pipelines_suspended", "Pipelines that wait for a holder", status.suspended_pipelines
+    )
     generations = GaugeMetricFamily("moemesh_pipeline_generation", "Grows when assigned anew", labels=["pipeline"])
     for pipeline, generation in sorted(status.generations.items()):
         generations.add_metric([str(pipeline)], generation)

@@ -90,6 +90,10 @@ class MeshStatus:
     placement_version: int
     missing_copies: int
     generations: Mapping[PipelineId, Generation]
+    complete_mirrors: int = 0
+    """Slots whose mirror could take over at once."""
+    suspended_pipelines: int = 0
+    """Pipelines that wait for a holder with their requests' blocks."""
 
     @staticmethod
     def starting(detail: str) -> MeshStatus:

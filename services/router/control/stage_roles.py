@@ -81,6 +81,11 @@ class StageRoles:
         """Pipelines that take steps."""
         return sum(pipeline.is_open for pipeline in self._pipelines.values())
 
+    @property
+    def num_suspended(self) -> int:
+        """Pipelines that wait for a holder with their requests' blocks."""
+        return sum(pipeline.has_pool and not pipeline.is_open for pipeline in self._pipelines.values())
+
     def slot_of(self, node_id: NodeId) -> StageSlot | None:
         """The slot that a node holds, or None for a spare."""
         for pipeline_id, pipeline in self._pipelines.items():
