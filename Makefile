@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint type fmt bench bench-parity load-test demo-model demo-eval lock clean
+.PHONY: help setup run test lint type fmt bench bench-parity load-test chaos demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
+	@echo 'make chaos         20 faults on a mesh of this machine under load: was anything lost? (CHAOS_ARGS="--seed 2")'
 	@echo 'make demo-model    train the demo model anew (an hour on two cores; goes on where it stopped)'
 	@echo 'make demo-eval     held-out questions to the demo model through a mesh, accuracy by task'
 	@echo 'make lock          resolve the ranges of pyproject.toml anew into requirements.lock'
@@ -56,6 +57,9 @@ bench-parity: $(STAMP)
 
 load-test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m load $(PYTEST_ARGS)
+
+chaos: $(STAMP)
+	$(VENV)/bin/moemesh chaos run $(CHAOS_ARGS)
 
 demo-model: $(STAMP)
 	$(VENV_PYTHON) -m compose.demo.train $(DEMO_RUN) $(DEMO_ARGS)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh 
 OUTPUT = Path("chaos-report")
 
 
+class Timing(StrEnum):
+    """What verdicts on times are for."""
+
+    JUDGE = "judge"
+    REPORT = "report"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Of one run."""
@@ -38,6 +46,7 @@ class Options:
     against: str
     output: Path
     reference: Path | None
+    judges_timing: bool = True
 
 
 def _print_faults() -> None:
@@ -54,13 +63,16 @@ def run(
     against: Annotated[str, typer.Option(help="URL of a deployment that runs already")] = "",
     output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
     reference: Annotated[Path | None, typer.Option(help="answers of another run; written if it is not there")] = None,
+    timing: Annotated[
+        Timing, typer.Option(help="whether stalls and other times count, or are only reported (a busy machine)")
+    ] = Timing.JUDGE,
     list_faults: Annotated[bool, typer.Option("--list-faults", help="show the kinds of faults and end")] = False,
 ) -> None:
     """Exit status 0: all held; 1: something is broken; 2: could not run; 3: not known."""
     if list_faults:
         _print_faults()
         return
-    raise typer.Exit(run_suite(Options(target, suite, seed, against, output, reference)))
+    raise typer.Exit(run_suite(Options(target, suite, seed, against, output, reference, timing is Timing.JUDGE)))
 
 
 @app.command("judge")
@@ -76,7 +88,7 @@ def judge_again(
         experiment = read_experiment(suite)
     except (OSError, HistoryError, ExperimentError) as error:
         raise typer.Exit(_complain(error)) from None
-    raise typer.Exit(_report(History(events), experiment, True, output, None))
+    raise typer.Exit(_report(History(events), experiment, True, output, None, True))
 
 
 def run_suite(options: Options) -> int:
@@ -111,7 +123,7 @@ def _run_on(target: Target, options: Options, experiment: Experiment, history: H
     )
     asyncio.run(_execute(made))
     reference = _oracle(made, options.reference)
-    return _report(history, experiment, made.sees_processes, options.output, reference)
+    return _report(history, experiment, made.sees_processes, options.output, reference, options.judges_timing)
 
 
 async def _execute(made: Run) -> None:
@@ -138,7 +150,12 @@ def _oracle(made: Run, path: Path | None) -> Reference | None:
 
 
 def _report(
-    history: History, experiment: Experiment, sees_processes: bool, output: Path, reference: Reference | None
+    history: History,
+    experiment: Experiment,
+    sees_processes: bool,
+    output: Path,
+    reference: Reference | None,
+    judges_timing: bool,
 ) -> int:
     report = Report(history.events, judge(history.events, experiment.bounds.bounds(sees_processes), reference))
     output.mkdir(parents=True, exist_ok=True)
@@ -146,7 +163,7 @@ def _report(
     for verdict in report.judgement.verdicts:
         print(f"{verdict.state.value:8} {verdict.name:16} {verdict.sentence}")
     print(f"{report.title}; {output / 'report.html'}")
-    return EXIT_STATUS[report.judgement.state]
+    return EXIT_STATUS[report.judgement.state if judges_timing else report.judgement.untimed_state]
 
 
 def _complain(error: object) -> int:

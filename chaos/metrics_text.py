@@ -29,7 +29,7 @@ def is_whole(now: dict[str, float], before: dict[str, float]) -> bool:
     is not asked for."""
     if now.get("moemesh_ready", 1.0) != 1.0:
         return False
-    enough = ("moemesh_nodes", "moemesh_pipelines_open")
+    enough = ("moemesh_nodes", "moemesh_pipelines_open", "moemesh_mirrors_complete")
     if any(now.get(name, 0.0) < before[name] for name in enough if name in before):
         return False
     missing = "moemesh_missing_copies"

@@ -33,6 +33,10 @@ class Bounds:
     sees_processes: bool = True
 
 
+TIMED = frozenset({"stalls", "first_tokens", "recovery", "throughput"})
+"""Verdicts that measure time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """All verdicts of a run and the figures behind them."""
@@ -48,6 +52,11 @@ class Judgement:
     @property
     def state(self) -> State:
         return worst(verdict.state for verdict in self.verdicts)
+
+    @property
+    def untimed_state(self) -> State:
+        """Without what depends on how fast and how busy the machine is."""
+        return worst(verdict.state for verdict in self.verdicts if verdict.name not in TIMED)
 
 
 def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None = None) -> Judgement:

@@ -146,11 +146,12 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.
-        await requests.restore(journalled)
-        if journalled:
-            log.info("requests_restored", number=len(journalled))
+        await requests.restore([request for request in journalled if request.ended_s is None])
         # Only now: stages that are back hand their cache to requests that are in line.
         thread.start()
+        await requests.restore([request for request in journalled if request.ended_s is not None])
+        if journalled:
+            log.info("requests_restored", number=len(journalled))
         if not should_stop():
             await server.serve(sockets=[listener])
     finally:

@@ -11,33 +11,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from compose.tiny_checkpoint import TinySizes, write_tiny_checkpoint
-from tests.support.mesh_client import Answer, Ask
+from tests.support.fault_runs import asks, metric, pid_of, run_through
+from tests.support.mesh_client import Answer
 from tests.support.metrics_text import read_metrics
 from tests.support.process_table import is_alive
 from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.streams import RunningStreams, Stream
+from tests.support.streams import RunningStreams
 from tests.support.waiting import wait_until
 
-TOKENS = 400
 PAUSE_S = 3.0
 MAX_GAP_S = 5.0
 """Far above what is promised: a machine that is busy with something else must not fail the test."""
 READY_AGAIN_WITHIN_S = 90
 
 
-def asks() -> list[Ask]:
-    greedy = [Ask((3 + number, 70, 80), TOKENS, ignore_eos=True) for number in range(4)]
-    sampled = [Ask((9 + number, 7), TOKENS, temperature=1.0, seed=11 + number, ignore_eos=True) for number in range(4)]
-    return greedy + sampled
+run_fault = partial(run_through, max_gap_s=MAX_GAP_S)
 
 
 @pytest.fixture(scope="module")
@@ -74,48 +70,8 @@ def settle(mesh: ServedMesh) -> None:
             version, since_s = now, time.monotonic()
 
 
-def metric(mesh: ServedMesh, name: str) -> float:
-    return read_metrics(mesh.client.get("/metrics").text).value(name)
-
-
-def pid_of(mesh: ServedMesh, name: str) -> int:
-    process = mesh.local.children[name].process
-    assert process is not None
-    return process.pid
-
-
-@contextmanager
-def answers_under_way(mesh: ServedMesh) -> Iterator[list[Answer]]:
-    """Whole answers with log-probabilities, asked for beside the streams."""
-    answers: list[Answer] = []
-    with ThreadPoolExecutor(len(asks())) as pool:
-        futures = [pool.submit(mesh.client.ask, ask) for ask in asks()]
-        yield answers
-        answers.extend(future.result() for future in futures)
-
-
-def longest_gap_s(streams: list[Stream], since_s: float) -> float:
-    return max(stream.longest_silence_s(since_s) for stream in streams)
-
-
-def run_through(mesh: ServedMesh, undisturbed: list[Answer], what: str, fault: Callable[[], None]) -> None:
-    """Load, a fault in the middle of it, and nothing else than without."""
-    with answers_under_way(mesh) as answers, RunningStreams(mesh.local.url, mesh.client.model, asks()) as running:
-        wait_until(lambda: all(len(stream.token_ids) > 20 for stream in running.streams), 60, "tokens on every stream")
-        began_s = time.monotonic()
-        fault()
-    assert all(len([at for at in stream.arrivals_s if at > began_s]) > 20 for stream in running.streams), "work in hand"
-    gap_s = longest_gap_s(running.streams, began_s)
-    print(f"\n{what}: longest gap {gap_s * 1000:.0f} ms")
-    for stream, expected in zip(running.streams, undisturbed, strict=True):
-        assert (stream.broke_off, stream.error) == ("", None), what
-        assert tuple(stream.token_ids) == expected.token_ids, what
-    assert answers == undisturbed, "tokens and log-probabilities"
-    assert gap_s < MAX_GAP_S
-
-
 def test_without_a_fault_streams_say_what_whole_answers_say(well: ServedMesh, undisturbed: list[Answer]) -> None:
-    run_through(well, undisturbed, "no fault", lambda: None)
+    run_fault(well, undisturbed, "no fault", lambda: None)
 
 
 @pytest.mark.parametrize("name", ["expert-0", "expert-1"])
@@ -130,7 +86,7 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
         wake.start()
 
     try:
-        run_through(well, undisturbed, f"{name} paused", pause)
+        run_fault(well, undisturbed, f"{name} paused", pause)
     finally:
         wake.join()
     assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
@@ -144,12 +100,12 @@ def test_a_short_pause_is_hedged_and_nobody_is_declared_dead(well: ServedMesh, u
         time.sleep(0.35)
         os.kill(pid, signal.SIGCONT)
 
-    run_through(well, undisturbed, "expert-0 paused for 0.35 s", pause)
+    run_fault(well, undisturbed, "expert-0 paused for 0.35 s", pause)
     assert is_alive(pid)
 
 
 def test_a_killed_expert_node_costs_nothing_but_a_moment(well: ServedMesh, undisturbed: list[Answer]) -> None:
-    run_through(well, undisturbed, "expert-0 killed", lambda: os.kill(pid_of(well, "expert-0"), signal.SIGKILL))
+    run_fault(well, undisturbed, "expert-0 killed", lambda: os.kill(pid_of(well, "expert-0"), signal.SIGKILL))
 
 
 def test_an_expert_node_that_is_told_to_stop_hands_over_and_leaves_with_status_0(
@@ -157,7 +113,7 @@ def test_an_expert_node_that_is_told_to_stop_hands_over_and_leaves_with_status_0
 ) -> None:
     process = well.local.children["expert-1"].process
     assert process is not None
-    run_through(well, undisturbed, "expert-1 told to stop", lambda: os.kill(process.pid, signal.SIGTERM))
+    run_fault(well, undisturbed, "expert-1 told to stop", lambda: os.kill(process.pid, signal.SIGTERM))
     wait_until(lambda: process.poll() is not None, 20, "the end of the process")
     assert process.returncode == 0
 
@@ -168,7 +124,7 @@ def test_shards_that_only_a_killed_node_held_are_loaded_elsewhere_while_the_step
     model = write_tiny_checkpoint(tmp_path / "tiny")
     with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "1"}) as alone:
         expected = alone.client.ask_all(asks())
-        run_through(alone, expected, "only holder killed", lambda: os.kill(pid_of(alone, "expert-0"), signal.SIGKILL))
+        run_fault(alone, expected, "only holder killed", lambda: os.kill(pid_of(alone, "expert-0"), signal.SIGKILL))
         assert metric(alone, "moemesh_failed_steps_total") == 0, "inside the step"
 
 

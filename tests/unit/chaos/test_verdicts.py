@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from chaos.fault_outcomes import Throughput
 from chaos.history import (
     Abandoned,
     ChoiceFinished,
@@ -27,8 +28,8 @@ from chaos.history import (
 )
 from chaos.operations import ExpectedChoice, read_operations, reference_of
 from chaos.target import Node
-from chaos.verdict import State, percentile, worst
-from chaos.verdicts import Bounds, Judgement, bound_for, judge
+from chaos.verdict import State, Verdict, percentile, worst
+from chaos.verdicts import TIMED, Bounds, Judgement, bound_for, judge
 from tests.support.chaos_histories import (
     FAULT_S,
     FAULTS_BEGIN_S,
@@ -329,6 +330,19 @@ def test_the_worst_state_counts() -> None:
     assert worst([State.HELD, State.UNKNOWN, State.BROKEN]) is State.BROKEN
     assert worst([State.HELD]) is State.HELD
     assert worst([]) is State.UNKNOWN
+
+
+def test_times_can_be_left_out_of_the_outcome_and_nothing_else_can() -> None:
+    verdicts = [Verdict(name, State.HELD, "") for name in sorted(TIMED)] + [Verdict("tokens_lost", State.HELD, "")]
+
+    def judged(**broken: State) -> Judgement:
+        changed = tuple(replace(verdict, state=broken.get(verdict.name, verdict.state)) for verdict in verdicts)
+        return Judgement(changed, (), (), Throughput(0, 0, 0, 0), 0.0, "", "")
+
+    late = judged(stalls=State.BROKEN)
+    assert (late.state, late.untimed_state) == (State.BROKEN, State.HELD)
+    lost = judged(tokens_lost=State.BROKEN)
+    assert (lost.state, lost.untimed_state) == (State.BROKEN, State.BROKEN)
 
 
 def test_percentiles_are_by_nearest_rank() -> None:
