@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,14 +52,16 @@ class Ends:
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with LinkProxy(lambda host, at: "expert" if at == port else "stage") as proxy:
+    ports: set[int] = set()
+    with LinkProxy(lambda host, port: "expert" if port in ports else "stage") as proxy:
         damaged: list[ProtocolError] = []
         transport = Transport(SocketLimits(socks_proxy=proxy.address), lambda name, error: damaged.append(error))
         try:
-            expert = transport.router("calls", [f"tcp://127.0.0.1:{port}"])
-            stage = transport.dealer("calls", f"tcp://127.0.0.1:{port}", identity=b"stage")
+            # A port that the system gives to this socket: one that was looked for before may be taken since.
+            expert = transport.router("calls", ["tcp://127.0.0.1:*"])
+            (endpoint,) = expert.endpoints
+            ports.add(int(endpoint.rpartition(":")[2]))
+            stage = transport.dealer("calls", endpoint, identity=b"stage")
             yield Ends(proxy, stage, expert, damaged)
         finally:
             transport.close()
@@ -82,12 +83,17 @@ def test_a_delay_delays_and_keeps_the_order_and_ends(ends: Ends) -> None:
     for number in range(5):
         ends.ask(str(number))
     assert ends.heard(5) == ["0", "1", "2", "3", "4"]
-    assert 0.15 <= time.monotonic() - started_s < 1.0
+    assert time.monotonic() - started_s >= 0.15
     ends.proxy.remove(rules)
+    # The quickest of several: the machine may be busy, the rule may not hold.
+    assert min(seconds_until_heard(ends) for _ in range(10)) < 0.1
+
+
+def seconds_until_heard(ends: Ends) -> float:
     started_s = time.monotonic()
     ends.ask("after")
     assert ends.heard(1) == ["after"]
-    assert time.monotonic() - started_s < 0.15
+    return time.monotonic() - started_s
 
 
 def test_what_is_sent_into_a_short_stall_arrives_when_it_ends(ends: Ends) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos.cuts import AddressRefusal, Refusal, flows, make_cut, with_addresses
@@ -23,6 +23,7 @@ def test_a_cut_pair_still_reaches_everybody_else() -> None:
     assert dead == {("stage-0", "stage-1"), ("stage-1", "stage-0")}
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(NODES), min_size=1, max_size=4))
 def test_halves_lie_on_both_sides_and_each_half_is_whole(victims: set[str]) -> None:
     dead = flows(make_cut("halves", sorted(victims), NODES))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos.zmtp_frames import (
@@ -28,6 +28,7 @@ def stream_of(parts: list[Message | bytes]) -> bytes:
     return GREETING + b"".join(part if isinstance(part, bytes) else write_message(part) for part in parts)
 
 
+@settings(deadline=None)
 @given(passages, st.randoms(use_true_random=False))
 def test_a_stream_cut_anywhere_gives_back_its_messages_and_its_bytes(
     parts: list[Message | bytes], draw: random.Random
@@ -43,6 +44,7 @@ def test_a_stream_cut_anywhere_gives_back_its_messages_and_its_bytes(
     assert stream.rest() == b""
 
 
+@settings(deadline=None)
 @given(passages, st.integers(1, 60))
 def test_what_is_unfinished_waits_and_is_not_lost(parts: list[Message | bytes], missing: int) -> None:
     data = stream_of(parts)[:-missing]
@@ -57,6 +59,7 @@ def test_a_frame_too_long_to_be_one_is_passed_on_as_it_is() -> None:
     assert b"".join(passage.raw for passage in stream.feed(data) + stream.feed(b"more")) == data + b"more"
 
 
+@settings(deadline=None)
 @given(messages, st.randoms(use_true_random=False))
 def test_corruption_flips_exactly_one_bit_and_keeps_the_lengths(message: Message, draw: random.Random) -> None:
     damaged = corrupt(message, draw)
@@ -69,6 +72,7 @@ def test_corruption_flips_exactly_one_bit_and_keeps_the_lengths(message: Message
     assert flipped == (1 if any(message) else 0)
 
 
+@settings(deadline=None)
 @given(messages, st.randoms(use_true_random=False))
 def test_truncation_shortens_the_last_frame_that_has_bytes(message: Message, draw: random.Random) -> None:
     damaged = truncate(message, draw)
@@ -77,6 +81,7 @@ def test_truncation_shortens_the_last_frame_that_has_bytes(message: Message, dra
     assert sum(map(len, damaged)) < sum(map(len, message)) or not any(message)
 
 
+@settings(deadline=None)
 @given(st.lists(messages, max_size=12), st.integers())
 def test_reordering_loses_and_doubles_nothing(sent: list[Message], seed: int) -> None:
     damage = FrameDamage("reorder", 0.5, seed)
