@@ -101,29 +101,28 @@ def leak_block(free: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
-    """A late answer of an expert node is taken for the answer to what that node was asked last."""
-    asked: dict[int, dict[int, tuple[float, int]]] = {}
+    """A late answer of an expert node is taken for the answer to another call: the next that is answered."""
+    sent_s: dict[int, float] = {}
+    late: list[TensorFrame] = []
     send = MessageSocket.send
 
     def remember(self: MessageSocket, message: Message, header: Header) -> None:
         send(self, message, header)
         if isinstance(message, Dispatch):
-            rows = message.routing.shape[1]
-            asked.setdefault(id(self), {})[message.call] = (time.monotonic(), rows)
+            sent_s[message.call] = time.monotonic()
 
     def planted(self: MessageSocket) -> tuple[Message, Header] | None:
         received: tuple[Message, Header] | None = receive(self)
-        if received is None:
-            return None
+        if received is None or not isinstance(received[0], ExpertRows):
+            return received
         answer, header = received
-        if not isinstance(answer, ExpertRows):
+        assert isinstance(answer, ExpertRows)
+        if time.monotonic() - sent_s.pop(answer.call, time.monotonic()) >= LATE_S:
+            late.append(answer.rows)
             return received
-        waiting = asked.setdefault(id(self), {})
-        sent_s, _ = waiting.pop(answer.call, (time.monotonic(), 0))
-        if time.monotonic() - sent_s < LATE_S or not waiting:
-            return received
-        call = max(waiting)
-        return replace(answer, call=call, rows=with_num_rows(answer.rows, waiting[call][1])), header
+        if late:
+            answer = replace(answer, rows=with_num_rows(late.pop(), answer.rows.shape[0]))
+        return answer, header
 
     MessageSocket.send = remember  # type: ignore[method-assign]
     return planted

@@ -27,6 +27,8 @@ SEED = 4
 BLIP = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [0.1, 0.2]}
 """Nobody is declared dead for so short a time."""
 LONG_PAUSE = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [2.0, 3.0]}
+SHORT_PAUSE = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [0.4, 0.5]}
+"""Long enough for answers to be late, too short for a death: who wakes up answers what others have answered."""
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -45,7 +47,7 @@ CASES = {
     "doubled_token": Case(("tokens_doubled",), BLIP, {}),
     "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
-    "unfenced_late_reply": Case(TOKENS, LONG_PAUSE, {}),
+    "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {}),
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "flipped_replayed_bit": Case(TOKENS, KILLED_STAGE, {"RECOVERY": "replay"}),
 }

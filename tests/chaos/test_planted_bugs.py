@@ -113,9 +113,11 @@ def test_a_late_reply_is_taken_for_the_answer_to_another_call(monkeypatch: pytes
     MessageSocket.send(socket, question(2, 3), Header())
     clock.now_s = 1.0
     MessageSocket.send(socket, question(3, 5), Header())
-    arriving.append(answer(2, 3, 2.0))
+    arriving.extend([answer(2, 3, 2.0), answer(3, 5, 3.0)])
+    assert receive(socket)[0].call == 2, "fenced as it comes"
     taken = receive(socket)[0]
     assert (taken.call, taken.rows.shape) == (3, (5, 2))
+    assert set(frame_to_array(taken.rows, "float32", (5, 2), "rows").flatten().tolist()) == {2.0}
     assert receive(socket) is None
 
 
