@@ -1,0 +1,34 @@
+"""An expert node whose every grouped call takes a fixed time, whatever the processor does.
+
+    python -m tests.benchmarks.fixed_time_expert MILLISECONDS
+
+So a node that dies gives no processor back to the others, as on machines of their own. It answers rightly; it only
+waits.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from services.expert import calls, service
+from services.expert.__main__ import main
+
+
+def wait_out(milliseconds: float) -> None:
+    """From now on, answering a layer's calls takes so long."""
+    answer_calls = calls.answer_calls
+
+    def timed(*arguments: Any) -> Any:
+        began_s = time.monotonic()
+        answers = answer_calls(*arguments)
+        time.sleep(max(0.0, milliseconds / 1000 - (time.monotonic() - began_s)))
+        return answers
+
+    vars(service)["answer_calls"] = timed
+
+
+if __name__ == "__main__":
+    wait_out(float(sys.argv[1]))
+    sys.exit(main())
