@@ -12,11 +12,12 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint type fmt bench bench-parity load-test chaos demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-parity load-test chaos demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
 	@echo 'make test          unit, architecture and integration tests that need no Docker'
+	@echo 'make slow-test     what takes minutes: more faults, builds with planted bugs that the harness must find'
 	@echo 'make lint type fmt ruff, mypy --strict, ruff format'
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
@@ -37,6 +38,9 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m "$(LOCAL_TESTS)" $(PYTEST_ARGS)
+
+slow-test: $(STAMP)
+	$(VENV_PYTHON) -m pytest -m "slow and not docker and not gpu and not load" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff check .

@@ -70,11 +70,12 @@ def settle(mesh: ServedMesh) -> None:
             version, since_s = now, time.monotonic()
 
 
+@pytest.mark.slow
 def test_without_a_fault_streams_say_what_whole_answers_say(well: ServedMesh, undisturbed: list[Answer]) -> None:
     run_fault(well, undisturbed, "no fault", lambda: None)
 
 
-@pytest.mark.parametrize("name", ["expert-0", "expert-1"])
+@pytest.mark.parametrize("name", ["expert-0", pytest.param("expert-1", marks=pytest.mark.slow)])
 def test_a_paused_expert_node_costs_nothing_but_a_moment(
     well: ServedMesh, undisturbed: list[Answer], name: str
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
     assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
 
 
+@pytest.mark.slow
 def test_a_short_pause_is_hedged_and_nobody_is_declared_dead(well: ServedMesh, undisturbed: list[Answer]) -> None:
     pid = pid_of(well, "expert-0")
 

@@ -91,7 +91,9 @@ def test_a_crash_that_leaves_no_token_possible_is_seen_and_its_repair_too(
 
 
 @pytest.mark.parametrize("names", [("stage-0",), ("expert-0", "expert-1")], ids=["the only stage", "both expert nodes"])
-@pytest.mark.parametrize("under_load", [False, True], ids=["in silence", "under load"])
+@pytest.mark.parametrize(
+    "under_load", [pytest.param(False, marks=pytest.mark.slow), True], ids=["in silence", "under load"]
+)
 def test_a_hang_that_leaves_no_token_possible_is_seen_and_its_end_too(
     mesh: ServedMesh, watch: ReadinessWatch, names: tuple[str, ...], under_load: bool
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_hang_that_leaves_no_token_possible_is_seen_and_its_end_too(
         print(f"\nSIGCONT of {', '.join(names)}: /ready true after {ready_s:.3f} s (they end and are restarted)")
 
 
+@pytest.mark.slow
 def test_a_blink_of_a_stage_ends_in_ready(mesh: ServedMesh, watch: ReadinessWatch) -> None:
     """Shorter than any witness: nobody is taken for dead, and a canary is answered late."""
     (pid,) = pids(mesh, "stage-0")

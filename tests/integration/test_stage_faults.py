@@ -54,7 +54,7 @@ def wait_for_mirrors(mesh: ServedMesh) -> None:
     wait_until(lambda: metric(mesh, "moemesh_mirrors_complete") == 2, READY_AGAIN_WITHIN_S, "both mirrors")
 
 
-@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("slot", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_stage_is_taken_over_by_its_mirror_without_a_prefill(
     mirrored: ServedMesh, undisturbed: list[Answer], slot: int
 ) -> None:
@@ -109,7 +109,7 @@ def test_a_stage_that_is_told_to_stop_hands_over_and_leaves_with_status_0(
     assert metric(mirrored, "moemesh_tokens_recomputed_total") == 0
 
 
-@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("slot", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_without_a_mirror_the_restarted_process_gets_its_cache_by_replay(
     model: Path, undisturbed: list[Answer], slot: int
 ) -> None:
