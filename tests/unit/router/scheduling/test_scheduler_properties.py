@@ -228,8 +228,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """However it stands now: with a pipeline that holds all, everything ends within a bounded number of steps."""
         if not hasattr(self, "scheduler"):
             return
-        for pipeline in list(self.suspended):
-            self.close(pipeline)  # or its requests would wait for it, as they should
+        for waiting in list(self.suspended):
+            self.close(waiting)  # or its requests would wait for it, as they should
         self.open(PIPELINES[0], 32)
         for _ in range(5000):
             if self.scheduler.is_idle:
