@@ -214,7 +214,7 @@ class Run:
             await self._heal(planned)
             return self._skip(planned, str(error), is_expected=False)
         names = tuple(victim.name for victim in victims)
-        self._last_victims = names
+        self._last_victims = names or self._last_victims  # a fault of the machine has none
         self.say(
             f"{at_s:7.1f} s  {planned.number + 1}/{self.experiment.timeline.count} {planned.kind} {' '.join(names)}"
         )
