@@ -28,7 +28,7 @@ from tests.support.streams import RunningStreams, Stream
 from tests.support.waiting import wait_until
 
 STREAMS = 16
-TOKENS = 1200
+TOKENS = 500
 READY_WITHIN_S = 180
 
 
@@ -85,7 +85,7 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--window-s", type=float, default=4.0)
+    parser.add_argument("--window-s", type=float, default=3.0)
     parser.add_argument("--service-ms", type=float, default=4.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loss-") as folder:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos.target import Node
+from chaos.target import Node, TargetError
 
 SPIN = "import time\nwhile True: time.sleep(0.01); sum(range(20000))"
 
@@ -35,13 +35,13 @@ class PlainTarget:
             os.kill(node.pid, number)
 
     def stop(self, node: Node, timeout_s: float) -> None:
-        raise NotImplementedError
+        raise TargetError("plain processes are not stopped, started or scaled")
 
     def start(self, name: str) -> None:
-        raise NotImplementedError
+        raise TargetError("plain processes are not stopped, started or scaled")
 
     def scale(self, kind: str, count: int) -> None:
-        raise NotImplementedError
+        raise TargetError("plain processes are not stopped, started or scaled")
 
     def run(self, name: str, kind: str, program: str, environment: Mapping[str, str], folder: Path) -> Node:
         """One more process."""
