@@ -192,6 +192,8 @@ class LocalMesh:
             is_ready, last = self._ask_ready()
             if on_progress is not None:
                 on_progress(last)
+            if is_ready:
+                self._forgive()
             return is_ready
 
         def give_up(state: RetryCallState) -> bool:
@@ -265,6 +267,12 @@ class LocalMesh:
         if now_s >= child.restart_at_s:
             child.restarts += 1
             self._start(child)
+
+    def _forgive(self) -> None:
+        """All of them started: who dies from now on was killed, and starts counting anew."""
+        with self._lock:
+            for child in self.children.values():
+                child.failures_in_a_row = 0
 
     def _raise_if_hopeless(self) -> None:
         """A process that died three times in a row at start has something to say: its last line of log."""

@@ -143,6 +143,20 @@ def test_one_that_dies_three_times_in_a_row_is_hopeless(mesh: LocalMesh) -> None
         mesh.wait_ready(10.0)
 
 
+def test_one_that_is_killed_again_and_again_in_a_mesh_that_was_ready_each_time_is_not_hopeless(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalMesh, "_ask_ready", lambda self: (True, "ready"))
+    mesh.add("router", "router-0")
+    child = mesh.children["router-0"]
+    for number in range(2, 8):
+        started[-1].returncode = -signal.SIGKILL
+        while len(started) < number:
+            mesh._revive(child)
+            clock.now_s += 0.05
+        mesh.wait_ready(10.0)
+
+
 def test_nodes_end_before_the_router_so_that_they_can_say_goodbye(
     mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
