@@ -79,6 +79,7 @@ class Victims(_Strict):
     kind: NodeKind | Literal[""] = ""
     count: Annotated[int, Field(ge=1)] = 1
     names: tuple[str, ...] = ()
+    role: Literal["", "holder", "mirror", "expert", "spare"] = ""
 
 
 class FaultEntry(_Strict):
@@ -100,7 +101,9 @@ class FaultEntry(_Strict):
 
     @property
     def allowed(self) -> AllowedFault:
-        rule = VictimRule(self.victims.rule, self.victims.kind, self.victims.count, self.victims.names)
+        rule = VictimRule(
+            self.victims.rule, self.victims.kind, self.victims.count, self.victims.names, self.victims.role
+        )
         return AllowedFault(self.kind, self.weight, rule, self.heal_after_s, self.parameters)
 
 
@@ -150,12 +153,15 @@ class SuiteBounds(_Strict):
     recovery_s: dict[str, Positive] = {DEFAULT: 60.0}
     first_token_s: Positive = 60.0
     max_refused: Annotated[int, Field(ge=0)] | None = 0
+    tpot_ratio: dict[str, Positive] = {}
     throughput_share: Share | None = None
     harmless: tuple[str, ...] = ("cpu_hog",)
     leaks: Leaks = Leaks()
 
     @model_validator(mode="after")
     def _keys_are_known(self) -> Self:
+        for key in self.tpot_ratio.keys() - FAULTS.keys():
+            raise ValueError(f"tpot_ratio: {key!r} is no fault kind")
         for name, bounds in (("stall_s", self.stall_s), ("recovery_s", self.recovery_s)):
             if DEFAULT not in bounds:
                 raise ValueError(f"{name}: needs a value for `default`")
@@ -172,6 +178,7 @@ class SuiteBounds(_Strict):
             recovery_s=self.recovery_s,
             first_token_s=self.first_token_s,
             max_refused=self.max_refused,
+            tpot_ratio=self.tpot_ratio,
             throughput_share=self.throughput_share,
             harmless=self.harmless,
             leaks=LeakBounds(self.leaks.rss_share, self.leaks.rss_mib * 2**20, self.leaks.files, self.leaks.sockets),

@@ -41,6 +41,10 @@ class FaultOutcome:
     tokens_again_s: float
     """From the fault until the last of the streams that stalled at once got a token again; 0 if none did."""
     doubts: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    """Of the victims, in their order; empty where nobody says so."""
+    tpot_p99_s: float = 0.0
+    """Seconds a token of those answers that were under way until the mesh was whole, each as a whole."""
 
     @property
     def has_hit(self) -> bool:
@@ -84,6 +88,20 @@ def usual_gap_s(operations: Sequence[Operation]) -> float:
     return median(longest) if longest else 0.0
 
 
+def tpot_p99_s(operations: Sequence[Operation]) -> float:
+    """The 99th percentile of seconds a token after the first; 0 where no answer has two events with tokens."""
+    times = [
+        (o.arrivals_s[-1] - o.arrivals_s[0]) * len(o.choices) / (o.num_tokens - len(o.choices))
+        for o in operations
+        if o.num_tokens > len(o.choices)
+    ]
+    return percentile(times, 0.99)
+
+
+def _end_of(operation: Operation) -> float:
+    return operation.ended_s if operation.ended_s is not None else operation.arrivals_s[-1]
+
+
 def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usual_s: float) -> list[FaultOutcome]:
     """`operations`: those asked under faults; `usual_s`: the gap that is usual without any."""
     applied = [event for event in events if isinstance(event, FaultApplied)]
@@ -123,6 +141,10 @@ def _outcome(
         doubts.append("no stream was getting tokens when it came")
     if not fault.alive and fault.victims:
         doubts.append("none of its victims lived when it came")
+    if fault.roles and set(fault.roles) == {"spare"}:
+        doubts.append("its victims were spares, which have no part in any answer")
+    busy_until_s = max(fault.at_s, whole_s if whole_s is not None else until_s)
+    beside = [o for o in operations if o.arrivals_s and o.arrivals_s[0] <= busy_until_s and _end_of(o) > fault.at_s]
     return FaultOutcome(
         number=fault.fault,
         kind=fault.kind,
@@ -139,6 +161,8 @@ def _outcome(
         gap_max_s=max(gaps, default=0.0),
         tokens_again_s=again_s - fault.at_s,
         doubts=tuple(doubts),
+        roles=fault.roles,
+        tpot_p99_s=tpot_p99_s(beside),
     )
 
 

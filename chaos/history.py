@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from chaos.target import Node
@@ -136,7 +136,10 @@ class Abandoned:
 
 @dataclass(frozen=True, slots=True)
 class FaultApplied:
-    """`victims` are the processes as they were when they were hurt; `alive` those of them that lived then."""
+    """`victims` are the processes as they were when they were hurt; `alive` those of them that lived then.
+
+    `roles`: what each of the victims was for, in their order; empty where nobody says so.
+    """
 
     at_s: float
     fault: int
@@ -144,6 +147,7 @@ class FaultApplied:
     victims: tuple[Node, ...]
     alive: tuple[str, ...]
     parameters: dict[str, Any]
+    roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +278,8 @@ def decode_event(line: str) -> Event:
     try:
         values = json.loads(line)
         kind = _KINDS[values.pop("event")]
-        if values.keys() != {item.name for item in fields(kind)}:
+        names = {item.name for item in fields(kind)}
+        if values.keys() - names or {item.name for item in fields(kind) if item.default is MISSING} - values.keys():
             raise HistoryError(f"not the fields of {kind.__name__}: {line[:200]!r}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise HistoryError(f"no event: {line[:200]!r}") from error

@@ -11,6 +11,7 @@ import httpx
 from chaos.history import Abandoned, Asked, Ended, Event, Failed, MetricsSample, NodesSeen, Tokens
 from chaos.metrics_text import is_whole, sum_metrics
 from chaos.process_table import sample_process
+from chaos.roles import Role, read_roles
 from chaos.target import Node, Target, TargetError
 
 LOOK_EVERY_S = 0.25
@@ -102,6 +103,14 @@ class Observer:
             self.record(NodesSeen(self.clock(), tuple(nodes)))
         self.nodes = nodes
         return nodes
+
+    async def look_at_roles(self) -> dict[str, Role]:
+        """What the router says that each node is for, by name; nothing where it does not say it."""
+        try:
+            reply = await self.http.get(f"{self.target.url}/mesh")
+            return read_roles(reply.json(), self.nodes)
+        except (httpx.TransportError, ValueError):
+            return {}
 
     async def take_baseline(self) -> None:
         """What `whole` means from now on."""

@@ -54,16 +54,19 @@ class Report:
         faults = [_fault_row(outcome) for outcome in judgement.outcomes]
         figures = [[name, f"{value:.6g}"] for v in judgement.verdicts for name, value in sorted(v.figures.items())]
         figures.append(["usual_longest_gap_s", f"{judgement.usual_gap_s:.6g}"])
+        figures.append(["usual_tpot_p99_ms", f"{judgement.usual_tpot_s * 1000:.6g}"])
         left_out = [[str(s.fault), s.kind, s.reason] for s in judgement.skipped]
         columns = [
             "fault",
             "at s",
             "kind",
             "victims",
+            "roles",
             "streams",
             "extra gap p50 s",
             "p99 s",
             "tokens again s",
+            "tpot p99 ms",
             "whole s",
             "doubts",
         ]
@@ -111,6 +114,7 @@ class Report:
             "left_out": [asdict(skipped) for skipped in judgement.skipped],
             "throughput": asdict(judgement.throughput),
             "usual_longest_gap_s": judgement.usual_gap_s,
+            "usual_tpot_p99_s": judgement.usual_tpot_s,
             "sha256_with_faults": judgement.sha256_with_faults,
             "sha256_without_faults": judgement.sha256_without_faults,
         }
@@ -154,10 +158,12 @@ def _fault_row(outcome: FaultOutcome) -> list[str]:
         f"{outcome.applied_s:.1f}",
         outcome.kind,
         ", ".join(node.name for node in outcome.victims),
+        ", ".join(role or "?" for role in outcome.roles),
         str(outcome.num_streams),
         f"{outcome.gap_p50_s:.2f}",
         f"{outcome.gap_p99_s:.2f}",
         f"{outcome.tokens_again_s:.2f}",
+        f"{outcome.tpot_p99_s * 1000:.0f}",
         "never" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}",
         "; ".join(outcome.doubts),
     ]

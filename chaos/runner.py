@@ -197,10 +197,10 @@ class Run:
         reason = reason or await asyncio.to_thread(fault.unavailable, self.target)
         if reason:
             return self._skip(planned, reason, is_expected=True)
-        nodes = await observer.look_at_nodes()
+        nodes, roles = await observer.look_at_nodes(), await observer.look_at_roles()
         draw = random.Random(f"{self.seed}/victims/{planned.number}")
         keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}
-        victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep)
+        victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep, roles)
         if not victims and planned.victims.rule != "nobody":
             return self._skip(planned, f"nobody to hurt: {planned.victims}", is_expected=False)
         # Streams that run in step end at the same moment; a fault between two rounds would hit nothing.
@@ -215,10 +215,10 @@ class Run:
             return self._skip(planned, str(error), is_expected=False)
         names = tuple(victim.name for victim in victims)
         self._last_victims = names or self._last_victims  # a fault of the machine has none
-        self.say(
-            f"{at_s:7.1f} s  {planned.number + 1}/{self.experiment.timeline.count} {planned.kind} {' '.join(names)}"
-        )
-        self._record(FaultApplied(at_s, planned.number, planned.kind, tuple(victims), names, planned.parameters))
+        words = tuple(str(roles.get(name, "")) for name in names)
+        hurt = ", ".join(f"{name} ({word})" if word else name for name, word in zip(names, words, strict=True))
+        self.say(f"{at_s:7.1f} s  {planned.number + 1}/{self.experiment.timeline.count} {planned.kind} {hurt}")
+        self._record(FaultApplied(at_s, planned.number, planned.kind, tuple(victims), names, planned.parameters, words))
         return True
 
     def _skip(self, planned: PlannedFault, reason: str, is_expected: bool) -> bool:

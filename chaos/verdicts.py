@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from chaos.fault_outcomes import FaultOutcome, Throughput, fault_outcomes, skipped, throughput, usual_gap_s
+from chaos.fault_outcomes import FaultOutcome, Throughput, fault_outcomes, skipped, throughput, tpot_p99_s, usual_gap_s
 from chaos.history import Event, FaultSkipped, NodesSeen, PhaseBegan
 from chaos.leaks import LeakBounds, leak_verdicts
 from chaos.operations import Operation, Reference, read_operations, reference_of
@@ -25,6 +25,9 @@ class Bounds:
     """From healing until the mesh is whole."""
     first_token_s: float = 60.0
     max_refused: int | None = 0
+    tpot_ratio: Mapping[str, float] = field(default_factory=dict)
+    """Of the answers beside a fault, the p99 of seconds a token over that of the undisturbed ones; kinds that are not
+    named are not asked."""
     throughput_share: float | None = None
     """Tokens a second inside fault windows must be at least this share of those outside; None does not ask."""
     harmless: tuple[str, ...] = ("cpu_hog",)
@@ -33,7 +36,7 @@ class Bounds:
     sees_processes: bool = True
 
 
-TIMED = frozenset({"stalls", "first_tokens", "recovery", "throughput"})
+TIMED = frozenset({"stalls", "tpot", "first_tokens", "recovery", "throughput"})
 """Verdicts that measure time."""
 
 
@@ -46,6 +49,7 @@ class Judgement:
     skipped: tuple[FaultSkipped, ...]
     throughput: Throughput
     usual_gap_s: float
+    usual_tpot_s: float
     sha256_with_faults: str
     sha256_without_faults: str
 
@@ -65,7 +69,8 @@ def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None =
     expected = reference if reference is not None else reference_of(operations)
     disturbed = [o for o in operations if o.phase == "faults"]
     # A reference that was read from a file brings no gaps: then nothing is taken off.
-    usual_s = usual_gap_s([o for o in operations if o.phase == "reference"])
+    undisturbed = [o for o in operations if o.phase == "reference"]
+    usual_s, usual_tpot_s = usual_gap_s(undisturbed), tpot_p99_s(undisturbed)
     outcomes = fault_outcomes(events, disturbed, usual_s)
     missed = skipped(events)
     since_s, until_s = _load_time(events, disturbed)
@@ -75,6 +80,7 @@ def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None =
         *end_verdicts(disturbed, bounds.max_refused),
         _hit_verdict(outcomes, missed),
         _stall_verdict(outcomes, bounds.stall_s),
+        *([_tpot_verdict(outcomes, usual_tpot_s, bounds.tpot_ratio)] if bounds.tpot_ratio else []),
         _first_token_verdict(disturbed, bounds.first_token_s),
         _recovery_verdict(outcomes, bounds.recovery_s),
         _throughput_verdict(speed, outcomes, bounds.throughput_share),
@@ -88,6 +94,7 @@ def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None =
         skipped=tuple(missed),
         throughput=speed,
         usual_gap_s=usual_s,
+        usual_tpot_s=usual_tpot_s,
         sha256_with_faults=digest_with_faults(disturbed),
         sha256_without_faults=digest_without_faults(disturbed, expected),
     )
@@ -135,6 +142,23 @@ def _stall_verdict(outcomes: Sequence[FaultOutcome], bounds: Mapping[str, float]
     }
     doubts = [] if hit else ["no fault is known to have hit work in flight"]
     return verdict_of("stalls", damage, doubts, f"longest extra gap {max(gaps, default=0.0):.2f} s (p99)", figures)
+
+
+def _tpot_verdict(outcomes: Sequence[FaultOutcome], usual_s: float, bounds: Mapping[str, float]) -> Verdict:
+    damage, ratios = [], []
+    for outcome in outcomes:
+        if outcome.kind not in bounds or not (usual_s and outcome.tpot_p99_s):
+            continue
+        ratios.append(outcome.tpot_p99_s / usual_s)
+        if ratios[-1] > bounds[outcome.kind]:
+            damage.append(
+                f"{outcome.title}: {outcome.tpot_p99_s * 1000:.0f} ms a token (p99), {ratios[-1]:.2f} times the usual "
+                f"{usual_s * 1000:.0f} ms; the bound is {bounds[outcome.kind]:g} times"
+            )
+    doubts = [] if ratios else ["no such fault came, or no answer was under way beside it, or before"]
+    worst_ratio = max(ratios, default=0.0)
+    held = f"at most {worst_ratio:.2f} times the usual {usual_s * 1000:.0f} ms a token (p99) beside {', '.join(bounds)}"
+    return verdict_of("tpot", damage, doubts, held, {"tpot_ratio_max": worst_ratio})
 
 
 def _first_token_verdict(disturbed: Sequence[Operation], bound_s: float) -> Verdict:

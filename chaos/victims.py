@@ -6,8 +6,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from chaos.roles import Role
 from chaos.target import NODE_KINDS, Node
 
+NO_ROLES: Mapping[str, Role] = {}
 RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody")
 
 
@@ -24,13 +26,16 @@ class VictimRule:
     """One of NODE_KINDS; empty means any of them."""
     count: int = 1
     names: tuple[str, ...] = ()
+    role: str = ""
+    """One of ROLES, for `random` and `all`; empty means any. Where nobody's role is known, it asks for nothing."""
 
     def __str__(self) -> str:
+        what = f"{self.kind or 'node'} ({self.role})" if self.role else self.kind or "node"
         match self.rule:
             case "random":
-                return f"{self.count} random {self.kind or 'node'}"
+                return f"{self.count} random {what}"
             case "all":
-                return f"all of kind {self.kind}" if self.kind else "all"
+                return f"all of kind {what}" if self.kind or self.role else "all"
             case "named":
                 return ", ".join(self.names)
             case _:
@@ -38,15 +43,26 @@ class VictimRule:
 
 
 def choose_victims(
-    rule: VictimRule, nodes: Sequence[Node], draw: random.Random, before: Sequence[str], keep: Mapping[str, int]
+    rule: VictimRule,
+    nodes: Sequence[Node],
+    draw: random.Random,
+    before: Sequence[str],
+    keep: Mapping[str, int],
+    roles: Mapping[str, Role] = NO_ROLES,
 ) -> list[Node]:
     """The victims, by name. Empty where the rule finds nobody that may be hurt.
 
-    `before`: names of the victims of the fault before. `keep`: how many of a kind must stay unhurt.
+    `before`: names of the victims of the fault before. `keep`: how many of a kind must stay unhurt. `roles`: what each
+    is for, by name.
     """
     ordered = sorted(nodes, key=lambda node: node.name)
-    chosen = sorted(_by_rule(rule, ordered, draw, before), key=lambda node: node.name)
+    of_role = [node for node in ordered if not (rule.role and roles) or _has(roles.get(node.name), rule.role)]
+    chosen = sorted(_by_rule(rule, of_role, draw, before), key=lambda node: node.name)
     return _spare(chosen, ordered, keep)
+
+
+def _has(role: Role | None, word: str) -> bool:
+    return role is not None and role.word == word
 
 
 def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, before: Sequence[str]) -> Sequence[Node]:

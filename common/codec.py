@@ -5,7 +5,8 @@
 The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames. The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
-anything is handed on. Versions N and N-1 are understood. Nothing is ever unpickled.
+anything is handed on. Versions N and N-1 are understood: fields that N added have defaults, and a message of N-1 may
+lack them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from common import messages
 from common.errors import ProtocolError
 from common.messages import Header, Message, TensorFrame
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 OLDEST_VERSION: Final = 1
-"""N-1 where there is one: version 1 is the first."""
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
@@ -88,7 +88,14 @@ def _plan(kind: type[Any]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]
     return tuple(scalars), tuple(tensors)
 
 
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """Values of the fields that a message of the version before may lack, in the order of the dataclass."""
+    fields = dataclasses.fields(kind)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
+
 _PLANS: Final = {kind: _plan(kind) for kind in _NUMBERS}
+_DEFAULTS: Final = {kind: _defaults(kind) for kind in _NUMBERS}
 _HEADER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Header))
 
 
@@ -143,8 +150,9 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     kind = _KINDS.get(fields["k"]) if type(fields["k"]) is int else None
     if kind is None:
         raise ProtocolError(f"unknown kind of message {fields['k']!r:.40}")
-    values = _decode_fields(kind, fields["f"])
-    values.update(_decode_tensors(kind, fields["t"], frames[1:]))
+    defaults = _DEFAULTS[kind] if version < PROTOCOL_VERSION else {}
+    values = _decode_fields(kind, fields["f"], defaults)
+    values.update(_decode_tensors(kind, fields["t"], frames[1:], defaults))
     return kind(**values), _decode_header(fields["h"])
 
 
@@ -168,8 +176,10 @@ def _decode_header(values: Any) -> Header:
     return Header(**fields)
 
 
-def _decode_fields(kind: type[Any], values: Any) -> dict[str, Any]:
+def _decode_fields(kind: type[Any], values: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     scalars, _ = _PLANS[kind]
+    if isinstance(values, dict):
+        values = {name: defaults[name] for name, _ in scalars if name in defaults} | values
     if not isinstance(values, dict) or values.keys() != {name for name, _ in scalars}:
         raise ProtocolError(f"{kind.__name__} must have the fields {', '.join(name for name, _ in scalars)}")
     for name, type_name in scalars:
@@ -192,11 +202,15 @@ def _fits(value: Any, type_name: str) -> bool:
     return isinstance(value, tuple) and all(_fits(item, "int") for item in value)
 
 
-def _decode_tensors(kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview]) -> dict[str, TensorFrame]:
+def _decode_tensors(
+    kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview], defaults: dict[str, Any]
+) -> dict[str, TensorFrame]:
     _, names = _PLANS[kind]
+    added = [name for name in names[len(frames) :] if name in defaults]
+    names = names[: len(names) - len(added)]
     if not isinstance(descriptions, tuple) or len(descriptions) != len(names) or len(frames) != len(names):
         raise ProtocolError(f"{kind.__name__} must have {len(names)} tensor frames, not {len(frames)}")
-    tensors = {}
+    tensors = {name: defaults[name] for name in added}
     for name, description, frame in zip(names, descriptions, frames, strict=True):
         if not isinstance(description, tuple) or len(description) != 2:
             raise ProtocolError(f"{kind.__name__}.{name} must be described by dtype and shape")

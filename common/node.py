@@ -193,6 +193,7 @@ class ControlLink:
             endpoints=own.endpoints,
             lifeline=own.lifeline,
             ipc_token=own.ipc_token,
+            process=own.process,
             held_slot=held.slot,
             held_sequences=held.sequences,
             held_blocks=held.blocks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -87,6 +88,7 @@ def describe_node(
         endpoints=data_endpoints,
         lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,
+        process=f"{socket.gethostname()}/{os.getpid()}",
     )
     return NodeProcess(
         transport=transport,

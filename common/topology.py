@@ -52,6 +52,8 @@ class NodeDescription:
     """Where its lifeline socket listens: the router connects only to see it close."""
     ipc_token: str
     """Equal tokens prove that two processes see the same ipc folder on the same host; empty: none."""
+    process: str = ""
+    """HOST/PID as the process itself sees them: for people, who find it by that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,11 +80,13 @@ def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
     try:
         with httpx.Client(base_url=url, timeout=10) as client:
             ready = client.get("/ready").json()
+            mesh = client.get("/mesh").json()
             metrics = client.get("/metrics").text
     except (httpx.HTTPError, ValueError) as error:
         console.print(f"[red]moemesh:[/red] {url}: {error}", highlight=False)
         raise typer.Exit(1) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
+    _print_nodes(mesh)
     table = Table("metric", "value")
     for line in metrics.splitlines():
         if line.startswith("moemesh_") and "_bucket" not in line and "_created" not in line:
@@ -93,6 +95,18 @@ def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
     Console().print(table)
     if not ready.get("ready"):
         raise typer.Exit(1)
+
+
+def _print_nodes(mesh: dict[str, Any]) -> None:
+    table = Table("node", "role", "state", "host/pid", "rows", "busy s")
+    for node in mesh["nodes"]:
+        slot = node["slot"]
+        place = f" of pipeline {slot['pipeline']}, slot {slot['index']}" if slot else ""
+        shards = f", {node['shards']} shards" if node["shards"] else ""
+        role = f"{node['role']}{place}{shards}"
+        done = (str(node["rows"]), f"{node['busy_seconds']:.1f}") if node["rows"] is not None else ("", "")
+        table.add_row(node["node"], role, node["state"], node["process"], *done)
+    Console().print(table)
 
 
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:

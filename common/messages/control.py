@@ -21,6 +21,7 @@ class Hello:
     endpoints: tuple[str, ...]
     lifeline: tuple[str, ...]
     ipc_token: str
+    process: str = ""
     held_slot: tuple[int, ...] = ()
     """What a stage holds from a router before this one: pipeline, slot, slots of the pipeline, first layer, stop layer,
     lease term, KV blocks, last step. Empty: nothing."""

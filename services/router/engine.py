@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.ids import RequestId, SequenceId
 from services.router.scheduling.sampling_parameters import SamplingParameters
@@ -97,6 +97,10 @@ class Engine(Protocol):
 
     def readiness(self) -> Readiness:
         """Cheap; from what the mesh thread last published."""
+        ...
+
+    def describe_mesh(self) -> dict[str, Any]:
+        """Who holds what, as plain JSON; as old as `readiness`."""
         ...
 
     @property

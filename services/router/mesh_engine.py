@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from common.errors import MoemeshError, NotReadyError
 from common.ids import RequestId
 from services.router.control.readiness import judge_age
 from services.router.engine import GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_loop import MeshLoop
+from services.router.mesh_view import describe_mesh
 
 Outcome = GeneratedToken | MoemeshError
 NOT_READY_GRACE_S = 10.0
@@ -74,6 +76,10 @@ class MeshEngine:
         """From the last status of the mesh thread, if it is fresh."""
         status = self._mesh.status
         return judge_age(status.readiness, status.published_s, self._clock())
+
+    def describe_mesh(self) -> dict[str, Any]:
+        """Of the same status."""
+        return describe_mesh(self._mesh.status, self.readiness())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""

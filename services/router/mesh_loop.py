@@ -338,12 +338,15 @@ class MeshLoop:
         if now_s < self._next_status_s:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
+        mirrored = {node_id: slot for slot, node_id in self._stages.mirrors.nodes.items()}
         nodes = tuple(
             NodeStatus(
                 node,
                 self._membership.state_of(node_id),
                 self._heartbeats.get(node_id),
                 self._stages.slot_of(node_id),
+                mirrored.get(node_id),
+                len(self._experts.ready.get(node_id, ())),
             )
             for node_id, node in sorted(self._nodes.items())
         )

@@ -32,6 +32,7 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str) -> NodeDescripti
         endpoints=hello.endpoints,
         lifeline=hello.lifeline,
         ipc_token=hello.ipc_token,
+        process=hello.process,
     )
 
 

@@ -77,7 +77,7 @@ def good_history(num_requests: int = 4) -> list[Event]:
         *processes(5.0),
         PhaseBegan(FAULTS_BEGIN_S, "faults"),
         *(event for events in disturbed for event in events),
-        FaultApplied(FAULT_S, 0, "kill", (EXPERT,), (EXPERT.name,), {}),
+        FaultApplied(FAULT_S, 0, "kill", (EXPERT,), (EXPERT.name,), {}, ("expert",)),
         FaultHealed(FAULT_S + 0.1, 0),
         MeshWhole(FAULT_S + 0.5, 0),
         PhaseBegan(FAULTS_BEGIN_S + 3, "finish"),

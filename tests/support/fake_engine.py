@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 
@@ -60,6 +61,9 @@ class FakeEngine:
 
     def readiness(self) -> Readiness:
         return self.state
+
+    def describe_mesh(self) -> dict[str, Any]:
+        return {"ready": self.state.ready, "nodes": []}
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         return self._run(request, 0)

@@ -64,6 +64,7 @@ def create_app(
         ("GET", "/v1/models/{model_id:path}", operators.show_model),
         ("GET", "/health", operators.show_health),
         ("GET", "/ready", operators.show_readiness),
+        ("GET", "/mesh", operators.show_mesh),
         ("GET", "/metrics", operators.show_metrics),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)
@@ -97,6 +98,10 @@ class _Operators:
         readiness = self._engine.readiness()
         body = {"ready": readiness.ready, "detail": readiness.detail, "missing": list(readiness.missing)}
         return json_answer(body, 200 if readiness.ready else 503)
+
+    async def show_mesh(self) -> Response:
+        """Which process holds what."""
+        return json_answer(self._engine.describe_mesh())
 
     async def show_metrics(self) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)

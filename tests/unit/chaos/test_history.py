@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import typing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.history import Event, History, HistoryError, encode_event, logprob_bits, read_history
+from chaos.history import (
+    Event,
+    FaultApplied,
+    History,
+    HistoryError,
+    decode_event,
+    encode_event,
+    logprob_bits,
+    read_history,
+)
 from chaos.target import Node
 from tests.support.chaos_histories import good_history
 
@@ -40,6 +50,12 @@ EVENTS = st.one_of([events_of(kind) for kind in typing.get_args(Event)])
 @given(st.lists(EVENTS, max_size=5))
 def test_every_event_comes_back_as_it_was(events: list[Event]) -> None:
     assert read_history([encode_event(event) for event in events]).events == events
+
+
+def test_a_record_from_before_roles_were_written_can_be_read() -> None:
+    event = FaultApplied(1.0, 0, "kill", (), (), {}, ("spare",))
+    line = encode_event(event).replace(',"roles":["spare"]', "")
+    assert decode_event(line) == replace(event, roles=())
 
 
 def test_every_event_goes_to_the_sink_at_once() -> None:

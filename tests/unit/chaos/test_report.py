@@ -42,7 +42,7 @@ def test_a_report_names_the_verdicts_the_faults_and_ends_with_both_hashes(tmp_pa
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# test on local, seed 7: broken")
     assert "| tokens_lost | broken | run-0 choice 0: tokens 5 to 5 are missing |" in text
-    assert "| 0 | 10.6 | kill | expert-0 | 4 |" in text
+    assert "| 0 | 10.6 | kill | expert-0 | expert | 4 |" in text
     first, _, last = text.strip().splitlines()[-3:]
     assert first.endswith(made.judgement.sha256_without_faults)
     assert last.endswith(made.judgement.sha256_with_faults)

@@ -251,6 +251,35 @@ def test_a_fault_whose_victims_were_dead_already_is_unknown() -> None:
     assert states(judge(events, Bounds()))["faults_hit"] is State.UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("roles", "has_hit"), [(("spare",), False), (("mirror of 0/1",), True), (("holder of 0/1",), True), ((), True)]
+)
+def test_a_fault_that_only_hurt_spares_is_not_known_to_have_hit_work(roles: tuple[str, ...], has_hit: bool) -> None:
+    events = alter(good_history(), FaultApplied, lambda e: replace(e, roles=roles))
+    assert judge(events, Bounds()).outcomes[0].has_hit is has_hit
+
+
+def test_the_time_a_token_takes_beside_a_fault_is_compared_with_the_usual_one_where_asked() -> None:
+    def verdict(events: list[Event], ratio: dict[str, float]) -> Verdict | None:
+        found = [v for v in judge(events, Bounds(tpot_ratio=ratio)).verdicts if v.name == "tpot"]
+        return found[0] if found else None
+
+    calm = verdict(good_history(), {"kill": 1.01})
+    assert calm is not None
+    assert calm.state is State.HELD
+    assert calm.figures["tpot_ratio_max"] == pytest.approx(1.0)
+    # One of four answers, 1.1 s long undisturbed, waits 1.1 s: twice the time a token.
+    slow = later(good_history(), "run-0", FAULT_S, 1.1)
+    broken = verdict(slow, {"kill": 1.5})
+    assert broken is not None
+    assert broken.state is State.BROKEN
+    assert broken.figures["tpot_ratio_max"] == pytest.approx(2.0, abs=0.05)
+    assert verdict(slow, {}) is None
+    other = verdict(slow, {"pause": 1.5})
+    assert other is not None
+    assert other.state is State.UNKNOWN
+
+
 def test_a_run_without_a_fault_is_unknown() -> None:
     events = [e for e in good_history() if not isinstance(e, FaultApplied)]
     assert states(judge(events, Bounds()))["faults_hit"] is State.UNKNOWN
@@ -337,7 +366,7 @@ def test_times_can_be_left_out_of_the_outcome_and_nothing_else_can() -> None:
 
     def judged(**broken: State) -> Judgement:
         changed = tuple(replace(verdict, state=broken.get(verdict.name, verdict.state)) for verdict in verdicts)
-        return Judgement(changed, (), (), Throughput(0, 0, 0, 0), 0.0, "", "")
+        return Judgement(changed, (), (), Throughput(0, 0, 0, 0), 0.0, 0.0, "", "")
 
     late = judged(stalls=State.BROKEN)
     assert (late.state, late.untimed_state) == (State.BROKEN, State.HELD)

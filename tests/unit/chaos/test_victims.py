@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chaos.roles import Role
 from chaos.target import Node
 from chaos.victims import RULES, VictimRule, choose_victims
 
@@ -34,6 +35,20 @@ def test_rules_that_name_their_victims() -> None:
     assert names(VictimRule("same"), before=("stage-1",)) == ["stage-1"]
     assert names(VictimRule("named", names=("stage-2", "gone"))) == ["stage-2"]
     assert names(VictimRule("nobody")) == []
+
+
+def test_a_role_is_asked_for_where_roles_are_known() -> None:
+    roles = {"stage-0": Role("mirror", "0/0"), "stage-2": Role("holder", "0/0"), "expert-1": Role("expert")}
+    for seed in range(20):
+        for rule, expected in (
+            (VictimRule(kind="stage", role="holder"), ["stage-2"]),
+            (VictimRule("all", role="mirror"), ["stage-0"]),
+            (VictimRule(kind="expert", role="spare"), []),
+        ):
+            victims = choose_victims(rule, MESH, random.Random(seed), (), {}, roles)
+            assert [node.name for node in victims] == expected
+    unknown = {names(VictimRule(kind="stage", role="holder"), seed)[0] for seed in range(40)}
+    assert unknown == {"stage-0", "stage-1", "stage-2"}
 
 
 def test_a_pair_is_of_two_kinds_without_the_router() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
+from common.codec import MAX_FRAMES, MAX_HEADER_BYTES, PROTOCOL_VERSION, decode, encode
 from common.errors import ProtocolError
 from common.messages import Dispatch, ExpertRows, Failed, Header, Leave, TensorFrame
 from tests.support.message_strategies import KINDS, headers, messages, messages_of
@@ -24,7 +25,7 @@ def joined(frames: list[bytes | memoryview]) -> list[bytes]:
     return [bytes(frame) for frame in frames]
 
 
-def packed(fields: Any, frames: tuple[bytes, ...] = (), version: int = 1, flags: int = 0) -> list[bytes]:
+def packed(fields: Any, frames: tuple[bytes, ...] = (), version: int = PROTOCOL_VERSION, flags: int = 0) -> list[bytes]:
     """Frames whose prefix and checksum are right, whatever the map says."""
     body = fields if isinstance(fields, bytes) else msgpack.packb(fields)
     digest = xxhash.xxh3_64(body)
@@ -152,10 +153,44 @@ def test_deep_nesting_is_a_protocol_error() -> None:
             decode(packed(opening * 100_000))
 
 
-@pytest.mark.parametrize("version", [0, 2, 65535])
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 1, 65535])
 def test_versions_that_are_not_understood_are_named(version: int) -> None:
     with pytest.raises(ProtocolError, match=f"version {version}"):
         decode(packed(fields_of(ROWS), (bytes(ROWS.rows.data),), version=version))
+
+
+def as_version_before(message: Any, header: Header) -> list[bytes]:
+    """As a process sends it that knows no field with a default."""
+    fields = fields_of(message)
+    added = {f.name for f in dataclasses.fields(message) if f.default is not dataclasses.MISSING}
+    names = [f.name for f in dataclasses.fields(message) if isinstance(getattr(message, f.name), TensorFrame)]
+    old = [index for index, name in enumerate(names) if name not in added]
+    frames = joined(encode(message, header))[1:]
+    scalars = {name: value for name, value in fields["f"].items() if name not in added}
+    return packed(
+        fields | {"f": scalars, "t": [fields["t"][index] for index in old]},
+        tuple(frames[index] for index in old),
+        version=PROTOCOL_VERSION - 1,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_what_the_version_before_did_not_have_gets_its_default(kind: type[Any]) -> None:
+    @settings(max_examples=10, deadline=None)
+    @given(message=messages_of(kind))
+    def check(message: Any) -> None:
+        added = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+        assert decode(as_version_before(message, Header()))[0] == replace(message, **added)
+
+    check()
+
+
+def test_of_the_own_version_a_field_that_is_missing_is_refused() -> None:
+    fields = fields_of(Failed("code", "message", 3))
+    del fields["f"]["call"]
+    assert decode(packed(fields, version=PROTOCOL_VERSION - 1))[0] == Failed("code", "message", 0)
+    with pytest.raises(ProtocolError, match="Failed must have the fields code, message, call"):
+        decode(packed(fields))
 
 
 def test_flags_of_a_later_version_are_refused() -> None:

@@ -36,6 +36,14 @@ def mesh(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"data": [{"id": "tiny"}]})
     if request.url.path == "/ready":
         return httpx.Response(200, json={"ready": True, "detail": "1 pipelines"})
+    if request.url.path == "/mesh":
+        nodes = [
+            {"node": "stage-1", "role": "holder", "slot": {"pipeline": 0, "index": 1}, "state": "alive"}
+            | {"process": "here/42", "shards": None, "rows": 40, "busy_seconds": 1.5},
+            {"node": "expert-1", "role": "expert", "slot": None, "state": "alive"}
+            | {"process": "here/43", "shards": 7, "rows": None, "busy_seconds": None},
+        ]
+        return httpx.Response(200, json={"nodes": nodes})
     if request.url.path == "/metrics":
         return httpx.Response(200, text='# HELP x\nmoemesh_ready 1.0\nmoemesh_ttft_bucket{le="1"} 3\nother 2\n')
     body = json.loads(request.content)
@@ -174,6 +182,8 @@ def test_status_shows_readiness_and_the_numbers_of_the_mesh(serve: Any) -> None:
     assert result.exit_code == 0
     assert "ready: 1 pipelines" in result.output
     assert "moemesh_ready" in result.output
+    assert "holder of" in result.output
+    assert "here/42" in result.output
     assert "bucket" not in result.output
     assert "other" not in result.output
 

@@ -407,6 +407,7 @@ def test_health_is_the_process_and_readiness_the_mesh(tokenizer: TextTokenizer) 
     async def main() -> None:
         server = Server(tokenizer)
         assert (await ask(server.app, "GET", "/ready")).status == 200
+        assert (await ask(server.app, "GET", "/mesh")).json() == {"ready": True, "nodes": []}
         server.engine.state = Readiness(False, "stage 1 of pipeline 0 is missing")
         unready = await ask(server.app, "GET", "/ready")
         assert (unready.status, unready.json()["detail"]) == (503, "stage 1 of pipeline 0 is missing")
