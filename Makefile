@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-parity load-test chaos demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-parity load-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -23,6 +23,8 @@ help:
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
 	@echo 'make chaos         20 faults on a mesh of this machine under load: was anything lost? (CHAOS_ARGS="--seed 2")'
+	@echo 'make chaos-compose the same on containers, which are started for it and removed'
+	@echo 'make chaos-weights the same on random weights of both model families'
 	@echo 'make demo-model    train the demo model anew (an hour on two cores; goes on where it stopped)'
 	@echo 'make demo-eval     held-out questions to the demo model through a mesh, accuracy by task'
 	@echo 'make lock          resolve the ranges of pyproject.toml anew into requirements.lock'
@@ -64,6 +66,16 @@ load-test: $(STAMP)
 
 chaos: $(STAMP)
 	$(VENV)/bin/moemesh chaos run $(CHAOS_ARGS)
+
+chaos-compose: $(STAMP)
+	@sh compose/chaos-compose.sh $(CHAOS_ARGS)
+
+# Random weights of both families: the smoke suite's rules hold whatever a model says.
+chaos-weights: $(STAMP)
+	set -e; for family in qwen3_moe mixtral; do \
+	    $(VENV_PYTHON) -m compose.tiny_checkpoint state/random/$$family --family $$family; \
+	    MODEL=state/random/$$family $(VENV)/bin/moemesh chaos run --output chaos-report/$$family $(CHAOS_ARGS); \
+	done
 
 demo-model: $(STAMP)
 	$(VENV_PYTHON) -m compose.demo.train $(DEMO_RUN) $(DEMO_ARGS)

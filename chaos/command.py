@@ -75,6 +75,16 @@ def run(
     raise typer.Exit(run_suite(Options(target, suite, seed, against, output, reference, timing is Timing.JUDGE)))
 
 
+@app.command()
+def settings(suite: str) -> None:
+    """Print the settings of a suite's mesh, NAME=VALUE a line, for whoever starts one for `--target docker`."""
+    try:
+        for name, value in read_experiment(suite).mesh.items():
+            print(f"{name}={value}")
+    except ExperimentError as error:
+        raise typer.Exit(_complain(error)) from None
+
+
 @app.command("judge")
 def judge_again(
     history: Path,

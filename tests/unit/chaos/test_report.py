@@ -87,6 +87,7 @@ def test_what_cannot_run_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
         ["run", "--suite", "no-such", "--output", str(tmp_path)],
         ["run", "--target", "moon", "--output", str(tmp_path)],
         ["judge", str(tmp_path / "none")],
+        ["settings", "no-such"],
     ):
         assert CliRunner().invoke(app, arguments).exit_code == 2
 
@@ -95,6 +96,12 @@ def test_the_kinds_of_faults_are_listed_with_a_sentence_each() -> None:
     done = CliRunner().invoke(app, ["run", "--list-faults"])
     assert done.exit_code == 0
     assert "kill             SIGKILL from the host" in done.output
+
+
+def test_the_settings_of_a_suites_mesh_are_printed_for_a_shell(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SUITE + "mesh: {PP: 3, RECOVERY: replay}\n")
+    done = CliRunner().invoke(app, ["settings", str(tmp_path / "mine.yaml")])
+    assert (done.exit_code, done.output) == (0, "PP=3\nRECOVERY=replay\n")
 
 
 def test_the_picture_counts_tokens_and_requests_in_flight() -> None:

@@ -1,0 +1,30 @@
+#!/bin/sh
+# A mesh in containers of the shape that a suite wants, hurt by it under load, and removed again.
+# Arguments are those of `moemesh chaos run`; without --suite it is the smoke suite. The images must have been built.
+set -eu
+cd "$(dirname "$0")/.."
+
+suite=smoke
+previous=
+for argument; do
+    [ "$previous" = --suite ] && suite=$argument
+    previous=$argument
+done
+export COMPOSE_PROJECT_NAME="${COMPOSE_PROJECT_NAME:-moemesh-test-chaos}" PORT="${PORT:-8390}"
+shape=$(.venv/bin/moemesh chaos settings "$suite")
+for setting in $shape; do
+    export "${setting?}"
+done
+
+remove() {
+    docker compose down --volumes --remove-orphans --timeout 5 >/dev/null 2>&1 || echo 'some containers could not be removed' >&2
+}
+trap remove EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+docker compose up -d --wait --wait-timeout 120
+status=0
+.venv/bin/moemesh chaos run --target docker --output chaos-report "$@" || status=$?
+docker compose logs --no-color --timestamps >chaos-report/compose.log
+exit "$status"
