@@ -43,6 +43,8 @@ class FaultOutcome:
     doubts: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     """Of the victims, in their order; empty where nobody says so."""
+    is_alone: bool = True
+    """Whether it hurt one node at most, and no other fault was being recovered from meanwhile."""
     tpot_p99_s: float = 0.0
     """Seconds a token of those answers that were under way until the mesh was whole, each as a whole."""
 
@@ -112,7 +114,15 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
         elif isinstance(event, MeshWhole):
             times.whole.setdefault(event.fault, event.at_s)
     end_s = max((event.at_s for event in events), default=0.0)
-    return [_outcome(fault, times, _next_after(fault, applied, times, end_s), operations, usual_s) for fault in applied]
+    spans = {f.fault: (f.at_s, times.whole.get(f.fault, _next_after(f, applied, times, end_s))) for f in applied}
+    found = []
+    for fault in applied:
+        begin_s, whole_s = spans[fault.fault]
+        others = [span for number, span in spans.items() if number != fault.fault]
+        is_alone = len(fault.victims) <= 1 and not any(b < whole_s and begin_s < e for b, e in others)
+        next_s = _next_after(fault, applied, times, end_s)
+        found.append(_outcome(fault, times, next_s, operations, usual_s, is_alone))
+    return found
 
 
 def _next_after(fault: FaultApplied, applied: Sequence[FaultApplied], times: _Times, end_s: float) -> float:
@@ -123,7 +133,12 @@ def _next_after(fault: FaultApplied, applied: Sequence[FaultApplied], times: _Ti
 
 
 def _outcome(
-    fault: FaultApplied, times: _Times, next_s: float, operations: Sequence[Operation], usual_s: float
+    fault: FaultApplied,
+    times: _Times,
+    next_s: float,
+    operations: Sequence[Operation],
+    usual_s: float,
+    is_alone: bool,
 ) -> FaultOutcome:
     healed_s, whole_s = times.healed.get(fault.fault), times.whole.get(fault.fault)
     # A stream may still wait when the nodes are all there again.
@@ -162,6 +177,7 @@ def _outcome(
         tokens_again_s=again_s - fault.at_s,
         doubts=tuple(doubts),
         roles=fault.roles,
+        is_alone=is_alone,
         tpot_p99_s=tpot_p99_s(beside),
     )
 

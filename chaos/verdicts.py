@@ -17,7 +17,10 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What is still good. Keys of the maps: `kill/stage` before `kill` before `default`; seconds."""
+    """What is still good. Keys of the maps: `kill/stage` before `kill` before `default`; seconds.
+
+    Stalls are held against `kill/stage` where one node was hurt at a time, else against `kill` or `default`.
+    """
 
     stall_s: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 10.0})
     """For the 99th percentile over streams of the longest extra gap between tokens."""
@@ -127,7 +130,8 @@ def _hit_verdict(outcomes: Sequence[FaultOutcome], missed: Sequence[FaultSkipped
 def _stall_verdict(outcomes: Sequence[FaultOutcome], bounds: Mapping[str, float]) -> Verdict:
     damage = []
     for outcome in outcomes:
-        bound_s = bound_for(bounds, outcome.kind, outcome.victim_kinds)
+        # What holds while a copy is left does not hold for several at once.
+        bound_s = bound_for(bounds, outcome.kind, outcome.victim_kinds if outcome.is_alone else ())
         if outcome.gap_p99_s > bound_s:
             damage.append(
                 f"{outcome.title}: longest extra gap {outcome.gap_p99_s:.2f} s (p99 of {outcome.num_streams} streams), "

@@ -280,6 +280,26 @@ def test_the_time_a_token_takes_beside_a_fault_is_compared_with_the_usual_one_wh
     assert other.state is State.UNKNOWN
 
 
+def test_the_bound_of_one_node_is_not_that_of_several_at_once_or_of_faults_that_overlap() -> None:
+    bounds = Bounds(stall_s={"default": 10.0, "kill/expert": 0.4, "kill/stage": 0.4})
+    slow = later(good_history(), "run-0", FAULT_S, 3.0)
+
+    def stalls(events: list[Event]) -> State:
+        return next(v.state for v in judge(events, bounds).verdicts if v.name == "stalls")
+
+    assert stalls(slow) is State.BROKEN
+    both = alter(slow, FaultApplied, lambda e: replace(e, victims=NODES[1:], alive=("stage-0", "expert-0")))
+    assert stalls(both) is State.HELD
+    second = [
+        FaultApplied(FAULT_S + 0.05, 1, "kill", (NODES[1],), ("stage-0",), {}),
+        FaultHealed(FAULT_S + 0.1, 1),
+        MeshWhole(FAULT_S + 0.5, 1),
+    ]
+    assert stalls([*slow, *second]) is State.HELD
+    after = [replace(event, at_s=event.at_s + 1.0) for event in second]
+    assert stalls([*slow, *after]) is State.BROKEN
+
+
 def test_a_run_without_a_fault_is_unknown() -> None:
     events = [e for e in good_history() if not isinstance(e, FaultApplied)]
     assert states(judge(events, Bounds()))["faults_hit"] is State.UNKNOWN
