@@ -290,7 +290,7 @@ def test_the_bound_of_one_node_is_not_that_of_several_at_once_or_of_faults_that_
     assert stalls(slow) is State.BROKEN
     both = alter(slow, FaultApplied, lambda e: replace(e, victims=NODES[1:], alive=("stage-0", "expert-0")))
     assert stalls(both) is State.HELD
-    second = [
+    second: list[Event] = [
         FaultApplied(FAULT_S + 0.05, 1, "kill", (NODES[1],), ("stage-0",), {}),
         FaultHealed(FAULT_S + 0.1, 1),
         MeshWhole(FAULT_S + 0.5, 1),
