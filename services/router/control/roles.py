@@ -33,6 +33,8 @@ class RolePlan:
     """By join order."""
     detail: str
     """What there is and what is missing, as a sentence for people."""
+    num_surplus: int = 0
+    """Pipelines beyond the rule, whose nodes are wanted as spares."""
 
     @property
     def pipelines(self) -> dict[PipelineId, tuple[NodeId | None, ...]]:
@@ -54,13 +56,17 @@ def plan_roles(
     pp: int,
     spares: int,
     mirrors: Mapping[StageSlot, NodeId] | None = None,
+    *,
+    keeps_surplus: bool = True,
 ) -> RolePlan:
     """Slots for n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
 
     `current` may name dead nodes; those slots are holes, and a hole stays one until somebody is free for it: its mirror
     before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
     whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
-    A pipeline that exists is kept, and the first one is formed, also where fewer than `spares` are left over then.
+    A pipeline that exists is kept while `keeps_surplus`, also where fewer than `spares` are left over then: a node that
+    was killed is back in a moment. Without it the highest ones are given up until the rule holds. The first one is
+    always formed.
     ConfigurationError for pp < 1 or spares < 0.
     """
     if pp < 1 or spares < 0:
@@ -73,8 +79,13 @@ def plan_roles(
         _fill_holes(pipeline, pp, assignments, free, nodes, mirrors or {})
     _merge_broken(kept, pp, assignments, nodes)
     kept = sorted({slot.pipeline for slot in assignments})
-    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
     num_wanted = max((len(nodes) - spares) // pp, 1)
+    if not keeps_surplus:
+        for pipeline in kept[num_wanted:]:
+            for slot in _slots(pipeline, pp):
+                assignments.pop(slot, None)
+        kept = kept[:num_wanted]
+    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
     while len(kept) < num_wanted and len(free) >= pp:
         pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
         _fill_holes(pipeline, pp, assignments, free, nodes, {})
@@ -86,6 +97,7 @@ def plan_roles(
         holes=tuple(holes),
         spares=tuple(sorted((node.node_id for node in free), key=list(nodes).index)),
         detail=_detail(len(nodes), num_whole, holes, len(free), pp, spares),
+        num_surplus=max(0, len(kept) - num_wanted),
     )
 
 

@@ -81,6 +81,18 @@ def test_of_two_broken_pipelines_the_higher_one_fills_the_lower_one() -> None:
     assert set(after.pipelines) == {0, 2}, "nobody is renumbered"
 
 
+def test_a_pipeline_too_many_for_the_spares_is_kept_at_first_and_given_up_when_told() -> None:
+    before = plan_roles(nodes("abcdef"), {}, 2, 2)
+    assert held(before) == "abcd"
+    remaining = nodes("abcd")
+    kept = plan_roles(remaining, before.assignments, 2, 2)
+    assert (held(kept), kept.spares, kept.num_surplus) == ("abcd", (), 1)
+    given_up = plan_roles(remaining, kept.assignments, 2, 2, keeps_surplus=False)
+    assert (held(given_up), given_up.spares, given_up.num_surplus) == ("ab", ("c", "d"), 0)
+    last = plan_roles(nodes("ab"), before.assignments, 2, 2, keeps_surplus=False)
+    assert (held(last), last.num_surplus) == ("ab", 0)
+
+
 def test_mirror_takes_the_slot_that_it_mirrors_and_others_leave_it_alone() -> None:
     before = plan_roles(nodes("abcd"), {}, 2, 2)
     alive = [node for node in nodes("abcd") if node.node_id != "a"]
