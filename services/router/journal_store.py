@@ -14,7 +14,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class JournalStore:
         read = self._connection.execute
         requests = {
             row[0]: JournalledRequest(
-                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1]
+                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1], row[0]
             )
             for row in read(f"SELECT {_REQUEST_COLUMNS}, ended_s FROM requests ORDER BY number")
         }
@@ -161,7 +161,7 @@ class JournalStore:
             if number in requests:
                 ended = requests.pop(number)
                 if is_kept:
-                    requests[number] = JournalledRequest(ended.accepted, ended.choices, ended_s)
+                    requests[number] = replace(ended, ended_s=ended_s)
         return dict(sorted(requests.items())), buffer
 
     def close(self) -> None:
