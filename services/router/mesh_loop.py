@@ -203,10 +203,11 @@ class MeshLoop:
 
     def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
         description = check_hello(hello, node_id, self._settings.fingerprint)
+        self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
+            self._client.unwatch(node_id)
             raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
-        self._client.watch(description)
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
         self._client.tell(node_id, self._settings.welcome)
