@@ -148,16 +148,17 @@ class MeshLoop:
     def _take_commands(self, now_s: float) -> None:
         while self._commands:
             command = self._commands.popleft()
-            if isinstance(command, RestoredChoice):
-                self._scheduler.restore(command.request, command.generated_token_ids, now_s, command.sequence_id)
-                continue
-            if not isinstance(command, GenerationRequest):
+            if not isinstance(command, GenerationRequest | RestoredChoice):
                 self._scheduler.cancel(command)
                 continue
+            request = command.request if isinstance(command, RestoredChoice) else command
             try:
-                self._scheduler.add(command, now_s)
+                if isinstance(command, RestoredChoice):
+                    self._scheduler.restore(request, command.generated_token_ids, now_s, command.sequence_id)
+                else:
+                    self._scheduler.add(request, now_s)
             except MoemeshError as error:
-                self._flow.refuse(command.request_id, error)
+                self._flow.refuse(request.request_id, error)
 
     # ---- control
 

@@ -145,7 +145,7 @@ class RequestRegistry:
             entry = self._enter(asked, identity, accepted.body_hash, True, journalled.number)
             if journalled.ended_s is None:
                 self._arm(entry, self._grace_s, self._cancel_soon)
-            entry.live.restore(journalled.choices)
+            entry.live.restore(journalled.choices, was_over=journalled.ended_s is not None)
             if journalled.ended_s is not None:
                 self._arm(entry, journalled.ended_s + self._retention_s - self._wall_clock(), self._forget)
 

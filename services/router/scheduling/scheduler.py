@@ -88,10 +88,10 @@ class Scheduler:
 
         It goes on after its tokens so far (fewer than it may have, none of them its last). Nothing refuses it: it was
         let in once. `held_sequence_id`: the number under which stages may still have its cache.
-        ValueError if its id is in use or it has no token left to make.
+        InvalidRequestError if its id is in use or it has no token left to make.
         """
         if request.request_id in self._requests or len(generated_token_ids) >= request.sampling.max_tokens:
-            raise ValueError(f"request {request.request_id} is here already, or was finished")
+            raise InvalidRequestError(f"request {request.request_id} is here already, or was finished")
         self._admission.readmit(request)
         self._num_arrived += 1
         restored = Request(

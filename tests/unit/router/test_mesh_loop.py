@@ -29,7 +29,7 @@ from common.messages import (
 from common.topology import NodeKind
 from common.transport import LinkEvent
 from services.router.control.draining import DRAIN_QUIET_S
-from services.router.engine import FinishReason, GeneratedToken
+from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
 from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
     STEP_DEADLINE_S,
@@ -164,6 +164,13 @@ def test_a_request_that_cannot_be_taken_is_refused_at_once(mesh: FakeMesh) -> No
     for name in ("r", "empty"):
         assert len(mesh.errors(name)) == 1
         assert mesh.errors(name)[0].http_status in (400, 429), mesh.errors(name)
+
+
+def test_a_restored_choice_with_nothing_left_to_make_is_refused_and_the_router_goes_on(mesh: FakeMesh) -> None:
+    mesh.loop.submit(RestoredChoice(build_request("r", max_tokens=4), (1, 2, 3, 4), None))
+    mesh.turn()
+    (error,) = mesh.errors("r")
+    assert "was finished" in error.message
 
 
 def test_a_cancelled_request_gets_nothing_more(mesh: FakeMesh) -> None:

@@ -70,11 +70,12 @@ class Server:
             draw_seed=lambda: 7,
         )
 
-    async def restarted(self, script: list[Step], seed: int = 99) -> Server:
+    async def restarted(self, script: list[Step], context_tokens: int = 4096) -> Server:
         """Nothing of this one is asked any more, as if it had been killed."""
         await self.app.state.requests.close()
         self.journal.close()
         server = Server(self._tokenizer, self._path, script, **self._settings)
+        server.engine.context_tokens = context_tokens
         # In the order of service.py: what is under way is in line before the mesh starts.
         await server.restore([request for request in server._journalled if request.ended_s is None])
         await server.restore([request for request in server._journalled if request.ended_s is not None])
