@@ -66,6 +66,8 @@ class JournalledRequest:
     choices: tuple[JournalledChoice, ...]
     ended_s: float | None
     """Wall clock; None: it is not known to have ended."""
+    number: int
+    """Ascends with acceptance."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from services.router.journal_records import (
 )
 
 SCHEMA_VERSION = "1"
+MAX_ROWS = 500
+"""In one statement: a SQLite may be built to take 999 and no more. A disk that was full leaves far more to write."""
 _WAL_LIMIT_BYTES = 16 << 20
 _REQUEST_COLUMNS = (
     "number, reply_id, created_s, accepted_s, route, tenant, client_request_id, idempotency_key, body_hash, body, "
@@ -97,9 +99,13 @@ class JournalStore:
         self._connection.execute(f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES ({marks})", values)
 
     def append_steps(self, steps: Sequence[bytes]) -> None:
-        """One transaction, and one statement: each statement lets another thread have the interpreter for a while."""
-        marks = ",".join(["(?)"] * len(steps))
-        self._connection.execute(f"INSERT INTO log (step) VALUES {marks}", steps)
+        """One transaction, and few statements: each one lets another thread have the interpreter for a while."""
+        if len(steps) <= MAX_ROWS:
+            _insert_steps(self._connection, steps)  # a step as it comes: one statement is a transaction
+            return
+        with self._transaction() as connection:
+            for first in range(0, len(steps), MAX_ROWS):
+                _insert_steps(connection, steps[first : first + MAX_ROWS])
 
     def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> None:
         """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests."""
@@ -141,7 +147,7 @@ class JournalStore:
         read = self._connection.execute
         requests = {
             row[0]: JournalledRequest(
-                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1]
+                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1], row[0]
             )
             for row in read(f"SELECT {_REQUEST_COLUMNS}, ended_s FROM requests ORDER BY number")
         }
@@ -161,7 +167,7 @@ class JournalStore:
             if number in requests:
                 ended = requests.pop(number)
                 if is_kept:
-                    requests[number] = JournalledRequest(ended.accepted, ended.choices, ended_s)
+                    requests[number] = replace(ended, ended_s=ended_s)
         return dict(sorted(requests.items())), buffer
 
     def close(self) -> None:
@@ -250,6 +256,11 @@ def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
             "serve that one until they have ended, move the file away to drop them, or give another STATE_DIR"
         )
     connection.execute("UPDATE meta SET value = ? WHERE name = 'model'", (model,))
+
+
+def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> None:
+    marks = ",".join(["(?)"] * len(steps))
+    connection.execute(f"INSERT INTO log (step) VALUES {marks}", steps)
 
 
 def _accepted(row: Sequence[Any]) -> AcceptedRequest:

@@ -148,16 +148,17 @@ class MeshLoop:
     def _take_commands(self, now_s: float) -> None:
         while self._commands:
             command = self._commands.popleft()
-            if isinstance(command, RestoredChoice):
-                self._scheduler.restore(command.request, command.generated_token_ids, now_s, command.sequence_id)
-                continue
-            if not isinstance(command, GenerationRequest):
+            if not isinstance(command, GenerationRequest | RestoredChoice):
                 self._scheduler.cancel(command)
                 continue
+            request = command.request if isinstance(command, RestoredChoice) else command
             try:
-                self._scheduler.add(command, now_s)
+                if isinstance(command, RestoredChoice):
+                    self._scheduler.restore(request, command.generated_token_ids, now_s, command.sequence_id)
+                else:
+                    self._scheduler.add(request, now_s)
             except MoemeshError as error:
-                self._flow.refuse(command.request_id, error)
+                self._flow.refuse(request.request_id, error)
 
     # ---- control
 
@@ -203,10 +204,11 @@ class MeshLoop:
 
     def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
         description = check_hello(hello, node_id, self._settings.fingerprint)
+        self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
+            self._client.unwatch(node_id)
             raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
-        self._client.watch(description)
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
         self._client.tell(node_id, self._settings.welcome)

@@ -50,7 +50,7 @@ from services.router.step_flow import Sink, StepFlow
 BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 TERM_SHIFT = 32
-"""Numbers of steps and sequences have the router's term above so many bits: they ascend from one router to the next."""
+"""Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 
@@ -298,6 +298,7 @@ def _mesh_loop(
             addresses.folder_token,
             recovery=settings.recovery,
             adopts=term > 1,
+            first_generation=term << TERM_SHIFT,
         ),
         ExpertRoles(model.config, shape, settings.experts),
         membership,

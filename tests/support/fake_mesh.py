@@ -11,7 +11,7 @@ import numpy as np
 import structlog
 
 from common.array import array_to_frame, frame_to_array
-from common.errors import MoemeshError
+from common.errors import ConfigurationError, MoemeshError
 from common.ids import NodeId, PipelineId, RequestId
 from common.membership import Membership, MembershipSettings
 from common.messages import (
@@ -112,6 +112,8 @@ class FakeClient:
         self.inbox: deque[tuple[NodeId, Message, Header]] = deque()
         self.sent: list[Sent] = []
         self.lifelines: set[str] = set()
+        self.unreachable: set[str] = set()
+        """Nodes whose addresses are of another host's kind."""
         self.events: list[tuple[NodeId, LinkEvent]] = []
         self.pipelines: dict[PipelineId, FakeStages] = {}
         self.results = self
@@ -133,6 +135,8 @@ class FakeClient:
         return True
 
     def watch(self, description: NodeDescription) -> None:
+        if description.node_id in self.unreachable:
+            raise ConfigurationError("no endpoint can be reached")
         self.lifelines.add(description.node_id)
 
     def unwatch(self, node_id: NodeId) -> None:

@@ -53,8 +53,13 @@ class StageRoles:
         *,
         recovery: str = "auto",
         adopts: bool = False,
+        first_generation: int = 0,
     ) -> None:
-        """`recovery`: auto, mirror, replay or move. `adopts`: nodes may hold slots of a router before this one."""
+        """`recovery`: auto, mirror, replay or move. `adopts`: nodes may hold slots of a router before this one.
+
+        Generations count up from `first_generation`: they ascend over routers, since a stage's report is fenced by its
+        generation alone.
+        """
         self.layers = plan_layers(config, shape)
         self._config = config
         self._shape = shape
@@ -67,7 +72,7 @@ class StageRoles:
         self._adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self.mirrors = MirrorRoles(config, shape, self.layers)
-        self._last_generation = 0
+        self._last_generation = first_generation
         """One count for all pipelines: a step of another pipeline, too, is told by its generation."""
         self.detail = f"0 of {shape.pp} stage nodes"
 

@@ -31,7 +31,8 @@ class ChoiceEvent:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     num_tokens: int
-    """Tokens of the choice so far, these included: where a client is that has got this event."""
+    """Tokens of the choice so far, these included: where a client is that has got this event. An end that came without
+    a token counts as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,22 @@ class ChoiceStream:
         self._pending_text += self._text_of(token)
         if self.finish_reason is None and not self._pending_text:
             return None
+        return self._take_event(self.num_tokens)
+
+    def cut(self) -> ChoiceEvent:
+        """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
+        assert self.finish_reason is None
+        self._pending_text += self._shown("", FinishReason.LENGTH)
+        return self._take_event(self.num_tokens + 1)
+
+    def _take_event(self, num_tokens: int) -> ChoiceEvent:
         event = ChoiceEvent(
             self._index,
             self._pending_text,
             tuple(self._pending_token_ids),
             tuple(self._pending_logprobs),
             self.finish_reason,
-            self.num_tokens,
+            num_tokens,
         )
         self._pending_text = ""
         self._pending_token_ids.clear()
@@ -88,10 +98,12 @@ class ChoiceStream:
         return event
 
     def _text_of(self, token: GeneratedToken) -> str:
-        """What may be shown now; sets the finish reason."""
         is_ending = token.finish_reason is FinishReason.STOP and token.token_id in self._ending_ids
-        text = "" if is_ending else self._detokenizer.push(token.token_id)
-        if token.finish_reason is not None:
+        return self._shown("" if is_ending else self._detokenizer.push(token.token_id), token.finish_reason)
+
+    def _shown(self, text: str, finish_reason: FinishReason | None) -> str:
+        """What may be shown now; sets the finish reason."""
+        if finish_reason is not None:
             text += self._detokenizer.flush()
         self._num_characters += len(text)
         matcher = self._stop_matcher
@@ -100,7 +112,7 @@ class ChoiceStream:
             if matcher.stopped:
                 self.finish_reason = FinishReason.STOP
                 return text
-            if token.finish_reason is not None:
+            if finish_reason is not None:
                 text += matcher.flush()
-        self.finish_reason = token.finish_reason
+        self.finish_reason = finish_reason
         return text

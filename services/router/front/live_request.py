@@ -43,6 +43,8 @@ class LiveChoice:
         self.planned = planned
         self.tokens: list[GeneratedToken] = []
         self.is_over = False
+        self.is_cut = False
+        """Over with the tokens that it has, none of which is a last one."""
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
         self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
 
@@ -55,6 +57,10 @@ class LiveChoice:
             self.is_over = self._watch.finish_reason is not None
         else:
             self.is_over = token.finish_reason is not None
+
+    def cut(self) -> None:
+        """It may not have more tokens than these."""
+        self.is_over = self.is_cut = True
 
 
 class LiveRequest:
@@ -107,8 +113,12 @@ class LiveRequest:
         for choice in self.choices:
             self._run(choice, self._engine.generate(choice.planned.request))
 
-    def restore(self, journalled: Sequence[JournalledChoice]) -> None:
-        """Go on where a router before this one was; `journalled` goes with the choices."""
+    def restore(self, journalled: Sequence[JournalledChoice], was_over: bool) -> None:
+        """Go on where a router before this one was; `journalled` goes with the choices.
+
+        A choice that has more tokens than it may have by now (the context got smaller) ends with them. `was_over`: the
+        request had ended before; then it stays so, even if there is room again.
+        """
         self.is_restored = True
         self._has_token = any(record.tokens for record in journalled)
         for choice, record in zip(self.choices, journalled, strict=True):
@@ -120,11 +130,14 @@ class LiveRequest:
             self._end()
             return
         for choice, record in zip(self.choices, journalled, strict=True):
-            if not choice.is_over:
-                token_ids = tuple(token.token_id for token in choice.tokens)
-                self._run(
-                    choice, self._engine.resume(RestoredChoice(choice.planned.request, token_ids, record.sequence_id))
-                )
+            request = choice.planned.request
+            if choice.is_over:
+                continue
+            if was_over or len(choice.tokens) >= request.sampling.max_tokens:
+                choice.cut()
+                continue
+            token_ids = tuple(token.token_id for token in choice.tokens)
+            self._run(choice, self._engine.resume(RestoredChoice(request, token_ids, record.sequence_id)))
         self._end_if_complete()
 
     async def cancel(self) -> None:

@@ -64,6 +64,10 @@ class ReplyReader:
                 event = stream.push(choice.tokens[stream.num_tokens])
                 if event is not None and event.num_tokens > taken:
                     events.append(event)
+            if choice.is_cut and stream.finish_reason is None:
+                event = stream.cut()
+                if event.num_tokens > taken:
+                    events.append(event)
         return events
 
     async def next_events(self, timeout_s: float | None) -> list[ChoiceEvent]:

@@ -31,6 +31,8 @@ class _Entry:
     live: LiveRequest
     body_hash: str
     is_kept: bool
+    number: int
+    """Ascends with acceptance: of two with one name the newer counts, in whichever order a restart brings them back."""
     timer: asyncio.TimerHandle | None = None
     """Until it is cancelled for want of listeners, or forgotten after its end."""
 
@@ -62,6 +64,7 @@ class RequestRegistry:
         self._entries: dict[str, _Entry] = {}
         self._by_client_id: dict[tuple[str, str], _Entry] = {}
         self._by_key: dict[tuple[str, str], _Entry] = {}
+        self._last_number = 0
         self._cancelling: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
@@ -117,13 +120,16 @@ class RequestRegistry:
             choice_ids=tuple(choice.request.request_id for choice in asked.plan.choices),
         )
         self._journal.accept(accepted)
-        entry = self._enter(asked, identity, body_hash, accepted.is_kept)
+        entry = self._enter(asked, identity, body_hash, accepted.is_kept, self._last_number + 1)
         self._metrics.prompt_tokens.inc(asked.plan.num_prompt_tokens)
         entry.live.start()
         return entry.live
 
     async def restore(self, requests: Sequence[JournalledRequest]) -> None:
-        """Before anybody is served: go on with what a router before this one left. Nobody counts as gone yet."""
+        """Before anybody is served: go on with what a router before this one left. Nobody counts as gone yet.
+
+        May be called for one part after the other; each in the order of acceptance.
+        """
         for journalled in requests:
             accepted = journalled.accepted
             identity = ClientIdentity(
@@ -136,10 +142,10 @@ class RequestRegistry:
                 log.error("request_not_restored", request=accepted.reply_id, reason=error.message)
                 self._journal.end(accepted.reply_id, is_kept=False)
                 continue
-            entry = self._enter(asked, identity, accepted.body_hash, is_kept=True)
+            entry = self._enter(asked, identity, accepted.body_hash, True, journalled.number)
             if journalled.ended_s is None:
                 self._arm(entry, self._grace_s, self._cancel_soon)
-            entry.live.restore(journalled.choices)
+            entry.live.restore(journalled.choices, was_over=journalled.ended_s is not None)
             if journalled.ended_s is not None:
                 self._arm(entry, journalled.ended_s + self._retention_s - self._wall_clock(), self._forget)
 
@@ -186,15 +192,20 @@ class RequestRegistry:
         else:
             await self.cancel(live)
 
-    def _enter(self, asked: AskedRequest, identity: ClientIdentity, body_hash: str, is_kept: bool) -> _Entry:
+    def _enter(
+        self, asked: AskedRequest, identity: ClientIdentity, body_hash: str, is_kept: bool, number: int
+    ) -> _Entry:
         live = LiveRequest(
             asked, identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
         )
-        entry = self._entries[live.reply_id] = _Entry(live, body_hash, is_kept)
-        if identity.client_request_id is not None:
-            self._by_client_id[identity.tenant, identity.client_request_id] = entry
-        if identity.idempotency_key is not None:
-            self._by_key[identity.tenant, identity.idempotency_key] = entry
+        self._last_number = max(self._last_number, number)
+        entry = self._entries[live.reply_id] = _Entry(live, body_hash, is_kept, number)
+        for name, by_name in (
+            (identity.client_request_id, self._by_client_id),
+            (identity.idempotency_key, self._by_key),
+        ):
+            if name is not None and by_name.setdefault((identity.tenant, name), entry).number < number:
+                by_name[identity.tenant, name] = entry
         return entry
 
     def _note_end(self, live: LiveRequest) -> None:

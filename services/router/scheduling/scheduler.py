@@ -7,6 +7,7 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.adopting import adopt_held
+from services.router.scheduling.deadlines import is_late
 from services.router.scheduling.invariants import check_scheduler
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
@@ -49,6 +51,8 @@ class Scheduler:
         self._pipelines: dict[PipelineId, PipelineSchedule] = {}
         self._suspended: dict[PipelineId, PipelineSchedule] = {}
         """Pipelines that wait for a holder; their requests keep their blocks."""
+        self._none_open_since_s = -math.inf
+        """Of use while no pipeline is open: when the last one closed; from the start until one opens."""
         self._failures: list[RequestFailure] = []
         self._placements: list[tuple[RequestId, SequenceId]] = []
         self._num_arrived = 0
@@ -84,10 +88,10 @@ class Scheduler:
 
         It goes on after its tokens so far (fewer than it may have, none of them its last). Nothing refuses it: it was
         let in once. `held_sequence_id`: the number under which stages may still have its cache.
-        ValueError if its id is in use or it has no token left to make.
+        InvalidRequestError if its id is in use or it has no token left to make.
         """
         if request.request_id in self._requests or len(generated_token_ids) >= request.sampling.max_tokens:
-            raise ValueError(f"request {request.request_id} is here already, or was finished")
+            raise InvalidRequestError(f"request {request.request_id} is here already, or was finished")
         self._admission.readmit(request)
         self._num_arrived += 1
         restored = Request(
@@ -154,14 +158,14 @@ class Scheduler:
 
     def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
-        schedule = self._pipelines.pop(pipeline, None)
+        schedule = self._take_off(pipeline, now_s)
         if schedule is not None:
             schedule.suspend(now_s)
             self._suspended[pipeline] = schedule
 
     def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
-        schedule = self._pipelines.pop(pipeline, None) or self._suspended.pop(pipeline, None)
+        schedule = self._take_off(pipeline, now_s) or self._suspended.pop(pipeline, None)
         if schedule is not None:
             for request in schedule.abandon():
                 self._requeue(request, now_s)
@@ -300,6 +304,13 @@ class Scheduler:
     def _schedules(self) -> list[PipelineSchedule]:
         return [*self._pipelines.values(), *self._suspended.values()]
 
+    def _take_off(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
+        """It is open no longer; None if it was not."""
+        schedule = self._pipelines.pop(pipeline, None)
+        if schedule is not None and not self._pipelines:
+            self._none_open_since_s = now_s
+        return schedule
+
     def _admit_waiting(self, now_s: float) -> None:
         """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
         could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
@@ -321,28 +332,20 @@ class Scheduler:
 
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
-        settings = self.settings
-        max_wait_s = settings.max_queue_s if self._pipelines else settings.max_outage_s
+        none_open_since_s = None if self._pipelines else self._none_open_since_s
         late = [
             request
             for request in self._requests.values()
-            if now_s - request.arrived_s > settings.max_request_s
-            or (
-                request.state is RequestState.WAITING
-                and now_s - request.queued_s > (settings.max_queue_s if request.waits_for_start else max_wait_s)
-            )
-            or self._is_stranded(request, now_s)
+            if is_late(request, self.settings, now_s, none_open_since_s, self._suspended_since_s(request))
         ]
         pools = self._pool_sizes()
         for request in late:
-            error = lateness(request.generation_request, now_s - request.arrived_s, pools, settings.block_tokens)
+            error = lateness(request.generation_request, now_s - request.arrived_s, pools, self.settings.block_tokens)
             self._failures.append(self._fail(request, error))
 
-    def _is_stranded(self, request: Request, now_s: float) -> bool:
-        """Its pipeline has waited too long for a holder."""
+    def _suspended_since_s(self, request: Request) -> float | None:
         schedule = self._suspended.get(request.pipeline) if request.pipeline is not None else None
-        since_s = schedule.suspended_s if schedule is not None else None
-        return since_s is not None and now_s - since_s > self.settings.max_outage_s
+        return schedule.suspended_s if schedule is not None else None
 
     def _pool_sizes(self) -> list[int]:
         return [schedule.allocator.num_blocks for schedule in self._pipelines.values()]

@@ -33,7 +33,7 @@ class SchedulerSettings:
     max_queue_s: float = 600.0
     """Longest wait for a place in a pipeline."""
     max_outage_s: float = 60.0
-    """Longest wait while no pipeline is open at all."""
+    """Longest wait while no pipeline is open at all, from when the last one closed."""
     max_request_s: float = 3600.0
     """Longest life of a request."""
     canary_interval_s: float = 1.0

@@ -28,6 +28,7 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import FinishReason, GeneratedToken, RecoveryCounts
 from services.router.journal import FOLD_INTERVAL_S, RETRY_INTERVAL_S, Journal
 from services.router.journal_records import JournalledRequest, decode_step, decode_tokens
+from services.router.journal_store import MAX_ROWS
 from tests.support.journals import AWKWARD, accepted, open_at, token
 
 
@@ -256,6 +257,38 @@ def test_on_a_full_disk_new_requests_are_refused_and_running_ones_go_on_until_th
     a, c = reopened(path)
     assert (a.accepted.reply_id, c.accepted.reply_id) == ("a", "c")
     assert a.choices[0].tokens == [token(each) for each in range(number + 1)]
+
+
+@pytest.mark.parametrize("has_room_for_a_part_first", [False, True])
+def test_after_a_long_outage_of_the_disk_everything_is_written_at_once(
+    tmp_path: Path, has_room_for_a_part_first: bool
+) -> None:
+    path = tmp_path / "j"
+    journal, _ = open_at(path)
+    connection = journal._store._connection
+    connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # the least that SQLite may be built with
+    now_s = 100.0
+    journal._clock = lambda: now_s
+    journal.accept(accepted("a"))
+    limit_pages(journal, 12)
+    first = fill(journal, "a-0")
+    (num_written,) = connection.execute("SELECT count(*) FROM log").fetchone()
+    number = first + 2 * MAX_ROWS + 7
+    for each in range(first, number):
+        journal.append([(RequestId("a-0"), token(each))])
+    if has_room_for_a_part_first:
+        limit_pages(journal, 20)
+        now_s += RETRY_INTERVAL_S
+        with pytest.raises(JournalError):
+            journal.accept(accepted("b"))
+        assert connection.execute("SELECT count(*) FROM log").fetchone() == (num_written,), "all or nothing"
+    limit_pages(journal, 100_000)
+    now_s += RETRY_INTERVAL_S
+    journal.accept(accepted("c"))
+    assert journal.is_durable
+    journal.close()
+    a, _ = reopened(path)
+    assert a.choices[0].tokens == [token(each) for each in range(number)]
 
 
 def test_a_request_that_could_not_be_written_is_not_there_after_a_restart(tmp_path: Path) -> None:

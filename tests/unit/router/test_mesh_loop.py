@@ -29,7 +29,7 @@ from common.messages import (
 from common.topology import NodeKind
 from common.transport import LinkEvent
 from services.router.control.draining import DRAIN_QUIET_S
-from services.router.engine import FinishReason, GeneratedToken
+from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
 from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
     STEP_DEADLINE_S,
@@ -107,6 +107,24 @@ def test_a_node_that_does_not_belong_here_is_refused_by_what_is_wrong(changes: d
     assert mesh.loop.status.nodes == ()
 
 
+@pytest.mark.parametrize("kind", list(NodeKind))
+def test_a_node_that_cannot_be_reached_is_refused_and_the_router_goes_on(mesh: FakeMesh, kind: NodeKind) -> None:
+    mesh.client.unreachable = {"far"}
+    for _ in range(3):  # it is started again and again
+        mesh.hello("far", kind)
+        (refusal,) = said_to("far", mesh.turn(0.2))
+        assert isinstance(refusal, Failed)
+        assert refusal.code == "configuration_error"
+        mesh.beat()
+        mesh.turn(0.2)
+    assert mesh.loop.status.readiness.ready
+    assert {status.description.node_id for status in mesh.loop.status.nodes} == {"a", "b", "x"}
+    assert mesh.client.lifelines == {"a", "b", "x"}
+    mesh.client.unreachable.clear()
+    mesh.hello("far", kind)
+    assert kinds(said_to("far", mesh.turn(0.2)))[0] is Welcome, "nothing is held against it"
+
+
 def test_readiness_tells_step_by_step_what_is_missing() -> None:
     mesh = FakeMesh()
     assert mesh.loop.status.readiness.detail == "no node has registered yet"
@@ -146,6 +164,13 @@ def test_a_request_that_cannot_be_taken_is_refused_at_once(mesh: FakeMesh) -> No
     for name in ("r", "empty"):
         assert len(mesh.errors(name)) == 1
         assert mesh.errors(name)[0].http_status in (400, 429), mesh.errors(name)
+
+
+def test_a_restored_choice_with_nothing_left_to_make_is_refused_and_the_router_goes_on(mesh: FakeMesh) -> None:
+    mesh.loop.submit(RestoredChoice(build_request("r", max_tokens=4), (1, 2, 3, 4), None))
+    mesh.turn()
+    (error,) = mesh.errors("r")
+    assert "was finished" in error.message
 
 
 def test_a_cancelled_request_gets_nothing_more(mesh: FakeMesh) -> None:
@@ -212,6 +237,7 @@ def test_a_silent_node_is_taken_for_dead_after_its_time_and_told_so_when_it_spea
     assert "new process" in refusal.message
     mesh.say("b", hello_of(node("b")))
     assert kinds(said_to("b", mesh.turn())) == [Failed], "a dead incarnation stays dead"
+    assert "b" not in mesh.client.lifelines
 
 
 def test_what_a_stranger_says_is_not_answered(mesh: FakeMesh) -> None:

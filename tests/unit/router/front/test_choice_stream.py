@@ -76,6 +76,16 @@ def test_false_start_of_a_stop_string_comes_out_at_the_end(tokenizer: TextTokeni
     assert (text_of(events), events[-1].finish_reason) == ("fox jumps", FinishReason.LENGTH)
 
 
+def test_a_choice_that_is_cut_gives_what_was_held_back_and_ends_one_position_later(tokenizer: TextTokenizer) -> None:
+    for stop_strings, text, shown, rest in (((), "a👩", "a", "\ufffd"), (("jumps!",), "fox jumps", "fox ", "jumps")):
+        token_ids = tokenizer.encode(text)[: -1 if not stop_strings else None]
+        stream = stream_of(tokenizer, *stop_strings)
+        assert text_of(push_all(stream, token_ids, None)) == shown
+        end = stream.cut()
+        assert (end.text, end.finish_reason, end.num_tokens) == (rest, FinishReason.LENGTH, len(token_ids) + 1)
+        assert stream.num_tokens == len(token_ids)
+
+
 def test_echoed_prompt_comes_first_and_holds_no_stop_string(tokenizer: TextTokenizer) -> None:
     events = push_all(stream_of(tokenizer, "jumps", echoed_text="it jumps: "), tokenizer.encode("fox"), None)
     assert text_of(events) == "it jumps: fox"

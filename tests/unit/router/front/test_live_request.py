@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,14 @@ from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
 from services.router.journal_records import NoJournal
 from tests.support.fake_engine import FakeEngine, Fault, Pause
+from tests.unit.router.front.test_resuming import (
+    CHAT,
+    RESUMABLE,
+    Server,
+    events_of,
+    wait_for_end,
+    wait_for_tokens,
+)
 
 EOS = 2
 
@@ -121,6 +130,67 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
         assert engine.closed
 
     run(main())
+
+
+@pytest.mark.parametrize("max_tokens", [3, 4])
+@pytest.mark.parametrize("stop", [None, "never"])
+def test_a_restored_choice_with_more_tokens_than_it_may_have_by_now_ends_with_them(
+    tokenizer: TextTokenizer, tmp_path: Path, max_tokens: int, stop: str | None
+) -> None:
+    async def main() -> None:
+        fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": None, "stop": stop}
+        said = tokenizer.encode("abcd")
+        server = Server(tokenizer, tmp_path / "j", [*said, Pause(), *said, EOS])
+        client = server.start("POST", CHAT, RESUMABLE, stream=True, **fields)
+        await wait_for_tokens(server, 4)
+        assert (await client.next_message())["status"] == 200
+        got = b""
+        while not events_of(got) or events_of(got)[-1][0] != "4":
+            got += (await client.next_message())["body"]
+        num_prompt_tokens = len(server.engine.asked[0].prompt_token_ids)
+        server = await server.restarted([*said, *said, EOS], context_tokens=num_prompt_tokens + max_tokens)
+        for _ in range(2):  # it stays so after a restart with room for more
+            state = (await server.state()).json()
+            (choice,) = state["reply"]["choices"]
+            assert (state["state"], choice["message"]["content"], choice["finish_reason"]) == (
+                "finished",
+                "abcd",
+                "length",
+            )
+            assert state["reply"]["usage"]["completion_tokens"] == 4
+            ((event_id, end), done) = await rest_after(server, "4")
+            assert json.loads(end)["choices"][0]["finish_reason"] == "length"
+            assert (json.loads(end)["choices"][0]["delta"], done) == ({}, (None, "[DONE]"))
+            assert await rest_after(server, str(event_id)) == [done], "it is told once"
+            assert len(await rest_after(server, "0")) > 4
+            assert server.engine.asked == []
+            server = await server.restarted([*said, *said, EOS])
+
+    run(main())
+
+
+def test_a_cut_choice_waits_for_the_others_of_its_request(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": None, "n": 2}
+        server = Server(tokenizer, tmp_path / "j", [])
+        server.engine.script_by_choice = {0: [5, 5, 5, Pause()], 1: [6, Pause()]}
+        server.start("POST", CHAT, RESUMABLE, **fields)
+        await wait_for_tokens(server, 3)
+        num_prompt_tokens = len(server.engine.asked[0].prompt_token_ids)
+        server = await server.restarted([6, 6, 6, 6], context_tokens=num_prompt_tokens + 2)
+        assert [each.request.choice for each in server.engine.resumed] == [1]
+        choices = (await wait_for_end(server))["choices"]
+        assert [(each["token_ids"], each["finish_reason"]) for each in choices] == [
+            ([5, 5, 5], "length"),
+            ([6, 6], "length"),
+        ]
+
+    run(main())
+
+
+async def rest_after(server: Server, last_event_id: str) -> list[tuple[str | None, str]]:
+    answer = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": last_event_id})
+    return events_of(answer.body)
 
 
 @pytest.mark.parametrize("text", ["x", "1", "1,2,3", "-1,2", "1, 2", "1,", "٣,1", "1,99999999999"])

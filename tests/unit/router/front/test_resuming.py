@@ -70,13 +70,19 @@ class Server:
             draw_seed=lambda: 7,
         )
 
-    async def restarted(self, script: list[Step], seed: int = 99) -> Server:
+    async def restarted(self, script: list[Step], context_tokens: int = 4096) -> Server:
         """Nothing of this one is asked any more, as if it had been killed."""
         await self.app.state.requests.close()
         self.journal.close()
         server = Server(self._tokenizer, self._path, script, **self._settings)
-        await server.app.state.requests.restore(server._journalled)
+        server.engine.context_tokens = context_tokens
+        # In the order of service.py: what is under way is in line before the mesh starts.
+        await server.restore([request for request in server._journalled if request.ended_s is None])
+        await server.restore([request for request in server._journalled if request.ended_s is not None])
         return server
+
+    async def restore(self, journalled: list[JournalledRequest]) -> None:
+        await self.app.state.requests.restore(journalled)
 
     def start(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Exchange:
         body = {"model": "tiny", "max_tokens": 100} | fields if fields else None
@@ -321,6 +327,57 @@ def test_a_failed_request_frees_its_key_and_says_why_by_its_id(tokenizer: TextTo
         assert server.engine.asked == []
         assert (await server.ask("GET", "/v1/requests/mine/events")).status == 503
         assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("num_failed", [1, 2])
+def test_after_a_restart_a_key_and_a_clients_id_stand_for_the_newest_request(
+    tokenizer: TextTokenizer, tmp_path: Path, num_failed: int
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", [Fault(NodeLostError("gone"))])
+        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
+        failed = []
+        for _ in range(num_failed):
+            assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 503
+            failed.append((await server.state()).json()["id"])
+        server.engine.script = [*said[:2], Pause(), *said[2:]]
+        server.start("POST", COMPLETIONS, key, prompt="hi")
+        await wait_for_tokens(server, 2)
+        running = (await server.state()).json()["id"]
+        assert running not in failed
+        server = await server.restarted(said)
+        assert (await server.state()).json()["id"] == running
+        answer = await server.ask("POST", COMPLETIONS, key, prompt="hi")
+        assert (answer.status, answer.json()["id"]) == (200, running)
+        assert len(server.engine.asked) == len(server.engine.resumed) == 1, "nothing is generated twice"
+        server = await server.restarted(said)
+        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).json()["id"] == running
+        assert server.engine.asked == []
+        assert [(await server.state(old)).json()["state"] for old in failed] == ["failed"] * num_failed
+
+    run(main())
+
+
+def test_an_ended_request_keeps_the_clients_id_from_an_older_one_that_runs(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, Pause()])
+        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
+        await wait_for_tokens(server, 1)
+        older = (await server.state()).json()["id"]
+        server.engine.script = [5, EOS]
+        newer = (await server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi")).json()["id"]
+        for _ in range(2):
+            assert (await server.state()).json()["id"] == newer
+            assert (await server.state(older)).json()["state"] == "running"
+            server = await server.restarted([5, Pause()])
+        server.engine.script = [6, EOS]
+        newest = (await server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi")).json()["id"]
+        assert (await server.state()).json()["id"] == newest
 
     run(main())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.errors import OverloadedError
+from common.errors import InvalidRequestError, OverloadedError
 from common.ids import Generation
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -54,9 +54,9 @@ def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may
 
 def test_a_request_that_was_finished_cannot_be_restored() -> None:
     scheduler = make_scheduler()
-    with pytest.raises(ValueError, match="was finished"):
+    with pytest.raises(InvalidRequestError, match="was finished"):
         scheduler.restore(build_request("a", 4, 2), [1, 2], now_s=0.0)
     add(scheduler, "b")
-    with pytest.raises(ValueError, match="is here already"):
+    with pytest.raises(InvalidRequestError, match="is here already"):
         scheduler.restore(build_request("b", 4, 2), [1], now_s=0.0)
     scheduler.check_invariants()
