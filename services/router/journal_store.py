@@ -34,6 +34,8 @@ from services.router.journal_records import (
 )
 
 SCHEMA_VERSION = "1"
+BUSY_WITHIN_S = 5.0
+"""How long a journal that somebody else has open is waited for."""
 MAX_ROWS = 500
 """In one statement: a SQLite may be built to take 999 and no more. A disk that was full leaves far more to write."""
 _WAL_LIMIT_BYTES = 16 << 20
@@ -207,6 +209,12 @@ def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
 
 
 def damaged(path: Path, error: Exception) -> ConfigurationError:
+    """What to do about a journal that cannot be read."""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+        # A journal in good order: whoever moved it away would lose its requests for nothing.
+        return ConfigurationError(
+            f"another process has the journal {path} open, perhaps a router that is stopped: end that one first"
+        )
     return ConfigurationError(
         f"the journal {path} cannot be read ({error}): move it and its -wal file away to start without the requests "
         "in it, or set JOURNAL=off"
@@ -214,7 +222,7 @@ def damaged(path: Path, error: Exception) -> ConfigurationError:
 
 
 def _connect(path: Path, is_synchronous: bool) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WITHIN_S)
     for setting in (
         # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
         "locking_mode = EXCLUSIVE",

@@ -25,6 +25,7 @@ from common.errors import (
     OverloadedError,
 )
 from common.ids import RequestId, SequenceId
+from services.router import journal_store
 from services.router.engine import FinishReason, GeneratedToken, RecoveryCounts
 from services.router.journal import FOLD_INTERVAL_S, RETRY_INTERVAL_S, Journal
 from services.router.journal_records import JournalledRequest, decode_step, decode_tokens
@@ -364,6 +365,20 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
         open_at(path)
     with pytest.raises(ConfigurationError):
         open_at(tmp_path / "no" / "folder" / "j")
+
+
+def test_a_journal_that_another_process_has_open_is_in_good_order_and_nobody_is_told_to_move_it_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_store, "BUSY_WITHIN_S", 0.0)
+    path = tmp_path / "j"
+    journal, _ = open_at(path)
+    try:
+        with pytest.raises(ConfigurationError, match=r"another process has the journal .* open, perhaps a router"):
+            open_at(path)
+    finally:
+        journal.close()
+    open_at(path)[0].close()
 
 
 def test_rows_that_are_no_steps_are_refused(tmp_path: Path) -> None:
