@@ -160,8 +160,8 @@ class StageRoles:
     def take_ready(self, node_id: NodeId, message: StageReady, generation: int) -> list[Action]:
         """A stage is ready for a slot; the pipeline opens with the last of them. Stale reports change nothing."""
         pipeline = self._pipelines.get(PipelineId(message.pipeline))
-        if pipeline is None or pipeline.generation != generation or pipeline.is_open:
-            return []
+        if pipeline is None or pipeline.generation != generation or pipeline.is_open or not pipeline.is_whole:
+            return []  # one that has lost another slot meanwhile is assigned anew once that is filled
         if message.slot >= len(pipeline.holders) or pipeline.holders[message.slot] != node_id:
             return []
         pipeline.marks[message.slot] = message.kv_mark
@@ -259,6 +259,7 @@ class StageRoles:
         if before is None:
             return []
         was_open, before.is_open, before.holders = before.is_open, False, holders
+        before.marks.clear()  # of holders, one of whom is gone
         return [SuspendPipeline(pipeline_id)] if was_open else []
 
     def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:

@@ -124,6 +124,21 @@ def test_without_a_replacement_the_hole_stays_and_its_neighbour_keeps_its_slot()
     assert (assignments["c"][0].lease_term, assignments["a"][0].lease_term) == (2, 1)
 
 
+@pytest.mark.parametrize("recovery", ["auto", "replay"])
+def test_a_pipeline_does_not_open_with_a_hole_that_came_while_another_was_filled(recovery: str) -> None:
+    roles = roles_of(recovery=recovery)
+    opened(roles, "a", "b")
+    roles.lose(NodeId("a"))
+    assignments = told(roles.join(node("c")))
+    (b, generation), (c, _) = assignments["b"], assignments["c"]
+    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
+    assert roles.lose(NodeId("b")) == []
+    assert roles.take_ready(NodeId("c"), ready(c), generation) == []
+    assert (roles.num_open, roles.num_suspended) == (0, 1)
+    answers = report(roles, roles.join(node("d")))
+    assert [type(action) for action in answers] == [OpenPipeline]
+
+
 def test_requests_of_a_broken_pipeline_move_where_another_one_is_open() -> None:
     roles = roles_of()
     opened(roles, *"abcd")
