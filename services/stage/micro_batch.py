@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,8 @@ class BlockTables:
         self.num_blocks = num_blocks
         self._tables: dict[int, Int32Array] = {}
         self._computed: dict[int, int] = {}
+        self._inherited: set[int] = set()
+        """Blocks that came from another holder's memory, and of whose sequences no step has told yet."""
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -74,9 +77,14 @@ class BlockTables:
             if sequence_id in self._tables:
                 self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
 
+    def inherit(self, blocks: Iterable[int]) -> None:
+        """The memory is a copy of another holder's, and these blocks were copied: sequences have them whose tables come
+        with their next steps, which may be long after a mirror of this memory was filled."""
+        self._inherited.update(blocks)
+
     def used_blocks(self) -> list[int]:
-        """Blocks of all sequences."""
-        return [block for table in self._tables.values() for block in table.tolist()]
+        """Blocks of all sequences, known or not."""
+        return [*self._inherited, *(block for table in self._tables.values() for block in table.tolist())]
 
     def held(self) -> tuple[Int64Array, Int32Array]:
         """What a router that has forgotten is told: [N, 3] sequence id, positions computed, blocks; and the blocks."""
@@ -121,6 +129,8 @@ class BlockTables:
                 )
             self._tables[sequence_id] = table
             tables.append(table)
+        # Each has an owner that is known now: with it the block is released too.
+        self._inherited.difference_update(new_blocks.tolist())
         return columns, tables
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,6 +30,8 @@ class Mirror:
     attempt: int = 0
     """Of the stream that is taken now."""
     last_sequence_number: int = 0
+    written_blocks: set[int] = field(default_factory=set)
+    """What was ever copied into: which sequences that is, and whether they still live, a mirror is not told."""
 
     def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
         """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
@@ -76,6 +78,7 @@ class Mirror:
         )
         if len(positions):
             self.memory.put_rows(positions, rows)
+            self.written_blocks.update((positions // KV_BLOCK_TOKENS).tolist())
 
     def _put_blocks(self, message: MirrorBlocks) -> None:
         block_ids = frame_to_tensor(message.blocks, torch.int32, (None,), "MirrorBlocks.blocks").to(torch.int64)
@@ -92,6 +95,7 @@ class Mirror:
         )
         if len(block_ids):
             self.memory.put_blocks(block_ids, blocks)
+            self.written_blocks.update(block_ids.tolist())
 
     def _acknowledge(self) -> None:
         try:

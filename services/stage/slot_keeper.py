@@ -192,12 +192,14 @@ class SlotKeeper:
         self._held = None
 
     def _end_mirror(self) -> None:
-        """Keep what was copied, as far as it is good."""
-        if self.mirror is not None:
-            self.mirror.close()
-            if self._held is not None:
-                self._held.marks = StepMarks(self.mirror.mark if self.mirror.is_complete else 0)
-            self.mirror = None
+        """Keep what was copied, as far as it is good; who mirrors this memory next must get all of it."""
+        mirror, self.mirror = self.mirror, None
+        if mirror is None:
+            return
+        mirror.close()
+        if self._held is not None and mirror.is_complete:
+            self._held.marks = StepMarks(mirror.mark)
+            self._held.tables.inherit(mirror.written_blocks)
 
     def _drop_memory(self) -> None:
         self._end_mirror()
@@ -254,7 +256,8 @@ class SlotKeeper:
         return self._held
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
-        held.marks = StepMarks()  # of no use before the copy is complete
+        # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
+        held.marks, held.tables = StepMarks(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
         self.mirror = Mirror(message, header.router_term, held.memory, socket)

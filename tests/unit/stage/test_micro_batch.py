@@ -65,6 +65,15 @@ def test_positions_tables_and_slots_of_a_mixed_step() -> None:
     assert batch.sampling.positions.tolist() == [6], "of the token to be sampled"
 
 
+def test_inherited_blocks_are_used_until_their_owner_is_known_and_then_go_with_it() -> None:
+    known = tables()
+    known.inherit([3, 4, 9])
+    read(step([(7, 0, 5, 0, 2, 0)], [3, 9]), known)
+    assert sorted(known.used_blocks()) == [3, 4, 9]
+    read(step([(8, 0, 3, 0, 1, 0)], [5], released=[7]), known)
+    assert sorted(known.used_blocks()) == [4, 5]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_deltas_add_up_to_each_sequences_own_table(data: st.DataObject) -> None:

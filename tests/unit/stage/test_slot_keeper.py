@@ -14,13 +14,19 @@ from common.errors import MoemeshError, ProtocolError
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import read_model_config
 from services.stage.loading import load_stage
+from services.stage.mirror import Mirror
+from services.stage.mirror_sender import MirrorSender
+from services.stage.paged_memory import PagedMemory, allocate_paged_memory
 from services.stage.slot_keeper import Refused, SlotKeeper, Taken
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
 from tests.support.memory_transport import MemorySocket, MemoryTransport
+from tests.unit.stage.test_micro_batch import step
+from tests.unit.stage.test_mirror import Wire
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 4, ("tcp://next:1",), "")
+FOLLOW = AssignMirror(0, 0, 2, 0, 2, 1, 4, ("tcp://primary:1",), "")
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +133,7 @@ def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, other: Assi
 
 
 def test_a_mirror_takes_over_with_what_it_has_copied(keeper: Keeper) -> None:
-    follow = AssignMirror(0, 0, 2, 0, 2, 1, 4, ("tcp://primary:1",), "")
-    assert keeper.assign(follow, Header(), torch.float32) is None
+    assert keeper.assign(FOLLOW, Header(), torch.float32) is None
     outcome = keeper.finish()
     assert isinstance(outcome, Taken)
     assert outcome.ready == MirrorReady(0, 0, 1, False)
@@ -143,8 +148,7 @@ def test_a_mirror_takes_over_with_what_it_has_copied(keeper: Keeper) -> None:
 
 
 def test_a_mirror_that_is_not_complete_takes_over_with_nothing(keeper: Keeper) -> None:
-    follow = AssignMirror(0, 0, 2, 0, 2, 1, 4, ("tcp://primary:1",), "")
-    keeper.assign(follow, Header(), torch.float32)
+    keeper.assign(FOLLOW, Header(), torch.float32)
     keeper.finish()
     assert keeper.mirror is not None
     keeper.mirror.mark = 41
@@ -152,6 +156,68 @@ def test_a_mirror_that_is_not_complete_takes_over_with_nothing(keeper: Keeper) -
     assert isinstance(taken, Taken)
     assert isinstance(taken.ready, StageReady)
     assert taken.ready.kv_mark == 0
+
+
+def memory_of_another_holder() -> PagedMemory:
+    kv_shape = QWEN3.kv_heads, QWEN3.head_width
+    return allocate_paged_memory(2, ASSIGN.num_blocks, kv_shape, QWEN3.width, torch.float32, None, with_log=True)
+
+
+def copy(source: PagedMemory, used_blocks: list[int], mirror: Mirror, rows: list[int]) -> None:
+    """What a holder sends to a mirror that has just connected, and then of a step that writes `rows`."""
+    wire = Wire()
+    given: Any = wire
+    sender = MirrorSender(given, 0, FOLLOW.lease_term, attempt=1)
+    sender.begin(used_blocks)
+    while sender.wants_to_send:
+        sender.send_blocks(source, mark=41)
+    sender.send_rows(source, torch.tensor(rows, dtype=torch.int64), mark=42)
+    for message in wire.waiting:
+        mirror.take(*message)
+
+
+def test_the_mirror_of_a_former_mirror_gets_all_that_was_copied_before_any_step_has_told_whose_it_is(
+    keeper: Keeper,
+) -> None:
+    first = memory_of_another_holder()
+    for cache in first.caches:
+        cache.keys[[0, 2]] = 1.0
+        cache.values[[0, 2]] = 2.0
+        cache.keys[1, :, :, 5] = 3.0
+    keeper.assign(FOLLOW, Header(), torch.float32)
+    keeper.finish()
+    assert keeper.mirror is not None
+    copy(first, [0, 2], keeper.mirror, rows=[32 + 5])
+    keeper.take(replace(ASSIGN, lease_term=2), 2)
+    assert keeper.slot is not None
+    held, back = keeper.slot.held, Wire()
+    given: Any = back
+    second = Mirror(FOLLOW, 0, memory_of_another_holder(), given)
+    copy(held.memory, held.tables.used_blocks(), second, rows=[])
+    assert (second.is_complete, second.mark) == (True, 42)
+    for cache, copied in zip(first.caches, second.memory.caches, strict=True):
+        assert torch.equal(cache.keys[: ASSIGN.num_blocks], copied.keys[: ASSIGN.num_blocks])
+        assert torch.equal(cache.values[: ASSIGN.num_blocks], copied.values[: ASSIGN.num_blocks])
+
+
+def test_a_copy_that_was_not_complete_is_not_copied_on(keeper: Keeper) -> None:
+    keeper.assign(FOLLOW, Header(), torch.float32)
+    keeper.finish()
+    assert keeper.mirror is not None
+    keeper.mirror.written_blocks.add(2)
+    keeper.take(replace(ASSIGN, lease_term=2), 2)
+    assert keeper.slot is not None
+    assert keeper.slot.held.tables.used_blocks() == []
+
+
+def test_a_former_holder_that_mirrors_its_slot_knows_of_none_of_its_sequences_any_more(keeper: Keeper) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    assert keeper.slot is not None
+    keeper.slot.held.tables.apply(step([(7, 0, 5, 0, 1, 0)], [3]))
+    assert isinstance(keeper.assign(FOLLOW, Header(), torch.float32), Taken)
+    keeper.take(replace(ASSIGN, lease_term=2), 2)
+    assert len(keeper.slot.held.tables) == 0
 
 
 def test_a_new_generation_while_the_same_layers_load_does_not_load_them_again(keeper: Keeper, loads: list[Any]) -> None:
