@@ -67,6 +67,10 @@ class SimulatedPipeline:
         self._mirrors: list[tuple[int, dict[int, int]]] = [(0, {}), (0, {})]
         """By stage: up to which step, and what the cache was then."""
 
+    def keep_tables_of(self, former: SimulatedPipeline) -> None:
+        """The stages were there before this pipeline was closed and opened again."""
+        self._block_tables, self._released = former._block_tables, former._released
+
     @property
     def num_known_sequences(self) -> int:
         """Sequences that the stages still keep something of."""

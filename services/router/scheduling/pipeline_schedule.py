@@ -264,13 +264,7 @@ class PipelineSchedule:
     def suspend(self, now_s: float) -> None:
         """The generation ends: what is in flight is void, since every stage drops it before it takes a new step."""
         self.suspended_s = now_s if self.suspended_s is None else self.suspended_s
-        in_flight, self.in_flight = list(self.in_flight.values()), {}
-        for step in in_flight:
-            self.held_releases.extend(step.plan.released)  # not every stage may have been told
-            for request in step.requests:
-                request.step = None
-                if request.state is not RequestState.RUNNING:
-                    self._give_back(request)
+        self._void_steps()
         for request in self.running:
             request.num_recoveries += 1
 
@@ -311,17 +305,26 @@ class PipelineSchedule:
         return True
 
     def abandon(self) -> list[Request]:
-        """The generation ends: nothing of it comes back. Returns who ran here, without cache, by arrival."""
-        for in_flight in self.in_flight.values():
-            for request in in_flight.requests:
-                request.step, request.block_table = None, []
-        self.in_flight.clear()
+        """The generation ends: nothing of it comes back. Returns who ran here, without cache, by arrival.
+
+        `held_releases` then has all that stages may still keep.
+        """
+        self._void_steps()
         running, self.running = self.running, []
         for request in running:
-            request.block_table = []
+            self._give_back(request)
             request.num_recoveries += self.suspended_s is None
             request.num_replayed_tokens += request.num_computed_tokens
         return running
+
+    def _void_steps(self) -> None:
+        in_flight, self.in_flight = list(self.in_flight.values()), {}
+        for step in in_flight:
+            self.held_releases.extend(step.plan.released)  # not every stage may have been told
+            for request in step.requests:
+                request.step = None
+                if request.state is not RequestState.RUNNING:
+                    self._give_back(request)
 
     # Being observed
 

@@ -7,7 +7,6 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,10 @@ from services.router.scheduling.admission import Admission, CompletionRate, late
 from services.router.scheduling.adopting import adopt_held
 from services.router.scheduling.deadlines import is_late
 from services.router.scheduling.invariants import check_scheduler
-from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
+from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.schedules import PipelineSchedules
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
 from services.router.scheduling.step_plan import RequestFailure, SampledToken, StepPlan, TokenOutput
@@ -48,11 +48,7 @@ class Scheduler:
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
         self._waiting: list[Request] = []  # by arrival
-        self._pipelines: dict[PipelineId, PipelineSchedule] = {}
-        self._suspended: dict[PipelineId, PipelineSchedule] = {}
-        """Pipelines that wait for a holder; their requests keep their blocks."""
-        self._none_open_since_s = -math.inf
-        """Of use while no pipeline is open: when the last one closed; from the start until one opens."""
+        self._schedules = PipelineSchedules(settings)
         self._failures: list[RequestFailure] = []
         self._placements: list[tuple[RequestId, SequenceId]] = []
         self._num_arrived = 0
@@ -68,7 +64,7 @@ class Scheduler:
         self._admission.admit(
             request,
             num_waiting=len(self._waiting),
-            largest_pool_blocks=max(self._pool_sizes(), default=None),
+            largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
             completions_per_s=self._completion_rate.per_s(now_s),
         )
         self._num_arrived += 1
@@ -134,41 +130,32 @@ class Scheduler:
         An older generation of it that is open is closed first; ValueError if that is no older. `held`: what its stages
         have from a router before this one.
         """
-        current = self._pipelines.get(pipeline)
+        current = self._schedules.open.get(pipeline)
         if current is not None:
             if current.generation >= generation:
                 raise ValueError(
                     f"pipeline {pipeline} is open in generation {current.generation}, not before {generation}"
                 )
             self.close_pipeline(pipeline, now_s)
-        schedule = self._suspended.get(pipeline)
-        if schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots):
+        if self._schedules.is_of_another_size(pipeline, num_blocks, num_slots):
             self.close_pipeline(pipeline, now_s)
-        schedule = self._suspended.pop(pipeline, None)
-        if schedule is None:
-            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self.settings)
+        schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
             adopted = adopt_held(schedule, held, self._waiting)
             self._waiting = [request for request in self._waiting if request not in adopted]
             self.counters.requests_adopted += len(adopted)
         schedule.resume(generation, kv_marks)
         schedule.last_answer_s = schedule.last_work_s = now_s
-        self._pipelines[pipeline] = schedule
         self._selection.note_opening(pipeline, now_s)
 
     def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
-        schedule = self._take_off(pipeline, now_s)
-        if schedule is not None:
-            schedule.suspend(now_s)
-            self._suspended[pipeline] = schedule
+        self._schedules.suspend(pipeline, now_s)
 
     def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
-        schedule = self._take_off(pipeline, now_s) or self._suspended.pop(pipeline, None)
-        if schedule is not None:
-            for request in schedule.abandon():
-                self._requeue(request, now_s)
+        for request in self._schedules.close(pipeline, now_s):
+            self._requeue(request, now_s)
 
     # Steps
 
@@ -178,9 +165,9 @@ class Scheduler:
         self._admit_waiting(now_s)
         plans: list[StepPlan] = []
         step = StepId(next(self._step_numbers))
-        for pipeline in sorted(self._pipelines):
+        for pipeline in sorted(self._schedules.open):
             while True:
-                plan, preempted = self._pipelines[pipeline].plan_step(step, now_s)
+                plan, preempted = self._schedules.open[pipeline].plan_step(step, now_s)
                 for request in preempted:
                     request.num_preemptions += 1
                     self.counters.preemptions += 1
@@ -196,8 +183,8 @@ class Scheduler:
     def plan_canaries(self, now_s: float) -> list[StepPlan]:
         """Steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
         plans: list[StepPlan] = []
-        for pipeline in sorted(self._pipelines):
-            schedule = self._pipelines[pipeline]
+        for pipeline in sorted(self._schedules.open):
+            schedule = self._schedules.open[pipeline]
             if schedule.is_canary_due(now_s):
                 plans.append(schedule.plan_canary(StepId(next(self._step_numbers)), now_s))
         return plans
@@ -280,80 +267,71 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing waits, runs or is in flight, but for canaries."""
-        steps = [step for schedule in self._pipelines.values() for step in schedule.in_flight.values()]
+        steps = [step for schedule in self._schedules.open.values() for step in schedule.in_flight.values()]
         return not self._requests and all(step.is_canary for step in steps)
 
     def snapshot(self) -> SchedulerSnapshot:
         """A copy of what metrics and the status page show."""
         return SchedulerSnapshot(
             num_waiting=len(self._waiting),
-            num_running=sum(len(schedule.running) for schedule in self._schedules()),
+            num_running=sum(len(schedule.running) for schedule in self._schedules.all),
             reserved_tokens=self._admission.reserved_tokens,
-            pipelines=tuple(pipeline_snapshot(self._pipelines[pipeline]) for pipeline in sorted(self._pipelines)),
+            pipelines=tuple(
+                pipeline_snapshot(self._schedules.open[pipeline]) for pipeline in sorted(self._schedules.open)
+            ),
             counters=replace(self.counters),
         )
 
     def check_invariants(self) -> None:
         """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
         check_scheduler(
-            list(self._requests.values()), self._waiting, self._schedules(), self._admission.reserved_tokens
+            list(self._requests.values()), self._waiting, self._schedules.all, self._admission.reserved_tokens
         )
 
     # Inside
-
-    def _schedules(self) -> list[PipelineSchedule]:
-        return [*self._pipelines.values(), *self._suspended.values()]
-
-    def _take_off(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
-        """It is open no longer; None if it was not."""
-        schedule = self._pipelines.pop(pipeline, None)
-        if schedule is not None and not self._pipelines:
-            self._none_open_since_s = now_s
-        return schedule
 
     def _admit_waiting(self, now_s: float) -> None:
         """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
         could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
         kept_free: set[PipelineId] = set()
         for request in list(self._waiting):
-            fitting = [pipeline for pipeline in self._pipelines if self._pipelines[pipeline].can_ever_hold(request)]
+            fitting = [
+                pipeline for pipeline in self._schedules.open if self._schedules.open[pipeline].can_ever_hold(request)
+            ]
             open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
-            loads = [self._pipelines[p].load() for p in open_to_it if self._pipelines[p].has_room(request)]
+            loads = [self._schedules.open[p].load() for p in open_to_it if self._schedules.open[p].has_room(request)]
             choice = self._selection.choose(loads)
             if choice is None:
                 kept_free.update(fitting)
-                if len(kept_free) == len(self._pipelines):
+                if len(kept_free) == len(self._schedules.open):
                     break
             else:
                 self._waiting.remove(request)
                 sequence_id = SequenceId(next(self._sequence_numbers))
-                self._pipelines[choice].admit(request, sequence_id)
+                self._schedules.open[choice].admit(request, sequence_id)
                 self._placements.append((request.request_id, sequence_id))
 
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
-        none_open_since_s = None if self._pipelines else self._none_open_since_s
+        none_open_since_s = self._schedules.none_open_since_s
         late = [
             request
             for request in self._requests.values()
             if is_late(request, self.settings, now_s, none_open_since_s, self._suspended_since_s(request))
         ]
-        pools = self._pool_sizes()
+        pools = self._schedules.pool_sizes
         for request in late:
             error = lateness(request.generation_request, now_s - request.arrived_s, pools, self.settings.block_tokens)
             self._failures.append(self._fail(request, error))
 
     def _suspended_since_s(self, request: Request) -> float | None:
-        schedule = self._suspended.get(request.pipeline) if request.pipeline is not None else None
+        schedule = self._schedules.suspended.get(request.pipeline) if request.pipeline is not None else None
         return schedule.suspended_s if schedule is not None else None
-
-    def _pool_sizes(self) -> list[int]:
-        return [schedule.allocator.num_blocks for schedule in self._pipelines.values()]
 
     def _land(
         self, step: StepId, pipeline: PipelineId, generation: Generation, attempt: int, now_s: float
     ) -> StepInFlight | None:
-        schedule = self._pipelines.get(pipeline)
+        schedule = self._schedules.open.get(pipeline)
         in_flight = schedule.in_flight.get(step) if schedule is not None else None
         if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
             return schedule.land(step, now_s)
@@ -390,7 +368,7 @@ class Scheduler:
         if request.state is RequestState.WAITING:
             self._waiting.remove(request)
         elif request.pipeline is not None:
-            (self._pipelines.get(request.pipeline) or self._suspended[request.pipeline]).withdraw(request)
+            self._schedules.of(request.pipeline).withdraw(request)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]

@@ -175,7 +175,7 @@ def test_closed_pipeline_gives_its_requests_back_to_the_head_of_the_line() -> No
     assert (names_in(plan), lengths_in(plan)) == (["a", "b", "c"], [5, 5, 4])
     assert plan.chunks[0].token_ids[-1] == 5
     assert plan.chunks[0].num_generated == 1
-    assert plan.released == ()
+    assert plan.released == (1, 2), "their former cache"
 
 
 def test_answers_of_an_old_generation_step_or_attempt_are_counted_and_dropped() -> None:

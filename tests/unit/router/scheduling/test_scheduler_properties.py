@@ -63,6 +63,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.stages: dict[PipelineId, SimulatedPipeline] = {}
         self.suspended: dict[PipelineId, tuple[SimulatedPipeline, int]] = {}
         """With their number of blocks."""
+        self.former: dict[PipelineId, SimulatedPipeline] = {}
+        """Stages that took steps of a pipeline last: they may outlive it."""
         self.num_blocks: dict[PipelineId, int] = {}
         self.in_flight: list[StepPlan] = []
         self.stale: list[StepPlan] = []
@@ -77,9 +79,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.open_pipeline(pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
         self.num_blocks[pipeline] = num_blocks
         self.stages[pipeline] = SimulatedPipeline(pipeline, generation, num_blocks, self.settings.block_tokens)
+        if pipeline in self.former:
+            self.stages[pipeline].keep_tables_of(self.former[pipeline])
 
     def drop_in_flight(self, pipeline: PipelineId) -> None:
-        self.stages.pop(pipeline, None)
+        if pipeline in self.stages:
+            self.former[pipeline] = self.stages.pop(pipeline)
         self.stale += [plan for plan in self.in_flight if plan.pipeline == pipeline]
         self.in_flight = [plan for plan in self.in_flight if plan.pipeline != pipeline]
 
