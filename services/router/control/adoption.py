@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from common.array import frame_to_array
 from common.errors import ProtocolError
@@ -46,8 +46,20 @@ class HeldCache:
     sequences: Mapping[int, HeldSequence]
     released: tuple[int, ...]
     """Sequences that some stage has and not all agree on: of no use, to be dropped."""
-    mark: int
-    """Steps up to this one are in it."""
+    last_steps: Mapping[int, int]
+    """By slot whose holder has reported and has it still: its last step then."""
+
+    def is_held_by(self, slot: int, kv_mark: int) -> bool:
+        """Whether a slot's holder, whose memory is good up to step `kv_mark`, has all of it.
+
+        One that did not report has not, whatever its mark. A mark says nothing of steps that overtook an older one, and
+        nothing of blocks that were given to another sequence after the report.
+        """
+        return slot in self.last_steps and max(self.last_steps[slot], 1) <= kv_mark
+
+    def kept_by(self, slots: Set[int]) -> HeldCache:
+        """The same, where only these slots' holders are those who reported."""
+        return replace(self, last_steps={slot: step for slot, step in self.last_steps.items() if slot in slots})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,4 +172,4 @@ def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:
             kept[sequence_id] = HeldSequence(longest, num_computed)
             taken.update(longest)
     released = tuple(number for number in everything if number not in kept)
-    return HeldCache(kept, released, min((report.last_step for report in reports), default=0))
+    return HeldCache(kept, released, {report.slot: report.last_step for report in reports})

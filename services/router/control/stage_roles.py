@@ -273,7 +273,7 @@ class StageRoles:
         if before is not None:
             fits = before.num_blocks <= num_blocks
             has_pool = before.has_pool and fits and not self._should_move(pipeline_id, before, holders)
-            held = before.held if fits else None
+            held = before.held.kept_by(self._unbroken(pipeline_id, before, holders)) if before.held and fits else None
             num_blocks = before.num_blocks if has_pool or held is not None else num_blocks
             if before.has_pool and not has_pool:
                 actions.append(ClosePipeline(pipeline_id))
@@ -296,12 +296,16 @@ class StageRoles:
         if self._recovery == "move":
             return True
         is_elsewhere_open = any(p.is_open for number, p in self._pipelines.items() if number != pipeline_id)
-        is_mirrored = all(
-            before.holders[index] == node_id
-            or self.mirrors.node_of(StageSlot(pipeline_id, SlotIndex(index))) == node_id
+        return is_elsewhere_open and len(self._unbroken(pipeline_id, before, holders)) < len(holders)
+
+    def _unbroken(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> set[int]:
+        """Slots that go on with all of their memory: their holder stays, or its complete mirror follows it."""
+        return {
+            index
             for index, node_id in enumerate(holders)
-        )
-        return is_elsewhere_open and not is_mirrored
+            if before.holders[index] == node_id
+            or self.mirrors.node_of(StageSlot(pipeline_id, SlotIndex(index))) == node_id
+        }
 
     def _move_on(self) -> list[Action]:
         """Requests of a pipeline with a hole go where another pipeline is open."""

@@ -293,15 +293,18 @@ class PipelineSchedule:
             return request.replay_position if mark >= self.last_step else 0
         return min(request.covered_by(mark), request.num_computed_tokens)
 
-    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, mark: int) -> bool:
-        """A request that a router before this one ran goes on with its cache. False if its blocks are not free."""
+    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId) -> bool:
+        """A request that a router before this one ran goes on with its cache, as if `step` had computed it.
+
+        False if its blocks are not free.
+        """
         num_computed = min(held.num_computed, request.num_tokens - 1)
         if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.take(held.block_ids):
             return False
         self.admit(request, sequence_id)
         request.block_table = list(held.block_ids)
         request.num_computed_tokens = num_computed
-        request.kv_history = [(mark, num_computed)]
+        request.kv_history = [(step, num_computed)]
         return True
 
     def abandon(self) -> list[Request]:

@@ -21,7 +21,7 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
-from services.router.scheduling.adopting import adopt_held
+from services.router.scheduling.adopting import adopt_held, adopted_marks
 from services.router.scheduling.deadlines import is_late
 from services.router.scheduling.invariants import check_scheduler
 from services.router.scheduling.pipeline_schedule import StepInFlight
@@ -141,7 +141,9 @@ class Scheduler:
             self.close_pipeline(pipeline, now_s)
         schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
-            adopted = adopt_held(schedule, held, self._waiting)
+            adopted_step = StepId(next(self._step_numbers))
+            adopted = adopt_held(schedule, held, self._waiting, adopted_step)
+            kv_marks = adopted_marks(held, kv_marks, adopted_step)
             self._waiting = [request for request in self._waiting if request not in adopted]
             self.counters.requests_adopted += len(adopted)
         schedule.resume(generation, kv_marks)

@@ -47,7 +47,7 @@ def test_a_sequence_goes_on_as_far_as_every_slot_has_it() -> None:
     held = combine([slot(0, {7: ((1, 2), 8)}), slot(1, {7: ((1,), 4)}, last_step=48)], BLOCK_TOKENS)
     assert held.sequences == {7: HeldSequence((1, 2), 4)}
     assert held.released == ()
-    assert held.mark == 48
+    assert held.last_steps == {0: 50, 1: 48}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,14 @@ def test_two_sequences_do_not_get_one_block() -> None:
     sequences = {7: ((1, 2), 8), 8: ((2,), 4)}
     held = combine([slot(0, sequences), slot(1, sequences)], BLOCK_TOKENS)
     assert (set(held.sequences), held.released) == ({7}, (8,))
+
+
+def test_only_who_reported_and_has_its_memory_still_has_what_is_held() -> None:
+    held = combine([slot(0, {7: ((1,), 4)}), slot(1, {7: ((1,), 4)}, last_step=0)], BLOCK_TOKENS)
+    assert [held.is_held_by(0, kv_mark) for kv_mark in (0, 49, 50, 51)] == [False, False, True, True]
+    assert [held.is_held_by(1, kv_mark) for kv_mark in (0, 1)] == [False, True], "0: an empty memory"
+    assert not held.is_held_by(2, 50)
+    assert not held.kept_by({1}).is_held_by(0, 50)
 
 
 def test_a_hello_says_what_is_held() -> None:

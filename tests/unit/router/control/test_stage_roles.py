@@ -218,7 +218,7 @@ def test_a_restarted_router_gives_slots_back_to_their_holders_with_what_both_hav
     assert {message.lease_term for message, _ in told(actions).values()} == {5}
     (opening, *_) = report(roles, actions)
     assert isinstance(opening, OpenPipeline)
-    assert opening.held == HeldCache({1: HeldSequence((0, 1), 30)}, (2,), 900)
+    assert opening.held == HeldCache({1: HeldSequence((0, 1), 30)}, (2,), {0: 900, 1: 901})
 
 
 def test_a_restarted_router_fills_a_hole_once_its_holder_had_time_to_come_back() -> None:
@@ -234,6 +234,17 @@ def test_a_restarted_router_fills_a_hole_once_its_holder_had_time_to_come_back()
     assert opening.held is not None
     assert opening.held.sequences == {1: HeldSequence((0,), 9)}
     assert not roles.waits
+
+
+def test_who_fills_the_slot_of_one_that_reported_and_died_does_not_stand_for_its_report() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    roles.join(node("s"), 0.0)
+    for slot, name in enumerate("ab"):
+        actions = roles.join(node(name), 0.1, held(0, slot, roles, {1: HeldSequence((0,), 9)}))
+    assert told(actions).keys() == {"a", "b"}
+    (opening, *_) = report(roles, roles.lose(NodeId("b")))
+    assert isinstance(opening, OpenPipeline)
+    assert opening.held == HeldCache({1: HeldSequence((0,), 9)}, (), {0: 900})
 
 
 def test_losing_a_spare_or_a_stranger_changes_nothing() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from common.errors import InvalidRequestError, OverloadedError
-from common.ids import Generation
+from common.ids import Generation, SequenceId
+from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from tests.support.simulated_pipeline import build_request
@@ -50,6 +51,53 @@ def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may
     assert bool(scheduler.take_failures()) == (outage == "after it")
     scheduler.schedule(now_s=101.0)
     assert scheduler.is_idle, "every wait has an end"
+
+
+TERM = 1 << 32
+OLD = 949
+"""What a stage of a router before this one says of steps that were not all finished: 950 waits, 951 is through."""
+
+
+def adopting_scheduler(held_by: dict[int, int], kv_marks: tuple[int, int]) -> Scheduler:
+    """A request of which stages hold 9 positions, and a pipeline that has opened with them."""
+    scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
+    request = build_request("a", 6, 20, seed=ord("a"))
+    scheduler.restore(request, [1, 2, 3, 4], 0.0, SequenceId(7))
+    held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), held_by)
+    scheduler.open_pipeline(P0, Generation(1), 32, 2, 0.0, kv_marks, held)
+    return scheduler
+
+
+def replayed(scheduler: Scheduler) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Which slots compute in the next step, and which positions."""
+    plan = only_plan(scheduler)
+    return plan.computing_slots, [(chunk.start_position, chunk.sampling_position) for chunk in plan.chunks]
+
+
+def test_an_adopted_request_goes_on_where_every_slot_has_reported_and_kept_its_memory() -> None:
+    scheduler = adopting_scheduler({0: OLD, 1: OLD}, (OLD + 2, OLD))
+    assert replayed(scheduler) == ((), [(9, 10)])
+
+
+@pytest.mark.parametrize("kv_mark", [OLD, OLD + 2], ids=["a mirror of before", "one that has gone on"])
+def test_a_slot_that_did_not_report_gets_all_of_it_again_whatever_its_mark(kv_mark: int) -> None:
+    scheduler = adopting_scheduler({0: OLD}, (OLD + 2, kv_mark))
+    assert replayed(scheduler) == ((1,), [(0, 9)])
+
+
+def test_a_slot_whose_memory_is_not_the_one_that_it_reported_gets_all_of_it_again() -> None:
+    scheduler = adopting_scheduler({0: OLD, 1: OLD}, (OLD, 0))
+    assert replayed(scheduler) == ((1,), [(0, 9)])
+
+
+def test_a_mirror_of_a_former_time_does_not_stand_for_what_was_adopted_when_it_takes_over_later() -> None:
+    scheduler = adopting_scheduler({0: OLD, 1: OLD}, (OLD + 2, OLD + 2))
+    plan = only_plan(scheduler)
+    complete(scheduler, plan)
+    for generation, kv_marks, slots in ((2, (plan.step, plan.step), ()), (3, (OLD + 2, plan.step), (0,))):
+        scheduler.suspend_pipeline(P0, 0.0)
+        scheduler.open_pipeline(P0, Generation(generation), 32, 2, 0.0, kv_marks)
+        assert replayed(scheduler) == (slots, [(0, 10)] if slots else [(10, 11)])
 
 
 def test_a_request_that_was_finished_cannot_be_restored() -> None:
