@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import structlog
@@ -142,7 +143,7 @@ class MeshLoop:
             self._retry_refused(now_s)
             self._let_leavers_go(now_s)
             self._publish_news(now_s)
-            self._flow.send_plans(now_s)
+            self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s))
             self._publish_status(now_s)
 
     def _take_commands(self, now_s: float) -> None:

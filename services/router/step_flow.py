@@ -97,9 +97,12 @@ class StepFlow:
         self._unsent.pop(pipeline, None)
         self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
 
-    def send_plans(self, now_s: float) -> None:
-        """Send what the scheduler decides; what a first stage does not take yet goes with the next call."""
-        for plan in self._scheduler.schedule(now_s) + self._scheduler.plan_canaries(now_s):
+    def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
+        """Send what the scheduler decides; what a first stage does not take yet goes with the next call.
+
+        `is_awaited`: as the scheduler takes it.
+        """
+        for plan in self._scheduler.schedule(now_s, is_awaited) + self._scheduler.plan_canaries(now_s):
             step = StepInFlight(plan, now_s + self._step_deadline_s)
             self._steps[plan.step] = step
             self._unsent[plan.pipeline].append(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,8 @@ class FakeClient:
         self.results = self
         self.answers: deque[tuple[Any, Header]] = deque()
         self.step_bytes_sent = 0
+        self.held: dict[int, dict[int, list[int]]] = {}
+        """By pipeline: what its stages have from a router before this one when it opens."""
         self.after_wait: Any = lambda: None
 
     def wait(self, timeout_ms: int) -> None:
@@ -147,7 +149,7 @@ class FakeClient:
         return events
 
     def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
-        self.pipelines[pipeline] = FakeStages(first_stage.node_id)
+        self.pipelines[pipeline] = FakeStages(first_stage.node_id, self.held.pop(pipeline, {}))
 
     def close_pipeline(self, pipeline: PipelineId) -> None:
         self.pipelines.pop(pipeline, None)
@@ -165,15 +167,16 @@ class FakeClient:
 class FakeMesh:
     """A mesh loop, a clock moved by hand, and nodes that do what they are told unless a test says otherwise."""
 
-    def __init__(self, **mesh: Any) -> None:
+    def __init__(self, *, adopts: bool = False, **mesh: Any) -> None:
+        """`adopts`: nodes may hold slots of a router before this one."""
         self.now_s = 1000.0
         self.client = FakeClient()
         self.outcomes: dict[str, list[GeneratedToken | MoemeshError]] = {}
         config, shape = small_model(), small_mesh(**mesh)
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
-        self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens))
-        self.stages = StageRoles(config, shape, ("tcp://router:9",), "")
+        self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
+        self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
         self.loop = MeshLoop(
             config,
@@ -191,6 +194,8 @@ class FakeMesh:
         self.unready: set[str] = set()
         """Nodes that do not answer what they are told."""
         self.alive: dict[str, NodeDescription] = {}
+        self.kv_marks: dict[str, int] = {}
+        """What nodes say of their memory, where it is not empty."""
 
     def _sink(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
         for request_id, outcome in outcomes:
@@ -209,7 +214,7 @@ class FakeMesh:
     def _obey(self, name: str, message: Any, header: Header) -> None:
         if name in self.alive and name not in self.unready:
             if isinstance(message, AssignStage):
-                ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1)
+                ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, self.kv_marks.get(name, 0))
                 self.say(name, ready, Header(generation=header.generation))
             elif isinstance(message, AssignShards):
                 self.say(name, ShardsReady(message.version, True, message.shards, 1))
@@ -225,6 +230,22 @@ class FakeMesh:
         self.say(name, hello_of(description))
         self.client.events.append((description.node_id, LinkEvent.CONNECTED))
         return description
+
+    def come_back(self, name: str, pipeline: int, slot: int, sequences: dict[int, tuple[int, int]]) -> None:
+        """Let a stage say hello that holds a slot from a router before this one.
+
+        `sequences`: of each one block and how many positions are computed.
+        """
+        layers, last_step = self.stages.layers[slot], 950
+        rows = np.array([(number, computed, 1) for number, (_, computed) in sequences.items()], dtype=np.int64)
+        blocks = np.array([block for block, _ in sequences.values()], dtype=np.int32)
+        self.hello(name)
+        _, hello, header = self.client.inbox.pop()
+        assert isinstance(hello, Hello)
+        held = (pipeline, slot, 2, layers.start, layers.stop, 3, 32, last_step)
+        frames = array_to_frame(rows.reshape(-1, 3)), array_to_frame(blocks)
+        self.say(name, replace(hello, held_slot=held, held_sequences=frames[0], held_blocks=frames[1]), header)
+        self.kv_marks[name] = last_step
 
     def lose(self, name: str) -> None:
         """End a node's process; its lifeline closes."""

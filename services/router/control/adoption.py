@@ -14,6 +14,8 @@ from common.topology import LayerRange, StageSlot
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
 """How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
+OPEN_S = 5.0
+"""How much longer requests wait for an adopted pipeline to open, while another one could take them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class AdoptedPipeline:
 
 
 class Adoption:
-    """Collects what nodes claim, until all are back or have had their time."""
+    """Collects what nodes claim. A pipeline is taken over once all its holders are back, or when their time is up."""
 
     def __init__(self, layers: Sequence[LayerRange], block_tokens: int, is_wanted: bool) -> None:
         """`layers`: by slot of this mesh. Not wanted (a first router): there is nothing to wait for."""
@@ -84,45 +86,61 @@ class Adoption:
         self._block_tokens = block_tokens
         self._claims: dict[StageSlot, tuple[NodeId, HeldSlot]] = {}
         self._deadline_s: float | None = None
+        self._taken: set[PipelineId] = set()
+        self._known_sequences: set[int] = set()
+        """Of pipelines that were taken over: what these hold is known, however little it is worth."""
         self.is_pending = is_wanted
+        """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
     def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float) -> None:
         """A node registered. What does not fit this mesh is not taken: the node gets a role like any other."""
         self._deadline_s = now_s + ADOPT_S if self._deadline_s is None else self._deadline_s
-        if held is not None and held.num_slots == len(self._layers) and held.layers == self._layers[held.slot]:
+        if held is None or held.num_slots != len(self._layers) or held.layers != self._layers[held.slot]:
+            return
+        if self.is_pending and held.pipeline not in self._taken:
             self._claims.setdefault(StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot)), (node_id, held))
 
     def withdraw(self, node_id: NodeId) -> None:
         """It is gone again."""
         self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
 
-    def is_due(self, now_s: float) -> bool:
-        """Every pipeline that is claimed has all of its holders back, or the time is up."""
-        if self._deadline_s is None:
-            return False
-        claimed = {slot.pipeline for slot in self._claims}
-        slots = [slot for pipeline in claimed for slot in self._slots(pipeline)]
-        return now_s >= self._deadline_s or (bool(slots) and all(slot in self._claims for slot in slots))
+    def has_claim(self, node_id: NodeId) -> bool:
+        """Whether it waits for its slot."""
+        return any(claim[0] == node_id for claim in self._claims.values())
 
-    def take(self) -> list[AdoptedPipeline]:
-        """What is taken over; once."""
-        self.is_pending = False
-        claims, self._claims = self._claims, {}
-        found: list[AdoptedPipeline] = []
-        for pipeline in sorted({slot.pipeline for slot in claims}):
-            by_slot = [claims.get(slot) for slot in self._slots(pipeline)]
-            reports = [claim[1] for claim in by_slot if claim is not None]
-            agreed = len({report.num_blocks for report in reports}) == 1
-            found.append(
-                AdoptedPipeline(
-                    pipeline,
-                    tuple(claim[0] if claim is not None else None for claim in by_slot),
-                    tuple(claim[1].lease_term if claim is not None else 0 for claim in by_slot),
-                    reports[0].num_blocks,
-                    combine(reports, self._block_tokens) if agreed else None,
-                )
-            )
-        return found
+    def take(self, now_s: float) -> list[AdoptedPipeline]:
+        """What is taken over now: pipelines whose holders are all back; when the time is up, whatever is claimed."""
+        if not self.is_pending or self._deadline_s is None:
+            return []
+        self.is_pending = now_s < self._deadline_s
+        claimed = sorted({slot.pipeline for slot in self._claims})
+        return [
+            self._take(pipeline)
+            for pipeline in claimed
+            if not self.is_pending or all(slot in self._claims for slot in self._slots(pipeline))
+        ]
+
+    def may_know(self, sequence_id: int) -> bool:
+        """Whether somebody who holds this sequence may still come back."""
+        return self.is_pending and sequence_id not in self._known_sequences
+
+    def waits_for_opening(self, now_s: float) -> bool:
+        """Whether it is worth while to wait for an adopted pipeline to open."""
+        return self._deadline_s is not None and now_s < self._deadline_s + OPEN_S
+
+    def _take(self, pipeline: PipelineId) -> AdoptedPipeline:
+        by_slot = [self._claims.pop(slot, None) for slot in self._slots(pipeline)]
+        reports = [claim[1] for claim in by_slot if claim is not None]
+        self._taken.add(pipeline)
+        self._known_sequences.update(*(report.sequences for report in reports))
+        agreed = len({report.num_blocks for report in reports}) == 1
+        return AdoptedPipeline(
+            pipeline,
+            tuple(claim[0] if claim is not None else None for claim in by_slot),
+            tuple(claim[1].lease_term if claim is not None else 0 for claim in by_slot),
+            reports[0].num_blocks,
+            combine(reports, self._block_tokens) if agreed else None,
+        )
 
     def _slots(self, pipeline: PipelineId) -> list[StageSlot]:
         return [StageSlot(pipeline, SlotIndex(index)) for index in range(len(self._layers))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
 
 from common.errors import CapacityError
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
@@ -12,33 +11,12 @@ from common.messages import AssignStage, Header, MirrorReady, StageReady, Unassi
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import Adoption, HeldCache, HeldSlot
+from services.router.control.adoption import Adoption, HeldSlot
 from services.router.control.mirror_roles import MirrorRoles
 from services.router.control.mirrors import MirroredSlot
+from services.router.control.pipeline_state import Pipeline
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
-
-
-@dataclass(slots=True)
-class Pipeline:
-    """One pipeline's holders in one generation."""
-
-    generation: Generation
-    holders: tuple[NodeId | None, ...]
-    """None: a hole."""
-    num_blocks: int
-    marks: dict[int, int] = field(default_factory=dict)
-    """By slot that is ready in this generation: up to which step its paged memory is good."""
-    is_open: bool = False
-    has_pool: bool = False
-    """The scheduler keeps its requests' blocks, also while it is not open."""
-    held: HeldCache | None = None
-    """From a router before this one, until it opens."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Every slot has a holder."""
-        return None not in self.holders
 
 
 class StageRoles:
@@ -112,11 +90,8 @@ class StageRoles:
 
     def tick(self, now_s: float) -> list[Action]:
         """Roles that time alone decides: a restarted router does not give a slot away before its holder is back."""
-        if not self._adoption.is_pending:
-            return self._replan()
-        if not self._adoption.is_due(now_s):
-            return []
-        return self._adopt() + self._replan()
+        actions = self._adopt(now_s)
+        return actions if self._adoption.is_pending else actions + self._replan()
 
     @property
     def waits(self) -> bool:
@@ -129,12 +104,12 @@ class StageRoles:
         if self._nodes.pop(node_id, None) is None:
             return []
         self._adoption.withdraw(node_id)
-        return [] if self._adoption.is_pending else self._replan()
+        return self._replan()
 
     def drain(self, node_id: NodeId) -> list[Action]:
         """A node wants to leave. Ask `may_leave` from now on; until then it serves."""
         self._draining.add(node_id)
-        return [] if self._adoption.is_pending else self._mirror()
+        return self._mirror()
 
     def may_leave(self, node_id: NodeId) -> bool:
         """Whether nothing is gained by waiting: it holds no open slot, its mirror is complete, or there is none."""
@@ -142,6 +117,13 @@ class StageRoles:
         if slot is None or not self._pipelines[slot.pipeline].is_open:
             return True
         return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
+
+    def is_awaited(self, sequence_id: int, now_s: float) -> bool:
+        """Whether a pipeline that has yet to open holds this sequence of a router before this one, or perhaps does."""
+        if self._adoption.may_know(sequence_id):
+            return True
+        is_held = any(pipeline.has_all_of(sequence_id) for pipeline in self._pipelines.values())
+        return is_held and self._adoption.waits_for_opening(now_s)
 
     @property
     def leaving(self) -> list[NodeId]:
@@ -192,13 +174,16 @@ class StageRoles:
     # Planning
 
     def _replan(self, too_small: Set[NodeId] = frozenset()) -> list[Action]:
-        """Roles for all nodes but those that turned out too small for the slot that they would have got."""
+        """Roles for all nodes but those that turned out too small for the slot that they would have got.
+
+        While slots are kept for their holders, roles of those who have one.
+        """
+        current = self._holders()
         observed = [
             ObservedStage(node_id, description.numeric_class, order)
             for node_id, (description, order) in self._nodes.items()
-            if node_id not in too_small
+            if node_id not in too_small and (node_id in current.values() or not self._adoption.is_pending)
         ]
-        current = self._holders()
         plan = plan_roles(observed, current, self._shape.pp, self._shape.spares, self.mirrors.nodes)
         self.detail = plan.detail
         wanted = plan.pipelines
@@ -356,14 +341,14 @@ class StageRoles:
         spares = [
             node_id
             for node_id in sorted(self._nodes, key=lambda node_id: self._nodes[node_id][1])
-            if node_id not in holders.values() and node_id not in self._draining
+            if node_id not in holders.values() and node_id not in self._draining and not self._adoption.is_pending
         ]
         return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
 
-    def _adopt(self) -> list[Action]:
+    def _adopt(self, now_s: float) -> list[Action]:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
-        for adopted in self._adoption.take():
+        for adopted in self._adoption.take(now_s):
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)
             self._pipelines[adopted.pipeline] = Pipeline(

@@ -8,7 +8,7 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -161,10 +161,16 @@ class Scheduler:
 
     # Steps
 
-    def schedule(self, now_s: float) -> list[StepPlan]:
-        """All micro-batches that may be sent now. Ask `take_failures` afterwards: deadlines are looked at here."""
+    def schedule(
+        self, now_s: float, is_awaited: Callable[[SequenceId], bool] = lambda sequence_id: False
+    ) -> list[StepPlan]:
+        """All micro-batches that may be sent now. Ask `take_failures` afterwards: deadlines are looked at here.
+
+        `is_awaited`: whether a restored request, by the sequence that it was, is to wait for the pipeline that has its
+        cache.
+        """
         self._expire(now_s)
-        self._admit_waiting(now_s)
+        self._admit_waiting(now_s, is_awaited)
         plans: list[StepPlan] = []
         step = StepId(next(self._step_numbers))
         for pipeline in sorted(self._schedules.open):
@@ -292,11 +298,13 @@ class Scheduler:
 
     # Inside
 
-    def _admit_waiting(self, now_s: float) -> None:
+    def _admit_waiting(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
         """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
         could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
         kept_free: set[PipelineId] = set()
         for request in list(self._waiting):
+            if request.held_sequence_id is not None and is_awaited(request.held_sequence_id):
+                continue
             fitting = [
                 pipeline for pipeline in self._schedules.open if self._schedules.open[pipeline].can_ever_hold(request)
             ]

@@ -7,9 +7,10 @@ import pytest
 
 from common.array import array_to_frame
 from common.errors import ProtocolError
+from common.ids import NodeId
 from common.messages import Hello
 from common.topology import LayerRange
-from services.router.control.adoption import HeldSequence, HeldSlot, combine, read_held_slot
+from services.router.control.adoption import ADOPT_S, Adoption, HeldSequence, HeldSlot, combine, read_held_slot
 
 BLOCK_TOKENS = 4
 
@@ -104,3 +105,46 @@ def test_a_hello_that_makes_no_sense_is_refused_by_the_field(
 ) -> None:
     with pytest.raises(ProtocolError, match=f"Hello.{field}"):
         read_held_slot(hello(held_slot, sequences, blocks))
+
+
+def holder(pipeline: int, slot: int, num_blocks: int = 32) -> HeldSlot:
+    held = {10 + pipeline: HeldSequence((1,), 4)}
+    return HeldSlot(pipeline, slot, 2, LayerRange(slot, slot + 1), 7, num_blocks, 50, held)
+
+
+def adoption() -> Adoption:
+    return Adoption([LayerRange(0, 1), LayerRange(1, 2)], BLOCK_TOKENS, is_wanted=True)
+
+
+def test_a_pipeline_is_taken_over_once_all_its_holders_are_back_and_another_one_after_it() -> None:
+    waiting = adoption()
+    waiting.claim(NodeId("a"), holder(0, 0), 10.0)
+    assert waiting.take(10.0) == []
+    waiting.claim(NodeId("b"), holder(0, 1), 10.0)
+    waiting.claim(NodeId("d"), holder(1, 1), 10.03)
+    (first,) = waiting.take(10.03)
+    assert (first.pipeline, first.holders, first.lease_terms) == (0, ("a", "b"), (7, 7))
+    assert waiting.is_pending
+    assert (waiting.has_claim(NodeId("a")), waiting.has_claim(NodeId("d"))) == (False, True)
+    assert (waiting.may_know(10), waiting.may_know(11)) == (False, True)
+    waiting.claim(NodeId("c"), holder(1, 0), 10.06)
+    waiting.claim(NodeId("e"), holder(0, 0), 10.06)
+    (second,) = waiting.take(10.06)
+    assert (second.pipeline, second.holders) == (1, ("c", "d"))
+    assert waiting.take(10.0 + ADOPT_S) == [], "a slot that was given back is not claimed again"
+    assert not waiting.is_pending
+
+
+def test_when_the_time_is_up_a_pipeline_is_taken_over_with_a_hole_and_nobody_is_waited_for() -> None:
+    waiting = adoption()
+    assert waiting.take(99.0) == [], "the time runs from the first node that registers"
+    waiting.claim(NodeId("s"), None, 10.0)
+    waiting.claim(NodeId("b"), holder(0, 1), 11.0)
+    waiting.claim(NodeId("d"), holder(1, 1), 11.0)
+    waiting.withdraw(NodeId("d"))
+    assert waiting.take(9.99 + ADOPT_S) == []
+    (taken,) = waiting.take(10.0 + ADOPT_S)
+    assert (taken.holders, taken.lease_terms) == ((None, "b"), (0, 7))
+    assert not waiting.may_know(11)
+    waiting.claim(NodeId("c"), holder(1, 0), 12.0)
+    assert waiting.take(12.0) == []

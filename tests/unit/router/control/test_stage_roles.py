@@ -14,7 +14,6 @@ from common.ids import Generation, NodeId, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, MirrorReady, MirrorTo, StageReady, Unassign
 from common.topology import StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import LAYERS, PLENTY, node, small_mesh, small_model
 
@@ -202,49 +201,6 @@ def test_a_holder_that_leaves_waits_for_its_mirror_and_one_without_does_not() ->
     mirrored(roles, actions)
     assert roles.leaving == ["b"]
     assert told(roles.lose(NodeId("b")))["c"][0].slot == 1
-
-
-def held(pipeline: int, slot: int, roles: StageRoles, sequences: dict[int, HeldSequence]) -> HeldSlot:
-    return HeldSlot(pipeline, slot, 2, roles.layers[slot], 5, 32, 900 + slot, sequences)
-
-
-def test_a_restarted_router_gives_slots_back_to_their_holders_with_what_both_have() -> None:
-    roles = roles_of(adopts=True, spares=1)
-    assert roles.join(node("s"), 0.0) == [], "a spare may be back first"
-    sequences = {1: HeldSequence((0, 1), 40), 2: HeldSequence((2,), 9)}
-    assert roles.join(node("b"), 0.1, held(0, 1, roles, {1: HeldSequence((0,), 30)})) == []
-    actions = roles.join(node("a"), 0.2, held(0, 0, roles, sequences))
-    assert {name: message.slot for name, (message, _) in told(actions).items()} == {"a": 0, "b": 1}
-    assert {message.lease_term for message, _ in told(actions).values()} == {5}
-    (opening, *_) = report(roles, actions)
-    assert isinstance(opening, OpenPipeline)
-    assert opening.held == HeldCache({1: HeldSequence((0, 1), 30)}, (2,), {0: 900, 1: 901})
-
-
-def test_a_restarted_router_fills_a_hole_once_its_holder_had_time_to_come_back() -> None:
-    roles = roles_of(adopts=True, spares=1)
-    roles.join(node("s"), 0.0)
-    assert roles.join(node("a"), 0.1, held(0, 0, roles, {1: HeldSequence((0,), 9)})) == []
-    assert roles.waits
-    assert roles.tick(1.4) == []
-    actions = roles.tick(1.5)
-    assert {name: message.slot for name, (message, _) in told(actions).items()} == {"a": 0, "s": 1}
-    (opening, *_) = report(roles, actions)
-    assert isinstance(opening, OpenPipeline)
-    assert opening.held is not None
-    assert opening.held.sequences == {1: HeldSequence((0,), 9)}
-    assert not roles.waits
-
-
-def test_who_fills_the_slot_of_one_that_reported_and_died_does_not_stand_for_its_report() -> None:
-    roles = roles_of(adopts=True, spares=1)
-    roles.join(node("s"), 0.0)
-    for slot, name in enumerate("ab"):
-        actions = roles.join(node(name), 0.1, held(0, slot, roles, {1: HeldSequence((0,), 9)}))
-    assert told(actions).keys() == {"a", "b"}
-    (opening, *_) = report(roles, roles.lose(NodeId("b")))
-    assert isinstance(opening, OpenPipeline)
-    assert opening.held == HeldCache({1: HeldSequence((0,), 9)}, (), {0: 900})
 
 
 def test_losing_a_spare_or_a_stranger_changes_nothing() -> None:

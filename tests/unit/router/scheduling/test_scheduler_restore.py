@@ -10,7 +10,7 @@ from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from tests.support.simulated_pipeline import build_request
-from tests.unit.router.scheduling.test_scheduler import P0, add, complete, make_scheduler, names_in, only_plan
+from tests.unit.router.scheduling.test_scheduler import P0, P1, add, complete, make_scheduler, names_in, only_plan
 
 
 def test_restored_request_goes_on_after_its_tokens() -> None:
@@ -98,6 +98,30 @@ def test_a_mirror_of_a_former_time_does_not_stand_for_what_was_adopted_when_it_t
         scheduler.suspend_pipeline(P0, 0.0)
         scheduler.open_pipeline(P0, Generation(generation), 32, 2, 0.0, kv_marks)
         assert replayed(scheduler) == (slots, [(0, 10)] if slots else [(10, 11)])
+
+
+def test_a_request_waits_for_the_pipeline_that_has_its_cache_and_keeps_nobody_else_waiting() -> None:
+    scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
+    for name, sequence_id in (("a", SequenceId(7)), ("b", SequenceId(8)), ("c", None)):
+        scheduler.restore(build_request(name, 6, 20, seed=ord(name)), [1, 2, 3, 4], 0.0, sequence_id)
+    held = HeldCache({8: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})
+    scheduler.open_pipeline(P0, Generation(1), 32, 1, 0.0, (OLD,), held)
+    (plan,) = scheduler.schedule(0.0, lambda sequence_id: sequence_id == 7)
+    assert names_in(plan) == ["b", "c"]
+    complete(scheduler, plan)
+    held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})
+    scheduler.open_pipeline(P1, Generation(2), 32, 1, 0.0, (OLD,), held)
+    plans = {plan.pipeline: plan for plan in scheduler.schedule(0.0)}
+    assert names_in(plans[P1]) == ["a"]
+    assert plans[P1].chunks[0].start_position == 9
+
+
+def test_a_request_that_is_not_awaited_any_more_runs_where_there_is_room() -> None:
+    scheduler = make_scheduler()
+    scheduler.restore(build_request("a", 6, 20, seed=ord("a")), [1], 0.0, SequenceId(7))
+    assert scheduler.schedule(0.0, lambda sequence_id: True) == []
+    scheduler.check_invariants()
+    assert names_in(only_plan(scheduler)) == ["a"]
 
 
 def test_a_request_that_was_finished_cannot_be_restored() -> None:
