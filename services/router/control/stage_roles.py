@@ -112,10 +112,16 @@ class StageRoles:
         return self._mirror()
 
     def may_leave(self, node_id: NodeId) -> bool:
-        """Whether nothing is gained by waiting: it holds no open slot, its mirror is complete, or there is none."""
+        """Whether nothing is gained by waiting: no cache is lost with it, its mirror is complete, or there is none."""
+        if self._nodes.keys() <= self._draining:
+            return True  # the whole mesh ends
         slot = self.slot_of(node_id)
-        if slot is None or not self._pipelines[slot.pipeline].is_open:
+        if slot is None:
+            return not self._adoption.has_claim(node_id)
+        if not self._pipelines[slot.pipeline].has_cache:
             return True
+        if self._adoption.is_pending:
+            return False  # who is free to be its mirror turns out then
         return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
 
     def is_awaited(self, sequence_id: int, now_s: float) -> bool:
@@ -322,7 +328,7 @@ class StageRoles:
         )
 
     def _mirror(self) -> list[Action]:
-        """Spares follow slots of open pipelines, if that is wanted or their holder is about to leave."""
+        """Spares follow slots of open pipelines, if that is wanted, and slots with cache that their holder leaves."""
         holders = {slot: node_id for slot, node_id in self._holders().items() if node_id in self._nodes}
         mirrored = [
             MirroredSlot(
@@ -331,8 +337,7 @@ class StageRoles:
                 self._nodes[node_id][0].numeric_class,
                 self._lease_terms[slot],
                 self._pipelines[slot.pipeline].num_blocks,
-                is_wanted=self._pipelines[slot.pipeline].is_open
-                and (self._recovery in ("auto", "mirror") or (self._recovery != "move" and node_id in self._draining)),
+                is_wanted=self._wants_mirror(node_id, self._pipelines[slot.pipeline]),
             )
             for slot, node_id in holders.items()
         ]
@@ -344,6 +349,12 @@ class StageRoles:
             if node_id not in holders.values() and node_id not in self._draining and not self._adoption.is_pending
         ]
         return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
+
+    def _wants_mirror(self, holder: NodeId, pipeline: Pipeline) -> bool:
+        """A stage has its memory also while its pipeline recovers: who leaves can hand it over then too."""
+        if holder in self._draining:
+            return pipeline.has_cache and self._recovery != "move"
+        return pipeline.is_open and self._recovery in ("auto", "mirror")
 
     def _adopt(self, now_s: float) -> list[Action]:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""

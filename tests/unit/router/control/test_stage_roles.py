@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -203,6 +204,49 @@ def test_a_holder_that_leaves_waits_for_its_mirror_and_one_without_does_not() ->
     assert told(roles.lose(NodeId("b")))["c"][0].slot == 1
 
 
+@pytest.mark.parametrize("recovery", ["auto", "replay"])
+def test_a_holder_that_leaves_while_its_pipeline_recovers_waits_for_its_mirror_too(recovery: str) -> None:
+    roles = roles_of(spares=2, recovery=recovery)
+    opened(roles, *"ab")
+    told_before = roles.join(node("c")) + roles.join(node("d"))
+    assert told(roles.lose(NodeId("a"))).keys() == {"c", "b"}
+    actions = roles.drain(NodeId("b"))
+    assert (roles.num_open, roles.leaving) == (0, []), "it has all the cache that there is"
+    mirrored(roles, [*told_before, *actions])
+    assert roles.leaving == ["b"]
+    actions = roles.lose(NodeId("b"))
+    assert {name: message.slot for name, (message, _) in told(actions).items()} == {"c": 0, "d": 1}
+    assert not any(isinstance(action, ClosePipeline) for action in actions)
+
+
+def test_a_holder_that_leaves_without_cache_or_without_anybody_to_take_it_does_not_wait() -> None:
+    roles = roles_of(spares=1)
+    roles.join(node("a"))
+    roles.join(node("b"))
+    roles.join(node("c"))
+    roles.drain(NodeId("b"))
+    assert roles.leaving == ["b"], "its pipeline has never been open"
+    roles = roles_of()
+    opened(roles, *"abc")
+    roles.lose(NodeId("a"))
+    roles.drain(NodeId("b"))
+    assert roles.leaving == ["b"], "the only spare has just taken the other slot"
+
+
+def test_a_mesh_that_ends_as_a_whole_lets_everybody_go_also_while_it_recovers() -> None:
+    for order in permutations("bcd"):
+        roles = roles_of(spares=2)
+        opened(roles, *"abcd")
+        roles.lose(NodeId("a"))
+        gone: set[NodeId] = set()
+        for name in order:
+            roles.drain(NodeId(name))
+        while roles.leaving:
+            gone.add(roles.leaving[0])
+            roles.lose(roles.leaving[0])
+        assert gone == set("bcd")
+
+
 def test_losing_a_spare_or_a_stranger_changes_nothing() -> None:
     roles = roles_of(spares=1)
     opened(roles, "a", "b", "c")
@@ -401,6 +445,9 @@ class Stages(RuleBasedStateMachine):
         whole = [number for number, pipeline in self.roles.pipelines.items() if pipeline.is_whole]
         assert len(self.open) == len(whole), "all that are ready are open"
         assert len(self.roles.pipelines) - len(whole) <= 1
+        for name in self.believed:
+            self.roles.drain(NodeId(name))
+        assert set(self.roles.leaving) == self.believed.keys(), "who all leave wait for nobody"
 
 
 TestStages = Stages.TestCase

@@ -141,3 +141,19 @@ def test_a_pipeline_that_loses_a_holder_while_others_are_waited_for_is_suspended
     assert roles.slot_of(NodeId("a")) == StageSlot(PipelineId(0), SlotIndex(0))
     assert two_pipelines(roles, "d", 0.3), "the other pipeline is adopted meanwhile"
     assert told(roles.tick(ADOPT_S))["s"][0].slot == 1
+
+
+def test_a_holder_that_leaves_during_an_adoption_waits_to_see_who_could_be_its_mirror() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    two_pipelines(roles, "b", 0.0)
+    roles.drain(NodeId("b"))
+    assert roles.leaving == [NodeId("b")], "nobody else is there"
+    roles.join(node("s"), 0.1)
+    roles.drain(NodeId("s"))
+    roles.join(node("t"), 0.1)
+    assert roles.leaving == [NodeId("s")], "a spare has nothing to hand over"
+    report(roles, two_pipelines(roles, "a", 0.2))
+    assert roles.num_open == 1
+    assert NodeId("b") not in roles.leaving
+    assert mirror_of(roles.tick(ADOPT_S))["t"].slot == 1
+    assert NodeId("b") not in roles.leaving
