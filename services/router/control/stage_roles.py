@@ -17,6 +17,7 @@ from services.router.control.mirrors import MirroredSlot
 from services.router.control.pipeline_state import Pipeline
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
+from services.router.control.surplus import Surplus
 
 
 class StageRoles:
@@ -49,6 +50,7 @@ class StageRoles:
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
         self._adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
+        self._surplus = Surplus()
         self.mirrors = MirrorRoles(config, shape, self.layers)
         self._last_generation = first_generation
         """One count for all pipelines: a step of another pipeline, too, is told by its generation."""
@@ -86,17 +88,25 @@ class StageRoles:
             self._num_joined += 1
         self._nodes[node_id] = (description, self._num_joined)
         self._adoption.claim(node_id, held, now_s)
-        return self.tick(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
+        return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
-        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back."""
+        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back, and a
+        pipeline too many is given up once it is clear that its spares will not come back."""
+        if self._adoption.is_pending:
+            return self._settle(now_s)
+        if self._surplus.is_due(now_s) and all(pipeline.is_open for pipeline in self._pipelines.values()):
+            return self._replan(keeps_surplus=False)
+        return []
+
+    def _settle(self, now_s: float) -> list[Action]:
         actions = self._adopt(now_s)
         return actions if self._adoption.is_pending else actions + self._replan()
 
     @property
     def waits(self) -> bool:
         """Whether `tick` may have something to do."""
-        return self._adoption.is_pending
+        return self._adoption.is_pending or self._surplus.is_there
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
@@ -179,7 +189,7 @@ class StageRoles:
 
     # Planning
 
-    def _replan(self, too_small: Set[NodeId] = frozenset()) -> list[Action]:
+    def _replan(self, too_small: Set[NodeId] = frozenset(), *, keeps_surplus: bool = True) -> list[Action]:
         """Roles for all nodes but those that turned out too small for the slot that they would have got.
 
         While slots are kept for their holders, roles of those who have one.
@@ -190,7 +200,15 @@ class StageRoles:
             for node_id, (description, order) in self._nodes.items()
             if node_id not in too_small and (node_id in current.values() or not self._adoption.is_pending)
         ]
-        plan = plan_roles(observed, current, self._shape.pp, self._shape.spares, self.mirrors.nodes)
+        plan = plan_roles(
+            observed,
+            current,
+            self._shape.pp,
+            self._shape.spares,
+            self.mirrors.nodes,
+            keeps_surplus=keeps_surplus,
+        )
+        self._surplus.see(plan.num_surplus)
         self.detail = plan.detail
         wanted = plan.pipelines
         actions: list[Action] = []
@@ -205,7 +223,7 @@ class StageRoles:
             if not found:
                 actions += self._take_over(pipeline_id, holders)
         if misfits:
-            actions += self._replan(too_small | misfits.keys())
+            actions += self._replan(too_small | misfits.keys(), keeps_surplus=keeps_surplus)
             self.detail += f"; {', '.join(f'{node_id}: {reason}' for node_id, reason in misfits.items())}"
             return actions
         return actions + self._move_on() + self._mirror()

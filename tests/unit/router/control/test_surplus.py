@@ -1,0 +1,69 @@
+"""A pipeline too many serves on for a while; then its nodes are the spares that the rule wants."""
+
+from __future__ import annotations
+
+from common.ids import NodeId, PipelineId
+from common.messages import AssignMirror, Unassign
+from services.router.control.actions import ClosePipeline, Tell
+from services.router.control.stage_roles import StageRoles
+from services.router.control.surplus import GIVE_UP_S, Surplus
+from tests.support.mesh_shapes import node
+from tests.unit.router.control.test_stage_roles import opened, report, roles_of
+
+
+def two_pipelines_and_two_mirrors() -> StageRoles:
+    roles = roles_of(spares=2)
+    opened(roles, *"abcdef")
+    assert roles.num_open == 2
+    return roles
+
+
+def test_the_wait_begins_with_the_first_question_and_anew_after_every_break() -> None:
+    surplus = Surplus()
+    assert not surplus.is_due(1000.0)
+    surplus.see(1)
+    assert not surplus.is_due(1000.0)
+    assert not surplus.is_due(1000.0 + GIVE_UP_S - 0.1)
+    surplus.see(0)
+    surplus.see(2)
+    assert not surplus.is_due(1000.0 + GIVE_UP_S + 1)
+    assert surplus.is_due(1001.0 + 2 * GIVE_UP_S)
+
+
+def test_a_pipeline_too_many_is_given_up_for_its_spares_when_they_do_not_come_back() -> None:
+    roles = two_pipelines_and_two_mirrors()
+    assert not roles.waits
+    for name in "ef":
+        assert roles.lose(NodeId(name)) == []
+    assert (roles.num_open, roles.waits) == (2, True)
+    assert roles.tick(1.0) == []
+    assert roles.tick(GIVE_UP_S) == []
+    actions = roles.tick(1.0 + GIVE_UP_S)
+    assert [action for action in actions if isinstance(action, ClosePipeline)] == [ClosePipeline(PipelineId(1))]
+    unassigned = [a.node_id for a in actions if isinstance(a, Tell) and isinstance(a.message, Unassign)]
+    assert sorted(unassigned) == ["c", "d"]
+    mirrors = [a.node_id for a in actions if isinstance(a, Tell) and isinstance(a.message, AssignMirror)]
+    assert sorted(mirrors) == ["c", "d"]
+    assert (roles.num_open, roles.waits) == (1, False)
+
+
+def test_spares_that_come_back_in_time_leave_all_as_it_was() -> None:
+    roles = two_pipelines_and_two_mirrors()
+    roles.lose(NodeId("e"))
+    roles.tick(1.0)
+    roles.join(node("g"))
+    assert not roles.waits
+    assert roles.tick(2.0 + GIVE_UP_S) == []
+    assert roles.num_open == 2
+
+
+def test_nothing_is_given_up_while_another_pipeline_recovers() -> None:
+    roles = two_pipelines_and_two_mirrors()
+    for name in "ef":
+        roles.lose(NodeId(name))
+    roles.tick(1.0)
+    roles.lose(NodeId("a"))
+    assert roles.tick(2.0 + GIVE_UP_S) == [], "pipeline 0 has a hole: its requests could go nowhere"
+    report(roles, roles.join(node("g")))
+    assert roles.num_open == 2
+    assert any(isinstance(action, ClosePipeline) for action in roles.tick(3.0 + GIVE_UP_S))
