@@ -17,6 +17,7 @@ from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import RoutingSocket
 from services.expert.service import ExpertService
+from services.expert.shard_keeper import ShardKeeper
 
 
 def main() -> int:
@@ -41,7 +42,8 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     variant = kernels.variant if kernels is not None else "torch"
     node = describe_node(NodeKind.EXPERT, settings, checkpoint, numeric_class("cpu", variant), transport, bind_data)
     log = log.bind(node=node.control.description.node_id)
-    service = ExpertService(config, checkpoint, kernels, transport, node.control, sockets[0], log)
+    shards = ShardKeeper(config, checkpoint, kernels, node.control, log)
+    service = ExpertService(config, shards, node.control, sockets[0], log)
     try:
         service.run(should_stop)
     finally:

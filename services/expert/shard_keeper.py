@@ -1,0 +1,159 @@
+"""The shards that the router wants held: load what is missing off the message loop, drop the rest, report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+
+from common.array import array_to_frame, frame_to_array
+from common.compute.native_library import NativeKernels
+from common.errors import ExecutionError, MoemeshError
+from common.messages import AssignShards, ShardsReady, TensorFrame
+from common.model_config import ModelConfig
+from common.node import ControlLink, HeldState
+from common.tensor import DTYPES
+from common.topology import ShardId
+from common.weights import CheckpointWeights
+from services.expert.shard_store import ShardStore
+
+PROGRESS_INTERVAL_S = 0.2
+LOADS_AHEAD = 8
+"""Shards that the loader's thread has in hand, so that it need not wait for the loop between two small ones."""
+RETRY_S = 5.0
+
+
+@dataclass(slots=True)
+class Assignment:
+    """What the router wants held, and how far that is."""
+
+    version: int
+    wanted: frozenset[ShardId] = frozenset()
+    missing: deque[ShardId] = field(default_factory=deque)
+    """In the order in which they are loaded."""
+    urgent: set[ShardId] = field(default_factory=set)
+    """Those of the missing ones that nobody else can be asked for."""
+    retry_at_s: dict[ShardId, float] = field(default_factory=dict)
+    """Shards that could not be loaded, and when to try again: a full disk or memory may have room by then."""
+    reported: bool = False
+    next_report_s: float = 0.0
+
+
+class ShardKeeper:
+    """Holds what the newest assignment wants. The owner calls `poll` in each round of its loop."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Path,
+        kernels: NativeKernels | None,
+        control: ControlLink,
+        log: structlog.stdlib.BoundLogger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._kernels = kernels
+        self._control = control
+        self._log = log
+        self._clock = clock
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._weights: CheckpointWeights | None = None
+        self._assignment = Assignment(version=0)
+        self._loading: deque[tuple[ShardId, Future[None]]] = deque()
+        self.store: ShardStore | None = None
+        """None before the router has said how experts are cut."""
+        self.dtype = torch.float32
+        """Of the shards in the store."""
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the loader has something in hand."""
+        return bool(self._loading)
+
+    def assign(self, message: AssignShards) -> None:
+        """Hold these shards from now on. Raises ProtocolError, NotReadyError, CheckpointError."""
+        num_slices, dtype = self._control.settings.num_slices, DTYPES[self._control.settings.dtype]
+        shape = (self._config.num_layers, self._config.num_experts, num_slices)
+        bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
+        if (
+            self.store is None
+            or self._weights is None
+            or (self.store.num_slices, self._weights.dtype) != (num_slices, dtype)
+        ):
+            self.store, self.dtype = ShardStore(self._config, num_slices, self._kernels), dtype
+            self._weights = CheckpointWeights(self._checkpoint, dtype)
+        wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
+        for shard in self.store:
+            if shard not in wanted:
+                self.store.drop(shard)
+        in_hand = {shard for shard, _ in self._loading}
+        absent = wanted.difference(self.store)
+        urgent = {shard for shard in absent if bitmap[shard] > 1}
+        missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
+        self._assignment = Assignment(message.version, wanted, missing, urgent)
+        self._log.info(
+            "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)
+        )
+
+    def poll(self, now_s: float) -> None:
+        """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile."""
+        if self.store is None or self._weights is None:
+            return
+        assignment = self._assignment
+        while self._loading and self._loading[0][1].done():
+            self._loaded(*self._loading.popleft())
+        for shard in [shard for shard, retry_at_s in assignment.retry_at_s.items() if now_s >= retry_at_s]:
+            del assignment.retry_at_s[shard]
+            assignment.missing.append(shard)
+        while assignment.missing and len(self._loading) < LOADS_AHEAD:
+            shard = assignment.missing.popleft()
+            self._loading.append((shard, self._loader.submit(self.store.load, self._weights, shard)))
+        complete = not self._loading and not assignment.missing and not assignment.retry_at_s
+        if not assignment.reported and (complete or now_s >= assignment.next_report_s):
+            assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
+            assignment.reported = self._report(self.store, complete) and complete
+
+    def describe_held(self) -> HeldState:
+        """For a router that may have been restarted."""
+        return HeldState() if self.store is None else HeldState(shards=self._bitmap(self.store))
+
+    def close(self) -> None:
+        """Give up what is loading."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _loaded(self, shard: ShardId, future: Future[None]) -> None:
+        assert self.store is not None
+        try:
+            future.result()
+        except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
+            self._log.error("shard_not_loaded", shard=list(shard), reason=str(error))
+            self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)))
+            self._assignment.retry_at_s[shard] = self._clock() + RETRY_S
+            return
+        if shard not in self._assignment.wanted:
+            self.store.drop(shard)
+        if shard in self._assignment.urgent:
+            self._assignment.urgent.remove(shard)
+            if not self._assignment.urgent:
+                self._assignment.next_report_s = 0.0  # calls wait for these
+
+    def _bitmap(self, store: ShardStore) -> TensorFrame:
+        held = np.zeros((self._config.num_layers, self._config.num_experts, store.num_slices), dtype=np.uint8)
+        for shard in store:
+            held[shard] = 1
+        return array_to_frame(held)
+
+    def _report(self, store: ShardStore, complete: bool) -> bool:
+        if complete:
+            self._log.info("shards_ready", held=len(store), mapped_bytes=store.weight_bytes)
+        return self._control.send(
+            ShardsReady(self._assignment.version, complete, self._bitmap(store), store.weight_bytes)
+        )
