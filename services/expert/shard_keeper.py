@@ -130,20 +130,26 @@ class ShardKeeper:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _loaded(self, shard: ShardId, future: Future[None]) -> None:
+        """A load has ended. What is wanted, and in which store, may have changed since it began, even twice."""
         assert self.store is not None
+        assignment = self._assignment
+        is_wanted = shard in assignment.wanted
         try:
             future.result()
         except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
             self._log.error("shard_not_loaded", shard=list(shard), reason=str(error))
             self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)))
-            self._assignment.retry_at_s[shard] = self._clock() + RETRY_S
+            if is_wanted:
+                assignment.retry_at_s[shard] = self._clock() + RETRY_S
             return
-        if shard not in self._assignment.wanted:
+        if not is_wanted:
             self.store.drop(shard)
-        if shard in self._assignment.urgent:
-            self._assignment.urgent.remove(shard)
-            if not self._assignment.urgent:
-                self._assignment.next_report_s = 0.0  # calls wait for these
+        elif self.store.find(shard) is None:
+            assignment.missing.appendleft(shard)  # it was dropped again meanwhile, or went into an older store
+        elif shard in assignment.urgent:
+            assignment.urgent.remove(shard)
+            if not assignment.urgent:
+                assignment.next_report_s = 0.0  # calls wait for these
 
     def _bitmap(self, store: ShardStore) -> TensorFrame:
         held = np.zeros((self._config.num_layers, self._config.num_experts, store.num_slices), dtype=np.uint8)
