@@ -66,6 +66,9 @@ class ShardKeeper:
         self._clock = clock
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._weights: CheckpointWeights | None = None
+        """None before its index has been read."""
+        self._opening: Future[CheckpointWeights] | None = None
+        self._open_at_s = 0.0
         self._assignment = Assignment(version=0)
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self.store: ShardStore | None = None
@@ -76,20 +79,16 @@ class ShardKeeper:
     @property
     def is_loading(self) -> bool:
         """Whether the loader has something in hand."""
-        return bool(self._loading)
+        return self._opening is not None or bool(self._loading)
 
     def assign(self, message: AssignShards) -> None:
-        """Hold these shards from now on. Raises ProtocolError, NotReadyError, CheckpointError."""
+        """Hold these shards from now on. Raises ProtocolError, NotReadyError."""
         num_slices, dtype = self._control.settings.num_slices, DTYPES[self._control.settings.dtype]
         shape = (self._config.num_layers, self._config.num_experts, num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
-        if (
-            self.store is None
-            or self._weights is None
-            or (self.store.num_slices, self._weights.dtype) != (num_slices, dtype)
-        ):
+        if self.store is None or (self.store.num_slices, self.dtype) != (num_slices, dtype):
             self.store, self.dtype = ShardStore(self._config, num_slices, self._kernels), dtype
-            self._weights = CheckpointWeights(self._checkpoint, dtype)
+            self._weights, self._opening, self._open_at_s = None, None, 0.0
         wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
         for shard in self.store:
             if shard not in wanted:
@@ -105,17 +104,17 @@ class ShardKeeper:
 
     def poll(self, now_s: float) -> None:
         """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile."""
-        if self.store is None or self._weights is None:
+        if self.store is None:
             return
-        assignment = self._assignment
+        assignment, weights = self._assignment, self._open_weights(now_s)
         while self._loading and self._loading[0][1].done():
             self._loaded(*self._loading.popleft())
         for shard in [shard for shard, retry_at_s in assignment.retry_at_s.items() if now_s >= retry_at_s]:
             del assignment.retry_at_s[shard]
             assignment.missing.append(shard)
-        while assignment.missing and len(self._loading) < LOADS_AHEAD:
+        while weights is not None and assignment.missing and len(self._loading) < LOADS_AHEAD:
             shard = assignment.missing.popleft()
-            self._loading.append((shard, self._loader.submit(self.store.load, self._weights, shard)))
+            self._loading.append((shard, self._loader.submit(self.store.load, weights, shard)))
         complete = not self._loading and not assignment.missing and not assignment.retry_at_s
         if not assignment.reported and (complete or now_s >= assignment.next_report_s):
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
@@ -128,6 +127,20 @@ class ShardKeeper:
     def close(self) -> None:
         """Give up what is loading."""
         self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _open_weights(self, now_s: float) -> CheckpointWeights | None:
+        """None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or fail."""
+        if self._weights is None and self._opening is None and now_s >= self._open_at_s:
+            self._opening = self._loader.submit(CheckpointWeights, self._checkpoint, self.dtype)
+        elif self._opening is not None and self._opening.done():
+            opening, self._opening = self._opening, None
+            try:
+                self._weights = opening.result()
+            except MoemeshError as error:
+                self._log.error("checkpoint_not_opened", reason=str(error))
+                self._control.fail(error)
+                self._open_at_s = now_s + RETRY_S
+        return self._weights
 
     def _loaded(self, shard: ShardId, future: Future[None]) -> None:
         """A load has ended. What is wanted, and in which store, may have changed since it began, even twice."""

@@ -19,6 +19,7 @@ from common.errors import CheckpointError, MoemeshError
 from common.messages import AssignShards, Header, Message, ShardsReady, Welcome
 from common.model_config import read_model_config
 from common.topology import ShardId
+from common.weights import CheckpointWeights
 from services.expert.shard_keeper import RETRY_S, ShardKeeper
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints import QWEN3, write_checkpoint
@@ -65,8 +66,14 @@ class Keeper(ShardKeeper):
     def turn(self) -> None:
         self.poll(self.now_s)
 
+    def begin_loading(self) -> None:
+        """Until the loader has shards in hand."""
+        self.until(lambda: bool(self._loading))
+
     def wait_loaded(self) -> None:
         """Until the loader has done what it has in hand; nobody has looked at it yet."""
+        if self._opening is not None:
+            self._opening.exception(timeout=60)
         for _, future in self._loading:
             future.exception(timeout=60)
 
@@ -119,7 +126,7 @@ def test_a_shard_that_was_dropped_and_is_wanted_again_before_its_load_was_looked
     keeper: Keeper,
 ) -> None:
     keeper.want(1, X, Y)
-    keeper.turn()
+    keeper.begin_loading()
     keeper.wait_loaded()
     keeper.want(2, Y)
     keeper.want(3, X, Y)
@@ -133,7 +140,7 @@ def test_what_was_loading_into_a_store_that_was_given_up_is_loaded_into_the_new_
     keeper: Keeper, changed: dict[str, Any]
 ) -> None:
     keeper.want(1, X, Y)
-    keeper.turn()
+    keeper.begin_loading()
     keeper.control.settings = replace(keeper.control.settings, **changed)
     keeper.want(2, X, Y)
     assert keeper.finish().version == 2
@@ -149,7 +156,7 @@ def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted
     with monkeypatch.context() as patch:
         patch.setattr(ShardStore, "load", load)
         keeper.want(1, X)
-        keeper.turn()
+        keeper.begin_loading()
         keeper.wait_loaded()
     keeper.want(2, Y)
     before_s = keeper.now_s
@@ -157,6 +164,24 @@ def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted
     assert keeper.now_s - before_s < RETRY_S
     assert keeper.control.failures == ["the disk is gone"]
     assert keeper.held == {Y}
+
+
+def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(directory: Path, dtype: Any) -> CheckpointWeights:
+        raise CheckpointError("model.safetensors cannot be read: [Errno 5] Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("services.expert.shard_keeper.CheckpointWeights", fail)
+        keeper.want(1, X)
+        keeper.until(lambda: bool(keeper.control.failures))
+    assert not any(report.complete for report in keeper.reports)
+    failed_s = keeper.now_s
+    assert keeper.finish().version == 1
+    assert keeper.held == {X}
+    assert keeper.now_s - failed_s >= RETRY_S
+    assert len(keeper.control.failures) == 1
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
