@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from common.array import array_to_frame, frame_to_array
 from common.compute.native_library import NativeKernels
 from common.errors import ExecutionError, MoemeshError
+from common.loader_thread import LoaderThread
 from common.messages import AssignShards, ShardsReady, TensorFrame
 from common.model_config import ModelConfig
 from common.node import ControlLink, HeldState
@@ -64,7 +65,7 @@ class ShardKeeper:
         self._control = control
         self._log = log
         self._clock = clock
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._loader = LoaderThread()
         self._weights: CheckpointWeights | None = None
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
@@ -126,7 +127,7 @@ class ShardKeeper:
 
     def close(self) -> None:
         """Give up what is loading."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
     def _open_weights(self, now_s: float) -> CheckpointWeights | None:
         """None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or fail."""
