@@ -68,7 +68,7 @@ class ExpertService:
         control.describe_held = shards.describe_held
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises the router's refusal of this node."""
+        """Serve until told to stop. Raises the router's refusal of this node, and DeadlineError where a load hangs."""
         poller = zmq.Poller()
         for socket in (self._control.socket.raw, self._control.socket.monitor, self._socket.raw):
             if socket is not None:

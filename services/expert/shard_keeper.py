@@ -65,7 +65,7 @@ class ShardKeeper:
         self._control = control
         self._log = log
         self._clock = clock
-        self._loader = LoaderThread()
+        self._loader = LoaderThread(clock)
         self._weights: CheckpointWeights | None = None
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
@@ -104,7 +104,11 @@ class ShardKeeper:
         )
 
     def poll(self, now_s: float) -> None:
-        """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile."""
+        """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile.
+
+        Raises DeadlineError for a disk that hangs: the router waits for this node's shards, and others could load them.
+        """
+        self._loader.check()
         if self.store is None:
             return
         assignment, weights = self._assignment, self._open_weights(now_s)

@@ -79,7 +79,7 @@ class StageService:
         self._poller = zmq.Poller()
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises the router's refusal of this node."""
+        """Serve until told to stop. Raises the router's refusal of this node, and DeadlineError where a load hangs."""
         self._watch_sockets()
         leave_by_s: float | None = None
         while not self._control.leave_acknowledged:

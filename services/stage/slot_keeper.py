@@ -170,7 +170,11 @@ class SlotKeeper:
         return None
 
     def poll(self) -> Taken | Refused | None:
-        """What became of the assignment that was loading; None while there is nothing new."""
+        """What became of the assignment that was loading; None while there is nothing new.
+
+        Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
+        """
+        self._loader.check()
         loading = self._loading
         if loading is None or not loading.future.done():
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.array import array_to_frame
-from common.errors import CheckpointError, MoemeshError
+from common.errors import CheckpointError, DeadlineError, MoemeshError
 from common.messages import AssignShards, Header, Message, ShardsReady, Welcome
 from common.model_config import read_model_config
 from common.topology import ShardId
@@ -182,6 +183,17 @@ def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
     assert keeper.held == {X}
     assert keeper.now_s - failed_s >= RETRY_S
     assert len(keeper.control.failures) == 1
+
+
+def test_a_load_that_hangs_ends_the_node(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(ShardStore, "load", lambda store, weights, shard: release.wait(timeout=60))
+    monkeypatch.setattr(keeper._loader, "_cpu_seconds", lambda thread: 0.5)
+    keeper.want(1, X)
+    keeper.begin_loading()
+    with pytest.raises(DeadlineError, match="the disk of the checkpoint hangs"):
+        keeper.until(lambda: False)
+    release.set()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
