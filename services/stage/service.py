@@ -95,6 +95,7 @@ class StageService:
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
             self._take_steps(now_s)
+            self._mirror_intake.acknowledge()
             self._experts.receive(now_s)
             self._experts.check_deadlines(now_s)
             self._send_unsent(now_s)
