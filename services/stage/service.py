@@ -146,10 +146,18 @@ class StageService:
         self._take_steps(now_s)
         self._forget_steps()
         self._check_block_tokens()
-        role = self._keeper.slot.role if self._keeper.slot is not None else None
-        if role is None or isinstance(message, AssignMirror) or role.lease_term != message.lease_term:
+        former = self._keeper.slot
+        outcome = self._keeper.assign(message, header, self._dtype)
+        slot = self._keeper.slot
+        # Under the same lease, too, a pool of another size is other memory: what the mirror lacks was of the former.
+        if (
+            former is None
+            or slot is None
+            or slot.held is not former.held
+            or slot.role.lease_term != former.role.lease_term
+        ):
             self._mirror_link.stop()
-        self._answer_assignment(self._keeper.assign(message, header, self._dtype))
+        self._answer_assignment(outcome)
         self._watch_sockets()
 
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:
