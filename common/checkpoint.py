@@ -88,6 +88,13 @@ def _sample_positions(size: int) -> Iterator[int]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    try:
+        return _find_weight_files(directory)
+    except OSError as error:  # a disk that fails does not say that a file is missing
+        raise CheckpointError(f"{directory} cannot be read: {error}") from None
+
+
+def _find_weight_files(directory: Path) -> list[Path]:
     index_path = directory / "model.safetensors.index.json"
     if index_path.exists():
         weight_map = _read_json(index_path).get("weight_map")

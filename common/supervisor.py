@@ -5,6 +5,7 @@ No child outlives the supervisor, even one that is killed: children ask the kern
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,6 +30,8 @@ from common.memory import offered_bytes
 _PR_SET_PDEATHSIG = 1
 RESTART_DELAY_S = 0.25
 MAX_RESTART_DELAY_S = 8.0
+NO_START_DELAY_S = 1.0
+"""Before one is tried again that could not be started at all: no memory, no process or no file left just now."""
 STEADY_S = 10.0
 """A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
@@ -48,6 +51,8 @@ class Child:
     failures_in_a_row: int = 0
     restarts: int = 0
     is_wanted: bool = True
+    trouble: str = ""
+    """Why it could not be started the last time; people have been told. Empty: it could."""
 
 
 @dataclass(slots=True)
@@ -247,15 +252,29 @@ class LocalMesh:
                 preexec_fn=lambda: _end_with_parent(parent),
             )
         child.started_s = self.clock()
+        child.trouble = ""
 
     def _watch(self) -> None:
         while not self._ending.wait(0.05):
             with self._lock:
                 for child in self.children.values():
-                    if child.is_wanted and child.process is None:
-                        self._start(child)
-                    elif child.is_wanted and child.process is not None and child.process.poll() is not None:
-                        self._revive(child)
+                    self._attend(child)
+
+    def _attend(self, child: Child) -> None:
+        """Start it if it is missing. One that cannot be started now is tried again: were the watcher to end with it,
+        the kernel would end all children that the watcher has started."""
+        if not child.is_wanted or (child.process is not None and child.process.poll() is None):
+            return
+        try:
+            if child.process is not None:
+                self._revive(child)
+            elif self.clock() >= child.restart_at_s:
+                self._start(child)
+        except (OSError, subprocess.SubprocessError) as error:
+            child.restart_at_s = self.clock() + NO_START_DELAY_S
+            if str(error) != child.trouble:
+                child.trouble = str(error)
+                _tell_people(f"{child.name} cannot be started, and is tried again every second: {error}")
 
     def _revive(self, child: Child) -> None:
         now_s = self.clock()
@@ -265,8 +284,8 @@ class LocalMesh:
             delay_s = min(MAX_RESTART_DELAY_S, RESTART_DELAY_S * 2 ** max(0, child.failures_in_a_row - 1))
             child.restart_at_s = now_s + (delay_s if is_early else 0.0)
         if now_s >= child.restart_at_s:
-            child.restarts += 1
             self._start(child)
+            child.restarts += 1
 
     def _forgive(self) -> None:
         """All of them started: who dies from now on was killed, and starts counting anew."""
@@ -312,6 +331,12 @@ def _end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _tell_people(sentence: str) -> None:
+    """On stderr. Nobody may read it any more; the watcher goes on all the same."""
+    with contextlib.suppress(OSError):
+        print(f"moemesh supervisor: {sentence}", file=sys.stderr, flush=True)
 
 
 def _last_sentence(log_path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import structlog
 import torch
@@ -12,11 +11,12 @@ from common.checkpoint import resolve_model
 from common.compute.native_library import load_native_kernels
 from common.config import Settings, read_settings
 from common.model_config import read_model_config
-from common.node_process import StopFlag, describe_node, open_transport, run_process
+from common.node_process import StopFlag, describe_node, end_process, open_transport, run_process
 from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import RoutingSocket
 from services.expert.service import ExpertService
+from services.expert.shard_keeper import ShardKeeper
 
 
 def main() -> int:
@@ -41,7 +41,8 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     variant = kernels.variant if kernels is not None else "torch"
     node = describe_node(NodeKind.EXPERT, settings, checkpoint, numeric_class("cpu", variant), transport, bind_data)
     log = log.bind(node=node.control.description.node_id)
-    service = ExpertService(config, checkpoint, kernels, transport, node.control, sockets[0], log)
+    shards = ShardKeeper(config, checkpoint, kernels, node.control, log)
+    service = ExpertService(config, shards, node.control, sockets[0], log)
     try:
         service.run(should_stop)
     finally:
@@ -50,4 +51,4 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import structlog
 import torch
@@ -12,7 +11,7 @@ from common.checkpoint import resolve_model
 from common.compute.native_library import load_native_kernels
 from common.config import Settings, read_settings
 from common.model_config import read_model_config
-from common.node_process import StopFlag, describe_node, open_transport, run_process
+from common.node_process import StopFlag, describe_node, end_process, open_transport, run_process
 from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import MessageSocket
@@ -58,4 +57,4 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

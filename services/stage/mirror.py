@@ -32,6 +32,7 @@ class Mirror:
     last_sequence_number: int = 0
     written_blocks: set[int] = field(default_factory=set)
     """What was ever copied into: which sequences that is, and whether they still live, a mirror is not told."""
+    acknowledged: int = 0
 
     def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
         """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
@@ -43,7 +44,7 @@ class Mirror:
         Raises ProtocolError where the stream has a gap or does not fit: the copy is then worth nothing.
         """
         if header.attempt > self.attempt:
-            self.attempt, self.last_sequence_number, self.mark = header.attempt, 0, 0
+            self.attempt, self.last_sequence_number, self.acknowledged, self.mark = header.attempt, 0, 0, 0
             self.is_complete = self.is_spoilt = False
         self.last_sequence_number += 1
         if header.sequence_number != self.last_sequence_number:
@@ -56,8 +57,18 @@ class Mirror:
             self._put_blocks(message)
             self.is_complete = self.is_complete or message.is_last
         self.mark = max(self.mark, message.mark)
-        self._acknowledge()
+        self.acknowledge()
         return self.is_complete and not was_complete
+
+    def acknowledge(self) -> None:
+        """Say what was applied, unless that was said. Its holder may wait for it before it sends more."""
+        if self.is_spoilt or self.acknowledged == self.last_sequence_number:
+            return
+        try:
+            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header())
+        except Full:
+            return  # not connected yet, or busy: to be called again
+        self.acknowledged = self.last_sequence_number
 
     def close(self) -> None:
         """Follow nobody any more."""
@@ -96,9 +107,3 @@ class Mirror:
         if len(block_ids):
             self.memory.put_blocks(block_ids, blocks)
             self.written_blocks.update(block_ids.tolist())
-
-    def _acknowledge(self) -> None:
-        try:
-            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header())
-        except Full:
-            return  # the holder is gone or busy; the next acknowledgement covers this one

@@ -40,6 +40,11 @@ class MirrorIntake:
             self._log.info("mirror_complete", pipeline=mirror.role.pipeline, slot=mirror.role.slot, mark=mirror.mark)
             self._report(mirror)
 
+    def acknowledge(self) -> None:
+        """What could not be acknowledged when it was applied; for each round of the loop."""
+        if self._keeper.mirror is not None:
+            self._keeper.mirror.acknowledge()
+
     def _report(self, mirror: Mirror) -> None:
         role = mirror.role
         self._control.send(MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete))

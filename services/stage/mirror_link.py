@@ -86,6 +86,7 @@ class MirrorLink:
                 sender.begin(held.tables.used_blocks())
             elif event is LinkEvent.CLOSED:
                 sender.is_broken = True
+        sender.look(now_s)
         if sender.wants_to_send:
             with torch.inference_mode():
                 sender.send_blocks(held.memory, held.marks.mark)

@@ -19,6 +19,13 @@ from services.stage.paged_memory import PagedMemory
 
 BACKFILL_BLOCKS = 8
 """Of one message: some milliseconds of copying."""
+MAX_BACKFILL_AHEAD_BYTES = 32 << 20
+"""The back-fill waits for acknowledgements while so much is under way: a link that is slower than the copying is not
+overrun, and rows have room behind it."""
+MAX_BACKFILL_AHEAD_MESSAGES = 64
+"""The same for small blocks: a socket queues a thousand messages, whatever is in them."""
+MAX_SILENCE_S = 60.0
+"""A mirror that acknowledges nothing for so long has lost what it waits for, or it hangs."""
 MAX_UNACKNOWLEDGED_BYTES = 256 << 20
 """A mirror that lags so far is given up: it is back-filled anew when it has caught its breath."""
 
@@ -38,6 +45,9 @@ class MirrorSender:
         self._is_filled = False
         self._unacknowledged: deque[tuple[int, int]] = deque()
         """Sequence number and bytes."""
+        self._waits_for = 0
+        """The oldest of them when `look` looked."""
+        self._waits_since_s = 0.0
         self._bytes_outstanding = 0
         self._num_sent = 0
 
@@ -48,8 +58,11 @@ class MirrorSender:
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether `send_blocks` would do something."""
-        return not self._is_filled and not self.is_broken and self.connected
+        """Whether it is time for `send_blocks`. Not while the mirror has enough to take in."""
+        if self._is_filled or self.is_broken or not self.connected:
+            return False
+        has_room = self._bytes_outstanding <= MAX_BACKFILL_AHEAD_BYTES
+        return has_room and len(self._unacknowledged) < MAX_BACKFILL_AHEAD_MESSAGES
 
     def send_rows(self, memory: PagedMemory, positions: Tensor, mark: int) -> None:
         """What a step has written at `positions` [T]."""
@@ -87,6 +100,14 @@ class MirrorSender:
         """The mirror has applied everything up to this sequence number."""
         while self._unacknowledged and self._unacknowledged[0][0] <= applied:
             self._bytes_outstanding -= self._unacknowledged.popleft()[1]
+
+    def look(self, now_s: float) -> None:
+        """Give a mirror up that has left the same message unacknowledged for too long."""
+        oldest = self._unacknowledged[0][0] if self._unacknowledged else 0
+        if oldest != self._waits_for:
+            self._waits_for, self._waits_since_s = oldest, now_s
+        elif oldest and now_s - self._waits_since_s >= MAX_SILENCE_S:
+            self.is_broken = True
 
     def close(self) -> None:
         """To nobody any more."""

@@ -79,7 +79,7 @@ class StageService:
         self._poller = zmq.Poller()
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises the router's refusal of this node."""
+        """Serve until told to stop. Raises the router's refusal of this node, and DeadlineError where a load hangs."""
         self._watch_sockets()
         leave_by_s: float | None = None
         while not self._control.leave_acknowledged:
@@ -95,6 +95,7 @@ class StageService:
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
             self._take_steps(now_s)
+            self._mirror_intake.acknowledge()
             self._experts.receive(now_s)
             self._experts.check_deadlines(now_s)
             self._send_unsent(now_s)
@@ -145,10 +146,18 @@ class StageService:
         self._take_steps(now_s)
         self._forget_steps()
         self._check_block_tokens()
-        role = self._keeper.slot.role if self._keeper.slot is not None else None
-        if role is None or isinstance(message, AssignMirror) or role.lease_term != message.lease_term:
+        former = self._keeper.slot
+        outcome = self._keeper.assign(message, header, self._dtype)
+        slot = self._keeper.slot
+        # Under the same lease, too, a pool of another size is other memory: what the mirror lacks was of the former.
+        if (
+            former is None
+            or slot is None
+            or slot.held is not former.held
+            or slot.role.lease_term != former.role.lease_term
+        ):
             self._mirror_link.stop()
-        self._answer_assignment(self._keeper.assign(message, header, self._dtype))
+        self._answer_assignment(outcome)
         self._watch_sockets()
 
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:

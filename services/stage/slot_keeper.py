@@ -5,7 +5,7 @@ The memory outlives generations, and also the slot: `StageReady.kv_mark` tells t
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
 from common.errors import ExecutionError, MoemeshError, ProtocolError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
+from common.loader_thread import LoaderThread
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole, StageSlot
@@ -127,7 +128,7 @@ class SlotKeeper:
         self._transport = transport
         self._ipc_token = ipc_token
         self._log = log
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._loader = LoaderThread()
         self._loaded: LoadedLayers | None = None
         self._held: HeldMemory | None = None
         self._loading: Loading | None = None
@@ -169,7 +170,11 @@ class SlotKeeper:
         return None
 
     def poll(self) -> Taken | Refused | None:
-        """What became of the assignment that was loading; None while there is nothing new."""
+        """What became of the assignment that was loading; None while there is nothing new.
+
+        Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
+        """
+        self._loader.check()
         loading = self._loading
         if loading is None or not loading.future.done():
             return None
@@ -214,7 +219,7 @@ class SlotKeeper:
     def close(self) -> None:
         """Give up what is loading."""
         self.leave()
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
     def _load(self, role: StageRole, dtype: torch.dtype) -> LoadedLayers:
         """In the loader's thread."""

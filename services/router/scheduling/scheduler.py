@@ -254,6 +254,8 @@ class Scheduler:
         if in_flight is None:
             return []
         self.counters.failed_steps += 1
+        # Not every stage may have been told; one that has does nothing the second time.
+        self._schedules.of(pipeline).held_releases.extend(in_flight.plan.released)
         failures: list[RequestFailure] = []
         for request in in_flight.requests:
             if request.state is RequestState.RUNNING:

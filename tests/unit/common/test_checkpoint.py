@@ -182,6 +182,17 @@ def test_another_config_another_byte_or_another_name_is_another_fingerprint(tmp_
     assert fingerprint(other) != base
 
 
+def test_a_disk_that_fails_while_files_are_looked_for_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "exists", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error"):
+        read_tensor_index(tmp_path)
+
+
 def test_a_checkpoint_without_config_has_no_fingerprint(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     (directory / "config.json").unlink()

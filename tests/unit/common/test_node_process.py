@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +42,37 @@ def test_all_processes_of_one_machine_have_one_label(tmp_path: Path) -> None:
 
 def test_where_the_kernel_says_nothing_the_host_name_is_the_label(tmp_path: Path) -> None:
     assert machine_label(tmp_path / "none")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_process_ends_with_its_status_while_a_load_hangs(status: int) -> None:
+    ends = (
+        "import sys, threading; from common.loader_thread import LoaderThread\n"
+        "from common.node_process import end_process\n"
+        "loader = LoaderThread(); loader.submit(threading.Event().wait); loader.close()\n"
+        f"print('said', end=''); end_process({status})"
+    )
+    ended = subprocess.run([sys.executable, "-c", ends], timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, "said")
+
+
+def test_an_error_that_nobody_expected_ends_a_process_while_a_load_hangs() -> None:
+    ends = (
+        "import threading; from common.loader_thread import LoaderThread\n"
+        "loader = LoaderThread(); loader.submit(threading.Event().wait); raise KeyError('unexpected')"
+    )
+    ended = subprocess.run([sys.executable, "-c", ends], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "unexpected" in ended.stderr
+
+
+@pytest.mark.parametrize("service", ["stage", "expert"])
+def test_a_node_ends_without_waiting_for_its_threads(service: str) -> None:
+    runs = (
+        "import os, runpy; os._exit = lambda status: print('ended with', status)\n"
+        f"runpy.run_module('services.{service}', run_name='__main__')"
+    )
+    environment = {**os.environ, "MODEL": "/nowhere/at/all"}
+    ended = subprocess.run([sys.executable, "-c", runs], timeout=120, capture_output=True, text=True, env=environment)
+    assert ended.stdout == "ended with 1\n"
+    assert "/nowhere/at/all" in ended.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigurationError, NodeLostError
-from common.supervisor import MAX_RESTART_DELAY_S, RESTART_DELAY_S, STEADY_S, LocalMesh
+from common.supervisor import MAX_RESTART_DELAY_S, NO_START_DELAY_S, RESTART_DELAY_S, STEADY_S, LocalMesh
 
 
 class FakeProcess:
@@ -126,6 +126,58 @@ def test_one_that_was_steady_starts_counting_anew(mesh: LocalMesh, clock: Clock,
     started[-1].returncode = 1
     mesh._revive(child)
     assert child.failures_in_a_row == 0
+
+
+def test_a_child_that_cannot_be_started_now_is_tried_again_and_the_watcher_goes_on(
+    mesh: LocalMesh,
+    clock: Clock,
+    started: list[FakeProcess],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    errors = [OSError(12, "Cannot allocate memory")] * 4
+
+    def fork(*command: Any, **options: Any) -> FakeProcess:
+        if errors:
+            raise errors.pop(0)
+        return FakeProcess(*command, **options)
+
+    mesh.add("stage", "stage-0")
+    mesh._place("expert", "expert-0")
+    monkeypatch.setattr(subprocess, "Popen", fork)
+    clock.now_s += STEADY_S
+    started[0].returncode = -9
+    for _ in range(5):
+        for child in mesh.children.values():
+            mesh._attend(child)
+        clock.now_s += NO_START_DELAY_S / 2
+    assert [process.module for process in started] == ["services.stage", "services.stage", "services.expert"]
+    assert mesh.children["stage-0"].restarts == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, "the same trouble of the same child is told once"
+    assert said[0].startswith("moemesh supervisor: stage-0 cannot be started")
+    assert "Cannot allocate memory" in said[0]
+
+
+def test_one_failed_fork_does_not_end_the_watcher(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [OSError(11, "Resource temporarily unavailable")]
+
+    def fork(*command: Any, **options: Any) -> FakeProcess:
+        if errors:
+            raise errors.pop()
+        return FakeProcess(*command, **options)
+
+    with mesh:
+        monkeypatch.setattr(subprocess, "Popen", fork)
+        before = len(started)
+        mesh.scale("expert", 3)
+        deadline_s = time.monotonic() + 5
+        while len(started) == before and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+            clock.now_s += 0.1
+        assert [process.module for process in started[before:]] == ["services.expert"]
 
 
 def test_a_process_that_refuses_to_start_is_quoted(mesh: LocalMesh, started: list[FakeProcess]) -> None:

@@ -15,8 +15,14 @@ from common.messages import AssignMirror, Header, Message, MirrorAck, MirrorBloc
 from common.transport import Full
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.mirror import Mirror
-from services.stage.mirror_sender import BACKFILL_BLOCKS, MirrorSender
-from services.stage.paged_memory import PagedMemory, allocate_paged_memory
+from services.stage.mirror_sender import (
+    BACKFILL_BLOCKS,
+    MAX_BACKFILL_AHEAD_BYTES,
+    MAX_SILENCE_S,
+    MAX_UNACKNOWLEDGED_BYTES,
+    MirrorSender,
+)
+from services.stage.paged_memory import Blocks, PagedMemory, allocate_paged_memory
 from tests.unit.stage.test_paged_memory import assert_equal
 
 BLOCKS = 20
@@ -109,6 +115,99 @@ def test_a_mirror_that_joins_at_any_time_is_equal_once_it_is_complete(events: li
     assert pair.mirror.is_complete
     assert_equal(pair.memory, pair.mirror.memory)
     assert pair.mirror.mark == pair.step
+
+
+class SlowLink:
+    """A mirror that takes a part of what is sent meanwhile, however much is sent."""
+
+    def __init__(self, block_bytes: int, num_blocks: int) -> None:
+        self.num_sent = self.num_taken = 0
+        self.most_bytes_under_way = 0
+        self.block_bytes = block_bytes
+        wire: Any = self
+        self.sender = MirrorSender(wire, TERM, 5, attempt=1)
+        self.sender.begin(range(num_blocks))
+
+    def send(self, message: Message, header: Header) -> None:
+        if self.num_sent - self.num_taken >= 1024:
+            raise Full("full")
+        self.num_sent += 1
+        self.most_bytes_under_way = max(self.most_bytes_under_way, self.sender._bytes_outstanding)
+
+    def blocks(self, block_ids: torch.Tensor) -> Blocks:
+        some = torch.empty(1, len(block_ids), self.block_bytes // 8)
+        return Blocks(some, some, torch.empty(0, 1))
+
+    def back_fill(self, taken_per_turn: float) -> None:
+        memory: Any = self
+        taken = 0.0
+        for _ in range(100_000):
+            if self.sender.wants_to_send:
+                self.sender.send_blocks(memory, 1)
+            elif self.sender._is_filled or self.sender.is_broken:
+                return
+            taken = min(taken + taken_per_turn, self.num_sent)
+            self.num_taken = int(taken)
+            self.sender.acknowledged(self.num_taken)
+        raise AssertionError("it has no end")
+
+
+@pytest.mark.parametrize("taken_per_turn", [1.0, 0.9, 0.25, 0.05])
+@pytest.mark.parametrize(("block_bytes", "num_blocks"), [(1 << 20, 600), (8, 20_000)], ids=["large", "small"])
+def test_a_back_fill_over_a_link_slower_than_copying_waits_for_it_and_ends(
+    block_bytes: int, num_blocks: int, taken_per_turn: float
+) -> None:
+    link = SlowLink(block_bytes, num_blocks)
+    link.back_fill(taken_per_turn)
+    assert not link.sender.is_broken
+    assert link.num_sent == -(-num_blocks // BACKFILL_BLOCKS)
+    assert link.most_bytes_under_way <= MAX_BACKFILL_AHEAD_BYTES + BACKFILL_BLOCKS * block_bytes
+
+
+def test_rows_do_not_wait_for_a_back_fill_and_break_a_mirror_that_lags_by_the_limit() -> None:
+    pair = Pair()
+    pair.sender.begin(range(BLOCKS))
+    pair.sender._bytes_outstanding = MAX_BACKFILL_AHEAD_BYTES + 1
+    assert not pair.sender.wants_to_send
+    pair.write([1])
+    assert len(pair.wire.waiting) == 1
+    assert not pair.sender.is_broken
+    pair.sender._bytes_outstanding = MAX_UNACKNOWLEDGED_BYTES
+    pair.write([1])
+    assert pair.sender.is_broken
+
+
+def test_what_could_not_be_acknowledged_at_once_is_acknowledged_later_since_the_holder_may_wait_for_it() -> None:
+    pair = Pair()
+    pair.sender.begin(range(BLOCKS))
+    pair.fill()
+    pair.back.takes = False
+    pair.deliver()
+    assert not pair.back.waiting
+    pair.mirror.acknowledge()
+    pair.back.takes = True
+    for _ in range(2):
+        pair.mirror.acknowledge()
+    ((message, _),) = pair.back.waiting
+    assert message == MirrorAck(5, 1)
+
+
+def test_a_mirror_that_acknowledges_nothing_for_long_is_given_up() -> None:
+    pair = Pair()
+    pair.sender.begin(range(BLOCKS))
+    pair.sender.look(0.0)
+    pair.sender.look(2 * MAX_SILENCE_S)
+    assert not pair.sender.is_broken, "nothing is under way"
+    pair.fill()
+    pair.sender.look(200.0)
+    pair.sender.look(199.0 + MAX_SILENCE_S)
+    assert not pair.sender.is_broken
+    pair.deliver()
+    pair.fill()
+    pair.sender.look(200.0 + MAX_SILENCE_S)
+    assert not pair.sender.is_broken, "it has acknowledged something"
+    pair.sender.look(200.0 + 2 * MAX_SILENCE_S)
+    assert pair.sender.is_broken
 
 
 def test_a_large_back_fill_goes_in_pieces_and_only_the_last_completes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import structlog
 import torch
 
-from common.errors import MoemeshError, ProtocolError
+from common.errors import DeadlineError, MoemeshError, ProtocolError
+from common.loader_thread import STUCK_S, LoaderThread
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import read_model_config
 from services.stage.loading import load_stage
@@ -248,6 +250,26 @@ def test_another_dtype_is_another_load(keeper: Keeper, loads: list[Any]) -> None
     assert len(loads) == 2
     assert keeper.slot is not None
     assert keeper.slot.model.layers[0].input_norm.dtype == torch.bfloat16
+
+
+def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, release = [100.0], threading.Event()
+    keeper._loader = LoaderThread(lambda: now_s[0], lambda thread: 0.5)
+    monkeypatch.setattr("services.stage.slot_keeper.load_stage", lambda *given: release.wait(timeout=60))
+    keeper.take(ASSIGN, 1)
+    keeper.leave()
+
+    def look_for(seconds: float) -> None:
+        for _ in range(round(seconds)):
+            now_s[0] += 1.0
+            assert keeper.poll() is None
+
+    look_for(STUCK_S - 1)
+    with pytest.raises(DeadlineError, match="the disk of the checkpoint hangs"):
+        look_for(2)
+    release.set()
 
 
 def test_whoever_is_let_go_while_it_loads_takes_nothing(keeper: Keeper) -> None:

@@ -299,6 +299,20 @@ def test_too_many_held_releases_go_in_a_step_of_their_own() -> None:
 # Failing
 
 
+def test_releases_of_a_failed_step_are_told_again_since_not_every_stage_may_have_heard_them() -> None:
+    scheduler = make_scheduler(max_batch_sequences=2)
+    add(scheduler, "a", max_tokens=1)
+    add(scheduler, "b")
+    first = only_plan(scheduler)
+    complete(scheduler, first)
+    plan = only_plan(scheduler)
+    assert plan.released == (first.chunks[0].sequence_id,)
+    scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+    scheduler.suspend_pipeline(P0, 0.0)
+    scheduler.open_pipeline(P0, Generation(2), 100, 1, 0.0, kv_marks=(first.step,))
+    assert only_plan(scheduler).released == plan.released
+
+
 def test_failed_step_is_done_again_and_after_a_second_failure_all_is_recomputed() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a")
