@@ -112,6 +112,8 @@ class FakeClient:
         self.inbox: deque[tuple[NodeId, Message, Header]] = deque()
         self.sent: list[Sent] = []
         self.lifelines: set[str] = set()
+        self.cleaned_up: list[str] = []
+        """Nodes whose socket files were removed."""
         self.events: list[tuple[NodeId, LinkEvent]] = []
         self.pipelines: dict[PipelineId, FakeStages] = {}
         self.results = self
@@ -137,6 +139,9 @@ class FakeClient:
 
     def unwatch(self, node_id: NodeId) -> None:
         self.lifelines.discard(node_id)
+
+    def remove_socket_files(self, description: NodeDescription) -> None:
+        self.cleaned_up.append(description.node_id)
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
         events, self.events = self.events, []
