@@ -46,6 +46,18 @@ def ipc_folder(state_dir: Path) -> Path:
     return folder
 
 
+def remove_socket_files(folder: Path, node_id: str, endpoints: Sequence[str]) -> None:
+    """What a process that was killed leaves of its own in the mesh's folder. Raises OSError.
+
+    Endpoints are what that node said: only sockets in this folder that bear its name are touched.
+    """
+    for endpoint in endpoints:
+        path = Path(endpoint.removeprefix("ipc://"))
+        is_own = endpoint.startswith("ipc://") and path.parent == folder and path.name.startswith(f"{node_id}-")
+        if is_own and path.is_socket():
+            path.unlink(missing_ok=True)
+
+
 def ipc_token(folder: Path) -> str:
     """The same for two processes only if they see the same folder of the same running kernel."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")

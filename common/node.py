@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.config import Settings
@@ -45,6 +46,8 @@ class NodeAddresses:
     """With `{socket}` in place of the socket's name."""
     public_host: str = ""
     """Peers reach a tcp socket that is bound to all addresses by this name."""
+    folder: Path | None = None
+    """Of the mesh's socket files, where there are any."""
 
     def advertised(self, bound: tuple[str, ...]) -> tuple[str, ...]:
         """Endpoints as peers are to use them."""
@@ -65,7 +68,10 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
             raise ConfigurationError(f"the folder for socket files, {folder}, belongs to another user")
         escaped = str(folder).replace("{", "{{").replace("}", "}}")
         return NodeAddresses(
-            control or f"ipc://{folder}/control", ipc_token(folder), f"ipc://{escaped}/{node_id}-{{socket}}"
+            control or f"ipc://{folder}/control",
+            ipc_token(folder),
+            f"ipc://{escaped}/{node_id}-{{socket}}",
+            folder=folder,
         )
     host = urlsplit(control).hostname
     if not control.startswith("tcp://") or not host:

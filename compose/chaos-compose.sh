@@ -11,6 +11,8 @@ for argument; do
     previous=$argument
 done
 export COMPOSE_PROJECT_NAME="${COMPOSE_PROJECT_NAME:-moemesh-test-chaos}" PORT="${PORT:-8390}"
+# The router's state on a small file system, which `disk_full` may fill.
+export COMPOSE_FILE="${COMPOSE_FILE:-compose.yaml:compose/compose.chaos.yaml}"
 shape=$(.venv/bin/moemesh chaos settings "$suite")
 for setting in $shape; do
     export "${setting?}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 import zmq
 
-from common.endpoints import choose_endpoint
+from common.endpoints import choose_endpoint, remove_socket_files
 from common.ids import NodeId, PipelineId
 from common.messages import Header, Message
 from common.node import NodeAddresses
@@ -24,6 +24,7 @@ class MeshClient:
     ) -> None:
         self._transport = transport
         self._ipc_token = addresses.folder_token
+        self._folder = addresses.folder
         self._router_term = router_term
         self._log = log
         self.control = transport.router("control", [addresses.control])
@@ -86,6 +87,15 @@ class MeshClient:
         if lifeline is not None:
             self._poller.unregister(lifeline.monitor)
             lifeline.close()
+
+    def remove_socket_files(self, description: NodeDescription) -> None:
+        """Of a node that was declared dead: a process that was killed could not. Never of one that may go on."""
+        if self._folder is None or not self._ipc_token or description.ipc_token != self._ipc_token:
+            return
+        try:
+            remove_socket_files(self._folder, description.node_id, (*description.endpoints, *description.lifeline))
+        except OSError as error:
+            self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
         """Lifelines that opened or closed since the last call."""

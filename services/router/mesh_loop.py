@@ -279,9 +279,11 @@ class MeshLoop:
                 continue
             self._log.warning("node_lost", node=change.node_id, reason=change.reason)
             self._client.unwatch(change.node_id)
+            description = self._nodes.pop(change.node_id, None)
             if change.reason not in (ChangeReason.LEFT, ChangeReason.REPLACED):
                 self._declared_dead.add(change.node_id)
-            description = self._nodes.pop(change.node_id, None)
+                if description is not None:
+                    self._client.remove_socket_files(description)
             self._progress.forget(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)

@@ -114,6 +114,8 @@ class FakeClient:
         self.lifelines: set[str] = set()
         self.unreachable: set[str] = set()
         """Nodes whose addresses are of another host's kind."""
+        self.cleaned_up: list[str] = []
+        """Nodes whose socket files were removed."""
         self.events: list[tuple[NodeId, LinkEvent]] = []
         self.pipelines: dict[PipelineId, FakeStages] = {}
         self.results = self
@@ -143,6 +145,9 @@ class FakeClient:
 
     def unwatch(self, node_id: NodeId) -> None:
         self.lifelines.discard(node_id)
+
+    def remove_socket_files(self, description: NodeDescription) -> None:
+        self.cleaned_up.append(description.node_id)
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
         events, self.events = self.events, []

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from common.endpoints import choose_endpoint, ipc_folder, ipc_token, join_endpoints, split_endpoints
+from common.endpoints import (
+    choose_endpoint,
+    ipc_folder,
+    ipc_token,
+    join_endpoints,
+    remove_socket_files,
+    split_endpoints,
+)
 from common.errors import ConfigurationError
 
 BOTH = ("ipc:///state/ipc/x", "tcp://10.0.0.2:4000")
@@ -46,3 +56,35 @@ def test_socket_paths_fit_their_108_bytes(name: str, tmp_path: Path) -> None:
 
 def test_two_meshes_with_long_paths_have_folders_of_their_own() -> None:
     assert ipc_folder(Path("/") / ("s" * 200)) != ipc_folder(Path("/") / ("t" * 200))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short: a socket's path has an end."""
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "ipc").mkdir()
+        yield Path(made) / "ipc"
+
+
+def make_socket(path: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+    assert path.is_socket(), "closing a socket leaves its file, as killing its process does"
+    return path
+
+
+def test_socket_files_of_a_dead_node_are_removed_and_nothing_else(folder: Path) -> None:
+    own = [make_socket(folder / "stage-1-data"), make_socket(folder / "stage-1-lifeline")]
+    others = [
+        make_socket(folder / "stage-2-data"),
+        make_socket(folder / "stage-11-data"),
+        make_socket(folder / "control"),
+        make_socket(folder.parent / "stage-1-data"),
+    ]
+    (folder / "stage-1-notes").write_text("no socket")
+    others.append(folder / "stage-1-notes")
+    told = [*(f"ipc://{path}" for path in (*own, *others)), f"ipc://{folder}/../stage-1-data", "tcp://10.0.0.2:4000"]
+    remove_socket_files(folder, "stage-1", told)
+    assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
+    remove_socket_files(folder, "stage-1", told)

@@ -258,6 +258,18 @@ def test_a_node_that_leaves_is_let_go_after_the_stages_know() -> None:
     assert mesh.loop.status.readiness.ready
 
 
+def test_socket_files_are_removed_of_nodes_that_died_and_not_of_those_that_close_them_in_leaving(
+    mesh: FakeMesh,
+) -> None:
+    mesh.say("x", Leave("stopped"))
+    mesh.settle()
+    assert mesh.client.cleaned_up == []
+    mesh.lose("b")
+    mesh.turn(1.0)
+    mesh.turn(1.0)
+    assert mesh.client.cleaned_up == ["b"]
+
+
 def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:
     mesh.loop.submit(build_request("r"))
     mesh.turn()
