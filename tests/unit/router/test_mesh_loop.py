@@ -32,15 +32,12 @@ from services.router.control.draining import DRAIN_QUIET_S
 from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
 from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
-    STEP_DEADLINE_S,
-    TERM,
     WELCOME,
     FakeMesh,
     Sent,
     build_request,
     hello_of,
     reference_tokens,
-    result_of,
 )
 from tests.support.mesh_shapes import EXPERTS, LAYERS, node
 
@@ -270,105 +267,6 @@ def test_socket_files_are_removed_of_nodes_that_died_and_not_of_those_that_close
     assert mesh.client.cleaned_up == ["b"]
 
 
-def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:
-    mesh.loop.submit(build_request("r"))
-    mesh.turn()
-    stages = mesh.client.pipelines[FIRST]
-    result, header = stages.answers.popleft()
-    before = mesh.loop.status.hops.dropped
-    for changed in (
-        replace(header, router_term=TERM - 1),
-        replace(header, generation=header.generation + 1),
-        replace(header, attempt=header.attempt + 1),
-        replace(header, step=header.step + 100),
-    ):
-        mesh.client.answers.append((result, changed))
-    mesh.client.answers.append((Leave("?"), header))
-    mesh.turn(0.2)
-    assert mesh.loop.status.hops.dropped == before + 5
-    assert mesh.tokens("r") == []
-    mesh.client.answers.append((result, header))
-    mesh.turn()
-    assert len(mesh.tokens("r")) == 1
-
-
-def test_a_result_that_does_not_fit_its_step_fails_it_and_the_request_is_computed_again(mesh: FakeMesh) -> None:
-    request = build_request("r")
-    mesh.loop.submit(request)
-    mesh.turn()
-    _, header = mesh.client.pipelines[FIRST].answers.popleft()
-    mesh.client.answers.append((result_of([(999, 1)]), header))
-    sent = mesh.turn()
-    assert AssignStage in kinds(said_to("a", sent)), "a new generation makes the stages forget"
-    mesh.settle(20)
-    assert mesh.tokens("r") == reference_tokens(request)
-
-
-def test_a_step_that_a_stage_cannot_do_is_computed_again_in_a_new_generation(mesh: FakeMesh) -> None:
-    request = build_request("r")
-    mesh.loop.submit(request)
-    mesh.turn()
-    _, header = mesh.client.pipelines[FIRST].answers.popleft()
-    before = mesh.stages.pipelines[FIRST].generation
-    mesh.say("b", Failed("execution_error", "no memory"), replace(header, generation=header.generation - 1))
-    mesh.turn()
-    assert mesh.stages.pipelines[FIRST].generation == before, "of an older generation: no news"
-    mesh.say("b", Failed("execution_error", "no memory"), header)
-    mesh.turn()
-    assert mesh.stages.pipelines[FIRST].generation > before
-    mesh.settle(20)
-    assert mesh.tokens("r") == reference_tokens(request)
-
-
-def test_a_step_that_fails_again_and_again_fails_its_request_with_the_reason(mesh: FakeMesh) -> None:
-    mesh.loop.submit(build_request("r"))
-    for _ in range(40):
-        mesh.turn(0.1)
-        for stages in mesh.client.pipelines.values():
-            while stages.answers:
-                _, header = stages.answers.popleft()
-                mesh.say("b", Failed("execution_error", "no memory"), header)
-    (error,) = mesh.errors("r")
-    assert "no memory" in str(error)
-    assert mesh.tokens("r") == []
-
-
-def test_a_step_that_is_not_answered_in_time_is_computed_again(mesh: FakeMesh) -> None:
-    request = build_request("r")
-    mesh.loop.submit(request)
-    mesh.turn()
-    mesh.client.pipelines[FIRST].answers.clear()
-    for _ in range(int(STEP_DEADLINE_S)):
-        mesh.beat()
-        mesh.turn(1.0)
-    mesh.settle(20)
-    assert mesh.tokens("r") == reference_tokens(request)
-
-
-def test_a_first_stage_that_takes_no_step_yet_gets_it_later_in_order(mesh: FakeMesh) -> None:
-    mesh.client.pipelines[FIRST].takes_steps = False
-    request = build_request("r")
-    mesh.loop.submit(request)
-    mesh.turn()
-    mesh.turn(0.5)
-    assert not mesh.client.pipelines[FIRST].answers
-    mesh.client.pipelines[FIRST].takes_steps = True
-    mesh.settle(20)
-    assert mesh.tokens("r") == reference_tokens(request)
-
-
-def test_a_step_carries_the_counters_that_fence_it_and_the_time_left(mesh: FakeMesh) -> None:
-    mesh.client.pipelines[FIRST].takes_steps = False
-    mesh.loop.submit(build_request("r"))
-    mesh.turn()
-    mesh.client.pipelines[FIRST].takes_steps = True
-    mesh.turn(2.5)
-    (_, header) = mesh.client.pipelines[FIRST].answers[0]
-    assert header.router_term == TERM
-    assert header.generation == mesh.stages.pipelines[FIRST].generation
-    assert header.time_left_ms == (STEP_DEADLINE_S - 2.5) * 1000
-
-
 def test_a_node_that_cannot_take_its_role_is_asked_again_later() -> None:
     mesh = FakeMesh()
     mesh.unready = {"b"}
@@ -451,50 +349,6 @@ def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:
     mesh.turn(0.2)
     mesh.turn(0.2)
     assert mesh.loop.status.hops == before
-
-
-def test_in_silence_a_canary_goes_through_each_pipeline_and_is_no_work(mesh: FakeMesh) -> None:
-    steps, planned = mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned
-    mesh.client.pipelines[FIRST].answers.clear()
-    for _ in range(6):
-        mesh.beat()
-        mesh.turn(0.25)
-    (result, header) = mesh.client.pipelines[FIRST].answers[0]
-    assert result.sequence_ids.shape == (0,)
-    assert header.generation == mesh.stages.pipelines[FIRST].generation
-    mesh.settle()
-    assert mesh.loop.status.readiness.ready
-    assert (mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned) == (steps, planned)
-
-
-def test_an_unanswered_canary_shows_a_hang_until_it_is_answered(mesh: FakeMesh) -> None:
-    for _ in range(12):
-        mesh.beat()
-        mesh.turn(0.25)
-    assert not mesh.loop.status.readiness.ready
-    assert "a canary has been unanswered" in mesh.loop.status.readiness.detail
-    mesh.answer()
-    mesh.beat()
-    mesh.turn(0.1)
-    mesh.turn(0.1)
-    assert mesh.loop.status.readiness.ready
-
-
-def test_a_request_goes_on_beside_a_canary(mesh: FakeMesh) -> None:
-    request = build_request("r", max_tokens=6)
-    mesh.beat()
-    mesh.turn(1.5)
-    assert mesh.client.pipelines[FIRST].answers, "a canary is in flight"
-    mesh.loop.submit(request)
-    mesh.settle()
-    assert mesh.tokens("r") == reference_tokens(request)
-
-
-def test_a_suspect_stage_is_not_ready_at_once(mesh: FakeMesh) -> None:
-    mesh.turn(0.2)
-    mesh.client.events.append((node("b").node_id, LinkEvent.CLOSED))
-    mesh.turn(0.11)
-    assert mesh.loop.status.readiness.missing == ("pipeline 0: b does not answer",)
 
 
 def test_experts_whose_lifelines_closed_leave_nothing_served() -> None:
