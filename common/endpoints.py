@@ -47,7 +47,7 @@ def ipc_folder(state_dir: Path) -> Path:
 
 
 def remove_socket_files(folder: Path, node_id: str, endpoints: Sequence[str]) -> None:
-    """What a process that was killed leaves of its own in the mesh's folder. Raises OSError.
+    """What a process that is gone leaves of its own in the mesh's folder. Raises OSError.
 
     Endpoints are what that node said: only sockets in this folder that bear its name are touched.
     """

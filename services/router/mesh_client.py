@@ -89,7 +89,7 @@ class MeshClient:
             lifeline.close()
 
     def remove_socket_files(self, description: NodeDescription) -> None:
-        """Of a node that was declared dead: a process that was killed could not. Never of one that may go on."""
+        """Of a node that is gone: ZeroMQ leaves them, however it ended. Connections that stand are not touched."""
         if self._folder is None or not self._ipc_token or description.ipc_token != self._ipc_token:
             return
         try:

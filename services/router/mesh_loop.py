@@ -282,8 +282,8 @@ class MeshLoop:
             description = self._nodes.pop(change.node_id, None)
             if change.reason not in (ChangeReason.LEFT, ChangeReason.REPLACED):
                 self._declared_dead.add(change.node_id)
-                if description is not None:
-                    self._client.remove_socket_files(description)
+            if description is not None and change.reason is not ChangeReason.REPLACED:  # that one has the same names
+                self._client.remove_socket_files(description)
             self._progress.forget(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)

@@ -255,16 +255,17 @@ def test_a_node_that_leaves_is_let_go_after_the_stages_know() -> None:
     assert mesh.loop.status.readiness.ready
 
 
-def test_socket_files_are_removed_of_nodes_that_died_and_not_of_those_that_close_them_in_leaving(
-    mesh: FakeMesh,
-) -> None:
-    mesh.say("x", Leave("stopped"))
+def test_socket_files_of_nodes_that_are_gone_are_removed_however_they_went(mesh: FakeMesh) -> None:
+    mesh.hello("y", NodeKind.EXPERT)
     mesh.settle()
     assert mesh.client.cleaned_up == []
+    mesh.say("x", Leave("stopped"))
+    mesh.settle()
+    assert mesh.client.cleaned_up == ["x"]
     mesh.lose("b")
+    mesh.turn(0.0)
     mesh.turn(1.0)
-    mesh.turn(1.0)
-    assert mesh.client.cleaned_up == ["b"]
+    assert mesh.client.cleaned_up == ["x", "b"]
 
 
 def test_a_node_that_cannot_take_its_role_is_asked_again_later() -> None:
