@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -56,9 +57,10 @@ class Link:
         finally:
             for way in ways:
                 way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            # Before anything is awaited: the proxy may end just then, and cancels that too.
             near[1].close()
             far[1].close()
+            await asyncio.gather(*ways, return_exceptions=True)
 
 
 class LinkProxy:
@@ -75,6 +77,8 @@ class LinkProxy:
         self._resolve = resolve
         self._book = RuleBook()
         self._links: set[Link] = set()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        """Of all connections, also of those that are closed and still have something to write."""
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._stop = asyncio.Event()
@@ -169,8 +173,12 @@ class LinkProxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in list(self._writers):
+            writer.transport.abort()  # a close would wait for a receiver that takes nothing
+        await asyncio.sleep(0)
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         # A side that goes away is no error of the proxy; the other side is told by the close.
         with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
             await self._connect_and_carry(reader, writer)
@@ -186,6 +194,7 @@ class LinkProxy:
         await self._book.wait_until_open(source, destination)
         try:
             far = await asyncio.open_connection(host, port)
+            self._writers.add(far[1])
         except OSError:
             writer.write(_UNREACHABLE)
             await writer.drain()

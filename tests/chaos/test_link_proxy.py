@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from chaos.link_rules import FrameRule, LinkRule, around
-from chaos.proxy import LinkProxy
+from chaos.proxy import Link, LinkProxy
+from chaos.proxy_pipe import RuleBook
 from common.errors import ProtocolError
 from common.messages import Header, Leave
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
@@ -193,3 +196,21 @@ def test_the_end_of_a_peer_is_told_at_once(ends: Ends) -> None:
         assert time.monotonic() - started_s < WITHIN_S
         time.sleep(0.002)
     assert time.monotonic() - started_s < 0.15
+
+
+def test_both_sides_are_closed_also_when_the_proxy_ends_while_a_link_ends() -> None:
+    async def scenario() -> bool:
+        far_ends = [socket.socketpair(), socket.socketpair()]
+        near, far = [await asyncio.open_connection(sock=ours) for ours, _ in far_ends]
+        carrying = asyncio.create_task(Link(RuleBook(), "stage", "expert").carry(near, far))
+        await asyncio.sleep(0.01)
+        carrying.cancel()
+        await asyncio.sleep(0)
+        carrying.cancel()
+        await asyncio.gather(carrying, return_exceptions=True)
+        closed = near[1].is_closing() and far[1].is_closing()
+        for _, theirs in far_ends:
+            theirs.close()
+        return closed
+
+    assert asyncio.run(scenario())
