@@ -26,8 +26,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 docker compose up -d --wait --wait-timeout 120
-mkdir -p chaos-report
+report=chaos-report/compose
+mkdir -p "$report"
 status=0
-.venv/bin/moemesh chaos run --target docker --output chaos-report "$@" || status=$?
-docker compose logs --no-color --timestamps >chaos-report/compose.log
+.venv/bin/moemesh chaos run --target docker --output "$report" "$@" || status=$?
+docker compose logs --no-color --timestamps >"$report/compose.log"
 exit "$status"
