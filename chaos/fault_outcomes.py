@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -36,7 +37,8 @@ class FaultOutcome:
     num_alive: int
     gap_p50_s: float
     gap_p99_s: float
-    """Over those streams: the longest time without a token, less the usual longest one."""
+    """Over the answers that were under way between then and the mesh being whole: the longest time without a token,
+    less the usual longest one."""
     gap_max_s: float
     tokens_again_s: float
     """From the fault until the last of the streams that stalled at once got a token again; 0 if none did."""
@@ -101,7 +103,7 @@ def tpot_p99_s(operations: Sequence[Operation]) -> float:
 
 
 def _end_of(operation: Operation) -> float:
-    return operation.ended_s if operation.ended_s is not None else operation.arrivals_s[-1]
+    return operation.ended_s if operation.ended_s is not None else math.inf
 
 
 def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usual_s: float) -> list[FaultOutcome]:
@@ -144,8 +146,11 @@ def _outcome(
     # A stream may still wait when the nodes are all there again.
     until_s = next_s
     active = [o for o in operations if o.was_streaming(fault.at_s)]
+    # Also those that began later: a rolling restart lasts longer than an answer.
+    busy_until_s = max(fault.at_s, whole_s if whole_s is not None else until_s)
+    beside = [o for o in operations if o.arrivals_s and o.arrivals_s[0] <= busy_until_s and _end_of(o) > fault.at_s]
     gaps, again_s = [], fault.at_s
-    for operation in active:
+    for operation in beside:
         touching = _gaps_between(operation, fault.at_s, until_s)
         gaps.append(max(0.0, max((end_s - begin_s for begin_s, end_s in touching), default=0.0) - usual_s))
         for begin_s, end_s in touching:
@@ -158,8 +163,6 @@ def _outcome(
         doubts.append("none of its victims lived when it came")
     if fault.roles and set(fault.roles) == {"spare"}:
         doubts.append("its victims were spares, which have no part in any answer")
-    busy_until_s = max(fault.at_s, whole_s if whole_s is not None else until_s)
-    beside = [o for o in operations if o.arrivals_s and o.arrivals_s[0] <= busy_until_s and _end_of(o) > fault.at_s]
     return FaultOutcome(
         number=fault.fault,
         kind=fault.kind,

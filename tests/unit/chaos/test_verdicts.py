@@ -38,6 +38,7 @@ from tests.support.chaos_histories import (
     STEP_S,
     alter,
     alter_tokens,
+    answer,
     good_history,
     later,
 )
@@ -278,6 +279,16 @@ def test_the_time_a_token_takes_beside_a_fault_is_compared_with_the_usual_one_wh
     other = verdict(slow, {"pause": 1.5})
     assert other is not None
     assert other.state is State.UNKNOWN
+
+
+def test_a_stall_of_an_answer_that_began_while_a_long_fault_went_on_is_put_down_to_it() -> None:
+    late_s = FAULT_S + 1.5
+    history = [
+        *alter(good_history(), MeshWhole, lambda e: replace(e, at_s=late_s + 5)),
+        *later(answer("late", 0, late_s), "late", late_s + 0.5, 2.0),
+    ]
+    history.sort(key=lambda event: event.at_s)  # asked in the phase of faults
+    assert judge(history, Bounds()).outcomes[0].gap_max_s == pytest.approx(2.0, abs=0.01)
 
 
 def test_the_bound_of_one_node_is_not_that_of_several_at_once_or_of_faults_that_overlap() -> None:
