@@ -93,12 +93,18 @@ class Adoption:
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
     def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float) -> None:
-        """A node registered. What does not fit this mesh is not taken: the node gets a role like any other."""
+        """A node registered. What does not fit this mesh is not taken: the node gets a role like any other.
+
+        Of two that claim one slot, the one that came further in it is its holder; the other was replaced and forgot to
+        forget.
+        """
         self._deadline_s = now_s + ADOPT_S if self._deadline_s is None else self._deadline_s
         if held is None or held.num_slots != len(self._layers) or held.layers != self._layers[held.slot]:
             return
         if self.is_pending and held.pipeline not in self._taken:
-            self._claims.setdefault(StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot)), (node_id, held))
+            slot = StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot))
+            if slot not in self._claims or held.last_step > self._claims[slot][1].last_step:
+                self._claims[slot] = (node_id, held)
 
     def withdraw(self, node_id: NodeId) -> None:
         """It is gone again."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,18 @@ def test_a_pipeline_is_taken_over_once_all_its_holders_are_back_and_another_one_
     assert (second.pipeline, second.holders) == (1, ("c", "d"))
     assert waiting.take(10.0 + ADOPT_S) == [], "a slot that was given back is not claimed again"
     assert not waiting.is_pending
+
+
+@pytest.mark.parametrize("order", ["stale first", "stale last"])
+def test_of_two_who_claim_a_slot_the_one_that_came_further_in_it_gets_it(order: str) -> None:
+    claims = [("stale", replace(holder(0, 0), last_step=20)), ("true", holder(0, 0))]
+    waiting = adoption()
+    for name, held in claims if order == "stale first" else reversed(claims):
+        waiting.claim(NodeId(name), held, 10.0)
+    waiting.claim(NodeId("b"), holder(0, 1), 10.0)
+    (taken,) = waiting.take(10.0)
+    assert taken.holders == ("true", "b")
+    assert not waiting.has_claim(NodeId("stale"))
 
 
 def test_when_the_time_is_up_a_pipeline_is_taken_over_with_a_hole_and_nobody_is_waited_for() -> None:
