@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,14 @@ def fault(
     return seen_s
 
 
+def last_part_came_s(mesh: ServedMesh, names: Sequence[str]) -> float:
+    """By the monotonic clock: when the pipeline opened, or the nodes had their shards, as the logs have it."""
+    log, event = ("router-0", "pipeline_open") if names == ("stage-0",) else (names[0], "shards_ready")
+    lines = mesh.local.logs(log).read_text().splitlines()
+    stamps = [json.loads(line)["timestamp"] for line in lines if f'"event": "{event}"' in line]
+    return datetime.fromisoformat(stamps[-1]).timestamp() - time.time() + time.monotonic()
+
+
 @pytest.mark.parametrize("names", [("stage-0",), ("expert-0", "expert-1")], ids=["the only stage", "both expert nodes"])
 def test_a_crash_that_leaves_no_token_possible_is_seen_and_its_repair_too(
     mesh: ServedMesh, watch: ReadinessWatch, names: tuple[str, ...]
@@ -83,10 +93,12 @@ def test_a_crash_that_leaves_no_token_possible_is_seen_and_its_repair_too(
         assert not watch.turns[-1].ready, "it stays false for as long as they are gone"
     back_s = time.monotonic()
     ready_s = watch.seconds_until(True, back_s, READY_AGAIN_WITHIN_S, time.monotonic)
+    whole_s = last_part_came_s(mesh, names)
     asked_s = time.monotonic()
     answer = mesh.client.ask(Ask((3, 50, 60), max_tokens=4, ignore_eos=True))
     took_s = time.monotonic() - asked_s
     print(f"\n{', '.join(names)} restarted: /ready true after {ready_s:.3f} s; 4 tokens then took {took_s:.3f} s")
+    print(f"the last part that was missing had come {back_s + ready_s - whole_s:.3f} s before /ready said so")
     assert len(answer.token_ids) == 4, "what is ready makes tokens"
 
 
