@@ -4,6 +4,16 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+# Signals go from the host to the containers' processes.
+if [ "$(id -u)" = 0 ]; then
+    as_root=
+elif sudo -n true 2>/dev/null; then
+    as_root='sudo -n --preserve-env'
+else
+    echo 'chaos on containers needs root, or sudo without a password' >&2
+    exit 2
+fi
+
 suite=smoke
 previous=
 for argument; do
@@ -29,6 +39,6 @@ docker compose up -d --wait --wait-timeout 120
 report=chaos-report/compose
 mkdir -p "$report"
 status=0
-.venv/bin/moemesh chaos run --target docker --output "$report" "$@" || status=$?
+$as_root .venv/bin/moemesh chaos run --target docker --output "$report" "$@" || status=$?
 docker compose logs --no-color --timestamps >"$report/compose.log"
 exit "$status"
