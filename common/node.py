@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from common.config import Settings
 from common.endpoints import ipc_folder, ipc_token
-from common.errors import ConfigurationError, MoemeshError, NotReadyError, error_from_wire
+from common.errors import ConfigurationError, MoemeshError, NodeLostError, NotReadyError, error_from_wire
 from common.ids import Incarnation, NodeId
 from common.messages import (
     NO_ARRAY,
@@ -139,7 +139,8 @@ class ControlLink:
     def receive(self, now_s: float) -> list[tuple[Message, Header]]:
         """What the router asks; hello, welcome and heartbeats are dealt with here.
 
-        Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries.
+        Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries, and NodeLostError
+        where nobody could reach this node any more.
         """
         for event in self.socket.link_events():
             self._connected = event is LinkEvent.CONNECTED
@@ -147,6 +148,7 @@ class ControlLink:
             self._next_hello_s = 0.0
         if self._connected and not self._is_welcome and now_s >= self._next_hello_s:
             self._next_hello_s = now_s + HELLO_INTERVAL_S
+            self._check_own_sockets()
             self.send(self._hello())
         asked: list[tuple[Message, Header]] = []
         while (received := self.socket.receive()) is not None:
@@ -185,6 +187,15 @@ class ControlLink:
     def leave(self, reason: str) -> None:
         """Ask the router to let this node go; `leave_acknowledged` turns true when it may."""
         self.send(Leave(reason))
+
+    def _check_own_sockets(self) -> None:
+        """A router that took this node for dead has removed its socket files; one that came after it does not know."""
+        for endpoint in (*self.description.endpoints, *self.description.lifeline):
+            if endpoint.startswith("ipc:///") and not Path(endpoint.removeprefix("ipc://")).exists():
+                raise NodeLostError(
+                    f"the socket file of {endpoint} is gone: a router took this node for dead; "
+                    "come back as a new process"
+                )
 
     def _hello(self) -> Hello:
         own, held = self.description, self.describe_held()

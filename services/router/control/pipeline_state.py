@@ -37,4 +37,6 @@ class Pipeline:
     def has_all_of(self, sequence_id: int) -> bool:
         """Whether it goes on with a sequence as soon as it opens: those who reported it hold all slots still."""
         held = self.held
-        return held is not None and sequence_id in held.sequences and len(held.last_steps) == len(self.holders)
+        if held is None or not self.is_whole:
+            return False
+        return sequence_id in held.sequences and len(held.last_steps) == len(self.holders)

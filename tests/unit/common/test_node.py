@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.config import Settings
-from common.errors import ConfigurationError, NotReadyError
+from common.errors import ConfigurationError, NodeLostError, NotReadyError
 from common.ids import Incarnation, NodeId
 from common.messages import (
     AssignStage,
@@ -33,7 +33,7 @@ ASSIGN = AssignStage(0, 0, 1, 0, 5, 1, 10, ("tcp://a:1",), "")
 
 
 class Link(ControlLink):
-    def __init__(self) -> None:
+    def __init__(self, endpoint: str = "tcp://a:1") -> None:
         description = NodeDescription(
             NodeId("stage-1"),
             Incarnation(1),
@@ -42,7 +42,7 @@ class Link(ControlLink):
             "host",
             "cpu",
             "print",
-            ("tcp://a:1",),
+            (endpoint,),
             ("tcp://a:2",),
             "",
         )
@@ -244,3 +244,19 @@ def test_a_folder_for_sockets_that_belongs_to_somebody_else_is_refused(
     monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(ConfigurationError, match="belongs to another user"):
         find_addresses(settings(state_dir=tmp_path), NodeId("stage-1"))
+
+
+def test_a_node_whose_socket_files_were_removed_ends_instead_of_joining_the_next_router(tmp_path: Path) -> None:
+    path = tmp_path / "stage-1-data"
+    path.touch()
+    link = Link(f"ipc://{path}")
+    link.event(LinkEvent.CONNECTED)
+    link.receive(0.0)
+    assert len(link.sent()) == 1
+    path.unlink()
+    link.event(LinkEvent.CLOSED)
+    link.receive(1.0)
+    link.event(LinkEvent.CONNECTED)
+    with pytest.raises(NodeLostError, match="come back as a new process"):
+        link.receive(2.0)
+    assert link.sent() == []
