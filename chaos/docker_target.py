@@ -39,6 +39,7 @@ class DockerTarget:
         self.project = project
         self.features = frozenset({"processes", "containers", "netns"})
         self.proxy: LinkProxy | None = None
+        self._url = ""
         try:
             self.client = docker.from_env()
         except DockerException as error:
@@ -69,7 +70,12 @@ class DockerTarget:
 
     @property
     def url(self) -> str:
-        """From the port that the router's container publishes."""
+        """From the port that the router's container publishes; the same while that container is stopped."""
+        if not self._url:
+            self._url = self._find_url()
+        return self._url
+
+    def _find_url(self) -> str:
         for container in self._containers("router"):
             ports = container.attrs["HostConfig"].get("PortBindings") or {}
             for bindings in ports.values():

@@ -81,7 +81,7 @@ class Observer:
             reply = await self.http.get(f"{self.target.url}/metrics")
             self.metrics = sum_metrics(reply.text) if reply.status_code == 200 else {}
             answers = reply.status_code == 200
-        except httpx.TransportError:
+        except (httpx.TransportError, TargetError):
             self.metrics, answers = {}, False
         now_s = self.clock()
         is_fine = answers and len(self.nodes) >= self._num_nodes and is_whole(self.metrics, self._baseline)
@@ -109,7 +109,7 @@ class Observer:
         try:
             reply = await self.http.get(f"{self.target.url}/mesh")
             return read_roles(reply.json(), self.nodes)
-        except (httpx.TransportError, ValueError):
+        except (httpx.TransportError, TargetError, ValueError):
             return {}
 
     async def take_baseline(self) -> None:

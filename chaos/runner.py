@@ -155,6 +155,9 @@ class Run:
             for task in (*load.tasks, watching):
                 task.cancel()
             await asyncio.gather(*load.tasks, watching, return_exceptions=True)
+        if not watching.cancelled() and (error := watching.exception()) is not None:
+            # Nothing was known to be whole from then on.
+            raise CannotRunError(f"nobody watched the mesh any more: {error!r}")
 
     async def _wait_all_stream(self, since_s: float, timeout_s: float) -> None:
         await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)

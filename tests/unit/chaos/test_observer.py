@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -126,3 +127,29 @@ def test_an_address_alone_can_be_asked_and_not_hurt(tmp_path: Path) -> None:
 def test_an_unknown_target_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="there is no target 'moon'; there are docker, local"):
         make_target("moon", TargetRequest({}, "", tmp_path))
+
+
+class _LostAddress:
+    """A target whose router's container is stopped."""
+
+    @property
+    def url(self) -> str:
+        raise TargetError("no router publishes a port now")
+
+    def nodes(self) -> list[Node]:
+        return []
+
+
+def test_a_target_that_cannot_say_its_address_now_is_one_that_does_not_answer() -> None:
+    record: list[Event] = []
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=FakeMesh().transport) as http:
+            target: Any = _LostAddress()
+            seen = Observer(http, target, record.append, lambda: 0.0)
+            await seen.look()
+            assert seen.metrics == {}
+            assert seen.whole_since_s is None
+            assert await seen.look_at_roles() == {}
+
+    asyncio.run(run())

@@ -164,3 +164,19 @@ def test_overlapping_faults_are_both_applied_before_either_is_healed() -> None:
     run = make_run(FakeMesh(), target, experiment(count=2, overlap=1.0, faults=faults))
     asyncio.run(run.execute())
     assert [number for _, _, number in target.done] == [signal.SIGSTOP] * 2 + [signal.SIGCONT] * 2
+
+
+def test_a_run_that_nobody_watches_any_more_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(FakeMesh(), ListedTarget(), experiment(settle_within_s=0.2))
+    looks = [0]
+    look = observer.Observer.look
+
+    async def break_down(self: observer.Observer) -> None:
+        looks[0] += 1
+        if looks[0] > 8:
+            raise KeyError("x")
+        await look(self)
+
+    monkeypatch.setattr(observer.Observer, "look", break_down)
+    with pytest.raises(CannotRunError, match="nobody watched the mesh any more: KeyError"):
+        asyncio.run(run.execute())
