@@ -116,14 +116,14 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
         elif isinstance(event, MeshWhole):
             times.whole.setdefault(event.fault, event.at_s)
     end_s = max((event.at_s for event in events), default=0.0)
-    spans = {f.fault: (f.at_s, times.whole.get(f.fault, _next_after(f, applied, times, end_s))) for f in applied}
+    next_s = {fault.fault: _next_after(fault, applied, times, end_s) for fault in applied}
+    spans = {fault.fault: (fault.at_s, times.whole.get(fault.fault, next_s[fault.fault])) for fault in applied}
     found = []
     for fault in applied:
         begin_s, whole_s = spans[fault.fault]
         others = [span for number, span in spans.items() if number != fault.fault]
         is_alone = len(fault.victims) <= 1 and not any(b < whole_s and begin_s < e for b, e in others)
-        next_s = _next_after(fault, applied, times, end_s)
-        found.append(_outcome(fault, times, next_s, operations, usual_s, is_alone))
+        found.append(_outcome(fault, times, next_s[fault.fault], operations, usual_s, is_alone))
     return found
 
 

@@ -307,3 +307,21 @@ def hello_of(description: NodeDescription) -> Hello:
         lifeline=description.lifeline,
         ipc_token=description.ipc_token,
     )
+
+
+def said_to(name: str, sent: list[Sent]) -> list[Any]:
+    """Messages to one node."""
+    return [message for to, message, _ in sent if to == name]
+
+
+def kinds(messages: list[Any]) -> list[type]:
+    """Their classes, in order."""
+    return [type(message) for message in messages]
+
+
+def ready_mesh() -> FakeMesh:
+    """One that has started and says that it is ready."""
+    made = FakeMesh()
+    made.start()
+    assert made.loop.status.readiness.ready, made.loop.status.readiness.detail
+    return made

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.array import array_to_frame
-from common.errors import CheckpointError, DeadlineError, MoemeshError
-from common.messages import AssignShards, Header, Message, ShardsReady, Welcome
+from common.errors import CheckpointError, DeadlineError
+from common.messages import AssignShards, ShardsReady
 from common.model_config import read_model_config
 from common.topology import ShardId
 from common.weights import CheckpointWeights
@@ -25,32 +25,17 @@ from services.expert.shard_keeper import RETRY_S, ShardKeeper
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
+from tests.support.listening_router import ListeningRouter
 
 __all__ = ["one_torch_thread"]
 X, Y = ShardId(1, 3, 0), ShardId(1, 4, 0)
-
-
-class Control:
-    """A router that listens."""
-
-    def __init__(self) -> None:
-        self.settings = Welcome(250, "float32", "exact", 32, 1, 1000)
-        self.sent: list[Message] = []
-        self.failures: list[str] = []
-
-    def send(self, message: Message, header: Header | None = None) -> bool:
-        self.sent.append(message)
-        return True
-
-    def fail(self, error: MoemeshError, header: Header | None = None) -> None:
-        self.failures.append(error.message)
 
 
 class Keeper(ShardKeeper):
     """With a clock that is moved by hand, and assignments by shards."""
 
     def __init__(self, directory: Path) -> None:
-        self.control = Control()
+        self.control = ListeningRouter()
         control: Any = self.control
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         self.now_s = 100.0

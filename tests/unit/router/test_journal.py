@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,50 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import (
-    ConfigurationError,
     ContextLengthError,
-    FencedError,
     JournalError,
     NodeLostError,
     OverloadedError,
 )
 from common.ids import RequestId, SequenceId
-from services.router import journal_store
-from services.router.engine import FinishReason, GeneratedToken, RecoveryCounts
-from services.router.journal import FOLD_INTERVAL_S, RETRY_INTERVAL_S, Journal
-from services.router.journal_records import JournalledRequest, decode_step, decode_tokens
+from services.router.engine import FinishReason, RecoveryCounts
+from services.router.journal import FOLD_INTERVAL_S, RETRY_INTERVAL_S
 from services.router.journal_store import MAX_ROWS
+from tests.support.journal_files import bits, fill, fold, limit_pages, reopened
 from tests.support.journals import AWKWARD, accepted, open_at, token
-
-
-def fold(journal: Journal) -> None:
-    journal._next_fold_s = 0.0
-    journal.tick()
-
-
-def reopened(path: Path) -> list[JournalledRequest]:
-    journal, requests = open_at(path)
-    journal.close()
-    return requests
-
-
-def bits(tokens: list[GeneratedToken]) -> list[tuple[int, bytes]]:
-    return [(each.token_id, struct.pack("<d", each.logprob or 0.0)) for each in tokens]
-
-
-def limit_pages(journal: Journal, num_pages: int) -> None:
-    """A disk that is full after so many pages."""
-    journal._store._connection.execute(f"PRAGMA max_page_count = {num_pages}")
-
-
-def fill(journal: Journal, request_id: str, first: int = 0, limit: int = 5000) -> int:
-    """Append until the disk takes no more; how many tokens were handed in."""
-    number = first
-    while journal.is_durable:
-        assert number < limit
-        journal.append([(RequestId(request_id), token(number))])
-        number += 1
-    return number
 
 
 @pytest.mark.parametrize("is_folded", [False, True])
@@ -326,96 +292,6 @@ def test_a_fold_that_finds_no_room_loses_nothing(tmp_path: Path) -> None:
     (a,) = reopened(path)
     for choice in a.choices:
         assert choice.tokens == [token(each) for each in range(number)]
-
-
-def test_a_journal_of_another_model_with_requests_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    journal, _ = open_at(path)
-    journal.accept(accepted("a"))
-    journal.close()
-    for other in ("other float32", "print bfloat16"):
-        with pytest.raises(ConfigurationError, match=r"another model or dtype.*move the file away"):
-            open_at(path, model=other)
-    assert len(reopened(path)) == 1
-
-
-def test_an_empty_journal_goes_over_to_another_model(tmp_path: Path) -> None:
-    open_at(tmp_path / "j")[0].close()
-    journal, _ = open_at(tmp_path / "j", model="other float32")
-    journal.accept(accepted("a"))
-    journal.close()
-    with pytest.raises(ConfigurationError):
-        open_at(tmp_path / "j")
-
-
-def test_another_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    open_at(path)[0].close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema'")
-    connection.close()
-    with pytest.raises(ConfigurationError, match="version 99"):
-        open_at(path)
-
-
-def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    path.write_bytes(b"no database at all" * 300)
-    with pytest.raises(ConfigurationError, match=r"cannot be read .*JOURNAL=off"):
-        open_at(path)
-    with pytest.raises(ConfigurationError):
-        open_at(tmp_path / "no" / "folder" / "j")
-
-
-def test_a_journal_that_another_process_has_open_is_in_good_order_and_nobody_is_told_to_move_it_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal_store, "BUSY_WITHIN_S", 0.0)
-    path = tmp_path / "j"
-    journal, _ = open_at(path)
-    try:
-        with pytest.raises(ConfigurationError, match=r"another process has the journal .* open, perhaps a router"):
-            open_at(path)
-    finally:
-        journal.close()
-    open_at(path)[0].close()
-
-
-def test_rows_that_are_no_steps_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    open_at(path)[0].close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("INSERT INTO log (step) VALUES (x'c1')")
-    connection.close()
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        open_at(path)
-
-
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x01", b"\x91\x91\x01", b"\x94\x90\x90\x90"])
-def test_damaged_records_raise_value_error(data: bytes) -> None:
-    with pytest.raises(ValueError, match="journal cannot be read"):
-        decode_tokens(data)
-    with pytest.raises(ValueError, match="journal cannot be read"):
-        decode_step(data)
-
-
-def test_a_router_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    journal, _ = open_at(path)
-    journal.accept(accepted("a"))
-
-    def replaced() -> None:
-        raise FencedError("term 5")
-
-    journal._check_term = replaced
-    with pytest.raises(FencedError):
-        journal.append([(RequestId("a-0"), token(1))])
-    with pytest.raises(FencedError):
-        journal.accept(accepted("b"))
-    journal.end("a", is_kept=False)
-    journal.close()
-    (a,) = reopened(path)
-    assert a.choices[0].tokens == []
 
 
 def test_errors_come_back_as_what_they_were(tmp_path: Path) -> None:

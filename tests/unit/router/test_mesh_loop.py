@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +33,12 @@ from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
     WELCOME,
     FakeMesh,
-    Sent,
     build_request,
     hello_of,
+    kinds,
+    ready_mesh,
     reference_tokens,
+    said_to,
 )
 from tests.support.mesh_shapes import EXPERTS, LAYERS, node
 
@@ -45,20 +46,9 @@ IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 FIRST = PipelineId(0)
 
 
-def said_to(name: str, sent: list[Sent]) -> list[Any]:
-    return [message for to, message, _ in sent if to == name]
-
-
-def kinds(messages: list[Any]) -> list[type]:
-    return [type(message) for message in messages]
-
-
 @pytest.fixture
 def mesh() -> FakeMesh:
-    made = FakeMesh()
-    made.start()
-    assert made.loop.status.readiness.ready, made.loop.status.readiness.detail
-    return made
+    return ready_mesh()
 
 
 def test_a_node_is_welcomed_before_it_is_told_anything_else() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,6 @@ from common.ids import PipelineId
 from common.messages import (
     AssignStage,
     Failed,
-    Heartbeat,
     Leave,
 )
 from common.transport import LinkEvent
@@ -19,31 +17,21 @@ from tests.support.fake_mesh import (
     STEP_DEADLINE_S,
     TERM,
     FakeMesh,
-    Sent,
     build_request,
+    kinds,
+    ready_mesh,
     reference_tokens,
     result_of,
+    said_to,
 )
 from tests.support.mesh_shapes import node
 
-IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 FIRST = PipelineId(0)
-
-
-def said_to(name: str, sent: list[Sent]) -> list[Any]:
-    return [message for to, message, _ in sent if to == name]
-
-
-def kinds(messages: list[Any]) -> list[type]:
-    return [type(message) for message in messages]
 
 
 @pytest.fixture
 def mesh() -> FakeMesh:
-    made = FakeMesh()
-    made.start()
-    assert made.loop.status.readiness.ready, made.loop.status.readiness.detail
-    return made
+    return ready_mesh()
 
 
 def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:

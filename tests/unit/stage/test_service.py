@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ import pytest
 import structlog
 import torch
 
-from common.errors import MoemeshError
-from common.messages import AssignStage, Header, Message, MirrorBlocks, MirrorTo, StageReady, Welcome
+from common.messages import AssignStage, Header, Message, MirrorBlocks, MirrorTo, StageReady
 from common.model_config import read_model_config
 from common.transport import LinkEvent
 from services.stage.expert_client import ExpertClient
@@ -24,40 +22,18 @@ from services.stage.service import StageService
 from services.stage.slot_keeper import SlotKeeper
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
+from tests.support.listening_router import ListeningRouter
 from tests.support.memory_transport import MemorySocket, MemoryTransport
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 40, ("tcp://next:1",), "")
 
 
-class Control:
-    """A router that says what the test wants it to say."""
-
-    def __init__(self) -> None:
-        self.settings = Welcome(250, "float32", "exact", 32, 1, 1000)
-        self.socket = MemorySocket("control", "tcp://router:1")
-        self.asked: deque[tuple[Message, Header]] = deque()
-        self.sent: list[Message] = []
-        self.failures: list[str] = []
-
-    def receive(self, now_s: float) -> list[tuple[Message, Header]]:
-        asked = list(self.asked)
-        self.asked.clear()
-        return asked
-
-    def send(self, message: Message, header: Header | None = None) -> bool:
-        self.sent.append(message)
-        return True
-
-    def fail(self, error: MoemeshError, header: Header | None = None) -> None:
-        self.failures.append(error.message)
-
-
 class Stage(StageService):
     """A stage whose turns the test takes."""
 
     def __init__(self, directory: Path) -> None:
-        self.transport, self.control = MemoryTransport(), Control()
+        self.transport, self.control = MemoryTransport(), ListeningRouter()
         transport: Any = self.transport
         control: Any = self.control
         steps: Any = MemorySocket("steps", "tcp://own:1")

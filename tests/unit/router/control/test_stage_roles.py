@@ -4,54 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
-from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
-from common.messages import AssignMirror, AssignStage, MirrorReady, MirrorTo, StageReady, Unassign
+from common.messages import MirrorReady, MirrorTo, StageReady
 from common.topology import StageSlot
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.stage_roles import StageRoles
-from tests.support.mesh_shapes import LAYERS, PLENTY, node, small_mesh, small_model
-
-RESULTS = ("tcp://router:9",)
-
-
-def roles_of(**mesh: Any) -> StageRoles:
-    settings = {name: mesh.pop(name) for name in ("recovery", "adopts") if name in mesh}
-    return StageRoles(small_model(), small_mesh(**mesh), RESULTS, "token of router", **settings)
-
-
-def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
-    """Assignments by node, with their generation."""
-    return {
-        action.node_id: (action.message, action.header.generation)
-        for action in actions
-        if isinstance(action, Tell) and isinstance(action.message, AssignStage)
-    }
-
-
-def ready(message: AssignStage) -> StageReady:
-    return StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, 7)
-
-
-def report(roles: StageRoles, actions: list[Action]) -> list[Action]:
-    """All who were told a slot are ready for it."""
-    answers: list[Action] = []
-    for node_id, (message, generation) in told(actions).items():
-        answers += roles.take_ready(NodeId(node_id), ready(message), generation)
-    return answers
-
-
-def opened(roles: StageRoles, *names: str) -> list[Action]:
-    answers: list[Action] = []
-    for name in names:
-        answers += report(roles, roles.join(node(name)))
-    return answers
+from services.router.control.actions import ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from tests.support.mesh_shapes import LAYERS, node
+from tests.support.stage_reports import RESULTS, mirror_of, mirrored, opened, ready, report, roles_of, told
 
 
 def test_a_pipeline_is_told_slot_by_slot_where_its_layers_and_its_neighbours_are() -> None:
@@ -149,23 +110,6 @@ def test_requests_of_a_broken_pipeline_move_where_another_one_is_open() -> None:
     roles = roles_of(recovery="move", spares=1)
     opened(roles, *"abc")
     assert roles.lose(NodeId("b"))[0] == ClosePipeline(PipelineId(0))
-
-
-def mirror_of(actions: list[Action]) -> dict[str, AssignMirror]:
-    return {
-        action.node_id: action.message
-        for action in actions
-        if isinstance(action, Tell) and isinstance(action.message, AssignMirror)
-    }
-
-
-def mirrored(roles: StageRoles, actions: list[Action]) -> None:
-    """All who were told to mirror are complete."""
-    for name, message in mirror_of(actions).items():
-        for is_complete in (False, True):
-            roles.take_mirror(
-                NodeId(name), MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
-            )
 
 
 def test_spares_mirror_the_slots_of_an_open_pipeline_one_each() -> None:
@@ -311,144 +255,3 @@ def test_pipelines_of_other_lengths_open_as_well(pp: int) -> None:
     answers = opened(roles, *"abcdef")
     assert len([action for action in answers if isinstance(action, OpenPipeline)]) >= 6 // pp
     assert roles.num_open == 6 // pp
-
-
-class Stages(RuleBasedStateMachine):
-    """Each node believes what it was told last; the router must never lose sight of that."""
-
-    NAMES = "abcdefghi"
-    SMALL = "hi"
-    """Too small for any slot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.roles = roles_of(spares=1)
-        self.believed: dict[str, tuple[StageSlot, int, int] | None] = {}
-        """Slot, lease term, generation."""
-        self.reported: set[tuple[int, int, int]] = set()
-        """Pipeline, slot, generation."""
-        self.open: dict[int, int] = {}
-        """Generation by pipeline."""
-        self.suspended: set[int] = set()
-        """Pipelines whose requests keep their blocks."""
-        self.mirrors: list[tuple[str, AssignMirror | MirrorTo]] = []
-        self.last_generation = 0
-        self.holders: dict[StageSlot, tuple[str, int]] = {}
-        """Who was told the slot last, and in which lease term."""
-
-    def carry_out(self, actions: list[Action]) -> None:
-        assigned: set[int] = set()
-        for action in actions:
-            if isinstance(action, SuspendPipeline):
-                del self.open[action.pipeline]
-                self.suspended.add(action.pipeline)
-            elif isinstance(action, ClosePipeline):
-                assert action.pipeline in self.open or action.pipeline in self.suspended
-                self.open.pop(action.pipeline, None)
-                self.suspended.discard(action.pipeline)
-            elif isinstance(action, OpenPipeline):
-                pipeline = self.roles.pipelines[action.pipeline]
-                assert action.pipeline not in self.open
-                assert action.generation == pipeline.generation
-                for slot, holder in enumerate(pipeline.holders):
-                    assert holder is not None
-                    assert self.believed[holder] is not None
-                    assert (action.pipeline, slot, action.generation) in self.reported
-                self.open[action.pipeline] = action.generation
-                self.suspended.discard(action.pipeline)
-            elif isinstance(action.message, AssignMirror | MirrorTo):
-                assert action.node_id in self.believed, "only the living are told anything"
-                self.mirrors.append((action.node_id, action.message))
-            elif isinstance(action.message, Unassign):
-                self.believed[action.node_id] = None
-            else:
-                self.take_assignment(action)
-                assigned.add(action.header.generation)
-        if assigned:
-            assert min(assigned) > self.last_generation
-            self.last_generation = max(assigned)
-
-    def take_assignment(self, action: Tell) -> None:
-        message = action.message
-        assert isinstance(message, AssignStage)
-        assert action.node_id in self.believed, "only the living are told anything"
-        assert message.pipeline not in self.open, "closed before it changes"
-        slot = StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot))
-        before = self.holders.get(slot)
-        if before is not None and before != (action.node_id, message.lease_term):
-            assert message.lease_term > before[1]
-        self.holders[slot] = action.node_id, message.lease_term
-        self.believed[action.node_id] = slot, message.lease_term, action.header.generation
-
-    @rule(name=st.sampled_from(NAMES))
-    def join(self, name: str) -> None:
-        self.believed.setdefault(name, None)
-        self.carry_out(self.roles.join(node(name, capacity_bytes=1000 if name in self.SMALL else PLENTY)))
-
-    @rule(name=st.sampled_from(NAMES))
-    def lose(self, name: str) -> None:
-        self.believed.pop(name, None)
-        self.carry_out(self.roles.lose(NodeId(name)))
-
-    @rule(number=st.integers(0, 50), is_complete=st.booleans())
-    def mirror(self, number: int, is_complete: bool) -> None:
-        told = [(name, message) for name, message in self.mirrors if isinstance(message, AssignMirror)]
-        if told:
-            name, message = told[number % len(told)]
-            report = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
-            self.carry_out(self.roles.take_mirror(NodeId(name), report))
-
-    @rule(name=st.sampled_from(NAMES))
-    def drain(self, name: str) -> None:
-        if name in self.believed:
-            self.carry_out(self.roles.drain(NodeId(name)))
-            assert all(leaver in self.believed for leaver in self.roles.leaving)
-
-    @rule(pipeline=st.integers(0, 3))
-    def renew(self, pipeline: int) -> None:
-        self.carry_out(self.roles.renew(PipelineId(pipeline)))
-
-    @rule(name=st.sampled_from(NAMES), age=st.integers(0, 1))
-    def get_ready(self, name: str, age: int) -> None:
-        belief = self.believed.get(name)
-        if belief is not None:
-            slot, term, generation = belief
-            if not age:
-                self.reported.add((slot.pipeline, slot.index, generation))
-            message = StageReady(slot.pipeline, slot.index, term, 1, 1)
-            self.carry_out(self.roles.take_ready(NodeId(name), message, generation - age))
-
-    @invariant()
-    def nobody_holds_two_slots_and_no_slot_has_two_holders(self) -> None:
-        holders = [holder for p in self.roles.pipelines.values() for holder in p.holders if holder is not None]
-        assert len(holders) == len(set(holders))
-        assert set(holders) <= set(self.believed)
-
-    @invariant()
-    def every_node_believes_what_the_router_believes_of_it(self) -> None:
-        for name, belief in self.believed.items():
-            assert (belief[0] if belief is not None else None) == self.roles.slot_of(NodeId(name))
-
-    @invariant()
-    def what_is_open_is_open_in_its_generation(self) -> None:
-        pipelines = self.roles.pipelines.items()
-        assert self.open == {number: pipeline.generation for number, pipeline in pipelines if pipeline.is_open}
-
-    @invariant()
-    def there_are_as_many_pipelines_as_nodes_suffice_for(self) -> None:
-        count = len(self.believed.keys() - set(self.SMALL))
-        assert len(self.roles.pipelines) >= max((count - 1) // 2, min(1, count // 2))
-
-    def teardown(self) -> None:
-        for name in list(self.believed):
-            self.get_ready(name, 0)
-        whole = [number for number, pipeline in self.roles.pipelines.items() if pipeline.is_whole]
-        assert len(self.open) == len(whole), "all that are ready are open"
-        assert len(self.roles.pipelines) - len(whole) <= 1
-        for name in self.believed:
-            self.roles.drain(NodeId(name))
-        assert set(self.roles.leaving) == self.believed.keys(), "who all leave wait for nobody"
-
-
-TestStages = Stages.TestCase
-TestStages.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -11,7 +11,7 @@ from services.router.control.actions import Action, OpenPipeline, SuspendPipelin
 from services.router.control.adoption import ADOPT_S, OPEN_S, HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import node
-from tests.unit.router.control.test_stage_roles import mirror_of, report, roles_of, told
+from tests.support.stage_reports import mirror_of, report, roles_of, told
 
 
 def held(pipeline: int, slot: int, roles: StageRoles, sequences: dict[int, HeldSequence]) -> HeldSlot:

@@ -8,7 +8,7 @@ from services.router.control.actions import ClosePipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.control.surplus import GIVE_UP_S, Surplus
 from tests.support.mesh_shapes import node
-from tests.unit.router.control.test_stage_roles import opened, report, roles_of
+from tests.support.stage_reports import opened, report, roles_of
 
 
 def two_pipelines_and_two_mirrors() -> StageRoles:

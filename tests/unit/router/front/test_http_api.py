@@ -1,53 +1,18 @@
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from common.errors import ExecutionError, MoemeshError, NodeLostError, NotReadyError, OverloadedError
+from common.errors import NodeLostError
 from services.router.engine import Readiness
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
 from services.router.front.tokenizer import TextTokenizer
-from tests.support.asgi_exchange import Answer, Exchange, ask
+from tests.support.asgi_exchange import ask
 from tests.support.fake_engine import FakeEngine, Fault, Pause, Step
-
-EOS = 2
-TEXT = "quick brown 你好 fox"
-MESSAGES = [{"role": "user", "content": "hi"}]
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-ROUTES: list[tuple[str, dict[str, Any]]] = [(COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": MESSAGES})]
-
-
-class Server:
-    """An application over a fake engine whose choices say `TEXT`, or what is given."""
-
-    def __init__(self, tokenizer: TextTokenizer, script: list[Step] | None = None, **settings: Any) -> None:
-        said = [*tokenizer.encode(TEXT), EOS]
-        self.engine = FakeEngine(script=said if script is None else script, alternatives=((5, -0.2), (6, -1.0)))
-        self.registry = CollectorRegistry()
-        front_settings = FrontSettings("tiny", **settings)
-        self.app: FastAPI = create_app(
-            self.engine, tokenizer, front_settings, self.registry, wall_clock=lambda: 1000.9, draw_seed=lambda: 7
-        )
-
-    def start(self, path: str, **fields: Any) -> Exchange:
-        return Exchange(self.app, "POST", path, fields={"model": "tiny", "max_tokens": 100} | fields).start()
-
-    async def post(self, path: str, **fields: Any) -> Answer:
-        return await self.start(path, **fields).answer()
-
-    def metric(self, name: str, **labels: str) -> float | None:
-        return self.registry.get_sample_value(name, labels)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
+from tests.support.front_over_engine import CHAT, COMPLETIONS, EOS, MESSAGES, ROUTES, TEXT, Server, run
 
 
 def test_completion_is_in_openais_shape(tokenizer: TextTokenizer) -> None:
@@ -209,66 +174,6 @@ def test_prompts_and_choices_come_in_order(tokenizer: TextTokenizer) -> None:
     run(main())
 
 
-ERRORS: list[tuple[Exception, int, str]] = [
-    (NotReadyError("no pipeline yet"), 503, "not_ready"),
-    (NodeLostError("stage-1 is gone"), 503, "node_lost"),
-    (ExecutionError("bad row"), 500, "execution_error"),
-    (OverloadedError("queue full", retry_after_s=3), 429, "overloaded"),
-    (RuntimeError("secret path"), 500, "internal_error"),
-]
-
-
-@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
-@pytest.mark.parametrize("stream", [False, True])
-def test_error_before_the_first_token_has_its_status(
-    tokenizer: TextTokenizer, error: Exception, status: int, code: str, stream: bool
-) -> None:
-    async def main() -> None:
-        answer = await Server(tokenizer, [Fault(error)]).post(COMPLETIONS, prompt="hi", stream=stream)
-        assert answer.status == status
-        assert answer.headers["content-type"] == "application/json"
-        body = answer.json()["error"]
-        assert body["code"] == code
-        assert set(body) == {"message", "type", "param", "code"}
-        assert body["message"] == (str(error) if isinstance(error, MoemeshError) else "internal error")
-        assert answer.headers.get("retry-after") == ("3" if status == 429 else None)
-
-    run(main())
-
-
-@pytest.mark.parametrize(("path", "fields"), ROUTES)
-def test_error_in_mid_stream_is_an_event_then_done(tokenizer: TextTokenizer, path: str, fields: dict[str, Any]) -> None:
-    async def main() -> None:
-        script: list[Step] = [*tokenizer.encode("quick"), Fault(NodeLostError("stage-1 is gone"))]
-        server = Server(tokenizer, script)
-        answer = await server.post(path, stream=True, **fields)
-        assert answer.status == 200
-        *_, error, done = answer.data
-        assert error["error"]["code"] == "node_lost"
-        assert done == "[DONE]"
-        assert (await server.post(path, **fields)).status == 503
-
-    run(main())
-
-
-def test_one_failing_choice_cancels_the_others(tokenizer: TextTokenizer) -> None:
-    async def main() -> None:
-        server = Server(tokenizer)
-        server.engine.script_by_choice = {0: [5, Pause()], 1: [5, 6, Fault(ExecutionError("bad"))]}
-        assert (await server.post(COMPLETIONS, prompt="hi", n=2)).status == 500
-        assert [request.choice for request in server.engine.cancelled] == [0]
-
-    run(main())
-
-
-def test_a_choice_that_ends_without_a_reason_is_an_error(tokenizer: TextTokenizer) -> None:
-    async def main() -> None:
-        answer = await Server(tokenizer, [5, 6]).post(COMPLETIONS, prompt="hi")
-        assert (answer.status, answer.json()["error"]["code"]) == (500, "execution_error")
-
-    run(main())
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("script", [[Pause()], [5, 6, Pause()]])
 def test_client_that_goes_away_cancels_every_choice(tokenizer: TextTokenizer, stream: bool, script: list[Step]) -> None:
@@ -320,67 +225,6 @@ def test_long_wait_for_the_first_token_opens_the_stream(tokenizer: TextTokenizer
         while not body.endswith(b"[DONE]\n\n"):
             body += (await exchange.next_message())["body"]
         assert b'"code":"node_lost"' in body
-
-    run(main())
-
-
-def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) -> None:
-    async def main() -> None:
-        server = Server(tokenizer, max_body_bytes=100)
-        exchange = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x" * 60] * 50)
-        answer = await exchange.start().answer()
-        assert (answer.status, answer.json()["error"]["code"]) == (413, "request_too_large")
-        assert exchange.pieces_read == 2
-        announced = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x"] * 50, headers={"content-length": "101"})
-        assert (await announced.start().answer()).status == 413
-        assert announced.pieces_read == 0
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    ("fields", "status", "parameter", "code"),
-    [
-        ({"temperature": "hot"}, 400, "temperature", "invalid_request"),
-        ({"prompt": ""}, 400, "prompt", "invalid_request"),
-        ({"max_tokens": 10**6}, 400, "prompt", "context_length_exceeded"),
-        ({"model": "other"}, 404, "model", "model_not_found"),
-        ({"logit_bias": {"5": 101}}, 400, "logit_bias", "invalid_request"),
-        ({"best_of": 3}, 400, "best_of", "invalid_request"),
-    ],
-)
-def test_wrong_request_is_answered_with_the_field(
-    tokenizer: TextTokenizer, fields: dict[str, Any], status: int, parameter: str, code: str
-) -> None:
-    async def main() -> None:
-        server = Server(tokenizer)
-        answer = await server.post(COMPLETIONS, **({"prompt": "hi"} | fields))
-        error = answer.json()["error"]
-        assert (answer.status, error["param"], error["code"]) == (status, parameter, code)
-        assert error["type"] == "invalid_request_error"
-        assert server.engine.asked == []
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/nothing", 404),
-        ("GET", COMPLETIONS, 405),
-        ("POST", "/v1/models", 405),
-        ("GET", "/v1/models/other", 404),
-        ("GET", "/docs", 404),
-    ],
-)
-def test_wrong_paths_and_methods_are_in_openais_shape(
-    tokenizer: TextTokenizer, method: str, path: str, status: int
-) -> None:
-    async def main() -> None:
-        answer = await ask(Server(tokenizer).app, method, path)
-        assert answer.status == status
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-        assert ("allow" in answer.headers) == (status == 405)
 
     run(main())
 

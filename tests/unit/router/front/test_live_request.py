@@ -23,7 +23,7 @@ from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
 from services.router.journal_records import NoJournal
 from tests.support.fake_engine import FakeEngine, Fault, Pause
-from tests.unit.router.front.test_resuming import (
+from tests.support.journalling_front import (
     CHAT,
     RESUMABLE,
     Server,

@@ -3,140 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
-from common.errors import JournalError, NodeLostError
+from common.errors import JournalError
 from services.router.engine import FinishReason, GeneratedToken
-from services.router.front.front_settings import FrontSettings
-from services.router.front.http_api import create_app
 from services.router.front.tokenizer import TextTokenizer
-from services.router.journal import Journal
 from services.router.journal_records import JournalledRequest
-from tests.support.asgi_exchange import Answer, Exchange
-from tests.support.fake_engine import FakeEngine, Fault, Pause, Step
+from tests.support.fake_engine import Pause, Step
+from tests.support.journalling_front import (
+    COMPLETIONS,
+    EOS,
+    RESUMABLE,
+    ROUTES,
+    TEXT,
+    Server,
+    by_choice,
+    events_of,
+    run,
+    wait_for_end,
+    wait_for_tokens,
+)
 from tests.support.journals import open_at
-
-EOS = 2
-TEXT = "quick brown 你好 fox"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-RESUMABLE = {"Moemesh-Resumable": "1", "X-Request-Id": "mine"}
-ROUTES: list[tuple[str, dict[str, Any]]] = [
-    (COMPLETIONS, {"prompt": "hi", "logprobs": 1, "n": 2}),
-    (COMPLETIONS, {"prompt": "hi", "return_token_ids": True, "stop": "fo"}),
-    (CHAT, {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "n": 2}),
-    (CHAT, {"messages": [{"role": "user", "content": "hi"}], "stop": "fo"}),
-]
-
-
-class Journalling(FakeEngine):
-    """Its tokens go through the journal first, as those of the mesh do."""
-
-    journal: Journal
-
-    async def _run(self, request: Any, num_given: int) -> Any:
-        tokens: Any = super()._run(request, num_given)
-        try:
-            async for token in tokens:
-                self.journal.append([(request.request_id, token)])
-                yield token
-        finally:
-            await tokens.aclose()
-
-
-class Server:
-    """A router's front, its journal and its engine; `again` is the router after a restart on the same file."""
-
-    def __init__(self, tokenizer: TextTokenizer, path: Path, script: list[Step], **settings: Any) -> None:
-        self._tokenizer = tokenizer
-        self._path = path
-        self._settings = settings
-        self.engine = Journalling(script=script, alternatives=((5, -0.25), (6, -1.0)))
-        self.journal, self._journalled = open_at(path)
-        self.engine.journal = self.journal
-        self.app: FastAPI = create_app(
-            self.engine,
-            tokenizer,
-            FrontSettings("tiny", **settings),
-            CollectorRegistry(),
-            journal=self.journal,
-            wall_clock=lambda: 1000.9,
-            draw_seed=lambda: 7,
-        )
-
-    async def restarted(self, script: list[Step], context_tokens: int = 4096) -> Server:
-        """Nothing of this one is asked any more, as if it had been killed."""
-        await self.app.state.requests.close()
-        self.journal.close()
-        server = Server(self._tokenizer, self._path, script, **self._settings)
-        server.engine.context_tokens = context_tokens
-        # In the order of service.py: what is under way is in line before the mesh starts.
-        await server.restore([request for request in server._journalled if request.ended_s is None])
-        await server.restore([request for request in server._journalled if request.ended_s is not None])
-        return server
-
-    async def restore(self, journalled: list[JournalledRequest]) -> None:
-        await self.app.state.requests.restore(journalled)
-
-    def start(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Exchange:
-        body = {"model": "tiny", "max_tokens": 100} | fields if fields else None
-        return Exchange(self.app, method, path, fields=body, headers=headers).start()
-
-    async def ask(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
-        return await self.start(method, path, headers, **fields).answer()
-
-    async def state(self, name: str = "mine", **headers: str) -> Answer:
-        return await self.ask("GET", f"/v1/requests/{name}", headers)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 20))
-
-
-def events_of(body: bytes) -> list[tuple[str | None, str]]:
-    """(id, data) of every event."""
-    events: list[tuple[str | None, str]] = []
-    for block in body.decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
-        if "data" in lines:
-            events.append((lines.get("id"), lines["data"]))
-    return events
-
-
-def by_choice(events: list[tuple[str | None, str]]) -> dict[int, list[Any]]:
-    """The choices of all chunks, each choice in order: how they are mixed is not promised. -1: what is no choice."""
-    choices: dict[int, list[Any]] = {-1: []}
-    for _, data in events:
-        if data == "[DONE]":
-            choices[-1].append(data)
-            continue
-        for choice in json.loads(data)["choices"]:
-            choices.setdefault(choice["index"], []).append(choice)
-    return choices
-
-
-async def wait_for_tokens(server: Server, count: int) -> None:
-    """Until the first choice has so many."""
-    while True:
-        answer = await server.state()
-        if answer.status == 200 and answer.json()["choices"][0]["num_tokens"] >= count:
-            return
-        await asyncio.sleep(0.001)
-
-
-async def wait_for_end(server: Server) -> dict[str, Any]:
-    """The state that says so."""
-    while True:
-        state: dict[str, Any] = (await server.state()).json()
-        if state["state"] != "running":
-            return state
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize(("path", "fields"), ROUTES)
@@ -274,110 +164,6 @@ def test_another_tenant_sees_nothing(tokenizer: TextTokenizer, tmp_path: Path) -
         assert (await server.ask("DELETE", "/v1/requests/mine", own)).json()["deleted"] is True
         assert server.engine.cancelled == server.engine.asked
         assert (await server.state("mine", **own)).status == 404
-
-    run(main())
-
-
-@pytest.mark.parametrize("is_restarted", [False, True])
-def test_idempotency_key_attaches_to_the_same_request(
-    tokenizer: TextTokenizer, tmp_path: Path, is_restarted: bool
-) -> None:
-    async def main() -> None:
-        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
-        server = Server(tokenizer, tmp_path / "j", [*said[:2], Pause(), *said[2:]])
-        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
-        exchange = server.start("POST", COMPLETIONS, key, prompt="hi")
-        await wait_for_tokens(server, 2)
-        exchange.disconnect()
-        await exchange.wait_ended()
-        if is_restarted:
-            server = await server.restarted(said)
-        server.engine.gate.set()
-        answers = await asyncio.gather(*(server.ask("POST", COMPLETIONS, key, prompt="hi") for _ in range(3)))
-        assert {answer.json()["choices"][0]["text"] for answer in answers} == {TEXT}
-        assert len({answer.json()["id"] for answer in answers}) == 1
-        assert len(server.engine.asked) == 1
-        other = await server.ask("POST", COMPLETIONS, key, prompt="ho")
-        assert (other.status, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
-        await server.ask("POST", COMPLETIONS, key | {"Authorization": "b"}, prompt="hi")
-        assert len(server.engine.asked) == 2, "keys belong to tenants"
-
-    run(main())
-
-
-def test_simultaneous_requests_with_one_key_are_one(tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS], thread_above_characters=1)
-        key = {"Idempotency-Key": "once"}
-        answers = await asyncio.gather(*(server.ask("POST", COMPLETIONS, key, prompt="hi there") for _ in range(5)))
-        assert len({answer.json()["id"] for answer in answers}) == 1
-        assert len(server.engine.asked) == 1
-
-    run(main())
-
-
-def test_a_failed_request_frees_its_key_and_says_why_by_its_id(tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [Fault(NodeLostError("gone"))])
-        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
-        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 503
-        server = await server.restarted([5, EOS])
-        state = (await server.state()).json()
-        assert (state["state"], state["error"]["code"]) == ("failed", "node_lost")
-        assert server.engine.asked == []
-        assert (await server.ask("GET", "/v1/requests/mine/events")).status == 503
-        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 200
-
-    run(main())
-
-
-@pytest.mark.parametrize("num_failed", [1, 2])
-def test_after_a_restart_a_key_and_a_clients_id_stand_for_the_newest_request(
-    tokenizer: TextTokenizer, tmp_path: Path, num_failed: int
-) -> None:
-    async def main() -> None:
-        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
-        server = Server(tokenizer, tmp_path / "j", [Fault(NodeLostError("gone"))])
-        key = {"Idempotency-Key": "once", "X-Request-Id": "mine"}
-        failed = []
-        for _ in range(num_failed):
-            assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).status == 503
-            failed.append((await server.state()).json()["id"])
-        server.engine.script = [*said[:2], Pause(), *said[2:]]
-        server.start("POST", COMPLETIONS, key, prompt="hi")
-        await wait_for_tokens(server, 2)
-        running = (await server.state()).json()["id"]
-        assert running not in failed
-        server = await server.restarted(said)
-        assert (await server.state()).json()["id"] == running
-        answer = await server.ask("POST", COMPLETIONS, key, prompt="hi")
-        assert (answer.status, answer.json()["id"]) == (200, running)
-        assert len(server.engine.asked) == len(server.engine.resumed) == 1, "nothing is generated twice"
-        server = await server.restarted(said)
-        assert (await server.ask("POST", COMPLETIONS, key, prompt="hi")).json()["id"] == running
-        assert server.engine.asked == []
-        assert [(await server.state(old)).json()["state"] for old in failed] == ["failed"] * num_failed
-
-    run(main())
-
-
-def test_an_ended_request_keeps_the_clients_id_from_an_older_one_that_runs(
-    tokenizer: TextTokenizer, tmp_path: Path
-) -> None:
-    async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [5, Pause()])
-        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
-        await wait_for_tokens(server, 1)
-        older = (await server.state()).json()["id"]
-        server.engine.script = [5, EOS]
-        newer = (await server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi")).json()["id"]
-        for _ in range(2):
-            assert (await server.state()).json()["id"] == newer
-            assert (await server.state(older)).json()["state"] == "running"
-            server = await server.restarted([5, Pause()])
-        server.engine.script = [6, EOS]
-        newest = (await server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi")).json()["id"]
-        assert (await server.state()).json()["id"] == newest
 
     run(main())
 

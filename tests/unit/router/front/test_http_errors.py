@@ -1,0 +1,131 @@
+"""What goes wrong is answered in OpenAI's shape, before and after the first token."""
+
+from typing import Any
+
+import pytest
+
+from common.errors import ExecutionError, MoemeshError, NodeLostError, NotReadyError, OverloadedError
+from services.router.front.tokenizer import TextTokenizer
+from tests.support.asgi_exchange import Exchange, ask
+from tests.support.fake_engine import Fault, Pause, Step
+from tests.support.front_over_engine import COMPLETIONS, ROUTES, Server, run
+
+ERRORS: list[tuple[Exception, int, str]] = [
+    (NotReadyError("no pipeline yet"), 503, "not_ready"),
+    (NodeLostError("stage-1 is gone"), 503, "node_lost"),
+    (ExecutionError("bad row"), 500, "execution_error"),
+    (OverloadedError("queue full", retry_after_s=3), 429, "overloaded"),
+    (RuntimeError("secret path"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_error_before_the_first_token_has_its_status(
+    tokenizer: TextTokenizer, error: Exception, status: int, code: str, stream: bool
+) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer, [Fault(error)]).post(COMPLETIONS, prompt="hi", stream=stream)
+        assert answer.status == status
+        assert answer.headers["content-type"] == "application/json"
+        body = answer.json()["error"]
+        assert body["code"] == code
+        assert set(body) == {"message", "type", "param", "code"}
+        assert body["message"] == (str(error) if isinstance(error, MoemeshError) else "internal error")
+        assert answer.headers.get("retry-after") == ("3" if status == 429 else None)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_error_in_mid_stream_is_an_event_then_done(tokenizer: TextTokenizer, path: str, fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        script: list[Step] = [*tokenizer.encode("quick"), Fault(NodeLostError("stage-1 is gone"))]
+        server = Server(tokenizer, script)
+        answer = await server.post(path, stream=True, **fields)
+        assert answer.status == 200
+        *_, error, done = answer.data
+        assert error["error"]["code"] == "node_lost"
+        assert done == "[DONE]"
+        assert (await server.post(path, **fields)).status == 503
+
+    run(main())
+
+
+def test_one_failing_choice_cancels_the_others(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        server.engine.script_by_choice = {0: [5, Pause()], 1: [5, 6, Fault(ExecutionError("bad"))]}
+        assert (await server.post(COMPLETIONS, prompt="hi", n=2)).status == 500
+        assert [request.choice for request in server.engine.cancelled] == [0]
+
+    run(main())
+
+
+def test_a_choice_that_ends_without_a_reason_is_an_error(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        answer = await Server(tokenizer, [5, 6]).post(COMPLETIONS, prompt="hi")
+        assert (answer.status, answer.json()["error"]["code"]) == (500, "execution_error")
+
+    run(main())
+
+
+def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, max_body_bytes=100)
+        exchange = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x" * 60] * 50)
+        answer = await exchange.start().answer()
+        assert (answer.status, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert exchange.pieces_read == 2
+        announced = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x"] * 50, headers={"content-length": "101"})
+        assert (await announced.start().answer()).status == 413
+        assert announced.pieces_read == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "parameter", "code"),
+    [
+        ({"temperature": "hot"}, 400, "temperature", "invalid_request"),
+        ({"prompt": ""}, 400, "prompt", "invalid_request"),
+        ({"max_tokens": 10**6}, 400, "prompt", "context_length_exceeded"),
+        ({"model": "other"}, 404, "model", "model_not_found"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias", "invalid_request"),
+        ({"best_of": 3}, 400, "best_of", "invalid_request"),
+    ],
+)
+def test_wrong_request_is_answered_with_the_field(
+    tokenizer: TextTokenizer, fields: dict[str, Any], status: int, parameter: str, code: str
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        answer = await server.post(COMPLETIONS, **({"prompt": "hi"} | fields))
+        error = answer.json()["error"]
+        assert (answer.status, error["param"], error["code"]) == (status, parameter, code)
+        assert error["type"] == "invalid_request_error"
+        assert server.engine.asked == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", COMPLETIONS, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_wrong_paths_and_methods_are_in_openais_shape(
+    tokenizer: TextTokenizer, method: str, path: str, status: int
+) -> None:
+    async def main() -> None:
+        answer = await ask(Server(tokenizer).app, method, path)
+        assert answer.status == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert ("allow" in answer.headers) == (status == 405)
+
+    run(main())

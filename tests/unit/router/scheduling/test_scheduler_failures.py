@@ -1,0 +1,117 @@
+"""Steps that fail, and what becomes of their requests."""
+
+import pytest
+
+from common.errors import (
+    ExecutionError,
+    NotReadyError,
+)
+from common.ids import Generation
+from services.router.scheduling.step_plan import SampledToken
+from tests.support.scheduling import P0, add, complete, lengths_in, make_scheduler, names_in, only_plan
+
+# Failing
+
+
+def test_releases_of_a_failed_step_are_told_again_since_not_every_stage_may_have_heard_them() -> None:
+    scheduler = make_scheduler(max_batch_sequences=2)
+    add(scheduler, "a", max_tokens=1)
+    add(scheduler, "b")
+    first = only_plan(scheduler)
+    complete(scheduler, first)
+    plan = only_plan(scheduler)
+    assert plan.released == (first.chunks[0].sequence_id,)
+    scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+    scheduler.suspend_pipeline(P0, 0.0)
+    scheduler.open_pipeline(P0, Generation(2), 100, 1, 0.0, kv_marks=(first.step,))
+    assert only_plan(scheduler).released == plan.released
+
+
+def test_failed_step_is_done_again_and_after_a_second_failure_all_is_recomputed() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    complete(scheduler, only_plan(scheduler), token_id=5)
+    failed = only_plan(scheduler)
+    assert scheduler.fail_step(failed.step, P0, failed.generation, failed.attempt, ExecutionError("x"), 0.0) == []
+    plan = only_plan(scheduler)
+    assert lengths_in(plan) == [1]
+    assert plan.chunks[0].block_offset == 0, "nobody knows which blocks the stages were told"
+    assert scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0) == []
+    plan = only_plan(scheduler)
+    assert lengths_in(plan) == [5]
+    assert plan.released == (failed.chunks[0].sequence_id,)
+    assert [output.token.token_id for output in complete(scheduler, plan, token_id=6)] == [6]
+
+
+def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    error = ExecutionError("poisoned")
+    for attempt in range(4):
+        plan = only_plan(scheduler)
+        failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+        assert [failure.error for failure in failures] == ([error] if attempt == 3 else [])
+    assert scheduler.is_idle
+    assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
+
+
+@pytest.mark.parametrize(("num_requests", "shares"), [(3, [3]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (10, [5, 5])])
+def test_few_decoding_sequences_stay_in_one_micro_batch(num_requests: int, shares: list[int]) -> None:
+    scheduler = make_scheduler(num_slots=2, min_decode_share=4)
+    add(scheduler, *"abcdefghij"[:num_requests])
+    for plan in scheduler.schedule(0.0):
+        complete(scheduler, plan)
+    assert [len(plan.chunks) for plan in scheduler.schedule(0.0)] == shares
+
+
+def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
+    scheduler = make_scheduler(max_outage_s=30.0, max_queue_s=600.0)
+    add(scheduler, "a")
+    only_plan(scheduler)
+    scheduler.close_pipeline(P0, now_s=10.0)
+    assert scheduler.schedule(40.0) == []
+    assert scheduler.take_failures() == []
+    assert scheduler.schedule(40.1) == []
+    (failure,) = scheduler.take_failures()
+    assert isinstance(failure.error, NotReadyError)
+    assert scheduler.is_idle
+
+
+def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", "b", "c", max_tokens=2)
+    ended: list[str] = []
+    for _ in range(20):
+        if scheduler.is_idle:
+            break
+        plan = only_plan(scheduler)
+        if "b" in names_in(plan):
+            error = ExecutionError("poisoned")
+            failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+            ended += [f"{failure.request_id} failed" for failure in failures]
+        else:
+            outputs = complete(scheduler, plan)
+            ended += [f"{output.request_id} finished" for output in outputs if output.token.finish_reason]
+    assert sorted(ended) == ["a finished", "b failed", "c finished"]
+
+
+def test_new_token_forgives_failed_steps() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a")
+    for _ in range(3):
+        for _ in range(3):
+            plan = only_plan(scheduler)
+            assert not scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+        complete(scheduler, only_plan(scheduler))
+
+
+def test_missing_token_counts_as_a_failed_step_of_that_request() -> None:
+    scheduler = make_scheduler(max_failed_steps=0)
+    add(scheduler, "a", "b")
+    plan = only_plan(scheduler)
+    sampled = {plan.chunks[1].sequence_id: SampledToken(3, None, ())}
+    outputs = scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
+    assert [output.request_id for output in outputs] == ["b"]
+    (failure,) = scheduler.take_failures()
+    assert (failure.request_id, type(failure.error)) == ("a", ExecutionError)
+    assert scheduler.take_failures() == []
