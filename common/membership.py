@@ -34,6 +34,7 @@ class ChangeReason(StrEnum):
     HEARD = "heard"
     SILENT = "silent"
     LIFELINE_CLOSED = "lifeline_closed"
+    UNREACHABLE = "unreachable"
     NO_PROGRESS = "no_progress"
     LEFT = "left"
     REPLACED = "replaced"
@@ -60,6 +61,8 @@ class MembershipSettings:
     """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
     lifeline_grace_s: float = 0.05
     """For a closed lifeline to open again; within it the node is suspect."""
+    lifeline_open_s: float = 10.0
+    """For the first lifeline to a node that registered: one that cannot be reached is of no use, whatever it says."""
     progress_suspect_s: float = 15.0
     """Busy without progress."""
     progress_dead_s: float = 30.0
@@ -71,6 +74,8 @@ class MembershipSettings:
             raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
         if self.lifeline_grace_s < 0:
             raise ConfigurationError("lifeline_grace_s must not be negative")
+        if self.lifeline_open_s <= 0:
+            raise ConfigurationError("lifeline_open_s must be above 0")
 
 
 @dataclass(slots=True)
@@ -80,6 +85,8 @@ class _Member:
     progressed_s: float
     progress: int = 0
     is_busy: bool = False
+    joined_s: float | None = None
+    """None once its lifeline has stood."""
     closed_s: float | None = None
     state: NodeState = NodeState.ALIVE
 
@@ -103,7 +110,7 @@ class Membership:
         if member is not None and member.incarnation == incarnation:
             return self.heartbeat(node_id, incarnation, member.progress, member.is_busy, now_s)
         changes = self._bury(node_id, ChangeReason.REPLACED)
-        self._members[node_id] = _Member(incarnation, heard_s=now_s, progressed_s=now_s)
+        self._members[node_id] = _Member(incarnation, heard_s=now_s, progressed_s=now_s, joined_s=now_s)
         return [*changes, MembershipChange(node_id, incarnation, None, NodeState.ALIVE, ChangeReason.JOINED)]
 
     def heartbeat(
@@ -132,7 +139,7 @@ class Membership:
         member = self._member(node_id, incarnation)
         if member is None:
             return []
-        member.closed_s = None
+        member.closed_s = member.joined_s = None
         return self._judge(node_id, member, now_s)
 
     def leave(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
@@ -158,6 +165,8 @@ class Membership:
             if member.is_busy:
                 wait_s = settings.progress_suspect_s if is_alive else settings.progress_dead_s
                 times_s.append(member.progressed_s + wait_s)
+            if member.joined_s is not None:
+                times_s.append(member.joined_s + settings.lifeline_open_s)
             if member.closed_s is not None:
                 times_s.append(member.closed_s + settings.lifeline_grace_s)
         return min(times_s, default=None)
@@ -194,6 +203,8 @@ class Membership:
         stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
         if member.closed_s is not None and now_s - member.closed_s >= settings.lifeline_grace_s:
             return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
+        if member.joined_s is not None and now_s - member.joined_s >= settings.lifeline_open_s:
+            return self._bury(node_id, ChangeReason.UNREACHABLE)
         if silent_s >= settings.silent_dead_s:
             return self._bury(node_id, ChangeReason.SILENT)
         if stuck_s >= settings.progress_dead_s:

@@ -65,7 +65,7 @@ class Mirror:
         if self.is_spoilt or self.acknowledged == self.last_sequence_number:
             return
         try:
-            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header())
+            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header(attempt=self.attempt))
         except Full:
             return  # not connected yet, or busy: to be called again
         self.acknowledged = self.last_sequence_number

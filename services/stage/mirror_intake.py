@@ -19,15 +19,15 @@ class MirrorIntake:
         self._control = control
         self._log = log
         self.dropped = 0
-        """Messages of a holder that was replaced, or for nobody."""
+        """Messages of a holder that was replaced, of an attempt that was given up, or for nobody."""
 
     def take(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
         """Apply one message. A stream that does not fit begins anew: the router is told."""
         mirror = self._keeper.mirror
-        if mirror is None or not mirror.follows(message, header):
+        if mirror is None or not mirror.follows(message, header) or header.attempt < mirror.attempt:
             self.dropped += 1
             return
-        if mirror.is_spoilt and header.attempt <= mirror.attempt:
+        if mirror.is_spoilt and header.attempt == mirror.attempt:
             return
         try:
             has_become_complete = mirror.take(message, header)

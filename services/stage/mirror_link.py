@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.endpoints import choose_endpoint
 from common.errors import ConfigurationError
-from common.messages import MirrorAck, MirrorTo
+from common.messages import Header, MirrorAck, MirrorTo
 from common.transport import LinkEvent, Transport
 from services.stage.mirror_sender import MirrorSender
 from services.stage.slot_keeper import HeldMemory
@@ -61,10 +61,11 @@ class MirrorLink:
         self._wanted, self._restart_at_s = None, None
         self._close_sender()
 
-    def acknowledged(self, message: MirrorAck) -> None:
-        """The mirror has applied what was sent."""
-        if self._sender is not None and message.lease_term == self._sender.lease_term:
-            self._sender.acknowledged(message.applied)
+    def acknowledged(self, message: MirrorAck, header: Header) -> None:
+        """The mirror has applied what was sent. Of an attempt before this one, it says nothing of what is sent now."""
+        sender = self._sender
+        if sender is not None and (message.lease_term, header.attempt) == (sender.lease_term, sender.attempt):
+            sender.acknowledged(message.applied)
 
     def send_rows(self, held: HeldMemory, positions: Tensor) -> None:
         """What a step has written."""

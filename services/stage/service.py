@@ -193,7 +193,7 @@ class StageService:
             return
         self._forget_steps()
         self._mirror_link.stop()
-        self._keeper.leave()
+        self._keeper.forget()
         self._watch_sockets()
 
     def _forget_steps(self) -> None:
@@ -209,7 +209,7 @@ class StageService:
                 self._mirror_intake.take(message, header)
                 continue
             if isinstance(message, MirrorAck):
-                self._mirror_link.acknowledged(message)
+                self._mirror_link.acknowledged(message, header)
                 continue
             slot = self._keeper.slot
             stamp = (header.router_term, header.generation)

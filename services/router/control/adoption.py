@@ -14,6 +14,9 @@ from common.topology import LayerRange, StageSlot
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
 """How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
+MAX_STEPS_APART = 64
+"""Holders of one pipeline differ by what was in flight between them. One further behind may have been replaced, and its
+successor may still come."""
 OPEN_S = 5.0
 """How much longer requests wait for an adopted pipeline to open, while another one could take them."""
 
@@ -89,6 +92,8 @@ class Adoption:
         self._taken: set[PipelineId] = set()
         self._known_sequences: set[int] = set()
         """Of pipelines that were taken over: what these hold is known, however little it is worth."""
+        self._losers: dict[NodeId, int] = {}
+        """Nodes that claim what others hold, with the lease terms of their claims."""
         self.is_pending = is_wanted
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
@@ -99,16 +104,30 @@ class Adoption:
         forget.
         """
         self._deadline_s = now_s + ADOPT_S if self._deadline_s is None else self._deadline_s
-        if held is None or held.num_slots != len(self._layers) or held.layers != self._layers[held.slot]:
+        if held is None:
             return
-        if self.is_pending and held.pipeline not in self._taken:
-            slot = StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot))
-            if slot not in self._claims or held.last_step > self._claims[slot][1].last_step:
-                self._claims[slot] = (node_id, held)
+        fits = held.num_slots == len(self._layers) and held.layers == self._layers[held.slot]
+        if not fits or not self.is_pending or held.pipeline in self._taken:
+            self._losers[node_id] = held.lease_term
+            return
+        slot = StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot))
+        rival = self._claims.get(slot)
+        if rival is None or rival[0] == node_id or held.last_step > rival[1].last_step:
+            self._claims[slot] = (node_id, held)
+            if rival is not None and rival[0] != node_id:
+                self._losers[rival[0]] = rival[1].lease_term
+        else:
+            self._losers[node_id] = held.lease_term
+
+    def take_losers(self) -> dict[NodeId, int]:
+        """Who has to forget a slot that others hold, and under which lease term it claimed it; each of them once."""
+        losers, self._losers = self._losers, {}
+        return losers
 
     def withdraw(self, node_id: NodeId) -> None:
         """It is gone again."""
         self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
+        self._losers.pop(node_id, None)
 
     def has_claim(self, node_id: NodeId) -> bool:
         """Whether it waits for its slot."""
@@ -120,11 +139,7 @@ class Adoption:
             return []
         self.is_pending = now_s < self._deadline_s
         claimed = sorted({slot.pipeline for slot in self._claims})
-        return [
-            self._take(pipeline)
-            for pipeline in claimed
-            if not self.is_pending or all(slot in self._claims for slot in self._slots(pipeline))
-        ]
+        return [self._take(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
 
     def may_know(self, sequence_id: int) -> bool:
         """Whether somebody who holds this sequence may still come back."""
@@ -147,6 +162,13 @@ class Adoption:
             reports[0].num_blocks,
             combine(reports, self._block_tokens) if agreed else None,
         )
+
+    def _is_complete(self, pipeline: PipelineId) -> bool:
+        """Whether everybody is back, and nobody looks like a holder that was replaced."""
+        if not all(slot in self._claims for slot in self._slots(pipeline)):
+            return False
+        last_steps = [self._claims[slot][1].last_step for slot in self._slots(pipeline)]
+        return max(last_steps) - min(last_steps) <= MAX_STEPS_APART
 
     def _slots(self, pipeline: PipelineId) -> list[StageSlot]:
         return [StageSlot(pipeline, SlotIndex(index)) for index in range(len(self._layers))]

@@ -65,8 +65,8 @@ def plan_roles(
     before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
     whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
     A pipeline that exists is kept while `keeps_surplus`, also where fewer than `spares` are left over then: a node that
-    was killed is back in a moment. Without it the highest ones are given up until the rule holds. The first one is
-    always formed.
+    was killed is back in a moment. Without it those with a hole, then the highest ones, are given up until the rule
+    holds. The first one is always formed.
     ConfigurationError for pp < 1 or spares < 0.
     """
     if pp < 1 or spares < 0:
@@ -81,10 +81,11 @@ def plan_roles(
     kept = sorted({slot.pipeline for slot in assignments})
     num_wanted = max((len(nodes) - spares) // pp, 1)
     if not keeps_surplus:
-        for pipeline in kept[num_wanted:]:
+        by_worth = sorted(kept, key=lambda pipeline: any(s not in assignments for s in _slots(pipeline, pp)))
+        for pipeline in by_worth[num_wanted:]:
             for slot in _slots(pipeline, pp):
                 assignments.pop(slot, None)
-        kept = kept[:num_wanted]
+        kept = sorted(by_worth[:num_wanted])
     free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
     while len(kept) < num_wanted and len(free) >= pp:
         pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))

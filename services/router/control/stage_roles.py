@@ -95,13 +95,22 @@ class StageRoles:
         pipeline too many is given up once it is clear that its spares will not come back."""
         if self._adoption.is_pending:
             return self._settle(now_s)
-        if self._surplus.is_due(now_s) and all(pipeline.is_open for pipeline in self._pipelines.values()):
+        # One that is whole and not open recovers; one with a hole is the first to be given up.
+        if self._surplus.is_due(now_s) and all(p.is_open for p in self._pipelines.values() if p.is_whole):
             return self._replan(keeps_surplus=False)
         return []
 
     def _settle(self, now_s: float) -> list[Action]:
-        actions = self._adopt(now_s)
+        actions = self._forget_old_claims() + self._adopt(now_s)
         return actions if self._adoption.is_pending else actions + self._replan()
+
+    def _forget_old_claims(self) -> list[Action]:
+        """Who was replaced is told before it gets another role: else it claims the slot at each router's restart."""
+        return [
+            Tell(node_id, Unassign(LeaseTerm(lease_term)), Header())
+            for node_id, lease_term in self._adoption.take_losers().items()
+            if self.slot_of(node_id) is None
+        ]
 
     @property
     def waits(self) -> bool:
@@ -378,6 +387,13 @@ class StageRoles:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
         for adopted in self._adoption.take(now_s):
+            if self._misfits(adopted.pipeline, adopted.holders):  # with another DTYPE than before, say
+                actions += [
+                    Tell(node_id, Unassign(LeaseTerm(lease_term)), Header())
+                    for node_id, lease_term in zip(adopted.holders, adopted.lease_terms, strict=True)
+                    if node_id is not None
+                ]
+                continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)
             self._pipelines[adopted.pipeline] = Pipeline(

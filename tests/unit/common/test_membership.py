@@ -25,6 +25,7 @@ TIMES = MembershipSettings(
 def with_member(now_s: float = 0.0) -> Membership:
     membership = Membership(TIMES)
     membership.join(A, FIRST, now_s)
+    membership.lifeline_opened(A, FIRST, now_s)
     return membership
 
 
@@ -75,6 +76,16 @@ def test_closed_lifeline_is_suspect_at_once_and_dead_after_the_grace_whatever_he
     assert beat(membership, 1.02) == []
     assert membership.lifeline_closed(A, FIRST, 1.03) == []  # does not begin anew
     assert only(membership.tick(1.05)) == (NodeState.SUSPECT, NodeState.DEAD, ChangeReason.LIFELINE_CLOSED)
+
+
+def test_a_node_whose_lifeline_never_opens_is_dead_whatever_its_heartbeats_say() -> None:
+    membership = Membership(TIMES)
+    membership.join(A, FIRST, 0.0)
+    for now_s in range(1, 10):
+        assert beat(membership, now_s) == []
+    assert membership.join(A, FIRST, 9.5) == [], "another hello does not begin the wait anew"
+    assert membership.next_tick_s() == TIMES.lifeline_open_s
+    assert only(membership.tick(10.0)) == (NodeState.ALIVE, NodeState.DEAD, ChangeReason.UNREACHABLE)
 
 
 def test_lifeline_that_opens_again_in_time_saves_the_node() -> None:

@@ -11,7 +11,15 @@ from common.errors import ProtocolError
 from common.ids import NodeId
 from common.messages import Hello
 from common.topology import LayerRange
-from services.router.control.adoption import ADOPT_S, Adoption, HeldSequence, HeldSlot, combine, read_held_slot
+from services.router.control.adoption import (
+    ADOPT_S,
+    MAX_STEPS_APART,
+    Adoption,
+    HeldSequence,
+    HeldSlot,
+    combine,
+    read_held_slot,
+)
 
 BLOCK_TOKENS = 4
 
@@ -146,6 +154,29 @@ def test_of_two_who_claim_a_slot_the_one_that_came_further_in_it_gets_it(order: 
     (taken,) = waiting.take(10.0)
     assert taken.holders == ("true", "b")
     assert not waiting.has_claim(NodeId("stale"))
+    assert waiting.take_losers() == {"stale": 7}
+    assert waiting.take_losers() == {}
+
+
+def test_a_holder_far_behind_the_others_of_its_pipeline_may_have_been_replaced_so_its_successor_is_waited_for() -> None:
+    waiting = adoption()
+    waiting.claim(NodeId("a"), replace(holder(0, 0), last_step=51 + MAX_STEPS_APART), 10.0)
+    waiting.claim(NodeId("stale"), holder(0, 1), 10.0)
+    assert waiting.take(10.0) == []
+    waiting.claim(NodeId("true"), replace(holder(0, 1), last_step=51 + MAX_STEPS_APART), 10.5)
+    (taken,) = waiting.take(10.5)
+    assert taken.holders == ("a", "true")
+    assert waiting.take_losers() == {"stale": 7}
+
+
+def test_a_claim_that_is_too_late_or_of_another_shape_loses() -> None:
+    waiting = adoption()
+    waiting.claim(NodeId("other shape"), replace(holder(0, 0), num_slots=3), 10.0)
+    waiting.claim(NodeId("gone again"), replace(holder(0, 0), num_slots=3), 10.0)
+    waiting.withdraw(NodeId("gone again"))
+    waiting.take(10.0 + ADOPT_S)
+    waiting.claim(NodeId("late"), replace(holder(0, 0), lease_term=8), 12.0)
+    assert waiting.take_losers() == {"other shape": 7, "late": 8}
 
 
 def test_when_the_time_is_up_a_pipeline_is_taken_over_with_a_hole_and_nobody_is_waited_for() -> None:

@@ -93,6 +93,13 @@ def test_a_pipeline_too_many_for_the_spares_is_kept_at_first_and_given_up_when_t
     assert (held(last), last.num_surplus) == ("ab", 0)
 
 
+def test_of_pipelines_too_many_those_with_a_hole_are_given_up_first() -> None:
+    before = plan_roles(nodes("abcdef"), {}, 2, 0)
+    broken = plan_roles(nodes("abcdef")[1:], before.assignments, 2, 2, keeps_surplus=False)
+    assert (held(broken), broken.holes, broken.spares) == ("cd", (), ("b", "e", "f"))
+    assert broken.pipelines.keys() == {1}
+
+
 def test_mirror_takes_the_slot_that_it_mirrors_and_others_leave_it_alone() -> None:
     before = plan_roles(nodes("abcd"), {}, 2, 2)
     alive = [node for node in nodes("abcd") if node.node_id != "a"]

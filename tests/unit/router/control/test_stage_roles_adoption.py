@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.ids import NodeId, PipelineId, SlotIndex
+from common.messages import Unassign
 from common.topology import StageSlot
-from services.router.control.actions import Action, OpenPipeline, SuspendPipeline
+from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import ADOPT_S, OPEN_S, HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import node
@@ -56,6 +57,28 @@ def test_who_fills_the_slot_of_one_that_reported_and_died_does_not_stand_for_its
     (opening, *_) = report(roles, roles.lose(NodeId("b")))
     assert isinstance(opening, OpenPipeline)
     assert opening.held == HeldCache({1: HeldSequence((0,), 9)}, (), {0: 900})
+
+
+def test_who_claims_a_slot_that_was_given_back_already_is_told_to_forget_it_before_it_gets_another_role() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    for slot, name in enumerate("ab"):
+        actions = roles.join(node(name), 0.0, held(0, slot, roles, {}))
+    roles.tick(ADOPT_S)
+    report(roles, actions)
+    forget, mirror, *_ = roles.join(node("late"), 2.0, held(0, 1, roles, {}))
+    assert isinstance(forget, Tell)
+    assert (forget.node_id, forget.message) == ("late", Unassign(5))
+    assert mirror_of([mirror]).keys() == {"late"}
+
+
+def test_slots_whose_holders_have_no_room_for_them_any_more_are_not_given_back() -> None:
+    roles = roles_of(adopts=True)
+    roles.join(node("a", capacity_bytes=1000), 0.0, held(0, 0, roles, {1: HeldSequence((0,), 9)}))
+    actions = roles.join(node("b"), 0.1, held(0, 1, roles, {1: HeldSequence((0,), 9)}))
+    assert [(a.node_id, a.message) for a in actions if isinstance(a, Tell)] == [("a", Unassign(5)), ("b", Unassign(5))]
+    assert told(roles.tick(ADOPT_S)) == {}
+    assert "its node offers 1000 bytes" in roles.detail
+    assert told(roles.join(node("c"), 2.0)).keys() == {"b", "c"}
 
 
 HOLDERS = [("a", 0, 0), ("b", 0, 1), ("c", 1, 0), ("d", 1, 1), ("e", 2, 0), ("f", 2, 1)]

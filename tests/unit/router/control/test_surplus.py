@@ -63,7 +63,21 @@ def test_nothing_is_given_up_while_another_pipeline_recovers() -> None:
         roles.lose(NodeId(name))
     roles.tick(1.0)
     roles.lose(NodeId("a"))
-    assert roles.tick(2.0 + GIVE_UP_S) == [], "pipeline 0 has a hole: its requests could go nowhere"
-    report(roles, roles.join(node("g")))
+    actions = roles.join(node("g"))
+    assert roles.tick(2.0 + GIVE_UP_S) == [], "pipeline 0 is about to open: its requests would have moved for nothing"
+    report(roles, actions)
     assert roles.num_open == 2
     assert any(isinstance(action, ClosePipeline) for action in roles.tick(3.0 + GIVE_UP_S))
+
+
+def test_a_pipeline_with_a_hole_is_given_up_before_an_open_one() -> None:
+    roles = two_pipelines_and_two_mirrors()
+    for name in "efa":
+        roles.lose(NodeId(name))
+    assert (roles.num_open, roles.waits) == (1, True)
+    roles.tick(1.0)
+    actions = roles.tick(1.0 + GIVE_UP_S)
+    assert roles.pipelines.keys() == {1}, "the one that is open stays"
+    (mirror,) = [a for a in actions if isinstance(a, Tell) and isinstance(a.message, AssignMirror)]
+    assert (mirror.node_id, mirror.message.pipeline) == ("b", 1)
+    assert (roles.num_open, roles.waits) == (1, False)
