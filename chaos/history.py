@@ -172,6 +172,7 @@ class FaultSkipped:
 
     at_s: float
     fault: int
+    """Its number; below 0 for a suite's entry of which none was drawn, -1 for the first of them."""
     kind: str
     reason: str
     is_expected: bool

@@ -55,7 +55,7 @@ class Report:
         figures = [[name, f"{value:.6g}"] for v in judgement.verdicts for name, value in sorted(v.figures.items())]
         figures.append(["usual_longest_gap_s", f"{judgement.usual_gap_s:.6g}"])
         figures.append(["usual_tpot_p99_ms", f"{judgement.usual_tpot_s * 1000:.6g}"])
-        left_out = [[str(s.fault), s.kind, s.reason] for s in judgement.skipped]
+        left_out = [[str(s.fault) if s.fault >= 0 else "all", s.kind, s.reason] for s in judgement.skipped]
         columns = [
             "fault",
             "at s",

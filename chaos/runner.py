@@ -11,7 +11,7 @@ import itertools
 import random
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 
@@ -33,7 +33,7 @@ from chaos.observer import Observer, Progress
 from chaos.operations import Reference, read_operations, reference_of
 from chaos.requests import ChaosRequest, draw_requests
 from chaos.target import Target, TargetError
-from chaos.timeline import PlannedFault, make_timeline, overlapping_groups
+from chaos.timeline import AllowedFault, PlannedFault, TimelineRules, make_timeline, overlapping_groups
 from chaos.victims import choose_victims
 
 SILENCE_S = 30.0
@@ -170,9 +170,29 @@ class Run:
                 return
             await asyncio.sleep(0.01)
 
+    async def _offered_faults(self) -> list[AllowedFault]:
+        """What can be done to this target from here. What cannot is left out, and named once: as many faults as the
+        suite says come all the same, of the kinds that are left."""
+        offered: list[AllowedFault] = []
+        for number, entry in enumerate(self.experiment.timeline.faults):
+            (example,) = make_timeline(self.seed, [entry.allowed], TimelineRules(1, (0.0, 0.0)))
+            reason = await self._reason_against(example)
+            if reason:
+                self._skip(replace(example, number=-1 - number), reason, is_expected=True)
+            else:
+                offered.append(entry.allowed)
+        return offered
+
+    async def _reason_against(self, planned: PlannedFault) -> str:
+        fault = FAULTS[planned.kind](planned.parameters)
+        lacking = fault.needs - self.target.features
+        if lacking:
+            return f"the target has no {', '.join(sorted(lacking))}"
+        return await asyncio.to_thread(fault.unavailable, self.target)
+
     async def _apply_timeline(self, observer: Observer) -> None:
-        timeline = self.experiment.timeline
-        planned = make_timeline(self.seed, [entry.allowed for entry in timeline.faults], timeline.rules)
+        offered = await self._offered_faults()
+        planned = make_timeline(self.seed, offered, self.experiment.timeline.rules) if offered else []
         before_s = 0.0
         for group in overlapping_groups(planned):
             await asyncio.sleep(group[0].at_s - before_s)
@@ -194,12 +214,9 @@ class Run:
         return bool(healing_s)
 
     async def _apply(self, planned: PlannedFault, observer: Observer) -> bool:
-        fault = FAULTS[planned.kind](planned.parameters)
-        lacking = fault.needs - self.target.features
-        reason = f"the target has no {', '.join(sorted(lacking))}" if lacking else ""
-        reason = reason or await asyncio.to_thread(fault.unavailable, self.target)
-        if reason:
+        if reason := await self._reason_against(planned):
             return self._skip(planned, reason, is_expected=True)
+        fault = FAULTS[planned.kind](planned.parameters)
         nodes, roles = await observer.look_at_nodes(), await observer.look_at_roles()
         draw = random.Random(f"{self.seed}/victims/{planned.number}")
         keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}

@@ -118,6 +118,19 @@ def test_faults_that_the_target_does_not_offer_are_left_out_and_nothing_is_known
     assert judged(run).state is State.UNKNOWN
 
 
+def test_kinds_that_the_target_does_not_offer_are_left_out_once_and_as_many_faults_come_all_the_same() -> None:
+    kinds = [
+        {"kind": "kill", "victims": {"kind": "expert"}},
+        {"kind": "frames", "weight": 50, "heal_after_s": [0.01, 0.02]},
+    ]
+    run = make_run(FakeMesh(), ListedTarget(), experiment(faults=kinds, count=6))
+    asyncio.run(run.execute())
+    judgement = judged(run)
+    assert [outcome.kind for outcome in judgement.outcomes] == ["kill"] * 6
+    assert [(s.fault, s.kind, s.reason) for s in judgement.skipped] == [(-2, "frames", "the target has no proxy")]
+    assert judgement.state is State.HELD
+
+
 def test_a_mesh_that_is_not_ready_is_not_judged() -> None:
     run = make_run(FakeMesh(is_ready=False), ListedTarget(), experiment())
     with pytest.raises(CannotRunError, match="not ready within 0 s: 1 of 2 stage nodes"):
