@@ -140,7 +140,7 @@ class ControlLink:
         """What the router asks; hello, welcome and heartbeats are dealt with here.
 
         Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries, and NodeLostError
-        where nobody could reach this node any more.
+        where this incarnation is over: declared dead, or its socket files are gone.
         """
         for event in self.socket.link_events():
             self._connected = event is LinkEvent.CONNECTED
@@ -194,7 +194,7 @@ class ControlLink:
             if endpoint.startswith("ipc:///") and not Path(endpoint.removeprefix("ipc://")).exists():
                 raise NodeLostError(
                     f"the socket file of {endpoint} is gone: a router took this node for dead; "
-                    "come back as a new process"
+                    "come back as another incarnation"
                 )
 
     def _hello(self) -> Hello:

@@ -16,9 +16,8 @@ import structlog
 
 from common.checkpoint import fingerprint
 from common.config import Settings
-from common.errors import MoemeshError, ProtocolError
+from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
-from common.memory import offered_bytes
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.topology import NodeDescription, NodeKind
 from common.transport import RoutingSocket, SocketLimits, Transport
@@ -83,7 +82,7 @@ def describe_node(
         node_id=node_id,
         incarnation=incarnation,
         kind=kind,
-        capacity_bytes=settings.capacity_bytes or offered_bytes(),
+        capacity_bytes=settings.capacity_bytes,
         host_label=settings.host_label or machine_label(),
         numeric_class=numeric_class,
         fingerprint=fingerprint(checkpoint),
@@ -99,6 +98,19 @@ def describe_node(
         data_endpoints=data_endpoints,
         ipc_token=addresses.folder_token,
     )
+
+
+def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> None:
+    """Serve, again and again as another incarnation where a router takes this one for dead (it was paused or cut off).
+
+    What makes it slow to start, its weights, a process need not lose for that. `live` serves once, closes all its
+    sockets also when it raises, and raises what ends the process, or NodeLostError where only this incarnation is over.
+    """
+    while True:
+        try:
+            return live()
+        except NodeLostError as error:
+            log.warning("comes_back", reason=str(error))
 
 
 def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:

@@ -90,7 +90,6 @@ class ExpertService:
             self._take_calls(now_s)
             self._answer_layer(now_s)
             self._control.beat(now_s, self._load)
-        self._shards.close()
 
     # ---- control
 

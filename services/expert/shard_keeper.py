@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -47,6 +48,13 @@ class Assignment:
     next_report_s: float = 0.0
 
 
+class HeldShards(NamedTuple):
+    """Shards, and what they were loaded as."""
+
+    store: ShardStore
+    dtype: torch.dtype
+
+
 class ShardKeeper:
     """Holds what the newest assignment wants. The owner calls `poll` in each round of its loop."""
 
@@ -58,7 +66,9 @@ class ShardKeeper:
         control: ControlLink,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
+        held: HeldShards | None = None,
     ) -> None:
+        """`held`: what an incarnation before this one had of the same checkpoint."""
         self._config = config
         self._checkpoint = checkpoint
         self._kernels = kernels
@@ -72,9 +82,9 @@ class ShardKeeper:
         self._open_at_s = 0.0
         self._assignment = Assignment(version=0)
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
-        self.store: ShardStore | None = None
+        self.store: ShardStore | None = held.store if held is not None else None
         """None before the router has said how experts are cut."""
-        self.dtype = torch.float32
+        self.dtype = held.dtype if held is not None else torch.float32
         """Of the shards in the store."""
 
     @property
@@ -128,6 +138,10 @@ class ShardKeeper:
     def describe_held(self) -> HeldState:
         """For a router that may have been restarted."""
         return HeldState() if self.store is None else HeldState(shards=self._bitmap(self.store))
+
+    def hand_over(self) -> HeldShards | None:
+        """For an incarnation after this one."""
+        return HeldShards(self.store, self.dtype) if self.store is not None else None
 
     def close(self) -> None:
         """Give up what is loading."""

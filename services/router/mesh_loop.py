@@ -98,7 +98,7 @@ class MeshLoop:
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._declared_dead: set[NodeId] = set()
-        """Told so when they speak again, so that they end and come back; grows by one a death."""
+        """Told so when they speak again, so that they come back as others; grows by one a death."""
         self._last_failure = ""
         self._refused: dict[PipelineId, tuple[Generation, float]] = {}
         """Pipelines whose assignment a node refused: in which generation, and when to try again."""
@@ -179,7 +179,7 @@ class MeshLoop:
         description = self._nodes.get(node_id)
         if description is None:
             if node_id in self._declared_dead:
-                raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
+                raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
             return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
             self._heartbeats[node_id] = message
@@ -209,7 +209,7 @@ class MeshLoop:
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
             self._client.unwatch(node_id)
-            raise NodeLostError(f"{node_id} was declared dead: it must come back as a new process")
+            raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
         self._client.tell(node_id, self._settings.welcome)

@@ -106,7 +106,6 @@ class StageService:
             self._forget_after_long_silence(now_s)
             self._control.beat(now_s, self._load)
         self._mirror_link.stop()
-        self._keeper.close()
 
     # ---- control
 

@@ -120,7 +120,9 @@ class SlotKeeper:
         transport: Transport,
         ipc_token: str,
         log: structlog.stdlib.BoundLogger,
+        loaded: LoadedLayers | None = None,
     ) -> None:
+        """`loaded`: what an incarnation before this one had of the same checkpoint."""
         self._config = config
         self._checkpoint = checkpoint
         self._num_positions = num_positions
@@ -129,7 +131,8 @@ class SlotKeeper:
         self._ipc_token = ipc_token
         self._log = log
         self._loader = LoaderThread()
-        self._loaded: LoadedLayers | None = None
+        self.loaded = loaded
+        """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
         self._loading: Loading | None = None
         self._bytes_to_former_downstreams = 0
@@ -159,11 +162,11 @@ class SlotKeeper:
         if loading is not None and (loading.layers, loading.dtype) == (layers, dtype):
             self._loading = replace(loading, message=message, header=header)  # a new generation of the same: load once
             return None
-        loaded = self._loaded
+        loaded = self.loaded
         if loaded is not None and (loaded.layers, loaded.dtype) == (layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
         self._drop_memory()
-        self._loaded = None  # makes room before the new layers come
+        self.loaded = None  # makes room before the new layers come
         self._log.info("loading_layers", first=layers.start, stop=layers.stop)
         future = self._loader.submit(self._load, role_of(message, header), dtype)
         self._loading = Loading(message, header, layers, dtype, future)
@@ -180,10 +183,10 @@ class SlotKeeper:
             return None
         self._loading = None
         try:
-            self._loaded = loading.future.result()
+            self.loaded = loading.future.result()
         except LOADING_ERRORS as error:
             return self._refuse(error, loading.header)
-        return self._enter(loading.message, loading.header, self._loaded)
+        return self._enter(loading.message, loading.header, self.loaded)
 
     def leave(self) -> None:
         """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""

@@ -91,6 +91,10 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
     finally:
         wake.join()
     assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
+    log = well.local.logs(name)
+    wait_until(lambda: '"comes_back"' in log.read_text(), 20, "the node to hear that it was taken for dead")
+    settle(well)
+    assert pid_of(well, name) == pid, "the process need not end for that, nor read its shards again"
 
 
 @pytest.mark.slow

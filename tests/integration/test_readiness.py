@@ -123,7 +123,9 @@ def test_a_hang_that_leaves_no_token_possible_is_seen_and_its_end_too(
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
         ready_s = watch.seconds_until(True, at_s, READY_AGAIN_WITHIN_S, time.monotonic)
-        print(f"\nSIGCONT of {', '.join(names)}: /ready true after {ready_s:.3f} s (they end and are restarted)")
+        print(
+            f"\nSIGCONT of {', '.join(names)}: /ready true after {ready_s:.3f} s (they come back as other incarnations)"
+        )
 
 
 @pytest.mark.slow

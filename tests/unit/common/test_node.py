@@ -257,6 +257,6 @@ def test_a_node_whose_socket_files_were_removed_ends_instead_of_joining_the_next
     link.event(LinkEvent.CLOSED)
     link.receive(1.0)
     link.event(LinkEvent.CONNECTED)
-    with pytest.raises(NodeLostError, match="come back as a new process"):
+    with pytest.raises(NodeLostError, match="come back as another incarnation"):
         link.receive(2.0)
     assert link.sent() == []

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 
-from common.node_process import StopFlag, machine_label
+from common.errors import CheckpointError, MoemeshError, NodeLostError
+from common.node_process import StopFlag, machine_label, run_lives
 
 
 @pytest.fixture
@@ -76,3 +79,19 @@ def test_a_node_ends_without_waiting_for_its_threads(service: str) -> None:
     ended = subprocess.run([sys.executable, "-c", runs], timeout=120, capture_output=True, text=True, env=environment)
     assert ended.stdout == "ended with 1\n"
     assert "/nowhere/at/all" in ended.stderr
+
+
+def test_a_node_that_was_taken_for_dead_lives_again_and_any_other_error_ends_it() -> None:
+    ends: list[MoemeshError | None] = [NodeLostError("declared dead"), NodeLostError("again"), None]
+
+    def live() -> None:
+        if (error := ends.pop(0)) is not None:
+            raise error
+
+    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+    run_lives(live, log)
+    assert ends == []
+    ends[:] = [NodeLostError("declared dead"), CheckpointError("another model"), None]
+    with pytest.raises(CheckpointError):
+        run_lives(live, log)
+    assert ends == [None]

@@ -15,13 +15,13 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.array import array_to_frame
+from common.array import array_to_frame, frame_to_array
 from common.errors import CheckpointError, DeadlineError
 from common.messages import AssignShards, ShardsReady
 from common.model_config import read_model_config
 from common.topology import ShardId
 from common.weights import CheckpointWeights
-from services.expert.shard_keeper import RETRY_S, ShardKeeper
+from services.expert.shard_keeper import RETRY_S, HeldShards, ShardKeeper
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
@@ -34,13 +34,13 @@ X, Y = ShardId(1, 3, 0), ShardId(1, 4, 0)
 class Keeper(ShardKeeper):
     """With a clock that is moved by hand, and assignments by shards."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, held: HeldShards | None = None) -> None:
         self.control = ListeningRouter()
         control: Any = self.control
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         self.now_s = 100.0
         self.config = read_model_config(directory)
-        super().__init__(self.config, directory, None, control, log, lambda: self.now_s)
+        super().__init__(self.config, directory, None, control, log, lambda: self.now_s, held)
 
     def want(self, version: int, *shards: ShardId) -> None:
         shape = (self.config.num_layers, self.config.num_experts, self.control.settings.num_slices)
@@ -96,6 +96,23 @@ def keeper(directory: Path) -> Iterator[Keeper]:
     made = Keeper(directory)
     yield made
     made.close()
+
+
+def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(keeper: Keeper, directory: Path) -> None:
+    keeper.want(1, X, Y)
+    keeper.finish()
+    kept = keeper.hand_over()
+    assert kept is not None
+    before = kept.store.find(X)
+    following = Keeper(directory, kept)
+    shape = (keeper.config.num_layers, keeper.config.num_experts, kept.store.num_slices)
+    assert int(frame_to_array(following.describe_held().shards, "uint8", shape, "shards").sum()) == 2
+    following.want(1, X)
+    assert following.finish().version == 1
+    assert following.held == {X}
+    assert following.store is not None
+    assert following.store.find(X) is before, "not read again"
+    following.close()
 
 
 def test_what_is_wanted_is_loaded_and_what_is_not_is_dropped(keeper: Keeper) -> None:

@@ -221,7 +221,7 @@ def test_a_silent_node_is_taken_for_dead_after_its_time_and_told_so_when_it_spea
     mesh.say("b", IDLE)
     (refusal,) = said_to("b", mesh.turn())
     assert isinstance(refusal, Failed)
-    assert "new process" in refusal.message
+    assert "another incarnation" in refusal.message
     mesh.say("b", hello_of(node("b")))
     assert kinds(said_to("b", mesh.turn())) == [Failed], "a dead incarnation stays dead"
     assert "b" not in mesh.client.lifelines

@@ -19,7 +19,7 @@ from services.stage.loading import load_stage
 from services.stage.mirror import Mirror
 from services.stage.mirror_sender import MirrorSender
 from services.stage.paged_memory import PagedMemory, allocate_paged_memory
-from services.stage.slot_keeper import Refused, SlotKeeper, Taken
+from services.stage.slot_keeper import LoadedLayers, Refused, SlotKeeper, Taken
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
 from tests.support.memory_transport import MemorySocket, MemoryTransport
@@ -37,11 +37,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Keeper(SlotKeeper):
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, loaded: LoadedLayers | None = None) -> None:
         self.transport = MemoryTransport()
         transport: Any = self.transport
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-        super().__init__(read_model_config(directory), directory, 64, None, transport, "", log)
+        super().__init__(read_model_config(directory), directory, 64, None, transport, "", log, loaded)
 
     def take(self, message: AssignStage, generation: int = 1, dtype: torch.dtype = torch.float32) -> Any:
         return self.assign(message, Header(generation=generation), dtype)
@@ -240,6 +240,23 @@ def test_other_layers_replace_those_that_are_loading(keeper: Keeper, loads: list
     assert keeper.slot is not None
     assert keeper.slot.role.layers == (2, 5)
     assert keeper.slot.role.is_last
+
+
+def test_another_incarnation_has_the_layers_of_the_one_before_and_none_of_its_cache(
+    keeper: Keeper, directory: Path, loads: list[Any]
+) -> None:
+    keeper.take(ASSIGN, 1)
+    keeper.finish()
+    assert keeper.slot is not None
+    keeper.slot.held.marks.begin(7)
+    keeper.slot.held.marks.finish(7)
+    following = Keeper(directory, keeper.loaded)
+    outcome = following.take(ASSIGN, 2)
+    assert isinstance(outcome, Taken)
+    assert isinstance(outcome.ready, StageReady)
+    assert outcome.ready.kv_mark == 0
+    assert loads == [(0, 2)], "read once"
+    following.close()
 
 
 def test_another_dtype_is_another_load(keeper: Keeper, loads: list[Any]) -> None:
