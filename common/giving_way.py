@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 
 RUN_S = 0.005
-REST_S = 0.005
-"""Resting as long as running halves the speed of a start, and another process's steps then take a twentieth longer
-instead of three times as long (docs/performance.md, log)."""
+REST_S = 0.003
+"""A start takes half as long again, and another process's steps a twentieth longer instead of three times as long
+(docs/performance.md, log)."""
 MOST_REST_S = 10.0
 """A machine that is always full must not keep a process from starting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -111,6 +112,8 @@ def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> No
             return live()
         except NodeLostError as error:
             log.warning("comes_back", reason=str(error))
+        # Services and links refer to each other, and to gigabytes of K and V that must not wait for the collector.
+        gc.collect()
 
 
 def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,26 @@ def test_a_node_that_was_taken_for_dead_lives_again_and_any_other_error_ends_it(
     with pytest.raises(CheckpointError):
         run_lives(live, log)
     assert ends == [None]
+
+
+def test_what_a_life_held_is_freed_before_the_next_one_begins() -> None:
+    class Service:
+        def __init__(self) -> None:
+            self.link = lambda: self  # a circle, as services and their links are
+
+    held: list[weakref.ref[Service]] = []
+    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+
+    def live() -> None:
+        assert all(reference() is None for reference in held)
+        service = Service()
+        held.append(weakref.ref(service))
+        if len(held) < 3:
+            raise NodeLostError("declared dead")
+
+    gc.disable()
+    try:
+        run_lives(live, log)
+    finally:
+        gc.enable()
+    assert len(held) == 3
