@@ -70,10 +70,14 @@ class LoaderThread:
                 f"loading has been stuck for {STUCK_S:.0f} s: the disk of the checkpoint hangs, and this process ends"
             )
 
-    def close(self) -> None:
-        """Give up what has not begun, and do not wait for what has."""
+    def give_up(self) -> None:
+        """Do not begin what has not begun, and do not wait for what has."""
         for future in self._in_hand:
             future.cancel()
+
+    def close(self) -> None:
+        """Give up, and end the thread."""
+        self.give_up()
         self._tasks.put(None)
 
     def _run(self) -> None:

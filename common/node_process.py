@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import structlog
 
-from common.checkpoint import fingerprint
 from common.config import Settings
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
@@ -69,12 +68,15 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
 def describe_node(
     kind: NodeKind,
     settings: Settings,
-    checkpoint: Path,
+    fingerprint: str,
     numeric_class: str,
     transport: Transport,
     bind_data: Callable[[str], tuple[str, ...]],
 ) -> NodeProcess:
-    """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where."""
+    """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where.
+
+    `settings` names the capacity, and `fingerprint` the checkpoint as it was when this process read it first.
+    """
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(settings, node_id)
     lifeline = bind_lifeline(transport, addresses)
@@ -86,7 +88,7 @@ def describe_node(
         capacity_bytes=settings.capacity_bytes,
         host_label=settings.host_label or machine_label(),
         numeric_class=numeric_class,
-        fingerprint=fingerprint(checkpoint),
+        fingerprint=fingerprint,
         endpoints=data_endpoints,
         lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import structlog
 import torch
 
-from common.checkpoint import resolve_model
+from common.checkpoint import fingerprint, resolve_model
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
+from common.loader_thread import LoaderThread
 from common.memory import offered_bytes
 from common.model_config import read_model_config
 from common.node_process import StopFlag, describe_node, open_transport, run_lives
@@ -36,10 +37,13 @@ class ExpertProcess:
         self._log = log
         self._checkpoint = resolve_model(settings.model)
         self._config = read_model_config(self._checkpoint)
+        self._fingerprint = fingerprint(self._checkpoint)
         self._kernels = load_native_kernels(threads=settings.threads)
         variant = self._kernels.variant if self._kernels is not None else "torch"
         self._numeric_class = numeric_class("cpu", variant)
         self._held: HeldShards | None = None
+        self._loader = LoaderThread()
+        self._router_term = 0
 
     def live(self) -> None:
         """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
@@ -52,14 +56,19 @@ class ExpertProcess:
 
         try:
             node = describe_node(
-                NodeKind.EXPERT, self._settings, self._checkpoint, self._numeric_class, transport, bind_data
+                NodeKind.EXPERT, self._settings, self._fingerprint, self._numeric_class, transport, bind_data
             )
+            node.control.router_term = self._router_term
             log = self._log.bind(node=node.control.description.node_id)
-            shards = ShardKeeper(self._config, self._checkpoint, self._kernels, node.control, log, held=self._held)
+            shards = ShardKeeper(
+                self._config, self._checkpoint, self._kernels, node.control, log, held=self._held, loader=self._loader
+            )
+            self._held = None  # the keeper lets shards go that are not wanted any more
             service = ExpertService(self._config, shards, node.control, sockets[0], log)
             try:
                 service.run(self._should_stop)
             finally:
+                self._router_term = node.control.router_term
                 self._held = shards.hand_over()
                 shards.close()
         finally:

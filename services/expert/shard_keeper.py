@@ -67,15 +67,16 @@ class ShardKeeper:
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
         held: HeldShards | None = None,
+        loader: LoaderThread | None = None,
     ) -> None:
-        """`held`: what an incarnation before this one had of the same checkpoint."""
+        """`held`, `loader`: of an incarnation before this one, whose load ends before another begins."""
         self._config = config
         self._checkpoint = checkpoint
         self._kernels = kernels
         self._control = control
         self._log = log
         self._clock = clock
-        self._loader = LoaderThread(clock)
+        self._loader = loader or LoaderThread(clock)
         self._weights: CheckpointWeights | None = None
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
@@ -101,14 +102,12 @@ class ShardKeeper:
             self.store, self.dtype = ShardStore(self._config, num_slices, self._kernels), dtype
             self._weights, self._opening, self._open_at_s = None, None, 0.0
         wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
-        for shard in self.store:
-            if shard not in wanted:
-                self.store.drop(shard)
         in_hand = {shard for shard, _ in self._loading}
         absent = wanted.difference(self.store)
         urgent = {shard for shard in absent if bitmap[shard] > 1}
         missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
         self._assignment = Assignment(message.version, wanted, missing, urgent)
+        self._drop_unwanted(self.store)
         self._log.info(
             "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)
         )
@@ -132,6 +131,7 @@ class ShardKeeper:
             self._loading.append((shard, self._loader.submit(self.store.load, weights, shard)))
         complete = not self._loading and not assignment.missing and not assignment.retry_at_s
         if not assignment.reported and (complete or now_s >= assignment.next_report_s):
+            self._drop_unwanted(self.store)  # also what an incarnation before this one was still loading
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
             assignment.reported = self._report(self.store, complete) and complete
 
@@ -145,7 +145,7 @@ class ShardKeeper:
 
     def close(self) -> None:
         """Give up what is loading."""
-        self._loader.close()
+        self._loader.give_up()
 
     def _open_weights(self, now_s: float) -> CheckpointWeights | None:
         """None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or fail."""
@@ -182,6 +182,11 @@ class ShardKeeper:
             assignment.urgent.remove(shard)
             if not assignment.urgent:
                 assignment.next_report_s = 0.0  # calls wait for these
+
+    def _drop_unwanted(self, store: ShardStore) -> None:
+        for shard in store:
+            if shard not in self._assignment.wanted:
+                store.drop(shard)
 
     def _bitmap(self, store: ShardStore) -> TensorFrame:
         held = np.zeros((self._config.num_layers, self._config.num_experts, store.num_slices), dtype=np.uint8)

@@ -45,7 +45,7 @@ from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
-from services.router.registration import check_hello, differing_classes
+from services.router.registration import DeclaredDead, check_hello, differing_classes
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.snapshot import SchedulerSnapshot
 from services.router.step_flow import StepFlow
@@ -97,8 +97,7 @@ class MeshLoop:
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
-        self._declared_dead: set[NodeId] = set()
-        """Told so when they speak again, so that they come back as others; grows by one a death."""
+        self._declared_dead = DeclaredDead()
         self._last_failure = ""
         self._refused: dict[PipelineId, tuple[Generation, float]] = {}
         """Pipelines whose assignment a node refused: in which generation, and when to try again."""
@@ -178,8 +177,7 @@ class MeshLoop:
             return
         description = self._nodes.get(node_id)
         if description is None:
-            if node_id in self._declared_dead:
-                raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
+            self._declared_dead.refuse(node_id)
             return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
             self._heartbeats[node_id] = message
@@ -209,6 +207,7 @@ class MeshLoop:
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
             self._client.unwatch(node_id)
+            self._declared_dead.refuse(node_id)
             raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
@@ -281,7 +280,7 @@ class MeshLoop:
             self._client.unwatch(change.node_id)
             description = self._nodes.pop(change.node_id, None)
             if change.reason not in (ChangeReason.LEFT, ChangeReason.REPLACED):
-                self._declared_dead.add(change.node_id)
+                self._declared_dead.add(change, description)
             if description is not None and change.reason is not ChangeReason.REPLACED:  # that one has the same names
                 self._client.remove_socket_files(description)
             self._progress.forget(change.node_id)

@@ -1,11 +1,12 @@
-"""Who may join: a node's Hello, checked against what this mesh serves. Pure."""
+"""Who may join: a node's Hello, checked against what this mesh serves, and who may not any more. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from common.errors import CheckpointError, ProtocolError
+from common.errors import CheckpointError, ConfigurationError, MoemeshError, NodeLostError, ProtocolError
 from common.ids import Incarnation, NodeId
+from common.membership import MAX_REMEMBERED_DEAD, ChangeReason, MembershipChange
 from common.messages import Hello
 from common.topology import NodeDescription, NodeKind
 
@@ -40,3 +41,29 @@ def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[
     """Numeric classes of the nodes of one kind, if there is more than one: results may differ in their last bits."""
     classes = sorted({node.numeric_class for node in nodes if node.kind is kind})
     return classes if len(classes) > 1 else []
+
+
+class DeclaredDead:
+    """Incarnations that are dead to the mesh, and what each is told when it speaks again. Forgets the longest dead."""
+
+    def __init__(self) -> None:
+        self._told: dict[NodeId, MoemeshError] = {}
+
+    def add(self, change: MembershipChange, description: NodeDescription | None) -> None:
+        """One that could not be reached is told to end: as another incarnation it could not be reached either."""
+        error: MoemeshError = NodeLostError(
+            f"{change.node_id} was declared dead ({change.reason}): it must come back as another incarnation"
+        )
+        if change.reason is ChangeReason.UNREACHABLE and description is not None:
+            error = ConfigurationError(
+                f"the router cannot connect to {change.node_id} at {', '.join(description.lifeline)}: "
+                "ADVERTISE_HOST must be a name or address that it reaches, with no firewall in between"
+            )
+        self._told[change.node_id] = error
+        if len(self._told) > MAX_REMEMBERED_DEAD:
+            del self._told[next(iter(self._told))]
+
+    def refuse(self, node_id: NodeId) -> None:
+        """Raises what a dead node is told; of others nothing is known here."""
+        if node_id in self._told:
+            raise self._told[node_id].with_traceback(None)

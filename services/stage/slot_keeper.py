@@ -121,8 +121,9 @@ class SlotKeeper:
         ipc_token: str,
         log: structlog.stdlib.BoundLogger,
         loaded: LoadedLayers | None = None,
+        loader: LoaderThread | None = None,
     ) -> None:
-        """`loaded`: what an incarnation before this one had of the same checkpoint."""
+        """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins."""
         self._config = config
         self._checkpoint = checkpoint
         self._num_positions = num_positions
@@ -130,7 +131,7 @@ class SlotKeeper:
         self._transport = transport
         self._ipc_token = ipc_token
         self._log = log
-        self._loader = LoaderThread()
+        self._loader = loader or LoaderThread()
         self.loaded = loaded
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
@@ -222,7 +223,7 @@ class SlotKeeper:
     def close(self) -> None:
         """Give up what is loading."""
         self.leave()
-        self._loader.close()
+        self._loader.give_up()
 
     def _load(self, role: StageRole, dtype: torch.dtype) -> LoadedLayers:
         """In the loader's thread."""

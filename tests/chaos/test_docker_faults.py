@@ -117,7 +117,7 @@ def test_a_node_that_is_off_reaches_nobody_until_it_is_healed(target: DockerTarg
         assert reaches(other, router)
     finally:
         fault.heal(target)
-    # A node that was declared dead hears so and starts again: the process is another one then.
+    # A node that was declared dead hears so and comes back as another incarnation.
     wait_for("it reaches the router", lambda: reaches(node_of(target, "expert"), router))
     wait_for("it is reached", lambda: reaches(other, node_of(target, "expert")))
     fault.heal(target)

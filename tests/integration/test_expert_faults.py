@@ -7,6 +7,7 @@ it says as much about the machine that runs the test.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -94,7 +95,12 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
     log = well.local.logs(name)
     wait_until(lambda: '"comes_back"' in log.read_text(), 20, "the node to hear that it was taken for dead")
     settle(well)
-    assert pid_of(well, name) == pid, "the process need not end for that, nor read its shards again"
+    assert pid_of(well, name) == pid, "the process need not end for that"
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line[:1] == "{"]
+    life = max(number for number, line in enumerate(lines) if line["event"] == "comes_back")
+    assigned = [line for line in lines[life:] if line["event"] == "shards_assigned"]
+    assert assigned, "it serves again"
+    assert assigned[-1]["missing"] == 0, "nor read its shards again"
 
 
 @pytest.mark.slow

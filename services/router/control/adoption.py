@@ -119,6 +119,12 @@ class Adoption:
         else:
             self._losers[node_id] = held.lease_term
 
+    def reject(self, adopted: AdoptedPipeline) -> None:
+        """Its holders have no room for it any more."""
+        for node_id, lease_term in zip(adopted.holders, adopted.lease_terms, strict=True):
+            if node_id is not None:
+                self._losers[node_id] = lease_term
+
     def take_losers(self) -> dict[NodeId, int]:
         """Who has to forget a slot that others hold, and under which lease term it claimed it; each of them once."""
         losers, self._losers = self._losers, {}

@@ -25,7 +25,7 @@ class MirrorRoles:
         self._layers = layers
         self._pairs: dict[StageSlot, MirrorPair] = {}
         self._failed: set[tuple[NodeId, StageSlot]] = set()
-        """Not tried again: the router says so in its log, and a new process is another node."""
+        """Not tried again: the router says so in its log, and another incarnation is another node."""
 
     @property
     def nodes(self) -> dict[StageSlot, NodeId]:
@@ -86,6 +86,12 @@ class MirrorRoles:
             own = nodes[node_id][0]
             return [Tell(pair.primary, MirrorTo(pair.lease_term, node_id, own.endpoints, own.ipc_token), Header())]
         return []
+
+    def release(self, node_id: NodeId) -> None:
+        """A node is told to forget everything: whom it mirrors has to be told to it again."""
+        for slot, pair in list(self._pairs.items()):
+            if pair.node_id == node_id:
+                del self._pairs[slot]
 
     def fail(self, node_id: NodeId) -> None:
         """A spare could not load what it was to mirror."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.errors import CapacityError, ConfigurationError
@@ -82,3 +83,18 @@ def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRan
                 f"its node offers {capacity} bytes"
             )
     return blocks
+
+
+def too_small(
+    config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Mapping[int, int]
+) -> dict[int, str]:
+    """Slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""
+    found: dict[int, str] = {}
+    for slot, capacity_bytes in capacities.items():
+        others = [sys.maxsize] * len(layers)
+        others[slot] = capacity_bytes
+        try:
+            pool_blocks(config, shape, layers, others)
+        except CapacityError as error:
+            found[slot] = str(error)
+    return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence, Set
 
-from common.errors import CapacityError
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.messages import AssignStage, Header, MirrorReady, StageReady, Unassign
 from common.model_config import ModelConfig
@@ -16,7 +14,7 @@ from services.router.control.mirror_roles import MirrorRoles
 from services.router.control.mirrors import MirroredSlot
 from services.router.control.pipeline_state import Pipeline
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
-from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
+from services.router.control.sizes import MeshShape, plan_layers, pool_blocks, too_small
 from services.router.control.surplus import Surplus
 
 
@@ -101,16 +99,17 @@ class StageRoles:
         return []
 
     def _settle(self, now_s: float) -> list[Action]:
-        actions = self._forget_old_claims() + self._adopt(now_s)
+        actions = self._adopt(now_s) + self._forget_old_claims()
         return actions if self._adoption.is_pending else actions + self._replan()
 
     def _forget_old_claims(self) -> list[Action]:
         """Who was replaced is told before it gets another role: else it claims the slot at each router's restart."""
-        return [
-            Tell(node_id, Unassign(LeaseTerm(lease_term)), Header())
-            for node_id, lease_term in self._adoption.take_losers().items()
-            if self.slot_of(node_id) is None
-        ]
+        actions: list[Action] = []
+        for node_id, lease_term in self._adoption.take_losers().items():
+            if self.slot_of(node_id) is None:
+                self.mirrors.release(node_id)
+                actions.append(Tell(node_id, Unassign(LeaseTerm(lease_term)), Header()))
+        return actions
 
     @property
     def waits(self) -> bool:
@@ -255,17 +254,15 @@ class StageRoles:
     def _misfits(self, pipeline_id: PipelineId, holders: Sequence[NodeId | None]) -> dict[NodeId, str]:
         """New holders that have no room for their slot, and how much is missing."""
         before = self._pipelines.get(pipeline_id)
-        found: dict[NodeId, str] = {}
-        for slot, node_id in enumerate(holders):
-            if node_id is None or (before is not None and before.holders[slot] == node_id):
-                continue
-            capacities = [sys.maxsize] * len(holders)
-            capacities[slot] = self._nodes[node_id][0].capacity_bytes
-            try:
-                pool_blocks(self._config, self._shape, self.layers, capacities)
-            except CapacityError as error:
-                found[node_id] = str(error)
-        return found
+        new = {
+            slot: node_id
+            for slot, node_id in enumerate(holders)
+            if node_id is not None and (before is None or before.holders[slot] != node_id)
+        }
+        capacities = {slot: self._nodes[node_id][0].capacity_bytes for slot, node_id in new.items()}
+        return {
+            new[slot]: reason for slot, reason in too_small(self._config, self._shape, self.layers, capacities).items()
+        }
 
     def _take_over(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """A pipeline's holders are these now."""
@@ -388,11 +385,7 @@ class StageRoles:
         actions: list[Action] = []
         for adopted in self._adoption.take(now_s):
             if self._misfits(adopted.pipeline, adopted.holders):  # with another DTYPE than before, say
-                actions += [
-                    Tell(node_id, Unassign(LeaseTerm(lease_term)), Header())
-                    for node_id, lease_term in zip(adopted.holders, adopted.lease_terms, strict=True)
-                    if node_id is not None
-                ]
+                self._adoption.reject(adopted)
                 continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +113,21 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(keeper
     assert following.held == {X}
     assert following.store is not None
     assert following.store.find(X) is before, "not read again"
+    following.close()
+
+
+def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants_it_now(
+    keeper: Keeper, directory: Path
+) -> None:
+    keeper.want(1, X)
+    keeper.finish()
+    kept = keeper.hand_over()
+    assert kept is not None
+    following = Keeper(directory, kept)
+    following.want(1, X)
+    kept.store.load(CheckpointWeights(directory, torch.float32), Y)  # ends after the assignment
+    following.finish()
+    assert following.held == {X}
     following.close()
 
 

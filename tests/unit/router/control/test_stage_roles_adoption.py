@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.messages import Unassign
+from common.messages import AssignMirror, Unassign
 from common.topology import StageSlot
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import ADOPT_S, OPEN_S, HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import node
-from tests.support.stage_reports import mirror_of, report, roles_of, told
+from tests.support.stage_reports import mirror_of, mirrored, report, roles_of, told
 
 
 def held(pipeline: int, slot: int, roles: StageRoles, sequences: dict[int, HeldSequence]) -> HeldSlot:
@@ -69,6 +69,19 @@ def test_who_claims_a_slot_that_was_given_back_already_is_told_to_forget_it_befo
     assert isinstance(forget, Tell)
     assert (forget.node_id, forget.message) == ("late", Unassign(5))
     assert mirror_of([mirror]).keys() == {"late"}
+
+
+def test_a_late_claim_that_is_said_twice_leaves_no_mirror_that_was_told_to_forget_in_between() -> None:
+    roles = roles_of(adopts=True, spares=1)
+    for slot, name in enumerate("ab"):
+        actions = roles.join(node(name), 0.0, held(0, slot, roles, {}))
+    roles.tick(ADOPT_S)
+    report(roles, actions)
+    for _ in range(2):
+        actions = roles.join(node("late"), 2.0, held(0, 1, roles, {}))
+        assert [type(a.message) for a in actions if isinstance(a, Tell)] == [Unassign, AssignMirror]
+    mirrored(roles, actions)
+    assert roles.mirrors.num_complete == 1
 
 
 def test_slots_whose_holders_have_no_room_for_them_any_more_are_not_given_back() -> None:
