@@ -81,7 +81,7 @@ class ShardKeeper:
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
         self._open_at_s = 0.0
-        self._assignment = Assignment(version=0)
+        self._assignment = Assignment(version=0, reported=True)  # nothing is wanted or let go before the router says so
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self.store: ShardStore | None = held.store if held is not None else None
         """None before the router has said how experts are cut."""

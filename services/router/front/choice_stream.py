@@ -50,12 +50,14 @@ class PlannedChoice:
 class ChoiceStream:
     """Detokenizer, stop strings and log-probabilities of one choice."""
 
-    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
+    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer, *, is_event_each_token: bool = False) -> None:
+        """`is_event_each_token`: for a client that asked for token ids, a token is news also where it makes no text."""
         self._index = planned.index
         self._ending_ids = planned.request.sampling.stop_token_ids
         self._min_tokens = planned.request.sampling.min_tokens
         self._detokenizer = tokenizer.create_detokenizer()
         self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
+        self._is_event_each_token = is_event_each_token
         self._pending_text = planned.echoed_text
         self._pending_token_ids: list[int] = []
         self._pending_logprobs: list[TokenLogprob] = []
@@ -73,7 +75,7 @@ class ChoiceStream:
                 TokenLogprob(token.token_id, token.logprob, token.top_logprobs, self._num_characters)
             )
         self._pending_text += self._text_of(token)
-        if self.finish_reason is None and not self._pending_text:
+        if self.finish_reason is None and not self._pending_text and not self._is_event_each_token:
             return None
         return self._take_event(self.num_tokens)
 

@@ -151,7 +151,7 @@ class ChatForm:
         if is_one:
             delta = {"content": event.text} if event.text or event.logprobs else {}
             return [self._chunk(event.index, delta, event.logprobs, event.finish_reason)]
-        if event.text or event.logprobs:
+        if event.text or event.logprobs or event.finish_reason is None:
             chunks.append(self._chunk(event.index, {"content": event.text}, event.logprobs, None))
         if event.finish_reason is not None:
             chunks.append(self._chunk(event.index, {}, (), event.finish_reason))

@@ -32,7 +32,10 @@ class ReplyReader:
         """`taken`: tokens by choice that the client has; events up to there are left out."""
         self.live = live
         self.taken = tuple(taken)
-        self._streams = [ChoiceStream(choice.planned, tokenizer) for choice in live.choices]
+        wants_ids = live.asked.fields.return_token_ids is True
+        self._streams = [
+            ChoiceStream(choice.planned, tokenizer, is_event_each_token=wants_ids) for choice in live.choices
+        ]
         self._on_leave = on_leave
         self._waiting: asyncio.Future[None] | None = None
         live.listeners.add(self)

@@ -106,6 +106,8 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(keeper
     assert kept is not None
     before = kept.store.find(X)
     following = Keeper(directory, kept)
+    following.turn()
+    assert following.reports == [], "nothing is let go before the router has said what it wants"
     shape = (keeper.config.num_layers, keeper.config.num_experts, kept.store.num_slices)
     assert int(frame_to_array(following.describe_held().shards, "uint8", shape, "shards").sum()) == 2
     following.want(1, X)

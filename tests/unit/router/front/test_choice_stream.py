@@ -3,6 +3,7 @@ from __future__ import annotations
 from common.ids import RequestId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
 from services.router.front.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
+from services.router.front.replies import merge_events
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
@@ -10,12 +11,17 @@ EOS = 2
 
 
 def stream_of(
-    tokenizer: TextTokenizer, *stop_strings: str, echoed_text: str = "", ignore_eos: bool = False
+    tokenizer: TextTokenizer,
+    *stop_strings: str,
+    echoed_text: str = "",
+    ignore_eos: bool = False,
+    is_event_each_token: bool = False,
 ) -> ChoiceStream:
     ending_ids = frozenset() if ignore_eos else frozenset({EOS})
     sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, ending_ids)
     request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
-    return ChoiceStream(PlannedChoice(0, request, stop_strings, echoed_text), tokenizer)
+    planned = PlannedChoice(0, request, stop_strings, echoed_text)
+    return ChoiceStream(planned, tokenizer, is_event_each_token=is_event_each_token)
 
 
 def push_all(
@@ -34,6 +40,20 @@ def push_all(
 
 def text_of(events: list[ChoiceEvent]) -> str:
     return "".join(event.text for event in events)
+
+
+def test_a_token_that_makes_no_text_waits_for_one_that_does_unless_token_ids_were_asked_for(
+    tokenizer: TextTokenizer,
+) -> None:
+    token_ids = tokenizer.encode("a👩b")
+    assert len(token_ids) > 3, "a character of several tokens"
+    plain, each = stream_of(tokenizer), stream_of(tokenizer, is_event_each_token=True)
+    held_back = push_all(plain, token_ids, FinishReason.LENGTH)
+    at_once = push_all(each, token_ids, FinishReason.LENGTH)
+    assert len(held_back) < len(token_ids)
+    assert [event.token_ids for event in at_once] == [(token_id,) for token_id in token_ids]
+    assert [event.num_tokens for event in at_once] == list(range(1, len(token_ids) + 1))
+    assert merge_events(at_once) == merge_events(held_back)
 
 
 def test_end_of_sequence_token_ends_and_is_no_text(tokenizer: TextTokenizer) -> None:

@@ -16,11 +16,11 @@ from services.router.scheduling.sampling_parameters import SamplingParameters
 HEAD = ReplyHead("id-1", 5, 'mo"del', None)
 
 
-def encoder(form: ReplyForm, with_usage: bool = False) -> ChunkEncoder:
+def encoder(form: ReplyForm, with_usage: bool = False, with_token_ids: bool = False) -> ChunkEncoder:
     sampling = SamplingParameters(1, 1.0, 1.0, 0, 1, None, frozenset())
     request = GenerationRequest(RequestId("r"), (5,), sampling, 0)
     plan = Plan((PlannedChoice(0, request, (), ""),), ((5,),), None)
-    return ChunkEncoder(HEAD, form, plan, with_usage, with_token_ids=False)
+    return ChunkEncoder(HEAD, form, plan, with_usage, with_token_ids)
 
 
 def decode(data: bytes) -> list[dict[str, Any]]:
@@ -45,6 +45,13 @@ def test_text_with_line_breaks_stays_one_event(tokenizer: TextTokenizer) -> None
     data = encoder(CompletionForm(tokenizer.vocabulary, False)).event(ChoiceEvent(0, "a\n\nb\r\n", (1,), (), None, 1))
     assert data.count(b"\n") == 2
     assert b"\r" not in data
+
+
+def test_a_token_without_text_is_a_chunk_of_its_own_for_a_client_that_asked_for_ids(tokenizer: TextTokenizer) -> None:
+    for form in (ChatForm(tokenizer.vocabulary, False), CompletionForm(tokenizer.vocabulary, False)):
+        data = encoder(form, with_token_ids=True).event(ChoiceEvent(0, "", (7,), (), None, 2))
+        (chunk,) = decode(data)
+        assert chunk["choices"][0]["token_ids"] == [7]
 
 
 def test_last_text_and_finish_of_a_chat_are_two_chunks(tokenizer: TextTokenizer) -> None:
