@@ -5,13 +5,10 @@ from __future__ import annotations
 import structlog
 import torch
 
-from common.checkpoint import fingerprint, resolve_model
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
-from common.loader_thread import LoaderThread
-from common.memory import offered_bytes
-from common.model_config import read_model_config
-from common.node_process import StopFlag, describe_node, open_transport, run_lives
+from common.node_process import describe_node, open_transport, run_lives
+from common.node_resources import NodeResources
 from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import RoutingSocket
@@ -27,27 +24,19 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
 
 
 class ExpertProcess:
-    """What outlives an incarnation: settings, kernels, the wish to stop, the shards."""
+    """Its shards go from one incarnation to the next."""
 
     def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-        self._should_stop = StopFlag()
+        self._resources = NodeResources(settings, log)
         torch.set_num_threads(settings.threads)
-        # Once: what an incarnation holds does not make the next one smaller.
-        self._settings = settings.model_copy(update={"capacity_bytes": settings.capacity_bytes or offered_bytes()})
-        self._log = log
-        self._checkpoint = resolve_model(settings.model)
-        self._config = read_model_config(self._checkpoint)
-        self._fingerprint = fingerprint(self._checkpoint)
         self._kernels = load_native_kernels(threads=settings.threads)
-        variant = self._kernels.variant if self._kernels is not None else "torch"
-        self._numeric_class = numeric_class("cpu", variant)
+        self._numeric_class = numeric_class("cpu", self._kernels.variant if self._kernels is not None else "torch")
         self._held: HeldShards | None = None
-        self._loader = LoaderThread()
-        self._router_term = 0
 
     def live(self) -> None:
         """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
-        transport = open_transport(self._settings, self._log)
+        own = self._resources
+        transport = open_transport(own.settings, own.log)
         sockets: list[RoutingSocket] = []
 
         def bind_data(pattern: str) -> tuple[str, ...]:
@@ -56,19 +45,19 @@ class ExpertProcess:
 
         try:
             node = describe_node(
-                NodeKind.EXPERT, self._settings, self._fingerprint, self._numeric_class, transport, bind_data
+                NodeKind.EXPERT, own.settings, own.fingerprint, self._numeric_class, transport, bind_data
             )
-            node.control.router_term = self._router_term
-            log = self._log.bind(node=node.control.description.node_id)
+            node.control.router_term = own.router_term
+            log = own.log.bind(node=node.control.description.node_id)
             shards = ShardKeeper(
-                self._config, self._checkpoint, self._kernels, node.control, log, held=self._held, loader=self._loader
+                own.config, own.checkpoint, self._kernels, node.control, log, held=self._held, loader=own.loader
             )
             self._held = None  # the keeper lets shards go that are not wanted any more
-            service = ExpertService(self._config, shards, node.control, sockets[0], log)
+            service = ExpertService(own.config, shards, node.control, sockets[0], log)
             try:
-                service.run(self._should_stop)
+                service.run(own.should_stop)
             finally:
-                self._router_term = node.control.router_term
+                own.router_term = node.control.router_term
                 self._held = shards.hand_over()
                 shards.close()
         finally:

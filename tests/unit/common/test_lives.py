@@ -13,10 +13,11 @@ import torch
 
 from common.config import Settings
 from common.errors import NodeLostError
-from services.expert import process as expert_process
+from common.model_config import read_model_config
+from services.expert.process import ExpertProcess
 from services.expert.shard_keeper import HeldShards
 from services.expert.shard_store import ShardStore
-from services.stage import process as stage_process
+from services.stage.process import StageProcess
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
 
@@ -31,24 +32,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _stop_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes' own handlers stay out of the test's process."""
-    for module in (stage_process, expert_process):
-        monkeypatch.setattr(module, "StopFlag", lambda: lambda: False)
+    monkeypatch.setattr("common.node_resources.StopFlag", lambda: lambda: False)
 
 
 class Weights:
     """In place of a model: something that can be seen to be let go."""
 
 
-def settings_of(checkpoint: Path, folder: Path) -> Settings:
-    return Settings(model=str(checkpoint), state_dir=folder)
+def given(checkpoint: Path, folder: Path) -> tuple[Settings, Any]:
+    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+    return Settings(model=str(checkpoint), state_dir=folder), log
 
 
 @pytest.mark.usefixtures("_stop_signals")
 def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_others(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    stage = stage_process.StageProcess(settings_of(checkpoint, tmp_path), log)
+    stage = StageProcess(*given(checkpoint, tmp_path))
     lives: list[tuple[str, int, Any]] = []
     layers: list[Any] = [Weights()]
     seen = weakref.ref(layers[0])
@@ -78,9 +78,8 @@ def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_other
 def test_an_expert_node_lives_again_with_its_shards_and_says_so(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    expert = expert_process.ExpertProcess(settings_of(checkpoint, tmp_path), log)
-    store = ShardStore(expert._config, 1, None)
+    expert = ExpertProcess(*given(checkpoint, tmp_path))
+    store = ShardStore(read_model_config(checkpoint), 1, None)
     lives: list[tuple[str, HeldShards | None]] = []
 
     def run(service: Any, should_stop: Any) -> None:

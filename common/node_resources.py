@@ -1,0 +1,29 @@
+"""What outlives an incarnation of a stage or expert node: what does not change, and the wish to stop."""
+
+from __future__ import annotations
+
+import structlog
+
+from common.checkpoint import fingerprint, resolve_model
+from common.config import Settings
+from common.loader_thread import LoaderThread
+from common.memory import offered_bytes
+from common.model_config import read_model_config
+from common.node_process import StopFlag
+
+
+class NodeResources:
+    """Made once a process, without torch. Kernels and weights are the node's own to keep."""
+
+    def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+        """Raises MoemeshError for a model that cannot be served."""
+        self.should_stop = StopFlag()
+        # Once: what an incarnation holds does not make the next one smaller.
+        self.settings = settings.model_copy(update={"capacity_bytes": settings.capacity_bytes or offered_bytes()})
+        self.log = log
+        self.checkpoint = resolve_model(settings.model)
+        self.config = read_model_config(self.checkpoint)
+        self.fingerprint = fingerprint(self.checkpoint)
+        self.loader = LoaderThread()
+        self.router_term = 0
+        """The highest one heard: a router that was fenced stays so."""
