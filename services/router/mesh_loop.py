@@ -207,6 +207,7 @@ class MeshLoop:
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
             self._client.unwatch(node_id)
+            self._apply_changes(changes, now_s)  # a hello, too, may be the moment in which it is found dead
             self._declared_dead.refuse(node_id)
             raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
         self._nodes[node_id] = description

@@ -183,6 +183,7 @@ class FakeMesh:
         self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
+        self.membership = Membership(MembershipSettings())
         self.loop = MeshLoop(
             config,
             LoopSettings(WELCOME, "print"),
@@ -191,7 +192,7 @@ class FakeMesh:
             StepFlow(client, self.scheduler, TERM, STEP_DEADLINE_S, VOCABULARY, self._sink, log),
             self.stages,
             self.experts,
-            Membership(MembershipSettings()),
+            self.membership,
             log,
             lambda: self.now_s,
         )

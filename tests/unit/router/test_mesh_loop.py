@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.array import array_to_frame
-from common.ids import PipelineId, RequestId
+from common.ids import NodeId, PipelineId, RequestId
 from common.messages import (
     AssignShards,
     AssignStage,
@@ -225,6 +225,23 @@ def test_a_silent_node_is_taken_for_dead_after_its_time_and_told_so_when_it_spea
     mesh.say("b", hello_of(node("b")))
     assert kinds(said_to("b", mesh.turn())) == [Failed], "a dead incarnation stays dead"
     assert "b" not in mesh.client.lifelines
+
+
+@pytest.mark.parametrize(("name", "kind"), [("b", NodeKind.STAGE), ("x", NodeKind.EXPERT)])
+def test_a_node_that_is_found_dead_by_its_own_hello_is_lost_to_all_roles(
+    mesh: FakeMesh, name: str, kind: NodeKind
+) -> None:
+    description = mesh.alive[name]
+    mesh.lose(name)
+    mesh.turn()
+    mesh.say(name, hello_of(description))
+    (refusal,) = said_to(name, mesh.turn(0.06))
+    assert isinstance(refusal, Failed)
+    assert "lifeline_closed" in refusal.message
+    mesh.turn(1.0)
+    assert name not in [one.description.node_id for one in mesh.loop.status.nodes]
+    assert NodeId(name) not in mesh.experts.ready
+    assert all(NodeId(name) not in pipeline.holders for pipeline in mesh.stages.pipelines.values())
 
 
 def test_what_a_stranger_says_is_not_answered(mesh: FakeMesh) -> None:

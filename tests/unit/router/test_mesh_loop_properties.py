@@ -8,10 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.ids import RequestId
+from common.ids import NodeId, RequestId
 from common.messages import Failed, Leave
 from common.topology import NodeKind
-from tests.support.fake_mesh import FakeMesh, build_request, reference_tokens
+from common.transport import LinkEvent
+from tests.support.fake_mesh import FakeMesh, build_request, hello_of, reference_tokens
 
 
 class Mesh(RuleBasedStateMachine):
@@ -46,6 +47,15 @@ class Mesh(RuleBasedStateMachine):
     def reconnect(self, data: st.DataObject, kind: NodeKind) -> None:
         if self.names(kind):
             self.mesh.hello(data.draw(st.sampled_from(self.names(kind))), kind)
+
+    @rule(data=st.data())
+    def cut_off_for_a_moment(self, data: st.DataObject) -> None:
+        """The process goes on; its control link stands again before its lifeline does."""
+        if self.mesh.alive:
+            name = data.draw(st.sampled_from(sorted(self.mesh.alive)))
+            self.mesh.client.events.append((NodeId(name), LinkEvent.CLOSED))
+            self.mesh.turn()
+            self.mesh.say(name, hello_of(self.mesh.alive[name]))
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
@@ -105,6 +115,13 @@ class Mesh(RuleBasedStateMachine):
         assert self.mesh.client.pipelines.keys() == open_now
         for number, stages in self.mesh.client.pipelines.items():
             assert stages.first_stage == self.mesh.stages.pipelines[number].holders[0]
+
+    @invariant()
+    def nobody_counts_on_a_node_that_is_dead(self) -> None:
+        living = set(self.mesh.membership.living())
+        assert set(self.mesh.experts.ready) <= living
+        holders = {node for pipeline in self.mesh.stages.pipelines.values() for node in pipeline.holders}
+        assert holders - {None} <= living
 
     def teardown(self) -> None:
         """A mesh that is well again finishes everything."""
