@@ -16,6 +16,7 @@ MoemeshError
 └── MeshError                 the mesh cannot go on with something
     ├── NotReadyError             no pipeline or not all experts yet             503
     ├── NodeLostError             a node died and nothing could take over        503
+    │   └── RankLostError             a stage has lost one of its ranks          503 (ends the incarnation)
     ├── DeadlineError             a wait ran out of time                         504
     ├── CapacityError             shards or cache do not fit what nodes offer    503
     ├── ExecutionError            a node failed while computing                  500
@@ -146,6 +147,12 @@ class NodeLostError(MeshError):
     """A node is gone and nothing could take over in time."""
 
     code = "node_lost"
+
+
+class RankLostError(NodeLostError):
+    """A process of a stage's tensor-parallel group is gone or hangs: the stage comes back with those that are left."""
+
+    code = "rank_lost"
 
 
 class DeadlineError(MeshError):

@@ -6,7 +6,6 @@ No child outlives the supervisor, even one that is killed: children ask the kern
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -23,11 +22,11 @@ from typing import Self
 
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
+from common.child_process import end_with_parent
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
 from common.folder_lock import lock_folder
 from common.memory import offered_bytes
 
-_PR_SET_PDEATHSIG = 1
 RESTART_DELAY_S = 0.25
 MAX_RESTART_DELAY_S = 8.0
 NO_START_DELAY_S = 1.0
@@ -249,7 +248,7 @@ class LocalMesh:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C goes to the supervisor, which ends them in order
-                preexec_fn=lambda: _end_with_parent(parent),
+                preexec_fn=lambda: end_with_parent(parent),
             )
         child.started_s = self.clock()
         child.trouble = ""
@@ -323,14 +322,6 @@ class LocalMesh:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _end_with_parent(parent: int) -> None:
-    """In the child, before exec: SIGKILL when the supervisor ends, however it ends (a paused one hears no other)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _tell_people(sentence: str) -> None:

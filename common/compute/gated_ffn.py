@@ -39,6 +39,10 @@ class GatedExpert:
             # gate, up, down, F: the first fields of `struct Group` in native/gated_ffn.h
             self.group_fields = (*(weight.data_ptr() for weight in self._packed), self.expert_width)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, D] -> [R, D]. Raises ValueError when x does not fit."""
+        return grouped_gated_ffn(x, (0, x.shape[0]), (self,))
+
     def by_torch(self, x: Tensor) -> Tensor:
         """x [R, D] -> [R, D] without native kernels."""
         gate, up, down = self._layers
@@ -83,3 +87,15 @@ def grouped_gated_ffn(x: Tensor, offsets: Sequence[int], experts: Sequence[Gated
         first.kernels.threads,
     )
     return y
+
+
+def gated_product(gate: Tensor, up: Tensor, *, kernels: NativeKernels | None) -> Tensor:
+    """silu(gate) * up, both [R, F] of one dtype: what lies between the linears, with the bits that it has there."""
+    if kernels is None or gate.device.type != "cpu":
+        return silu(gate) * up
+    gate, up = gate.contiguous(), up.contiguous()
+    product = torch.empty_like(gate)
+    kernels.gated_product(
+        gate.data_ptr(), up.data_ptr(), product.data_ptr(), gate.numel(), int(gate.dtype == torch.bfloat16)
+    )
+    return product

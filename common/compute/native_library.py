@@ -24,7 +24,7 @@ from pathlib import Path
 
 import structlog
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
 # Contraction stays off: which products are fused is written in the source, not chosen by the compiler.
@@ -83,6 +83,9 @@ class NativeKernels:
     write_kv: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer
     rope: ctypes._NamedFuncPointer
+    gated_product: ctypes._NamedFuncPointer
+    set_word: ctypes._NamedFuncPointer
+    await_word: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -219,7 +222,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         packed_values=function("packed_values", integer, integer, integer, result=integer),
         gated_ffn=function("gated_ffn", pointer, pointer, pointer, integer, integer, integer, integer),
         attention=function("attention", pointer, integer),
-        write_kv=function("write_kv", *[pointer, integer] * 2, *[pointer] * 3, *[integer] * 4, quick=True),
+        write_kv=function("write_kv", *[pointer, integer] * 2, *[pointer] * 3, *[integer] * 5, quick=True),
         rms_norm=function(
             "rms_norm", pointer, integer, *[pointer] * 4, integer, integer, ctypes.c_float, integer, quick=True
         ),
@@ -235,6 +238,9 @@ def _opened(path: Path, threads: int) -> NativeKernels:
             integer,
             quick=True,
         ),
+        gated_product=function("gated_product", *[pointer] * 3, *[integer] * 2, quick=True),
+        set_word=function("set_word", pointer, integer, quick=True),
+        await_word=function("await_word", pointer, integer, pointer, *[integer] * 3, result=integer),
     )
 
 

@@ -33,6 +33,15 @@ class LayerKvCache:
     def num_blocks(self) -> int:
         return self.keys.shape[0]
 
+    @property
+    def heads_between_blocks(self) -> int:
+        """KV heads from one block to the next: more than `keys` has where it is a view of some heads."""
+        return self.keys.stride(0) // (self.keys.shape[2] * KV_BLOCK_TOKENS)
+
+    def of_heads(self, start: int, stop: int) -> LayerKvCache:
+        """A view of KV heads [start, stop)."""
+        return LayerKvCache(self.keys[:, start:stop], self.values[:, start:stop])
+
 
 class _AttentionDescriptor(ctypes.Structure):
     """`struct Attention` of common/compute/native/attention.h."""
@@ -44,7 +53,7 @@ class _AttentionDescriptor(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("tokens", "heads", "kv_heads", "width", "max_blocks", "window", "threads")
+            for name in ("tokens", "heads", "kv_heads", "cache_heads", "width", "max_blocks", "window", "threads")
         ),
         ("scale", ctypes.c_double),
     )
@@ -97,6 +106,7 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
         slots.data_ptr(),
         tokens,
         kv_heads,
+        cache.heads_between_blocks,
         width,
         int(key.dtype == torch.bfloat16),
     )
@@ -160,6 +170,7 @@ def paged_attention(
         tokens,
         heads,
         kv_heads,
+        cache.heads_between_blocks,
         width,
         block_tables.shape[1],
         sliding_window,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,17 @@ class MicroBatch:
     """int64 [S]: rows whose hidden state is projected to the vocabulary."""
     sampling: SamplingColumns | None
     """None only in a self-test."""
+    number: int = 0
+    """By which the ranks of this stage know it."""
+
+    def rows(self, start: int, stop: int) -> MicroBatch:
+        """Token rows [start, stop) alone, as far as attention is concerned."""
+        return replace(
+            self,
+            positions=self.positions[start:stop],
+            row_sequence=self.row_sequence[start:stop],
+            slots=self.slots[start:stop],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ constexpr int BLOCK_ROWS = 24;  // (token, head) rows that share a KV head and g
 
 struct Attention {  // mirrored by _AttentionDescriptor in services/stage/attention_kernel.py
     const void* query;          // [T, H, d]
-    const void* keys;           // [blocks, Hkv, d, 32]
-    const void* values;         // [blocks, Hkv, 32, d]
+    const void* keys;           // [blocks, Hkv of the cache, d, 32], from the first head that is attended
+    const void* values;         // [blocks, Hkv of the cache, 32, d]
     const int32_t* tables;      // [S, max_blocks]
     const int32_t* sequences;   // [T], a row of tables
     const int32_t* positions;   // [T]
     void* output;               // [T, H, d]
-    int64_t tokens, heads, kv_heads, width, max_blocks, window, threads;
+    int64_t tokens, heads, kv_heads, cache_heads, width, max_blocks, window, threads;
     double scale;
 };
 
@@ -157,7 +157,7 @@ template <class T> void attend_rows(const Attention& a, const Part& part) {
             rows.begin[r] = (int)std::min<int64_t>(KV_BLOCK, std::max<int64_t>(0, starts[r] - t * KV_BLOCK));
             rows.end[r] = (int)std::max<int64_t>(0, std::min<int64_t>(KV_BLOCK, positions[r] - t * KV_BLOCK + 1));
         }
-        const int64_t at = ((int64_t)table[t] * a.kv_heads + part.kv_head) * tile_values;
+        const int64_t at = ((int64_t)table[t] * a.cache_heads + part.kv_head) * tile_values;
         const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
         // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
         const float scale = (float)a.scale;
@@ -204,13 +204,13 @@ template <class T> void attention(const Attention& a) {
 
 template <class T>
 void write_rows(const T* key, int64_t key_stride, const T* value, int64_t value_stride, T* keys, T* values,
-                const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t width) {
+                const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t cache_heads, int64_t width) {
     for (int64_t t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;
         int64_t block = slots[t] / KV_BLOCK, offset = slots[t] % KV_BLOCK;
         for (int64_t h = 0; h < kv_heads; h++) {
             const T *k = key + t * key_stride + h * width, *v = value + t * value_stride + h * width;
-            int64_t at = (block * kv_heads + h) * width * KV_BLOCK;
+            int64_t at = (block * cache_heads + h) * width * KV_BLOCK;
             for (int64_t i = 0; i < width; i++) keys[at + i * KV_BLOCK + offset] = k[i];
             memcpy(values + at + offset * width, v, width * sizeof(T));
         }

@@ -47,4 +47,11 @@ void gated_ffn(const bf16* x, bf16* y, const Group& g, int64_t d, int64_t thread
     linear(product, width, (const bf16*)g.down, nullptr, y + g.begin * d, rows, width, d, threads);
 }
 
+template <class T> void gated_product(const T* gate, const T* up, T* product, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int64_t left = n - i;
+        put(product + i, as(silu_of(take(gate + i, left)), gate) * take(up + i, left), left);
+    }
+}
+
 }  // namespace

@@ -15,6 +15,7 @@
 #include "gated_ffn.h"
 #include "linear.h"
 #include "norm_rope.h"
+#include "rank_words.h"
 
 struct Linear {  // mirrored by _LinearDescriptor in linear.py
     const void* packed;
@@ -24,7 +25,7 @@ struct Linear {  // mirrored by _LinearDescriptor in linear.py
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 3; }
+int64_t moemesh_abi_version(void) { return 4; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -78,14 +79,27 @@ void moemesh_attention(const Attention* a, int64_t is_bf16) {
 }
 
 void moemesh_write_kv(const void* key, int64_t key_stride, const void* value, int64_t value_stride, void* keys,
-                      void* values, const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t width,
-                      int64_t is_bf16) {
+                      void* values, const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t cache_heads,
+                      int64_t width, int64_t is_bf16) {
     if (is_bf16)
         write_rows((const bf16*)key, key_stride, (const bf16*)value, value_stride, (bf16*)keys, (bf16*)values, slots,
-                   tokens, kv_heads, width);
+                   tokens, kv_heads, cache_heads, width);
     else
         write_rows((const float*)key, key_stride, (const float*)value, value_stride, (float*)keys, (float*)values,
-                   slots, tokens, kv_heads, width);
+                   slots, tokens, kv_heads, cache_heads, width);
+}
+
+// product[i] = silu(gate[i]) * up[i]: what the gated FFN has between its linears, for a rank that holds a part of them.
+void moemesh_gated_product(const void* gate, const void* up, void* product, int64_t n, int64_t is_bf16) {
+    if (is_bf16) gated_product((const bf16*)gate, (const bf16*)up, (bf16*)product, n);
+    else gated_product((const float*)gate, (const float*)up, (float*)product, n);
+}
+
+void moemesh_set_word(void* word, int64_t value) { set_word((RankWord*)word, value); }
+
+int64_t moemesh_await_word(void* word, int64_t value, const void* epoch_word, int64_t epoch, int64_t spin_ns,
+                           int64_t timeout_ns) {
+    return await_word((RankWord*)word, value, (const RankWord*)epoch_word, epoch, spin_ns, timeout_ns);
 }
 
 // `added` and `summed` are both null or both [rows, width].

@@ -33,7 +33,11 @@ class Attention:
     kernels: NativeKernels | None
 
     def __call__(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
-        """x [T, D] -> [T, D]; writes the tokens' K and V into the cache first, so that they attend to themselves."""
+        """x [T, D] -> [T, D]."""
+        return self.output(self.heads(x, batch, rotary, cache))
+
+    def heads(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
+        """x [T, D] -> [T, H * N]; writes the tokens' K and V into the cache first, so that they attend to themselves."""
         num_tokens = x.shape[0]
         rotated_heads = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(num_tokens, rotated_heads + self.num_kv_heads, self.head_dim)
@@ -56,7 +60,7 @@ class Attention:
             sliding_window=self.sliding_window or 0,
             kernels=self.kernels,
         )
-        return self.output(attended.reshape(num_tokens, self.num_heads * self.head_dim))
+        return attended.reshape(num_tokens, self.num_heads * self.head_dim)
 
 
 def repeat_norm_weights(query_norm: Tensor, key_norm: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:

@@ -6,18 +6,15 @@ T tokens, D model width, K experts a token, S sampled rows, V tokens of the voca
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
-from common.compute.linear import PackedLinear
 from common.compute.native_library import NativeKernels
 from common.compute.rms_norm import add_rms_norm, rms_norm
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.attention import Attention
 from services.stage.model.gate import Gate
 from services.stage.model.rope import RotaryTable
 
@@ -39,15 +36,21 @@ ForwardPass = Generator[ExpertCall, Tensor, Tensor]
 """Yields expert calls, is sent their answers, returns hidden states [T, D]."""
 
 
+Attend = Callable[[Tensor, MicroBatch, tuple[Tensor, Tensor], LayerKvCache], Tensor]
+"""[T, D] -> [T, D], with the cache of the layer: `Attention`, or all ranks' parts of it."""
+Feed = Callable[[Tensor], Tensor]
+"""[T, D] -> [T, D]: a dense feed-forward network."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Attention and a feed-forward half: a gate (experts elsewhere) or a dense FFN."""
 
     index: int
     input_norm: Tensor
-    attention: Attention
+    attention: Attend
     post_attention_norm: Tensor
-    feed_forward: Gate | GatedExpert
+    feed_forward: Gate | Feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,16 @@ class StageModel:
     layers: tuple[DecoderLayer, ...]
     rotary: RotaryTable
     rms_norm_eps: float
-    embedding: Tensor | None
-    """[V, D] on the first stage."""
+    embedding: Callable[[Tensor], Tensor] | None
+    """Token ids int64 [T] -> [T, D]; on the first stage."""
     final_norm: Tensor | None
-    lm_head: PackedLinear | None
-    """On the last stage."""
+    lm_head: Callable[[Tensor], Tensor] | None
+    """[S, D] -> [S, V]; on the last stage."""
     kernels: NativeKernels | None
 
     def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
         """Hidden states of a micro-batch after this stage's layers."""
-        x = batch.hidden if self.embedding is None else self.embedding[batch.hidden]
+        x = batch.hidden if self.embedding is None else self.embedding(batch.hidden)
         if not x.shape[0]:
             return x  # the step only releases sequences
         rotary = self.rotary.rows(batch.positions)
@@ -78,7 +81,7 @@ class StageModel:
                 experts, weights = layer.feed_forward(normed)
                 fed = yield ExpertCall(layer.index, normed, experts, weights)
             else:
-                fed = grouped_gated_ffn(normed, (0, normed.shape[0]), (layer.feed_forward,))
+                fed = layer.feed_forward(normed)
             if number == len(self.layers):
                 return x + fed
             x, normed = self._add_norm(x, fed, self.layers[number].input_norm)

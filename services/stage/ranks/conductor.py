@@ -1,0 +1,148 @@
+"""Rank 0's side of commands: one after another, each read by all before the next, each done by all before it returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.errors import RankLostError
+from services.stage.micro_batch import MicroBatch
+from services.stage.ranks.board import RankBoard
+from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.commands import Op, write_command
+from services.stage.ranks.cut import RankCut
+from services.stage.ranks.part_compute import pieces
+
+LOOK_S = 0.02
+"""How long to wait for a rank before looking whether it lives."""
+
+
+class Vigil(Protocol):
+    """Who knows whether ranks live."""
+
+    def check(self, seat: int, waited_s: float) -> None:
+        """Raises RankLostError for a seat whose process is gone, or does nothing while rank 0 waits for it."""
+
+
+class Conductor:
+    """What the ranks do, `use` having said which they are. After a RankLostError only `begin_epoch` is of use."""
+
+    def __init__(self, board: RankBoard, vigil: Vigil) -> None:
+        self._board = board
+        self._vigil = vigil
+        self.epoch = board.get("epoch")
+        self._turn = board.get("turn")
+        self._seats: tuple[int, ...] = (0,)
+        self._attached: tuple[int, ...] = ()
+        self._is_broken = False
+        self._num_batches = 0
+        self._batches: dict[int, None] = {}
+        self._columns = 1
+        self._dtype = torch.float32
+        self._meeting = Meeting(board, (0,), 0, self._wait)
+        self.cut = RankCut()
+        self.collectives: Collectives = BoardCollectives(board, 0, 1, self._meeting)
+
+    @property
+    def is_broken(self) -> bool:
+        """A command has not come through: the ranks do not agree any more where they are."""
+        return self._is_broken
+
+    @property
+    def num_batches(self) -> int:
+        """That ranks know and that are not through."""
+        return len(self._batches)
+
+    def attach(self, seats: Sequence[int]) -> None:
+        """These seats read commands from now on, whether they have a rank or not."""
+        self._attached = tuple(seats)
+        for seat in seats:
+            self._board.set("taken", seat, max(self._turn, self._board.get("taken", seat)))
+
+    def use(
+        self,
+        cut: RankCut,
+        seats: tuple[int, ...],
+        columns: int,
+        dtype: torch.dtype,
+        collectives: Callable[[Meeting], Collectives],
+    ) -> None:
+        """From now on seat `seats[r]` is rank r. `columns`: values of a row in the widest tensor that ranks exchange."""
+        self.collectives.close()
+        self._seats = seats
+        self.cut = cut
+        self._columns, self._dtype = columns, dtype
+        self._meeting = Meeting(self._board, seats, 0, self._wait)
+        self.collectives = collectives(self._meeting)
+
+    def begin_epoch(self) -> int:
+        """Everything that is under way on other ranks ends."""
+        self.epoch += 1
+        self._board.set("epoch", 0, self.epoch)
+        self._batches.clear()
+        self._is_broken = False
+        return self.epoch
+
+    def tell(self, values: Sequence[int]) -> None:
+        """A command that is no part of a forward pass. Returns when it is said. Raises RankLostError."""
+        for seat in self._attached:
+            self._wait("taken", seat, self._turn)
+        write_command(self._board.command, values)
+        self._turn += 1
+        self._board.set("turn", 0, self._turn)
+        self._meeting.begin(self._turn)
+
+    @contextlib.contextmanager
+    def command(self, values: Sequence[int], x: Tensor) -> Iterator[Collectives]:
+        """All ranks work on x in the body. Raises RankLostError."""
+        if self._is_broken:
+            raise RankLostError("the ranks of this stage are out of step")
+        self._is_broken = True  # until it is through: what raises in between leaves the others waiting
+        self.collectives.lay_out(x)
+        self.tell(values)
+        self.collectives.broadcast(x, tuple(x.shape), x.dtype)
+        yield self.collectives
+        self._is_broken = False
+
+    def in_pieces(self, x: Tensor, columns: int, compute: Callable[[int, int], Tensor]) -> Tensor:
+        """`compute(start, stop)` for all rows of x, as many at a time as the board holds -> [T, columns]."""
+        num_rows = x.shape[0]
+        # Token ids are wider than any number of the model.
+        dtype = x.dtype if x.dtype.itemsize > self._dtype.itemsize else self._dtype
+        spans = pieces(num_rows, self._columns, self._board.slab_bytes, dtype)
+        if len(spans) == 1:
+            return compute(0, num_rows)
+        whole = torch.empty((num_rows, columns), dtype=self._dtype)
+        for start, stop in spans:
+            whole[start:stop] = compute(start, stop)
+        return whole
+
+    def begin_batch(self, batch: MicroBatch) -> None:
+        """Give it a number, and tell the ranks where its rows stand. Raises RankLostError."""
+        self._num_batches += 1
+        batch.number = self._num_batches
+        self._batches[batch.number] = None
+        columns = (batch.slots, batch.positions, batch.row_sequence, batch.block_tables)
+        data = torch.cat([column.contiguous().view(-1).view(torch.uint8) for column in columns])
+        oldest = next(iter(self._batches))
+        sizes = (batch.slots.shape[0], *batch.block_tables.shape)
+        for start in range(0, data.shape[0], self._board.slab_bytes):
+            piece = data[start : start + self._board.slab_bytes]
+            self._board.input[: piece.shape[0]] = piece
+            self.tell((Op.BATCH, batch.number, *sizes, start, piece.shape[0], oldest))
+            self._meeting.arrive()
+            self._meeting.wait_for_all()  # before the slab is written again
+
+    def end_batch(self, batch: MicroBatch) -> None:
+        """Ranks forget it with the next one."""
+        self._batches.pop(batch.number, None)
+
+    def _wait(self, name: str, seat: int, value: int) -> None:
+        waited_s = 0.0
+        while not self._board.wait(name, seat, value, self.epoch, LOOK_S):
+            waited_s += LOOK_S
+            self._vigil.check(seat, waited_s)

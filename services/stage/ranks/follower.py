@@ -1,0 +1,271 @@
+"""A rank other than the first: it does its part of each command, in order. It has no socket and no forward pass.
+
+It ends with rank 0's process, and when anything goes wrong: rank 0 sees that, and starts another in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+import torch
+
+from common.array import Int64Array
+from common.compute.native_library import NativeKernels
+from common.errors import MoemeshError
+from common.loader_thread import LoaderThread
+from common.model_config import ModelConfig
+from common.tensor import DTYPES
+from common.weights import CheckpointWeights
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.rope import RotaryTable
+from services.stage.part_loading import PartLoader
+from services.stage.ranks.board import EpochOver, RankBoard
+from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.commands import DTYPE_NAMES, LoadOrder, Op, cut_of, decode_load
+from services.stage.ranks.cut import RankCut
+from services.stage.ranks.part_compute import attend, feed
+from services.stage.ranks.shared_caches import take_caches
+from services.stage.ranks.shared_memory import SharedMemory
+from services.stage.ranks.stage_part import StagePart, load_part
+
+LOOK_S = 0.05
+"""How often a rank without a command looks after its loads."""
+
+
+@dataclass(slots=True)
+class _Load:
+    order: LoadOrder
+    rank: int
+    seats: tuple[int, ...]
+    """Of all ranks, in order."""
+    future: Future[StagePart]
+    reported: bool = False
+
+    @property
+    def cut(self) -> RankCut:
+        return cut_of(self.order, self.rank)
+
+
+@dataclass(slots=True)
+class _Batch:
+    batch: MicroBatch
+    rotary: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Arriving:
+    number: int = 0
+    data: bytearray = field(default_factory=bytearray)
+
+
+class Follower:
+    """The loop of one seat."""
+
+    def __init__(
+        self,
+        board: RankBoard,
+        seat: int,
+        config: ModelConfig,
+        checkpoint: Path,
+        num_positions: int,
+        kernels: NativeKernels,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._board = board
+        self._seat = seat
+        self._config = config
+        self._checkpoint = checkpoint
+        self._num_positions = num_positions
+        self._kernels = kernels
+        self._log = log
+        self._loader = LoaderThread()
+        self._epoch = board.get("epoch")
+        self._turn = board.get("turn")
+        self._loads: dict[int, _Load] = {}
+        self._part: StagePart | None = None
+        self._cut = RankCut()
+        self._caches: list[LayerKvCache] = []
+        self._own_caches: list[LayerKvCache] = []
+        self._batches: dict[int, _Batch] = {}
+        self._arriving = _Arriving()
+        self._meeting: Meeting | None = None
+        self._collectives: Collectives | None = None
+        self._rotary: dict[torch.dtype, RotaryTable] = {}
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Serve until told to stop. Whatever goes wrong is raised, and ends the process."""
+        with torch.inference_mode():
+            while not should_stop():
+                try:
+                    if self._board.wait("turn", 0, self._turn + 1, self._epoch, LOOK_S):
+                        self._obey()
+                except EpochOver:
+                    self._begin_epoch()
+                self._report_loads()
+
+    def _begin_epoch(self) -> None:
+        self._epoch = self._board.get("epoch")
+        self._turn = self._board.get("turn")
+        self._batches.clear()
+        self._loads.clear()
+        self._part = self._meeting = None
+        if self._collectives is not None:
+            self._collectives.close()
+            self._collectives = None
+        self._board.set("taken", self._seat, self._turn)
+        self._board.set("settled", self._seat, self._epoch)
+
+    def _obey(self) -> None:
+        command = self._board.command.copy()
+        self._turn += 1
+        self._board.set("taken", self._seat, self._turn)
+        op = Op(int(command[0]))
+        if op is Op.LOAD:
+            self._load(command)
+        elif op is Op.USE:
+            self._use(int(command[1]), int(command[2]))
+        elif op is Op.MEMORY:
+            self._map_memory(command)
+        elif op is Op.FORGET_MEMORY:
+            self._caches, self._own_caches = [], []
+        elif self._part is not None:
+            self._compute(op, command)
+
+    # ---- computing
+
+    def _compute(self, op: Op, command: Int64Array) -> None:
+        meeting, collectives, part = self._meeting, self._collectives, self._part
+        assert meeting is not None, "USE comes before"
+        assert collectives is not None, "USE comes before"
+        assert part is not None, "USE comes before"
+        meeting.begin(self._turn)
+        width = self._config.hidden_size
+        if op is Op.BATCH:
+            self._take_batch(command)
+            meeting.arrive()
+        elif op is Op.ATTEND:
+            number, layer, start, stop = command[1:5].tolist()
+            known = self._batches[number]
+            x = collectives.broadcast(None, (stop - start, width), part.dtype)
+            rotary = known.rotary[0][start:stop], known.rotary[1][start:stop]
+            own = known.batch.rows(start, stop)
+            attend(part.attention[layer], self._cut, collectives, x, own, rotary, self._own_caches[layer])
+        elif op is Op.FEED:
+            layer, rows = command[1:3].tolist()
+            dense = part.dense[layer]
+            assert dense is not None, "rank 0 has the same layers"
+            feed(dense, self._cut, collectives, collectives.broadcast(None, (rows, width), part.dtype))
+        elif op is Op.EMBED:
+            assert part.embedding is not None, "rank 0 has the same layers"
+            token_ids = collectives.broadcast(None, (int(command[1]),), torch.int64)
+            collectives.gather(part.embedding(token_ids))
+        else:
+            assert op is Op.PROJECT, "no other is left"
+            assert part.lm_head is not None, "rank 0 has the same layers"
+            collectives.gather(part.lm_head(collectives.broadcast(None, (int(command[1]), width), part.dtype)))
+
+    def _take_batch(self, command: Int64Array) -> None:
+        number, tokens, sequences, blocks, start, count, oldest = command[1:8].tolist()
+        if start == 0:
+            self._arriving = _Arriving(number)
+        self._arriving.data += bytes(self._board.input[:count].numpy())
+        total = tokens * 16 + sequences * blocks * 4
+        if start + count < total:
+            return
+        data = torch.frombuffer(self._arriving.data, dtype=torch.uint8)
+        slots, positions, row_sequence, tables = data.split([8 * tokens, 4 * tokens, 4 * tokens, 4 * sequences * blocks])
+        batch = MicroBatch(
+            hidden=torch.zeros(0),
+            positions=positions.view(torch.int32),
+            row_sequence=row_sequence.view(torch.int32),
+            block_tables=tables.view(torch.int32).view(sequences, blocks),
+            slots=slots.view(torch.int64),
+            sampling_rows=torch.zeros(0, dtype=torch.int64),
+            sampling=None,
+            number=number,
+        )
+        assert self._part is not None
+        for gone in [other for other in self._batches if other < oldest]:
+            del self._batches[gone]
+        self._batches[number] = _Batch(batch, self._part.rotary.rows(batch.positions))
+
+    # ---- weights and memory
+
+    def _load(self, command: Int64Array) -> None:
+        order, rank, seats = decode_load(command, self._seat)
+        if rank < 0:
+            self._board.set("loaded", self._seat, order.number)
+            return
+        future = self._loader.submit(self._read, order, cut_of(order, rank))
+        self._loads = {number: load for number, load in self._loads.items() if load.future.done()}
+        self._loads[order.number] = _Load(order, rank, seats, future)
+
+    def _read(self, order: LoadOrder, cut: RankCut) -> StagePart:
+        """In the loader's thread."""
+        dtype = DTYPES[DTYPE_NAMES[order.dtype]]
+        weights = CheckpointWeights(self._checkpoint, dtype)
+        if dtype not in self._rotary:
+            self._rotary[dtype] = RotaryTable(self._config.rope, self._config.head_dim, self._num_positions, dtype)
+        try:
+            loader = PartLoader(weights, self._config, self._kernels, cut)
+            return load_part(loader, self._config, order, self._rotary[dtype], dtype)
+        finally:
+            weights.close()
+
+    def _report_loads(self) -> None:
+        self._loader.check()
+        for number, load in self._loads.items():
+            if load.reported or not load.future.done():
+                continue
+            load.reported = True
+            error = load.future.exception()
+            if error is None:
+                self._board.set("loaded", self._seat, number)
+                continue
+            if not isinstance(error, (MoemeshError, ValueError, RuntimeError, MemoryError)):
+                raise error
+            self._log.error("part_not_loaded", seat=self._seat, reason=str(error))
+            self._board.say(self._seat, str(error))
+            self._board.set("failed", self._seat, number)
+
+    def _use(self, number: int, port: int) -> None:
+        load = self._loads.pop(number, None)
+        self._part = self._meeting = None
+        if self._collectives is not None:
+            self._collectives.close()
+            self._collectives = None
+        if load is None:  # no rank in this one
+            return
+        self._part = load.future.result()
+        self._cut = load.cut
+        self._loads = {other: kept for other, kept in self._loads.items() if other > number}
+        self._meeting = Meeting(self._board, load.seats, load.rank, self._wait)
+        if port:
+            # It takes a second to import, and most meshes do without.
+            from services.stage.ranks.torch_collectives import TorchCollectives, open_store
+
+            self._collectives = TorchCollectives(open_store(port), load.rank, load.order.degree, "cpu")
+        else:
+            self._collectives = BoardCollectives(self._board, load.rank, load.order.degree, self._meeting)
+        self._own_caches = self._heads()
+
+    def _map_memory(self, command: Int64Array) -> None:
+        process, descriptor, num_bytes, num_layers, num_blocks, dtype = command[1:7].tolist()
+        shape = (self._config.num_kv_heads, self._config.head_dim)
+        memory = SharedMemory.open(process, descriptor, num_bytes)
+        self._caches = take_caches(memory, num_layers, num_blocks, shape, DTYPES[DTYPE_NAMES[dtype]])
+        memory.close()
+        self._own_caches = self._heads()
+
+    def _heads(self) -> list[LayerKvCache]:
+        own = self._cut.kv_heads(self._config.num_kv_heads)
+        return [cache.of_heads(own.start, own.stop) for cache in self._caches]
+
+    def _wait(self, name: str, seat: int, value: int) -> None:
+        while not self._board.wait(name, seat, value, self._epoch, LOOK_S):
+            self._loader.check()

@@ -1,0 +1,244 @@
+"""A stage's ranks as its first one sees them: who is there, at which degree they work, what they load, when they change.
+
+The group outlives an incarnation of the stage. When a rank is lost, the incarnation ends (`RankLostError`), and the next
+one begins with `reform`: those that are left, at the highest degree that the model allows. The lost one starts again by
+itself; `may_grow` then, and the stage goes back to its full degree between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import torch
+
+from common.compute.native_library import NativeKernels
+from common.errors import CheckpointError, RankLostError
+from common.model_config import ModelConfig
+from common.topology import StageRole
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.model.decoder import StageModel
+from services.stage.ranks.board import RankBoard
+from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.commands import DTYPE_NAMES, LoadOrder, Op, cut_of, encode_load
+from services.stage.ranks.conductor import Conductor
+from services.stage.ranks.cut import Reduce, best_degree
+from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
+from services.stage.ranks.shared_caches import caches_bytes, take_caches
+from services.stage.ranks.shared_memory import SharedMemory
+from services.stage.ranks.staff import RankStaff
+
+START_S = 30.0
+"""For all ranks to come when the process starts; with fewer the stage begins smaller."""
+SETTLE_S = 1.0
+"""For a rank to hear of a new epoch; one that does not hangs."""
+SLAB_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """What the operator has set."""
+
+    degree: int
+    reduce: Reduce = "ordered"
+    collectives: str = "board"
+    """`board` or `gloo`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """Weights that ranks load or have loaded."""
+
+    order: LoadOrder
+    seats: tuple[int, ...]
+    """In order of ranks."""
+
+
+@dataclass(slots=True)
+class RankGroup:
+    """Made by `StageProcess`. Everything here belongs to the stage's loop, but `staff`, which has a thread."""
+
+    settings: GroupSettings
+    config: ModelConfig
+    board: RankBoard
+    staff: RankStaff
+    log: structlog.stdlib.BoundLogger
+    clock: Callable[[], float] = time.monotonic
+    in_use: RankLoad | None = None
+    conductor: Conductor = field(init=False)
+    _attached: tuple[int, ...] = ()
+    _num_loads: int = 0
+    _memory: SharedMemory | None = None
+    _memory_command: list[int] = field(default_factory=list)
+    _store: Any = None
+
+    def __post_init__(self) -> None:
+        self.conductor = Conductor(self.board, self.staff)
+
+    # ---- who is there
+
+    @property
+    def degree(self) -> int:
+        """At which the ranks work now."""
+        return self.conductor.cut.degree
+
+    def present(self) -> tuple[int, ...]:
+        """Seats whose process is there and reads the board."""
+        seats = range(1, self.settings.degree)
+        return tuple(
+            seat for seat in seats if (pid := self.staff.process_of(seat)) and self.board.get("present", seat) == pid
+        )
+
+    def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Begin an incarnation with those that are there: all of them when the process has just started."""
+        if self._num_loads == 0:
+            deadline_s = self.clock() + START_S
+            while len(self.present()) < self.settings.degree - 1 and self.clock() < deadline_s and not should_stop():
+                time.sleep(0.02)
+        was_lost = self._attached and not set(self._attached) <= set(self.present())
+        if self.in_use is not None and not was_lost and not self.conductor.is_broken:
+            return  # this incarnation has ended for another reason: ranks and weights are as they were
+        epoch = self.conductor.begin_epoch()
+        settled = []
+        for seat in self.present():
+            deadline_s = self.clock() + SETTLE_S
+            while self.board.get("settled", seat) < epoch and self.clock() < deadline_s:
+                time.sleep(0.001)
+            if self.board.get("settled", seat) == epoch:
+                settled.append(seat)
+            else:
+                self.staff.kill(seat, "it does not hear of a new epoch")
+        self.in_use = None
+        self._attached = tuple(settled)
+        self.conductor.attach(self._attached)
+        self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
+
+    def best(self) -> int:
+        """The highest degree with those that read commands."""
+        return best_degree(self.config, 1 + len(self._attached))
+
+    def check(self) -> None:
+        """Raises RankLostError if a rank that is needed is gone."""
+        for seat in self.in_use.seats[1:] if self.in_use is not None else ():
+            self.staff.check(seat, 0.0)
+
+    def may_grow(self) -> bool:
+        """More ranks are there than work, and enough for a higher degree."""
+        if self.in_use is None or self.degree == self.settings.degree:
+            return False
+        return best_degree(self.config, 1 + len(self.present())) > self.degree
+
+    def attach_present(self) -> None:
+        """Let those that have come meanwhile read commands, and know the memory."""
+        self._attached = self.present()
+        for seat in self._attached:
+            self.board.set("settled", seat, self.conductor.epoch)
+        self.conductor.attach(self._attached)
+        if self._memory_command:
+            self.conductor.tell(self._memory_command)
+
+    # ---- weights
+
+    def begin_load(self, role: StageRole, dtype: torch.dtype) -> RankLoad:
+        """Let the ranks load their parts, for the highest degree there is. Raises RankLostError."""
+        self._num_loads += 1
+        degree = self.best()
+        seats = (0, *self._attached[: degree - 1])
+        order = LoadOrder(
+            number=self._num_loads,
+            degree=degree,
+            first_layer=role.layers.start,
+            stop_layer=role.layers.stop,
+            is_first=int(role.is_first),
+            is_last=int(role.is_last),
+            dtype=DTYPE_NAMES.index(str(dtype).removeprefix("torch.")),
+            adds_partial_sums=int(self.settings.reduce == "fast" and degree > 1),
+        )
+        if self._attached:
+            ranks = [seats.index(seat) if seat in seats else -1 for seat in range(self.settings.degree)]
+            self.conductor.tell(encode_load(order, ranks))
+        return RankLoad(order, seats)
+
+    def is_loaded(self, load: RankLoad) -> bool:
+        """Whether every other rank has its part. Raises RankLostError, or CheckpointError with what a rank said."""
+        for seat in load.seats[1:]:
+            self.staff.check(seat, 0.0)
+            if self.board.get("failed", seat) == load.order.number:
+                raise CheckpointError(f"rank {load.seats.index(seat)}: {self.board.said(seat)}")
+        return all(self.board.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
+
+    def use(self, load: RankLoad) -> None:
+        """Work with these weights from now on; no micro-batch may be under way. Raises RankLostError."""
+        if self.in_use == load:
+            return
+        port = 0
+        by_torch = self.settings.collectives == "gloo" and load.order.degree > 1
+        if by_torch:
+            from services.stage.ranks.torch_collectives import open_store
+
+            self._store = open_store()
+            port = self._store.port
+        self.conductor.collectives.close()
+        if self._attached:
+            self.conductor.tell((Op.USE, load.order.number, port))
+        config, degree = self.config, load.order.degree
+        columns = max(
+            config.hidden_size * degree,  # a sum has one row a rank
+            config.num_heads * config.head_dim,
+            config.dense_intermediate_size,
+            config.vocab_size + degree,
+        )
+        dtype = getattr(torch, DTYPE_NAMES[load.order.dtype])
+        self.conductor.use(cut_of(load.order, 0), load.seats, columns, dtype, self._collectives(load, by_torch))
+        self.in_use = load
+        self.log.info("ranks_work", degree=degree, seats=list(load.seats), reduce=self.settings.reduce)
+
+    def _collectives(self, load: RankLoad, by_torch: bool) -> Callable[[Meeting], Collectives]:
+        def board_collectives(meeting: Meeting) -> Collectives:
+            return BoardCollectives(self.board, 0, load.order.degree, meeting)
+
+        def torch_collectives(meeting: Meeting) -> Collectives:
+            from services.stage.ranks.torch_collectives import TorchCollectives
+
+            return TorchCollectives(self._store, 0, load.order.degree, "cpu")
+
+        return torch_collectives if by_torch else board_collectives
+
+    def put_on(self, model: StageModel, load: RankLoad) -> StageModel | ParallelStageModel:
+        """A model of rank 0's parts with the others' behind it; of a single rank, as it is."""
+        if load.order.degree == 1:
+            return model
+        return put_on_ranks(model, self.conductor, cut_of(load.order, 0), self.config)
+
+    # ---- memory
+
+    def allocate_caches(self, num_layers: int, num_blocks: int, dtype: torch.dtype) -> list[LayerKvCache]:
+        """Zeroed K and V that all ranks have. Raises OSError for want of memory, RankLostError."""
+        self.forget_memory()
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        num_bytes = caches_bytes(num_layers, num_blocks, shape, dtype)
+        memory = SharedMemory.create(num_bytes, "moemesh-kv")
+        caches = take_caches(memory, num_layers, num_blocks, shape, dtype)
+        name = DTYPE_NAMES.index(str(dtype).removeprefix("torch."))
+        self._memory = memory
+        self._memory_command = [Op.MEMORY, os.getpid(), memory.descriptor, num_bytes, num_layers, num_blocks, name]
+        if self._attached:
+            self.conductor.tell(self._memory_command)
+        return caches
+
+    def forget_memory(self) -> None:
+        """Let K and V go, on all ranks."""
+        if self._memory is None:
+            return
+        self._memory.close()
+        self._memory, self._memory_command = None, []
+        if self._attached:
+            self.conductor.tell((Op.FORGET_MEMORY,))
+
+    def end(self) -> None:
+        """Of the process."""
+        self.staff.end()

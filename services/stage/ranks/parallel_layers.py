@@ -1,0 +1,135 @@
+"""Layers of a stage with ranks, as rank 0's forward pass sees them: each is one command, and its own part of the work.
+
+The forward pass itself, norms, gates and the residual stream exist on rank 0 only: the formula in
+`services/stage/model/decoder.py` does not know of ranks. T tokens, D model width, S sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.attention import Attention
+from services.stage.model.decoder import DecoderLayer, ForwardPass, StageModel
+from services.stage.model.dense_part import DensePart
+from services.stage.model.gate import Gate
+from services.stage.ranks.commands import Op
+from services.stage.ranks.conductor import Conductor
+from services.stage.ranks.cut import RankCut
+from services.stage.ranks.part_compute import attend, feed
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelAttention:
+    """All ranks' heads of one layer."""
+
+    part: Attention
+    layer: int
+    conductor: Conductor
+
+    def __call__(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
+        """x [T, D] -> [T, D]. Raises RankLostError."""
+        conductor = self.conductor
+
+        def compute(start: int, stop: int) -> Tensor:
+            own_rotary = rotary[0][start:stop], rotary[1][start:stop]
+            rows = x[start:stop]
+            with conductor.command((Op.ATTEND, batch.number, self.layer, start, stop), rows) as collectives:
+                whole = attend(self.part, conductor.cut, collectives, rows, batch.rows(start, stop), own_rotary, cache)
+            assert whole is not None
+            return whole
+
+        return conductor.in_pieces(x, x.shape[1], compute)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelFeed:
+    """All ranks' parts of a dense feed-forward network."""
+
+    part: DensePart
+    layer: int
+    conductor: Conductor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]. Raises RankLostError."""
+        conductor = self.conductor
+
+        def compute(start: int, stop: int) -> Tensor:
+            rows = x[start:stop]
+            with conductor.command((Op.FEED, self.layer, stop - start), rows) as collectives:
+                whole = feed(self.part, conductor.cut, collectives, rows)
+            assert whole is not None
+            return whole
+
+        return conductor.in_pieces(x, x.shape[1], compute)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelColumns:
+    """The embedding or the lm_head: each rank has some output columns of it."""
+
+    part: Callable[[Tensor], Tensor]
+    op: Op
+    num_columns: int
+    """Of the whole; what ranks have beyond that is filler."""
+    conductor: Conductor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, ...] -> [T, columns]. Raises RankLostError."""
+        conductor = self.conductor
+
+        def compute(start: int, stop: int) -> Tensor:
+            rows = x[start:stop]
+            with conductor.command((self.op, stop - start), rows) as collectives:
+                whole = collectives.gather(self.part(rows))
+            assert whole is not None
+            return whole[:, : self.num_columns]
+
+        # A copy: what is embedded is the residual stream, and outlives the next command.
+        return conductor.in_pieces(x, self.num_columns, compute).clone()
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelStageModel(StageModel):
+    """A stage's model whose layers are cut over ranks. Ranks are told of a micro-batch when its forward pass begins."""
+
+    conductor: Conductor
+    kv_heads: slice
+
+    def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
+        """Hidden states of a micro-batch after this stage's layers. Raises RankLostError."""
+        own = [cache.of_heads(self.kv_heads.start, self.kv_heads.stop) for cache in caches]
+        self.conductor.begin_batch(batch)
+        try:
+            return (yield from StageModel.forward(self, batch, own))
+        finally:
+            self.conductor.end_batch(batch)
+
+
+def put_on_ranks(
+    model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig
+) -> ParallelStageModel:
+    """A model of rank 0's parts, with the other ranks' parts behind it."""
+    layers = tuple(_parallel(layer, number, conductor) for number, layer in enumerate(model.layers))
+    embedding, lm_head = model.embedding, model.lm_head
+    if embedding is not None:
+        embedding = ParallelColumns(embedding, Op.EMBED, config.hidden_size, conductor)
+    if lm_head is not None:
+        lm_head = ParallelColumns(lm_head, Op.PROJECT, config.vocab_size, conductor)
+    common = {field.name: getattr(model, field.name) for field in fields(model)}
+    common |= {"layers": layers, "embedding": embedding, "lm_head": lm_head}
+    return ParallelStageModel(**common, conductor=conductor, kv_heads=cut.kv_heads(config.num_kv_heads))
+
+
+def _parallel(layer: DecoderLayer, number: int, conductor: Conductor) -> DecoderLayer:
+    assert isinstance(layer.attention, Attention)
+    attention = ParallelAttention(layer.attention, number, conductor)
+    if isinstance(layer.feed_forward, Gate):
+        return replace(layer, attention=attention)
+    assert isinstance(layer.feed_forward, DensePart)
+    return replace(layer, attention=attention, feed_forward=ParallelFeed(layer.feed_forward, number, conductor))

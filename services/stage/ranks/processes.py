@@ -1,0 +1,92 @@
+"""How the process of a rank is started, and what it does: `python -m services.stage.ranks`, started by rank 0 only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import torch
+
+from common.child_process import end_with_parent
+from common.compute.native_library import NativeKernels, load_native_kernels
+from common.errors import ConfigurationError
+from common.model_config import ModelConfig, read_model_config
+from services.stage.ranks.board import RankBoard
+from services.stage.ranks.cut import check_degree
+from services.stage.ranks.follower import Follower
+from services.stage.ranks.group import SLAB_BYTES, GroupSettings, RankGroup
+from services.stage.ranks.shared_memory import SharedMemory
+from services.stage.ranks.staff import RankStaff
+
+
+def open_group(
+    settings: GroupSettings,
+    config: ModelConfig,
+    checkpoint: Path,
+    num_positions: int,
+    kernels: NativeKernels | None,
+    log: structlog.stdlib.BoundLogger,
+) -> RankGroup:
+    """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be."""
+    check_degree(config, settings.degree)
+    if kernels is None:
+        raise ConfigurationError(
+            f"TP={settings.degree} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
+        )
+    memory = SharedMemory.create(RankBoard.num_bytes(SLAB_BYTES), "moemesh-ranks")
+    board = RankBoard(memory, SLAB_BYTES, kernels)
+    staff = RankStaff(settings.degree - 1, _spawner(memory, checkpoint, num_positions, kernels), log)
+    staff.start()
+    return RankGroup(settings, config, board, staff, log)
+
+
+def _spawner(
+    memory: SharedMemory, checkpoint: Path, num_positions: int, kernels: NativeKernels
+) -> Callable[[int], subprocess.Popen[bytes]]:
+    parent = os.getpid()
+
+    def spawn(seat: int) -> subprocess.Popen[bytes]:
+        arguments = {
+            "seat": seat,
+            "board": memory.descriptor,
+            "bytes": memory.num_bytes,
+            "checkpoint": checkpoint,
+            "positions": num_positions,
+            "threads": kernels.threads,
+        }
+        options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        return subprocess.Popen(
+            [sys.executable, "-m", "services.stage.ranks", *options],
+            pass_fds=(memory.descriptor,),
+            preexec_fn=lambda: end_with_parent(parent),
+        )
+
+    return spawn
+
+
+def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
+    """The work of a rank, until rank 0 ends. Raises MoemeshError."""
+    parser = argparse.ArgumentParser(prog="python -m services.stage.ranks")
+    for name in ("seat", "board", "bytes", "positions", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 hears it too, and ends in order
+    torch.set_num_threads(options.threads)
+    kernels = load_native_kernels(threads=options.threads)
+    if kernels is None:
+        raise ConfigurationError("a rank needs the native kernels that rank 0 has")
+    memory = SharedMemory(options.board, options.bytes)
+    board = RankBoard(memory, SLAB_BYTES, kernels)
+    config = read_model_config(options.checkpoint)
+    follower = Follower(board, options.seat, config, options.checkpoint, options.positions, kernels, log)
+    board.set("settled", options.seat, board.get("epoch"))
+    board.set("present", options.seat, os.getpid())
+    follower.run()

@@ -1,0 +1,45 @@
+"""What a rank other than the first has of a stage's layers: no norms, no gates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.compute.linear import PackedLinear
+from common.model_config import ModelConfig
+from services.stage.model.attention import Attention
+from services.stage.model.dense_part import DensePart
+from services.stage.model.embedding import Embedding
+from services.stage.model.rope import RotaryTable
+from services.stage.part_loading import PartLoader
+from services.stage.ranks.commands import LoadOrder
+
+
+@dataclass(frozen=True, slots=True)
+class StagePart:
+    """By layer, from the stage's first."""
+
+    attention: tuple[Attention, ...]
+    dense: tuple[DensePart | None, ...]
+    """None for a layer with experts."""
+    embedding: Embedding | None
+    lm_head: PackedLinear | None
+    rotary: RotaryTable
+    dtype: torch.dtype
+
+
+def load_part(
+    loader: PartLoader, config: ModelConfig, order: LoadOrder, rotary: RotaryTable, dtype: torch.dtype
+) -> StagePart:
+    """Raises CheckpointError for a tensor that is missing or has another shape."""
+    layers = range(order.first_layer, order.stop_layer)
+    dense = [None if config.moe_layers[layer] else loader.dense(layer) for layer in layers]
+    return StagePart(
+        attention=tuple(loader.attention(layer) for layer in layers),
+        dense=tuple(part if isinstance(part, DensePart) else None for part in dense),
+        embedding=loader.embedding() if order.is_first else None,
+        lm_head=loader.lm_head() if order.is_last else None,
+        rotary=rotary,
+        dtype=dtype,
+    )

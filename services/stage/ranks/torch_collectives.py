@@ -1,0 +1,74 @@
+"""Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
+
+A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(seconds=20)
+"""For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
+
+
+class TorchCollectives:
+    """The default group of this process."""
+
+    def __init__(self, store: dist.Store, rank: int, degree: int, device: str) -> None:
+        """All ranks come here together. Raises RuntimeError when one of them does not."""
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+        self._rank = rank
+        self.degree = degree
+        self.seconds = 0.0
+        self.count = 0
+
+    def lay_out(self, x: Tensor) -> None:
+        return None
+
+    def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        began_s = time.perf_counter()
+        whole = torch.empty(shape, dtype=dtype) if x is None else x.contiguous()
+        dist.broadcast(whole, src=0)
+        self._count(began_s)
+        return whole
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        began_s = time.perf_counter()
+        parts = [torch.empty_like(part) for _ in range(self.degree)]
+        dist.all_gather(parts, part.contiguous())
+        self._count(began_s)
+        return torch.cat(parts, dim=1)
+
+    def gather(self, part: Tensor) -> Tensor | None:
+        began_s = time.perf_counter()
+        parts = [torch.empty_like(part) for _ in range(self.degree)] if self._rank == 0 else None
+        dist.gather(part.contiguous(), parts, dst=0)
+        self._count(began_s)
+        return torch.cat(parts, dim=1) if parts is not None else None
+
+    def sum(self, part: Tensor) -> Tensor | None:
+        began_s = time.perf_counter()
+        total = part.contiguous()
+        dist.all_reduce(total)
+        self._count(began_s)
+        return total if self._rank == 0 else None
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    def _count(self, began_s: float) -> None:
+        self.seconds += time.perf_counter() - began_s
+        self.count += 1
+
+
+def open_store(port: int | None = None) -> dist.TCPStore:
+    """The rendezvous store: rank 0's own (None: it draws a port), or that at a port of this host."""
+    return dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False, timeout=TIMEOUT)

@@ -1,0 +1,162 @@
+"""The ranks of a stage as threads of the test: the board, the commands and the arithmetic are the real ones."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from common.errors import RankLostError
+from common.model_config import ModelConfig, read_model_config
+from common.topology import StageRole
+from common.weights import CheckpointWeights
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.loading import load_stage
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.decoder import StageModel
+from services.stage.ranks.board import RankBoard
+from services.stage.ranks.commands import cut_of
+from services.stage.ranks.follower import Follower
+from services.stage.ranks.group import GroupSettings, RankGroup
+from services.stage.ranks.shared_memory import SharedMemory
+from tests.support.kernels import kernels_for
+
+NUM_POSITIONS = 512
+
+
+class ThreadStaff:
+    """In place of RankStaff: seats are threads, and a test says which are gone."""
+
+    def __init__(self) -> None:
+        self.gone: set[int] = set()
+        self.killed: list[int] = []
+
+    def process_of(self, seat: int) -> int:
+        return 0 if seat in self.gone else os.getpid()
+
+    def check(self, seat: int, waited_s: float) -> None:
+        if seat in self.gone:
+            raise RankLostError(f"the rank of seat {seat} is gone")
+        assert waited_s < 10, "a rank does not answer"
+
+    def kill(self, seat: int, why: str) -> None:
+        self.gone.add(seat)
+        self.killed.append(seat)
+
+    def end(self) -> None:
+        return None
+
+
+class ThreadRanks:
+    """A group and its followers."""
+
+    def __init__(self, checkpoint: Path, settings: GroupSettings, slab_bytes: int = 1 << 20) -> None:
+        self.checkpoint = checkpoint
+        self.config: ModelConfig = read_model_config(checkpoint)
+        kernels = kernels_for("native")
+        assert kernels is not None
+        self.kernels = kernels
+        self.log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+        self.memory = SharedMemory.create(RankBoard.num_bytes(slab_bytes), "test-ranks")
+        self.slab_bytes = slab_bytes
+        self.staff = ThreadStaff()
+        self._stopping: dict[int, threading.Event] = {}
+        self.threads: dict[int, threading.Thread] = {}
+        self.errors: list[BaseException] = []
+        staff: Any = self.staff
+        self.group = RankGroup(settings, self.config, self.board(), staff, self.log)
+        for seat in range(1, settings.degree):
+            self.start(seat)
+
+    def board(self) -> RankBoard:
+        """Another view of the same memory, as a process of its own has it."""
+        memory = SharedMemory.open(os.getpid(), self.memory.descriptor, self.memory.num_bytes)
+        return RankBoard(memory, self.slab_bytes, self.kernels)
+
+    def start(self, seat: int) -> None:
+        """Let a seat's rank begin."""
+        board = self.board()
+        follower = Follower(board, seat, self.config, self.checkpoint, NUM_POSITIONS, self.kernels, self.log)
+        stopping = self._stopping[seat] = threading.Event()
+        board.set("settled", seat, board.get("epoch"))
+        board.set("present", seat, os.getpid())
+        self.staff.gone.discard(seat)
+
+        def run() -> None:
+            try:
+                follower.run(stopping.is_set)
+            except BaseException as error:
+                self.errors.append(error)
+                self.staff.gone.add(seat)
+
+        self.threads[seat] = threading.Thread(target=run, daemon=True)
+        self.threads[seat].start()
+
+    def lose(self, seat: int) -> None:
+        """Its process is gone."""
+        self._stopping[seat].set()
+        self.threads[seat].join(5)
+        self.staff.gone.add(seat)
+
+    def model(self, role: StageRole, dtype: torch.dtype) -> StageModel:
+        """Load and use a role's layers at the degree that is to be had now."""
+        load = self.group.begin_load(role, dtype)
+        weights = CheckpointWeights(self.checkpoint, dtype)
+        own = load_stage(weights, self.config, role, NUM_POSITIONS, self.kernels, cut_of(load.order, 0))
+        while not self.group.is_loaded(load):
+            pass
+        self.group.use(load)
+        return self.group.put_on(own, load)
+
+    def end(self) -> None:
+        for seat in self._stopping:
+            self._stopping[seat].set()
+        for thread in self.threads.values():
+            thread.join(5)
+
+
+@contextmanager
+def rank_threads(checkpoint: Path, degree: int, slab_bytes: int = 1 << 20, **settings: Any) -> Iterator[ThreadRanks]:
+    """Formed, and ended afterwards; what went wrong on a rank fails the test."""
+    ranks = ThreadRanks(checkpoint, GroupSettings(degree, **settings), slab_bytes)
+    ranks.group.reform()
+    try:
+        yield ranks
+    finally:
+        ranks.end()
+    assert not ranks.errors, ranks.errors
+
+
+def batch_of(hidden: torch.Tensor, start: int, blocks: list[int]) -> MicroBatch:
+    """One sequence's rows from position `start` on, in these KV blocks."""
+    count = hidden.shape[0]
+    positions = torch.arange(start, start + count)
+    tables = torch.tensor([blocks], dtype=torch.int32)
+    return MicroBatch(
+        hidden=hidden,
+        positions=positions.to(torch.int32),
+        row_sequence=torch.zeros(count, dtype=torch.int32),
+        block_tables=tables,
+        slots=tables[0][positions // KV_BLOCK_TOKENS].to(torch.int64) * KV_BLOCK_TOKENS + positions % KV_BLOCK_TOKENS,
+        sampling_rows=torch.tensor([count - 1]),
+        sampling=None,
+    )
+
+
+def run_pass(model: StageModel, batch: MicroBatch, caches: list[LayerKvCache]) -> torch.Tensor:
+    """A forward pass whose experts answer with a fixed function of what they are asked."""
+    forward = model.forward(batch, caches)
+    with torch.inference_mode():
+        try:
+            call = next(forward)
+            while True:
+                call = forward.send((call.hidden * 0.5 + call.weights.sum(dim=1, keepdim=True)).to(call.hidden.dtype))
+        except StopIteration as stop:
+            hidden: torch.Tensor = stop.value
+    return hidden
