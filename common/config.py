@@ -33,12 +33,18 @@ class Settings(BaseSettings):
     experts: int = Field(default=2, ge=1, description="expert processes to start")
     copies: int = Field(default=2, ge=1, description="safety copies of each expert")
     expert_slices: int = Field(default=1, ge=1, description="cuts of each expert along its width")
-    tp: int = Field(default=1, ge=1, description="tensor-parallel ranks of a stage")
+    tp: int = Field(default=1, ge=1, description="tensor-parallel ranks of a stage: processes on its host")
 
     # ---- numbers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     combine: Literal["exact", "partial"] = "exact"
-    threads: int = Field(default=1, ge=1, description="compute threads of a process")
+    threads: int = Field(default=1, ge=1, description="compute threads of a process, and of each rank of a stage")
+    tp_reduce: Literal["ordered", "fast"] = Field(
+        default="ordered", description="fast: ranks add partial sums, and bits depend on TP"
+    )
+    tp_collectives: Literal["board", "gloo"] = Field(
+        default="board", description="how ranks exchange parts: shared memory, or torch.distributed"
+    )
 
     # ---- the scheduler's budgets
     max_batch_tokens: int = Field(default=512, ge=1)
@@ -98,10 +104,6 @@ def read_settings() -> Settings:
             for problem in error.errors()
         )
         raise ConfigurationError(f"wrong settings: {problems}") from None
-    if settings.tp != 1:
-        raise ConfigurationError(
-            f"TP={settings.tp}: tensor parallelism inside a stage is not built yet; use TP=1 and a larger PP"
-        )
     if settings.expert_loss == "degrade" and settings.combine != "exact":
         raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
     return settings

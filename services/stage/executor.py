@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.errors import RankLostError
 from common.messages import Header, Step
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.micro_batch import MicroBatch
@@ -102,6 +103,8 @@ class Executor:
         except StopIteration as stop:
             self._running.discard(running)
             return Finished(running, stop.value)
+        except RankLostError:
+            raise  # of this stage there is nothing left that could go on
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
             self._running.discard(running)
             return Broken(running, error)

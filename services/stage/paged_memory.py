@@ -9,6 +9,7 @@ paged memory: block * KV_BLOCK_TOKENS + offset.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from common.compute.native_library import NativeKernels
 from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache, write_kv
 
+CacheAllocator = Callable[[int, int, int, int, torch.dtype], list[LayerKvCache]]
+"""Layers, blocks, KV heads, head width, dtype -> one zeroed cache a layer."""
 PROBE_BLOCKS = 1
 """After the router's blocks: self-tests write there."""
 
@@ -123,8 +126,9 @@ def allocate_paged_memory(
     kernels: NativeKernels | None,
     *,
     with_log: bool,
+    allocate_caches: CacheAllocator = allocate_kv_cache,
 ) -> PagedMemory:
     """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises ValueError."""
-    caches = allocate_kv_cache(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype)
+    caches = allocate_caches(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype)
     num_positions = (num_blocks + PROBE_BLOCKS) * KV_BLOCK_TOKENS if with_log else 0
     return PagedMemory(caches, torch.zeros((num_positions, log_width), dtype=dtype), kernels)

@@ -1,4 +1,4 @@
-"""The tensors of a layer range that are cut over ranks, read as one rank has them: no other rank's bytes are touched."""
+"""The tensors of a layer range that are cut over ranks, read as one rank has them: no byte of another rank's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class PartLoader:
             ("v_proj", config.num_kv_heads, kv_heads),
         )
         qkv = [
-            self._weights.tensor(f"{prefix}.{name}.weight", (count * width, config.hidden_size), rows=_times(own, width))
+            self._weights.tensor(
+                f"{prefix}.{name}.weight", (count * width, config.hidden_size), rows=_times(own, width)
+            )
             for name, count, own in projections
         ]
         qkv_bias = None
@@ -72,7 +74,9 @@ class PartLoader:
         config, prefix = self._config, f"model.layers.{layer}.mlp"
         inner = (config.dense_intermediate_size, config.hidden_size)
         own = self._cut.even(config.dense_intermediate_size)
-        gate, up = (self._weights.tensor(f"{prefix}.{name}.weight", inner, rows=own) for name in ("gate_proj", "up_proj"))
+        gate, up = (
+            self._weights.tensor(f"{prefix}.{name}.weight", inner, rows=own) for name in ("gate_proj", "up_proj")
+        )
         if self._cut.is_whole:
             down = self._weights.tensor(f"{prefix}.down_proj.weight", inner[::-1])
             return GatedExpert(gate, up, down, kernels=self._kernels)
@@ -105,7 +109,7 @@ class PartLoader:
         return Embedding(self._weights.tensor("model.embed_tokens.weight", shape, columns=own))
 
     def lm_head(self) -> PackedLinear:
-        """This rank's tokens of the vocabulary; all ranks have parts of one size, so the last ones may have some of 0."""
+        """This rank's tokens of the vocabulary. All parts have one size, so the last ones may end in rows of 0."""
         config = self._config
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         own = self._cut.padded(config.vocab_size)
@@ -117,7 +121,7 @@ class PartLoader:
         return PackedLinear(weight, kernels=self._kernels)
 
     def _second(self, name: str, width: int, own: slice, *, has_bias: bool) -> PackedLinear:
-        """The linear that ends a half of a layer, [D, width]: output columns, or in `fast` the `own` part of its input."""
+        """The linear that ends a half of a layer, [D, width]: output columns, or in `fast` its input's `own` part."""
         config, cut = self._config, self._cut
         columns = own if cut.adds_partial_sums else slice(None)
         rows = slice(None) if cut.adds_partial_sums else cut.even(config.hidden_size)

@@ -17,6 +17,8 @@ from common.transport import MessageSocket
 from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.mirror_link import MirrorLink
+from services.stage.ranks.group import GroupSettings, RankGroup
+from services.stage.ranks.processes import open_group
 from services.stage.service import StageService
 from services.stage.slot_keeper import LoadedLayers, SlotKeeper
 
@@ -24,7 +26,11 @@ from services.stage.slot_keeper import LoadedLayers, SlotKeeper
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Register and serve until told to stop. Raises MoemeshError."""
     stage = StageProcess(settings, log)
-    run_lives(stage.live, log)
+    try:
+        run_lives(stage.live, log)
+    finally:
+        if stage.ranks is not None:
+            stage.ranks.end()
     log.info("stopped")
 
 
@@ -37,10 +43,26 @@ class StageProcess:
         self._kernels = load_native_kernels(threads=settings.threads)
         self._numeric_class = numeric_class("cpu", self._kernels.variant if self._kernels is not None else "torch")
         self._loaded: LoadedLayers | None = None
+        config = self._resources.config
+        self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.max_position_embeddings)
+        self.ranks: RankGroup | None = None
+        if settings.tp > 1:
+            self.ranks = open_group(
+                GroupSettings(settings.tp, settings.tp_reduce, settings.tp_collectives),
+                config,
+                self._resources.checkpoint,
+                self._num_positions,
+                self._kernels,
+                log,
+            )
 
     def live(self) -> None:
         """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
         own = self._resources
+        if self.ranks is not None:
+            self.ranks.reform(own.should_stop)
+            if self._loaded is not None and self._loaded.ranks_load != self.ranks.in_use:
+                self._loaded = None  # cut for other ranks
         transport = open_transport(own.settings, own.log)
         sockets: list[MessageSocket] = []
 
@@ -57,13 +79,14 @@ class StageProcess:
             keeper = SlotKeeper(
                 own.config,
                 own.checkpoint,
-                min(own.settings.max_context_tokens or sys.maxsize, own.config.max_position_embeddings),
+                self._num_positions,
                 self._kernels,
                 transport,
                 node.ipc_token,
                 log,
                 self._loaded,
                 own.loader,
+                self.ranks,
             )
             self._loaded = None  # the keeper lets the layers go when it gets others
             experts = ExpertClient(ExpertNodes(transport, node.ipc_token, log), log)

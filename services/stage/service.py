@@ -11,7 +11,7 @@ import structlog
 import torch
 import zmq
 
-from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
+from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError, RankLostError
 from common.messages import (
     AssignMirror,
     AssignStage,
@@ -94,6 +94,7 @@ class StageService:
             now_s = self._clock()
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
+            self._keeper.grow()
             self._take_steps(now_s)
             self._mirror_intake.acknowledge()
             self._experts.receive(now_s)
@@ -136,6 +137,8 @@ class StageService:
                     self._take_placement(message, header, now_s)
                 else:
                     raise ProtocolError(f"a stage does not take {type(message).__name__}")
+            except RankLostError:
+                raise
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
@@ -268,6 +271,8 @@ class StageService:
                 self._pass_on(slot, outcome)
             else:
                 raise outcome.error
+        except RankLostError:
+            raise
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
             self._log.error("step_broke", step=running.header.step, exc_info=error)
             slot.executor.drop(running)

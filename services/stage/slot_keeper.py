@@ -15,7 +15,7 @@ import torch
 
 from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
-from common.errors import ExecutionError, MoemeshError, ProtocolError
+from common.errors import ExecutionError, MoemeshError, ProtocolError, RankLostError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.loader_thread import LoaderThread
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
@@ -23,16 +23,18 @@ from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole, StageSlot
 from common.transport import MessageSocket, Transport
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import KV_BLOCK_TOKENS
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache
 from services.stage.executor import Executor
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables
 from services.stage.mirror import Mirror
 from services.stage.model.decoder import StageModel
 from services.stage.paged_memory import PagedMemory, allocate_paged_memory
+from services.stage.part_loading import WHOLE
+from services.stage.ranks.group import RankGroup, RankLoad
 from services.stage.step_marks import StepMarks
 
-LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError)
+LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
 """What a damaged checkpoint or too little memory may raise."""
 
 
@@ -44,6 +46,8 @@ class LoadedLayers:
     dtype: torch.dtype
     model: StageModel
     bytes_read: int
+    ranks_load: RankLoad | None = None
+    """Where the stage has ranks: what they loaded with it."""
 
 
 class MemoryTag(NamedTuple):
@@ -76,6 +80,17 @@ class Loading:
     layers: LayerRange
     dtype: torch.dtype
     future: Future[LoadedLayers]
+    ranks_load: RankLoad | None
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingLoad:
+    """The layers of the slot that is served, cut for more ranks."""
+
+    layers: LayerRange
+    dtype: torch.dtype
+    future: Future[LoadedLayers]
+    ranks_load: RankLoad
 
 
 @dataclass(slots=True)
@@ -122,8 +137,10 @@ class SlotKeeper:
         log: structlog.stdlib.BoundLogger,
         loaded: LoadedLayers | None = None,
         loader: LoaderThread | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
-        """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins."""
+        """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins. With `ranks`
+        any method may raise RankLostError, which ends the incarnation."""
         self._config = config
         self._checkpoint = checkpoint
         self._num_positions = num_positions
@@ -132,6 +149,8 @@ class SlotKeeper:
         self._ipc_token = ipc_token
         self._log = log
         self._loader = loader or LoaderThread()
+        self._ranks = ranks
+        self._growing: GrowingLoad | None = None
         self.loaded = loaded
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
@@ -167,11 +186,18 @@ class SlotKeeper:
         if loaded is not None and (loaded.layers, loaded.dtype) == (layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
         self._drop_memory()
-        self.loaded = None  # makes room before the new layers come
+        self.loaded = self._growing = None  # makes room before the new layers come
         self._log.info("loading_layers", first=layers.start, stop=layers.stop)
-        future = self._loader.submit(self._load, role_of(message, header), dtype)
-        self._loading = Loading(message, header, layers, dtype, future)
+        self._loading = self._begin_load(message, header, layers, dtype)
         return None
+
+    def _begin_load(
+        self, message: AssignStage | AssignMirror, header: Header, layers: LayerRange, dtype: torch.dtype
+    ) -> Loading:
+        role = role_of(message, header)
+        ranks_load = self._ranks.begin_load(role, dtype) if self._ranks is not None else None
+        future = self._loader.submit(self._load, role, dtype, ranks_load)
+        return Loading(message, header, layers, dtype, future, ranks_load)
 
     def poll(self) -> Taken | Refused | None:
         """What became of the assignment that was loading; None while there is nothing new.
@@ -179,15 +205,55 @@ class SlotKeeper:
         Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
         """
         self._loader.check()
+        if self._ranks is not None:
+            self._ranks.check()
         loading = self._loading
         if loading is None or not loading.future.done():
             return None
-        self._loading = None
         try:
+            if not self._ranks_are_loaded(loading):
+                return None
+            self._loading = None
             self.loaded = loading.future.result()
+        except RankLostError:
+            raise
         except LOADING_ERRORS as error:
+            self._loading = None
             return self._refuse(error, loading.header)
+        self._use_ranks(self.loaded)
         return self._enter(loading.message, loading.header, self.loaded)
+
+    def grow(self) -> None:
+        """Go back to the full degree, where ranks have come back: load beside the work, change over between steps."""
+        ranks, growing, slot = self._ranks, self._growing, self.slot
+        if ranks is None or self._loading is not None:
+            return
+        if growing is None:
+            if slot is not None and ranks.may_grow():
+                ranks.attach_present()
+                role, loaded = slot.role, self.loaded
+                assert loaded is not None, "a slot has layers"
+                ranks_load = ranks.begin_load(role, loaded.dtype)
+                future = self._loader.submit(self._load, role, loaded.dtype, ranks_load)
+                self._growing = GrowingLoad(loaded.layers, loaded.dtype, future, ranks_load)
+            return
+        if slot is None or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
+            return
+        if slot.executor.num_running:
+            return
+        self._growing = None
+        self.loaded = growing.future.result()
+        self._use_ranks(self.loaded)
+        slot.model = self.loaded.model
+        slot.executor = Executor(slot.model, slot.held.memory)
+        slot.executor.self_test()
+
+    def _ranks_are_loaded(self, loading: Loading) -> bool:
+        return self._ranks is None or loading.ranks_load is None or self._ranks.is_loaded(loading.ranks_load)
+
+    def _use_ranks(self, loaded: LoadedLayers) -> None:
+        if self._ranks is not None and loaded.ranks_load is not None:
+            self._ranks.use(loaded.ranks_load)
 
     def leave(self) -> None:
         """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
@@ -198,7 +264,8 @@ class SlotKeeper:
     def forget(self) -> None:
         """Leave, and give the memory up too."""
         self.leave()
-        self._held = None
+        self._growing = None
+        self._drop_memory()
 
     def _end_mirror(self) -> None:
         """Keep what was copied, as far as it is good; who mirrors this memory next must get all of it."""
@@ -213,6 +280,8 @@ class SlotKeeper:
     def _drop_memory(self) -> None:
         self._end_mirror()
         self._held = None
+        if self._ranks is not None:
+            self._ranks.forget_memory()
 
     def _close_slot(self) -> None:
         if self.slot is not None:
@@ -225,12 +294,15 @@ class SlotKeeper:
         self.leave()
         self._loader.give_up()
 
-    def _load(self, role: StageRole, dtype: torch.dtype) -> LoadedLayers:
+    def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
         """In the loader's thread."""
         weights = CheckpointWeights(self._checkpoint, dtype)
-        model = load_stage(weights, self._config, role, self._num_positions, self._kernels)
+        cut = WHOLE if ranks_load is None else ranks_load.cut
+        model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
         weights.close()
-        return LoadedLayers(role.layers, dtype, model, weights.bytes_read)
+        if self._ranks is not None and ranks_load is not None:
+            model = self._ranks.put_on(model, ranks_load)
+        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, ranks_load)
 
     def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
         try:
@@ -239,6 +311,8 @@ class SlotKeeper:
             if isinstance(message, AssignMirror):
                 return self._follow(message, header, held)
             return self._take_slot(message, header, loaded, held)
+        except RankLostError:
+            raise
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
 
@@ -260,6 +334,7 @@ class SlotKeeper:
             loaded.dtype,
             self._kernels,
             with_log=message.slot < message.num_slots - 1,
+            allocate_caches=allocate_kv_cache if self._ranks is None else self._ranks.allocate_caches,
         )
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
         return self._held

@@ -42,3 +42,9 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return fields[0] not in ("Z", "X")
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of its children, ascending."""
+    threads = (Path("/proc") / str(pid) / "task").iterdir()
+    return sorted(int(child) for thread in threads for child in (thread / "children").read_text().split())

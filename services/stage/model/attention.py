@@ -37,7 +37,7 @@ class Attention:
         return self.output(self.heads(x, batch, rotary, cache))
 
     def heads(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
-        """x [T, D] -> [T, H * N]; writes the tokens' K and V into the cache first, so that they attend to themselves."""
+        """x [T, D] -> [T, H * N]; K and V go into the cache first, so that the tokens attend to themselves."""
         num_tokens = x.shape[0]
         rotated_heads = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(num_tokens, rotated_heads + self.num_kv_heads, self.head_dim)

@@ -28,5 +28,5 @@ class DensePart:
         return gated_product(self.gate(x), self.up(x), kernels=self.kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D]: what this rank's part of the middle adds to the output, `down` being cut along its input."""
+        """x [T, D] -> [T, D]: what this rank adds to the output, `down` being cut along its input."""
         return self.down(self.middle(x))

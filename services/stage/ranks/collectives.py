@@ -15,7 +15,6 @@ from torch import Tensor
 
 from services.stage.ranks.board import RankBoard, slab_view
 
-
 MAX_PHASES = 8
 """Of one command."""
 
@@ -51,7 +50,9 @@ class Meeting:
     """Phases of a command that its ranks reach together; `begin` each command. A phase is numbered by its command, so
     that ranks agree which one it is, whatever became of the command before."""
 
-    def __init__(self, board: RankBoard, seats: tuple[int, ...], rank: int, wait: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self, board: RankBoard, seats: tuple[int, ...], rank: int, wait: Callable[[str, int, int], None]
+    ) -> None:
         """`seats` in order of ranks. `wait` for a seat's word to reach a value; it raises what ends the wait."""
         self._board = board
         self._others = tuple(seat for seat in seats if seat != seats[rank])

@@ -1,4 +1,4 @@
-"""Rank 0's side of commands: one after another, each read by all before the next, each done by all before it returns."""
+"""Rank 0's side of commands: one after another, each done by all before it returns."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Conductor:
         dtype: torch.dtype,
         collectives: Callable[[Meeting], Collectives],
     ) -> None:
-        """From now on seat `seats[r]` is rank r. `columns`: values of a row in the widest tensor that ranks exchange."""
+        """From now on seat `seats[r]` is rank r. `columns`: values of a row of the widest tensor that they exchange."""
         self.collectives.close()
         self._seats = seats
         self.cut = cut
@@ -123,11 +123,13 @@ class Conductor:
 
     def begin_batch(self, batch: MicroBatch) -> None:
         """Give it a number, and tell the ranks where its rows stand. Raises RankLostError."""
+        if not batch.slots.shape[0]:
+            return  # the step only releases sequences
         self._num_batches += 1
         batch.number = self._num_batches
         self._batches[batch.number] = None
         columns = (batch.slots, batch.positions, batch.row_sequence, batch.block_tables)
-        data = torch.cat([column.contiguous().view(-1).view(torch.uint8) for column in columns])
+        data = torch.frombuffer(bytearray(b"".join(column.numpy().tobytes() for column in columns)), dtype=torch.uint8)
         oldest = next(iter(self._batches))
         sizes = (batch.slots.shape[0], *batch.block_tables.shape)
         for start in range(0, data.shape[0], self._board.slab_bytes):

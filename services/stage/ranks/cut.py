@@ -43,7 +43,7 @@ class RankCut:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def kv_heads(self, num_kv_heads: int) -> slice:
-        """KV heads of this rank's query heads. Where there are fewer of them than ranks, several ranks have the same."""
+        """KV heads of this rank's query heads. Where there are fewer of them than ranks, several ranks have one."""
         start = self.rank * num_kv_heads // self.degree
         return slice(start, start + max(1, num_kv_heads // self.degree))
 

@@ -1,8 +1,8 @@
-"""A stage's ranks as its first one sees them: who is there, at which degree they work, what they load, when they change.
+"""A stage's ranks as its first one sees them: who is there, at which degree they work, what they load.
 
-The group outlives an incarnation of the stage. When a rank is lost, the incarnation ends (`RankLostError`), and the next
-one begins with `reform`: those that are left, at the highest degree that the model allows. The lost one starts again by
-itself; `may_grow` then, and the stage goes back to its full degree between two steps.
+The group outlives an incarnation of the stage. When a rank is lost, the incarnation ends (`RankLostError`), and the
+next one begins with `reform`: those that are left, at the highest degree that the model allows. The lost one starts
+again by itself; `may_grow` then, and the stage goes back to its full degree between two steps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 import structlog
 import torch
 
-from common.compute.native_library import NativeKernels
-from common.errors import CheckpointError, RankLostError
+from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.topology import StageRole
 from services.stage.attention_kernel import LayerKvCache
@@ -26,7 +25,7 @@ from services.stage.ranks.board import RankBoard
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
 from services.stage.ranks.commands import DTYPE_NAMES, LoadOrder, Op, cut_of, encode_load
 from services.stage.ranks.conductor import Conductor
-from services.stage.ranks.cut import Reduce, best_degree
+from services.stage.ranks.cut import RankCut, Reduce, best_degree
 from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
 from services.stage.ranks.shared_caches import caches_bytes, take_caches
 from services.stage.ranks.shared_memory import SharedMemory
@@ -56,6 +55,11 @@ class RankLoad:
     order: LoadOrder
     seats: tuple[int, ...]
     """In order of ranks."""
+
+    @property
+    def cut(self) -> RankCut:
+        """Rank 0's."""
+        return cut_of(self.order, 0)
 
 
 @dataclass(slots=True)
@@ -115,6 +119,7 @@ class RankGroup:
         self.in_use = None
         self._attached = tuple(settled)
         self.conductor.attach(self._attached)
+        self.forget_memory()
         self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
 
     def best(self) -> int:
@@ -193,7 +198,7 @@ class RankGroup:
             config.vocab_size + degree,
         )
         dtype = getattr(torch, DTYPE_NAMES[load.order.dtype])
-        self.conductor.use(cut_of(load.order, 0), load.seats, columns, dtype, self._collectives(load, by_torch))
+        self.conductor.use(load.cut, load.seats, columns, dtype, self._collectives(load, by_torch))
         self.in_use = load
         self.log.info("ranks_work", degree=degree, seats=list(load.seats), reduce=self.settings.reduce)
 
@@ -212,14 +217,16 @@ class RankGroup:
         """A model of rank 0's parts with the others' behind it; of a single rank, as it is."""
         if load.order.degree == 1:
             return model
-        return put_on_ranks(model, self.conductor, cut_of(load.order, 0), self.config)
+        return put_on_ranks(model, self.conductor, load.cut, self.config)
 
     # ---- memory
 
-    def allocate_caches(self, num_layers: int, num_blocks: int, dtype: torch.dtype) -> list[LayerKvCache]:
+    def allocate_caches(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerKvCache]:
         """Zeroed K and V that all ranks have. Raises OSError for want of memory, RankLostError."""
         self.forget_memory()
-        shape = (self.config.num_kv_heads, self.config.head_dim)
+        shape = (num_kv_heads, head_dim)
         num_bytes = caches_bytes(num_layers, num_blocks, shape, dtype)
         memory = SharedMemory.create(num_bytes, "moemesh-kv")
         caches = take_caches(memory, num_layers, num_blocks, shape, dtype)

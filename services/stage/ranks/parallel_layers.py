@@ -111,9 +111,7 @@ class ParallelStageModel(StageModel):
             self.conductor.end_batch(batch)
 
 
-def put_on_ranks(
-    model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig
-) -> ParallelStageModel:
+def put_on_ranks(model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig) -> ParallelStageModel:
     """A model of rank 0's parts, with the other ranks' parts behind it."""
     layers = tuple(_parallel(layer, number, conductor) for number, layer in enumerate(model.layers))
     embedding, lm_head = model.embedding, model.lm_head

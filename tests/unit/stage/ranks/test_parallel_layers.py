@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import CheckpointError, RankLostError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.model_config import read_model_config
 from common.topology import LayerRange, StageRole, StageSlot
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import allocate_kv_cache
+from services.stage.attention_kernel import LayerKvCache, allocate_kv_cache
 from services.stage.loading import load_stage
+from services.stage.model.decoder import StageModel
 from tests.support.checkpoints import (
     MIXTRAL_SLIDING_TIED,
     QWEN3,
@@ -22,9 +24,11 @@ from tests.support.checkpoints import (
     write_checkpoint,
 )
 from tests.support.kernels import kernels_for, one_torch_thread  # noqa: F401
-from tests.support.rank_threads import NUM_POSITIONS, batch_of, rank_threads, run_pass
+from tests.support.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
+from tests.support.waiting import wait_until
 
 BLOCKS = [2, 0, 1]
+RECIPES = [QWEN3, QWEN3_DENSE_LAYERS, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SLIDING_TIED]
 
 
 def whole_role(num_layers: int) -> StageRole:
@@ -32,40 +36,126 @@ def whole_role(num_layers: int) -> StageRole:
     return StageRole(slot, LayerRange(0, num_layers), LeaseTerm(1), Generation(1), 1)
 
 
-def token_ids(count: int, vocab_size: int) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.int64) * 7919 % vocab_size
-
-
 Alone = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
+def two_steps(model: StageModel, caches: list[LayerKvCache], vocab_size: int) -> list[torch.Tensor]:
+    """Logits of a prefill of 49 tokens and of a decode step after it."""
+    ids = torch.arange(50, dtype=torch.int64) * 7919 % vocab_size
+    with torch.inference_mode():
+        return [
+            model.logits(run_pass(model, batch_of(part, start, BLOCKS), caches))
+            for part, start in ((ids[:49], 0), (ids[49:], 49))
+        ]
+
+
 def alone(checkpoint: Path, dtype: torch.dtype) -> Alone:
-    """Logits of a prefill, a decode step, and K of each layer, of a stage without ranks."""
+    """Logits, and K of each layer, of a stage without ranks."""
     config = read_model_config(checkpoint)
-    model = load_stage(
-        CheckpointWeights(checkpoint, dtype), config, whole_role(config.num_layers), NUM_POSITIONS, kernels_for("native")
-    )
+    weights, role = CheckpointWeights(checkpoint, dtype), whole_role(config.num_layers)
+    model = load_stage(weights, config, role, NUM_POSITIONS, kernels_for("native"))
     caches = allocate_kv_cache(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype)
-    ids = token_ids(50, config.vocab_size)
-    results = [model.logits(run_pass(model, batch_of(part, start, BLOCKS), caches)) for part, start in
-               ((ids[:49], 0), (ids[49:], 49))]
-    return results, [cache.keys.clone() for cache in caches]
+    return two_steps(model, caches, config.vocab_size), [cache.keys for cache in caches]
 
 
-@pytest.mark.parametrize("recipe", [QWEN3, QWEN3_DENSE_LAYERS, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SLIDING_TIED], ids=lambda r: r.name)
+def over_ranks(ranks: ThreadRanks, dtype: torch.dtype) -> Alone:
+    """The same, of a stage with these ranks."""
+    config = ranks.config
+    model = ranks.model(whole_role(config.num_layers), dtype)
+    caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype)
+    return two_steps(model, caches, config.vocab_size), [cache.keys for cache in caches]
+
+
+def assert_same(got: Alone, expected: Alone) -> None:
+    assert all(
+        torch.equal(one, other) for pair in zip(got, expected, strict=True) for one, other in zip(*pair, strict=True)
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_degrees_1_2_and_4_give_the_same_bits(recipe: Recipe, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, recipe)
-    dtype = recipe.dtype
-    expected, keys = alone(checkpoint, dtype)
+    expected = alone(checkpoint, recipe.dtype)
     for degree in (2, 4):
         with rank_threads(checkpoint, degree) as ranks:
-            config = ranks.config
-            model = ranks.model(whole_role(config.num_layers), dtype)
+            assert_same(over_ranks(ranks, recipe.dtype), expected)
             assert ranks.group.degree == degree
-            caches = ranks.group.allocate_caches(config.num_layers, 3, dtype)
-            ids = token_ids(50, config.vocab_size)
-            for (part, start), logits in zip(((ids[:49], 0), (ids[49:], 49)), expected, strict=True):
-                with torch.inference_mode():
-                    got = model.logits(run_pass(model, batch_of(part, start, BLOCKS), caches))
-                assert torch.equal(got, logits)
-            assert all(torch.equal(cache.keys, own) for cache, own in zip(caches, keys, strict=True))
+
+
+def test_rows_that_do_not_fit_the_board_together_go_in_pieces(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3_DENSE_LAYERS)
+    with rank_threads(checkpoint, 2, slab_bytes=4096) as ranks:
+        assert_same(over_ranks(ranks, torch.float32), alone(checkpoint, torch.float32))
+
+
+def test_partial_sums_are_close_and_not_the_same(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3_DENSE_LAYERS)
+    expected, _ = alone(checkpoint, torch.float32)
+    with rank_threads(checkpoint, 2, reduce="fast") as ranks:
+        got, _ = over_ranks(ranks, torch.float32)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(got[0], expected[0])
+
+
+def test_those_that_are_left_go_on_at_a_smaller_degree_and_grow_again_when_the_lost_one_is_back(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    expected = alone(checkpoint, torch.float32)
+    with rank_threads(checkpoint, 4) as ranks:
+        group = ranks.group
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        ranks.lose(2)
+        with pytest.raises(RankLostError, match="seat 2"):
+            group.check()
+        group.reform()
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        assert (group.degree, group.in_use.seats if group.in_use else ()) == (2, (0, 1))
+        assert not group.may_grow()
+        ranks.lose(1)
+        group.reform()
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        assert group.in_use is not None
+        assert group.in_use.seats == (0, 3), "a seat takes any rank"
+        ranks.start(1)
+        ranks.start(2)
+        assert group.may_grow()
+        group.attach_present()
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        assert group.degree == 4
+
+
+def test_a_rank_that_is_lost_in_mid_command_ends_the_wait_and_the_next_epoch_begins_anew(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    expected = alone(checkpoint, torch.float32)
+    with rank_threads(checkpoint, 4) as ranks:
+        config = ranks.config
+        model = ranks.model(whole_role(config.num_layers), torch.float32)
+        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        ranks.lose(3)
+        with pytest.raises(RankLostError):
+            two_steps(model, caches, config.vocab_size)
+        ranks.group.reform()
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        assert ranks.group.degree == 2
+
+
+def test_a_part_that_cannot_be_loaded_is_said_by_its_rank(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    with rank_threads(checkpoint, 2) as ranks:
+        index = LayerRange(0, ranks.config.num_layers)
+        (tmp_path / "model.safetensors").write_bytes(b"damaged")
+        load = ranks.group.begin_load(whole_role(index.stop), torch.float32)
+        with pytest.raises(CheckpointError, match=r"rank 1: .*model\.safetensors"):
+            wait_until(lambda: ranks.group.is_loaded(load), 10, "the part is loaded")
+
+
+def test_a_step_that_only_releases_sequences_needs_no_rank(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    with rank_threads(checkpoint, 2) as ranks:
+        config = ranks.config
+        model = ranks.model(whole_role(config.num_layers), torch.float32)
+        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        turn = ranks.group.board.get("turn")
+        hidden = run_pass(model, batch_of(torch.zeros(0, dtype=torch.int64), 0, []), caches)
+        assert hidden.shape == (0, config.hidden_size)
+        assert ranks.group.board.get("turn") == turn
