@@ -198,6 +198,12 @@ class Heartbeat:
     """Stage: how often an expert node was taken to hang."""
     degraded_rows: int = 0
     """Stage: token rows of a layer that went on without one of their experts."""
+    rank_degree: int = 1
+    """Stage: ranks that work together now."""
+    reduce_seconds: float = 0.0
+    """Stage: spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
+    reduces: int = 0
+    """How often."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from common.topology import NodeKind
 from services.router.mesh_status import MeshStatus
 
 
@@ -103,6 +104,11 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_degraded_rows", "Token rows that went on without one of their experts", hops.degraded_rows),
     ):
         yield CounterMetricFamily(name, text, value)
+    reduces = SummaryMetricFamily(
+        "moemesh_tp_reduce_seconds", "Putting the parts of a stage's ranks together, by its first rank, waits included"
+    )
+    reduces.add_metric([], hops.reduces, hops.reduce_seconds)
+    yield reduces
     yield CounterMetricFamily("moemesh_dropped_messages", "Messages of an old term or generation", hops.dropped)
 
 
@@ -111,6 +117,7 @@ def _nodes(status: MeshStatus) -> Iterator[Metric]:
     busy = CounterMetricFamily("moemesh_node_busy_seconds", "Time spent computing", labels=["node", "kind"])
     rows = CounterMetricFamily("moemesh_node_rows", "Rows computed", labels=["node", "kind"])
     queued = GaugeMetricFamily("moemesh_node_queued", "Steps or calls waiting", labels=["node", "kind"])
+    ranks = GaugeMetricFamily("moemesh_stage_ranks", "Ranks of a stage that work together", labels=["node"])
     numbers: dict[tuple[str, str], int] = {}
     for node in status.nodes:
         kind, name = node.description.kind.value, node.description.node_id
@@ -119,6 +126,8 @@ def _nodes(status: MeshStatus) -> Iterator[Metric]:
             busy.add_metric([name, kind], node.heartbeat.busy_seconds)
             rows.add_metric([name, kind], node.heartbeat.rows)
             queued.add_metric([name, kind], node.heartbeat.queued)
+            if node.description.kind is NodeKind.STAGE:
+                ranks.add_metric([name], node.heartbeat.rank_degree)
     for (kind, state), number in numbers.items():
         count.add_metric([kind, state], number)
-    yield from (count, busy, rows, queued)
+    yield from (count, busy, rows, queued, ranks)

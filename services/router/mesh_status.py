@@ -47,6 +47,8 @@ class HopTotals:
     late_answers: int = 0
     cancelled_calls: int = 0
     suspicions: int = 0
+    reduce_seconds: float = 0.0
+    reduces: int = 0
     degraded_rows: int = 0
     dropped: int = 0
 
@@ -65,6 +67,8 @@ class HopTotals:
             self.late_answers += last.late
             self.suspicions += last.suspicions
             self.degraded_rows += last.degraded_rows
+            self.reduce_seconds += last.reduce_seconds
+            self.reduces += last.reduces
         else:
             self.expert_answers += last.hops
             self.expert_queue_seconds += last.hop_seconds

@@ -41,7 +41,10 @@ class StageProcess:
         self._resources = NodeResources(settings, log)
         torch.set_num_threads(settings.threads)
         self._kernels = load_native_kernels(threads=settings.threads)
-        self._numeric_class = numeric_class("cpu", self._kernels.variant if self._kernels is not None else "torch")
+        variant = self._kernels.variant if self._kernels is not None else "torch"
+        if settings.tp > 1 and settings.tp_reduce == "fast":
+            variant += f"+fast{settings.tp}"  # partial sums have other bits
+        self._numeric_class = numeric_class("cpu", variant)
         self._loaded: LoadedLayers | None = None
         config = self._resources.config
         self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.max_position_embeddings)

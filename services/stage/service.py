@@ -367,4 +367,7 @@ class StageService:
             late=self._experts.late_answers,
             suspicions=self._experts.num_suspicions,
             degraded_rows=self._experts.degraded_rows,
+            rank_degree=self._keeper.rank_degree,
+            reduce_seconds=self._keeper.reduces[0],
+            reduces=self._keeper.reduces[1],
         )

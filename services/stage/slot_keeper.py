@@ -165,6 +165,16 @@ class SlotKeeper:
         """Downstream, since start."""
         return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
 
+    @property
+    def rank_degree(self) -> int:
+        """Ranks that work on the slot's layers."""
+        return 1 if self._ranks is None else self._ranks.degree
+
+    @property
+    def reduces(self) -> tuple[float, int]:
+        """Seconds that this rank has spent in putting parts together, and how often it did."""
+        return (0.0, 0) if self._ranks is None else (self._ranks.reduce_seconds, self._ranks.num_reduces)
+
     def assign(self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
         """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
 

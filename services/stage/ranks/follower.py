@@ -178,8 +178,8 @@ class Follower:
         if start + count < total:
             return
         data = torch.frombuffer(self._arriving.data, dtype=torch.uint8)
-        slots, positions, row_sequence, tables = data.split(
-            [8 * tokens, 4 * tokens, 4 * tokens, 4 * sequences * blocks]
+        slots, positions, row_sequence, tables = torch.split(
+            data, [8 * tokens, 4 * tokens, 4 * tokens, 4 * sequences * blocks]
         )
         batch = MicroBatch(
             hidden=torch.zeros(0),

@@ -79,11 +79,23 @@ class RankGroup:
     _memory: SharedMemory | None = None
     _memory_command: list[int] = field(default_factory=list)
     _store: Any = None
+    _reduced: tuple[float, int] = (0.0, 0)
+    """Seconds and count of collectives that are closed."""
 
     def __post_init__(self) -> None:
         self.conductor = Conductor(self.board, self.staff)
 
     # ---- who is there
+
+    @property
+    def reduce_seconds(self) -> float:
+        """That rank 0 has spent in collectives, over all changes of the group."""
+        return self._reduced[0] + self.conductor.collectives.seconds
+
+    @property
+    def num_reduces(self) -> int:
+        """How many there were."""
+        return self._reduced[1] + self.conductor.collectives.count
 
     @property
     def degree(self) -> int:
@@ -187,7 +199,7 @@ class RankGroup:
 
             self._store = open_store()
             port = self._store.port
-        self.conductor.collectives.close()
+        self._reduced = self.reduce_seconds, self.num_reduces
         if self._attached:
             self.conductor.tell((Op.USE, load.order.number, port))
         config, degree = self.config, load.order.degree

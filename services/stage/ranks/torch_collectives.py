@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
 TIMEOUT = timedelta(seconds=20)
 """For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
@@ -20,7 +21,7 @@ TIMEOUT = timedelta(seconds=20)
 class TorchCollectives:
     """The default group of this process."""
 
-    def __init__(self, store: dist.Store, rank: int, degree: int, device: str) -> None:
+    def __init__(self, store: Store, rank: int, degree: int, device: str) -> None:
         """All ranks come here together. Raises RuntimeError when one of them does not."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
         backend = "nccl" if device == "cuda" else "gloo"
@@ -69,6 +70,6 @@ class TorchCollectives:
         self.count += 1
 
 
-def open_store(port: int | None = None) -> dist.TCPStore:
+def open_store(port: int | None = None) -> TCPStore:
     """The rendezvous store: rank 0's own (None: it draws a port), or that at a port of this host."""
-    return dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False, timeout=TIMEOUT)
+    return TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False, timeout=TIMEOUT)

@@ -90,7 +90,17 @@ def test_what_the_dead_have_counted_stays_counted_and_the_living_are_not_counted
 
 def test_what_stages_and_expert_nodes_count_under_one_name_is_kept_apart() -> None:
     totals = HopTotals()
-    beat = replace(BEAT, hedged=5, hedge_wins=3, late=2, suspicions=1, degraded_rows=8)
+    beat = replace(
+        BEAT,
+        hedged=5,
+        hedge_wins=3,
+        late=2,
+        suspicions=1,
+        degraded_rows=8,
+        rank_degree=2,
+        reduce_seconds=1.5,
+        reduces=30,
+    )
     totals.keep(node("s"), beat)
     totals.keep(node("e", NodeKind.EXPERT), replace(BEAT, late=4))
     values = scraped(replace(MeshStatus.starting(""), hops=totals))
@@ -99,4 +109,6 @@ def test_what_stages_and_expert_nodes_count_under_one_name_is_kept_apart() -> No
     assert values[("moemesh_expert_late_answers_total", ())] == 2
     assert values[("moemesh_expert_calls_cancelled_total", ())] == 4
     assert values[("moemesh_expert_suspicions_total", ())] == 1
+    assert values[("moemesh_tp_reduce_seconds_count", ())] == 30
+    assert values[("moemesh_tp_reduce_seconds_sum", ())] == 1.5
     assert values[("moemesh_degraded_rows_total", ())] == 8
