@@ -71,7 +71,8 @@ def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, befor
         case "random":
             return draw.sample(of_kind, min(rule.count, len(of_kind)))
         case "same":
-            return [node for node in nodes if node.name in before]
+            again = [node for node in nodes if node.name in before]
+            return again or draw.sample(of_kind, min(1, len(of_kind)))  # a mesh that was scaled down has it no more
         case "all":
             return of_kind
         case "everything_but_router":

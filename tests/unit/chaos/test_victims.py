@@ -33,6 +33,7 @@ def test_rules_that_name_their_victims() -> None:
     assert names(VictimRule("all", "expert")) == ["expert-0", "expert-1", "expert-2"]
     assert names(VictimRule("everything_but_router")) == [node.name for node in sorted(MESH[1:], key=lambda n: n.name)]
     assert names(VictimRule("same"), before=("stage-1",)) == ["stage-1"]
+    assert len(names(VictimRule("same"), before=("stage-9",))) == 1, "that one was scaled away"
     assert names(VictimRule("named", names=("stage-2", "gone"))) == ["stage-2"]
     assert names(VictimRule("nobody")) == []
 
