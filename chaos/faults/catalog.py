@@ -22,6 +22,7 @@ from chaos.faults.link_down import make_link_down
 from chaos.faults.loss import make_loss
 from chaos.faults.memory_limit import make_memory_limit
 from chaos.faults.pause import make_pause
+from chaos.faults.pause_child import make_pause_child
 from chaos.faults.restart import make_restart
 from chaos.faults.rolling_restart import make_rolling_restart
 from chaos.faults.scale import make_scale
@@ -42,6 +43,7 @@ FAULTS: Mapping[str, FaultMaker] = {
     "half_close": make_half_close,
     "kill": make_kill,
     "kill_child": make_kill_child,
+    "pause_child": make_pause_child,
     "link_down": make_link_down,
     "loss": make_loss,
     "memory_limit": make_memory_limit,

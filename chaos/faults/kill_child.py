@@ -21,9 +21,7 @@ class KillChild:
     needs: frozenset[str] = frozenset({"processes"})
 
     def unavailable(self, target: Target) -> str:
-        if not Path("/proc/self/task").exists():
-            return "this system has no /proc, which tells a process's children"
-        return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
+        return no_children(target)
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         doomed = [(node, children(node.pid)) for node in victims]
@@ -35,6 +33,13 @@ class KillChild:
 
     def heal(self, target: Target) -> None:
         return
+
+
+def no_children(target: Target) -> str:
+    """Why no node of the target can be hurt by its children; "" if one can."""
+    if not Path("/proc/self/task").exists():
+        return "this system has no /proc, which tells a process's children"
+    return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
 
 
 def children(pid: int) -> list[int]:

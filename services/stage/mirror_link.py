@@ -14,7 +14,7 @@ from common.errors import ConfigurationError
 from common.messages import Header, MirrorAck, MirrorTo
 from common.transport import LinkEvent, Transport
 from services.stage.mirror_sender import MirrorSender
-from services.stage.slot_keeper import HeldMemory
+from services.stage.slot import HeldMemory
 
 RESTART_DELAY_S = 1.0
 

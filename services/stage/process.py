@@ -20,7 +20,8 @@ from services.stage.mirror_link import MirrorLink
 from services.stage.ranks.group import GroupSettings, RankGroup
 from services.stage.ranks.processes import open_group
 from services.stage.service import StageService
-from services.stage.slot_keeper import LoadedLayers, SlotKeeper
+from services.stage.slot import LoadedLayers
+from services.stage.slot_keeper import SlotKeeper
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:

@@ -36,7 +36,8 @@ from services.stage.expert_client import ExpertClient
 from services.stage.micro_batch import read_micro_batch, read_positions
 from services.stage.mirror_intake import MirrorIntake
 from services.stage.mirror_link import MirrorLink
-from services.stage.slot_keeper import Refused, Slot, SlotKeeper, Taken
+from services.stage.slot import Refused, Slot, Taken
+from services.stage.slot_keeper import SlotKeeper
 from services.stage.step_output import describe_held, passed_on, relayed
 
 POLL_MS = 50

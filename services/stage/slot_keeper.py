@@ -5,10 +5,8 @@ The memory outlives generations, and also the slot: `StageReady.kv_mark` tells t
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 import torch
@@ -16,111 +14,35 @@ import torch
 from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
 from common.errors import ExecutionError, MoemeshError, ProtocolError, RankLostError
-from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.loader_thread import LoaderThread
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import ModelConfig
-from common.topology import LayerRange, StageRole, StageSlot
-from common.transport import MessageSocket, Transport
+from common.topology import LayerRange, StageRole
+from common.transport import Transport
 from common.weights import CheckpointWeights
 from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache
 from services.stage.executor import Executor
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables
 from services.stage.mirror import Mirror
-from services.stage.model.decoder import StageModel
-from services.stage.paged_memory import PagedMemory, allocate_paged_memory
+from services.stage.paged_memory import allocate_paged_memory
 from services.stage.part_loading import WHOLE
 from services.stage.ranks.group import RankGroup, RankLoad
+from services.stage.slot import (
+    GrowingLoad,
+    HeldMemory,
+    LoadedLayers,
+    Loading,
+    MemoryTag,
+    Refused,
+    Slot,
+    Taken,
+    role_of,
+)
 from services.stage.step_marks import StepMarks
 
 LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
 """What a damaged checkpoint or too little memory may raise."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedLayers:
-    """Weights of a layer range."""
-
-    layers: LayerRange
-    dtype: torch.dtype
-    model: StageModel
-    bytes_read: int
-    ranks_load: RankLoad | None = None
-    """Where the stage has ranks: what they loaded with it."""
-
-
-class MemoryTag(NamedTuple):
-    """Which paged memory this is. Of another slot or size, nothing of it is of use."""
-
-    pipeline: int
-    slot: int
-    num_slots: int
-    layers: LayerRange
-    num_blocks: int
-    dtype: torch.dtype
-
-
-@dataclass(slots=True)
-class HeldMemory:
-    """Paged memory, whose it is, and how far it is filled."""
-
-    tag: MemoryTag
-    memory: PagedMemory
-    tables: BlockTables
-    marks: StepMarks
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """An assignment whose layers are on their way."""
-
-    message: AssignStage | AssignMirror
-    header: Header
-    layers: LayerRange
-    dtype: torch.dtype
-    future: Future[LoadedLayers]
-    ranks_load: RankLoad | None
-
-
-@dataclass(frozen=True, slots=True)
-class GrowingLoad:
-    """The layers of the slot that is served, cut for more ranks."""
-
-    layers: LayerRange
-    dtype: torch.dtype
-    future: Future[LoadedLayers]
-    ranks_load: RankLoad
-
-
-@dataclass(slots=True)
-class Slot:
-    """The slot that this stage serves now."""
-
-    role: StageRole
-    router_term: int
-    model: StageModel
-    executor: Executor
-    held: HeldMemory
-    downstream: MessageSocket
-    last_sequence_number: int = 0
-    """Of the messages from upstream."""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """The slot is loaded, tested and connected; or it is mirrored from now on."""
-
-    ready: StageReady | MirrorReady
-    header: Header
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The slot cannot be taken."""
-
-    error: MoemeshError
-    header: Header
 
 
 class SlotKeeper:
@@ -151,6 +73,7 @@ class SlotKeeper:
         self._loader = loader or LoaderThread()
         self._ranks = ranks
         self._growing: GrowingLoad | None = None
+        self._may_grow = True
         self.loaded = loaded
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
@@ -239,20 +162,28 @@ class SlotKeeper:
         if ranks is None or self._loading is not None:
             return
         if growing is None:
-            if slot is not None and ranks.may_grow():
+            if slot is not None and self._may_grow and ranks.may_grow():
                 ranks.attach_present()
                 role, loaded = slot.role, self.loaded
                 assert loaded is not None, "a slot has layers"
                 ranks_load = ranks.begin_load(role, loaded.dtype)
                 future = self._loader.submit(self._load, role, loaded.dtype, ranks_load)
-                self._growing = GrowingLoad(loaded.layers, loaded.dtype, future, ranks_load)
+                self._growing = GrowingLoad(future, ranks_load)
             return
-        if slot is None or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
-            return
-        if slot.executor.num_running:
+        try:
+            if slot is None or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
+                return
+            if slot.executor.num_running:
+                return
+            self.loaded = growing.future.result()
+        except RankLostError:
+            raise
+        except LOADING_ERRORS as error:
+            # The stage works as it is. Whatever is wrong with the checkpoint is not right a moment later.
+            self._log.error("ranks_do_not_grow", reason=str(error))
+            self._growing, self._may_grow = None, False
             return
         self._growing = None
-        self.loaded = growing.future.result()
         self._use_ranks(self.loaded)
         slot.model = self.loaded.model
         slot.executor = Executor(slot.model, slot.held.memory)
@@ -389,14 +320,3 @@ class SlotKeeper:
     def _refuse(self, error: Exception, header: Header) -> Refused:
         self._log.error("slot_not_taken", reason=str(error))
         return Refused(error if isinstance(error, MoemeshError) else ExecutionError(str(error)), header)
-
-
-def role_of(message: AssignStage | AssignMirror, header: Header) -> StageRole:
-    """The role that an assignment stands for."""
-    return StageRole(
-        slot=StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot)),
-        layers=LayerRange(message.first_layer, message.stop_layer),
-        lease_term=LeaseTerm(message.lease_term),
-        generation=Generation(header.generation),
-        num_slots=message.num_slots,
-    )

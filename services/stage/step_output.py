@@ -18,7 +18,7 @@ from common.tensor import tensor_to_frame
 from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.executor import Finished
 from services.stage.model.sampling import sample
-from services.stage.slot_keeper import Slot
+from services.stage.slot import Slot
 
 EMPTY_RESULT = StepResult(
     array_to_frame(np.zeros(0, dtype=np.int64)),

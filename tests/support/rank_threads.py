@@ -84,8 +84,7 @@ class ThreadRanks:
         board = self.board()
         follower = Follower(board, seat, self.config, self.checkpoint, NUM_POSITIONS, self.kernels, self.log)
         stopping = self._stopping[seat] = threading.Event()
-        board.set("settled", seat, board.get("epoch"))
-        board.set("present", seat, os.getpid())
+        follower.join(os.getpid())
         self.staff.gone.discard(seat)
 
         def run() -> None:

@@ -60,8 +60,6 @@ class Conductor:
     def attach(self, seats: Sequence[int]) -> None:
         """These seats read commands from now on, whether they have a rank or not."""
         self._attached = tuple(seats)
-        for seat in seats:
-            self._board.set("taken", seat, max(self._turn, self._board.get("taken", seat)))
 
     def use(
         self,

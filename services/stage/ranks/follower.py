@@ -97,6 +97,12 @@ class Follower:
         self._collectives: Collectives | None = None
         self._rotary: dict[torch.dtype, RotaryTable] = {}
 
+    def join(self, process: int) -> None:
+        """Say on the board that this seat reads it from now on."""
+        self._board.set("taken", self._seat, self._turn)
+        self._board.set("settled", self._seat, self._epoch)
+        self._board.set("present", self._seat, process)
+
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Serve until told to stop. Whatever goes wrong is raised, and ends the process."""
         with torch.inference_mode():
@@ -121,8 +127,9 @@ class Follower:
         self._board.set("settled", self._seat, self._epoch)
 
     def _obey(self) -> None:
+        # Rank 0 says nothing more before this seat has taken it; a seat that is not attached yet may have missed some.
+        self._turn = self._board.get("turn")
         command = self._board.command.copy()
-        self._turn += 1
         self._board.set("taken", self._seat, self._turn)
         op = Op(int(command[0]))
         if op is Op.LOAD:

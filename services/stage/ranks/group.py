@@ -152,8 +152,6 @@ class RankGroup:
     def attach_present(self) -> None:
         """Let those that have come meanwhile read commands, and know the memory."""
         self._attached = self.present()
-        for seat in self._attached:
-            self.board.set("settled", seat, self.conductor.epoch)
         self.conductor.attach(self._attached)
         if self._memory_command:
             self.conductor.tell(self._memory_command)

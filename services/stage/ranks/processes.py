@@ -87,6 +87,5 @@ def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
     board = RankBoard(memory, SLAB_BYTES, kernels)
     config = read_model_config(options.checkpoint)
     follower = Follower(board, options.seat, config, options.checkpoint, options.positions, kernels, log)
-    board.set("settled", options.seat, board.get("epoch"))
-    board.set("present", options.seat, os.getpid())
+    follower.join(os.getpid())
     follower.run()

@@ -19,7 +19,8 @@ from services.stage.loading import load_stage
 from services.stage.mirror import Mirror
 from services.stage.mirror_sender import MirrorSender
 from services.stage.paged_memory import PagedMemory, allocate_paged_memory
-from services.stage.slot_keeper import LoadedLayers, Refused, SlotKeeper, Taken
+from services.stage.slot import LoadedLayers, Refused, Taken
+from services.stage.slot_keeper import SlotKeeper
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
 from tests.support.memory_transport import MemorySocket, MemoryTransport

@@ -146,6 +146,28 @@ def test_the_newest_child_of_a_process_is_killed_and_a_childless_one_is_refused(
         sleeper.wait()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from /proc")
+def test_the_newest_child_of_a_process_is_stopped_and_goes_on_when_healed_if_it_is_still_there(
+    target: ListedTarget,
+) -> None:
+    fault = FAULTS["pause_child"]({})
+    for ends in (False, True):
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        try:
+            fault.apply(target, [Node("stage-0", "stage", os.getpid())])
+            stat = Path(f"/proc/{sleeper.pid}/stat")
+            wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", 5, "a stopped process")  # noqa: B023
+            if ends:
+                sleeper.kill()
+                sleeper.wait()
+            fault.heal(target)
+            if not ends:
+                wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] != "T", 5, "that it goes on")  # noqa: B023
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+
+
 def test_what_breaks_in_a_faults_thread_comes_out_when_it_is_healed(target: ListedTarget) -> None:
     fault = FAULTS["scale"]({"kind": "expert", "change": 1})
 
