@@ -5,6 +5,7 @@ The memory outlives generations, and also the slot: `StageReady.kv_mark` tells t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
 from common.errors import ExecutionError, MoemeshError, ProtocolError, RankLostError
 from common.loader_thread import LoaderThread
+from common.memory import offered_bytes
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole
@@ -60,6 +62,7 @@ class SlotKeeper:
         loaded: LoadedLayers | None = None,
         loader: LoaderThread | None = None,
         ranks: RankGroup | None = None,
+        free_bytes: Callable[[], int] = offered_bytes,
     ) -> None:
         """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins. With `ranks`
         any method may raise RankLostError, which ends the incarnation."""
@@ -73,7 +76,7 @@ class SlotKeeper:
         self._loader = loader or LoaderThread()
         self._ranks = ranks
         self._growing: GrowingLoad | None = None
-        self._may_grow = True
+        self._free_bytes = free_bytes
         self.loaded = loaded
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
@@ -162,10 +165,14 @@ class SlotKeeper:
         if ranks is None or self._loading is not None:
             return
         if growing is None:
-            if slot is not None and self._may_grow and ranks.may_grow():
-                ranks.attach_present()
+            if slot is not None and ranks.may_grow():
                 role, loaded = slot.role, self.loaded
                 assert loaded is not None, "a slot has layers"
+                if (free := self._free_bytes()) < (needed := loaded.bytes_read * ranks.degree):
+                    # What is used now stays until the new parts are there.
+                    ranks.postpone_growth(f"the parts of more ranks take {needed} bytes beside these, {free} are free")
+                    return
+                ranks.attach_present()
                 ranks_load = ranks.begin_load(role, loaded.dtype)
                 future = self._loader.submit(self._load, role, loaded.dtype, ranks_load)
                 self._growing = GrowingLoad(future, ranks_load)
@@ -179,9 +186,8 @@ class SlotKeeper:
         except RankLostError:
             raise
         except LOADING_ERRORS as error:
-            # The stage works as it is. Whatever is wrong with the checkpoint is not right a moment later.
-            self._log.error("ranks_do_not_grow", reason=str(error))
-            self._growing, self._may_grow = None, False
+            self._growing = None
+            ranks.postpone_growth(str(error))
             return
         self._growing = None
         self._use_ranks(self.loaded)

@@ -32,7 +32,14 @@ class Layout:
 PLAIN = Layout("plain", {"PP": "1", "EXPERTS": "1", "PREFILL_CHUNK_TOKENS": "64"})
 ALL_OTHER = Layout(
     "all-at-once",
-    {"PP": "3", "EXPERTS": "3", "PREFILL_CHUNK_TOKENS": "16", "MAX_BATCH_SEQUENCES": "5", "MAX_BATCH_TOKENS": "96"},
+    {
+        "PP": "3",
+        "TP": "2",
+        "EXPERTS": "3",
+        "PREFILL_CHUNK_TOKENS": "16",
+        "MAX_BATCH_SEQUENCES": "5",
+        "MAX_BATCH_TOKENS": "96",
+    },
 )
 ONE_BY_ONE = (
     Layout("two-stages", PLAIN.settings | {"PP": "2"}),
@@ -44,6 +51,10 @@ ONE_BY_ONE = (
     Layout("two-sequences-a-batch", PLAIN.settings | {"MAX_BATCH_SEQUENCES": "2"}),
     Layout("small-batches", PLAIN.settings | {"MAX_BATCH_TOKENS": "40"}),
     Layout("two-pipelines", PLAIN.settings | {"STAGES": "2"}),
+    Layout("two-ranks", PLAIN.settings | {"TP": "2"}),
+    Layout("four-ranks", PLAIN.settings | {"TP": "4"}),
+    Layout("four-ranks-by-gloo", PLAIN.settings | {"TP": "4", "TP_COLLECTIVES": "gloo"}),
+    Layout("two-stages-of-two-ranks-by-gloo", PLAIN.settings | {"PP": "2", "TP": "2", "TP_COLLECTIVES": "gloo"}),
 )
 RECIPES = (QWEN3_TIED_SHARDED_BF16, MIXTRAL_BF16)
 DTYPES = ("float32", "bfloat16")

@@ -35,6 +35,8 @@ START_S = 30.0
 """For all ranks to come when the process starts; with fewer the stage begins smaller."""
 SETTLE_S = 1.0
 """For a rank to hear of a new epoch; one that does not hangs."""
+GROW_AGAIN_S = 30.0
+"""After growing was not possible."""
 SLAB_BYTES = 4 << 20
 
 
@@ -79,6 +81,7 @@ class RankGroup:
     _memory: SharedMemory | None = None
     _memory_command: list[int] = field(default_factory=list)
     _store: Any = None
+    _grow_after_s: float = 0.0
     _reduced: tuple[float, int] = (0.0, 0)
     """Seconds and count of collectives that are closed."""
 
@@ -145,9 +148,14 @@ class RankGroup:
 
     def may_grow(self) -> bool:
         """More ranks are there than work, and enough for a higher degree."""
-        if self.in_use is None or self.degree == self.settings.degree:
+        if self.in_use is None or self.degree == self.settings.degree or self.clock() < self._grow_after_s:
             return False
         return best_degree(self.config, 1 + len(self.present())) > self.degree
+
+    def postpone_growth(self, why: str) -> None:
+        """It cannot be now. The stage works as it is."""
+        self._grow_after_s = self.clock() + GROW_AGAIN_S
+        self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
         """Let those that have come meanwhile read commands, and know the memory."""
