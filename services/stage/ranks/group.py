@@ -120,7 +120,8 @@ class RankGroup:
                 time.sleep(0.02)
         was_lost = self._attached and not set(self._attached) <= set(self.present())
         if self.in_use is not None and not was_lost and not self.conductor.is_broken:
-            return  # this incarnation has ended for another reason: ranks and weights are as they were
+            self.forget_memory()
+            return  # the incarnation has ended for another reason: ranks and weights are as they were
         epoch = self.conductor.begin_epoch()
         settled = []
         for seat in self.present():
