@@ -37,7 +37,7 @@ class StageRoles:
         Generations count up from `first_generation`: they ascend over routers, since a stage's report is fenced by its
         generation alone.
         """
-        self.layers = plan_layers(config, shape)
+        self.layers = plan_layers(config, shape.pp)
         self._config = config
         self._shape = shape
         self._results = results_endpoints, results_ipc_token
