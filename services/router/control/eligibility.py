@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from common.topology import LayerRange, NodeDescription
 
 MAX_NAMED = 8
 
 
-def loadable_slots(node: NodeDescription, layers: Sequence[LayerRange]) -> frozenset[int] | None:
-    """Indexes of the slots whose weights a stage node sees, by each slot's layers; None: of all."""
-    if node.part is None:
+def loadable_slots(
+    node: NodeDescription, layers: Sequence[LayerRange], no_room: Set[int] = frozenset()
+) -> frozenset[int] | None:
+    """Indexes of the slots whose weights a stage node sees, by each slot's layers, but those that it has no room for.
+
+    None: all slots.
+    """
+    if node.part is None and not no_room:
         return None
-    return frozenset(slot for slot, span in enumerate(layers) if node.can_load_layers(span))
+    return frozenset(slot for slot, span in enumerate(layers) if slot not in no_room and node.can_load_layers(span))
 
 
 def describe_unfilled(slots: Iterable[int], layers: Sequence[LayerRange], nodes: Iterable[NodeDescription]) -> str:
