@@ -16,8 +16,8 @@ from tests.support.stage_reports import mirror_of, mirrored, report, roles_of, t
 FIRST, LAST = roles_of().layers
 
 
-def seeing(name: str, layers: LayerRange | None, **changes: int) -> NodeDescription:
-    return node(name, part=CheckpointPart(layers), **changes)
+def seeing(name: str, layers: LayerRange | None) -> NodeDescription:
+    return node(name, part=CheckpointPart(layers))
 
 
 def opened(roles: StageRoles, *nodes: NodeDescription) -> None:
