@@ -30,6 +30,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """safetensors' word: F32, BF16, F16, ..."""
+    start: int
+    """Its first byte in the file."""
+    num_bytes: int
 
 
 def resolve_model(model: str) -> Path:
@@ -51,29 +54,37 @@ def resolve_model(model: str) -> Path:
         raise ConfigurationError(f"MODEL={model}: no such directory, and the hub does not give it: {error}") from None
 
 
+def served_name(model: str, directory: Path) -> str:
+    """The directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
+    return directory.name if Path(model).expanduser().is_dir() else model
+
+
 def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the checkpoint by name. Raises CheckpointError that names the file and what is wrong."""
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(directory):
-        header = _safetensors_header(file)
+        header, data_start = _safetensors_header(file)
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             if name in tensors:
                 raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
-            tensors[name] = StoredTensor(file, tuple(entry["shape"]), str(entry["dtype"]))
+            start, stop = entry["data_offsets"]
+            tensors[name] = StoredTensor(
+                file, tuple(entry["shape"]), str(entry["dtype"]), data_start + start, stop - start
+            )
     return tensors
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, *, has_weights: bool = True) -> str:
     """Equal for equal checkpoints: config, names, shapes and samples of every file's bytes (not all of them: a large
-    checkpoint would take minutes)."""
+    checkpoint would take minutes). Of a folder that is to have no weights, the config."""
     digest = hashlib.sha256()
-    digest.update(json.dumps(_read_json(directory / "config.json"), sort_keys=True).encode())
-    for file in _weight_files(directory):
+    digest.update(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
+    for file in _weight_files(directory) if has_weights else ():
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
-        digest.update(json.dumps(_safetensors_header(file), sort_keys=True).encode())
+        digest.update(json.dumps(_safetensors_header(file)[0], sort_keys=True).encode())
         with file.open("rb") as stream:
             for position in _sample_positions(size):
                 stream.seek(position)
@@ -97,7 +108,7 @@ def _weight_files(directory: Path) -> list[Path]:
 def _find_weight_files(directory: Path) -> list[Path]:
     index_path = directory / "model.safetensors.index.json"
     if index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
+        weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_path}: weight_map is missing or empty")
         names = sorted({str(name) for name in weight_map.values()})
@@ -114,8 +125,8 @@ def _find_weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file (its format: 8 bytes length, header, data)."""
+def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file (its format: 8 bytes length, header, data), and where the data begins."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -139,7 +150,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
         end = max(end, entry["data_offsets"][1])
     if end > size - 8 - length:
         raise CheckpointError(f"{file} is cut off: {end} bytes of tensors are announced, {size - 8 - length} are there")
-    return header
+    return header, 8 + length
 
 
 def _is_tensor_entry(entry: Any) -> bool:
@@ -149,10 +160,11 @@ def _is_tensor_entry(entry: Any) -> bool:
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

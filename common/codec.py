@@ -2,7 +2,8 @@
 
     [prefix: magic, version, checksum | msgpack map] [tensor frame]*
 
-The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames. The map
+The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames, seeded
+with the version (with 0 in version 2: one flipped bit makes a 2 of a 3, and must not go unseen). The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
 anything is handed on. Versions N and N-1 are understood: fields that N added have defaults, and a message of N-1 may
@@ -24,8 +25,8 @@ from common import messages
 from common.errors import ProtocolError
 from common.messages import Header, Message, TensorFrame
 
-PROTOCOL_VERSION: Final = 2
-OLDEST_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 3
+OLDEST_VERSION: Final = 2
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
@@ -36,6 +37,7 @@ MAX_ENTRIES: Final = 1 << 13
 _MAGIC: Final = b"MOEM"
 _PREFIX: Final = struct.Struct("<4sHHQ")
 _INT64: Final = 1 << 63
+_FIRST_SEEDED_VERSION: Final = 3
 
 ITEM_BYTES: Final[dict[str, int]] = {
     "float64": 8,
@@ -112,7 +114,7 @@ def encode(message: Message, header: Header) -> list[bytes | memoryview]:
             "t": [(frame.dtype, frame.shape) for frame in (getattr(message, name) for name in tensors)],
         }
     )
-    prefix = _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, 0, _checksum(body, frames))
+    prefix = _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, 0, _checksum(body, frames, PROTOCOL_VERSION))
     return [prefix + body, *frames]
 
 
@@ -131,7 +133,7 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     if not OLDEST_VERSION <= version <= PROTOCOL_VERSION or flags:
         raise ProtocolError(f"protocol version {version}; {OLDEST_VERSION} to {PROTOCOL_VERSION} are understood")
     body = first[_PREFIX.size :]
-    if _checksum(body, frames[1:]) != checksum:
+    if _checksum(body, frames[1:], version) != checksum:
         raise ProtocolError("checksum does not match: the message was damaged on its way")
     try:
         fields = msgpack.unpackb(
@@ -156,8 +158,8 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     return kind(**values), _decode_header(fields["h"])
 
 
-def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview]) -> int:
-    digest = xxhash.xxh3_64(body)
+def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], version: int) -> int:
+    digest = xxhash.xxh3_64(body, seed=0 if version < _FIRST_SEEDED_VERSION else version)
     for frame in frames:
         digest.update(frame)
     return digest.intdigest()

@@ -30,7 +30,7 @@ from common.messages import (
     TensorFrame,
     Welcome,
 )
-from common.topology import NodeDescription, NodeKind
+from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
 HELLO_INTERVAL_S = 1.0
@@ -199,6 +199,7 @@ class ControlLink:
 
     def _hello(self) -> Hello:
         own, held = self.description, self.describe_held()
+        part = own.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
         return Hello(
             node_id=own.node_id,
             incarnation=own.incarnation,
@@ -215,6 +216,8 @@ class ControlLink:
             held_sequences=held.sequences,
             held_blocks=held.blocks,
             held_shards=held.shards,
+            part_layers=part.layers or (),
+            part_experts=tuple(sorted(part.experts)),
         )
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import structlog
 
+from common.checkpoint_part import SeenCheckpoint, refuse_useless_part
 from common.config import Settings
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
@@ -68,15 +69,16 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
 def describe_node(
     kind: NodeKind,
     settings: Settings,
-    fingerprint: str,
+    seen: SeenCheckpoint,
     numeric_class: str,
     transport: Transport,
     bind_data: Callable[[str], tuple[str, ...]],
 ) -> NodeProcess:
     """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where.
 
-    `settings` names the capacity, and `fingerprint` the checkpoint as it was when this process read it first.
+    `settings` names the capacity, and `seen` the checkpoint as it was when this process read it first.
     """
+    refuse_useless_part(seen.part, kind, settings.model)
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(settings, node_id)
     lifeline = bind_lifeline(transport, addresses)
@@ -88,11 +90,12 @@ def describe_node(
         capacity_bytes=settings.capacity_bytes,
         host_label=settings.host_label or machine_label(),
         numeric_class=numeric_class,
-        fingerprint=fingerprint,
+        fingerprint=seen.fingerprint,
         endpoints=data_endpoints,
         lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,
         process=f"{socket.gethostname()}/{os.getpid()}",
+        part=seen.part,
     )
     return NodeProcess(
         transport=transport,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import structlog
 
-from common.checkpoint import fingerprint, resolve_model
+from common.checkpoint import resolve_model
+from common.checkpoint_part import see_checkpoint
 from common.config import Settings
 from common.loader_thread import LoaderThread
 from common.memory import offered_bytes
@@ -23,7 +24,7 @@ class NodeResources:
         self.log = log
         self.checkpoint = resolve_model(settings.model)
         self.config = read_model_config(self.checkpoint)
-        self.fingerprint = fingerprint(self.checkpoint)
+        self.seen = see_checkpoint(self.checkpoint, self.config)
         self.loader = LoaderThread()
         self.router_term = 0
         """The highest one heard: a router that was fenced stays so."""

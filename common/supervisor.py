@@ -66,6 +66,8 @@ class LocalMesh:
     clock: Callable[[], float] = time.monotonic
     modules: Mapping[str, str] = field(default_factory=dict)
     """What runs in place of `services.X`, by service: a module and its arguments. Tests plant bugs with it."""
+    places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Settings of single places by name (`stage-0`), over those of all: where each has a part of the checkpoint."""
     children: dict[str, Child] = field(default_factory=dict)
     num_nodes_at_start: int = 0
     _folder_lock: int | None = None
@@ -114,7 +116,8 @@ class LocalMesh:
             self._start(self._place(service, name))
 
     def _place(self, service: str, name: str) -> Child:
-        environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
+        own = self.places.get(name, {})
+        environment = {**os.environ, **self.environment, **own, "STATE_DIR": str(self.state_dir)}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not environment.get("CAPACITY_BYTES"):
             # Each process would offer what is free, and all of them share one memory.

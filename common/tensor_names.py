@@ -1,47 +1,101 @@
-"""Every tensor that a model needs, by name and shape: what the router checks before any node loads. No torch.
+"""Every tensor that a model or a part of it needs, by name and shape: what is checked before anybody loads. No torch.
 
 The shapes are those of `services/stage/loading.py` and `services/expert/shard_store.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from common.checkpoint import StoredTensor
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
+from common.topology import CheckpointPart, LayerRange
 
 STORED_DTYPES = ("F32", "BF16", "F16")
+NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def check_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> None:
+def check_tensors(
+    config: ModelConfig,
+    index: Mapping[str, StoredTensor],
+    part: CheckpointPart | None = None,
+    where: str = "the checkpoint",
+) -> None:
     """Raises CheckpointError that names the first tensor that is missing, misshapen or of a dtype not known here."""
-    for name, shape in expected_tensors(config, index):
+    for name, shape in expected_tensors(config, index, part):
         stored = index.get(name)
         if stored is None:
-            raise CheckpointError(f"tensor {name} is missing in the checkpoint")
+            raise CheckpointError(f"tensor {name} is missing in {where}")
         if stored.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
         if stored.dtype not in STORED_DTYPES:
             raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; known are {', '.join(STORED_DTYPES)}")
 
 
-def expected_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes; `index` tells which of two forms a checkpoint has (experts one by one, or fused)."""
-    hidden = config.hidden_size
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
-    for layer, is_moe in enumerate(config.moe_layers):
+def expected_tensors(
+    config: ModelConfig, index: Mapping[str, StoredTensor], part: CheckpointPart | None = None
+) -> NamedShapes:
+    """Names and shapes of a part, or of everything; `index` tells which forms a checkpoint has (experts one by one, or
+    fused)."""
+    part = part or CheckpointPart(LayerRange(0, config.num_layers), frozenset(range(config.num_experts)))
+    if part.layers is not None:
+        yield from stage_tensors(config, index, part.layers)
+    experts = sorted(part.experts)
+    for layer in config.moe_layer_indices if experts else ():
+        if is_fused(config, index, layer, experts[0]):
+            yield from fused_expert_tensors(config, layer)
+        else:
+            yield from expert_tensors(config, layer, experts)
+
+
+def stage_tensors(config: ModelConfig, index: Mapping[str, StoredTensor], layers: LayerRange) -> NamedShapes:
+    """What the stages that hold these layers need: all but experts. With the first layer goes the embedding, with the
+    last one what makes logits of hidden states."""
+    hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
+    is_last = layers.stop == config.num_layers
+    if layers.start == 0 or (is_last and config.tie_word_embeddings):
+        yield "model.embed_tokens.weight", vocabulary
+    if is_last:
+        yield "model.norm.weight", (hidden,)
+        if not config.tie_word_embeddings:
+            yield "lm_head.weight", vocabulary
+    for layer in range(layers.start, layers.stop):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
         yield from _attention(config, f"{prefix}.self_attn")
-        yield from _experts(config, prefix, index) if is_moe else _dense(config, f"{prefix}.mlp")
+        if config.moe_layers[layer]:
+            router = f"{prefix}.{config.expert_names.router}"
+            yield (router if router in index else f"{prefix}.mlp.gate.weight"), (config.num_experts, hidden)
+        else:
+            yield from _dense(config, f"{prefix}.mlp")
 
 
-def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expert_tensors(config: ModelConfig, layer: int, experts: Iterable[int]) -> NamedShapes:
+    """Of experts that are stored one by one: gate, up and down of each."""
+    names, width, hidden = config.expert_names, config.expert_intermediate_size, config.hidden_size
+    for expert in experts:
+        yield f"model.layers.{layer}.{names.gate.format(expert=expert)}", (width, hidden)
+        yield f"model.layers.{layer}.{names.up.format(expert=expert)}", (width, hidden)
+        yield f"model.layers.{layer}.{names.down.format(expert=expert)}", (hidden, width)
+
+
+def fused_expert_tensors(config: ModelConfig, layer: int) -> NamedShapes:
+    """Of a layer whose experts are stored as one: gate rows before up rows, and down."""
+    names, width, hidden = config.expert_names, config.expert_intermediate_size, config.hidden_size
+    yield f"model.layers.{layer}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
+    yield f"model.layers.{layer}.{names.fused_down}", (config.num_experts, hidden, width)
+
+
+def is_fused(config: ModelConfig, index: Mapping[str, StoredTensor], layer: int, expert: int) -> bool:
+    """Whether a layer's experts, of which this is one, are stored as one."""
+    names, prefix = config.expert_names, f"model.layers.{layer}"
+    is_alone = f"{prefix}.{names.gate.format(expert=expert)}" in index
+    return not is_alone and f"{prefix}.{names.fused_gate_up}" in index
+
+
+def _attention(config: ModelConfig, prefix: str) -> NamedShapes:
     query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = {
         "q_proj": (query_rows, config.hidden_size),
@@ -58,25 +112,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[in
         yield f"{prefix}.k_norm.weight", (config.head_dim,)
 
 
-def _dense(config: ModelConfig, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _dense(config: ModelConfig, prefix: str) -> NamedShapes:
     width, hidden = config.dense_intermediate_size, config.hidden_size
     yield f"{prefix}.gate_proj.weight", (width, hidden)
     yield f"{prefix}.up_proj.weight", (width, hidden)
     yield f"{prefix}.down_proj.weight", (hidden, width)
-
-
-def _experts(
-    config: ModelConfig, prefix: str, index: Mapping[str, StoredTensor]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    names, width, hidden = config.expert_names, config.expert_intermediate_size, config.hidden_size
-    router = f"{prefix}.{names.router}"
-    yield (router if router in index else f"{prefix}.mlp.gate.weight"), (config.num_experts, hidden)
-    first_gate = f"{prefix}.{names.gate.format(expert=0)}"
-    if first_gate not in index and f"{prefix}.{names.fused_gate_up}" in index:
-        yield f"{prefix}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
-        yield f"{prefix}.{names.fused_down}", (config.num_experts, hidden, width)
-        return
-    for expert in range(config.num_experts):
-        yield f"{prefix}.{names.gate.format(expert=expert)}", (width, hidden)
-        yield f"{prefix}.{names.up.format(expert=expert)}", (width, hidden)
-        yield f"{prefix}.{names.down.format(expert=expert)}", (hidden, width)

@@ -32,6 +32,17 @@ class ShardId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointPart:
+    """What a folder has of a checkpoint that it does not have all of."""
+
+    layers: LayerRange | None = None
+    """Decoder layers without their experts; with the first one the embedding, with the last one final norm and lm_head.
+    None: none."""
+    experts: frozenset[int] = frozenset()
+    """Whole experts, of every MoE layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDescription:
     """What a node says of itself when it registers."""
 
@@ -45,7 +56,7 @@ class NodeDescription:
     numeric_class: str
     """Device, instruction set, torch build, kernels: what decides the bits of a result."""
     fingerprint: str
-    """Of the checkpoint that it sees."""
+    """Of the checkpoint that it sees, or sees a part of."""
     endpoints: tuple[str, ...]
     """Where its data socket listens; ipc first where it has one."""
     lifeline: tuple[str, ...]
@@ -54,6 +65,19 @@ class NodeDescription:
     """Equal tokens prove that two processes see the same ipc folder on the same host; empty: none."""
     process: str = ""
     """HOST/PID as the process itself sees them: for people, who find it by that."""
+    part: CheckpointPart | None = None
+    """What it can load; None: everything."""
+
+    def can_load_layers(self, layers: LayerRange) -> bool:
+        """Whether it sees the weights of a slot with these layers."""
+        if self.part is None:
+            return True
+        own = self.part.layers
+        return own is not None and own.start <= layers.start and layers.stop <= own.stop
+
+    def can_load_expert(self, expert: int) -> bool:
+        """Whether it sees an expert's weights."""
+        return self.part is None or expert in self.part.experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one, `chaos` hurts one."""
+"""The `moemesh` command: `up` starts a mesh on this machine, `ask` asks one, `status` shows one, `chaos` hurts one,
+`shard` cuts a checkpoint into parts."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ from common.config import Settings, read_settings
 from common.errors import MoemeshError
 from common.supervisor import LocalMesh
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
+from compose.shard_command import shard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
 app.add_typer(chaos_app, name="chaos")
+app.command()(shard)
 console = Console(stderr=True)
 
 READY_TIMEOUT_S = 600.0

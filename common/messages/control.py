@@ -31,6 +31,11 @@ class Hello:
     """int32 [*]: KV block ids, in order of `held_sequences`."""
     held_shards: TensorFrame = NO_ARRAY
     """uint8 [L, E, S]: what an expert node holds; [0] before it was told how experts are cut."""
+    part_layers: tuple[int, ...] = ()
+    """Of a node that sees a part of the checkpoint: first and stop layer of what it can load, without experts. Empty:
+    no layers, or, where `part_experts` is empty too, the whole checkpoint."""
+    part_experts: tuple[int, ...] = ()
+    """The experts that it can load, of every MoE layer."""
 
 
 @dataclass(frozen=True, slots=True)

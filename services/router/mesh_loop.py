@@ -202,7 +202,7 @@ class MeshLoop:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
     def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
-        description = check_hello(hello, node_id, self._settings.fingerprint)
+        description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.topology import NodeKind, StageSlot
+from common.topology import CheckpointPart, NodeKind, StageSlot
 from services.router.engine import Readiness
 from services.router.mesh_status import MeshStatus, NodeStatus
 
@@ -39,6 +39,7 @@ def _node(node: NodeStatus) -> JsonObject:
         "host": own.host_label,
         "numeric_class": own.numeric_class,
         "capacity_bytes": own.capacity_bytes,
+        "part": _part(own.part),
         "shards": node.num_shards if own.kind is NodeKind.EXPERT else None,
         "busy_seconds": beat.busy_seconds if beat else None,
         "rows": beat.rows if beat else None,
@@ -53,6 +54,13 @@ def _role(node: NodeStatus) -> str:
     if node.mirrored is not None:
         return "mirror"
     return "expert" if node.num_shards else "spare"
+
+
+def _part(part: CheckpointPart | None) -> JsonObject | None:
+    """What it can load; None: everything."""
+    if part is None:
+        return None
+    return {"layers": None if part.layers is None else list(part.layers), "experts": sorted(part.experts)}
 
 
 def _place(slot: StageSlot | None) -> JsonObject | None:

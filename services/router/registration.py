@@ -8,10 +8,11 @@ from common.errors import CheckpointError, ConfigurationError, MoemeshError, Nod
 from common.ids import Incarnation, NodeId
 from common.membership import MAX_REMEMBERED_DEAD, ChangeReason, MembershipChange
 from common.messages import Hello
-from common.topology import NodeDescription, NodeKind
+from common.model_config import ModelConfig
+from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
 
 
-def check_hello(hello: Hello, sender: NodeId, fingerprint: str) -> NodeDescription:
+def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelConfig) -> NodeDescription:
     """What the node says of itself. Raises ProtocolError, or CheckpointError if it sees other weights."""
     if hello.node_id != sender:
         raise ProtocolError(f"Hello.node_id {hello.node_id!r} is not the sender {sender!r}")
@@ -20,7 +21,7 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str) -> NodeDescripti
     if hello.fingerprint != fingerprint:
         raise CheckpointError(
             f"{sender} sees another checkpoint (fingerprint {hello.fingerprint}) than the router "
-            f"({fingerprint}): MODEL must name the same files on every node"
+            f"({fingerprint}): MODEL must name the same files on every node, or parts that were cut from them"
         )
     return NodeDescription(
         node_id=sender,
@@ -34,7 +35,20 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str) -> NodeDescripti
         lifeline=hello.lifeline,
         ipc_token=hello.ipc_token,
         process=hello.process,
+        part=_read_part(hello, config),
     )
+
+
+def _read_part(hello: Hello, config: ModelConfig) -> CheckpointPart | None:
+    """What the node can load; None: everything."""
+    layers, experts = hello.part_layers, hello.part_experts
+    if not layers and not experts:
+        return None
+    if layers and not (len(layers) == 2 and layers[0] < layers[1] <= config.num_layers):
+        raise ProtocolError(f"Hello.part_layers {layers} is no range of this model's {config.num_layers} layers")
+    if any(expert >= config.num_experts for expert in experts):
+        raise ProtocolError(f"Hello.part_experts names an expert outside [0, {config.num_experts})")
+    return CheckpointPart(LayerRange(*layers) if layers else None, frozenset(experts))
 
 
 def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[str]:

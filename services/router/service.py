@@ -15,7 +15,8 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from common.checkpoint import fingerprint, read_tensor_index, resolve_model
+from common.checkpoint import read_tensor_index, resolve_model, served_name
+from common.checkpoint_part import refuse_useless_part, see_checkpoint
 from common.codec import ITEM_BYTES
 from common.config import Settings
 from common.errors import ConfigurationError, FencedError
@@ -71,23 +72,21 @@ def read_model(settings: Settings) -> Model:
     """Raises ConfigurationError or CheckpointError with a sentence."""
     directory = resolve_model(settings.model)
     config = read_model_config(directory)
-    check_tensors(config, read_tensor_index(directory))
+    seen = see_checkpoint(directory, config)
+    refuse_useless_part(seen.part, None, settings.model)
+    if seen.part is None:
+        check_tensors(config, read_tensor_index(directory))
     stored = "bfloat16" if config.dtype == "float16" else config.dtype
     return Model(
         directory=directory,
         config=config,
-        fingerprint=fingerprint(directory),
+        fingerprint=seen.fingerprint,
         dtype=stored if settings.dtype == "auto" else settings.dtype,
         context_tokens=min(
             settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings
         ),
-        served_name=settings.served_name or served_name(settings.model, directory),
+        served_name=settings.served_name or seen.model or served_name(settings.model, directory),
     )
-
-
-def served_name(model: str, directory: Path) -> str:
-    """The directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
-    return directory.name if Path(model).expanduser().is_dir() else model
 
 
 def http_url(host: str, port: int) -> str:

@@ -27,7 +27,7 @@ from common.messages import (
     StepResult,
     Welcome,
 )
-from common.topology import NodeDescription, NodeKind
+from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.transport import LinkEvent
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.stage_roles import StageRoles
@@ -296,6 +296,7 @@ class FakeMesh:
 
 def hello_of(description: NodeDescription) -> Hello:
     """As the node would say it."""
+    part = description.part or CheckpointPart()
     return Hello(
         node_id=description.node_id,
         incarnation=description.incarnation,
@@ -307,6 +308,8 @@ def hello_of(description: NodeDescription) -> Hello:
         endpoints=description.endpoints,
         lifeline=description.lifeline,
         ipc_token=description.ipc_token,
+        part_layers=part.layers or (),
+        part_experts=tuple(sorted(part.experts)),
     )
 
 

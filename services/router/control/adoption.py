@@ -97,8 +97,9 @@ class Adoption:
         self.is_pending = is_wanted
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
-    def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float) -> None:
-        """A node registered. What does not fit this mesh is not taken: the node gets a role like any other.
+    def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float, sees_weights: bool = True) -> None:
+        """A node registered. What does not fit this mesh, or what the node could not load again (not `sees_weights`),
+        is not taken: the node gets a role like any other.
 
         Of two that claim one slot, the one that came further in it is its holder; the other was replaced and forgot to
         forget.
@@ -107,7 +108,7 @@ class Adoption:
         if held is None:
             return
         fits = held.num_slots == len(self._layers) and held.layers == self._layers[held.slot]
-        if not fits or not self.is_pending or held.pipeline in self._taken:
+        if not fits or not sees_weights or not self.is_pending or held.pipeline in self._taken:
             self._losers[node_id] = held.lease_term
             return
         slot = StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot))

@@ -15,6 +15,7 @@ from common.model_config import ModelConfig
 from common.topology import NodeDescription, ShardId
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import Draining
+from services.router.control.eligibility import describe_unseen, unseen_experts
 from services.router.control.placement import ExpertNodeCapacity, Placement, place_shards
 from services.router.control.roll_out import Assignment, next_assignment
 from services.router.control.sizes import MeshShape, shard_bytes
@@ -48,6 +49,10 @@ class ExpertRoles:
         self._draining = Draining()
         self.has_news = False
         """Whether what may be asked has changed since `take_news`."""
+        self._has_room = True
+        """Whether all that somebody sees has a place."""
+        self._unseen: tuple[int, ...] = ()
+        """Experts whose weights no node sees that stays."""
         self.problem = ""
         """Why not every shard can be placed, as a sentence; empty if it can."""
 
@@ -106,9 +111,10 @@ class ExpertRoles:
 
     def may_go(self, now_s: float) -> list[NodeId]:
         """Nodes that wanted to stop and that nobody needs, or that cannot be waited for any longer: `lose` them."""
-        owners = self._assignment.owners.values() if self._assignment is not None else ()
-        asked = {node_id for nodes in owners for node_id in nodes}
-        return self._draining.may_go(asked, bool(self.problem) or self._must_place, now_s)
+        owners = self._assignment.owners if self._assignment is not None else {}
+        # Nobody can take over what nobody else sees.
+        asked = {n for shard, nodes in owners.items() if shard.expert not in self._unseen for n in nodes}
+        return self._draining.may_go(asked, not self._has_room or self._must_place, now_s)
 
     def lose(self, node_id: NodeId, now_s: float) -> list[Action]:
         """An expert node is gone."""
@@ -133,23 +139,35 @@ class ExpertRoles:
         if not self._must_place or not (settled or len(self._nodes) >= self._num_expected):
             return []
         self._must_place = False
+        self._target = self._place()
+        return self._roll_on()
+
+    def _place(self) -> Placement:
         capacities = [
-            ExpertNodeCapacity(node.node_id, node.host_label, node.capacity_bytes, node.numeric_class)
+            ExpertNodeCapacity(
+                node.node_id,
+                node.host_label,
+                node.capacity_bytes,
+                node.numeric_class,
+                None if node.part is None else node.part.experts,
+            )
             for node in self._nodes.values()
             if node.node_id not in self._draining
         ]
         current = {node_id: self._told.get(node_id, held) for node_id, held in self._ready.items()}
+        self._unseen = unseen_experts([node.experts for node in capacities], self._config.num_experts)
+        seen = [shard for shard in self._shards if shard.expert not in self._unseen]
+        # What is held goes on being served where nobody can take it over.
+        holders = {shard: tuple(n for n in sorted(self._ready) if shard in self._ready[n]) for shard in self._shards}
         try:
-            self._target = place_shards(self._shards, self._shard_bytes, capacities, self._shape.copies, current)
-            self.problem = ""
+            placed = place_shards(seen, self._shard_bytes, capacities, self._shape.copies, current)
         except CapacityError as error:
-            self.problem = str(error)
-            # What is held goes on being served; there is no placement that would hold everything.
-            holders = {
-                shard: tuple(n for n in sorted(self._ready) if shard in self._ready[n]) for shard in self._shards
-            }
-            self._target = Placement(owners=holders, missing_copies=0)
-        return self._roll_on()
+            self.problem, self._has_room = str(error), False
+            return Placement(owners=holders, missing_copies=0)
+        self.problem, self._has_room = describe_unseen(self._unseen) if self._unseen else "", True
+        # What somebody sees is placed all the same: who sees the rest may come at any moment.
+        missing = placed.missing_copies + self._shape.copies * (len(self._shards) - len(seen))
+        return Placement({**holders, **placed.owners}, missing)
 
     def publish_to(self, stages: list[NodeId]) -> list[Action]:
         """The placement as it is, for stages that have just joined."""

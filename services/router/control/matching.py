@@ -54,6 +54,21 @@ def fill(
             needed[item] -= 1
 
 
+def place_each(held: list[list[int]], room: list[int], limits: Sequence[Sequence[int]]) -> int | None:
+    """Place every item that is in no bin, once, in place; arguments as those of `fill`.
+
+    Returns the first item for which no rearrangement makes room; None: all are placed.
+    """
+    for item in range(len(held)):
+        if not any(held[item]):
+            needed = [0] * len(held)
+            needed[item] = 1
+            fill(held, needed, room, limits)
+            if needed[item]:
+                return item
+    return None
+
+
 def _augment(
     held: list[list[int]], fixed: Sequence[Sequence[int]], item: int, room: list[int], limits: Sequence[Sequence[int]]
 ) -> bool:

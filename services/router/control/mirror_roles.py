@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from common.ids import NodeId
-from common.messages import AssignMirror, Header, MirrorReady, MirrorTo
+from common.messages import Header, MirrorReady, MirrorTo
 from common.model_config import ModelConfig
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.actions import Action, Tell
 from services.router.control.mirrors import MirroredSlot, MirrorPair, MirrorState, choose_mirrors, valid_pairs
+from services.router.control.role_messages import assign_mirror
 from services.router.control.sizes import MeshShape, block_bytes_of, stage_weight_bytes
 
 Nodes = Mapping[NodeId, tuple[NodeDescription, int]]
@@ -70,7 +71,9 @@ class MirrorRoles:
             if wanted.slot in chosen:
                 pair = MirrorPair(chosen[wanted.slot], wanted.holder, wanted.lease_term, wanted.num_blocks)
                 self._pairs[wanted.slot] = pair
-                actions.append(Tell(pair.node_id, self._assignment(wanted, nodes[wanted.holder][0]), Header()))
+                holder = nodes[wanted.holder][0]
+                message = assign_mirror(wanted.slot, self._layers, wanted.lease_term, wanted.num_blocks, holder)
+                actions.append(Tell(pair.node_id, message, Header()))
         return actions
 
     def take_report(self, node_id: NodeId, message: MirrorReady, nodes: Nodes) -> list[Action]:
@@ -105,18 +108,5 @@ class MirrorRoles:
         layers = self._layers[index]
         needed = stage_weight_bytes(self._config, self._shape, index, layers)
         needed += (wanted.num_blocks + 1) * block_bytes_of(self._config, self._shape, index, layers)
-        return spare.capacity_bytes >= needed and (spare.node_id, wanted.slot) not in self._failed
-
-    def _assignment(self, wanted: MirroredSlot, holder: NodeDescription) -> AssignMirror:
-        layers = self._layers[wanted.slot.index]
-        return AssignMirror(
-            pipeline=wanted.slot.pipeline,
-            slot=wanted.slot.index,
-            num_slots=len(self._layers),
-            first_layer=layers.start,
-            stop_layer=layers.stop,
-            lease_term=wanted.lease_term,
-            num_blocks=wanted.num_blocks,
-            primary=holder.endpoints,
-            primary_ipc_token=holder.ipc_token,
-        )
+        is_able = spare.capacity_bytes >= needed and spare.can_load_layers(layers)
+        return is_able and (spare.node_id, wanted.slot) not in self._failed

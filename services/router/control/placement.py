@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NoReturn
 
 from common.errors import CapacityError, ConfigurationError
 from common.ids import NodeId
 from common.topology import ShardId
-from services.router.control.matching import fill
+from services.router.control.matching import fill, place_each
 from services.router.control.placement_quotas import level, level_groups, spread
 from services.router.control.primaries import order_copies
 
@@ -28,6 +29,8 @@ class ExpertNodeCapacity:
     host_label: str
     capacity_bytes: int
     numeric_class: str
+    experts: frozenset[int] | None = None
+    """Whose weights it sees, in all layers; None: of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ def place_shards(
     copies: int,
     current: Mapping[NodeId, frozenset[ShardId]],
 ) -> Placement:
-    """Owners for every shard: one each, then up to `copies`, on different hosts where there are any, no node twice.
+    """Owners for every shard: one each, then up to `copies`, on different hosts where there are any, no node twice, and
+    nobody who does not see its weights.
 
     Even within one shard for each layer and in all, as far as capacities and hosts go (a host that is alone against
     several takes a copy of everything: safety first). `current` is what nodes hold now (nodes that are gone may be
@@ -93,7 +97,15 @@ class _Placing:
             [index for index, _ in group] for _, group in groupby(enumerate(nodes), key=lambda pair: pair[1].host_label)
         ]
         self.host_of = {index: host for host, members in enumerate(self.hosts) for index in members}
-        self.held_now = [current.get(node.node_id, frozenset()) & sizes.keys() for node in nodes]
+        self.allowed = {
+            expert: [int(node.experts is None or expert in node.experts) for node in nodes]
+            for expert in {shard.expert for shard in sizes}
+        }
+        """By expert and node: 1 where the node sees its weights."""
+        self.held_now = [
+            {shard for shard in current.get(node.node_id, frozenset()) & sizes.keys() if self._may_hold(index, shard)}
+            for index, node in enumerate(nodes)
+        ]
         self.owners: dict[ShardId, set[int]] = {shard: set() for shard in sizes}
         self.free_bytes = [node.capacity_bytes for node in nodes]
         self.num_in_layer: list[Counter[int]] = [Counter() for _ in nodes]
@@ -111,10 +123,15 @@ class _Placing:
     def match_quotas(self) -> None:
         """All shards are counted as large as the largest; what that wastes is used by `place_the_rest`."""
         num_shards, largest = len(self.sizes), max(self.sizes.values(), default=0)
+        num_of_expert = Counter(shard.expert for shard in self.sizes)
+        num_allowed = [
+            sum(count * self.allowed[expert][index] for expert, count in num_of_expert.items())
+            for index in range(len(self.nodes))
+        ]
         # Never more of a host than it takes for all copies, so that copies go to other hosts first.
         copies_a_host = -(-self.copies // max(1, len(self.hosts)))
         caps = [
-            [min(num_shards, self.nodes[index].capacity_bytes // max(1, largest)) for index in host]
+            [min(num_allowed[index], self.nodes[index].capacity_bytes // max(1, largest)) for index in host]
             for host in self.hosts
         ]
         favour = [[len(self.held_now[index]) for index in host] for host in self.hosts]
@@ -156,11 +173,12 @@ class _Placing:
     ) -> None:
         """First which hosts hold a shard, then which nodes of them."""
         held = [[int(shard in self.held_now[index]) for index in range(len(self.nodes))] for shard in shards]
-        num_copies = level(total, [self.copies] * len(shards), [sum(row) for row in held])
+        limits = [self.allowed[shard.expert] for shard in shards]
+        num_copies = level(total, [min(self.copies, sum(row)) for row in limits], [sum(row) for row in held])
         self._trim(held, num_copies, node_quotas, copies_a_host)
 
         by_host = [[sum(row[index] for index in host) for host in self.hosts] for row in held]
-        host_limits = [min(copies_a_host, len(host)) for host in self.hosts]
+        host_limits = [[min(copies_a_host, sum(row[index] for index in host)) for host in self.hosts] for row in limits]
         fill(
             by_host,
             [wanted - sum(row) for wanted, row in zip(num_copies, by_host, strict=True)],
@@ -168,7 +186,7 @@ class _Placing:
                 sum(node_quotas[index] for index in host) - sum(row[h] for row in by_host)
                 for h, host in enumerate(self.hosts)
             ],
-            [host_limits] * len(shards),
+            host_limits,
         )
         for h, host in enumerate(self.hosts):
             self._match_host(shards, host, held, [row[h] for row in by_host], [node_quotas[index] for index in host])
@@ -198,7 +216,7 @@ class _Placing:
             in_host,
             [count - sum(row) for count, row in zip(wanted, in_host, strict=True)],
             [quota - sum(row[position] for row in in_host) for position, quota in enumerate(quotas)],
-            [[1] * len(host)] * len(shards),
+            [[self.allowed[shard.expert][index] for index in host] for shard in shards],
             other_class,
         )
         for shard, row in zip(shards, in_host, strict=True):
@@ -251,6 +269,8 @@ class _Placing:
                         node = self._make_room_for(shard)
                     if node is not None:
                         self._add(shard, node)
+                    elif num_copies == 1:
+                        self._rearrange()
 
     def _best_node_for(self, shard: ShardId) -> int | None:
         """A node with room: on a host without it, then the least loaded one."""
@@ -259,13 +279,13 @@ class _Placing:
         candidates = [
             (self.host_of[index] in hosts, self.num_in_layer[index][shard.layer], self._used_bytes(index), index)
             for index in range(len(self.nodes))
-            if index not in owners and self.free_bytes[index] >= self.sizes[shard]
+            if index not in owners and self._may_hold(index, shard) and self.free_bytes[index] >= self.sizes[shard]
         ]
         return min(candidates)[3] if candidates else None
 
-    def _make_room_for(self, shard: ShardId) -> int:
-        """A node that gives up further copies of other shards for a shard that nobody holds. Raises CapacityError."""
-        for index in range(len(self.nodes)):
+    def _make_room_for(self, shard: ShardId) -> int | None:
+        """A node that gives up further copies of other shards for a shard that nobody holds."""
+        for index in (index for index in range(len(self.nodes)) if self._may_hold(index, shard)):
             spare = sorted(
                 (other for other, owners in self.owners.items() if index in owners and len(owners) > 1),
                 key=lambda other: (-self.sizes[other], other),
@@ -275,11 +295,39 @@ class _Placing:
                     if self.free_bytes[index] < self.sizes[shard]:
                         self._remove(other, index)
                 return index
-        capacities = [node.capacity_bytes for node in self.nodes]
+        return None
+
+    def _rearrange(self) -> None:
+        """First copies only, each moved on along a chain of nodes that see its weights until every shard has one.
+
+        All shards count as large as the largest. Raises CapacityError where no arrangement has room for every shard.
+        """
+        shards, largest = list(self.sizes), max(1, *self.sizes.values())
+        room = [node.capacity_bytes // largest for node in self.nodes]
+        held = [[0] * len(self.nodes) for _ in shards]
+        for shard, row in zip(shards, held, strict=True):
+            owners = sorted(self.owners[shard], key=lambda index: (shard not in self.held_now[index], index))
+            for index in [index for index in owners if room[index] > 0][:1]:
+                row[index] = 1
+                room[index] -= 1
+        left_over = place_each(held, room, [self.allowed[shard.expert] for shard in shards])
+        if left_over is not None:
+            self._refuse(shards[left_over])
+        for shard, row in zip(shards, held, strict=True):
+            for index in list(self.owners[shard]):
+                self._remove(shard, index)
+            self._add(shard, row.index(1))
+
+    def _refuse(self, shard: ShardId) -> NoReturn:
+        able = [node.capacity_bytes for index, node in enumerate(self.nodes) if self._may_hold(index, shard)]
+        nodes = "nodes offer" if len(able) == len(self.nodes) else "nodes that see its weights offer"
         raise CapacityError(
             f"an expert shard of {self.sizes[shard]} bytes fits no node: the experts need {sum(self.sizes.values())} "
-            f"bytes, {len(capacities)} nodes offer {sum(capacities)}, the largest {max(capacities, default=0)}"
+            f"bytes, {len(able)} {nodes} {sum(able)}, the largest {max(able, default=0)}"
         )
+
+    def _may_hold(self, index: int, shard: ShardId) -> bool:
+        return self.allowed[shard.expert][index] == 1
 
     def _used_bytes(self, index: int) -> int:
         return self.nodes[index].capacity_bytes - self.free_bytes[index]

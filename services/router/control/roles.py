@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,12 @@ class ObservedStage:
     numeric_class: str
     join_order: int
     """Lower joined earlier; ties go by id."""
+    slots: frozenset[int] | None = None
+    """Indexes of the slots whose weights it sees; None: of all."""
+
+    def can_hold(self, slot: StageSlot) -> bool:
+        """Whether it sees the slot's weights."""
+        return self.slots is None or slot.index in self.slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,8 @@ class RolePlan:
     """What there is and what is missing, as a sentence for people."""
     num_surplus: int = 0
     """Pipelines beyond the rule, whose nodes are wanted as spares."""
+    lacking: tuple[int, ...] = ()
+    """Indexes of slots that stay empty although nodes are free, since none of these sees their weights."""
 
     @property
     def pipelines(self) -> dict[PipelineId, tuple[NodeId | None, ...]]:
@@ -64,6 +72,9 @@ def plan_roles(
     `current` may name dead nodes; those slots are holes, and a hole stays one until somebody is free for it: its mirror
     before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
     whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
+    Nobody gets a slot whose weights it does not see. Where those who are free see others, holders of the same pipeline
+    change places for them, those who have just come before those who serve; a pipeline that cannot be whole is not
+    begun. Who sees least goes first among equals, so that those who see everything are left as spares.
     A pipeline that exists is kept while `keeps_surplus`, also where fewer than `spares` are left over then: a node that
     was killed is back in a moment. Without it those with a hole, then the highest ones, are given up until the rule
     holds. The first one is always formed.
@@ -87,11 +98,18 @@ def plan_roles(
                 assignments.pop(slot, None)
         kept = sorted(by_worth[:num_wanted])
     free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
-    while len(kept) < num_wanted and len(free) >= pp:
+    lacking: set[int] = set()
+    while len(kept) < num_wanted:
         pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
-        _fill_holes(pipeline, pp, assignments, free, nodes, {})
+        begun, left = dict(assignments), list(free)
+        _fill_holes(pipeline, pp, begun, left, nodes, {})
+        if missing := [slot.index for slot in _slots(pipeline, pp) if slot not in begun]:
+            lacking.update(missing if left else ())
+            break
+        assignments, free = begun, left
         kept = sorted([*kept, pipeline])
     holes = [slot for pipeline in kept for slot in _slots(pipeline, pp) if slot not in assignments]
+    lacking.update(slot.index for slot in holes if free)
     num_whole = len(kept) - len({slot.pipeline for slot in holes})
     return RolePlan(
         assignments={slot: assignments[slot] for slot in sorted(assignments, key=_slot_order)},
@@ -99,6 +117,7 @@ def plan_roles(
         spares=tuple(sorted((node.node_id for node in free), key=list(nodes).index)),
         detail=_detail(len(nodes), num_whole, holes, len(free), pp, spares),
         num_surplus=max(0, len(kept) - num_wanted),
+        lacking=tuple(sorted(lacking)),
     )
 
 
@@ -118,7 +137,7 @@ def _living_holders(
     seen: set[NodeId] = set()
     for slot in sorted(current, key=_slot_order):
         node_id = current[slot]
-        if slot.index < pp and node_id in nodes and node_id not in seen:
+        if slot.index < pp and node_id in nodes and node_id not in seen and nodes[node_id].can_hold(slot):
             held[slot] = node_id
             seen.add(node_id)
     return held
@@ -138,25 +157,65 @@ def _fill_holes(
     classes = Counter(nodes[assignments[slot]].numeric_class for slot in slots if slot in assignments)
     if not classes:
         # An empty pipeline takes the class of the first in line whose class can fill it, so that it is of one class.
-        available = Counter(node.numeric_class for node in free)
-        whole = [node.numeric_class for node in free if available[node.numeric_class] >= len(holes)]
-        classes.update(whole[:1])
+        of_class = {name: [node for node in free if node.numeric_class == name] for name in _classes(free)}
+        classes.update([name for name, able in of_class.items() if _can_fill(slots, able)][:1])
     wanted = max(sorted(classes), key=classes.__getitem__, default=None)
     others_mirrors = {node_id for slot, node_id in mirrors.items() if slot not in holes}
+
+    def worth(node: ObservedStage, own_mirror: NodeId | None) -> tuple[bool, bool, bool, int]:
+        is_other_class, mirrors_others = node.numeric_class != wanted, node.node_id in others_mirrors
+        num_slots = pp if node.slots is None else len(node.slots)
+        return node.node_id != own_mirror, is_other_class, mirrors_others, num_slots
+
     for slot in holes:
-        if not free:
-            return
-        own_mirror = mirrors.get(slot)
-        node = min(
-            free,  # in join order: `min` takes the first of equals
-            key=lambda node: (
-                node.node_id != own_mirror,
-                node.numeric_class != wanted,
-                node.node_id in others_mirrors,
-            ),
-        )
-        free.remove(node)
-        assignments[slot] = node.node_id
+        able = [node for node in free if node.can_hold(slot)]
+        if able:
+            # In join order: `min` takes the first of equals.
+            node = min(able, key=lambda node: worth(node, mirrors.get(slot)))
+            free.remove(node)
+            assignments[slot] = node.node_id
+    for hole in [slot for slot in holes if slot not in assignments]:
+        if not _pass_on(hole, [slot for slot in holes if slot in assignments], assignments, free, nodes):
+            _pass_on(hole, [slot for slot in slots if slot in assignments], assignments, free, nodes)
+
+
+def _pass_on(
+    hole: StageSlot,
+    movable: Sequence[StageSlot],
+    assignments: dict[StageSlot, NodeId],
+    free: list[ObservedStage],
+    nodes: Mapping[NodeId, ObservedStage],
+) -> bool:
+    """Fill a hole whose weights nobody free sees: the holder of another slot goes there, and so on, along a shortest
+    chain that ends with somebody free. Takes that one from `free`; False: there is no such chain."""
+    goes_to: dict[StageSlot, StageSlot] = {}
+    queue = deque([hole])
+    while queue:
+        slot = queue.popleft()
+        entering = next((node for node in free if node.can_hold(slot)), None)
+        if entering is not None:
+            free.remove(entering)
+            moved = entering.node_id
+            while slot != hole:
+                assignments[slot], moved, slot = moved, assignments[slot], goes_to[slot]
+            assignments[hole] = moved
+            return True
+        for other in movable:
+            if other not in goes_to and nodes[assignments[other]].can_hold(slot):
+                goes_to[other] = slot
+                queue.append(other)
+    return False
+
+
+def _can_fill(slots: Sequence[StageSlot], able: Sequence[ObservedStage]) -> bool:
+    """Whether these nodes can hold all of these slots at once."""
+    held: dict[StageSlot, NodeId] = {}
+    free, nodes = list(able), {node.node_id: node for node in able}
+    return all(_pass_on(slot, [*held], held, free, nodes) for slot in slots)
+
+
+def _classes(nodes: Sequence[ObservedStage]) -> list[str]:
+    return list(dict.fromkeys(node.numeric_class for node in nodes))
 
 
 def _merge_broken(
@@ -165,16 +224,27 @@ def _merge_broken(
     assignments: dict[StageSlot, NodeId],
     nodes: Mapping[NodeId, ObservedStage],
 ) -> None:
-    """Nodes of the highest broken pipeline fill the holes of the lowest one, until at most one is left broken."""
+    """Nodes of the highest broken pipelines fill holes of the lowest ones, as long as there is one that can."""
     while True:
         broken = [p for p in kept if 0 < sum(slot in assignments for slot in _slots(p, pp)) < pp]
-        if len(broken) < 2:
+        pairs = ((lower, higher) for lower in broken for higher in reversed(broken) if lower < higher)
+        if not any(_give(higher, lower, pp, assignments, nodes) for lower, higher in pairs):
             return
-        lowest, highest = broken[0], broken[-1]
-        giving = [slot for slot in _slots(highest, pp) if slot in assignments]
-        giving = giving[: pp - sum(slot in assignments for slot in _slots(lowest, pp))]
-        moved = [nodes[assignments.pop(slot)] for slot in giving]
-        _fill_holes(lowest, pp, assignments, moved, nodes, {})
+
+
+def _give(
+    giver: PipelineId,
+    taker: PipelineId,
+    pp: int,
+    assignments: dict[StageSlot, NodeId],
+    nodes: Mapping[NodeId, ObservedStage],
+) -> bool:
+    """Whether the taker could use any of the giver's nodes."""
+    giving = {slot: nodes[assignments.pop(slot)] for slot in _slots(giver, pp) if slot in assignments}
+    left = list(giving.values())
+    _fill_holes(taker, pp, assignments, left, nodes, {})
+    assignments.update({slot: node.node_id for slot, node in giving.items() if node in left})
+    return len(left) < len(giving)
 
 
 def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_free: int, pp: int, spares: int) -> str:

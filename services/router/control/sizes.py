@@ -27,8 +27,8 @@ class MeshShape:
     """Wished for a pipeline; memory may allow less."""
 
 
-def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:
-    """Layer ranges of a pipeline's slots, balanced by the weights that one token reads.
+def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
+    """Layer ranges of a pipeline's `pp` slots, balanced by the weights that one token reads.
 
     A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads
     one row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
@@ -39,9 +39,9 @@ def plan_layers(config: ModelConfig, shape: MeshShape) -> list[LayerRange]:
         for layer in range(config.num_layers)
     ]
     try:
-        return balance_layers(costs, config.hidden_size, config.embedding_parameters(), shape.pp)
+        return balance_layers(costs, config.hidden_size, config.embedding_parameters(), pp)
     except ConfigurationError as error:
-        raise ConfigurationError(f"PP={shape.pp}: {error}") from None
+        raise ConfigurationError(f"PP={pp}: {error}") from None
 
 
 def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:

@@ -10,9 +10,11 @@ from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import Adoption, HeldSlot
+from services.router.control.eligibility import describe_unfilled, loadable_slots
 from services.router.control.mirror_roles import MirrorRoles
 from services.router.control.mirrors import MirroredSlot
 from services.router.control.pipeline_state import Pipeline
+from services.router.control.role_messages import assign_stage
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks, too_small
 from services.router.control.surplus import Surplus
@@ -37,7 +39,7 @@ class StageRoles:
         Generations count up from `first_generation`: they ascend over routers, since a stage's report is fenced by its
         generation alone.
         """
-        self.layers = plan_layers(config, shape)
+        self.layers = plan_layers(config, shape.pp)
         self._config = config
         self._shape = shape
         self._results = results_endpoints, results_ipc_token
@@ -85,7 +87,7 @@ class StageRoles:
         if node_id not in self._nodes:
             self._num_joined += 1
         self._nodes[node_id] = (description, self._num_joined)
-        self._adoption.claim(node_id, held, now_s)
+        self._adoption.claim(node_id, held, now_s, held is None or description.can_load_layers(held.layers))
         return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
@@ -197,17 +199,18 @@ class StageRoles:
 
     # Planning
 
-    def _replan(self, too_small: Set[NodeId] = frozenset(), *, keeps_surplus: bool = True) -> list[Action]:
-        """Roles for all nodes but those that turned out too small for the slot that they would have got.
+    def _replan(self, no_room: Set[tuple[NodeId, int]] = frozenset(), *, keeps_surplus: bool = True) -> list[Action]:
+        """Roles for all nodes but those that turned out too small for all slots that they could get.
 
         While slots are kept for their holders, roles of those who have one.
         """
         current = self._holders()
-        observed = [
-            ObservedStage(node_id, description.numeric_class, order)
-            for node_id, (description, order) in self._nodes.items()
-            if node_id not in too_small and (node_id in current.values() or not self._adoption.is_pending)
-        ]
+        observed: list[ObservedStage] = []
+        for node_id, (description, order) in self._nodes.items():
+            slots = loadable_slots(description, self.layers, {slot for name, slot in no_room if name == node_id})
+            is_awaited = self._adoption.is_pending and node_id not in current.values()
+            if not is_awaited and (slots is None or slots or description.part is not None):
+                observed.append(ObservedStage(node_id, description.numeric_class, order, slots))
         plan = plan_roles(
             observed,
             current,
@@ -217,22 +220,22 @@ class StageRoles:
             keeps_surplus=keeps_surplus,
         )
         self._surplus.see(plan.num_surplus)
-        self.detail = plan.detail
+        self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, [n for n, _ in self._nodes.values()])
         wanted = plan.pipelines
         actions: list[Action] = []
         for pipeline_id in [p for p in self._pipelines if p not in wanted]:
             pipeline = self._pipelines.pop(pipeline_id)
             actions += [ClosePipeline(pipeline_id)] if pipeline.has_pool else []
         actions += self._let_go(plan, current)
-        misfits: dict[NodeId, str] = {}
+        misfits: dict[tuple[NodeId, int], str] = {}
         for pipeline_id, holders in wanted.items():
             found = self._misfits(pipeline_id, holders)
             misfits |= found
             if not found:
                 actions += self._take_over(pipeline_id, holders)
         if misfits:
-            actions += self._replan(too_small | misfits.keys(), keeps_surplus=keeps_surplus)
-            self.detail += f"; {', '.join(f'{node_id}: {reason}' for node_id, reason in misfits.items())}"
+            actions += self._replan(no_room | misfits.keys(), keeps_surplus=keeps_surplus)
+            self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
             return actions
         return actions + self._move_on() + self._mirror()
 
@@ -251,8 +254,8 @@ class StageRoles:
             if node_id in plan.spares
         ]
 
-    def _misfits(self, pipeline_id: PipelineId, holders: Sequence[NodeId | None]) -> dict[NodeId, str]:
-        """New holders that have no room for their slot, and how much is missing."""
+    def _misfits(self, pipeline_id: PipelineId, holders: Sequence[NodeId | None]) -> dict[tuple[NodeId, int], str]:
+        """New holders that have no room for their slot, with its index, and how much is missing."""
         before = self._pipelines.get(pipeline_id)
         new = {
             slot: node_id
@@ -261,7 +264,8 @@ class StageRoles:
         }
         capacities = {slot: self._nodes[node_id][0].capacity_bytes for slot, node_id in new.items()}
         return {
-            new[slot]: reason for slot, reason in too_small(self._config, self._shape, self.layers, capacities).items()
+            (new[slot], slot): reason
+            for slot, reason in too_small(self._config, self._shape, self.layers, capacities).items()
         }
 
     def _take_over(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
@@ -334,22 +338,11 @@ class StageRoles:
         return actions
 
     def _assignment(self, slot: StageSlot, holders: Sequence[NodeId], num_blocks: int) -> AssignStage:
-        is_last = slot.index == len(holders) - 1
         downstream = self._results
-        if not is_last:
+        if slot.index < len(holders) - 1:
             following = self._nodes[holders[slot.index + 1]][0]
             downstream = following.endpoints, following.ipc_token
-        return AssignStage(
-            pipeline=slot.pipeline,
-            slot=slot.index,
-            num_slots=len(holders),
-            first_layer=self.layers[slot.index].start,
-            stop_layer=self.layers[slot.index].stop,
-            lease_term=self._lease_terms[slot],
-            num_blocks=num_blocks,
-            downstream=downstream[0],
-            downstream_ipc_token=downstream[1],
-        )
+        return assign_stage(slot, self.layers, self._lease_terms[slot], num_blocks, downstream)
 
     def _mirror(self) -> list[Action]:
         """Spares follow slots of open pipelines, if that is wanted, and slots with cache that their holder leaves."""

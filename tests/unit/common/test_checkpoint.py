@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.checkpoint import StoredTensor, fingerprint, read_tensor_index, resolve_model
+from common.checkpoint import fingerprint, read_tensor_index, resolve_model
 from common.errors import CheckpointError, ConfigurationError
 
 INDEX = "model.safetensors.index.json"
@@ -37,11 +37,23 @@ def write_header(file: Path, header: Any, data: bytes = b"") -> None:
 
 def test_every_tensor_is_found_in_its_file_with_its_shape(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
-    assert read_tensor_index(directory) == {
-        "a": StoredTensor(directory / "one.safetensors", (2, 3), "F32"),
-        "b": StoredTensor(directory / "one.safetensors", (4,), "BF16"),
-        "c": StoredTensor(directory / "two.safetensors", (5, 1), "F32"),
+    found = {
+        name: (stored.file.name, stored.shape, stored.dtype) for name, stored in read_tensor_index(directory).items()
     }
+    assert found == {
+        "a": ("one.safetensors", (2, 3), "F32"),
+        "b": ("one.safetensors", (4,), "BF16"),
+        "c": ("two.safetensors", (5, 1), "F32"),
+    }
+
+
+def test_every_tensors_bytes_are_where_the_index_says(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    numbers = torch.arange(7, dtype=torch.float32)
+    save_file({"a": torch.ones(2, 3), "numbers": numbers}, directory / "one.safetensors")
+    stored = read_tensor_index(directory)["numbers"]
+    content = stored.file.read_bytes()[stored.start : stored.start + stored.num_bytes]
+    assert content == numbers.numpy().tobytes()
 
 
 def test_without_an_index_all_files_of_the_folder_count(tmp_path: Path) -> None:
@@ -191,6 +203,15 @@ def test_a_disk_that_fails_while_files_are_looked_for_is_a_sentence(
     monkeypatch.setattr(Path, "exists", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error"):
         read_tensor_index(tmp_path)
+
+
+def test_of_a_folder_without_weights_the_config_is_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+        fingerprint(tmp_path)
+    before = fingerprint(tmp_path, has_weights=False)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert fingerprint(tmp_path, has_weights=False) != before
 
 
 def test_a_checkpoint_without_config_has_no_fingerprint(tmp_path: Path) -> None:

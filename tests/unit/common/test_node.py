@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from common.messages import (
     Welcome,
 )
 from common.node import HELLO_INTERVAL_S, ControlLink, NodeAddresses, draw_identity, find_addresses
-from common.topology import NodeDescription, NodeKind
+from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
 from common.transport import LinkEvent
 from tests.support.memory_transport import MemorySocket, MemoryTransport
 
@@ -91,6 +92,24 @@ def test_it_says_hello_as_soon_as_the_router_is_there_and_not_before(link: Link)
         5,
         ("tcp://a:1",),
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (None, ((), ())),
+        (CheckpointPart(layers=LayerRange(2, 5)), ((2, 5), ())),
+        (CheckpointPart(experts=frozenset({4, 1})), ((), (1, 4))),
+    ],
+)
+def test_it_says_what_of_the_checkpoint_it_sees(
+    link: Link, part: CheckpointPart | None, said: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    link.description = replace(link.description, part=part)
+    link.event(LinkEvent.CONNECTED)
+    link.receive(0.0)
+    (hello,) = link.sent()
+    assert (hello.part_layers, hello.part_experts) == said
 
 
 def test_it_repeats_its_hello_until_it_is_welcome(link: Link) -> None:

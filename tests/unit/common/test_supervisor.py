@@ -84,6 +84,16 @@ def test_a_process_gets_the_meshs_settings_over_its_own(
     assert process.options["start_new_session"], "Ctrl-C is the supervisor's"
 
 
+def test_a_place_may_have_settings_of_its_own_over_those_of_all(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    mesh.environment, mesh.places = {"MODEL": "whole", "PP": "2"}, {"stage-7": {"MODEL": "part"}}
+    for name in ("stage-7", "stage-8"):
+        mesh.add("stage", name)
+    assert [(own.environment["MODEL"], own.environment["PP"]) for own in started[-2:]] == [
+        ("part", "2"),
+        ("whole", "2"),
+    ]
+
+
 def test_a_name_is_taken_once(mesh: LocalMesh) -> None:
     mesh.add("expert", "expert-0")
     with pytest.raises(ConfigurationError, match="expert-0"):

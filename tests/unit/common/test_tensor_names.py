@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from common.checkpoint import read_tensor_index
 from common.errors import CheckpointError
 from common.model_config import read_model_config
-from common.tensor_names import check_tensors, expected_tensors
+from common.tensor_names import check_tensors, expected_tensors, stage_tensors
+from common.topology import CheckpointPart, LayerRange
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.support.checkpoints import RECIPES, Recipe, write_checkpoint
 
@@ -33,3 +35,46 @@ def test_a_tensor_that_is_missing_misshapen_or_of_an_unknown_dtype_is_named(tmp_
         check_tensors(config, index | {name: replace(index[name], shape=(1, 2))})
     with pytest.raises(CheckpointError, match=f"{name} is stored as I8"):
         check_tensors(config, index | {name: replace(index[name], dtype="I8")})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_parts_make_up_the_whole_and_share_nothing_but_a_tied_embedding(recipe: Recipe, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", recipe)
+    config, index = read_model_config(directory), read_tensor_index(directory)
+    last = config.num_layers
+    parts = [
+        CheckpointPart(LayerRange(0, 1)),
+        CheckpointPart(LayerRange(1, last - 1)),
+        CheckpointPart(LayerRange(last - 1, last)),
+        CheckpointPart(experts=frozenset(range(2))),
+        CheckpointPart(experts=frozenset(range(2, config.num_experts))),
+    ]
+    named = Counter(name for part in parts for name, _ in expected_tensors(config, index, part))
+    assert named.keys() == index.keys()
+    assert {name for name, count in named.items() if count > 1} == (
+        {"model.embed_tokens.weight"} if recipe.tied else set()
+    )
+
+
+def test_a_part_lacks_only_what_is_its_own(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    config, index = read_model_config(directory), read_tensor_index(directory)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    without = {key: value for key, value in index.items() if key != name}
+    check_tensors(config, without, CheckpointPart(LayerRange(0, 4), frozenset({0, 1, 2})))
+    with pytest.raises(CheckpointError, match=f"{name} is missing in the folder"):
+        check_tensors(config, without, CheckpointPart(experts=frozenset({3})), "the folder")
+
+
+def test_the_first_stage_has_the_embedding_and_the_last_one_what_makes_logits(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    config, index = read_model_config(directory), read_tensor_index(directory)
+    ends = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+    def ends_of(start: int, stop: int) -> set[str]:
+        return ends & {name for name, _ in stage_tensors(config, index, LayerRange(start, stop))}
+
+    assert ends_of(0, 2) == {"model.embed_tokens.weight"}
+    assert ends_of(1, 3) == set()
+    assert ends_of(2, 4) == {"model.norm.weight", "lm_head.weight"}
+    assert ends_of(0, 4) == ends

@@ -1,14 +1,54 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from common.errors import ConfigurationError, NodeLostError
+from common.errors import CheckpointError, ConfigurationError, NodeLostError, ProtocolError
 from common.ids import Incarnation, NodeId
 from common.membership import MAX_REMEMBERED_DEAD, ChangeReason, MembershipChange, NodeState
-from services.router.registration import DeclaredDead
-from tests.support.mesh_shapes import node
+from common.topology import CheckpointPart, LayerRange, NodeDescription
+from services.router.registration import DeclaredDead, check_hello
+from tests.support.fake_mesh import hello_of
+from tests.support.mesh_shapes import EXPERTS, LAYERS, node, small_model
 
 A = NodeId("a")
+
+
+def registered(described: NodeDescription, **changes: Any) -> NodeDescription:
+    return check_hello(replace(hello_of(described), **changes), described.node_id, "print", small_model())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [None, CheckpointPart(LayerRange(1, LAYERS)), CheckpointPart(experts=frozenset({0, EXPERTS - 1}))],
+    ids=["whole", "layers", "experts"],
+)
+def test_a_node_is_known_as_it_describes_itself(part: CheckpointPart | None) -> None:
+    described = node("a", part=part)
+    assert registered(described) == described
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"part_layers": (0, LAYERS + 1)}, "part_layers"),
+        ({"part_layers": (2, 2)}, "part_layers"),
+        ({"part_layers": (1,)}, "part_layers"),
+        ({"part_layers": (0, 1, 2)}, "part_layers"),
+        ({"part_experts": (0, EXPERTS)}, "part_experts"),
+    ],
+    ids=str,
+)
+def test_a_part_that_this_model_does_not_have_is_refused_by_the_field(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ProtocolError, match=f"Hello.{named}"):
+        registered(node("a"), **changes)
+
+
+def test_a_part_of_another_checkpoint_is_refused_as_the_whole_of_it_is() -> None:
+    with pytest.raises(CheckpointError, match=r"a sees another checkpoint \(fingerprint other\)"):
+        registered(node("a", part=CheckpointPart(LayerRange(0, 2))), fingerprint="other")
 
 
 def death(node_id: NodeId, reason: ChangeReason) -> MembershipChange:

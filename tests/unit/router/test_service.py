@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import structlog
 
 from common.config import Settings
+from common.errors import ConfigurationError
 from common.ids import PipelineId
 from common.messages import AssignStage, StageReady
 from common.node import NodeAddresses
+from compose.shard_checkpoint import shard_checkpoint
+from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
-from services.router.service import Model, _mesh_loop, http_url
+from services.router.service import Model, _mesh_loop, http_url, read_model
 from tests.support.mesh_shapes import node, small_model
 
 
@@ -24,6 +28,16 @@ from tests.support.mesh_shapes import node, small_model
 def test_the_address_is_one_that_clients_can_take_apart(host: str) -> None:
     url = httpx.URL(http_url(host, 8000))
     assert (url.host, url.port) == (host, 8000)
+
+
+def test_a_router_with_its_part_serves_what_one_with_the_whole_does(tmp_path: Path) -> None:
+    whole = write_tiny_checkpoint(tmp_path / "tiny")
+    shard_checkpoint(str(whole), tmp_path / "parts", 2, 1, 1)
+    of_whole, of_part = (read_model(Settings(model=str(path))) for path in (whole, tmp_path / "parts" / "router"))
+    assert replace(of_part, directory=whole) == of_whole
+    assert of_part.served_name == "tiny"
+    with pytest.raises(ConfigurationError, match=r"layers \[0, 2\): .* needs the whole checkpoint or the part router"):
+        read_model(Settings(model=str(tmp_path / "parts" / "stage-0")))
 
 
 class NoSockets:

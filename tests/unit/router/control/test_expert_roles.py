@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from common.array import frame_to_array
 from common.ids import NodeId
 from common.messages import AssignShards, PublishPlacement
-from common.topology import NodeDescription, NodeKind, ShardId
+from common.topology import CheckpointPart, NodeDescription, NodeKind, ShardId
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import DRAIN_QUIET_S
 from services.router.control.expert_roles import SETTLE_S, ExpertRoles
@@ -181,10 +181,72 @@ def test_reports_of_strangers_change_nothing() -> None:
     assert all(owners == ["a"] for owners in published(roles).values())
 
 
+# ---- nodes that see a part of the checkpoint
+
+
+def seeing(name: str, *experts: int) -> NodeDescription:
+    return expert(name, part=CheckpointPart(experts=frozenset(experts)))
+
+
+def test_a_node_is_told_to_hold_only_experts_whose_weights_it_sees() -> None:
+    roles = roles_of(num_expected=3)
+    actions = [roles.join(seeing(*own), 0.0) for own in (("a", 0, 1), ("b", 1, 2), ("c", 0, 2))]
+    wanted = told(actions[-1])
+    assert {name: {shard.expert for shard in shards} for name, shards in wanted.items()} == {
+        "a": {0, 1},
+        "b": {1, 2},
+        "c": {0, 2},
+    }
+    settle(roles, actions[-1])
+    assert (roles.is_served, roles.missing_copies) == (True, 0)
+
+
+def test_experts_that_nobody_sees_are_named_and_all_others_are_loaded_meanwhile() -> None:
+    roles = roles_of()
+    roles.join(seeing("a", 0), 0.0)
+    actions = roles.join(seeing("b", 0), 0.0)
+    assert {shard.expert for shard in told(actions)["a"]} == {0}
+    settle(roles, actions)
+    assert not roles.is_served
+    assert roles.detail == "no expert node has the weights of experts 1, 2"
+    assert roles.missing_copies == 2 * 2 * LAYERS
+    settle(roles, roles.join(seeing("c", 1, 2), 1.0))
+    assert roles.is_served
+    assert (roles.problem, roles.missing_copies) == ("", 2 * LAYERS)
+
+
+def test_where_a_lost_node_alone_saw_an_expert_the_others_go_on_being_served() -> None:
+    roles = roles_of()
+    roles.join(seeing("a", 0, 1), 0.0)
+    settle(roles, roles.join(seeing("b", 1, 2), 0.0))
+    settle(roles, roles.lose(NodeId("b"), 1.0))
+    assert roles.detail == "no expert node has the weights of expert 2"
+    assert {shard.expert for shard, owners in published(roles).items() if owners} == {0, 1}
+    settle(roles, roles.join(seeing("b2", 2), 2.0))
+    assert roles.is_served
+
+
+def test_a_leaving_node_is_asked_for_what_it_alone_sees_and_not_waited_for() -> None:
+    roles = roles_of(copies=1)
+    roles.join(seeing("a", 0, 1), 0.0)
+    settle(roles, roles.join(seeing("b", 1, 2), 0.0))
+    settle(roles, roles.drain(NodeId("b"), 1.0))
+    owners = published(roles)
+    assert {shard.expert for shard, named in owners.items() if named == ["b"]} == {2}
+    assert {shard.expert for shard, named in owners.items() if named == ["a"]} == {0, 1}
+    roles.may_go(1.0)
+    assert roles.may_go(1.0 + DRAIN_QUIET_S) == ["b"]
+
+
+# ---- any order of events
+
+
 class Experts(RuleBasedStateMachine):
     """Nodes as they are: told to hold shards, they drop the others at once and load what is new one by one."""
 
     NAMES = "abcd"
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {}
+    """What those see who do not see everything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,17 +262,22 @@ class Experts(RuleBasedStateMachine):
         for name, wanted in told(actions).items():
             assert name in self.held, "only the living are told anything"
             assert len(wanted) <= self.capacity[name], "nobody is told more than it has room for"
+            assert {shard.expert for shard in wanted} <= self.sees(name), "nor what it does not see"
             self.wanted[name] = wanted
             self.held[name] &= wanted
         assert self.roles.version >= self.version
         self.version = self.roles.version
+
+    def sees(self, name: str) -> frozenset[int]:
+        return self.PARTS[name].experts if name in self.PARTS else frozenset(range(EXPERTS))
 
     @rule(name=st.sampled_from(NAMES), shards=st.integers(2, 14))
     def join(self, name: str, shards: int) -> None:
         if name not in self.held:
             self.capacity[name] = shards
             self.wanted[name] = self.held[name] = self.reported[name] = frozenset()
-        self.carry_out(self.roles.join(expert(name, self.capacity[name]), self.now_s))
+        described = expert(name, self.capacity[name], part=self.PARTS.get(name))
+        self.carry_out(self.roles.join(described, self.now_s))
 
     @rule(name=st.sampled_from(NAMES))
     def lose(self, name: str) -> None:
@@ -260,14 +327,39 @@ class Experts(RuleBasedStateMachine):
             if self.wanted == before and self.wanted == self.held:
                 break
         assert self.wanted == self.held, "the rollout comes to an end"
+        self.check_that_all_is_served()
+
+    def check_that_all_is_served(self) -> None:
         if self.held and sum(min(count, len(ALL)) for count in self.capacity.values()) >= len(ALL):
             assert self.roles.is_served
             copies = sum(len(owners) for owners in published(self.roles).values())
             assert copies + self.roles.missing_copies == 2 * len(ALL)
 
 
+class ExpertsOfParts(Experts):
+    """With room for all that they see."""
+
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {
+        "a": CheckpointPart(experts=frozenset({0, 1})),
+        "b": CheckpointPart(experts=frozenset({1})),
+        "c": CheckpointPart(experts=frozenset({0, 2})),
+    }
+
+    @rule(name=st.sampled_from(Experts.NAMES), shards=st.just(len(ALL)))
+    def join(self, name: str, shards: int) -> None:
+        super().join(name, shards)
+
+    def check_that_all_is_served(self) -> None:
+        if self.held:
+            seen = frozenset[int]().union(*(self.sees(name) for name in self.held))
+            assert {shard.expert for shard, owners in published(self.roles).items() if owners} == seen
+            assert self.roles.is_served == (len(seen) == EXPERTS)
+
+
 TestExperts = Experts.TestCase
 TestExperts.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestExpertsOfParts = ExpertsOfParts.TestCase
+TestExpertsOfParts.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
 # ---- a node that wants to stop

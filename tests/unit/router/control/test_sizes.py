@@ -17,7 +17,7 @@ BLOCK_BYTES = 2 * 2 * 16 * 32 * 4
 
 
 def test_layers_are_cut_so_that_the_end_with_the_lm_head_gets_fewer() -> None:
-    ranges = plan_layers(small_model(num_hidden_layers=7, vocab_size=5000), small_mesh(pp=3))
+    ranges = plan_layers(small_model(num_hidden_layers=7, vocab_size=5000), 3)
     assert [stop - start for start, stop in ranges] == [3, 3, 1]
     assert ranges[0].start == 0
     assert ranges[-1].stop == 7
@@ -25,7 +25,7 @@ def test_layers_are_cut_so_that_the_end_with_the_lm_head_gets_fewer() -> None:
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="4 layers cannot be cut into 5 stages"):
-        plan_layers(small_model(), small_mesh(pp=5))
+        plan_layers(small_model(), 5)
 
 
 def test_the_first_stage_pays_for_the_embedding_and_the_last_for_the_lm_head() -> None:
@@ -56,7 +56,7 @@ def test_slices_of_no_width_are_refused_by_the_setting() -> None:
 
 
 def test_the_pool_is_what_was_wished_where_memory_allows_it() -> None:
-    spans = plan_layers(small_model(), small_mesh())
+    spans = plan_layers(small_model(), 2)
     assert pool_blocks(small_model(), small_mesh(), spans, [PLENTY, PLENTY]) == 32
     assert pool_blocks(small_model(), small_mesh(kv_cache_tokens=1025), spans, [PLENTY, PLENTY]) == 33
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.ids import NodeId, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, MirrorReady, MirrorTo, StageReady, Unassign
-from common.topology import StageSlot
+from common.topology import CheckpointPart, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
 from tests.support.mesh_shapes import PLENTY, node
 from tests.support.stage_reports import roles_of
@@ -20,6 +22,8 @@ class Stages(RuleBasedStateMachine):
     NAMES = "abcdefghi"
     SMALL = "hi"
     """Too small for any slot."""
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {}
+    """What those see who do not see everything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +64,9 @@ class Stages(RuleBasedStateMachine):
             elif isinstance(action.message, AssignMirror | MirrorTo):
                 assert action.node_id in self.believed, "only the living are told anything"
                 self.mirrors.append((action.node_id, action.message))
+                if isinstance(action.message, AssignMirror):
+                    own = node(action.node_id, part=self.PARTS.get(action.node_id))
+                    assert own.can_load_layers(self.roles.layers[action.message.slot])
             elif isinstance(action.message, Unassign):
                 self.believed[action.node_id] = None
             else:
@@ -79,12 +86,14 @@ class Stages(RuleBasedStateMachine):
         if before is not None and before != (action.node_id, message.lease_term):
             assert message.lease_term > before[1]
         self.holders[slot] = action.node_id, message.lease_term
+        assert node(action.node_id, part=self.PARTS.get(action.node_id)).can_load_layers(self.roles.layers[slot.index])
         self.believed[action.node_id] = slot, message.lease_term, action.header.generation
 
     @rule(name=st.sampled_from(NAMES))
     def join(self, name: str) -> None:
         self.believed.setdefault(name, None)
-        self.carry_out(self.roles.join(node(name, capacity_bytes=1000 if name in self.SMALL else PLENTY)))
+        capacity_bytes = 1000 if name in self.SMALL else PLENTY
+        self.carry_out(self.roles.join(node(name, capacity_bytes=capacity_bytes, part=self.PARTS.get(name))))
 
     @rule(name=st.sampled_from(NAMES))
     def lose(self, name: str) -> None:
@@ -145,11 +154,33 @@ class Stages(RuleBasedStateMachine):
             self.get_ready(name, 0)
         whole = [number for number, pipeline in self.roles.pipelines.items() if pipeline.is_whole]
         assert len(self.open) == len(whole), "all that are ready are open"
-        assert len(self.roles.pipelines) - len(whole) <= 1
+        assert self.PARTS or len(self.roles.pipelines) - len(whole) <= 1
         for name in self.believed:
             self.roles.drain(NodeId(name))
         assert set(self.roles.leaving) == self.believed.keys(), "who all leave wait for nobody"
 
 
+FIRST, LAST = roles_of().layers
+
+
+class StagesOfParts(Stages):
+    """Most see one slot's layers; who sees everything may be too small."""
+
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {name: CheckpointPart(FIRST) for name in "abc"} | {
+        name: CheckpointPart(LAST) for name in "defi"
+    }
+
+    @invariant()
+    def there_are_as_many_pipelines_as_nodes_suffice_for(self) -> None:
+        able = [self.PARTS.get(name, None) for name in self.believed if name not in self.SMALL]
+        num_first, num_last = able.count(CheckpointPart(FIRST)), able.count(CheckpointPart(LAST))
+        num_whole = min(num_first, num_last, (len(self.believed) - 1) // 2)
+        assert len(self.roles.pipelines) >= max(num_whole, min(1, num_first, num_last))
+        if len(able) >= 2 and num_first < len(able) and num_last < len(able):
+            assert any(pipeline.is_whole for pipeline in self.roles.pipelines.values())
+
+
 TestStages = Stages.TestCase
 TestStages.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestStagesOfParts = StagesOfParts.TestCase
+TestStagesOfParts.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
