@@ -60,11 +60,13 @@ class MirrorRoles:
             for slot, pair in before.items()
             if slot not in self._pairs and pair.primary in nodes and pair.state is not MirrorState.LOADING
         ]
+        # Who sees least first: who sees everything can follow any slot that is left. Equals stay in join order.
+        in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._layers))
         by_id = {spare.node_id: spare for spare in spares}
         chosen = choose_mirrors(
             slots,
             self._pairs,
-            [(spare.node_id, spare.numeric_class) for spare in spares],
+            [(spare.node_id, spare.numeric_class) for spare in in_line],
             lambda node_id, slot: self._fits(by_id[node_id], slot),
         )
         for wanted in slots:

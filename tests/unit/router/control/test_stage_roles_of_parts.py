@@ -77,6 +77,16 @@ def test_a_spare_mirrors_only_a_slot_whose_layers_it_sees() -> None:
     assert told(roles.lose(NodeId("b")))["c"][0].slot == 1
 
 
+def test_who_sees_everything_mirrors_the_slot_that_no_other_spare_sees() -> None:
+    roles = roles_of(spares=2)
+    roles.join(seeing("a", FIRST))
+    begun = roles.join(seeing("b", LAST))
+    roles.join(node("w"))
+    roles.join(seeing("s", FIRST))
+    opening = report(roles, begun)
+    assert {name: message.slot for name, message in mirror_of(opening).items()} == {"s": 0, "w": 1}
+
+
 def test_a_holder_stays_where_it_has_no_room_for_the_slot_that_it_would_change_to() -> None:
     """A block of the first slot is larger, by the activation log."""
     roles = roles_of()
