@@ -121,7 +121,7 @@ def test_node_with_another_checkpoint_is_refused_and_nobody_else_is_touched(tmp_
     [
         ("PP", "5", "4 layers"),
         ("PP", "none", "PP"),
-        ("TP", "2", "TP"),
+        ("TP", "0", "TP"),
         ("DTYPE", "int3", "DTYPE"),
         ("PORT", "70000", "PORT"),
     ],
