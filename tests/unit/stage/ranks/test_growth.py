@@ -12,7 +12,7 @@ import torch
 
 from common.errors import RankLostError
 from common.messages import AssignStage, Header
-from services.stage.slot import Slot, Taken
+from services.stage.slot import Refused, Slot, Taken
 from services.stage.slot_keeper import SlotKeeper
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.memory_transport import MemoryTransport
@@ -52,9 +52,16 @@ def take_slot(keeper: SlotKeeper) -> Slot:
     """All layers, in one slot."""
     assignment = AssignStage(0, 0, 1, 0, 5, 1, 3, ("tcp://router:1",), "")
     assert keeper.assign(assignment, Header(generation=1), torch.float32) is None
-    answers: list[object] = []
-    wait_until(lambda: bool(answers.append(keeper.poll()) or answers[-1]), 30, "the layers", interval_s=0.001)
-    assert isinstance(answers[-1], Taken), answers[-1]
+    answers: list[Taken | Refused] = []
+
+    def answered() -> bool:
+        answer = keeper.poll()
+        if answer is not None:
+            answers.append(answer)
+        return bool(answers)
+
+    wait_until(answered, 30, "the layers", interval_s=0.001)
+    assert isinstance(answers[0], Taken), answers[0]
     assert keeper.slot is not None
     return keeper.slot
 
