@@ -24,12 +24,8 @@ class KillChild:
         return no_children(target)
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        doomed = [(node, children(node.pid)) for node in victims]
-        for node, pids in doomed:
-            if not pids:
-                raise TargetError(f"{node.name} has no child process; choose a kind that starts some")
-        for _, pids in doomed:
-            os.kill(pids[-1], signal.SIGKILL)
+        for child in newest_children(victims):
+            os.kill(child, signal.SIGKILL)
 
     def heal(self, target: Target) -> None:
         return
@@ -40,6 +36,17 @@ def no_children(target: Target) -> str:
     if not Path("/proc/self/task").exists():
         return "this system has no /proc, which tells a process's children"
     return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
+
+
+def newest_children(victims: Sequence[Node]) -> list[int]:
+    """One of each. Raises TargetError for a victim without children, before anybody is hurt."""
+    found: list[int] = []
+    for victim in victims:
+        pids = children(victim.pid)
+        if not pids:
+            raise TargetError(f"{victim.name} has no child process; choose a kind that starts some")
+        found.append(pids[-1])
+    return found
 
 
 def children(pid: int) -> list[int]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.faults.kill_child import children, no_children
+from chaos.faults.kill_child import newest_children, no_children
 from chaos.faults.parameters import Parameters
-from chaos.target import Node, Target, TargetError
+from chaos.target import Node, Target
 
 
 @dataclass(slots=True)
@@ -26,12 +26,9 @@ class PauseChild:
         return no_children(target)
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        for victim in victims:
-            pids = children(victim.pid)
-            if not pids:
-                raise TargetError(f"{victim.name} has no child process; choose a kind that starts some")
-            self._paused.append(pids[-1])
-            os.kill(pids[-1], signal.SIGSTOP)
+        for child in newest_children(victims):
+            self._paused.append(child)
+            os.kill(child, signal.SIGSTOP)
 
     def heal(self, target: Target) -> None:
         while self._paused:

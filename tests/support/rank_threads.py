@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ class ThreadStaff:
     def __init__(self) -> None:
         self.gone: set[int] = set()
         self.killed: list[int] = []
+        self.starts: dict[int, int] = {}
 
     def process_of(self, seat: int) -> int:
-        return 0 if seat in self.gone else os.getpid()
+        return 0 if seat in self.gone else self.starts[seat]
 
     def check(self, seat: int, waited_s: float) -> None:
         if seat in self.gone:
@@ -67,6 +69,7 @@ class ThreadRanks:
         self.slab_bytes = slab_bytes
         self.staff = ThreadStaff()
         self._stopping: dict[int, threading.Event] = {}
+        self._process_ids = count(1000)
         self.threads: dict[int, threading.Thread] = {}
         self.errors: list[BaseException] = []
         staff: Any = self.staff
@@ -84,7 +87,8 @@ class ThreadRanks:
         board = self.board()
         follower = Follower(board, seat, self.config, self.checkpoint, NUM_POSITIONS, self.kernels, self.log)
         stopping = self._stopping[seat] = threading.Event()
-        follower.join(os.getpid())
+        self.staff.starts[seat] = next(self._process_ids)
+        follower.join(self.staff.starts[seat])
         self.staff.gone.discard(seat)
 
         def run() -> None:

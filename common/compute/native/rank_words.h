@@ -3,7 +3,6 @@
 
 #pragma once
 
-#include <errno.h>
 #include <limits.h>
 #include <stdint.h>
 #include <time.h>

@@ -17,31 +17,17 @@ def assign_stage(
     downstream: tuple[tuple[str, ...], str],
 ) -> AssignStage:
     """`layers` of all slots; `downstream`: endpoints and ipc token of the next slot's holder or of the router."""
-    return AssignStage(
-        pipeline=slot.pipeline,
-        slot=slot.index,
-        num_slots=len(layers),
-        first_layer=layers[slot.index].start,
-        stop_layer=layers[slot.index].stop,
-        lease_term=lease_term,
-        num_blocks=num_blocks,
-        downstream=downstream[0],
-        downstream_ipc_token=downstream[1],
-    )
+    return AssignStage(*_place(slot, layers), lease_term, num_blocks, *downstream)
 
 
 def assign_mirror(
     slot: StageSlot, layers: Sequence[LayerRange], lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription
 ) -> AssignMirror:
     """The same for whoever is to follow the slot's holder."""
-    return AssignMirror(
-        pipeline=slot.pipeline,
-        slot=slot.index,
-        num_slots=len(layers),
-        first_layer=layers[slot.index].start,
-        stop_layer=layers[slot.index].stop,
-        lease_term=lease_term,
-        num_blocks=num_blocks,
-        primary=holder.endpoints,
-        primary_ipc_token=holder.ipc_token,
-    )
+    return AssignMirror(*_place(slot, layers), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
+
+
+def _place(slot: StageSlot, layers: Sequence[LayerRange]) -> tuple[int, int, int, int, int]:
+    """Pipeline, slot, slots, first and stop layer: the first fields of both messages."""
+    own = layers[slot.index]
+    return slot.pipeline, slot.index, len(layers), own.start, own.stop

@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 from common.array import Int64Array
 from services.stage.ranks.board import COMMAND_VALUES
@@ -41,7 +42,17 @@ class Op(IntEnum):
     """Unmap it."""
 
 
-DTYPE_NAMES = ("float32", "bfloat16")
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def code_of(dtype: torch.dtype) -> int:
+    """How a command says it."""
+    return _DTYPES.index(dtype)
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """What a command has said."""
+    return _DTYPES[code]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,7 @@ class LoadOrder:
     is_first: int
     is_last: int
     dtype: int
-    """Place in DTYPE_NAMES."""
+    """By `code_of`."""
     adds_partial_sums: int
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ LOOK_S = 0.02
 """How long to wait for a rank before looking whether it lives."""
 
 
-class Vigil(Protocol):
+class Staff(Protocol):
     """Who knows whether ranks live."""
 
     def check(self, seat: int, waited_s: float) -> None:
@@ -31,12 +31,11 @@ class Vigil(Protocol):
 class Conductor:
     """What the ranks do, `use` having said which they are. After a RankLostError only `begin_epoch` is of use."""
 
-    def __init__(self, board: RankBoard, vigil: Vigil) -> None:
+    def __init__(self, board: RankBoard, staff: Staff) -> None:
         self._board = board
-        self._vigil = vigil
+        self._staff = staff
         self.epoch = board.get("epoch")
         self._turn = board.get("turn")
-        self._seats: tuple[int, ...] = (0,)
         self._attached: tuple[int, ...] = ()
         self._is_broken = False
         self._num_batches = 0
@@ -52,12 +51,7 @@ class Conductor:
         """A command has not come through: the ranks do not agree any more where they are."""
         return self._is_broken
 
-    @property
-    def num_batches(self) -> int:
-        """That ranks know and that are not through."""
-        return len(self._batches)
-
-    def attach(self, seats: Sequence[int]) -> None:
+    def attach(self, seats: Iterable[int]) -> None:
         """These seats read commands from now on, whether they have a rank or not."""
         self._attached = tuple(seats)
 
@@ -71,7 +65,6 @@ class Conductor:
     ) -> None:
         """From now on seat `seats[r]` is rank r. `columns`: values of a row of the widest tensor that they exchange."""
         self.collectives.close()
-        self._seats = seats
         self.cut = cut
         self._columns, self._dtype = columns, dtype
         self._meeting = Meeting(self._board, seats, 0, self._wait)
@@ -97,8 +90,7 @@ class Conductor:
     @contextlib.contextmanager
     def command(self, values: Sequence[int], x: Tensor) -> Iterator[Collectives]:
         """All ranks work on x in the body. Raises RankLostError."""
-        if self._is_broken:
-            raise RankLostError("the ranks of this stage are out of step")
+        self._refuse_if_broken()
         self._is_broken = True  # until it is through: what raises in between leaves the others waiting
         self.collectives.lay_out(x)
         self.tell(values)
@@ -123,6 +115,7 @@ class Conductor:
         """Give it a number, and tell the ranks where its rows stand. Raises RankLostError."""
         if not batch.slots.shape[0]:
             return  # the step only releases sequences
+        self._refuse_if_broken()
         self._num_batches += 1
         batch.number = self._num_batches
         self._batches[batch.number] = None
@@ -141,8 +134,12 @@ class Conductor:
         """Ranks forget it with the next one."""
         self._batches.pop(batch.number, None)
 
+    def _refuse_if_broken(self) -> None:
+        if self._is_broken:
+            raise RankLostError("the ranks of this stage are out of step")
+
     def _wait(self, name: str, seat: int, value: int) -> None:
         waited_s = 0.0
         while not self._board.wait(name, seat, value, self.epoch, LOOK_S):
             waited_s += LOOK_S
-            self._vigil.check(seat, waited_s)
+            self._staff.check(seat, waited_s)

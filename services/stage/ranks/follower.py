@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -18,7 +18,6 @@ from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError
 from common.loader_thread import LoaderThread
 from common.model_config import ModelConfig
-from common.tensor import DTYPES
 from common.weights import CheckpointWeights
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
@@ -26,7 +25,7 @@ from services.stage.model.rope import RotaryTable
 from services.stage.part_loading import PartLoader
 from services.stage.ranks.board import EpochOver, RankBoard
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.commands import DTYPE_NAMES, LoadOrder, Op, cut_of, decode_load
+from services.stage.ranks.commands import LoadOrder, Op, cut_of, decode_load, dtype_of
 from services.stage.ranks.cut import RankCut
 from services.stage.ranks.part_compute import attend, feed
 from services.stage.ranks.shared_caches import take_caches
@@ -55,12 +54,6 @@ class _Load:
 class _Batch:
     batch: MicroBatch
     rotary: tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(slots=True)
-class _Arriving:
-    number: int = 0
-    data: bytearray = field(default_factory=bytearray)
 
 
 class Follower:
@@ -92,7 +85,8 @@ class Follower:
         self._caches: list[LayerKvCache] = []
         self._own_caches: list[LayerKvCache] = []
         self._batches: dict[int, _Batch] = {}
-        self._arriving = _Arriving()
+        self._arriving = bytearray()
+        """Of a batch that comes in pieces."""
         self._meeting: Meeting | None = None
         self._collectives: Collectives | None = None
         self._rotary: dict[torch.dtype, RotaryTable] = {}
@@ -179,12 +173,12 @@ class Follower:
     def _take_batch(self, command: Int64Array) -> None:
         number, tokens, sequences, blocks, start, count, oldest = command[1:8].tolist()
         if start == 0:
-            self._arriving = _Arriving(number)
-        self._arriving.data += bytes(self._board.input[:count].numpy())
+            self._arriving = bytearray()
+        self._arriving += bytes(self._board.input[:count].numpy())
         total = tokens * 16 + sequences * blocks * 4
         if start + count < total:
             return
-        data = torch.frombuffer(self._arriving.data, dtype=torch.uint8)
+        data = torch.frombuffer(self._arriving, dtype=torch.uint8)
         slots, positions, row_sequence, tables = torch.split(
             data, [8 * tokens, 4 * tokens, 4 * tokens, 4 * sequences * blocks]
         )
@@ -216,7 +210,7 @@ class Follower:
 
     def _read(self, order: LoadOrder, cut: RankCut) -> StagePart:
         """In the loader's thread."""
-        dtype = DTYPES[DTYPE_NAMES[order.dtype]]
+        dtype = dtype_of(order.dtype)
         weights = CheckpointWeights(self._checkpoint, dtype)
         if dtype not in self._rotary:
             self._rotary[dtype] = RotaryTable(self._config.rope, self._config.head_dim, self._num_positions, dtype)
@@ -267,7 +261,7 @@ class Follower:
         process, descriptor, num_bytes, num_layers, num_blocks, dtype = command[1:7].tolist()
         shape = (self._config.num_kv_heads, self._config.head_dim)
         memory = SharedMemory.open(process, descriptor, num_bytes)
-        self._caches = take_caches(memory, num_layers, num_blocks, shape, DTYPES[DTYPE_NAMES[dtype]])
+        self._caches = take_caches(memory, num_layers, num_blocks, shape, dtype_of(dtype))
         memory.close()
         self._own_caches = self._heads()
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, RankLostError
 from common.model_config import ModelConfig
 from common.topology import StageRole
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.model.decoder import StageModel
 from services.stage.ranks.board import RankBoard
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.commands import DTYPE_NAMES, LoadOrder, Op, cut_of, encode_load
+from services.stage.ranks.commands import LoadOrder, Op, code_of, cut_of, dtype_of, encode_load
 from services.stage.ranks.conductor import Conductor
 from services.stage.ranks.cut import RankCut, Reduce, best_degree
 from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
@@ -76,7 +76,8 @@ class RankGroup:
     clock: Callable[[], float] = time.monotonic
     in_use: RankLoad | None = None
     conductor: Conductor = field(init=False)
-    _attached: tuple[int, ...] = ()
+    _attached: dict[int, int] = field(default_factory=dict)
+    """Process by seat of those that read commands. Another process in the seat knows nothing of what was said."""
     _num_loads: int = 0
     _memory: SharedMemory | None = None
     _memory_command: list[int] = field(default_factory=list)
@@ -105,12 +106,10 @@ class RankGroup:
         """At which the ranks work now."""
         return self.conductor.cut.degree
 
-    def present(self) -> tuple[int, ...]:
-        """Seats whose process is there and reads the board."""
-        seats = range(1, self.settings.degree)
-        return tuple(
-            seat for seat in seats if (pid := self.staff.process_of(seat)) and self.board.get("present", seat) == pid
-        )
+    def present(self) -> dict[int, int]:
+        """Process by seat of those that are there and read the board."""
+        processes = {seat: self.staff.process_of(seat) for seat in range(1, self.settings.degree)}
+        return {seat: pid for seat, pid in processes.items() if pid and self.board.get("present", seat) == pid}
 
     def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Begin an incarnation with those that are there: all of them when the process has just started."""
@@ -118,23 +117,23 @@ class RankGroup:
             deadline_s = self.clock() + START_S
             while len(self.present()) < self.settings.degree - 1 and self.clock() < deadline_s and not should_stop():
                 time.sleep(0.02)
-        was_lost = self._attached and not set(self._attached) <= set(self.present())
+        was_lost = not self._attached.items() <= self.present().items()
         if self.in_use is not None and not was_lost and not self.conductor.is_broken:
             self.forget_memory()
             return  # the incarnation has ended for another reason: ranks and weights are as they were
         epoch = self.conductor.begin_epoch()
-        settled = []
-        for seat in self.present():
+        settled = {}
+        for seat, process in self.present().items():
             deadline_s = self.clock() + SETTLE_S
             while self.board.get("settled", seat) < epoch and self.clock() < deadline_s:
                 time.sleep(0.001)
             if self.board.get("settled", seat) == epoch:
-                settled.append(seat)
+                settled[seat] = process
             else:
                 self.staff.kill(seat, "it does not hear of a new epoch")
         self.in_use = None
-        self._attached = tuple(settled)
-        self.conductor.attach(self._attached)
+        self._attached = settled
+        self.conductor.attach(settled)
         self.forget_memory()
         self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
 
@@ -144,8 +143,13 @@ class RankGroup:
 
     def check(self) -> None:
         """Raises RankLostError if a rank that is needed is gone."""
-        for seat in self.in_use.seats[1:] if self.in_use is not None else ():
-            self.staff.check(seat, 0.0)
+        self._check(self.in_use.seats[1:] if self.in_use is not None else ())
+
+    def _check(self, seats: Iterable[int]) -> None:
+        for seat in seats:
+            if self.staff.process_of(seat) != self._attached.get(seat):
+                self.staff.check(seat, 0.0)
+                raise RankLostError(f"the rank of seat {seat} was lost, and another process is in its place")
 
     def may_grow(self) -> bool:
         """More ranks are there than work, and enough for a higher degree."""
@@ -171,7 +175,7 @@ class RankGroup:
         """Let the ranks load their parts, for the highest degree there is. Raises RankLostError."""
         self._num_loads += 1
         degree = self.best()
-        seats = (0, *self._attached[: degree - 1])
+        seats = (0, *list(self._attached)[: degree - 1])
         order = LoadOrder(
             number=self._num_loads,
             degree=degree,
@@ -179,7 +183,7 @@ class RankGroup:
             stop_layer=role.layers.stop,
             is_first=int(role.is_first),
             is_last=int(role.is_last),
-            dtype=DTYPE_NAMES.index(str(dtype).removeprefix("torch.")),
+            dtype=code_of(dtype),
             adds_partial_sums=int(self.settings.reduce == "fast" and degree > 1),
         )
         if self._attached:
@@ -189,8 +193,8 @@ class RankGroup:
 
     def is_loaded(self, load: RankLoad) -> bool:
         """Whether every other rank has its part. Raises RankLostError, or CheckpointError with what a rank said."""
+        self._check(load.seats[1:])
         for seat in load.seats[1:]:
-            self.staff.check(seat, 0.0)
             if self.board.get("failed", seat) == load.order.number:
                 raise CheckpointError(f"rank {load.seats.index(seat)}: {self.board.said(seat)}")
         return all(self.board.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
@@ -216,8 +220,7 @@ class RankGroup:
             config.dense_intermediate_size,
             config.vocab_size + degree,
         )
-        dtype = getattr(torch, DTYPE_NAMES[load.order.dtype])
-        self.conductor.use(load.cut, load.seats, columns, dtype, self._collectives(load, by_torch))
+        self.conductor.use(load.cut, load.seats, columns, dtype_of(load.order.dtype), self._collectives(load, by_torch))
         self.in_use = load
         self.log.info("ranks_work", degree=degree, seats=list(load.seats), reduce=self.settings.reduce)
 
@@ -249,9 +252,16 @@ class RankGroup:
         num_bytes = caches_bytes(num_layers, num_blocks, shape, dtype)
         memory = SharedMemory.create(num_bytes, "moemesh-kv")
         caches = take_caches(memory, num_layers, num_blocks, shape, dtype)
-        name = DTYPE_NAMES.index(str(dtype).removeprefix("torch."))
         self._memory = memory
-        self._memory_command = [Op.MEMORY, os.getpid(), memory.descriptor, num_bytes, num_layers, num_blocks, name]
+        self._memory_command = [
+            Op.MEMORY,
+            os.getpid(),
+            memory.descriptor,
+            num_bytes,
+            num_layers,
+            num_blocks,
+            code_of(dtype),
+        ]
         if self._attached:
             self.conductor.tell(self._memory_command)
         return caches

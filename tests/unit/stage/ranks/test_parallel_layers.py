@@ -139,6 +139,39 @@ def test_a_rank_that_is_lost_in_mid_command_ends_the_wait_and_the_next_epoch_beg
         assert ranks.group.degree == 2
 
 
+def test_what_breaks_on_rank_0_in_mid_command_leaves_the_ranks_out_of_step_until_the_next_epoch(
+    tmp_path: Path,
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    expected = alone(checkpoint, torch.float32)
+    with rank_threads(checkpoint, 2) as ranks:
+        config = ranks.config
+        model = ranks.model(whole_role(config.num_layers), torch.float32)
+        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        wrong = batch_of(torch.zeros(3, dtype=torch.int32), 0, BLOCKS)
+        with pytest.raises(ValueError, match="do not fit a cache"):
+            run_pass(model, wrong, [caches[0], LayerKvCache(caches[1].keys[:, :, :4], caches[1].values), *caches[2:]])
+        with pytest.raises(RankLostError, match="out of step"):
+            two_steps(model, caches, config.vocab_size)
+        ranks.group.reform()
+        assert_same(over_ranks(ranks, torch.float32), expected)
+
+
+def test_another_process_in_the_seat_of_a_lost_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3)
+    expected = alone(checkpoint, torch.float32)
+    with rank_threads(checkpoint, 2) as ranks:
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        ranks.lose(1)
+        ranks.start(1)  # before anybody has looked
+        with pytest.raises(RankLostError, match="another process is in its place"):
+            ranks.group.check()
+        ranks.group.reform()
+        assert ranks.group.in_use is None
+        assert_same(over_ranks(ranks, torch.float32), expected)
+        assert ranks.group.degree == 2
+
+
 def test_a_part_that_cannot_be_loaded_is_said_by_its_rank(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3)
     with rank_threads(checkpoint, 2) as ranks:
