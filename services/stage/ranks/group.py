@@ -78,6 +78,7 @@ class RankGroup:
     conductor: Conductor = field(init=False)
     _attached: dict[int, int] = field(default_factory=dict)
     """Process by seat of those that read commands. Another process in the seat knows nothing of what was said."""
+    _has_formed: bool = False
     _num_loads: int = 0
     _memory: SharedMemory | None = None
     _memory_command: list[int] = field(default_factory=list)
@@ -113,7 +114,8 @@ class RankGroup:
 
     def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Begin an incarnation with those that are there: all of them when the process has just started."""
-        if self._num_loads == 0:
+        if not self._has_formed:
+            self._has_formed = True
             deadline_s = self.clock() + START_S
             while len(self.present()) < self.settings.degree - 1 and self.clock() < deadline_s and not should_stop():
                 time.sleep(0.02)
