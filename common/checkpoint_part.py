@@ -16,6 +16,7 @@ from common.errors import CheckpointError, ConfigurationError
 from common.model_config import ModelConfig
 from common.tensor_names import check_tensors
 from common.topology import CheckpointPart, LayerRange, NodeKind
+from common.whole_file import write_whole
 
 MANIFEST = "moemesh-part.json"
 VERSION = 1
@@ -74,7 +75,7 @@ def write_manifest(directory: Path, seen: SeenCheckpoint, pp: int) -> None:
         "layers": part.layers,
         "experts": sorted(part.experts),
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_whole(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def refuse_useless_part(part: CheckpointPart | None, kind: NodeKind | None, model: str) -> None:

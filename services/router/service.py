@@ -27,6 +27,7 @@ from common.model_config import ModelConfig, read_model_config
 from common.node import NodeAddresses, find_addresses
 from common.node_process import StopFlag, open_transport
 from common.tensor_names import check_tensors
+from common.whole_file import write_whole
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
@@ -141,7 +142,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]
     url = f"{http_url(host, port)}\n"
-    (settings.state_dir / "http.url").write_text(url)
+    write_whole(settings.state_dir / "http.url", url)
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.

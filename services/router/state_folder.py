@@ -9,6 +9,7 @@ from pathlib import Path
 from common.errors import ConfigurationError, FencedError
 from common.folder_lock import lock_folder
 from common.ids import RouterTerm
+from common.whole_file import write_whole
 
 
 class StateFolder:
@@ -76,11 +77,5 @@ def _read_term(path: Path) -> int:
 
 def _next_term(path: Path) -> RouterTerm:
     term = _read_term(path)
-    # Renamed into place, so that a crash leaves the old term or the new one, never half a file.
-    replacement = path.with_suffix(".new")
-    with replacement.open("w") as stream:
-        json.dump({"term": term + 1}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    replacement.replace(path)
+    write_whole(path, json.dumps({"term": term + 1}))
     return RouterTerm(term + 1)

@@ -52,7 +52,7 @@ def test_a_damaged_term_is_no_new_beginning(text: str, tmp_path: Path) -> None:
 
 def test_half_a_file_from_a_crash_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "router.json").write_text('{"term": 7}')
-    (tmp_path / "router.new").write_text('{"ter')
+    (tmp_path / ".router.json.new").write_text('{"ter')
     folder = open_state_folder(tmp_path)
     assert folder.term == 8
     folder.close()
