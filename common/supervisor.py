@@ -22,9 +22,11 @@ from typing import Self
 
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from common.child_process import end_with_parent
+from common.child_process import ChildProcess
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
 from common.folder_lock import lock_folder
+from common.fork_server import ImportsUnderWayError
+from common.local_starter import LocalStarter
 from common.memory import offered_bytes
 
 RESTART_DELAY_S = 0.25
@@ -44,7 +46,7 @@ class Child:
     module: str
     environment: dict[str, str]
     log_path: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: ChildProcess | None = None
     started_s: float = 0.0
     restart_at_s: float = 0.0
     failures_in_a_row: int = 0
@@ -70,10 +72,14 @@ class LocalMesh:
     """Settings of single places by name (`stage-0`), over those of all: where each has a part of the checkpoint."""
     children: dict[str, Child] = field(default_factory=dict)
     num_nodes_at_start: int = 0
+    starter: LocalStarter = field(init=False)
     _folder_lock: int | None = None
     _watcher: threading.Thread | None = None
     _ending: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        self.starter = LocalStarter(self.state_dir / "logs", self._settings_of_all())
 
     def __enter__(self) -> Self:
         # Nodes of a second mesh in this folder would join the first.
@@ -85,6 +91,7 @@ class LocalMesh:
         num_stages = int(self._setting("STAGES", "0")) or pp + spares
         num_experts = int(self._setting("EXPERTS", "2"))
         self.num_nodes_at_start = num_stages + num_experts
+        self.starter.begin()
         self.add("router", "router-0")
         for number in range(num_stages):
             self.add("stage", f"stage-{number}")
@@ -113,17 +120,22 @@ class LocalMesh:
         The kernel ends it with the thread that calls this; other threads than the one that owns the mesh use `scale`.
         """
         with self._lock:
-            self._start(self._place(service, name))
+            child = self._place(service, name)
+            with contextlib.suppress(ImportsUnderWayError):  # the watcher starts it in a moment
+                self._start(child)
+
+    def _settings_of_all(self) -> dict[str, str]:
+        environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        environment.setdefault("OMP_NUM_THREADS", environment.get("THREADS") or "1")
+        return environment
 
     def _place(self, service: str, name: str) -> Child:
-        own = self.places.get(name, {})
-        environment = {**os.environ, **self.environment, **own, "STATE_DIR": str(self.state_dir)}
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        environment = {**self._settings_of_all(), **self.places.get(name, {})}
         if not environment.get("CAPACITY_BYTES"):
             # Each process would offer what is free, and all of them share one memory.
             num_nodes = max(1, self.num_nodes_at_start)
             environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
-        environment.setdefault("OMP_NUM_THREADS", environment.get("THREADS") or "1")
         with self._lock:
             if name in self.children:
                 raise ConfigurationError(f"{name} is part of this mesh already")
@@ -226,6 +238,7 @@ class LocalMesh:
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
+        self.starter.close()
         if self._folder_lock is not None:
             os.close(self._folder_lock)
             self._folder_lock = None
@@ -242,17 +255,8 @@ class LocalMesh:
         return self.environment.get(name) or os.environ.get(name) or default
 
     def _start(self, child: Child) -> None:
-        parent = os.getpid()
-        with child.log_path.open("ab") as log:
-            child.process = subprocess.Popen(
-                [sys.executable, "-m", *self.modules.get(child.module.removeprefix("services."), child.module).split()],
-                env=child.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C goes to the supervisor, which ends them in order
-                preexec_fn=lambda: end_with_parent(parent),
-            )
+        command = self.modules.get(child.module.removeprefix("services."), child.module)
+        child.process = self.starter.start(command, child.environment, child.log_path)
         child.started_s = self.clock()
         child.trouble = ""
 
@@ -272,6 +276,8 @@ class LocalMesh:
                 self._revive(child)
             elif self.clock() >= child.restart_at_s:
                 self._start(child)
+        except ImportsUnderWayError:
+            return  # what it needs is being imported
         except (OSError, subprocess.SubprocessError) as error:
             child.restart_at_s = self.clock() + NO_START_DELAY_S
             if str(error) != child.trouble:
@@ -297,6 +303,8 @@ class LocalMesh:
 
     def _raise_if_hopeless(self) -> None:
         """A process that died three times in a row at start has something to say: its last line of log."""
+        if self.starter.is_hopeless:
+            raise NodeLostError(f"no node can start: {_last_sentence(self.starter.log_path)}")
         for child in list(self.children.values()):
             process = child.process
             refused = process is not None and process.poll() == 1 and child.restarts == 0
@@ -334,6 +342,7 @@ def _tell_people(sentence: str) -> None:
 
 
 def _last_sentence(log_path: Path) -> str:
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    text = log_path.read_text(errors="replace") if log_path.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     plain = [line for line in lines if line.startswith("moemesh ")]
     return (plain or lines or ["(it wrote no log)"])[-1][:1000]

@@ -15,7 +15,7 @@ from chaos.target import Node, Target, TargetError
 
 @dataclass(slots=True)
 class KillChild:
-    """The newest child of each victim; a node without children cannot be hurt by it."""
+    """The newest descendant of each victim; a node without children cannot be hurt by it."""
 
     name: str = "kill_child"
     needs: frozenset[str] = frozenset({"processes"})
@@ -39,14 +39,23 @@ def no_children(target: Target) -> str:
 
 
 def newest_children(victims: Sequence[Node]) -> list[int]:
-    """One of each. Raises TargetError for a victim without children, before anybody is hurt."""
+    """One below each, which has no children itself: what forks ranks is no rank.
+
+    Raises TargetError for a victim without children, before anybody is hurt.
+    """
     found: list[int] = []
     for victim in victims:
-        pids = children(victim.pid)
+        pids = [pid for pid in descendants(victim.pid) if not children(pid)]
         if not pids:
             raise TargetError(f"{victim.name} has no child process; choose a kind that starts some")
-        found.append(pids[-1])
+        found.append(max(pids))
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of a process's children, their children and so on."""
+    below = children(pid)
+    return below + [descendant for child in below for descendant in descendants(child)]
 
 
 def children(pid: int) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
+from common.fork_server import ForkServer
 from common.node_process import describe_node, open_transport, run_lives
 from common.node_resources import NodeResources
 from common.numeric_class import numeric_class
@@ -18,7 +19,7 @@ from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.mirror_link import MirrorLink
 from services.stage.ranks.group import GroupSettings, RankGroup
-from services.stage.ranks.processes import open_group
+from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
 from services.stage.slot import LoadedLayers
 from services.stage.slot_keeper import SlotKeeper
@@ -26,19 +27,23 @@ from services.stage.slot_keeper import SlotKeeper
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     """Register and serve until told to stop. Raises MoemeshError."""
-    stage = StageProcess(settings, log)
+    forks = fork_server_of_ranks() if settings.tp > 1 else None  # before there are threads and sockets
+    stage = StageProcess(settings, forks, log)
     try:
         run_lives(stage.live, log)
     finally:
         if stage.ranks is not None:
             stage.ranks.end()
+        if forks is not None:
+            forks.close()
     log.info("stopped")
 
 
 class StageProcess:
     """Its layers go from one incarnation to the next. K and V do not."""
 
-    def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, settings: Settings, forks: ForkServer | None, log: structlog.stdlib.BoundLogger) -> None:
+        """`forks`: of ranks, where there are others than this process."""
         self._resources = NodeResources(settings, log)
         torch.set_num_threads(settings.threads)
         self._kernels = load_native_kernels(threads=settings.threads)
@@ -50,13 +55,14 @@ class StageProcess:
         config = self._resources.config
         self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.max_position_embeddings)
         self.ranks: RankGroup | None = None
-        if settings.tp > 1:
+        if forks is not None:
             self.ranks = open_group(
                 GroupSettings(settings.tp, settings.tp_reduce, settings.tp_collectives),
                 config,
                 self._resources.checkpoint,
                 self._num_positions,
                 self._kernels,
+                forks,
                 log,
             )
 

@@ -40,7 +40,7 @@ def mesh(model: Path) -> Iterator[ServedMesh]:
 
 def ranks_of(mesh: ServedMesh, name: str) -> list[int]:
     """Process ids of a stage's other ranks."""
-    return children_of(pid_of(mesh, name))
+    return [rank for forks in children_of(pid_of(mesh, name)) for rank in children_of(forks)]
 
 
 def degrees(mesh: ServedMesh, name: str) -> list[int]:

@@ -1,21 +1,20 @@
-"""How the process of a rank is started, and what it does: `python -m services.stage.ranks`, started by rank 0 only."""
+"""How the process of a rank is started, and what it does: `services.stage.ranks`, forked for rank 0 and no other."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 import torch
 
-from common.child_process import end_with_parent
+from common.child_process import ChildProcess
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError
+from common.fork_server import ForkServer
 from common.model_config import ModelConfig, read_model_config
 from services.stage.ranks.board import RankBoard
 from services.stage.ranks.cut import check_degree
@@ -25,12 +24,20 @@ from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.staff import RankStaff
 
 
+def fork_server_of_ranks() -> ForkServer:
+    """A fork of this process, which must have one thread: ranks begin with what it has imported, torch above all."""
+    forks = ForkServer(["services.stage.ranks.processes"], os.environ)
+    forks.fork_off()
+    return forks
+
+
 def open_group(
     settings: GroupSettings,
     config: ModelConfig,
     checkpoint: Path,
     num_positions: int,
     kernels: NativeKernels | None,
+    forks: ForkServer,
     log: structlog.stdlib.BoundLogger,
 ) -> RankGroup:
     """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be."""
@@ -41,17 +48,15 @@ def open_group(
         )
     memory = SharedMemory.create(RankBoard.num_bytes(SLAB_BYTES), "moemesh-ranks")
     board = RankBoard(memory, SLAB_BYTES, kernels)
-    staff = RankStaff(settings.degree - 1, _spawner(memory, checkpoint, num_positions, kernels), log)
+    staff = RankStaff(settings.degree - 1, _spawner(memory, checkpoint, num_positions, kernels, forks), log)
     staff.start()
     return RankGroup(settings, config, board, staff, log)
 
 
 def _spawner(
-    memory: SharedMemory, checkpoint: Path, num_positions: int, kernels: NativeKernels
-) -> Callable[[int], subprocess.Popen[bytes]]:
-    parent = os.getpid()
-
-    def spawn(seat: int) -> subprocess.Popen[bytes]:
+    memory: SharedMemory, checkpoint: Path, num_positions: int, kernels: NativeKernels, forks: ForkServer
+) -> Callable[[int], ChildProcess]:
+    def spawn(seat: int) -> ChildProcess:
         arguments = {
             "seat": seat,
             "board": memory.descriptor,
@@ -61,11 +66,7 @@ def _spawner(
             "threads": kernels.threads,
         }
         options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-        return subprocess.Popen(
-            [sys.executable, "-m", "services.stage.ranks", *options],
-            pass_fds=(memory.descriptor,),
-            preexec_fn=lambda: end_with_parent(parent),
-        )
+        return forks.spawn("services.stage.ranks", options, os.environ, {memory.descriptor: memory.descriptor})
 
     return spawn
 

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import structlog
 
+from common.child_process import ChildProcess
 from common.errors import RankLostError
+from common.fork_server import ImportsUnderWayError
 from services.stage.ranks.vigil import ProcessSample, Vigil, parse_stat
 
 LOOK_S = 0.05
@@ -31,7 +33,7 @@ MAX_DELAY_S = 10.0
 class Seat:
     """One process, and its next after it."""
 
-    process: subprocess.Popen[bytes] | None = None
+    process: ChildProcess | None = None
     started_s: float = 0.0
     start_at_s: float = 0.0
     failures_in_a_row: int = 0
@@ -47,7 +49,7 @@ class RankStaff:
     def __init__(
         self,
         num_seats: int,
-        spawn: Callable[[int], subprocess.Popen[bytes]],
+        spawn: Callable[[int], ChildProcess],
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
         look: Callable[[int], ProcessSample | None] | None = None,
@@ -128,6 +130,8 @@ class RankStaff:
     def _start(self, seat: int, one: Seat, now_s: float) -> None:
         try:
             one.process = self._spawn(seat)
+        except ImportsUnderWayError:
+            return
         except (OSError, subprocess.SubprocessError) as error:
             one.start_at_s = now_s + 1.0
             self._log.error("rank_not_started", seat=seat, reason=str(error))

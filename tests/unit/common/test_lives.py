@@ -48,7 +48,8 @@ def given(checkpoint: Path, folder: Path) -> tuple[Settings, Any]:
 def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_others(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = StageProcess(*given(checkpoint, tmp_path))
+    settings, log = given(checkpoint, tmp_path)
+    stage = StageProcess(settings, None, log)
     lives: list[tuple[str, int, Any]] = []
     layers: list[Any] = [Weights()]
     seen = weakref.ref(layers[0])

@@ -6,21 +6,22 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from common.errors import ConfigurationError, NodeLostError
+from common.fork_server import ImportsUnderWayError
+from common.local_starter import LocalStarter
 from common.supervisor import MAX_RESTART_DELAY_S, NO_START_DELAY_S, RESTART_DELAY_S, STEADY_S, LocalMesh
 
 
 class FakeProcess:
-    """What Popen would have started."""
+    """What would have been started."""
 
     started: list[FakeProcess]
 
-    def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
-        self.module, self.environment, self.options = command[-1], env, options
+    def __init__(self, starter: LocalStarter, command: str, environment: dict[str, str], log_path: Path) -> None:
+        self.module, self.environment = command, environment
         self.pid = 1000 + len(self.started)
         self.returncode: int | None = None
         self.signals: list[int] = []
@@ -45,6 +46,10 @@ class FakeProcess:
         self.returncode = -signal.SIGKILL
 
 
+def start(starter: LocalStarter, command: str, environment: dict[str, str], log_path: Path) -> FakeProcess:
+    return FakeProcess(starter, command, environment, log_path)
+
+
 class Clock:
     now_s = 100.0
 
@@ -55,7 +60,8 @@ class Clock:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
     FakeProcess.started = []
-    monkeypatch.setattr(subprocess, "Popen", FakeProcess)
+    monkeypatch.setattr(LocalStarter, "begin", lambda starter: None)
+    monkeypatch.setattr(LocalStarter, "start", start)
     return FakeProcess.started
 
 
@@ -81,7 +87,6 @@ def test_a_process_gets_the_meshs_settings_over_its_own(
     assert process.environment["MODEL"] == "m"
     assert process.environment["HOST_LABEL"] == "kept"
     assert process.environment["STATE_DIR"] == str(mesh.state_dir)
-    assert process.options["start_new_session"], "Ctrl-C is the supervisor's"
 
 
 def test_a_place_may_have_settings_of_its_own_over_those_of_all(mesh: LocalMesh, started: list[FakeProcess]) -> None:
@@ -147,14 +152,14 @@ def test_a_child_that_cannot_be_started_now_is_tried_again_and_the_watcher_goes_
 ) -> None:
     errors = [OSError(12, "Cannot allocate memory")] * 4
 
-    def fork(*command: Any, **options: Any) -> FakeProcess:
+    def fork(starter: LocalStarter, command: str, environment: dict[str, str], log_path: Path) -> FakeProcess:
         if errors:
             raise errors.pop(0)
-        return FakeProcess(*command, **options)
+        return FakeProcess(starter, command, environment, log_path)
 
     mesh.add("stage", "stage-0")
     mesh._place("expert", "expert-0")
-    monkeypatch.setattr(subprocess, "Popen", fork)
+    monkeypatch.setattr(LocalStarter, "start", fork)
     clock.now_s += STEADY_S
     started[0].returncode = -9
     for _ in range(5):
@@ -169,18 +174,56 @@ def test_a_child_that_cannot_be_started_now_is_tried_again_and_the_watcher_goes_
     assert "Cannot allocate memory" in said[0]
 
 
+def test_one_whose_imports_are_under_way_comes_as_soon_as_they_are_done_and_nobody_is_told(
+    mesh: LocalMesh,
+    clock: Clock,
+    started: list[FakeProcess],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> FakeProcess:
+        raise ImportsUnderWayError("torch")
+
+    with monkeypatch.context() as imports:
+        imports.setattr(LocalStarter, "start", refuse)
+        mesh.add("stage", "stage-0")
+        mesh._attend(mesh.children["stage-0"])
+        assert mesh.processes() == []
+    mesh._attend(mesh.children["stage-0"])
+    assert mesh.processes() == [("stage-0", started[0].pid)]
+    child = mesh.children["stage-0"]
+    started[0].returncode = -9
+    clock.now_s += STEADY_S
+    with monkeypatch.context() as imports:
+        imports.setattr(LocalStarter, "start", refuse)
+        mesh._attend(child)
+        assert child.restarts == 0
+    mesh._attend(child)
+    assert child.restarts == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_imports_that_fail_again_and_again_are_hopeless_and_quoted(
+    mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalStarter, "is_hopeless", True)
+    mesh.starter.log_path.write_text("Traceback\nImportError: libtorch.so is missing\n")
+    with pytest.raises(NodeLostError, match=r"no node can start: ImportError: libtorch\.so is missing"):
+        mesh.wait_ready(10.0)
+
+
 def test_one_failed_fork_does_not_end_the_watcher(
     mesh: LocalMesh, clock: Clock, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = [OSError(11, "Resource temporarily unavailable")]
 
-    def fork(*command: Any, **options: Any) -> FakeProcess:
+    def fork(starter: LocalStarter, command: str, environment: dict[str, str], log_path: Path) -> FakeProcess:
         if errors:
             raise errors.pop()
-        return FakeProcess(*command, **options)
+        return FakeProcess(starter, command, environment, log_path)
 
     with mesh:
-        monkeypatch.setattr(subprocess, "Popen", fork)
+        monkeypatch.setattr(LocalStarter, "start", fork)
         before = len(started)
         mesh.scale("expert", 3)
         deadline_s = time.monotonic() + 5
