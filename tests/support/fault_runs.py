@@ -18,7 +18,7 @@ from tests.support.served_mesh import ServedMesh
 from tests.support.streams import RunningStreams, Stream
 from tests.support.waiting import wait_until
 
-TOKENS = 400
+TOKENS = 160
 
 
 def asks() -> list[Ask]:
