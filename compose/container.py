@@ -2,7 +2,7 @@
 
     python -m compose.container prepare            make, fetch or check the checkpoint, then end
     python -m compose.container services.stage     become that process
-    python -m compose.container health             exit status 0 if the router of this container answers
+    python -m compose.container health             exit status 0 once the mesh is ready; then, if the router answers
 
 MODEL is written for people: a directory of the host, a hub name, or nothing. Inside, /checkpoint is the host's
 directory, or the volume that `prepare` has filled.
@@ -27,6 +27,9 @@ VOLUME_MOUNT = Path("/models")
 """The same volume, writable: only `prepare` has it."""
 
 HEALTH_TIMEOUT_S = 3.0
+
+READY_BEFORE = Path("/tmp/moemesh-was-ready")
+"""In the router's container."""
 
 
 def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT_MOUNT) -> dict[str, str]:
@@ -74,10 +77,21 @@ def prepare(environment: Mapping[str, str]) -> str:
     return f"{model}, mounted from the host"
 
 
-def router_answers(port: str) -> bool:
-    """Whether GET /health answers 200 within its time limit."""
+def is_healthy(port: str, ready_before: Path = READY_BEFORE) -> bool:
+    """Whether the mesh is ready for the first time (`docker compose up --wait` waits for that); from then on, whether
+    the router answers: it is not ill where nodes are missing, and must not be replaced for it."""
+    if ready_before.exists():
+        return router_answers(port, "/health")
+    if not router_answers(port, "/ready"):
+        return False
+    ready_before.touch()
+    return True
+
+
+def router_answers(port: str, path: str) -> bool:
+    """Whether GET answers 200 within its time limit."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=HEALTH_TIMEOUT_S) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)
     except OSError:
         return False
@@ -87,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     """Ends with an exit status, or becomes the process that is named."""
     (task,) = arguments
     if task == "health":
-        return 0 if router_answers(os.environ["PORT"]) else 1
+        return 0 if is_healthy(os.environ["PORT"]) else 1
     if task == "prepare":
         from common.errors import MoemeshError
 

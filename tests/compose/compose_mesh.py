@@ -59,7 +59,11 @@ class ComposeMesh:
 
     def wait_until_ready(self) -> None:
         """Returns when /ready says so."""
-        self._wait_for("/ready", lambda: self._get("/ready").status_code == 200)
+        self._wait_for("/ready", self.is_ready)
+
+    def is_ready(self) -> bool:
+        """What /ready says now."""
+        return self._get("/ready").status_code == 200
 
     def registered_nodes(self) -> dict[str, int]:
         """How many nodes of each kind the router knows."""
@@ -115,7 +119,7 @@ def compose_mesh() -> Iterator[ComposeMesh]:
     mesh.compose("build", timeout_s=BUILD_TIMEOUT_S)
     try:
         mesh.compose("up", "-d", "--wait", "--no-build")
-        mesh.wait_until_ready()
+        assert mesh.is_ready(), "--wait waits for the mesh"
         yield mesh
     finally:
         mesh.take_down()

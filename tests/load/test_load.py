@@ -30,10 +30,10 @@ MAX_GROWTH_BYTES = 4 * 2**20
 CLEAN_WITHIN_S = 10
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
+@pytest.fixture(scope="module", params=[{"PP": "2"}, {"PP": "2", "TP": "2"}], ids=["one-process-a-stage", "ranks"])
+def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("load")) / "tiny")
-    with served_mesh(model) as served:
+    with served_mesh(model, request.param) as served:
         yield served
 
 

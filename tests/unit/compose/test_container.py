@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.container import main, process_environment, router_answers
+from compose.container import is_healthy, main, process_environment, router_answers
 
 
 def test_without_a_model_the_demo_model_is_served() -> None:
@@ -60,5 +60,18 @@ def test_a_directory_without_a_config_is_refused_with_a_sentence(
     assert "MODEL=/data/empty holds no config.json" in capsys.readouterr().err
 
 
-def test_no_router_is_not_healthy() -> None:
-    assert not router_answers("1")
+def test_no_router_is_not_healthy(tmp_path: Path) -> None:
+    assert not router_answers("1", "/health")
+    assert not is_healthy("1", tmp_path / "ready")
+
+
+def test_a_router_is_healthy_once_the_mesh_is_ready_and_then_as_long_as_it_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers: set[str] = set()
+    monkeypatch.setattr("compose.container.router_answers", lambda port, path: path in answers)
+    seen: list[bool] = []
+    for now in ({"/health"}, {"/health", "/ready"}, {"/health"}, set(), {"/health"}):
+        answers = now
+        seen.append(is_healthy("8000", tmp_path / "ready"))
+    assert seen == [False, True, True, False, True]
