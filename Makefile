@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-parity load-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-parity load-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
+	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
 	@echo 'make chaos         20 faults on a mesh of this machine under load: was anything lost? (CHAOS_ARGS="--seed 2")'
@@ -65,6 +66,9 @@ bench-safety: $(STAMP)
 
 bench-parallel: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.parallel $(BENCH_ARGS)
+
+bench-collectives: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.collectives $(BENCH_ARGS)
 
 bench-parity: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m parity $(PYTEST_ARGS)
