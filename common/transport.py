@@ -32,6 +32,10 @@ class SocketLimits:
     """What every socket of the mesh is set to."""
 
     high_water_mark: int = 1024
+    """Messages that wait to be sent to one peer."""
+    receive_high_water_mark: int = 1 << 16
+    """Messages of one peer that wait to be taken in; far more than any peer owes. libzmq 4.3.5 stops reading from a
+    peer at the mark, and aborts the process if that connection then breaks (assertion `!_io_error`)."""
     linger_ms: int = 0
     max_message_bytes: int = 1 << 30
     heartbeat_interval_ms: int = 150
@@ -117,7 +121,7 @@ class Transport:
         raw = self.context.socket(kind)
         limits = self.limits
         raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
-        raw.setsockopt(zmq.RCVHWM, limits.high_water_mark)
+        raw.setsockopt(zmq.RCVHWM, limits.receive_high_water_mark)
         raw.setsockopt(zmq.LINGER, limits.linger_ms)
         raw.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
         raw.setsockopt(zmq.HEARTBEAT_IVL, limits.heartbeat_interval_ms)

@@ -88,7 +88,7 @@ class ExpertClient:
     ) -> None:
         """Send a call's rows; one of the callbacks comes later from `receive` or `check_deadlines`, never from here.
 
-        Raises ExecutionError before any placement is known.
+        Before a placement is known they wait for it. Raises ExecutionError for a layer that the placement lacks.
         """
         num_slices = self.nodes.num_slices
         total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)

@@ -37,7 +37,11 @@ class ExpertNode:
 class ExpertNodes:
     """Nodes by number (numbers are this stage's own and never used twice), and the placement that named them."""
 
-    def __init__(self, transport: Transport, ipc_token: str, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(
+        self, transport: Transport, ipc_token: str, num_experts: int, log: structlog.stdlib.BoundLogger
+    ) -> None:
+        """`num_experts` of a layer."""
+        self._num_experts = num_experts
         self._transport = transport
         self._ipc_token = ipc_token
         self._log = log
@@ -73,6 +77,11 @@ class ExpertNodes:
         sockets = [node.socket.raw for node in self._nodes.values()]
         return sockets + [n.socket.monitor for n in self._nodes.values() if n.socket.monitor is not None]
 
+    def expect(self, num_slices: int) -> None:
+        """So many an expert, as long as no placement has told: calls that begin before wait for their copies."""
+        if self._stamp == (0, 0):
+            self.num_slices = num_slices
+
     def take_placement(self, placement: PublishPlacement, router_term: int, num_slices: int) -> list[ExpertNode] | None:
         """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement.
 
@@ -103,10 +112,13 @@ class ExpertNodes:
         return list(gone.values())
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
-        """Connected nodes with a copy, by shard key of a layer, without those to avoid. Raises ExecutionError."""
+        """Connected nodes with a copy, by shard key of a layer, without those to avoid; none before a placement is
+        known. Raises ExecutionError for a layer that the placement lacks."""
+        if self._stamp == (0, 0):
+            return [[]] * (self._num_experts * self.num_slices)
         copies = self._copies.get(layer)
         if copies is None:
-            raise ExecutionError(f"no placement for layer {layer} is known here yet")
+            raise ExecutionError(f"the placement has no layer {layer}")
         usable = {node.number for node in self._nodes.values() if node.connected} - avoided
         if len(usable) == len(self._nodes):
             return copies

@@ -97,7 +97,7 @@ class StageProcess:
                 self.ranks,
             )
             self._loaded = None  # the keeper lets the layers go when it gets others
-            experts = ExpertClient(ExpertNodes(transport, node.ipc_token, log), log)
+            experts = ExpertClient(ExpertNodes(transport, node.ipc_token, own.config.num_experts, log), log)
             mirror_link = MirrorLink(transport, node.ipc_token, log)
             service = StageService(own.config, keeper, experts, node.control, sockets[0], mirror_link, log)
             try:

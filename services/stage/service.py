@@ -149,6 +149,7 @@ class StageService:
         self._take_steps(now_s)
         self._forget_steps()
         self._check_block_tokens()
+        self._tell_experts_settings()
         former = self._keeper.slot
         outcome = self._keeper.assign(message, header, self._dtype)
         slot = self._keeper.slot
@@ -171,10 +172,16 @@ class StageService:
         self._mirror_link.start(message, header.router_term)
         self._watch_sockets()
 
-    def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
+    def _tell_experts_settings(self) -> None:
+        """The mesh's, which calls need also before the first placement."""
         settings = self._control.settings
         self._experts.combine = settings.combine
         self._experts.degrade_after_s = settings.degrade_after_ms / 1000 if settings.expert_loss == "degrade" else None
+        self._experts.nodes.expect(settings.num_slices)
+
+    def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
+        self._tell_experts_settings()
+        settings = self._control.settings
         if self._experts.take_placement(message, header.router_term, settings.num_slices, now_s):
             self._watch_sockets()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -147,7 +150,7 @@ def test_a_socket_without_a_peer_says_full_and_keeps_nothing(transport: Transpor
 
 
 def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_block() -> None:
-    limits = SocketLimits(high_water_mark=4)
+    limits = SocketLimits(high_water_mark=4, receive_high_water_mark=4)
     with contextlib.closing(KeptTransport(limits)) as small:
         pull = small.pull("steps", ["tcp://127.0.0.1:*"])
         push = small.push("next", pull.endpoints[0])
@@ -160,6 +163,42 @@ def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_
             message, header = wait(pull, pull.receive)
             assert message.call == number
             assert header.sequence_number == number + 1, "what was refused has no number: there is no gap"
+
+
+SLOW_READER = """
+import sys, time, zmq
+from common.transport import SocketLimits, Transport
+transport = Transport(SocketLimits(heartbeat_interval_ms=20, heartbeat_timeout_ms=1000), lambda name, error: None)
+router = transport.router("calls", ["tcp://127.0.0.1:*"])
+print(router.endpoints[0], flush=True)
+until_s = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < until_s:
+    if router.raw.poll(10):
+        for _ in range(200):
+            try:
+                router.raw.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+def test_peers_that_send_faster_than_they_are_read_and_vanish_do_not_end_the_process() -> None:
+    reader = subprocess.Popen([sys.executable, "-c", SLOW_READER, "12"], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    with reader.stdout, zmq.Context() as context:
+        endpoint = reader.stdout.readline().strip()
+        for pause_s in (0, 0.02, 0.1, 0.3) * 4:
+            with context.socket(zmq.DEALER) as peer:
+                peer.setsockopt(zmq.LINGER, 0)
+                peer.setsockopt(zmq.SNDHWM, 0)
+                peer.connect(endpoint)
+                for _ in range(6000):
+                    peer.send(b"x" * 200)
+                time.sleep(pause_s)
+            time.sleep(0.1)
+        assert reader.wait(20) == 0
 
 
 def test_a_peer_that_is_gone_or_was_never_there_is_full_too(transport: Transport, address: str) -> None:

@@ -32,7 +32,7 @@ class Stage:
         self.transport = MemoryTransport()
         transport: Any = self.transport
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-        self.client = ExpertClient(ExpertNodes(transport, "", log), log)
+        self.client = ExpertClient(ExpertNodes(transport, "", EXPERTS, log), log)
         self.client.combine = combine
         self.now_s = 0.0
         self.version = 0

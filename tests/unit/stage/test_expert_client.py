@@ -154,9 +154,30 @@ def test_a_node_that_a_placement_drops_loses_its_rows_to_the_others() -> None:
     assert pairs_of(stage.asked("b")) == CALL.experts.numel()
 
 
-def test_before_the_first_placement_a_call_cannot_begin() -> None:
-    with pytest.raises(ExecutionError, match="no placement for layer 1"):
-        Stage().start(CALL)
+@pytest.mark.parametrize("combine", ["exact", "partial"])
+def test_a_call_that_begins_before_the_first_placement_waits_for_it(combine: str) -> None:
+    stage = Stage(combine)
+    stage.start(CALL)
+    stage.client.check_deadlines(0.5)
+    assert (stage.sums, stage.failures) == ([], [])
+    stage.place({"a": (0, 1), "b": (2, 3)})
+    stage.answer_all()
+    torch.testing.assert_close(stage.sums[0][1], wanted(CALL), rtol=0, atol=0 if combine == "exact" else 1e-6)
+
+
+def test_without_a_placement_a_call_fails_at_its_deadline() -> None:
+    stage = Stage()
+    stage.start(CALL, within_s=1.0)
+    stage.client.check_deadlines(1.0)
+    ((_, error),) = stage.failures
+    assert str(error) == "layer 1: no answer in time from a node that holds the layer's experts"
+
+
+def test_a_call_of_a_layer_that_the_placement_lacks_cannot_begin() -> None:
+    stage = Stage()
+    stage.place({"a": ALL})
+    with pytest.raises(ExecutionError, match="the placement has no layer 7"):
+        stage.start(make_call([[0, 1]], layer=7))
 
 
 def test_a_call_whose_time_is_up_fails_with_the_names_of_those_who_owe_it() -> None:

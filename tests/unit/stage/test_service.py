@@ -40,7 +40,7 @@ class Stage(StageService):
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         config = read_model_config(directory)
         self.keeper = SlotKeeper(config, directory, 64, None, transport, "", log)
-        experts = ExpertClient(ExpertNodes(transport, "", log), log)
+        experts = ExpertClient(ExpertNodes(transport, "", config.num_experts, log), log)
         super().__init__(
             config, self.keeper, experts, control, steps, MirrorLink(transport, "", log), log, lambda: 100.0
         )
