@@ -27,7 +27,7 @@ from services.router.journal_records import (
     StepRecord,
     encode_step,
 )
-from services.router.journal_store import FoldBuffer, JournalStore, damaged, open_store
+from services.router.journal_store import UNREADABLE, FoldBuffer, JournalStore, damaged, open_store
 
 FOLD_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
@@ -284,6 +284,6 @@ def open_journal(
     journal = Journal(store, settings, check_term, log)
     try:
         return journal, journal.restore()
-    except (ValueError, sqlite3.Error) as error:
+    except (sqlite3.Error, *UNREADABLE) as error:
         store.close()
         raise damaged(path, error) from None

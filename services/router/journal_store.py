@@ -1,7 +1,8 @@
 """The journal's file: SQLite in WAL mode. What its tables are, how it is opened and refused, what is read back.
 
 A step is one row in `log`, so that a group commit is one statement. Once a second the log is folded: tokens go to
-`segments`, by choice, where they can be deleted by choice; placements and errors go to `choices`; the log is emptied.
+`segments`, by choice, where they can be deleted by choice; placements, errors and ends to tables of their own; the log
+is emptied.
 All of a fold is one transaction, so a reader finds a token in one of the two places.
 
 A process that is killed at any byte leaves a prefix of what was committed (SQLite checks every frame of the WAL).
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import xxhash
+
 from common.errors import ConfigurationError
 from common.ids import RequestId, SequenceId
 from services.router.engine import GeneratedToken
@@ -33,22 +37,28 @@ from services.router.journal_records import (
     restored_error,
 )
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 BUSY_WITHIN_S = 5.0
 """How long a journal that somebody else has open is waited for."""
-MAX_ROWS = 500
-"""In one statement: a SQLite may be built to take 999 and no more. A disk that was full leaves far more to write."""
+MAX_ROWS = 400
+"""In one statement, of two values each: a SQLite may be built to take 999 and no more. A disk that was full leaves far
+more to write."""
+UNREADABLE = (ValueError, TypeError, LookupError)
+"""What Python's sqlite3 and this module raise over a damaged file, besides sqlite3.Error."""
 _WAL_LIMIT_BYTES = 16 << 20
 _REQUEST_COLUMNS = (
     "number, reply_id, created_s, accepted_s, route, tenant, client_request_id, idempotency_key, body_hash, body, "
     "seed, is_resumable, choice_ids"
 )
+# `checksum` is of the other columns of its row: SQLite's own check sees where rows lie, not what stands in them.
 _SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE requests ({_REQUEST_COLUMNS.replace("number", "number INTEGER PRIMARY KEY", 1)}, ended_s);
-CREATE TABLE choices (number INTEGER PRIMARY KEY, sequence_id INTEGER, error_code TEXT, error_message TEXT);
-CREATE TABLE segments (choice INTEGER, first INTEGER, tokens BLOB NOT NULL, PRIMARY KEY (choice, first)) WITHOUT ROWID;
-CREATE TABLE log (number INTEGER PRIMARY KEY, step BLOB NOT NULL);
+CREATE TABLE requests ({_REQUEST_COLUMNS.replace("number", "number INTEGER PRIMARY KEY", 1)}, checksum);
+CREATE TABLE ends (request INTEGER PRIMARY KEY, ended_s, checksum);
+CREATE TABLE placements (choice INTEGER PRIMARY KEY, sequence_id, checksum);
+CREATE TABLE failures (choice INTEGER PRIMARY KEY, code, message, checksum);
+CREATE TABLE segments (choice INTEGER, first INTEGER, tokens, checksum, PRIMARY KEY (choice, first)) WITHOUT ROWID;
+CREATE TABLE log (number INTEGER PRIMARY KEY, step, checksum);
 """
 
 
@@ -97,8 +107,7 @@ class JournalStore:
             int(accepted.is_resumable),
             json.dumps(accepted.choice_ids),
         )
-        marks = ",".join("?" * len(values))
-        self._connection.execute(f"INSERT INTO requests ({_REQUEST_COLUMNS}) VALUES ({marks})", values)
+        self._connection.execute(_insert("requests", len(values)), seal(values))
 
     def append_steps(self, steps: Sequence[bytes]) -> None:
         """One transaction, and few statements: each one lets another thread have the interpreter for a while."""
@@ -113,32 +122,27 @@ class JournalStore:
         """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests."""
         dropped = {request for request, (_, is_kept) in buffer.ends.items() if not is_kept} | set(expired)
         with self._transaction() as run:
-            run.executemany(
-                "INSERT OR REPLACE INTO segments VALUES (?, ?, ?)",
-                [
-                    (choice, first, encode_tokens(tokens))
-                    for choice, (first, tokens) in buffer.tokens.items()
-                    if choice // MAX_CHOICES not in dropped
-                ],
+            segments = [
+                (choice, first, encode_tokens(tokens))
+                for choice, (first, tokens) in buffer.tokens.items()
+                if choice // MAX_CHOICES not in dropped
+            ]
+            ends = [(request, ended_s) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept]
+            failures = [(choice, *failure) for choice, failure in buffer.failures.items()]
+            rows: tuple[tuple[str, list[Any]], ...] = (
+                ("segments", segments),
+                ("placements", list(buffer.placements.items())),
+                ("failures", failures),
+                ("ends", ends),
             )
-            run.executemany(
-                "INSERT INTO choices (number, sequence_id) VALUES (?, ?) "
-                "ON CONFLICT (number) DO UPDATE SET sequence_id = excluded.sequence_id",
-                buffer.placements.items(),
-            )
-            run.executemany(
-                "INSERT INTO choices (number, error_code, error_message) VALUES (?, ?, ?) ON CONFLICT (number) "
-                "DO UPDATE SET error_code = excluded.error_code, error_message = excluded.error_message",
-                [(choice, *failure) for choice, failure in buffer.failures.items()],
-            )
-            run.executemany(
-                "UPDATE requests SET ended_s = ? WHERE number = ?",
-                [(ended_s, request) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept],
-            )
+            for table, values in rows:
+                if values:
+                    run.executemany(_insert(table, len(values[0])), map(seal, values))
             run.executemany("DELETE FROM requests WHERE number = ?", [(request,) for request in dropped])
             ranges = [(request * MAX_CHOICES, (request + 1) * MAX_CHOICES) for request in dropped]
-            run.executemany("DELETE FROM choices WHERE number >= ? AND number < ?", ranges)
-            run.executemany("DELETE FROM segments WHERE choice >= ? AND choice < ?", ranges)
+            run.executemany("DELETE FROM ends WHERE request = ?", [(request,) for request in dropped])
+            for table in ("segments", "placements", "failures"):
+                run.executemany(f"DELETE FROM {table} WHERE choice >= ? AND choice < ?", ranges)
             run.execute("DELETE FROM log")
 
     def read(self) -> tuple[dict[int, JournalledRequest], FoldBuffer]:
@@ -146,20 +150,20 @@ class JournalStore:
 
         Raises ValueError if a row is not what was written.
         """
-        read = self._connection.execute
+        ends: dict[int, float] = dict(self._rows("ends", "request, ended_s"))
         requests = {
-            row[0]: JournalledRequest(
-                _accepted(row[1:-1]), tuple(JournalledChoice() for _ in json.loads(row[-2])), row[-1], row[0]
+            number: JournalledRequest(
+                _accepted(row), tuple(JournalledChoice() for _ in json.loads(row[-1])), ends.get(number), number
             )
-            for row in read(f"SELECT {_REQUEST_COLUMNS}, ended_s FROM requests ORDER BY number")
+            for number, *row in self._rows("requests", _REQUEST_COLUMNS)
         }
-        for number, sequence_id, code, message in read("SELECT * FROM choices"):
-            _place(requests, {number: sequence_id} if sequence_id is not None else {})
-            _fail(requests, {number: (code, message)} if code is not None else {})
-        for choice, first, data in read("SELECT choice, first, tokens FROM segments ORDER BY choice, first"):
+        _place(requests, dict(self._rows("placements", "choice, sequence_id")))
+        failures = self._rows("failures", "choice, code, message")
+        _fail(requests, {choice: (code, message) for choice, code, message in failures})
+        for choice, first, data in self._rows("segments", "choice, first, tokens"):
             _extend(requests, choice, first, decode_tokens(data))
         buffer = FoldBuffer()
-        for (data,) in read("SELECT step FROM log ORDER BY number"):
+        for (data,) in self._rows("log", "step", "number"):
             buffer.add(decode_step(data))
         for choice, (first, tokens) in buffer.tokens.items():
             _extend(requests, choice, first, tokens)
@@ -171,6 +175,15 @@ class JournalStore:
                 if is_kept:
                     requests[number] = replace(ended, ended_s=ended_s)
         return dict(sorted(requests.items())), buffer
+
+    def _rows(self, table: str, columns: str, order: str = "") -> Iterator[Any]:
+        """Ascending. Raises ValueError for a row that is not what was written."""
+        for *row, checksum in self._connection.execute(
+            f"SELECT {columns}, checksum FROM {table} ORDER BY {order or columns}"
+        ):
+            if seal(row)[-1] != checksum:
+                raise ValueError(f"a row of the table {table} is not what was written")
+            yield row
 
     def close(self) -> None:
         """Fold the WAL into the file."""
@@ -195,11 +208,11 @@ def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
     """
     try:
         connection = _connect(path, is_synchronous)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, *UNREADABLE) as error:
         raise damaged(path, error) from None
     try:
         _check(connection, path, model)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, *UNREADABLE) as error:
         connection.close()
         raise damaged(path, error) from None
     except ConfigurationError:
@@ -232,7 +245,7 @@ def _connect(path: Path, is_synchronous: bool) -> sqlite3.Connection:
     ):
         try:
             connection.execute(f"PRAGMA {setting}")
-        except sqlite3.Error:
+        except (sqlite3.Error, *UNREADABLE):
             connection.close()
             raise
     return connection
@@ -254,7 +267,7 @@ def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
     if meta.get("schema") != SCHEMA_VERSION:
         raise ConfigurationError(
             f"the journal {path} has version {meta.get('schema')}, this build writes {SCHEMA_VERSION}: let the build "
-            "that wrote it finish its requests, or move the file away"
+            "that wrote it finish its requests, then move the file away"
         )
     if meta.get("model") == model:
         return
@@ -267,8 +280,19 @@ def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
 
 
 def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> None:
-    marks = ",".join(["(?)"] * len(steps))
-    connection.execute(f"INSERT INTO log (step) VALUES {marks}", steps)
+    marks = ",".join(["(?, ?)"] * len(steps))
+    connection.execute(
+        f"INSERT INTO log (step, checksum) VALUES {marks}", [value for step in steps for value in seal((step,))]
+    )
+
+
+def _insert(table: str, num_values: int) -> str:
+    return f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * (num_values + 1))})"
+
+
+def seal(row: Sequence[Any]) -> tuple[Any, ...]:
+    """A row with its checksum behind it, as a signed integer of 64 bits."""
+    return (*row, xxhash.xxh3_64_intdigest(msgpack.packb(list(row))) - (1 << 63))
 
 
 def _accepted(row: Sequence[Any]) -> AcceptedRequest:

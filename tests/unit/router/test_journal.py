@@ -97,15 +97,17 @@ def test_plain_requests_are_deleted_at_their_end_and_kept_ones_after_their_time(
     journal.end("unknown", is_kept=True)
     journal.append([(RequestId("plain-0"), token(2))])
     fold(journal)
-    rows = journal._store._connection.execute("SELECT reply_id, ended_s FROM requests ORDER BY number").fetchall()
+    rows = journal._store._connection.execute(
+        "SELECT reply_id, ended_s FROM requests LEFT JOIN ends ON number = request ORDER BY number"
+    ).fetchall()
     assert rows == [("kept", 1000.0), ("running", None)]
     now_s += 601
     fold(journal)
     counts = [
         journal._store._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-        for table in ("requests", "segments", "log")
+        for table in ("requests", "segments", "ends", "log")
     ]
-    assert counts == [1, 1, 0]
+    assert counts == [1, 1, 0, 0]
     journal.close()
     assert [request.accepted.reply_id for request in reopened(path)] == ["running"]
 
