@@ -15,12 +15,16 @@ from common.tensor_names import STORED_DTYPES
 
 
 class CheckpointWeights:
-    """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was read, as stored."""
+    """Reads tensors by name and converts them to the compute dtype.
+
+    `bytes_read` counts what was read, as stored, `num_bytes` the same as converted.
+    """
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.directory = directory
         self.dtype = dtype
         self.bytes_read = 0
+        self.num_bytes = 0
         self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
         self._files: dict[Path, Any] = {}
 
@@ -56,6 +60,7 @@ class CheckpointWeights:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"tensor {name} cannot be read from {stored.file}: {error}") from None
         self.bytes_read += part.numel() * part.element_size()
+        self.num_bytes += part.numel() * self.dtype.itemsize
         tensor: torch.Tensor = part.to(self.dtype)
         return tensor.clone(memory_format=torch.contiguous_format) if tensor is part else tensor.contiguous()
 

@@ -96,7 +96,8 @@ class StageService:
             self._take_control(now_s)
             self._answer_assignment(self._keeper.poll())
             self._keeper.grow()
-            self._take_steps(now_s)
+            if not self._keeper.waits_for_quiet:
+                self._take_steps(now_s)
             self._mirror_intake.acknowledge()
             self._experts.receive(now_s)
             self._experts.check_deadlines(now_s)

@@ -29,6 +29,8 @@ class LoadedLayers:
     dtype: torch.dtype
     model: StageModel
     bytes_read: int
+    num_bytes: int
+    """As they are held: checkpoints may store fewer a value."""
     ranks_load: RankLoad | None = None
     """Where the stage has ranks: what they loaded with it."""
 
@@ -72,6 +74,8 @@ class GrowingLoad:
 
     future: Future[LoadedLayers]
     ranks_load: RankLoad
+    is_loaded: bool = False
+    """By all of them."""
 
 
 @dataclass(slots=True)

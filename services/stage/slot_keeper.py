@@ -131,7 +131,7 @@ class SlotKeeper:
         self, message: AssignStage | AssignMirror, header: Header, layers: LayerRange, dtype: torch.dtype
     ) -> Loading:
         role = role_of(message, header)
-        ranks_load = self._ranks.begin_load(role, dtype) if self._ranks is not None else None
+        ranks_load = self._ranks.begin_load(role, dtype, replaces=True) if self._ranks is not None else None
         future = self._loader.submit(self._load, role, dtype, ranks_load)
         return Loading(message, header, layers, dtype, future, ranks_load)
 
@@ -159,41 +159,61 @@ class SlotKeeper:
         self._use_ranks(self.loaded)
         return self._enter(loading.message, loading.header, self.loaded)
 
+    @property
+    def waits_for_quiet(self) -> bool:
+        """Whether the stage can go back to its full degree once no step is under way: no further one may begin."""
+        return self._growing is not None and self._growing.is_loaded
+
     def grow(self) -> None:
         """Go back to the full degree, where ranks have come back: load beside the work, change over between steps."""
-        ranks, growing, slot = self._ranks, self._growing, self.slot
-        if ranks is None or self._loading is not None:
-            return
-        if growing is None:
-            if slot is not None and ranks.may_grow():
-                role, loaded = slot.role, self.loaded
-                assert loaded is not None, "a slot has layers"
-                if (free := self._free_bytes()) < (needed := loaded.bytes_read * ranks.degree):
-                    # What is used now stays until the new parts are there.
-                    ranks.postpone_growth(f"the parts of more ranks take {needed} bytes beside these, {free} are free")
-                    return
-                ranks.attach_present()
-                ranks_load = ranks.begin_load(role, loaded.dtype)
-                future = self._loader.submit(self._load, role, loaded.dtype, ranks_load)
-                self._growing = GrowingLoad(future, ranks_load)
+        ranks, slot = self._ranks, self.slot
+        if ranks is None or slot is None or self._loading is not None:
             return
         try:
-            if slot is None or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
-                return
-            if slot.executor.num_running:
-                return
-            self.loaded = growing.future.result()
-        except RankLostError:
-            raise
+            if self._growing is not None:
+                self._growing = self._with_news(ranks, self._growing)
+            elif ranks.may_grow():
+                self._begin_growing(ranks, slot)
+        except RankLostError as error:
+            ranks.check()  # raises where it is one that works
+            self._give_up_growing(ranks, error)
         except LOADING_ERRORS as error:
-            self._growing = None
-            ranks.postpone_growth(str(error))
+            self._give_up_growing(ranks, error)
+        if self._growing is not None and self._growing.is_loaded and not slot.executor.num_running:
+            self._change_over(slot, self._growing.future.result())
+
+    def _begin_growing(self, ranks: RankGroup, slot: Slot) -> None:
+        loaded = self.loaded
+        assert loaded is not None, "a slot has layers"
+        if (free := self._free_bytes()) < (needed := loaded.num_bytes * ranks.degree):
+            # What is used now stays until the new parts are there.
+            ranks.postpone_growth(f"the parts of more ranks take {needed} bytes beside these, {free} are free")
             return
-        self._growing = None
-        self._use_ranks(self.loaded)
-        slot.model = self.loaded.model
+        ranks.attach_present()
+        ranks_load = ranks.begin_load(slot.role, loaded.dtype, replaces=False)
+        self._growing = GrowingLoad(self._loader.submit(self._load, slot.role, loaded.dtype, ranks_load), ranks_load)
+
+    def _with_news(self, ranks: RankGroup, growing: GrowingLoad) -> GrowingLoad:
+        """Raises what any of them has failed by."""
+        if growing.is_loaded or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
+            return growing
+        growing.future.result()
+        return replace(growing, is_loaded=True)
+
+    def _change_over(self, slot: Slot, loaded: LoadedLayers) -> None:
+        """Raises RankLostError: once the ranks are told there is no way back but a new incarnation."""
+        self.loaded, self._growing = loaded, None
+        self._use_ranks(loaded)
+        slot.model = loaded.model
         slot.executor = Executor(slot.model, slot.held.memory)
-        slot.executor.self_test()
+        try:
+            slot.executor.self_test()
+        except ValueError as error:
+            raise RankLostError(f"the ranks do not compute right: {error}") from None
+
+    def _give_up_growing(self, ranks: RankGroup, error: Exception) -> None:
+        self._growing = None
+        ranks.postpone_growth(str(error))
 
     def _ranks_are_loaded(self, loading: Loading) -> bool:
         return self._ranks is None or loading.ranks_load is None or self._ranks.is_loaded(loading.ranks_load)
@@ -249,7 +269,7 @@ class SlotKeeper:
         weights.close()
         if self._ranks is not None and ranks_load is not None:
             model = self._ranks.put_on(model, ranks_load)
-        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, ranks_load)
+        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
 
     def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
         try:

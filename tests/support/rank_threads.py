@@ -42,9 +42,11 @@ class ThreadStaff:
     def process_of(self, seat: int) -> int:
         return 0 if seat in self.gone else self.starts[seat]
 
-    def check(self, seat: int, waited_s: float) -> None:
+    def check(self, seat: int, process: int, waited_s: float) -> None:
         if seat in self.gone:
             raise RankLostError(f"the rank of seat {seat} is gone")
+        if self.starts[seat] != process:
+            raise RankLostError(f"the rank of seat {seat} was lost, and another process is in its place")
         assert waited_s < 10, "a rank does not answer"
 
     def kill(self, seat: int, why: str) -> None:
@@ -109,7 +111,7 @@ class ThreadRanks:
 
     def model(self, role: StageRole, dtype: torch.dtype) -> StageModel:
         """Load and use a role's layers at the degree that is to be had now."""
-        load = self.group.begin_load(role, dtype)
+        load = self.group.begin_load(role, dtype, replaces=True)
         weights = CheckpointWeights(self.checkpoint, dtype)
         own = load_stage(weights, self.config, role, NUM_POSITIONS, self.kernels, cut_of(load.order, 0))
         while not self.group.is_loaded(load):

@@ -40,6 +40,8 @@ class Op(IntEnum):
     """process, descriptor, bytes, layers, blocks, dtype. Where K and V are."""
     FORGET_MEMORY = 9
     """Unmap it."""
+    FORGET_LOADS = 10
+    """What was loaded and is not in use is given up."""
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +70,8 @@ class LoadOrder:
     dtype: int
     """By `code_of`."""
     adds_partial_sums: int
+    replaces: int
+    """1: what is in use makes room first."""
 
 
 def encode_load(order: LoadOrder, ranks: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,8 +24,9 @@ LOOK_S = 0.02
 class Staff(Protocol):
     """Who knows whether ranks live."""
 
-    def check(self, seat: int, waited_s: float) -> None:
-        """Raises RankLostError for a seat whose process is gone, or does nothing while rank 0 waits for it."""
+    def check(self, seat: int, process: int, waited_s: float) -> None:
+        """Raises RankLostError for a seat whose process is gone (another one may sit there by now), or does nothing
+        while rank 0 waits for it."""
 
 
 class Conductor:
@@ -36,11 +37,12 @@ class Conductor:
         self._staff = staff
         self.epoch = board.get("epoch")
         self._turn = board.get("turn")
-        self._attached: tuple[int, ...] = ()
+        self.attached: dict[int, int] = {}
+        """Process by seat of those that read commands. Another process in the seat knows nothing of what was said."""
+        self._seats: tuple[int, ...] = (0,)
         self._is_broken = False
         self._num_batches = 0
         self._batches: dict[int, None] = {}
-        self._columns = 1
         self._dtype = torch.float32
         self._meeting = Meeting(board, (0,), 0, self._wait)
         self.cut = RankCut()
@@ -51,22 +53,21 @@ class Conductor:
         """A command has not come through: the ranks do not agree any more where they are."""
         return self._is_broken
 
-    def attach(self, seats: Iterable[int]) -> None:
+    def attach(self, processes: Mapping[int, int]) -> None:
         """These seats read commands from now on, whether they have a rank or not."""
-        self._attached = tuple(seats)
+        self.attached = dict(processes)
 
     def use(
         self,
         cut: RankCut,
         seats: tuple[int, ...],
-        columns: int,
         dtype: torch.dtype,
         collectives: Callable[[Meeting], Collectives],
     ) -> None:
-        """From now on seat `seats[r]` is rank r. `columns`: values of a row of the widest tensor that they exchange."""
+        """From now on seat `seats[r]` is rank r."""
         self.collectives.close()
         self.cut = cut
-        self._columns, self._dtype = columns, dtype
+        self._dtype, self._seats = dtype, seats
         self._meeting = Meeting(self._board, seats, 0, self._wait)
         self.collectives = collectives(self._meeting)
 
@@ -76,12 +77,21 @@ class Conductor:
         self._board.set("epoch", 0, self.epoch)
         self._batches.clear()
         self._is_broken = False
+        self._seats = (0,)
         return self.epoch
 
     def tell(self, values: Sequence[int]) -> None:
-        """A command that is no part of a forward pass. Returns when it is said. Raises RankLostError."""
-        for seat in self._attached:
-            self._wait("taken", seat, self._turn)
+        """A command that is no part of a forward pass. Returns when it is said. Raises RankLostError.
+
+        A seat without a rank that is lost is only left out from then on.
+        """
+        for seat in list(self.attached):
+            try:
+                self._wait("taken", seat, self._turn)
+            except RankLostError:
+                if seat in self._seats:
+                    raise
+                del self.attached[seat]
         write_command(self._board.command, values)
         self._turn += 1
         self._board.set("turn", 0, self._turn)
@@ -98,12 +108,15 @@ class Conductor:
         yield self.collectives
         self._is_broken = False
 
-    def in_pieces(self, x: Tensor, columns: int, compute: Callable[[int, int], Tensor]) -> Tensor:
-        """`compute(start, stop)` for all rows of x, as many at a time as the board holds -> [T, columns]."""
+    def in_pieces(self, x: Tensor, columns: int, widest: int, compute: Callable[[int, int], Tensor]) -> Tensor:
+        """`compute(start, stop)` for all rows of x, as many at a time as the board holds -> [T, columns].
+
+        `widest`: values of a row of the widest tensor that the ranks exchange for it.
+        """
         num_rows = x.shape[0]
         # Token ids are wider than any number of the model.
         dtype = x.dtype if x.dtype.itemsize > self._dtype.itemsize else self._dtype
-        spans = pieces(num_rows, self._columns, self._board.slab_bytes, dtype)
+        spans = pieces(num_rows, widest, self._board.slab_bytes, dtype)
         if len(spans) == 1:
             return compute(0, num_rows)
         whole = torch.empty((num_rows, columns), dtype=self._dtype)
@@ -142,4 +155,4 @@ class Conductor:
         waited_s = 0.0
         while not self._board.wait(name, seat, value, self.epoch, LOOK_S):
             waited_s += LOOK_S
-            self._staff.check(seat, waited_s)
+            self._staff.check(seat, self.attached.get(seat, 0), waited_s)

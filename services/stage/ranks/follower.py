@@ -15,7 +15,7 @@ import torch
 
 from common.array import Int64Array
 from common.compute.native_library import NativeKernels
-from common.errors import MoemeshError
+from common.errors import MoemeshError, RankLostError
 from common.loader_thread import LoaderThread
 from common.model_config import ModelConfig
 from common.weights import CheckpointWeights
@@ -87,6 +87,8 @@ class Follower:
         self._batches: dict[int, _Batch] = {}
         self._arriving = bytearray()
         """Of a batch that comes in pieces."""
+        self._is_out_of_step = False
+        """Another rank was lost in the middle of a command: until the next epoch there is nothing to do."""
         self._meeting: Meeting | None = None
         self._collectives: Collectives | None = None
         self._rotary: dict[torch.dtype, RotaryTable] = {}
@@ -106,11 +108,15 @@ class Follower:
                         self._obey()
                 except EpochOver:
                     self._begin_epoch()
+                except RankLostError as error:
+                    self._log.warning("rank_waits_for_epoch", seat=self._seat, reason=str(error))
+                    self._is_out_of_step = True
                 self._report_loads()
 
     def _begin_epoch(self) -> None:
         self._epoch = self._board.get("epoch")
         self._turn = self._board.get("turn")
+        self._is_out_of_step = False
         self._batches.clear()
         self._loads.clear()
         self._part = self._meeting = None
@@ -124,17 +130,19 @@ class Follower:
         # Rank 0 says nothing more before this seat has taken it; a seat that is not attached yet may have missed some.
         self._turn = self._board.get("turn")
         command = self._board.command.copy()
-        self._board.set("taken", self._seat, self._turn)
         op = Op(int(command[0]))
+        if op is Op.MEMORY:
+            self._map_memory(command)  # while rank 0 has it open
+        self._board.set("taken", self._seat, self._turn)
         if op is Op.LOAD:
             self._load(command)
         elif op is Op.USE:
             self._use(int(command[1]), int(command[2]))
-        elif op is Op.MEMORY:
-            self._map_memory(command)
         elif op is Op.FORGET_MEMORY:
             self._caches, self._own_caches = [], []
-        elif self._part is not None:
+        elif op is Op.FORGET_LOADS:
+            self._loads.clear()
+        elif op is not Op.MEMORY and self._part is not None and not self._is_out_of_step:
             self._compute(op, command)
 
     # ---- computing
@@ -201,11 +209,13 @@ class Follower:
 
     def _load(self, command: Int64Array) -> None:
         order, rank, seats = decode_load(command, self._seat)
+        self._loads.clear()  # only the newest is ever used
+        if order.replaces:
+            self._part = None
         if rank < 0:
             self._board.set("loaded", self._seat, order.number)
             return
         future = self._loader.submit(self._read, order, cut_of(order, rank))
-        self._loads = {number: load for number, load in self._loads.items() if load.future.done()}
         self._loads[order.number] = _Load(order, rank, seats, future)
 
     def _read(self, order: LoadOrder, cut: RankCut) -> StagePart:
@@ -230,7 +240,7 @@ class Follower:
             if error is None:
                 self._board.set("loaded", self._seat, number)
                 continue
-            if not isinstance(error, (MoemeshError, ValueError, RuntimeError, MemoryError)):
+            if not isinstance(error, (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)):
                 raise error
             self._log.error("part_not_loaded", seat=self._seat, reason=str(error))
             self._board.say(self._seat, str(error))
@@ -246,13 +256,15 @@ class Follower:
             return
         self._part = load.future.result()
         self._cut = load.cut
-        self._loads = {other: kept for other, kept in self._loads.items() if other > number}
+        self._loads.clear()
         self._meeting = Meeting(self._board, load.seats, load.rank, self._wait)
         if port:
             # It takes a second to import, and most meshes do without.
-            from services.stage.ranks.torch_collectives import TorchCollectives, open_store
+            from services.stage.ranks.torch_collectives import TorchCollectives, announce, open_store
 
-            self._collectives = TorchCollectives(open_store(port), load.rank, load.order.degree, "cpu")
+            store = open_store(port)
+            announce(store, load.rank)
+            self._collectives = TorchCollectives(store, load.rank, load.order.degree, "cpu")
         else:
             self._collectives = BoardCollectives(self._board, load.rank, load.order.degree, self._meeting)
         self._own_caches = self._heads()

@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 import torch
 
-from common.errors import CheckpointError, RankLostError
+from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.topology import StageRole
 from services.stage.attention_kernel import LayerKvCache
@@ -29,7 +29,8 @@ from services.stage.ranks.cut import RankCut, Reduce, best_degree
 from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
 from services.stage.ranks.shared_caches import caches_bytes, take_caches
 from services.stage.ranks.shared_memory import SharedMemory
-from services.stage.ranks.staff import RankStaff
+from services.stage.ranks.staff import RankStaff, read_sample
+from services.stage.ranks.vigil import HOPELESS_S
 
 START_S = 30.0
 """For all ranks to come when the process starts; with fewer the stage begins smaller."""
@@ -76,8 +77,6 @@ class RankGroup:
     clock: Callable[[], float] = time.monotonic
     in_use: RankLoad | None = None
     conductor: Conductor = field(init=False)
-    _attached: dict[int, int] = field(default_factory=dict)
-    """Process by seat of those that read commands. Another process in the seat knows nothing of what was said."""
     _has_formed: bool = False
     _num_loads: int = 0
     _memory: SharedMemory | None = None
@@ -126,18 +125,32 @@ class RankGroup:
         epoch = self.conductor.begin_epoch()
         settled = {}
         for seat, process in self.present().items():
-            deadline_s = self.clock() + SETTLE_S
-            while self.board.get("settled", seat) < epoch and self.clock() < deadline_s:
-                time.sleep(0.001)
-            if self.board.get("settled", seat) == epoch:
+            if self._settles(seat, process, epoch):
                 settled[seat] = process
             else:
                 self.staff.kill(seat, "it does not hear of a new epoch")
         self.in_use = None
-        self._attached = settled
         self.conductor.attach(settled)
         self.forget_memory()
         self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
+
+    def _settles(self, seat: int, process: int, epoch: int) -> bool:
+        """One that computes may take a while to look up."""
+        began_s = heard_s = self.clock()
+        cpu_s = -1.0
+        while self.board.get("settled", seat) < epoch:
+            now_s = self.clock()
+            sample = read_sample(process)
+            if sample is not None and sample.cpu_s > cpu_s:
+                cpu_s, heard_s = sample.cpu_s, now_s
+            if now_s - heard_s >= SETTLE_S or now_s - began_s >= HOPELESS_S:
+                return False
+            time.sleep(0.001)
+        return self.board.get("settled", seat) == epoch
+
+    @property
+    def _attached(self) -> dict[int, int]:
+        return self.conductor.attached
 
     def best(self) -> int:
         """The highest degree with those that read commands."""
@@ -149,32 +162,38 @@ class RankGroup:
 
     def _check(self, seats: Iterable[int]) -> None:
         for seat in seats:
-            if self.staff.process_of(seat) != self._attached.get(seat):
-                self.staff.check(seat, 0.0)
-                raise RankLostError(f"the rank of seat {seat} was lost, and another process is in its place")
+            self.staff.check(seat, self._attached.get(seat, 0), 0.0)
 
     def may_grow(self) -> bool:
         """More ranks are there than work, and enough for a higher degree."""
         if self.in_use is None or self.degree == self.settings.degree or self.clock() < self._grow_after_s:
             return False
-        return best_degree(self.config, 1 + len(self.present())) > self.degree
+        return best_degree(self.config, 1 + len(self._settled())) > self.degree
+
+    def _settled(self) -> dict[int, int]:
+        epoch = self.conductor.epoch
+        return {seat: pid for seat, pid in self.present().items() if self.board.get("settled", seat) == epoch}
 
     def postpone_growth(self, why: str) -> None:
-        """It cannot be now. The stage works as it is."""
+        """It cannot be now. The stage works as it is. Raises RankLostError."""
         self._grow_after_s = self.clock() + GROW_AGAIN_S
+        if self._attached:
+            self.conductor.tell((Op.FORGET_LOADS,))
         self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
         """Let those that have come meanwhile read commands, and know the memory."""
-        self._attached = self.present()
-        self.conductor.attach(self._attached)
+        self.conductor.attach(self._settled())
         if self._memory_command:
             self.conductor.tell(self._memory_command)
 
     # ---- weights
 
-    def begin_load(self, role: StageRole, dtype: torch.dtype) -> RankLoad:
-        """Let the ranks load their parts, for the highest degree there is. Raises RankLostError."""
+    def begin_load(self, role: StageRole, dtype: torch.dtype, replaces: bool) -> RankLoad:
+        """Let the ranks load their parts, for the highest degree there is. Raises RankLostError.
+
+        `replaces`: what they have is not used any more, and makes room.
+        """
         self._num_loads += 1
         degree = self.best()
         seats = (0, *list(self._attached)[: degree - 1])
@@ -187,6 +206,7 @@ class RankGroup:
             is_last=int(role.is_last),
             dtype=code_of(dtype),
             adds_partial_sums=int(self.settings.reduce == "fast" and degree > 1),
+            replaces=int(replaces),
         )
         if self._attached:
             ranks = [seats.index(seat) if seat in seats else -1 for seat in range(self.settings.degree)]
@@ -215,16 +235,20 @@ class RankGroup:
         self._reduced = self.reduce_seconds, self.num_reduces
         if self._attached:
             self.conductor.tell((Op.USE, load.order.number, port))
-        config, degree = self.config, load.order.degree
-        columns = max(
-            config.hidden_size * degree,  # a sum has one row a rank
-            config.num_heads * config.head_dim,
-            config.dense_intermediate_size,
-            config.vocab_size + degree,
-        )
-        self.conductor.use(load.cut, load.seats, columns, dtype_of(load.order.dtype), self._collectives(load, by_torch))
+        if by_torch:
+            self._wait_for_rendezvous(load)
+        self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), self._collectives(load, by_torch))
         self.in_use = load
-        self.log.info("ranks_work", degree=degree, seats=list(load.seats), reduce=self.settings.reduce)
+        self.log.info("ranks_work", degree=load.order.degree, seats=list(load.seats), reduce=self.settings.reduce)
+
+    def _wait_for_rendezvous(self, load: RankLoad) -> None:
+        """Until all are there: once it has begun, it cannot be given up before its time-out."""
+        from services.stage.ranks.torch_collectives import is_here
+
+        for rank, seat in enumerate(load.seats[1:], 1):
+            while not is_here(self._store, rank):
+                self._check((seat,))
+                time.sleep(0.005)
 
     def _collectives(self, load: RankLoad, by_torch: bool) -> Callable[[Meeting], Collectives]:
         def board_collectives(meeting: Meeting) -> Collectives:
@@ -272,10 +296,12 @@ class RankGroup:
         """Let K and V go, on all ranks."""
         if self._memory is None:
             return
-        self._memory.close()
-        self._memory, self._memory_command = None, []
-        if self._attached:
-            self.conductor.tell((Op.FORGET_MEMORY,))
+        memory, self._memory, self._memory_command = self._memory, None, []
+        try:
+            if self._attached:
+                self.conductor.tell((Op.FORGET_MEMORY,))  # by then all have mapped it, by this process's descriptor
+        finally:
+            memory.close()
 
     def end(self) -> None:
         """Of the process."""

@@ -30,6 +30,8 @@ class ParallelAttention:
 
     part: Attention
     layer: int
+    widest: int
+    """Values of a row of what the ranks exchange."""
     conductor: Conductor
 
     def __call__(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
@@ -44,7 +46,7 @@ class ParallelAttention:
             assert whole is not None
             return whole
 
-        return conductor.in_pieces(x, x.shape[1], compute)
+        return conductor.in_pieces(x, x.shape[1], self.widest, compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class ParallelFeed:
 
     part: DensePart
     layer: int
+    widest: int
+    """Values of a row of what the ranks exchange."""
     conductor: Conductor
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class ParallelFeed:
             assert whole is not None
             return whole
 
-        return conductor.in_pieces(x, x.shape[1], compute)
+        return conductor.in_pieces(x, x.shape[1], self.widest, compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class ParallelColumns:
     op: Op
     num_columns: int
     """Of the whole; what ranks have beyond that is filler."""
+    widest: int
     conductor: Conductor
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,7 +96,7 @@ class ParallelColumns:
             return whole[:, : self.num_columns]
 
         # A copy: what is embedded is the residual stream, and outlives the next command.
-        return conductor.in_pieces(x, self.num_columns, compute).clone()
+        return conductor.in_pieces(x, self.num_columns, self.widest, compute).clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +118,28 @@ class ParallelStageModel(StageModel):
 
 def put_on_ranks(model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig) -> ParallelStageModel:
     """A model of rank 0's parts, with the other ranks' parts behind it."""
-    layers = tuple(_parallel(layer, number, conductor) for number, layer in enumerate(model.layers))
+    # A sum has one row a rank; columns that do not divide are filled up.
+    sums = config.hidden_size * cut.degree
+    heads = max(sums, config.num_heads * config.head_dim)
+    middle = max(sums, config.dense_intermediate_size)
+
+    def parallel(layer: DecoderLayer, number: int) -> DecoderLayer:
+        assert isinstance(layer.attention, Attention)
+        attention = ParallelAttention(layer.attention, number, heads, conductor)
+        if isinstance(layer.feed_forward, Gate):
+            return replace(layer, attention=attention)
+        assert isinstance(layer.feed_forward, DensePart)
+        feed_forward = ParallelFeed(layer.feed_forward, number, middle, conductor)
+        return replace(layer, attention=attention, feed_forward=feed_forward)
+
+    layers = tuple(parallel(layer, number) for number, layer in enumerate(model.layers))
     embedding, lm_head = model.embedding, model.lm_head
     if embedding is not None:
-        embedding = ParallelColumns(embedding, Op.EMBED, config.hidden_size, conductor)
+        width = config.hidden_size
+        embedding = ParallelColumns(embedding, Op.EMBED, width, width + cut.degree, conductor)
     if lm_head is not None:
-        lm_head = ParallelColumns(lm_head, Op.PROJECT, config.vocab_size, conductor)
+        widest = max(config.hidden_size, config.vocab_size + cut.degree)
+        lm_head = ParallelColumns(lm_head, Op.PROJECT, config.vocab_size, widest, conductor)
     common = {field.name: getattr(model, field.name) for field in fields(model)}
     common |= {"layers": layers, "embedding": embedding, "lm_head": lm_head}
     return ParallelStageModel(**common, conductor=conductor, kv_heads=cut.kv_heads(config.num_kv_heads))
-
-
-def _parallel(layer: DecoderLayer, number: int, conductor: Conductor) -> DecoderLayer:
-    assert isinstance(layer.attention, Attention)
-    attention = ParallelAttention(layer.attention, number, conductor)
-    if isinstance(layer.feed_forward, Gate):
-        return replace(layer, attention=attention)
-    assert isinstance(layer.feed_forward, DensePart)
-    return replace(layer, attention=attention, feed_forward=ParallelFeed(layer.feed_forward, number, conductor))

@@ -27,6 +27,8 @@ LOOK_S = 0.05
 STEADY_S = 10.0
 """A process that ran so long starts again at once."""
 MAX_DELAY_S = 10.0
+KILLED_S = 2.0
+"""For a process to end that was killed."""
 
 
 @dataclass(slots=True)
@@ -41,6 +43,12 @@ class Seat:
     waited_s: float = 0.0
     """How long rank 0 has waited for it."""
     trouble: str = ""
+    is_killed: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its process is of use."""
+        return self.process is not None and not self.is_killed and self.process.poll() is None
 
 
 class RankStaff:
@@ -72,21 +80,27 @@ class RankStaff:
     def process_of(self, seat: int) -> int:
         """Process id; 0 while there is none."""
         with self._lock:
-            process = self._seats[seat].process
-            return process.pid if process is not None and process.poll() is None else 0
+            one = self._seats[seat]
+            return one.process.pid if one.is_there and one.process is not None else 0
 
-    def check(self, seat: int, waited_s: float) -> None:
-        """Raises RankLostError if the process of a seat is gone. `waited_s`: that rank 0 has waited for it."""
+    def check(self, seat: int, process: int, waited_s: float) -> None:
+        """Raises RankLostError if this process is not in the seat any more, though another one may be.
+
+        `waited_s`: that rank 0 has waited for it.
+        """
         with self._lock:
             one = self._seats[seat]
             one.waited_s = waited_s
-            if one.process is None or one.process.poll() is not None:
+            if not one.is_there or one.process is None:
                 raise RankLostError(f"the rank of seat {seat} is gone: {one.trouble or 'its process ended'}")
+            if one.process.pid != process:
+                raise RankLostError(f"the rank of seat {seat} was lost, and another process is in its place")
 
     def kill(self, seat: int, why: str) -> None:
-        """SIGKILL, and another process after a moment."""
+        """SIGKILL, and another process after a moment. Returns when it has ended, or cannot do anything any more."""
         with self._lock:
-            self._kill(seat, why)
+            victim = self._kill(seat, why)
+        _wait_for(victim)
 
     def end(self) -> None:
         """Kill them all, and start no more."""
@@ -94,31 +108,43 @@ class RankStaff:
         with self._lock:
             for seat in self._seats:
                 self._kill(seat, "the stage ends")
+            victims = [one.process for one in self._seats.values()]
+        for victim in victims:
+            _wait_for(victim)
 
-    def _kill(self, seat: int, why: str) -> None:
+    def _kill(self, seat: int, why: str) -> ChildProcess | None:
         one = self._seats[seat]
-        if one.process is not None and one.process.poll() is None:
-            one.trouble = why
-            one.process.kill()
-            one.process.wait()
+        if not one.is_there or one.process is None:
+            return None
+        one.trouble, one.is_killed = why, True
+        one.process.kill()
+        return one.process
 
     def _run(self) -> None:
         while not self._ending.wait(LOOK_S):
-            with self._lock:
-                for seat, one in self._seats.items():
-                    if not self._ending.is_set():
-                        self._attend(seat, one)
+            for seat in self._seats:
+                try:
+                    self._attend(seat)
+                except Exception as error:
+                    # With this thread the kernel would end all ranks.
+                    self._log.error("rank_not_attended", seat=seat, reason=repr(error))
 
-    def _attend(self, seat: int, one: Seat) -> None:
+    def _attend(self, seat: int) -> None:
         now_s = self._clock()
-        process = one.process
-        if process is None:
-            if now_s >= one.start_at_s:
+        one = self._seats[seat]
+        if one.process is None:  # nobody else changes that
+            if now_s >= one.start_at_s and not self._ending.is_set():
                 self._start(seat, one, now_s)
             return
+        with self._lock:
+            self._look_after(seat, one, one.process, now_s)
+
+    def _look_after(self, seat: int, one: Seat, process: ChildProcess, now_s: float) -> None:
         status = process.poll()
         if status is not None:
             self._bury(seat, one, status, now_s)
+            return
+        if one.is_killed:
             return
         sample = self._look(process.pid)
         trouble = one.vigil.trouble(sample, one.waited_s, now_s) if sample is not None else ""
@@ -129,14 +155,18 @@ class RankStaff:
 
     def _start(self, seat: int, one: Seat, now_s: float) -> None:
         try:
-            one.process = self._spawn(seat)
+            process = self._spawn(seat)
         except ImportsUnderWayError:
             return
         except (OSError, subprocess.SubprocessError) as error:
             one.start_at_s = now_s + 1.0
             self._log.error("rank_not_started", seat=seat, reason=str(error))
             return
-        one.started_s, one.vigil, one.trouble = now_s, Vigil(), ""
+        with self._lock:
+            one.process, one.is_killed, one.waited_s = process, False, 0.0
+            one.started_s, one.vigil, one.trouble = now_s, Vigil(), ""
+            victim = self._kill(seat, "the stage ends") if self._ending.is_set() else None
+        _wait_for(victim)
 
     def _bury(self, seat: int, one: Seat, status: int, now_s: float) -> None:
         lived_s = now_s - one.started_s
@@ -145,6 +175,13 @@ class RankStaff:
         one.process, one.start_at_s = None, now_s + delay_s
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
         self._log.warning("rank_ended", seat=seat, how=name, reason=one.trouble)
+
+
+def _wait_for(victim: ChildProcess | None) -> None:
+    """One that hangs in the kernel may not go away; it does nothing more there either."""
+    if victim is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            victim.wait(KILLED_S)
 
 
 def read_sample(process: int) -> ProcessSample | None:

@@ -1,18 +1,23 @@
 """Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
 
 A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
+All that torch raises over it is a RankLostError: who is alive forms anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
+
+from common.errors import RankLostError
 
 TIMEOUT = timedelta(seconds=20)
 """For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
@@ -22,10 +27,11 @@ class TorchCollectives:
     """The default group of this process."""
 
     def __init__(self, store: Store, rank: int, degree: int, device: str) -> None:
-        """All ranks come here together. Raises RuntimeError when one of them does not."""
+        """All ranks come here together. Raises RankLostError when one of them does not."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+        with _losing_ranks():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
         self._rank = rank
         self.degree = degree
         self.seconds = 0.0
@@ -37,28 +43,32 @@ class TorchCollectives:
     def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         began_s = time.perf_counter()
         whole = torch.empty(shape, dtype=dtype) if x is None else x.contiguous()
-        dist.broadcast(whole, src=0)
+        with _losing_ranks():
+            dist.broadcast(whole, src=0)
         self._count(began_s)
         return whole
 
     def all_gather(self, part: Tensor) -> Tensor:
         began_s = time.perf_counter()
         parts = [torch.empty_like(part) for _ in range(self.degree)]
-        dist.all_gather(parts, part.contiguous())
+        with _losing_ranks():
+            dist.all_gather(parts, part.contiguous())
         self._count(began_s)
         return torch.cat(parts, dim=1)
 
     def gather(self, part: Tensor) -> Tensor | None:
         began_s = time.perf_counter()
         parts = [torch.empty_like(part) for _ in range(self.degree)] if self._rank == 0 else None
-        dist.gather(part.contiguous(), parts, dst=0)
+        with _losing_ranks():
+            dist.gather(part.contiguous(), parts, dst=0)
         self._count(began_s)
         return torch.cat(parts, dim=1) if parts is not None else None
 
     def sum(self, part: Tensor) -> Tensor | None:
         began_s = time.perf_counter()
         total = part.contiguous()
-        dist.all_reduce(total)
+        with _losing_ranks():
+            dist.all_reduce(total)
         self._count(began_s)
         return total if self._rank == 0 else None
 
@@ -68,6 +78,24 @@ class TorchCollectives:
     def _count(self, began_s: float) -> None:
         self.seconds += time.perf_counter() - began_s
         self.count += 1
+
+
+@contextlib.contextmanager
+def _losing_ranks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(f"a collective has failed: {str(error).splitlines()[0]}") from None
+
+
+def announce(store: Store, rank: int) -> None:
+    """Say that a rank is about to come to the rendezvous."""
+    store.set(f"here/{rank}", "1")
+
+
+def is_here(store: Store, rank: int) -> bool:
+    """Whether it has said so."""
+    return bool(store.check([f"here/{rank}"]))
 
 
 def open_store(port: int | None = None) -> TCPStore:

@@ -54,6 +54,7 @@ def test_only_what_was_asked_for_is_counted(directory: Path) -> None:
     assert weights.bytes_read == 2 * 4 * 4
     weights.tensor("brain", (2,))
     assert weights.bytes_read == 2 * 4 * 4 + 2 * 2, "as stored, not as converted"
+    assert weights.num_bytes == 2 * 4 * 4 + 2 * 4, "as converted"
 
 
 def test_what_comes_is_a_copy_of_its_own(directory: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_part_that_cannot_be_loaded_is_said_by_its_rank(tmp_path: Path) -> Non
     with rank_threads(checkpoint, 2) as ranks:
         index = LayerRange(0, ranks.config.num_layers)
         (tmp_path / "model.safetensors").write_bytes(b"damaged")
-        load = ranks.group.begin_load(whole_role(index.stop), torch.float32)
+        load = ranks.group.begin_load(whole_role(index.stop), torch.float32, replaces=False)
         with pytest.raises(CheckpointError, match=r"rank 1: .*model\.safetensors"):
             wait_until(lambda: ranks.group.is_loaded(load), 10, "the part is loaded")
 
