@@ -50,7 +50,10 @@ def up() -> None:
         settings = read_settings()
         with _stop_event() as stopped, LocalMesh(environment, state_dir) as mesh:
             _wait_ready(mesh, settings)
-            _greet(mesh, settings, sys.stdout.isatty())
+            try:
+                _greet(mesh, settings, sys.stdout.isatty())
+            except (httpx.HTTPError, MoemeshError) as error:  # a router may die at any moment; it is started again
+                console.print(f"the first question had no answer ({error}); the mesh goes on", highlight=False)
             stopped.wait()
             console.print("stopping")
     except MoemeshError as error:

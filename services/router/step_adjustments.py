@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,15 +35,20 @@ def count_rows(sampled: Sequence[ScheduledChunk]) -> Int32Array:
 
 def bias_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
     """`Step.biases`: float64 [*, 3]; while a choice is too short to end, its stop tokens stand there with -inf."""
-    rows: list[tuple[int, int, float]] = []
+    parts = []
     for row, chunk in enumerate(sampled):
         sampling = chunk.sampling
         too_short = chunk.num_generated < sampling.min_tokens
-        if not sampling.logit_bias and not too_short:
-            continue
-        biases = dict(sampling.logit_bias)
-        if too_short:
-            # A client may name ids that no vocabulary has, and that no column could carry.
-            biases.update({token_id: -np.inf for token_id in sampling.stop_token_ids if token_id < MAX_TOKEN_ID})
-        rows += [(row, token_id, bias) for token_id, bias in biases.items()]
-    return np.array(rows, dtype=np.float64).reshape(-1, 3)
+        if sampling.logit_bias or too_short:
+            biases = _biases(sampling.logit_bias, sampling.stop_token_ids if too_short else frozenset())
+            parts.append(np.insert(biases, 0, row, axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3))
+
+
+@lru_cache(maxsize=1024)
+def _biases(logit_bias: tuple[tuple[int, float], ...], forbidden: frozenset[int]) -> Float64Array:
+    """float64 [*, 2]: token id, bias. The same for every step of a choice."""
+    biases = dict(logit_bias)
+    # A client may name ids that no vocabulary has, and that no column could carry.
+    biases.update({token_id: -np.inf for token_id in sorted(forbidden) if token_id < MAX_TOKEN_ID})
+    return np.array(list(biases.items()), dtype=np.float64).reshape(-1, 2)

@@ -98,6 +98,7 @@ class RequestIntake:
 
 def body_hash(route: str, body: bytes) -> str:
     """Equal for bodies that say the same: the order of fields and white space do not count."""
-    with contextlib.suppress(ValueError):  # what is no JSON is refused where it is parsed
+    # What is no JSON, or JSON in too many layers, is refused where it is parsed.
+    with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
     return hashlib.sha256(route.encode() + b"\n" + body).hexdigest()

@@ -15,6 +15,10 @@ from pydantic_core import PydanticCustomError, from_json
 from common.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_NAME_CHARACTERS = 1024
+"""Of fields that say who asks, and are not used."""
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
@@ -63,11 +67,14 @@ Prompt = Annotated[
     Field(union_mode="left_to_right"),
     _described("a string, a list of strings, a list of token ids (whole numbers from 0) or a list of such lists"),
 ]
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
-    _described(f"a string or a list of up to {MAX_STOP_STRINGS} strings, none of them empty"),
+    _described(
+        f"a string or a list of up to {MAX_STOP_STRINGS} strings, of 1 to {MAX_STOP_CHARACTERS} characters each"
+    ),
 ]
+UnusedName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 LogitBias = Annotated[
     Annotated[
         dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -112,16 +119,16 @@ class GenerationFields(_Strict):
     """As in vLLM: nothing but `max_tokens` ends a choice before it has so many tokens."""
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     """As in vLLM: choices carry `token_ids`, and the first of a prompt its `prompt_token_ids`."""
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: UnusedName | None = None
+    safety_identifier: UnusedName | None = None
+    prompt_cache_key: UnusedName | None = None
 
     @property
     def num_choices(self) -> int:

@@ -7,6 +7,21 @@ the longest suffix of the text so far that may still become the stop string, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+
+
+@lru_cache(maxsize=256)
+def fallback_table(stop: str) -> tuple[int, ...]:
+    """By length - 1: how much of a prefix of `stop` may still be its beginning. Each choice and reader needs it."""
+    fallback = [0] * len(stop)
+    length = 0
+    for position in range(1, len(stop)):
+        while length and stop[position] != stop[length]:
+            length = fallback[length - 1]
+        if stop[position] == stop[length]:
+            length += 1
+        fallback[position] = length
+    return tuple(fallback)
 
 
 class _Automaton:
@@ -18,14 +33,7 @@ class _Automaton:
         self._stop = stop
         self.matched = 0
         """Length of the longest suffix of the text so far that is a prefix of the stop string."""
-        self._fallback = [0] * len(stop)
-        length = 0
-        for position in range(1, len(stop)):
-            while length and stop[position] != stop[length]:
-                length = self._fallback[length - 1]
-            if stop[position] == stop[length]:
-                length += 1
-            self._fallback[position] = length
+        self._fallback = fallback_table(stop)
 
     def step(self, character: str) -> bool:
         """True if `character` completes the stop string."""

@@ -209,6 +209,43 @@ def test_wrong_settings_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     assert "Traceback" not in result.output
 
 
+def test_a_router_that_dies_during_the_first_question_does_not_end_the_mesh(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    class Mesh:
+        def __init__(self, *_: Any) -> None:
+            return
+
+        def __enter__(self) -> Mesh:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            return
+
+    def die(*_: Any) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    waited: list[str] = []
+
+    class Stopped:
+        def __enter__(self) -> Stopped:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            return
+
+        def wait(self) -> None:
+            waited.append("until Ctrl-C")
+
+    monkeypatch.setenv("STATE_DIR", str(tmp_path / "state"))
+    for name, stand_in in (("LocalMesh", Mesh), ("_stop_event", Stopped), ("_greet", die)):
+        monkeypatch.setattr(f"compose.cli.{name}", stand_in)
+    monkeypatch.setattr("compose.cli._wait_ready", lambda *_: None)
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 0
+    assert waited == ["until Ctrl-C"]
+
+
 def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path: Path) -> None:
     listed = CliRunner().invoke(app, ["chaos", "run", "--list-faults"])
     assert listed.exit_code == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import NodeLostError
+from services.router.front.asked_request import body_hash
 from services.router.front.tokenizer import TextTokenizer
 from tests.support.fake_engine import Fault, Pause, Step
 from tests.support.journalling_front import (
@@ -123,3 +124,9 @@ def test_an_ended_request_keeps_the_clients_id_from_an_older_one_that_runs(
         assert (await server.state()).json()["id"] == newest
 
     run(main())
+
+
+@pytest.mark.parametrize("body", [b"[" * 990, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", b"no json", b"\xff"])
+def test_a_body_that_cannot_be_read_is_hashed_as_it_is_and_refused_where_it_is_parsed(body: bytes) -> None:
+    assert body_hash("completions", body) == body_hash("completions", body)
+    assert body_hash("completions", body) != body_hash("chat", body)
