@@ -31,6 +31,7 @@ from common.whole_file import write_whole
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
+from services.router.front.bounded_http import BoundedHttp
 from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
@@ -135,7 +136,9 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     app = create_app(engine, tokenizer, front, registry, journal=journal)
     requests: RequestRegistry = app.state.requests
     server = FrontServer(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False),
+        uvicorn.Config(
+            app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False
+        ),
         requests.release,
     )
     failure: list[BaseException] = []
