@@ -17,9 +17,11 @@ from common.tensor_names import STORED_DTYPES
 class CheckpointWeights:
     """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was read, as stored."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:
+        """`device`: where the tensors are wanted."""
         self.directory = directory
         self.dtype = dtype
+        self.device = device
         self.bytes_read = 0
         self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
         self._files: dict[Path, Any] = {}
@@ -36,7 +38,7 @@ class CheckpointWeights:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> torch.Tensor:
-        """A tensor, or part of it, in the compute dtype (a fresh copy, never a view of the map).
+        """A tensor, or part of it, in the compute dtype and on the device (a fresh copy, never a view of the map).
 
         `shape` is what the config says the whole tensor must have. `index` takes one entry of the first axis of a
         three-axis tensor; `rows` and `columns` cut the last two axes. Raises CheckpointError that names the tensor.
@@ -57,6 +59,8 @@ class CheckpointWeights:
             raise CheckpointError(f"tensor {name} cannot be read from {stored.file}: {error}") from None
         self.bytes_read += part.numel() * part.element_size()
         tensor: torch.Tensor = part.to(self.dtype)
+        if self.device.type != "cpu":
+            return tensor.contiguous().to(self.device)
         return tensor.clone(memory_format=torch.contiguous_format) if tensor is part else tensor.contiguous()
 
     def close(self) -> None:
