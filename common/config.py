@@ -37,9 +37,11 @@ class Settings(BaseSettings):
 
     # ---- where stages and experts compute
     device: str = Field(
-        default="cpu", pattern=r"^(cpu|cuda(:\d+)?|auto)$", description="cpu, cuda, cuda:N; auto: cuda where there is one"
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?|auto)$",
+        description="cpu, cuda, cuda:N; auto: cuda where there is one",
     )
-    device_processes: int = Field(default=1, ge=1, description="processes of this mesh that share the GPU's memory")
+    device_processes: int = Field(default=1, ge=1, description="processes of this mesh that share a GPU")
 
     # ---- numbers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.checkpoint import StoredTensor, read_tensor_index
+from common.compute.device import HOST_MEMORY
 from common.errors import CheckpointError
 from common.tensor_names import STORED_DTYPES
 
@@ -17,7 +18,7 @@ from common.tensor_names import STORED_DTYPES
 class CheckpointWeights:
     """Reads tensors by name and converts them to the compute dtype. `bytes_read` counts what was read, as stored."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = HOST_MEMORY) -> None:
         """`device`: where the tensors are wanted."""
         self.directory = directory
         self.dtype = dtype

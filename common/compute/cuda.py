@@ -5,6 +5,8 @@ Nothing here runs at import: a process that has touched CUDA cannot be forked, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from common.compute.device import Device, HostDevice, StagedDevice
@@ -17,7 +19,7 @@ class CudaMarker:
     """An event of the current stream."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event()
+        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def record(self) -> None:
         """After all that was asked of the stream so far."""
@@ -25,7 +27,7 @@ class CudaMarker:
 
     def is_reached(self) -> bool:
         """Raises RuntimeError if something before it has failed."""
-        return self._event.query()
+        return bool(self._event.query())
 
 
 class CudaDevice(StagedDevice):

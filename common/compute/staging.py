@@ -87,7 +87,7 @@ class StagingBuffer:
         began_s = self._clock()
         while not self._marker.is_reached():
             if self._clock() - began_s > HANG_S:
-                raise DeviceError(f"the GPU hangs: it has not finished a copy for {HANG_S:.0f} s, and this process ends")
+                raise DeviceError(f"the GPU hangs: a copy has not ended for {HANG_S:.0f} s, and this process does")
             self._pause()
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.compute.device import HOST_MEMORY
 from common.rope_config import RopeConfig
 
 
@@ -67,7 +68,7 @@ class RotaryTable:
         head_dim: int,
         num_positions: int,
         dtype: torch.dtype,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = HOST_MEMORY,
     ) -> None:
         """Computed on the host, kept on `device`: its functions of angles may round otherwise."""
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequencies(config, head_dim)

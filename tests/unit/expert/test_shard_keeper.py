@@ -190,7 +190,7 @@ def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted
 def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(directory: Path, dtype: Any) -> CheckpointWeights:
+    def fail(directory: Path, dtype: Any, device: Any) -> CheckpointWeights:
         raise CheckpointError("model.safetensors cannot be read: [Errno 5] Input/output error")
 
     with monkeypatch.context() as patch:
