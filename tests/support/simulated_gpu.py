@@ -10,6 +10,7 @@ What cannot be seen here: the rounding of a GPU's own products and functions, it
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from common.compute.device import StagedDevice
 
@@ -43,12 +43,14 @@ class _Late:
 
     def __init__(self) -> None:
         self.copies: deque[Callable[[], None]] = deque()
+        self._lock = threading.RLock()
         self.num_waits = 0
         self.hidden_waits: list[str] = []
 
     def happen(self) -> None:
-        while self.copies:
-            self.copies.popleft()()
+        with self._lock:  # a node's loader has a thread of its own
+            while self.copies:
+                self.copies.popleft()()
 
 
 LATE = _Late()
@@ -89,7 +91,7 @@ class _Factories(TorchFunctionMode):
 @contextmanager
 def simulated_gpu() -> Iterator[SimulatedDevice]:
     """Within it, `cuda:0` exists."""
-    LATE.copies.clear()
+    LATE.happen()
     LATE.num_waits = 0
     LATE.hidden_waits.clear()
     with _Factories():
@@ -111,19 +113,32 @@ def _is_on_gpu(value: Any) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        found += [t for item in value if isinstance(item, slice) for t in (item.start, item.stop) if _is_on_gpu(t)]
-    return found
+        return type(value)([_each(item, change) for item in value])
+    return value
 
 
 def _plain(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.as_subclass(Tensor) if _is_on_gpu(leaf) else leaf, value)
+    return _each(value, lambda tensor: tensor.as_subclass(Tensor) if _is_on_gpu(tensor) else tensor)
 
 
 def _on_gpu(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.as_subclass(GpuTensor) if type(leaf) is Tensor else leaf, value)
+    return _each(value, lambda tensor: tensor if _is_on_gpu(tensor) else tensor.as_subclass(GpuTensor))
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
