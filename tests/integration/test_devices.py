@@ -52,6 +52,18 @@ def test_a_mesh_on_gpus_answers_as_on_processors_and_its_mirrors_go_on_with_the_
         assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
 
 
+def test_a_gpu_among_processors_of_its_kind_is_refused(model: Path) -> None:
+    """Whichever of the two comes second."""
+    settings, places = {"PP": "1", "EXPERTS": "2"}, {"expert-1": {"DEVICE": "cuda"}}
+    with (
+        pytest.raises(
+            NodeLostError, match=r"cannot start: .* DEVICE must name the same kind of device for all of them"
+        ),
+        served_mesh(model, settings, places=places, modules=MODULES),
+    ):
+        pass
+
+
 @needs_no_gpu
 def test_a_gpu_that_is_not_there_is_said_before_anything_is_served(model: Path) -> None:
     with (

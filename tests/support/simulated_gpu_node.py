@@ -1,8 +1,9 @@
-"""`python -m tests.support.simulated_gpu_node stage|expert`: that node as it is, on the simulated GPU."""
+"""`python -m tests.support.simulated_gpu_node stage|expert`: that node, and with DEVICE=cuda on a simulated GPU."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import torch
@@ -28,6 +29,8 @@ def main(service: str) -> int:
     """Exit status of the node."""
     process = importlib.import_module(f"services.{service}.process")
     entry = importlib.import_module(f"services.{service}.__main__")
+    if not os.environ.get("DEVICE", "").startswith("cuda"):
+        return int(entry.main())
     vars(process)["open_device"] = lambda setting, **sharing: NodeDevice()
     run = LoaderThread._run
 
