@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-parity load-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-parity load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
+	@echo 'make gpu-test      what only a GPU can show; needs one, and a CUDA build of torch'
 	@echo 'make chaos         20 faults on a mesh of this machine under load: was anything lost? (CHAOS_ARGS="--seed 2")'
 	@echo 'make chaos-compose the same on containers, which are started for it and removed'
 	@echo 'make chaos-weights the same on random weights of both model families'
@@ -75,6 +76,9 @@ bench-parity: $(STAMP)
 
 load-test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m load $(PYTEST_ARGS)
+
+gpu-test: $(STAMP)
+	$(VENV_PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 chaos: $(STAMP)
 	$(VENV)/bin/moemesh chaos run $(CHAOS_ARGS)

@@ -35,6 +35,14 @@ class Settings(BaseSettings):
     expert_slices: int = Field(default=1, ge=1, description="cuts of each expert along its width")
     tp: int = Field(default=1, ge=1, description="tensor-parallel ranks of a stage: processes on its host")
 
+    # ---- where stages and experts compute
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?|auto)$",
+        description="cpu, cuda, cuda:N; auto: cuda where there is one",
+    )
+    device_processes: int = Field(default=1, ge=1, description="processes of this mesh that share a GPU")
+
     # ---- numbers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     combine: Literal["exact", "partial"] = "exact"
@@ -106,4 +114,9 @@ def read_settings() -> Settings:
         raise ConfigurationError(f"wrong settings: {problems}") from None
     if settings.expert_loss == "degrade" and settings.combine != "exact":
         raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
+    if settings.tp > 1 and settings.device.startswith("cuda"):
+        raise ConfigurationError(
+            f"DEVICE={settings.device} needs TP=1, not {settings.tp}: ranks of a stage share memory of the host; "
+            "a larger PP divides the layers among more GPUs"
+        )
     return settings

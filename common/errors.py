@@ -20,6 +20,7 @@ MoemeshError
     ├── DeadlineError             a wait ran out of time                         504
     ├── CapacityError             shards or cache do not fit what nodes offer    503
     ├── ExecutionError            a node failed while computing                  500
+    ├── DeviceError               a node's GPU failed or has no memory left      500 (ends the process)
     ├── JournalError              the journal cannot be written to               503
     └── FencedError               a newer router has the state folder            503 (ends the process)
 
@@ -175,6 +176,13 @@ class ExecutionError(MeshError):
     http_status = 500
 
 
+class DeviceError(MeshError):
+    """A node's accelerator has failed, hangs, or has no memory left for a step: of this process nothing can go on."""
+
+    code = "device_failed"
+    http_status = 500
+
+
 class JournalError(MeshError):
     """The journal takes nothing now (a full disk, an I/O error): what cannot be kept is not begun."""
 
@@ -186,6 +194,9 @@ class FencedError(MeshError):
 
     code = "router_fenced"
 
+
+LIFE_ENDING_ERRORS = (RankLostError, DeviceError)
+"""Not a step's fault: they end the incarnation or the process, and are not answered with `Failed`."""
 
 _LEAVES: tuple[type[MoemeshError], ...] = (
     ConfigurationError,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_OFFERED_SHARE = 0.8
+OFFERED_SHARE = 0.8
+"""The rest is for what is not counted: activations, buffers, the libraries' own."""
 _FALLBACK_BYTES = 4 << 30
 
 
@@ -20,7 +21,15 @@ def offered_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/s
         # Cached files count as used there, checkpoints above all; the kernel gives their memory to whoever asks.
         reclaimable = _entry(parts.read_text(), "inactive_file") if parts.exists() else 0
         available = min(available, int(text) - int(used.read_text()) + reclaimable)
-    return int(max(0, available) * _OFFERED_SHARE)
+    return int(max(0, available) * OFFERED_SHARE)
+
+
+def offered_device_bytes(free_bytes: int, total_bytes: int, num_processes: int) -> int:
+    """Of a device's own memory: 80% of what is free now, and where processes share it, no more than each one's part.
+
+    The part is of the whole: a process that starts again beside others that have loaded must get as much as before.
+    """
+    return int(min(free_bytes, total_bytes // num_processes if num_processes > 1 else total_bytes) * OFFERED_SHARE)
 
 
 def _entry(text: str, name: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import structlog
 
 from common.checkpoint import resolve_model
@@ -16,11 +18,17 @@ from common.node_process import StopFlag
 class NodeResources:
     """Made once a process, without torch. Kernels and weights are the node's own to keep."""
 
-    def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-        """Raises MoemeshError for a model that cannot be served."""
+    def __init__(
+        self,
+        settings: Settings,
+        log: structlog.stdlib.BoundLogger,
+        free_bytes: Callable[[], int] = offered_bytes,
+    ) -> None:
+        """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
+        be served."""
         self.should_stop = StopFlag()
         # Once: what an incarnation holds does not make the next one smaller.
-        self.settings = settings.model_copy(update={"capacity_bytes": settings.capacity_bytes or offered_bytes()})
+        self.settings = settings.model_copy(update={"capacity_bytes": settings.capacity_bytes or free_bytes()})
         self.log = log
         self.checkpoint = resolve_model(settings.model)
         self.config = read_model_config(self.checkpoint)

@@ -132,16 +132,22 @@ class LocalMesh:
 
     def _place(self, service: str, name: str) -> Child:
         environment = {**self._settings_of_all(), **self.places.get(name, {})}
-        if not environment.get("CAPACITY_BYTES"):
-            # Each process would offer what is free, and all of them share one memory.
-            num_nodes = max(1, self.num_nodes_at_start)
-            environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
+        self._share_memory(environment)
         with self._lock:
             if name in self.children:
                 raise ConfigurationError(f"{name} is part of this mesh already")
             child = Child(name, f"services.{service}", environment, self.state_dir / "logs" / f"{name}.log")
             self.children[name] = child
             return child
+
+    def _share_memory(self, environment: dict[str, str]) -> None:
+        """Each process would offer what is free, and all of them share one memory."""
+        num_nodes = max(1, self.num_nodes_at_start)
+        if environment.get("DEVICE", "cpu") not in ("", "cpu"):
+            # How much a GPU has only a process with torch can tell: each node works its part out for itself.
+            environment["DEVICE_PROCESSES"] = environment.get("DEVICE_PROCESSES") or str(num_nodes)
+        elif not environment.get("CAPACITY_BYTES"):
+            environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
 
     def remove(self, name: str, timeout_s: float = GRACE_S) -> None:
         """End one process in an orderly way and do not restart it."""

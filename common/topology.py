@@ -68,6 +68,11 @@ class NodeDescription:
     part: CheckpointPart | None = None
     """What it can load; None: everything."""
 
+    @property
+    def device_kind(self) -> str:
+        """`cpu` or `cuda`: the first part of the numeric class."""
+        return self.numeric_class.partition("/")[0]
+
     def can_load_layers(self, layers: LayerRange) -> bool:
         """Whether it sees the weights of a slot with these layers."""
         if self.part is None:

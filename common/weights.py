@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.checkpoint import StoredTensor, read_tensor_index
+from common.compute.device import HOST_MEMORY
 from common.errors import CheckpointError
 from common.tensor_names import STORED_DTYPES
 
@@ -20,9 +21,11 @@ class CheckpointWeights:
     `bytes_read` counts what was read, as stored, `num_bytes` the same as converted.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = HOST_MEMORY) -> None:
+        """`device`: where the tensors are wanted."""
         self.directory = directory
         self.dtype = dtype
+        self.device = device
         self.bytes_read = 0
         self.num_bytes = 0
         self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
@@ -40,7 +43,7 @@ class CheckpointWeights:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> torch.Tensor:
-        """A tensor, or part of it, in the compute dtype (a fresh copy, never a view of the map).
+        """A tensor, or part of it, in the compute dtype and on the device (a fresh copy, never a view of the map).
 
         `shape` is what the config says the whole tensor must have. `index` takes one entry of the first axis of a
         three-axis tensor; `rows` and `columns` cut the last two axes. Raises CheckpointError that names the tensor.
@@ -62,6 +65,8 @@ class CheckpointWeights:
         self.bytes_read += part.numel() * part.element_size()
         self.num_bytes += part.numel() * self.dtype.itemsize
         tensor: torch.Tensor = part.to(self.dtype)
+        if self.device.type != "cpu":
+            return tensor.contiguous().to(self.device)
         return tensor.clone(memory_format=torch.contiguous_format) if tensor is part else tensor.contiguous()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from common.compute.device_linear import DeviceLinear
 from common.compute.native_library import NativeKernels
 from common.compute.torch_linear import TorchLinear
 
@@ -38,9 +39,10 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.device = weight.device
-        self._kernels = kernels if weight.device.type == "cpu" else None
+        is_on_host = weight.device.type == "cpu"
+        self._kernels = kernels if is_on_host else None
         if self._kernels is None:
-            self._by_torch = TorchLinear(weight, bias)
+            self._by_torch = TorchLinear(weight, bias) if is_on_host else DeviceLinear(weight, bias)
             return
         self._packed = pack_weight(weight, self._kernels)
         # fp32, so that a bf16 result is rounded once, after the bias was added.

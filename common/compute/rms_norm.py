@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
+from common.compute.row_reduction import mean_of_squares
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, kernels: NativeKernels | None) -> Tensor:
@@ -64,5 +65,5 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 def _by_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.to(torch.float32)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    wide = wide * torch.rsqrt(mean_of_squares(wide) + epsilon)
     return weight * wide.to(x.dtype)

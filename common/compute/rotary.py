@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
+from common.compute.row_reduction import mean_of_squares
 
 
 def apply_rotary(
@@ -72,7 +73,7 @@ def apply_rotary(
 def _by_torch(x: Tensor, cosine: Tensor, signed_sine: Tensor, norm_weight: Tensor | None, epsilon: float) -> Tensor:
     if norm_weight is not None:
         wide = x.to(torch.float32).contiguous()
-        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
+        wide = wide * torch.rsqrt(mean_of_squares(wide) + epsilon)
         x = wide.to(x.dtype) * norm_weight
     turned = cosine.shape[1]
     head, rest = x[..., :turned], x[..., turned:]

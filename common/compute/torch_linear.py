@@ -1,4 +1,4 @@
-"""The linear layer where no native kernels are: torch computes, and a row still keeps its bits in any company.
+"""The linear layer on a CPU without native kernels: torch computes, and a row still keeps its bits in any company.
 
 A library may sum over k in another order for another number of rows (oneDNN was seen to for 1 row against more, at any
 K). So every product here has one fixed shape: ROWS rows, the rest padding, and at most COLUMNS of k at a time, whose
@@ -21,14 +21,10 @@ class TorchLinear:
     """y = x @ weight^T + bias in float32 throughout, rounded to the weight's dtype at the end."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [N, K], bias [N]. On a CPU the float32 copy takes twice the memory of bf16 weights."""
+        """weight [N, K], bias [N]. The float32 copy takes twice the memory of bf16 weights."""
         self._dtype = weight.dtype
         self._out_features, self._in_features = weight.shape
-        self._on_cpu = weight.device.type == "cpu"
-        self._prepacked = self._on_cpu and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if not self._on_cpu:
-            self._weight, self._bias = weight, bias
-            return
+        self._prepacked: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._bias = None if bias is None else bias.detach().to(torch.float32)
         self._padded_in = _up(self._in_features, PADDING)
         wide = functional.pad(
@@ -42,8 +38,6 @@ class TorchLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], both of the weight's dtype."""
-        if not self._on_cpu:
-            return functional.linear(x, self._weight, self._bias)
         tokens = x.shape[0]
         # Without oneDNN there is no measurement to stand on: one row a product, always the first and only one.
         rows = ROWS if self._prepacked else 1

@@ -6,13 +6,14 @@ T_n token rows of a call, R routed rows, D model width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.array import Float32Array, Int32Array, frame_to_array
+from common.compute.device import HOST, Device
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header
@@ -102,8 +103,8 @@ def _expires_s(call: WaitingCall) -> float:
     return call.arrived_s + call.header.time_left_ms / 1000
 
 
-def answer_calls(calls: list[WaitingCall], store: ShardStore) -> list[Tensor]:
-    """One grouped FFN over all rows of one layer's calls.
+def answer_calls(calls: list[WaitingCall], store: ShardStore, device: Device = HOST) -> list[Tensor]:
+    """One grouped FFN over all rows of one layer's calls, on the device that has the shards.
 
     Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights.
     """
@@ -113,16 +114,22 @@ def answer_calls(calls: list[WaitingCall], store: ShardStore) -> list[Tensor]:
     rows = [call.hidden[torch.from_numpy(call.routing[0])] for call in calls]
     x = rows[0] if len(rows) == 1 else torch.cat(rows)
     if grouping.is_sorted:
-        y = grouped_gated_ffn(x, grouping.offsets, experts)
+        y = _computed(x, grouping.offsets, experts, device)
     else:
         order = torch.from_numpy(grouping.order)
         y = torch.empty_like(x)
-        y[order] = grouped_gated_ffn(x[order], grouping.offsets, experts)
+        y[order] = _computed(x[order], grouping.offsets, experts, device)
     answers = torch.split(y, [call.routing.shape[1] for call in calls])
     return [
         answer if call.weights is None else _weighted(call, call.weights, answer)
         for call, answer in zip(calls, answers, strict=True)
     ]
+
+
+def _computed(x: Tensor, offsets: Sequence[int], experts: Sequence[GatedExpert], device: Device) -> Tensor:
+    """Rows there and back: weights of `partial` are the host's business, where a sum has one order."""
+    (rows,) = device.to_device(x)
+    return device.to_host(grouped_gated_ffn(rows, offsets, experts))[0]
 
 
 def _held(store: ShardStore, shard: ShardId) -> GatedExpert:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import structlog
 import torch
 
+from common.compute.cuda import open_device
+from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.node_process import describe_node, open_transport, run_lives
 from common.node_resources import NodeResources
-from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import RoutingSocket
 from services.expert.service import ExpertService
@@ -27,10 +28,13 @@ class ExpertProcess:
     """Its shards go from one incarnation to the next."""
 
     def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-        self._resources = NodeResources(settings, log)
+        self._device = open_device(settings.device, num_processes=settings.device_processes)
+        self._resources = NodeResources(settings, log, self._device.offered_bytes)
         torch.set_num_threads(settings.threads)
-        self._kernels = load_native_kernels(threads=settings.threads)
-        self._numeric_class = numeric_class("cpu", self._kernels.variant if self._kernels is not None else "torch")
+        self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
+        self._numeric_class = self._device.numeric_class(
+            self._kernels.variant if self._kernels is not None else "torch"
+        )
         self._held: HeldShards | None = None
 
     def live(self) -> None:
@@ -48,12 +52,22 @@ class ExpertProcess:
             node.control.router_term = own.router_term
             log = own.log.bind(node=node.control.description.node_id)
             shards = ShardKeeper(
-                own.config, own.checkpoint, self._kernels, node.control, log, held=self._held, loader=own.loader
+                own.config,
+                own.checkpoint,
+                self._kernels,
+                node.control,
+                log,
+                held=self._held,
+                loader=own.loader,
+                device=self._device,
             )
             self._held = None  # the keeper lets shards go that are not wanted any more
             service = ExpertService(own.config, shards, node.control, sockets[0], log)
             try:
                 service.run(own.should_stop)
+            except RuntimeError as error:
+                raise_if_device_failed(error)
+                raise
             finally:
                 own.router_term = node.control.router_term
                 self._held = shards.hand_over()

@@ -11,6 +11,7 @@ import torch
 import zmq
 from torch import Tensor
 
+from common.compute.device_errors import raise_if_device_failed
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
 from common.messages import (
     AssignShards,
@@ -132,8 +133,9 @@ class ExpertService:
         began_s = self._clock()
         try:
             with torch.inference_mode():
-                answers = answer_calls(calls, self._shards.store)
+                answers = answer_calls(calls, self._shards.store, self._shards.device)
         except (MoemeshError, ValueError, RuntimeError) as error:
+            raise_if_device_failed(error)
             code = error.code if isinstance(error, MoemeshError) else ExecutionError.code
             self._log.error("calls_failed", layer=calls[0].header.layer, reason=str(error))
             for call in calls:

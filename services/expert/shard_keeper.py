@@ -15,8 +15,10 @@ import structlog
 import torch
 
 from common.array import array_to_frame, frame_to_array
+from common.compute.device import HOST, Device
+from common.compute.device_errors import refusal_to_load
 from common.compute.native_library import NativeKernels
-from common.errors import ExecutionError, MoemeshError
+from common.errors import MoemeshError
 from common.loader_thread import LoaderThread
 from common.messages import AssignShards, ShardsReady, TensorFrame
 from common.model_config import ModelConfig
@@ -68,6 +70,7 @@ class ShardKeeper:
         clock: Callable[[], float] = time.monotonic,
         held: HeldShards | None = None,
         loader: LoaderThread | None = None,
+        device: Device = HOST,
     ) -> None:
         """`held`, `loader`: of an incarnation before this one, whose load ends before another begins."""
         self._config = config
@@ -76,6 +79,8 @@ class ShardKeeper:
         self._control = control
         self._log = log
         self._clock = clock
+        self.device = device
+        """Where the shards are."""
         self._loader = loader or LoaderThread(clock)
         self._weights: CheckpointWeights | None = None
         """None before its index has been read."""
@@ -150,7 +155,7 @@ class ShardKeeper:
     def _open_weights(self, now_s: float) -> CheckpointWeights | None:
         """None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or fail."""
         if self._weights is None and self._opening is None and now_s >= self._open_at_s:
-            self._opening = self._loader.submit(CheckpointWeights, self._checkpoint, self.dtype)
+            self._opening = self._loader.submit(CheckpointWeights, self._checkpoint, self.dtype, self.device.place)
         elif self._opening is not None and self._opening.done():
             opening, self._opening = self._opening, None
             try:
@@ -169,8 +174,9 @@ class ShardKeeper:
         try:
             future.result()
         except (MoemeshError, ValueError, RuntimeError, MemoryError) as error:
-            self._log.error("shard_not_loaded", shard=list(shard), reason=str(error))
-            self._control.fail(error if isinstance(error, MoemeshError) else ExecutionError(str(error)))
+            refusal = refusal_to_load(error)
+            self._log.error("shard_not_loaded", shard=list(shard), reason=str(refusal))
+            self._control.fail(refusal)
             if is_wanted:
                 assignment.retry_at_s[shard] = self._clock() + RETRY_S
             return

@@ -47,7 +47,7 @@ class ShardStore:
         """Read one shard and run a row through it. Raises CheckpointError if it is missing, misshapen or not finite."""
         before = weights.bytes_read
         expert = self._read(weights, shard)
-        probe = torch.ones((1, self._config.hidden_size), dtype=weights.dtype)
+        probe = torch.ones((1, self._config.hidden_size), dtype=weights.dtype, device=weights.device)
         if not bool(torch.isfinite(grouped_gated_ffn(probe, (0, 1), (expert,))).all()):
             raise CheckpointError(
                 f"expert {shard.expert} of layer {shard.layer} gives numbers that are not finite: it is damaged"

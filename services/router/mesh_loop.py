@@ -45,7 +45,7 @@ from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
-from services.router.registration import DeclaredDead, check_hello, differing_classes
+from services.router.registration import DeclaredDead, check_hello, differing_classes, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.snapshot import SchedulerSnapshot
 from services.router.step_flow import StepFlow
@@ -203,6 +203,7 @@ class MeshLoop:
 
     def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
+        refuse_other_device(description, self._nodes.values())
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:

@@ -51,6 +51,20 @@ def _read_part(hello: Hello, config: ModelConfig) -> CheckpointPart | None:
     return CheckpointPart(LayerRange(*layers) if layers else None, frozenset(experts))
 
 
+def refuse_other_device(node: NodeDescription, others: Iterable[NodeDescription]) -> None:
+    """Raises ConfigurationError where nodes of its kind compute on another kind of device: any of them may become the
+    copy, the mirror or the heir of another, and what it then computes would have other bits.
+
+    Stages on GPUs with experts on CPUs, or the other way round, are no such thing.
+    """
+    for other in others:
+        if other.kind is node.kind and other.node_id != node.node_id and other.device_kind != node.device_kind:
+            raise ConfigurationError(
+                f"{node.node_id} computes on {node.device_kind}, the {node.kind.value} nodes of this mesh on "
+                f"{other.device_kind}: DEVICE must name the same kind of device for all of them"
+            )
+
+
 def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[str]:
     """Numeric classes of the nodes of one kind, if there is more than one: results may differ in their last bits."""
     classes = sorted({node.numeric_class for node in nodes if node.kind is kind})

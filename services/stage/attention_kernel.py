@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.compute.device import HOST_MEMORY
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
 from services.stage.torch_attention import attention_by_torch
@@ -60,7 +61,12 @@ class _AttentionDescriptor(ctypes.Structure):
 
 
 def allocate_kv_cache(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device = HOST_MEMORY,
 ) -> list[LayerKvCache]:
     """One cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
     if dtype not in KERNEL_DTYPES:
@@ -75,7 +81,8 @@ def allocate_kv_cache(
 
 
 def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, kernels: NativeKernels | None) -> None:
-    """Puts key and value [T, Hkv, d] at slots [T] int64 (block * KV_BLOCK_TOKENS + offset; negative: skipped).
+    """Puts key and value [T, Hkv, d] at slots [T] int64 (block * KV_BLOCK_TOKENS + offset; negative: skipped, but on a
+    device not allowed).
 
     Raises ValueError when shapes or dtypes do not fit the cache. Slots are trusted: check them where they come in.
     """
@@ -88,11 +95,12 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
     if key.dtype != cache.keys.dtype or value.dtype != cache.keys.dtype or slots.dtype != torch.int64:
         raise ValueError(f"key {key.dtype}, value {value.dtype}, slots {slots.dtype} for a cache of {cache.keys.dtype}")
     if kernels is None or key.device.type != "cpu":
-        kept = slots >= 0
-        slots = slots[kept]
+        if slots.device.type == "cpu":  # the host would wait for a device to count them; steps have none
+            kept = slots >= 0
+            key, value, slots = key[kept], value[kept], slots[kept]
         blocks, offsets = slots // KV_BLOCK_TOKENS, slots % KV_BLOCK_TOKENS
-        cache.keys[blocks, :, :, offsets] = key[kept]
-        cache.values[blocks, :, offsets] = value[kept]
+        cache.keys[blocks, :, :, offsets] = key
+        cache.values[blocks, :, offsets] = value
         return
     key, value = _packed_heads(key), _packed_heads(value)
     slots = slots.contiguous()
@@ -127,11 +135,13 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     kernels: NativeKernels | None,
+    host_positions: Tensor | None = None,
 ) -> Tensor:
     """query [T, H, d] -> [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
 
     block_tables [S, max_blocks] int32: block of each KV_BLOCK_TOKENS positions of a sequence.
     row_sequence [T] int32: the row of block_tables of each token. positions [T] int32.
+    host_positions: the same on the host, where the rest is on a device.
     sliding_window 0 is none. Tokens of one sequence should follow each other: they are then computed together.
     Raises ValueError when shapes or dtypes do not fit. Indices are trusted: check them where they come in.
     """
@@ -154,7 +164,15 @@ def paged_attention(
         )
     if kernels is None or query.device.type != "cpu":
         return attention_by_torch(
-            query, cache.keys, cache.values, block_tables, row_sequence, positions, scale, sliding_window
+            query,
+            cache.keys,
+            cache.values,
+            block_tables,
+            row_sequence,
+            positions,
+            scale,
+            sliding_window,
+            host_positions,
         )
     query, block_tables = query.contiguous(), block_tables.contiguous()
     row_sequence, positions = row_sequence.contiguous(), positions.contiguous()

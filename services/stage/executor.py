@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.errors import RankLostError
+from common.compute.device_errors import raise_if_device_failed
+from common.errors import LIFE_ENDING_ERRORS
 from common.messages import Header, Step
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.micro_batch import MicroBatch
@@ -103,9 +104,10 @@ class Executor:
         except StopIteration as stop:
             self._running.discard(running)
             return Finished(running, stop.value)
-        except RankLostError:
+        except LIFE_ENDING_ERRORS:
             raise  # of this stage there is nothing left that could go on
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
+            raise_if_device_failed(error)
             self._running.discard(running)
             return Broken(running, error)
         return WantsExperts(running, call)
@@ -127,7 +129,9 @@ class Executor:
                     call = forward.send(torch.zeros_like(call.hidden))
             except StopIteration as stop:
                 hidden: Tensor = stop.value
-            outputs = self._model.logits(hidden) if self._model.lm_head is not None else hidden
+            outputs = hidden
+            if self._model.lm_head is not None:
+                outputs = self._model.sampled_logits(hidden, torch.zeros(1, dtype=torch.int64))
         if not bool(torch.isfinite(outputs).all()):
             raise ValueError("the self-test gave numbers that are not finite: the checkpoint is damaged")
 

@@ -28,7 +28,7 @@ def load_stage(
     layers = tuple(_layer(weights, config, loader, index) for index in range(role.layers.start, role.layers.stop))
     return StageModel(
         layers=layers,
-        rotary=RotaryTable(config.rope, config.head_dim, num_positions, weights.dtype),
+        rotary=RotaryTable(config.rope, config.head_dim, num_positions, weights.dtype, weights.device),
         rms_norm_eps=config.rms_norm_eps,
         embedding=loader.embedding() if role.is_first else None,
         final_norm=weights.tensor("model.norm.weight", (config.hidden_size,)) if role.is_last else None,

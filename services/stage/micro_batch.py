@@ -37,6 +37,8 @@ class MicroBatch:
     """None only in a self-test."""
     number: int = 0
     """By which the ranks of this stage know it."""
+    host_positions: Tensor | None = None
+    """`positions` on the host, where those are on a device: how far attention goes must not wait for it."""
 
     def rows(self, start: int, stop: int) -> MicroBatch:
         """Token rows [start, stop) alone, as far as attention is concerned."""

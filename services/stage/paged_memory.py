@@ -1,7 +1,8 @@
 """What a stage remembers of tokens: K and V of each layer, and the activation log. All of it in the router's blocks.
 
 The activation log is the hidden states that the stage sent on. It is paged like the cache, so it has the lifetime of
-the KV blocks and no bookkeeping of its own: a stage that replaces a later one is fed from it.
+the KV blocks and no bookkeeping of its own: a stage that replaces a later one is fed from it. K and V are on the device
+that computes; the log is on the host, as all that comes in and goes out is.
 
 T positions, B blocks, L layers of the stage, H KV heads, W head width, D model width. A *position* here is a place in
 paged memory: block * KV_BLOCK_TOKENS + offset.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
 from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache, write_kv
 
@@ -51,11 +53,14 @@ class Blocks:
 class PagedMemory:
     """Caches and log of one layer range. Positions and blocks are trusted: check them where they come in."""
 
-    def __init__(self, caches: list[LayerKvCache], log: Tensor, kernels: NativeKernels | None) -> None:
-        """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none."""
+    def __init__(
+        self, caches: list[LayerKvCache], log: Tensor, kernels: NativeKernels | None, device: Device = HOST
+    ) -> None:
+        """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none. `device`: where the caches are."""
         self.caches = caches
         self.log = log
         self._kernels = kernels
+        self._device = device
 
     @property
     def num_blocks(self) -> int:
@@ -83,33 +88,37 @@ class PagedMemory:
 
     def rows(self, positions: Tensor) -> Rows:
         """A copy of what these positions hold."""
-        blocks, offsets = positions // KV_BLOCK_TOKENS, positions % KV_BLOCK_TOKENS
-        return Rows(
+        blocks, offsets = self._device.to_device(positions // KV_BLOCK_TOKENS, positions % KV_BLOCK_TOKENS)
+        keys, values = self._device.to_host(
             torch.stack([cache.keys[blocks, :, :, offsets] for cache in self.caches]),
             torch.stack([cache.values[blocks, :, offsets] for cache in self.caches]),
-            self.logged(positions) if self.has_log else self.log,
         )
+        return Rows(keys, values, self.logged(positions) if self.has_log else self.log)
 
     def put_rows(self, positions: Tensor, rows: Rows) -> None:
         """Write what `rows` gave elsewhere."""
+        keys, values, slots = self._device.to_device(rows.keys, rows.values, positions)
         for layer, cache in enumerate(self.caches):
-            write_kv(rows.keys[layer], rows.values[layer], cache, positions, kernels=self._kernels)
+            write_kv(keys[layer], values[layer], cache, slots, kernels=self._kernels)
         if self.has_log and rows.hidden.shape[0]:
             self.log_hidden(positions, rows.hidden)
 
     def blocks(self, block_ids: Tensor) -> Blocks:
         """A copy of whole blocks."""
-        return Blocks(
-            torch.stack([cache.keys.flatten(1).index_select(0, block_ids) for cache in self.caches]),
-            torch.stack([cache.values.flatten(1).index_select(0, block_ids) for cache in self.caches]),
-            self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block(),
+        (chosen,) = self._device.to_device(block_ids)
+        keys, values = self._device.to_host(
+            torch.stack([cache.keys.flatten(1).index_select(0, chosen) for cache in self.caches]),
+            torch.stack([cache.values.flatten(1).index_select(0, chosen) for cache in self.caches]),
         )
+        log = self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block()
+        return Blocks(keys, values, log)
 
     def put_blocks(self, block_ids: Tensor, blocks: Blocks) -> None:
         """Write what `blocks` gave elsewhere."""
+        keys, values, chosen = self._device.to_device(blocks.keys, blocks.values, block_ids)
         for layer, cache in enumerate(self.caches):
-            cache.keys.flatten(1).index_copy_(0, block_ids, blocks.keys[layer])
-            cache.values.flatten(1).index_copy_(0, block_ids, blocks.values[layer])
+            cache.keys.flatten(1).index_copy_(0, chosen, keys[layer])
+            cache.values.flatten(1).index_copy_(0, chosen, values[layer])
         if self.has_log and blocks.hidden.shape[0]:
             self._log_by_block().index_copy_(0, block_ids, blocks.hidden)
 
@@ -127,8 +136,12 @@ def allocate_paged_memory(
     *,
     with_log: bool,
     allocate_caches: CacheAllocator = allocate_kv_cache,
+    device: Device = HOST,
 ) -> PagedMemory:
-    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises ValueError."""
+    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width.
+
+    `device`: where `allocate_caches` puts the caches. Raises ValueError.
+    """
     caches = allocate_caches(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype)
     num_positions = (num_blocks + PROBE_BLOCKS) * KV_BLOCK_TOKENS if with_log else 0
-    return PagedMemory(caches, torch.zeros((num_positions, log_width), dtype=dtype), kernels)
+    return PagedMemory(caches, torch.zeros((num_positions, log_width), dtype=dtype), kernels, device)

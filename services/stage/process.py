@@ -7,12 +7,13 @@ import sys
 import structlog
 import torch
 
+from common.compute.cuda import open_device
+from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.fork_server import ForkServer
 from common.node_process import describe_node, open_transport, run_lives
 from common.node_resources import NodeResources
-from common.numeric_class import numeric_class
 from common.topology import NodeKind
 from common.transport import MessageSocket
 from services.stage.expert_client import ExpertClient
@@ -44,13 +45,14 @@ class StageProcess:
 
     def __init__(self, settings: Settings, forks: ForkServer | None, log: structlog.stdlib.BoundLogger) -> None:
         """`forks`: of ranks, where there are others than this process."""
-        self._resources = NodeResources(settings, log)
+        self._device = open_device(settings.device, num_ranks=settings.tp, num_processes=settings.device_processes)
+        self._resources = NodeResources(settings, log, self._device.offered_bytes)
         torch.set_num_threads(settings.threads)
-        self._kernels = load_native_kernels(threads=settings.threads)
+        self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
         variant = self._kernels.variant if self._kernels is not None else "torch"
         if settings.tp > 1 and settings.tp_reduce == "fast":
             variant += f"+fast{settings.tp}"  # partial sums have other bits
-        self._numeric_class = numeric_class("cpu", variant)
+        self._numeric_class = self._device.numeric_class(variant)
         self._loaded: LoadedLayers | None = None
         config = self._resources.config
         self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.max_position_embeddings)
@@ -95,6 +97,7 @@ class StageProcess:
                 self._loaded,
                 own.loader,
                 self.ranks,
+                device=self._device,
             )
             self._loaded = None  # the keeper lets the layers go when it gets others
             experts = ExpertClient(ExpertNodes(transport, node.ipc_token, own.config.num_experts, log), log)
@@ -102,6 +105,9 @@ class StageProcess:
             service = StageService(own.config, keeper, experts, node.control, sockets[0], mirror_link, log)
             try:
                 service.run(own.should_stop)
+            except RuntimeError as error:
+                raise_if_device_failed(error)
+                raise
             finally:
                 own.router_term = node.control.router_term
                 self._loaded = keeper.loaded

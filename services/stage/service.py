@@ -11,7 +11,8 @@ import structlog
 import torch
 import zmq
 
-from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError, RankLostError
+from common.compute.device_errors import raise_if_device_failed
+from common.errors import LIFE_ENDING_ERRORS, DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
     AssignMirror,
     AssignStage,
@@ -139,7 +140,7 @@ class StageService:
                     self._take_placement(message, header, now_s)
                 else:
                     raise ProtocolError(f"a stage does not take {type(message).__name__}")
-            except RankLostError:
+            except LIFE_ENDING_ERRORS:
                 raise
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
@@ -280,9 +281,10 @@ class StageService:
                 self._pass_on(slot, outcome)
             else:
                 raise outcome.error
-        except RankLostError:
+        except LIFE_ENDING_ERRORS:
             raise
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
+            raise_if_device_failed(error)
             self._log.error("step_broke", step=running.header.step, exc_info=error)
             slot.executor.drop(running)
             known = error if isinstance(error, MoemeshError) else ExecutionError(f"computing failed: {error}")

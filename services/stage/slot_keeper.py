@@ -12,9 +12,11 @@ from pathlib import Path
 import structlog
 import torch
 
+from common.compute.device import HOST, Device
+from common.compute.device_errors import refusal_to_load
 from common.compute.native_library import NativeKernels
 from common.endpoints import choose_endpoint
-from common.errors import ExecutionError, MoemeshError, ProtocolError, RankLostError
+from common.errors import LIFE_ENDING_ERRORS, MoemeshError, ProtocolError, RankLostError
 from common.loader_thread import LoaderThread
 from common.memory import offered_bytes
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
@@ -22,11 +24,12 @@ from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole
 from common.transport import Transport
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
 from services.stage.executor import Executor
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables
 from services.stage.mirror import Mirror
+from services.stage.model.device_model import put_on_device
 from services.stage.paged_memory import allocate_paged_memory
 from services.stage.part_loading import WHOLE
 from services.stage.ranks.group import RankGroup, RankLoad
@@ -63,9 +66,10 @@ class SlotKeeper:
         loader: LoaderThread | None = None,
         ranks: RankGroup | None = None,
         free_bytes: Callable[[], int] = offered_bytes,
+        device: Device = HOST,
     ) -> None:
         """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins. With `ranks`
-        any method may raise RankLostError, which ends the incarnation."""
+        any method may raise RankLostError, which ends the incarnation; with a `device`, DeviceError."""
         self._config = config
         self._checkpoint = checkpoint
         self._num_positions = num_positions
@@ -77,6 +81,7 @@ class SlotKeeper:
         self._ranks = ranks
         self._growing: GrowingLoad | None = None
         self._free_bytes = free_bytes
+        self._device = device
         self.loaded = loaded
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
@@ -151,7 +156,7 @@ class SlotKeeper:
                 return None
             self._loading = None
             self.loaded = loading.future.result()
-        except RankLostError:
+        except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
             self._loading = None
@@ -263,12 +268,13 @@ class SlotKeeper:
 
     def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
         """In the loader's thread."""
-        weights = CheckpointWeights(self._checkpoint, dtype)
+        weights = CheckpointWeights(self._checkpoint, dtype, self._device.place)
         cut = WHOLE if ranks_load is None else ranks_load.cut
         model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
         weights.close()
         if self._ranks is not None and ranks_load is not None:
             model = self._ranks.put_on(model, ranks_load)
+        model = put_on_device(model, self._device)
         return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
 
     def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
@@ -278,7 +284,7 @@ class SlotKeeper:
             if isinstance(message, AssignMirror):
                 return self._follow(message, header, held)
             return self._take_slot(message, header, loaded, held)
-        except RankLostError:
+        except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
@@ -301,10 +307,16 @@ class SlotKeeper:
             loaded.dtype,
             self._kernels,
             with_log=message.slot < message.num_slots - 1,
-            allocate_caches=allocate_kv_cache if self._ranks is None else self._ranks.allocate_caches,
+            allocate_caches=self._allocate_caches if self._ranks is None else self._ranks.allocate_caches,
+            device=self._device,
         )
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
         return self._held
+
+    def _allocate_caches(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerKvCache]:
+        return allocate_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, dtype, self._device.place)
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
@@ -344,5 +356,6 @@ class SlotKeeper:
         return Taken(ready, Header(generation=role.generation))
 
     def _refuse(self, error: Exception, header: Header) -> Refused:
-        self._log.error("slot_not_taken", reason=str(error))
-        return Refused(error if isinstance(error, MoemeshError) else ExecutionError(str(error)), header)
+        refusal = refusal_to_load(error)
+        self._log.error("slot_not_taken", reason=str(refusal))
+        return Refused(refusal, header)

@@ -59,7 +59,7 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     batch = finished.running.batch
     assert batch.sampling is not None
     with torch.inference_mode():
-        logits = slot.model.logits(finished.hidden[batch.sampling_rows])
+        logits = slot.model.sampled_logits(finished.hidden, batch.sampling_rows)
         sampled = sample(logits, batch.sampling)
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),

@@ -1,4 +1,4 @@
-"""Paged attention where no native kernels are: the same fold over KV tiles, in torch.
+"""Paged attention where no native kernels are, on a CPU or a device: the same fold over KV tiles, in torch.
 
 As in common/compute/torch_linear.py every product has one fixed shape, TOKENS tokens against one tile each, so that a
 token's bits do not depend on who shares the call.
@@ -23,9 +23,11 @@ def attention_by_torch(
     positions: Tensor,
     scale: float,
     sliding_window: int,
+    host_positions: Tensor | None = None,
 ) -> Tensor:
     """Arguments as of attention_kernel.paged_attention, the cache as its two tensors; -> [T, H, d]."""
     tokens = query.shape[0]
+    known_positions = positions if host_positions is None else host_positions
     output = torch.empty_like(query)
     for start in range(0, tokens, TOKENS):
         chosen = torch.arange(start, start + TOKENS, device=query.device).clamp(max=tokens - 1)
@@ -37,13 +39,27 @@ def attention_by_torch(
             positions[chosen].long(),
             scale,
             sliding_window,
+            _tiles(known_positions[start : start + TOKENS], keys.shape[3], sliding_window),
         )
         output[start : start + TOKENS] = result[: tokens - start].to(query.dtype)
     return output
 
 
+def _tiles(positions: Tensor, tile_tokens: int, window: int) -> range:
+    """Those that any of the tokens at these positions sees."""
+    first = max(0, int(positions.min()) - window + 1) if window > 0 else 0
+    return range(first // tile_tokens, int(positions.max()) // tile_tokens + 1)
+
+
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, scale: float, window: int
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    tiles: range,
 ) -> Tensor:
     """query [TOKENS, H, d] float32, tables [TOKENS, max_blocks], positions [TOKENS] -> [TOKENS, H, d]."""
     kv_heads, tile_tokens = keys.shape[1], keys.shape[3]
@@ -53,8 +69,7 @@ def _attend(
     total = torch.zeros_like(maximum)
     result = torch.zeros_like(grouped)
     offsets = torch.arange(tile_tokens, device=query.device)
-    first, last = int(starts.min()) // tile_tokens, int(positions.max()) // tile_tokens
-    for tile in range(first, last + 1):
+    for tile in tiles:
         at = tile * tile_tokens + offsets
         seen = (at >= starts[:, None]) & (at <= positions[:, None])  # [TOKENS, tile]
         active = seen.any(-1)[:, None, None, None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.array import array_to_frame
+from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
 from common.ids import Generation, LeaseTerm, PipelineId, SequenceId, SlotIndex, StepId
 from common.messages import Dispatch, Header, Step
@@ -28,6 +29,7 @@ from services.stage.dispatch import ExactSum, PartialSum, pair_weights, split_pa
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables, MicroBatch, read_micro_batch
 from services.stage.model.decoder import ExpertCall, StageModel
+from services.stage.model.device_model import put_on_device
 
 GREEDY = SamplingParameters(16, 0.0, 1.0, 0, 0, None, frozenset())
 NUM_BLOCKS = 64
@@ -53,19 +55,29 @@ class LocalPipeline:
     dtype: torch.dtype = torch.float32
     kernels: NativeKernels | None = None
     num_positions: int = 2048
+    device: Device = HOST
     lengths: dict[int, int] = field(default_factory=dict)
     blocks: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config = read_model_config(self.directory)
-        weights = CheckpointWeights(self.directory, self.dtype)
+        weights = CheckpointWeights(self.directory, self.dtype, self.device.place)
         ranges = balance_layers([1.0] * self.config.num_layers, 0.0, 0.0, self.pp)
         self.models = [
-            load_stage(weights, self.config, self._role(index, span), self.num_positions, self.kernels)
+            put_on_device(
+                load_stage(weights, self.config, self._role(index, span), self.num_positions, self.kernels), self.device
+            )
             for index, span in enumerate(ranges)
         ]
         self.caches = [
-            allocate_kv_cache(len(model.layers), NUM_BLOCKS, self.config.num_kv_heads, self.config.head_dim, self.dtype)
+            allocate_kv_cache(
+                len(model.layers),
+                NUM_BLOCKS,
+                self.config.num_kv_heads,
+                self.config.head_dim,
+                self.dtype,
+                self.device.place,
+            )
             for model in self.models
         ]
         self.tables = [BlockTables(KV_BLOCK_TOKENS, NUM_BLOCKS) for _ in self.models]
@@ -88,7 +100,8 @@ class LocalPipeline:
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
         """[T, V] of every token of the micro-batch."""
         with torch.inference_mode():
-            return self.models[-1].logits(self.hidden(chunks))
+            hidden = self.hidden(chunks)
+            return self.models[-1].sampled_logits(hidden, torch.arange(hidden.shape[0]))
 
     def run(self, model: StageModel, batch: MicroBatch, caches: list) -> Tensor:  # type: ignore[type-arg]
         """One stage's forward pass."""
@@ -118,7 +131,7 @@ class LocalPipeline:
             waiting = check_call(
                 b"s", message, Header(layer=call.layer), 0.0, self.store, (self.dtype, self.config.hidden_size)
             )
-            total.add(part, answer_calls([waiting], self.store)[0])
+            total.add(part, answer_calls([waiting], self.store, self.device)[0])
         return total.total()
 
     def step(self, chunks: Sequence[Chunk], released: Sequence[int] = ()) -> Step:

@@ -34,15 +34,20 @@ def served_mesh(
     settings: Mapping[str, str] | None = None,
     ready_within_s: float = READY_WITHIN_S,
     places: Mapping[str, Mapping[str, str]] | None = None,
+    modules: Mapping[str, str] | None = None,
 ) -> Iterator[ServedMesh]:
-    """Starts a mesh for `model` with settings by their environment's names, and ends it. `places`: as LocalMesh has it.
+    """Starts a mesh for `model` with settings by their environment's names, and ends it.
+
+    `places`, `modules`: as LocalMesh has them.
 
     Its state folder is short (sockets live there, and their paths are bounded) and gone afterwards.
     """
     state_dir = Path(tempfile.mkdtemp(prefix="moemesh-"))
     environment = {"MODEL": str(model), "PORT": "0", "KV_CACHE_TOKENS": "32768", **(settings or {})}
     try:
-        with LocalMesh(environment=environment, state_dir=state_dir, places=places or {}) as local:
+        with LocalMesh(
+            environment=environment, state_dir=state_dir, places=places or {}, modules=modules or {}
+        ) as local:
             try:
                 local.wait_ready(timeout_s=ready_within_s)
                 with mesh_client(local.url) as client:

@@ -59,6 +59,7 @@ class Attention:
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window or 0,
             kernels=self.kernels,
+            host_positions=batch.host_positions,
         )
         return attended.reshape(num_tokens, self.num_heads * self.head_dim)
 

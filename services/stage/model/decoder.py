@@ -91,6 +91,10 @@ class StageModel:
         """The residual stream with x added, and its norm, in one pass over memory."""
         return add_rms_norm(residual, x, weight, self.rms_norm_eps, kernels=self.kernels)
 
+    def sampled_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [T, D] as `forward` returned it, rows int64 [S] -> [S, V] on the host; on the last stage only."""
+        return self.logits(hidden[rows])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, D] of the rows that sample -> [S, V]; on the last stage only."""
         assert self.final_norm is not None, "only the last stage has it"

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.compute.device import HOST_MEMORY
 from common.rope_config import RopeConfig
 
 
@@ -61,12 +62,20 @@ def _yarn(config: RopeConfig, head_dim: int, exponents: Tensor) -> Tensor:
 class RotaryTable:
     """cos and signed sin for all positions, in the compute dtype, made once: a step looks its rows up."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: RopeConfig,
+        head_dim: int,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device = HOST_MEMORY,
+    ) -> None:
+        """Computed on the host, kept on `device`: its functions of angles may round otherwise."""
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequencies(config, head_dim)
         cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
-        self.cos = torch.cat((cos, cos), dim=-1).to(dtype)
+        self.cos = torch.cat((cos, cos), dim=-1).to(dtype).to(device)
         # The sign of rotate_half is folded in: a head turns into x * cos + swap_halves(x) * signed_sin.
-        self.signed_sin = torch.cat((-sin, sin), dim=-1).to(dtype)
+        self.signed_sin = torch.cat((-sin, sin), dim=-1).to(dtype).to(device)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin [T, N] for positions [T]."""

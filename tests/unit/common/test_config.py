@@ -61,6 +61,10 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("HEARTBEAT_INTERVAL_MS", "0"),
         ("EXPERT_LOSS", "ignore"),
         ("DEGRADE_AFTER_MS", "-1"),
+        ("DEVICE", "gpu"),
+        ("DEVICE", "cuda:"),
+        ("DEVICE", "cuda:one"),
+        ("DEVICE_PROCESSES", "0"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -104,3 +108,14 @@ def test_experts_can_be_left_out_only_where_stages_weigh(monkeypatch: pytest.Mon
     monkeypatch.setenv("COMBINE", "partial")
     with pytest.raises(ConfigurationError, match="EXPERT_LOSS=degrade needs COMBINE=exact"):
         read_settings()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_ranks_and_a_gpu_do_not_go_together(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("DEVICE", device)
+    assert read_settings().device == device
+    monkeypatch.setenv("TP", "2")
+    with pytest.raises(ConfigurationError, match=rf"DEVICE={device} needs TP=1, not 2: ranks"):
+        read_settings()
+    monkeypatch.setenv("DEVICE", "auto")
+    assert read_settings().device == "auto"

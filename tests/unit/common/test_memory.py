@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.memory import offered_bytes
+from common.memory import offered_bytes, offered_device_bytes
 
 MIB = 1 << 20
 
@@ -48,3 +48,14 @@ def test_where_nothing_can_be_read_something_is_offered(tmp_path: Path) -> None:
 
 def test_this_machine_has_memory() -> None:
     assert offered_bytes() > 0
+
+
+def test_a_process_that_has_a_gpu_alone_offers_four_fifths_of_what_is_free_there() -> None:
+    assert offered_device_bytes(1000, 1600, 1) == 800
+    assert offered_device_bytes(0, 1600, 1) == 0
+
+
+def test_processes_that_share_a_gpu_offer_a_part_each_and_as_much_after_a_restart() -> None:
+    at_start, others_loaded = (offered_device_bytes(free, 1600, 4) for free in (1590, 700))
+    assert at_start == others_loaded == 320
+    assert offered_device_bytes(100, 1600, 4) == 80, "what is not free cannot be offered"

@@ -76,6 +76,28 @@ def mesh(tmp_path: Path, clock: Clock, started: list[FakeProcess]) -> LocalMesh:
     return LocalMesh({"MODEL": "m", "THREADS": "3"}, tmp_path, clock)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
+def test_how_many_share_a_gpu_is_said_and_how_much_that_is_each_finds_out(
+    mesh: LocalMesh, started: list[FakeProcess], device: str
+) -> None:
+    """The supervisor has no torch, and may not touch CUDA before nodes are forked."""
+    mesh.environment = {**mesh.environment, "DEVICE": device}
+    mesh.num_nodes_at_start = 4
+    mesh.add("stage", "stage-0")
+    assert started[0].environment["DEVICE_PROCESSES"] == "4"
+    assert "CAPACITY_BYTES" not in started[0].environment
+    mesh.environment = {**mesh.environment, "DEVICE_PROCESSES": "2", "CAPACITY_BYTES": "77"}
+    mesh.add("stage", "stage-1")
+    assert (started[1].environment["DEVICE_PROCESSES"], started[1].environment["CAPACITY_BYTES"]) == ("2", "77")
+
+
+def test_the_hosts_memory_is_shared_out_among_nodes_without_a_gpu(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+    mesh.num_nodes_at_start = 4
+    mesh.add("stage", "stage-0")
+    assert int(started[0].environment["CAPACITY_BYTES"]) > 0
+    assert "DEVICE_PROCESSES" not in started[0].environment
+
+
 def test_a_process_gets_the_meshs_settings_over_its_own(
     mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,12 @@ def compose_file() -> dict[str, Any]:
     return content
 
 
+def gpu_file() -> dict[str, Any]:
+    content = yaml.safe_load((FOLDER / "compose.gpu.yaml").read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
 def mesh_variables() -> set[str]:
     lines = (FOLDER / "mesh.env").read_text(encoding="utf-8").splitlines()
     return {line.split("=")[0] for line in lines if "=" in line and not line.startswith("#")}
@@ -49,3 +55,34 @@ def test_what_a_person_may_set_reaches_the_containers() -> None:
 def test_published_ports_name_the_host_address() -> None:
     for service in compose_file()["services"].values():
         assert all(port.startswith("${HOST}:") for port in service.get("ports", []))
+
+
+def test_the_gpu_file_changes_services_that_there_are_and_gives_each_that_computes_a_gpu() -> None:
+    base, gpu = compose_file()["services"], gpu_file()["services"]
+    assert set(gpu) == {"stage", "expert"} <= set(base)
+    for service in gpu.values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert service["environment"]["DEVICE"] == "cuda"
+        assert {name for name in service["environment"] if name.lower() in Settings.model_fields} == {
+            "DEVICE",
+            "DEVICE_PROCESSES",
+        }
+
+
+def test_the_gpu_file_needs_no_variable_and_has_an_image_of_its_own() -> None:
+    """Values of mesh.env are those of the included file alone."""
+    text = (FOLDER / "compose.gpu.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"\$\{\w+\}", text) == []
+    images = {service["image"] for service in gpu_file()["services"].values()}
+    assert len(images) == 1
+    assert images.isdisjoint({"moemesh-worker", "moemesh-router"})
+
+
+def test_both_images_have_the_torch_that_the_project_asks_for() -> None:
+    asked = re.search(r"torch==([\d.]+)", (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert asked is not None
+    arguments, of_cpu = gpu_file()["services"]["stage"]["build"]["args"], compose_file()["services"]["stage"]["build"]
+    assert set(arguments) == {"TORCH", "TORCH_INDEX_URL"} <= set(of_cpu["args"])
+    assert arguments["TORCH"].startswith(f"${{TORCH_CUDA:-{asked[1]}+cu")
+    assert f"TORCH={asked[1]}+cpu\n" in (FOLDER / "mesh.env").read_text(encoding="utf-8")

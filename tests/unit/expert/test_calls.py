@@ -23,6 +23,7 @@ from services.expert.calls import CallQueue, WaitingCall, answer_calls, check_ca
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.simulated_gpu import PLACE, hidden_waits, simulated_gpu
 
 __all__ = ["one_torch_thread"]
 WIDTH, NUM_SLICES, EXPERTS = QWEN3.width, 2, QWEN3.experts
@@ -40,9 +41,14 @@ def store(directory: Path, request: pytest.FixtureRequest) -> ShardStore:
     return filled(read_model_config(directory), directory, kernels_for(request.param))
 
 
-def filled(config: ModelConfig, directory: Path, kernels: Any) -> ShardStore:
+def filled(
+    config: ModelConfig,
+    directory: Path,
+    kernels: Any,
+    place: torch.device = torch.device("cpu"),  # noqa: B008
+) -> ShardStore:
     made = ShardStore(config, NUM_SLICES, kernels)
-    weights = CheckpointWeights(directory, torch.float32)
+    weights = CheckpointWeights(directory, torch.float32, place)
     for layer in range(2):
         for expert in range(EXPERTS - 1):
             for piece in range(NUM_SLICES):
@@ -190,3 +196,19 @@ def test_a_call_that_is_taken_back_is_dropped_while_it_waits(store: ShardStore) 
     calls, _ = queue.take_layer(0.0)
     assert [(call.identity, call.number) for call in calls] == [(b"s", 2), (b"t", 1)]
     assert queue.cancel(b"s", (2,)) == 0, "it is being computed"
+
+
+def test_shards_on_a_gpu_answer_as_those_of_the_host_and_calls_together_as_alone(directory: Path) -> None:
+    hidden, routing = hidden_of(4), [(0, 1, 0), (1, 0, 1), (3, 1, 1), (3, 0, 0)]
+    host = filled(read_model_config(directory), directory, None)
+    plain, weighed = dispatch(hidden, routing), dispatch(hidden, routing, [0.5, 0.25, 1.0, 2.0])
+    with simulated_gpu() as device:
+        store = filled(read_model_config(directory), directory, None, PLACE)
+        hidden_waits().clear()
+        calls = [check(message, store) for message in (plain, weighed)]
+        together = answer_calls(calls, store, device)
+        alone = [answer_calls([call], store, device)[0] for call in calls]
+        assert hidden_waits() == []
+    for answer, single, call in zip(together, alone, calls, strict=True):
+        assert torch.equal(answer, single)
+        torch.testing.assert_close(answer, answer_calls([call], host)[0], atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.array import array_to_frame, frame_to_array
-from common.errors import CheckpointError, DeadlineError
+from common.errors import CheckpointError, DeadlineError, DeviceError
 from common.messages import AssignShards, ShardsReady
 from common.model_config import read_model_config
 from common.topology import ShardId
@@ -190,7 +190,7 @@ def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted
 def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(directory: Path, dtype: Any) -> CheckpointWeights:
+    def fail(directory: Path, dtype: Any, device: Any) -> CheckpointWeights:
         raise CheckpointError("model.safetensors cannot be read: [Errno 5] Input/output error")
 
     with monkeypatch.context() as patch:
@@ -236,3 +236,21 @@ def test_whatever_comes_while_shards_load_a_complete_report_is_true(directory: P
     keeper.until(lambda: any(report.complete and report.version == version for report in keeper.reports))
     assert keeper.held == wanted
     keeper.close()
+
+
+def test_a_shard_that_does_not_fit_the_gpu_is_reported_and_a_lost_gpu_ends_the_process(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> None:
+        def load(*arguments: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(ShardStore, "load", load)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    keeper.want(1, X)
+    keeper.until(lambda: bool(keeper.control.failures))
+    assert keeper.control.failures[0].startswith("the GPU has no room for it, set CAPACITY_BYTES lower: CUDA out of")
+    fail(RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(DeviceError, match="the GPU has failed"):
+        keeper.until(lambda: False)

@@ -8,8 +8,8 @@ import pytest
 from common.errors import CheckpointError, ConfigurationError, NodeLostError, ProtocolError
 from common.ids import Incarnation, NodeId
 from common.membership import MAX_REMEMBERED_DEAD, ChangeReason, MembershipChange, NodeState
-from common.topology import CheckpointPart, LayerRange, NodeDescription
-from services.router.registration import DeclaredDead, check_hello
+from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
+from services.router.registration import DeclaredDead, check_hello, refuse_other_device
 from tests.support.fake_mesh import hello_of
 from tests.support.mesh_shapes import EXPERTS, LAYERS, node, small_model
 
@@ -49,6 +49,21 @@ def test_a_part_that_this_model_does_not_have_is_refused_by_the_field(changes: d
 def test_a_part_of_another_checkpoint_is_refused_as_the_whole_of_it_is() -> None:
     with pytest.raises(CheckpointError, match=r"a sees another checkpoint \(fingerprint other\)"):
         registered(node("a", part=CheckpointPart(LayerRange(0, 2))), fingerprint="other")
+
+
+def test_a_gpu_does_not_join_nodes_of_its_kind_that_compute_on_processors() -> None:
+    """Whoever joins may become a copy, a mirror or an heir of one that is there."""
+    gpu, processors = node("g", numeric_class="cuda/torch/A"), [node("a"), node("b")]
+    with pytest.raises(ConfigurationError, match=r"g computes on cuda, the stage nodes of this mesh on cpu: DEVICE"):
+        refuse_other_device(gpu, processors)
+    with pytest.raises(ConfigurationError, match=r"a computes on cpu, the stage nodes of this mesh on cuda: DEVICE"):
+        refuse_other_device(processors[0], [gpu])
+
+
+def test_nodes_of_the_other_kind_of_another_gpu_or_of_another_life_are_no_hindrance() -> None:
+    gpu = node("g", numeric_class="cuda/torch/A")
+    refuse_other_device(gpu, [node("e", NodeKind.EXPERT), node("h", numeric_class="cuda/torch/B"), node("g")])
+    refuse_other_device(node("a", numeric_class="cpu/native"), [node("b", numeric_class="cpu/torch")])
 
 
 def death(node_id: NodeId, reason: ChangeReason) -> MembershipChange:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import DeviceError, RankLostError
 from common.messages import Header
 from services.stage.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.decoder import ExpertCall
@@ -158,3 +159,24 @@ def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None)
         return
     with pytest.raises(ValueError, match="not finite"):
         executor.self_test()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), DeviceError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceError),
+        (RankLostError("rank 1 is gone"), RankLostError),
+    ],
+    ids=["out of memory", "device lost", "rank lost"],
+)
+def test_what_takes_the_whole_stage_along_is_no_broken_step(error: Exception, raised: type[Exception]) -> None:
+    class Failing(Model):
+        def forward(self, batch: Any, caches: Any) -> Any:
+            raise error
+            yield
+
+    executor = executor_of(Failing())
+    add(executor, 1.0)
+    with pytest.raises(raised, match=r"GPU|rank"):
+        executor.run_one()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from common.compute.native_library import NativeKernels, load_native_kernels
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, write_kv
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache, write_kv
 from services.stage.paged_memory import PROBE_BLOCKS, PagedMemory, allocate_paged_memory
 from tests.support.kernels import one_torch_thread
+from tests.support.simulated_gpu import hidden_waits, simulated_gpu
 
 __all__ = ["one_torch_thread"]
 LAYERS, BLOCKS, HEADS, WIDTH, MODEL = 2, 4, 2, 16, 24
@@ -69,3 +72,32 @@ def test_a_block_that_the_router_does_not_know_is_there_for_self_tests() -> None
     assert made.caches[0].num_blocks == BLOCKS + PROBE_BLOCKS
     assert made.log.shape == ((BLOCKS + PROBE_BLOCKS) * KV_BLOCK_TOKENS, MODEL)
     assert not memory(torch.float32, with_log=False).has_log
+
+
+def test_what_a_memory_on_a_gpu_gives_one_on_the_host_takes_and_the_other_way_round() -> None:
+    """As a mirror gets it: rows and blocks travel as host tensors."""
+    positions, used = torch.tensor([3, 35, 64]), torch.tensor([2, 0, 1])
+    source = filled(torch.bfloat16, positions)
+    with simulated_gpu() as device:
+        there = allocate_paged_memory(
+            LAYERS,
+            BLOCKS,
+            (HEADS, WIDTH),
+            MODEL,
+            torch.bfloat16,
+            None,
+            with_log=True,
+            allocate_caches=partial(allocate_kv_cache, device=device.place),
+            device=device,
+        )
+        assert there.caches[0].keys.device.type == "cuda"
+        assert there.log.device.type == "cpu"
+        there.put_rows(positions, source.rows(positions))
+        by_rows, by_blocks = memory(torch.bfloat16), memory(torch.bfloat16)
+        by_rows.put_rows(positions, there.rows(positions))
+        there.put_blocks(used, source.blocks(used))
+        by_blocks.put_blocks(used, there.blocks(used))
+        assert there.num_bytes == source.num_bytes
+        assert hidden_waits() == []
+    assert_equal(source, by_rows)
+    assert_equal(source, by_blocks)

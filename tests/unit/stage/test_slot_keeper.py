@@ -11,7 +11,7 @@ import pytest
 import structlog
 import torch
 
-from common.errors import DeadlineError, MoemeshError, ProtocolError
+from common.errors import CapacityError, DeadlineError, DeviceError, MoemeshError, ProtocolError
 from common.loader_thread import STUCK_S, LoaderThread
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import read_model_config
@@ -357,3 +357,23 @@ def test_a_downstream_that_cannot_be_reached_is_refused(keeper: Keeper) -> None:
     assert isinstance(outcome, Refused)
     assert "tcp" in str(outcome.error)
     assert isinstance(keeper.take(ASSIGN, 2), Taken)
+
+
+def test_a_slot_that_does_not_fit_the_gpu_is_refused_and_one_on_a_lost_gpu_ends_the_process(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> None:
+        def load(*arguments: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr("services.stage.slot_keeper.load_stage", load)
+        keeper.take(ASSIGN)
+
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    outcome = keeper.finish()
+    assert isinstance(outcome, Refused)
+    assert isinstance(outcome.error, CapacityError)
+    assert "the GPU has no room for it, set CAPACITY_BYTES lower: CUDA out of memory" in str(outcome.error)
+    fail(RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(DeviceError, match="the GPU has failed: CUDA error: unspecified launch failure"):
+        keeper.finish()

@@ -1,0 +1,85 @@
+"""A CUDA GPU as a device, and which device a setting names.
+
+Nothing here runs at import: a process that has touched CUDA cannot be forked, and nodes are forks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from common.compute.device import Device, HostDevice, StagedDevice
+from common.errors import ConfigurationError
+from common.memory import offered_device_bytes
+from common.numeric_class import cuda_numeric_class
+
+
+class CudaMarker:
+    """An event of the current stream."""
+
+    def __init__(self) -> None:
+        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        """After all that was asked of the stream so far."""
+        self._event.record()
+
+    def is_reached(self) -> bool:
+        """Raises RuntimeError if something before it has failed."""
+        return bool(self._event.query())
+
+
+class CudaDevice(StagedDevice):
+    """One GPU, or what the driver shows as one."""
+
+    def __init__(self, place: torch.device, num_processes: int) -> None:
+        """`place` with its index. `num_processes` of this mesh share the GPU. Raises RuntimeError."""
+        torch.cuda.set_device(place)
+        super().__init__(place, CudaMarker, is_pinned=True)
+        self._num_processes = num_processes
+
+    def offered_bytes(self) -> int:
+        """80% of what is free on the GPU, or this process's part of it."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.place)
+        return offered_device_bytes(free_bytes, total_bytes, self._num_processes)
+
+    def numeric_class(self, kernels_variant: str) -> str:
+        """The GPU's model, torch and CUDA; native kernels are the processor's."""
+        found = torch.cuda.get_device_properties(self.place)
+        return cuda_numeric_class(
+            found.name, (found.major, found.minor), found.multi_processor_count, torch.__version__, torch.version.cuda
+        )
+
+
+def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> Device:
+    """The device that DEVICE names, ready for work. Raises ConfigurationError with what torch says against it.
+
+    `auto` is cuda where there is a GPU, but for stages with ranks: they share the host's memory.
+    """
+    if setting == "auto":
+        setting = "cuda" if num_ranks == 1 and torch.cuda.is_available() else "cpu"
+    if setting == "cpu":
+        return HostDevice(num_processes)
+    try:
+        place = torch.device(setting)
+        torch.zeros(1, device=place)  # what is wrong with driver, build or index shows here
+        device = CudaDevice(torch.device("cuda", place.index or 0), num_processes)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an assertion
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"DEVICE={setting} cannot be used: {reason} (torch {torch.__version__}); DEVICE=cpu computes without a GPU"
+        ) from None
+    demand_exact_arithmetic()
+    return device
+
+
+def demand_exact_arithmetic() -> None:
+    """Products of float32 in float32, and sums of bfloat16 products in float32: for this process.
+
+    Torch's defaults may be changed by its environment, and shorten sums of bfloat16 where a product is split.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -1,0 +1,138 @@
+"""Where a node computes: in the host's memory, or on a device with memory of its own.
+
+Messages, samples and sums over experts are on the host. A node with a device puts the tensors of a batch there, and
+takes back what goes out. On the host both are nothing. All work is in one order, the device's current stream: what is
+asked later sees what was asked before, and only the bytes that the host needs are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.compute.staging import Marker, NoMarker, StagingBuffer, lay_out, view_at
+from common.memory import offered_bytes
+from common.numeric_class import numeric_class
+
+HOST_MEMORY = torch.device("cpu")
+NUM_UPLOADS = 4
+"""Buffers that take turns, so that the host fills one while the device reads another."""
+
+
+class Device(Protocol):
+    """What nodes need to know of the place where they compute."""
+
+    @property
+    def place(self) -> torch.device:
+        """Of weights, caches and whatever is computed from them."""
+
+    @property
+    def is_host(self) -> bool:
+        """Whether messages and weights are in the same memory."""
+
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Host tensors as they are on the device. The host goes on at once, and may reuse the given ones."""
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Device tensors as new ones of the host, whole when this returns: the one place where the host waits.
+
+        Raises DeviceError for a device that hangs, RuntimeError for what failed before.
+        """
+
+    def offered_bytes(self) -> int:
+        """How much memory a node may offer."""
+
+    def numeric_class(self, kernels_variant: str) -> str:
+        """What decides the bits here, as one word."""
+
+
+class HostDevice:
+    """The processor."""
+
+    place = HOST_MEMORY
+    is_host = True
+
+    def __init__(self, num_processes: int = 1) -> None:
+        """`num_processes` share the host's memory, where nobody has shared it out."""
+        self._num_processes = num_processes
+
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """They are there."""
+        return tensors
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """They are there."""
+        return tensors
+
+    def offered_bytes(self) -> int:
+        """80% of what is free."""
+        return offered_bytes() // self._num_processes
+
+    def numeric_class(self, kernels_variant: str) -> str:
+        """Kernels, instruction set, build of torch."""
+        return numeric_class("cpu", kernels_variant)
+
+
+HOST = HostDevice()
+
+
+class StagedDevice:
+    """Memory that is reached through staging buffers. Used by one thread; weights are loaded by another, without them.
+
+    With `torch.device("cpu")` it does the same copies from plain memory to plain memory: tests run it so.
+    """
+
+    is_host = False
+
+    def __init__(
+        self, place: torch.device, new_marker: Callable[[], Marker] = NoMarker, *, is_pinned: bool = False
+    ) -> None:
+        self._place = place
+        self._uploads = [StagingBuffer(new_marker(), is_pinned=is_pinned) for _ in range(NUM_UPLOADS)]
+        self._num_uploads = 0
+        self._download = StagingBuffer(new_marker(), is_pinned=is_pinned)
+
+    @property
+    def place(self) -> torch.device:
+        """Of weights, caches and whatever is computed from them."""
+        return self._place
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(buffer.num_bytes for buffer in (*self._uploads, self._download))
+
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """One copy for all of them: a device begins a large copy no later than a small one."""
+        offsets, num_bytes = lay_out(tensors)
+        staging = self._uploads[self._num_uploads % NUM_UPLOADS]
+        self._num_uploads += 1
+        memory = staging.take(num_bytes)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            view_at(memory, offset, tensor).copy_(tensor)
+        there = torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+        there.copy_(memory, non_blocking=True)
+        staging.mark()
+        return tuple(view_at(there, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True))
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """All copies first, then one wait. The result is a copy of the buffer: messages may hold it for long."""
+        offsets, num_bytes = lay_out(tensors)
+        memory = self._download.take(num_bytes)
+        views = [view_at(memory, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True)]
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor, non_blocking=True)
+        self._download.mark()
+        self._download.wait()
+        return tuple(view.clone() for view in views)
+
+    def offered_bytes(self) -> int:
+        """Without a device's own measure, the host's."""
+        return offered_bytes()
+
+    def numeric_class(self, kernels_variant: str) -> str:
+        """The class of the processor that does the device's work."""
+        return numeric_class("cpu", kernels_variant)

@@ -1,0 +1,45 @@
+"""What an accelerator's failures are to this mesh. torch raises them as RuntimeErrors, at the next call that waits."""
+
+from __future__ import annotations
+
+import torch
+
+from common.errors import CapacityError, DeviceError, ExecutionError, MoemeshError
+
+_MARKS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDA out of memory")
+
+
+def raise_if_device_failed(error: BaseException) -> None:
+    """For what computing raised. Raises DeviceError where the fault is the accelerator's and not the step's.
+
+    Want of memory is among them: what this process holds leaves too little for the steps that it is asked for, and one
+    that starts again offers what is free then.
+    """
+    if isinstance(error, DeviceError):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError):
+        raise DeviceError(f"the GPU has no memory left for this step: {_sentence(error)}") from error
+    if _is_of_device(error):
+        raise DeviceError(f"the GPU has failed: {_sentence(error)}") from error
+
+
+def refusal_to_load(error: Exception) -> MoemeshError:
+    """What is answered when weights or a cache could not be put in place; want of memory is a CapacityError.
+
+    Raises DeviceError where the accelerator is lost.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return CapacityError(f"the GPU has no room for it, set CAPACITY_BYTES lower: {_sentence(error)}")
+    raise_if_device_failed(error)
+    return error if isinstance(error, MoemeshError) else ExecutionError(str(error))
+
+
+def _is_of_device(error: BaseException) -> bool:
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    """Without the advice on debugging that follows."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,66 @@
+"""A stage's layers on a device, with messages, samples and expert answers on the host.
+
+T tokens, D model width, S sampled rows, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from common.compute.device import Device
+from services.stage.attention_kernel import LayerKvCache
+from services.stage.micro_batch import MicroBatch
+from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStageModel(StageModel):
+    """Takes batches and answers of the host, and yields expert calls of the host: it waits for the device only there.
+
+    What it returns is of the host where a next stage gets it, and of the device where `sampled_logits` does.
+    """
+
+    device: Device
+
+    def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
+        """Hidden states of a micro-batch after this stage's layers; `caches` are on the device."""
+        forward = StageModel.forward(self, self._put(batch), caches)
+        answer: Tensor | None = None
+        try:
+            while True:
+                call = next(forward) if answer is None else forward.send(answer)
+                hidden, experts, weights = self.device.to_host(call.hidden, call.experts, call.weights)
+                (answer,) = self.device.to_device((yield ExpertCall(call.layer, hidden, experts, weights)))
+        except StopIteration as stop:
+            hidden = stop.value
+        finally:
+            forward.close()
+        return hidden if self.lm_head is not None else self.device.to_host(hidden)[0]
+
+    def sampled_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [T, D] as `forward` returned it, rows int64 [S] -> [S, V], both of the host."""
+        (chosen,) = self.device.to_device(rows)
+        return self.device.to_host(self.logits(hidden[chosen]))[0]
+
+    def _put(self, batch: MicroBatch) -> MicroBatch:
+        hidden, positions, row_sequence, block_tables, slots = self.device.to_device(
+            batch.hidden, batch.positions, batch.row_sequence, batch.block_tables, batch.slots
+        )
+        return replace(
+            batch,
+            hidden=hidden,
+            positions=positions,
+            row_sequence=row_sequence,
+            block_tables=block_tables,
+            slots=slots,
+            host_positions=batch.positions,
+        )
+
+
+def put_on_device(model: StageModel, device: Device) -> StageModel:
+    """A model whose tensors have been loaded to the device; on the host, the model as it is."""
+    if device.is_host:
+        return model
+    return DeviceStageModel(**{field.name: getattr(model, field.name) for field in fields(model)}, device=device)

@@ -1,0 +1,80 @@
+"""Whole meshes whose stages and experts are on a GPU that is simulated (tests/support/simulated_gpu.py), and what is
+said where none is. With real GPUs: tests/gpu/."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import NodeLostError
+from compose.tiny_checkpoint import write_tiny_checkpoint
+from tests.integration.test_stage_faults import READY_AGAIN_WITHIN_S, holder_of
+from tests.support.fault_runs import metric
+from tests.support.mesh_client import Answer, Ask
+from tests.support.served_mesh import served_mesh
+from tests.support.simulated_gpu_node import MODULES
+from tests.support.waiting import wait_until
+
+ASKS = (
+    Ask("A mesh serves one model.", 24, num_top_logprobs=3, ignore_eos=True),
+    Ask("Small things joined together", 24, temperature=0.9, seed=7, num_top_logprobs=3, ignore_eos=True),
+    Ask(tuple(range(3, 90)), 8, num_top_logprobs=3, ignore_eos=True),
+)
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("devices") / "tiny")
+
+
+def same(one: Answer, other: Answer) -> bool:
+    return (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+
+
+@pytest.mark.slow
+def test_a_mesh_on_gpus_answers_as_on_processors_and_its_mirrors_go_on_with_the_same_bits(model: Path) -> None:
+    with served_mesh(model, {"PP": "2"}) as mesh:
+        on_processors = mesh.client.ask_all(ASKS)
+    with served_mesh(model, {"PP": "2", "SPARES": "1", "DEVICE": "cuda"}, modules=MODULES) as mesh:
+        assert '"numeric_class": "cuda/torch/simulated' in mesh.local.logs("router-0").read_text()
+        alone = [mesh.client.ask(ask) for ask in ASKS]
+        assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
+        for theirs, ours in zip(on_processors, alone, strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        wait_until(lambda: metric(mesh, "moemesh_mirrors_complete") == 1, READY_AGAIN_WITHIN_S, "the mirror")
+        os.kill(dict(mesh.local.processes())[holder_of(mesh, 0)], signal.SIGKILL)
+        assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
+
+
+def test_a_gpu_among_processors_of_its_kind_is_refused(model: Path) -> None:
+    """Whichever of the two comes second."""
+    settings, places = {"PP": "1", "EXPERTS": "2"}, {"expert-1": {"DEVICE": "cuda"}}
+    with (
+        pytest.raises(
+            NodeLostError, match=r"cannot start: .* DEVICE must name the same kind of device for all of them"
+        ),
+        served_mesh(model, settings, places=places, modules=MODULES),
+    ):
+        pass
+
+
+@needs_no_gpu
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_served(model: Path) -> None:
+    with (
+        pytest.raises(NodeLostError, match=r"cannot start: .*DEVICE=cuda cannot be used: .*DEVICE=cpu computes"),
+        served_mesh(model, {"DEVICE": "cuda"}),
+    ):
+        pass
+
+
+@needs_no_gpu
+def test_auto_serves_without_a_gpu(model: Path) -> None:
+    with served_mesh(model, {"PP": "1", "EXPERTS": "1", "DEVICE": "auto"}) as mesh:
+        assert mesh.client.ask(ASKS[2]).token_ids
+        assert '"numeric_class": "cpu/' in mesh.local.logs("router-0").read_text()

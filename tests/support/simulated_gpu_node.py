@@ -1,0 +1,48 @@
+"""`python -m tests.support.simulated_gpu_node stage|expert`: that node, and with DEVICE=cuda on a simulated GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import torch
+
+from common.loader_thread import LoaderThread
+from common.node_process import end_process
+from common.numeric_class import cuda_numeric_class
+from tests.support.simulated_gpu import SimulatedDevice, simulated_gpu
+
+MODULES = {service: f"tests.support.simulated_gpu_node {service}" for service in ("stage", "expert")}
+"""For `LocalMesh.modules`."""
+
+
+class NodeDevice(SimulatedDevice):
+    """With a class of its own: its arithmetic is the processor's, its order of sums is a GPU's."""
+
+    def numeric_class(self, kernels_variant: str) -> str:
+        """As a GPU's."""
+        return cuda_numeric_class("simulated", (0, 0), 0, torch.__version__, None)
+
+
+def main(service: str) -> int:
+    """Exit status of the node."""
+    process = importlib.import_module(f"services.{service}.process")
+    entry = importlib.import_module(f"services.{service}.__main__")
+    if not os.environ.get("DEVICE", "").startswith("cuda"):
+        return int(entry.main())
+    vars(process)["open_device"] = lambda setting, **sharing: NodeDevice()
+    run = LoaderThread._run
+
+    def run_where_the_gpu_is(loader: LoaderThread) -> None:
+        with simulated_gpu():
+            run(loader)
+
+    LoaderThread._run = run_where_the_gpu_is  # type: ignore[method-assign, assignment]
+    with simulated_gpu():
+        status: int = entry.main()
+    return status
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1]))

@@ -1,0 +1,86 @@
+"""What goes to a device and comes back is what was sent, and waits are where they should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.compute.device import HOST, NUM_UPLOADS, HostDevice, StagedDevice
+from common.memory import offered_bytes
+from common.numeric_class import numeric_class
+from tests.support.simulated_gpu import hidden_waits, num_waits, simulated_gpu
+
+TENSORS = (
+    torch.arange(6, dtype=torch.int32).reshape(2, 3),
+    torch.linspace(-1, 1, 35).to(torch.bfloat16).reshape(5, 7).T,
+    torch.empty(0, 4),
+    torch.tensor([True, False]),
+)
+
+
+def test_the_host_copies_nothing() -> None:
+    assert HOST.is_host
+    assert all(a is b for a, b in zip(HOST.to_host(*HOST.to_device(*TENSORS)), TENSORS, strict=True))
+    assert HOST.numeric_class("native-avx2") == numeric_class("cpu", "native-avx2")
+
+
+def test_processes_that_share_the_hosts_memory_offer_a_part_of_it() -> None:
+    assert HostDevice(4).offered_bytes() <= offered_bytes() // 4 * 1.2
+
+
+def test_tensors_come_back_as_they_went() -> None:
+    device = StagedDevice(torch.device("cpu"))
+    there = device.to_device(*TENSORS)
+    back = device.to_host(*there)
+    for sent, on_device, received in zip(TENSORS, there, back, strict=True):
+        assert on_device.shape == received.shape == sent.shape
+        assert received.dtype == sent.dtype
+        assert torch.equal(received, sent)
+    assert device.to_device() == ()
+
+
+def test_what_came_back_stays_when_buffers_are_used_again() -> None:
+    device = StagedDevice(torch.device("cpu"))
+    first = device.to_host(*device.to_device(torch.full((5,), 1.0)))[0]
+    device.to_host(*device.to_device(torch.full((5,), 2.0)))
+    assert first.tolist() == [1.0] * 5
+
+
+def test_buffers_are_not_made_anew_for_each_message() -> None:
+    device = StagedDevice(torch.device("cpu"))
+    for _ in range(NUM_UPLOADS):
+        device.to_host(*device.to_device(torch.ones(100_000)))
+    before = device.staging_bytes
+    for rows in range(1, 50):
+        device.to_host(*device.to_device(torch.ones(2_000 * rows)))
+    assert device.staging_bytes == before
+
+
+def test_uploads_in_a_row_do_not_overwrite_one_another_before_the_device_has_read_them() -> None:
+    with simulated_gpu() as device:
+        there = [device.to_device(torch.full((3,), float(number)))[0] for number in range(3 * NUM_UPLOADS)]
+        assert [float(device.to_host(tensor)[0].sum()) for tensor in there] == [
+            3.0 * number for number in range(3 * NUM_UPLOADS)
+        ]
+
+
+def test_a_download_of_several_tensors_is_one_wait() -> None:
+    with simulated_gpu() as device:
+        there = device.to_device(torch.ones(3), torch.ones(4))
+        before = num_waits()
+        assert [tensor.sum() for tensor in device.to_host(there[0] * 2, there[1] * 3)] == [6, 12]
+        assert num_waits() == before + 1
+        assert hidden_waits() == []
+
+
+def test_the_simulated_gpu_refuses_what_a_real_one_does_and_writes_waits_down() -> None:
+    with simulated_gpu() as device:
+        (there,) = device.to_device(torch.ones(3))
+        assert there.device.type == (there * 2).device.type == "cuda"
+        with pytest.raises(AssertionError, match="of the host and of the device"):
+            there + torch.ones(3)
+        with pytest.raises(AssertionError, match="no bytes"):
+            there.numpy()
+        assert bool((there > 0).all())
+        there[there > 0]
+        assert hidden_waits() == ["__bool__", "__getitem__"]
