@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError, from_json
 from common.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
@@ -63,10 +64,10 @@ Prompt = Annotated[
     Field(union_mode="left_to_right"),
     _described("a string, a list of strings, a list of token ids (whole numbers from 0) or a list of such lists"),
 ]
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
-    _described(f"a string or a list of up to {MAX_STOP_STRINGS} strings, none of them empty"),
+    _described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
 ]
 LogitBias = Annotated[
     Annotated[

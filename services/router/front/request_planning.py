@@ -14,6 +14,7 @@ from services.router.engine import GenerationRequest
 from services.router.front.choice_stream import PlannedChoice
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, GenerationFields
+from services.router.front.stop_strings import StopString
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
@@ -147,12 +148,13 @@ class RequestPlanner:
         num_top_logprobs = request.num_top_logprobs
         sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
         prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
+        stop_strings = tuple(map(StopString, request.stop_strings))
         choices: list[PlannedChoice] = []
         for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
             for choice in range(request.num_choices):
                 index = len(choices)
                 generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
-                choices.append(PlannedChoice(index, generation, request.stop_strings, echoed_text))
+                choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
         return Plan(tuple(choices), prompts_token_ids, num_top_logprobs)
 
     def _sampling(

@@ -91,6 +91,8 @@ def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
         ("stop", ["a", ""]),
         ("stop", ["a"] * 17),
         ("stop", [1]),
+        ("stop", "x" * 1025),
+        ("stop", ["a", "x" * 1025]),
         ("stop_token_ids", [-1]),
         ("logprobs", 21),
         ("logprobs", -1),
@@ -240,3 +242,4 @@ def test_stop_is_one_or_many() -> None:
     assert completion(stop="a").stop_strings == ("a",)
     assert completion(stop=["a", "b"]).stop_strings == ("a", "b")
     assert completion(stop=[]).stop_strings == ()
+    assert completion(stop="x" * 1024).stop_strings == ("x" * 1024,)

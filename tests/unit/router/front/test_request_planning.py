@@ -12,6 +12,7 @@ from services.router.front.checkpoint_defaults import CheckpointDefaults
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.request_planning import Plan, RequestPlanner
+from services.router.front.stop_strings import StopStringMatcher
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
@@ -100,6 +101,14 @@ def test_choices_are_counted_in_the_reply_and_in_the_prompt(tokenizer: TextToken
     assert len({choice.request.request_id for choice in planned.choices}) == 4
     assert len({choice.request.sampling.seed for choice in planned.choices}) == 1
     assert planned.num_prompt_tokens == len(tokenizer.encode("fox")) + len(tokenizer.encode("dog"))
+
+
+def test_the_table_of_a_stop_string_is_built_once_for_all_choices_of_a_request(tokenizer: TextTokenizer) -> None:
+    planned = plan(tokenizer, prompt=["fox", "dog"], n=3, stop=["a", "b"])
+    assert [stop.text for stop in planned.choices[0].stop_strings] == ["a", "b"]
+    assert len({id(stop) for choice in planned.choices for stop in choice.stop_strings}) == 2
+    matchers = [StopStringMatcher(planned.choices[0].stop_strings) for _ in range(2)]
+    assert matchers[0]._automata[0]._fallback is matchers[1]._automata[0]._fallback
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:
