@@ -9,8 +9,6 @@ import numpy as np
 from common.array import Float64Array, Int32Array
 from services.router.scheduling.step_plan import ScheduledChunk
 
-MAX_TOKEN_ID = 2**31
-
 
 def penalty_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
     """`Step.penalties`: float64 [*, 5], of the chunks that sample."""
@@ -34,15 +32,11 @@ def count_rows(sampled: Sequence[ScheduledChunk]) -> Int32Array:
 
 def bias_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
     """`Step.biases`: float64 [*, 3]; while a choice is too short to end, its stop tokens stand there with -inf."""
-    rows: list[tuple[int, int, float]] = []
+    parts = []
     for row, chunk in enumerate(sampled):
         sampling = chunk.sampling
-        too_short = chunk.num_generated < sampling.min_tokens
-        if not sampling.logit_bias and not too_short:
-            continue
-        biases = dict(sampling.logit_bias)
-        if too_short:
-            # A client may name ids that no vocabulary has, and that no column could carry.
-            biases.update({token_id: -np.inf for token_id in sampling.stop_token_ids if token_id < MAX_TOKEN_ID})
-        rows += [(row, token_id, bias) for token_id, bias in biases.items()]
-    return np.array(rows, dtype=np.float64).reshape(-1, 3)
+        is_too_short = chunk.num_generated < sampling.min_tokens
+        if is_too_short or sampling.logit_bias:
+            table = sampling.early_bias_table if is_too_short else sampling.bias_table
+            parts.append(np.insert(table, 0, row, axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3), dtype=np.float64)

@@ -88,6 +88,15 @@ def test_clients_stop_tokens_join_the_checkpoints(tokenizer: TextTokenizer) -> N
     assert sampling(plan(tokenizer, ignore_eos=True)).stop_token_ids == frozenset()
 
 
+@pytest.mark.parametrize(("vocabulary_size", "kept"), [(400, {2, 9, 399}), (None, {2, 9, 399, 400, 2**31 - 1})])
+def test_stop_tokens_that_the_vocabulary_does_not_have_are_left_out(
+    tokenizer: TextTokenizer, vocabulary_size: int | None, kept: set[int]
+) -> None:
+    changed = TextTokenizer(tokenizer._tokenizer, {}, replace(tokenizer.defaults, vocabulary_size=vocabulary_size))
+    asked = [9, 399, 400, 2**31 - 1, 2**31, 10**400]
+    assert sampling(plan(changed, stop_token_ids=asked)).stop_token_ids == kept
+
+
 @pytest.mark.parametrize("seed", [0, 5, -1, -(2**63), 2**63 - 1])
 def test_any_seed_becomes_63_bits_and_the_same_each_time(tokenizer: TextTokenizer, seed: int) -> None:
     first, second = sampling(plan(tokenizer, seed=seed)).seed, sampling(plan(tokenizer, seed=seed)).seed
