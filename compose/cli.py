@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -50,10 +49,7 @@ def up() -> None:
         settings = read_settings()
         with _stop_event() as stopped, LocalMesh(environment, state_dir) as mesh:
             _wait_ready(mesh, settings)
-            try:
-                _greet(mesh, settings, sys.stdout.isatty())
-            except (httpx.HTTPError, MoemeshError) as error:  # a router may die at any moment; it is started again
-                console.print(f"the first question had no answer ({error}); the mesh goes on", highlight=False)
+            _greet(mesh)
             stopped.wait()
             console.print("stopping")
     except MoemeshError as error:
@@ -262,23 +258,33 @@ def _wait_ready(mesh: LocalMesh, settings: Settings) -> None:
         mesh.wait_ready(READY_TIMEOUT_S, show)
 
 
-def _greet(mesh: LocalMesh, settings: Settings, is_terminal: bool) -> None:
-    """`ready URL`, a curl line that works as it stands, and one real answer."""
-    url = mesh.url
-    with httpx.Client(base_url=url, timeout=60) as client:
-        model = served_model(client)
-        is_demo = os.environ.get("MODEL") == str(DEMO_CHECKPOINT)
-        path = "/v1/chat/completions" if is_demo else "/v1/completions"
-        prompt = DEMO_QUESTION if is_demo else GREETING_PROMPT
-        asked = {"messages": [{"role": "user", "content": prompt}]} if is_demo else {"prompt": prompt}
-        body = {"model": model, **asked, "max_tokens": 24, "temperature": 0, "stream": True}
+def _greet(mesh: LocalMesh) -> None:
+    """`ready URL`, a curl line that works as it stands, and one real answer. If the router goes away meanwhile, it is
+    restarted like any other time: that ends a greeting, and no mesh."""
+    try:
+        url = mesh.url
         print(f"ready {url}", flush=True)
-        print(f"curl -N {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}", flush=True)
-        print(prompt, end=": " if is_demo else "", flush=True)
-        for piece in stream_pieces(client, path, body):
-            print(piece, end="", flush=True)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            _ask_example(client)
+    except (httpx.HTTPError, MoemeshError, ValueError) as error:
         print(flush=True)
+        console.print(f"the example was not answered, the mesh goes on: {error}", markup=False, highlight=False)
     console.print(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh", highlight=False)
+
+
+def _ask_example(client: httpx.Client) -> None:
+    model = served_model(client)
+    is_demo = os.environ.get("MODEL") == str(DEMO_CHECKPOINT)
+    path = "/v1/chat/completions" if is_demo else "/v1/completions"
+    prompt = DEMO_QUESTION if is_demo else GREETING_PROMPT
+    asked = {"messages": [{"role": "user", "content": prompt}]} if is_demo else {"prompt": prompt}
+    body = {"model": model, **asked, "max_tokens": 24, "temperature": 0, "stream": True}
+    url = str(client.base_url).rstrip("/")
+    print(f"curl -N {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}", flush=True)
+    print(prompt, end=": " if is_demo else "", flush=True)
+    for piece in stream_pieces(client, path, body):
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def main() -> None:

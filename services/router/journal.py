@@ -85,8 +85,10 @@ class Journal:
         self._lock = threading.Lock()
         self._requests: dict[str, tuple[int, tuple[RequestId, ...]]] = {}
         self._choices: dict[RequestId, _OpenChoice] = {}
-        self._kept: list[tuple[float, int]] = []
-        """(ended, request), a heap."""
+        self._kept: list[tuple[float, int, str]] = []
+        """(ended, request, its reply id), a heap."""
+        self._kept_numbers: dict[str, int] = {}
+        """Of the requests in it, but for those that were forgotten before their time."""
         self._last_number = 0
         self._pending = StepRecord()
         """Goes with the next commit."""
@@ -142,23 +144,29 @@ class Journal:
         """See RequestJournal."""
         with self._lock:
             request = self._requests.pop(reply_id, None)
+            ended_s = self._wall_clock()
             if request is None:
+                kept_number = None if is_kept else self._kept_numbers.pop(reply_id, None)
+                if kept_number is not None:
+                    self._pending.ends.append((kept_number, ended_s, False))
                 return
             number, choice_ids = request
             for choice_id in choice_ids:
                 del self._choices[choice_id]
-            ended_s = self._wall_clock()
             self._pending.ends.append((number, ended_s, is_kept))
             if error is not None and is_kept:
                 self._pending.failures.append((number * MAX_CHOICES, error.code, error.message))
             if is_kept:
-                heapq.heappush(self._kept, (ended_s, number))
+                self._keep(ended_s, number, reply_id)
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """See RequestJournal."""
         with self._lock:
             record, self._pending = self._pending, StepRecord()
             self._write(record)
+            if self._backlog:
+                self._write_backlog(self._clock())
+            return not self._backlog
 
     def tick(self) -> None:
         """Call often: folds the log, deletes what is over, tries again what failed. Raises FencedError."""
@@ -168,13 +176,14 @@ class Journal:
         self._next_fold_s = now_s + FOLD_INTERVAL_S
         self.flush()
         with self._lock:
-            self._write_backlog(now_s)
             expired = self._expired()
             if self._backlog or not (self._in_log or expired):
                 return
-            numbers = [number for _, number in expired]
+            numbers = [number for _, number, _ in expired]
             if self._commit(lambda: self._store.fold(self._in_log, numbers)):
                 self._in_log = FoldBuffer()
+                for _, _, reply_id in expired:
+                    self._kept_numbers.pop(reply_id, None)
             else:
                 for entry in expired:
                     heapq.heappush(self._kept, entry)
@@ -203,8 +212,8 @@ class Journal:
                     self._track(number, request.accepted, [len(choice.tokens) for choice in request.choices])
                     self._counts.restored_requests += 1
                 else:
-                    heapq.heappush(self._kept, (request.ended_s, number))
-            expired = {number for _, number in self._expired(is_taken=False)}
+                    self._keep(request.ended_s, number, request.accepted.reply_id)
+            expired = {number for _, number, _ in self._expired(is_taken=False)}
             return [request for number, request in requests.items() if number not in expired]
 
     def close(self) -> None:
@@ -222,6 +231,10 @@ class Journal:
         self._requests[accepted.reply_id] = number, accepted.choice_ids
         for index, (choice_id, count) in enumerate(zip(accepted.choice_ids, num_tokens, strict=True)):
             self._choices[choice_id] = _OpenChoice(number * MAX_CHOICES + index, count)
+
+    def _keep(self, ended_s: float, number: int, reply_id: str) -> None:
+        heapq.heappush(self._kept, (ended_s, number, reply_id))
+        self._kept_numbers[reply_id] = number
 
     def _write(self, record: StepRecord) -> None:
         if record:
@@ -259,7 +272,7 @@ class Journal:
             self._log.info("journal_written_again")
         return True
 
-    def _expired(self, is_taken: bool = True) -> list[tuple[float, int]]:
+    def _expired(self, is_taken: bool = True) -> list[tuple[float, int, str]]:
         before_s = self._wall_clock() - self._settings.retention_s
         if not is_taken:
             return [entry for entry in self._kept if entry[0] < before_s]

@@ -101,11 +101,11 @@ class RequestJournal(Protocol):
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """Nothing more comes for it; it is deleted, or kept for the retention time with what it failed by. Written
-        within a second."""
+        within a second. One that was kept is deleted before its time."""
         ...
 
-    def flush(self) -> None:
-        """Write what `end` left to be written, if the disk takes it."""
+    def flush(self) -> bool:
+        """Write what `end` left to be written; False if the disk does not take it. Raises FencedError."""
         ...
 
 
@@ -120,8 +120,9 @@ class NoJournal:
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """Nothing was kept."""
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Nothing is left to be written."""
+        return True
 
 
 def encode_step(record: StepRecord) -> bytes:

@@ -10,8 +10,6 @@ import numpy as np
 from common.array import Float64Array, Int32Array
 from services.router.scheduling.step_plan import ScheduledChunk
 
-MAX_TOKEN_ID = 2**31
-
 
 def penalty_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
     """`Step.penalties`: float64 [*, 5], of the chunks that sample."""
@@ -38,17 +36,8 @@ def bias_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
     parts = []
     for row, chunk in enumerate(sampled):
         sampling = chunk.sampling
-        too_short = chunk.num_generated < sampling.min_tokens
-        if sampling.logit_bias or too_short:
-            biases = _biases(sampling.logit_bias, sampling.stop_token_ids if too_short else frozenset())
-            parts.append(np.insert(biases, 0, row, axis=1))
-    return np.concatenate(parts) if parts else np.zeros((0, 3))
-
-
-@lru_cache(maxsize=1024)
-def _biases(logit_bias: tuple[tuple[int, float], ...], forbidden: frozenset[int]) -> Float64Array:
-    """float64 [*, 2]: token id, bias. The same for every step of a choice."""
-    biases = dict(logit_bias)
-    # A client may name ids that no vocabulary has, and that no column could carry.
-    biases.update({token_id: -np.inf for token_id in sorted(forbidden) if token_id < MAX_TOKEN_ID})
-    return np.array(list(biases.items()), dtype=np.float64).reshape(-1, 2)
+        is_too_short = chunk.num_generated < sampling.min_tokens
+        if is_too_short or sampling.logit_bias:
+            table = sampling.early_bias_table if is_too_short else sampling.bias_table
+            parts.append(np.insert(table, 0, row, axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3), dtype=np.float64)

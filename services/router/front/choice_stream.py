@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
-from services.router.front.stop_strings import StopStringMatcher
+from services.router.front.stop_strings import StopString, StopStringMatcher
 from services.router.front.tokenizer import TextTokenizer
 
 
@@ -42,7 +42,8 @@ class PlannedChoice:
     index: int
     """In the reply: prompt by prompt, choice by choice."""
     request: GenerationRequest
-    stop_strings: tuple[str, ...]
+    stop_strings: tuple[StopString, ...]
+    """The same objects in all choices of a request."""
     echoed_text: str
     """The prompt, if the client wants it in front; else ""."""
 

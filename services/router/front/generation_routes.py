@@ -73,10 +73,10 @@ class GenerationRoutes:
             return error_answer(error)
 
     async def cancel_request(self, request: Request, request_id: str) -> Response:
-        """Take it out of the mesh and forget it. It stays so over a restart of the router."""
+        """Take it out of the mesh and forget it, in the journal too before this answers."""
         try:
             live = self._requests.find(_tenant(request), request_id)
-            await self._requests.cancel_for_good(live)
+            await self._requests.delete(live)
         except Exception as error:
             return error_answer(error)
         return json_answer({"id": live.reply_id, "object": "moemesh.request.deleted", "deleted": True})

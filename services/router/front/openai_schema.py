@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from common.errors import InvalidRequestError
@@ -17,11 +25,16 @@ from common.errors import InvalidRequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
-MAX_NAME_CHARACTERS = 1024
-"""Of fields that say who asks, and are not used."""
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
+MAX_PROMPTS = 1024
+"""In the schema; how many are served together is a setting."""
+MAX_MESSAGES = 4096
+"""And parts of one message."""
+MAX_NAME_CHARACTERS = 1024
+MAX_FIELDS = 64
+"""Of any object: more than a request has, served or not. Else each unknown one would be complained of."""
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (None,),
@@ -61,18 +74,21 @@ def _described(description: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+# Lists fail fast: a message for each of the millions of wrong items that a body can hold takes gigabytes.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 Prompt = Annotated[
-    str | TokenIds | list[str] | list[TokenIds],
+    str
+    | TokenIds
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
     Field(union_mode="left_to_right"),
-    _described("a string, a list of strings, a list of token ids (whole numbers from 0) or a list of such lists"),
+    _described(f"a string, a list of token ids (whole numbers from 0) or a list of up to {MAX_PROMPTS} of either"),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
-    _described(
-        f"a string or a list of up to {MAX_STOP_STRINGS} strings, of 1 to {MAX_STOP_CHARACTERS} characters each"
-    ),
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
+    _described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
 ]
 UnusedName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 LogitBias = Annotated[
@@ -90,6 +106,13 @@ class _Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: object) -> object:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"must have at most {MAX_FIELDS} fields")
+        return fields
+
 
 class StreamOptions(_Strict):
     """Only with `stream`."""
@@ -101,7 +124,7 @@ class StreamOptions(_Strict):
 class GenerationFields(_Strict):
     """What both kinds of request share."""
 
-    model: str
+    model: Name
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -120,15 +143,16 @@ class GenerationFields(_Strict):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    """Ids that the model's vocabulary does not have end nothing, as in vLLM."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     """As in vLLM: choices carry `token_ids`, and the first of a prompt its `prompt_token_ids`."""
-    user: UnusedName | None = None
-    safety_identifier: UnusedName | None = None
-    prompt_cache_key: UnusedName | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
 
     @property
     def num_choices(self) -> int:
@@ -175,7 +199,10 @@ class TextPart(_Strict):
     text: str
 
 
-Content = Annotated[str | list[TextPart], _described('a string or a list of {"type": "text", "text": ...} parts')]
+Content = Annotated[
+    str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
+    _described(f'a string or a list of up to {MAX_MESSAGES} {{"type": "text", "text": ...}} parts'),
+]
 
 
 class ChatMessage(_Strict):
@@ -183,8 +210,8 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Content
-    name: str | None = None
-    tool_call_id: str | None = None
+    name: Name | None = None
+    tool_call_id: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
     audio: None = None
@@ -196,11 +223,11 @@ class ChatMessage(_Strict):
 class ChatCompletionRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
     """Variables for the chat template, for example {"enable_thinking": false}."""
 
     @property
@@ -254,7 +281,7 @@ def _first_error(error: ValidationError) -> InvalidRequestError:
             message = "is required"
         case _:
             message = first["msg"]
-    return InvalidRequestError(f"`{parameter}`: {message}", parameter)
+    return InvalidRequestError(f"`{parameter}`: {message}" if parameter else f"the body {message}", parameter or None)
 
 
 def _check_combinations(request: CompletionRequest | ChatCompletionRequest) -> None:

@@ -14,13 +14,16 @@ from services.router.engine import GenerationRequest
 from services.router.front.choice_stream import PlannedChoice
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, GenerationFields
+from services.router.front.stop_strings import StopString
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
-_MAX_TOP_K = 2**31 - 1
-"""More than any vocabulary has, so it asks for all of it; a JSON number may be larger than any that a step carries."""
+_MAX_VOCABULARY_SIZE = 2**31
+"""No vocabulary has more; a JSON number may be larger than any that a step carries."""
+_MAX_TOP_K = _MAX_VOCABULARY_SIZE - 1
+"""It asks for all of any vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +150,13 @@ class RequestPlanner:
         num_top_logprobs = request.num_top_logprobs
         sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
         prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
+        stop_strings = tuple(map(StopString, request.stop_strings))
         choices: list[PlannedChoice] = []
         for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
             for choice in range(request.num_choices):
                 index = len(choices)
                 generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
-                choices.append(PlannedChoice(index, generation, request.stop_strings, echoed_text))
+                choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
         return Plan(tuple(choices), prompts_token_ids, num_top_logprobs)
 
     def _sampling(
@@ -173,7 +177,7 @@ class RequestPlanner:
             top_k=min(max(0, top_k), _MAX_TOP_K),
             seed=seed,
             num_top_logprobs=num_top_logprobs,
-            stop_token_ids=ending_ids | frozenset(request.stop_token_ids or ()),
+            stop_token_ids=self._known(ending_ids.union(request.stop_token_ids or ())),
             min_p=_given(request.min_p, defaults.min_p),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
@@ -181,6 +185,11 @@ class RequestPlanner:
             logit_bias=self._logit_bias(request),
             min_tokens=min_tokens,
         )
+
+    def _known(self, token_ids: frozenset[int]) -> frozenset[int]:
+        """Without ids that are never drawn: some clients send a list that fits several models."""
+        size = self._tokenizer.defaults.vocabulary_size or _MAX_VOCABULARY_SIZE
+        return frozenset(token_id for token_id in token_ids if token_id < size)
 
     def _logit_bias(self, request: GenerationFields) -> tuple[tuple[int, float], ...]:
         biases = tuple(sorted((int(token_id), bias) for token_id, bias in (request.logit_bias or {}).items()))

@@ -13,7 +13,7 @@ from functools import partial
 
 import structlog
 
-from common.errors import ExecutionError, IdempotencyError, MoemeshError, UnknownRequestError
+from common.errors import ExecutionError, IdempotencyError, JournalError, MoemeshError, UnknownRequestError
 from services.router.engine import Engine
 from services.router.front.asked_request import AskedRequest, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
@@ -158,8 +158,20 @@ class RequestRegistry:
 
     # ---- ends
 
+    async def delete(self, live: LiveRequest) -> None:
+        """Cancel it and forget it, so that no router finds it again. Raises JournalError and FencedError."""
+        await live.cancel()
+        self._journal.end(live.reply_id, is_kept=False)
+        # In a thread: the commit may wait for the disk, or for the mesh thread's own.
+        if not await asyncio.to_thread(self._journal.flush):
+            raise JournalError(
+                f"the request {live.reply_id} was cancelled, but the journal cannot be written to (is the disk full?): "
+                "a router that restarts before it can goes on with the request"
+            )
+        await self.cancel(live)
+
     async def cancel(self, live: LiveRequest) -> None:
-        """Its client wants no more of it; it is forgotten."""
+        """Nobody wants more of it; it is forgotten. The journal has that within a second."""
         await live.cancel()
         entry = self._entries.get(live.reply_id)
         if entry is not None:

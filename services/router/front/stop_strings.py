@@ -24,16 +24,35 @@ def fallback_table(stop: str) -> tuple[int, ...]:
     return tuple(fallback)
 
 
+class StopString:
+    """A stop string with its table of fallbacks, which costs a pass over it: one for all choices and readers."""
+
+    __slots__ = ("fallback", "text")
+
+    def __init__(self, text: str) -> None:
+        """`text`: not empty."""
+        self.text = text
+        self.fallback = [0] * len(text)
+        """After so many characters matched and the next one does not: how many match still."""
+        length = 0
+        for position in range(1, len(text)):
+            while length and text[position] != text[length]:
+                length = self.fallback[length - 1]
+            if text[position] == text[length]:
+                length += 1
+            self.fallback[position] = length
+
+
 class _Automaton:
     """Walks one stop string along the text."""
 
     __slots__ = ("_fallback", "_stop", "matched")
 
-    def __init__(self, stop: str) -> None:
-        self._stop = stop
+    def __init__(self, stop: StopString) -> None:
+        self._stop = stop.text
+        self._fallback = stop.fallback
         self.matched = 0
         """Length of the longest suffix of the text so far that is a prefix of the stop string."""
-        self._fallback = fallback_table(stop)
 
     def step(self, character: str) -> bool:
         """True if `character` completes the stop string."""
@@ -56,8 +75,8 @@ class StopStringMatcher:
     First end, not first start: only so is the result the same however the text was cut into pieces.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
-        """`stop_strings`: not empty, and none of them empty."""
+    def __init__(self, stop_strings: Sequence[StopString]) -> None:
+        """`stop_strings`: not empty."""
         self._automata = [_Automaton(stop) for stop in stop_strings]
         self._held = ""
         self.stopped = False

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from common.array import Float64Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what is computed once is kept in the object
 class SamplingParameters:
     """Everything that shapes one choice's tokens, besides the prompt.
 
@@ -43,3 +48,17 @@ class SamplingParameters:
     def counts_prompt(self) -> bool:
         """Whether it depends on the prompt's tokens too."""
         return self.repetition_penalty != 1.0
+
+    @cached_property
+    def bias_table(self) -> Float64Array:
+        """float64 [*, 2]: (token id, what is added to its logit)."""
+        return _table(dict(self.logit_bias))
+
+    @cached_property
+    def early_bias_table(self) -> Float64Array:
+        """The same before `min_tokens`: stop tokens stand there with -inf."""
+        return _table(dict(self.logit_bias) | dict.fromkeys(self.stop_token_ids, -np.inf))
+
+
+def _table(biases: dict[int, float]) -> Float64Array:
+    return np.array(list(biases.items()), dtype=np.float64).reshape(-1, 2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -209,41 +211,58 @@ def test_wrong_settings_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     assert "Traceback" not in result.output
 
 
-def test_a_router_that_dies_during_the_first_question_does_not_end_the_mesh(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+class StartedMesh:
+    """In place of LocalMesh: ready at once."""
+
+    url = "http://mesh"
+
+    def __init__(self, environment: object, state_dir: Path) -> None:
+        self.state_dir = state_dir
+
+    def __enter__(self) -> StartedMesh:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def wait_ready(self, timeout_s: float, on_progress: object) -> None: ...
+
+
+def dies_before_the_model_is_known(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadError("reset by peer")
+
+
+def dies_before_the_example(request: httpx.Request) -> httpx.Response:
+    return mesh(request) if request.method == "GET" else refused(request)
+
+
+def dies_in_the_example(request: httpx.Request) -> httpx.Response:
+    part = events({"choices": [{"text": "once"}]})
+    return mesh(request) if request.method == "GET" else httpx.Response(200, stream=Breaking(part))
+
+
+def is_restarted_and_not_ready(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(503, json={"error": {"message": "no pipeline is open"}})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [dies_before_the_model_is_known, dies_before_the_example, dies_in_the_example, is_restarted_and_not_ready],
+)
+def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
+    serve: Any, answer: Answer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class Mesh:
-        def __init__(self, *_: Any) -> None:
-            return
-
-        def __enter__(self) -> Mesh:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            return
-
-    def die(*_: Any) -> None:
-        raise httpx.ConnectError("connection refused")
-
-    waited: list[str] = []
-
-    class Stopped:
-        def __enter__(self) -> Stopped:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            return
-
-        def wait(self) -> None:
-            waited.append("until Ctrl-C")
-
-    monkeypatch.setenv("STATE_DIR", str(tmp_path / "state"))
-    for name, stand_in in (("LocalMesh", Mesh), ("_stop_event", Stopped), ("_greet", die)):
-        monkeypatch.setattr(f"compose.cli.{name}", stand_in)
-    monkeypatch.setattr("compose.cli._wait_ready", lambda *_: None)
+    ctrl_c = Mock()
+    monkeypatch.setattr("compose.cli.LocalMesh", StartedMesh)
+    monkeypatch.setattr("compose.cli._stop_event", lambda: contextlib.nullcontext(ctrl_c))
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MODEL", "any")
+    serve(answer)
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 0
-    assert waited == ["until Ctrl-C"]
+    ctrl_c.wait.assert_called_once_with()
+    assert result.stdout.startswith("ready http://mesh\n")
+    (sentence,) = [line for line in result.stderr.splitlines() if "the mesh goes on" in line]
+    assert sentence.startswith("the example was not answered")
 
 
 def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_stop_tokens_are_forbidden_until_min_tokens_are_there() -> None:
     assert rows(message(chunk(PLAIN), chunk(asking, 2)).biases) == [[1, 5, 1], [1, 8, -3]]
 
 
-def test_a_stop_token_that_no_vocabulary_has_is_left_out() -> None:
-    asking = replace(PLAIN, min_tokens=2, stop_token_ids=frozenset({3, 2**31, 10**400}))
-    assert rows(message(chunk(asking)).biases) == [[0, 3, -INF]]
+def test_a_table_of_stop_tokens_is_made_once_for_all_choices_and_steps() -> None:
+    asking = replace(PLAIN, min_tokens=3)
+    first, again = message(chunk(asking)), message(chunk(asking, 1), chunk(asking, 2))
+    assert asking.early_bias_table is asking.early_bias_table
+    assert sorted(rows(first.biases)) == [[0, 5, -INF], [0, 6, -INF]]
+    assert sorted(rows(again.biases)) == [[row, token_id, -INF] for row in (0, 1) for token_id in (5, 6)]

@@ -4,6 +4,7 @@ from common.ids import RequestId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
 from services.router.front.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
 from services.router.front.replies import merge_events
+from services.router.front.stop_strings import StopString
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
@@ -20,7 +21,7 @@ def stream_of(
     ending_ids = frozenset() if ignore_eos else frozenset({EOS})
     sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, ending_ids)
     request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
-    planned = PlannedChoice(0, request, stop_strings, echoed_text)
+    planned = PlannedChoice(0, request, tuple(map(StopString, stop_strings)), echoed_text)
     return ChoiceStream(planned, tokenizer, is_event_each_token=is_event_each_token)
 
 
@@ -138,6 +139,6 @@ def test_stop_strings_do_not_count_before_min_tokens(tokenizer: TextTokenizer) -
     for min_tokens, wanted in ((0, ""), (fox, "fox ")):
         sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, frozenset({EOS}), min_tokens=min_tokens)
         request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
-        stream = ChoiceStream(PlannedChoice(0, request, ("fox",), ""), tokenizer)
+        stream = ChoiceStream(PlannedChoice(0, request, (StopString("fox"),), ""), tokenizer)
         assert text_of(push_all(stream, token_ids, FinishReason.LENGTH)) == wanted
         assert stream.finish_reason is FinishReason.STOP

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import InvalidRequestError
 from services.router.front.openai_schema import (
@@ -91,11 +92,12 @@ def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
         ("stop", ["a", ""]),
         ("stop", ["a"] * 17),
         ("stop", [1]),
-        ("stop", "a" * 1025),
-        ("stop", ["a", "a" * 1025]),
+        ("stop", "x" * 1025),
+        ("stop", ["a", "x" * 1025]),
         ("stop_token_ids", [-1]),
-        ("stop_token_ids", list(range(1025))),
-        ("user", "u" * 1025),
+        ("stop_token_ids", [5] * 1025),
+        ("prompt", ["a"] * 1025),
+        ("prompt", [[5]] * 1025),
         ("logprobs", 21),
         ("logprobs", -1),
         ("logprobs", True),
@@ -105,6 +107,9 @@ def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
         ("ignore_eos", "no"),
         ("model", 5),
         ("user", 5),
+        ("user", "x" * 1025),
+        ("safety_identifier", "x" * 1025),
+        ("prompt_cache_key", "x" * 1025),
     ],
 )
 def test_wrong_value_is_refused_with_the_field_named(field: str, value: Any) -> None:
@@ -196,6 +201,11 @@ def test_fields_of_one_route_are_unknown_on_the_other() -> None:
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "a"}, "messages"),
+        ({"messages": MESSAGES * 4097}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 4097}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "a", "name": "x" * 1025}]}, "messages[0].name"),
+        ({"messages": [{str(number): 1 for number in range(65)}]}, "messages[0]"),
+        ({"chat_template_kwargs": {str(number): 1 for number in range(65)}}, "chat_template_kwargs"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
         ({"messages": [*MESSAGES, {"role": "user"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
@@ -208,6 +218,23 @@ def test_wrong_chat_is_refused_with_the_place_named(fields: dict[str, Any], para
     with pytest.raises(InvalidRequestError) as caught:
         chat(**fields)
     assert caught.value.parameter == parameter
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{}] * 100_000},
+        {"messages": [{"role": "user", "content": [{}] * 100_000}]},
+        {"messages": MESSAGES, "stop_token_ids": [-1] * 100_000},
+        {"messages": MESSAGES} | {f"field{number}": 1 for number in range(100_000)},
+    ],
+)
+def test_what_is_wrong_often_is_refused_at_its_first_place(fields: dict[str, Any]) -> None:
+    """A message for each of them took 5 GB of a body of 8 MB."""
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert isinstance(caught.value.__cause__, ValidationError)
+    assert caught.value.__cause__.error_count() <= 2
 
 
 def test_message_of_a_reply_may_be_sent_back_as_it_came() -> None:
@@ -244,3 +271,4 @@ def test_stop_is_one_or_many() -> None:
     assert completion(stop="a").stop_strings == ("a",)
     assert completion(stop=["a", "b"]).stop_strings == ("a", "b")
     assert completion(stop=[]).stop_strings == ()
+    assert completion(stop="x" * 1024).stop_strings == ("x" * 1024,)

@@ -12,6 +12,7 @@ from services.router.front.checkpoint_defaults import CheckpointDefaults
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.request_planning import Plan, RequestPlanner
+from services.router.front.stop_strings import StopStringMatcher
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
@@ -87,6 +88,15 @@ def test_clients_stop_tokens_join_the_checkpoints(tokenizer: TextTokenizer) -> N
     assert sampling(plan(tokenizer, ignore_eos=True)).stop_token_ids == frozenset()
 
 
+@pytest.mark.parametrize(("vocabulary_size", "kept"), [(400, {2, 9, 399}), (None, {2, 9, 399, 400, 2**31 - 1})])
+def test_stop_tokens_that_the_vocabulary_does_not_have_are_left_out(
+    tokenizer: TextTokenizer, vocabulary_size: int | None, kept: set[int]
+) -> None:
+    changed = TextTokenizer(tokenizer._tokenizer, {}, replace(tokenizer.defaults, vocabulary_size=vocabulary_size))
+    asked = [9, 399, 400, 2**31 - 1, 2**31, 10**400]
+    assert sampling(plan(changed, stop_token_ids=asked)).stop_token_ids == kept
+
+
 @pytest.mark.parametrize("seed", [0, 5, -1, -(2**63), 2**63 - 1])
 def test_any_seed_becomes_63_bits_and_the_same_each_time(tokenizer: TextTokenizer, seed: int) -> None:
     first, second = sampling(plan(tokenizer, seed=seed)).seed, sampling(plan(tokenizer, seed=seed)).seed
@@ -100,6 +110,14 @@ def test_choices_are_counted_in_the_reply_and_in_the_prompt(tokenizer: TextToken
     assert len({choice.request.request_id for choice in planned.choices}) == 4
     assert len({choice.request.sampling.seed for choice in planned.choices}) == 1
     assert planned.num_prompt_tokens == len(tokenizer.encode("fox")) + len(tokenizer.encode("dog"))
+
+
+def test_the_table_of_a_stop_string_is_built_once_for_all_choices_of_a_request(tokenizer: TextTokenizer) -> None:
+    planned = plan(tokenizer, prompt=["fox", "dog"], n=3, stop=["a", "b"])
+    assert [stop.text for stop in planned.choices[0].stop_strings] == ["a", "b"]
+    assert len({id(stop) for choice in planned.choices for stop in choice.stop_strings}) == 2
+    matchers = [StopStringMatcher(planned.choices[0].stop_strings) for _ in range(2)]
+    assert matchers[0]._automata[0]._fallback is matchers[1]._automata[0]._fallback
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.front.stop_strings import StopStringMatcher
+from services.router.front.stop_strings import StopString, StopStringMatcher
 
 SHORT_TEXT = st.text(alphabet="ab", max_size=24)
 STOPS = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1, max_size=4)
@@ -18,7 +18,7 @@ def cut(text: str, sizes: list[int]) -> list[str]:
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
-    matcher = StopStringMatcher(stops)
+    matcher = StopStringMatcher(list(map(StopString, stops)))
     shown = []
     for piece in pieces:
         shown.append(matcher.push(piece))
@@ -44,7 +44,7 @@ def test_result_is_the_same_however_the_text_is_cut(stops: list[str], text: str,
 
 @given(STOPS, SHORT_TEXT)
 def test_as_much_as_possible_is_shown_at_once(stops: list[str], text: str) -> None:
-    matcher = StopStringMatcher(stops)
+    matcher = StopStringMatcher(list(map(StopString, stops)))
     shown = ""
     for end, character in enumerate(text, start=1):
         shown += matcher.push(character)
@@ -68,7 +68,7 @@ def test_held_text_comes_out_at_the_end() -> None:
 
 @given(STOPS, SHORT_TEXT, SHORT_TEXT)
 def test_only_stop_strings_that_end_where_they_may_count(stops: list[str], early: str, late: str) -> None:
-    matcher = StopStringMatcher(stops)
+    matcher = StopStringMatcher(list(map(StopString, stops)))
     shown = matcher.push(early, may_stop=False) + matcher.push(late)
     text, ends = early + late, range(len(early) + 1, len(early + late) + 1)
     ending = [(end, max((len(s) for s in stops if text[:end].endswith(s)), default=0)) for end in ends]
