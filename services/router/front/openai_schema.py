@@ -90,7 +90,6 @@ Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
     _described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
 ]
-UnusedName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 LogitBias = Annotated[
     Annotated[
         dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],

@@ -177,11 +177,6 @@ class RequestRegistry:
         if entry is not None:
             self._forget(entry)
 
-    async def cancel_for_good(self, live: LiveRequest) -> None:
-        """The same, and no router after this one goes on with it, as far as the disk takes it. Raises FencedError."""
-        await self.cancel(live)
-        await asyncio.to_thread(self._journal.flush)
-
     def release(self) -> None:
         """The router ends. Kept requests let their readers go, and nobody who leaves from now on cancels anything."""
         self._is_stopping = True

@@ -7,21 +7,6 @@ the longest suffix of the text so far that may still become the stop string, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-
-
-@lru_cache(maxsize=256)
-def fallback_table(stop: str) -> tuple[int, ...]:
-    """By length - 1: how much of a prefix of `stop` may still be its beginning. Each choice and reader needs it."""
-    fallback = [0] * len(stop)
-    length = 0
-    for position in range(1, len(stop)):
-        while length and stop[position] != stop[length]:
-            length = fallback[length - 1]
-        if stop[position] == stop[length]:
-            length += 1
-        fallback[position] = length
-    return tuple(fallback)
 
 
 class StopString:

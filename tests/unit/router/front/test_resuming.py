@@ -168,23 +168,6 @@ def test_another_tenant_sees_nothing(tokenizer: TextTokenizer, tmp_path: Path) -
     run(main())
 
 
-def test_what_was_cancelled_stays_so_if_the_router_is_killed_right_after_the_answer(
-    tokenizer: TextTokenizer, tmp_path: Path
-) -> None:
-    async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [5, Pause()])
-        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
-        await server.engine.wait_asked(1)
-        assert (await server.ask("DELETE", "/v1/requests/mine")).status == 200
-        for suffix in ("", "-wal"):  # as they would be left
-            (tmp_path / f"killed{suffix}").write_bytes((tmp_path / f"j{suffix}").read_bytes())
-        journal, journalled = open_at(tmp_path / "killed")
-        journal.close()
-        assert [request for request in journalled if request.ended_s is None] == []
-
-    run(main())
-
-
 def test_a_request_that_the_journal_does_not_take_is_not_begun(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     async def main() -> None:
         server = Server(tokenizer, tmp_path / "j", [5, EOS])
