@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from typing import TypeVar
 
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import (
@@ -23,6 +25,7 @@ from services.router.front.request_planning import Plan, RequestPlanner
 from services.router.front.tokenizer import TextTokenizer
 
 COMPLETIONS, CHAT = "completions", "chat"
+Result = TypeVar("Result")
 _FORMS: dict[str, type[CompletionForm] | type[ChatForm]] = {COMPLETIONS: CompletionForm, CHAT: ChatForm}
 
 
@@ -82,10 +85,17 @@ class RequestIntake:
         now = datetime.fromtimestamp(own.created_s)
         return self._asked(route, chat, await self._planner.plan_chat(chat, own.reply_id, own.drawn_seed, now), own)
 
+    async def hash(self, route: str, body: bytes) -> str:
+        """See `body_hash`."""
+        return await self._work_on(body, partial(body_hash, route, body))
+
     async def _parse(self, body: bytes, model: type[Request]) -> Request:
+        return await self._work_on(body, partial(parse_request, body, model))
+
+    async def _work_on(self, body: bytes, work: Callable[[], Result]) -> Result:
         if len(body) > self._settings.thread_above_characters:
-            return await asyncio.to_thread(parse_request, body, model)
-        return parse_request(body, model)
+            return await asyncio.to_thread(work)
+        return work()
 
     def _asked(
         self, route: str, fields: CompletionRequest | ChatCompletionRequest, plan: Plan, identity: ReplyIdentity
@@ -98,7 +108,7 @@ class RequestIntake:
 
 def body_hash(route: str, body: bytes) -> str:
     """Equal for bodies that say the same: the order of fields and white space do not count."""
-    # What is no JSON, or JSON in too many layers, is refused where it is parsed.
+    # What is no JSON, or nested too deeply for it, is refused where it is parsed.
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
     return hashlib.sha256(route.encode() + b"\n" + body).hexdigest()

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from common.errors import InvalidRequestError
-from services.router.front.asked_request import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake, body_hash
+from services.router.front.asked_request import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_answers import error_answer, json_answer
 from services.router.front.http_exchange import REQUEST_ID_SCOPE, ClientGoneError, read_body, run_while_connected
@@ -98,7 +98,7 @@ class GenerationRoutes:
         key = identity.idempotency_key
         if key is None:
             return await self._begin(route, body, identity, "")
-        said = body_hash(route, body)
+        said = await self._intake.hash(route, body)
         # Two requests with one key at a time: the second one is to find the first.
         lock = self._key_locks.setdefault((identity.tenant, key), asyncio.Lock())
         async with AsyncExitStack() as held:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from common.errors import NodeLostError
 from services.router.front.asked_request import body_hash
 from services.router.front.tokenizer import TextTokenizer
+from tests.support.asgi_exchange import Exchange
 from tests.support.fake_engine import Fault, Pause, Step
 from tests.support.journalling_front import (
     COMPLETIONS,
@@ -56,6 +59,39 @@ def test_simultaneous_requests_with_one_key_are_one(tokenizer: TextTokenizer, tm
         answers = await asyncio.gather(*(server.ask("POST", COMPLETIONS, key, prompt="hi there") for _ in range(5)))
         assert len({answer.json()["id"] for answer in answers}) == 1
         assert len(server.engine.asked) == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("depth", [100, 990, 1500, 100_000])
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "once"}])
+def test_a_body_that_is_nested_too_deeply_is_refused_with_and_without_a_key(
+    tokenizer: TextTokenizer, tmp_path: Path, depth: int, headers: dict[str, str]
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, EOS])
+        body = b"[" * depth + b"]" * depth
+        answer = await Exchange(server.app, "POST", COMPLETIONS, pieces=[body], headers=headers).start().answer()
+        assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+    run(main())
+
+
+def test_a_long_body_with_a_key_is_hashed_off_the_event_loop(
+    tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr(
+        "services.router.front.asked_request.json.loads",
+        lambda body: seen.append(threading.current_thread().name) or loads(body),
+    )
+
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [5, EOS])
+        assert (await server.ask("POST", COMPLETIONS, {"Idempotency-Key": "a"}, prompt="hi " * 5000)).status == 400
+        (thread,) = seen
+        assert thread != threading.main_thread().name
 
     run(main())
 
