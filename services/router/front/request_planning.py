@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from common.ids import RequestId
@@ -19,6 +21,7 @@ from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
 DEFAULT_COMPLETION_TOKENS = 16
+_LONG_CHARACTERS = 1 << 18
 _SEED_MASK = 2**63 - 1
 _MAX_VOCABULARY_SIZE = 2**31
 """No vocabulary has more; a JSON number may be larger than any that a step carries."""
@@ -60,14 +63,21 @@ class RequestPlanner:
         self._settings = settings
         self._max_context_tokens = max_context_tokens
         self._draw_seed = draw_seed
+        # One at a time, also if its client has gone meanwhile: 8 MB of text take 2 GB.
+        self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-text")
 
     async def plan_completion(self, request: CompletionRequest, reply_id: str, drawn_seed: int | None = None) -> Plan:
         """Raises RequestError leaves. `drawn_seed`: what was drawn when it was planned before."""
         self._check(request, len(request.prompts))
-        prompts = [await self._encode_prompt(prompt, request) for prompt in request.prompts]
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        for prompt in prompts:
-            self._check_prompt(prompt, "prompt", max_tokens)
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                self._check_length(self._tokenizer.least_tokens(prompt), "prompt", max_tokens, is_least=True)
+        add_special_tokens = request.add_special_tokens is not False
+        prompts: list[list[int]] = []
+        for prompt in request.prompts:
+            prompts.append(await self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt)
+            self._check_prompt(prompts[-1], "prompt", max_tokens)
         echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
         return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed)
 
@@ -82,12 +92,12 @@ class RequestPlanner:
         self._check(request, 1)
         messages = [message.model_dump() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
-        num_characters = sum(len(str(message["content"])) for message in messages)
-        if num_characters > self._settings.thread_above_characters:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, arguments, now)
-        else:
-            prompt = self._tokenizer.encode_chat(messages, arguments, now)
+        render = partial(self._tokenizer.render_chat, messages, arguments, now)
+        is_long = len(str(messages)) + len(str(arguments)) > self._settings.thread_above_characters
+        text = await asyncio.to_thread(render) if is_long else render()
         max_tokens = request.max_completion_tokens or request.max_tokens
+        self._check_length(self._tokenizer.least_tokens(text), "messages", max_tokens or 1, is_least=True)
+        prompt = await self._encode(text, add_special_tokens=False)
         self._check_prompt(prompt, "messages", max_tokens or 1)
         if max_tokens is None:
             max_tokens = self._max_context_tokens() - len(prompt)
@@ -107,24 +117,26 @@ class RequestPlanner:
                 f"`prompt`: prompts times `n` must be at most {self._settings.max_sequences}", "prompt"
             )
 
-    async def _encode_prompt(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        add_special_tokens = request.add_special_tokens is not False
-        if len(prompt) > self._settings.thread_above_characters:
-            return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
-        return self._tokenizer.encode(prompt, add_special_tokens)
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) <= self._settings.thread_above_characters:
+            return self._tokenizer.encode(text, add_special_tokens)
+        threads = self._long_texts if len(text) > _LONG_CHARACTERS else None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, self._tokenizer.encode, text, add_special_tokens)
+
+    def _check_length(self, num_tokens: int, parameter: str, max_tokens: int, is_least: bool = False) -> None:
+        context = self._max_context_tokens()
+        if num_tokens + max_tokens > context:
+            raise ContextLengthError(
+                f"this model's context holds {context} tokens; the prompt has {'at least ' if is_least else ''}"
+                f"{num_tokens} and {max_tokens} were asked for",
+                parameter,
+            )
 
     def _check_prompt(self, token_ids: Sequence[int], parameter: str, max_tokens: int) -> None:
         if not token_ids:
             raise InvalidRequestError(f"`{parameter}`: makes no token; it must make at least one", parameter)
-        context = self._max_context_tokens()
-        if len(token_ids) + max_tokens > context:
-            raise ContextLengthError(
-                f"this model's context holds {context} tokens; the prompt has {len(token_ids)} and {max_tokens} were "
-                "asked for",
-                parameter,
-            )
+        self._check_length(len(token_ids), parameter, max_tokens)
         vocabulary_size = self._tokenizer.defaults.vocabulary_size
         if vocabulary_size is not None and max(token_ids) >= vocabulary_size:
             raise InvalidRequestError(
