@@ -60,18 +60,18 @@ class Server:
         self.app: FastAPI = create_app(
             self.engine,
             tokenizer,
-            FrontSettings("tiny", **settings),
+            FrontSettings(**{"served_name": "tiny"} | settings),
             CollectorRegistry(),
             journal=self.journal,
             wall_clock=lambda: 1000.9,
             draw_seed=lambda: 7,
         )
 
-    async def restarted(self, script: list[Step], context_tokens: int = 4096) -> Server:
+    async def restarted(self, script: list[Step], context_tokens: int = 4096, **changes: Any) -> Server:
         """Nothing of this one is asked any more, as if it had been killed."""
         await self.app.state.requests.close()
         self.journal.close()
-        server = Server(self._tokenizer, self._path, script, **self._settings)
+        server = Server(self._tokenizer, self._path, script, **self._settings | changes)
         server.engine.context_tokens = context_tokens
         # In the order of service.py: what is under way is in line before the mesh starts.
         await server.restore([request for request in server._journalled if request.ended_s is None])
@@ -127,10 +127,10 @@ async def wait_for_tokens(server: Server, count: int) -> None:
         await asyncio.sleep(0.001)
 
 
-async def wait_for_end(server: Server) -> dict[str, Any]:
+async def wait_for_end(server: Server, name: str = "mine") -> dict[str, Any]:
     """The state that says so."""
     while True:
-        state: dict[str, Any] = (await server.state()).json()
+        state: dict[str, Any] = (await server.state(name)).json()
         if state["state"] != "running":
             return state
         await asyncio.sleep(0.001)

@@ -101,8 +101,8 @@ class RequestIntake:
         self, route: str, fields: CompletionRequest | ChatCompletionRequest, plan: Plan, identity: ReplyIdentity
     ) -> AskedRequest:
         form = _FORMS[route](self._tokenizer.vocabulary, fields.num_top_logprobs is not None)
-        settings = self._settings
-        head = ReplyHead(identity.reply_id, identity.created_s, settings.served_name, settings.system_fingerprint)
+        # The name that it asked for: what was accepted under another name goes on under that one.
+        head = ReplyHead(identity.reply_id, identity.created_s, fields.model, self._settings.system_fingerprint)
         return AskedRequest(route, fields, plan, form, head)
 
 

@@ -116,8 +116,8 @@ class LiveRequest:
     def restore(self, journalled: Sequence[JournalledChoice], was_over: bool) -> None:
         """Go on where a router before this one was; `journalled` goes with the choices.
 
-        A choice that has more tokens than it may have by now (the context got smaller) ends with them. `was_over`: the
-        request had ended before; then it stays so, even if there is room again.
+        A choice that has more tokens than it may have by now (the context got smaller) ends with them; a request that
+        has no room at all any more, and more to come, fails. `was_over`: it had ended before; then it stays so.
         """
         self.is_restored = True
         self._has_token = any(record.tokens for record in journalled)
@@ -126,6 +126,8 @@ class LiveRequest:
                 if not choice.is_over:  # the mesh may have made some behind a stop string
                     choice.take(token)
             self.error = self.error or record.error
+        if not was_over and not all(choice.is_over for choice in self.choices):
+            self.error = self.error or self.asked.plan.misfit
         if self.error is not None:
             self._end()
             return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from common.ids import RequestId
@@ -19,6 +21,7 @@ from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 
 DEFAULT_COMPLETION_TOKENS = 16
+_LONG_CHARACTERS = 1 << 18
 _SEED_MASK = 2**63 - 1
 _MAX_VOCABULARY_SIZE = 2**31
 """No vocabulary has more; a JSON number may be larger than any that a step carries."""
@@ -34,11 +37,43 @@ class Plan:
     """Prompt by prompt, and in each prompt `n` choices."""
     prompts_token_ids: tuple[tuple[int, ...], ...]
     num_top_logprobs: int | None
+    misfit: ContextLengthError | None = None
+    """Of a request that was accepted when the context was larger."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counts once, whatever `n` is."""
         return sum(len(token_ids) for token_ids in self.prompts_token_ids)
+
+
+class _Room:
+    """Of one request in the context. A new one that does not fit is refused; an accepted one keeps why as `misfit`."""
+
+    def __init__(self, context_tokens: int, parameter: str, max_tokens: int, *, is_new: bool) -> None:
+        self._context_tokens = context_tokens
+        self._parameter = parameter
+        self._max_tokens = max_tokens
+        self._is_new = is_new
+        self.misfit: ContextLengthError | None = None
+
+    def check(self, num_tokens: int) -> None:
+        """A prompt has so many."""
+        self._check(num_tokens, str(num_tokens))
+
+    def check_least(self, num_tokens: int) -> None:
+        """A prompt has so many or more."""
+        self._check(num_tokens, f"at least {num_tokens}")
+
+    def _check(self, num_tokens: int, shown: str) -> None:
+        if num_tokens + self._max_tokens <= self._context_tokens:
+            return
+        self.misfit = ContextLengthError(
+            f"this model's context holds {self._context_tokens} tokens; the prompt has {shown} and {self._max_tokens} "
+            "were asked for",
+            self._parameter,
+        )
+        if self._is_new:
+            raise self.misfit
 
 
 def draw_seed() -> int:
@@ -60,16 +95,28 @@ class RequestPlanner:
         self._settings = settings
         self._max_context_tokens = max_context_tokens
         self._draw_seed = draw_seed
+        # One at a time, also if its client has gone meanwhile: 8 MB of text take 2 GB.
+        self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-text")
 
     async def plan_completion(self, request: CompletionRequest, reply_id: str, drawn_seed: int | None = None) -> Plan:
-        """Raises RequestError leaves. `drawn_seed`: what was drawn when it was planned before."""
-        self._check(request, len(request.prompts))
-        prompts = [await self._encode_prompt(prompt, request) for prompt in request.prompts]
+        """Raises RequestError leaves.
+
+        `drawn_seed`: what was drawn when it was planned before. It was accepted then, so neither another name of the
+        model nor a smaller context refuses it now; what is too long is a `misfit`.
+        """
+        self._check(request, len(request.prompts), is_new=drawn_seed is None)
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        for prompt in prompts:
-            self._check_prompt(prompt, "prompt", max_tokens)
+        room = _Room(self._max_context_tokens(), "prompt", max_tokens, is_new=drawn_seed is None)
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                room.check_least(self._tokenizer.least_tokens(prompt))
+        add_special_tokens = request.add_special_tokens is not False
+        prompts: list[list[int]] = []
+        for prompt in request.prompts:
+            prompts.append(await self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt)
+            self._check_prompt(prompts[-1], "prompt", room)
         echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
-        return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed)
+        return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed, room.misfit)
 
     async def plan_chat(
         self,
@@ -78,23 +125,24 @@ class RequestPlanner:
         drawn_seed: int | None = None,
         now: datetime | None = None,
     ) -> Plan:
-        """Raises RequestError leaves. `now`: the date that a chat template sees."""
-        self._check(request, 1)
+        """As `plan_completion`. `now`: the date that a chat template sees."""
+        self._check(request, 1, is_new=drawn_seed is None)
         messages = [message.model_dump() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
-        num_characters = sum(len(str(message["content"])) for message in messages)
-        if num_characters > self._settings.thread_above_characters:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, arguments, now)
-        else:
-            prompt = self._tokenizer.encode_chat(messages, arguments, now)
+        render = partial(self._tokenizer.render_chat, messages, arguments, now)
+        is_long = len(str(messages)) + len(str(arguments)) > self._settings.thread_above_characters
+        text = await asyncio.to_thread(render) if is_long else render()
         max_tokens = request.max_completion_tokens or request.max_tokens
-        self._check_prompt(prompt, "messages", max_tokens or 1)
+        room = _Room(self._max_context_tokens(), "messages", max_tokens or 1, is_new=drawn_seed is None)
+        room.check_least(self._tokenizer.least_tokens(text))
+        prompt = await self._encode(text, add_special_tokens=False)
+        self._check_prompt(prompt, "messages", room)
         if max_tokens is None:
-            max_tokens = self._max_context_tokens() - len(prompt)
-        return self._plan(request, reply_id, [prompt], [""], max_tokens, drawn_seed)
+            max_tokens = max(0, self._max_context_tokens() - len(prompt))
+        return self._plan(request, reply_id, [prompt], [""], max_tokens, drawn_seed, room.misfit)
 
-    def _check(self, request: GenerationFields, num_prompts: int) -> None:
-        if request.model != self._settings.served_name:
+    def _check(self, request: GenerationFields, num_prompts: int, is_new: bool) -> None:
+        if is_new and request.model != self._settings.served_name:
             raise UnknownModelError(
                 f"the model `{request.model}` is not served here; `{self._settings.served_name}` is", "model"
             )
@@ -107,24 +155,17 @@ class RequestPlanner:
                 f"`prompt`: prompts times `n` must be at most {self._settings.max_sequences}", "prompt"
             )
 
-    async def _encode_prompt(self, prompt: str | list[int], request: CompletionRequest) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        add_special_tokens = request.add_special_tokens is not False
-        if len(prompt) > self._settings.thread_above_characters:
-            return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
-        return self._tokenizer.encode(prompt, add_special_tokens)
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) <= self._settings.thread_above_characters:
+            return self._tokenizer.encode(text, add_special_tokens)
+        threads = self._long_texts if len(text) > _LONG_CHARACTERS else None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, self._tokenizer.encode, text, add_special_tokens)
 
-    def _check_prompt(self, token_ids: Sequence[int], parameter: str, max_tokens: int) -> None:
+    def _check_prompt(self, token_ids: Sequence[int], parameter: str, room: _Room) -> None:
         if not token_ids:
             raise InvalidRequestError(f"`{parameter}`: makes no token; it must make at least one", parameter)
-        context = self._max_context_tokens()
-        if len(token_ids) + max_tokens > context:
-            raise ContextLengthError(
-                f"this model's context holds {context} tokens; the prompt has {len(token_ids)} and {max_tokens} were "
-                "asked for",
-                parameter,
-            )
+        room.check(len(token_ids))
         vocabulary_size = self._tokenizer.defaults.vocabulary_size
         if vocabulary_size is not None and max(token_ids) >= vocabulary_size:
             raise InvalidRequestError(
@@ -143,11 +184,17 @@ class RequestPlanner:
         echoed: Sequence[str],
         max_tokens: int,
         drawn_seed: int | None,
+        misfit: ContextLengthError | None,
     ) -> Plan:
         # One seed for all: choices differ by their number, and a prompt's result not by the prompts around it.
         drawn = request.seed if request.seed is not None else drawn_seed
         seed = (self._draw_seed() if drawn is None else drawn) & _SEED_MASK
         num_top_logprobs = request.num_top_logprobs
+        min_tokens = request.min_tokens or 0
+        if drawn_seed is None and min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
+            )
         sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
         prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
         stop_strings = tuple(map(StopString, request.stop_strings))
@@ -157,18 +204,13 @@ class RequestPlanner:
                 index = len(choices)
                 generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
                 choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
-        return Plan(tuple(choices), prompts_token_ids, num_top_logprobs)
+        return Plan(tuple(choices), prompts_token_ids, num_top_logprobs, misfit)
 
     def _sampling(
         self, request: GenerationFields, seed: int, max_tokens: int, num_top_logprobs: int | None
     ) -> SamplingParameters:
         defaults = self._tokenizer.defaults
         ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
-        min_tokens = request.min_tokens or 0
-        if min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
-            )
         top_k = defaults.top_k if request.top_k is None else request.top_k
         return SamplingParameters(
             max_tokens=max_tokens,
@@ -183,7 +225,7 @@ class RequestPlanner:
             frequency_penalty=request.frequency_penalty or 0.0,
             repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
             logit_bias=self._logit_bias(request),
-            min_tokens=min_tokens,
+            min_tokens=request.min_tokens or 0,
         )
 
     def _known(self, token_ids: frozenset[int]) -> frozenset[int]:

@@ -14,6 +14,7 @@ from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.chat_template import ChatTemplate, Message
 from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults, read_json_object
 from services.router.front.detokenizer import Detokenizer, create_detokenizer
+from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -30,6 +31,7 @@ class TextTokenizer:
         self._chat_templates = dict(chat_templates)
         self.defaults = defaults
         self.vocabulary = Vocabulary(tokenizer)
+        self._bound = TokenBound(tokenizer)
 
     @classmethod
     def from_directory(cls, directory: Path) -> TextTokenizer:
@@ -61,20 +63,18 @@ class TextTokenizer:
         ids: list[int] = encodings[0].ids
         return ids
 
-    def encode_chat(
-        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
-    ) -> list[int]:
-        """Token ids of a chat, up to where the assistant's turn begins; `now` is the date that a template sees.
-
-        Raises InvalidRequestError if there is no chat template or it refuses the messages.
-        """
-        # The template writes special tokens itself, so none are added.
-        return self.encode(self.render_chat(messages, template_arguments, now), add_special_tokens=False)
+    def least_tokens(self, text: str) -> int:
+        """`encode` gives no fewer; cheap."""
+        return self._bound.least_tokens(text)
 
     def render_chat(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
-        """The text that `encode_chat` encodes."""
+        """The text of a chat, up to where the assistant's turn begins; `now` is the date that a template sees. The
+        template writes special tokens itself: encode it without.
+
+        Raises InvalidRequestError if there is no chat template or it refuses the messages.
+        """
         template = self._chat_templates.get("default")
         if template is None:
             names = ", ".join(sorted(self._chat_templates))

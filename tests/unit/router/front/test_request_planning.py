@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +142,44 @@ def test_prompt_and_completion_may_fill_the_context_exactly(tokenizer: TextToken
     assert sampling(plan(tokenizer, prompt=[5] * 60, max_tokens=4)).max_tokens == 4
     with pytest.raises(ContextLengthError, match="64 tokens"):
         plan(tokenizer, prompt=[5] * 60, max_tokens=5)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, is_chat: bool
+) -> None:
+    encoded: list[str] = []
+    monkeypatch.setattr(TextTokenizer, "encode", lambda self, text, *settings, **more: encoded.append(text))
+    text = "ab " * 10_000
+    asked: Any = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": ["fox", text]}
+    with pytest.raises(ContextLengthError, match=r"holds 64 tokens; the prompt has at least [0-9]+ and 4 ") as caught:
+        (plan_chat if is_chat else plan)(tokenizer, max_tokens=4, **asked)
+    assert caught.value.parameter == ("messages" if is_chat else "prompt")
+    assert encoded == []
+
+
+def test_very_long_texts_are_tokenized_one_at_a_time(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+    monkeypatch.setattr(TextTokenizer, "least_tokens", lambda self, text: 0)
+    encode = TextTokenizer.encode
+
+    def watched(self: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        threads.add(threading.current_thread().name)
+        return encode(self, text[:9000], add_special_tokens)
+
+    monkeypatch.setattr(TextTokenizer, "encode", watched)
+
+    async def main() -> None:
+        planning = planner(tokenizer)
+        body = json.dumps({"model": "m", "prompt": "ab " * 100_000}).encode()
+        request = parse_request(body, CompletionRequest)
+        refused = await asyncio.gather(
+            *(planning.plan_completion(request, "cmpl-1") for _ in range(4)), return_exceptions=True
+        )
+        assert {type(error) for error in refused} == {ContextLengthError}
+
+    asyncio.run(main())
+    assert threads == {"long-text_0"}
 
 
 def test_default_of_a_completion_is_not_clipped(tokenizer: TextTokenizer) -> None:

@@ -11,7 +11,6 @@ import pytest
 from common.errors import JournalError
 from services.router.engine import FinishReason, GeneratedToken
 from services.router.front.tokenizer import TextTokenizer
-from services.router.journal_records import JournalledRequest
 from tests.support.fake_engine import Pause, Step
 from tests.support.journalling_front import (
     COMPLETIONS,
@@ -26,7 +25,7 @@ from tests.support.journalling_front import (
     wait_for_end,
     wait_for_tokens,
 )
-from tests.support.journals import open_at
+from tests.support.journals import accepted, open_at
 
 
 @pytest.mark.parametrize(("path", "fields"), ROUTES)
@@ -250,19 +249,64 @@ def test_tokens_behind_a_stop_string_are_not_taken_after_a_restart(tokenizer: Te
     run(main())
 
 
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_what_was_accepted_goes_on_under_any_served_name(
+    tokenizer: TextTokenizer, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", said)
+        whole = (await server.ask("POST", path, RESUMABLE | {"X-Request-Id": "ended"}, **fields)).json()
+        server.engine.script = [*said[:2], Pause()]
+        server.start("POST", path, RESUMABLE, **fields)
+        await wait_for_tokens(server, 2)
+        server = await server.restarted(said, served_name="renamed")
+        assert (await server.ask("POST", path, **fields)).status == 404, "a new request under the old name"
+        for name in ("mine", "ended"):
+            state = await wait_for_end(server, name)
+            assert (state["state"], state["reply"]["model"]) == ("finished", "tiny")
+            assert state["reply"]["choices"] == whole["choices"]
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_what_was_accepted_and_has_no_room_any_more_fails_and_says_so(
+    tokenizer: TextTokenizer, tmp_path: Path, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", said)
+        whole = (await server.ask("POST", path, RESUMABLE | {"X-Request-Id": "ended"}, **fields)).json()
+        server.engine.script = [*said[:2], Pause()]
+        server.start("POST", path, RESUMABLE, **fields)
+        await wait_for_tokens(server, 2)
+        server = await server.restarted(said, context_tokens=50)
+        for _ in range(2):  # it stays so after a restart with room for it
+            state = (await server.state()).json()
+            assert (state["state"], state["error"]["code"]) == ("failed", "context_length_exceeded")
+            assert state["choices"][0]["token_ids"] == said[:2]
+            answer = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": state_id(state)})
+            assert b"context_length_exceeded" in answer.body
+            assert (await server.state("ended")).json()["reply"]["choices"] == whole["choices"], "it needs no room"
+            assert server.engine.asked == []
+            server = await server.restarted(said)
+
+    run(main())
+
+
+def state_id(state: dict[str, Any]) -> str:
+    """The id of the last event."""
+    return ",".join(str(choice["num_tokens"]) for choice in state["choices"])
+
+
 def test_a_request_that_cannot_be_planned_again_is_dropped(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [Pause()])
-        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
-        await server.engine.wait_asked(1)
-        await server.app.state.requests.close()
+        server = Server(tokenizer, tmp_path / "j", [])
+        server.journal.accept(accepted("mine", body=b"{}"))
+        server = await server.restarted([])
+        assert (await server.state()).status == 404
         server.journal.close()
-        later = Server(tokenizer, tmp_path / "j", [5])
-        later.engine.context_tokens = 10
-        journalled: list[JournalledRequest] = later._journalled
-        await later.app.state.requests.restore(journalled)
-        assert (await later.state()).status == 404
-        later.journal.close()
         assert open_at(tmp_path / "j")[1] == []
 
     run(main())
