@@ -80,7 +80,7 @@ def _splits_without_loss(part: Mapping[str, Any]) -> bool:
         case "ByteLevel" | "Metaspace" | "Digits" | "UnicodeScripts":
             return True
         case "Split" | "Punctuation":
-            return part["behavior"] != "Removed"
+            return bool(part["behavior"] != "Removed")
     return False
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,10 +83,12 @@ def test_a_long_body_with_a_key_is_hashed_off_the_event_loop(
 ) -> None:
     seen: list[str] = []
     loads = json.loads
-    monkeypatch.setattr(
-        "services.router.front.asked_request.json.loads",
-        lambda body: seen.append(threading.current_thread().name) or loads(body),
-    )
+
+    def loads_seen(body: bytes) -> Any:
+        seen.append(threading.current_thread().name)
+        return loads(body)
+
+    monkeypatch.setattr("services.router.front.asked_request.json.loads", loads_seen)
 
     async def main() -> None:
         server = Server(tokenizer, tmp_path / "j", [5, EOS])
