@@ -92,12 +92,17 @@ class BoundedHttp(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _answers_another(self) -> bool:
+        """An answer to the request before is under way: it is not cut for what a client sends behind it."""
+        is_unfinished = self.cycle is not None and not self.cycle.response_complete
+        return bool(self.pipeline) or (self._is_in_head and is_unfinished)
+
     def _look(self) -> None:
-        if self._is_in_head:
+        if self._answers_another():
+            self._arm(HEAD_S)
+        elif self._is_in_head:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's head did not come within {HEAD_S:.0f} s")
-            return
-        left_s = self._heard_s + BODY_SILENCE_S - self.loop.time()
-        if left_s > 0:
+        elif (left_s := self._heard_s + BODY_SILENCE_S - self.loop.time()) > 0:
             self._timer = self.loop.call_later(left_s, self._look)
         else:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"nothing of the request's body came for {BODY_SILENCE_S:.0f} s")

@@ -117,6 +117,27 @@ def test_an_answer_may_take_its_time_and_a_further_request_has_its_own() -> None
     run(work)
 
 
+@pytest.mark.usefixtures("_short_waits")
+@pytest.mark.parametrize(
+    "behind", [b"GET / HT", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nabc"], ids=["head", "body"]
+)
+def test_an_answer_is_not_cut_for_half_a_request_behind_it(behind: bytes) -> None:
+    async def work(connect: Any) -> None:
+        reader, writer = await connect()
+        size = 1234567
+        writer.write(
+            f"POST /slow HTTP/1.1\r\nhost: a\r\ncontent-length: {size}\r\n\r\n".encode() + b"x" * size + behind
+        )
+        data = await reader.read()
+        writer.close()
+        first, _, second = data.partition(b"0\r\n\r\n")
+        assert first.startswith(b"HTTP/1.1 200")
+        assert first.count(b"\r\n1\r\n") == len(str(size)), "chunks of one digit each"
+        assert second.startswith(b"HTTP/1.1 408"), "its own end comes afterwards"
+
+    run(work)
+
+
 @pytest.mark.parametrize(
     "pieces",
     [
