@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import uvicorn
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from common.checkpoint import read_tensor_index, resolve_model, served_name
@@ -31,7 +30,6 @@ from common.whole_file import write_whole
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
-from services.router.front.bounded_http import BoundedHttp
 from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
@@ -135,12 +133,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     app = create_app(engine, tokenizer, front, registry, journal=journal)
     requests: RequestRegistry = app.state.requests
-    server = FrontServer(
-        uvicorn.Config(
-            app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=5, server_header=False
-        ),
-        requests.release,
-    )
+    server = FrontServer(app, requests.release)
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]
@@ -190,7 +183,7 @@ def _open_journal(
 
 
 def _run_mesh(
-    mesh: MeshLoop, server: uvicorn.Server, failure: list[BaseException], log: structlog.stdlib.BoundLogger
+    mesh: MeshLoop, server: FrontServer, failure: list[BaseException], log: structlog.stdlib.BoundLogger
 ) -> None:
     """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
     try:

@@ -1,0 +1,256 @@
+"""What a client may leave out, and for how long; what it may send too much of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from services.router.front.front_protocol import FrontProtocol
+from services.router.front.front_server import FrontServer
+
+HEAD = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
+GET = b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+class Timers:
+    """In place of the event loop: its timers go off when the test says that time has passed."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._due: list[tuple[float, Callable[..., None], tuple[Any, ...], Timers.Handle]] = []
+
+    class Handle:
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    def call_later(self, delay_s: float, act: Callable[..., None], *arguments: Any) -> Timers.Handle:
+        handle = Timers.Handle()
+        self._due.append((self.now_s + delay_s, act, arguments, handle))
+        return handle
+
+    def create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(work)
+
+    def pass_time(self, seconds: float) -> None:
+        end_s = self.now_s + seconds
+        while due := [timer for timer in self._due if timer[0] <= end_s and not timer[3].cancelled]:
+            first = min(due, key=lambda timer: timer[0])
+            self._due.remove(first)
+            self.now_s = first[0]
+            first[1](*first[2])
+        self.now_s = end_s
+
+
+class Connection(asyncio.Transport):
+    """The server's end, without a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timers = Timers()
+        self.answered = b""
+        self.is_closed = False
+        self.may_answer = asyncio.Event()
+        config = uvicorn.Config(self.app, http=FrontProtocol, log_config=None, interface="asgi3")
+        loop: Any = self.timers
+        self.protocol = FrontProtocol(config=config, server_state=ServerState(), app_state={}, _loop=loop)
+        self.protocol.connection_made(self)
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reads the body, begins its answer, and ends it when the test lets it."""
+        more = True
+        while more:
+            message = await receive()
+            more = message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await self.may_answer.wait()
+        await send({"type": "http.response.body", "body": b"last", "more_body": False})
+
+    async def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            if not self.is_closed:
+                self.protocol.data_received(piece)
+            await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    @property
+    def status(self) -> int:
+        return int(self.answered.split()[1])
+
+    def write(self, data: Any) -> None:
+        self.answered += data
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def run(work: Callable[[Connection], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        connection = Connection()
+        await work(connection)
+        connection.may_answer.set()
+        connection.close()
+        await connection.settle()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize("part", [b"P", HEAD[:9], HEAD[:30], HEAD[:-1]])
+def test_a_head_that_is_not_complete_in_time_is_refused(part: bytes) -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(part[:1])
+        connection.timers.pass_time(6)
+        await connection.send(part[1:])
+        connection.timers.pass_time(3.9)
+        assert not connection.is_closed
+        connection.timers.pass_time(0.2)
+        assert (connection.status, connection.is_closed) == (408, True)
+        assert json.loads(connection.answered.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_request"
+
+    run(work)
+
+
+def test_a_connection_without_a_request_is_closed_without_a_word() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(b"\r\n")
+        connection.timers.pass_time(10)
+        assert (connection.answered, connection.is_closed) == (b"", True)
+
+    run(work)
+
+
+@pytest.mark.parametrize("head", [HEAD, HEAD.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked")])
+def test_a_body_is_refused_after_a_silence_and_not_for_being_slow(head: bytes) -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(head)
+        for _ in range(9):
+            connection.timers.pass_time(29)
+            await connection.send(b"x" if head is HEAD else b"1\r\nx\r\n")
+        assert not connection.is_closed
+        connection.timers.pass_time(31)
+        await connection.settle()
+        assert (connection.status, connection.is_closed) == (408, True)
+
+    run(work)
+
+
+@pytest.mark.parametrize("behind", [HEAD[:20], HEAD + b"abc"], ids=["half a head", "half a body"])
+def test_an_answer_is_not_cut_whatever_its_client_leaves_unsaid(behind: bytes) -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(GET, behind)
+        connection.timers.pass_time(1000)
+        assert (connection.status, connection.is_closed) == (200, False)
+        connection.may_answer.set()
+        await connection.settle()
+        first, end, _ = connection.answered.partition(b"last\r\n0\r\n\r\n")
+        assert (first.startswith(b"HTTP/1.1 200"), bool(end)) == (True, True)
+        connection.timers.pass_time(31)
+        assert connection.is_closed, "the half request has its own end"
+
+    run(work)
+
+
+def test_between_requests_and_for_the_next_one_there_is_new_time() -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        for _ in range(3):
+            await connection.send(GET)
+            connection.timers.pass_time(4)
+            await connection.send(GET[:8])
+            connection.timers.pass_time(9)
+            await connection.send(GET[8:])
+        assert connection.answered.count(b"HTTP/1.1 200") == 6
+        assert not connection.is_closed
+        for _ in range(20):
+            connection.timers.pass_time(1)
+            await connection.send(b"\r\n")
+        assert connection.is_closed, "empty lines are no request"
+
+    run(work)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("line", [b"X-A: " + b"a" * 100_000, b"\r\n".join([b"X-B: b"] * 12_000)])
+@pytest.mark.parametrize("piece_bytes", [1000, 1 << 20])
+def test_a_head_that_is_too_long_is_refused(line: bytes, is_whole: bool, piece_bytes: int) -> None:
+    async def work(connection: Connection) -> None:
+        head = GET[:-2] + line + (b"\r\n\r\n" if is_whole else b"")
+        if not is_whole:
+            head += b"a" * 70_000
+        await connection.send(*(head[at : at + piece_bytes] for at in range(0, len(head), piece_bytes)))
+        if not is_whole and piece_bytes > len(head):
+            await connection.send(b"a" * 70_000)  # what is read at once is bounded by the socket's buffer
+        assert (connection.status, connection.is_closed) == (431, True)
+        assert connection.answered.count(b"HTTP/1.1") == 1
+
+    run(work)
+
+
+def test_what_follows_a_body_is_bounded_like_a_head() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(HEAD.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked"))
+        await connection.send(b"1\r\nx\r\n0\r\n", *[b"X-Trailer: " + b"a" * 1000 + b"\r\n"] * 70)
+        assert (connection.status, connection.is_closed) == (431, True)
+
+    run(work)
+
+
+def test_long_bodies_in_large_and_small_pieces_are_no_heads() -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        for size in (300_000, 40):
+            head = HEAD.replace(b"10", str(600_000).encode())
+            await connection.send(head, *[b"x" * size] * (600_000 // size))
+        chunk = b"1\r\nx\r\n"
+        chunked = HEAD.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked")
+        await connection.send(chunked, *[chunk] * 20_000, b"0\r\n\r\n")
+        assert connection.answered.count(b"HTTP/1.1 200") == 3
+        head = GET[:-2] + b"X-A: " + b"a" * 60_000 + b"\r\n\r\n"
+        await connection.send(head)
+        assert connection.answered.count(b"HTTP/1.1 200") == 4
+
+    run(work)
+
+
+def test_bytes_that_are_no_request_are_refused_in_openais_shape() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(b"\x16\x03\x01\x02\x00")
+        assert (connection.status, connection.is_closed) == (400, True)
+        assert set(json.loads(connection.answered.split(b"\r\n\r\n")[1])["error"]) == {
+            "message",
+            "type",
+            "param",
+            "code",
+        }
+
+    run(work)
+
+
+def test_the_router_serves_with_these_limits() -> None:
+    server = FrontServer(Connection.app, lambda: None)  # type: ignore[arg-type]
+    assert server.config.http is FrontProtocol
+    assert server.config.ws == "none"
