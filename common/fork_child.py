@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import msgpack
 
 from common.child_process import end_with_parent, name_process
+from common.quick_imports import quick_imports
 
 MAX_MESSAGE_BYTES = 1 << 17
 MAX_DESCRIPTORS = 8
@@ -25,8 +26,9 @@ READY = {"ready": True}
 def main() -> NoReturn:
     """Import, then fork for whoever holds the other end, until it lets go."""
     link = socket.socket(fileno=int(sys.argv[1]))
-    for module in sys.argv[2:]:
-        importlib.import_module(module)
+    with quick_imports():
+        for module in sys.argv[2:]:
+            importlib.import_module(module)
     serve_forks(link)
 
 

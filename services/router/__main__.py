@@ -6,9 +6,12 @@ import asyncio
 import os
 import sys
 
-from common.config import read_settings
-from common.node_process import run_process
-from services.router.service import serve
+from common.quick_imports import quick_imports
+
+with quick_imports():
+    from common.config import read_settings
+    from common.node_process import run_process
+    from services.router.service import serve
 
 
 def main() -> int:

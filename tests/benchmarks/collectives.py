@@ -1,5 +1,8 @@
 """What one collective costs, beside torch's own Gloo all-reduce on the same sizes: no model, no mesh, only ranks.
 
+And what a message takes from process to process, of all bytes and of one rank's share of them: hidden states that went
+from each rank to a rank of the next stage would take the second and an all_gather, where they now take the first.
+
     make bench-collectives BENCH_ARGS="--ranks 2 --repeats 2000"
 
 Kinds and sizes are measured in turn within each round, in one set of processes. Bytes are those of the whole that each
@@ -20,6 +23,7 @@ from statistics import median, quantiles
 
 import torch
 import torch.distributed as dist
+import zmq
 
 from common.child_process import end_with_parent
 from common.compute.native_library import NativeKernels, load_native_kernels
@@ -34,6 +38,8 @@ SIZES_BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20)
 ROW_BYTES = 2 << 10
 """A row of a model of 512 float32 columns."""
 KINDS = ("board all_gather", "board sum", "gloo all_gather", "gloo sum", "gloo all_reduce alone")
+MESSAGES = ("message, whole", "message, a rank's share")
+"""One way from rank 0 to rank 1: half of there and back."""
 
 
 def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repeats: int, rounds: int) -> None:
@@ -52,6 +58,7 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
     if port is None:
         board.set("turn", 0, store.port)
     by_torch = TorchCollectives(store, rank, ranks, "cpu")
+    link = _link(rank) if rank < 2 else None
     found: dict[str, list[float]] = {}
     turn = 0
     for _ in range(rounds):
@@ -66,6 +73,13 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
                     began_s = time.perf_counter()
                     call()
                     times_us.append((time.perf_counter() - began_s) * 1e6)
+            for kind, size in zip(MESSAGES, (num_bytes, num_bytes // ranks), strict=True):
+                dist.barrier()
+                if link is not None:
+                    exchanges = max(20, repeats * SIZES_BYTES[0] // num_bytes)
+                    found.setdefault(f"{kind}|{num_bytes}", []).extend(_exchange(link, rank, size, exchanges))
+    if link is not None:
+        link.close(linger=0)
     by_torch.close()
     if rank == 0:
         print(json.dumps(found))
@@ -78,6 +92,30 @@ def _call(kind: str, num_bytes: int, ranks: int, by_board: Collectives, by_torch
         return lambda: dist.all_reduce(whole)
     who = by_board if kind.startswith("board") else by_torch
     return (lambda: who.sum(whole)) if kind.endswith("sum") else (lambda: who.all_gather(part))
+
+
+def _link(rank: int) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    address = f"ipc://@moemesh-bench-{os.getppid()}"
+    if rank == 0:
+        socket.bind(address)
+    else:
+        socket.connect(address)
+    return socket
+
+
+def _exchange(link: zmq.Socket[bytes], rank: int, num_bytes: int, times: int) -> list[float]:
+    message = bytes(num_bytes)
+    times_us = []
+    for _ in range(times):
+        began_s = time.perf_counter()
+        if rank == 0:
+            link.send(message)
+        link.recv()
+        if rank == 1:
+            link.send(message)
+        times_us.append((time.perf_counter() - began_s) / 2 * 1e6)
+    return times_us
 
 
 def _kernels() -> NativeKernels:
@@ -120,7 +158,7 @@ def table(found: dict[str, list[float]]) -> str:
     """Markdown: p50 and p99 in microseconds, a row a kind."""
     heads = ["collective, us p50 / p99"] + [f"{size >> 10} KiB" for size in SIZES_BYTES]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for kind in KINDS:
+    for kind in KINDS + MESSAGES:
         cells = [kind]
         for size in SIZES_BYTES:
             times_us = found[f"{kind}|{size}"]

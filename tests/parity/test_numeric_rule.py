@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,8 +54,13 @@ ONE_BY_ONE = (
     Layout("two-pipelines", PLAIN.settings | {"STAGES": "2"}),
     Layout("two-ranks", PLAIN.settings | {"TP": "2"}),
     Layout("four-ranks", PLAIN.settings | {"TP": "4"}),
-    Layout("four-ranks-by-gloo", PLAIN.settings | {"TP": "4", "TP_COLLECTIVES": "gloo"}),
-    Layout("two-stages-of-two-ranks-by-gloo", PLAIN.settings | {"PP": "2", "TP": "2", "TP_COLLECTIVES": "gloo"}),
+    *(
+        Layout(
+            f"pp{pp}-tp{tp}-experts{experts}-gloo",
+            PLAIN.settings | {"PP": str(pp), "TP": str(tp), "EXPERTS": str(experts), "TP_COLLECTIVES": "gloo"},
+        )
+        for pp, tp, experts in itertools.product((1, 2), (2, 4), (1, 3))
+    ),
 )
 RECIPES = (QWEN3_TIED_SHARDED_BF16, MIXTRAL_BF16)
 DTYPES = ("float32", "bfloat16")

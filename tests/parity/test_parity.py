@@ -41,10 +41,26 @@ class Shape:
     combine: str
     slices: int = 1
     """Cuts of each expert along its width."""
+    fast_ranks: int = 1
+    """Processes of each stage; above 1, their sums are added in any order (`TP_REDUCE=fast`, by Gloo)."""
 
     def __str__(self) -> str:
         cut = f"-slices{self.slices}" if self.slices > 1 else ""
-        return f"{self.recipe.name}-pp{self.pp}-experts{self.experts}-{self.combine}{cut}"
+        ranks = f"-fast{self.fast_ranks}" if self.fast_ranks > 1 else ""
+        return f"{self.recipe.name}-pp{self.pp}-experts{self.experts}-{self.combine}{cut}{ranks}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Of the mesh."""
+        ranks = {"TP": str(self.fast_ranks), "TP_REDUCE": "fast", "TP_COLLECTIVES": "gloo"}
+        return {
+            "PP": str(self.pp),
+            "EXPERTS": str(self.experts),
+            "COMBINE": self.combine,
+            "EXPERT_SLICES": str(self.slices),
+            "DTYPE": "float32",
+            **(ranks if self.fast_ranks > 1 else {}),
+        }
 
 
 QUICK = (
@@ -52,6 +68,7 @@ QUICK = (
     Shape(MIXTRAL_SHARDED, pp=1, experts=3, combine="partial"),
     Shape(QWEN3_DENSE_LAYERS, pp=3, experts=1, combine="partial"),
     Shape(MIXTRAL_SLIDING_TIED, pp=1, experts=1, combine="exact"),
+    Shape(MIXTRAL_BF16, pp=1, experts=1, combine="exact", fast_ranks=2),
 )
 """Run by `make test`: each value of each dimension at least once, and what differs most between checkpoints."""
 
@@ -62,6 +79,12 @@ _WHOLE = (
     ),
     Shape(QWEN3, pp=2, experts=3, combine="exact", slices=2),
     Shape(MIXTRAL_BF16, pp=2, experts=3, combine="partial", slices=3),
+    *(
+        Shape(recipe, pp, experts, "exact", fast_ranks=ranks)
+        for recipe, pp, experts, ranks in itertools.product(
+            (QWEN3_TIED_SHARDED_BF16, MIXTRAL_BF16), (1, 2), (1, 3), (2, 4)
+        )
+    ),
 )
 
 
@@ -83,14 +106,7 @@ class Served:
 def served(request: pytest.FixtureRequest, shelf: Shelf) -> Iterator[Served]:
     shape: Shape = request.param
     reference = shelf.reference(shape.recipe)
-    settings = {
-        "PP": str(shape.pp),
-        "EXPERTS": str(shape.experts),
-        "COMBINE": shape.combine,
-        "EXPERT_SLICES": str(shape.slices),
-        "DTYPE": "float32",
-    }
-    with served_mesh(shelf.checkpoint(shape.recipe), settings) as mesh:
+    with served_mesh(shelf.checkpoint(shape.recipe), shape.settings) as mesh:
         yield Served(mesh.client, reference, random_prompts(reference.vocabulary, seed=shape.recipe.seed))
 
 

@@ -1,0 +1,66 @@
+"""What a process's imports leave out, and that nothing is missed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(script: str) -> str:
+    """In a process of its own, since imports happen once."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["services.stage.__main__", "services.expert.__main__"])
+def test_nodes_do_not_import_what_only_compilers_need(module: str) -> None:
+    script = f"""
+import sys
+import {module}
+print([name for name in ("torch._decomp.decompositions", "torch._refs") if name in sys.modules])
+"""
+    assert run(script) == "[]"
+
+
+def test_what_was_left_out_is_there_for_whoever_asks_later() -> None:
+    script = """
+import sys
+from common.quick_imports import quick_imports
+with quick_imports():
+    import torch
+assert "torch._meta_registrations" not in sys.modules
+import torch._meta_registrations
+product = torch.empty(2, 3, device="meta").mm(torch.empty(3, 4, device="meta"))
+print(product.shape[1], len(vars(torch._meta_registrations)) > 100)
+"""
+    assert run(script) == "4 True"
+
+
+def test_a_module_that_is_there_already_stays() -> None:
+    script = """
+import sys, torch
+from common.quick_imports import quick_imports
+before = sys.modules["torch._meta_registrations"]
+with quick_imports():
+    pass
+print(sys.modules["torch._meta_registrations"] is before)
+"""
+    assert run(script) == "True"
+
+
+def test_garbage_is_collected_again_afterwards_but_not_among_what_was_imported() -> None:
+    script = """
+import gc, sys
+from common.quick_imports import quick_imports
+try:
+    with quick_imports():
+        assert not gc.isenabled()
+        import no_such_module
+except ModuleNotFoundError:
+    pass
+print(gc.isenabled(), gc.get_freeze_count() > 0, "torch._meta_registrations" in sys.modules)
+"""
+    assert run(script) == "True True False"
