@@ -78,6 +78,7 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
                 if link is not None:
                     exchanges = max(20, repeats * SIZES_BYTES[0] // num_bytes)
                     found.setdefault(f"{kind}|{num_bytes}", []).extend(_exchange(link, rank, size, exchanges))
+    dist.barrier()  # nobody closes before the last message has been read
     if link is not None:
         link.close(linger=0)
     by_torch.close()
