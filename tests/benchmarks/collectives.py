@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -187,7 +188,7 @@ def main() -> None:
         name: {"p50_us": median(times_us), "p99_us": quantiles(times_us, n=100)[98], "calls": len(times_us)}
         for name, times_us in found.items()
     }
-    report = {"machine": str(describe_machine()), "ranks": parsed.ranks, "figures": figures}
+    report = {"machine": asdict(describe_machine()), "ranks": parsed.ranks, "figures": figures}
     path = parsed.output / f"collectives-{parsed.ranks}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

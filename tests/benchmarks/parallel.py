@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--rounds and --prompts must be 1 or more, --tokens 2 or more")
     found = run(parsed)
     parsed.output_dir.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {"machine": str(describe_machine()), "model": parsed.model, "dtype": parsed.dtype}
+    document: dict[str, Any] = {"machine": asdict(describe_machine()), "model": parsed.model, "dtype": parsed.dtype}
     document["shapes"] = {name: [asdict(figures) for figures in rounds] for name, rounds in found.items()}
     (parsed.output_dir / "parallel.json").write_text(json.dumps(document, indent=1) + "\n")
     (parsed.output_dir / "parallel.md").write_text(table(found) + "\n")

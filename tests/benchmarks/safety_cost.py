@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--rounds and --streams must be 1 or more, --tokens 2 or more")
     found = run(parsed.model, parsed.streams, parsed.tokens, parsed.rounds)
     if parsed.output:
-        document = {"machine": str(describe_machine()), "model": parsed.model, "tokens_per_s": found}
+        document = {"machine": asdict(describe_machine()), "model": parsed.model, "tokens_per_s": found}
         parsed.output.write_text(json.dumps(document, indent=2) + "\n")
     print(table(found))
     return 0
