@@ -58,7 +58,7 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
     store = open_store(port)
     if port is None:
         board.set("turn", 0, store.port)
-    by_torch = TorchCollectives(store, rank, ranks, "cpu")
+    by_torch = TorchCollectives(store, rank, ranks)
     link = _link(rank) if rank < 2 else None
     found: dict[str, list[float]] = {}
     turn = 0

@@ -264,7 +264,7 @@ class Follower:
 
             store = open_store(port)
             announce(store, load.rank)
-            self._collectives = TorchCollectives(store, load.rank, load.order.degree, "cpu")
+            self._collectives = TorchCollectives(store, load.rank, load.order.degree)
         else:
             self._collectives = BoardCollectives(self._board, load.rank, load.order.degree, self._meeting)
         self._own_caches = self._heads()

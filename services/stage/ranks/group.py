@@ -257,7 +257,7 @@ class RankGroup:
         def torch_collectives(meeting: Meeting) -> Collectives:
             from services.stage.ranks.torch_collectives import TorchCollectives
 
-            return TorchCollectives(self._store, 0, load.order.degree, "cpu")
+            return TorchCollectives(self._store, 0, load.order.degree)
 
         return torch_collectives if by_torch else board_collectives
 

@@ -1,5 +1,8 @@
 """Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
 
+Ranks of a stage are on CPUs only: those on GPUs need K and V that no host memory holds (docs/gpu.md). NCCL is what
+tests/gpu runs.
+
 A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
 All that torch raises over it is a RankLostError: who is alive forms anew.
 """
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
+from common.compute.device import HOST_MEMORY
 from common.errors import RankLostError
 
 TIMEOUT = timedelta(seconds=20)
@@ -26,12 +30,13 @@ TIMEOUT = timedelta(seconds=20)
 class TorchCollectives:
     """The default group of this process."""
 
-    def __init__(self, store: Store, rank: int, degree: int, device: str) -> None:
-        """All ranks come here together. Raises RankLostError when one of them does not."""
+    def __init__(self, store: Store, rank: int, degree: int, place: torch.device = HOST_MEMORY) -> None:
+        """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "nccl" if place.type == "cuda" else "gloo"
         with _losing_ranks():
             dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+        self._place = place
         self._rank = rank
         self.degree = degree
         self.seconds = 0.0
@@ -42,7 +47,7 @@ class TorchCollectives:
 
     def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         began_s = time.perf_counter()
-        whole = torch.empty(shape, dtype=dtype) if x is None else x.contiguous()
+        whole = torch.empty(shape, dtype=dtype, device=self._place) if x is None else x.contiguous()
         with _losing_ranks():
             dist.broadcast(whole, src=0)
         self._count(began_s)
