@@ -68,7 +68,6 @@ QUICK = (
     Shape(MIXTRAL_SHARDED, pp=1, experts=3, combine="partial"),
     Shape(QWEN3_DENSE_LAYERS, pp=3, experts=1, combine="partial"),
     Shape(MIXTRAL_SLIDING_TIED, pp=1, experts=1, combine="exact"),
-    Shape(MIXTRAL_BF16, pp=1, experts=1, combine="exact", fast_ranks=2),
 )
 """Run by `make test`: each value of each dimension at least once, and what differs most between checkpoints."""
 
