@@ -220,7 +220,7 @@ def parse_plan(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--time-limit-s", type=float, default=540, help="begin no repeat that would end later")
     parser.add_argument("--threads", type=int, default=2, help="of transformers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the mesh")
-    parser.add_argument("--models-dir", type=Path, default=Path(".moemesh/bench-models"))
+    parser.add_argument("--models-dir", type=Path, default=Path("state/bench-models"))
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     parsed = parser.parse_args(arguments)
     if parsed.max_tokens < 2 or parsed.repeats < 1:

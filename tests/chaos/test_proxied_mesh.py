@@ -129,7 +129,7 @@ def containers() -> Iterator[DockerTarget]:
         patch.setenv("SOCKS_PROXY", f"{BRIDGE}:{free_port()}")
         mesh.compose("build", timeout_s=BUILD_TIMEOUT_S)
         try:
-            mesh.compose("up", "-d", "--wait", "--no-build")
+            mesh.compose("up", "-d", "--no-build")  # it is a mesh only with the target, through which its links lead
             with DockerTarget(mesh.project) as target:
                 mesh.wait_until_ready()
                 yield target
