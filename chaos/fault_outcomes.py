@@ -93,11 +93,14 @@ def usual_gap_s(operations: Sequence[Operation]) -> float:
 
 
 def tpot_p99_s(operations: Sequence[Operation]) -> float:
-    """The 99th percentile of seconds a token after the first; 0 where no answer has two events with tokens."""
+    """The 99th percentile of seconds a token after the first, over answers with half of their tokens; 0 without any.
+
+    In an answer of five tokens one gap is the time a token: gaps are for the stalls to judge.
+    """
     times = [
         (o.arrivals_s[-1] - o.arrivals_s[0]) * len(o.choices) / (o.num_tokens - len(o.choices))
         for o in operations
-        if o.num_tokens > len(o.choices)
+        if o.num_tokens > max(len(o.choices), o.max_tokens * len(o.choices) // 2)
     ]
     return percentile(times, 0.99)
 

@@ -53,6 +53,8 @@ class Operation:
     num_reattached: int = 0
     num_refused: int = 0
     num_tokens: int = 0
+    max_tokens: int = 0
+    """Of each choice, as asked for."""
     usage: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,7 +83,14 @@ def read_operations(events: Iterable[Event]) -> list[Operation]:
             case Asked():
                 choices = [ChoiceRecord() for _ in range(event.num_choices)]
                 found[event.operation] = Operation(
-                    event.operation, phase, event.stream, event.request, event.kind, event.at_s, choices
+                    event.operation,
+                    phase,
+                    event.stream,
+                    event.request,
+                    event.kind,
+                    event.at_s,
+                    choices,
+                    max_tokens=event.max_tokens,
                 )
             case Tokens() | ChoiceFinished() | Broken() | Refused() | Reattached():
                 _take(found[event.operation], event)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from chaos.fault_outcomes import tpot_p99_s
 from chaos.history import (
     ChoiceFinished,
     Ended,
@@ -16,6 +17,7 @@ from chaos.history import (
     MeshWhole,
     Tokens,
 )
+from chaos.operations import ChoiceRecord, Operation
 from chaos.verdict import State, Verdict
 from chaos.verdicts import Bounds, judge
 from tests.support.chaos_histories import (
@@ -158,3 +160,13 @@ def test_a_stall_of_the_next_fault_is_not_put_down_to_the_one_before() -> None:
     assert second.gap_max_s == pytest.approx(3.0, abs=0.01)
     assert second.tokens_again_s == pytest.approx(3.0 + STEP_S / 2, abs=0.01)
     assert second.victim_kinds == ("stage",)
+
+
+def test_a_short_answer_has_no_time_a_token() -> None:
+    def operation(num_tokens: int, seconds: float) -> Operation:
+        record = Operation("a", "faults", 0, "request-0", "greedy", 0.0, [ChoiceRecord()], max_tokens=100)
+        record.arrivals_s, record.num_tokens = [0.0, seconds], num_tokens
+        return record
+
+    assert tpot_p99_s([operation(5, 4.0)]) == 0.0, "one gap decides it"
+    assert tpot_p99_s([operation(5, 4.0), operation(51, 1.0)]) == pytest.approx(0.02)
