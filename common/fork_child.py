@@ -56,7 +56,11 @@ def serve_forks(link: socket.socket) -> NoReturn:
                 data, descriptors, _, _ = socket.recv_fds(link, MAX_MESSAGE_BYTES, MAX_DESCRIPTORS)
                 if not data:
                     os._exit(0)
-                forked = _fork(msgpack.unpackb(data), descriptors, [link.fileno(), selector.fileno(), *processes])
+                forked = _fork(
+                    msgpack.unpackb(data, unicode_errors="surrogateescape"),
+                    descriptors,
+                    [link.fileno(), selector.fileno(), *processes],
+                )
                 for sent in descriptors:
                     os.close(sent)
                 if isinstance(forked, str):
@@ -79,7 +83,12 @@ def _fork(request: dict[str, Any], descriptors: list[int], own: list[int]) -> tu
         return str(error)
     if pid == 0:
         _become(request, descriptors, own, server)
-    return pid, os.pidfd_open(pid)
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError as error:  # nobody could end it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return f"pidfd_open: {error}"
 
 
 def _become(request: dict[str, Any], descriptors: list[int], own: list[int], server: int) -> NoReturn:

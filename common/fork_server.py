@@ -158,10 +158,14 @@ class ForkServer:
             "environment": dict(environment),
             "descriptors": list(descriptors),
         }
+        # An environment may hold bytes that are no text, and os.environ has them as surrogates.
+        packed: bytes = msgpack.packb(request, unicode_errors="surrogateescape")
+        if len(packed) > MAX_MESSAGE_BYTES:
+            raise OSError(f"settings and environment of {len(packed)} bytes are too long: {MAX_MESSAGE_BYTES} at most")
         with self._lock:
             link = self._ready_link()
             try:
-                socket.send_fds(link, [msgpack.packb(request)], list(descriptors.values()))
+                socket.send_fds(link, [packed], list(descriptors.values()))
                 reply = self._read_reply(link)
             except (ConnectionError, TimeoutError):
                 self._give_up()
@@ -204,6 +208,9 @@ class ForkServer:
             if "error" in message:
                 return str(message["error"])
             if "forked" in message:
+                if not descriptors:  # the kernel has dropped it, and what was forked could not be ended
+                    self._give_up()
+                    raise OSError("no file descriptor is left for a forked process")
                 process = ForkedProcess(self, message["forked"], descriptors[0])
                 self._running[process.pid] = process
                 return process

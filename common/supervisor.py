@@ -6,6 +6,7 @@ No child outlives the supervisor, even one that is killed: children ask the kern
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -36,6 +37,8 @@ NO_START_DELAY_S = 1.0
 STEADY_S = 10.0
 """A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
+_UNPROXIED = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The router is on this host, whatever proxy the environment names."""
 
 
 @dataclass(slots=True)
@@ -319,11 +322,12 @@ class LocalMesh:
 
     def _ask_ready(self) -> tuple[bool, str]:
         try:
-            with urllib.request.urlopen(f"{self.url}/ready", timeout=5) as reply:
-                return True, str(reply.read(2000), "utf-8", "replace")
-        except urllib.error.HTTPError as reply:
-            return False, str(reply.read(2000), "utf-8", "replace")
-        except (NodeLostError, OSError) as error:
+            try:
+                with _UNPROXIED.open(f"{self.url}/ready", timeout=5) as reply:
+                    return True, str(reply.read(2000), "utf-8", "replace")
+            except urllib.error.HTTPError as reply:
+                return False, str(reply.read(2000), "utf-8", "replace")
+        except (NodeLostError, OSError, http.client.HTTPException) as error:
             return False, str(error)
 
     @staticmethod

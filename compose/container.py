@@ -29,7 +29,10 @@ VOLUME_MOUNT = Path("/models")
 HEALTH_TIMEOUT_S = 3.0
 
 READY_BEFORE = Path("/tmp/moemesh-was-ready")
-"""In the router's container."""
+"""In the router's container, from its start on."""
+
+_UNPROXIED = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The router is here, whatever proxy the environment names."""
 
 
 def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT_MOUNT) -> dict[str, str]:
@@ -91,7 +94,7 @@ def is_healthy(port: str, ready_before: Path = READY_BEFORE) -> bool:
 def router_answers(port: str, path: str) -> bool:
     """Whether GET answers 200 within its time limit."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=HEALTH_TIMEOUT_S) as response:
+        with _UNPROXIED.open(f"http://127.0.0.1:{port}{path}", timeout=HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)
     except OSError:
         return False
@@ -121,6 +124,8 @@ def become(module: str) -> None:
     # installed a handler of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     os.environ.update(process_environment(os.environ))
+    if module == "services.router":
+        READY_BEFORE.unlink(missing_ok=True)  # of this container before it was stopped
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

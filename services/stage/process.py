@@ -51,7 +51,8 @@ class StageProcess:
         self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
         variant = self._kernels.variant if self._kernels is not None else "torch"
         if settings.tp > 1 and settings.tp_reduce == "fast":
-            variant += f"+fast{settings.tp}"  # partial sums have other bits
+            # Partial sums have other bits, and each kind of collectives has its own order and rounding of them.
+            variant += f"+fast{settings.tp}{settings.tp_collectives}"
         self._numeric_class = self._device.numeric_class(variant)
         self._loaded: LoadedLayers | None = None
         config = self._resources.config

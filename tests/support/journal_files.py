@@ -23,8 +23,18 @@ def reopened(path: Path) -> list[JournalledRequest]:
     return requests
 
 
-def bits(tokens: list[GeneratedToken]) -> list[tuple[int, bytes]]:
-    return [(each.token_id, struct.pack("<d", each.logprob or 0.0)) for each in tokens]
+def bits(tokens: list[GeneratedToken]) -> list[tuple[int, bytes | None, bytes]]:
+    def packed(value: float) -> bytes:
+        return struct.pack("<d", value)
+
+    return [
+        (
+            each.token_id,
+            None if each.logprob is None else packed(each.logprob),
+            b"".join(struct.pack("<q", other) + packed(value) for other, value in each.top_logprobs),
+        )
+        for each in tokens
+    ]
 
 
 def limit_pages(journal: Journal, num_pages: int) -> None:

@@ -92,10 +92,10 @@ class FrontProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # raises for a head that asks for nothing
         self._is_in_head, self._awaits_body = False, True
         self._unused_bytes = 0
         self._restart_timer(self.limits.body_silence_s)
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unused_bytes = 0

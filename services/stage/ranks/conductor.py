@@ -66,6 +66,7 @@ class Conductor:
     ) -> None:
         """From now on seat `seats[r]` is rank r."""
         self.collectives.close()
+        self.collectives = BoardCollectives(self._board, 0, 1, self._meeting)  # should the new ones not come about
         self.cut = cut
         self._dtype, self._seats = dtype, seats
         self._meeting = Meeting(self._board, seats, 0, self._wait)

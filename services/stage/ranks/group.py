@@ -160,9 +160,9 @@ class RankGroup:
         """Raises RankLostError if a rank that is needed is gone."""
         self._check(self.in_use.seats[1:] if self.in_use is not None else ())
 
-    def _check(self, seats: Iterable[int]) -> None:
+    def _check(self, seats: Iterable[int], waited_s: float = 0.0) -> None:
         for seat in seats:
-            self.staff.check(seat, self._attached.get(seat, 0), 0.0)
+            self.staff.check(seat, self._attached.get(seat, 0), waited_s)
 
     def may_grow(self) -> bool:
         """More ranks are there than work, and enough for a higher degree."""
@@ -233,6 +233,7 @@ class RankGroup:
             self._store = open_store()
             port = self._store.port
         self._reduced = self.reduce_seconds, self.num_reduces
+        self.in_use = None  # until it is through: ranks that have heard of it do not work as before
         if self._attached:
             self.conductor.tell((Op.USE, load.order.number, port))
         if by_torch:
@@ -246,9 +247,11 @@ class RankGroup:
         from services.stage.ranks.torch_collectives import is_here
 
         for rank, seat in enumerate(load.seats[1:], 1):
+            began_s = self.clock()
             while not is_here(self._store, rank):
-                self._check((seat,))
+                self._check((seat,), self.clock() - began_s)
                 time.sleep(0.005)
+            self._check((seat,))
 
     def _collectives(self, load: RankLoad, by_torch: bool) -> Callable[[Meeting], Collectives]:
         def board_collectives(meeting: Meeting) -> Collectives:

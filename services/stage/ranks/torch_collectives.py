@@ -34,8 +34,13 @@ class TorchCollectives:
         """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
         backend = "nccl" if place.type == "cuda" else "gloo"
-        with _losing_ranks():
-            dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+        try:
+            with _losing_ranks():
+                dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+        except RankLostError:
+            # torch numbers the groups of a process, and looks for the others under that number; it has one in vain.
+            dist.distributed_c10d._world.group_count = 0
+            raise
         self._place = place
         self._rank = rank
         self.degree = degree
@@ -89,7 +94,7 @@ class TorchCollectives:
 def _losing_ranks() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: the group is gone
         raise RankLostError(f"a collective has failed: {str(error).splitlines()[0]}") from None
 
 

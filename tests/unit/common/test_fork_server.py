@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common.fork_child import MAX_MESSAGE_BYTES
 from common.fork_server import ForkedProcess, ForkServer, ImportsUnderWayError
 from tests.support.process_table import is_alive
 from tests.support.waiting import wait_until
@@ -29,6 +30,8 @@ if what == "tell":
     print(json.dumps([rest, names, once.IMPORTED_BY, os.getsid(0) == os.getpid(), descriptors]))
 elif what == "read":
     print(os.read(int(rest[0]), 100).decode())
+elif what == "value":
+    print(ascii(os.environ[rest[0]]))
 elif what == "sleep":
     time.sleep(60)
 elif what == "fail":
@@ -168,12 +171,27 @@ def test_imports_that_fail_are_counted_and_said_in_the_log(code: Path, tmp_path:
     server.close()
 
 
-def test_a_settings_list_that_is_too_long_is_an_error_of_that_one_only(server: ForkServer) -> None:
+@pytest.mark.parametrize("num_bytes", [MAX_MESSAGE_BYTES, 1 << 20])
+def test_a_settings_list_that_is_too_long_is_an_error_of_that_one_only(server: ForkServer, num_bytes: int) -> None:
     process = spawn(server, "sleep")
     with pytest.raises(OSError, match="long"):
-        server.spawn("forked_program", ["sleep"], {"LONG": "x" * (1 << 20)})
+        server.spawn("forked_program", ["sleep"], {"LONG": "x" * num_bytes})
     assert process.poll() is None
     assert spawn(server, "exit", "5").wait(10) == 5
+
+
+def test_an_environment_may_hold_bytes_that_are_no_text(server: ForkServer, code: Path, tmp_path: Path) -> None:
+    spawn(server, "sleep").kill()  # it is ready now
+    path = tmp_path / "printed"
+    with path.open("wb") as printed:
+        process = server.spawn(
+            "forked_program",
+            ["value", "ODD"],
+            environment(code) | {"ODD": os.fsdecode(b"caf\xe9")},
+            {1: printed.fileno()},
+        )
+        assert process.wait(10) == 0
+    assert path.read_text().strip() == ascii("caf\udce9")
 
 
 def test_nothing_outlives_a_maker_that_is_killed(code: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.container import is_healthy, main, process_environment, router_answers
+from compose.container import become, is_healthy, main, process_environment, router_answers
 
 
 def test_without_a_model_the_demo_model_is_served() -> None:
@@ -75,3 +75,18 @@ def test_a_router_is_healthy_once_the_mesh_is_ready_and_then_as_long_as_it_answe
         answers = now
         seen.append(is_healthy("8000", tmp_path / "ready"))
     assert seen == [False, True, True, False, True]
+
+
+def test_a_router_that_starts_again_in_its_container_has_to_become_ready_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = tmp_path / "ready"
+    monkeypatch.setattr("compose.container.READY_BEFORE", before)
+    monkeypatch.setattr("compose.container.runpy.run_module", lambda *arguments, **named: None)
+    monkeypatch.setattr("compose.container.signal.signal", lambda *arguments: None)
+    monkeypatch.setattr("compose.container.sys.argv", [])
+    monkeypatch.setattr("compose.container.os.environ", {})
+    for module, is_left in (("services.stage", True), ("services.router", False)):
+        before.touch()
+        become(module)
+        assert before.exists() is is_left

@@ -250,6 +250,17 @@ def test_bytes_that_are_no_request_are_refused_in_openais_shape() -> None:
     run(work)
 
 
+def test_a_second_request_that_asks_for_nothing_is_refused_as_a_first_one_is() -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        await connection.send(GET)
+        await connection.send(b"CONNECT h:80 HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert connection.answered.partition(b"last\r\n0\r\n\r\n")[2].startswith(b"HTTP/1.1 400")
+        assert connection.is_closed
+
+    run(work)
+
+
 def test_the_router_serves_with_these_limits() -> None:
     server = FrontServer(Connection.app, lambda: None)  # type: ignore[arg-type]
     assert server.config.http is FrontProtocol
