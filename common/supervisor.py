@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.child_process import ChildProcess
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
 from common.folder_lock import lock_folder
 from common.fork_server import ImportsUnderWayError
+from common.local_http import open_local
 from common.local_starter import LocalStarter
 from common.memory import offered_bytes
 
@@ -37,8 +37,6 @@ NO_START_DELAY_S = 1.0
 STEADY_S = 10.0
 """A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
-_UNPROXIED = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""The router is on this host, whatever proxy the environment names."""
 
 
 @dataclass(slots=True)
@@ -323,7 +321,7 @@ class LocalMesh:
     def _ask_ready(self) -> tuple[bool, str]:
         try:
             try:
-                with _UNPROXIED.open(f"{self.url}/ready", timeout=5) as reply:
+                with open_local(f"{self.url}/ready", timeout_s=5) as reply:
                     return True, str(reply.read(2000), "utf-8", "replace")
             except urllib.error.HTTPError as reply:
                 return False, str(reply.read(2000), "utf-8", "replace")

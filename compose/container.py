@@ -14,10 +14,10 @@ import os
 import runpy
 import signal
 import sys
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.local_http import open_local
 from compose.demo_checkpoint import DEMO_NAME, copy_demo_checkpoint
 
 CHECKPOINT_MOUNT = Path("/checkpoint")
@@ -30,9 +30,6 @@ HEALTH_TIMEOUT_S = 3.0
 
 READY_BEFORE = Path("/tmp/moemesh-was-ready")
 """In the router's container, from its start on."""
-
-_UNPROXIED = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""The router is here, whatever proxy the environment names."""
 
 
 def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT_MOUNT) -> dict[str, str]:
@@ -94,7 +91,7 @@ def is_healthy(port: str, ready_before: Path = READY_BEFORE) -> bool:
 def router_answers(port: str, path: str) -> bool:
     """Whether GET answers 200 within its time limit."""
     try:
-        with _UNPROXIED.open(f"http://127.0.0.1:{port}{path}", timeout=HEALTH_TIMEOUT_S) as response:
+        with open_local(f"http://127.0.0.1:{port}{path}", HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)
     except OSError:
         return False

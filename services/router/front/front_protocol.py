@@ -31,7 +31,7 @@ class ConnectionLimits:
 
 
 class FrontProtocol(HttpToolsProtocol):
-    """One connection. Answers are never cut: while one is under way, nothing is timed."""
+    """One connection. While an answer is under way, nothing is timed."""
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
 
@@ -66,9 +66,8 @@ class FrontProtocol(HttpToolsProtocol):
         elif self._awaits_body:
             self._restart_timer(self.limits.body_silence_s)
         elif self._timer is None and not self._is_answering() and self.timeout_keep_alive_task is None:
-            self._restart_timer(
-                self.limits.head_s
-            )  # empty lines before a request end the keep-alive, and begin nothing
+            # Empty lines before a request end the keep-alive, and begin nothing.
+            self._restart_timer(self.limits.head_s)
 
     def send_400_response(self, msg: str) -> None:
         """In place of uvicorn's: the parser has stopped."""

@@ -249,6 +249,17 @@ def test_tokens_behind_a_stop_string_are_not_taken_after_a_restart(tokenizer: Te
     run(main())
 
 
+async def one_ended_and_one_under_way(
+    server: Server, said: list[Step], path: str, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The reply of `ended`, after which `mine` has two tokens and waits."""
+    whole: dict[str, Any] = (await server.ask("POST", path, RESUMABLE | {"X-Request-Id": "ended"}, **fields)).json()
+    server.engine.script = [*said[:2], Pause()]
+    server.start("POST", path, RESUMABLE, **fields)
+    await wait_for_tokens(server, 2)
+    return whole
+
+
 @pytest.mark.parametrize(("path", "fields"), ROUTES)
 def test_what_was_accepted_goes_on_under_any_served_name(
     tokenizer: TextTokenizer, tmp_path: Path, path: str, fields: dict[str, Any]
@@ -256,10 +267,7 @@ def test_what_was_accepted_goes_on_under_any_served_name(
     async def main() -> None:
         said: list[Step] = [*tokenizer.encode(TEXT), EOS]
         server = Server(tokenizer, tmp_path / "j", said)
-        whole = (await server.ask("POST", path, RESUMABLE | {"X-Request-Id": "ended"}, **fields)).json()
-        server.engine.script = [*said[:2], Pause()]
-        server.start("POST", path, RESUMABLE, **fields)
-        await wait_for_tokens(server, 2)
+        whole = await one_ended_and_one_under_way(server, said, path, fields)
         server = await server.restarted(said, served_name="renamed")
         assert (await server.ask("POST", path, **fields)).status == 404, "a new request under the old name"
         for name in ("mine", "ended"):
@@ -277,10 +285,7 @@ def test_what_was_accepted_and_has_no_room_any_more_fails_and_says_so(
     async def main() -> None:
         said: list[Step] = [*tokenizer.encode(TEXT), EOS]
         server = Server(tokenizer, tmp_path / "j", said)
-        whole = (await server.ask("POST", path, RESUMABLE | {"X-Request-Id": "ended"}, **fields)).json()
-        server.engine.script = [*said[:2], Pause()]
-        server.start("POST", path, RESUMABLE, **fields)
-        await wait_for_tokens(server, 2)
+        whole = await one_ended_and_one_under_way(server, said, path, fields)
         server = await server.restarted(said, context_tokens=50)
         for _ in range(2):  # it stays so after a restart with room for it
             state = (await server.state()).json()
