@@ -50,8 +50,10 @@ class Settings(BaseSettings):
     tp_reduce: Literal["ordered", "fast"] = Field(
         default="ordered", description="fast: ranks add partial sums, and bits depend on TP"
     )
-    tp_collectives: Literal["board", "gloo"] = Field(
-        default="board", description="how ranks exchange parts: shared memory, or torch.distributed"
+    tp_collectives: Literal["auto", "board", "gloo", "nccl"] = Field(
+        default="auto",
+        description="how ranks exchange parts: shared memory, or torch.distributed; auto: nccl where each rank has a "
+        "GPU of its own, else board",
     )
 
     # ---- the scheduler's budgets
@@ -114,9 +116,6 @@ def read_settings() -> Settings:
         raise ConfigurationError(f"wrong settings: {problems}") from None
     if settings.expert_loss == "degrade" and settings.combine != "exact":
         raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
-    if settings.tp > 1 and settings.device.startswith("cuda"):
-        raise ConfigurationError(
-            f"DEVICE={settings.device} needs TP=1, not {settings.tp}: ranks of a stage share memory of the host; "
-            "a larger PP divides the layers among more GPUs"
-        )
+    if settings.tp_collectives == "nccl" and settings.device == "cpu":
+        raise ConfigurationError("TP_COLLECTIVES=nccl needs DEVICE=cuda: NCCL joins GPUs; on processors board or gloo")
     return settings

@@ -11,12 +11,17 @@ def numeric_class(device: str, kernels_variant: str) -> str:
 
 
 def cuda_numeric_class(
-    name: str, capability: tuple[int, int], num_processors: int, torch_version: str, cuda_version: str | None
+    variant: str,
+    name: str,
+    capability: tuple[int, int],
+    num_processors: int,
+    torch_version: str,
+    cuda_version: str | None,
 ) -> str:
-    """A GPU's model, compute capability and number of processors (a library chooses its algorithm by them, and a part
-    of a GPU has fewer), torch and CUDA. Which GPU of a host it is changes no bits."""
+    """What computes, a GPU's model, compute capability and number of processors (a library chooses its algorithm by
+    them, and a part of a GPU has fewer), torch and CUDA. Which GPU of a host it is changes no bits."""
     hardware = f"{name}/sm{capability[0]}{capability[1]}x{num_processors}"
-    return _word("cuda", "torch", hardware, torch_version, f"cuda{cuda_version}")
+    return _word("cuda", variant, hardware, torch_version, f"cuda{cuda_version}")
 
 
 def _word(*parts: str) -> str:

@@ -34,7 +34,7 @@ class CudaDevice(StagedDevice):
     """One GPU, or what the driver shows as one."""
 
     def __init__(self, place: torch.device, num_processes: int) -> None:
-        """`place` with its index. `num_processes` of this mesh share the GPU. Raises RuntimeError."""
+        """`place` with its index. `num_processes` of this mesh, ranks too, share the GPU. Raises RuntimeError."""
         torch.cuda.set_device(place)
         super().__init__(place, CudaMarker, is_pinned=True)
         self._num_processes = num_processes
@@ -44,26 +44,32 @@ class CudaDevice(StagedDevice):
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.place)
         return offered_device_bytes(free_bytes, total_bytes, self._num_processes)
 
-    def numeric_class(self, kernels_variant: str) -> str:
-        """The GPU's model, torch and CUDA; native kernels are the processor's."""
+    def numeric_class(self, variant: str) -> str:
+        """The GPU's model, torch and CUDA."""
         found = torch.cuda.get_device_properties(self.place)
         return cuda_numeric_class(
-            found.name, (found.major, found.minor), found.multi_processor_count, torch.__version__, torch.version.cuda
+            variant,
+            found.name,
+            (found.major, found.minor),
+            found.multi_processor_count,
+            torch.__version__,
+            torch.version.cuda,
         )
 
 
 def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> Device:
     """The device that DEVICE names, ready for work. Raises ConfigurationError with what torch says against it.
 
-    `auto` is cuda where there is a GPU, but for stages with ranks: they share the host's memory.
+    `auto` is cuda where there is a GPU. `num_processes` share it, each with so many ranks that go round the GPUs.
     """
     if setting == "auto":
-        setting = "cuda" if num_ranks == 1 and torch.cuda.is_available() else "cpu"
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
     if setting == "cpu":
         return HostDevice(num_processes)
     try:
         place = torch.device(setting)
         torch.zeros(1, device=place)  # what is wrong with driver, build or index shows here
+        num_processes *= -(-num_ranks // count_gpus())
         device = CudaDevice(torch.device("cuda", place.index or 0), num_processes)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an assertion
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -72,6 +78,19 @@ def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> 
         ) from None
     demand_exact_arithmetic()
     return device
+
+
+def count_gpus() -> int:
+    """That torch sees on this host, or is shown."""
+    return torch.cuda.device_count()
+
+
+def places_of_ranks(first: torch.device, num_ranks: int, num_gpus: int) -> list[str]:
+    """Where each rank of a stage computes: on the first one's GPU and those after it, and round again; or all on the
+    host. As DEVICE would say it."""
+    if first.type == "cpu":
+        return ["cpu"] * num_ranks
+    return [f"cuda:{((first.index or 0) + rank) % num_gpus}" for rank in range(num_ranks)]
 
 
 def demand_exact_arithmetic() -> None:

@@ -22,8 +22,15 @@ NUM_UPLOADS = 4
 """Buffers that take turns, so that the host fills one while the device reads another."""
 
 
+def _do_nothing(waited_s: float) -> None:
+    """Nobody but the device decides how long it takes."""
+
+
 class Device(Protocol):
     """What nodes need to know of the place where they compute."""
+
+    while_waiting: Callable[[float], None]
+    """Called again and again, with the seconds so far, while the host waits for the device; it may raise."""
 
     @property
     def place(self) -> torch.device:
@@ -45,8 +52,8 @@ class Device(Protocol):
     def offered_bytes(self) -> int:
         """How much memory a node may offer."""
 
-    def numeric_class(self, kernels_variant: str) -> str:
-        """What decides the bits here, as one word."""
+    def numeric_class(self, variant: str) -> str:
+        """What decides the bits here, as one word. `variant`: what computes, kernels or torch."""
 
 
 class HostDevice:
@@ -58,6 +65,7 @@ class HostDevice:
     def __init__(self, num_processes: int = 1) -> None:
         """`num_processes` share the host's memory, where nobody has shared it out."""
         self._num_processes = num_processes
+        self.while_waiting: Callable[[float], None] = _do_nothing
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """They are there."""
@@ -71,9 +79,9 @@ class HostDevice:
         """80% of what is free."""
         return offered_bytes() // self._num_processes
 
-    def numeric_class(self, kernels_variant: str) -> str:
+    def numeric_class(self, variant: str) -> str:
         """Kernels, instruction set, build of torch."""
-        return numeric_class("cpu", kernels_variant)
+        return numeric_class("cpu", variant)
 
 
 HOST = HostDevice()
@@ -91,9 +99,14 @@ class StagedDevice:
         self, place: torch.device, new_marker: Callable[[], Marker] = NoMarker, *, is_pinned: bool = False
     ) -> None:
         self._place = place
-        self._uploads = [StagingBuffer(new_marker(), is_pinned=is_pinned) for _ in range(NUM_UPLOADS)]
+        self.while_waiting: Callable[[float], None] = _do_nothing
+
+        def new_buffer() -> StagingBuffer:
+            return StagingBuffer(new_marker(), is_pinned=is_pinned, look=lambda waited_s: self.while_waiting(waited_s))
+
+        self._uploads = [new_buffer() for _ in range(NUM_UPLOADS)]
         self._num_uploads = 0
-        self._download = StagingBuffer(new_marker(), is_pinned=is_pinned)
+        self._download = new_buffer()
 
     @property
     def place(self) -> torch.device:
@@ -133,6 +146,6 @@ class StagedDevice:
         """Without a device's own measure, the host's."""
         return offered_bytes()
 
-    def numeric_class(self, kernels_variant: str) -> str:
+    def numeric_class(self, variant: str) -> str:
         """The class of the processor that does the device's work."""
-        return numeric_class("cpu", kernels_variant)
+        return numeric_class("cpu", variant)

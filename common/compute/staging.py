@@ -19,6 +19,7 @@ from common.errors import DeviceError
 ALIGNMENT_BYTES = 512
 """As the device's own allocations: which algorithm a library takes may depend on it."""
 MIN_BYTES = 1 << 16
+LOOK_S = 0.02
 HANG_S = 30.0
 """A device that has not finished for so long hangs. Its process ends, and another one takes the work."""
 
@@ -54,12 +55,14 @@ class StagingBuffer:
         is_pinned: bool,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[], None] = lambda: time.sleep(0),
+        look: Callable[[float], None] = lambda waited_s: None,
     ) -> None:
-        """`pause` is called between two looks at the marker."""
+        """`pause` is called between two looks at the marker, and every LOOK_S `look`, which may raise."""
         self._marker = marker
         self._is_pinned = is_pinned
         self._clock = clock
         self._pause = pause
+        self._look = look
         self._memory: Tensor | None = None
 
     @property
@@ -84,9 +87,13 @@ class StagingBuffer:
         """Until that copy is done. Raises DeviceError after HANG_S, and whatever the device reports."""
         if self._marker.is_reached():
             return
-        began_s = self._clock()
+        began_s = looked_s = self._clock()
         while not self._marker.is_reached():
-            if self._clock() - began_s > HANG_S:
+            now_s = self._clock()
+            if now_s - looked_s >= LOOK_S:
+                looked_s = now_s
+                self._look(now_s - began_s)
+            if now_s - began_s > HANG_S:
                 raise DeviceError(f"the GPU hangs: a copy has not ended for {HANG_S:.0f} s, and this process does")
             self._pause()
 

@@ -47,6 +47,7 @@ class MicroBatch:
             positions=self.positions[start:stop],
             row_sequence=self.row_sequence[start:stop],
             slots=self.slots[start:stop],
+            host_positions=None if self.host_positions is None else self.host_positions[start:stop],
         )
 
 

@@ -79,13 +79,13 @@ class Mirror:
         limit = self.memory.num_blocks * KV_BLOCK_TOKENS
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
             raise ProtocolError(f"MirrorRows.positions names a place outside [0, {limit})")
-        keys = self.memory.caches[0].keys
-        shape = (len(self.memory.caches), len(positions), keys.shape[1], keys.shape[2])
+        kv = self.memory.kv.shape
+        shape = (kv.num_layers, len(positions), kv.num_kv_heads, kv.head_dim)
         log_rows = len(positions) if self.memory.has_log else 0
         rows = Rows(
-            frame_to_tensor(message.keys, keys.dtype, shape, "MirrorRows.keys"),
-            frame_to_tensor(message.values, keys.dtype, shape, "MirrorRows.values"),
-            frame_to_tensor(message.hidden, keys.dtype, (log_rows, self.memory.log.shape[1]), "MirrorRows.hidden"),
+            frame_to_tensor(message.keys, kv.dtype, shape, "MirrorRows.keys"),
+            frame_to_tensor(message.values, kv.dtype, shape, "MirrorRows.values"),
+            frame_to_tensor(message.hidden, kv.dtype, (log_rows, self.memory.log.shape[1]), "MirrorRows.hidden"),
         )
         if len(positions):
             self.memory.put_rows(positions, rows)
@@ -96,13 +96,13 @@ class Mirror:
         limit = self.memory.num_blocks
         if block_ids.numel() and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < limit:
             raise ProtocolError(f"MirrorBlocks.blocks names a block outside [0, {limit})")
-        keys = self.memory.caches[0].keys
-        shape = (len(self.memory.caches), len(block_ids), keys[0].numel())
+        kv = self.memory.kv.shape
+        shape = (kv.num_layers, len(block_ids), kv.num_kv_heads * kv.head_dim * KV_BLOCK_TOKENS)
         log_shape = (len(block_ids) if self.memory.has_log else 0, KV_BLOCK_TOKENS * self.memory.log.shape[1])
         blocks = Blocks(
-            frame_to_tensor(message.keys, keys.dtype, shape, "MirrorBlocks.keys"),
-            frame_to_tensor(message.values, keys.dtype, shape, "MirrorBlocks.values"),
-            frame_to_tensor(message.hidden, keys.dtype, log_shape, "MirrorBlocks.hidden"),
+            frame_to_tensor(message.keys, kv.dtype, shape, "MirrorBlocks.keys"),
+            frame_to_tensor(message.values, kv.dtype, shape, "MirrorBlocks.values"),
+            frame_to_tensor(message.hidden, kv.dtype, log_shape, "MirrorBlocks.hidden"),
         )
         if len(block_ids):
             self.memory.put_blocks(block_ids, blocks)

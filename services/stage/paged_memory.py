@@ -16,12 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.compute.device import HOST, Device
-from common.compute.native_library import NativeKernels
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache, write_kv
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.kv_store import KvShape, KvStore, LocalKv
 
-CacheAllocator = Callable[[int, int, int, int, torch.dtype], list[LayerKvCache]]
-"""Layers, blocks, KV heads, head width, dtype -> one zeroed cache a layer."""
 PROBE_BLOCKS = 1
 """After the router's blocks: self-tests write there."""
 
@@ -53,19 +50,20 @@ class Blocks:
 class PagedMemory:
     """Caches and log of one layer range. Positions and blocks are trusted: check them where they come in."""
 
-    def __init__(
-        self, caches: list[LayerKvCache], log: Tensor, kernels: NativeKernels | None, device: Device = HOST
-    ) -> None:
-        """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none. `device`: where the caches are."""
-        self.caches = caches
+    def __init__(self, kv: KvStore, log: Tensor) -> None:
+        """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none."""
+        self.kv = kv
         self.log = log
-        self._kernels = kernels
-        self._device = device
+
+    @property
+    def caches(self) -> list[LayerKvCache]:
+        """What this process's forward pass reads and writes, one a layer."""
+        return self.kv.caches
 
     @property
     def num_blocks(self) -> int:
         """That the router may use."""
-        return self.caches[0].num_blocks - PROBE_BLOCKS
+        return self.kv.shape.num_blocks - PROBE_BLOCKS
 
     @property
     def has_log(self) -> bool:
@@ -74,8 +72,8 @@ class PagedMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
-        return self.log.nbytes + sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
+        """Of K, V and the log."""
+        return self.log.nbytes + self.kv.shape.num_bytes
 
     def log_hidden(self, positions: Tensor, hidden: Tensor) -> None:
         """Remember the hidden states [T, D] that are sent on."""
@@ -88,37 +86,24 @@ class PagedMemory:
 
     def rows(self, positions: Tensor) -> Rows:
         """A copy of what these positions hold."""
-        blocks, offsets = self._device.to_device(positions // KV_BLOCK_TOKENS, positions % KV_BLOCK_TOKENS)
-        keys, values = self._device.to_host(
-            torch.stack([cache.keys[blocks, :, :, offsets] for cache in self.caches]),
-            torch.stack([cache.values[blocks, :, offsets] for cache in self.caches]),
-        )
+        keys, values = self.kv.rows(positions)
         return Rows(keys, values, self.logged(positions) if self.has_log else self.log)
 
     def put_rows(self, positions: Tensor, rows: Rows) -> None:
         """Write what `rows` gave elsewhere."""
-        keys, values, slots = self._device.to_device(rows.keys, rows.values, positions)
-        for layer, cache in enumerate(self.caches):
-            write_kv(keys[layer], values[layer], cache, slots, kernels=self._kernels)
+        self.kv.put_rows(positions, rows.keys, rows.values)
         if self.has_log and rows.hidden.shape[0]:
             self.log_hidden(positions, rows.hidden)
 
     def blocks(self, block_ids: Tensor) -> Blocks:
         """A copy of whole blocks."""
-        (chosen,) = self._device.to_device(block_ids)
-        keys, values = self._device.to_host(
-            torch.stack([cache.keys.flatten(1).index_select(0, chosen) for cache in self.caches]),
-            torch.stack([cache.values.flatten(1).index_select(0, chosen) for cache in self.caches]),
-        )
+        keys, values = self.kv.blocks(block_ids)
         log = self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block()
         return Blocks(keys, values, log)
 
     def put_blocks(self, block_ids: Tensor, blocks: Blocks) -> None:
         """Write what `blocks` gave elsewhere."""
-        keys, values, chosen = self._device.to_device(blocks.keys, blocks.values, block_ids)
-        for layer, cache in enumerate(self.caches):
-            cache.keys.flatten(1).index_copy_(0, chosen, keys[layer])
-            cache.values.flatten(1).index_copy_(0, chosen, values[layer])
+        self.kv.put_blocks(block_ids, blocks.keys, blocks.values)
         if self.has_log and blocks.hidden.shape[0]:
             self._log_by_block().index_copy_(0, block_ids, blocks.hidden)
 
@@ -132,16 +117,12 @@ def allocate_paged_memory(
     kv_shape: tuple[int, int],
     log_width: int,
     dtype: torch.dtype,
-    kernels: NativeKernels | None,
     *,
     with_log: bool,
-    allocate_caches: CacheAllocator = allocate_kv_cache,
-    device: Device = HOST,
+    allocate_kv: Callable[[KvShape], KvStore] = LocalKv.allocate,
 ) -> PagedMemory:
-    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width.
-
-    `device`: where `allocate_caches` puts the caches. Raises ValueError.
-    """
-    caches = allocate_caches(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype)
+    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises ValueError, and
+    what `allocate_kv` raises."""
+    kv = allocate_kv(KvShape(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype))
     num_positions = (num_blocks + PROBE_BLOCKS) * KV_BLOCK_TOKENS if with_log else 0
-    return PagedMemory(caches, torch.zeros((num_positions, log_width), dtype=dtype), kernels, device)
+    return PagedMemory(kv, torch.zeros((num_positions, log_width), dtype=dtype))

@@ -1,6 +1,11 @@
-"""The tensors of a layer range that are cut over ranks, read as one rank has them: no byte of another rank's."""
+"""The tensors of a layer range that are cut over ranks, read as one rank has them: no byte of another rank's.
+
+A rank may have several parts of the layers (services/stage/model/joined_parts.py); each is read by itself.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +19,13 @@ from services.stage.model.attention import Attention, repeat_norm_weights
 from services.stage.model.dense_part import DensePart
 from services.stage.model.embedding import Embedding
 from services.stage.model.gate import Gate
+from services.stage.model.joined_parts import (
+    AttentionPart,
+    DenseColumns,
+    join_attention,
+    join_columns,
+    join_dense,
+)
 from services.stage.ranks.cut import RankCut
 
 WHOLE = RankCut()
@@ -30,9 +42,14 @@ class PartLoader:
         self._kernels = kernels
         self._cut = cut
 
-    def attention(self, layer: int) -> Attention:
+    def attention(self, layer: int) -> AttentionPart:
         """Projections of this rank's heads; output columns, or in `fast` what its heads add to all of them."""
-        config, cut, prefix = self._config, self._cut, f"model.layers.{layer}.self_attn"
+        cuts = self._cut.parts
+        kv_heads = [cut.kv_heads(self._config.num_kv_heads) for cut in cuts]
+        return join_attention([self._attention(layer, cut) for cut in cuts], kv_heads)
+
+    def _attention(self, layer: int, cut: RankCut) -> Attention:
+        config, prefix = self._config, f"model.layers.{layer}.self_attn"
         width = config.head_dim
         heads, kv_heads = cut.even(config.num_heads), cut.kv_heads(config.num_kv_heads)
         projections = (
@@ -58,7 +75,7 @@ class PartLoader:
         return Attention(
             qkv=PackedLinear(torch.cat(qkv), qkv_bias, kernels=self._kernels),
             output=self._second(
-                f"{prefix}.o_proj", config.num_heads * width, _times(heads, width), has_bias=config.attention_bias
+                f"{prefix}.o_proj", cut, config.num_heads * width, _times(heads, width), has_bias=config.attention_bias
             ),
             query_key_norm=self._query_key_norm(prefix, num_heads, num_kv_heads),
             num_heads=num_heads,
@@ -69,23 +86,30 @@ class PartLoader:
             kernels=self._kernels,
         )
 
-    def dense(self, layer: int) -> GatedExpert | DensePart:
+    def dense(self, layer: int) -> GatedExpert | DenseColumns:
         """A feed-forward network without experts: whole, or this rank's columns of its linears."""
-        config, prefix = self._config, f"model.layers.{layer}.mlp"
-        inner = (config.dense_intermediate_size, config.hidden_size)
-        own = self._cut.even(config.dense_intermediate_size)
-        gate, up = (
-            self._weights.tensor(f"{prefix}.{name}.weight", inner, rows=own) for name in ("gate_proj", "up_proj")
-        )
         if self._cut.is_whole:
-            down = self._weights.tensor(f"{prefix}.down_proj.weight", inner[::-1])
+            gate, up = self._gate_and_up(layer, self._cut)
+            shape = (self._config.hidden_size, self._config.dense_intermediate_size)
+            down = self._weights.tensor(f"model.layers.{layer}.mlp.down_proj.weight", shape)
             return GatedExpert(gate, up, down, kernels=self._kernels)
+        return join_dense([self._dense(layer, cut) for cut in self._cut.parts])
+
+    def _dense(self, layer: int, cut: RankCut) -> DensePart:
+        gate, up = self._gate_and_up(layer, cut)
+        width = self._config.dense_intermediate_size
         return DensePart(
             PackedLinear(gate, kernels=self._kernels),
             PackedLinear(up, kernels=self._kernels),
-            self._second(f"{prefix}.down_proj", config.dense_intermediate_size, own, has_bias=False),
+            self._second(f"model.layers.{layer}.mlp.down_proj", cut, width, cut.even(width), has_bias=False),
             self._kernels,
         )
+
+    def _gate_and_up(self, layer: int, cut: RankCut) -> list[Tensor]:
+        shape = (self._config.dense_intermediate_size, self._config.hidden_size)
+        own = cut.even(shape[0])
+        names = (f"model.layers.{layer}.mlp.{name}.weight" for name in ("gate_proj", "up_proj"))
+        return [self._weights.tensor(name, shape, rows=own) for name in names]
 
     def gate(self, layer: int) -> Gate:
         """Which experts a token goes to: computed by the first rank alone."""
@@ -108,11 +132,15 @@ class PartLoader:
         own = self._cut.even(config.hidden_size)
         return Embedding(self._weights.tensor("model.embed_tokens.weight", shape, columns=own))
 
-    def lm_head(self) -> PackedLinear:
+    def lm_head(self) -> Callable[[Tensor], Tensor]:
         """This rank's tokens of the vocabulary. All parts have one size, so the last ones may end in rows of 0."""
+        parts: list[Callable[[Tensor], Tensor]] = [self._lm_head(cut) for cut in self._cut.parts]
+        return join_columns(parts, self._config.vocab_size if self._cut.degree == 1 else None)
+
+    def _lm_head(self, cut: RankCut) -> PackedLinear:
         config = self._config
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        own = self._cut.padded(config.vocab_size)
+        own = cut.padded(config.vocab_size)
         rows = slice(min(own.start, config.vocab_size), min(own.stop, config.vocab_size))
         weight = self._weights.tensor(name, (config.vocab_size, config.hidden_size), rows=rows)
         lacking = own.stop - own.start - weight.shape[0]
@@ -120,9 +148,9 @@ class PartLoader:
             weight = torch.cat((weight, weight.new_zeros((lacking, config.hidden_size))))
         return PackedLinear(weight, kernels=self._kernels)
 
-    def _second(self, name: str, width: int, own: slice, *, has_bias: bool) -> PackedLinear:
+    def _second(self, name: str, cut: RankCut, width: int, own: slice, *, has_bias: bool) -> PackedLinear:
         """The linear that ends a half of a layer, [D, width]: output columns, or in `fast` its input's `own` part."""
-        config, cut = self._config, self._cut
+        config = self._config
         columns = own if cut.adds_partial_sums else slice(None)
         rows = slice(None) if cut.adds_partial_sums else cut.even(config.hidden_size)
         weight = self._weights.tensor(f"{name}.weight", (config.hidden_size, width), rows=rows, columns=columns)

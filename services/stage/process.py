@@ -7,10 +7,11 @@ import sys
 import structlog
 import torch
 
-from common.compute.cuda import open_device
+from common.compute.cuda import count_gpus, open_device, places_of_ranks
 from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
+from common.errors import ConfigurationError
 from common.fork_server import ForkServer
 from common.node_process import describe_node, open_transport, run_lives
 from common.node_resources import NodeResources
@@ -20,6 +21,7 @@ from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.mirror_link import MirrorLink
 from services.stage.ranks.group import GroupSettings, RankGroup
+from services.stage.ranks.open_collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
 from services.stage.slot import LoadedLayers
@@ -46,13 +48,18 @@ class StageProcess:
     def __init__(self, settings: Settings, forks: ForkServer | None, log: structlog.stdlib.BoundLogger) -> None:
         """`forks`: of ranks, where there are others than this process."""
         self._device = open_device(settings.device, num_ranks=settings.tp, num_processes=settings.device_processes)
-        self._resources = NodeResources(settings, log, self._device.offered_bytes)
+        # What its router is told is what the stage has, not what one of its ranks has.
+        num_memories = 1 if self._device.is_host else settings.tp
+        self._resources = NodeResources(settings, log, lambda: self._device.offered_bytes() * num_memories)
         torch.set_num_threads(settings.threads)
         self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
+        collectives = self._choose_collectives(settings)
         variant = self._kernels.variant if self._kernels is not None else "torch"
         if settings.tp > 1 and settings.tp_reduce == "fast":
             # Partial sums have other bits, and each kind of collectives has its own order and rounding of them.
-            variant += f"+fast{settings.tp}{settings.tp_collectives}"
+            variant += f"+fast{settings.tp}{collectives}"
+        elif settings.tp > 1 and not self._device.is_host:
+            variant += f"+parts{settings.tp}"  # a device's bits depend on the shapes of products
         self._numeric_class = self._device.numeric_class(variant)
         self._loaded: LoadedLayers | None = None
         config = self._resources.config
@@ -60,14 +67,30 @@ class StageProcess:
         self.ranks: RankGroup | None = None
         if forks is not None:
             self.ranks = open_group(
-                GroupSettings(settings.tp, settings.tp_reduce, settings.tp_collectives),
+                GroupSettings(settings.tp, settings.tp_reduce, collectives),
                 config,
                 self._resources.checkpoint,
                 self._num_positions,
-                self._kernels,
+                settings.threads,
                 forks,
                 log,
+                self._device,
+                places_of_ranks(self._device.place, settings.tp, self._num_gpus),
             )
+
+    @property
+    def _num_gpus(self) -> int:
+        return 0 if self._device.is_host else count_gpus()
+
+    def _choose_collectives(self, settings: Settings) -> CollectivesKind:
+        """Raises ConfigurationError for NCCL where it cannot be."""
+        have_own_gpus = self._num_gpus >= settings.tp
+        if settings.tp_collectives == "nccl" and settings.tp > 1 and not have_own_gpus:
+            raise ConfigurationError(
+                f"TP_COLLECTIVES=nccl needs a GPU for each of TP={settings.tp} ranks, torch sees {self._num_gpus} "
+                f"from DEVICE={settings.device}; TP_COLLECTIVES=board lets ranks share one"
+            )
+        return choose_collectives(settings.tp_collectives, is_on_host=self._device.is_host, have_own_gpus=have_own_gpus)
 
     def live(self) -> None:
         """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""

@@ -24,8 +24,9 @@ from common.model_config import ModelConfig
 from common.topology import LayerRange, StageRole
 from common.transport import Transport
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
+from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.executor import Executor
+from services.stage.kv_store import KvShape, KvStore, LocalKv
 from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables
 from services.stage.mirror import Mirror
@@ -33,6 +34,7 @@ from services.stage.model.device_model import put_on_device
 from services.stage.paged_memory import allocate_paged_memory
 from services.stage.part_loading import WHOLE
 from services.stage.ranks.group import RankGroup, RankLoad
+from services.stage.ranks.memory_needs import Free, against_growth
 from services.stage.slot import (
     GrowingLoad,
     HeldMemory,
@@ -104,7 +106,7 @@ class SlotKeeper:
     @property
     def reduces(self) -> tuple[float, int]:
         """Seconds that this rank has spent in putting parts together, and how often it did."""
-        return (0.0, 0) if self._ranks is None else (self._ranks.reduce_seconds, self._ranks.num_reduces)
+        return (0.0, 0) if self._ranks is None else self._ranks.conductor.reduces
 
     def assign(self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
         """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
@@ -190,9 +192,13 @@ class SlotKeeper:
     def _begin_growing(self, ranks: RankGroup, slot: Slot) -> None:
         loaded = self.loaded
         assert loaded is not None, "a slot has layers"
-        if (free := self._free_bytes()) < (needed := loaded.num_bytes * ranks.degree):
-            # What is used now stays until the new parts are there.
-            ranks.postpone_growth(f"the parts of more ranks take {needed} bytes beside these, {free} are free")
+        # What is used now stays until the new parts are there.
+        free = Free(self._free_bytes(), None if self._device.is_host else self._device.offered_bytes())
+        kv = slot.held.memory.kv.shape
+        kv_bytes = kv.num_bytes // kv.num_blocks * len(self._used_blocks(slot))
+        refusal = against_growth(loaded.num_bytes, ranks.degree, ranks.next_degree(), kv_bytes, free)
+        if refusal:
+            ranks.postpone_growth(refusal)
             return
         ranks.attach_present()
         ranks_load = ranks.begin_load(slot.role, loaded.dtype, replaces=False)
@@ -207,14 +213,24 @@ class SlotKeeper:
 
     def _change_over(self, slot: Slot, loaded: LoadedLayers) -> None:
         """Raises RankLostError: once the ranks are told there is no way back but a new incarnation."""
+        assert self._ranks is not None, "it is they who have grown"
+        assert loaded.ranks_load is not None, "it was loaded for ranks"
         self.loaded, self._growing = loaded, None
-        self._use_ranks(loaded)
-        slot.model = loaded.model
-        slot.executor = Executor(slot.model, slot.held.memory)
+        used_blocks = torch.tensor(self._used_blocks(slot), dtype=torch.int64)
         try:
+            with torch.inference_mode():
+                self._ranks.change_over(loaded.ranks_load, loaded.num_bytes, used_blocks)
+            slot.model = loaded.model
+            slot.executor = Executor(slot.model, slot.held.memory)
             slot.executor.self_test()
-        except ValueError as error:
-            raise RankLostError(f"the ranks do not compute right: {error}") from None
+        except LIFE_ENDING_ERRORS:
+            raise
+        except LOADING_ERRORS as error:
+            raise RankLostError(f"the ranks do not go on as more: {error}") from None
+
+    @staticmethod
+    def _used_blocks(slot: Slot) -> list[int]:
+        return sorted(set(slot.held.tables.used_blocks()))
 
     def _give_up_growing(self, ranks: RankGroup, error: Exception) -> None:
         self._growing = None
@@ -225,7 +241,7 @@ class SlotKeeper:
 
     def _use_ranks(self, loaded: LoadedLayers) -> None:
         if self._ranks is not None and loaded.ranks_load is not None:
-            self._ranks.use(loaded.ranks_load)
+            self._ranks.use(loaded.ranks_load, loaded.num_bytes)
 
     def leave(self) -> None:
         """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
@@ -272,9 +288,9 @@ class SlotKeeper:
         cut = WHOLE if ranks_load is None else ranks_load.cut
         model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
         weights.close()
+        model = put_on_device(model, self._device)
         if self._ranks is not None and ranks_load is not None:
             model = self._ranks.put_on(model, ranks_load)
-        model = put_on_device(model, self._device)
         return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
 
     def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
@@ -305,18 +321,14 @@ class SlotKeeper:
             (self._config.num_kv_heads, self._config.head_dim),
             self._config.hidden_size,
             loaded.dtype,
-            self._kernels,
             with_log=message.slot < message.num_slots - 1,
-            allocate_caches=self._allocate_caches if self._ranks is None else self._ranks.allocate_caches,
-            device=self._device,
+            allocate_kv=self._allocate_kv if self._ranks is None else self._ranks.allocate_kv,
         )
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
         return self._held
 
-    def _allocate_caches(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> list[LayerKvCache]:
-        return allocate_kv_cache(num_layers, num_blocks, num_kv_heads, head_dim, dtype, self._device.place)
+    def _allocate_kv(self, shape: KvShape) -> KvStore:
+        return LocalKv.allocate(shape, self._kernels, self._device)
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.

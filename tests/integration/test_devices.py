@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
+from tests.integration.test_ranks import degrees, ranks_of
 from tests.integration.test_stage_faults import READY_AGAIN_WITHIN_S, holder_of
 from tests.support.fault_runs import metric
 from tests.support.mesh_client import Answer, Ask
@@ -50,6 +52,38 @@ def test_a_mesh_on_gpus_answers_as_on_processors_and_its_mirrors_go_on_with_the_
         wait_until(lambda: metric(mesh, "moemesh_mirrors_complete") == 1, READY_AGAIN_WITHIN_S, "the mirror")
         os.kill(dict(mesh.local.processes())[holder_of(mesh, 0)], signal.SIGKILL)
         assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("collectives", ["auto", "gloo"])
+def test_ranks_of_a_gpu_lose_one_and_grow_again_with_the_same_bits(model: Path, collectives: str) -> None:
+    """With a mirror that takes over, and then without one: a group that is smaller, and one that has grown."""
+    settings = {"PP": "2", "TP": "2", "SPARES": "1", "DEVICE": "cuda", "TP_COLLECTIVES": collectives}
+    with served_mesh(model, settings, modules=MODULES) as mesh:
+        assert '"numeric_class": "cuda/torch+parts2/simulated' in mesh.local.logs("router-0").read_text()
+        alone = [mesh.client.ask(ask) for ask in ASKS]
+        for _ in range(2):
+            wait_until(lambda: metric(mesh, "moemesh_mirrors_complete") == 1, READY_AGAIN_WITHIN_S, "the mirror")
+            name = holder_of(mesh, 0)
+            wait_until(lambda: len(ranks_of(mesh, name)) == 1, 30, "the process of the rank")  # noqa: B023
+            os.kill(ranks_of(mesh, name)[0], signal.SIGKILL)
+            assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
+        wait_until(lambda: degrees(mesh, name)[-2:] == [1, 2], 60, "a stage that has grown again")
+        assert all(same(*pair) for pair in zip(mesh.client.ask_all(ASKS), alone, strict=True))
+
+
+@pytest.mark.slow
+def test_k_and_v_of_a_request_under_way_change_hands_when_its_stage_grows(model: Path) -> None:
+    settings = {"PP": "1", "TP": "2", "DEVICE": "cuda"}
+    ask = Ask("A mesh serves one model.", 400, temperature=0.8, seed=3, num_top_logprobs=1, ignore_eos=True)
+    with served_mesh(model, settings, modules=MODULES) as mesh:
+        expected = mesh.client.ask(ask)
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(mesh.client.ask, ask)
+            os.kill(ranks_of(mesh, "stage-0")[0], signal.SIGKILL)
+            wait_until(lambda: degrees(mesh, "stage-0")[-2:] == [1, 2], 60, "a stage that has grown again")
+            assert not under_way.done(), "it is to go on at the full degree"
+            assert same(under_way.result(), expected)
 
 
 def test_a_gpu_among_processors_of_its_kind_is_refused(model: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from typing import Any
 import structlog
 import torch
 
+from common.compute.device import HOST, Device
 from common.errors import RankLostError
 from common.model_config import ModelConfig, read_model_config
 from common.topology import StageRole
 from common.weights import CheckpointWeights
 from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.kv_store import KvShape, KvStore
 from services.stage.loading import load_stage
 from services.stage.micro_batch import MicroBatch
 from services.stage.model.decoder import StageModel
+from services.stage.model.device_model import put_on_device
 from services.stage.ranks.board import RankBoard
 from services.stage.ranks.commands import cut_of
 from services.stage.ranks.follower import Follower
@@ -60,12 +63,24 @@ class ThreadStaff:
 class ThreadRanks:
     """A group and its followers."""
 
-    def __init__(self, checkpoint: Path, settings: GroupSettings, slab_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        settings: GroupSettings,
+        slab_bytes: int = 1 << 20,
+        new_device: Callable[[], Device] = lambda: HOST,
+        within: Callable[[], Any] = nullcontext,
+    ) -> None:
+        """`new_device`: of each rank, which runs `within`."""
         self.checkpoint = checkpoint
         self.config: ModelConfig = read_model_config(checkpoint)
         kernels = kernels_for("native")
         assert kernels is not None
-        self.kernels = kernels
+        self._board_kernels = kernels
+        self._new_device, self._within = new_device, within
+        self.device = new_device()
+        self.kernels = kernels if self.device.is_host else None
+        """To compute with."""
         self.log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         self.memory = SharedMemory.create(RankBoard.num_bytes(slab_bytes), "test-ranks")
         self.slab_bytes = slab_bytes
@@ -73,21 +88,36 @@ class ThreadRanks:
         self._stopping: dict[int, threading.Event] = {}
         self._process_ids = count(1000)
         self.threads: dict[int, threading.Thread] = {}
+        self.followers: dict[int, Follower] = {}
         self.errors: list[BaseException] = []
         staff: Any = self.staff
-        self.group = RankGroup(settings, self.config, self.board(), staff, self.log)
+        self.settings = settings
+        self.group = RankGroup(
+            settings, self.config, self.board(), staff, self.log, kernels=self.kernels, device=self.device
+        )
         for seat in range(1, settings.degree):
             self.start(seat)
 
     def board(self) -> RankBoard:
         """Another view of the same memory, as a process of its own has it."""
         memory = SharedMemory.open(os.getpid(), self.memory.descriptor, self.memory.num_bytes)
-        return RankBoard(memory, self.slab_bytes, self.kernels)
+        return RankBoard(memory, self.slab_bytes, self._board_kernels)
 
     def start(self, seat: int) -> None:
         """Let a seat's rank begin."""
         board = self.board()
-        follower = Follower(board, seat, self.config, self.checkpoint, NUM_POSITIONS, self.kernels, self.log)
+        follower = Follower(
+            board,
+            seat,
+            self.config,
+            self.checkpoint,
+            NUM_POSITIONS,
+            self.kernels,
+            self.log,
+            self._new_device(),
+            self.settings.collectives,
+        )
+        self.followers[seat] = follower
         stopping = self._stopping[seat] = threading.Event()
         self.staff.starts[seat] = next(self._process_ids)
         follower.join(self.staff.starts[seat])
@@ -95,7 +125,8 @@ class ThreadRanks:
 
         def run() -> None:
             try:
-                follower.run(stopping.is_set)
+                with self._within():
+                    follower.run(stopping.is_set)
             except BaseException as error:
                 self.errors.append(error)
                 self.staff.gone.add(seat)
@@ -112,12 +143,19 @@ class ThreadRanks:
     def model(self, role: StageRole, dtype: torch.dtype) -> StageModel:
         """Load and use a role's layers at the degree that is to be had now."""
         load = self.group.begin_load(role, dtype, replaces=True)
-        weights = CheckpointWeights(self.checkpoint, dtype)
+        weights = CheckpointWeights(self.checkpoint, dtype, self.device.place)
         own = load_stage(weights, self.config, role, NUM_POSITIONS, self.kernels, cut_of(load.order, 0))
         while not self.group.is_loaded(load):
             pass
         self.group.use(load)
-        return self.group.put_on(own, load)
+        return self.group.put_on(put_on_device(own, self.device), load)
+
+    def allocate(self, dtype: torch.dtype, num_blocks: int = 3) -> KvStore:
+        """K and V of all layers."""
+        config = self.config
+        return self.group.allocate_kv(
+            KvShape(config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, dtype)
+        )
 
     def end(self) -> None:
         for seat in self._stopping:
@@ -127,9 +165,16 @@ class ThreadRanks:
 
 
 @contextmanager
-def rank_threads(checkpoint: Path, degree: int, slab_bytes: int = 1 << 20, **settings: Any) -> Iterator[ThreadRanks]:
+def rank_threads(
+    checkpoint: Path,
+    degree: int,
+    slab_bytes: int = 1 << 20,
+    new_device: Callable[[], Device] = lambda: HOST,
+    within: Callable[[], Any] = nullcontext,
+    **settings: Any,
+) -> Iterator[ThreadRanks]:
     """Formed, and ended afterwards; what went wrong on a rank fails the test."""
-    ranks = ThreadRanks(checkpoint, GroupSettings(degree, **settings), slab_bytes)
+    ranks = ThreadRanks(checkpoint, GroupSettings(degree, **settings), slab_bytes, new_device, within)
     ranks.group.reform()
     try:
         yield ranks

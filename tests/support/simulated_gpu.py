@@ -98,6 +98,16 @@ def simulated_gpu() -> Iterator[SimulatedDevice]:
         yield SimulatedDevice()
 
 
+def within_simulation(function: Callable[..., None]) -> Callable[..., None]:
+    """The same where the GPU is: for what another thread runs, a node's loader above all."""
+
+    def inside(*args: Any) -> None:
+        with _Factories():
+            function(*args)
+
+    return inside
+
+
 def num_waits() -> int:
     """How often the host has waited for a marker since the simulation began."""
     return LATE.num_waits

@@ -11,7 +11,7 @@ import torch
 from common.loader_thread import LoaderThread
 from common.node_process import end_process
 from common.numeric_class import cuda_numeric_class
-from tests.support.simulated_gpu import SimulatedDevice, simulated_gpu
+from tests.support.simulated_gpu import SimulatedDevice, simulated_gpu, within_simulation
 
 MODULES = {service: f"tests.support.simulated_gpu_node {service}" for service in ("stage", "expert")}
 """For `LocalMesh.modules`."""
@@ -20,9 +20,9 @@ MODULES = {service: f"tests.support.simulated_gpu_node {service}" for service in
 class NodeDevice(SimulatedDevice):
     """With a class of its own: its arithmetic is the processor's, its order of sums is a GPU's."""
 
-    def numeric_class(self, kernels_variant: str) -> str:
+    def numeric_class(self, variant: str) -> str:
         """As a GPU's."""
-        return cuda_numeric_class("simulated", (0, 0), 0, torch.__version__, None)
+        return cuda_numeric_class(variant, "simulated", (0, 0), 0, torch.__version__, None)
 
 
 def main(service: str) -> int:
@@ -31,14 +31,11 @@ def main(service: str) -> int:
     entry = importlib.import_module(f"services.{service}.__main__")
     if not os.environ.get("DEVICE", "").startswith("cuda"):
         return int(entry.main())
-    vars(process)["open_device"] = lambda setting, **sharing: NodeDevice()
-    run = LoaderThread._run
-
-    def run_where_the_gpu_is(loader: LoaderThread) -> None:
-        with simulated_gpu():
-            run(loader)
-
-    LoaderThread._run = run_where_the_gpu_is  # type: ignore[method-assign, assignment]
+    for module in (process, importlib.import_module("services.stage.ranks.processes")):
+        vars(module)["open_device"] = lambda setting, **sharing: NodeDevice()
+    if service == "stage":
+        vars(process)["count_gpus"] = lambda: 1
+    LoaderThread._run = within_simulation(LoaderThread._run)  # type: ignore[method-assign]
     with simulated_gpu():
         status: int = entry.main()
     return status

@@ -5,6 +5,7 @@
     taken[s] arrived[s] loaded[s]  seat s: commands read, phases reached, newest load that is done
     present[s]                     seat s: process id once it has mapped the board; 0 before
     failed[s]                      seat s: number of a load that failed; its sentence is in the text area
+    refused[s]                     seat s: number of an allocation that it has no room for; likewise
     settled[s]                     seat s: the newest epoch that it has seen
     command                        int64 [COMMAND_VALUES]
     input, middle, output          one slab each for tensors
@@ -34,7 +35,8 @@ SPIN_NS = 20_000
 """A part that is computed beside ours is mostly done by then; longer, and a shared core is taken from who computes."""
 _ROWS = {"epoch": 0, "turn": 1, "taken": 2, "arrived": 2 + MAX_DEGREE, "loaded": 2 + 2 * MAX_DEGREE}
 _ROWS |= {"present": 2 + 3 * MAX_DEGREE, "failed": 2 + 4 * MAX_DEGREE, "settled": 2 + 5 * MAX_DEGREE}
-_NUM_WORDS = 2 + 6 * MAX_DEGREE
+_ROWS |= {"refused": 2 + 6 * MAX_DEGREE}
+_NUM_WORDS = 2 + 7 * MAX_DEGREE
 
 
 class EpochOver(Exception):

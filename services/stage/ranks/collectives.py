@@ -22,10 +22,17 @@ MAX_PHASES = 8
 class Collectives(Protocol):
     """What parallel layers need. Results are valid until the next command."""
 
-    degree: int
-    seconds: float
-    """That this rank has spent in them."""
-    count: int
+    @property
+    def degree(self) -> int:
+        """Ranks that take part."""
+
+    @property
+    def seconds(self) -> float:
+        """That this rank has spent in them; where a device does them in its own time, in asking for them."""
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
 
     def lay_out(self, x: Tensor) -> None:
         """Rank 0, before the command: make x ready for `broadcast`."""
@@ -43,7 +50,7 @@ class Collectives(Protocol):
         """[T, C] of each rank -> their sum [T, C] on rank 0, None elsewhere."""
 
     def close(self) -> None:
-        """No more of them."""
+        """No more of them. What is under way ends, wherever the others are."""
 
 
 class Meeting:

@@ -37,11 +37,25 @@ class Op(IntEnum):
     USE = 7
     """number of the load, port of the rendezvous store (0: none is needed). From now on these weights, these ranks."""
     MEMORY = 8
-    """process, descriptor, bytes, layers, blocks, dtype. Where K and V are."""
+    """process, descriptor, bytes, layers, blocks, dtype. Where K and V are; of ranks with K and V of their own, the
+    window through which they go in and out."""
     FORGET_MEMORY = 9
-    """Unmap it."""
+    """Unmap it, and give up K and V of one's own."""
     FORGET_LOADS = 10
     """What was loaded and is not in use is given up."""
+    ALLOCATE = 11
+    """number. Zeroed K and V of one's own, for the heads of the part in use."""
+    MOVE_KV = 12
+    """which way (a KvMove), positions or blocks. Between one's own K and V and the window."""
+
+
+class KvMove(IntEnum):
+    """What goes through the window, and in which direction."""
+
+    ROWS_OUT = 0
+    ROWS_IN = 1
+    BLOCKS_OUT = 2
+    BLOCKS_IN = 3
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -70,6 +84,8 @@ class LoadOrder:
     dtype: int
     """By `code_of`."""
     adds_partial_sums: int
+    num_parts: int
+    """See RankCut."""
     replaces: int
     """1: what is in use makes room first."""
 
@@ -91,7 +107,7 @@ def decode_load(command: Int64Array, seat: int) -> tuple[LoadOrder, int, tuple[i
 
 def cut_of(order: LoadOrder, rank: int) -> RankCut:
     """What a rank is to load."""
-    return RankCut(rank, order.degree, "fast" if order.adds_partial_sums else "ordered")
+    return RankCut(rank, order.degree, "fast" if order.adds_partial_sums else "ordered", order.num_parts)
 
 
 def write_command(command: Int64Array, values: Sequence[int]) -> None:

@@ -39,13 +39,15 @@ class Conductor:
         self._turn = board.get("turn")
         self.attached: dict[int, int] = {}
         """Process by seat of those that read commands. Another process in the seat knows nothing of what was said."""
-        self._seats: tuple[int, ...] = (0,)
+        self.seats: tuple[int, ...] = (0,)
+        """Of the ranks that work, in order."""
         self._is_broken = False
         self._num_batches = 0
         self._batches: dict[int, None] = {}
         self._dtype = torch.float32
         self._meeting = Meeting(board, (0,), 0, self._wait)
         self.cut = RankCut()
+        self._closed_seconds, self._closed_count = 0.0, 0
         self.collectives: Collectives = BoardCollectives(board, 0, 1, self._meeting)
 
     @property
@@ -65,12 +67,22 @@ class Conductor:
         collectives: Callable[[Meeting], Collectives],
     ) -> None:
         """From now on seat `seats[r]` is rank r."""
-        self.collectives.close()
-        self.collectives = BoardCollectives(self._board, 0, 1, self._meeting)  # should the new ones not come about
+        self._close_collectives()  # should the new ones not come about
         self.cut = cut
-        self._dtype, self._seats = dtype, seats
+        self._dtype, self.seats = dtype, seats
         self._meeting = Meeting(self._board, seats, 0, self._wait)
         self.collectives = collectives(self._meeting)
+
+    def _close_collectives(self) -> None:
+        closed, self.collectives = self.collectives, BoardCollectives(self._board, 0, 1, self._meeting)
+        self._closed_seconds += closed.seconds
+        self._closed_count += closed.count
+        closed.close()
+
+    @property
+    def reduces(self) -> tuple[float, int]:
+        """Seconds that rank 0 has spent in collectives, over all changes of the group, and how many there were."""
+        return self._closed_seconds + self.collectives.seconds, self._closed_count + self.collectives.count
 
     def begin_epoch(self) -> int:
         """Everything that is under way on other ranks ends."""
@@ -78,7 +90,8 @@ class Conductor:
         self._board.set("epoch", 0, self.epoch)
         self._batches.clear()
         self._is_broken = False
-        self._seats = (0,)
+        self.seats = (0,)
+        self._close_collectives()  # what of theirs is under way never ends, and may be in a device's way
         return self.epoch
 
     def tell(self, values: Sequence[int]) -> None:
@@ -90,7 +103,7 @@ class Conductor:
             try:
                 self._wait("taken", seat, self._turn)
             except RankLostError:
-                if seat in self._seats:
+                if seat in self.seats:
                     raise
                 del self.attached[seat]
         write_command(self._board.command, values)
@@ -109,6 +122,16 @@ class Conductor:
         yield self.collectives
         self._is_broken = False
 
+    def together(self, values: Sequence[int], own: Callable[[], None]) -> None:
+        """A command of which each rank does its part, `own` being rank 0's. Raises RankLostError."""
+        self._refuse_if_broken()
+        self._is_broken = True
+        self.tell(values)
+        own()
+        self._meeting.arrive()
+        self._meeting.wait_for_all()
+        self._is_broken = False
+
     def in_pieces(self, x: Tensor, columns: int, widest: int, compute: Callable[[int, int], Tensor]) -> Tensor:
         """`compute(start, stop)` for all rows of x, as many at a time as the board holds -> [T, columns].
 
@@ -120,7 +143,7 @@ class Conductor:
         spans = pieces(num_rows, widest, self._board.slab_bytes, dtype)
         if len(spans) == 1:
             return compute(0, num_rows)
-        whole = torch.empty((num_rows, columns), dtype=self._dtype)
+        whole = torch.empty((num_rows, columns), dtype=self._dtype, device=x.device)
         for start, stop in spans:
             whole[start:stop] = compute(start, stop)
         return whole

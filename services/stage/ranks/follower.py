@@ -14,22 +14,22 @@ import structlog
 import torch
 
 from common.array import Int64Array
+from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError, RankLostError
 from common.loader_thread import LoaderThread
 from common.model_config import ModelConfig
 from common.weights import CheckpointWeights
-from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
 from services.stage.model.rope import RotaryTable
 from services.stage.part_loading import PartLoader
 from services.stage.ranks.board import EpochOver, RankBoard
-from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.commands import LoadOrder, Op, cut_of, decode_load, dtype_of
+from services.stage.ranks.collectives import Collectives, Meeting
+from services.stage.ranks.commands import KvMove, LoadOrder, Op, cut_of, decode_load, dtype_of
 from services.stage.ranks.cut import RankCut
+from services.stage.ranks.follower_memory import FollowerMemory
+from services.stage.ranks.open_collectives import CollectivesKind, open_collectives
 from services.stage.ranks.part_compute import attend, feed
-from services.stage.ranks.shared_caches import take_caches
-from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.stage_part import StagePart, load_part
 
 LOOK_S = 0.05
@@ -66,15 +66,20 @@ class Follower:
         config: ModelConfig,
         checkpoint: Path,
         num_positions: int,
-        kernels: NativeKernels,
+        kernels: NativeKernels | None,
         log: structlog.stdlib.BoundLogger,
+        device: Device = HOST,
+        collectives: CollectivesKind = "board",
     ) -> None:
+        """`kernels` and `device`: what it computes with, and where."""
         self._board = board
         self._seat = seat
         self._config = config
         self._checkpoint = checkpoint
         self._num_positions = num_positions
         self._kernels = kernels
+        self._device = device
+        self._collectives_kind = collectives
         self._log = log
         self._loader = LoaderThread()
         self._epoch = board.get("epoch")
@@ -82,8 +87,7 @@ class Follower:
         self._loads: dict[int, _Load] = {}
         self._part: StagePart | None = None
         self._cut = RankCut()
-        self._caches: list[LayerKvCache] = []
-        self._own_caches: list[LayerKvCache] = []
+        self._memory = FollowerMemory(config, kernels, device)
         self._batches: dict[int, _Batch] = {}
         self._arriving = bytearray()
         """Of a batch that comes in pieces."""
@@ -92,6 +96,8 @@ class Follower:
         self._meeting: Meeting | None = None
         self._collectives: Collectives | None = None
         self._rotary: dict[torch.dtype, RotaryTable] = {}
+        if not device.is_host:
+            device.while_waiting = self._heed_epoch
 
     def join(self, process: int) -> None:
         """Say on the board that this seat reads it from now on."""
@@ -119,10 +125,7 @@ class Follower:
         self._is_out_of_step = False
         self._batches.clear()
         self._loads.clear()
-        self._part = self._meeting = None
-        if self._collectives is not None:
-            self._collectives.close()
-            self._collectives = None
+        self._give_up_part()
         self._board.set("taken", self._seat, self._turn)
         self._board.set("settled", self._seat, self._epoch)
 
@@ -132,14 +135,14 @@ class Follower:
         command = self._board.command.copy()
         op = Op(int(command[0]))
         if op is Op.MEMORY:
-            self._map_memory(command)  # while rank 0 has it open
+            self._memory.map(command)  # while rank 0 has it open
         self._board.set("taken", self._seat, self._turn)
         if op is Op.LOAD:
             self._load(command)
         elif op is Op.USE:
             self._use(int(command[1]), int(command[2]))
         elif op is Op.FORGET_MEMORY:
-            self._caches, self._own_caches = [], []
+            self._memory.forget()
         elif op is Op.FORGET_LOADS:
             self._loads.clear()
         elif op is not Op.MEMORY and self._part is not None and not self._is_out_of_step:
@@ -163,7 +166,13 @@ class Follower:
             x = collectives.broadcast(None, (stop - start, width), part.dtype)
             rotary = known.rotary[0][start:stop], known.rotary[1][start:stop]
             own = known.batch.rows(start, stop)
-            attend(part.attention[layer], self._cut, collectives, x, own, rotary, self._own_caches[layer])
+            attend(part.attention[layer], self._cut, collectives, x, own, rotary, self._memory.caches[layer])
+        elif op is Op.ALLOCATE:
+            self._allocate(int(command[1]))
+            meeting.arrive()
+        elif op is Op.MOVE_KV:
+            self._memory.move(KvMove(int(command[1])), int(command[2]))
+            meeting.arrive()
         elif op is Op.FEED:
             layer, rows = command[1:3].tolist()
             dense = part.dense[layer]
@@ -190,12 +199,20 @@ class Follower:
         slots, positions, row_sequence, tables = torch.split(
             data, [8 * tokens, 4 * tokens, 4 * tokens, 4 * sequences * blocks]
         )
+        host_positions = positions.view(torch.int32)
+        on_device, row_sequence, tables, slots = self._device.to_device(
+            host_positions,
+            row_sequence.view(torch.int32),
+            tables.view(torch.int32).view(sequences, blocks),
+            slots.view(torch.int64),
+        )
         batch = MicroBatch(
             hidden=torch.zeros(0),
-            positions=positions.view(torch.int32),
-            row_sequence=row_sequence.view(torch.int32),
-            block_tables=tables.view(torch.int32).view(sequences, blocks),
-            slots=slots.view(torch.int64),
+            positions=on_device,
+            row_sequence=row_sequence,
+            block_tables=tables,
+            slots=slots,
+            host_positions=host_positions,
             sampling_rows=torch.zeros(0, dtype=torch.int64),
             sampling=None,
             number=number,
@@ -221,9 +238,11 @@ class Follower:
     def _read(self, order: LoadOrder, cut: RankCut) -> StagePart:
         """In the loader's thread."""
         dtype = dtype_of(order.dtype)
-        weights = CheckpointWeights(self._checkpoint, dtype)
+        place = self._device.place
+        weights = CheckpointWeights(self._checkpoint, dtype, place)
         if dtype not in self._rotary:
-            self._rotary[dtype] = RotaryTable(self._config.rope, self._config.head_dim, self._num_positions, dtype)
+            config = self._config
+            self._rotary[dtype] = RotaryTable(config.rope, config.head_dim, self._num_positions, dtype, place)
         try:
             loader = PartLoader(weights, self._config, self._kernels, cut)
             return load_part(loader, self._config, order, self._rotary[dtype], dtype)
@@ -248,38 +267,44 @@ class Follower:
 
     def _use(self, number: int, port: int) -> None:
         load = self._loads.pop(number, None)
-        self._part = self._meeting = None
-        if self._collectives is not None:
-            self._collectives.close()
-            self._collectives = None
+        self._give_up_part()
         if load is None:  # no rank in this one
             return
         self._part = load.future.result()
         self._cut = load.cut
         self._loads.clear()
-        self._meeting = Meeting(self._board, load.seats, load.rank, self._wait)
+        meeting = Meeting(self._board, load.seats, load.rank, self._wait)
+        store = None
         if port:
-            # It takes a second to import, and most meshes do without.
-            from services.stage.ranks.torch_collectives import TorchCollectives, announce, open_store
+            from services.stage.ranks.torch_collectives import announce, open_store
 
             store = open_store(port)
             announce(store, load.rank)
-            self._collectives = TorchCollectives(store, load.rank, load.order.degree)
-        else:
-            self._collectives = BoardCollectives(self._board, load.rank, load.order.degree, self._meeting)
-        self._own_caches = self._heads()
+        self._collectives = open_collectives(
+            self._collectives_kind, load.rank, load.order.degree, self._board, meeting, self._device, store
+        )
+        self._meeting = meeting
+        self._memory.use(self._cut)
 
-    def _map_memory(self, command: Int64Array) -> None:
-        process, descriptor, num_bytes, num_layers, num_blocks, dtype = command[1:7].tolist()
-        shape = (self._config.num_kv_heads, self._config.head_dim)
-        memory = SharedMemory.open(process, descriptor, num_bytes)
-        self._caches = take_caches(memory, num_layers, num_blocks, shape, dtype_of(dtype))
-        memory.close()
-        self._own_caches = self._heads()
+    def _give_up_part(self) -> None:
+        self._part = self._meeting = None
+        if self._collectives is not None:
+            closed, self._collectives = self._collectives, None
+            closed.close()
 
-    def _heads(self) -> list[LayerKvCache]:
-        own = self._cut.kv_heads(self._config.num_kv_heads)
-        return [cache.of_heads(own.start, own.stop) for cache in self._caches]
+    def _allocate(self, number: int) -> None:
+        """K and V of its own."""
+        try:
+            self._memory.allocate()
+        except (RuntimeError, ValueError, MemoryError) as error:
+            self._log.error("memory_not_allocated", seat=self._seat, reason=str(error))
+            self._board.say(self._seat, str(error))
+            self._board.set("refused", self._seat, number)
+
+    def _heed_epoch(self, waited_s: float) -> None:
+        """While it waits for its device, which may wait for a rank that is lost."""
+        if self._board.get("epoch") != self._epoch:
+            raise EpochOver
 
     def _wait(self, name: str, seat: int, value: int) -> None:
         while not self._board.wait(name, seat, value, self._epoch, LOOK_S):

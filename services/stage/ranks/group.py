@@ -7,7 +7,6 @@ again by itself; `may_grow` then, and the stage goes back to its full degree bet
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,20 +14,24 @@ from typing import Any
 
 import structlog
 import torch
+from torch import Tensor
 
+from common.compute.device import HOST, Device
+from common.compute.native_library import NativeKernels
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.topology import StageRole
-from services.stage.attention_kernel import LayerKvCache
+from services.stage.kv_store import KvShape, KvStore
 from services.stage.model.decoder import StageModel
 from services.stage.ranks.board import RankBoard
-from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.collectives import Collectives, Meeting
 from services.stage.ranks.commands import LoadOrder, Op, code_of, cut_of, dtype_of, encode_load
 from services.stage.ranks.conductor import Conductor
 from services.stage.ranks.cut import RankCut, Reduce, best_degree
+from services.stage.ranks.group_memory import GroupMemory, OwnKv, SharedKv
+from services.stage.ranks.memory_needs import against_degree
+from services.stage.ranks.open_collectives import CollectivesKind, open_collectives
 from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
-from services.stage.ranks.shared_caches import caches_bytes, take_caches
-from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.staff import RankStaff, read_sample
 from services.stage.ranks.vigil import HOPELESS_S
 
@@ -47,8 +50,7 @@ class GroupSettings:
 
     degree: int
     reduce: Reduce = "ordered"
-    collectives: str = "board"
-    """`board` or `gloo`."""
+    collectives: CollectivesKind = "board"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +77,31 @@ class RankGroup:
     staff: RankStaff
     log: structlog.stdlib.BoundLogger
     clock: Callable[[], float] = time.monotonic
+    kernels: NativeKernels | None = None
+    device: Device = HOST
+    """What rank 0 computes with, and where."""
+    capacity_bytes: int = 0
+    """That each rank's device has for weights, K and V; 0: not known, or they share the host's."""
     in_use: RankLoad | None = None
     conductor: Conductor = field(init=False)
     _has_formed: bool = False
     _num_loads: int = 0
-    _memory: SharedMemory | None = None
-    _memory_command: list[int] = field(default_factory=list)
+    _memory: GroupMemory = field(init=False)
     _store: Any = None
     _grow_after_s: float = 0.0
-    _reduced: tuple[float, int] = (0.0, 0)
-    """Seconds and count of collectives that are closed."""
+    _weight_bytes: int = 0
+    """Of all ranks together, when they worked last."""
+    _kv_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.conductor = Conductor(self.board, self.staff)
+        if self.device.is_host:
+            self._memory = SharedKv(self.conductor, self.kernels)
+        else:
+            self._memory = OwnKv(self.board, self.conductor, self.device)
+            self.device.while_waiting = lambda waited_s: self.check()
 
     # ---- who is there
-
-    @property
-    def reduce_seconds(self) -> float:
-        """That rank 0 has spent in collectives, over all changes of the group."""
-        return self._reduced[0] + self.conductor.collectives.seconds
-
-    @property
-    def num_reduces(self) -> int:
-        """How many there were."""
-        return self._reduced[1] + self.conductor.collectives.count
 
     @property
     def degree(self) -> int:
@@ -120,7 +122,7 @@ class RankGroup:
                 time.sleep(0.02)
         was_lost = not self._attached.items() <= self.present().items()
         if self.in_use is not None and not was_lost and not self.conductor.is_broken:
-            self.forget_memory()
+            self._memory.forget()
             return  # the incarnation has ended for another reason: ranks and weights are as they were
         epoch = self.conductor.begin_epoch()
         settled = {}
@@ -131,8 +133,27 @@ class RankGroup:
                 self.staff.kill(seat, "it does not hear of a new epoch")
         self.in_use = None
         self.conductor.attach(settled)
-        self.forget_memory()
+        self._memory.forget()
+        self._wait_for_room(should_stop)
         self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
+
+    def _wait_for_room(self, should_stop: Callable[[], bool]) -> None:
+        """For those that were lost, where what the group held would not fit on the devices of those that are left."""
+        deadline_s = self.clock() + START_S
+        refusal = told = ""
+        while not should_stop() and self.clock() < deadline_s:
+            refusal = self._against(self.best())
+            if not refusal:
+                return
+            if not told:
+                self.log.warning("ranks_are_waited_for", reason=refusal, at_most_s=START_S)
+            told = refusal
+            time.sleep(0.02)
+            self.conductor.attach(self._settled())
+
+    def _against(self, degree: int) -> str:
+        held = self._weight_bytes, self._kv_bytes
+        return against_degree(*held, self.config.num_kv_heads, degree, self.capacity_bytes)
 
     def _settles(self, seat: int, process: int, epoch: int) -> bool:
         """One that computes may take a while to look up."""
@@ -154,7 +175,15 @@ class RankGroup:
 
     def best(self) -> int:
         """The highest degree with those that read commands."""
-        return best_degree(self.config, 1 + len(self._attached))
+        return self._best_of(1 + len(self._attached))
+
+    def _best_of(self, num_ranks: int) -> int:
+        return best_degree(self.config, num_ranks, self._num_parts)
+
+    @property
+    def _num_parts(self) -> int:
+        """Into which the layers are cut whatever the degree (see RankCut), 0: into as many as there are ranks."""
+        return 0 if self.device.is_host or self.settings.reduce == "fast" else self.settings.degree
 
     def check(self) -> None:
         """Raises RankLostError if a rank that is needed is gone."""
@@ -164,11 +193,15 @@ class RankGroup:
         for seat in seats:
             self.staff.check(seat, self._attached.get(seat, 0), waited_s)
 
+    def next_degree(self) -> int:
+        """The highest with those that are there now."""
+        return self._best_of(1 + len(self._settled()))
+
     def may_grow(self) -> bool:
         """More ranks are there than work, and enough for a higher degree."""
         if self.in_use is None or self.degree == self.settings.degree or self.clock() < self._grow_after_s:
             return False
-        return best_degree(self.config, 1 + len(self._settled())) > self.degree
+        return self.next_degree() > self.degree
 
     def _settled(self) -> dict[int, int]:
         epoch = self.conductor.epoch
@@ -184,8 +217,7 @@ class RankGroup:
     def attach_present(self) -> None:
         """Let those that have come meanwhile read commands, and know the memory."""
         self.conductor.attach(self._settled())
-        if self._memory_command:
-            self.conductor.tell(self._memory_command)
+        self._memory.introduce()
 
     # ---- weights
 
@@ -206,6 +238,7 @@ class RankGroup:
             is_last=int(role.is_last),
             dtype=code_of(dtype),
             adds_partial_sums=int(self.settings.reduce == "fast" and degree > 1),
+            num_parts=self._num_parts or degree,
             replaces=int(replaces),
         )
         if self._attached:
@@ -221,26 +254,40 @@ class RankGroup:
                 raise CheckpointError(f"rank {load.seats.index(seat)}: {self.board.said(seat)}")
         return all(self.board.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
 
-    def use(self, load: RankLoad) -> None:
-        """Work with these weights from now on; no micro-batch may be under way. Raises RankLostError."""
+    def use(self, load: RankLoad, part_bytes: int = 0) -> None:
+        """Work with these weights from now on; no micro-batch may be under way. Raises RankLostError.
+
+        `part_bytes`: of rank 0's.
+        """
         if self.in_use == load:
             return
         port = 0
-        by_torch = self.settings.collectives == "gloo" and load.order.degree > 1
+        kind = self.settings.collectives
+        by_torch = kind != "board" and load.order.degree > 1
         if by_torch:
             from services.stage.ranks.torch_collectives import open_store
 
             self._store = open_store()
             port = self._store.port
-        self._reduced = self.reduce_seconds, self.num_reduces
         self.in_use = None  # until it is through: ranks that have heard of it do not work as before
         if self._attached:
             self.conductor.tell((Op.USE, load.order.number, port))
         if by_torch:
             self._wait_for_rendezvous(load)
-        self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), self._collectives(load, by_torch))
+
+        def collectives(meeting: Meeting) -> Collectives:
+            return open_collectives(kind, 0, load.order.degree, self.board, meeting, self.device, self._store)
+
+        self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), collectives)
         self.in_use = load
-        self.log.info("ranks_work", degree=load.order.degree, seats=list(load.seats), reduce=self.settings.reduce)
+        self._weight_bytes = part_bytes * load.order.degree
+        self.log.info(
+            "ranks_work",
+            degree=load.order.degree,
+            seats=list(load.seats),
+            reduce=self.settings.reduce,
+            collectives=kind,
+        )
 
     def _wait_for_rendezvous(self, load: RankLoad) -> None:
         """Until all are there: once it has begun, it cannot be given up before its time-out."""
@@ -253,58 +300,30 @@ class RankGroup:
                 time.sleep(0.005)
             self._check((seat,))
 
-    def _collectives(self, load: RankLoad, by_torch: bool) -> Callable[[Meeting], Collectives]:
-        def board_collectives(meeting: Meeting) -> Collectives:
-            return BoardCollectives(self.board, 0, load.order.degree, meeting)
-
-        def torch_collectives(meeting: Meeting) -> Collectives:
-            from services.stage.ranks.torch_collectives import TorchCollectives
-
-            return TorchCollectives(self._store, 0, load.order.degree)
-
-        return torch_collectives if by_torch else board_collectives
-
     def put_on(self, model: StageModel, load: RankLoad) -> StageModel | ParallelStageModel:
         """A model of rank 0's parts with the others' behind it; of a single rank, as it is."""
         if load.order.degree == 1:
             return model
-        return put_on_ranks(model, self.conductor, load.cut, self.config)
+        kv_heads = load.cut.kv_heads(self.config.num_kv_heads)
+        if not self.device.is_host:
+            kv_heads = slice(0, kv_heads.stop - kv_heads.start)
+        return put_on_ranks(model, self.conductor, load.cut, self.config, kv_heads)
 
     # ---- memory
 
-    def allocate_caches(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> list[LayerKvCache]:
-        """Zeroed K and V that all ranks have. Raises OSError for want of memory, RankLostError."""
-        self.forget_memory()
-        shape = (num_kv_heads, head_dim)
-        num_bytes = caches_bytes(num_layers, num_blocks, shape, dtype)
-        memory = SharedMemory.create(num_bytes, "moemesh-kv")
-        caches = take_caches(memory, num_layers, num_blocks, shape, dtype)
-        self._memory = memory
-        self._memory_command = [
-            Op.MEMORY,
-            os.getpid(),
-            memory.descriptor,
-            num_bytes,
-            num_layers,
-            num_blocks,
-            code_of(dtype),
-        ]
-        if self._attached:
-            self.conductor.tell(self._memory_command)
-        return caches
+    def allocate_kv(self, shape: KvShape) -> KvStore:
+        """Zeroed K and V that all ranks have. Raises OSError, RuntimeError, CapacityError for want of memory,
+        RankLostError."""
+        self._kv_bytes = shape.num_bytes
+        return self._memory.allocate(shape)
+
+    def change_over(self, load: RankLoad, part_bytes: int, block_ids: Tensor) -> None:
+        """`use` for a stage that has K and V: what is in these blocks stays. Raises what `allocate_kv` raises."""
+        self._memory.change_over(block_ids, lambda: self.use(load, part_bytes))
 
     def forget_memory(self) -> None:
-        """Let K and V go, on all ranks."""
-        if self._memory is None:
-            return
-        memory, self._memory, self._memory_command = self._memory, None, []
-        try:
-            if self._attached:
-                self.conductor.tell((Op.FORGET_MEMORY,))  # by then all have mapped it, by this process's descriptor
-        finally:
-            memory.close()
+        """Let K and V go, on all ranks. Raises RankLostError."""
+        self._memory.forget()
 
     def end(self) -> None:
         """Of the process."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 from torch import Tensor
 
 from common.model_config import ModelConfig
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.attention import Attention
 from services.stage.model.decoder import DecoderLayer, ForwardPass, StageModel
-from services.stage.model.dense_part import DensePart
 from services.stage.model.gate import Gate
+from services.stage.model.joined_parts import AttentionPart, DenseColumns
 from services.stage.ranks.commands import Op
 from services.stage.ranks.conductor import Conductor
 from services.stage.ranks.cut import RankCut
@@ -28,7 +28,7 @@ from services.stage.ranks.part_compute import attend, feed
 class ParallelAttention:
     """All ranks' heads of one layer."""
 
-    part: Attention
+    part: AttentionPart
     layer: int
     widest: int
     """Values of a row of what the ranks exchange."""
@@ -53,7 +53,7 @@ class ParallelAttention:
 class ParallelFeed:
     """All ranks' parts of a dense feed-forward network."""
 
-    part: DensePart
+    part: DenseColumns
     layer: int
     widest: int
     """Values of a row of what the ranks exchange."""
@@ -103,33 +103,40 @@ class ParallelColumns:
 class ParallelStageModel(StageModel):
     """A stage's model whose layers are cut over ranks. Ranks are told of a micro-batch when its forward pass begins."""
 
+    inner: StageModel
+    """The same layers, in the host's memory or on this process's device."""
     conductor: Conductor
     kv_heads: slice
+    """Rank 0's, of the caches that it is given."""
 
     def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
         """Hidden states of a micro-batch after this stage's layers. Raises RankLostError."""
         own = [cache.of_heads(self.kv_heads.start, self.kv_heads.stop) for cache in caches]
         self.conductor.begin_batch(batch)
         try:
-            return (yield from StageModel.forward(self, batch, own))
+            return (yield from self.inner.forward(batch, own))
         finally:
             self.conductor.end_batch(batch)
 
+    def sampled_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """As `inner` does it."""
+        return self.inner.sampled_logits(hidden, rows)
 
-def put_on_ranks(model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig) -> ParallelStageModel:
-    """A model of rank 0's parts, with the other ranks' parts behind it."""
+
+def put_on_ranks(
+    model: StageModel, conductor: Conductor, cut: RankCut, config: ModelConfig, kv_heads: slice
+) -> ParallelStageModel:
+    """A model of rank 0's parts, with the other ranks' parts behind it. `kv_heads`: rank 0's, of its caches."""
     # A sum has one row a rank; columns that do not divide are filled up.
     sums = config.hidden_size * cut.degree
     heads = max(sums, config.num_heads * config.head_dim)
     middle = max(sums, config.dense_intermediate_size)
 
     def parallel(layer: DecoderLayer, number: int) -> DecoderLayer:
-        assert isinstance(layer.attention, Attention)
-        attention = ParallelAttention(layer.attention, number, heads, conductor)
+        attention = ParallelAttention(cast(AttentionPart, layer.attention), number, heads, conductor)
         if isinstance(layer.feed_forward, Gate):
             return replace(layer, attention=attention)
-        assert isinstance(layer.feed_forward, DensePart)
-        feed_forward = ParallelFeed(layer.feed_forward, number, middle, conductor)
+        feed_forward = ParallelFeed(cast(DenseColumns, layer.feed_forward), number, middle, conductor)
         return replace(layer, attention=attention, feed_forward=feed_forward)
 
     layers = tuple(parallel(layer, number) for number, layer in enumerate(model.layers))
@@ -138,8 +145,8 @@ def put_on_ranks(model: StageModel, conductor: Conductor, cut: RankCut, config: 
         width = config.hidden_size
         embedding = ParallelColumns(embedding, Op.EMBED, width, width + cut.degree, conductor)
     if lm_head is not None:
-        widest = max(config.hidden_size, config.vocab_size + cut.degree)
+        widest = max(config.hidden_size, config.vocab_size + max(cut.degree, cut.num_parts))
         lm_head = ParallelColumns(lm_head, Op.PROJECT, config.vocab_size, widest, conductor)
-    common = {field.name: getattr(model, field.name) for field in fields(model)}
-    common |= {"layers": layers, "embedding": embedding, "lm_head": lm_head}
-    return ParallelStageModel(**common, conductor=conductor, kv_heads=cut.kv_heads(config.num_kv_heads))
+    inner = replace(model, layers=layers, embedding=embedding, lm_head=lm_head)
+    common = {field.name: getattr(inner, field.name) for field in fields(StageModel)}
+    return ParallelStageModel(**common, inner=inner, conductor=conductor, kv_heads=kv_heads)

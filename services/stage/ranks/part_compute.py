@@ -13,14 +13,13 @@ from torch import Tensor
 
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.attention import Attention
-from services.stage.model.dense_part import DensePart
+from services.stage.model.joined_parts import AttentionPart, DenseColumns
 from services.stage.ranks.collectives import Collectives
 from services.stage.ranks.cut import RankCut
 
 
 def attend(
-    part: Attention,
+    part: AttentionPart,
     cut: RankCut,
     collectives: Collectives,
     x: Tensor,
@@ -35,7 +34,7 @@ def attend(
     return collectives.gather(part.output(collectives.all_gather(heads)))
 
 
-def feed(part: DensePart, cut: RankCut, collectives: Collectives, x: Tensor) -> Tensor | None:
+def feed(part: DenseColumns, cut: RankCut, collectives: Collectives, x: Tensor) -> Tensor | None:
     """x [T, D] -> [T, D] on rank 0."""
     if cut.adds_partial_sums:
         return collectives.sum(part(x))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 import torch
 
 from common.child_process import ChildProcess
-from common.compute.native_library import NativeKernels, load_native_kernels
+from common.compute.cuda import open_device
+from common.compute.device import Device
+from common.compute.native_library import load_native_kernels
 from common.errors import ConfigurationError
 from common.fork_server import ForkServer
 from common.model_config import ModelConfig, read_model_config
@@ -36,35 +38,49 @@ def open_group(
     config: ModelConfig,
     checkpoint: Path,
     num_positions: int,
-    kernels: NativeKernels | None,
+    threads: int,
     forks: ForkServer,
     log: structlog.stdlib.BoundLogger,
+    device: Device,
+    places: Sequence[str],
 ) -> RankGroup:
-    """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be."""
+    """Start the ranks of this process's stage. `device`: rank 0's; `places`: where each rank computes, as DEVICE says
+    it. Raises ConfigurationError for a degree that cannot be."""
     check_degree(config, settings.degree)
+    kernels = load_native_kernels(threads=threads)
     if kernels is None:
         raise ConfigurationError(
             f"TP={settings.degree} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
         )
     memory = SharedMemory.create(RankBoard.num_bytes(SLAB_BYTES), "moemesh-ranks")
     board = RankBoard(memory, SLAB_BYTES, kernels)
-    staff = RankStaff(settings.degree - 1, _spawner(memory, checkpoint, num_positions, kernels, forks), log)
+    common = {
+        "board": memory.descriptor,
+        "bytes": memory.num_bytes,
+        "checkpoint": checkpoint,
+        "positions": num_positions,
+        "threads": threads,
+        "collectives": settings.collectives,
+    }
+    staff = RankStaff(settings.degree - 1, _spawner(memory, common, places, forks), log)
     staff.start()
-    return RankGroup(settings, config, board, staff, log)
+    return RankGroup(
+        settings,
+        config,
+        board,
+        staff,
+        log,
+        kernels=kernels if device.is_host else None,
+        device=device,
+        capacity_bytes=0 if device.is_host else device.offered_bytes(),
+    )
 
 
 def _spawner(
-    memory: SharedMemory, checkpoint: Path, num_positions: int, kernels: NativeKernels, forks: ForkServer
+    memory: SharedMemory, common: Mapping[str, object], places: Sequence[str], forks: ForkServer
 ) -> Callable[[int], ChildProcess]:
     def spawn(seat: int) -> ChildProcess:
-        arguments = {
-            "seat": seat,
-            "board": memory.descriptor,
-            "bytes": memory.num_bytes,
-            "checkpoint": checkpoint,
-            "positions": num_positions,
-            "threads": kernels.threads,
-        }
+        arguments = {**common, "seat": seat, "device": places[seat]}
         options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
         return forks.spawn("services.stage.ranks", options, os.environ, {memory.descriptor: memory.descriptor})
 
@@ -77,6 +93,8 @@ def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
     for name in ("seat", "board", "bytes", "positions", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
+    for name in ("device", "collectives"):
+        parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # rank 0 hears it too, and ends in order
@@ -87,6 +105,17 @@ def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
     memory = SharedMemory(options.board, options.bytes)
     board = RankBoard(memory, SLAB_BYTES, kernels)
     config = read_model_config(options.checkpoint)
-    follower = Follower(board, options.seat, config, options.checkpoint, options.positions, kernels, log)
+    device = open_device(options.device)
+    follower = Follower(
+        board,
+        options.seat,
+        config,
+        options.checkpoint,
+        options.positions,
+        kernels if device.is_host else None,
+        log,
+        device,
+        options.collectives,
+    )
     follower.join(os.getpid())
     follower.run()

@@ -5,27 +5,23 @@ So mirrors, the activation log and replays do not know of ranks, and K and V out
 
 from __future__ import annotations
 
-import torch
-
 from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.kv_store import KvShape
 from services.stage.ranks.shared_memory import SharedMemory, aligned_bytes
 
 
-def take_caches(
-    memory: SharedMemory, num_layers: int, num_blocks: int, kv_shape: tuple[int, int], dtype: torch.dtype
-) -> list[LayerKvCache]:
-    """One cache a layer, out of the beginning of the memory. `num_blocks`: all of them. `kv_shape`: KV heads, width."""
-    heads, width = kv_shape
+def take_caches(memory: SharedMemory, shape: KvShape) -> list[LayerKvCache]:
+    """One cache a layer, out of the beginning of the memory."""
     return [
         LayerKvCache(
-            keys=memory.take((num_blocks, heads, width, KV_BLOCK_TOKENS), dtype),
-            values=memory.take((num_blocks, heads, KV_BLOCK_TOKENS, width), dtype),
+            keys=memory.take((shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS), shape.dtype),
+            values=memory.take((shape.num_blocks, shape.num_kv_heads, KV_BLOCK_TOKENS, shape.head_dim), shape.dtype),
         )
-        for _ in range(num_layers)
+        for _ in range(shape.num_layers)
     ]
 
 
-def caches_bytes(num_layers: int, num_blocks: int, kv_shape: tuple[int, int], dtype: torch.dtype) -> int:
+def caches_bytes(shape: KvShape) -> int:
     """How much memory `take_caches` takes."""
-    heads, width = kv_shape
-    return 2 * num_layers * aligned_bytes((num_blocks, heads, width, KV_BLOCK_TOKENS), dtype)
+    of_one = (shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS)
+    return 2 * shape.num_layers * aligned_bytes(of_one, shape.dtype)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from common.compute.linear import PackedLinear
+from common.compute.gated_ffn import GatedExpert
 from common.model_config import ModelConfig
-from services.stage.model.attention import Attention
-from services.stage.model.dense_part import DensePart
 from services.stage.model.embedding import Embedding
+from services.stage.model.joined_parts import AttentionPart, DenseColumns
 from services.stage.model.rope import RotaryTable
 from services.stage.part_loading import PartLoader
 from services.stage.ranks.commands import LoadOrder
@@ -20,11 +21,11 @@ from services.stage.ranks.commands import LoadOrder
 class StagePart:
     """By layer, from the stage's first."""
 
-    attention: tuple[Attention, ...]
-    dense: tuple[DensePart | None, ...]
+    attention: tuple[AttentionPart, ...]
+    dense: tuple[DenseColumns | None, ...]
     """None for a layer with experts."""
     embedding: Embedding | None
-    lm_head: PackedLinear | None
+    lm_head: Callable[[Tensor], Tensor] | None
     rotary: RotaryTable
     dtype: torch.dtype
 
@@ -35,9 +36,10 @@ def load_part(
     """Raises CheckpointError for a tensor that is missing or has another shape."""
     layers = range(order.first_layer, order.stop_layer)
     dense = [None if config.moe_layers[layer] else loader.dense(layer) for layer in layers]
+    assert not any(isinstance(part, GatedExpert) for part in dense), "there are several ranks"
     return StagePart(
         attention=tuple(loader.attention(layer) for layer in layers),
-        dense=tuple(part if isinstance(part, DensePart) else None for part in dense),
+        dense=tuple(None if isinstance(part, GatedExpert) else part for part in dense),
         embedding=loader.embedding() if order.is_first else None,
         lm_head=loader.lm_head() if order.is_last else None,
         rotary=rotary,

@@ -1,10 +1,11 @@
 """Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
 
-Ranks of a stage are on CPUs only: those on GPUs need K and V that no host memory holds (docs/gpu.md). NCCL is what
-tests/gpu runs.
-
 A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
 All that torch raises over it is a RankLostError: who is alive forms anew.
+
+An NCCL collective is a kernel that waits on the GPU for its peers, for ever if need be, while the host has gone on. The
+host notices when it wants something of the GPU: `Device.while_waiting` then looks after the ranks, and `close` aborts
+what is under way, so that the GPU is of use again.
 """
 
 from __future__ import annotations
@@ -26,17 +27,33 @@ from common.errors import RankLostError
 TIMEOUT = timedelta(seconds=20)
 """For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
 
+ENVIRONMENT = {
+    # Ranks of one host.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    # Its watchdog would end the process of a rank that waits for a lost one.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+
 
 class TorchCollectives:
     """The default group of this process."""
 
     def __init__(self, store: Store, rank: int, degree: int, place: torch.device = HOST_MEMORY) -> None:
         """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not."""
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._is_nccl = place.type == "cuda"
         try:
             with _losing_ranks():
-                dist.init_process_group(backend, store=store, rank=rank, world_size=degree, timeout=TIMEOUT)
+                dist.init_process_group(
+                    "nccl" if self._is_nccl else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=degree,
+                    timeout=TIMEOUT,
+                    device_id=place if self._is_nccl else None,  # it connects at once, and not in the first step
+                )
         except RankLostError:
             # torch numbers the groups of a process, and looks for the others under that number; it has one in vain.
             dist.distributed_c10d._world.group_count = 0
@@ -83,7 +100,10 @@ class TorchCollectives:
         return total if self._rank == 0 else None
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if self._is_nccl:
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
     def _count(self, began_s: float) -> None:
         self.seconds += time.perf_counter() - began_s

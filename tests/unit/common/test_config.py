@@ -110,12 +110,10 @@ def test_experts_can_be_left_out_only_where_stages_weigh(monkeypatch: pytest.Mon
         read_settings()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_ranks_and_a_gpu_do_not_go_together(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setenv("DEVICE", device)
-    assert read_settings().device == device
+def test_nccl_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP", "2")
-    with pytest.raises(ConfigurationError, match=rf"DEVICE={device} needs TP=1, not 2: ranks"):
+    monkeypatch.setenv("TP_COLLECTIVES", "nccl")
+    with pytest.raises(ConfigurationError, match="TP_COLLECTIVES=nccl needs DEVICE=cuda"):
         read_settings()
-    monkeypatch.setenv("DEVICE", "auto")
-    assert read_settings().device == "auto"
+    monkeypatch.setenv("DEVICE", "cuda:1")
+    assert (read_settings().tp, read_settings().device) == (2, "cuda:1")

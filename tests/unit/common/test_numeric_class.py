@@ -20,13 +20,14 @@ def test_other_kernels_are_another_class() -> None:
 
 
 def test_the_class_of_a_gpu_names_it_with_torch_and_cuda() -> None:
-    h100 = ("NVIDIA H100 80GB HBM3", (9, 0), 132, "2.13.0+cu130", "13.0")
+    h100 = ("torch", "NVIDIA H100 80GB HBM3", (9, 0), 132, "2.13.0+cu130", "13.0")
     word = cuda_numeric_class(*h100)
     assert word == "cuda/torch/NVIDIA-H100-80GB-HBM3/sm90x132/2.13.0+cu130/cuda13.0"
     others = [
-        ("NVIDIA A100", *h100[1:]),
-        (*h100[:2], 66, *h100[3:]),
-        (*h100[:3], "2.14.0", "13.0"),
-        (*h100[:4], "12.8"),
+        ("torch+parts2", *h100[1:]),
+        ("torch", "NVIDIA A100", *h100[2:]),
+        (*h100[:3], 66, *h100[4:]),
+        (*h100[:4], "2.14.0", "13.0"),
+        (*h100[:5], "12.8"),
     ]
-    assert len({word, numeric_class("cpu", "torch"), *(cuda_numeric_class(*other) for other in others)}) == 6
+    assert len({word, numeric_class("cpu", "torch"), *(cuda_numeric_class(*other) for other in others)}) == 7

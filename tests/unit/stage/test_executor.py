@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import DeviceError, RankLostError
 from common.messages import Header
 from services.stage.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
+from services.stage.kv_store import KvShape, LocalKv
 from services.stage.model.decoder import ExpertCall
 from services.stage.paged_memory import PagedMemory, allocate_paged_memory
 
@@ -43,7 +44,8 @@ class Model:
 
 def executor_of(model: Model) -> Executor:
     given: Any = model
-    memory: Any = PagedMemory([], torch.zeros(0, 2), None)
+    shape = KvShape(num_layers=0, num_blocks=1, num_kv_heads=1, head_dim=4, dtype=torch.float32)
+    memory = PagedMemory(LocalKv.allocate(shape), torch.zeros(0, 2))
     return Executor(given, memory)
 
 
@@ -153,7 +155,7 @@ def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None)
             return hidden
 
     model: Any = Layers(embedding=torch.ones(3, 4))
-    executor = Executor(model, allocate_paged_memory(1, 1, (1, 4), 8, torch.float32, None, with_log=False))
+    executor = Executor(model, allocate_paged_memory(1, 1, (1, 4), 8, torch.float32, with_log=False))
     if damage is None:
         executor.self_test()
         return

@@ -31,7 +31,7 @@ TERM = 3
 
 
 def memory() -> PagedMemory:
-    return allocate_paged_memory(2, BLOCKS, (2, 4), 8, torch.float32, None, with_log=True)
+    return allocate_paged_memory(2, BLOCKS, (2, 4), 8, torch.float32, with_log=True)
 
 
 class Wire:
@@ -258,7 +258,7 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     pair.write([1])
     message, header = pair.wire.waiting[0]
     assert isinstance(message, MirrorRows)
-    pair.mirror.memory = allocate_paged_memory(2, 0 + 1, (2, 4), 8, torch.float32, None, with_log=True)
+    pair.mirror.memory = allocate_paged_memory(2, 0 + 1, (2, 4), 8, torch.float32, with_log=True)
     pair.wire.waiting.clear()
     pair.write([40])
     with pytest.raises(ProtocolError, match=r"MirrorRows\.positions names a place outside"):
@@ -268,7 +268,7 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     pair.fill()
     message, header = pair.wire.waiting[0]
     assert isinstance(message, MirrorBlocks)
-    pair.mirror.memory = allocate_paged_memory(2, 1, (2, 4), 8, torch.float32, None, with_log=True)
+    pair.mirror.memory = allocate_paged_memory(2, 1, (2, 4), 8, torch.float32, with_log=True)
     with pytest.raises(ProtocolError, match=r"MirrorBlocks\.blocks names a block outside"):
         pair.mirror.take(message, header)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.compute.native_library import NativeKernels, load_native_kernels
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, allocate_kv_cache, write_kv
+from services.stage.attention_kernel import KV_BLOCK_TOKENS, write_kv
+from services.stage.kv_store import LocalKv
 from services.stage.paged_memory import PROBE_BLOCKS, PagedMemory, allocate_paged_memory
 from tests.support.kernels import one_torch_thread
 from tests.support.simulated_gpu import hidden_waits, simulated_gpu
@@ -18,7 +19,10 @@ LAYERS, BLOCKS, HEADS, WIDTH, MODEL = 2, 4, 2, 16, 24
 
 
 def memory(dtype: torch.dtype, kernels: NativeKernels | None = None, *, with_log: bool = True) -> PagedMemory:
-    return allocate_paged_memory(LAYERS, BLOCKS, (HEADS, WIDTH), MODEL, dtype, kernels, with_log=with_log)
+    allocate_kv = partial(LocalKv.allocate, kernels=kernels)
+    return allocate_paged_memory(
+        LAYERS, BLOCKS, (HEADS, WIDTH), MODEL, dtype, with_log=with_log, allocate_kv=allocate_kv
+    )
 
 
 def filled(dtype: torch.dtype, positions: torch.Tensor, *, with_log: bool = True) -> PagedMemory:
@@ -85,10 +89,8 @@ def test_what_a_memory_on_a_gpu_gives_one_on_the_host_takes_and_the_other_way_ro
             (HEADS, WIDTH),
             MODEL,
             torch.bfloat16,
-            None,
             with_log=True,
-            allocate_caches=partial(allocate_kv_cache, device=device.place),
-            device=device,
+            allocate_kv=partial(LocalKv.allocate, device=device),
         )
         assert there.caches[0].keys.device.type == "cuda"
         assert there.log.device.type == "cpu"

@@ -163,7 +163,7 @@ def test_a_mirror_that_is_not_complete_takes_over_with_nothing(keeper: Keeper) -
 
 def memory_of_another_holder() -> PagedMemory:
     kv_shape = QWEN3.kv_heads, QWEN3.head_width
-    return allocate_paged_memory(2, ASSIGN.num_blocks, kv_shape, QWEN3.width, torch.float32, None, with_log=True)
+    return allocate_paged_memory(2, ASSIGN.num_blocks, kv_shape, QWEN3.width, torch.float32, with_log=True)
 
 
 def copy(source: PagedMemory, used_blocks: list[int], mirror: Mirror, rows: list[int]) -> None:

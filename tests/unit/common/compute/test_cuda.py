@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.compute.cuda import demand_exact_arithmetic, open_device
+from common.compute.cuda import demand_exact_arithmetic, open_device, places_of_ranks
 from common.errors import ConfigurationError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -32,14 +32,19 @@ def test_auto_without_a_gpu_is_the_host() -> None:
     assert open_device("auto").is_host
 
 
-def test_auto_with_ranks_does_not_touch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks share the host's memory, and a process that has touched CUDA cannot be forked."""
-
-    def touched() -> bool:
-        raise AssertionError
-
-    monkeypatch.setattr(torch.cuda, "is_available", touched)
-    assert open_device("auto", num_ranks=2).is_host
+@pytest.mark.parametrize(
+    ("first", "num_ranks", "num_gpus", "places"),
+    [
+        ("cpu", 2, 0, ["cpu", "cpu"]),
+        ("cuda:0", 2, 4, ["cuda:0", "cuda:1"]),
+        ("cuda:2", 4, 4, ["cuda:2", "cuda:3", "cuda:0", "cuda:1"]),
+        ("cuda:0", 3, 1, ["cuda:0"] * 3),
+    ],
+)
+def test_ranks_go_round_the_gpus_from_the_first_ones(
+    first: str, num_ranks: int, num_gpus: int, places: list[str]
+) -> None:
+    assert places_of_ranks(torch.device(first), num_ranks, num_gpus) == places
 
 
 def test_short_sums_and_short_floats_are_switched_off() -> None:

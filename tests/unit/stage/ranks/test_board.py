@@ -76,7 +76,7 @@ def test_tensors_that_do_not_fit_are_refused_with_the_numbers() -> None:
 
 
 def test_a_load_order_comes_back_with_each_seats_rank() -> None:
-    order = LoadOrder(7, 2, 3, 5, 0, 1, 1, 0, 1)
+    order = LoadOrder(7, 2, 3, 5, 0, 1, 1, 0, 4, 1)
     board = torch.zeros(32, dtype=torch.int64).numpy()
     write_command(board, encode_load(order, [0, -1, 1]))
     assert decode_load(board, 0) == (order, 0, (0, 2))

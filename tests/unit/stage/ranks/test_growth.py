@@ -100,7 +100,7 @@ def test_a_stage_that_grows_keeps_what_it_has_computed(ranks: ThreadRanks) -> No
         wait_until(grown, 30, "the full degree", interval_s=0.001)
         assert keeper.slot is slot
         assert torch.equal(step(slot, ids[49:], 49), expected)
-        assert ranks.group.num_reduces > 0
+        assert ranks.group.conductor.reduces[1] > 0
 
 
 def test_without_memory_for_both_parts_it_stays_as_it_is_and_says_so(ranks: ThreadRanks) -> None:

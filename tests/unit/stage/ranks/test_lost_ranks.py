@@ -17,6 +17,7 @@ from common.messages import AssignStage, Header
 from services.stage.ranks import follower as follower_module
 from services.stage.ranks import group as group_module
 from services.stage.ranks.follower import Follower
+from services.stage.ranks.follower_memory import FollowerMemory
 from services.stage.slot_keeper import SlotKeeper
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.rank_threads import NUM_POSITIONS, rank_threads
@@ -156,17 +157,16 @@ def test_a_disk_error_on_a_rank_is_said_and_does_not_end_it(checkpoint: Path, mo
 def test_memory_that_is_given_up_at_once_was_mapped_by_all_before(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    map_memory: Any = Follower._map_memory
+    map_memory: Any = FollowerMemory.map
 
-    def late(self: Follower, command: Any) -> None:
+    def late(self: FollowerMemory, command: Any) -> None:
         time.sleep(0.05)
         map_memory(self, command)
 
-    monkeypatch.setattr(Follower, "_map_memory", late)
+    monkeypatch.setattr(FollowerMemory, "map", late)
     with rank_threads(checkpoint, 2) as ranks, keeper_of(ranks) as keeper:
         take_slot(keeper)
-        config = ranks.config
-        ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        ranks.allocate(torch.float32)
         ranks.group.forget_memory()
         time.sleep(0.1)  # what goes wrong on a rank fails the test
 

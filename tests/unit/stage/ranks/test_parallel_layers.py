@@ -62,7 +62,7 @@ def over_ranks(ranks: ThreadRanks, dtype: torch.dtype) -> Alone:
     """The same, of a stage with these ranks."""
     config = ranks.config
     model = ranks.model(whole_role(config.num_layers), dtype)
-    caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype)
+    caches = ranks.allocate(dtype).caches
     return two_steps(model, caches, config.vocab_size), [cache.keys for cache in caches]
 
 
@@ -130,7 +130,7 @@ def test_a_rank_that_is_lost_in_mid_command_ends_the_wait_and_the_next_epoch_beg
     with rank_threads(checkpoint, 4) as ranks:
         config = ranks.config
         model = ranks.model(whole_role(config.num_layers), torch.float32)
-        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        caches = ranks.allocate(torch.float32).caches
         ranks.lose(3)
         with pytest.raises(RankLostError):
             two_steps(model, caches, config.vocab_size)
@@ -147,7 +147,7 @@ def test_what_breaks_on_rank_0_in_mid_command_leaves_the_ranks_out_of_step_until
     with rank_threads(checkpoint, 2) as ranks:
         config = ranks.config
         model = ranks.model(whole_role(config.num_layers), torch.float32)
-        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        caches = ranks.allocate(torch.float32).caches
         wrong = batch_of(torch.zeros(3, dtype=torch.int32), 0, BLOCKS)
         with pytest.raises(ValueError, match="do not fit a cache"):
             run_pass(model, wrong, [caches[0], LayerKvCache(caches[1].keys[:, :, :4], caches[1].values), *caches[2:]])
@@ -187,7 +187,7 @@ def test_a_step_that_only_releases_sequences_needs_no_rank(tmp_path: Path) -> No
     with rank_threads(checkpoint, 2) as ranks:
         config = ranks.config
         model = ranks.model(whole_role(config.num_layers), torch.float32)
-        caches = ranks.group.allocate_caches(config.num_layers, 3, config.num_kv_heads, config.head_dim, torch.float32)
+        caches = ranks.allocate(torch.float32).caches
         turn = ranks.group.board.get("turn")
         hidden = run_pass(model, batch_of(torch.zeros(0, dtype=torch.int64), 0, []), caches)
         assert hidden.shape == (0, config.hidden_size)

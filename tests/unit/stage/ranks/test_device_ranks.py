@@ -1,0 +1,249 @@
+"""Ranks on devices: each has K and V of its own heads, and a smaller group has the bits of the full one.
+
+On plain memory with a device's copies, and on a simulated GPU; the arithmetic is torch's on fixed shapes in both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.compute.device import Device, StagedDevice
+from common.errors import CapacityError, RankLostError
+from common.loader_thread import LoaderThread
+from services.stage.kv_store import KvStore, LocalKv
+from services.stage.ranks import follower_memory
+from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS
+from tests.support.checkpoints import (
+    MIXTRAL_SLIDING_TIED,
+    QWEN3,
+    QWEN3_DENSE_LAYERS,
+    QWEN3_TIED_SHARDED_BF16,
+    Recipe,
+    write_checkpoint,
+)
+from tests.support.kernels import one_torch_thread  # noqa: F401
+from tests.support.rank_threads import ThreadRanks, rank_threads
+from tests.support.simulated_gpu import SimulatedDevice, hidden_waits, simulated_gpu, within_simulation
+from tests.support.waiting import wait_until
+from tests.unit.stage.ranks.test_parallel_layers import two_steps, whole_role
+
+RECIPES = [QWEN3, QWEN3_DENSE_LAYERS, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SLIDING_TIED]
+ALL_BLOCKS = torch.arange(3)
+Result = list[torch.Tensor]
+
+
+def plain_device() -> Device:
+    return StagedDevice(torch.device("cpu"))
+
+
+@contextmanager
+def device_ranks(
+    checkpoint: Path,
+    degree: int,
+    new_device: Callable[[], Device] = plain_device,
+    within: Callable[[], Any] = nullcontext,
+    **settings: Any,
+) -> Iterator[ThreadRanks]:
+    with (
+        within(),
+        rank_threads(checkpoint, degree, new_device=new_device, within=within, **settings) as ranks,
+        torch.inference_mode(),
+    ):
+        yield ranks
+
+
+def computed(ranks: ThreadRanks, dtype: torch.dtype) -> Result:
+    """Logits of a prefill and a decode step, and what is in all blocks then."""
+    model = ranks.model(whole_role(ranks.config.num_layers), dtype)
+    store = ranks.allocate(dtype)
+    logits = two_steps(model, store.caches, ranks.config.vocab_size)
+    return [*ranks.device.to_host(*logits), *store.blocks(ALL_BLOCKS)]
+
+
+def same(one: Result, other: Result) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_group_that_has_lost_ranks_gives_the_bits_of_the_full_one(recipe: Recipe, tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, recipe), 4) as ranks:
+        full = computed(ranks, recipe.dtype)
+        assert ranks.group.degree == 4
+        for lost, degree in ((3, 2), (1, 2), (2, 1)):
+            ranks.lose(lost)
+            ranks.group.reform()
+            assert same(computed(ranks, recipe.dtype), full), degree
+            assert ranks.group.degree == degree
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_what_ranks_compute_is_near_what_a_stage_without_them_computes(recipe: Recipe, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, recipe)
+    with device_ranks(checkpoint, 1) as ranks:
+        alone = computed(ranks, torch.float32)
+    for degree in (2, 4):
+        with device_ranks(checkpoint, degree) as ranks:
+            for one, other in zip(computed(ranks, torch.float32), alone, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_on_a_gpu_no_rank_waits_but_where_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoaderThread, "_run", within_simulation(LoaderThread._run))
+    checkpoint = write_checkpoint(tmp_path, QWEN3_DENSE_LAYERS)
+    with device_ranks(checkpoint, 2) as ranks:
+        expected = computed(ranks, torch.float32)
+    with device_ranks(checkpoint, 2, SimulatedDevice, simulated_gpu) as ranks:
+        found = computed(ranks, torch.float32)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert all(cache.keys.device.type == "cuda" for cache in ranks.followers[1]._memory.caches)
+        ranks.lose(1)
+        ranks.group.reform()
+        assert same(computed(ranks, torch.float32), found)
+        assert hidden_waits() == []
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_rows_and_blocks_of_all_heads_come_out_as_they_went_in(degree: int, tmp_path: Path) -> None:
+    """Also more of them than the window holds."""
+    num_blocks = 2 * WINDOW_BLOCKS + 3
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), degree) as ranks:
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        store = ranks.allocate(torch.float32, num_blocks)
+        plain = LocalKv.allocate(store.shape)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randperm(num_blocks, generator=generator)
+        shapes = [part.shape for part in plain.blocks(ids)]
+        blocks = [torch.randn(shape, generator=generator) for shape in shapes]
+        positions = torch.randperm(num_blocks * 32, generator=generator)[: 2 * WINDOW_ROWS + 5]
+        rows = [torch.randn(part.shape, generator=generator) for part in plain.rows(positions)]
+        for each in (plain, store):
+            each.put_blocks(ids, *blocks)
+            each.put_rows(positions, *rows)
+        assert same([*store.blocks(ids)], [*plain.blocks(ids)])
+        assert same([*store.rows(positions)], rows)
+        assert [part.shape for part in store.rows(positions[:0])] == [part.shape for part in plain.rows(positions[:0])]
+
+
+def change_over(ranks: ThreadRanks, store: KvStore, blocks: torch.Tensor) -> None:
+    """Let those that have come meanwhile work too."""
+    ranks.group.attach_present()
+    load = ranks.group.begin_load(whole_role(ranks.config.num_layers), store.shape.dtype, replaces=False)
+    while not ranks.group.is_loaded(load):
+        pass
+    ranks.group.change_over(load, 0, blocks)
+
+
+def test_k_and_v_change_hands_when_the_group_grows(tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
+        for seat in (1, 2, 3):
+            ranks.lose(seat)
+        ranks.group.reform()
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        store = ranks.allocate(torch.float32)
+        held = [torch.randn(part.shape) for part in store.blocks(ALL_BLOCKS)]
+        store.put_blocks(ALL_BLOCKS, *held)
+        for seats, degree in (((1,), 2), ((2, 3), 4)):
+            for seat in seats:
+                ranks.start(seat)
+            change_over(ranks, store, ALL_BLOCKS)
+            assert ranks.group.degree == degree
+            assert same([*store.blocks(ALL_BLOCKS)], held)
+
+
+def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        ranks.lose(1)
+        ranks.group.reform()
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        store = ranks.allocate(torch.float32)
+        held = [torch.randn(part.shape) for part in store.blocks(ALL_BLOCKS)]
+        store.put_blocks(ALL_BLOCKS, *held)
+        ranks.start(1)
+        change_over(ranks, store, ALL_BLOCKS[1:2])
+        assert same([*store.blocks(ALL_BLOCKS[1:2])], [part[:, 1:2] for part in held])
+        assert not any(part.any() for part in store.blocks(ALL_BLOCKS[2:]))
+
+
+def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        crowded = ranks.followers[2]._memory
+        allocate: Any = follower_memory.FollowerMemory.allocate
+
+        def allocate_or_not(self: Any) -> None:
+            if self is crowded:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            allocate(self)
+
+        monkeypatch.setattr(follower_memory.FollowerMemory, "allocate", allocate_or_not)
+        with pytest.raises(CapacityError, match=r"rank 2 has no room for its K and V: CUDA out of memory"):
+            ranks.allocate(torch.float32)
+        monkeypatch.undo()
+        memories = [follower._memory for follower in ranks.followers.values()]
+        wait_until(lambda: not any(memory.caches for memory in memories), 10, "that all have given theirs up")
+        assert same(computed(ranks, torch.float32), computed(ranks, torch.float32)), "the ranks go on"
+
+
+def test_rank_0_without_room_says_so_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        allocate: Any = LocalKv.allocate
+
+        def allocate_or_not(shape: Any, kernels: Any, device: Any) -> LocalKv:
+            if device is ranks.device:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            made: LocalKv = allocate(shape, kernels, device)
+            return made
+
+        monkeypatch.setattr(LocalKv, "allocate", allocate_or_not)
+        with pytest.raises(torch.OutOfMemoryError):
+            ranks.allocate(torch.float32)
+        monkeypatch.undo()
+        assert same(computed(ranks, torch.float32), computed(ranks, torch.float32))
+
+
+def test_what_waits_for_a_device_hears_that_a_rank_is_lost(tmp_path: Path) -> None:
+    """A kernel of NCCL waits for its peer on the device, where no board tells of it."""
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        computed(ranks, torch.float32)
+        ranks.device.while_waiting(0.1)
+        ranks.lose(1)
+        with pytest.raises(RankLostError, match="seat 1"):
+            ranks.device.while_waiting(0.1)
+
+
+def test_a_group_waits_for_the_lost_where_those_that_are_left_have_no_room(tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        group = ranks.group
+        full = computed(ranks, torch.float32)
+        group._weight_bytes, group.capacity_bytes = 1000, 510 + group._kv_bytes // 2
+        ranks.lose(1)
+        threading.Timer(0.3, ranks.start, [1]).start()
+        group.reform()
+        said = [call.kwargs for call in ranks.log._logger.calls if call.kwargs["event"] == "ranks_are_waited_for"]
+        assert len(said) == 1, "once"
+        assert said[0]["reason"].startswith("with 1 ranks each needs ")
+        assert group.best() == 2
+        assert same(computed(ranks, torch.float32), full)
+
+
+def test_a_group_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """Whether the slot fits is then found out by loading it."""
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        computed(ranks, torch.float32)
+        ranks.group.capacity_bytes = 1
+        ranks.lose(1)
+        times_s = itertools.count()
+        ranks.group.clock = lambda: float(next(times_s))
+        ranks.group.reform()
+        assert 30 < next(times_s) < 60
+        assert ranks.group.best() == 1
