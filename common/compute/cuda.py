@@ -5,6 +5,8 @@ Nothing here runs at import: a process that has touched CUDA cannot be forked, a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +40,14 @@ class CudaDevice(StagedDevice):
         torch.cuda.set_device(place)
         super().__init__(place, CudaMarker, is_pinned=True)
         self._num_processes = num_processes
+        self._copies: Any = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def beside_computing(self) -> Iterator[None]:
+        """On a stream of its own, which waits for the one that computes."""
+        self._copies.wait_stream(torch.cuda.current_stream(self.place))
+        with torch.cuda.stream(self._copies):
+            yield
 
     def offered_bytes(self) -> int:
         """80% of what is free on the GPU, or this process's part of it."""

@@ -2,12 +2,14 @@
 
 Messages, samples and sums over experts are on the host. A node with a device puts the tensors of a batch there, and
 takes back what goes out. On the host both are nothing. All work is in one order, the device's current stream: what is
-asked later sees what was asked before, and only the bytes that the host needs are waited for.
+asked later sees what was asked before. Only what comes back goes beside it, on a stream of copies: while it is on its
+way the device computes what was asked meanwhile, and the host asks, and sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -24,6 +26,19 @@ NUM_UPLOADS = 4
 
 def _do_nothing(waited_s: float) -> None:
     """Nobody but the device decides how long it takes."""
+
+
+class Download(Protocol):
+    """Tensors on their way from a device to the host."""
+
+    def is_ready(self) -> bool:
+        """Whether they are there. Raises DeviceError for a device that hangs, RuntimeError for what failed before."""
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Them, as new ones of the host; waits until they are there. Once."""
+
+    def give_up(self) -> None:
+        """Nobody takes them any more. Also after `take`."""
 
 
 class Device(Protocol):
@@ -48,6 +63,10 @@ class Device(Protocol):
 
         Raises DeviceError for a device that hangs, RuntimeError for what failed before.
         """
+
+    def begin_download(self, *tensors: Tensor) -> Download:
+        """The same without waiting. Of no tensor, it is there when the device has done all that was asked so far. Until
+        they are taken nothing may write to them."""
 
     def offered_bytes(self) -> int:
         """How much memory a node may offer."""
@@ -75,6 +94,10 @@ class HostDevice:
         """They are there."""
         return tensors
 
+    def begin_download(self, *tensors: Tensor) -> Download:
+        """They are there."""
+        return ReadyDownload(tensors)
+
     def offered_bytes(self) -> int:
         """80% of what is free."""
         return offered_bytes() // self._num_processes
@@ -85,6 +108,56 @@ class HostDevice:
 
 
 HOST = HostDevice()
+
+
+class ReadyDownload:
+    """Of what is on the host."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+
+    def is_ready(self) -> bool:
+        return True
+
+    def take(self) -> tuple[Tensor, ...]:
+        return self._tensors
+
+    def give_up(self) -> None:
+        return None
+
+
+class StagedDownload:
+    """By a staging buffer, which goes back when it is taken or given up."""
+
+    def __init__(
+        self,
+        buffer: StagingBuffer,
+        sources: tuple[Tensor, ...],
+        views: list[Tensor],
+        give_back: Callable[[StagingBuffer], None],
+    ) -> None:
+        """`sources` are kept: the device would use their memory for what it computes next."""
+        self._buffer = buffer
+        self._sources = sources
+        self._views = views
+        self._give_back = give_back
+        self._is_over = False
+
+    def is_ready(self) -> bool:
+        return self._buffer.is_done()
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Copies of what is in the buffer: messages may hold them for long."""
+        self._buffer.wait()
+        taken = tuple(view.clone() for view in self._views)
+        self.give_up()
+        return taken
+
+    def give_up(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._sources, self._views = (), []
+            self._give_back(self._buffer)
 
 
 class StagedDevice:
@@ -106,7 +179,9 @@ class StagedDevice:
 
         self._uploads = [new_buffer() for _ in range(NUM_UPLOADS)]
         self._num_uploads = 0
-        self._download = new_buffer()
+        self._new_buffer = new_buffer
+        self._downloads: list[StagingBuffer] = []
+        """Those that nothing is taken from any more; what was copied to one may still be under way."""
 
     @property
     def place(self) -> torch.device:
@@ -115,8 +190,8 @@ class StagedDevice:
 
     @property
     def staging_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(buffer.num_bytes for buffer in (*self._uploads, self._download))
+        """Of all buffers that nothing is on its way to."""
+        return sum(buffer.num_bytes for buffer in (*self._uploads, *self._downloads))
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """One copy for all of them: a device begins a large copy no later than a small one."""
@@ -132,15 +207,26 @@ class StagedDevice:
         return tuple(view_at(there, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True))
 
     def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """All copies first, then one wait. The result is a copy of the buffer: messages may hold it for long."""
+        """All copies first, then one wait."""
+        return self.begin_download(*tensors).take()
+
+    def begin_download(self, *tensors: Tensor) -> Download:
+        """Into a buffer of its own, beside what the device computes next."""
         offsets, num_bytes = lay_out(tensors)
-        memory = self._download.take(num_bytes)
+        buffer = self._downloads.pop() if self._downloads else self._new_buffer()
+        memory = buffer.take(num_bytes)
         views = [view_at(memory, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True)]
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor, non_blocking=True)
-        self._download.mark()
-        self._download.wait()
-        return tuple(view.clone() for view in views)
+        with self.beside_computing():
+            for view, tensor in zip(views, tensors, strict=True):
+                view.copy_(tensor, non_blocking=True)
+            buffer.mark()
+        return StagedDownload(buffer, tensors, views, self._downloads.append)
+
+    @contextlib.contextmanager
+    def beside_computing(self) -> Iterator[None]:
+        """What is asked of the device in the body comes after all before it, and is not waited for by what comes after.
+        Here there is one order."""
+        yield
 
     def offered_bytes(self) -> int:
         """Without a device's own measure, the host's."""

@@ -63,6 +63,7 @@ class StagingBuffer:
         self._clock = clock
         self._pause = pause
         self._look = look
+        self._marked_s = 0.0
         self._memory: Tensor | None = None
 
     @property
@@ -82,19 +83,26 @@ class StagingBuffer:
     def mark(self) -> None:
         """A copy from or to it is under way."""
         self._marker.record()
+        self._marked_s = self._clock()
+
+    def is_done(self) -> bool:
+        """Whether that copy is. Raises DeviceError after HANG_S, and whatever the device reports."""
+        if self._marker.is_reached():
+            return True
+        if self._clock() - self._marked_s > HANG_S:
+            raise DeviceError(f"the GPU hangs: a copy has not ended for {HANG_S:.0f} s, and this process does")
+        return False
 
     def wait(self) -> None:
-        """Until that copy is done. Raises DeviceError after HANG_S, and whatever the device reports."""
-        if self._marker.is_reached():
+        """Until that copy is done. Raises as `is_done` does."""
+        if self.is_done():
             return
         began_s = looked_s = self._clock()
-        while not self._marker.is_reached():
+        while not self.is_done():
             now_s = self._clock()
             if now_s - looked_s >= LOOK_S:
                 looked_s = now_s
                 self._look(now_s - began_s)
-            if now_s - began_s > HANG_S:
-                raise DeviceError(f"the GPU hangs: a copy has not ended for {HANG_S:.0f} s, and this process does")
             self._pause()
 
 

@@ -6,14 +6,14 @@ T_n token rows of a call, R routed rows, D model width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.array import Float32Array, Int32Array, frame_to_array
-from common.compute.device import HOST, Device
+from common.compute.device import HOST, Device, Download
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header
@@ -103,33 +103,49 @@ def _expires_s(call: WaitingCall) -> float:
     return call.arrived_s + call.header.time_left_ms / 1000
 
 
-def answer_calls(calls: list[WaitingCall], store: ShardStore, device: Device = HOST) -> list[Tensor]:
-    """One grouped FFN over all rows of one layer's calls, on the device that has the shards.
+@dataclass(frozen=True, slots=True)
+class LayerAnswer:
+    """What the device computes for all calls of a layer that waited."""
 
-    Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights.
-    """
+    calls: list[WaitingCall]
+    began_s: float
+    download: Download
+    order: Tensor | None
+    """Of the computed rows among those that were asked for; None: the same."""
+
+    def take(self) -> list[Tensor]:
+        """Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights;
+        they are the host's business, where a sum has one order. Waits for the device."""
+        (computed,) = self.download.take()
+        rows = computed
+        if self.order is not None:
+            rows = torch.empty_like(computed)
+            rows[self.order] = computed
+        answers = torch.split(rows, [call.routing.shape[1] for call in self.calls])
+        return [
+            answer if call.weights is None else _weighted(call, call.weights, answer)
+            for call, answer in zip(self.calls, answers, strict=True)
+        ]
+
+
+def begin_answer(
+    calls: list[WaitingCall], store: ShardStore, device: Device = HOST, began_s: float = 0.0
+) -> LayerAnswer:
+    """One grouped FFN over all rows of one layer's calls, on the device that has the shards. Raises NotReadyError."""
     layer, num_slices = calls[0].header.layer, store.num_slices
     grouping = group_rows([call.routing for call in calls], num_slices)
     experts = [_held(store, ShardId(layer, *divmod(key, num_slices))) for key in grouping.keys]
     rows = [call.hidden[torch.from_numpy(call.routing[0])] for call in calls]
     x = rows[0] if len(rows) == 1 else torch.cat(rows)
-    if grouping.is_sorted:
-        y = _computed(x, grouping.offsets, experts, device)
-    else:
-        order = torch.from_numpy(grouping.order)
-        y = torch.empty_like(x)
-        y[order] = _computed(x[order], grouping.offsets, experts, device)
-    answers = torch.split(y, [call.routing.shape[1] for call in calls])
-    return [
-        answer if call.weights is None else _weighted(call, call.weights, answer)
-        for call, answer in zip(calls, answers, strict=True)
-    ]
+    order = None if grouping.is_sorted else torch.from_numpy(grouping.order)
+    (there,) = device.to_device(x if order is None else x[order])
+    download = device.begin_download(grouped_gated_ffn(there, grouping.offsets, experts))
+    return LayerAnswer(calls, began_s, download, order)
 
 
-def _computed(x: Tensor, offsets: Sequence[int], experts: Sequence[GatedExpert], device: Device) -> Tensor:
-    """Rows there and back: weights of `partial` are the host's business, where a sum has one order."""
-    (rows,) = device.to_device(x)
-    return device.to_host(grouped_gated_ffn(rows, offsets, experts))[0]
+def answer_calls(calls: list[WaitingCall], store: ShardStore, device: Device = HOST) -> list[Tensor]:
+    """Begin, wait, take."""
+    return begin_answer(calls, store, device).take()
 
 
 def _held(store: ShardStore, shard: ShardId) -> GatedExpert:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,11 +28,13 @@ from common.model_config import ModelConfig
 from common.node import ControlLink
 from common.tensor import tensor_to_frame
 from common.transport import Full, RoutingSocket
-from services.expert.calls import CallQueue, WaitingCall, answer_calls, check_call
+from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
 from services.expert.shard_keeper import ShardKeeper
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
+MAX_UNDER_WAY = 2
+"""Layers that a device computes or copies: one is on its way back while the next is computed."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class ExpertService:
         self._log = log
         self._clock = clock
         self._queue = CallQueue()
+        self._under_way: deque[LayerAnswer] = deque()
+        self._last_done_s = 0.0
         self._counters = Counters()
         control.describe_held = shards.describe_held
 
@@ -75,7 +80,7 @@ class ExpertService:
             if socket is not None:
                 poller.register(socket, zmq.POLLIN)
         leave_by_s: float | None = None
-        while not self._control.leave_acknowledged or len(self._queue):
+        while not self._control.leave_acknowledged or self._has_work:
             now_s = self._clock()
             if should_stop():
                 if leave_by_s is None:
@@ -84,13 +89,18 @@ class ExpertService:
                     leave_by_s = now_s + LEAVE_DEADLINE_S
                 if now_s >= leave_by_s or not self._control.registered:
                     break
-            poller.poll(0 if len(self._queue) else (5 if self._shards.is_loading else POLL_MS))
+            poller.poll(0 if self._has_work else (5 if self._shards.is_loading else POLL_MS))
             now_s = self._clock()
             self._take_control(now_s)
             self._shards.poll(now_s)
             self._take_calls(now_s)
-            self._answer_layer(now_s)
+            self._begin_layer(now_s)
+            self._answer_done()
             self._control.beat(now_s, self._load)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(len(self._queue) or self._under_way)
 
     # ---- control
 
@@ -123,28 +133,48 @@ class ExpertService:
             except MoemeshError as error:
                 self._answer(identity, Failed(error.code, str(error), number), header)
 
-    def _answer_layer(self, now_s: float) -> None:
-        if not len(self._queue) or self._shards.store is None:
+    def _begin_layer(self, now_s: float) -> None:
+        """Let the calls that have waited longest be computed. On a processor they are done when this returns."""
+        if not len(self._queue) or self._shards.store is None or len(self._under_way) >= MAX_UNDER_WAY:
             return
         calls, expired = self._queue.take_layer(now_s)
         self._counters.dropped += expired
         if not calls:
             return
-        began_s = self._clock()
         try:
             with torch.inference_mode():
-                answers = answer_calls(calls, self._shards.store, self._shards.device)
+                answer = begin_answer(calls, self._shards.store, self._shards.device, self._clock())
         except (MoemeshError, ValueError, RuntimeError) as error:
-            raise_if_device_failed(error)
-            code = error.code if isinstance(error, MoemeshError) else ExecutionError.code
-            self._log.error("calls_failed", layer=calls[0].header.layer, reason=str(error))
-            for call in calls:
-                self._answer(call.identity, Failed(code, str(error), call.number), call.header)
+            self._fail_calls(calls, error)
             return
-        compute_seconds = self._clock() - began_s
-        self._counters.busy_seconds += compute_seconds
-        for call, rows in zip(calls, answers, strict=True):
-            self._send_rows(call, rows, compute_seconds, began_s - call.arrived_s)
+        self._under_way.append(answer)
+
+    def _answer_done(self) -> None:
+        """In the order in which they were begun."""
+        while self._under_way:
+            answer = self._under_way[0]
+            try:
+                if not answer.download.is_ready():
+                    return
+                with torch.inference_mode():
+                    rows = answer.take()
+            except (MoemeshError, ValueError, RuntimeError) as error:
+                self._under_way.popleft()
+                self._fail_calls(answer.calls, error)
+                continue
+            self._under_way.popleft()
+            done_s = self._clock()
+            self._counters.busy_seconds += done_s - max(answer.began_s, self._last_done_s)
+            self._last_done_s = done_s
+            for call, own_rows in zip(answer.calls, rows, strict=True):
+                self._send_rows(call, own_rows, done_s - answer.began_s, answer.began_s - call.arrived_s)
+
+    def _fail_calls(self, calls: list[WaitingCall], error: MoemeshError | ValueError | RuntimeError) -> None:
+        raise_if_device_failed(error)
+        code = error.code if isinstance(error, MoemeshError) else ExecutionError.code
+        self._log.error("calls_failed", layer=calls[0].header.layer, reason=str(error))
+        for call in calls:
+            self._answer(call.identity, Failed(code, str(error), call.number), call.header)
 
     def _send_rows(self, call: WaitingCall, rows: Tensor, compute_seconds: float, queue_seconds: float) -> None:
         self._counters.calls += 1
@@ -165,7 +195,7 @@ class ExpertService:
             busy_seconds=counters.busy_seconds,
             steps=counters.calls,
             rows=counters.rows,
-            queued=len(self._queue),
+            queued=len(self._queue) + sum(len(answer.calls) for answer in self._under_way),
             dropped=counters.dropped,
             bytes_sent=self._socket.bytes_sent,
             hop_bytes=self._socket.bytes_sent,

@@ -1,7 +1,8 @@
 """Runs the micro-batches of one stage: whichever has its expert answers goes on. No sockets.
 
-Each micro-batch is a generator (`StageModel.forward`) that yields expert calls. `run_one` drives the next one that can
-go on until it yields again or ends; what it wants sent comes back as a value.
+Each micro-batch is a generator (`StageModel.forward`) that yields expert calls, and where the stage has a device also
+what it waits for there. `run_one` drives the next one that can go on until it yields again or ends; what it wants sent
+comes back as a value.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from common.errors import LIFE_ENDING_ERRORS
 from common.messages import Header, Step
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+from services.stage.model.decoder import ExpertCall, ForwardPass, OnItsWay, StageModel
 from services.stage.paged_memory import PagedMemory
 
 
@@ -72,12 +73,14 @@ class Executor:
         self._model = model
         self._memory = memory
         self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
+        self._on_device: deque[tuple[RunningBatch, OnItsWay]] = deque()
+        """Those whose results are on their way."""
         self._running: set[RunningBatch] = set()
 
     @property
     def has_work(self) -> bool:
-        """Whether `run_one` would do something."""
-        return bool(self._runnable)
+        """Whether `run_one` might do something."""
+        return bool(self._runnable or self._on_device)
 
     @property
     def num_running(self) -> int:
@@ -95,12 +98,16 @@ class Executor:
         if running in self._running:
             self._runnable.append((running, answer))
 
-    def run_one(self) -> WantsExperts | Finished | Broken:
-        """Drive the batch that has waited longest until it wants experts, ends or breaks."""
-        running, answer = self._runnable.popleft()
+    def run_one(self) -> WantsExperts | Finished | Broken | None:
+        """Drive the batch that has waited longest until it wants experts, ends or breaks. None: it waits for the device
+        now, or all do."""
+        able = self._take_able()
+        if able is None:
+            return None
+        running, answer = able
         try:
             with torch.inference_mode():
-                call = running.forward.send(answer) if answer is not None else next(running.forward)
+                wanted = running.forward.send(answer)
         except StopIteration as stop:
             self._running.discard(running)
             return Finished(running, stop.value)
@@ -110,12 +117,24 @@ class Executor:
             raise_if_device_failed(error)
             self._running.discard(running)
             return Broken(running, error)
-        return WantsExperts(running, call)
+        if isinstance(wanted, ExpertCall):
+            return WantsExperts(running, wanted)
+        self._on_device.append((running, wanted))
+        return None
+
+    def _take_able(self) -> tuple[RunningBatch, Tensor | None] | None:
+        """What the device has is sent at once: others wait for it elsewhere. Then the device gets more to do."""
+        for number, (running, awaited) in enumerate(self._on_device):
+            if awaited.is_ready():
+                del self._on_device[number]
+                return running, None
+        return self._runnable.popleft() if self._runnable else None
 
     def drop(self, running: RunningBatch) -> None:
         """End a batch whose step has failed."""
         self._running.discard(running)
         self._runnable = deque(entry for entry in self._runnable if entry[0] is not running)
+        self._on_device = deque(entry for entry in self._on_device if entry[0] is not running)
         running.forward.close()
 
     def self_test(self) -> None:
@@ -124,9 +143,10 @@ class Executor:
         forward = self._model.forward(probe, self._memory.caches)
         with torch.inference_mode():
             try:
-                call = next(forward)
+                answer = None
                 while True:
-                    call = forward.send(torch.zeros_like(call.hidden))
+                    wanted = forward.send(answer)  # what is on its way is waited for when it is used
+                    answer = torch.zeros_like(wanted.hidden) if isinstance(wanted, ExpertCall) else None
             except StopIteration as stop:
                 hidden: Tensor = stop.value
             outputs = hidden

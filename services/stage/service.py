@@ -273,6 +273,9 @@ class StageService:
     def _run_one(self, slot: Slot) -> None:
         began_s = self._clock()
         outcome = slot.executor.run_one()
+        if outcome is None:
+            self._busy_seconds += self._clock() - began_s
+            return
         running = outcome.running
         try:
             if isinstance(outcome, WantsExperts):

@@ -18,15 +18,15 @@ from services.expert.__main__ import main
 
 def wait_out(milliseconds: float) -> None:
     """From now on, answering a layer's calls takes so long."""
-    answer_calls = calls.answer_calls
+    begin_answer = calls.begin_answer
 
     def timed(*arguments: Any) -> Any:
         began_s = time.monotonic()
-        answers = answer_calls(*arguments)
+        answer = begin_answer(*arguments)
         time.sleep(max(0.0, milliseconds / 1000 - (time.monotonic() - began_s)))
-        return answers
+        return answer
 
-    vars(service)["answer_calls"] = timed
+    vars(service)["begin_answer"] = timed
 
 
 if __name__ == "__main__":

@@ -108,9 +108,10 @@ class LocalPipeline:
         with torch.inference_mode():
             forward = model.forward(batch, caches)
             try:
-                call = next(forward)
+                answer = None
                 while True:
-                    call = forward.send(self.answer(call))
+                    wanted = forward.send(answer)
+                    answer = self.answer(wanted) if isinstance(wanted, ExpertCall) else None
             except StopIteration as stop:
                 result: Tensor = stop.value
                 return result

@@ -22,7 +22,7 @@ from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
 from services.stage.kv_store import KvShape, KvStore
 from services.stage.loading import load_stage
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.decoder import StageModel
+from services.stage.model.decoder import ExpertCall, StageModel
 from services.stage.model.device_model import put_on_device
 from services.stage.ranks.board import RankBoard
 from services.stage.ranks.commands import cut_of
@@ -199,14 +199,19 @@ def batch_of(hidden: torch.Tensor, start: int, blocks: list[int]) -> MicroBatch:
     )
 
 
+def _answer_of(call: ExpertCall) -> torch.Tensor:
+    return (call.hidden * 0.5 + call.weights.sum(dim=1, keepdim=True)).to(call.hidden.dtype)
+
+
 def run_pass(model: StageModel, batch: MicroBatch, caches: list[LayerKvCache]) -> torch.Tensor:
     """A forward pass whose experts answer with a fixed function of what they are asked."""
     forward = model.forward(batch, caches)
     with torch.inference_mode():
         try:
-            call = next(forward)
+            answer = None
             while True:
-                call = forward.send((call.hidden * 0.5 + call.weights.sum(dim=1, keepdim=True)).to(call.hidden.dtype))
+                wanted = forward.send(answer)
+                answer = _answer_of(wanted) if isinstance(wanted, ExpertCall) else None
         except StopIteration as stop:
             hidden: torch.Tensor = stop.value
     return hidden

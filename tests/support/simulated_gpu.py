@@ -48,7 +48,8 @@ class _Late:
         self.hidden_waits: list[str] = []
 
     def happen(self) -> None:
-        with self._lock:  # a node's loader has a thread of its own
+        # A node's loader has a thread of its own; what was asked in inference mode may happen outside of it.
+        with self._lock, torch.inference_mode():
             while self.copies:
                 self.copies.popleft()()
 

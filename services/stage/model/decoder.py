@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -32,8 +33,16 @@ class ExpertCall:
     """float32 [T, K]."""
 
 
-ForwardPass = Generator[ExpertCall, Tensor, Tensor]
-"""Yields expert calls, is sent their answers, returns hidden states [T, D]."""
+class OnItsWay(Protocol):
+    """What a forward pass waits for that no message brings: its own device."""
+
+    def is_ready(self) -> bool:
+        """Whether it can go on. Raises DeviceError, RuntimeError for a device that hangs or has failed."""
+
+
+ForwardPass = Generator[ExpertCall | OnItsWay, Tensor | None, Tensor]
+"""Yields expert calls and is sent their answers; may yield before, until its device is as far, and is sent None.
+Returns hidden states [T, D]."""
 
 
 Attend = Callable[[Tensor, MicroBatch, tuple[Tensor, Tensor], LayerKvCache], Tensor]
@@ -80,6 +89,7 @@ class StageModel:
             if isinstance(layer.feed_forward, Gate):
                 experts, weights = layer.feed_forward(normed)
                 fed = yield ExpertCall(layer.index, normed, experts, weights)
+                assert fed is not None, "an expert call is answered"
             else:
                 fed = layer.feed_forward(normed)
             if number == len(self.layers):

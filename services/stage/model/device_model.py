@@ -5,6 +5,7 @@ T tokens, D model width, S sampled rows, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -12,12 +13,13 @@ from torch import Tensor
 from common.compute.device import Device
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.micro_batch import MicroBatch
-from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+from services.stage.model.decoder import ExpertCall, ForwardPass, OnItsWay, StageModel
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStageModel(StageModel):
-    """Takes batches and answers of the host, and yields expert calls of the host: it waits for the device only there.
+    """Takes batches and answers of the host, and yields expert calls of the host. Before, it yields what the device is
+    about to give, so that other micro-batches go on meanwhile.
 
     What it returns is of the host where a next stage gets it, and of the device where `sampled_logits` does.
     """
@@ -30,14 +32,28 @@ class DeviceStageModel(StageModel):
         answer: Tensor | None = None
         try:
             while True:
-                call = next(forward) if answer is None else forward.send(answer)
-                hidden, experts, weights = self.device.to_host(call.hidden, call.experts, call.weights)
-                (answer,) = self.device.to_device((yield ExpertCall(call.layer, hidden, experts, weights)))
+                call = forward.send(answer)
+                assert isinstance(call, ExpertCall), "the layers themselves wait for nothing else"
+                given = yield ExpertCall(call.layer, *(yield from self._fetch(call.hidden, call.experts, call.weights)))
+                assert given is not None, "an expert call is answered"
+                (answer,) = self.device.to_device(given)
         except StopIteration as stop:
-            hidden = stop.value
+            hidden: Tensor = stop.value
         finally:
             forward.close()
-        return hidden if self.lm_head is not None else self.device.to_host(hidden)[0]
+        if self.lm_head is None:
+            return (yield from self._fetch(hidden))[0]
+        yield from self._fetch()  # what samples then waits for little more than the lm_head
+        return hidden
+
+    def _fetch(self, *tensors: Tensor) -> Generator[ExpertCall | OnItsWay, Tensor | None, tuple[Tensor, ...]]:
+        """Device tensors on the host."""
+        download = self.device.begin_download(*tensors)
+        try:
+            yield download
+            return download.take()
+        finally:
+            download.give_up()
 
     def sampled_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """hidden [T, D] as `forward` returned it, rows int64 [S] -> [S, V], both of the host."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from services.stage.logit_adjustments import LogitAdjustments
 
 MAX_LOGIT = 1e8
-"""A tiny repetition penalty makes logits no larger: of infinite ones none is the best, also after the temperature."""
+"""No number of a peer's makes logits larger: of infinite ones none is the best, also after the temperature."""
 
 
 def adjusted_logits(logits: Tensor, adjustments: LogitAdjustments) -> Tensor:
@@ -23,7 +23,9 @@ def adjusted_logits(logits: Tensor, adjustments: LogitAdjustments) -> Tensor:
     adjusted = logits.clone()
     within = adjustments.bias_places[:, 1] < logits.shape[1]
     rows, tokens = torch.from_numpy(adjustments.bias_places[within].T.copy())
-    adjusted[rows, tokens] += torch.from_numpy(adjustments.biases[within].astype(np.float32))
+    with np.errstate(over="ignore"):  # what is so unlikely is not drawn
+        biases = np.minimum(adjustments.biases[within], MAX_LOGIT).astype(np.float32)
+    adjusted[rows, tokens] += torch.from_numpy(biases)
     counts = adjustments.token_counts[adjustments.token_counts[:, 1] < logits.shape[1]]
     if len(counts):
         _penalise(adjusted, counts.astype(np.int64), adjustments)
@@ -35,8 +37,10 @@ def _penalise(adjusted: Tensor, counts: npt.NDArray[np.int64], adjustments: Logi
     row_numbers, times_generated = counts[:, 0], counts[:, 2]
     repetitions = np.clip(adjustments.repetition_penalties, 1 / MAX_LOGIT, MAX_LOGIT)[row_numbers]
     repetition = torch.from_numpy(repetitions.astype(np.float32))
-    frequency = torch.from_numpy(adjustments.frequency_penalties[row_numbers].astype(np.float32))
-    presence = torch.from_numpy(adjustments.presence_penalties[row_numbers].astype(np.float32))
+    frequency, presence = (
+        torch.from_numpy(np.clip(penalties, -MAX_LOGIT, MAX_LOGIT)[row_numbers].astype(np.float32))
+        for penalties in (adjustments.frequency_penalties, adjustments.presence_penalties)
+    )
     count = torch.from_numpy(times_generated.astype(np.float32))
     rows, tokens = torch.from_numpy(row_numbers.copy()), torch.from_numpy(counts[:, 1].copy())
     values = adjusted[rows, tokens]

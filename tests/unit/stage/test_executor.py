@@ -55,6 +55,11 @@ def add(executor: Executor, value: float) -> None:
     executor.add(step, Header(step=int(value)), 9.0, batch)
 
 
+def wanting_or_done(outcome: Any) -> RunningBatch:
+    assert isinstance(outcome, WantsExperts | Finished), outcome
+    return outcome.running
+
+
 def wanting(outcome: Any) -> tuple[RunningBatch, int]:
     assert isinstance(outcome, WantsExperts)
     return outcome.running, outcome.call.layer
@@ -86,8 +91,8 @@ def test_whichever_has_its_answer_goes_on() -> None:
     assert not executor.has_work
     for running in (waiting[2], waiting[0]):
         executor.resume(running, torch.zeros(1, 2))
-    outcomes = [executor.run_one(), executor.run_one()]
-    assert [outcome.running.header.step for outcome in outcomes] == [3, 1]
+    outcomes = [wanting_or_done(executor.run_one()) for _ in range(2)]
+    assert [running.header.step for running in outcomes] == [3, 1]
     assert executor.num_running == 1
 
 
@@ -181,4 +186,74 @@ def test_what_takes_the_whole_stage_along_is_no_broken_step(error: Exception, ra
     executor = executor_of(Failing())
     add(executor, 1.0)
     with pytest.raises(raised, match=r"GPU|rank"):
+        executor.run_one()
+
+
+class Awaited:
+    """Of a device that is as far when a test says so."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+
+    def is_ready(self) -> bool:
+        return self.is_there
+
+
+@dataclass
+class DeviceModel:
+    """Waits for its device before it asks its experts."""
+
+    awaited: dict[float, Awaited] = field(default_factory=dict)
+
+    def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall | Awaited, Tensor | None, Tensor]:
+        x: Tensor = batch
+        awaited = self.awaited[float(x[0, 0])] = Awaited()
+        yield awaited
+        answer = yield ExpertCall(0, x, torch.zeros((1, 1), dtype=torch.int64), torch.ones(1, 1))
+        assert answer is not None
+        return x + answer
+
+
+def test_while_one_batch_waits_for_the_device_others_give_it_more_to_do() -> None:
+    model: Any = DeviceModel()
+    executor = executor_of(model)
+    for value in (1.0, 2.0):
+        add(executor, value)
+    assert [executor.run_one() for _ in range(3)] == [None] * 3, "both have begun, and nothing is there yet"
+    assert executor.has_work
+    model.awaited[2.0].is_there = True
+    add(executor, 3.0)
+    running, _ = wanting(executor.run_one())
+    assert running.header.step == 2, "what is there goes out before more is begun"
+    assert executor.run_one() is None
+    assert 3.0 in model.awaited
+    executor.resume(running, torch.zeros(1, 2))
+    outcome = executor.run_one()
+    assert isinstance(outcome, Finished)
+    assert outcome.running is running
+
+
+def test_a_batch_that_is_dropped_while_the_device_is_at_it_does_not_go_on() -> None:
+    model: Any = DeviceModel()
+    executor = executor_of(model)
+    add(executor, 1.0)
+    assert executor.run_one() is None
+    (running,) = executor._running
+    executor.drop(running)
+    model.awaited[1.0].is_there = True
+    assert not executor.has_work
+    assert executor.run_one() is None
+
+
+def test_a_device_that_hangs_is_not_the_fault_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = DeviceModel()
+    executor = executor_of(model)
+    add(executor, 1.0)
+    assert executor.run_one() is None
+
+    def hangs(self: Awaited) -> bool:
+        raise DeviceError("the GPU hangs")
+
+    monkeypatch.setattr(Awaited, "is_ready", hangs)
+    with pytest.raises(DeviceError):
         executor.run_one()

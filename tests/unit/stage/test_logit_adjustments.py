@@ -95,3 +95,13 @@ def test_any_numbers_are_logits_without_nan_or_a_protocol_error(penalties: Any, 
         adjusted = without_unlikely(adjusted_logits(logits, made), made.min_ps)
         assert not torch.isnan(adjusted).any()
         assert (adjusted < INF).all()
+
+
+@pytest.mark.parametrize("penalties", [[(0, 0.0, 0.0, 1e300, 1.0)], [(0, 0.0, 1e300, 0.0, 1.0)], []])
+def test_no_peers_number_makes_a_logit_that_is_none(penalties: Any) -> None:
+    made = read(penalties, [(0, 1, 0, 1)], [(0, 0, 1e300), (0, 2, -1e300)])
+    assert made is not None
+    adjusted = adjusted_logits(torch.zeros(2, 6), made)
+    assert not torch.isnan(adjusted).any()
+    assert adjusted[0, 0] == adjusted.max() < INF
+    assert adjusted[0, 2] == -INF

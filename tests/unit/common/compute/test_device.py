@@ -84,3 +84,41 @@ def test_the_simulated_gpu_refuses_what_a_real_one_does_and_writes_waits_down() 
         assert bool((there > 0).all())
         there[there > 0]
         assert hidden_waits() == ["__bool__", "__getitem__"]
+
+
+def test_what_is_on_its_way_keeps_its_own_buffer_until_it_is_taken() -> None:
+    with simulated_gpu() as device:
+        downloads = [device.begin_download(device.to_device(torch.full((3,), float(n)))[0]) for n in range(4)]
+        before = num_waits()
+        assert not downloads[0].is_ready()
+        assert num_waits() == before + 1
+        taken = [float(download.take()[0].sum()) for download in reversed(downloads)]
+        assert taken == [9.0, 6.0, 3.0, 0.0]
+
+
+def test_a_buffer_goes_back_once_when_what_came_is_taken_or_given_up() -> None:
+    device = StagedDevice(torch.device("cpu"))
+    (there,) = device.to_device(torch.ones(3))
+    first, second = device.begin_download(there), device.begin_download(there)
+    assert len(device._downloads) == 0
+    assert first.is_ready()
+    assert first.take()[0].tolist() == [1.0] * 3
+    first.give_up()
+    second.give_up()
+    second.give_up()
+    assert len(device._downloads) == len(set(map(id, device._downloads))) == 2
+
+
+def test_nothing_on_its_way_says_when_the_device_is_as_far() -> None:
+    with simulated_gpu() as device:
+        device.to_device(torch.ones(3))
+        mark = device.begin_download()
+        while not mark.is_ready():
+            pass
+        assert mark.take() == ()
+
+
+def test_on_the_host_all_is_there() -> None:
+    download = HOST.begin_download(*TENSORS)
+    assert download.is_ready()
+    assert all(a is b for a, b in zip(download.take(), TENSORS, strict=True))

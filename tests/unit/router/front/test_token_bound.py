@@ -19,7 +19,7 @@ PIECES = st.one_of(
     st.sampled_from(
         ["experts", " experts", "</s>", "<|user|>", "e\u0301", "\u03c9\u0314\u0342\u0345", "\u1100\u1161\u11a8"]
     ),
-    st.characters(),
+    st.characters(exclude_categories=["Cs"]),  # a request that holds half a character is refused before
 )
 
 
