@@ -60,14 +60,12 @@ def test_published_ports_name_the_host_address() -> None:
 def test_the_gpu_file_changes_services_that_there_are_and_gives_each_that_computes_a_gpu() -> None:
     base, gpu = compose_file()["services"], gpu_file()["services"]
     assert set(gpu) == {"stage", "expert"} <= set(base)
-    for service in gpu.values():
+    for name, service in gpu.items():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-        assert service["environment"]["DEVICE"] == "cuda"
-        assert {name for name in service["environment"] if name.lower() in Settings.model_fields} == {
-            "DEVICE",
-            "DEVICE_PROCESSES",
-        }
+        assert service["environment"]["DEVICE"] == f"${{{name.upper()}_DEVICE:-cuda}}"
+        settings = {each for each in service["environment"] if each.lower() in Settings.model_fields}
+        assert settings == {"DEVICE", "DEVICE_PROCESSES"}
 
 
 def test_the_gpu_file_needs_no_variable_and_has_an_image_of_its_own() -> None:
