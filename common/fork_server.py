@@ -29,6 +29,8 @@ from common.fork_child import MAX_MESSAGE_BYTES, READY, serve_forks
 
 REPLY_S = 5.0
 LAUNCH_AGAIN_S = 1.0
+IMPORTS_S = 120.0
+"""For all that is imported: a disk that hangs is not waited for without a word."""
 TELL_S = 0.3
 """For the server to say how one has ended that has."""
 
@@ -137,6 +139,7 @@ class ForkServer:
             serve_forks(other)
         other.close()
         with self._lock:
+            self._launched_s = time.monotonic()
             self._link, self._is_ready, self._own_fork = own, False, pid
 
     def spawn(
@@ -197,6 +200,9 @@ class ForkServer:
                 raise ImportsUnderWayError("the process that forks has only just ended")
             self.launch()
         if self._link is None or not self._is_ready:
+            if time.monotonic() - self._launched_s > IMPORTS_S:
+                self._give_up()
+                raise OSError(f"the process that forks has not imported its modules within {IMPORTS_S:.0f} s")
             raise ImportsUnderWayError("the process that forks still imports")
         return self._link
 

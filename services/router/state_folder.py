@@ -45,7 +45,8 @@ class StateFolder:
 
 
 def open_state_folder(path: Path) -> StateFolder:
-    """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it."""
+    """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it, or it cannot be
+    written to."""
     descriptor = lock_folder(path, "router")
     try:
         return StateFolder(path, _next_term(path / "router.json"), descriptor)
@@ -77,5 +78,8 @@ def _read_term(path: Path) -> int:
 
 def _next_term(path: Path) -> RouterTerm:
     term = _read_term(path)
-    write_whole(path, json.dumps({"term": term + 1}))
+    try:
+        write_whole(path, json.dumps({"term": term + 1}))
+    except OSError as error:
+        raise ConfigurationError(f"STATE_DIR={path.parent} cannot be written to: {error.strerror or error}") from None
     return RouterTerm(term + 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common import fork_server
 from common.fork_child import MAX_MESSAGE_BYTES
 from common.fork_server import ForkedProcess, ForkServer, ImportsUnderWayError
 from tests.support.process_table import is_alive
@@ -168,6 +169,28 @@ def test_imports_that_fail_are_counted_and_said_in_the_log(code: Path, tmp_path:
 
     wait_until(has_failed, 10, "two failures")
     assert "No module named 'not_there'" in (tmp_path / "forks.log").read_text()
+    server.close()
+
+
+def test_imports_that_hang_are_said_and_begun_anew(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code / "hangs.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(fork_server, "IMPORTS_S", 0.5)
+    server = ForkServer(["hangs"], environment(code), tmp_path / "forks.log")
+    server.launch()
+
+    def is_said() -> bool:
+        try:
+            server.spawn("forked_program", ["sleep"], {})
+        except ImportsUnderWayError:
+            return False
+        except OSError as error:
+            return "has not imported its modules within 0 s" in str(error)
+        return False
+
+    wait_until(is_said, 10, "a word about it")
+    assert server.failures_in_a_row == 1
+    (code / "hangs.py").write_text("")
+    assert spawn(server, "exit", "3").wait(10) == 3
     server.close()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigurationError, FencedError
+from services.router import state_folder
 from services.router.state_folder import open_state_folder
 
 
@@ -27,6 +30,19 @@ def test_a_second_router_on_the_same_folder_is_refused_until_the_first_has_gone(
     second = open_state_folder(tmp_path)
     assert second.term == 2, "who was refused took no term"
     second.close()
+
+
+def test_a_full_disk_is_a_sentence_and_the_folder_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(state_folder, "write_whole", is_full)
+    with pytest.raises(ConfigurationError, match=r"STATE_DIR=.* cannot be written to: No space left on device"):
+        open_state_folder(tmp_path)
+    monkeypatch.undo()
+    assert open_state_folder(tmp_path).term == 1
 
 
 def test_nobody_else_may_look_into_the_folder(tmp_path: Path) -> None:
