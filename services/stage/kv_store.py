@@ -79,9 +79,10 @@ class LocalKv:
     @classmethod
     def allocate(cls, shape: KvShape, kernels: NativeKernels | None = None, device: Device = HOST) -> LocalKv:
         """Zeroed. Raises ValueError, RuntimeError for want of memory."""
-        caches = allocate_kv_cache(
-            shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.dtype, device.place
-        )
+        with torch.inference_mode(False):  # mirrors write to it outside of that mode
+            caches = allocate_kv_cache(
+                shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.dtype, device.place
+            )
         return cls(shape, caches, kernels, device)
 
     @property

@@ -72,6 +72,7 @@ class StageProcess:
                 self._resources.checkpoint,
                 self._num_positions,
                 settings.threads,
+                self._kernels,
                 forks,
                 log,
                 self._device,

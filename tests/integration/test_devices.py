@@ -75,7 +75,7 @@ def test_ranks_of_a_gpu_lose_one_and_grow_again_with_the_same_bits(model: Path, 
 @pytest.mark.slow
 def test_k_and_v_of_a_request_under_way_change_hands_when_its_stage_grows(model: Path) -> None:
     settings = {"PP": "1", "TP": "2", "DEVICE": "cuda"}
-    ask = Ask("A mesh serves one model.", 400, temperature=0.8, seed=3, num_top_logprobs=1, ignore_eos=True)
+    ask = Ask("A mesh serves one model.", 160, temperature=0.8, seed=3, num_top_logprobs=1, ignore_eos=True)
     with served_mesh(model, settings, modules=MODULES) as mesh:
         expected = mesh.client.ask(ask)
         with ThreadPoolExecutor(1) as pool:

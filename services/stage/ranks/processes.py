@@ -14,7 +14,7 @@ import torch
 from common.child_process import ChildProcess
 from common.compute.cuda import open_device
 from common.compute.device import Device
-from common.compute.native_library import load_native_kernels
+from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError
 from common.fork_server import ForkServer
 from common.model_config import ModelConfig, read_model_config
@@ -39,21 +39,24 @@ def open_group(
     checkpoint: Path,
     num_positions: int,
     threads: int,
+    kernels: NativeKernels | None,
     forks: ForkServer,
     log: structlog.stdlib.BoundLogger,
     device: Device,
     places: Sequence[str],
 ) -> RankGroup:
-    """Start the ranks of this process's stage. `device`: rank 0's; `places`: where each rank computes, as DEVICE says
-    it. Raises ConfigurationError for a degree that cannot be."""
+    """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
+
+    `kernels`, `device`: rank 0's; `places`: where each rank computes, as DEVICE says it.
+    """
     check_degree(config, settings.degree)
-    kernels = load_native_kernels(threads=threads)
-    if kernels is None:
+    board_kernels = kernels or load_native_kernels(threads=threads)
+    if board_kernels is None:
         raise ConfigurationError(
             f"TP={settings.degree} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
         )
     memory = SharedMemory.create(RankBoard.num_bytes(SLAB_BYTES), "moemesh-ranks")
-    board = RankBoard(memory, SLAB_BYTES, kernels)
+    board = RankBoard(memory, SLAB_BYTES, board_kernels)
     common = {
         "board": memory.descriptor,
         "bytes": memory.num_bytes,
@@ -70,7 +73,7 @@ def open_group(
         board,
         staff,
         log,
-        kernels=kernels if device.is_host else None,
+        kernels=kernels,
         device=device,
         capacity_bytes=0 if device.is_host else device.offered_bytes(),
     )

@@ -49,7 +49,8 @@ class SharedMemory:
             raise ValueError(f"{list(shape)} of {dtype} do not fit: {self.num_bytes} bytes of which {start} are taken")
         if not size:
             return torch.zeros(tuple(shape), dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=size, offset=start).view(tuple(shape))
+        with torch.inference_mode(False):  # it is written to in both modes
+            return torch.frombuffer(self._map, dtype=dtype, count=size, offset=start).view(tuple(shape))
 
     def close(self) -> None:
         """Let the descriptor go. The bytes go with the last tensor and the last process that has them."""

@@ -157,6 +157,8 @@ def test_k_and_v_change_hands_when_the_group_grows(tmp_path: Path) -> None:
             change_over(ranks, store, ALL_BLOCKS)
             assert ranks.group.degree == degree
             assert same([*store.blocks(ALL_BLOCKS)], held)
+            with torch.inference_mode(False):
+                store.put_blocks(ALL_BLOCKS, *[part.clone() for part in held])  # as a mirror does
 
 
 def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None:
