@@ -11,7 +11,7 @@ from common.checkpoint_part import see_checkpoint
 from common.config import Settings
 from common.loader_thread import LoaderThread
 from common.memory import offered_bytes
-from common.model_config import read_model_config
+from common.model_config import ModelConfig, read_model_config
 from common.node_process import StopFlag
 
 
@@ -22,16 +22,17 @@ class NodeResources:
         self,
         settings: Settings,
         log: structlog.stdlib.BoundLogger,
-        free_bytes: Callable[[], int] = offered_bytes,
+        free_bytes: Callable[[ModelConfig], int] = lambda config: offered_bytes(),
     ) -> None:
         """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
         be served."""
         self.should_stop = StopFlag()
-        # Once: what an incarnation holds does not make the next one smaller.
-        self.settings = settings.model_copy(update={"capacity_bytes": settings.capacity_bytes or free_bytes()})
         self.log = log
         self.checkpoint = resolve_model(settings.model)
         self.config = read_model_config(self.checkpoint)
+        # Once: what an incarnation holds does not make the next one smaller.
+        capacity_bytes = settings.capacity_bytes or free_bytes(self.config)
+        self.settings = settings.model_copy(update={"capacity_bytes": capacity_bytes})
         self.seen = see_checkpoint(self.checkpoint, self.config)
         self.loader = LoaderThread()
         self.router_term = 0

@@ -49,6 +49,10 @@ class CudaDevice(StagedDevice):
         with torch.cuda.stream(self._copies):
             yield
 
+    def release(self) -> None:
+        """torch keeps what it once had, for itself."""
+        torch.cuda.empty_cache()
+
     def offered_bytes(self) -> int:
         """80% of what is free on the GPU, or this process's part of it."""
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.place)

@@ -68,6 +68,9 @@ class Device(Protocol):
         """The same without waiting. Of no tensor, it is there when the device has done all that was asked so far. Until
         they are taken nothing may write to them."""
 
+    def release(self) -> None:
+        """What was given up here is free for other processes that use the device."""
+
     def offered_bytes(self) -> int:
         """How much memory a node may offer."""
 
@@ -97,6 +100,9 @@ class HostDevice:
     def begin_download(self, *tensors: Tensor) -> Download:
         """They are there."""
         return ReadyDownload(tensors)
+
+    def release(self) -> None:
+        """It is free at once."""
 
     def offered_bytes(self) -> int:
         """80% of what is free."""
@@ -227,6 +233,9 @@ class StagedDevice:
         """What is asked of the device in the body comes after all before it, and is not waited for by what comes after.
         Here there is one order."""
         yield
+
+    def release(self) -> None:
+        """It is free at once."""
 
     def offered_bytes(self) -> int:
         """Without a device's own measure, the host's."""

@@ -1,7 +1,7 @@
 """K and V of a stage's layers, in and out: a mirror gets them, and a stage whose ranks change moves them.
 
 What goes in and out is of all heads and on the host, wherever K and V are. `LocalKv` has them in this process;
-services/stage/ranks/ranks_kv.py has each rank's heads on that rank's device.
+`OwnKv` in services/stage/ranks/group_memory.py has each rank's heads on that rank's device.
 
 T positions, B blocks, L layers of the stage, H KV heads, W head width. A *position* is a place in paged memory: block *
 KV_BLOCK_TOKENS + offset.

@@ -13,6 +13,7 @@ from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
 from common.fork_server import ForkServer
+from common.model_config import ModelConfig
 from common.node_process import describe_node, open_transport, run_lives
 from common.node_resources import NodeResources
 from common.topology import NodeKind
@@ -48,9 +49,7 @@ class StageProcess:
     def __init__(self, settings: Settings, forks: ForkServer | None, log: structlog.stdlib.BoundLogger) -> None:
         """`forks`: of ranks, where there are others than this process."""
         self._device = open_device(settings.device, num_ranks=settings.tp, num_processes=settings.device_processes)
-        # What its router is told is what the stage has, not what one of its ranks has.
-        num_memories = 1 if self._device.is_host else settings.tp
-        self._resources = NodeResources(settings, log, lambda: self._device.offered_bytes() * num_memories)
+        self._resources = NodeResources(settings, log, lambda config: self._offered_bytes(config, settings.tp))
         torch.set_num_threads(settings.threads)
         self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
         collectives = self._choose_collectives(settings)
@@ -72,12 +71,18 @@ class StageProcess:
                 self._resources.checkpoint,
                 self._num_positions,
                 settings.threads,
+                self._resources.settings.capacity_bytes,
                 self._kernels,
                 forks,
                 log,
                 self._device,
                 places_of_ranks(self._device.place, settings.tp, self._num_gpus),
             )
+
+    def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
+        """What all ranks have together. Of K and V several ranks have the same heads where there are fewer of them."""
+        num_memories = 1 if self._device.is_host else min(num_ranks, config.num_kv_heads)
+        return self._device.offered_bytes() * num_memories
 
     @property
     def _num_gpus(self) -> int:

@@ -130,6 +130,7 @@ class SlotKeeper:
             return self._enter(message, header, loaded)
         self._drop_memory()
         self.loaded = self._growing = None  # makes room before the new layers come
+        self._device.release()
         self._log.info("loading_layers", first=layers.start, stop=layers.stop)
         self._loading = self._begin_load(message, header, layers, dtype)
         return None
@@ -185,7 +186,7 @@ class SlotKeeper:
             ranks.check()  # raises where it is one that works
             self._give_up_growing(ranks, error)
         except LOADING_ERRORS as error:
-            self._give_up_growing(ranks, error)
+            self._give_up_growing(ranks, refusal_to_load(error))
         if self._growing is not None and self._growing.is_loaded and not slot.executor.num_running:
             self._change_over(slot, self._growing.future.result())
 
@@ -226,7 +227,7 @@ class SlotKeeper:
         except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
-            raise RankLostError(f"the ranks do not go on as more: {error}") from None
+            raise RankLostError(f"the ranks do not go on as more: {refusal_to_load(error)}") from None
 
     @staticmethod
     def _used_blocks(slot: Slot) -> list[int]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
+from common.errors import MoemeshError, error_from_wire
 from services.stage.ranks.cut import MAX_DEGREE
 from services.stage.ranks.shared_memory import SharedMemory
 
@@ -79,6 +80,11 @@ class RankBoard:
         data = sentence.encode(errors="replace")[:TEXT_BYTES]
         self._texts[seat] = 0
         self._texts[seat, : len(data)] = np.frombuffer(data, dtype=np.uint8)
+
+    def refusal(self, seat: int, rank: int) -> MoemeshError:
+        """The error that a rank has said: its code, then its sentence."""
+        code, _, sentence = self.said(seat).partition(" ")
+        return error_from_wire(code, f"rank {rank}: {sentence}")
 
     def said(self, seat: int) -> str:
         """What a seat had to say."""

@@ -180,3 +180,6 @@ class Conductor:
         while not self._board.wait(name, seat, value, self.epoch, LOOK_S):
             waited_s += LOOK_S
             self._staff.check(seat, self.attached.get(seat, 0), waited_s)
+            for other in self.seats[1:]:  # who is waited for may wait for one that is lost
+                if other != seat:
+                    self._staff.check(other, self.attached.get(other, 0), 0.0)

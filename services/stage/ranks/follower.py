@@ -15,6 +15,7 @@ import torch
 
 from common.array import Int64Array
 from common.compute.device import HOST, Device
+from common.compute.device_errors import refusal_to_load
 from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError, RankLostError
 from common.loader_thread import LoaderThread
@@ -229,6 +230,7 @@ class Follower:
         self._loads.clear()  # only the newest is ever used
         if order.replaces:
             self._part = None
+            self._device.release()
         if rank < 0:
             self._board.set("loaded", self._seat, order.number)
             return
@@ -261,9 +263,7 @@ class Follower:
                 continue
             if not isinstance(error, (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)):
                 raise error
-            self._log.error("part_not_loaded", seat=self._seat, reason=str(error))
-            self._board.say(self._seat, str(error))
-            self._board.set("failed", self._seat, number)
+            self._refuse("failed", number, error)
 
     def _use(self, number: int, port: int) -> None:
         load = self._loads.pop(number, None)
@@ -281,7 +281,14 @@ class Follower:
             store = open_store(port)
             announce(store, load.rank)
         self._collectives = open_collectives(
-            self._collectives_kind, load.rank, load.order.degree, self._board, meeting, self._device, store
+            self._collectives_kind,
+            load.rank,
+            load.order.degree,
+            self._board,
+            meeting,
+            self._device,
+            store,
+            self._is_epoch_over,
         )
         self._meeting = meeting
         self._memory.use(self._cut)
@@ -297,14 +304,22 @@ class Follower:
         try:
             self._memory.allocate()
         except (RuntimeError, ValueError, MemoryError) as error:
-            self._log.error("memory_not_allocated", seat=self._seat, reason=str(error))
-            self._board.say(self._seat, str(error))
-            self._board.set("refused", self._seat, number)
+            self._refuse("refused", number, error)
+
+    def _refuse(self, word: str, number: int, error: Exception) -> None:
+        """Say why something is not in place here. Raises DeviceError for a device that is lost."""
+        refusal = refusal_to_load(error)
+        self._log.error("not_in_place", seat=self._seat, reason=str(refusal))
+        self._board.say(self._seat, f"{refusal.code} {refusal}")
+        self._board.set(word, self._seat, number)
 
     def _heed_epoch(self, waited_s: float) -> None:
         """While it waits for its device, which may wait for a rank that is lost."""
-        if self._board.get("epoch") != self._epoch:
+        if self._is_epoch_over():
             raise EpochOver
+
+    def _is_epoch_over(self) -> bool:
+        return self._board.get("epoch") != self._epoch
 
     def _wait(self, name: str, seat: int, value: int) -> None:
         while not self._board.wait(name, seat, value, self._epoch, LOOK_S):

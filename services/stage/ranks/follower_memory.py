@@ -55,6 +55,7 @@ class FollowerMemory:
         """K and V of its own, of the size that MEMORY has said. Raises ValueError, RuntimeError for want of memory."""
         assert self._window is not None, "MEMORY comes before"
         self._own, self.caches = None, []  # makes room
+        self._device.release()
         shape = replace(self._window.shape, num_kv_heads=self._heads.stop - self._heads.start)
         self._own = LocalKv.allocate(shape, self._kernels, self._device)
         self.caches = self._own.caches
@@ -69,3 +70,4 @@ class FollowerMemory:
         """Give all of it up."""
         self._mapped, self.caches = [], []
         self._window = self._own = None
+        self._device.release()

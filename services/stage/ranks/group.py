@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
-from common.errors import CheckpointError
+from common.errors import ConfigurationError, RankLostError
 from common.model_config import ModelConfig
 from common.topology import StageRole
 from services.stage.kv_store import KvShape, KvStore
@@ -135,13 +135,13 @@ class RankGroup:
         self.conductor.attach(settled)
         self._memory.forget()
         self._wait_for_room(should_stop)
-        self.log.info("ranks_formed", present=len(settled) + 1, degree=self.best(), wanted=self.settings.degree)
+        self.log.info("ranks_formed", present=len(self._attached) + 1, degree=self.best(), wanted=self.settings.degree)
 
     def _wait_for_room(self, should_stop: Callable[[], bool]) -> None:
         """For those that were lost, where what the group held would not fit on the devices of those that are left."""
         deadline_s = self.clock() + START_S
         refusal = told = ""
-        while not should_stop() and self.clock() < deadline_s:
+        while len(self._attached) < self.settings.degree - 1 and not should_stop() and self.clock() < deadline_s:
             refusal = self._against(self.best())
             if not refusal:
                 return
@@ -188,6 +188,10 @@ class RankGroup:
     def check(self) -> None:
         """Raises RankLostError if a rank that is needed is gone."""
         self._check(self.in_use.seats[1:] if self.in_use is not None else ())
+
+    def _is_any_gone(self, seats: Iterable[int]) -> bool:
+        """From any thread."""
+        return any(self.staff.process_of(seat) != self._attached.get(seat) for seat in seats)
 
     def _check(self, seats: Iterable[int], waited_s: float = 0.0) -> None:
         for seat in seats:
@@ -247,11 +251,11 @@ class RankGroup:
         return RankLoad(order, seats)
 
     def is_loaded(self, load: RankLoad) -> bool:
-        """Whether every other rank has its part. Raises RankLostError, or CheckpointError with what a rank said."""
+        """Whether every other rank has its part. Raises RankLostError, or the error that a rank has said."""
         self._check(load.seats[1:])
         for seat in load.seats[1:]:
             if self.board.get("failed", seat) == load.order.number:
-                raise CheckpointError(f"rank {load.seats.index(seat)}: {self.board.said(seat)}")
+                raise self.board.refusal(seat, load.seats.index(seat))
         return all(self.board.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
 
     def use(self, load: RankLoad, part_bytes: int = 0) -> None:
@@ -276,9 +280,25 @@ class RankGroup:
             self._wait_for_rendezvous(load)
 
         def collectives(meeting: Meeting) -> Collectives:
-            return open_collectives(kind, 0, load.order.degree, self.board, meeting, self.device, self._store)
+            return open_collectives(
+                kind,
+                0,
+                load.order.degree,
+                self.board,
+                meeting,
+                self.device,
+                self._store,
+                lambda: self._is_any_gone(load.seats[1:]),
+            )
 
-        self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), collectives)
+        try:
+            self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), collectives)
+        except RankLostError as error:
+            if kind == "nccl" and not self._is_any_gone(load.seats[1:]):
+                raise ConfigurationError(
+                    f"NCCL does not join the ranks ({error}); TP_COLLECTIVES=board does without it"
+                ) from None
+            raise
         self.in_use = load
         self._weight_bytes = part_bytes * load.order.degree
         self.log.info(
@@ -322,7 +342,8 @@ class RankGroup:
         self._memory.change_over(block_ids, lambda: self.use(load, part_bytes))
 
     def forget_memory(self) -> None:
-        """Let K and V go, on all ranks. Raises RankLostError."""
+        """Let K and V go, on all ranks: the slot that had them is over. Raises RankLostError."""
+        self._weight_bytes = self._kv_bytes = 0
         self._memory.forget()
 
     def end(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
-from common.errors import CapacityError
 from services.stage.attention_kernel import LayerKvCache
 from services.stage.kv_store import KvShape, KvStore, LocalKv
 from services.stage.ranks.board import RankBoard
@@ -130,11 +129,13 @@ class OwnKv:
 
     def forget(self) -> None:
         self._window = self._own = None
+        self._device.release()
         self._open.close()
 
     def _allocate(self) -> None:
         """Each rank its own. None has any where one has no room."""
         self._own = None  # makes room
+        self._device.release()
         self._num_allocations += 1
         conductor = self._conductor
         self._heads = conductor.cut.kv_heads(self.shape.num_kv_heads)
@@ -150,7 +151,7 @@ class OwnKv:
         conductor.together((Op.ALLOCATE, self._num_allocations), allocate_own)
         for rank, seat in enumerate(conductor.seats[1:], 1):
             if self._board.get("refused", seat) == self._num_allocations:
-                refused.append(CapacityError(f"rank {rank} has no room for its K and V: {self._board.said(seat)}"))
+                refused.append(self._board.refusal(seat, rank))
         if refused:
             self.forget()
             raise refused[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 from common.compute.device import Device
@@ -30,8 +31,12 @@ def open_collectives(
     meeting: Meeting,
     device: Device,
     store: Store | None,
+    is_lost: Callable[[], bool],
 ) -> Collectives:
-    """All ranks come here together. `store`: the rendezvous, None for the board. Raises RankLostError."""
+    """All ranks come here together. Raises RankLostError, DeviceError.
+
+    `store`: the rendezvous, None for the board. `is_lost`: whether one of them is, from any thread.
+    """
     if degree == 1 or kind == "board":
         inner: Collectives = BoardCollectives(board, rank, degree, meeting)
     else:
@@ -40,6 +45,6 @@ def open_collectives(
 
         assert store is not None, "rank 0 has opened it"
         if kind == "nccl":
-            return TorchCollectives(store, rank, degree, device.place)
+            return TorchCollectives(store, rank, degree, device.place, is_lost)
         inner = TorchCollectives(store, rank, degree)
     return inner if device.is_host else StagedCollectives(inner, device)

@@ -39,6 +39,7 @@ def open_group(
     checkpoint: Path,
     num_positions: int,
     threads: int,
+    capacity_bytes: int,
     kernels: NativeKernels | None,
     forks: ForkServer,
     log: structlog.stdlib.BoundLogger,
@@ -47,7 +48,8 @@ def open_group(
 ) -> RankGroup:
     """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
 
-    `kernels`, `device`: rank 0's; `places`: where each rank computes, as DEVICE says it.
+    `capacity_bytes`: what the router is told; `kernels`, `device`: rank 0's; `places`: where each rank computes, as
+    DEVICE says it.
     """
     check_degree(config, settings.degree)
     board_kernels = kernels or load_native_kernels(threads=threads)
@@ -75,7 +77,7 @@ def open_group(
         log,
         kernels=kernels,
         device=device,
-        capacity_bytes=0 if device.is_host else device.offered_bytes(),
+        capacity_bytes=0 if device.is_host else capacity_bytes // min(settings.degree, config.num_kv_heads),
     )
 
 

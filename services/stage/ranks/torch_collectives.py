@@ -3,17 +3,18 @@
 A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
 All that torch raises over it is a RankLostError: who is alive forms anew.
 
-An NCCL collective is a kernel that waits on the GPU for its peers, for ever if need be, while the host has gone on. The
-host notices when it wants something of the GPU: `Device.while_waiting` then looks after the ranks, and `close` aborts
-what is under way, so that the GPU is of use again.
+An NCCL collective is a kernel that waits on the GPU for its peers, for ever if need be. The host has gone on meanwhile,
+until it wants something of the GPU or has asked for so much that the driver takes no more; then it waits too. So
+another thread aborts what is under way once a rank is lost, and the GPU is of use again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -22,11 +23,15 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from common.compute.device import HOST_MEMORY
-from common.errors import RankLostError
+from common.compute.device_errors import raise_if_device_failed
+from common.errors import DeviceError, RankLostError
 
 TIMEOUT = timedelta(seconds=20)
 """For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
 
+LOOK_S = 0.05
+CONNECTED_S = 2.0
+"""For NCCL to find out by itself that a rank has gone while they connect; it has no time-out for that."""
 ENVIRONMENT = {
     # Ranks of one host.
     "GLOO_SOCKET_IFNAME": "lo",
@@ -39,21 +44,40 @@ ENVIRONMENT = {
 class TorchCollectives:
     """The default group of this process."""
 
-    def __init__(self, store: Store, rank: int, degree: int, place: torch.device = HOST_MEMORY) -> None:
-        """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not."""
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        degree: int,
+        place: torch.device = HOST_MEMORY,
+        is_lost: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not.
+
+        `is_lost`: whether a rank of these is, from any thread; NCCL would wait for it.
+        """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._is_nccl = place.type == "cuda"
+        self._is_closed = threading.Event()
+
+        def connect() -> None:
+            dist.init_process_group(
+                "nccl" if self._is_nccl else "gloo",
+                store=store,
+                rank=rank,
+                world_size=degree,
+                timeout=TIMEOUT,
+                device_id=place if self._is_nccl else None,  # it connects at once, and not in the first step
+            )
+
         try:
             with _losing_ranks():
-                dist.init_process_group(
-                    "nccl" if self._is_nccl else "gloo",
-                    store=store,
-                    rank=rank,
-                    world_size=degree,
-                    timeout=TIMEOUT,
-                    device_id=place if self._is_nccl else None,  # it connects at once, and not in the first step
-                )
+                if self._is_nccl:
+                    _run_unless_lost(connect, place, is_lost)
+                    threading.Thread(target=self._watch, args=(is_lost,), name="nccl", daemon=True).start()
+                else:
+                    connect()
         except RankLostError:
             # torch numbers the groups of a process, and looks for the others under that number; it has one in vain.
             dist.distributed_c10d._world.group_count = 0
@@ -69,7 +93,8 @@ class TorchCollectives:
 
     def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         began_s = time.perf_counter()
-        whole = torch.empty(shape, dtype=dtype, device=self._place) if x is None else x.contiguous()
+        # Zeros: a broadcast that is aborted brings nothing, and token ids are looked up all the same.
+        whole = torch.zeros(shape, dtype=dtype, device=self._place) if x is None else x.contiguous()
         with _losing_ranks():
             dist.broadcast(whole, src=0)
         self._count(began_s)
@@ -100,10 +125,20 @@ class TorchCollectives:
         return total if self._rank == 0 else None
 
     def close(self) -> None:
+        self._is_closed.set()
         if self._is_nccl:
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
+
+    def _watch(self, is_lost: Callable[[], bool]) -> None:
+        """In a thread that waits for no rank and no GPU."""
+        while not self._is_closed.wait(LOOK_S):
+            if is_lost():
+                group = dist.group.WORLD
+                if group is not None:
+                    group.abort()
+                return
 
     def _count(self, began_s: float) -> None:
         self.seconds += time.perf_counter() - began_s
@@ -115,7 +150,32 @@ def _losing_ranks() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # ValueError: the group is gone
+        raise_if_device_failed(error)
         raise RankLostError(f"a collective has failed: {str(error).splitlines()[0]}") from None
+
+
+def _run_unless_lost(connect: Callable[[], None], place: torch.device, is_lost: Callable[[], bool]) -> None:
+    """Raises what `connect` raises, and DeviceError where it does not come back from a rank that is lost: of what it
+    holds then nothing can be freed but with the process."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            torch.cuda.set_device(place)
+            connect()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="nccl-connects", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        if thread.is_alive() and is_lost():
+            thread.join(CONNECTED_S)
+            if thread.is_alive():
+                raise DeviceError("NCCL waits for a rank that is lost, and this process ends")
+    if raised:
+        raise raised[0]
 
 
 def announce(store: Store, rank: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.compute.device import HOST, NUM_UPLOADS, HostDevice, StagedDevice
+from common.errors import RankLostError
 from common.memory import offered_bytes
 from common.numeric_class import numeric_class
 from tests.support.simulated_gpu import hidden_waits, num_waits, simulated_gpu
@@ -107,6 +108,32 @@ def test_a_buffer_goes_back_once_when_what_came_is_taken_or_given_up() -> None:
     second.give_up()
     second.give_up()
     assert len(device._downloads) == len(set(map(id, device._downloads))) == 2
+
+
+class NeverReached:
+    """Of a device that waits for another one."""
+
+    def record(self) -> None:
+        return None
+
+    def is_reached(self) -> bool:
+        return False
+
+
+def test_whoever_waits_for_a_device_calls_what_was_set_to_look_meanwhile() -> None:
+    device = StagedDevice(torch.device("cpu"))
+    downloads = [device._new_buffer() for _ in range(2)]
+    for buffer in downloads:
+        buffer._marker = NeverReached()
+
+    def look(waited_s: float) -> None:
+        raise RankLostError(f"after {waited_s:.0f} s")
+
+    device.while_waiting = look
+    for buffer in downloads:
+        buffer.mark()
+        with pytest.raises(RankLostError):
+            buffer.wait()
 
 
 def test_nothing_on_its_way_says_when_the_device_is_as_far() -> None:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.compute.staging import ALIGNMENT_BYTES, HANG_S, MIN_BYTES, NoMarker, StagingBuffer, lay_out, view_at
-from common.errors import DeviceError
+from common.compute.staging import (
+    ALIGNMENT_BYTES,
+    HANG_S,
+    LOOK_S,
+    MIN_BYTES,
+    NoMarker,
+    StagingBuffer,
+    lay_out,
+    view_at,
+)
+from common.errors import DeviceError, RankLostError
 
 
 class SlowMarker:
@@ -65,6 +74,39 @@ def test_a_device_that_hangs_ends_the_wait_and_is_named() -> None:
     with pytest.raises(DeviceError, match="the GPU hangs: a copy has not ended for 30 s"):
         buffer.wait()
     assert now_s < 2 * HANG_S
+
+
+def test_what_waits_looks_around_now_and_then_and_what_it_finds_ends_the_wait() -> None:
+    now_s, looks = 0.0, []
+
+    def pause() -> None:
+        nonlocal now_s
+        now_s += LOOK_S
+
+    def look(waited_s: float) -> None:
+        looks.append(waited_s)
+        if len(looks) == 3:
+            raise RankLostError("gone")
+
+    buffer = StagingBuffer(SlowMarker(1000), is_pinned=False, clock=lambda: now_s, pause=pause, look=look)
+    buffer.mark()
+    with pytest.raises(RankLostError):
+        buffer.wait()
+    assert looks == sorted(looks)
+    assert looks[0] >= LOOK_S
+
+
+def test_whether_it_is_done_is_asked_without_waiting_until_the_device_hangs() -> None:
+    now_s = 0.0
+    buffer = StagingBuffer(SlowMarker(2), is_pinned=False, clock=lambda: now_s)
+    buffer.mark()
+    assert [buffer.is_done() for _ in range(3)] == [False, False, True]
+    buffer = StagingBuffer(SlowMarker(1000), is_pinned=False, clock=lambda: now_s)
+    buffer.mark()
+    assert not buffer.is_done()
+    now_s = HANG_S + 1
+    with pytest.raises(DeviceError, match="the GPU hangs"):
+        buffer.is_done()
 
 
 def test_tensors_lie_apart_so_that_each_begins_as_a_device_wants_it() -> None:

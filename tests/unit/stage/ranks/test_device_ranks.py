@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ import pytest
 import torch
 
 from common.compute.device import Device, StagedDevice
-from common.errors import CapacityError, RankLostError
+from common.errors import CapacityError, DeviceError, RankLostError
 from common.loader_thread import LoaderThread
 from services.stage.kv_store import KvStore, LocalKv
-from services.stage.ranks import follower_memory
+from services.stage.ranks import follower, follower_memory
 from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS
 from tests.support.checkpoints import (
     MIXTRAL_SLIDING_TIED,
@@ -187,7 +189,7 @@ def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkey
             allocate(self)
 
         monkeypatch.setattr(follower_memory.FollowerMemory, "allocate", allocate_or_not)
-        with pytest.raises(CapacityError, match=r"rank 2 has no room for its K and V: CUDA out of memory"):
+        with pytest.raises(CapacityError, match=r"rank 2: the GPU has no room for it, .*CUDA out of memory"):
             ranks.allocate(torch.float32)
         monkeypatch.undo()
         memories = [follower._memory for follower in ranks.followers.values()]
@@ -213,6 +215,72 @@ def test_rank_0_without_room_says_so_and_the_others_go_on(tmp_path: Path, monkey
         assert same(computed(ranks, torch.float32), computed(ranks, torch.float32))
 
 
+class NeverReached:
+    """What a kernel of NCCL is to its GPU when the other rank is gone."""
+
+    def record(self) -> None:
+        return None
+
+    def is_reached(self) -> bool:
+        return False
+
+
+def test_a_rank_that_waits_for_its_device_hears_of_a_new_epoch_and_takes_part_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
+        full = computed(ranks, torch.float32)
+        device: Any = ranks.followers[1]._device
+        hanging = device._new_buffer()
+        hanging._marker = NeverReached()
+        hanging.mark()
+        device._downloads.append(hanging)
+        store: Any = ranks.group._memory
+
+        def move() -> None:
+            store.rows(torch.arange(3))
+
+        with ThreadPoolExecutor(1) as pool:
+            stuck = pool.submit(move)
+            time.sleep(0.1)
+            assert not stuck.done(), "the rank waits for its device"
+            ranks.lose(3)
+            with pytest.raises(RankLostError):
+                stuck.result(10)
+        ranks.group.reform()
+        assert ranks.group.conductor.attached.keys() == {1, 2}, "the one that waited has heard of it"
+        assert hanging not in device._downloads
+        assert same(computed(ranks, torch.float32), full)
+
+
+@pytest.mark.parametrize("where", ["load", "memory"])
+def test_a_rank_whose_device_has_failed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        if where == "load":
+            monkeypatch.setattr(follower, "load_part", fails)
+        else:
+            monkeypatch.setattr(follower_memory.FollowerMemory, "allocate", fails)
+        with pytest.raises(RankLostError, match="seat 1 is gone"):
+            computed(ranks, torch.float32)
+        (ended_by,) = ranks.errors
+        assert isinstance(ended_by, DeviceError)
+        assert str(ended_by) == "the GPU has failed: CUDA error: device-side assert triggered"
+        ranks.errors.clear()
+
+
+def test_want_of_memory_for_weights_is_said_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        monkeypatch.setattr(follower, "load_part", fails)
+        with pytest.raises(CapacityError, match=r"rank 1: the GPU has no room for it, set CAPACITY_BYTES lower: CUDA"):
+            computed(ranks, torch.float32)
+
+
 def test_what_waits_for_a_device_hears_that_a_rank_is_lost(tmp_path: Path) -> None:
     """A kernel of NCCL waits for its peer on the device, where no board tells of it."""
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
@@ -235,6 +303,18 @@ def test_a_group_waits_for_the_lost_where_those_that_are_left_have_no_room(tmp_p
         assert len(said) == 1, "once"
         assert said[0]["reason"].startswith("with 1 ranks each needs ")
         assert group.best() == 2
+        assert same(computed(ranks, torch.float32), full)
+
+
+def test_a_group_that_is_whole_waits_for_nobody(tmp_path: Path) -> None:
+    """However little room there is: a broken command is no lost rank."""
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        full = computed(ranks, torch.float32)
+        ranks.group.capacity_bytes = 1
+        ranks.group.conductor._is_broken = True
+        began_s = time.monotonic()
+        ranks.group.reform()
+        assert time.monotonic() - began_s < 5
         assert same(computed(ranks, torch.float32), full)
 
 
