@@ -51,8 +51,8 @@ class Options:
 
 def _print_faults() -> None:
     for name, make in sorted(FAULTS.items()):
-        module = sys.modules[make.__module__]
-        print(f"{name:16} {(module.__doc__ or '').splitlines()[0]}")
+        described = (sys.modules[make.__module__].__doc__ or "").partition("\n\n")[0]
+        print(f"{name:16} {' '.join(described.split())}")
 
 
 @app.command()

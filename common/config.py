@@ -5,10 +5,11 @@ Read once in a process's `__main__`, checked there, then passed on; nothing else
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.errors import ConfigurationError
@@ -36,11 +37,7 @@ class Settings(BaseSettings):
     tp: int = Field(default=1, ge=1, description="tensor-parallel ranks of a stage: processes on its host")
 
     # ---- where stages and experts compute
-    device: str = Field(
-        default="cpu",
-        pattern=r"^(cpu|cuda(:\d+)?|auto)$",
-        description="cpu, cuda, cuda:N; auto: cuda where there is one",
-    )
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:N; auto: cuda where there is one")
     device_processes: int = Field(default=1, ge=1, description="processes of this mesh that share a GPU")
 
     # ---- numbers
@@ -96,6 +93,20 @@ class Settings(BaseSettings):
     expert_loss: Literal["wait", "degrade"] = Field(default="wait", description="when no copy of an expert is left")
     degrade_after_ms: int = Field(default=500, ge=0, description="how long EXPERT_LOSS=degrade waits for a copy")
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if re.fullmatch(r"cpu|cuda(:\d+)?|auto", device) is None:
+            raise ValueError("must be cpu, cuda, cuda:N (the GPU's number) or auto")
+        return device
+
+    @field_validator("socks_proxy")
+    @classmethod
+    def _check_proxy(cls, proxy: str) -> str:
+        if proxy and re.fullmatch(r"([^\s:/\[\]]+|\[[0-9a-fA-F:.]+\]):\d{1,5}", proxy) is None:
+            raise ValueError("must be HOST:PORT of a SOCKS5 proxy")
+        return proxy
+
     @property
     def stage_processes(self) -> int:
         """How many stage processes a supervisor starts."""
@@ -116,6 +127,11 @@ def read_settings() -> Settings:
         raise ConfigurationError(f"wrong settings: {problems}") from None
     if settings.expert_loss == "degrade" and settings.combine != "exact":
         raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
+    if settings.stages and settings.stages < settings.pp and not settings.control.startswith("tcp://"):
+        raise ConfigurationError(
+            f"STAGES={settings.stages} is less than PP={settings.pp}: a pipeline needs a stage for each layer range; "
+            "leave STAGES out, or set it to PP + SPARES at least"
+        )
     if settings.tp_collectives == "nccl" and settings.device == "cpu":
         raise ConfigurationError("TP_COLLECTIVES=nccl needs DEVICE=cuda: NCCL joins GPUs; on processors board or gloo")
     return settings

@@ -33,6 +33,8 @@ from common.messages import (
 from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
+SILENCE_S = 5.0
+"""Of a router, after which it is said; then twice as long each time."""
 HELLO_INTERVAL_S = 1.0
 
 
@@ -109,8 +111,19 @@ class HeldState:
 class ControlLink:
     """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
 
-    def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        addresses: NodeAddresses,
+        description: NodeDescription,
+        tell_silence: Callable[[float, bool], None] = lambda silent_s, is_connected: None,
+    ) -> None:
+        """`tell_silence` is called now and then while no router takes this node in: for how long, and whether there is
+        a connection at all."""
         self.description = description
+        self._tell_silence = tell_silence
+        self._silent_since_s: float | None = None
+        self._tell_after_s = SILENCE_S
         self.describe_held: Callable[[], HeldState] = HeldState
         """Asked with every hello; set by whoever holds something."""
         self.router_term = 0
@@ -142,6 +155,7 @@ class ControlLink:
         Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries, and NodeLostError
         where this incarnation is over: declared dead, or its socket files are gone.
         """
+        self._notice_silence(now_s)
         for event in self.socket.link_events():
             self._connected = event is LinkEvent.CONNECTED
             self._is_welcome = False
@@ -187,6 +201,13 @@ class ControlLink:
     def leave(self, reason: str) -> None:
         """Ask the router to let this node go; `leave_acknowledged` turns true when it may."""
         self.send(Leave(reason))
+
+    def _notice_silence(self, now_s: float) -> None:
+        if self.registered or self._silent_since_s is None:
+            self._silent_since_s, self._tell_after_s = now_s, SILENCE_S
+        elif now_s - self._silent_since_s >= self._tell_after_s:
+            self._tell_after_s *= 2
+            self._tell_silence(now_s - self._silent_since_s, self._connected)
 
     def _check_own_sockets(self) -> None:
         """A router that took this node for dead has removed its socket files; one that came after it does not know."""

@@ -73,6 +73,7 @@ def describe_node(
     numeric_class: str,
     transport: Transport,
     bind_data: Callable[[str], tuple[str, ...]],
+    log: structlog.stdlib.BoundLogger,
 ) -> NodeProcess:
     """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where.
 
@@ -97,9 +98,14 @@ def describe_node(
         process=f"{socket.gethostname()}/{os.getpid()}",
         part=seen.part,
     )
+
+    def tell_silence(silent_s: float, is_connected: bool) -> None:
+        what = "says nothing" if is_connected else "is not there; CONTROL must name it"
+        log.warning("no_router", reason=f"the router at {addresses.control} {what}", silent_s=round(silent_s))
+
     return NodeProcess(
         transport=transport,
-        control=ControlLink(transport, addresses, description),
+        control=ControlLink(transport, addresses, description, tell_silence),
         lifeline=lifeline,
         data_endpoints=data_endpoints,
         ipc_token=addresses.folder_token,

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from chaos.command import app as chaos_app
@@ -36,7 +36,14 @@ READY_TIMEOUT_S = 600.0
 RESUME_PATIENCE_S = 30.0
 """How long a router that went away is looked for."""
 GREETING_PROMPT = "Once upon a time"
-UrlOption = Annotated[str, typer.Option("--url", envvar="MOEMESH_URL", help="where the router answers")]
+UrlOption = Annotated[
+    str,
+    typer.Option(
+        "--url",
+        envvar="MOEMESH_URL",
+        help="where the router answers; default: as STATE_DIR/http.url says, else http://127.0.0.1:PORT",
+    ),
+]
 
 
 @app.command()
@@ -47,11 +54,8 @@ def up() -> None:
         environment = _model_environment(os.environ)
         os.environ.update(environment)
         settings = read_settings()
-        with _stop_event() as stopped, LocalMesh(environment, state_dir) as mesh:
-            _wait_ready(mesh, settings)
-            _greet(mesh)
-            stopped.wait()
-            console.print("stopping")
+        with _interrupted_once(), LocalMesh(environment, state_dir) as mesh:
+            _serve(mesh, settings)
     except MoemeshError as error:
         console.print(f"[red]moemesh:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -59,14 +63,31 @@ def up() -> None:
         raise typer.Exit(130) from None
 
 
+def _serve(mesh: LocalMesh, settings: Settings) -> None:
+    """Until a signal. Raises KeyboardInterrupt where that comes before the mesh is ready."""
+    progress = _Progress(f"starting 1 router, {settings.stage_processes} stages, {settings.experts} experts")
+    try:
+        with progress:
+            mesh.wait_ready(READY_TIMEOUT_S, progress.show)
+    except KeyboardInterrupt:
+        console.print(f"stopping; the mesh was not ready: {progress.detail}", markup=False, highlight=False)
+        raise
+    try:
+        _greet(mesh)
+        _wait_for_signal()
+    except KeyboardInterrupt:
+        console.print("stopping")
+
+
 @app.command()
 def ask(
     question: str,
-    url: UrlOption = "http://127.0.0.1:8000",
+    url: UrlOption = "",
     max_tokens: int = 256,
     temperature: float = 0.0,
 ) -> None:
     """Ask a running mesh, streamed. Uses the chat template where the model has one."""
+    url = _router_url(url)
     try:
         for piece in stream_answer(url, question, max_tokens, temperature):
             print(piece, end="", flush=True)
@@ -77,8 +98,9 @@ def ask(
 
 
 @app.command()
-def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
+def status(url: UrlOption = "") -> None:
     """Whether a mesh is ready, and what it counts."""
+    url = _router_url(url)
     try:
         with httpx.Client(base_url=url, timeout=10) as client:
             ready = client.get("/ready").json()
@@ -89,7 +111,7 @@ def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
         raise typer.Exit(1) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
     _print_nodes(mesh)
-    table = Table("metric", "value")
+    table = Table(Column("metric", overflow="fold"), "value")
     for line in metrics.splitlines():
         if line.startswith("moemesh_") and "_bucket" not in line and "_created" not in line:
             name, _, value = line.rpartition(" ")
@@ -97,6 +119,15 @@ def status(url: UrlOption = "http://127.0.0.1:8000") -> None:
     Console().print(table)
     if not ready.get("ready"):
         raise typer.Exit(1)
+
+
+def _router_url(given: str) -> str:
+    """Of the router that is meant: the one that was named (a `/v1` is what SDKs need), or that runs here."""
+    if given:
+        return given.rstrip("/").removesuffix("/v1")
+    with contextlib.suppress(OSError):
+        return (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip()
+    return f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
 
 
 def _print_nodes(mesh: dict[str, Any]) -> None:
@@ -224,38 +255,61 @@ def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {"MODEL": str(DEMO_CHECKPOINT), "SERVED_NAME": environment.get("SERVED_NAME") or DEMO_NAME}
 
 
+def _wait_for_signal() -> None:
+    """The end of it is a KeyboardInterrupt."""
+    threading.Event().wait()
+
+
 @contextlib.contextmanager
-def _stop_event() -> Iterator[threading.Event]:
-    """Set by SIGTERM or Ctrl-C, also while the mesh starts (a KeyboardInterrupt then)."""
-    stopped = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ready = threading.Event()
+def _interrupted_once() -> Iterator[None]:
+    """Ctrl-C, SIGTERM, or the end of the terminal is a KeyboardInterrupt; what follows is left to run to its end."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    is_stopping = False
 
     def stop(number: int, frame: object) -> None:
-        stopped.set()
-        if not ready.is_set():
-            ready.set()
+        nonlocal is_stopping
+        if not is_stopping:
+            is_stopping = True
             raise KeyboardInterrupt
 
-    for number in before:
-        signal.signal(number, stop)
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN or number != signal.SIGHUP:  # nohup
+            signal.signal(number, stop)
     try:
-        yield stopped
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait_ready(mesh: LocalMesh, settings: Settings) -> None:
-    names = f"1 router, {settings.stage_processes} stages, {settings.experts} experts"
-    with console.status(f"starting {names}") as line:
+class _Progress:
+    """What a start waits for: a line that changes, or where nobody sees that, a line for each change."""
 
-        def show(detail: str) -> None:
-            with contextlib.suppress(ValueError):
-                detail = json.loads(detail).get("detail", detail)
-            line.update(f"starting {names}: {detail}")
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._status = console.status(what) if console.is_terminal else None
+        self.detail = "its processes start"
 
-        mesh.wait_ready(READY_TIMEOUT_S, show)
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        else:
+            console.print(self._what, markup=False, highlight=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, detail: str) -> None:
+        with contextlib.suppress(ValueError):
+            detail = json.loads(detail).get("detail", detail)
+        is_new, self.detail = detail != self.detail, detail
+        if self._status is not None:
+            self._status.update(f"{self._what}: {detail}")
+        elif is_new:
+            console.print(f"waiting: {detail}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _greet(mesh: LocalMesh) -> None:

@@ -48,7 +48,9 @@ class ExpertProcess:
             return sockets[0].endpoints
 
         try:
-            node = describe_node(NodeKind.EXPERT, own.settings, own.seen, self._numeric_class, transport, bind_data)
+            node = describe_node(
+                NodeKind.EXPERT, own.settings, own.seen, self._numeric_class, transport, bind_data, own.log
+            )
             node.control.router_term = own.router_term
             log = own.log.bind(node=node.control.description.node_id)
             shards = ShardKeeper(

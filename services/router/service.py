@@ -133,7 +133,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     app = create_app(engine, tokenizer, front, registry, journal=journal)
     requests: RequestRegistry = app.state.requests
-    server = FrontServer(app, requests.release)
+    server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready)
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]

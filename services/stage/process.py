@@ -113,7 +113,9 @@ class StageProcess:
             return sockets[0].endpoints
 
         try:
-            node = describe_node(NodeKind.STAGE, own.settings, own.seen, self._numeric_class, transport, bind_data)
+            node = describe_node(
+                NodeKind.STAGE, own.settings, own.seen, self._numeric_class, transport, bind_data, own.log
+            )
             node.control.router_term = own.router_term
             log = own.log.bind(node=node.control.description.node_id)
             keeper = SlotKeeper(

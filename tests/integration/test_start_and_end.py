@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -64,6 +66,39 @@ def test_no_child_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         assert all(map(is_alive, pids))
         supervisor.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, pids)), GONE_WITHIN_S, "the end of all children")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_in_order_and_tells_who_is_being_answered(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """A plain stream cannot go on without its mesh: its client is told at once."""
+    model, state = write_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "s"
+    environment = os.environ | {"MODEL": str(model), "STATE_DIR": str(state), "PORT": "0"}
+    command = [sys.executable, "-m", "compose.cli", "up"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as up:
+        assert up.stdout is not None
+        assert up.stderr is not None
+        lines = iter(up.stdout.readline, "")
+        url = next(line for line in lines if line.startswith("ready ")).split()[1]
+        stderr_lines = iter(up.stderr.readline, "")
+        assert any("Ctrl-C ends the mesh" in line for line in stderr_lines)
+        body = {"model": "tiny", "prompt": "Once", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as reply:
+            events = reply.iter_lines()
+            assert next(events).startswith("data: ")
+            began_s = time.monotonic()
+            up.send_signal(number)
+            rest = [line for line in events if line.startswith("data: ")]
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "not_ready"
+        assert rest[-1] == "data: [DONE]"
+        assert up.wait(GONE_WITHIN_S) == 0
+        assert time.monotonic() - began_s < 10
+        assert [line.strip() for line in stderr_lines][-1] == "stopping"
+    assert "Traceback" not in (state / "logs" / "router-0.log").read_text()
+    assert not (state / "http.url").exists()
 
 
 def test_model_of_an_unsupported_kind_is_refused_by_name(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def create_app(
         ("GET", "/v1/models", operators.list_models),
         ("GET", "/v1/models/{model_id:path}", operators.show_model),
         ("GET", "/health", operators.show_health),
+        ("HEAD", "/health", operators.show_health),
         ("GET", "/ready", operators.show_readiness),
+        ("HEAD", "/ready", operators.show_readiness),
         ("GET", "/mesh", operators.show_mesh),
         ("GET", "/metrics", operators.show_metrics),
     ):

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.errors import ExecutionError, UnknownRequestError
+from common.errors import ExecutionError, MoemeshError, UnknownRequestError
 from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
 from services.router.front.asked_request import AskedRequest
 from services.router.front.choice_stream import ChoiceStream, PlannedChoice
@@ -144,10 +144,14 @@ class LiveRequest:
 
     async def cancel(self) -> None:
         """Take it out of the mesh; who still listens is told."""
-        if not self.has_ended:
-            self.error = UnknownRequestError(f"the request {self.reply_id} was cancelled")
-            self._end()
+        self.fail(UnknownRequestError(f"the request {self.reply_id} was cancelled"))
         await self.settle()
+
+    def fail(self, error: MoemeshError) -> None:
+        """End it with this error, unless it has ended."""
+        if not self.has_ended:
+            self.error = error
+            self._end()
 
     async def abandon(self) -> None:
         """The router ends: stop without an end."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -207,7 +208,11 @@ Content = Annotated[
 class ChatMessage(_Strict):
     """One turn. Fields that replies carry and that say nothing (null, empty) may be sent back as they came."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Annotated[
+        Literal["system", "user", "assistant", "tool"],
+        # What OpenAI calls it since; chat templates do not know it.
+        BeforeValidator(lambda role: "system" if role == "developer" else role),
+    ]
     content: Content
     name: Name | None = None
     tool_call_id: Name | None = None
@@ -275,7 +280,8 @@ def _first_error(error: ValidationError) -> InvalidRequestError:
         parameter += f"[{part}]" if isinstance(part, int) else f".{part}" if parameter else str(part)
     match first["type"]:
         case "extra_forbidden":
-            message = "is not a field that this server knows"
+            known = parameter in CompletionRequest.model_fields or parameter in ChatCompletionRequest.model_fields
+            message = "is not a field of this route" if known else "is not a field that this server knows"
         case "missing":
             message = "is required"
         case _:

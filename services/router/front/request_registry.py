@@ -13,7 +13,14 @@ from functools import partial
 
 import structlog
 
-from common.errors import ExecutionError, IdempotencyError, JournalError, MoemeshError, UnknownRequestError
+from common.errors import (
+    ExecutionError,
+    IdempotencyError,
+    JournalError,
+    MoemeshError,
+    NotReadyError,
+    UnknownRequestError,
+)
 from services.router.engine import Engine
 from services.router.front.asked_request import AskedRequest, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
@@ -183,6 +190,17 @@ class RequestRegistry:
         for entry in self._entries.values():
             if entry.is_kept:
                 entry.live.release()
+
+    def give_up(self) -> None:
+        """The router ends, and with it what does not go on without its client: that is told, and no router goes on."""
+        for entry in list(self._entries.values()):
+            if not entry.is_kept:
+                entry.live.fail(
+                    NotReadyError(
+                        "the router ends, and this request with it; one with the header Moemesh-Resumable: 1 goes on "
+                        "when a router is there again"
+                    )
+                )
 
     async def close(self) -> None:
         """Stop everything, without an end in the journal: it goes on after the restart."""

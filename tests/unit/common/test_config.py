@@ -65,6 +65,8 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("DEVICE", "cuda:"),
         ("DEVICE", "cuda:one"),
         ("DEVICE_PROCESSES", "0"),
+        ("SOCKS_PROXY", "foo"),
+        ("SOCKS_PROXY", "socks5://host:1080"),
     ],
 )
 def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -108,6 +110,23 @@ def test_experts_can_be_left_out_only_where_stages_weigh(monkeypatch: pytest.Mon
     monkeypatch.setenv("COMBINE", "partial")
     with pytest.raises(ConfigurationError, match="EXPERT_LOSS=degrade needs COMBINE=exact"):
         read_settings()
+
+
+@pytest.mark.parametrize("proxy", ["", "proxy:1080", "10.0.0.1:1080", "[::1]:1080"])
+def test_a_proxy_is_a_host_and_a_port(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("SOCKS_PROXY", proxy)
+    assert read_settings().socks_proxy == proxy
+
+
+def test_fewer_stages_than_a_pipeline_needs_are_refused_where_no_other_host_may_bring_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PP", "3")
+    monkeypatch.setenv("STAGES", "2")
+    with pytest.raises(ConfigurationError, match="STAGES=2 is less than PP=3"):
+        read_settings()
+    monkeypatch.setenv("CONTROL", "tcp://10.0.0.1:5550")
+    assert read_settings().stage_processes == 2
 
 
 def test_nccl_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

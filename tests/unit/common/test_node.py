@@ -23,7 +23,7 @@ from common.messages import (
     Unassign,
     Welcome,
 )
-from common.node import HELLO_INTERVAL_S, ControlLink, NodeAddresses, draw_identity, find_addresses
+from common.node import HELLO_INTERVAL_S, SILENCE_S, ControlLink, NodeAddresses, draw_identity, find_addresses
 from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
 from common.transport import LinkEvent
 from tests.support.memory_transport import MemorySocket, MemoryTransport
@@ -48,7 +48,13 @@ class Link(ControlLink):
             "",
         )
         transport: Any = MemoryTransport()
-        super().__init__(transport, NodeAddresses("ipc:///control", "", "ipc:///{socket}"), description)
+        self.silences: list[tuple[float, bool]] = []
+        super().__init__(
+            transport,
+            NodeAddresses("ipc:///control", "", "ipc:///{socket}"),
+            description,
+            lambda silent_s, is_connected: self.silences.append((silent_s, is_connected)),
+        )
         self.peer: MemorySocket = transport.sockets["control"]
 
     def event(self, event: LinkEvent) -> None:
@@ -138,6 +144,22 @@ def test_it_beats_at_the_routers_pace_and_only_while_registered(link: Link) -> N
     link.receive(2.0)
     link.beat(2.0, lambda: BEAT)
     assert link.sent() == []
+
+
+def test_a_router_that_is_not_there_is_said_and_said_again_after_twice_the_time(link: Link) -> None:
+    for now_s in range(100):
+        link.receive(float(now_s))
+    assert link.silences == [(SILENCE_S * times, False) for times in (1, 2, 4, 8, 16)]
+
+
+def test_a_router_that_is_connected_and_does_not_take_a_node_in_is_said_as_such(registered: Link) -> None:
+    registered.receive(100.0)
+    assert registered.silences == []
+    registered.event(LinkEvent.CLOSED)
+    registered.event(LinkEvent.CONNECTED)
+    registered.receive(101.0)
+    registered.receive(100.0 + SILENCE_S)
+    assert registered.silences == [(SILENCE_S, True)]
 
 
 def test_when_the_router_comes_back_it_says_hello_again_at_once(registered: Link) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import MoemeshError
-from compose.cli import app, served_model, stream_answer, stream_pieces
+from compose.cli import _router_url, app, served_model, stream_answer, stream_pieces
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -251,23 +250,63 @@ def is_restarted_and_not_ready(request: httpx.Request) -> httpx.Response:
 def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
     serve: Any, answer: Answer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ctrl_c = Mock()
+    ctrl_c = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("compose.cli.LocalMesh", StartedMesh)
-    monkeypatch.setattr("compose.cli._stop_event", lambda: contextlib.nullcontext(ctrl_c))
+    monkeypatch.setattr("compose.cli._wait_for_signal", ctrl_c)
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
     monkeypatch.setenv("MODEL", "any")
     serve(answer)
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 0
-    ctrl_c.wait.assert_called_once_with()
+    ctrl_c.assert_called_once_with()
+    assert result.stderr.splitlines()[-1] == "stopping"
     assert result.stdout.startswith("ready http://mesh\n")
     (sentence,) = [line for line in result.stderr.splitlines() if "the mesh goes on" in line]
     assert sentence.startswith("the example was not answered")
+
+
+class MeshThatWaits(StartedMesh):
+    def wait_ready(self, timeout_s: float, on_progress: Any) -> None:
+        for detail in ("1 of 2 expert nodes", "1 of 2 expert nodes", "no pipeline is open"):
+            on_progress(f'{{"ready": false, "detail": "{detail}"}}')
+        raise KeyboardInterrupt
+
+
+def test_a_start_that_nobody_watches_says_line_by_line_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("compose.cli.LocalMesh", MeshThatWaits)
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MODEL", "any")
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [
+        "starting 1 router, 2 stages, 2 experts",
+        "waiting: 1 of 2 expert nodes",
+        "waiting: no pipeline is open",
+        "stopping; the mesh was not ready: no pipeline is open",
+    ]
+
+
+def test_the_router_that_is_asked_is_the_one_named_or_the_one_that_runs_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("PORT", "9000")
+    assert _router_url("http://h:1/v1") == _router_url("http://h:1/") == "http://h:1"
+    assert _router_url("") == "http://127.0.0.1:9000"
+    (tmp_path / "http.url").write_text("http://127.0.0.1:4711\n")
+    assert _router_url("") == "http://127.0.0.1:4711"
+    monkeypatch.delenv("PORT")
+    monkeypatch.setenv("STATE_DIR", str(tmp_path / "other"))
+    assert _router_url("") == "http://127.0.0.1:8000"
 
 
 def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path: Path) -> None:
     listed = CliRunner().invoke(app, ["chaos", "run", "--list-faults"])
     assert listed.exit_code == 0
     assert "kill" in listed.output
+    sentences = listed.output.strip().splitlines()
+    assert all(sentence.endswith(".") for sentence in sentences), sentences
     arguments = ["chaos", "run", "--suite", "no-such", "--output", str(tmp_path / "report")]
     assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,6 +13,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from services.router.front import front_server
 from services.router.front.front_protocol import FrontProtocol
 from services.router.front.front_server import FrontServer
 
@@ -265,3 +267,22 @@ def test_the_router_serves_with_these_limits() -> None:
     server = FrontServer(Connection.app, lambda: None)  # type: ignore[arg-type]
     assert server.config.http is FrontProtocol
     assert server.config.ws == "none"
+
+
+@pytest.mark.parametrize("may_finish", [False, True])
+def test_what_is_under_way_when_the_server_ends_has_its_time_or_is_given_up_where_nothing_comes(
+    monkeypatch: pytest.MonkeyPatch, may_finish: bool
+) -> None:
+    monkeypatch.setattr(front_server, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(front_server, "LOOK_S", 0.05)
+    given_up: list[float] = []
+
+    async def main() -> None:
+        app: Any = Connection.app
+        began_s = time.monotonic()
+        server = FrontServer(app, lambda: None, lambda: given_up.append(time.monotonic() - began_s), lambda: may_finish)
+        await server._end_rest()
+
+    asyncio.run(main())
+    assert len(given_up) == 1
+    assert (given_up[0] >= 0.2) == may_finish

@@ -183,11 +183,11 @@ def test_best_of_may_equal_n() -> None:
 
 
 def test_fields_of_one_route_are_unknown_on_the_other() -> None:
-    for fields in ({"prompt": "a"}, {"echo": True}):
-        with pytest.raises(InvalidRequestError):
-            chat(**fields)
+    for name, value in (("prompt", "a"), ("echo", True), ("add_special_tokens", True)):
+        with pytest.raises(InvalidRequestError, match=f"`{name}`: is not a field of this route"):
+            chat(**{name: value})
     for name, value in (("messages", MESSAGES), ("top_logprobs", 1), ("max_completion_tokens", 1)):
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(InvalidRequestError, match=f"`{name}`: is not a field of this route"):
             completion(**{name: value})
 
 
@@ -240,6 +240,11 @@ def test_what_is_wrong_often_is_refused_at_its_first_place(fields: dict[str, Any
 def test_message_of_a_reply_may_be_sent_back_as_it_came() -> None:
     message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "audio": None}
     assert chat(messages=[*MESSAGES, message, *MESSAGES]).messages[1].content == "a"
+
+
+def test_a_developer_is_a_system_message_to_chat_templates() -> None:
+    roles = [message.role for message in chat(messages=[{"role": "developer", "content": "a"}, *MESSAGES]).messages]
+    assert roles == ["system", *(message["role"] for message in MESSAGES)]
 
 
 def test_text_parts_are_taken() -> None:

@@ -214,6 +214,29 @@ def test_a_router_that_ends_sends_resumable_clients_away_without_an_end(
     run(main())
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_router_that_ends_tells_plain_clients_and_no_router_goes_on_with_their_requests(
+    tokenizer: TextTokenizer, tmp_path: Path, stream: bool
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode("ab"), Pause(), EOS])
+        plain = server.start("POST", COMPLETIONS, stream=stream, prompt="hi")
+        kept = server.start("POST", COMPLETIONS, RESUMABLE, stream=True, prompt="hi")
+        await wait_for_tokens(server, 2)
+        server.app.state.requests.release()
+        server.app.state.requests.give_up()
+        answer = await plain.answer()
+        assert b"the router ends, and this request with it" in answer.body
+        assert b"not_ready" in answer.body
+        assert (answer.status, b"[DONE]" in answer.body) == ((200, True) if stream else (503, False))
+        assert b"[DONE]" not in (await kept.answer()).body
+        server = await server.restarted([Pause()])
+        (restored,) = server.app.state.requests._entries.values()
+        assert restored.live.identity.is_resumable
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [({"Moemesh-Resumable": "yes"}, 400), ({"Idempotency-Key": "x" * 256}, 400), ({"Idempotency-Key": ""}, 400)],
