@@ -228,6 +228,8 @@ def damaged(path: Path, error: Exception) -> ConfigurationError:
         return ConfigurationError(
             f"another process has the journal {path} open, perhaps a router that is stopped: end that one first"
         )
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return ConfigurationError(f"there is no room for the journal {path}: make some, or set JOURNAL=off")
     return ConfigurationError(
         f"the journal {path} cannot be read ({error}): move it and its -wal file away to start without the requests "
         "in it, or set JOURNAL=off"

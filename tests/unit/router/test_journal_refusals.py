@@ -69,6 +69,12 @@ def test_a_journal_that_another_process_has_open_is_in_good_order_and_nobody_is_
     open_at(path)[0].close()
 
 
+def test_a_full_disk_is_no_damage(tmp_path: Path) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    assert str(journal_store.damaged(tmp_path / "j", error)).startswith("there is no room for the journal ")
+
+
 def test_rows_that_are_no_steps_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "j"
     open_at(path)[0].close()
