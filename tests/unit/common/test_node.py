@@ -158,7 +158,7 @@ def test_a_router_that_is_connected_and_does_not_take_a_node_in_is_said_as_such(
     registered.event(LinkEvent.CLOSED)
     registered.event(LinkEvent.CONNECTED)
     registered.receive(101.0)
-    registered.receive(100.0 + SILENCE_S)
+    registered.receive(101.0 + SILENCE_S)
     assert registered.silences == [(SILENCE_S, True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import MoemeshError
-from compose.cli import _router_url, app, served_model, stream_answer, stream_pieces
+from compose.cli import _interrupted_once, _router_url, app, served_model, stream_answer, stream_pieces
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -263,6 +264,17 @@ def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
     assert result.stdout.startswith("ready http://mesh\n")
     (sentence,) = [line for line in result.stderr.splitlines() if "the mesh goes on" in line]
     assert sentence.startswith("the example was not answered")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_interrupts_and_the_next_ones_leave_the_end_to_itself(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with _interrupted_once():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        for later in (number, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(later)
+    assert signal.getsignal(number) == before
 
 
 class MeshThatWaits(StartedMesh):

@@ -183,12 +183,12 @@ def test_best_of_may_equal_n() -> None:
 
 
 def test_fields_of_one_route_are_unknown_on_the_other() -> None:
-    for name, value in (("prompt", "a"), ("echo", True), ("add_special_tokens", True)):
-        with pytest.raises(InvalidRequestError, match=f"`{name}`: is not a field of this route"):
-            chat(**{name: value})
-    for name, value in (("messages", MESSAGES), ("top_logprobs", 1), ("max_completion_tokens", 1)):
-        with pytest.raises(InvalidRequestError, match=f"`{name}`: is not a field of this route"):
-            completion(**{name: value})
+    of_completions: dict[str, Any] = {"prompt": "a", "echo": True, "add_special_tokens": True}
+    of_chats: dict[str, Any] = {"messages": MESSAGES, "top_logprobs": 1, "max_completion_tokens": 1}
+    for ask, fields in ((chat, of_completions), (completion, of_chats)):
+        for name, value in fields.items():
+            with pytest.raises(InvalidRequestError, match=f"`{name}`: is not a field of this route"):
+                ask(**{name: value})
 
 
 @pytest.mark.parametrize(
