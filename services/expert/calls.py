@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.array import Float32Array, Int32Array, frame_to_array
-from common.compute.device import HOST, Device, Download
+from common.compute.device import Device, Download
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header
@@ -128,9 +128,7 @@ class LayerAnswer:
         ]
 
 
-def begin_answer(
-    calls: list[WaitingCall], store: ShardStore, device: Device = HOST, began_s: float = 0.0
-) -> LayerAnswer:
+def begin_answer(calls: list[WaitingCall], store: ShardStore, device: Device, began_s: float) -> LayerAnswer:
     """One grouped FFN over all rows of one layer's calls, on the device that has the shards. Raises NotReadyError."""
     layer, num_slices = calls[0].header.layer, store.num_slices
     grouping = group_rows([call.routing for call in calls], num_slices)
@@ -141,11 +139,6 @@ def begin_answer(
     (there,) = device.to_device(x if order is None else x[order])
     download = device.begin_download(grouped_gated_ffn(there, grouping.offsets, experts))
     return LayerAnswer(calls, began_s, download, order)
-
-
-def answer_calls(calls: list[WaitingCall], store: ShardStore, device: Device = HOST) -> list[Tensor]:
-    """Begin, wait, take."""
-    return begin_answer(calls, store, device).take()
 
 
 def _held(store: ShardStore, shard: ShardId) -> GatedExpert:

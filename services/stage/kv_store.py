@@ -72,7 +72,7 @@ class LocalKv:
     ) -> None:
         """`device`: where the caches are."""
         self.shape = shape
-        self._caches = caches
+        self.caches = caches
         self._kernels = kernels
         self._device = device
 
@@ -85,33 +85,29 @@ class LocalKv:
             )
         return cls(shape, caches, kernels, device)
 
-    @property
-    def caches(self) -> list[LayerKvCache]:
-        return self._caches
-
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         blocks, offsets = self._device.to_device(positions // KV_BLOCK_TOKENS, positions % KV_BLOCK_TOKENS)
         keys, values = self._device.to_host(
-            torch.stack([cache.keys[blocks, :, :, offsets] for cache in self._caches]),
-            torch.stack([cache.values[blocks, :, offsets] for cache in self._caches]),
+            torch.stack([cache.keys[blocks, :, :, offsets] for cache in self.caches]),
+            torch.stack([cache.values[blocks, :, offsets] for cache in self.caches]),
         )
         return keys, values
 
     def put_rows(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         keys, values, slots = self._device.to_device(keys, values, positions)
-        for layer, cache in enumerate(self._caches):
+        for layer, cache in enumerate(self.caches):
             write_kv(keys[layer], values[layer], cache, slots, kernels=self._kernels)
 
     def blocks(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         (chosen,) = self._device.to_device(block_ids)
         keys, values = self._device.to_host(
-            torch.stack([cache.keys.flatten(1).index_select(0, chosen) for cache in self._caches]),
-            torch.stack([cache.values.flatten(1).index_select(0, chosen) for cache in self._caches]),
+            torch.stack([cache.keys.flatten(1).index_select(0, chosen) for cache in self.caches]),
+            torch.stack([cache.values.flatten(1).index_select(0, chosen) for cache in self.caches]),
         )
         return keys, values
 
     def put_blocks(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
         keys, values, chosen = self._device.to_device(keys, values, block_ids)
-        for layer, cache in enumerate(self._caches):
+        for layer, cache in enumerate(self.caches):
             cache.keys.flatten(1).index_copy_(0, chosen, keys[layer])
             cache.values.flatten(1).index_copy_(0, chosen, values[layer])

@@ -22,6 +22,7 @@ from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.mirror_link import MirrorLink
 from services.stage.ranks.group import GroupSettings, RankGroup
+from services.stage.ranks.memory_needs import num_memories
 from services.stage.ranks.open_collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
@@ -80,9 +81,9 @@ class StageProcess:
             )
 
     def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
-        """What all ranks have together. Of K and V several ranks have the same heads where there are fewer of them."""
-        num_memories = 1 if self._device.is_host else min(num_ranks, config.num_kv_heads)
-        return self._device.offered_bytes() * num_memories
+        """What all ranks have together."""
+        times = 1 if self._device.is_host else num_memories(num_ranks, config.num_kv_heads)
+        return self._device.offered_bytes() * times
 
     @property
     def _num_gpus(self) -> int:

@@ -18,7 +18,7 @@ from common.model_config import read_model_config
 from common.tensor import tensor_to_frame
 from common.topology import LayerRange, ShardId, StageRole, StageSlot
 from common.weights import CheckpointWeights
-from services.expert.calls import answer_calls, check_call
+from services.expert.calls import check_call
 from services.expert.shard_store import ShardStore
 from services.router.control.planner import balance_layers
 from services.router.scheduling.sampling_parameters import SamplingParameters
@@ -30,6 +30,7 @@ from services.stage.loading import load_stage
 from services.stage.micro_batch import BlockTables, MicroBatch, read_micro_batch
 from services.stage.model.decoder import ExpertCall, StageModel
 from services.stage.model.device_model import put_on_device
+from tests.support.answered_calls import answer_calls
 
 GREEDY = SamplingParameters(16, 0.0, 1.0, 0, 0, None, frozenset())
 NUM_BLOCKS = 64

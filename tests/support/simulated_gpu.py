@@ -75,6 +75,16 @@ class LateMarker:
         return True
 
 
+class NeverReached:
+    """Of a device that waits for another one: what a kernel of NCCL is to its GPU when the other rank is gone."""
+
+    def record(self) -> None:
+        return None
+
+    def is_reached(self) -> bool:
+        return False
+
+
 class SimulatedDevice(StagedDevice):
     """What a node is given in place of a CudaDevice."""
 

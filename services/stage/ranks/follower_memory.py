@@ -36,7 +36,7 @@ class FollowerMemory:
         """From now on this rank has these heads. K and V of its own are of other heads then, and are given up."""
         self._heads = cut.kv_heads(self._config.num_kv_heads)
         self._own = None
-        self.caches = [cache.of_heads(self._heads.start, self._heads.stop) for cache in self._mapped]
+        self._view_heads()
 
     def map(self, command: Int64Array) -> None:
         """What MEMORY says. Rank 0 has it open meanwhile. Raises OSError if that one is gone."""
@@ -46,7 +46,7 @@ class FollowerMemory:
         memory = SharedMemory.open(process, descriptor, num_bytes)
         if self._device.is_host:
             self._mapped = take_caches(memory, shape)
-            self.caches = [cache.of_heads(self._heads.start, self._heads.stop) for cache in self._mapped]
+            self._view_heads()
         else:
             self._window = KvWindow(memory, shape)
         memory.close()
@@ -65,6 +65,9 @@ class FollowerMemory:
         assert self._window is not None, "MEMORY comes before"
         assert self._own is not None, "ALLOCATE comes before"
         move(self._window, self._own, self._heads, way, count)
+
+    def _view_heads(self) -> None:
+        self.caches = [cache.of_heads(self._heads.start, self._heads.stop) for cache in self._mapped]
 
     def forget(self) -> None:
         """Give all of it up."""

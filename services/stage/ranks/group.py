@@ -140,14 +140,14 @@ class RankGroup:
     def _wait_for_room(self, should_stop: Callable[[], bool]) -> None:
         """For those that were lost, where what the group held would not fit on the devices of those that are left."""
         deadline_s = self.clock() + START_S
-        refusal = told = ""
+        is_told = False
         while len(self._attached) < self.settings.degree - 1 and not should_stop() and self.clock() < deadline_s:
             refusal = self._against(self.best())
             if not refusal:
                 return
-            if not told:
+            if not is_told:
                 self.log.warning("ranks_are_waited_for", reason=refusal, at_most_s=START_S)
-            told = refusal
+            is_told = True
             time.sleep(0.02)
             self.conductor.attach(self._settled())
 

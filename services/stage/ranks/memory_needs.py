@@ -18,6 +18,12 @@ class Free:
     """Of each rank's device; None: ranks are on the host."""
 
 
+def num_memories(degree: int, num_kv_heads: int) -> int:
+    """How often one rank's device counts for what a router plans with: several ranks have the same K and V where there
+    are fewer KV heads than ranks."""
+    return min(degree, num_kv_heads)
+
+
 def against_growth(part_bytes: int, degree: int, next_degree: int, kv_bytes: int, free: Free) -> str:
     """Loading the parts of more ranks beside those in use. `part_bytes`: a rank's weights now; `kv_bytes`: K and V
     that hold something, of all ranks."""
@@ -37,7 +43,7 @@ def against_growth(part_bytes: int, degree: int, next_degree: int, kv_bytes: int
 def against_degree(weight_bytes: int, kv_bytes: int, num_kv_heads: int, degree: int, capacity_bytes: int) -> str:
     """Going on with `degree` ranks on devices. Bytes are of all of them together, the capacity that of each; 0: not
     known."""
-    needed = weight_bytes // degree + kv_bytes // min(degree, num_kv_heads)
+    needed = weight_bytes // degree + kv_bytes // num_memories(degree, num_kv_heads)
     if not capacity_bytes or needed <= capacity_bytes:
         return ""
     return f"with {degree} ranks each needs {needed} bytes, its GPU offers {capacity_bytes}"

@@ -22,6 +22,7 @@ from services.stage.ranks.board import RankBoard
 from services.stage.ranks.cut import check_degree
 from services.stage.ranks.follower import Follower
 from services.stage.ranks.group import SLAB_BYTES, GroupSettings, RankGroup
+from services.stage.ranks.memory_needs import num_memories
 from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.staff import RankStaff
 
@@ -77,7 +78,7 @@ def open_group(
         log,
         kernels=kernels,
         device=device,
-        capacity_bytes=0 if device.is_host else capacity_bytes // min(settings.degree, config.num_kv_heads),
+        capacity_bytes=0 if device.is_host else capacity_bytes // num_memories(settings.degree, config.num_kv_heads),
     )
 
 

@@ -19,8 +19,9 @@ from common.model_config import ModelConfig, read_model_config
 from common.tensor import tensor_to_frame
 from common.topology import ShardId
 from common.weights import CheckpointWeights
-from services.expert.calls import CallQueue, WaitingCall, answer_calls, check_call
+from services.expert.calls import CallQueue, WaitingCall, check_call
 from services.expert.shard_store import ShardStore
+from tests.support.answered_calls import answer_calls
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 from tests.support.simulated_gpu import PLACE, hidden_waits, simulated_gpu

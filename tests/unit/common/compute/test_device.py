@@ -9,7 +9,7 @@ from common.compute.device import HOST, NUM_UPLOADS, HostDevice, StagedDevice
 from common.errors import RankLostError
 from common.memory import offered_bytes
 from common.numeric_class import numeric_class
-from tests.support.simulated_gpu import hidden_waits, num_waits, simulated_gpu
+from tests.support.simulated_gpu import NeverReached, hidden_waits, num_waits, simulated_gpu
 
 TENSORS = (
     torch.arange(6, dtype=torch.int32).reshape(2, 3),
@@ -108,16 +108,6 @@ def test_a_buffer_goes_back_once_when_what_came_is_taken_or_given_up() -> None:
     second.give_up()
     second.give_up()
     assert len(device._downloads) == len(set(map(id, device._downloads))) == 2
-
-
-class NeverReached:
-    """Of a device that waits for another one."""
-
-    def record(self) -> None:
-        return None
-
-    def is_reached(self) -> bool:
-        return False
 
 
 def test_whoever_waits_for_a_device_calls_what_was_set_to_look_meanwhile() -> None:

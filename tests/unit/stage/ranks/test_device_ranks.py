@@ -23,21 +23,13 @@ from common.loader_thread import LoaderThread
 from services.stage.kv_store import KvStore, LocalKv
 from services.stage.ranks import follower, follower_memory
 from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS
-from tests.support.checkpoints import (
-    MIXTRAL_SLIDING_TIED,
-    QWEN3,
-    QWEN3_DENSE_LAYERS,
-    QWEN3_TIED_SHARDED_BF16,
-    Recipe,
-    write_checkpoint,
-)
+from tests.support.checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
 from tests.support.kernels import one_torch_thread  # noqa: F401
 from tests.support.rank_threads import ThreadRanks, rank_threads
-from tests.support.simulated_gpu import SimulatedDevice, hidden_waits, simulated_gpu, within_simulation
+from tests.support.simulated_gpu import NeverReached, SimulatedDevice, hidden_waits, simulated_gpu, within_simulation
 from tests.support.waiting import wait_until
-from tests.unit.stage.ranks.test_parallel_layers import two_steps, whole_role
+from tests.unit.stage.ranks.test_parallel_layers import RECIPES, two_steps, whole_role
 
-RECIPES = [QWEN3, QWEN3_DENSE_LAYERS, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SLIDING_TIED]
 ALL_BLOCKS = torch.arange(3)
 Result = list[torch.Tensor]
 
@@ -179,7 +171,7 @@ def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None
 
 def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
-        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        full = computed(ranks, torch.float32)
         crowded = ranks.followers[2]._memory
         allocate: Any = follower_memory.FollowerMemory.allocate
 
@@ -194,12 +186,12 @@ def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkey
         monkeypatch.undo()
         memories = [follower._memory for follower in ranks.followers.values()]
         wait_until(lambda: not any(memory.caches for memory in memories), 10, "that all have given theirs up")
-        assert same(computed(ranks, torch.float32), computed(ranks, torch.float32)), "the ranks go on"
+        assert same(computed(ranks, torch.float32), full), "the ranks go on"
 
 
 def test_rank_0_without_room_says_so_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
-        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        full = computed(ranks, torch.float32)
         allocate: Any = LocalKv.allocate
 
         def allocate_or_not(shape: Any, kernels: Any, device: Any) -> LocalKv:
@@ -212,17 +204,7 @@ def test_rank_0_without_room_says_so_and_the_others_go_on(tmp_path: Path, monkey
         with pytest.raises(torch.OutOfMemoryError):
             ranks.allocate(torch.float32)
         monkeypatch.undo()
-        assert same(computed(ranks, torch.float32), computed(ranks, torch.float32))
-
-
-class NeverReached:
-    """What a kernel of NCCL is to its GPU when the other rank is gone."""
-
-    def record(self) -> None:
-        return None
-
-    def is_reached(self) -> bool:
-        return False
+        assert same(computed(ranks, torch.float32), full)
 
 
 def test_a_rank_that_waits_for_its_device_hears_of_a_new_epoch_and_takes_part_in_it(
