@@ -63,10 +63,8 @@ class CallLedger:
     def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
         """Ask for the pairs that nobody owes; what nobody can take now waits as homeless."""
         while (pairs := pending.uncovered()).size:
-            holders = self._holders(pending, pending.refused_by, now_s)
-            parts = self._deal(pending, pairs, holders)
+            parts = self._deal(pending, pairs, self._holders(pending, pending.pausing(now_s), now_s))
             if not parts:
-                pending.refused_by.clear()  # at the next try, those who refused are better than nobody
                 if pending.homeless_since_s is None:
                     pending.homeless_since_s = now_s
                 return
@@ -74,18 +72,28 @@ class CallLedger:
                 if self._send(pending, part, now_s, is_hedge=False):
                     self.budget.earn()
                 else:
-                    pending.refused_by.add(part.node)
+                    pending.pause(part.node, now_s)
         pending.homeless_since_s = None
 
     def hedge(self, pending: PendingCall, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
-        """Ask other copies for pairs of a part too. Without a copy that is not in doubt, or budget, nothing is sent."""
-        avoided = pending.refused_by | pending.owed_by(pairs) | self.suspicions.doubted(now_s) | {part.rows.node}
-        parts = self._deal(pending, pairs, self.nodes.holders(pending.call.layer, avoided))
+        """Ask other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
+
+        A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer.
+        """
+        avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}
+        if self.suspicions.is_suspect(part.rows.node, now_s):
+            holders = self._holders(pending, avoided | self.suspicions.suspects(now_s), now_s)
+        else:
+            holders = self.nodes.holders(pending.call.layer, avoided | self.suspicions.doubted(now_s))
+        parts = self._deal(pending, pairs, holders)
         if not parts or not (is_free or self.budget.take()):
             return
-        pending.on_retried()
-        for copy in parts:
-            self.num_hedges += self._send(pending, copy, now_s, is_hedge=True)
+        num_sent = sum([self._send(pending, copy, now_s, is_hedge=True) for copy in parts])
+        self.num_hedges += num_sent
+        if num_sent:
+            pending.on_retried()
+        elif not is_free:
+            self.budget.give_back()
 
     def take_part(self, pending: PendingCall, number: int) -> AskedPart:
         """Nobody owes this part any more."""

@@ -25,8 +25,6 @@ from services.stage.expert_nodes import ExpertNode, ExpertNodes
 from services.stage.model.decoder import ExpertCall
 from services.stage.pending_call import AskedPart, PendingCall
 
-MAX_REFUSALS = 8
-"""A call that was refused so often fails: the fault is in the call, not in a node."""
 RETRY_INTERVAL_S = 0.1
 """How often pairs without a usable node are tried again, besides when a link or the placement changes."""
 LOOK_AGAIN_S = 0.01
@@ -70,6 +68,8 @@ class ExpertClient:
         gone = self.nodes.take_placement(placement, router_term, num_slices)
         if gone is None:
             return False
+        for pending in self._ledger.open_calls:
+            pending.pauses.clear()  # who lacked a shard may have it now
         for node in gone:
             self._reclaim(node, now_s)
         self._retry_homeless(now_s)
@@ -119,9 +119,7 @@ class ExpertClient:
         self._looked_s = now_s
         for pending in self._ledger.open_calls:
             if now_s >= pending.deadline_s:
-                waited_for = sorted({self._name(part.rows.node) for part in pending.parts.values()})
-                missing = ", ".join(waited_for) or "a node that holds the layer's experts"
-                self._fail(pending, DeadlineError(f"layer {pending.call.layer}: no answer in time from {missing}"))
+                self._fail(pending, self._out_of_time(pending))
             elif self._is_given_up(pending, now_s):
                 self._degrade(pending, now_s)
             elif now_s >= max(pending.look_again_s, self._patient_until_s):
@@ -146,18 +144,21 @@ class ExpertClient:
     # ---- being late
 
     def _hedge_late(self, pending: PendingCall, now_s: float) -> None:
-        """Ask further copies for what is late, within the budget, and see who is silent while others answer."""
-        delay_s, silence_s = (
-            self._ledger.times.delay_s(pending.call.layer),
-            self._ledger.times.silence_s(pending.call.layer),
-        )
+        """Ask further copies for what is late, within the budget, and see who is silent while others answer.
+
+        What could not be asked of anybody now is looked at again: a copy may be free of doubt or of its pause then.
+        """
+        times, suspicions = self._ledger.times, self._ledger.suspicions
+        delay_s, silence_s = times.delay_s(pending.call.layer), times.silence_s(pending.call.layer)
         for part in list(pending.parts.values()):
             node = part.rows.node
-            if now_s - part.asked_s >= silence_s and self._others_answered(node, part.asked_s):
-                if self._ledger.suspicions.silent(node, now_s):
-                    self._suspect(node, now_s)
-            elif (overdue := pending.overdue(part, now_s - delay_s)).size:
-                self._ledger.hedge(pending, part, overdue, now_s, self._ledger.suspicions.is_struck(node))
+            is_silent = now_s - part.asked_s >= silence_s and self._others_answered(node, part.asked_s)
+            if is_silent and suspicions.silent(node, now_s):
+                self._suspect(node, now_s)
+            is_suspect = suspicions.is_suspect(node, now_s)
+            overdue = pending.overdue(part, part.asked_s if is_suspect else now_s - delay_s)
+            if overdue.size:
+                self._ledger.hedge(pending, part, overdue, now_s, suspicions.is_struck(node))
         asked_s = float(pending.asked_s[pending.missing].min())
         pending.look_again_s = max(asked_s + delay_s, now_s + LOOK_AGAIN_S)
 
@@ -240,11 +241,8 @@ class ExpertClient:
 
     def _refused(self, pending: PendingCall, part: NodeRows, error: MoemeshError, now_s: float) -> None:
         self._log.warning("expert_call_refused", layer=pending.call.layer, reason=str(error))
-        pending.refusals += 1
-        pending.refused_by.add(part.node)
-        if pending.refusals >= MAX_REFUSALS:
-            self._fail(pending, ExecutionError(str(error)))
-            return
+        pending.last_refusal = str(error)
+        pending.pause(part.node, now_s)
         self._resend(pending, now_s)
 
     def _rows(self, message: ExpertRows, part: NodeRows, pending: PendingCall) -> Tensor:
@@ -279,6 +277,12 @@ class ExpertClient:
             self.resent_calls += 1
             pending.on_retried()
             self._ledger.ask_uncovered(pending, now_s)
+
+    def _out_of_time(self, pending: PendingCall) -> DeadlineError:
+        waited_for = sorted({self._name(part.rows.node) for part in pending.parts.values()})
+        missing = ", ".join(waited_for) or "a node that holds the layer's experts"
+        refusal = f"; the last refusal: {pending.last_refusal}" if pending.last_refusal else ""
+        return DeadlineError(f"layer {pending.call.layer}: no answer in time from {missing}{refusal}")
 
     def _fail(self, pending: PendingCall, error: MoemeshError) -> None:
         self._ledger.forget(pending, self._looked_s)

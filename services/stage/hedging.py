@@ -96,3 +96,7 @@ class HedgeBudget:
             return False
         self._tokens -= 1.0
         return True
+
+    def give_back(self) -> None:
+        """The hedge could not be sent."""
+        self._tokens = min(HEDGE_BURST, self._tokens + 1.0)

@@ -14,6 +14,10 @@ from common.messages import Header
 from services.stage.dispatch import ExactSum, NodeRows, PartialSum
 from services.stage.model.decoder import ExpertCall
 
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 1.0
+"""A refusal costs a round trip, and what it is about (shards on their way, a placement) takes seconds."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AskedPart:
@@ -23,6 +27,14 @@ class AskedPart:
     asked_s: float
     is_hedge: bool
     """Somebody else was asked for them before, and owes them still."""
+
+
+@dataclass(slots=True)
+class _Pause:
+    """A node that did not take the call."""
+
+    times: int = 0
+    until_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -43,9 +55,10 @@ class PendingCall:
     """Told each time that somebody else is asked too, or instead."""
     parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
-    refused_by: set[int] = field(default_factory=set)
-    """Nodes that did not take this call: they are asked again only when nobody else is left."""
-    refusals: int = 0
+    pauses: dict[int, _Pause] = field(default_factory=dict)
+    """Nodes that did not take this call: each is asked again after a pause that grows."""
+    last_refusal: str = ""
+    """What the last of them said."""
     homeless_since_s: float | None = None
     """Since when there are pairs that no usable node holds; None: there are none."""
     look_again_s: float = float("inf")
@@ -81,6 +94,16 @@ class PendingCall:
         """Pairs of a part that are missing, and that nobody was asked for after `before_s`."""
         pairs = part.rows.pairs
         return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
+
+    def pause(self, node: int, now_s: float) -> None:
+        """A node did not take this call: others are to be asked, and this one again after a while."""
+        pause = self.pauses.setdefault(node, _Pause())
+        pause.until_s = now_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**pause.times)
+        pause.times += 1
+
+    def pausing(self, now_s: float) -> set[int]:
+        """Nodes that are not to be asked yet."""
+        return {node for node, pause in self.pauses.items() if now_s < pause.until_s}
 
     def owed_by(self, pairs: Int64Array) -> set[int]:
         """Nodes that owe any of these pairs."""

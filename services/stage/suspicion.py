@@ -91,6 +91,14 @@ class Suspicions:
         """All such nodes."""
         return {node for node in self._standings if self.is_doubted(node, now_s)}
 
+    def is_suspect(self, node: int, now_s: float) -> bool:
+        """Whether it is taken to hang: whatever it owes is to be asked of others, as soon as one can be asked."""
+        return self.is_doubted(node, now_s) and self._standings[node].is_suspect
+
+    def suspects(self, now_s: float) -> set[int]:
+        """All such nodes."""
+        return {node for node in self._standings if self.is_suspect(node, now_s)}
+
     def is_struck(self, node: int) -> bool:
         """Whether it was in doubt lately: hedges of its calls need no budget."""
         return node in self._standings

@@ -15,7 +15,8 @@ from common.errors import DeadlineError, ExecutionError, ProtocolError
 from common.messages import Dispatch, ExpertRows, Header
 from common.tensor import tensor_to_frame
 from common.transport import LinkEvent
-from services.stage.expert_client import MAX_REFUSALS, RETRY_INTERVAL_S
+from services.stage.expert_client import RETRY_INTERVAL_S
+from services.stage.pending_call import LONGEST_PAUSE_S
 from tests.support.expert_client_stage import (
     ALL,
     CALL,
@@ -234,20 +235,40 @@ def test_a_refuser_is_asked_again_after_a_new_placement() -> None:
     assert torch.equal(stage.sums[0][1], wanted(CALL))
 
 
-def test_a_call_that_everybody_refuses_fails_with_their_reason() -> None:
+def refuse_everything(stage: Stage, until_s: float) -> list[str]:
+    """Whoever is asked refuses at once; who that was, in order."""
+    refusers: list[str] = []
+    while stage.now_s < until_s and not stage.failures:
+        for node in stage.client.nodes:
+            messages = stage.asked(node.node_id)
+            refusers += [node.node_id] * len(messages)
+            stage.answer(node.node_id, *map(refusal, messages))
+        stage.pass_time(0.005)
+    return refusers
+
+
+def test_a_call_that_everybody_refuses_is_asked_again_at_growing_intervals_and_answered_within_its_deadline() -> None:
+    stage = Stage()
+    stage.place({"a": ALL, "b": ALL})
+    stage.start(make_call([[0]]), within_s=20.0)
+    refusers = refuse_everything(stage, 15.0)
+    assert stage.failures == []
+    assert refusers[:2] == ["a", "b"], "nobody is asked twice before all were asked"
+    assert 20 < len(refusers) < 50
+    stage.pass_time(LONGEST_PAUSE_S + RETRY_INTERVAL_S)
+    stage.answer_all()
+    assert torch.equal(stage.sums[0][1], wanted(make_call([[0]])))
+
+
+def test_a_call_that_everybody_refuses_to_the_end_fails_at_its_deadline_with_their_reason() -> None:
     stage = Stage()
     stage.place({name: ALL for name in "abcd"})
-    stage.start(make_call([[0]]), within_s=100.0)
-    refusers: list[str] = []
-    while len(refusers) < MAX_REFUSALS:
-        refusers += [name for name in "abcd" if stage.socket(name).sent]
-        stage.answer(refusers[-1], *[refusal(message) for message in stage.asked(refusers[-1])])
-        if not any(stage.socket(name).sent for name in "abcd"):
-            stage.now_s += RETRY_INTERVAL_S
-            stage.client.check_deadlines(stage.now_s)
-    assert set(refusers[:4]) == set("abcd"), "nobody is asked twice before all were asked"
+    stage.start(make_call([[0]]), within_s=20.0)
+    refusers = refuse_everything(stage, 100.0)
+    assert set(refusers[:4]) == set("abcd")
+    assert stage.now_s == pytest.approx(20.0, abs=0.01)
     ((_, error),) = stage.failures
-    assert isinstance(error, ExecutionError)
+    assert isinstance(error, DeadlineError)
     assert "expert 2 is not held here" in str(error)
     assert set(stage.outstanding.values()) == {0}
 

@@ -8,7 +8,8 @@ import torch
 from common.messages import Dispatch
 from common.transport import LinkEvent
 from services.stage.hedging import CEILING_S, HEDGE_BURST, LONGEST_SILENCE_S
-from tests.support.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, wanted
+from services.stage.pending_call import LONGEST_PAUSE_S
+from tests.support.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, refusal, wanted
 from tests.support.kernels import one_torch_thread
 
 __all__ = ["one_torch_thread"]
@@ -149,6 +150,59 @@ def test_a_node_that_is_silent_while_others_answer_is_found_without_a_budget_for
     stage.answer("b", *stage.asked("b"))
     assert torch.equal(stage.sums[0][1], wanted(CALL))
     assert stage.client.num_suspicions == 1
+
+
+def suspect_without_a_copy() -> tuple[Stage, str, list[str]]:
+    """A call lies at a node that hangs while nobody else takes messages; its name, and those of the others."""
+    stage = stage_of(a=ALL, b=ALL, c=ALL)
+    stage.start(CALL)
+    asked = {name: stage.asked(name) for name in "abc"}
+    hanging = next(name for name in "abc" if asked[name])
+    others = [name for name in "abc" if name != hanging]
+    for name in others:
+        stage.answer(name, *asked[name])
+        stage.socket(name).takes_messages = False
+    stage.now_s += 0.01
+    stage.client.receive(stage.now_s)
+    for node in stage.client.nodes:
+        node.heard_s = stage.now_s if node.node_id != hanging else 0.0
+    stage.pass_time(LONGEST_SILENCE_S)
+    assert stage.client.num_suspicions == 1
+    assert stage.client.hedged_calls == 0
+    return stage, hanging, others
+
+
+def test_a_suspect_that_could_not_be_hedged_at_once_is_hedged_when_a_copy_can_be_asked() -> None:
+    stage, _, others = suspect_without_a_copy()
+    stage.pass_time(2.0)
+    stage.socket(others[0]).takes_messages = True
+    stage.pass_time(CEILING_S + 0.02)
+    stage.answer(others[0], *stage.asked(others[0]))
+    assert torch.equal(stage.sums[0][1], wanted(CALL))
+
+
+def test_a_copy_in_doubt_is_asked_instead_of_a_suspect_where_there_is_no_other() -> None:
+    stage, hanging, others = suspect_without_a_copy()
+    for node in stage.client.nodes:
+        if node.node_id != hanging:
+            stage.client._ledger.suspicions.lost(node.number, stage.now_s)
+            stage.socket(node.node_id).takes_messages = True
+    stage.pass_time(0.05)
+    for name in others:
+        stage.answer(name, *stage.asked(name))
+    assert torch.equal(stage.sums[0][1], wanted(CALL))
+
+
+def test_a_copy_that_refused_is_asked_again_where_the_other_one_hangs() -> None:
+    stage = stage_of(a=ALL, b=ALL)
+    stage.start(CALL)
+    stage.asked("a")
+    for _ in range(2):  # at the second time the hedge of what lies at a
+        stage.answer("b", *map(refusal, stage.asked("b")))
+        stage.pass_time(CEILING_S + 0.01)
+    stage.pass_time(LONGEST_PAUSE_S)
+    stage.answer("b", *stage.asked("b"))
+    assert torch.equal(stage.sums[0][1], wanted(CALL))
 
 
 def test_a_suspect_that_alone_holds_a_shard_is_asked_all_the_same() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from common.messages import CancelCall, Dispatch
 from common.transport import LinkEvent
+from services.stage.expert_client import LOOK_AGAIN_S
+from services.stage.hedging import CEILING_S
 from services.stage.model.decoder import ExpertCall
 from tests.support.expert_client_stage import ALL, Stage, answer_to, make_call, refusal, wanted
 from tests.support.kernels import one_torch_thread
@@ -89,6 +91,20 @@ class Calls(RuleBasedStateMachine):
         """Time as a stage's loop sees it: late calls are hedged, silent nodes suspected."""
         self.collect()
         self.stage.pass_time(milliseconds / 1000)
+        if milliseconds > 1000 * (CEILING_S + 2 * LOOK_AGAIN_S):
+            self.no_suspect_keeps_what_a_copy_can_be_asked_for()
+
+    def no_suspect_keeps_what_a_copy_can_be_asked_for(self) -> None:
+        client, now_s = self.stage.client, self.stage.now_s
+        suspects = client._ledger.suspicions.suspects(now_s)
+        deaf = {n.number for n in client.nodes if not self.stage.socket(n.node_id).takes_messages}
+        for pending in client._ledger.open_calls:
+            for part in pending.parts.values():
+                pairs = pending.overdue(part, part.asked_s)
+                if part.rows.node in suspects and pairs.size:
+                    avoided = deaf | suspects | pending.pausing(now_s - LOOK_AGAIN_S) | pending.owed_by(pairs)
+                    holders = client.nodes.holders(pending.call.layer, avoided)
+                    assert not any(holders[key] for key in pending.keys(pairs))
 
     @precondition(lambda self: len(self.started) > 3)
     @rule()
