@@ -9,7 +9,7 @@ from common.messages import Header, MirrorReady, MirrorTo
 from common.model_config import ModelConfig
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.actions import Action, Tell
-from services.router.control.mirrors import MirroredSlot, MirrorPair, MirrorState, choose_mirrors, valid_pairs
+from services.router.control.mirrors import MirroredSlot, MirrorPair, MirrorState, Spare, choose_mirrors, valid_pairs
 from services.router.control.role_messages import assign_mirror
 from services.router.control.sizes import MeshShape, block_bytes_of, stage_weight_bytes
 
@@ -25,6 +25,9 @@ class MirrorRoles:
         self._shape = shape
         self._layers = layers
         self._pairs: dict[StageSlot, MirrorPair] = {}
+        self._successors: dict[StageSlot, MirrorPair] = {}
+        """Who loads a slot's layers on another host in place of a mirror that shares its holder's. Until it has loaded
+        them, the pair that there is stays."""
         self._failed: set[tuple[NodeId, StageSlot]] = set()
         """Not tried again: the router says so in its log, and another incarnation is another node."""
 
@@ -53,8 +56,13 @@ class MirrorRoles:
 
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
-        before = self._pairs
-        self._pairs = valid_pairs(before, slots, [spare.node_id for spare in spares])
+        before, spare_ids = self._pairs, [spare.node_id for spare in spares]
+        self._pairs = valid_pairs(before, slots, spare_ids)
+        self._successors = {
+            slot: pair
+            for slot, pair in valid_pairs(self._successors, slots, spare_ids).items()
+            if slot in self._pairs and self._pairs[slot].shares_host
+        }
         actions: list[Action] = [
             Tell(pair.primary, MirrorTo(pair.lease_term, "", (), ""), Header())
             for slot, pair in before.items()
@@ -66,13 +74,16 @@ class MirrorRoles:
         chosen = choose_mirrors(
             slots,
             self._pairs,
-            [(spare.node_id, spare.numeric_class) for spare in in_line],
+            self._successors,
+            [Spare(spare.node_id, spare.numeric_class, spare.host_label) for spare in in_line],
             lambda node_id, slot: self._fits(by_id[node_id], slot),
         )
         for wanted in slots:
             if wanted.slot in chosen:
-                pair = MirrorPair(chosen[wanted.slot], wanted.holder, wanted.lease_term, wanted.num_blocks)
-                self._pairs[wanted.slot] = pair
+                node_id, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
+                shares_host = by_id[node_id].host_label == wanted.host_label
+                pair = MirrorPair(node_id, wanted.holder, *terms, shares_host)
+                (self._successors if wanted.slot in self._pairs else self._pairs)[wanted.slot] = pair
                 holder = nodes[wanted.holder][0]
                 message = assign_mirror(wanted.slot, self._layers, wanted.lease_term, wanted.num_blocks, holder)
                 actions.append(Tell(pair.node_id, message, Header()))
@@ -80,7 +91,7 @@ class MirrorRoles:
 
     def take_report(self, node_id: NodeId, message: MirrorReady, nodes: Nodes) -> list[Action]:
         """A mirror is loaded (its primary is told to begin), complete, or spoilt (its primary begins anew)."""
-        for slot, pair in self._pairs.items():
+        for slot, pair in [*self._pairs.items(), *self._successors.items()]:
             told = (slot.pipeline, slot.index, pair.lease_term, pair.node_id)
             if told != (message.pipeline, message.slot, message.lease_term, node_id):
                 continue
@@ -88,22 +99,26 @@ class MirrorRoles:
                 pair.state = MirrorState.COMPLETE
                 return []
             pair.state = MirrorState.FILLING
+            if self._successors.get(slot) is pair:
+                self._pairs[slot] = self._successors.pop(slot)
             own = nodes[node_id][0]
             return [Tell(pair.primary, MirrorTo(pair.lease_term, node_id, own.endpoints, own.ipc_token), Header())]
         return []
 
     def release(self, node_id: NodeId) -> None:
         """A node is told to forget everything: whom it mirrors has to be told to it again."""
-        for slot, pair in list(self._pairs.items()):
-            if pair.node_id == node_id:
-                del self._pairs[slot]
+        for pairs in (self._pairs, self._successors):
+            for slot, pair in list(pairs.items()):
+                if pair.node_id == node_id:
+                    del pairs[slot]
 
     def fail(self, node_id: NodeId) -> None:
         """A spare could not load what it was to mirror."""
-        for slot, pair in list(self._pairs.items()):
-            if pair.node_id == node_id and pair.state is MirrorState.LOADING:
-                self._failed.add((node_id, slot))
-                del self._pairs[slot]
+        for pairs in (self._pairs, self._successors):
+            for slot, pair in list(pairs.items()):
+                if pair.node_id == node_id and pair.state is MirrorState.LOADING:
+                    self._failed.add((node_id, slot))
+                    del pairs[slot]
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from common.ids import LeaseTerm, NodeId
 from common.topology import StageSlot
+from services.router.control.matching import fill
 
 
 class MirrorState(StrEnum):
@@ -26,6 +27,8 @@ class MirrorPair:
     primary: NodeId
     lease_term: LeaseTerm
     num_blocks: int
+    shares_host: bool
+    """Whether one host that is lost takes the slot's holder and its mirror."""
     state: MirrorState = MirrorState.LOADING
 
 
@@ -36,10 +39,13 @@ class MirroredSlot:
     slot: StageSlot
     holder: NodeId
     numeric_class: str
+    host_label: str
     lease_term: LeaseTerm
     num_blocks: int
     is_wanted: bool
     """Whether a mirror is to be found for it if it has none."""
+    is_leaving: bool = False
+    """Whether its holder waits for the mirror in order to go."""
 
 
 def valid_pairs(
@@ -57,23 +63,67 @@ def valid_pairs(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A stage node without a slot."""
+
+    node_id: NodeId
+    numeric_class: str
+    host_label: str
+
+
 def choose_mirrors(
     slots: Sequence[MirroredSlot],
     pairs: Mapping[StageSlot, MirrorPair],
-    spares: Sequence[tuple[NodeId, str]],
+    successors: Mapping[StageSlot, MirrorPair],
+    spares: Sequence[Spare],
     fits: Callable[[NodeId, MirroredSlot], bool],
 ) -> dict[StageSlot, NodeId]:
-    """New mirrors: each slot without one, in order, gets the first idle spare of its numeric class that it fits.
+    """New mirrors, by slot, of spares that mirror nobody yet. `spares` in the order in which they are to be taken.
 
-    `spares`: node and numeric class, by join order. A mirror of another class would change bits after a takeover.
+    A mirror is of its slot's numeric class: another one would change bits after a takeover. Slots whose holder leaves
+    come first. Then as many as can be get a mirror on another host than their holder's, and what spares are left go to
+    slots that have none. A slot whose mirror shares its holder's host gets another one where a spare elsewhere is idle;
+    `successors` are those that were found before and are not ready yet.
     """
-    idle = [(node_id, of) for node_id, of in spares if node_id not in {pair.node_id for pair in pairs.values()}]
+    taken = {pair.node_id for pair in (*pairs.values(), *successors.values())}
+    idle = [spare for spare in spares if spare.node_id not in taken]
+    wanted = [slot for slot in slots if slot.is_wanted]
+    alone = [slot for slot in wanted if slot.slot not in pairs]
+    leaving = [slot for slot in alone if slot.is_leaving]
+    on_one_host = [s for s in wanted if s.slot in pairs and pairs[s.slot].shares_host and s.slot not in successors]
     chosen: dict[StageSlot, NodeId] = {}
-    for wanted in slots:
-        if wanted.slot in pairs or not wanted.is_wanted:
-            continue
-        found = next((e for e in idle if e[1] == wanted.numeric_class and fits(e[0], wanted)), None)
-        if found is not None:
-            idle.remove(found)
-            chosen[wanted.slot] = found[0]
+    # A successor before a mirror on one host: the spare that it sets free may be elsewhere for the slot that has none.
+    for of, on_other_host in ((leaving, True), (leaving, False), (alone, True), (on_one_host, True), (alone, False)):
+        found = _match([slot for slot in of if slot.slot not in chosen], idle, fits, on_other_host=on_other_host)
+        chosen |= found
+        idle = [spare for spare in idle if spare.node_id not in found.values()]
     return chosen
+
+
+def _match(
+    slots: Sequence[MirroredSlot],
+    idle: Sequence[Spare],
+    fits: Callable[[NodeId, MirroredSlot], bool],
+    *,
+    on_other_host: bool,
+) -> dict[StageSlot, NodeId]:
+    """As many pairs as can be, the first slots and the first spares before others."""
+    able = [
+        [
+            spare.numeric_class == slot.numeric_class
+            and not (on_other_host and spare.host_label == slot.host_label)
+            and fits(spare.node_id, slot)
+            for spare in idle
+        ]
+        for slot in slots
+    ]
+    held = [[0] * len(idle) for _ in slots]
+    limits = [[int(is_able) for is_able in row] for row in able]
+    fill(held, [1] * len(slots), [1] * len(idle), limits, lambda _, number: number)
+    return {
+        slot.slot: idle[number].node_id
+        for slot, row in zip(slots, held, strict=True)
+        for number, count in enumerate(row)
+        if count
+    }

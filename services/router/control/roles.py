@@ -21,6 +21,8 @@ class ObservedStage:
     """Lower joined earlier; ties go by id."""
     slots: frozenset[int] | None = None
     """Indexes of the slots whose weights it sees; None: of all."""
+    host_label: str = ""
+    """What fails together with it."""
 
     def can_hold(self, slot: StageSlot) -> bool:
         """Whether it sees the slot's weights."""
@@ -74,7 +76,9 @@ def plan_roles(
     whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
     Nobody gets a slot whose weights it does not see. Where those who are free see others, holders of the same pipeline
     change places for them, those who have just come before those who serve; a pipeline that cannot be whole is not
-    begun. Who sees least goes first among equals, so that those who see everything are left as spares.
+    begun. Who sees least goes first among equals, so that those who see everything are left as spares. Then hosts
+    count: one that no other pipeline is on goes first, then the one that can hold most of this pipeline, so that a host
+    that is lost takes as few pipelines along as can be, and spares are left on others.
     A pipeline that exists is kept while `keeps_surplus`, also where fewer than `spares` are left over then: a node that
     was killed is back in a moment. Without it those with a hole, then the highest ones, are given up until the rule
     holds. The first one is always formed.
@@ -161,22 +165,46 @@ def _fill_holes(
         classes.update([name for name, able in of_class.items() if _can_fill(slots, able)][:1])
     wanted = max(sorted(classes), key=classes.__getitem__, default=None)
     others_mirrors = {node_id for slot, node_id in mirrors.items() if slot not in holes}
+    used_by_others = {nodes[of].host_label for slot, of in assignments.items() if slot.pipeline != pipeline}
 
-    def worth(node: ObservedStage, own_mirror: NodeId | None) -> tuple[bool, bool, bool, int]:
+    def worth(
+        node: ObservedStage, own_mirror: NodeId | None, num_here: Mapping[str, int]
+    ) -> tuple[bool, bool, bool, int, bool, int]:
         is_other_class, mirrors_others = node.numeric_class != wanted, node.node_id in others_mirrors
         num_slots = pp if node.slots is None else len(node.slots)
-        return node.node_id != own_mirror, is_other_class, mirrors_others, num_slots
+        is_shared = node.host_label in used_by_others
+        return (
+            node.node_id != own_mirror,
+            is_other_class,
+            mirrors_others,
+            num_slots,
+            is_shared,
+            -num_here[node.host_label],
+        )
 
     for slot in holes:
         able = [node for node in free if node.can_hold(slot)]
         if able:
+            num_here = _slots_by_host(slots, assignments, free, nodes)
             # In join order: `min` takes the first of equals.
-            node = min(able, key=lambda node: worth(node, mirrors.get(slot)))
+            node = min(able, key=lambda node: worth(node, mirrors.get(slot), num_here))
             free.remove(node)
             assignments[slot] = node.node_id
     for hole in [slot for slot in holes if slot not in assignments]:
         if not _pass_on(hole, [slot for slot in holes if slot in assignments], assignments, free, nodes):
             _pass_on(hole, [slot for slot in slots if slot in assignments], assignments, free, nodes)
+
+
+def _slots_by_host(
+    slots: Sequence[StageSlot],
+    assignments: Mapping[StageSlot, NodeId],
+    free: Sequence[ObservedStage],
+    nodes: Mapping[NodeId, ObservedStage],
+) -> Counter[str]:
+    """How many of a pipeline's slots each host can hold: those that it holds, and as many more as it has nodes."""
+    held = Counter(nodes[assignments[slot]].host_label for slot in slots if slot in assignments)
+    unheld = len(slots) - held.total()
+    return held + Counter({label: min(unheld, n) for label, n in Counter(node.host_label for node in free).items()})
 
 
 def _pass_on(

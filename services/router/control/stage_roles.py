@@ -191,7 +191,7 @@ class StageRoles:
 
     def take_mirror(self, node_id: NodeId, message: MirrorReady) -> list[Action]:
         """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
-        return self.mirrors.take_report(node_id, message, self._nodes)
+        return self.mirrors.take_report(node_id, message, self._nodes) + self._mirror()
 
     def mirror_failed(self, node_id: NodeId) -> None:
         """A spare could not load what it was to mirror."""
@@ -210,7 +210,7 @@ class StageRoles:
             slots = loadable_slots(description, self.layers, {slot for name, slot in no_room if name == node_id})
             is_awaited = self._adoption.is_pending and node_id not in current.values()
             if not is_awaited and (slots is None or slots or description.part is not None):
-                observed.append(ObservedStage(node_id, description.numeric_class, order, slots))
+                observed.append(ObservedStage(node_id, description.numeric_class, order, slots, description.host_label))
         plan = plan_roles(
             observed,
             current,
@@ -352,14 +352,15 @@ class StageRoles:
                 slot,
                 node_id,
                 self._nodes[node_id][0].numeric_class,
+                self._nodes[node_id][0].host_label,
                 self._lease_terms[slot],
                 self._pipelines[slot.pipeline].num_blocks,
                 is_wanted=self._wants_mirror(node_id, self._pipelines[slot.pipeline]),
+                is_leaving=node_id in self._draining,
             )
             for slot, node_id in holders.items()
         ]
-        # Who leaves needs a mirror first.
-        mirrored.sort(key=lambda held: (held.holder not in self._draining, held.slot.pipeline, held.slot.index))
+        mirrored.sort(key=lambda held: (held.slot.pipeline, held.slot.index))
         spares = [
             node_id
             for node_id in sorted(self._nodes, key=lambda node_id: self._nodes[node_id][1])

@@ -179,3 +179,37 @@ def test_through_any_changes_slots_are_whole_and_stable(
             ):
                 assert plan.assignments[kept] == node_id, "moved without need"
         assert plan_roles(shuffled, plan.assignments, pp, spares) == plan, "a second look changes something"
+
+
+def on_hosts(names: str) -> list[ObservedStage]:
+    """`a1 b1`: a host's letter and a number, in the order in which they joined."""
+    return [ObservedStage(NodeId(name), "x", order, host_label=name[0]) for order, name in enumerate(names.split())]
+
+
+@pytest.mark.parametrize(
+    ("names", "spares", "pipelines"),
+    [
+        ("a1 b1 a2 b2", 0, [("a1", "a2"), ("b1", "b2")]),
+        ("a1 b1 a2 b2", 2, [("a1", "a2")]),
+        ("a1 b1 b2 c1", 0, [("b1", "b2"), ("a1", "c1")]),
+        ("a1 a2 a3 b1", 0, [("a1", "a2"), ("b1", "a3")]),
+        ("a1 b1 c1 d1", 0, [("a1", "b1"), ("c1", "d1")]),
+    ],
+)
+def test_a_host_has_slots_of_one_pipeline_as_far_as_there_are_hosts(
+    names: str, spares: int, pipelines: list[tuple[str, str]]
+) -> None:
+    plan = plan_roles(on_hosts(names), {}, 2, spares)
+    assert list(plan.pipelines.values()) == pipelines
+
+
+def test_a_hole_is_filled_from_a_host_that_no_other_pipeline_is_on() -> None:
+    before = {slot(0, 0): NodeId("a1"), slot(0, 1): NodeId("a2"), slot(1, 0): NodeId("b1")}
+    plan = plan_roles(on_hosts("a1 a2 b1 a3 b2"), before, 2, 0)
+    assert plan.pipelines[PipelineId(1)] == ("b1", "b2")
+
+
+def test_a_complete_mirror_takes_its_slot_whatever_its_host() -> None:
+    before = {slot(0, 1): NodeId("a2"), slot(1, 0): NodeId("b1"), slot(1, 1): NodeId("b2")}
+    plan = plan_roles(on_hosts("a2 b1 b2 a3 b3"), before, 2, 0, {slot(0, 0): NodeId("b3")})
+    assert plan.pipelines[PipelineId(0)] == ("b3", "a2")

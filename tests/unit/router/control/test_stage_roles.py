@@ -9,8 +9,9 @@ import pytest
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
 from common.messages import MirrorReady, MirrorTo, StageReady
-from common.topology import StageSlot
-from services.router.control.actions import ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from common.topology import NodeDescription, StageSlot
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import LAYERS, node
 from tests.support.stage_reports import RESULTS, mirror_of, mirrored, opened, ready, report, roles_of, told
 
@@ -255,3 +256,55 @@ def test_pipelines_of_other_lengths_open_as_well(pp: int) -> None:
     answers = opened(roles, *"abcdef")
     assert len([action for action in answers if isinstance(action, OpenPipeline)]) >= 6 // pp
     assert roles.num_open == 6 // pp
+
+
+def on_host(name: str) -> NodeDescription:
+    """`a1`: a node of host a."""
+    return node(name, host_label=name[0])
+
+
+def test_a_host_that_is_lost_as_a_whole_takes_no_slot_together_with_its_mirror() -> None:
+    roles = roles_of(spares=2)
+    for name in ("a1", "b1", "a2", "b2"):
+        mirrored(roles, report(roles, roles.join(on_host(name))))
+    pipeline = roles.pipelines[PipelineId(0)]
+    holders = {StageSlot(PipelineId(0), SlotIndex(index)): of for index, of in enumerate(pipeline.holders) if of}
+    assert {slot: node_id[0] for slot, node_id in roles.mirrors.nodes.items()} == {
+        slot: {"a": "b", "b": "a"}[holder[0]] for slot, holder in holders.items()
+    }
+    report(roles, roles.lose(NodeId("a1")) + roles.lose(NodeId("a2")))
+    assert roles.num_open == 1
+    assert set(roles.pipelines[PipelineId(0)].holders) == {"b1", "b2"}
+
+
+def test_the_mirror_that_shares_a_host_goes_on_until_its_successor_elsewhere_has_loaded() -> None:
+    roles = roles_of(pp=1, spares=3)
+    slot = StageSlot(PipelineId(0), SlotIndex(0))
+    mirrored(roles, opened_on(roles, "a1", "a2"))
+    assert (roles.mirrors.node_of(slot), roles.mirrors.num_complete) == ("a2", 1)
+    message = mirror_of(roles.join(on_host("b1")))["b1"]
+    assert roles.mirrors.node_of(slot) == "a2"
+    actions = roles.take_mirror(NodeId("b1"), MirrorReady(0, 0, message.lease_term, False))
+    assert [
+        (a.node_id, a.message.node_id) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
+    ] == [("a1", "b1")]
+    assert roles.mirrors.nodes[slot] == "b1"
+    roles.take_mirror(NodeId("b1"), MirrorReady(0, 0, message.lease_term, True))
+    assert roles.mirrors.node_of(slot) == "b1"
+
+
+def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
+    roles = roles_of(pp=1, spares=3)
+    slot = StageSlot(PipelineId(0), SlotIndex(0))
+    mirrored(roles, opened_on(roles, "a1", "a2"))
+    assert "b1" in mirror_of(roles.join(on_host("b1")))
+    roles.mirror_failed(NodeId("b1"))
+    assert roles.mirrors.node_of(slot) == "a2"
+    assert mirror_of(roles.join(on_host("a3"))) == {}
+
+
+def opened_on(roles: StageRoles, *names: str) -> list[Action]:
+    answers: list[Action] = []
+    for name in names:
+        answers += report(roles, actions := roles.join(on_host(name))) + actions
+    return answers
