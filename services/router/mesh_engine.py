@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -48,6 +48,44 @@ class TokenMailbox:
                 queue.put_nowait(outcome)
 
 
+class SubmittedChoice(AsyncIterator[GeneratedToken]):
+    """A choice that is in the mesh from the moment this is made, also if nobody ever asks it for a token.
+
+    No generator: closing one that was not begun runs none of it, and the choice would run on.
+    """
+
+    def __init__(
+        self, request_id: RequestId, queue: asyncio.Queue[Outcome], mailbox: TokenMailbox, mesh: MeshLoop
+    ) -> None:
+        self._request_id = request_id
+        self._queue = queue
+        self._mailbox = mailbox
+        self._mesh = mesh
+        self._has_ended = False
+
+    async def __anext__(self) -> GeneratedToken:
+        """The next token. Raises what the mesh says of the choice, and StopAsyncIteration after the last token."""
+        if self._has_ended:
+            raise StopAsyncIteration
+        outcome = await self._queue.get()
+        if isinstance(outcome, MoemeshError):
+            self._end()
+            raise outcome
+        if outcome.finish_reason is not None:
+            self._end()
+        return outcome
+
+    async def aclose(self) -> None:
+        """Nobody wants more of it: it is cancelled in the mesh, unless it has ended."""
+        if not self._has_ended:
+            self._end()
+            self._mesh.cancel(self._request_id)
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._mailbox.close(self._request_id)
+
+
 class MeshEngine:
     """See `services.router.engine.Engine`."""
 
@@ -84,10 +122,8 @@ class MeshEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""
         self._check_ready()
-        queue = self._mailbox.open(request.request_id)
-        self._mesh.submit(request)
         # Closed with this one, and not when somebody collects the garbage: that cancels the request in the mesh.
-        async with aclosing(self._outcomes(request.request_id, queue)) as tokens:
+        async with aclosing(self._submit(request.request_id, request)) as tokens:
             async for token in tokens:
                 yield token
 
@@ -96,24 +132,12 @@ class MeshEngine:
 
         It is in line when this returns: its stages may be back a moment later, and only who is in line gets his cache.
         """
-        queue = self._mailbox.open(restored.request.request_id)
-        self._mesh.submit(restored)
-        return self._outcomes(restored.request.request_id, queue)
+        return self._submit(restored.request.request_id, restored)
 
-    async def _outcomes(self, request_id: RequestId, queue: asyncio.Queue[Outcome]) -> AsyncGenerator[GeneratedToken]:
-        ended = False
-        try:
-            while not ended:
-                outcome = await queue.get()
-                if isinstance(outcome, MoemeshError):
-                    ended = True
-                    raise outcome
-                ended = outcome.finish_reason is not None
-                yield outcome
-        finally:
-            self._mailbox.close(request_id)
-            if not ended:
-                self._mesh.cancel(request_id)
+    def _submit(self, request_id: RequestId, request: GenerationRequest | RestoredChoice) -> SubmittedChoice:
+        queue = self._mailbox.open(request_id)
+        self._mesh.submit(request)
+        return SubmittedChoice(request_id, queue, self._mailbox, self._mesh)
 
     def _check_ready(self) -> None:
         status = self._mesh.status

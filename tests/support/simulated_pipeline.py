@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Sequence
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId
+from common.topology import LayerRange
+from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
 from services.router.engine import GenerationRequest
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
@@ -64,6 +66,8 @@ class SimulatedPipeline:
         self._caches: tuple[dict[int, int], dict[int, int]] = ({}, {})
         """By stage: place -> token."""
         self._marks = [0, 0]
+        self._computed: tuple[dict[SequenceId, int], dict[SequenceId, int]] = ({}, {})
+        """By stage: positions that it says it has of each sequence."""
         self._mirrors: list[tuple[int, dict[int, int]]] = [(0, {}), (0, {})]
         """By stage: up to which step, and what the cache was then."""
 
@@ -80,6 +84,27 @@ class SimulatedPipeline:
     def marks(self) -> tuple[int, int]:
         """What the holders of both slots say of their caches."""
         return self._marks[0], self._marks[1]
+
+    def held(self) -> HeldCache:
+        """What both stages tell a router that has been restarted, put together."""
+        layers = LayerRange(0, 1)
+        reports = [
+            HeldSlot(
+                self.pipeline,
+                slot,
+                2,
+                layers,
+                1,
+                self._num_blocks,
+                self._marks[slot],
+                {
+                    sequence_id: HeldSequence(tuple(table), self._computed[slot].get(sequence_id, 0))
+                    for sequence_id, table in self._block_tables.items()
+                },
+            )
+            for slot in (0, 1)
+        ]
+        return combine(reports, self._block_tokens)
 
     def mirror(self, stage: int) -> None:
         """A stage's mirror is up to date now."""
@@ -100,6 +125,8 @@ class SimulatedPipeline:
         for sequence_id in plan.released:
             self._block_tables.pop(sequence_id, None)
             self._released.add(sequence_id)
+            for computed in self._computed:
+                computed.pop(sequence_id, None)
         sequence_ids = [chunk.sequence_id for chunk in plan.chunks]
         assert len(sequence_ids) == len(set(sequence_ids)), "a sequence is in a step twice"
         for chunk in plan.chunks:
@@ -130,6 +157,8 @@ class SimulatedPipeline:
         if not plan.computing_slots or stage in plan.computing_slots:
             for chunk in plan.chunks:
                 self._write(self._caches[stage], chunk)
+                computed = self._computed[stage]
+                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), chunk.sampling_position)
         self._marks[stage] = max(self._marks[stage], plan.step)
 
     def _slots(self, chunk: ScheduledChunk, start: int, stop: int) -> list[int]:

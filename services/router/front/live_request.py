@@ -6,9 +6,9 @@ Text, stop strings and offsets follow from the tokens alone, so whoever listens 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, MoemeshError, UnknownRequestError
 from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
@@ -92,6 +92,8 @@ class LiveRequest:
         self._started_s = clock()
         self._has_token = False
         self._tasks: dict[LiveChoice, asyncio.Task[None]] = {}
+        self._begun: set[LiveChoice] = set()
+        """Whose tasks have had their first turn: only those can be cancelled and still close what they read."""
 
     @property
     def reply_id(self) -> str:
@@ -173,7 +175,10 @@ class LiveRequest:
 
     async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
         last_s: float | None = None
+        self._begun.add(choice)
         try:
+            if self.has_ended:
+                return  # before its first turn: the mesh may have the choice already
             async for token in tokens:
                 last_s = self._observe(last_s)
                 choice.take(token)
@@ -202,8 +207,9 @@ class LiveRequest:
     def _stop_choices(self) -> None:
         current = asyncio.current_task()
         for choice, task in self._tasks.items():
-            # One that is over may still be closing its iterator (a stop string): it must not be torn out of that.
-            if not choice.is_over and task is not current:
+            # One that is over may still be closing its iterator (a stop string): it must not be torn out of that. One
+            # that was not begun ends at its first turn: cancelled before, it would run none of its own ending.
+            if not choice.is_over and task is not current and choice in self._begun:
                 task.cancel()
 
     def _wake(self) -> None:
@@ -221,7 +227,12 @@ class LiveRequest:
         return now_s
 
 
+@runtime_checkable
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
 async def _close(tokens: AsyncIterator[GeneratedToken]) -> None:
     """Cancels in the mesh if tokens are still to come."""
-    if isinstance(tokens, AsyncGenerator):
+    if isinstance(tokens, _Closable):
         await tokens.aclose()

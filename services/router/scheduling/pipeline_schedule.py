@@ -109,8 +109,8 @@ class PipelineSchedule:
         chunks: list[ScheduledChunk] = []
         requests: list[Request] = []
         for request, num_tokens in ordinary or replays:
-            if request.state is not RequestState.RUNNING:
-                continue  # preempted for an older one a moment ago
+            if request in preempted:
+                continue  # it gave its blocks to an older one a moment ago; its owner has not put it back in line yet
             if self._has_just_replayed:
                 chunk: ScheduledChunk | None = self._replay_chunk(request, num_tokens)
             else:

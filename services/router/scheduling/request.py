@@ -152,6 +152,7 @@ class Request:
         self.pipeline, self.sequence_id = pipeline, sequence_id
         self._forget_cache()
         self.waits_for_start = False
+        self.held_sequence_id = None  # whatever stages still have of it is now either adopted or of no use
 
     def requeue(self, now_s: float) -> None:
         """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and step were given back before."""

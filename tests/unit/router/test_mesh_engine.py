@@ -12,7 +12,7 @@ import pytest
 from common.errors import MoemeshError, NodeLostError, NotReadyError
 from common.ids import RequestId
 from services.router.control.readiness import STALE_S
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_engine import NOT_READY_GRACE_S, MeshEngine, TokenMailbox
 from services.router.mesh_status import MeshStatus
 from tests.support.fake_mesh import build_request
@@ -25,10 +25,10 @@ class Mesh:
 
     def __init__(self, status: MeshStatus = READY) -> None:
         self.status = status
-        self.submitted: list[GenerationRequest] = []
+        self.submitted: list[GenerationRequest | RestoredChoice] = []
         self.cancelled: list[RequestId] = []
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest | RestoredChoice) -> None:
         self.submitted.append(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -152,5 +152,32 @@ def test_what_comes_after_the_front_has_gone_is_dropped() -> None:
 def test_the_context_is_what_it_was_told() -> None:
     async def work() -> None:
         assert engine_of(Mesh(), TokenMailbox(asyncio.get_running_loop())).max_context_tokens == 512
+
+    run(work())
+
+
+def test_a_restored_choice_that_is_closed_before_its_first_turn_is_cancelled_in_the_mesh() -> None:
+    async def work() -> None:
+        mesh, mailbox = Mesh(), TokenMailbox(asyncio.get_running_loop())
+        restored = RestoredChoice(build_request("r"), (1, 2), None)
+        tokens: Any = engine_of(mesh, mailbox).resume(restored)
+        assert mesh.submitted == [restored]
+        await tokens.aclose()
+        await tokens.aclose()
+        assert mesh.cancelled == ["r"]
+        assert mailbox._queues == {}
+        assert [token async for token in tokens] == []
+
+    run(work())
+
+
+def test_a_choice_that_has_ended_is_not_cancelled_when_it_is_closed() -> None:
+    async def work() -> None:
+        mesh, mailbox = Mesh(), TokenMailbox(asyncio.get_running_loop())
+        tokens: Any = engine_of(mesh, mailbox).resume(RestoredChoice(build_request("r"), (1, 2), None))
+        mailbox([(RequestId("r"), token(3, FinishReason.STOP))])
+        assert (await anext(tokens)).token_id == 3
+        await tokens.aclose()
+        assert mesh.cancelled == []
 
     run(work())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
-from services.router.engine import GeneratedToken, GenerationRequest
+from services.router.engine import GeneratedToken, GenerationRequest, RestoredChoice
 from services.router.front.asked_request import COMPLETIONS, ReplyIdentity, RequestIntake
 from services.router.front.choice_stream import ChoiceEvent
 from services.router.front.front_settings import FrontSettings
-from services.router.front.live_request import ClientIdentity
+from services.router.front.live_request import ClientIdentity, LiveRequest
 from services.router.front.metrics import FrontMetrics
 from services.router.front.reply_reader import ReplyReader, parse_event_id
 from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
-from services.router.journal_records import NoJournal
+from services.router.journal_records import JournalledChoice, NoJournal
 from tests.support.fake_engine import FakeEngine, Fault, Pause
 from tests.support.journalling_front import (
     CHAT,
@@ -128,6 +128,56 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
         async with await start(engine, tokenizer, 1, "jum") as generation:
             await collect(generation)
         assert engine.closed
+
+    run(main())
+
+
+class SubmittingEngine(FakeEngine):
+    """As the mesh's: a resumed choice runs from the moment that it is resumed, and nobody needs to ask for a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: set[str] = set()
+
+    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
+        self.running.add(restored.request.request_id)
+        return Unanswered(lambda: self.running.remove(restored.request.request_id))
+
+
+class Unanswered(AsyncIterator[GeneratedToken]):
+    def __init__(self, on_close: Callable[[], None]) -> None:
+        self._on_close = on_close
+
+    async def __anext__(self) -> GeneratedToken:
+        await asyncio.Event().wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self._on_close()
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2])
+def test_a_restored_choice_is_taken_out_of_the_mesh_however_early_it_is_cancelled(
+    tokenizer: TextTokenizer, num_turns: int
+) -> None:
+    async def main() -> None:
+        engine = SubmittingEngine()
+        generation = await start(FakeEngine(), tokenizer, 2)
+        live = LiveRequest(
+            generation.live.asked,
+            generation.live.identity,
+            engine,
+            tokenizer,
+            FrontMetrics(CollectorRegistry()),
+            lambda: 0.0,
+            lambda live: None,
+        )
+        live.restore([JournalledChoice(), JournalledChoice()], was_over=False)
+        assert len(engine.running) == 2
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(live.cancel(), 5)
+        assert not engine.running
 
     run(main())
 

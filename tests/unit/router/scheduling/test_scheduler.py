@@ -15,6 +15,7 @@ from common.errors import (
 from common.ids import Generation, RequestId, SequenceId
 from services.router.scheduling.settings import SchedulerSettings
 from tests.support.scheduling import P0, P1, add, complete, lengths_in, make_scheduler, names_in, only_plan
+from tests.support.simulated_pipeline import build_request
 
 # Chunks and budgets
 
@@ -185,6 +186,24 @@ def test_youngest_is_preempted_and_keeps_its_place_in_line() -> None:
             (plan,) = plans
             seen += [name for name in names_in(plan) if name not in seen]
     assert seen == ["a", "b", "c"]
+
+
+def test_who_gave_blocks_up_for_a_chunk_is_not_in_the_same_step() -> None:
+    # One chunk of the oldest takes the blocks of two who decode, and who were picked for the same step.
+    scheduler = make_scheduler(num_blocks=23, max_batch_tokens=40, prefill_chunk_tokens=20)
+    for name, prompt_length in (("a", 80), ("b", 3), ("c", 3), ("d", 1)):
+        scheduler.add(build_request(name, prompt_length, 8, seed=ord(name)), now_s=0.0)
+    victims = 0
+    for _ in range(200):
+        for plan in scheduler.schedule(0.0):
+            assert {chunk.sequence_id for chunk in plan.chunks}.isdisjoint(plan.released)
+            victims = max(victims, len(plan.released))
+            complete(scheduler, plan)
+        if scheduler.is_idle:
+            break
+    assert scheduler.is_idle
+    assert scheduler.counters.preemptions
+    assert victims == 2
 
 
 def test_preempted_request_comes_back_under_another_sequence_id() -> None:
