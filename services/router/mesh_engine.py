@@ -141,6 +141,6 @@ class MeshEngine:
 
     def _check_ready(self) -> None:
         status = self._mesh.status
-        ready_s = self._grace_from_s if status.ready_s is None else status.ready_s
-        if ready_s is None or self._clock() - ready_s > NOT_READY_GRACE_S:
+        served_s = self._grace_from_s if status.served_s is None else status.served_s
+        if served_s is None or self._clock() - served_s > NOT_READY_GRACE_S:
             raise NotReadyError(f"the mesh is not ready: {status.readiness.detail}")

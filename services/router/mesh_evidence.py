@@ -28,10 +28,10 @@ def mesh_evidence(
             PipelineEvidence(
                 pipeline=seen.pipeline,
                 holders=holders[seen.pipeline],
-                oldest_step_sent_s=seen.oldest_step_sent_s,
+                step=seen.awaited_step,
+                token=seen.awaited_token,
                 canary_sent_s=seen.canary_sent_s,
                 last_work_s=seen.last_work_s,
-                p99_step_s=seen.load.p99_step_s,
             )
             for seen in scheduler.pipelines
             if seen.pipeline in holders

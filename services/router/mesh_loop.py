@@ -39,7 +39,7 @@ from common.transport import LinkEvent
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import read_held_slot
 from services.router.control.expert_roles import ExpertRoles
-from services.router.control.readiness import ProgressWatch, judge
+from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
@@ -47,7 +47,6 @@ from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
 from services.router.registration import DeclaredDead, check_hello, differing_classes, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
-from services.router.scheduling.snapshot import SchedulerSnapshot
 from services.router.step_flow import StepFlow
 
 WAIT_MS = 50
@@ -358,11 +357,12 @@ class MeshLoop:
         )
         self._flow.totals.step_bytes = self._client.step_bytes_sent
         scheduler = self._scheduler.snapshot()
-        readiness = self._readiness(scheduler, now_s)
+        evidence = mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler)
+        readiness = self._readiness(evidence, now_s)
         self.status = MeshStatus(
             readiness=readiness,
             published_s=now_s,
-            ready_s=now_s if readiness.ready else self.status.ready_s,
+            served_s=now_s if takes_requests(evidence, now_s) else self.status.served_s,
             nodes=nodes,
             scheduler=scheduler,
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},
@@ -374,10 +374,8 @@ class MeshLoop:
             suspended_pipelines=self._stages.num_suspended,
         )
 
-    def _readiness(self, scheduler: SchedulerSnapshot, now_s: float) -> Readiness:
-        readiness = judge(
-            mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler), now_s
-        )
+    def _readiness(self, evidence: MeshEvidence, now_s: float) -> Readiness:
+        readiness = judge(evidence, now_s)
         if readiness.ready:
             self._last_failure = ""
         elif self._last_failure:

@@ -90,8 +90,8 @@ class MeshStatus:
     readiness: Readiness
     published_s: float | None
     """When the mesh thread made this status; None: it has not run yet."""
-    ready_s: float | None
-    """When the mesh was last ready, by the mesh thread's clock; None: never."""
+    served_s: float | None
+    """When a new request would last have got tokens, by the mesh thread's clock; None: never."""
     nodes: tuple[NodeStatus, ...]
     scheduler: SchedulerSnapshot
     num_blocks: Mapping[PipelineId, int]
@@ -110,7 +110,7 @@ class MeshStatus:
         return MeshStatus(
             readiness=Readiness(False, detail),
             published_s=None,
-            ready_s=None,
+            served_s=None,
             nodes=(),
             scheduler=SchedulerSnapshot(0, 0, 0, (), SchedulerCounters()),
             num_blocks={},

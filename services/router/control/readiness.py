@@ -1,8 +1,9 @@
 """Whether a token can be made end to end, judged from what is seen of nodes and steps. Pure; time is an argument.
 
 Three questions. Is every expert shard held by a node that lives? Is a pipeline open whose stages all live? And does it
-answer: real steps under load, canaries (steps that carry nothing) in silence? A step that takes long is no hang while
-its stages report progress, or while steps have been taking as long.
+answer: real steps under load, canaries (steps that carry nothing) in silence? How long a step, or the next token of a
+running request, may take is what steps and tokens have been taking (`scheduling/pace.py`); before anything has been
+measured, as long as the stages report progress.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from common.messages import Heartbeat
 from common.topology import ShardId
 from services.router.engine import Readiness
 
-UNANSWERED_S = 1.5
-"""A step that is unanswered for so long, without progress, shows a hang."""
-SLOW_STEP_FACTOR = 4.0
-"""Where steps are slow: so many times the 99th percentile of recent ones."""
+CANARY_UNANSWERED_S = 1.5
+"""A canary that is unanswered for so long, without progress, shows a hang."""
 SILENT_S = 1.6
 """Without work a node has nothing to do but send heartbeats (every 0.25 s by default)."""
 STALE_S = 1.5
@@ -38,19 +37,35 @@ class NodeEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Awaited:
+    """An answer or a token that has not come."""
+
+    since_s: float
+    explained_s: float
+    """For so long the silence is explained by how long such things have been taking."""
+    is_measured: bool
+    """Whether there was anything to take that from. Else progress of the stages explains more."""
+
+    def is_overdue(self, progressed_s: float, now_s: float) -> bool:
+        """`progressed_s`: when a stage last reported work done."""
+        since_s = self.since_s if self.is_measured else max(self.since_s, progressed_s)
+        return now_s - since_s > self.explained_s
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineEvidence:
     """One open pipeline."""
 
     pipeline: PipelineId
     holders: tuple[NodeId, ...]
-    oldest_step_sent_s: float | None
-    """Of the steps with work that are unanswered."""
+    step: Awaited | None
+    """Of the steps with work that are unanswered, the one that is overdue first."""
+    token: Awaited | None
+    """Of the running requests, the one whose next token or part of a prompt is overdue first."""
     canary_sent_s: float | None
     """Of an unanswered step that carries nothing."""
     last_work_s: float
     """When a step with work was last answered, or when the pipeline opened."""
-    p99_step_s: float
-    """Of recent steps with work; 0: none yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +85,18 @@ class MeshEvidence:
 
 
 def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
-    """Ready, or everything that is missing."""
-    quiet_since_s = _quiet_since_s(evidence)
-    missing = _missing_shards(evidence, quiet_since_s, now_s)
-    reasons = [_why_not(pipeline, evidence, quiet_since_s, now_s) for pipeline in evidence.pipelines]
-    if not reasons:
-        missing.append(f"no pipeline is open ({evidence.stages_detail})")
-    elif all(reasons):
-        missing += reasons
+    """Ready, or everything that is missing. A running request that is stuck is a no, whatever other pipelines do."""
+    missing = _missing(evidence, now_s)
+    if not missing:
+        missing = [stuck for pipeline in evidence.pipelines if (stuck := _stuck(pipeline, evidence, now_s))]
     if missing:
         return Readiness(False, "; ".join(missing), tuple(missing))
-    return Readiness(True, f"{reasons.count('')} pipelines; {evidence.experts_detail}")
+    return Readiness(True, f"{_num_answering(evidence, now_s)} pipelines; {evidence.experts_detail}")
+
+
+def takes_requests(evidence: MeshEvidence, now_s: float) -> bool:
+    """Whether a new request would get tokens, perhaps of another pipeline than one on which requests are stuck."""
+    return not _missing(evidence, now_s)
 
 
 def judge_age(readiness: Readiness, published_s: float | None, now_s: float) -> Readiness:
@@ -117,9 +133,29 @@ class ProgressWatch:
         return NodeEvidence(state, heard_s, progressed_s)
 
 
+def _missing(evidence: MeshEvidence, now_s: float) -> list[str]:
+    """What keeps every pipeline from making tokens."""
+    missing = _missing_shards(evidence, _quiet_since_s(evidence), now_s)
+    reasons = _reasons(evidence, now_s)
+    if not reasons:
+        missing.append(f"no pipeline is open ({evidence.stages_detail})")
+    elif all(reasons):
+        missing += reasons
+    return missing
+
+
+def _reasons(evidence: MeshEvidence, now_s: float) -> list[str]:
+    quiet_since_s = _quiet_since_s(evidence)
+    return [_why_not(pipeline, evidence, quiet_since_s, now_s) for pipeline in evidence.pipelines]
+
+
+def _num_answering(evidence: MeshEvidence, now_s: float) -> int:
+    return _reasons(evidence, now_s).count("")
+
+
 def _quiet_since_s(evidence: MeshEvidence) -> float | None:
     """When the last work was answered; None while there is some. A busy node may be too busy for heartbeats."""
-    if any(pipeline.oldest_step_sent_s is not None for pipeline in evidence.pipelines):
+    if any(pipeline.step is not None for pipeline in evidence.pipelines):
         return None
     return max((pipeline.last_work_s for pipeline in evidence.pipelines), default=None)
 
@@ -149,12 +185,23 @@ def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: 
     mute = [n for n in pipeline.holders if not _answers(nodes.get(n), quiet_since_s, now_s)]
     if mute:
         return f"pipeline {pipeline.pipeline}: {', '.join(mute)} does not answer"
-    progressed_s = max(nodes[node_id].progressed_s for node_id in pipeline.holders)
-    limit_s = max(UNANSWERED_S, SLOW_STEP_FACTOR * pipeline.p99_step_s)
-    for what, sent_s, allowed_s in (
-        ("step", pipeline.oldest_step_sent_s, limit_s),
-        ("canary", pipeline.canary_sent_s, UNANSWERED_S),
-    ):
-        if sent_s is not None and now_s - max(sent_s, progressed_s) > allowed_s:
-            return f"pipeline {pipeline.pipeline}: a {what} has been unanswered for {now_s - sent_s:.1f} s"
-    return ""
+    progressed_s = _progressed_s(pipeline, nodes)
+    canary = Awaited(pipeline.canary_sent_s, CANARY_UNANSWERED_S, False) if pipeline.canary_sent_s is not None else None
+    for what, awaited in (("step", pipeline.step), ("canary", canary)):
+        if awaited is not None and awaited.is_overdue(progressed_s, now_s):
+            return f"pipeline {pipeline.pipeline}: a {what} has been unanswered for {now_s - awaited.since_s:.1f} s"
+    return _stuck(pipeline, evidence, now_s)
+
+
+def _stuck(pipeline: PipelineEvidence, evidence: MeshEvidence, now_s: float) -> str:
+    """A running request that gets no further; "" if there is none. Of a pipeline with a dead stage that is no news."""
+    if not evidence.nodes.keys() >= set(pipeline.holders) or pipeline.token is None:
+        return ""
+    if not pipeline.token.is_overdue(_progressed_s(pipeline, evidence.nodes), now_s):
+        return ""
+    since_s = pipeline.token.since_s
+    return f"pipeline {pipeline.pipeline}: a request that runs has been without a token for {now_s - since_s:.1f} s"
+
+
+def _progressed_s(pipeline: PipelineEvidence, nodes: Mapping[NodeId, NodeEvidence]) -> float:
+    return max(nodes[node_id].progressed_s for node_id in pipeline.holders)

@@ -11,7 +11,7 @@ from services.router.scheduling.request import Request
 
 
 def adopt_held(
-    schedule: PipelineSchedule, held: HeldCache, waiting: Sequence[Request], adopted_step: StepId
+    schedule: PipelineSchedule, held: HeldCache, waiting: Sequence[Request], adopted_step: StepId, now_s: float
 ) -> list[Request]:
     """Who of the line runs on this pipeline from now on. What nobody claims is released on the stages.
 
@@ -23,7 +23,7 @@ def adopt_held(
     adopted: list[Request] = []
     for number, sequence in held.sequences.items():
         request = owners.get(SequenceId(number))
-        if request is not None and schedule.adopt(request, sequence, SequenceId(number), adopted_step):
+        if request is not None and schedule.adopt(request, sequence, SequenceId(number), adopted_step, now_s):
             adopted.append(request)
         else:
             schedule.held_releases.append(SequenceId(number))

@@ -18,6 +18,7 @@ from common.ids import Generation, PipelineId, SequenceId, StepId
 from services.router.control.adoption import HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.pace import StepPace
 from services.router.scheduling.pipeline_selection import PipelineLoad
 from services.router.scheduling.request import Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
@@ -64,10 +65,13 @@ class PipelineSchedule:
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
         self._step_durations_s: deque[float] = deque(maxlen=128)
+        self.pace = StepPace()
         self.last_answer_s = 0.0
         """When a step was last answered; at first, when the pipeline opened."""
         self.last_work_s = 0.0
         """The same, but for canaries."""
+        self.last_success_s = 0.0
+        """When work was last answered, whatever generation it was; steps that failed were not."""
 
     # Taking requests in
 
@@ -90,9 +94,9 @@ class PipelineSchedule:
         headroom = self.allocator.num_blocks // 64
         return self.allocator.num_free - promised - headroom >= self._num_blocks(request.num_tokens)
 
-    def admit(self, request: Request, sequence_id: SequenceId) -> None:
+    def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
         """It runs here from now on."""
-        request.start(self.pipeline, sequence_id)
+        request.start(self.pipeline, sequence_id, now_s)
         insort(self.running, request, key=lambda other: other.arrival)
 
     # Planning
@@ -119,6 +123,7 @@ class PipelineSchedule:
                 chunks.append(chunk)
                 requests.append(request)
                 request.step = step
+                request.pace.planned(now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
         plan = StepPlan(
@@ -233,17 +238,21 @@ class PipelineSchedule:
 
     # Coming back
 
-    def land(self, step: StepId, now_s: float) -> StepInFlight | None:
-        """The step is answered: its requests are free for another. None if it is not in flight here."""
+    def land(self, step: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
+        """The step is over: its requests are free for another. None if it is not in flight here."""
         in_flight = self.in_flight.pop(step, None)
         if in_flight is not None:
             self.last_step = max(self.last_step, step)
             self.last_answer_s = now_s
-            if not in_flight.is_canary:  # a canary says nothing of how long work takes
+            if not in_flight.is_canary:
                 self.last_work_s = now_s
+            if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
+                self.last_success_s = now_s
                 self._step_durations_s.append(now_s - in_flight.sent_s)
+                self.pace.note(in_flight.plan.num_tokens, now_s - in_flight.sent_s)
             for request in in_flight.requests:
                 request.step = None
+                request.pace.is_disturbed |= has_failed
                 if request.state is not RequestState.RUNNING:
                     self._give_back(request)  # it ended in mid-flight; only now can nothing write to its blocks
         return in_flight
@@ -267,6 +276,7 @@ class PipelineSchedule:
         self._void_steps()
         for request in self.running:
             request.num_recoveries += 1
+            request.pace.is_disturbed = True
 
     def resume(self, generation: Generation, kv_marks: Sequence[int]) -> None:
         """A new generation. `kv_marks`: by slot, up to which step its holder's cache is good.
@@ -293,7 +303,7 @@ class PipelineSchedule:
             return request.replay_position if mark >= self.last_step else 0
         return min(request.covered_by(mark), request.num_computed_tokens)
 
-    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId) -> bool:
+    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId, now_s: float) -> bool:
         """A request that a router before this one ran goes on with its cache, as if `step` had computed it.
 
         False if its blocks are not free.
@@ -301,7 +311,7 @@ class PipelineSchedule:
         num_computed = min(held.num_computed, request.num_tokens - 1)
         if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.take(held.block_ids):
             return False
-        self.admit(request, sequence_id)
+        self.admit(request, sequence_id, now_s)
         request.block_table = list(held.block_ids)
         request.num_computed_tokens = num_computed
         request.kv_history = [(step, num_computed)]

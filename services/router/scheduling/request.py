@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, RecoveryCounts
+from services.router.scheduling.pace import RequestPace
 from services.router.scheduling.step_plan import SampledToken
 from services.router.scheduling.token_counts import TokenCounts
 
@@ -73,10 +74,16 @@ class Request:
     """Positions computed again after such a loss."""
     num_retried_calls: int = 0
     """Expert calls of its steps that were asked of another copy too, or instead."""
+    max_computed_tokens: int = 0
+    """The furthest that its cache has ever come: what is computed again after a failure is not further."""
+    pace: RequestPace = field(init=False)
     _token_counts: TokenCounts | None = None
     """Made when first asked for; only for requests with a penalty."""
     waits_for_start: bool = False
     """It came with a router's start and has not run since: nodes may have to load first, which is no outage."""
+
+    def __post_init__(self) -> None:
+        self.pace = RequestPace(self.arrived_s)
 
     @property
     def request_id(self) -> RequestId:
@@ -112,14 +119,20 @@ class Request:
         """Positions that a cache which is good up to step `mark` holds."""
         return max((stop for step, stop in self.kv_history if step <= mark), default=0)
 
-    def note_computed(self, step: int, num_tokens: int) -> None:
+    def note_computed(self, step: int, num_tokens: int, now_s: float) -> None:
         """So many tokens more are in the cache of every slot."""
+        was_decoding = self.is_decoding
         self.num_computed_tokens += num_tokens
+        if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
+            self.pace.progressed(now_s, is_measure=was_decoding)
+        self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
         self.kv_history.append((step, self.num_computed_tokens))
         del self.kv_history[:-MAX_KV_HISTORY]
 
-    def note_replayed(self, step: int, num_tokens: int) -> None:
+    def note_replayed(self, step: int, num_tokens: int, now_s: float) -> None:
         """So many tokens more are there again. Once all are, no copy from before this step has them."""
+        if not self.num_failed_steps:
+            self.pace.progressed(now_s, is_measure=False)
         self.replay_position += num_tokens
         self.num_replayed_tokens += num_tokens
         if not self.is_replaying:
@@ -146,9 +159,10 @@ class Request:
             self._token_counts = TokenCounts(prompt)
         return self._token_counts.take(self.generated_token_ids)
 
-    def start(self, pipeline: PipelineId, sequence_id: SequenceId) -> None:
+    def start(self, pipeline: PipelineId, sequence_id: SequenceId, now_s: float) -> None:
         """WAITING -> RUNNING, with an empty cache."""
         self._move({RequestState.WAITING}, RequestState.RUNNING)
+        self.pace.begin(now_s, is_retry=self.num_failed_steps > 0)
         self.pipeline, self.sequence_id = pipeline, sequence_id
         self._forget_cache()
         self.waits_for_start = False

@@ -142,7 +142,7 @@ class Scheduler:
         schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
             adopted_step = StepId(next(self._step_numbers))
-            adopted = adopt_held(schedule, held, self._waiting, adopted_step)
+            adopted = adopt_held(schedule, held, self._waiting, adopted_step, now_s)
             kv_marks = adopted_marks(held, kv_marks, adopted_step)
             self._waiting = [request for request in self._waiting if request not in adopted]
             self.counters.requests_adopted += len(adopted)
@@ -226,10 +226,10 @@ class Scheduler:
                 self._failures.extend(self._retry(request, error, now_s))
                 continue
             if in_flight.plan.computing_slots:
-                request.note_replayed(step, len(chunk.token_ids))
+                request.note_replayed(step, len(chunk.token_ids), now_s)
                 self.counters.tokens_replayed += len(chunk.token_ids)
                 continue
-            request.note_computed(step, len(chunk.token_ids))
+            request.note_computed(step, len(chunk.token_ids), now_s)
             if chunk.samples:
                 outputs.append(TokenOutput(request.request_id, request.take_token(sampled[chunk.sequence_id])))
                 self.counters.tokens_generated += 1
@@ -250,7 +250,7 @@ class Scheduler:
         now_s: float,
     ) -> list[RequestFailure]:
         """A stage could not do it. Its requests are recomputed; returns those that have failed too often for that."""
-        in_flight = self._land(step, pipeline, generation, attempt, now_s)
+        in_flight = self._land(step, pipeline, generation, attempt, now_s, has_failed=True)
         if in_flight is None:
             return []
         self.counters.failed_steps += 1
@@ -320,7 +320,7 @@ class Scheduler:
             else:
                 self._waiting.remove(request)
                 sequence_id = SequenceId(next(self._sequence_numbers))
-                self._schedules.open[choice].admit(request, sequence_id)
+                self._schedules.open[choice].admit(request, sequence_id, now_s)
                 self._placements.append((request.request_id, sequence_id))
 
     def _expire(self, now_s: float) -> None:
@@ -341,12 +341,19 @@ class Scheduler:
         return schedule.suspended_s if schedule is not None else None
 
     def _land(
-        self, step: StepId, pipeline: PipelineId, generation: Generation, attempt: int, now_s: float
+        self,
+        step: StepId,
+        pipeline: PipelineId,
+        generation: Generation,
+        attempt: int,
+        now_s: float,
+        *,
+        has_failed: bool = False,
     ) -> StepInFlight | None:
         schedule = self._schedules.open.get(pipeline)
         in_flight = schedule.in_flight.get(step) if schedule is not None else None
         if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
-            return schedule.land(step, now_s)
+            return schedule.land(step, now_s, has_failed=has_failed)
         self.counters.dropped_results += 1
         return None
 

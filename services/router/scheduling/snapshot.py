@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.ids import Generation, PipelineId
+from services.router.control.readiness import Awaited
+from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.pipeline_selection import PipelineLoad
+from services.router.scheduling.request import Request
 
 
 @dataclass(slots=True)
@@ -48,6 +51,10 @@ class PipelineSnapshot:
     """The same of canaries."""
     last_work_s: float
     """When a step that was no canary was last answered, or when the pipeline opened."""
+    awaited_step: Awaited | None
+    """Of the steps with work that are unanswered, the one that is overdue first."""
+    awaited_token: Awaited | None
+    """Of the running requests, the one whose next token or part of a prompt is overdue first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class SchedulerSnapshot:
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
     """What there is to see of it now."""
-    in_flight = schedule.in_flight.values()
+    in_flight, usual_s = schedule.in_flight.values(), _usual_step_s(schedule)
     return PipelineSnapshot(
         pipeline=schedule.pipeline,
         generation=schedule.generation,
@@ -74,4 +81,24 @@ def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
         oldest_step_sent_s=min((step.sent_s for step in in_flight if not step.is_canary), default=None),
         canary_sent_s=min((step.sent_s for step in in_flight if step.is_canary), default=None),
         last_work_s=schedule.last_work_s,
+        awaited_step=most_overdue([awaited(step.sent_s, usual_s) for step in in_flight if not step.is_canary]),
+        awaited_token=most_overdue(
+            [awaited(_waits_since_s(request, schedule), request.pace.usual_s, usual_s) for request in schedule.running]
+        ),
     )
+
+
+def _usual_step_s(schedule: PipelineSchedule) -> float | None:
+    """Of the slowest in flight; where none is, of one token."""
+    sizes = [step.plan.num_tokens for step in schedule.in_flight.values() if step.plan.chunks] or [1]
+    return max((seconds for size in sizes if (seconds := schedule.pace.usual_s(size)) is not None), default=None)
+
+
+def _waits_since_s(request: Request, schedule: PipelineSchedule) -> float:
+    """Since when a running request is to get further."""
+    pace = request.pace
+    if pace.due_since_s is not None:
+        return pace.due_since_s
+    if request.is_decoding and not request.is_replaying:
+        return pace.progressed_s  # it is part of every round
+    return max(pace.progressed_s, schedule.last_success_s)  # its turn comes when others get on

@@ -17,7 +17,7 @@ from services.router.mesh_engine import NOT_READY_GRACE_S, MeshEngine, TokenMail
 from services.router.mesh_status import MeshStatus
 from tests.support.fake_mesh import build_request
 
-READY = replace(MeshStatus.starting(""), readiness=Readiness(True, "1 pipelines"), published_s=100.0, ready_s=100.0)
+READY = replace(MeshStatus.starting(""), readiness=Readiness(True, "1 pipelines"), published_s=100.0, served_s=100.0)
 
 
 class Mesh:
@@ -107,14 +107,14 @@ def test_whoever_goes_away_early_cancels_its_request(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ready_s", "is_taken"),
+    ("served_s", "is_taken"),
     [(None, False), (100.0, True), (100.0 - NOT_READY_GRACE_S, True), (99.9 - NOT_READY_GRACE_S, False)],
 )
 def test_while_the_mesh_recovers_requests_wait_and_after_a_while_the_door_says_no(
-    ready_s: float | None, is_taken: bool
+    served_s: float | None, is_taken: bool
 ) -> None:
     async def work() -> None:
-        mesh = Mesh(replace(READY, readiness=Readiness(False, "0 of 2 stage nodes"), ready_s=ready_s))
+        mesh = Mesh(replace(READY, readiness=Readiness(False, "0 of 2 stage nodes"), served_s=served_s))
         mailbox = TokenMailbox(asyncio.get_running_loop())
         tokens = engine_of(mesh, mailbox).generate(build_request("r"))
         waiting = asyncio.ensure_future(anext(tokens))

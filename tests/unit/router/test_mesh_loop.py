@@ -130,7 +130,7 @@ def test_readiness_tells_step_by_step_what_is_missing() -> None:
     mesh.turn(1.0)
     assert mesh.loop.status.readiness.ready
     assert mesh.loop.status.readiness.detail == "1 pipelines; 12 of 12 expert shards loaded"
-    assert mesh.loop.status.ready_s == mesh.now_s
+    assert mesh.loop.status.served_s == mesh.now_s
 
 
 def test_a_request_gets_its_tokens_and_its_end(mesh: FakeMesh) -> None:

@@ -10,6 +10,7 @@ from common.ids import PipelineId
 from common.messages import (
     AssignStage,
     Failed,
+    Heartbeat,
     Leave,
 )
 from common.transport import LinkEvent
@@ -175,3 +176,25 @@ def test_a_suspect_stage_is_not_ready_at_once(mesh: FakeMesh) -> None:
     mesh.client.events.append((node("b").node_id, LinkEvent.CLOSED))
     mesh.turn(0.11)
     assert mesh.loop.status.readiness.missing == ("pipeline 0: b does not answer",)
+
+
+def test_ready_is_false_within_two_seconds_of_the_last_token_after_any_number_of_failed_steps(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r", max_tokens=200))
+    mesh.settle(40)
+    for _ in range(3):  # three steps fail by their deadline, each with new tokens in between
+        mesh.turn(0.2)
+        for _ in range(int(STEP_DEADLINE_S / 0.2) + 1):
+            mesh.beat()
+            mesh.turn(0.2)
+        before = len(mesh.tokens("r"))
+        mesh.settle(8)
+        assert len(mesh.tokens("r")) > before, "the pipeline has recovered"
+    assert mesh.loop.status.readiness.ready
+    polls: list[bool] = []
+    for number in range(60):
+        mesh.beat()
+        # The first stage does its part of every step, and says so.
+        mesh.say("a", Heartbeat(0.0, number, number, 0, 0, 0, 0, 0.0, number, 0))
+        mesh.turn(0.2)
+        polls.append(mesh.loop.status.readiness.ready)
+    assert not any(polls[10:]), "no token came, neither before the deadline nor after it"

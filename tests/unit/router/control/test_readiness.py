@@ -14,15 +14,17 @@ from common.membership import NodeState
 from common.messages import Heartbeat
 from common.topology import ShardId
 from services.router.control.readiness import (
+    CANARY_UNANSWERED_S,
     SILENT_S,
     STALE_S,
-    UNANSWERED_S,
+    Awaited,
     MeshEvidence,
     NodeEvidence,
     PipelineEvidence,
     ProgressWatch,
     judge,
     judge_age,
+    takes_requests,
 )
 from services.router.engine import Readiness
 
@@ -30,7 +32,7 @@ NOW_S = 1000.0
 A, B, X, Y = (NodeId(name) for name in "abxy")
 LEFT, RIGHT = ShardId(0, 0, 0), ShardId(0, 1, 0)
 FRESH = NodeEvidence(NodeState.ALIVE, NOW_S, NOW_S - 60)
-PIPELINE = PipelineEvidence(PipelineId(0), (A, B), None, None, NOW_S - 30, 0.1)
+PIPELINE = PipelineEvidence(PipelineId(0), (A, B), None, None, None, NOW_S - 30)
 
 
 def evidence(**changes: Any) -> MeshEvidence:
@@ -87,27 +89,47 @@ def test_a_holder_that_is_not_known_any_more_is_missing() -> None:
     assert judge(evidence(nodes=nodes), NOW_S).missing == ("pipeline 0: a does not answer",)
 
 
+def overdue(ago_s: float, *, explained_s: float = 1.5, is_measured: bool = True) -> Awaited:
+    return Awaited(NOW_S - ago_s, explained_s, is_measured)
+
+
 @pytest.mark.parametrize(
-    ("field", "name"), [("oldest_step_sent_s", "step"), ("canary_sent_s", "canary")], ids=["step", "canary"]
+    ("field", "said"),
+    [
+        ("step", "pipeline 0: a step has been unanswered for 1.6 s"),
+        ("token", "pipeline 0: a request that runs has been without a token for 1.6 s"),
+    ],
 )
-def test_an_unanswered_step_without_progress_is_a_hang(field: str, name: str) -> None:
-    just = with_pipeline(**{field: NOW_S - UNANSWERED_S})
+def test_what_has_not_come_is_a_hang_once_its_pace_explains_no_more(field: str, said: str) -> None:
+    just = with_pipeline(**{field: overdue(1.5)})
+    assert judge(just, NOW_S).ready
+    assert judge(just, NOW_S + 0.1).missing == (said,)
+    assert judge(with_pipeline(**{field: overdue(7.9, explained_s=8.0)}), NOW_S).ready
+
+
+def test_an_unanswered_canary_without_progress_is_a_hang() -> None:
+    just = with_pipeline(canary_sent_s=NOW_S - CANARY_UNANSWERED_S)
     assert judge(just, NOW_S).ready
     (said,) = judge(just, NOW_S + 0.1).missing
-    assert said == f"pipeline 0: a {name} has been unanswered for 1.6 s"
+    assert said == "pipeline 0: a canary has been unanswered for 1.6 s"
 
 
-def test_progress_of_any_of_its_stages_shows_that_a_step_only_takes_long() -> None:
-    slow = with_pipeline(oldest_step_sent_s=NOW_S - 20)
-    assert not judge(slow, NOW_S).ready
-    assert judge(with_node(slow, B, progressed_s=NOW_S - 1), NOW_S).ready
-    assert not judge(with_node(slow, X, progressed_s=NOW_S - 1), NOW_S).ready, "experts may work for another pipeline"
+@pytest.mark.parametrize("field", ["step", "token"])
+def test_progress_of_stages_explains_silence_only_before_anything_has_been_measured(field: str) -> None:
+    first = with_pipeline(**{field: overdue(20, is_measured=False)})
+    assert not judge(first, NOW_S).ready
+    assert judge(with_node(first, B, progressed_s=NOW_S - 1), NOW_S).ready
+    assert not judge(with_node(first, X, progressed_s=NOW_S - 1), NOW_S).ready, "experts may work for another pipeline"
+    later = with_pipeline(**{field: overdue(20)})
+    assert not judge(with_node(later, B, progressed_s=NOW_S - 1), NOW_S).ready, "steps take a tenth of that here"
 
 
-def test_where_steps_are_slow_one_may_take_four_times_as_long_but_a_canary_may_not() -> None:
-    assert judge(with_pipeline(oldest_step_sent_s=NOW_S - 7.9, p99_step_s=2.0), NOW_S).ready
-    assert not judge(with_pipeline(oldest_step_sent_s=NOW_S - 8.1, p99_step_s=2.0), NOW_S).ready
-    assert not judge(with_pipeline(canary_sent_s=NOW_S - 1.6, p99_step_s=2.0), NOW_S).ready
+def test_a_request_that_is_stuck_is_a_no_although_another_pipeline_takes_new_ones() -> None:
+    other = replace(PIPELINE, pipeline=PipelineId(1))
+    seen = evidence(pipelines=(replace(PIPELINE, token=overdue(3)), other))
+    assert judge(seen, NOW_S).missing == ("pipeline 0: a request that runs has been without a token for 3.0 s",)
+    assert takes_requests(seen, NOW_S)
+    assert not takes_requests(evidence(pipelines=(replace(PIPELINE, token=overdue(3)),)), NOW_S)
 
 
 @pytest.mark.parametrize("names", [(A,), (X, Y)], ids=["stage", "experts"])
@@ -116,21 +138,22 @@ def test_in_silence_a_node_without_heartbeats_hangs(names: tuple[NodeId, ...]) -
     silent = with_node(evidence(), *names, heard_s=NOW_S - SILENT_S - 0.1)
     assert not judge(silent, NOW_S).ready
     (pipeline,) = silent.pipelines
-    at_work = replace(silent, pipelines=(replace(pipeline, oldest_step_sent_s=NOW_S - 0.2),))
+    at_work = replace(silent, pipelines=(replace(pipeline, step=overdue(0.2)),))
     assert judge(at_work, NOW_S).ready, "under load a node may be too busy for heartbeats"
     just_done = replace(silent, pipelines=(replace(pipeline, last_work_s=NOW_S - 0.2),))
     assert judge(just_done, NOW_S).ready, "silence begins with the last work"
 
 
-@given(st.floats(0, 30), st.floats(0, 30) | st.none(), st.floats(0, 30) | st.none(), st.floats(0, 3), st.floats(0, 30))
+AWAITED = st.none() | st.builds(
+    Awaited, st.floats(0, 30).map(lambda ago_s: NOW_S - ago_s), st.floats(1.5, 12), st.booleans()
+)
+
+
+@given(st.floats(0, 30), AWAITED, AWAITED, st.floats(0, 30) | st.none(), st.floats(0, 30))
 def test_what_is_missing_stays_missing_until_something_is_heard(
-    heard_ago_s: float, step_ago_s: float | None, canary_ago_s: float | None, p99_s: float, later_s: float
+    heard_ago_s: float, step: Awaited | None, token: Awaited | None, canary_ago_s: float | None, later_s: float
 ) -> None:
-    seen = with_pipeline(
-        oldest_step_sent_s=None if step_ago_s is None else NOW_S - step_ago_s,
-        canary_sent_s=None if canary_ago_s is None else NOW_S - canary_ago_s,
-        p99_step_s=p99_s,
-    )
+    seen = with_pipeline(step=step, token=token, canary_sent_s=None if canary_ago_s is None else NOW_S - canary_ago_s)
     seen = with_node(seen, A, B, X, Y, heard_s=NOW_S - heard_ago_s)
     if not judge(seen, NOW_S).ready:
         assert not judge(seen, NOW_S + later_s).ready

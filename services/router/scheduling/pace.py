@@ -1,0 +1,92 @@
+"""How fast a pipeline and each of its requests have been going, and for how long their silence is explained by that.
+
+Pure; times are arguments. Only answers are measured. A step that failed, by its deadline or otherwise, says how long
+somebody waited and not how long work takes: were it counted, a few hangs would pass the next one off as the usual.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from services.router.control.readiness import Awaited
+
+UNANSWERED_S = 1.5
+"""Silence that is never remarkable: a busy machine is late by so much."""
+SLOW_FACTOR = 4.0
+"""Where things are slow: so many times the usual."""
+RECENT_STEPS = 16
+"""Of one size; their median is not moved by a few stalls."""
+RECENT_GAPS = 8
+
+
+class StepPace:
+    """Seconds that answered steps took, by size: bucket b has steps of [2^(b-1), 2^b) tokens."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, deque[float]] = {}
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step was answered."""
+        self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(seconds)
+
+    def usual_s(self, num_tokens: int) -> float | None:
+        """The median of steps of this size; None: nothing has been measured.
+
+        Of a size that has not been seen it is at most that of a smaller one, as many times as it is larger: steps share
+        the reading of the weights. A larger one bounds it without that.
+        """
+        size = num_tokens.bit_length()
+        smaller = max((bucket for bucket in self._buckets if bucket <= size), default=None)
+        if smaller is not None:
+            return statistics.median_low(self._buckets[smaller]) * (1 << (size - smaller))
+        larger = min(self._buckets, default=None)
+        return None if larger is None else statistics.median_low(self._buckets[larger])
+
+
+@dataclass(slots=True)
+class RequestPace:
+    """When one request last got further, and how long it usually takes to."""
+
+    progressed_s: float
+    """Its last token or part of its prompt; at first, when it began to run."""
+    due_since_s: float | None = None
+    """Since when an answer for it is under way; None: it waits for its turn. Steps that fail and are sent again do not
+    begin anew: it still waits for the same thing."""
+    gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAPS))
+    is_disturbed: bool = False
+    """A step of its has failed or become void since it last got further: this gap, too, is no measure."""
+
+    def begin(self, now_s: float, *, is_retry: bool) -> None:
+        """It runs. What is done again after a failure goes on being awaited since then."""
+        if not is_retry:
+            self.progressed_s, self.due_since_s = now_s, None
+        self.is_disturbed = True
+
+    def planned(self, now_s: float) -> None:
+        """It is part of a step."""
+        if self.due_since_s is None:
+            self.due_since_s = now_s
+
+    def progressed(self, now_s: float, *, is_measure: bool) -> None:
+        """It got further. `is_measure`: by a token after a token, which says how fast tokens come."""
+        if is_measure and not self.is_disturbed:
+            self.gaps_s.append(now_s - self.progressed_s)
+        self.progressed_s, self.due_since_s, self.is_disturbed = now_s, None, False
+
+    @property
+    def usual_s(self) -> float:
+        """The median of recent gaps; 0: none."""
+        return statistics.median_low(self.gaps_s) if self.gaps_s else 0.0
+
+
+def awaited(since_s: float, *usual_s: float | None) -> Awaited:
+    """Something that has not come since then, where the slowest of these explains a while of it."""
+    known_s = [seconds for seconds in usual_s if seconds]
+    return Awaited(since_s, max(UNANSWERED_S, SLOW_FACTOR * max(known_s, default=0.0)), bool(known_s))
+
+
+def most_overdue(waits: list[Awaited]) -> Awaited | None:
+    """Whose explanation ends first; None of none."""
+    return min(waits, key=lambda wait: wait.since_s + wait.explained_s, default=None)
