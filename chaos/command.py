@@ -107,7 +107,7 @@ def run_suite(options: Options) -> int:
         experiment = read_experiment(options.suite)
         options.output.mkdir(parents=True, exist_ok=True)
         settings = {name: str(value) for name, value in experiment.mesh.items()}
-        request = TargetRequest(settings, options.against, options.output / "logs", experiment.links)
+        request = TargetRequest(settings, options.against, options.output / "logs", experiment.links, experiment.hosts)
         with (
             (options.output / "history.jsonl").open("w", encoding="utf-8", buffering=1) as lines,
             make_target(options.target, request) as target,

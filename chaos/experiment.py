@@ -75,7 +75,7 @@ class Load(_Strict):
 class Victims(_Strict):
     """Who is hurt; see chaos/victims.py."""
 
-    rule: Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody"] = "random"
+    rule: Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host"] = "random"
     kind: NodeKind | Literal[""] = ""
     count: Annotated[int, Field(ge=1)] = 1
     names: tuple[str, ...] = ()
@@ -204,11 +204,19 @@ class Experiment(_Strict):
     """Settings by their environment's names that a target which is started for the run gets."""
     links: Literal["direct", "proxy"] = "direct"
     """`proxy`: such a mesh has its links through the harness's proxy, which faults of links need."""
+    hosts: Annotated[int, Field(ge=0, le=64)] = 0
+    """Such a mesh runs on so many hosts, played by network namespaces; 0: on this machine. `host_loss` needs them."""
     steady_state: SteadyState = SteadyState()
     load: Load = Load()
     timeline: Timeline
     bounds: SuiteBounds = SuiteBounds()
     rollback: Rollback = Rollback()
+
+    @model_validator(mode="after")
+    def _links_are_of_one_kind(self) -> Self:
+        if self.hosts and self.links != "direct":
+            raise ValueError("hosts: links between played hosts are `direct`; a suite has hosts or a proxy")
+        return self
 
 
 def read_experiment(suite: str) -> Experiment:

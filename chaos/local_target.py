@@ -33,7 +33,8 @@ class LocalTarget:
     port: int = 0
     modules: Mapping[str, str] = field(default_factory=dict)
     """See LocalMesh: a build with something else in place of a service."""
-    _state_dir: Path | None = None
+    state_dir: Path | None = None
+    """The mesh's, while it runs."""
     _mesh: LocalMesh | None = None
     features: frozenset[str] = field(default=frozenset({"processes"}))
 
@@ -41,11 +42,12 @@ class LocalTarget:
         # The router must have the same address after a restart.
         self.port = self.port or free_port()
         # Short: sockets live there, and their paths are bounded.
-        self._state_dir = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self.state_dir = Path(tempfile.mkdtemp(prefix="chaos-"))
         model = self.settings.get("MODEL") or os.environ.get("MODEL") or str(DEMO_CHECKPOINT)
         environment = {**self.settings, "MODEL": model, "PORT": str(self.port), "HOST": "127.0.0.1"}
         try:
-            self._mesh = LocalMesh(environment, self._state_dir, modules=self.modules).__enter__()
+            mesh = LocalMesh(environment, self.state_dir, modules=self.modules, places=self.places())
+            self._mesh = mesh.__enter__()
         except MoemeshError as error:
             self._clear()
             raise TargetError(error.message) from error
@@ -59,6 +61,10 @@ class LocalTarget:
                 self._mesh.close()
         finally:
             self._clear()
+
+    def places(self) -> Mapping[str, Mapping[str, str]]:
+        """Settings of single nodes, by name: none here."""
+        return {}
 
     @property
     def mesh(self) -> LocalMesh:
@@ -97,11 +103,11 @@ class LocalTarget:
             self.mesh.scale(kind, count)
 
     def _clear(self) -> None:
-        if self._state_dir is None:
+        if self.state_dir is None:
             return
-        if self.keep_logs is not None and (self._state_dir / "logs").exists():
-            shutil.copytree(self._state_dir / "logs", self.keep_logs, dirs_exist_ok=True)
-        shutil.rmtree(self._state_dir, ignore_errors=True)
+        if self.keep_logs is not None and (self.state_dir / "logs").exists():
+            shutil.copytree(self.state_dir / "logs", self.keep_logs, dirs_exist_ok=True)
+        shutil.rmtree(self.state_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ class Node:
     """On the host; of the process itself, not of an init above it."""
     container: str = ""
     """Container id; empty on the local target."""
+    host: str = ""
+    """Which played host it runs on; empty where none are played, and for who runs beside them."""
 
 
 class Target(Protocol):
@@ -38,7 +40,8 @@ class Target(Protocol):
         """What this target allows, by word.
 
         `processes`: signals. `containers`: docker API and cgroups. `netns`: a network namespace of its own for each
-        node (iptables, tc). `proxy`: links that go over TCP and can be led through one.
+        node (iptables, tc). `proxy`: links that go over TCP and can be led through one. `hosts`: hosts that can
+        be lost.
         """
         ...
 

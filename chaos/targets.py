@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos.docker_target import DockerTarget, project_at
+from chaos.hosts_target import HostsTarget
 from chaos.local_target import LocalTarget
 from chaos.proxied_local_target import ProxiedLocalTarget
 from chaos.remote_target import RemoteTarget
@@ -28,6 +29,8 @@ class TargetRequest:
     """Where a target that was started for the run leaves its logs."""
     links: str = "direct"
     """`proxy`: a mesh that is started for the run has its links through the harness's proxy."""
+    num_hosts: int = 0
+    """Such a mesh runs on so many hosts that the harness plays; 0: on this machine alone."""
 
 
 TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
@@ -37,6 +40,8 @@ def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
     """A mesh of its own; with `against` none is started, and nothing can be hurt."""
     if request.against:
         return RemoteTarget(request.against.rstrip("/"))
+    if request.num_hosts:
+        return HostsTarget(request.settings, request.logs, num_hosts=request.num_hosts)
     made = ProxiedLocalTarget if request.links == "proxy" else LocalTarget
     return made(request.settings, request.logs)
 

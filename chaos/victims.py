@@ -10,7 +10,7 @@ from chaos.roles import Role
 from chaos.target import NODE_KINDS, Node
 
 NO_ROLES: Mapping[str, Role] = {}
-RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody")
+RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class VictimRule:
 
     `same`: those of the fault before, by name (flapping over restarts). `pair`: one node of each of two kinds where
     there are two kinds besides the router, else two nodes. `nobody`: for faults that hurt the mesh as a whole.
+    `host`: all who run on one played host, a random one.
     """
 
     rule: str = "random"
@@ -81,6 +82,10 @@ def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, befor
             return [node for node in nodes if node.name in rule.names]
         case "nobody":
             return ()
+        case "host":
+            hosts = sorted({node.host for node in of_kind} - {""})
+            lost = draw.choice(hosts) if hosts else None
+            return [node for node in nodes if node.host == lost]
         case "pair":
             return _pair(of_kind, draw)
         case unknown:

@@ -16,6 +16,7 @@ from chaos.faults.flap import make_flap
 from chaos.faults.frames import make_frames
 from chaos.faults.freeze import make_freeze
 from chaos.faults.half_close import make_half_close
+from chaos.faults.host_loss import make_host_loss
 from chaos.faults.kill import make_kill
 from chaos.faults.kill_child import make_kill_child
 from chaos.faults.link_down import make_link_down
@@ -41,6 +42,7 @@ FAULTS: Mapping[str, FaultMaker] = {
     "frames": make_frames,
     "freeze": make_freeze,
     "half_close": make_half_close,
+    "host_loss": make_host_loss,
     "kill": make_kill,
     "kill_child": make_kill_child,
     "pause_child": make_pause_child,

@@ -19,8 +19,11 @@ class StandIn:
 
     made: list[StandIn]
 
-    def __init__(self, environment: dict[str, str], state_dir: Path, modules: dict[str, str]) -> None:
+    def __init__(
+        self, environment: dict[str, str], state_dir: Path, modules: dict[str, str], places: dict[str, dict[str, str]]
+    ) -> None:
         self.environment, self.state_dir, self.modules = environment, state_dir, modules
+        self.places = places
         self.calls: list[tuple[object, ...]] = []
         self.made.append(self)
 

@@ -77,3 +77,11 @@ def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(rule: str, k
 def test_an_unknown_rule_is_named() -> None:
     with pytest.raises(ValueError, match="no such victim rule: most; there are random"):
         names(VictimRule("most"))
+
+
+def test_the_victims_of_a_lost_host_are_all_who_run_on_it() -> None:
+    mesh = [Node("router-0", "router", 1), *(Node(f"stage-{n}", "stage", 2 + n, host=str(n % 2)) for n in range(4))]
+    rule = VictimRule("host")
+    drawn = {tuple(node.name for node in choose_victims(rule, mesh, random.Random(seed), (), {})) for seed in range(20)}
+    assert drawn == {("stage-0", "stage-2"), ("stage-1", "stage-3")}
+    assert names(rule) == [], "nobody runs on a played host"
