@@ -3,7 +3,7 @@
     [prefix: magic, version, checksum | msgpack map] [tensor frame]*
 
 The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames, seeded
-with the version (with 0 in version 2: one flipped bit makes a 2 of a 3, and must not go unseen). The map
+with the version (a message of one version that became another's on its way must not go unseen). The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
 anything is handed on. Versions N and N-1 are understood: fields that N added have defaults, and a message of N-1 may
@@ -25,8 +25,8 @@ from common import messages
 from common.errors import ProtocolError
 from common.messages import Header, Message, TensorFrame
 
-PROTOCOL_VERSION: Final = 3
-OLDEST_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 4
+OLDEST_VERSION: Final = 3
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
@@ -37,7 +37,6 @@ MAX_ENTRIES: Final = 1 << 13
 _MAGIC: Final = b"MOEM"
 _PREFIX: Final = struct.Struct("<4sHHQ")
 _INT64: Final = 1 << 63
-_FIRST_SEEDED_VERSION: Final = 3
 
 ITEM_BYTES: Final[dict[str, int]] = {
     "float64": 8,
@@ -159,7 +158,7 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
 
 
 def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], version: int) -> int:
-    digest = xxhash.xxh3_64(body, seed=0 if version < _FIRST_SEEDED_VERSION else version)
+    digest = xxhash.xxh3_64(body, seed=version)
     for frame in frames:
         digest.update(frame)
     return digest.intdigest()

@@ -41,6 +41,9 @@ class Step:
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
     retried_calls: int = 0
     """Expert calls that stages before asked of another copy too, or instead."""
+    previous_step: int = 0
+    """Number of the step that the router sent before this one in the same generation of the pipeline; 0: it is the
+    first. Steps overtake each other, so this alone tells a stage whether all that come before one have come."""
 
 
 @dataclass(frozen=True, slots=True)

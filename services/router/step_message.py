@@ -49,6 +49,7 @@ def step_message(plan: StepPlan) -> Step:
         penalties=array_to_frame(penalty_rows(sampled)),
         token_counts=array_to_frame(count_rows(sampled)),
         biases=array_to_frame(bias_rows(sampled)),
+        previous_step=plan.previous_step,
     )
 
 

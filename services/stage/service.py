@@ -248,7 +248,7 @@ class StageService:
             raise ProtocolError(f"{missing} steps before step {header.step} did not arrive whole")
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
-        slot.held.marks.begin(header.step)
+        slot.held.marks.begin(header.step, step.previous_step)
         deadline_s = now_s + header.time_left_ms / 1000
         if step.computing_slots and slot.role.slot.index not in step.computing_slots:
             self._relay(slot, step, header, deadline_s)

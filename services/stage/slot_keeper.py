@@ -313,7 +313,7 @@ class SlotKeeper:
         )
         held = self._held
         if held is not None and held.tag == tag:
-            held.marks.drop_unfinished()
+            held.marks.begin_generation()
             return held
         self._held = None
         memory = allocate_paged_memory(

@@ -1,38 +1,55 @@
 """Up to which step everything is done. Pure.
 
-Steps come in ascending order and may end in another one, since a batch whose expert answers are in overtakes one that
-waits. The *mark* is the newest step with nothing unfinished at or before it.
+Steps arrive and end in any order: one whose expert answers are in overtakes one that waits, here or on a stage before
+this one, and a replay that is only relayed overtakes both. That every step that has come is finished therefore says
+nothing of one that has not. So each step names the one that the router sent before it, and the *mark* follows this chain as
+far as it is unbroken: it is the newest step that is finished with all those before it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from common.errors import ProtocolError
 
 
 class StepMarks:
-    """Steps of one slot, over all generations: step numbers are unique and ascend over them."""
+    """Steps of one slot, over all generations: their numbers are unique and ascend. A chain lasts for a generation."""
 
     def __init__(self, mark: int = 0) -> None:
         self.mark = mark
-        self._newest = mark
-        self._unfinished: OrderedDict[int, None] = OrderedDict()
+        self.newest = mark
+        """Of the steps that have come, finished or not."""
+        self._chain_end = 0
+        """Up to here the chain of this generation is unbroken and finished; 0: its first step is not."""
+        self._followers: dict[int, int] = {}
+        """Steps that have come and are not part of that, by the step before them."""
+        self._finished: set[int] = set()
 
-    def begin(self, step: int) -> None:
-        """It has come."""
-        self._newest = max(self._newest, step)
-        self._unfinished[step] = None
+    def begin(self, step: int, previous: int) -> None:
+        """It has come; `previous` is the one that the router sent before it in this generation, 0 for the first.
+
+        Raises ProtocolError where that cannot be: nothing may be concluded from such a chain.
+        """
+        if previous >= step or previous < self._chain_end or previous in self._followers:
+            raise ProtocolError(
+                f"Step.previous_step of step {step} is {previous}: it must be the step sent before it in this "
+                "generation, which no other step may follow"
+            )
+        self.newest = max(self.newest, step)
+        self._followers[previous] = step
 
     def finish(self, step: int) -> None:
         """What it had to write is written. One that is not known is no error: a new generation dropped it."""
-        self._unfinished.pop(step, None)
-        self._advance()
+        if step in self._followers.values():
+            self._finished.add(step)
+        while (follower := self._followers.get(self._chain_end)) in self._finished:
+            del self._followers[self._chain_end]
+            self._finished.remove(follower)
+            self._chain_end = self.mark = follower
 
-    def drop_unfinished(self) -> None:
-        """A new generation: what is under way will never be answered, so nobody counts on it."""
-        self._unfinished.clear()
-        self._advance()
-
-    def _advance(self) -> None:
-        oldest = next(iter(self._unfinished), None)
-        # Numbers between two steps of this pipeline belong to others.
-        self.mark = max(self.mark, self._newest if oldest is None else oldest - 1)
+    def begin_generation(self) -> None:
+        """What is under way, here or elsewhere, will never be answered, so nobody counts on it; what was answered has
+        come and was finished. So everything that ever counts is done up to the newest."""
+        self._followers.clear()
+        self._finished.clear()
+        self._chain_end = 0
+        self.mark = self.newest

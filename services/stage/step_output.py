@@ -87,7 +87,7 @@ def describe_held(slot: Slot | None) -> HeldState:
             role.layers.stop,
             role.lease_term,
             tag.num_blocks,
-            slot.held.marks.mark,
+            slot.held.marks.newest,
         ),
         sequences=array_to_frame(sequences),
         blocks=array_to_frame(blocks),

@@ -1,22 +1,25 @@
 """Stages without tensors: what they keep of each step plan, and a "model" whose next token depends on every cached one.
 
-Two stages a pipeline. The first writes its cache when a step is sent, the last when it is answered, in whatever order
-that is. A block that is given out while an old step may still write to it, or a chunk that skips a position, shows as a
-wrong token. A stage may be lost and replaced by an empty one or by a mirror that is some steps behind; the other one
-goes on with what it has.
+Two stages a pipeline, each of which gets steps and is done with them in whatever order. A block that is given out while
+an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
+replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on with
+what it has. Marks are kept by the stages' own `StepMarks`.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from common.ids import Generation, PipelineId, RequestId, SequenceId
+from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.topology import LayerRange
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
 from services.router.engine import GenerationRequest
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.stage.step_marks import StepMarks
 
 VOCABULARY_SIZE = 97
 
@@ -54,6 +57,47 @@ def build_request(
     return GenerationRequest(RequestId(request_id), prompt, sampling, choice=0)
 
 
+@dataclass
+class SimulatedMirror:
+    """What a holder has sent, in order, and what of it has been applied."""
+
+    to_fill: list[int]
+    """Places that were used when it joined and are not sent yet."""
+    stream: deque[tuple[int, dict[int, int]]] = field(default_factory=deque)
+    """Mark and rows of each message."""
+    mark: int = 0
+    cache: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it could take over."""
+        return not self.to_fill and not self.stream
+
+    def apply(self, count: int) -> None:
+        """So many messages arrive."""
+        for _ in range(min(count, len(self.stream))):
+            self.mark, rows = self.stream.popleft()
+            self.cache.update(rows)
+
+
+@dataclass
+class SimulatedStage:
+    """A slot's holder: place -> token, and up to which step everything is there."""
+
+    cache: dict[int, int] = field(default_factory=dict)
+    marks: StepMarks = field(default_factory=lambda: StepMarks())  # looked up late: a test plants another
+    computed: dict[SequenceId, int] = field(default_factory=dict)
+    """Positions that it says it has of each sequence."""
+    mirror: SimulatedMirror | None = None
+    has_been_complete: bool = False
+    """Its mirror: from then on it may take over, however far it lags."""
+
+    def send_to_mirror(self, rows: dict[int, int]) -> None:
+        """With the mark, as it is now."""
+        if self.mirror is not None:
+            self.mirror.stream.append((self.marks.mark, rows))
+
+
 class SimulatedPipeline:
     """The stages of one pipeline in one generation."""
 
@@ -63,13 +107,9 @@ class SimulatedPipeline:
         self._block_tables: dict[SequenceId, list[int]] = {}
         self._seen: set[SequenceId] = set()
         self._released: set[SequenceId] = set()
-        self._caches: tuple[dict[int, int], dict[int, int]] = ({}, {})
-        """By stage: place -> token."""
-        self._marks = [0, 0]
-        self._computed: tuple[dict[SequenceId, int], dict[SequenceId, int]] = ({}, {})
-        """By stage: positions that it says it has of each sequence."""
-        self._mirrors: list[tuple[int, dict[int, int]]] = [(0, {}), (0, {})]
-        """By stage: up to which step, and what the cache was then."""
+        self._stages = (SimulatedStage(), SimulatedStage())
+        self._has_left: dict[StepId, int] = {}
+        """How many stages have finished each step that is under way."""
 
     def keep_tables_of(self, former: SimulatedPipeline) -> None:
         """The stages were there before this pipeline was closed and opened again."""
@@ -83,7 +123,22 @@ class SimulatedPipeline:
     @property
     def marks(self) -> tuple[int, int]:
         """What the holders of both slots say of their caches."""
-        return self._marks[0], self._marks[1]
+        return self._stages[0].marks.mark, self._stages[1].marks.mark
+
+    def join_mirror(self, stage: int) -> None:
+        """A stage's mirror is connected, whatever is under way; a former one is given up."""
+        holder = self._stages[stage]
+        holder.mirror, holder.has_been_complete = SimulatedMirror(sorted(holder.cache)), False
+
+    def fill_mirror(self, stage: int, num_places: int, num_messages: int) -> None:
+        """The back-fill goes on with so many places; so many messages reach the mirror."""
+        holder = self._stages[stage]
+        if (mirror := holder.mirror) is not None:
+            places, mirror.to_fill = mirror.to_fill[:num_places], mirror.to_fill[num_places:]
+            if places:
+                holder.send_to_mirror({place: holder.cache[place] for place in places})
+            mirror.apply(num_messages)
+            holder.has_been_complete |= mirror.is_complete
 
     def held(self) -> HeldCache:
         """What both stages tell a router that has been restarted, put together."""
@@ -96,9 +151,9 @@ class SimulatedPipeline:
                 layers,
                 1,
                 self._num_blocks,
-                self._marks[slot],
+                self._stages[slot].marks.newest,
                 {
-                    sequence_id: HeldSequence(tuple(table), self._computed[slot].get(sequence_id, 0))
+                    sequence_id: HeldSequence(tuple(table), self._stages[slot].computed.get(sequence_id, 0))
                     for sequence_id, table in self._block_tables.items()
                 },
             )
@@ -108,25 +163,37 @@ class SimulatedPipeline:
 
     def mirror(self, stage: int) -> None:
         """A stage's mirror is up to date now."""
-        self._mirrors[stage] = self._marks[stage], dict(self._caches[stage])
+        self.join_mirror(stage)
+        self._stages[stage].send_to_mirror({})
+        self.fill_mirror(stage, len(self._stages[stage].cache), 2)
 
     def resume(self, generation: Generation, lost: Sequence[int], mirrored: bool) -> None:
         """A new generation, in which other nodes hold the lost slots."""
         self.generation = generation
+        self._has_left.clear()
         for stage in lost:
-            self._marks[stage], cache = self._mirrors[stage] if mirrored else (0, {})
-            self._caches[stage].clear()
-            self._caches[stage].update(cache)
-            self._mirrors[stage] = (0, {})
+            holder = self._stages[stage]
+            mirror = holder.mirror if mirrored and holder.has_been_complete else None
+            holder.cache = {} if mirror is None else mirror.cache
+            holder.marks = StepMarks(0 if mirror is None else mirror.mark)
+            holder.mirror, holder.has_been_complete = None, False
+            holder.computed.clear()
+        for holder in self._stages:
+            holder.marks.begin_generation()
 
     def send(self, plan: StepPlan) -> None:
-        """The first stage takes the step."""
+        """The first stage gets the step, and is done with it at once."""
+        self.deliver(plan)
+        self.advance(plan)
+
+    def deliver(self, plan: StepPlan) -> None:
+        """The first stage gets the step."""
         assert (plan.pipeline, plan.generation) == (self.pipeline, self.generation)
         for sequence_id in plan.released:
             self._block_tables.pop(sequence_id, None)
             self._released.add(sequence_id)
-            for computed in self._computed:
-                computed.pop(sequence_id, None)
+            for holder in self._stages:
+                holder.computed.pop(sequence_id, None)
         sequence_ids = [chunk.sequence_id for chunk in plan.chunks]
         assert len(sequence_ids) == len(set(sequence_ids)), "a sequence is in a step twice"
         for chunk in plan.chunks:
@@ -140,38 +207,59 @@ class SimulatedPipeline:
             assert chunk.token_ids, "a chunk is empty"
             end = chunk.start_position + len(chunk.token_ids)
             assert end <= len(table) * self._block_tokens, "blocks do not match"
-        self._compute(0, plan)
+        self._arrive(0, plan)
+
+    def advance(self, plan: StepPlan) -> bool:
+        """The stage that has the step is done with it, and the next one gets it. False: the last stage is done."""
+        stage = self._has_left[plan.step]
+        if stage == 2:
+            return False
+        self._has_left[plan.step] += 1
+        rows: dict[int, int] = {}
+        if not plan.computing_slots or stage in plan.computing_slots:
+            for chunk in plan.chunks:
+                rows |= self._write(self._stages[stage].cache, chunk)
+                computed = self._stages[stage].computed
+                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), chunk.sampling_position)
+        self._stages[stage].marks.finish(plan.step)
+        if not plan.computing_slots or stage in plan.computing_slots:
+            self._stages[stage].send_to_mirror(rows)
+        if stage == 0:
+            if plan.computing_slots == (1,):
+                for chunk in plan.chunks:
+                    slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+                    logged = [self._stages[0].cache[slot] for slot in slots]
+                    assert logged == list(chunk.token_ids), "the log says something else"
+            self._arrive(1, plan)
+        return True
 
     def answer(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
         """The last stage is done with the step."""
-        if 1 in plan.computing_slots and 0 not in plan.computing_slots:
-            for chunk in plan.chunks:
-                slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
-                assert [self._caches[0][slot] for slot in slots] == list(chunk.token_ids), "the log says something else"
-        self._compute(1, plan)
+        while self.advance(plan):
+            pass
+        del self._has_left[plan.step]
         return {
             chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in plan.chunks if chunk.samples
         }
 
-    def _compute(self, stage: int, plan: StepPlan) -> None:
-        if not plan.computing_slots or stage in plan.computing_slots:
-            for chunk in plan.chunks:
-                self._write(self._caches[stage], chunk)
-                computed = self._computed[stage]
-                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), chunk.sampling_position)
-        self._marks[stage] = max(self._marks[stage], plan.step)
+    def _arrive(self, stage: int, plan: StepPlan) -> None:
+        self._stages[stage].marks.begin(plan.step, plan.previous_step)
+        self._has_left[plan.step] = stage
 
     def _slots(self, chunk: ScheduledChunk, start: int, stop: int) -> list[int]:
         table = self._block_tables[chunk.sequence_id]
         size = self._block_tokens
         return [table[position // size] * size + position % size for position in range(start, stop)]
 
-    def _write(self, cache: dict[int, int], chunk: ScheduledChunk) -> None:
+    def _write(self, cache: dict[int, int], chunk: ScheduledChunk) -> dict[int, int]:
         slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
-        cache.update(zip(slots, chunk.token_ids, strict=True))
+        rows = dict(zip(slots, chunk.token_ids, strict=True))
+        cache.update(rows)
+        return rows
 
     def _sample(self, chunk: ScheduledChunk) -> int:
         slots = self._slots(chunk, 0, chunk.sampling_position)
-        tokens = [self._caches[1][slot] for slot in slots]
-        assert tokens == [self._caches[0][slot] for slot in slots], "the stages' caches differ"
-        return next_token(tokens, chunk.sampling.seed)
+        tokens = [self._stages[1].cache.get(slot) for slot in slots]
+        assert tokens == [self._stages[0].cache.get(slot) for slot in slots], "the stages' caches differ"
+        assert None not in tokens, "a place was never written to"
+        return next_token([token for token in tokens if token is not None], chunk.sampling.seed)

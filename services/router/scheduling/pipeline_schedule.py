@@ -55,6 +55,8 @@ class PipelineSchedule:
         """To be told with the next step."""
         self.last_step = 0
         """The newest step that was answered."""
+        self._last_planned = 0
+        """In this generation; 0: none yet."""
         self.replay_slots: tuple[int, ...] = ()
         """Slots that lack cache of requests that are replaying."""
         self.suspended_s: float | None = None
@@ -134,6 +136,7 @@ class PipelineSchedule:
             tuple(chunks),
             tuple(self.held_releases),
             self.replay_slots if chunks and self._has_just_replayed else (),
+            self._link(step),
         )
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
@@ -145,10 +148,16 @@ class PipelineSchedule:
 
     def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
         """A step that carries nothing: its answer shows that every stage still passes steps on."""
-        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, (), tuple(self.held_releases))
+        released, previous = tuple(self.held_releases), self._link(step)
+        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, (), released, previous_step=previous)
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, (), now_s, is_canary=True)
         return plan
+
+    def _link(self, step: StepId) -> int:
+        """The step planned before this one, which becomes the newest of this generation's chain."""
+        previous, self._last_planned = self._last_planned, step
+        return previous
 
     def _candidates(self) -> list[tuple[Request, int]]:
         """Who is to be in the next step with how many tokens, by arrival.
@@ -295,6 +304,7 @@ class PipelineSchedule:
         for request, by_slot in zip(self.running, covered, strict=True):
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
+        self._last_planned = 0
 
     def _covered(self, request: Request, slot: int, mark: int) -> int:
         """Positions of a request that a slot's holder has."""

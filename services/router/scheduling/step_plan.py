@@ -52,6 +52,8 @@ class StepPlan:
     """Sequences whose state the stages can drop; each is told once, and is in no chunk of this or a later step."""
     computing_slots: tuple[int, ...] = ()
     """Of a replay, the slots that compute; empty: all."""
+    previous_step: int = 0
+    """The step that was planned before it in this generation of the pipeline; 0: it is the first."""
 
     @property
     def num_tokens(self) -> int:

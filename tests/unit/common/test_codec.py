@@ -28,7 +28,7 @@ def joined(frames: list[bytes | memoryview]) -> list[bytes]:
 def packed(fields: Any, frames: tuple[bytes, ...] = (), version: int = PROTOCOL_VERSION, flags: int = 0) -> list[bytes]:
     """Frames whose prefix and checksum are right, whatever the map says."""
     body = fields if isinstance(fields, bytes) else msgpack.packb(fields)
-    digest = xxhash.xxh3_64(body, seed=version if version > 2 else 0)
+    digest = xxhash.xxh3_64(body, seed=version)
     for frame in frames:
         digest.update(frame)
     prefix = b"MOEM" + version.to_bytes(2, "little") + flags.to_bytes(2, "little")

@@ -105,7 +105,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     keeper.finish()
     assert keeper.slot is not None
     former, socket = keeper.slot, keeper.downstream
-    former.held.marks.begin(17)
+    former.held.marks.begin(17, 0)
     former.held.memory.caches[0].keys.fill_(3.0)
     socket.bytes_sent = 100
     outcome = keeper.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
@@ -128,7 +128,7 @@ def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, other: Assi
     keeper.take(ASSIGN, 1)
     keeper.finish()
     assert keeper.slot is not None
-    keeper.slot.held.marks.begin(17)
+    keeper.slot.held.marks.begin(17, 0)
     outcome = keeper.take(other, 2)
     assert isinstance(outcome, Taken)
     assert isinstance(outcome.ready, StageReady)
@@ -249,7 +249,7 @@ def test_another_incarnation_has_the_layers_of_the_one_before_and_none_of_its_ca
     keeper.take(ASSIGN, 1)
     keeper.finish()
     assert keeper.slot is not None
-    keeper.slot.held.marks.begin(7)
+    keeper.slot.held.marks.begin(7, 0)
     keeper.slot.held.marks.finish(7)
     following = Keeper(directory, keeper.loaded)
     outcome = following.take(ASSIGN, 2)

@@ -107,7 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.num_tokens <= self.settings.max_batch_tokens
             assert len(plan.chunks) <= self.settings.max_batch_sequences
             assert plan.chunks or plan.released, "a step does nothing"
-            self.stages[plan.pipeline].send(plan)
+            self.stages[plan.pipeline].deliver(plan)
             self.in_flight.append(plan)
         self.take_failures(self.scheduler.take_failures())
 
@@ -190,10 +190,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.suspended.pop(pipeline, None)
         self.scheduler.close_pipeline(pipeline, self.now_s)
 
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def work(self, data: st.DataObject) -> None:
+        """Any stage is done with any step."""
+        plan = data.draw(st.sampled_from(self.in_flight))
+        self.stages[plan.pipeline].advance(plan)
+
     @rule(pipeline=st.sampled_from(PIPELINES), stage=st.integers(0, 1))
     def mirror(self, pipeline: PipelineId, stage: int) -> None:
-        if pipeline in self.stages and not any(plan.pipeline == pipeline for plan in self.in_flight):
+        if pipeline in self.stages:
             self.stages[pipeline].mirror(stage)
+
+    @rule(pipeline=st.sampled_from(PIPELINES), stage=st.integers(0, 1))
+    def join_mirror(self, pipeline: PipelineId, stage: int) -> None:
+        if pipeline in self.stages:
+            self.stages[pipeline].join_mirror(stage)
+
+    @rule(
+        pipeline=st.sampled_from(PIPELINES),
+        stage=st.integers(0, 1),
+        num_places=st.integers(0, 20),
+        num_messages=st.integers(0, 3),
+    )
+    def fill_mirror(self, pipeline: PipelineId, stage: int, num_places: int, num_messages: int) -> None:
+        if pipeline in self.stages:
+            self.stages[pipeline].fill_mirror(stage, num_places, num_messages)
 
     @rule(pipeline=st.sampled_from(PIPELINES))
     def suspend(self, pipeline: PipelineId) -> None:

@@ -1,0 +1,124 @@
+"""A mirror takes a slot over while steps are under way, in any order on any stage: what it lacks is computed again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.ids import Generation, PipelineId, RequestId
+from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.settings import SchedulerSettings
+from services.router.scheduling.step_plan import StepPlan
+from services.stage.step_marks import StepMarks
+from tests.support.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
+
+P0 = PipelineId(0)
+NUM_BLOCKS = 64
+MOVES = st.lists(
+    st.tuples(st.sampled_from("wwwwwwwaaaaffffjt"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+    min_size=20,
+    max_size=120,
+)
+
+
+class Mesh:
+    """One pipeline of two slots, four requests of different lengths in micro-batches of one, and mirrors of both slots."""
+
+    def __init__(self) -> None:
+        micro_batches = SchedulerSettings(
+            block_tokens=4,
+            max_batch_tokens=8,
+            max_batch_sequences=1,
+            prefill_chunk_tokens=6,
+            micro_batches_per_pipeline=3,
+        )
+        self.scheduler = Scheduler(micro_batches)
+        self.scheduler.open_pipeline(P0, Generation(1), NUM_BLOCKS, 2, 0.0)
+        self.stages = SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+        self.generation = 1
+        self.in_flight: list[StepPlan] = []
+        self.requests = [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
+        self.tokens: dict[RequestId, list[int]] = {request.request_id: [] for request in self.requests}
+        for request in self.requests:
+            self.scheduler.add(request, 0.0)
+        for stage in (0, 1):
+            self.stages.mirror(stage)
+        self.send()
+
+    def send(self) -> None:
+        for plan in self.scheduler.schedule(0.0):
+            self.stages.deliver(plan)
+            self.in_flight.append(plan)
+
+    def answer(self, plan: StepPlan) -> None:
+        sampled = self.stages.answer(plan)
+        self.in_flight.remove(plan)
+        for output in self.scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0):
+            self.tokens[output.request_id].append(output.token.token_id)
+        self.send()
+
+    def take_over(self, stage: int) -> None:
+        """The slot's holder dies; whatever its mirror has not got is lost."""
+        self.scheduler.suspend_pipeline(P0, 0.0)
+        self.in_flight.clear()
+        self.generation += 1
+        self.stages.resume(Generation(self.generation), [stage], mirrored=True)
+        self.scheduler.open_pipeline(P0, Generation(self.generation), NUM_BLOCKS, 2, 0.0, kv_marks=self.stages.marks)
+        self.stages.join_mirror(stage)
+        self.send()
+
+    def move(self, kind: str, stage: int, which: int, count: int) -> None:
+        plan = self.in_flight[which % len(self.in_flight)] if self.in_flight else None
+        if kind == "w" and plan is not None:
+            self.stages.advance(plan)
+        elif kind == "a" and plan is not None:
+            self.answer(plan)
+        elif kind == "f":
+            self.stages.fill_mirror(stage, 4 * count, count)
+        elif kind == "j":
+            self.stages.join_mirror(stage)
+        elif kind == "t":
+            self.take_over(stage)
+
+    def finish(self) -> None:
+        for _ in range(2000):
+            if self.in_flight:
+                self.answer(self.in_flight[0])
+        assert self.scheduler.is_idle
+        for request in self.requests:
+            assert self.tokens[request.request_id] == reference_tokens(request)
+
+
+def run(moves: list[tuple[str, int, int, int]]) -> None:
+    mesh = Mesh()
+    for move in moves:
+        mesh.move(*move)
+    mesh.finish()
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(moves=MOVES)
+def test_a_mirror_that_takes_over_while_steps_overtake_each_other_never_reads_cache_that_it_lacks(
+    moves: list[tuple[str, int, int, int]],
+) -> None:
+    run(moves)
+
+
+class MarkOfTheNewest(StepMarks):
+    """As if steps came in ascending order."""
+
+    def finish(self, step: int) -> None:
+        super().finish(step)
+        unfinished = [other for other in self._followers.values() if other not in self._finished]
+        self.mark = min(unfinished) - 1 if unfinished else self.newest
+
+
+def test_marks_that_take_arrival_for_order_read_cache_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moves of the case that showed it: the later step passes both stages first, its rows reach the mirror, the
+    earlier one is answered, and its rows do not."""
+    moves = [("w", 0, 1, 0), ("w", 0, 1, 0), ("f", 1, 0, 1), ("a", 1, 1, 0), ("a", 1, 0, 0), ("t", 1, 0, 0)]
+    run(moves)
+    monkeypatch.setattr("tests.support.simulated_pipeline.StepMarks", MarkOfTheNewest)
+    with pytest.raises(AssertionError, match=r"caches differ|never written"):
+        run(moves)
