@@ -28,7 +28,7 @@ from common.messages import (
     Unassign,
 )
 from common.model_config import ModelConfig
-from common.node import ControlLink
+from common.node import ControlLink, HeldState
 from common.tensor import DTYPES, frame_to_tensor
 from common.transport import Full, MessageSocket
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
@@ -71,7 +71,7 @@ class StageService:
         self._clock = clock
         self._last_registered_s = clock()
         self._mirror_intake = MirrorIntake(keeper, control, log)
-        control.describe_held = lambda: describe_held(keeper.slot)
+        control.describe_held = self._describe_held
         self._unsent: deque[tuple[Message, Header, float]] = deque()
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
         self._busy_seconds = 0.0
@@ -113,6 +113,13 @@ class StageService:
 
     # ---- control
 
+    def _describe_held(self) -> HeldState:
+        """What goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all steps of
+        before, none is taken that could give a block to another sequence."""
+        if self._keeper.slot is not None:
+            self._keeper.slot.takes_steps = False
+        return describe_held(self._keeper.slot)
+
     def _forget_after_long_silence(self, now_s: float) -> None:
         if self._control.registered:
             self._last_registered_s = now_s
@@ -147,6 +154,8 @@ class StageService:
                 self._control.fail(error, header)
 
     def _assign(self, message: AssignStage | AssignMirror, header: Header, now_s: float) -> None:
+        if self._keeper.slot is not None:
+            self._keeper.slot.takes_steps = False  # those that wait are void; they must not touch block tables either
         # Rows that wait in the socket are part of what is taken over.
         self._take_steps(now_s)
         self._forget_steps()
@@ -225,7 +234,7 @@ class StageService:
                 continue
             slot = self._keeper.slot
             stamp = (header.router_term, header.generation)
-            if slot is None or not isinstance(message, Step) or stamp != (slot.router_term, slot.role.generation):
+            if slot is None or not isinstance(message, Step) or not slot.takes(stamp):
                 self._dropped += 1
                 continue
             try:

@@ -90,6 +90,12 @@ class Slot:
     downstream: MessageSocket
     last_sequence_number: int = 0
     """Of the messages from upstream."""
+    takes_steps: bool = True
+    """Not between a hello, which says what is held here, and the assignment that follows it."""
+
+    def takes(self, stamp: tuple[int, int]) -> bool:
+        """Whether a step of this router's term and generation is one for this slot."""
+        return self.takes_steps and stamp == (self.router_term, self.role.generation)
 
 
 @dataclass(frozen=True, slots=True)

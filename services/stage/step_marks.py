@@ -2,8 +2,8 @@
 
 Steps arrive and end in any order: one whose expert answers are in overtakes one that waits, here or on a stage before
 this one, and a replay that is only relayed overtakes both. That every step that has come is finished therefore says
-nothing of one that has not. So each step names the one that the router sent before it, and the *mark* follows this chain as
-far as it is unbroken: it is the newest step that is finished with all those before it.
+nothing of one that has not. So each step names the one that the router sent before it, and the *mark* follows this
+chain as far as it is unbroken: it is the newest step that is finished with all those before it.
 """
 
 from __future__ import annotations

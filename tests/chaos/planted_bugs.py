@@ -27,6 +27,8 @@ EVERY = 53
 """A bug of the router strikes at each so many-th occasion: often enough for a short run, in any order of requests."""
 LATE_S = 0.3
 """An answer to an expert call that took longer is late: something was hurt."""
+ROWS_LATE_S = 1.0
+"""By so much the rows of an overtaken step come late, longer than most requests wait between two steps."""
 
 
 def hit_now_and_then(every: int = EVERY) -> Callable[[], bool]:
@@ -137,6 +139,26 @@ def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
     return planted
 
 
+def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable[..., None]:
+    """Marks that take arrival for order: the rows of each third step reach the mirror a second late, while those of
+    later steps come with marks that cover them."""
+    hit = hit_now_and_then(3)
+    late: list[tuple[float, tuple[Any, ...]]] = []
+
+    def planted(self: Any, *arguments: Any) -> None:
+        now_s = time.monotonic()
+        while late and now_s - late[0][0] >= ROWS_LATE_S:
+            _, held_back = late.pop(0)
+            if held_back[0] is self:  # else it is for a mirror that was given up
+                send_rows(*held_back)
+        if hit():
+            late.append((now_s, (self, *arguments)))
+        else:
+            send_rows(self, *arguments)
+
+    return planted
+
+
 # ---- arrays
 
 
@@ -186,6 +208,9 @@ BUGS = {
         "router", "services.router.scheduling.block_allocator", "BlockAllocator", "free", leak_block
     ),
     "unfenced_late_reply": PlantedBug("stage", "common.transport", "MessageSocket", "receive", take_late_reply),
+    "overclaimed_mark": PlantedBug(
+        "stage", "services.stage.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
+    ),
     "hedge_counted_twice": PlantedBug("stage", "services.stage.pending_call", "PendingCall", "take", count_hedge_twice),
 }
 

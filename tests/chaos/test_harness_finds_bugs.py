@@ -49,6 +49,7 @@ CASES = {
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {}),
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
+    "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
     "flipped_replayed_bit": Case(TOKENS, KILLED_STAGE, {"RECOVERY": "replay"}),
 }
 

@@ -137,6 +137,19 @@ def test_a_hedge_counts_twice_and_other_answers_once() -> None:
     assert taken == [2.0, 4.0]
 
 
+def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr("tests.chaos.planted_bugs.time.monotonic", lambda: clock.now_s)
+    marks: list[int] = []
+    send_rows = planted_bugs.claim_rows_that_are_on_their_way(lambda self, memory, rows, mark: marks.append(mark))
+    for mark in range(1, 6):
+        send_rows(None, None, None, mark)
+    assert marks == [1, 2, 4, 5]
+    clock.now_s = planted_bugs.ROWS_LATE_S
+    send_rows(None, None, None, 6)
+    assert marks == [1, 2, 4, 5, 3]
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_the_place_of_each_bug_exists(name: str) -> None:
     bug = BUGS[name]

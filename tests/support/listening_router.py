@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from common.errors import MoemeshError
 from common.messages import Header, Message, Welcome
+from common.node import HeldState
 from tests.support.memory_transport import MemorySocket
 
 
@@ -18,6 +20,7 @@ class ListeningRouter:
         self.asked: deque[tuple[Message, Header]] = deque()
         self.sent: list[Message] = []
         self.failures: list[str] = []
+        self.describe_held: Callable[[], HeldState] = HeldState
 
     def receive(self, now_s: float) -> list[tuple[Message, Header]]:
         asked = list(self.asked)

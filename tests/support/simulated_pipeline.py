@@ -2,8 +2,8 @@
 
 Two stages a pipeline, each of which gets steps and is done with them in whatever order. A block that is given out while
 an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
-replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on with
-what it has. Marks are kept by the stages' own `StepMarks`.
+replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
+with what it has. Marks are kept by the stages' own `StepMarks`.
 """
 
 from __future__ import annotations

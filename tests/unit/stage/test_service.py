@@ -11,7 +11,8 @@ import pytest
 import structlog
 import torch
 
-from common.messages import AssignStage, Header, Message, MirrorBlocks, MirrorTo, StageReady
+from common.array import frame_to_array
+from common.messages import AssignStage, Header, Message, MirrorBlocks, MirrorTo, StageReady, Step
 from common.model_config import read_model_config
 from common.transport import LinkEvent
 from services.stage.expert_client import ExpertClient
@@ -24,6 +25,7 @@ from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
 from tests.support.listening_router import ListeningRouter
 from tests.support.memory_transport import MemorySocket, MemoryTransport
+from tests.unit.stage.test_micro_batch import step
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 40, ("tcp://next:1",), "")
@@ -36,7 +38,9 @@ class Stage(StageService):
         self.transport, self.control = MemoryTransport(), ListeningRouter()
         transport: Any = self.transport
         control: Any = self.control
-        steps: Any = MemorySocket("steps", "tcp://own:1")
+        self.upstream = MemorySocket("steps", "tcp://own:1")
+        self.num_steps_sent = self.last_step = 0
+        steps: Any = self.upstream
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         config = read_model_config(directory)
         self.keeper = SlotKeeper(config, directory, 64, None, transport, "", log)
@@ -51,6 +55,20 @@ class Stage(StageService):
         if self.keeper._loading is not None:
             self.keeper._loading.future.exception(timeout=60)
         self._answer_assignment(self.keeper.poll())
+
+    def get_step(self, message: Step, generation: int, number: int) -> None:
+        """One more of this generation comes from upstream; nothing else."""
+        self.num_steps_sent += 1
+        message = replace(message, previous_step=self.last_step)
+        self.last_step = number
+        header = Header(generation=generation, step=number, sequence_number=self.num_steps_sent, time_left_ms=1000)
+        self.upstream.say(message, header)
+
+    @property
+    def held_sequences(self) -> dict[int, list[int]]:
+        """Blocks by sequence, as they are now."""
+        assert self.keeper.slot is not None
+        return {number: table.tolist() for number, table in self.keeper.slot.held.tables._tables.items()}
 
     def take_slot(self, message: AssignStage, generation: int) -> None:
         self.control.sent.clear()
@@ -100,3 +118,37 @@ def test_a_back_fill_goes_on_in_a_new_generation_of_the_same_memory(stage: Stage
     for turn in range(4):
         stage._feed_mirror(101.0 + turn)
     assert [message.is_last for message, _ in socket.take_sent()] == [False, False, False, True]
+
+
+def test_from_a_hello_to_the_next_assignment_no_step_is_taken(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
+    stage._take_steps(100.0)
+    reported = stage.control.describe_held()
+    assert frame_to_array(reported.sequences, "int64", (1, 3), "sequences")[0, 0] == 7
+    # The router that was replaced gives the block to another sequence; the step was still on its way.
+    stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
+    stage._take_steps(100.0)
+    assert stage.held_sequences == {7: [3]}, "what was reported is there"
+    assert stage._dropped == 1
+    assert stage.keeper.slot is not None
+    assert stage.keeper.slot.executor.num_running == 1
+
+
+def test_steps_that_wait_when_the_assignment_comes_do_not_touch_what_was_reported(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
+    stage._take_steps(100.0)
+    stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
+    stage.take_slot(ASSIGN, 2)
+    assert stage.held_sequences == {7: [3]}
+
+
+def test_steps_are_taken_again_after_the_assignment(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.control.describe_held()
+    stage.take_slot(ASSIGN, 2)
+    stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 2, 12)
+    stage._take_steps(100.0)
+    assert stage.held_sequences == {7: [3]}
+    assert stage._dropped == 0

@@ -23,7 +23,7 @@ MOVES = st.lists(
 
 
 class Mesh:
-    """One pipeline of two slots, four requests of different lengths in micro-batches of one, and mirrors of both slots."""
+    """One pipeline of two slots, four requests in micro-batches of one, and mirrors of both slots."""
 
     def __init__(self) -> None:
         micro_batches = SchedulerSettings(
