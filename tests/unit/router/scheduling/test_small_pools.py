@@ -56,9 +56,9 @@ class Life:
             tokens = self.journal.tokens[request.request_id]
             if len(tokens) < request.sampling.max_tokens:
                 self.scheduler.restore(request, tokens, 0.0, self.journal.sequence_ids.get(request.request_id))
-        held, marks = self.stages.held(), self.stages.marks
+        held = self.stages.held()
         self.stages.resume(self.generation, (), mirrored=False)
-        self.scheduler.open_pipeline(P0, self.generation, self.num_blocks, 2, 0.0, marks, held)
+        self.scheduler.open_pipeline(P0, self.generation, self.num_blocks, 2, 0.0, self.stages.marks, held)
         self.scheduler.check_invariants()
 
     def plan(self) -> None:

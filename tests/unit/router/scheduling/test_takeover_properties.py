@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.ids import Generation, PipelineId, RequestId
+from common.ids import Generation, PipelineId, RequestId, SequenceId
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
@@ -16,7 +16,7 @@ from tests.support.simulated_pipeline import SimulatedPipeline, build_request, r
 P0 = PipelineId(0)
 NUM_BLOCKS = 64
 MOVES = st.lists(
-    st.tuples(st.sampled_from("wwwwwwwaaaaffffjt"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.sampled_from("wwwwwwwaaaaffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     min_size=20,
     max_size=120,
 )
@@ -26,19 +26,21 @@ class Mesh:
     """One pipeline of two slots, four requests in micro-batches of one, and mirrors of both slots."""
 
     def __init__(self) -> None:
-        micro_batches = SchedulerSettings(
+        self.settings = SchedulerSettings(
             block_tokens=4,
             max_batch_tokens=8,
             max_batch_sequences=1,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
         )
-        self.scheduler = Scheduler(micro_batches)
+        self.scheduler = Scheduler(self.settings)
         self.scheduler.open_pipeline(P0, Generation(1), NUM_BLOCKS, 2, 0.0)
         self.stages = SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
         self.generation = 1
+        self.router_term = 0
         self.in_flight: list[StepPlan] = []
         self.requests = [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
+        self.sequences: dict[RequestId, SequenceId] = {}
         self.tokens: dict[RequestId, list[int]] = {request.request_id: [] for request in self.requests}
         for request in self.requests:
             self.scheduler.add(request, 0.0)
@@ -50,6 +52,7 @@ class Mesh:
         for plan in self.scheduler.schedule(0.0):
             self.stages.deliver(plan)
             self.in_flight.append(plan)
+        self.sequences.update(self.scheduler.take_placements())
 
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages.answer(plan)
@@ -68,6 +71,29 @@ class Mesh:
         self.stages.join_mirror(stage)
         self.send()
 
+    def restart_router(self, lost: list[int]) -> None:
+        """Holders say what they hold; one of them may die before the new router has given the slots back."""
+        held = self.stages.held()
+        self.in_flight.clear()
+        self.router_term += 1
+        self.scheduler = Scheduler(self.settings, first_number=self.router_term << 32)
+        for request in self.requests:
+            tokens = self.tokens[request.request_id]
+            if len(tokens) < request.sampling.max_tokens:
+                self.scheduler.restore(request, tokens, 0.0, self.sequences.get(request.request_id))
+        self.generation += 1
+        self.stages.resume(Generation(self.generation), lost, mirrored=True)
+        self.scheduler.open_pipeline(
+            P0,
+            Generation(self.generation),
+            NUM_BLOCKS,
+            2,
+            0.0,
+            self.stages.marks,
+            held.kept_by({0, 1} - set(lost)),
+        )
+        self.send()
+
     def move(self, kind: str, stage: int, which: int, count: int) -> None:
         plan = self.in_flight[which % len(self.in_flight)] if self.in_flight else None
         if kind == "w" and plan is not None:
@@ -80,6 +106,8 @@ class Mesh:
             self.stages.join_mirror(stage)
         elif kind == "t":
             self.take_over(stage)
+        elif kind == "r":
+            self.restart_router([stage] if count else [])
 
     def finish(self) -> None:
         for _ in range(2000):
