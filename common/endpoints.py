@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -18,7 +19,7 @@ _SEPARATOR = "\0"
 
 def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token: str) -> str:
     """The best of a peer's endpoints. Raises ConfigurationError when none can be reached from here."""
-    same_host = bool(own_ipc_token) and peer_ipc_token == own_ipc_token
+    same_host = share_folder(peer_ipc_token, own_ipc_token)
     for endpoint in endpoints:
         if endpoint.startswith("tcp://") or (endpoint.startswith("ipc://") and same_host):
             return endpoint
@@ -58,11 +59,24 @@ def remove_socket_files(folder: Path, node_id: str, endpoints: Sequence[str]) ->
             path.unlink(missing_ok=True)
 
 
-def ipc_token(folder: Path) -> str:
-    """The same for two processes only if they see the same folder of the same running kernel."""
+def ipc_token(folder: Path, mount_namespace: Path = Path("/proc/self/ns/mnt")) -> str:
+    """Proofs that two processes see the same folder of the same running kernel; `share_folder` compares them.
+
+    One is the folder itself, by device and inode: it holds also where a container has the folder under another path.
+    The other is its path among the mounts of this process: it holds also after somebody has removed the folder and it
+    was made again. Empty where the system has no such thing.
+    """
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     if not boot_id.exists():
         return ""
     status = folder.stat()
-    proof = f"{boot_id.read_text().strip()}:{status.st_dev}:{status.st_ino}"
-    return hashlib.sha256(proof.encode()).hexdigest()[:32]
+    proofs = [f"{status.st_dev}:{status.st_ino}"]
+    with contextlib.suppress(OSError):  # a sandbox without it: the folder itself is proof enough until it is removed
+        proofs.append(f"{os.readlink(mount_namespace)}:{folder.resolve()}")
+    boot = boot_id.read_text().strip()
+    return " ".join(hashlib.sha256(f"{boot}:{proof}".encode()).hexdigest()[:32] for proof in proofs)
+
+
+def share_folder(token: str, other_token: str) -> bool:
+    """Whether two processes with these tokens see the same folder: one proof in common is enough."""
+    return not set(token.split()).isdisjoint(other_token.split())

@@ -36,6 +36,8 @@ from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Tran
 SILENCE_S = 5.0
 """Of a router, after which it is said; then twice as long each time."""
 HELLO_INTERVAL_S = 1.0
+AWAY_S = 0.6
+"""A loop that has not turned for so long may belong to a process that was stopped, and was taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,11 @@ class ControlLink:
         self.socket: MessageSocket = transport.dealer(
             "control", addresses.control, identity=description.node_id.encode()
         )
+        self._transport = transport
         self._connected = False
+        self._looked_s: float | None = None
+        self._may_be_dead = False
+        """Socket files were gone after an absence that is long enough to be taken for dead: it may be why."""
         self._next_hello_s = 0.0
         self._next_beat_s = 0.0
         self.leave_acknowledged = False
@@ -153,16 +159,17 @@ class ControlLink:
         """What the router asks; hello, welcome and heartbeats are dealt with here.
 
         Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries, and NodeLostError
-        where this incarnation is over: declared dead, or its socket files are gone.
+        where this incarnation is over: declared dead, or it may have been by a router that is gone.
         """
         self._notice_silence(now_s)
+        self._look_after_sockets(now_s)
         for event in self.socket.link_events():
             self._connected = event is LinkEvent.CONNECTED
             self._is_welcome = False
             self._next_hello_s = 0.0
         if self._connected and not self._is_welcome and now_s >= self._next_hello_s:
             self._next_hello_s = now_s + HELLO_INTERVAL_S
-            self._check_own_sockets()
+            self._refuse_to_join_dead()
             self.send(self._hello())
         asked: list[tuple[Message, Header]] = []
         while (received := self.socket.receive()) is not None:
@@ -170,6 +177,7 @@ class ControlLink:
             if header.router_term < self.router_term:
                 continue  # a router that was replaced woke up; it is fenced
             self.router_term = header.router_term
+            self._may_be_dead = False  # a dead node would have been told so
             if isinstance(message, Welcome):
                 self._settings, self._is_welcome = message, True
             elif isinstance(message, Failed):
@@ -209,14 +217,21 @@ class ControlLink:
             self._tell_after_s *= 2
             self._tell_silence(now_s - self._silent_since_s, self._connected)
 
-    def _check_own_sockets(self) -> None:
-        """A router that took this node for dead has removed its socket files; one that came after it does not know."""
-        for endpoint in (*self.description.endpoints, *self.description.lifeline):
-            if endpoint.startswith("ipc:///") and not Path(endpoint.removeprefix("ipc://")).exists():
-                raise NodeLostError(
-                    f"the socket file of {endpoint} is gone: a router took this node for dead; "
-                    "come back as another incarnation"
-                )
+    def _look_after_sockets(self, now_s: float) -> None:
+        """Whoever removes socket files, they are made again. But a router that takes a node for dead removes them, too,
+        and one that came after that router does not know: who was away for so long must not go on as if nothing were.
+        """
+        was_away = self._looked_s is not None and now_s - self._looked_s > AWAY_S
+        self._looked_s = now_s
+        if self._transport.look_after_files(now_s, at_once=was_away) and was_away:
+            self._may_be_dead = True
+
+    def _refuse_to_join_dead(self) -> None:
+        if self._may_be_dead:
+            raise NodeLostError(
+                f"the socket files of {self.description.node_id} were gone after a pause: a router took it for dead; "
+                "come back as another incarnation"
+            )
 
     def _hello(self) -> Hello:
         own, held = self.description, self.describe_held()

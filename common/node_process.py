@@ -20,6 +20,7 @@ from common.config import Settings
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
+from common.socket_files import LostFile
 from common.topology import NodeDescription, NodeKind
 from common.transport import RoutingSocket, SocketLimits, Transport
 
@@ -56,14 +57,20 @@ def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> st
 
 
 def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
-    """A transport that logs damaged messages."""
+    """A transport that logs damaged messages, and socket files that somebody has removed."""
 
     def damaged(name: str, error: ProtocolError) -> None:
         log.error("damaged_message", socket=name, reason=str(error))
 
+    def lost_file(lost: LostFile) -> None:
+        if lost.failure:
+            log.error("socket_file_lost", socket=lost.socket, path=str(lost.path), reason=lost.failure)
+        else:
+            log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
+
     if settings.control.startswith("tcp://"):
         log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
-    return Transport(SocketLimits(socks_proxy=settings.socks_proxy), damaged)
+    return Transport(SocketLimits(socks_proxy=settings.socks_proxy), damaged, lost_file)
 
 
 def describe_node(

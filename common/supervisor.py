@@ -22,9 +22,11 @@ from typing import Self
 
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
+from common.cgroup import count_memory_kills, memory_groups
+from common.child_exit import describe_exit
 from common.child_process import ChildProcess
-from common.errors import ConfigurationError, DeadlineError, NodeLostError
-from common.folder_lock import lock_folder
+from common.errors import ConfigurationError, DeadlineError, FencedError, NodeLostError
+from common.folder_lock import FolderLock, lock_folder
 from common.fork_server import ImportsUnderWayError
 from common.local_http import open_local
 from common.local_starter import LocalStarter
@@ -37,6 +39,8 @@ NO_START_DELAY_S = 1.0
 STEADY_S = 10.0
 """A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
+LOOK_INTERVAL_S = 0.5
+"""At the mesh's own files in its state folder."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,8 @@ class Child:
     is_wanted: bool = True
     trouble: str = ""
     """Why it could not be started the last time; people have been told. Empty: it could."""
+    memory_kills_before: int = 0
+    """Processes here that the kernel had ended for want of memory when it was started."""
 
 
 @dataclass(slots=True)
@@ -74,7 +80,9 @@ class LocalMesh:
     children: dict[str, Child] = field(default_factory=dict)
     num_nodes_at_start: int = 0
     starter: LocalStarter = field(init=False)
-    _folder_lock: int | None = None
+    _folder_lock: FolderLock | None = None
+    _next_look_s: float = 0.0
+    _folder_trouble: str = ""
     _watcher: threading.Thread | None = None
     _ending: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -247,7 +255,7 @@ class LocalMesh:
             self._watcher = None
         self.starter.close()
         if self._folder_lock is not None:
-            os.close(self._folder_lock)
+            self._folder_lock.close()
             self._folder_lock = None
 
     # ---- inside
@@ -266,12 +274,30 @@ class LocalMesh:
         child.process = self.starter.start(command, child.environment, child.log_path)
         child.started_s = self.clock()
         child.trouble = ""
+        child.memory_kills_before = count_memory_kills()
 
     def _watch(self) -> None:
         while not self._ending.wait(0.05):
+            self._look_after_folder()
             with self._lock:
                 for child in self.children.values():
                     self._attend(child)
+
+    def _look_after_folder(self) -> None:
+        """Its lock and the folder for logs are made again where somebody removes them."""
+        if self._folder_lock is None or self.clock() < self._next_look_s:
+            return
+        self._next_look_s = self.clock() + LOOK_INTERVAL_S
+        try:
+            is_news, trouble = self._folder_lock.look_after(), ""
+            (self.state_dir / "logs").mkdir(exist_ok=True)
+        except (FencedError, OSError) as error:
+            is_news, trouble = False, str(error)
+        if is_news:
+            _tell_people(f"files of STATE_DIR={self.state_dir} had been removed, and were made again")
+        if trouble and trouble != self._folder_trouble:
+            _tell_people(f"STATE_DIR={self.state_dir} cannot be used any more: {trouble}")
+        self._folder_trouble = trouble
 
     def _attend(self, child: Child) -> None:
         """Start it if it is missing. One that cannot be started now is tried again: were the watcher to end with it,
@@ -298,6 +324,8 @@ class LocalMesh:
             child.failures_in_a_row = child.failures_in_a_row + 1 if is_early else 0
             delay_s = min(MAX_RESTART_DELAY_S, RESTART_DELAY_S * 2 ** max(0, child.failures_in_a_row - 1))
             child.restart_at_s = now_s + (delay_s if is_early else 0.0)
+            if child.process is not None and (child.process.returncode or 0) < 0:
+                _tell_people(f"{child.name}: {_describe_end(child)}. It is started again")
         if now_s >= child.restart_at_s:
             self._start(child)
             child.restarts += 1
@@ -316,7 +344,7 @@ class LocalMesh:
             process = child.process
             refused = process is not None and process.poll() == 1 and child.restarts == 0
             if child.failures_in_a_row >= 3 or refused:
-                raise NodeLostError(f"{child.name} cannot start: {_last_sentence(child.log_path)}")
+                raise NodeLostError(f"{child.name} cannot start: {_describe_end(child)}")
 
     def _ask_ready(self) -> tuple[bool, str]:
         try:
@@ -347,6 +375,15 @@ def _tell_people(sentence: str) -> None:
     """On stderr. Nobody may read it any more; the watcher goes on all the same."""
     with contextlib.suppress(OSError):
         print(f"moemesh supervisor: {sentence}", file=sys.stderr, flush=True)
+
+
+def _describe_end(child: Child) -> str:
+    """Of a child whose process has ended; of one that was never started, why not."""
+    status = child.process.returncode if child.process is not None else None
+    if status is None:
+        return child.trouble or _last_sentence(child.log_path)
+    memory_kills = count_memory_kills() - child.memory_kills_before
+    return describe_exit(status, _last_sentence(child.log_path), memory_kills, memory_groups())
 
 
 def _last_sentence(log_path: Path) -> str:

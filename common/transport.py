@@ -8,10 +8,13 @@ and loses what was queued for a dead one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
+from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -19,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from common.codec import decode, encode
 from common.errors import ConfigurationError, MeshError, ProtocolError
 from common.messages import Header, Message
+from common.socket_files import LostFile, SocketFile
 
 
 class Full(MeshError):
@@ -64,13 +68,21 @@ class LinkEvent(Enum):
 
 
 class Transport:
-    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name."""
+    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name;
+    `on_lost_file` of socket files that somebody else has removed."""
 
-    def __init__(self, limits: SocketLimits, on_damaged: Callable[[str, ProtocolError], None]) -> None:
+    def __init__(
+        self,
+        limits: SocketLimits,
+        on_damaged: Callable[[str, ProtocolError], None],
+        on_lost_file: Callable[[LostFile], None] = lambda lost: None,
+    ) -> None:
         self.context = zmq.Context(io_threads=1)
         self.limits = limits
         self.on_damaged = on_damaged
+        self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
+        self._files: list[SocketFile] = []
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
         """Bound PULL: steps from whoever is upstream."""
@@ -89,15 +101,29 @@ class Transport:
         raw = self._raw(zmq.ROUTER)
         raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        return RoutingSocket(self, name, raw, self._bind(raw, endpoints))
+        return RoutingSocket(self, name, raw, self._bind(name, raw, endpoints))
+
+    def look_after_files(self, now_s: float, *, at_once: bool = False) -> bool:
+        """Make the files of bound sockets again that are gone; to be called in each turn of the owner's loop.
+
+        True if one had to be made again. Connections that stand are not touched.
+        """
+        lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
+        for news in lost:
+            self._on_lost_file(news)
+        return any(not news.failure for news in lost)
 
     def close(self) -> None:
-        """Close what is left and free the I/O thread."""
+        """Close what is left and free the I/O thread; ZeroMQ leaves the files of its sockets."""
         self.context.destroy(linger=0)
+        for file in self._files:
+            with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nobody listens there
+                file.remove()
+        self._files.clear()
 
     def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
         raw = self._raw(kind)
-        return MessageSocket(self, name, raw, self._bind(raw, endpoints))
+        return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
     def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
         raw = self._raw(kind)
@@ -135,8 +161,7 @@ class Transport:
             raw.setsockopt_string(zmq.SOCKS_PROXY, limits.socks_proxy)
         return raw
 
-    @staticmethod
-    def _bind(raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
+    def _bind(self, name: str, raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
         """Bind to all; a port of `*` becomes the one that was given. Raises ConfigurationError with the address."""
         bound = []
         for endpoint in endpoints:
@@ -146,6 +171,11 @@ class Transport:
                 raw.close(linger=0)
                 raise ConfigurationError(f"{endpoint!r} cannot be listened on: {error}") from None
             bound.append(raw.getsockopt_string(zmq.LAST_ENDPOINT))
+            if endpoint.startswith("ipc:///"):
+                # A second time, beside the first: to unbind that one would close the connections that it has accepted.
+                self._files.append(
+                    SocketFile(name, Path(endpoint.removeprefix("ipc://")), partial(_bind_again, raw, endpoint))
+                )
         return tuple(bound)
 
 
@@ -245,6 +275,15 @@ class RoutingSocket:
     def close(self) -> None:
         """Drop what is queued and close."""
         self.raw.close(linger=0)
+
+
+def _bind_again(raw: zmq.Socket[bytes], endpoint: str) -> None:
+    if raw.closed:
+        raise OSError("the socket is closed")
+    try:
+        raw.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise OSError(str(error)) from None
 
 
 def _size(frames: Sequence[bytes | memoryview]) -> int:

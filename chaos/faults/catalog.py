@@ -20,6 +20,7 @@ from chaos.faults.host_loss import make_host_loss
 from chaos.faults.kill import make_kill
 from chaos.faults.kill_child import make_kill_child
 from chaos.faults.link_down import make_link_down
+from chaos.faults.lose_files import make_lose_files
 from chaos.faults.loss import make_loss
 from chaos.faults.memory_limit import make_memory_limit
 from chaos.faults.pause import make_pause
@@ -47,6 +48,7 @@ FAULTS: Mapping[str, FaultMaker] = {
     "kill_child": make_kill_child,
     "pause_child": make_pause_child,
     "link_down": make_link_down,
+    "lose_files": make_lose_files,
     "loss": make_loss,
     "memory_limit": make_memory_limit,
     "pause": make_pause,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 import zmq
 
-from common.endpoints import choose_endpoint, remove_socket_files
+from common.endpoints import choose_endpoint, remove_socket_files, share_folder
 from common.ids import NodeId, PipelineId
 from common.messages import Header, Message
 from common.node import NodeAddresses
@@ -90,7 +90,7 @@ class MeshClient:
 
     def remove_socket_files(self, description: NodeDescription) -> None:
         """Of a node that is gone: ZeroMQ leaves them, however it ended. Connections that stand are not touched."""
-        if self._folder is None or not self._ipc_token or description.ipc_token != self._ipc_token:
+        if self._folder is None or not share_folder(description.ipc_token, self._ipc_token):
             return
         try:
             remove_socket_files(self._folder, description.node_id, (*description.endpoints, *description.lifeline))

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 
 from common.array import frame_to_array
-from common.errors import MoemeshError, NodeLostError, ProtocolError, error_from_wire
+from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import Generation, NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
 from common.messages import (
@@ -79,8 +79,10 @@ class MeshLoop:
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
         housekeeping: Callable[[], None] = lambda: None,
+        outgrow: Callable[[int], None] = lambda term: None,
     ) -> None:
-        """`housekeeping` is called every turn, cheap; what it raises ends the loop."""
+        """`housekeeping` is called every turn, cheap; what it raises ends the loop. `outgrow` is told which router's
+        term a node has obeyed, and raises FencedError where it is above this router's."""
         self._config = config
         self._settings = settings
         self._client = client
@@ -92,6 +94,7 @@ class MeshLoop:
         self._log = log
         self._clock = clock
         self._housekeeping = housekeeping
+        self._outgrow = outgrow
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
@@ -166,13 +169,15 @@ class MeshLoop:
             node_id, message, header = received
             try:
                 self._control_message(node_id, message, header, now_s)
+            except FencedError:
+                raise
             except MoemeshError as error:
                 self._log.error("control_message_refused", node=node_id, kind=type(message).__name__, reason=str(error))
                 self._client.tell(node_id, Failed(error.code, str(error)))
 
     def _control_message(self, node_id: NodeId, message: Message, header: Header, now_s: float) -> None:
         if isinstance(message, Hello):
-            self._register(node_id, message, now_s)
+            self._register(node_id, message, header.router_term, now_s)
             return
         description = self._nodes.get(node_id)
         if description is None:
@@ -200,8 +205,9 @@ class MeshLoop:
         else:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
-    def _register(self, node_id: NodeId, hello: Hello, now_s: float) -> None:
+    def _register(self, node_id: NodeId, hello: Hello, obeyed_term: int, now_s: float) -> None:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
+        self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)

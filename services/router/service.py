@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -26,7 +27,6 @@ from common.model_config import ModelConfig, read_model_config
 from common.node import NodeAddresses, find_addresses
 from common.node_process import StopFlag, open_transport
 from common.tensor_names import check_tensors
-from common.whole_file import write_whole
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
@@ -111,8 +111,15 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     addresses = find_addresses(settings, NodeId("router"))
     client = MeshClient(transport, addresses, state.term, log)
     sink = mailbox if journal is None else JournalFirst(journal, mailbox)
-    housekeeping = Housekeeping(state.check_term, journal)
-    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, journal, log)
+    look_after_state = Housekeeping(
+        partial(state.look_after, lambda sentence: log.warning("state_folder", reason=sentence)), journal
+    )
+
+    def housekeeping() -> None:
+        transport.look_after_files(time.monotonic())
+        look_after_state()
+
+    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, journal, log, state.outgrow)
     registry = CollectorRegistry()
     if journal is not None:
         registry.register(JournalCollector(journal.counts))
@@ -137,8 +144,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]
-    url = f"{http_url(host, port)}\n"
-    write_whole(settings.state_dir / "http.url", url)
+    state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.
@@ -159,9 +165,6 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
             journal.close()
         client.close()
         transport.close()
-        with contextlib.suppress(FileNotFoundError):
-            if (settings.state_dir / "http.url").read_text() == url:  # else another router has the folder
-                (settings.state_dir / "http.url").unlink()
         state.close()
     if failure:
         raise failure[0]
@@ -224,9 +227,10 @@ def _mesh_loop(
     addresses: NodeAddresses,
     term: int,
     sink: Sink,
-    housekeeping: Housekeeping,
+    housekeeping: Callable[[], None],
     journal: Journal | None,
     log: structlog.stdlib.BoundLogger,
+    outgrow: Callable[[int], None] = lambda term: None,
 ) -> MeshLoop:
     shape = MeshShape(
         pp=settings.pp,
@@ -300,4 +304,5 @@ def _mesh_loop(
         membership,
         log,
         housekeeping=housekeeping,
+        outgrow=outgrow,
     )

@@ -159,6 +159,15 @@ def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable
     return planted
 
 
+def leave_files_lost(look_after: Callable[..., bool]) -> Callable[..., bool]:
+    """Socket files that somebody has removed are not made again."""
+
+    def planted(self: Any, now_s: float, *, at_once: bool = False) -> bool:
+        return False
+
+    return planted
+
+
 # ---- arrays
 
 
@@ -211,6 +220,7 @@ BUGS = {
     "overclaimed_mark": PlantedBug(
         "stage", "services.stage.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
     ),
+    "files_left_lost": PlantedBug("router", "common.transport", "Transport", "look_after_files", leave_files_lost),
     "hedge_counted_twice": PlantedBug("stage", "services.stage.pending_call", "PendingCall", "take", count_hedge_twice),
 }
 

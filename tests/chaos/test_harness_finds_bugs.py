@@ -29,6 +29,13 @@ BLIP = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [0.1, 0.
 LONG_PAUSE = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [2.0, 3.0]}
 SHORT_PAUSE = {"kind": "pause", "victims": {"kind": "expert"}, "heal_after_s": [0.4, 0.5]}
 """Long enough for answers to be late, too short for a death: who wakes up answers what others have answered."""
+LOST_FILES = {
+    "kind": "lose_files",
+    "victims": {"kind": "stage"},
+    "heal_after_s": [2.5, 2.5],
+    "parameters": {"kill_after_s": 1.5},
+}
+"""The router has time to make its own again; the killed stage's successor must find it."""
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -50,6 +57,7 @@ CASES = {
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {}),
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
+    "files_left_lost": Case(("recovery",), LOST_FILES, {}),
     "flipped_replayed_bit": Case(TOKENS, KILLED_STAGE, {"RECOVERY": "replay"}),
 }
 

@@ -150,6 +150,13 @@ def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatc
     assert marks == [1, 2, 4, 5, 3]
 
 
+def test_lost_socket_files_stay_lost() -> None:
+    looked: list[float] = []
+    look_after = planted_bugs.leave_files_lost(lambda self, now_s, **_: bool(looked.append(now_s)))
+    assert look_after(None, 1.0, at_once=True) is False
+    assert looked == []
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_the_place_of_each_bug_exists(name: str) -> None:
     bug = BUGS[name]

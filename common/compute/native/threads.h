@@ -98,11 +98,22 @@ INLINE double linear_work(int64_t rows, int64_t k, int64_t n) {
     return (double)k * (double)n * (double)std::max(rows, ROWS_HIDDEN_BY_MEMORY);
 }
 
-// Does parts [0, parts) in any order, on up to `threads` threads.
+// Outside of templates, which would have one of each for every type that they are made for.
+INLINE Pool& pool_of_process() {
+    static Pool pool;
+    return pool;
+}
+thread_local bool is_in_part = false;
+
+// Does parts [0, parts) in any order, on up to `threads` threads; a part that shares its own work does it alone.
 template <class Work> void share(int64_t threads, int64_t parts, const Work& work) {
-    if (threads > 1 && parts > 1) {
-        static Pool pool;
-        if (pool.run(threads, parts, work)) return;
+    if (threads > 1 && parts > 1 && !is_in_part) {
+        const auto part_of = [&](int64_t part) {
+            is_in_part = true;
+            work(part);
+            is_in_part = false;
+        };
+        if (pool_of_process().run(threads, parts, part_of)) return;
     }
     for (int64_t part = 0; part < parts; part++) work(part);
 }

@@ -10,17 +10,26 @@ MIB = 1 << 20
 
 
 def meminfo(folder: Path, available_mib: int) -> Path:
-    path = folder / "meminfo"
-    path.write_text(f"MemTotal:  {4 * available_mib * 1024} kB\nMemAvailable:  {available_mib * 1024} kB\n")
-    return path
+    """What stands in place of /proc."""
+    proc = folder / "proc"
+    (proc / "self").mkdir(parents=True, exist_ok=True)
+    (proc / "meminfo").write_text(
+        f"MemTotal:  {4 * available_mib * 1024} kB\nMemAvailable:  {available_mib * 1024} kB\n"
+    )
+    return proc
 
 
-def cgroup(folder: Path, limit: str, used_mib: int, cached_mib: int | None = None) -> Path:
+def cgroup(root: Path, limit: str, used_mib: int, cached_mib: int | None = None) -> Path:
+    """A container's one group, and what stands in place of /."""
+    (root / "proc/self/cgroup").write_text("0::/\n")
+    (root / "proc/self/mountinfo").write_text("1 2 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n")
+    folder = root / "sys/fs/cgroup"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{used_mib * MIB}\n")
     if cached_mib is not None:
         (folder / "memory.stat").write_text(f"anon 5\nfile 1\ninactive_file {cached_mib * MIB}\nactive_file 7\n")
-    return folder
+    return root
 
 
 def test_without_a_container_four_fifths_of_what_is_available_are_offered(tmp_path: Path) -> None:

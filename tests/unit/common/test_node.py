@@ -23,7 +23,7 @@ from common.messages import (
     Unassign,
     Welcome,
 )
-from common.node import HELLO_INTERVAL_S, SILENCE_S, ControlLink, NodeAddresses, draw_identity, find_addresses
+from common.node import AWAY_S, HELLO_INTERVAL_S, SILENCE_S, ControlLink, NodeAddresses, draw_identity, find_addresses
 from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
 from common.transport import LinkEvent
 from tests.support.memory_transport import MemorySocket, MemoryTransport
@@ -56,6 +56,7 @@ class Link(ControlLink):
             lambda silent_s, is_connected: self.silences.append((silent_s, is_connected)),
         )
         self.peer: MemorySocket = transport.sockets["control"]
+        self.files: MemoryTransport = transport
 
     def event(self, event: LinkEvent) -> None:
         self.peer.events.append(event)
@@ -287,17 +288,45 @@ def test_a_folder_for_sockets_that_belongs_to_somebody_else_is_refused(
         find_addresses(settings(state_dir=tmp_path), NodeId("stage-1"))
 
 
-def test_a_node_whose_socket_files_were_removed_ends_instead_of_joining_the_next_router(tmp_path: Path) -> None:
-    path = tmp_path / "stage-1-data"
-    path.touch()
-    link = Link(f"ipc://{path}")
+def registered_with_files() -> Link:
+    link = Link("ipc:///run/mesh/stage-1-data")
     link.event(LinkEvent.CONNECTED)
     link.receive(0.0)
-    assert len(link.sent()) == 1
-    path.unlink()
+    link.peer.say(WELCOME, Header(router_term=3))
+    link.receive(0.1)
+    link.peer.take_sent()
+    return link
+
+
+def reconnect(link: Link, now_s: float) -> None:
     link.event(LinkEvent.CLOSED)
-    link.receive(1.0)
     link.event(LinkEvent.CONNECTED)
+    link.receive(now_s)
+
+
+def test_a_node_whose_socket_files_were_removed_while_it_was_away_does_not_join_the_next_router() -> None:
+    """A router that took it for dead has removed them; the next one does not know."""
+    link = registered_with_files()
+    link.files.has_lost_files = True
+    link.receive(0.1 + 2 * AWAY_S)
     with pytest.raises(NodeLostError, match="come back as another incarnation"):
-        link.receive(2.0)
+        reconnect(link, 2.0)
     assert link.sent() == []
+
+
+def test_a_node_whose_socket_files_somebody_removed_goes_on_as_it_is() -> None:
+    link = registered_with_files()
+    link.files.has_lost_files = True
+    link.receive(0.1 + AWAY_S / 2)
+    reconnect(link, 0.1 + AWAY_S)
+    assert [type(message) for message in link.sent()] == [Hello]
+
+
+def test_a_node_that_its_router_still_speaks_to_was_not_taken_for_dead() -> None:
+    link = registered_with_files()
+    link.files.has_lost_files = True
+    link.receive(0.1 + 2 * AWAY_S)
+    link.peer.say(Unassign(1), Header(router_term=3))
+    link.receive(1.4)
+    reconnect(link, 1.5)
+    assert [type(message) for message in link.sent()] == [Hello]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -10,9 +11,17 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigurationError, NodeLostError
+from common.folder_lock import lock_folder
 from common.fork_server import ImportsUnderWayError
 from common.local_starter import LocalStarter
-from common.supervisor import MAX_RESTART_DELAY_S, NO_START_DELAY_S, RESTART_DELAY_S, STEADY_S, LocalMesh
+from common.supervisor import (
+    LOOK_INTERVAL_S,
+    MAX_RESTART_DELAY_S,
+    NO_START_DELAY_S,
+    RESTART_DELAY_S,
+    STEADY_S,
+    LocalMesh,
+)
 
 
 class FakeProcess:
@@ -190,7 +199,8 @@ def test_a_child_that_cannot_be_started_now_is_tried_again_and_the_watcher_goes_
         clock.now_s += NO_START_DELAY_S / 2
     assert [process.module for process in started] == ["services.stage", "services.stage", "services.expert"]
     assert mesh.children["stage-0"].restarts == 1
-    said = capsys.readouterr().err.splitlines()
+    killed, *said = capsys.readouterr().err.splitlines()
+    assert "stage-0: it was ended by signal 9" in killed
     assert len(said) == 2, "the same trouble of the same child is told once"
     assert said[0].startswith("moemesh supervisor: stage-0 cannot be started")
     assert "Cannot allocate memory" in said[0]
@@ -222,7 +232,8 @@ def test_one_whose_imports_are_under_way_comes_as_soon_as_they_are_done_and_nobo
         assert child.restarts == 0
     mesh._attend(child)
     assert child.restarts == 1
-    assert capsys.readouterr().err == ""
+    (killed,) = capsys.readouterr().err.splitlines()
+    assert "stage-0: it was ended by signal 9" in killed
 
 
 def test_imports_that_fail_again_and_again_are_hopeless_and_quoted(
@@ -392,3 +403,39 @@ def test_a_name_that_is_not_there_is_a_sentence(mesh: LocalMesh) -> None:
     mesh.add("stage", "stage-0")
     with pytest.raises(ConfigurationError, match="stage-7 is no part of this mesh; there are stage-0"):
         mesh.stop("stage-7")
+
+
+def test_files_of_the_state_folder_that_somebody_removed_are_made_again_and_it_is_said_once(
+    mesh: LocalMesh, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mesh:
+        shutil.rmtree(mesh.state_dir)
+        for _ in range(3):
+            clock.now_s += LOOK_INTERVAL_S
+            mesh._look_after_folder()
+        assert {path.name for path in mesh.state_dir.iterdir()} == {"mesh.lock", "logs"}
+        with pytest.raises(ConfigurationError, match="another mesh runs"):
+            lock_folder(mesh.state_dir, "mesh")
+    assert capsys.readouterr().err.count("made again") == 1
+
+
+def test_a_child_that_was_killed_is_told_as_killed_and_not_by_its_last_log_line(
+    mesh: LocalMesh, clock: Clock, started: list[FakeProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.add("expert", "expert-0")
+    child = mesh.children["expert-0"]
+    child.log_path.write_text("loaded 12 shards\n")
+    for _ in range(2):
+        started[-1].returncode = -9
+        died = len(started)
+        while len(started) == died:
+            clock.now_s += 0.3
+            mesh._attend(child)
+    started[-1].returncode = -9
+    mesh._attend(child)
+    with pytest.raises(NodeLostError, match=r"expert-0 cannot start: it was ended by signal 9 \(SIGKILL\)") as caught:
+        mesh._raise_if_hopeless()
+    assert "loaded 12 shards" not in str(caught.value)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3
+    assert all("expert-0: it was ended by signal 9" in line for line in told)

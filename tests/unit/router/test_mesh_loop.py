@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.array import array_to_frame
+from common.errors import FencedError
 from common.ids import NodeId, PipelineId, RequestId
 from common.messages import (
     AssignShards,
@@ -31,6 +32,7 @@ from services.router.control.draining import DRAIN_QUIET_S
 from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
 from services.router.mesh_loop import RETRY_S
 from tests.support.fake_mesh import (
+    TERM,
     WELCOME,
     FakeMesh,
     build_request,
@@ -110,6 +112,27 @@ def test_a_node_that_cannot_be_reached_is_refused_and_the_router_goes_on(mesh: F
     mesh.client.unreachable.clear()
     mesh.hello("far", kind)
     assert kinds(said_to("far", mesh.turn(0.2)))[0] is Welcome, "nothing is held against it"
+
+
+def test_a_node_that_has_obeyed_a_later_router_ends_this_one() -> None:
+    """It would wait for ever: nodes do not listen to a router of a lower term."""
+    mesh, heard = FakeMesh(), []
+
+    def outgrow(term: int) -> None:
+        heard.append(term)
+        if term > TERM:
+            raise FencedError(f"nodes have heard a router of term {term}")
+
+    mesh.loop._outgrow = outgrow
+    mesh.say("a", replace(hello_of(node("a")), fingerprint="other"), Header(router_term=TERM + 5))
+    mesh.turn()
+    assert heard == [], "a node of another mesh says nothing of this one"
+    mesh.say("a", hello_of(node("a")), Header(router_term=TERM))
+    mesh.turn()
+    mesh.say("b", hello_of(node("b")), Header(router_term=TERM + 5))
+    with pytest.raises(FencedError, match="term 9"):
+        mesh.turn()
+    assert heard == [TERM, TERM + 5]
 
 
 def test_readiness_tells_step_by_step_what_is_missing() -> None:

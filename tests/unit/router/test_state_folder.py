@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from common.errors import ConfigurationError, FencedError
+from common.errors import ConfigurationError, FencedError, ProtocolError
 from services.router import state_folder
 from services.router.state_folder import open_state_folder
 
@@ -98,4 +100,73 @@ def test_a_term_file_that_is_gone_fences_nobody(tmp_path: Path) -> None:
     folder = open_state_folder(tmp_path)
     (tmp_path / "router.json").unlink()
     folder.check_term()
+    folder.close()
+
+
+def test_files_that_somebody_removed_are_made_again_as_they_were_and_it_is_said(tmp_path: Path) -> None:
+    folder = open_state_folder(tmp_path / "state")
+    folder.publish_url("http://127.0.0.1:8000\n")
+    told: list[str] = []
+    folder.look_after(told.append)
+    assert told == []
+    before = {path.name: path.read_text() for path in (tmp_path / "state").iterdir()}
+    for lost in (["router.lock"], ["router.json"], ["http.url"], list(before)):
+        for name in lost:
+            (tmp_path / "state" / name).unlink()
+        folder.look_after(told.append)
+        assert {path.name: path.read_text() for path in (tmp_path / "state").iterdir()} == before
+        assert all(name in told[-1] for name in lost)
+    shutil.rmtree(tmp_path / "state")
+    folder.look_after(told.append)
+    assert {path.name: path.read_text() for path in (tmp_path / "state").iterdir()} == before
+    assert len(told) == 5
+    folder.close()
+    assert open_state_folder(tmp_path / "state").term == 2, "the term was not lost with the folder"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_state_folder(tmp_path)
+    (tmp_path / "router.json").unlink()
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(state_folder, "write_whole", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+        for _ in range(3):
+            folder.look_after(told.append)
+    assert len(told) == 1
+    assert "Read-only file system" in told[0]
+    folder.look_after(told.append)
+    assert (tmp_path / "router.json").exists()
+    folder.close()
+
+
+def test_a_router_whose_lock_was_removed_and_taken_ends_and_writes_nothing(tmp_path: Path) -> None:
+    old = open_state_folder(tmp_path)
+    old.publish_url("http://old\n")
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+    new = open_state_folder(tmp_path)
+    assert new.term == 1, "nothing on disk told of the old one"
+    with pytest.raises(FencedError, match="another router has taken"):
+        old.look_after()
+    old.close()
+    assert not (tmp_path / "http.url").exists()
+    new.close()
+
+
+def test_a_router_that_has_lost_its_term_begins_above_what_nodes_have_heard(tmp_path: Path) -> None:
+    """They listen to no router of a lower term: it would wait for them without end."""
+    folder = open_state_folder(tmp_path)
+    folder.outgrow(1)
+    with pytest.raises(FencedError, match="nodes have heard a router of term 9, this one has 1"):
+        folder.outgrow(9)
+    folder.close()
+    assert open_state_folder(tmp_path).term == 10
+
+
+def test_a_term_that_no_router_can_have_ends_nobody(tmp_path: Path) -> None:
+    folder = open_state_folder(tmp_path)
+    with pytest.raises(ProtocolError, match="term of 4294967296"):
+        folder.outgrow(1 << 32)
     folder.close()

@@ -1,0 +1,102 @@
+"""The files of the Unix sockets that a process listens on: looked after, and made again where somebody removed them.
+
+A socket whose file is gone keeps its connections and gets no new ones: nobody notices until the next process wants to
+connect. So whoever has bound one looks now and then whether its path still leads to it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+LOOK_INTERVAL_S = 0.5
+MAX_LOOK_INTERVAL_S = 8.0
+"""Between looks at a file that is lost again and again: each time costs a descriptor, for as long as the socket is."""
+STEADY_S = 60.0
+"""A file that has stood for so long is looked at often again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostFile:
+    """A socket file that was not there any more."""
+
+    socket: str
+    path: Path
+    failure: str
+    """Why it could not be made again; empty: it was."""
+
+
+class SocketFile:
+    """One path that a socket of this process is bound to."""
+
+    def __init__(self, name: str, path: Path, bind: Callable[[], None]) -> None:
+        """`path` leads to the socket now. `bind` makes it lead there again, and raises OSError."""
+        self.name = name
+        self.path = path
+        self._bind = bind
+        self._identity = _identity(path)
+        self._interval_s = LOOK_INTERVAL_S
+        self._next_look_s = 0.0
+        self._lost_s: float | None = None
+        self._failure = ""
+
+    def look(self, now_s: float, *, at_once: bool = False) -> LostFile | None:
+        """Make it again where it is gone, or where there is something else that nobody listens on.
+
+        None where it stands, where it is not yet time for a look, and where the same failure was told before. A file
+        that another process listens on is left to that one, and told as a failure.
+        """
+        if now_s < self._next_look_s and not at_once:
+            return None
+        if _identity(self.path) == self._identity:
+            if self._lost_s is not None and now_s - self._lost_s >= STEADY_S:
+                self._lost_s, self._interval_s = None, LOOK_INTERVAL_S
+            self._next_look_s = now_s + self._interval_s
+            return None
+        if self._lost_s is not None:
+            self._interval_s = min(MAX_LOOK_INTERVAL_S, self._interval_s * 2)
+        self._lost_s = now_s
+        self._next_look_s = now_s + self._interval_s
+        failure = self._make_again()
+        is_news = not failure or failure != self._failure
+        self._failure = failure
+        return LostFile(self.name, self.path, failure) if is_news else None
+
+    def remove(self) -> None:
+        """Leave nothing behind; what others have put there is theirs. Raises OSError."""
+        if self._identity is not None and _identity(self.path) == self._identity:
+            self.path.unlink(missing_ok=True)
+
+    def _make_again(self) -> str:
+        if _is_listened_on(self.path):
+            return "another process listens there"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._bind()
+        except OSError as error:
+            return str(error)
+        self._identity = _identity(self.path)
+        return ""
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_listened_on(path: Path) -> bool:
+    """Whether a connection to the path finds anybody; a backlog that is full is somebody, too."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
