@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it: a damaged length must not fill the memory."""
+_HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+"""Any of these says where downloads are kept, without a home directory."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -40,11 +43,15 @@ def resolve_model(model: str) -> Path:
 
     Raises ConfigurationError when it is neither.
     """
-    directory = Path(model).expanduser()
+    directory = _expanded(model)
     if directory.is_dir():
         return directory.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigurationError(f"MODEL={model}: no such directory (and not a hub name of the form owner/name)")
+    if not _expanded("~").is_absolute() and not any(os.environ.get(name) for name in _HUB_FOLDERS):
+        raise ConfigurationError(
+            f"MODEL={model}: what the hub gives is kept in the home directory, and this user has none: set HF_HOME"
+        )
     from huggingface_hub import snapshot_download  # costs 0.3 s that a local directory need not pay
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -56,7 +63,12 @@ def resolve_model(model: str) -> Path:
 
 def served_name(model: str, directory: Path) -> str:
     """The directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
-    return directory.name if Path(model).expanduser().is_dir() else model
+    return directory.name if _expanded(model).is_dir() else model
+
+
+def _expanded(path: str) -> Path:
+    """With the home directory in place of `~`; as it is where the user has none (Path.expanduser raises there)."""
+    return Path(os.path.expanduser(path))
 
 
 def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:

@@ -66,7 +66,7 @@ def shard_checkpoint(
         WrittenPart(name, part, sum(tensor.stored.num_bytes for tensor in tensors[name]))
         for name, part in parts.items()
     ]
-    output = output.expanduser().absolute()
+    output = Path(os.path.expanduser(output)).absolute()  # Path.expanduser raises where the user has no home
     try:
         workplace = _make_workplace(output, sum(part.num_bytes for part in written))
         try:

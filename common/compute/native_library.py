@@ -126,9 +126,29 @@ def load_native_kernels(
 
 
 def default_cache_folder(environment: Mapping[str, str]) -> Path:
-    """MOEMESH_CACHE, else ~/.cache/moemesh."""
+    """MOEMESH_CACHE, else ~/.cache/moemesh, else a folder of this user's own among the temporary files.
+
+    A user of a container, say, may have no name and no home, or one that cannot be written to.
+    """
     configured = environment.get("MOEMESH_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "moemesh"
+    if configured:
+        return Path(configured)
+    home = Path(os.path.expanduser("~"))
+    folder = home / ".cache" / "moemesh"
+    if home.is_absolute() and _can_be_made(folder):
+        return folder
+    instead = Path(tempfile.gettempdir()) / f"moemesh-cache-{os.getuid()}"
+    log.warning(
+        "no_cache_folder",
+        reason=f"no home directory that can be written to: compiled kernels go to {instead}, or to MOEMESH_CACHE",
+    )
+    return instead
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether files can be made in it, once those of its parents that are missing are there."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -175,9 +195,12 @@ def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path)
     key.update(" ".join((compiler, *COMMON_FLAGS, *instruction_set.compiler_flags)).encode())
     key.update(source_hash().encode())
     path = folder / f"kernels-{instruction_set.name}-{key.hexdigest()[:16]}.so"
+    if folder.exists() and folder.stat().st_uid not in (os.getuid(), 0):
+        # Among the temporary files anybody may make a folder of that name, and put code into it.
+        raise PermissionError(f"{folder} belongs to another user: MOEMESH_CACHE must name a folder of your own")
     if not path.is_file():
         # The processes of a mesh start together: one compiles, the others wait for it rather than all do the same.
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (folder / "compile.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():

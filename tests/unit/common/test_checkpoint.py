@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import pwd
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.checkpoint import fingerprint, read_tensor_index, resolve_model
+from common.checkpoint import fingerprint, read_tensor_index, resolve_model, served_name
 from common.errors import CheckpointError, ConfigurationError
 
 INDEX = "model.safetensors.index.json"
@@ -232,3 +233,19 @@ def test_a_directory_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_neither_a_directory_nor_a_hub_name_is_named(model: str) -> None:
     with pytest.raises(ConfigurationError, match=f"MODEL={model}: no such directory"):
         resolve_model(model)
+
+
+def test_a_user_without_a_home_is_told_what_to_set_and_a_path_below_it_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ConfigurationError, match="MODEL=~/models/mine: no such directory"):
+        resolve_model("~/models/mine")
+    with pytest.raises(ConfigurationError, match="this user has none: set HF_HOME"):
+        resolve_model("owner/name")
+    assert served_name("~nobody-of-that-name/mine", tmp_path) == "~nobody-of-that-name/mine"

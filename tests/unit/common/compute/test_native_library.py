@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import os
 import platform
+import pwd
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import structlog
 
 from common.compute import native_library
 from common.compute.native_library import (
     INSTRUCTION_SETS,
+    compile_cached,
     compile_to,
     default_cache_folder,
     find_compiler,
@@ -80,6 +86,46 @@ def test_prebuilt_library_that_does_not_load_is_passed_over(tmp_path: Path) -> N
     for one in usable_instruction_sets(read_cpu_flags()):
         (tmp_path / library_name(one)).write_bytes(b"not a library")
     assert load_native_kernels(prebuilt_folder=tmp_path, cache_folder=tmp_path, environment={"CXX": "no"}) is None
+
+
+@pytest.fixture
+def without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As a container's user has it whose number no file names; what stands in place of /tmp."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_user_without_a_home_goes_on_with_a_folder_of_its_own_and_is_told_of_the_setting(
+    without_home: Path,
+) -> None:
+    with structlog.testing.capture_logs() as logs:
+        folder = default_cache_folder({})
+    assert folder == without_home / f"moemesh-cache-{os.getuid()}"
+    assert "MOEMESH_CACHE" in logs[0]["reason"]
+    assert default_cache_folder({"MOEMESH_CACHE": "/somewhere"}) == Path("/somewhere")
+
+
+def test_a_home_that_cannot_be_written_to_is_none(monkeypatch: pytest.MonkeyPatch, without_home: Path) -> None:
+    monkeypatch.setenv("HOME", "/proc/1")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert default_cache_folder({}).parent == without_home
+
+
+def test_compiled_code_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
+    (tmp_path / "theirs").mkdir()
+    if uid == 0:
+        os.chown(tmp_path / "theirs", 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    with pytest.raises(PermissionError, match="belongs to another user: MOEMESH_CACHE"):
+        compile_cached(INSTRUCTION_SETS[0], find_compiler(os.environ) or "g++", tmp_path / "theirs")
 
 
 def test_cache_folder_is_a_setting() -> None:
