@@ -6,11 +6,15 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _NAME_BYTES = 15
+_PACKAGES = Path(__file__).resolve().parents[1]
+"""The folder that this project's packages are imported from."""
 
 
 class ChildProcess(Protocol):
@@ -35,6 +39,18 @@ class ChildProcess(Protocol):
 
     def kill(self) -> None:
         """SIGKILL."""
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """`python -m module arguments`, whatever lies in the folder that it is started from: -P keeps that folder, which
+    may have packages of the same names, out of the path of imports."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def module_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """For `module_command`: with this project's own packages before all others."""
+    others = environment.get("PYTHONPATH")
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(_PACKAGES), *([others] if others else [])])}
 
 
 def end_with_parent(parent: int) -> None:

@@ -15,7 +15,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 
 import msgpack
 
-from common.child_process import end_with_parent
+from common.child_process import end_with_parent, module_command, module_environment
 from common.fork_child import MAX_MESSAGE_BYTES, READY, serve_forks
 
 REPLY_S = 5.0
@@ -117,8 +116,8 @@ class ForkServer:
             with other, contextlib.ExitStack() as stack:
                 log = None if self._log_path is None else stack.enter_context(self._log_path.open("ab"))
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "common.fork_child", str(other.fileno()), *self._preload],
-                    env=self._environment,
+                    module_command("common.fork_child", str(other.fileno()), *self._preload),
+                    env=module_environment(self._environment),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

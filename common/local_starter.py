@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.child_process import ChildProcess, end_with_parent
+from common.child_process import ChildProcess, end_with_parent, module_command, module_environment
 from common.fork_server import ForkServer
 
 FORKED_MODULES = {"services.stage": "services.stage.process", "services.expert": "services.expert.process"}
@@ -49,8 +49,8 @@ class LocalStarter:
                 return self._forks.spawn(module, arguments, environment, {1: log.fileno(), 2: log.fileno()})
             parent = os.getpid()
             return subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                env=dict(environment),
+                module_command(module, *arguments),
+                env=module_environment(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -181,5 +181,5 @@ def test_a_mesh_starts_the_module_that_it_is_given(monkeypatch: pytest.MonkeyPat
     mesh = LocalMesh({}, tmp_path, modules=module_of("leaked_block"))
     for service in ("router", "stage"):
         mesh._start(Child(f"{service}-0", f"services.{service}", {}, tmp_path / "log"))
-    assert started[0][1:] == ["-m", "tests.chaos.planted_bugs", "leaked_block", "services.router"]
-    assert started[1][1:] == ["-m", "services.stage"]
+    assert started[0][1:] == ["-P", "-m", "tests.chaos.planted_bugs", "leaked_block", "services.router"]
+    assert started[1][1:] == ["-P", "-m", "services.stage"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from common import fork_server
 from common.fork_child import MAX_MESSAGE_BYTES
 from common.fork_server import ForkedProcess, ForkServer, ImportsUnderWayError
+from common.local_starter import LocalStarter
 from tests.support.process_table import is_alive
 from tests.support.waiting import wait_until
 
@@ -262,3 +264,50 @@ def test_a_fork_of_the_maker_itself_serves_as_well(code: Path) -> None:
     ).stdout
     told, imported_by = text.splitlines()
     assert f", {imported_by}, true" in told
+
+
+@pytest.fixture
+def folder_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a person works who has packages of the same names as ours, and starts a mesh."""
+    for name in ("common", "services"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "__init__.py").write_text("raise ImportError('this is not what you wanted')\n")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("has_path", [False, True])
+def test_packages_of_the_same_names_where_a_person_works_are_not_imported(
+    has_path: bool, folder_of_the_users: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "PYTHONPATH")}
+    if has_path:
+        environment["PYTHONPATH"] = str(folder_of_the_users)
+    forks = ForkServer(["services.router.state_folder"], environment, tmp_path / "logs" / "forks.log")
+    starter = LocalStarter(tmp_path / "logs", environment)
+    try:
+        forks.launch()
+        router = starter.start("services.router", environment, tmp_path / "logs" / "router.log")
+        with (tmp_path / "logs" / "forked.log").open("wb") as log:
+            forked = spawned(forks, "services.router", environment, {1: log.fileno(), 2: log.fileno()})
+        assert (router.wait(60), forked.wait(60)) == (1, 1)
+    finally:
+        forks.close()
+    for name in ("router.log", "forked.log"):
+        assert (tmp_path / "logs" / name).read_text().splitlines()[-1] == (
+            "moemesh router: wrong settings: MODEL is not set"
+        )
+
+
+def spawned(forks: ForkServer, module: str, environment: dict[str, str], descriptors: dict[int, int]) -> ForkedProcess:
+    """As soon as it has imported."""
+    found: list[ForkedProcess] = []
+
+    def spawn() -> bool:
+        with contextlib.suppress(ImportsUnderWayError):
+            found.append(forks.spawn(module, [], environment, descriptors))
+        return bool(found)
+
+    wait_until(spawn, 60, "a fork")
+    return found[0]
