@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         return self.stages or self.pp + self.spares
 
 
+def setting_names() -> frozenset[str]:
+    """Of all environment variables that mean something here."""
+    return frozenset({name.upper() for name in Settings.model_fields} | {"MOEMESH_CACHE", "MOEMESH_URL"})
+
+
 def read_settings() -> Settings:
     """Settings of this process. Raises ConfigurationError that names each wrong variable and what would be right."""
     try:

@@ -16,9 +16,10 @@ from typing import NoReturn
 import structlog
 
 from common.checkpoint_part import SeenCheckpoint, refuse_useless_part
-from common.config import Settings
+from common.config import Settings, setting_names
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
+from common.misspelt_settings import misspelt_settings
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.socket_files import LostFile
 from common.topology import NodeDescription, NodeKind
@@ -137,6 +138,8 @@ def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> No
 def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:
     """Run a process's work; what is wrong with settings, checkpoint or mesh ends in one logged sentence and exit 1."""
     log = configure_log(service, level)
+    for sentence in misspelt_settings(os.environ, setting_names()):
+        log.warning("unknown_setting", reason=sentence)
     try:
         work(log)
     except MoemeshError as error:

@@ -152,8 +152,12 @@ def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatc
 
 def test_lost_socket_files_stay_lost() -> None:
     looked: list[float] = []
-    look_after = planted_bugs.leave_files_lost(lambda self, now_s, **_: bool(looked.append(now_s)))
-    assert look_after(None, 1.0, at_once=True) is False
+
+    def look(transport: object, now_s: float) -> bool:
+        looked.append(now_s)
+        return True
+
+    assert planted_bugs.leave_files_lost(look)(None, 1.0, at_once=True) is False
     assert looked == []
 
 

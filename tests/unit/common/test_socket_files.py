@@ -15,7 +15,7 @@ import pytest
 
 from common.endpoints import choose_endpoint, ipc_token, share_folder
 from common.errors import ProtocolError
-from common.messages import Header, Leave
+from common.messages import Header, Leave, Message
 from common.socket_files import LOOK_INTERVAL_S, MAX_LOOK_INTERVAL_S, STEADY_S, LostFile, SocketFile
 from common.transport import Full, MessageSocket, SocketLimits, Transport
 from tests.support.waiting import wait_until
@@ -58,15 +58,15 @@ class Listener:
 
     def hears(self, peer: MessageSocket, text: str) -> None:
         wait_until(lambda: sends(peer, text), 5, "a connection")
-        received: list[object] = []
+        received: list[Message] = []
 
         def receives() -> bool:
-            received.append(self.socket.receive())
-            return received[-1] is not None
+            if (news := self.socket.receive()) is not None:
+                received.append(news[0])
+            return bool(received)
 
         wait_until(receives, 5, text)
-        message, _ = received[-1]  # type: ignore[misc]
-        assert message == Leave(text)
+        assert received == [Leave(text)]
 
 
 def sends(peer: MessageSocket, text: str) -> bool:
