@@ -14,7 +14,7 @@ import pytest
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.integration.test_stage_faults import holder_of, wait_for_mirrors
 from tests.support.fault_runs import pid_of
-from tests.support.mesh_client import Ask
+from tests.support.mesh_client import Ask, mesh_client
 from tests.support.served_mesh import ServedMesh, served_mesh
 from tests.support.waiting import wait_until
 
@@ -60,4 +60,5 @@ def test_a_mesh_whose_files_were_removed_takes_in_who_comes_later(
         wait_for_mirrors(mesh)  # the restarted stage was taken in, and connected to
         kill(mesh, "router-0")
         mesh.local.wait_ready(WITHIN_S)
-        assert mesh.client.ask(asked) == before
+        with mesh_client(mesh.local.url) as client:  # at another port
+            assert client.ask(asked) == before
