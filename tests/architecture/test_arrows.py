@@ -122,7 +122,14 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
         "common.messages": ("common.ids",),
         "common.topology": ("common.ids",),
         "common.codec": ("common.ids", "common.errors", "common.messages"),
-        "common.transport": ("common.ids", "common.errors", "common.messages", "common.codec"),
+        "common.socket_files": (),
+        "common.transport": (
+            "common.ids",
+            "common.errors",
+            "common.messages",
+            "common.codec",
+            "common.socket_files",
+        ),
     }
     names = {module.name for module in modules()}
     for module in modules():
