@@ -24,6 +24,8 @@ from pathlib import Path
 
 import structlog
 
+from common.compute.cache_folder import default_cache_folder, refuse_folder_of_others
+
 ABI_VERSION = 4
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
@@ -125,32 +127,6 @@ def load_native_kernels(
     return None
 
 
-def default_cache_folder(environment: Mapping[str, str]) -> Path:
-    """MOEMESH_CACHE, else ~/.cache/moemesh, else a folder of this user's own among the temporary files.
-
-    A user of a container, say, may have no name and no home, or one that cannot be written to.
-    """
-    configured = environment.get("MOEMESH_CACHE")
-    if configured:
-        return Path(configured)
-    home = Path(os.path.expanduser("~"))
-    folder = home / ".cache" / "moemesh"
-    if home.is_absolute() and _can_be_made(folder):
-        return folder
-    instead = Path(tempfile.gettempdir()) / f"moemesh-cache-{os.getuid()}"
-    log.warning(
-        "no_cache_folder",
-        reason=f"no home directory that can be written to: compiled kernels go to {instead}, or to MOEMESH_CACHE",
-    )
-    return instead
-
-
-def _can_be_made(folder: Path) -> bool:
-    """Whether files can be made in it, once those of its parents that are missing are there."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return os.access(there, os.W_OK | os.X_OK)
-
-
 def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """The processor's feature flags as Linux names them; empty where they cannot be read."""
     try:
@@ -195,9 +171,7 @@ def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path)
     key.update(" ".join((compiler, *COMMON_FLAGS, *instruction_set.compiler_flags)).encode())
     key.update(source_hash().encode())
     path = folder / f"kernels-{instruction_set.name}-{key.hexdigest()[:16]}.so"
-    if folder.exists() and folder.stat().st_uid not in (os.getuid(), 0):
-        # Among the temporary files anybody may make a folder of that name, and put code into it.
-        raise PermissionError(f"{folder} belongs to another user: MOEMESH_CACHE must name a folder of your own")
+    refuse_folder_of_others(folder)
     if not path.is_file():
         # The processes of a mesh start together: one compiles, the others wait for it rather than all do the same.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

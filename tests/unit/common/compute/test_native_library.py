@@ -13,11 +13,11 @@ import pytest
 import structlog
 
 from common.compute import native_library
+from common.compute.cache_folder import default_cache_folder
 from common.compute.native_library import (
     INSTRUCTION_SETS,
     compile_cached,
     compile_to,
-    default_cache_folder,
     find_compiler,
     library_name,
     load_native_kernels,
