@@ -39,8 +39,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.lock compose/setup-venv.sh
 	@sh compose/setup-venv.sh $(VENV)
 
+# The sentence that says why a mesh cannot start is the last line that people read: make ends with it, by a signal that it
+# says nothing about, rather than add "make: *** Error 1". Its status is not 0 all the same.
 run: $(STAMP)
-	@$(VENV)/bin/moemesh up
+	@$(VENV)/bin/moemesh up || { status=$$?; kill -PIPE $$PPID; exit $$status; }
 
 test: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m "$(LOCAL_TESTS)" $(PYTEST_ARGS)

@@ -39,6 +39,6 @@ def _can_be_made(folder: Path) -> bool:
 
 
 def refuse_folder_of_others(folder: Path) -> None:
-    """Among the temporary files anybody may make a folder of that name, and put code into it. Raises PermissionError."""
+    """Raises PermissionError. Among the temporary files anybody may make a folder of that name and put code into it."""
     if folder.exists() and folder.stat().st_uid not in (os.getuid(), 0):
         raise PermissionError(f"{folder} belongs to another user: MOEMESH_CACHE must name a folder of your own")
