@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint directory: which tensor is in which file, its shape, and a fingerprint. No torch.
 
-Layout: `config.json`, `model.safetensors` or several `*.safetensors` with `model.safetensors.index.json`.
+Layout: `config.json`, and the weights in `model.safetensors`, or in the files that `model.safetensors.index.json`
+names: the first of the two that is there counts, as with transformers. Without either, every `*.safetensors` does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from common.errors import CheckpointError, ConfigurationError
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
+WHOLE_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it: a damaged length must not fill the memory."""
 _HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
@@ -36,6 +39,15 @@ class StoredTensor:
     start: int
     """Its first byte in the file."""
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """What of a checkpoint directory holds its weights."""
+
+    read: tuple[Path, ...]
+    passed_over: tuple[str, ...]
+    """Names of weights, or of an index, that lie beside these and do not count."""
 
 
 def resolve_model(model: str) -> Path:
@@ -74,7 +86,7 @@ def _expanded(path: str) -> Path:
 def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:
     """Every tensor of the checkpoint by name. Raises CheckpointError that names the file and what is wrong."""
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(directory):
+    for file in find_weight_files(directory).read:
         header, data_start = _safetensors_header(file)
         for name, entry in header.items():
             if name == "__metadata__":
@@ -93,7 +105,7 @@ def fingerprint(directory: Path, *, has_weights: bool = True) -> str:
     checkpoint would take minutes). Of a folder that is to have no weights, the config."""
     digest = hashlib.sha256()
     digest.update(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
-    for file in _weight_files(directory) if has_weights else ():
+    for file in find_weight_files(directory).read if has_weights else ():
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         digest.update(json.dumps(_safetensors_header(file)[0], sort_keys=True).encode())
@@ -110,31 +122,43 @@ def _sample_positions(size: int) -> Iterator[int]:
         yield last * sample // (_SAMPLES_PER_FILE - 1)
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def find_weight_files(directory: Path) -> WeightFiles:
+    """Which files hold the weights. Raises CheckpointError that names the file and what is wrong."""
     try:
         return _find_weight_files(directory)
     except OSError as error:  # a disk that fails does not say that a file is missing
         raise CheckpointError(f"{directory} cannot be read: {error}") from None
 
 
-def _find_weight_files(directory: Path) -> list[Path]:
-    index_path = directory / "model.safetensors.index.json"
-    if index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: weight_map is missing or empty")
-        names = sorted({str(name) for name in weight_map.values()})
-        if any(Path(name).name != name or name == ".." for name in names):
-            raise CheckpointError(f"{index_path}: weight_map names a file outside the directory")
-        files = [directory / name for name in names]
+def _find_weight_files(directory: Path) -> WeightFiles:
+    there = sorted(file for file in directory.glob("*.safetensors") if file.is_file())
+    index = directory / WEIGHTS_INDEX
+    has_index = index.exists()
+    if (directory / WHOLE_FILE).exists():
+        files, is_index_read = [directory / WHOLE_FILE], False
+    elif has_index:
+        files, is_index_read = _files_of_index(index), True
     else:
-        files = sorted(directory.glob("*.safetensors"))
+        files, is_index_read = there, False
     if not files:
         raise CheckpointError(f"no *.safetensors file in {directory}")
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file} is named in {index_path.name} and missing")
-    return files
+    passed_over = [file.name for file in there if file not in files]
+    if has_index and not is_index_read:
+        passed_over.append(WEIGHTS_INDEX)
+    return WeightFiles(tuple(files), tuple(passed_over))
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty")
+    names = sorted({str(name) for name in weight_map.values()})
+    if any(Path(name).name != name or name == ".." for name in names):
+        raise CheckpointError(f"{index}: weight_map names a file outside the directory")
+    for name in names:
+        if not (index.parent / name).exists():
+            raise CheckpointError(f"{index.parent / name} is named in {index.name} and missing")
+    return [index.parent / name for name in names]
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:

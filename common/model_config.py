@@ -66,6 +66,11 @@ class ModelConfig:
     expert_names: ExpertTensorNames
 
     @property
+    def context_tokens(self) -> int:
+        """Longest sequence that the model is made for: `max_position_embeddings`, or more by its rope scaling."""
+        return self.rope.context_tokens(self.max_position_embeddings)
+
+    @property
     def moe_layer_indices(self) -> tuple[int, ...]:
         """Layers that call experts, ascending."""
         return tuple(layer for layer, is_moe in enumerate(self.moe_layers) if is_moe)
@@ -160,6 +165,11 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
+_MAX_LAYERS = 1 << 16
+_MAX_SIZE = (1 << 31) - 1
+"""No model comes near; a damaged number must not fill the memory."""
+
+
 def read_model_config(directory: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint directory.
 
@@ -247,6 +257,9 @@ def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
+    most = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
+    if value > most:
+        raise CheckpointError(f"config.json: {key} must be at most {most}, not {value}")
     return value
 
 
@@ -274,7 +287,8 @@ def _num_experts(raw: Mapping[str, Any]) -> int:
 
 def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     step = _size(raw, "decoder_sparse_step", default=1)
-    dense_layers = raw.get("mlp_only_layers") or []
+    dense_layers = raw.get("mlp_only_layers")
+    dense_layers = [] if dense_layers is None else dense_layers
     if not isinstance(dense_layers, list) or not all(type(layer) is int for layer in dense_layers):
         raise CheckpointError(f"config.json: mlp_only_layers must be a list of layer numbers, not {dense_layers!r}")
     return tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(num_layers))
@@ -289,7 +303,8 @@ def _sliding_window(raw: Mapping[str, Any], family: _Family) -> int | None:
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
-    value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    named = (raw.get("dtype"), raw.get("torch_dtype"), "float32")
+    value = next(name for name in named if name is not None)
     if value not in ("float32", "bfloat16", "float16"):
         raise UnsupportedModelError(
             f"config.json: dtype {value!r} is not supported; supported are float32, bfloat16 and float16"

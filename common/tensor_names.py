@@ -5,14 +5,19 @@ The shapes are those of `services/stage/loading.py` and `services/expert/shard_s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from common.checkpoint import StoredTensor
 from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.topology import CheckpointPart, LayerRange
 
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 STORED_DTYPES = ("F32", "BF16", "F16")
+_DECODER = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+_MADE_ANEW = (".rotary_emb.inv_freq",)
+"""Old checkpoints store this table, which follows from the config."""
 NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -31,6 +36,36 @@ def check_tensors(
             raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
         if stored.dtype not in STORED_DTYPES:
             raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; known are {', '.join(STORED_DTYPES)}")
+
+
+def unused_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> list[str]:
+    """Names in a whole checkpoint that nothing here reads, in order: a value head, a projector, tables that are made
+    anew. transformers passes over them and says so.
+
+    Raises CheckpointError for one inside the decoder: the config denies it, and whoever stored it computes with it.
+    """
+    expected = {name for name, _ in expected_tensors(config, index)}
+    unused = sorted(index.keys() - expected)
+    for name in unused:
+        if name.startswith(_DECODER) and not name.endswith(_MADE_ANEW):
+            raise CheckpointError(
+                f"tensor {name} is in the checkpoint, and by config.json the model has none of that name: "
+                f"{_contradiction(config, name)}"
+            )
+    return unused
+
+
+def embedding_name(config: ModelConfig, index: Container[str]) -> str:
+    """The tensor that makes hidden states of tokens. Of a tied pair it is the one that is there."""
+    return LM_HEAD if config.tie_word_embeddings and EMBEDDING not in index and LM_HEAD in index else EMBEDDING
+
+
+def lm_head_name(config: ModelConfig, index: Container[str]) -> str:
+    """The tensor that makes logits of hidden states: a stored one counts, whatever the config says of tying.
+
+    transformers ties only where the two do not differ, and then it makes no difference which of them is read.
+    """
+    return EMBEDDING if config.tie_word_embeddings and LM_HEAD not in index else LM_HEAD
 
 
 def expected_tensors(
@@ -53,13 +88,13 @@ def stage_tensors(config: ModelConfig, index: Mapping[str, StoredTensor], layers
     """What the stages that hold these layers need: all but experts. With the first layer goes the embedding, with the
     last one what makes logits of hidden states."""
     hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
-    is_last = layers.stop == config.num_layers
-    if layers.start == 0 or (is_last and config.tie_word_embeddings):
-        yield "model.embed_tokens.weight", vocabulary
+    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    ends = [embedding_name(config, index)] if is_first else []
+    ends += [lm_head_name(config, index)] if is_last else []
+    for name in dict.fromkeys(ends):
+        yield name, vocabulary
     if is_last:
         yield "model.norm.weight", (hidden,)
-        if not config.tie_word_embeddings:
-            yield "lm_head.weight", vocabulary
     for layer in range(layers.start, layers.stop):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
@@ -117,3 +152,14 @@ def _dense(config: ModelConfig, prefix: str) -> NamedShapes:
     yield f"{prefix}.gate_proj.weight", (width, hidden)
     yield f"{prefix}.up_proj.weight", (width, hidden)
     yield f"{prefix}.down_proj.weight", (hidden, width)
+
+
+def _contradiction(config: ModelConfig, name: str) -> str:
+    parts = name.split(".")
+    if parts[1] == "layers" and parts[2].isdecimal() and int(parts[2]) >= config.num_layers:
+        return f"num_hidden_layers is {config.num_layers}"
+    if "experts" in parts and any(part.isdecimal() and int(part) >= config.num_experts for part in parts[4:]):
+        return f"the number of experts is {config.num_experts}"
+    if parts[-1] == "bias":
+        return "it asks for no such bias" + (" (attention_bias)" if "self_attn" in parts else "")
+    return f"model_type {config.model_type!r} does not compute with it"

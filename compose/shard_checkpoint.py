@@ -17,16 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import read_tensor_index, resolve_model, served_name
+from common.checkpoint import WEIGHTS_INDEX, read_tensor_index, resolve_model, served_name
 from common.checkpoint_part import MANIFEST, SeenCheckpoint, see_checkpoint, write_manifest
 from common.errors import ConfigurationError
 from common.model_config import read_model_config
-from common.tensor_names import check_tensors
+from common.tensor_names import check_tensors, unused_tensors
 from common.topology import CheckpointPart
 from compose.part_plan import plan_parts
 from compose.tensor_copy import NamedTensor, tensors_of, write_tensors
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model", "additional_chat_templates/*.jinja")
 """What a router reads besides weights, as far as a checkpoint has it."""
 
@@ -60,6 +59,7 @@ def shard_checkpoint(
         raise ConfigurationError(f"--model {model} is a part already: parts are cut from the whole checkpoint")
     index = read_tensor_index(source)
     check_tensors(config, index)
+    unused_tensors(config, index)  # one that contradicts the config is refused here as by a router
     parts = plan_parts(config, pp, num_expert_folders, copies)
     tensors = {name: tensors_of(config, index, part) for name, part in parts.items()}
     written = [

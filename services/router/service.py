@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from common.checkpoint import read_tensor_index, resolve_model, served_name
+from common.checkpoint import find_weight_files, read_tensor_index, resolve_model, served_name
 from common.checkpoint_part import refuse_useless_part, see_checkpoint
 from common.codec import ITEM_BYTES
 from common.config import Settings
@@ -26,7 +26,7 @@ from common.messages import Welcome
 from common.model_config import ModelConfig, read_model_config
 from common.node import NodeAddresses, find_addresses
 from common.node_process import StopFlag, open_transport
-from common.tensor_names import check_tensors
+from common.tensor_names import EMBEDDING, LM_HEAD, check_tensors, unused_tensors
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
@@ -52,6 +52,7 @@ BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 TERM_SHIFT = 32
 """Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
+_SHOWN_NAMES = 5
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 
@@ -66,6 +67,8 @@ class Model:
     dtype: str
     context_tokens: int
     served_name: str
+    remarks: tuple[str, ...] = ()
+    """What an operator would want to know of the checkpoint: what lies there and is not read, what contradicts."""
 
 
 def read_model(settings: Settings) -> Model:
@@ -74,18 +77,36 @@ def read_model(settings: Settings) -> Model:
     config = read_model_config(directory)
     seen = see_checkpoint(directory, config)
     refuse_useless_part(seen.part, None, settings.model)
-    if seen.part is None:
-        check_tensors(config, read_tensor_index(directory))
+    remarks = _check_weights(directory, config) if seen.part is None else ()
     stored = "bfloat16" if config.dtype == "float16" else config.dtype
     return Model(
         directory=directory,
         config=config,
         fingerprint=seen.fingerprint,
         dtype=stored if settings.dtype == "auto" else settings.dtype,
-        context_tokens=min(
-            settings.max_context_tokens or config.max_position_embeddings, config.max_position_embeddings
-        ),
+        context_tokens=min(settings.max_context_tokens or config.context_tokens, config.context_tokens),
         served_name=settings.served_name or seen.model or served_name(settings.model, directory),
+        remarks=remarks,
+    )
+
+
+def _check_weights(directory: Path, config: ModelConfig) -> tuple[str, ...]:
+    """Raises CheckpointError for weights that cannot be what config.json says; what they hold besides is remarked."""
+    index = read_tensor_index(directory)
+    check_tensors(config, index)
+    remarks: list[str] = []
+    if passed_over := find_weight_files(directory).passed_over:
+        remarks.append(f"beside the weights lie files that are not read: {_some_of(passed_over)}")
+    if unused := unused_tensors(config, index):
+        remarks.append(f"tensors that the model does not have are not read: {_some_of(unused)}")
+    if config.tie_word_embeddings and EMBEDDING in index and LM_HEAD in index:
+        remarks.append(f"config.json: tie_word_embeddings is true, and {LM_HEAD} is stored: that tensor is used")
+    return tuple(remarks)
+
+
+def _some_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (
+        f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     )
 
 
@@ -102,6 +123,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     model = read_model(settings)
     if model.config.dtype == "float16" and model.dtype == "bfloat16":
         log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
+    for remark in model.remarks:
+        log.warning("checkpoint_remark", detail=remark)
     tokenizer = TextTokenizer.from_directory(model.directory)
     state = open_state_folder(settings.state_dir)
     journal, journalled = _open_journal(settings, model, state, log)
@@ -130,6 +153,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     ):
         registry.register(collector)
     context_tokens = _context_tokens(settings, model)
+    _log_context(settings, model, context_tokens, log)
     engine = MeshEngine(mesh, mailbox, context_tokens, time.monotonic, takes_over=state.term > 1)
     front = FrontSettings(
         served_name=model.served_name,
@@ -204,6 +228,19 @@ def _run_mesh(
 def _context_tokens(settings: Settings, model: Model) -> int:
     """What one sequence may hold: the model's context, or what the KV cache of a pipeline takes."""
     return min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
+
+
+def _log_context(settings: Settings, model: Model, context_tokens: int, log: structlog.stdlib.BoundLogger) -> None:
+    """A context that was asked for and cannot be had is said; `/v1/models` shows what there is as `max_model_len`."""
+    wished = settings.max_context_tokens or model.config.context_tokens
+    if wished <= context_tokens:
+        return
+    limit = f"the model is made for {model.config.context_tokens} tokens"
+    if context_tokens < model.context_tokens:
+        limit = f"KV_CACHE_TOKENS={settings.kv_cache_tokens} holds {context_tokens} in whole blocks"
+    asked = f"MAX_CONTEXT_TOKENS={wished}" if settings.max_context_tokens else f"the model's context of {wished} tokens"
+    detail = f"{asked} cannot be had, since {limit}: a request may have {context_tokens}"
+    log.warning("context_is_smaller", asked=wished, context_tokens=context_tokens, detail=detail)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -14,6 +14,7 @@ from common.compute.gated_ffn import GatedExpert
 from common.compute.linear import PackedLinear
 from common.compute.native_library import NativeKernels
 from common.model_config import ModelConfig
+from common.tensor_names import embedding_name, lm_head_name
 from common.weights import CheckpointWeights
 from services.stage.model.attention import Attention, repeat_norm_weights
 from services.stage.model.dense_part import DensePart
@@ -130,7 +131,7 @@ class PartLoader:
         config = self._config
         shape = (config.vocab_size, config.hidden_size)
         own = self._cut.even(config.hidden_size)
-        return Embedding(self._weights.tensor("model.embed_tokens.weight", shape, columns=own))
+        return Embedding(self._weights.tensor(embedding_name(config, self._weights), shape, columns=own))
 
     def lm_head(self) -> Callable[[Tensor], Tensor]:
         """This rank's tokens of the vocabulary. All parts have one size, so the last ones may end in rows of 0."""
@@ -139,7 +140,7 @@ class PartLoader:
 
     def _lm_head(self, cut: RankCut) -> PackedLinear:
         config = self._config
-        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        name = lm_head_name(config, self._weights)
         own = cut.padded(config.vocab_size)
         rows = slice(min(own.start, config.vocab_size), min(own.stop, config.vocab_size))
         weight = self._weights.tensor(name, (config.vocab_size, config.hidden_size), rows=rows)

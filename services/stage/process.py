@@ -63,7 +63,7 @@ class StageProcess:
         self._numeric_class = self._device.numeric_class(variant)
         self._loaded: LoadedLayers | None = None
         config = self._resources.config
-        self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.max_position_embeddings)
+        self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.context_tokens)
         self.ranks: RankGroup | None = None
         if forks is not None:
             self.ranks = open_group(

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.checkpoint import fingerprint, read_tensor_index, resolve_model, served_name
+from common.checkpoint import find_weight_files, fingerprint, read_tensor_index, resolve_model, served_name
 from common.errors import CheckpointError, ConfigurationError
 
 INDEX = "model.safetensors.index.json"
@@ -74,6 +74,28 @@ def test_a_file_that_the_index_does_not_name_is_not_read(tmp_path: Path) -> None
     directory = write_checkpoint(tmp_path)
     (directory / "stray.safetensors").write_bytes(b"damaged")
     assert sorted(read_tensor_index(directory)) == ["a", "b", "c"]
+
+
+def test_a_whole_file_counts_before_an_index_as_with_transformers(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    save_file({"w": torch.ones(1)}, directory / "model.safetensors")
+    assert sorted(read_tensor_index(directory)) == ["w"]
+    files = find_weight_files(directory)
+    assert [file.name for file in files.read] == ["model.safetensors"]
+    assert files.passed_over == ("one.safetensors", "two.safetensors", INDEX)
+    before = fingerprint(directory)
+    (directory / INDEX).write_text("{stale: nobody reads it")
+    (directory / "two.safetensors").write_bytes(b"damaged")
+    assert sorted(read_tensor_index(directory)) == ["w"]
+    assert fingerprint(directory) == before
+
+
+def test_a_second_file_beside_the_weights_is_passed_over_by_name(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"a": torch.zeros(9), "other": torch.zeros(1)}, directory / name)
+    assert sorted(read_tensor_index(directory)) == ["a", "b", "c"]
+    assert find_weight_files(directory).passed_over == ("adapter_model.safetensors", "consolidated.safetensors")
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:

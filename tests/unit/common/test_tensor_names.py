@@ -11,10 +11,19 @@ import pytest
 from common.checkpoint import read_tensor_index
 from common.errors import CheckpointError
 from common.model_config import read_model_config
-from common.tensor_names import check_tensors, expected_tensors, stage_tensors
+from common.tensor_names import (
+    EMBEDDING,
+    LM_HEAD,
+    check_tensors,
+    embedding_name,
+    expected_tensors,
+    lm_head_name,
+    stage_tensors,
+    unused_tensors,
+)
 from common.topology import CheckpointPart, LayerRange
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.checkpoints import RECIPES, Recipe, write_checkpoint
+from tests.support.checkpoints import MIXTRAL_SHARDED, QWEN3_TIED_SHARDED_BF16, RECIPES, Recipe, write_checkpoint
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -78,3 +87,74 @@ def test_the_first_stage_has_the_embedding_and_the_last_one_what_makes_logits(tm
     assert ends_of(1, 3) == set()
     assert ends_of(2, 4) == {"model.norm.weight", "lm_head.weight"}
     assert ends_of(0, 4) == ends
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_no_tensor_that_transformers_writes_is_unused(recipe: Recipe, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", recipe)
+    assert unused_tensors(read_model_config(directory), read_tensor_index(directory)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "attention_bias"),
+        ("model.layers.0.self_attn.sinks", "does not compute with it"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", "does not compute with it"),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", "does not compute with it"),
+        ("model.layers.0.mlp.experts.99.up_proj.weight", "number of experts is 8"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "does not compute with it"),
+        ("model.layers.4.input_layernorm.weight", "num_hidden_layers is 4"),
+        ("model.norm.bias", "no such bias"),
+        ("lm_head.bias", "no such bias"),
+    ],
+)
+def test_a_tensor_that_contradicts_the_config_is_never_ignored(name: str, why: str, tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    config, index = read_model_config(directory), dict(read_tensor_index(directory))
+    assert (config.num_layers, config.num_experts) == (4, 8)
+    with pytest.raises(CheckpointError, match=f"tensor {name} is in the checkpoint.*{why}"):
+        unused_tensors(config, index | {name: index["model.norm.weight"]})
+
+
+def test_norms_of_queries_and_keys_in_a_family_without_them_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", MIXTRAL_SHARDED)
+    config, index = read_model_config(directory), dict(read_tensor_index(directory))
+    name = "model.layers.1.self_attn.q_norm.weight"
+    with pytest.raises(CheckpointError, match=f"{name} .*'mixtral' does not compute with it"):
+        unused_tensors(config, index | {name: index["model.norm.weight"]})
+
+
+def test_tensors_outside_the_decoder_are_unused_and_named(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    config, index = read_model_config(directory), dict(read_tensor_index(directory))
+    names = [
+        "mtp.layers.0.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "score.weight",
+        "v_head.summary.bias",
+    ]
+    more = dict.fromkeys(names, index["model.norm.weight"])
+    check_tensors(config, index | more)
+    assert unused_tensors(config, index | more) == sorted(names)
+
+
+def test_a_stored_lm_head_counts_whatever_the_config_says_of_tying(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", QWEN3_TIED_SHARDED_BF16)
+    config, index = read_model_config(directory), dict(read_tensor_index(directory))
+    both = index | {LM_HEAD: index[EMBEDDING]}
+    head_only = {name: stored for name, stored in both.items() if name != EMBEDDING}
+    last = LayerRange(config.num_layers - 1, config.num_layers)
+    for names, embedding, head in (
+        (index, EMBEDDING, EMBEDDING),
+        (both, EMBEDDING, LM_HEAD),
+        (head_only, LM_HEAD, LM_HEAD),
+    ):
+        assert (embedding_name(config, names), lm_head_name(config, names)) == (embedding, head)
+        check_tensors(config, names)
+        assert unused_tensors(config, names) == []
+        assert embedding in dict(stage_tensors(config, names, LayerRange(0, 1)))
+        assert head in dict(stage_tensors(config, names, last))
+    misshapen = both | {LM_HEAD: replace(index[EMBEDDING], shape=(7, config.hidden_size))}
+    with pytest.raises(CheckpointError, match=rf"{LM_HEAD} has shape \[7, "):
+        check_tensors(config, misshapen)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from common.checkpoint import fingerprint, read_tensor_index
 from common.checkpoint_part import MANIFEST, see_checkpoint
-from common.errors import ConfigurationError
+from common.errors import CheckpointError, ConfigurationError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.model_config import read_model_config
 from common.tensor_names import expected_tensors
@@ -26,6 +28,7 @@ from services.expert.shard_store import ShardStore
 from services.router.front.tokenizer import TextTokenizer
 from services.stage.loading import load_stage
 from services.stage.model.attention import Attention
+from tests.support.checkpoints import QWEN3_TIED_SHARDED_BF16, write_checkpoint
 
 FOLDERS = ["expert-0", "expert-1", "expert-2", "router", "stage-0", "stage-1"]
 
@@ -172,3 +175,28 @@ def test_a_copy_of_a_folder_is_as_good_as_the_folder(parts: Path, tmp_path: Path
     assert (tmp_path / "elsewhere" / MANIFEST).exists()
     config = read_model_config(tmp_path / "elsewhere")
     assert see_checkpoint(tmp_path / "elsewhere", config) == see_checkpoint(parts / "stage-0", config)
+
+
+def test_a_stored_lm_head_of_a_tied_model_goes_with_the_last_layers(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", replace(QWEN3_TIED_SHARDED_BF16, max_shard_size="1GB"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    shard_checkpoint(str(model), tmp_path / "parts", 2, 1, 1)
+    config = read_model_config(model)
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
+    held = [ends & read_tensor_index(tmp_path / "parts" / name).keys() for name in ("stage-0", "stage-1")]
+    assert held == [{"model.embed_tokens.weight"}, {"lm_head.weight"}]
+    for name in ("stage-0", "stage-1", "expert-0", "router"):
+        assert (
+            see_checkpoint(tmp_path / "parts" / name, config).fingerprint == see_checkpoint(model, config).fingerprint
+        )
+
+
+def test_a_tensor_that_contradicts_the_config_is_in_no_part(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(1)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias is in the checkpoint.*attention_bias"):
+        shard_checkpoint(str(model), tmp_path / "parts", 2, 1, 1)

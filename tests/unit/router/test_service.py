@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+import torch
+from safetensors.torch import load_file, save_file
 
 from common.config import Settings
 from common.errors import ConfigurationError
@@ -20,7 +23,7 @@ from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
-from services.router.service import Model, _mesh_loop, http_url, read_model
+from services.router.service import Model, _context_tokens, _log_context, _mesh_loop, http_url, read_model
 from tests.support.mesh_shapes import node, small_model
 
 
@@ -38,6 +41,59 @@ def test_a_router_with_its_part_serves_what_one_with_the_whole_does(tmp_path: Pa
     assert of_part.served_name == "tiny"
     with pytest.raises(ConfigurationError, match=r"layers \[0, 2\): .* needs the whole checkpoint or the part router"):
         read_model(Settings(model=str(tmp_path / "parts" / "stage-0")))
+
+
+def test_what_lies_in_a_checkpoint_and_is_not_read_is_remarked(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    assert read_model(Settings(model=str(directory))).remarks == ()
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    tensors["score.weight"] = torch.ones(1)
+    save_file(tensors, directory / "part.safetensors")
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")})
+    )
+    save_file({"stray": torch.ones(1)}, directory / "consolidated.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert read_model(Settings(model=str(directory))).remarks == (
+        "beside the weights lie files that are not read: consolidated.safetensors",
+        "tensors that the model does not have are not read: score.weight",
+        "config.json: tie_word_embeddings is true, and lm_head.weight is stored: that tensor is used",
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_context_tokens", "kv_cache_tokens", "rope", "context", "because"),
+    [
+        (0, 65536, None, 256, None),
+        (128, 65536, None, 128, None),
+        (512, 65536, None, 256, "MAX_CONTEXT_TOKENS=512 cannot be had, since the model is made for 256 tokens"),
+        (512, 65536, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 512, None),
+        (0, 65536, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024, None),
+        (250, 100, None, 96, "MAX_CONTEXT_TOKENS=250 cannot be had, since KV_CACHE_TOKENS=100 holds 96"),
+        (0, 100, None, 96, "the model's context of 256 tokens cannot be had, since KV_CACHE_TOKENS=100 holds 96"),
+    ],
+)
+def test_a_context_that_cannot_be_had_is_said(
+    max_context_tokens: int,
+    kv_cache_tokens: int,
+    rope: dict[str, Any] | None,
+    context: int,
+    because: str | None,
+    tmp_path: Path,
+) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"max_position_embeddings": 256, "rope_scaling": rope}
+    (directory / "config.json").write_text(json.dumps(config))
+    settings = Settings(model=str(directory), max_context_tokens=max_context_tokens, kv_cache_tokens=kv_cache_tokens)
+    model = read_model(settings)
+    assert _context_tokens(settings, model) == context
+    with structlog.testing.capture_logs() as logs:
+        _log_context(settings, model, context, structlog.get_logger())
+    assert [entry["context_tokens"] for entry in logs] == ([] if because is None else [context])
+    assert because is None or logs[0]["detail"].startswith(because)
 
 
 class NoSockets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from common.compute.gated_ffn import GatedExpert
 from common.errors import CheckpointError
@@ -85,6 +87,26 @@ def test_tied_embeddings_are_the_last_stages_lm_head(tmp_path: Path) -> None:
     _, weights = load(directory, role(LAST, 5, 7), torch.bfloat16)
     assert "model.embed_tokens.weight" in weights.names
     assert "lm_head.weight" not in weights.names
+
+
+@pytest.mark.parametrize("stored", ["both, equal", "both, different", "embedding alone", "lm_head alone"])
+def test_the_ends_of_a_tied_model_are_those_that_transformers_loads(stored: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, replace(QWEN3_TIED_SHARDED_BF16, max_shard_size="1GB", dtype=torch.float32))
+    tensors = load_file(directory / "model.safetensors")
+    matrix = tensors["model.embed_tokens.weight"]
+    if stored != "embedding alone":
+        tensors["lm_head.weight"] = matrix.flip(0).contiguous() if stored == "both, different" else matrix.clone()
+    if stored == "lm_head alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ours, _ = load(directory, role(0, 0, 7, num_slots=1))
+    assert ours.embedding is not None
+    assert ours.lm_head is not None
+    hidden = torch.randn((3, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(ours.embedding(torch.tensor([5, 9])), theirs.get_input_embeddings()(torch.tensor([5, 9])))
+        assert torch.allclose(ours.lm_head(hidden), theirs.get_output_embeddings()(hidden), atol=1e-5)
 
 
 def test_dense_layers_are_read_whole_and_others_only_their_gate(tmp_path: Path) -> None:

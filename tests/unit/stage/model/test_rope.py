@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "yarn, mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.2},
     "yarn, one mscale": YARN | {"mscale": 0.707},
     "yarn, large factor": YARN | {"factor": 40.0, "original_max_position_embeddings": 4096},
+    "yarn, factor by the lengths": YARN | {"factor": None},
     "yarn, factor 1": YARN | {"factor": 1.0},
 }
 
@@ -98,3 +99,23 @@ def test_rows_of_the_table_turn_heads_as_transformers_turns_them(kind: str, dtyp
     table = RotaryTable(read_rope_config({"rope_parameters": KINDS[kind]}, 1e6, 1024), 16, 1024, dtype)
     turned = apply_rotary(query[0].transpose(0, 1), *table.rows(positions), kernels=None).transpose(0, 1)
     assert torch.equal(turned, wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_positions", "context"),
+    [
+        (None, 1024, 1024),
+        ({"rope_type": "linear", "factor": 2.5}, 1024, 2560),
+        ({"rope_type": "linear", "factor": 0.5}, 1024, 1024),
+        (LLAMA3, 1024, 1024),
+        (YARN, 128, 1024),
+        (YARN, 1024, 1024),
+        (YARN, 40960, 40960),
+        ({"rope_type": "yarn", "factor": 4.0}, 128, 512),
+        (YARN | {"factor": None}, 2048, 2048),
+    ],
+)
+def test_the_context_is_what_the_scaling_is_made_for_and_never_below_the_stated_one(
+    rope: dict[str, Any] | None, max_positions: int, context: int
+) -> None:
+    assert read_rope_config({"rope_parameters": rope}, 1e6, max_positions).context_tokens(max_positions) == context
