@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from common.errors import CheckpointError, UnsupportedModelError
 
@@ -159,6 +159,6 @@ def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:
     return float(value)
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: Any) -> TypeGuard[float]:
     """A number that a float holds; JSON has whole numbers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -31,7 +31,7 @@ class CheckpointWeights:
         self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
         self._files: dict[Path, Any] = {}
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._index
 
     def tensor(

@@ -92,7 +92,8 @@ class ChatTemplate:
         environment.globals["namespace"] = _TemplateNamespace
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        # Constants are computed at once, so a template may raise anything here.
+        except Exception as error:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._takes_parts = self._probe_parts()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from services.router.front.checkpoint_file import CheckpointFile
+from services.router.front.openai_schema import GenerationFields
+
+_SAMPLING_DEFAULTS = {
+    "temperature": "a number from 0 to 2",
+    "top_p": "a number above 0 and at most 1",
+    "top_k": "a whole number from -1 on",
+    "min_p": "a number from 0 to 1",
+    "repetition_penalty": "a number above 0",
+}
+"""Keys of generation_config.json that stand for fields of a request, with the values that are right for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +27,7 @@ class CheckpointDefaults:
     """Used where a request leaves a field out."""
 
     eos_token_ids: frozenset[int]
-    """Of generation_config.json and config.json together."""
+    """Of generation_config.json, config.json and the tokenizer's `eos_token` together."""
     vocabulary_size: int | None
     """Rows of the embedding; None if config.json does not say."""
     temperature: float = 1.0
@@ -26,47 +37,31 @@ class CheckpointDefaults:
     repetition_penalty: float = 1.0
 
 
-def read_checkpoint_defaults(directory: Path) -> CheckpointDefaults:
-    """From `config.json` and `generation_config.json`; a missing file says nothing. Raises CheckpointError.
+def read_checkpoint_defaults(directory: Path, tokenizer_eos_ids: Iterable[int] = ()) -> CheckpointDefaults:
+    """From `config.json` and `generation_config.json`; a missing file says nothing.
 
     `do_sample` is not looked at (vLLM does not either): a client that wants greedy tokens says `temperature` 0.
+    Raises CheckpointError that names file, key and what would be right.
     """
-    config = read_json_object(directory / "config.json")
-    text_config = config.get("text_config", config)
-    generation = read_json_object(directory / "generation_config.json")
-    temperature = generation.get("temperature")
-    top_p = generation.get("top_p")
-    top_k = generation.get("top_k")
-    min_p = generation.get("min_p")
-    repetition_penalty = generation.get("repetition_penalty")
-    if repetition_penalty is not None and not repetition_penalty > 0:
-        raise CheckpointError(f"generation_config.json: repetition_penalty is {repetition_penalty}, not above 0")
+    config = CheckpointFile.read(directory, "config.json")
+    text_config = config.section("text_config") or config
+    generation = CheckpointFile.read(directory, "generation_config.json")
+    stated = {key: _sampling_default(generation, key) for key in _SAMPLING_DEFAULTS}
+    given = {key: value for key, value in stated.items() if value is not None}
+    if "top_k" in given:
+        given["top_k"] = max(0, given["top_k"])
+    ends = (part.token_ids("eos_token_id") for part in (generation, text_config, config))
     return CheckpointDefaults(
-        eos_token_ids=frozenset({*_token_ids(generation), *_token_ids(text_config), *_token_ids(config)}),
-        vocabulary_size=text_config.get("vocab_size"),
-        temperature=1.0 if temperature is None else float(temperature),
-        top_p=1.0 if top_p is None else float(top_p),
-        top_k=0 if top_k is None else max(0, int(top_k)),
-        min_p=0.0 if min_p is None else float(min_p),
-        repetition_penalty=1.0 if repetition_penalty is None else float(repetition_penalty),
+        eos_token_ids=frozenset(tokenizer_eos_ids).union(*ends), vocabulary_size=text_config.size("vocab_size"), **given
     )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """{} if there is no such file; raises CheckpointError if it is not a JSON object."""
-    if not path.is_file():
-        return {}
+def _sampling_default(generation: CheckpointFile, key: str) -> Any:
+    """Checked by the rule of the request's field."""
+    field = TypeAdapter(
+        GenerationFields.model_fields[key].rebuild_annotation(), config=ConfigDict(strict=True, allow_inf_nan=False)
+    )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object")
-    return content
-
-
-def _token_ids(config: Mapping[str, Any]) -> list[int]:
-    value = config.get("eos_token_id")
-    if value is None:
-        return []
-    return [int(token_id) for token_id in value] if isinstance(value, list) else [int(value)]
+        return field.validate_python(generation.values.get(key))
+    except ValidationError:
+        generation.refuse(key, _SAMPLING_DEFAULTS[key])

@@ -211,6 +211,9 @@ class RequestPlanner:
     ) -> SamplingParameters:
         defaults = self._tokenizer.defaults
         ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+        # Special tokens do not show in the text, so a stop string that names one stands for the token.
+        named_ids = map(self._tokenizer.vocabulary.special_id, request.stop_strings)
+        ending_ids = ending_ids.union(token_id for token_id in named_ids if token_id is not None)
         top_k = defaults.top_k if request.top_k is None else request.top_k
         return SamplingParameters(
             max_tokens=max_tokens,

@@ -12,12 +12,14 @@ from tokenizers.processors import TemplateProcessing
 
 from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.chat_template import ChatTemplate, Message
-from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults, read_json_object
+from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults
+from services.router.front.checkpoint_file import CheckpointFile
 from services.router.front.detokenizer import Detokenizer, create_detokenizer
 from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class TextTokenizer:
@@ -43,14 +45,19 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
             raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
-        config = read_json_object(directory / "tokenizer_config.json")
+        config = CheckpointFile.read(directory, "tokenizer_config.json")
         named = _named_special_tokens(directory, config)
-        _complete(tokenizer, config, named)
-        special_tokens = {name: token.content for name, token in named.items()}
+        _complete(tokenizer, config, [token for tokens in named.values() for token in tokens])
+        special_tokens = {name: tokens[0].content for name, tokens in named.items()}
         templates = {
             name: ChatTemplate(source, special_tokens) for name, source in _template_sources(directory, config).items()
         }
-        return cls(tokenizer, templates, read_checkpoint_defaults(directory))
+        ends = (tokenizer.token_to_id(token.content) for token in named.get("eos_token", []))
+        return cls(
+            tokenizer,
+            templates,
+            read_checkpoint_defaults(directory, [token_id for token_id in ends if token_id is not None]),
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -91,7 +98,7 @@ class TextTokenizer:
         return create_detokenizer(self.vocabulary)
 
 
-def _complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, AddedToken]) -> None:
+def _complete(tokenizer: Tokenizer, config: CheckpointFile, named: Sequence[AddedToken]) -> None:
     """Adds what transformers adds to the tokenizer of tokenizer.json.
 
     `add_bos_token` and `add_eos_token` of tokenizer_config.json are not looked at: transformers drops them where there
@@ -99,17 +106,12 @@ def _complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[st
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    tokenizer.encode_special_tokens = config.flag("split_special_tokens")
     if tokenizer.post_processor is None:
         tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    decoder = config.get("added_tokens_decoder", {})
-    missing = [_added_token(decoder[token_id]) for token_id in sorted(decoder, key=int)]
-    missing += named.values()
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    missing += [_added_token(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-    special_texts = {token.content for token in named.values()}
-    for token in missing:
+    special_texts = {token.content for token in named}
+    for token in [*_decoder_tokens(config), *named, *_extra_tokens(config)]:
         if token.content in known:
             continue
         known.add(token.content)
@@ -117,38 +119,87 @@ def _complete(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[st
         tokenizer.add_tokens([token])
 
 
-def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+def _decoder_tokens(config: CheckpointFile) -> list[AddedToken]:
+    """Of `added_tokens_decoder`, by id."""
+    decoder = config.section("added_tokens_decoder")
+    if decoder is None:
+        return []
+    for token_id in decoder.values:
+        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 11):
+            config.refuse("added_tokens_decoder", "a map of token ids, written as strings, to tokens")
+    return [_added_token(decoder, token_id) for token_id in sorted(decoder.values, key=int)]
+
+
+def _extra_tokens(config: CheckpointFile) -> list[AddedToken]:
+    """Under the newer of two names, if both are there; a list, or a map of names to tokens."""
+    keys = ("extra_special_tokens", "additional_special_tokens")
+    key = next((key for key in keys if config.values.get(key)), keys[0])
+    if isinstance(config.values.get(key), dict):
+        extra = config.section(key)
+        return [] if extra is None else [_added_token(extra, name) for name in extra.values]
+    return [_added_token(item, at) for item in config.items(key) for at in item.values]
+
+
+def _added_token(file: CheckpointFile, key: str) -> AddedToken:
     """A string stands for a special token, as in transformers."""
+    value = file.values[key]
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(value["content"], **{flag: bool(value[flag]) for flag in flags if flag in value})
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        file.refuse(key, "a string or an object with a string `content`")
+    token = CheckpointFile(file.name, value, f"{file.path}{key}.")
+    flags = [flag for flag in _TOKEN_FLAGS if value.get(flag) is not None]
+    return AddedToken(value["content"], **{flag: token.flag(flag) for flag in flags})
 
 
-def _named_special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """`bos_token` and so on; older checkpoints have them in a file of their own, which then counts."""
-    values = dict(config)
-    if "added_tokens_decoder" not in config:
-        values.update(read_json_object(directory / "special_tokens_map.json"))
-    return {name: _added_token(values[name]) for name in _SPECIAL_TOKEN_NAMES if values.get(name) is not None}
+def _named_special_tokens(directory: Path, config: CheckpointFile) -> dict[str, list[AddedToken]]:
+    """`bos_token` and so on; older checkpoints have them in a file of their own, which then counts.
+
+    There may be several of `eos_token`: each ends a turn, and the first one is the chat template's.
+    """
+    files = [config]
+    if "added_tokens_decoder" not in config.values:
+        files.insert(0, CheckpointFile.read(directory, "special_tokens_map.json"))
+    found: dict[str, list[AddedToken]] = {}
+    for name in _SPECIAL_TOKEN_NAMES:
+        # A null in the file that counts first says that there is none, as transformers reads it.
+        file = next((file for file in files if name in file.values), config)
+        if name == "eos_token" and isinstance(file.values.get(name), list):
+            tokens = [_added_token(item, at) for item in file.items(name) for at in item.values]
+        else:
+            tokens = [] if file.values.get(name) is None else [_added_token(file, name)]
+        if tokens:
+            found[name] = tokens
+    return found
 
 
-def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, str]:
     """Templates by name. Files count before entries of tokenizer_config.json."""
-    sources = {path.stem: path.read_text("utf-8") for path in directory.glob("additional_chat_templates/*.jinja")}
+    sources = {path.stem: _read_template(path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     single_file = directory / "chat_template.jinja"
     if single_file.is_file():
-        sources["default"] = single_file.read_text("utf-8")
+        sources["default"] = _read_template(single_file)
     if sources:
         return sources
-    entry = config.get("chat_template")
-    match entry:
+    match config.values.get("chat_template"):
         case None:
             return {}
-        case str():
-            return {"default": entry}
-        case list():
-            return {str(template["name"]): str(template["template"]) for template in entry}
-        case dict():
-            return {str(name): str(source) for name, source in entry.items()}
-    raise CheckpointError("tokenizer_config.json: chat_template must be a string or a list of named templates")
+        case str(source):
+            return {"default": source}
+        case list(entries):
+            named = [
+                CheckpointFile(config.name, entry, "chat_template.") for entry in entries if isinstance(entry, dict)
+            ]
+            if len(named) == len(entries):
+                return {template.text("name"): template.text("template") for template in named}
+        case dict(entries):
+            templates = CheckpointFile(config.name, entries, "chat_template.")
+            return {name: templates.text(name) for name in entries}
+    config.refuse("chat_template", 'a string, a list of {"name": ..., "template": ...} or a map of names to templates')
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as UTF-8: {error}") from None

@@ -45,6 +45,10 @@ class Vocabulary:
             skipped = self._skipped[token_id] = token is None or token in self._special_texts
         return skipped
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written so; None if there is none."""
+        return self._tokenizer.token_to_id(text) if text in self._special_texts else None
+
     def is_fallback_byte(self, token_id: int) -> bool:
         """True if the token is one byte of a character that the vocabulary lacks."""
         return token_id in self._fallback_bytes

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.checkpoint_defaults import read_checkpoint_defaults
+from services.router.front.openai_schema import CompletionRequest, parse_request
 
 
 def write(directory: Path, **files: Any) -> Path:
@@ -39,6 +42,61 @@ def test_a_penalty_that_divides_by_zero_is_refused(tmp_path: Path) -> None:
     write(tmp_path, config={}, generation_config={"repetition_penalty": 0})
     with pytest.raises(CheckpointError, match="repetition_penalty"):
         read_checkpoint_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("temperature", -1, "a number from 0 to 2"),
+        ("temperature", "0.6", "a number from 0 to 2"),
+        ("temperature", float("nan"), "a number from 0 to 2"),
+        ("temperature", [0.6], "a number from 0 to 2"),
+        ("top_p", 0, "a number above 0 and at most 1"),
+        ("top_p", {}, "a number above 0 and at most 1"),
+        ("top_k", 2.5, "a whole number from -1 on"),
+        ("top_k", -2, "a whole number from -1 on"),
+        ("min_p", True, "a number from 0 to 1"),
+        ("repetition_penalty", -0.5, "a number above 0"),
+        ("eos_token_id", [[2]], "a token id"),
+        ("eos_token_id", "2", "a token id"),
+        ("eos_token_id", {"id": 2}, "a token id"),
+    ],
+)
+def test_a_value_that_a_request_could_not_have_is_refused_by_file_and_key(
+    key: str, value: Any, right: str, tmp_path: Path
+) -> None:
+    write(tmp_path, config={}, generation_config={key: value})
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key} must be {right}.*, not "):
+        read_checkpoint_defaults(tmp_path)
+
+
+ODD_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=ODD_VALUES | st.floats(-3, 3) | st.integers(-3, 3))
+def test_the_files_values_are_right_exactly_where_a_requests_are(key: str, value: Any, tmp_path: Path) -> None:
+    # As JSON text has it: what is written is what both read.
+    body = json.dumps({"model": "m", "prompt": "p", key: value})
+    write(tmp_path, generation_config={key: value})
+    try:
+        parse_request(body.encode(), CompletionRequest)
+    except InvalidRequestError:
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key} must be"):
+            read_checkpoint_defaults(tmp_path)
+    else:
+        read_checkpoint_defaults(tmp_path)
+
+
+def test_null_says_nothing(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "eos_token_id"))
+    write(tmp_path, config={"eos_token_id": None, "vocab_size": None, "text_config": None}, generation_config=nothing)
+    assert read_checkpoint_defaults(tmp_path) == read_checkpoint_defaults(tmp_path / "nowhere")
 
 
 def test_without_files_sampling_is_plain(tmp_path: Path) -> None:

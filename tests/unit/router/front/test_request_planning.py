@@ -89,6 +89,15 @@ def test_clients_stop_tokens_join_the_checkpoints(tokenizer: TextTokenizer) -> N
     assert sampling(plan(tokenizer, ignore_eos=True)).stop_token_ids == frozenset()
 
 
+def test_a_stop_string_that_names_a_special_token_stands_for_the_token(tokenizer: TextTokenizer) -> None:
+    """Special tokens do not show in the text, where the string would never be found."""
+    planned = plan(tokenizer, stop=["</s>", "<|user|>", "x"], ignore_eos=True)
+    ids = {tokenizer._tokenizer.token_to_id(token) for token in ("</s>", "<|user|>")}
+    assert sampling(planned).stop_token_ids == ids
+    assert [stop.text for stop in planned.choices[0].stop_strings] == ["</s>", "<|user|>", "x"]
+    assert sampling(plan(tokenizer, stop=["<|user|>\n", "user", "<|nobody|>"], ignore_eos=True)).stop_token_ids == set()
+
+
 @pytest.mark.parametrize(("vocabulary_size", "kept"), [(400, {2, 9, 399}), (None, {2, 9, 399, 400, 2**31 - 1})])
 def test_stop_tokens_that_the_vocabulary_does_not_have_are_left_out(
     tokenizer: TextTokenizer, vocabulary_size: int | None, kept: set[int]

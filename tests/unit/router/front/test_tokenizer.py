@@ -178,3 +178,39 @@ def test_missing_or_damaged_tokenizer_is_named(tmp_path: Path, content: str | No
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         TextTokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer_config", "ends"),
+    [
+        ({"eos_token_id": None}, {}, {"eos_token": "<|user|>"}, ["<|user|>"]),
+        ({"eos_token_id": None}, {}, {"eos_token": {"content": "<|user|>", "special": True}}, ["<|user|>"]),
+        ({"eos_token_id": None}, {}, {"eos_token": ["<|user|>", "</s>"]}, ["<|user|>", "</s>"]),
+        ({"eos_token_id": None}, {}, {"eos_token": "<added>"}, ["<added>"]),
+        ({"eos_token_id": 1}, {"eos_token_id": [0]}, {"eos_token": "</s>"}, ["<s>", "<pad>", "</s>"]),
+        ({"eos_token_id": 2}, {}, {"eos_token": None}, ["</s>"]),
+        ({"eos_token_id": None}, {}, {"eos_token": None}, []),
+    ],
+)
+def test_a_turn_ends_with_what_any_of_the_three_files_names(
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer_config: dict[str, Any],
+    ends: list[str],
+    tmp_path: Path,
+) -> None:
+    write_tokenizer_directory(
+        tmp_path,
+        byte_level_tokenizer(),
+        config=config,
+        generation_config=generation,
+        tokenizer_config=tokenizer_config,
+    )
+    tokenizer = TextTokenizer.from_directory(tmp_path)
+    assert tokenizer.defaults.eos_token_ids == {tokenizer._tokenizer.token_to_id(end) for end in ends}
+
+
+def test_a_turns_end_that_only_the_older_token_map_names_counts(tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), config={"eos_token_id": None})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|user|>"}')
+    assert TextTokenizer.from_directory(tmp_path).defaults.eos_token_ids == {3}
