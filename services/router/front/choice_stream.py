@@ -16,6 +16,9 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
+    text: str
+    """What it added to this choice's text: "" for a part of a character but the last, which adds all of it. A token
+    that does not show in the text (a special one, or one that ends it) is here as it is written."""
     text_offset: int
     """Characters of this choice's text before the token."""
 
@@ -56,7 +59,8 @@ class ChoiceStream:
         self._index = planned.index
         self._ending_ids = planned.request.sampling.stop_token_ids
         self._min_tokens = planned.request.sampling.min_tokens
-        self._detokenizer = tokenizer.create_detokenizer()
+        self._vocabulary = tokenizer.vocabulary
+        self._detokenizer = tokenizer.create_detokenizer(planned.request.prompt_token_ids)
         self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
         self._is_event_each_token = is_event_each_token
         self._pending_text = planned.echoed_text
@@ -71,11 +75,13 @@ class ChoiceStream:
         assert self.finish_reason is None
         self.num_tokens += 1
         self._pending_token_ids.append(token.token_id)
+        offset = self._num_characters
+        text = self._text_of(token)
+        self._num_characters += len(text)
         if token.logprob is not None:
-            self._pending_logprobs.append(
-                TokenLogprob(token.token_id, token.logprob, token.top_logprobs, self._num_characters)
-            )
-        self._pending_text += self._text_of(token)
+            name = text if self._shows(token) else text + self._vocabulary.token_text(token.token_id)
+            self._pending_logprobs.append(TokenLogprob(token.token_id, token.logprob, token.top_logprobs, name, offset))
+        self._pending_text += self._shown(text, token.finish_reason)
         if self.finish_reason is None and not self._pending_text and not self._is_event_each_token:
             return None
         return self._take_event(self.num_tokens)
@@ -83,7 +89,7 @@ class ChoiceStream:
     def cut(self) -> ChoiceEvent:
         """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
         assert self.finish_reason is None
-        self._pending_text += self._shown("", FinishReason.LENGTH)
+        self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
         return self._take_event(self.num_tokens + 1)
 
     def _take_event(self, num_tokens: int) -> ChoiceEvent:
@@ -101,14 +107,16 @@ class ChoiceStream:
         return event
 
     def _text_of(self, token: GeneratedToken) -> str:
+        """What it adds to the text, with all that was held back if it is the last one."""
+        text = self._detokenizer.push(token.token_id) if self._shows(token) else ""
+        return text if token.finish_reason is None else text + self._detokenizer.flush()
+
+    def _shows(self, token: GeneratedToken) -> bool:
         is_ending = token.finish_reason is FinishReason.STOP and token.token_id in self._ending_ids
-        return self._shown("" if is_ending else self._detokenizer.push(token.token_id), token.finish_reason)
+        return not is_ending and not self._vocabulary.is_skipped(token.token_id)
 
     def _shown(self, text: str, finish_reason: FinishReason | None) -> str:
         """What may be shown now; sets the finish reason."""
-        if finish_reason is not None:
-            text += self._detokenizer.flush()
-        self._num_characters += len(text)
         matcher = self._stop_matcher
         if matcher is not None:
             text = matcher.push(text, may_stop=self.num_tokens > self._min_tokens)

@@ -107,20 +107,26 @@ class CompletionForm:
         return f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}'
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> JsonObject:
-        text = self._vocabulary.token_text
-        top: list[dict[str, float]] = []
-        for token in logprobs:
-            values: dict[str, float] = {}
-            for token_id, logprob in (*token.top_logprobs, (token.token_id, token.logprob)):
-                # Two ids may read alike (parts of characters do): the likelier one stays.
-                values.setdefault(text(token_id), _finite(logprob))
-            top.append(values)
+        """`tokens` are what each token added to the text, so together they are the text."""
         return {
-            "tokens": [text(token.token_id) for token in logprobs],
+            "tokens": [token.text for token in logprobs],
             "token_logprobs": [_finite(token.logprob) for token in logprobs],
-            "top_logprobs": top,
+            "top_logprobs": [self._top(token) for token in logprobs],
             "text_offset": [token.text_offset for token in logprobs],
         }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens by their text, and the drawn one by the text that it has in `tokens`."""
+        values: dict[str, float] = {}
+        for token_id, logprob in token.top_logprobs:
+            # Two ids may read alike: the likelier one stays.
+            name = token.text if token_id == token.token_id else self._name(token_id)
+            values.setdefault(name, _finite(logprob))
+        return values | {token.text: _finite(token.logprob)}
+
+    def _name(self, token_id: int) -> str:
+        text = self._vocabulary.token_text(token_id)
+        return text if self._vocabulary.is_text(token_id) else f"bytes:{text}"
 
 
 class ChatForm:
@@ -181,8 +187,11 @@ class ChatForm:
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> JsonObject:
-        value = self._vocabulary.token_bytes(token_id)
-        return {"token": value.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(value)}
+        return {
+            "token": self._vocabulary.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._vocabulary.token_bytes(token_id)),
+        }
 
 
 class ChunkEncoder:

@@ -174,7 +174,7 @@ class RequestPlanner:
             )
 
     def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, skip_special_tokens=False)
+        return prompt if isinstance(prompt, str) else self._tokenizer.echo(prompt)
 
     def _plan(
         self,

@@ -93,9 +93,14 @@ class TextTokenizer:
         """All ids at once."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def create_detokenizer(self) -> Detokenizer:
-        """For one choice."""
-        return create_detokenizer(self.vocabulary)
+    def create_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
+        """For one choice, whose text follows the prompt's."""
+        return create_detokenizer(self.vocabulary, prompt_token_ids)
+
+    def echo(self, prompt_token_ids: Sequence[int]) -> str:
+        """A prompt as text to which the text of a choice can be added: without a last character that has only begun."""
+        text = self.decode(prompt_token_ids, skip_special_tokens=False)
+        return text.removesuffix(self.create_detokenizer(prompt_token_ids).flush())
 
 
 def _complete(tokenizer: Tokenizer, config: CheckpointFile, named: Sequence[AddedToken]) -> None:

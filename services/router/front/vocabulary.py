@@ -30,7 +30,6 @@ class Vocabulary:
             decoder["type"] == "Replace" and decoder.get("pattern") == {"String": "\u2581"} for decoder in decoders
         )
         added = tokenizer.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
         self._special_texts = {token.content for token in added.values() if token.special}
         self._fallback_bytes = _fallback_bytes(tokenizer) if self.has_byte_fallback else {}
         self._skipped: dict[int, bool] = {}
@@ -61,8 +60,14 @@ class Vocabulary:
         return value
 
     def token_text(self, token_id: int) -> str:
-        """The token for people, as log-probabilities show it."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        """The token as log-probabilities show it. Bytes that make no character are written out, as OpenAI does it: two
+        parts of characters read alike only if they are alike."""
+        return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
+
+    def is_text(self, token_id: int) -> bool:
+        """True if it is made of whole characters."""
+        value = self.token_bytes(token_id)
+        return value.decode("utf-8", "ignore").encode() == value
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens are left out."""
@@ -78,8 +83,6 @@ class Vocabulary:
             return token.encode() if None in values else bytes(value for value in values if value is not None)
         if token_id in self._fallback_bytes:
             return bytes([self._fallback_bytes[token_id]])
-        if token_id in self._added_ids:
-            return token.encode()
         return (token.replace("\u2581", " ") if self._is_metaspace else token).encode()
 
 
