@@ -1,7 +1,8 @@
 """Renders a checkpoint's chat template as transformers does: same Jinja settings, same helpers, same sandbox.
 
 Templates come with the checkpoint and are not trusted: they run in Jinja's immutable sandbox, and see plain JSON values
-only. What follows `apply_chat_template` of transformers (utils/chat_template_utils.py).
+only. Where a template does not take what a client sent (a list of parts, the role `developer`), it gets the same in a
+form that it takes. What follows `apply_chat_template` of transformers (utils/chat_template_utils.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from common.errors import CheckpointError, InvalidRequestError
+from services.router.front.message_content import Message, PreparedMessages, note_written_out
 
-Message = Mapping[str, Any]
 _PROBE = "moemesh-content-probe"
+_PROBED: dict[str, tuple[Message, ...]] = {
+    "system": ({"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}),
+    "developer": ({"role": "developer", "content": _PROBE}, {"role": "user", "content": "a"}),
+    "user": ({"role": "user", "content": _PROBE},),
+    "assistant": (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": _PROBE},
+        {"role": "user", "content": "b"},
+    ),
+    "tool": (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "tool", "content": _PROBE, "tool_call_id": "call00001", "name": "f"},
+    ),
+}
+"""A conversation for each role, in which the probe is what that role says."""
 
 
 class _GenerationTag(Extension):
@@ -71,6 +88,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    note_written_out(value)
     # Jinja's own filter escapes HTML characters, which models were not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -96,20 +114,36 @@ class ChatTemplate:
         except Exception as error:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
-        self._takes_parts = self._probe_parts()
+        # A template that names the role knows it; one that writes any role out would teach its model a new word.
+        self._knows_developer = "developer" in source
+        self._part_roles = frozenset(role for role in _PROBED if self._takes_parts_alone(role))
+        self._list_roles = frozenset(role for role in _PROBED if self._takes_lists(role))
 
     def render(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
         """The prompt's text, up to where the assistant's turn begins. Raises InvalidRequestError with what the template
         says against the messages. With `now`, a request that is rendered again later has the same text."""
-        flattened = [self._flatten(message) for message in messages]
-        clock = {} if now is None else {"strftime_now": now.strftime}
-        try:
-            return self._render(flattened, {**clock, **template_arguments})
-        # A template is a program: what it raises on odd messages may be any error, and is the request's fault.
-        except Exception as error:
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from error
+        known = [self._known(message) for message in messages]
+        arguments = {**({} if now is None else {"strftime_now": now.strftime}), **template_arguments}
+        text_roles: frozenset[str] = frozenset()
+        while True:
+            prepared = PreparedMessages(known, text_roles, self._part_roles)
+            try:
+                text = self._render(prepared.messages, arguments)
+                refusing = prepared.refusing_roles()
+            # A template is a program: what it raises on odd messages may be any error, and is the request's fault.
+            except Exception as error:
+                # Perhaps at a list: of a role that takes none by itself, or else of any.
+                lists = prepared.watched_roles()
+                refusing = [role for role in lists if role not in self._list_roles] or lists[:1]
+                if not refusing:
+                    raise InvalidRequestError(
+                        f"the chat template refuses these messages: {error}", "messages"
+                    ) from error
+            if not refusing:
+                return text
+            text_roles = text_roles.union(refusing)
 
     def _render(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> str:
         values: dict[str, Any] = {
@@ -122,22 +156,31 @@ class ChatTemplate:
         }
         return self._template.render(values)
 
-    def _flatten(self, message: Message) -> Message:
-        """Text parts become one string, a line each, where the template knows strings only; null fields go."""
-        flattened = {name: value for name, value in message.items() if value is not None}
-        reasoning = flattened.get("reasoning_content")
+    def _known(self, message: Message) -> Message:
+        """Without null fields, and in names that the template knows."""
+        known = {name: value for name, value in message.items() if value is not None}
+        reasoning = known.get("reasoning_content")
         if reasoning is not None:
-            flattened.setdefault("thinking", reasoning)  # gpt-oss templates read it under this name
-        content = flattened.get("content")
-        if isinstance(content, list) and not self._takes_parts:
-            flattened["content"] = "\n".join(part["text"] for part in content)
-        return flattened
+            known.setdefault("thinking", reasoning)  # gpt-oss templates read it under this name
+        if known.get("role") == "developer" and not self._knows_developer:
+            known["role"] = "system"  # what OpenAI called it before
+        return known
 
-    def _probe_parts(self) -> bool:
-        """True if the template itself takes a list of parts: then the text comes out, and not the list's own form."""
-        parts = [{"type": "text", "text": _PROBE}]
+    def _takes_parts_alone(self, role: str) -> bool:
+        """True if what the role says is lost as a string and comes out as a list of parts."""
+        as_text = PreparedMessages(_PROBED[role], frozenset(), frozenset())
+        as_parts = PreparedMessages(_PROBED[role], frozenset(), frozenset({role}))
+        return not self._shows_probe(as_text) and self._shows_probe(as_parts)
+
+    def _takes_lists(self, role: str) -> bool:
+        """True if a list of parts comes out as the text of them all, wherever else a list may not be taken."""
+        parts = [{"type": "text", "text": _PROBE}, {"type": "text", "text": "c"}]
+        messages = [{**message, "content": parts} if message["role"] == role else message for message in _PROBED[role]]
+        prepared = PreparedMessages(messages, frozenset(), self._part_roles)
+        return self._shows_probe(prepared) and not prepared.refusing_roles()
+
+    def _shows_probe(self, prepared: PreparedMessages) -> bool:
         try:
-            rendered = self._render([{"role": "user", "content": parts}], {})
-        except Exception:  # any error says the same: no list
+            return _PROBE in self._render(prepared.messages, {})
+        except Exception:  # any error says the same: not in this form
             return False
-        return _PROBE in rendered and f"'{_PROBE}'" not in rendered and f'"{_PROBE}"' not in rendered

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -208,11 +207,8 @@ Content = Annotated[
 class ChatMessage(_Strict):
     """One turn. Fields that replies carry and that say nothing (null, empty) may be sent back as they came."""
 
-    role: Annotated[
-        Literal["system", "user", "assistant", "tool"],
-        # What OpenAI calls it since; chat templates do not know it.
-        BeforeValidator(lambda role: "system" if role == "developer" else role),
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is what OpenAI calls `system` since; most chat templates do not know it."""
     content: Content
     name: Name | None = None
     tool_call_id: Name | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,157 @@ def test_text_parts_become_lines_where_the_template_knows_strings_only() -> None
 def test_text_parts_go_to_a_template_that_takes_them() -> None:
     source = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
     assert ChatTemplate(source, {}).render(PARTS, {}) == "[one][two]"
+
+
+# What published templates do with content, each in a few lines of its own making. After a role: what it takes.
+STYLES = {
+    # strings alone: a list would be added to a string, or written out
+    "chatml": "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\\n' }}{% endfor %}",
+    "chatml, printed": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}",
+    "chatml, trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}",
+    "chatml, joined": "{% for m in messages %}{{ '<' ~ m.role ~ '>' ~ m.content ~ '\\n' }}{% endfor %}",
+    "json": "{% for m in messages %}{{ m.role }}: {{ m.content | tojson }}\n{% endfor %}",
+    "json of messages": "{{ messages | tojson }}",
+    "printed messages": "{% for m in messages %}{{ m }}{% endfor %}",
+    # parts from users only; others are printed
+    "vision": (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' and m.content is not string %}"
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    ),
+    # parts from all but the first system message, which is added to a string
+    "first system": (
+        "{% if messages[0].role == 'system' %}{{ '<sys>' + messages[0].content + '\\n' }}{% endif %}"
+        "{% for m in messages %}{% if not (loop.first and m.role == 'system') %}<{{ m.role }}>"
+        "{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}\n{% endif %}{% endfor %}"
+    ),
+    # the first part of the system message only
+    "first part": (
+        "{% set system = messages[0].content if messages[0].content is string else messages[0].content[0].text %}"
+        "<sys>{{ system }}\n{% for m in messages[1:] %}<{{ m.role }}>"
+        "{% if m.content is string %}{{ m.content }}{% elif m.content is iterable %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}\n{% endfor %}"
+    ),
+    # lists become nothing
+    "strings or nothing": (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% set c = m.content if m.content is string else '' %}{{ c }}\n{% endfor %}"
+    ),
+    "strings or an error": (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.content is not string %}{{ raise_exception('no lists') }}{% endif %}"
+        "{{ m.content }}\n{% endfor %}"
+    ),
+    # strings become nothing
+    "parts alone": (
+        "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    ),
+    "parts alone, by filters": (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') }}\n{% endfor %}"
+    ),
+}
+ROLES = ["system", "user", "assistant", "tool"]
+WORDS = {"system": "Be brief.", "user": "How warm?", "assistant": "Let me see.", "tool": "21 degrees"}
+
+
+def chat_of(form: Callable[[str], Any], roles: Collection[str]) -> list[dict[str, Any]]:
+    """All roles speak, those of `roles` with content in this form."""
+    return [{"role": role, "content": form(WORDS[role]) if role in roles else WORDS[role]} for role in ROLES]
+
+
+@pytest.mark.parametrize(
+    "roles", [ROLES, *([role] for role in ROLES), ["system", "tool"], ["user", "assistant"]], ids=str
+)
+@pytest.mark.parametrize("style", STYLES)
+def test_one_text_part_says_what_the_string_says_in_every_role(style: str, roles: list[str]) -> None:
+    template = ChatTemplate(STYLES[style], {})
+    rendered = template.render(chat_of(lambda text: [{"type": "text", "text": text}], roles), {})
+    assert rendered == template.render(chat_of(str, ROLES), {})
+    for text in WORDS.values():
+        assert text in rendered
+    assert ("'type'" in rendered, '"type"' in rendered) == (False, False)
+
+
+@pytest.mark.parametrize("roles", [ROLES, *([role] for role in ROLES)], ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_no_part_of_several_is_lost_or_written_out_as_a_list(style: str, roles: list[str]) -> None:
+    def in_parts(text: str) -> list[Any]:
+        return [{"type": "text", "text": text}, "between", {"type": "text", "text": "last"}]
+
+    rendered = ChatTemplate(STYLES[style], {}).render(chat_of(in_parts, roles), {})
+    assert rendered.count("between") == rendered.count("last") == len(roles)
+    for text in WORDS.values():
+        assert text in rendered
+    assert ("'type'" in rendered, '"type"' in rendered) == (False, False)
+
+
+@pytest.mark.parametrize("roles", [ROLES, *([role] for role in ROLES)], ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_an_empty_list_says_nothing_as_an_empty_string_does(style: str, roles: list[str]) -> None:
+    template = ChatTemplate(STYLES[style], {})
+    assert template.render(chat_of(lambda text: [], roles), {}) == template.render(chat_of(lambda text: "", roles), {})
+
+
+@pytest.mark.parametrize(
+    ("style", "taking"),
+    [("vision", ["user"]), ("first system", ["user", "assistant", "tool"]), ("parts alone", ROLES)],
+)
+def test_parts_that_a_role_takes_are_rendered_as_transformers_renders_them(
+    style: str, taking: list[str], tmp_path: Path
+) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), chat_template=STYLES[style])
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    parts = chat_of(lambda text: [{"type": "text", "text": text}, {"type": "text", "text": " and more"}], taking)
+    expected = theirs.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
+    assert ChatTemplate(STYLES[style], SPECIAL_TOKENS).render(parts, {}) == expected
+    assert "How warm? and more" in expected
+
+
+def test_a_role_that_refuses_lists_leaves_the_others_theirs() -> None:
+    parts = chat_of(lambda text: [{"type": "text", "text": text}, {"type": "text", "text": "!"}], ROLES)
+    template = ChatTemplate(STYLES["first system"], {})
+    others = "<user>How warm?!<assistant>Let me see.!<tool>21 degrees!"
+    assert template.render(parts, {}) == f"<sys>Be brief.\n!\n{others}"
+    assert template.render(parts[1:] + parts[:1], {}) == f"{others}<system>Be brief.!"
+
+
+def test_an_error_that_is_no_lists_fault_stays_the_templates_own() -> None:
+    source = "{% if messages[0].role != 'user' %}{{ raise_exception('must begin with a user') }}{% endif %}"
+    with pytest.raises(InvalidRequestError, match="must begin with a user"):
+        ChatTemplate(source, {}).render(chat_of(lambda text: [{"type": "text", "text": text}], ROLES), {})
+
+
+@pytest.mark.parametrize(
+    ("source", "role"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "system"),
+        (
+            "{% for m in messages %}{% if m.role == 'developer' %}<dev>{% endif %}"
+            "<{{ m.role }}>{{ m.content }}{% endfor %}",
+            "developer",
+        ),
+    ],
+)
+@pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be brief."}]], ids=["string", "parts"])
+def test_a_developer_is_the_system_where_a_template_does_not_know_the_role(
+    source: str, role: str, content: Any
+) -> None:
+    rendered = ChatTemplate(source, {}).render([{"role": "developer", "content": content}], {})
+    assert rendered.endswith(f"<{role}>Be brief.")
+
+
+def test_a_template_cannot_reach_what_is_noted_of_its_parts() -> None:
+    for name in ("_watch", "_number", "_note"):
+        source = "{% set parts = messages[0].content %}{{ parts[0].NAME }}{{ parts[0].text }}{{ parts[1].text }}"
+        source = source.replace("NAME", name)
+        try:
+            rendered = ChatTemplate(source, {}).render(PARTS, {})
+        except InvalidRequestError:
+            continue
+        assert rendered == "onetwo"
 
 
 def test_null_fields_of_a_message_do_not_reach_the_template() -> None:

@@ -242,9 +242,9 @@ def test_message_of_a_reply_may_be_sent_back_as_it_came() -> None:
     assert chat(messages=[*MESSAGES, message, *MESSAGES]).messages[1].content == "a"
 
 
-def test_a_developer_is_a_system_message_to_chat_templates() -> None:
+def test_a_developer_is_a_role_of_its_own_and_the_chat_template_decides_what_it_is_called() -> None:
     roles = [message.role for message in chat(messages=[{"role": "developer", "content": "a"}, *MESSAGES]).messages]
-    assert roles == ["system", *(message["role"] for message in MESSAGES)]
+    assert roles == ["developer", *(message["role"] for message in MESSAGES)]
 
 
 def test_text_parts_are_taken() -> None:
