@@ -11,10 +11,11 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from common.errors import CheckpointError, InvalidRequestError
-from services.router.front.chat_template import ChatTemplate, Message
+from services.router.front.chat_template import ChatTemplate
 from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults
 from services.router.front.checkpoint_file import CheckpointFile
 from services.router.front.detokenizer import Detokenizer, create_detokenizer
+from services.router.front.message_content import Message
 from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
 

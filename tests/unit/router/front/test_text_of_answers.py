@@ -116,7 +116,7 @@ def test_a_stop_string_of_byte_tokens_ends_the_choice_at_once(pieces: TextTokeni
 
 def test_a_character_of_byte_tokens_is_streamed_with_its_last_byte(pieces: TextTokenizer) -> None:
     async def main() -> None:
-        server = Server(pieces, script=byte_ids(pieces, "👩é!"))
+        server = Server(pieces, script=[*byte_ids(pieces, "👩é!")])
         answer = await server.post(COMPLETIONS, prompt="there", stream=True, return_token_ids=True, max_tokens=7)
         assert [chunk["choices"][0]["text"] for chunk in answer.data[:-1]] == ["", "", "", "👩", "", "é", "!"]
 
