@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config_values import flag, whole_number
 from common.errors import CheckpointError, UnsupportedModelError
 from common.model_refusals import refuse_attention_bias, refuse_dense_layers, refuse_unsupported_features
 from common.rope_config import RopeConfig, read_rope_config
@@ -165,11 +166,6 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
-_MAX_LAYERS = 1 << 16
-_MAX_SIZE = (1 << 31) - 1
-"""No model comes near; a damaged number must not fill the memory."""
-
-
 def read_model_config(directory: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint directory.
 
@@ -204,26 +200,26 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not family.has_dense_layers:
         refuse_dense_layers(raw, model_type)
 
-    num_layers = _size(raw, "num_hidden_layers")
-    hidden_size = _size(raw, "hidden_size")
-    num_heads = _size(raw, "num_attention_heads")
+    num_layers = whole_number(raw, "num_hidden_layers")
+    hidden_size = whole_number(raw, "hidden_size")
+    num_heads = whole_number(raw, "num_attention_heads")
     unsaid_kv_heads = num_heads if "num_key_value_heads" in raw else family.default_num_kv_heads
-    num_kv_heads = _size(raw, "num_key_value_heads", default=unsaid_kv_heads)
+    num_kv_heads = whole_number(raw, "num_key_value_heads", default=unsaid_kv_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    head_dim = _size(raw, "head_dim", default=hidden_size // num_heads)
+    head_dim = whole_number(raw, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise UnsupportedModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs an even one")
     num_experts = _num_experts(raw)
-    num_experts_per_token = _size(raw, "num_experts_per_tok")
+    num_experts_per_token = whole_number(raw, "num_experts_per_tok")
     if num_experts_per_token > num_experts:
         raise CheckpointError(
             f"config.json: num_experts_per_tok {num_experts_per_token} is more than the {num_experts} experts"
         )
-    max_position_embeddings = _size(raw, "max_position_embeddings")
-    expert_intermediate_size = _size(raw, family.expert_intermediate_key)
+    max_position_embeddings = whole_number(raw, "max_position_embeddings")
+    expert_intermediate_size = whole_number(raw, family.expert_intermediate_key)
     return ModelConfig(
         model_type=model_type,
         num_layers=num_layers,
@@ -231,43 +227,24 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=_size(raw, "vocab_size"),
+        vocab_size=whole_number(raw, "vocab_size"),
         num_experts=num_experts,
         num_experts_per_token=num_experts_per_token,
         expert_intermediate_size=expert_intermediate_size,
-        dense_intermediate_size=_size(raw, "intermediate_size", default=expert_intermediate_size),
+        dense_intermediate_size=whole_number(raw, "intermediate_size", default=expert_intermediate_size),
         moe_layers=_moe_layers(raw, num_layers),
-        normalize_expert_weights=family.always_normalizes or _flag(raw, "norm_topk_prob"),
+        normalize_expert_weights=family.always_normalizes or flag(raw, "norm_topk_prob"),
         gate_weights_in_float32=family.gate_weights_in_float32,
         rms_norm_eps=_epsilon(raw, family),
-        attention_bias=_flag(raw, "attention_bias"),
+        attention_bias=flag(raw, "attention_bias"),
         query_key_norm=family.query_key_norm,
         sliding_window=sliding_window,
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
         max_position_embeddings=max_position_embeddings,
         rope=read_rope_config(raw, family.default_rope_theta, max_position_embeddings),
         dtype=_dtype(raw),
         expert_names=family.names,
     )
-
-
-def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
-    most = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
-    if value > most:
-        raise CheckpointError(f"config.json: {key} must be at most {most}, not {value}")
-    return value
-
-
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
-    return bool(value)
 
 
 def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
@@ -279,14 +256,14 @@ def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
 
 def _num_experts(raw: Mapping[str, Any]) -> int:
     """By either of its names: transformers knows both in both families."""
-    named = {key: _size(raw, key) for key in ("num_local_experts", "num_experts") if key in raw}
+    named = {key: whole_number(raw, key) for key in ("num_local_experts", "num_experts") if key in raw}
     if len(set(named.values())) > 1:
         raise CheckpointError(f"config.json: num_local_experts and num_experts differ: {named}")
-    return next(iter(named.values())) if named else _size(raw, "num_experts")
+    return next(iter(named.values())) if named else whole_number(raw, "num_experts")
 
 
 def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    step = _size(raw, "decoder_sparse_step", default=1)
+    step = whole_number(raw, "decoder_sparse_step", default=1)
     dense_layers = raw.get("mlp_only_layers")
     dense_layers = [] if dense_layers is None else dense_layers
     if not isinstance(dense_layers, list) or not all(type(layer) is int for layer in dense_layers):
@@ -295,11 +272,11 @@ def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
 
 
 def _sliding_window(raw: Mapping[str, Any], family: _Family) -> int | None:
-    if family.sliding_window_needs_flag and not _flag(raw, "use_sliding_window"):
+    if family.sliding_window_needs_flag and not flag(raw, "use_sliding_window"):
         return None
     if raw.get("sliding_window", family.default_sliding_window) is None:
         return None
-    return _size(raw, "sliding_window", default=family.default_sliding_window)
+    return whole_number(raw, "sliding_window", default=family.default_sliding_window)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:

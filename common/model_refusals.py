@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from common.errors import CheckpointError, UnsupportedModelError
+from common.config_values import items
+from common.errors import UnsupportedModelError
 
 _FEATURES: Final = {
     "quantization_config": "quantized weights",
@@ -46,7 +47,7 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json: hidden_act {activation!r} is not supported; supported is 'silu'")
-    architectures = _list(raw, "architectures")
+    architectures = items(raw, "architectures")
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise UnsupportedModelError(
             f"config.json: architectures {architectures!r} is not supported; supported is a ...ForCausalLM"
@@ -55,18 +56,11 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
         # transformers windows all layers, other engines those from this one on.
         raise UnsupportedModelError("config.json: max_window_layers beside a sliding window is not supported")
     attention = "full_attention" if sliding_window is None else "sliding_attention"
-    for kind in _list(raw, "layer_types"):
+    for kind in items(raw, "layer_types"):
         if kind != attention:
             raise UnsupportedModelError(
                 f"config.json: layer_types names {kind!r}; supported is one kind for all layers, here {attention!r}"
             )
-
-
-def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, list):
-        raise CheckpointError(f"config.json: {key} must be a list, not {value!r}")
-    return value or []
 
 
 def refuse_attention_bias(raw: Mapping[str, Any], model_type: str) -> None:

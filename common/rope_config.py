@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from common.config_values import flag
 from common.errors import CheckpointError, UnsupportedModelError
 
 _SUPPORTED = ("default", "linear", "llama3", "yarn")
@@ -90,15 +91,8 @@ def read_rope_config(raw: Mapping[str, Any], default_theta: float, max_position_
         attention_factor=_yarn_attention_factor(parameters, factor),
         beta_fast=_positive(parameters, "beta_fast", 32.0),
         beta_slow=_positive(parameters, "beta_slow", 1.0),
-        truncate=_truncate(parameters),
+        truncate=flag(parameters, "truncate", default=True),
     )
-
-
-def _truncate(parameters: Mapping[str, Any]) -> bool:
-    value = parameters.get("truncate", True)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: truncate must be true or false, not {value!r}")
-    return value
 
 
 def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:

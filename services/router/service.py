@@ -7,26 +7,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import structlog
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from common.checkpoint import find_weight_files, read_tensor_index, resolve_model, served_name
-from common.checkpoint_part import refuse_useless_part, see_checkpoint
 from common.codec import ITEM_BYTES
 from common.config import Settings
 from common.errors import ConfigurationError, FencedError
 from common.ids import NodeId
 from common.membership import Membership, MembershipSettings
 from common.messages import Welcome
-from common.model_config import ModelConfig, read_model_config
 from common.node import NodeAddresses, find_addresses
 from common.node_process import StopFlag, open_transport
-from common.tensor_names import EMBEDDING, LM_HEAD, check_tensors, unused_tensors
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
@@ -45,6 +39,7 @@ from services.router.mesh_loop import LoopSettings, MeshLoop
 from services.router.mesh_metrics import MeshCollector
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
+from services.router.served_model import Model, read_model
 from services.router.state_folder import StateFolder, open_state_folder
 from services.router.step_flow import Sink, StepFlow
 
@@ -52,62 +47,8 @@ BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 TERM_SHIFT = 32
 """Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
-_SHOWN_NAMES = 5
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is served."""
-
-    directory: Path
-    config: ModelConfig
-    fingerprint: str
-    dtype: str
-    context_tokens: int
-    served_name: str
-    remarks: tuple[str, ...] = ()
-    """What an operator would want to know of the checkpoint: what lies there and is not read, what contradicts."""
-
-
-def read_model(settings: Settings) -> Model:
-    """Raises ConfigurationError or CheckpointError with a sentence."""
-    directory = resolve_model(settings.model)
-    config = read_model_config(directory)
-    seen = see_checkpoint(directory, config)
-    refuse_useless_part(seen.part, None, settings.model)
-    remarks = _check_weights(directory, config) if seen.part is None else ()
-    stored = "bfloat16" if config.dtype == "float16" else config.dtype
-    return Model(
-        directory=directory,
-        config=config,
-        fingerprint=seen.fingerprint,
-        dtype=stored if settings.dtype == "auto" else settings.dtype,
-        context_tokens=min(settings.max_context_tokens or config.context_tokens, config.context_tokens),
-        served_name=settings.served_name or seen.model or served_name(settings.model, directory),
-        remarks=remarks,
-    )
-
-
-def _check_weights(directory: Path, config: ModelConfig) -> tuple[str, ...]:
-    """Raises CheckpointError for weights that cannot be what config.json says; what they hold besides is remarked."""
-    index = read_tensor_index(directory)
-    check_tensors(config, index)
-    remarks: list[str] = []
-    if passed_over := find_weight_files(directory).passed_over:
-        remarks.append(f"beside the weights lie files that are not read: {_some_of(passed_over)}")
-    if unused := unused_tensors(config, index):
-        remarks.append(f"tensors that the model does not have are not read: {_some_of(unused)}")
-    if config.tie_word_embeddings and EMBEDDING in index and LM_HEAD in index:
-        remarks.append(f"config.json: tie_word_embeddings is true, and {LM_HEAD} is stored: that tensor is used")
-    return tuple(remarks)
-
-
-def _some_of(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (
-        f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    )
 
 
 def http_url(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
@@ -36,6 +37,18 @@ class ChoiceEvent:
     num_tokens: int
     """Tokens of the choice so far, these included: where a client is that has got this event. An end that came without
     a token counts as one."""
+
+
+def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
+    """All events of one choice as one."""
+    return ChoiceEvent(
+        events[0].index,
+        "".join(event.text for event in events),
+        tuple(token_id for event in events for token_id in event.token_ids),
+        tuple(token for event in events for token in event.logprobs),
+        events[-1].finish_reason,
+        events[-1].num_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)

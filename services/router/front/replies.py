@@ -293,17 +293,5 @@ def whole_reply(
     }
 
 
-def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
-    """All events of one choice as one."""
-    return ChoiceEvent(
-        events[0].index,
-        "".join(event.text for event in events),
-        tuple(token_id for event in events for token_id in event.token_ids),
-        tuple(token for event in events for token in event.logprobs),
-        events[-1].finish_reason,
-        events[-1].num_tokens,
-    )
-
-
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST_LOGPROB)

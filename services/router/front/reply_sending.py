@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from starlette.responses import Response
 
-from services.router.front.choice_stream import ChoiceEvent
+from services.router.front.choice_stream import ChoiceEvent, merge_events
 from services.router.front.http_answers import json_answer, log_error
 from services.router.front.http_exchange import EventStreamResponse
 from services.router.front.live_request import LiveRequest
@@ -18,7 +18,6 @@ from services.router.front.replies import (
     JsonObject,
     error_body,
     error_event,
-    merge_events,
     whole_reply,
 )
 from services.router.front.reply_reader import ReplyReader, RouterStoppingError

@@ -23,7 +23,8 @@ from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
-from services.router.service import Model, _context_tokens, _log_context, _mesh_loop, http_url, read_model
+from services.router.served_model import Model, read_model
+from services.router.service import _context_tokens, _log_context, _mesh_loop, http_url
 from tests.support.mesh_shapes import node, small_model
 
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from common.ids import RequestId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
-from services.router.front.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
-from services.router.front.replies import merge_events
+from services.router.front.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice, merge_events
 from services.router.front.stop_strings import StopString
 from services.router.front.tokenizer import TextTokenizer
 from services.router.scheduling.sampling_parameters import SamplingParameters
