@@ -164,8 +164,11 @@ class PublishPlacement:
     """Each node's endpoints, as `join_endpoints` joins them."""
     ipc_tokens: tuple[str, ...]
     numeric_classes: tuple[str, ...]
-    copies: TensorFrame
-    """uint8 [nodes, L, E, S]: 0 not there, else 1 + place in the shard's ordered list of copies."""
+    copies: TensorFrame = NO_ARRAY
+    """Of a router of version 3, instead of `owners`: uint8 [nodes, L, E, S]: 0 not there, else 1 + place in the shard's
+    ordered list of copies."""
+    owners: TensorFrame = NO_ARRAY
+    """int32 [C, L, E, S]: by place in a shard's ordered list of copies, 1 + the node's place in `node_ids`; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import structlog
 
-from common.array import frame_to_array
 from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import Generation, NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
@@ -30,11 +28,10 @@ from common.messages import (
     MirrorReady,
     ShardsReady,
     StageReady,
-    TensorFrame,
     Welcome,
 )
 from common.model_config import ModelConfig
-from common.topology import NodeDescription, NodeKind, ShardId
+from common.topology import NodeDescription, NodeKind
 from common.transport import LinkEvent
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import read_held_slot
@@ -45,11 +42,14 @@ from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence
 from services.router.mesh_status import MeshStatus, NodeStatus
+from services.router.placer import InlinePlacer, Placer
 from services.router.registration import DeclaredDead, check_hello, differing_classes, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 
 WAIT_MS = 50
+CONTROL_BUDGET_S = 0.0015
+"""Of one turn: where all nodes speak at once, tokens go out between their messages."""
 RETRY_S = 5.0
 """After a node could not take its role."""
 STATUS_INTERVAL_S = 0.1
@@ -80,9 +80,11 @@ class MeshLoop:
         clock: Callable[[], float] = time.monotonic,
         housekeeping: Callable[[], None] = lambda: None,
         outgrow: Callable[[int], None] = lambda term: None,
+        placer: Placer | None = None,
     ) -> None:
         """`housekeeping` is called every turn, cheap; what it raises ends the loop. `outgrow` is told which router's
-        term a node has obeyed, and raises FencedError where it is above this router's."""
+        term a node has obeyed, and raises FencedError where it is above this router's. `placer`: who computes
+        placements; None: this thread."""
         self._config = config
         self._settings = settings
         self._client = client
@@ -95,6 +97,7 @@ class MeshLoop:
         self._clock = clock
         self._housekeeping = housekeeping
         self._outgrow = outgrow
+        self._placer = placer or InlinePlacer()
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._heartbeats: dict[NodeId, Heartbeat] = {}
@@ -136,7 +139,7 @@ class MeshLoop:
             self._take_control(now_s)
             self._take_lifelines(now_s)
             self._apply_changes(self._membership.tick(now_s), now_s)
-            self._act(self._experts.tick(now_s), now_s)
+            self._place_shards(now_s)
             if self._stages.waits:
                 self._act(self._stages.tick(now_s), now_s)
             self._renew(self._flow.take_results(now_s), now_s)
@@ -165,7 +168,8 @@ class MeshLoop:
     # ---- control
 
     def _take_control(self, now_s: float) -> None:
-        while (received := self._client.receive_control()) is not None:
+        until_s = now_s + CONTROL_BUDGET_S
+        while self._clock() <= until_s and (received := self._client.receive_control()) is not None:
             node_id, message, header = received
             try:
                 self._control_message(node_id, message, header, now_s)
@@ -197,7 +201,7 @@ class MeshLoop:
             self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
             self._act(self._stages.take_mirror(node_id, message), now_s)
         elif isinstance(message, ShardsReady):
-            self._act(self._experts.take_report(node_id, self._shards(message.shards, "ShardsReady.shards")), now_s)
+            self._experts.take_report(node_id, self._experts.read_shards(message.shards, "ShardsReady.shards"))
         elif isinstance(message, Leave):
             self._drain(node_id, message.reason, now_s)
         elif isinstance(message, Failed):
@@ -235,7 +239,7 @@ class MeshLoop:
             self._act(self._experts.publish_to([node_id]), now_s)
             self._act(self._stages.join(description, now_s, read_held_slot(hello)), now_s)
         else:
-            self._act(self._experts.join(description, now_s, self._held_shards(hello)), now_s)
+            self._experts.join(description, now_s, self._experts.read_held(hello.held_shards))
 
     def _node_failed(self, node_id: NodeId, message: Failed, header: Header, now_s: float) -> None:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")
@@ -255,7 +259,7 @@ class MeshLoop:
         if self._nodes[node_id].kind is NodeKind.STAGE:
             self._act(self._stages.drain(node_id), now_s)
         else:
-            self._act(self._experts.drain(node_id, now_s), now_s)
+            self._experts.drain(node_id, now_s)
 
     def _let_leavers_go(self, now_s: float) -> None:
         for node_id in (*self._stages.leaving, *self._experts.may_go(now_s)):
@@ -293,7 +297,7 @@ class MeshLoop:
             self._progress.forget(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)
-            self._act(self._experts.lose(change.node_id, now_s), now_s)
+            self._experts.lose(change.node_id)
 
     def _act(self, actions: list[Action], now_s: float) -> None:
         for action in actions:
@@ -332,16 +336,12 @@ class MeshLoop:
             stages = [node.node_id for node in self._nodes.values() if node.kind is NodeKind.STAGE]
             self._act(self._experts.take_news(stages), now_s)
 
-    def _held_shards(self, hello: Hello) -> frozenset[ShardId]:
-        """What an expert node has from a router before this one; of no use where that one cut experts otherwise."""
-        expected = (self._config.num_layers, self._config.num_experts, self._settings.welcome.num_slices)
-        held = hello.held_shards
-        return self._shards(held, "Hello.held_shards") if held.shape == expected else frozenset()
-
-    def _shards(self, frame: TensorFrame, name: str) -> frozenset[ShardId]:
-        shape = (self._config.num_layers, self._config.num_experts, self._settings.welcome.num_slices)
-        bitmap = frame_to_array(frame, "uint8", shape, name)
-        return frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
+    def _place_shards(self, now_s: float) -> None:
+        if (request := self._experts.take_request(now_s)) is not None:
+            self._placer.begin(request)
+        while (answer := self._placer.take()) is not None:
+            self._experts.take_answer(answer)
+        self._act(self._experts.tick(now_s), now_s)
 
     # ---- what others see
 
@@ -357,7 +357,7 @@ class MeshLoop:
                 self._heartbeats.get(node_id),
                 self._stages.slot_of(node_id),
                 mirrored.get(node_id),
-                len(self._experts.ready.get(node_id, ())),
+                self._experts.num_held(node_id),
             )
             for node_id, node in sorted(self._nodes.items())
         )

@@ -37,6 +37,7 @@ from services.router.mesh_client import MeshClient
 from services.router.mesh_engine import MeshEngine, TokenMailbox
 from services.router.mesh_loop import LoopSettings, MeshLoop
 from services.router.mesh_metrics import MeshCollector
+from services.router.placer import Placer, ProcessPlacer
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.served_model import Model, read_model
@@ -83,7 +84,10 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         transport.look_after_files(time.monotonic())
         look_after_state()
 
-    mesh = _mesh_loop(settings, model, client, addresses, state.term, sink, housekeeping, journal, log, state.outgrow)
+    placer = ProcessPlacer(client.wake, log)
+    mesh = _mesh_loop(
+        settings, model, client, addresses, state.term, sink, housekeeping, journal, log, state.outgrow, placer
+    )
     registry = CollectorRegistry()
     if journal is not None:
         registry.register(JournalCollector(journal.counts))
@@ -111,6 +115,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     host, port = listener.getsockname()[:2]
     state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
+    placer.start()
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.
         await requests.restore([request for request in journalled if request.ended_s is None])
@@ -125,6 +130,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         mesh.stop()
         if thread.is_alive():
             thread.join(timeout=5)
+        placer.close()
         await requests.close()
         if journal is not None:
             journal.close()
@@ -209,6 +215,7 @@ def _mesh_loop(
     journal: Journal | None,
     log: structlog.stdlib.BoundLogger,
     outgrow: Callable[[int], None] = lambda term: None,
+    placer: Placer | None = None,
 ) -> MeshLoop:
     shape = MeshShape(
         pp=settings.pp,
@@ -283,4 +290,5 @@ def _mesh_loop(
         log,
         housekeeping=housekeeping,
         outgrow=outgrow,
+        placer=placer,
     )

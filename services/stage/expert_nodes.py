@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import structlog
 import zmq
 
-from common.array import frame_to_array
+from common.array import Int32Array, Int64Array, frame_to_array
 from common.endpoints import choose_endpoint, split_endpoints
 from common.errors import ConfigurationError, ExecutionError, ProtocolError
-from common.messages import PublishPlacement
+from common.messages import NO_ARRAY, PublishPlacement
 from common.transport import MessageSocket, Transport
 
 
@@ -47,8 +46,10 @@ class ExpertNodes:
         self._log = log
         self._numbers = itertools.count()
         self._nodes: dict[int, ExpertNode] = {}
+        self._owners: Int64Array = np.zeros((0, 0, 0), dtype=np.int64)
+        """[C, L, shard keys]: node numbers by place in the list of copies; -1: none."""
         self._copies: dict[int, list[list[int]]] = {}
-        """Layer -> shard key -> node numbers, first choice first."""
+        """Layer -> shard key -> node numbers, first choice first; of the layers that were asked for."""
         self._stamp = (0, 0)
         self._bytes_to_lost_nodes = 0
         self.num_slices = 1
@@ -91,9 +92,9 @@ class ExpertNodes:
         stamp = (router_term, placement.version)
         if stamp < self._stamp:
             return None
-        copies = frame_to_array(placement.copies, "uint8", (len(placement.node_ids), None, None, None), "copies")
-        if copies.shape[3] != num_slices:
-            raise ProtocolError(f"placement has {copies.shape[3]} slices an expert, this mesh has {num_slices}")
+        owners = _read_owners(placement)
+        if owners.shape[3] != num_slices:
+            raise ProtocolError(f"placement has {owners.shape[3]} slices an expert, this mesh has {num_slices}")
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens
         if any(len(column) != len(placement.node_ids) for column in columns):
             raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
@@ -108,7 +109,9 @@ class ExpertNodes:
             node.connected = False
             node.socket.close()
             del self._nodes[node.number]
-        self._copies = _copies_by_layer(copies, [node.number if node is not None else None for node in current])
+        numbers = np.array([-1, *(-1 if node is None else node.number for node in current)], dtype=np.int64)
+        self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
+        self._copies = {}
         return list(gone.values())
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
@@ -118,11 +121,16 @@ class ExpertNodes:
             return [[]] * (self._num_experts * self.num_slices)
         copies = self._copies.get(layer)
         if copies is None:
-            raise ExecutionError(f"the placement has no layer {layer}")
+            copies = self._copies[layer] = self._copies_of(layer)
         usable = {node.number for node in self._nodes.values() if node.connected} - avoided
         if len(usable) == len(self._nodes):
             return copies
         return [[number for number in holders if number in usable] for holders in copies]
+
+    def _copies_of(self, layer: int) -> list[list[int]]:
+        if layer >= self._owners.shape[1]:
+            raise ExecutionError(f"the placement has no layer {layer}")
+        return [[number for number in numbers if number >= 0] for numbers in self._owners[:, layer].T.tolist()]
 
     def _connect(self, placement: PublishPlacement, index: int) -> ExpertNode | None:
         node_id = placement.node_ids[index]
@@ -139,16 +147,20 @@ class ExpertNodes:
         return node
 
 
-def _copies_by_layer(copies: Any, numbers: list[int | None]) -> dict[int, list[list[int]]]:
-    """uint8 [nodes, L, E, S] with 1 + place in the list of copies -> layer -> shard key -> node numbers in order."""
-    num_nodes, num_layers, num_experts, num_slices = copies.shape
-    flat = copies.reshape(num_nodes, num_layers, num_experts * num_slices)
-    table: dict[int, list[list[int]]] = {}
-    for layer in range(num_layers):
-        keys: list[list[tuple[int, int]]] = [[] for _ in range(flat.shape[2])]
-        for index, key in np.argwhere(flat[:, layer] > 0).tolist():
-            number = numbers[index]
-            if number is not None:
-                keys[key].append((int(flat[index, layer, key]), number))
-        table[layer] = [[number for _, number in sorted(entries)] for entries in keys]
-    return table
+def _read_owners(placement: PublishPlacement) -> Int32Array:
+    """[C, L, E, S]: 1 + node by place in the list of copies, 0 for none, also of a router that says it by node.
+
+    Raises ProtocolError for shapes that do not fit and nodes that are not named.
+    """
+    num_nodes = len(placement.node_ids)
+    if placement.owners.shape != NO_ARRAY.shape:
+        owners: Int32Array = frame_to_array(placement.owners, "int32", (None, None, None, None), "owners")
+        if owners.size and not 0 <= int(owners.min()) <= int(owners.max()) <= num_nodes:
+            raise ProtocolError(f"PublishPlacement.owners names a node outside [0, {num_nodes}]")
+        return owners
+    copies = frame_to_array(placement.copies, "uint8", (num_nodes, None, None, None), "copies")
+    owners = np.zeros((int(copies.max(initial=0)), *copies.shape[1:]), dtype=np.int32)
+    for number, places in enumerate(copies):
+        held = np.nonzero(places)
+        owners[(places[held].astype(np.int64) - 1, *held)] = 1 + number
+    return owners

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from common.array import frame_to_array
+import numpy as np
+
+from common.array import BoolArray, frame_to_array
 from common.ids import NodeId
 from common.messages import AssignShards, PublishPlacement
 from common.topology import CheckpointPart, NodeDescription, NodeKind, ShardId
 from services.router.control.actions import Action, Tell
-from services.router.control.expert_roles import ExpertRoles
+from services.router.control.expert_roles import REPORT_INTERVAL_S, ExpertRoles
+from services.router.control.placing import PlacementRequest, answer_request
 from tests.support.mesh_shapes import EXPERTS, LAYERS, PLENTY, SHARD_BYTES, node, small_mesh, small_model
 
 ALL = frozenset(ShardId(layer, expert, 0) for layer in range(LAYERS) for expert in range(EXPERTS))
@@ -21,8 +24,59 @@ def expert(name: str, shards: int | None = None, **changes: Any) -> NodeDescript
     return node(name, NodeKind.EXPERT, PLENTY if shards is None else shards * SHARD_BYTES, **changes)
 
 
-def roles_of(num_expected: int = 2, **mesh: Any) -> ExpertRoles:
-    return ExpertRoles(small_model(), small_mesh(**mesh), num_expected)
+class PromptRoles:
+    """Roles whose placements are computed at once, and whose actions follow each event."""
+
+    def __init__(self, roles: ExpertRoles) -> None:
+        self.state = roles
+        self.now_s = 0.0
+        self.is_prompt = True
+        """Otherwise placements wait for `deliver`."""
+        self.requests: list[PlacementRequest] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+    def join(self, description: NodeDescription, now_s: float, held: frozenset[ShardId] = frozenset()) -> list[Action]:
+        self.state.join(description, now_s, row_of(held))
+        return self.tick(now_s)
+
+    def drain(self, node_id: NodeId, now_s: float) -> list[Action]:
+        self.state.drain(node_id, now_s)
+        return self.tick(now_s)
+
+    def lose(self, node_id: NodeId, now_s: float) -> list[Action]:
+        self.state.lose(node_id)
+        return self.tick(now_s)
+
+    def take_report(self, node_id: NodeId, held: frozenset[ShardId]) -> list[Action]:
+        self.state.take_report(node_id, row_of(held))
+        return self.tick(self.now_s + 2 * REPORT_INTERVAL_S)
+
+    def tick(self, now_s: float) -> list[Action]:
+        self.now_s = max(self.now_s, now_s)
+        if (request := self.state.take_request(self.now_s)) is not None:
+            self.requests.append(request)
+        return self.deliver() if self.is_prompt else self.state.tick(self.now_s)
+
+    def deliver(self) -> list[Action]:
+        """The placements that were asked for have been computed."""
+        for request in self.requests:
+            self.state.take_answer(answer_request(request))
+        self.requests.clear()
+        return self.state.tick(self.now_s)
+
+
+def row_of(shards: Iterable[ShardId]) -> BoolArray:
+    """[P]: as a node reports them."""
+    table = np.zeros((LAYERS, EXPERTS, 1), dtype=np.bool_)
+    for shard in shards:
+        table[shard] = True
+    return table.reshape(-1)
+
+
+def roles_of(num_expected: int = 2, **mesh: Any) -> PromptRoles:
+    return PromptRoles(ExpertRoles(small_model(), small_mesh(**mesh), num_expected))
 
 
 def told(actions: Iterable[Action]) -> dict[str, frozenset[ShardId]]:
@@ -35,7 +89,7 @@ def told(actions: Iterable[Action]) -> dict[str, frozenset[ShardId]]:
     return shards
 
 
-def published(roles: ExpertRoles) -> dict[ShardId, list[str]]:
+def published(roles: PromptRoles) -> dict[ShardId, list[str]]:
     """Who may be asked for each shard, first choice first, as a stage reads it."""
     actions = roles.publish_to([NodeId("stage")])
     if not actions:
@@ -44,15 +98,11 @@ def published(roles: ExpertRoles) -> dict[ShardId, list[str]]:
     assert isinstance(action, Tell)
     message = action.message
     assert isinstance(message, PublishPlacement)
-    copies = frame_to_array(message.copies, "uint8", (len(message.node_ids), LAYERS, EXPERTS, None), "copies")
-    owners: dict[ShardId, list[tuple[int, str]]] = {shard: [] for shard in ALL}
-    for number, layer, index, piece in zip(*copies.nonzero(), strict=True):
-        place = int(copies[number, layer, index, piece])
-        owners[ShardId(int(layer), int(index), int(piece))].append((place, message.node_ids[number]))
-    return {shard: [name for _, name in sorted(named)] for shard, named in owners.items()}
+    owners = frame_to_array(message.owners, "int32", (None, LAYERS, EXPERTS, None), "owners")
+    return {shard: [message.node_ids[number - 1] for number in owners[:, *shard].tolist() if number] for shard in ALL}
 
 
-def settle(roles: ExpertRoles, actions: list[Action]) -> None:
+def settle(roles: PromptRoles, actions: list[Action]) -> None:
     """All nodes load what they are told and say so, until nobody is told anything."""
     while wanted := told(actions):
         actions = [action for name, held in wanted.items() for action in roles.take_report(NodeId(name), held)]
@@ -62,7 +112,7 @@ def seeing(name: str, *experts: int) -> NodeDescription:
     return expert(name, part=CheckpointPart(experts=frozenset(experts)))
 
 
-def ready_roles(names: str, **mesh: Any) -> ExpertRoles:
+def ready_roles(names: str, **mesh: Any) -> PromptRoles:
     roles, actions = roles_of(num_expected=len(names), **mesh), []
     for name in names:
         actions += roles.join(expert(name), 0.0)

@@ -27,12 +27,14 @@ from common.messages import (
     StepResult,
     Welcome,
 )
+from common.model_config import ModelConfig
 from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.transport import LinkEvent
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GeneratedToken, GenerationRequest
 from services.router.mesh_loop import LoopSettings, MeshLoop
+from services.router.placer import Placer
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -172,12 +174,14 @@ class FakeClient:
 class FakeMesh:
     """A mesh loop, a clock moved by hand, and nodes that do what they are told unless a test says otherwise."""
 
-    def __init__(self, *, adopts: bool = False, **mesh: Any) -> None:
+    def __init__(
+        self, *, adopts: bool = False, config: ModelConfig | None = None, placer: Placer | None = None, **mesh: Any
+    ) -> None:
         """`adopts`: nodes may hold slots of a router before this one."""
         self.now_s = 1000.0
         self.client = FakeClient()
         self.outcomes: dict[str, list[GeneratedToken | MoemeshError]] = {}
-        config, shape = small_model(), small_mesh(**mesh)
+        config, shape = config or small_model(), small_mesh(**mesh)
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
         self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
@@ -195,6 +199,7 @@ class FakeMesh:
             self.membership,
             log,
             lambda: self.now_s,
+            placer=placer,
         )
         self.client.after_wait = self.loop.stop
         self.unready: set[str] = set()

@@ -25,6 +25,9 @@ class Draining:
     def __init__(self) -> None:
         self._leaving: dict[NodeId, _Leaving] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._leaving)
+
     def __contains__(self, node_id: NodeId) -> bool:
         return node_id in self._leaving
 

@@ -1,4 +1,11 @@
-"""Which expert node is to hold which shards, as nodes come, load and go. Pure: returns actions, sends nothing."""
+"""Which expert node is to hold which shards, as nodes come, load and go. Pure: returns actions, sends nothing.
+
+What happens is only noted; `tick` then answers everything that has happened since the last one at once. A placement is
+computed elsewhere (`take_request`, `take_answer`): for a large model it takes a second. Until it has come, the one
+before goes on without the nodes that are gone, and before the first one what nodes hold is served.
+
+P shards in the order of (layer, expert, slice), N nodes in the order of their ids.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +13,58 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.array import Uint8Array, array_to_frame
+from common.array import BoolArray, Int32Array, Uint8Array, array_to_frame, frame_to_array
 from common.endpoints import join_endpoints
-from common.errors import CapacityError
 from common.ids import NodeId
-from common.messages import AssignShards, Header, PublishPlacement
+from common.messages import AssignShards, Header, PublishPlacement, TensorFrame
 from common.model_config import ModelConfig
-from common.topology import NodeDescription, ShardId
+from common.topology import NodeDescription
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import Draining
-from services.router.control.eligibility import describe_unseen, unseen_experts
-from services.router.control.placement import ExpertNodeCapacity, Placement, place_shards
-from services.router.control.roll_out import Assignment, next_assignment
+from services.router.control.placement_aim import PlacementAim
+from services.router.control.placing import PlacementAnswer, PlacementRequest
+from services.router.control.roll_out import Assignment, Target, next_assignment
 from services.router.control.sizes import MeshShape, shard_bytes
 
 SETTLE_S = 1.0
 """Before the first placement: nodes that start together are placed together, so that nothing is loaded twice."""
+REPORT_INTERVAL_S = 0.05
+"""Reports of nodes that load are answered together, at most so often: dozens of nodes report five times a second."""
 
 
 class ExpertRoles:
     """Places shards. `num_expected` nodes are waited for (shortly) before the first placement."""
 
     def __init__(self, config: ModelConfig, shape: MeshShape, num_expected: int) -> None:
-        self._config = config
-        self._shape = shape
         self._num_expected = num_expected
-        self._shards = [
-            ShardId(layer, expert, piece)
-            for layer in config.moe_layer_indices
-            for expert in range(config.num_experts)
-            for piece in range(shape.num_slices)
-        ]
+        self._table_shape = (config.num_layers, config.num_experts, shape.num_slices)
+        moe_layers = tuple(config.moe_layer_indices)
+        is_named = np.zeros(self._table_shape, dtype=np.bool_)
+        is_named[list(moe_layers)] = True
+        self._is_named: BoolArray = is_named.reshape(-1)
+        self._num_shards = int(self._is_named.sum())
         self._shard_bytes = shard_bytes(config, shape)
+        self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
         self._nodes: dict[NodeId, NodeDescription] = {}
-        self._ready: dict[NodeId, frozenset[ShardId]] = {}
-        self._told: dict[NodeId, frozenset[ShardId]] = {}
-        self._target: Placement | None = None
+        self._ready: dict[NodeId, BoolArray] = {}
+        self._told: dict[NodeId, BoolArray] = {}
+        self._target: Target | None = None
+        """For the nodes that live; None: to be made anew."""
         self._assignment: Assignment | None = None
+        self._asked: tuple[NodeId, ...] = ()
+        """The nodes of `_assignment`."""
+        self._publication: PublishPlacement | None = None
+        """Of `_assignment`, with the nodes as they were then."""
+        self._num_orphans = 0
         self._last_joined_s = 0.0
-        self._must_place = False
+        self._has_changed = False
+        """Whether a role is to be looked at again at once."""
+        self._has_reports = False
+        self._rolled_s = -REPORT_INTERVAL_S
         self._version = 0
         self._draining = Draining()
         self.has_news = False
         """Whether what may be asked has changed since `take_news`."""
-        self._has_room = True
-        """Whether all that somebody sees has a place."""
-        self._unseen: tuple[int, ...] = ()
-        """Experts whose weights no node sees that stays."""
-        self.problem = ""
-        """Why not every shard can be placed, as a sentence; empty if it can."""
 
     @property
     def version(self) -> int:
@@ -64,17 +74,22 @@ class ExpertRoles:
     @property
     def is_served(self) -> bool:
         """Whether every shard has a node that can be asked."""
-        return self._assignment is not None and not self._assignment.orphans()
+        return self._assignment is not None and not self._num_orphans
 
     @property
     def num_shards(self) -> int:
         """Of the whole model."""
-        return len(self._shards)
+        return self._num_shards
 
     @property
     def missing_copies(self) -> int:
         """Safety copies that are wished for and have no room or no node."""
-        return self._target.missing_copies if self._target is not None else 0
+        return self._aim.answer.missing_copies if self._aim.answer is not None else 0
+
+    @property
+    def problem(self) -> str:
+        """Why not every shard can be placed, as a sentence; empty if it can."""
+        return self._aim.answer.problem if self._aim.answer is not None else ""
 
     @property
     def detail(self) -> str:
@@ -83,146 +98,170 @@ class ExpertRoles:
             return self.problem
         if self._assignment is None:
             return f"{len(self._nodes)} of {self._num_expected} expert nodes"
-        num_orphans = len(self._assignment.orphans())
-        return f"{len(self._shards) - num_orphans} of {len(self._shards)} expert shards loaded"
+        return f"{self._num_shards - self._num_orphans} of {self._num_shards} expert shards loaded"
 
     @property
-    def ready(self) -> Mapping[NodeId, frozenset[ShardId]]:
-        """What each node holds, by its own report."""
+    def ready(self) -> Mapping[NodeId, BoolArray]:
+        """[P] by node: what it holds, by its own report."""
         return self._ready
 
-    def join(self, description: NodeDescription, now_s: float, held: frozenset[ShardId] = frozenset()) -> list[Action]:
+    def num_held(self, node_id: NodeId) -> int:
+        """How many shards a node holds; 0 for one that is not known."""
+        held = self._ready.get(node_id)
+        return 0 if held is None else int(np.count_nonzero(held))
+
+    # ---- what happens
+
+    def join(self, description: NodeDescription, now_s: float, held: BoolArray | None = None) -> None:
         """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
-        process would have another id. `held`: what it has from a router before this one."""
+        process would have another id. `held` [P]: what it has from a router before this one."""
         self._nodes[description.node_id] = description
-        self._ready.setdefault(description.node_id, held)
+        self._ready.setdefault(description.node_id, held if held is not None else np.zeros_like(self._is_named))
         self._told.pop(description.node_id, None)
         self._last_joined_s = now_s
-        self._must_place = True
-        return self.tick(now_s)
+        self._change()
 
-    def drain(self, node_id: NodeId, now_s: float) -> list[Action]:
+    def drain(self, node_id: NodeId, now_s: float) -> None:
         """An expert node wants to stop: others are to hold what it holds. It is asked until they do; see `may_go`."""
-        if node_id not in self._nodes or node_id in self._draining:
-            return []
-        self._draining.begin(node_id, now_s)
-        self._must_place = True
-        return self.tick(now_s)
+        if node_id in self._nodes and node_id not in self._draining:
+            self._draining.begin(node_id, now_s)
+            self._change()
+
+    def lose(self, node_id: NodeId) -> None:
+        """An expert node is gone."""
+        self._draining.end(node_id)
+        if self._nodes.pop(node_id, None) is not None:
+            self._ready.pop(node_id)
+            self._told.pop(node_id, None)
+            self._change()
+
+    def take_report(self, node_id: NodeId, held: BoolArray) -> None:
+        """A node says what it holds, [P]; the roll-out goes on."""
+        if node_id in self._nodes:
+            self._ready[node_id] = held
+            self._has_reports = True
+
+    def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
+        """[P]: the shards that a message names. Raises ProtocolError with the name of the field."""
+        held: BoolArray = frame_to_array(frame, "uint8", self._table_shape, name).reshape(-1) != 0
+        return held
+
+    def read_held(self, frame: TensorFrame) -> BoolArray | None:
+        """What a node has from a router before this one; of no use where that one cut experts otherwise."""
+        return self.read_shards(frame, "Hello.held_shards") if frame.shape == self._table_shape else None
 
     def may_go(self, now_s: float) -> list[NodeId]:
         """Nodes that wanted to stop and that nobody needs, or that cannot be waited for any longer: `lose` them."""
-        owners = self._assignment.owners if self._assignment is not None else {}
-        # Nobody can take over what nobody else sees.
-        asked = {n for shard, nodes in owners.items() if shard.expert not in self._unseen for n in nodes}
-        return self._draining.may_go(asked, not self._has_room or self._must_place, now_s)
-
-    def lose(self, node_id: NodeId, now_s: float) -> list[Action]:
-        """An expert node is gone."""
-        self._draining.end(node_id)
-        if self._nodes.pop(node_id, None) is None:
+        if not self._draining:
             return []
-        self._ready.pop(node_id, None)
-        self._told.pop(node_id, None)
-        self._must_place = True
-        return self.tick(now_s)
+        answer = self._aim.answer
+        is_hopeless = self._aim.is_waited_for or (answer is not None and not answer.has_room)
+        return self._draining.may_go(self._needed(), is_hopeless, now_s)
 
-    def take_report(self, node_id: NodeId, held: frozenset[ShardId]) -> list[Action]:
-        """A node says what it holds; the rollout goes on."""
-        if node_id not in self._nodes:
-            return []
-        self._ready[node_id] = held
-        return self._roll_on()
+    def _needed(self) -> set[NodeId]:
+        """Who is asked for something that others could take over; nobody can take over what nobody else sees."""
+        if self._assignment is None:
+            return set()
+        owners = self._assignment.owners.reshape(-1, *self._table_shape)
+        if self._aim.answer is not None and self._aim.answer.unseen:
+            owners = np.delete(owners, self._aim.answer.unseen, axis=2)
+        numbers = np.flatnonzero(np.bincount(owners.reshape(-1))).tolist()
+        return {self._asked[number - 1] for number in numbers if number}
+
+    def _change(self) -> None:
+        self._aim.change()
+        self._target, self._has_changed = None, True
+
+    # ---- what follows
 
     def tick(self, now_s: float) -> list[Action]:
-        """Place what nodes can hold, once those that are expected are there or have had time to come."""
-        settled = self._target is not None or now_s - self._last_joined_s >= SETTLE_S
-        if not self._must_place or not (settled or len(self._nodes) >= self._num_expected):
+        """Tell nodes what they are to hold next, as far as anything has happened."""
+        is_due = self._has_reports and now_s - self._rolled_s >= REPORT_INTERVAL_S
+        if not (self._has_changed or is_due):
             return []
-        self._must_place = False
-        self._target = self._place()
+        if self._aim.answer is None and not (self._has_settled(now_s) and any(r.any() for r in self._ready.values())):
+            return []
+        self._has_changed = self._has_reports = False
+        self._rolled_s = now_s
         return self._roll_on()
 
-    def _place(self) -> Placement:
-        capacities = [
-            ExpertNodeCapacity(
-                node.node_id,
-                node.host_label,
-                node.capacity_bytes,
-                node.numeric_class,
-                None if node.part is None else node.part.experts,
-            )
-            for node in self._nodes.values()
-            if node.node_id not in self._draining
-        ]
-        current = {node_id: self._told.get(node_id, held) for node_id, held in self._ready.items()}
-        self._unseen = unseen_experts([node.experts for node in capacities], self._config.num_experts)
-        seen = [shard for shard in self._shards if shard.expert not in self._unseen]
-        # What is held goes on being served where nobody can take it over.
-        holders = {shard: tuple(n for n in sorted(self._ready) if shard in self._ready[n]) for shard in self._shards}
-        try:
-            placed = place_shards(seen, self._shard_bytes, capacities, self._shape.copies, current)
-        except CapacityError as error:
-            self.problem, self._has_room = str(error), False
-            return Placement(owners=holders, missing_copies=0)
-        self.problem, self._has_room = describe_unseen(self._unseen) if self._unseen else "", True
-        # What somebody sees is placed all the same: who sees the rest may come at any moment.
-        missing = placed.missing_copies + self._shape.copies * (len(self._shards) - len(seen))
-        return Placement({**holders, **placed.owners}, missing)
+    def take_request(self, now_s: float) -> PlacementRequest | None:
+        """What is to be placed now; None: nothing, or the last request is not answered yet."""
+        if not self._has_settled(now_s):
+            return None
+        nodes = [node for node_id, node in self._nodes.items() if node_id not in self._draining]
+        return self._aim.take_request(nodes, self._ready, self._told)
+
+    def take_answer(self, answer: PlacementAnswer) -> None:
+        """What `take_request` asked for."""
+        if self._aim.take_answer(answer):
+            self._target, self._has_changed = None, True
 
     def publish_to(self, stages: list[NodeId]) -> list[Action]:
         """The placement as it is, for stages that have just joined."""
-        if self._assignment is None:
+        if self._publication is None:
             return []
-        message = self._published()
-        return [Tell(node_id, message, Header()) for node_id in stages]
+        return [Tell(node_id, self._publication, Header()) for node_id in stages]
 
     def take_news(self, stages: list[NodeId]) -> list[Action]:
         """Publish to all stages what has changed."""
         self.has_news = False
         return self.publish_to(stages)
 
+    def _has_settled(self, now_s: float) -> bool:
+        return (
+            self._aim.answer is not None
+            or now_s - self._last_joined_s >= SETTLE_S
+            or len(self._nodes) >= self._num_expected
+        )
+
     def _roll_on(self) -> list[Action]:
-        if self._target is None:
-            return []
-        capacity = {node.node_id: node.capacity_bytes for node in self._nodes.values()}
-        told = {node_id: self._told.get(node_id, frozenset()) for node_id in self._nodes}
-        before = self._assignment.owners if self._assignment is not None else None
-        self._assignment = next_assignment(self._target, self._ready, told, capacity, self._shard_bytes)
-        orphans = frozenset(self._assignment.orphans())
-        actions: list[Action] = []
-        for node_id, shards in self._assignment.shards.items():
-            # One that leaves keeps what it has, so that calls that are under way to it are answered.
-            if self._told.get(node_id) != shards and node_id not in self._draining:
-                self._told[node_id] = shards
-                message = AssignShards(self._version + 1, array_to_frame(self._bitmap(shards, orphans)))
-                actions.append(Tell(node_id, message, Header()))
-        if before != self._assignment.owners or actions:
+        self._target = self._target or self._aim.target(self._ready)
+        nodes = tuple(sorted(self._nodes))
+        before, asked_before = self._assignment, self._asked
+        nothing = np.zeros_like(self._is_named)
+        self._assignment = next_assignment(
+            self._target,
+            np.array([self._ready[node_id] for node_id in nodes], dtype=np.bool_).reshape(len(nodes), nothing.size),
+            [self._told.get(node_id, nothing) for node_id in nodes],
+            np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
+        )
+        self._asked, self._num_orphans = nodes, int(self._assignment.orphans.sum())
+        actions = self._tell(nodes, self._assignment)
+        is_same = before is not None and asked_before == nodes
+        if actions or not (is_same and np.array_equal(_owners_of(before), self._assignment.owners)):
             self._version += 1
             self.has_news = True
+            self._publication = self._publish(self._assignment)
         return actions
 
-    def _bitmap(self, shards: frozenset[ShardId], orphans: frozenset[ShardId]) -> Uint8Array:
-        bitmap = np.zeros((self._config.num_layers, self._config.num_experts, self._shape.num_slices), dtype=np.uint8)
-        for shard in shards:
-            bitmap[shard] = 2 if shard in orphans else 1
-        return bitmap
+    def _tell(self, nodes: tuple[NodeId, ...], assignment: Assignment) -> list[Action]:
+        actions: list[Action] = []
+        for node_id, shards in zip(nodes, assignment.shards, strict=True):
+            # One that leaves keeps what it has, so that calls that are under way to it are answered.
+            told = self._told.get(node_id)
+            if node_id in self._draining or (told is not None and np.array_equal(told, shards)):
+                continue
+            self._told[node_id] = shards
+            bitmap: Uint8Array = shards.view(np.uint8)
+            if self._num_orphans:
+                bitmap = bitmap + (shards & assignment.orphans)
+            frame = array_to_frame(bitmap.reshape(self._table_shape))
+            actions.append(Tell(node_id, AssignShards(self._version + 1, frame), Header()))
+        return actions
 
-    def _published(self) -> PublishPlacement:
-        assert self._assignment is not None
-        nodes = sorted(self._nodes)
-        numbers = {node_id: number for number, node_id in enumerate(nodes)}
-        shape = (len(nodes), self._config.num_layers, self._config.num_experts, self._shape.num_slices)
-        copies = np.zeros(shape, dtype=np.uint8)
-        for shard, owners in self._assignment.owners.items():
-            for place, node_id in enumerate(owners):
-                copies[(numbers[node_id], *shard)] = min(255, 1 + place)
-        described = [self._nodes[node_id] for node_id in nodes]
+    def _publish(self, assignment: Assignment) -> PublishPlacement:
+        described = [self._nodes[node_id] for node_id in self._asked]
         return PublishPlacement(
             version=self._version,
-            node_ids=tuple(nodes),
+            node_ids=self._asked,
             incarnations=tuple(node.incarnation for node in described),
             endpoints=tuple(join_endpoints(node.endpoints) for node in described),
             ipc_tokens=tuple(node.ipc_token for node in described),
             numeric_classes=tuple(node.numeric_class for node in described),
-            copies=array_to_frame(copies),
+            owners=array_to_frame(assignment.owners.reshape(-1, *self._table_shape)),
         )
+
+
+def _owners_of(assignment: Assignment | None) -> Int32Array | None:
+    return None if assignment is None else assignment.owners

@@ -45,6 +45,9 @@ def _even_primaries(owners: Sequence[Sequence[int]], totals: Sequence[int]) -> l
 
 def _shift_one(owners: Sequence[Sequence[int]], primaries: list[int], counts: list[int], totals: Sequence[int]) -> bool:
     """Move one first copy from a fuller to an emptier node, along a chain of shards that both ends of a link own."""
+    first_copies: list[list[int]] = [[] for _ in counts]
+    for shard, primary in enumerate(primaries):
+        first_copies[primary].append(shard)
     for start in sorted(range(len(counts)), key=lambda node: (-counts[node], -totals[node], node)):
         came_from: dict[int, int] = {}  # node -> the shard that moves to it
         queue = deque([start])
@@ -59,11 +62,10 @@ def _shift_one(owners: Sequence[Sequence[int]], primaries: list[int], counts: li
                     shard = came_from[node]
                     primaries[shard], node = node, primaries[shard]
                 return True
-            for shard, primary in enumerate(primaries):
-                if primary == node:
-                    for other in owners[shard]:
-                        if other not in seen:
-                            seen.add(other)
-                            came_from[other] = shard
-                            queue.append(other)
+            for shard in first_copies[node]:
+                for other in owners[shard]:
+                    if other not in seen:
+                        seen.add(other)
+                        came_from[other] = shard
+                        queue.append(other)
     return False

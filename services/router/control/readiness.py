@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from common.array import BoolArray
 from common.ids import NodeId, PipelineId
 from common.membership import NodeState
 from common.messages import Heartbeat
-from common.topology import ShardId
 from services.router.engine import Readiness
 
 CANARY_UNANSWERED_S = 1.5
@@ -78,8 +80,8 @@ class MeshEvidence:
     """What stage nodes there are, as a sentence."""
     is_served: bool
     """Every shard has a node that has loaded it and is not dead."""
-    shards: Mapping[NodeId, frozenset[ShardId]]
-    """What each expert node has loaded."""
+    shards: Mapping[NodeId, BoolArray]
+    """[P] by expert node: which shards it has loaded."""
     num_shards: int
     experts_detail: str
 
@@ -172,8 +174,8 @@ def _missing_shards(evidence: MeshEvidence, quiet_since_s: float | None, now_s: 
     mute = [n for n in sorted(evidence.shards) if not _answers(evidence.nodes.get(n), quiet_since_s, now_s)]
     if not mute:
         return []
-    served = frozenset[ShardId]().union(*(held for n, held in evidence.shards.items() if n not in mute))
-    num_unserved = evidence.num_shards - len(served)
+    served = [held for node_id, held in evidence.shards.items() if node_id not in mute]
+    num_unserved = evidence.num_shards - (int(np.logical_or.reduce(served).sum()) if served else 0)
     if not num_unserved:
         return []
     return [f"{num_unserved} of {evidence.num_shards} expert shards are held only by {', '.join(mute)}: no answer"]

@@ -1,101 +1,128 @@
-"""From the shards that nodes have to those that they should have, without a moment in which one is served by nobody."""
+"""From the shards that nodes have to those that they should have, without a moment in which one is served by nobody.
+
+N nodes in the order of their ids, P shards in the order of (layer, expert, slice), C copies. All of it is done on whole
+tables: with 64 nodes and 15,000 shards a turn of the mesh thread has a few milliseconds for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.ids import NodeId
-from common.topology import ShardId
-from services.router.control.placement import Placement
+import numpy as np
+
+from common.array import BoolArray, Int32Array, Int64Array
+
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where shards are to be in the end."""
+
+    owners: Int64Array
+    """[C, P]: the node at each place among a shard's owners, NOBODY where there is none."""
+    goals: BoolArray
+    """[N, P]: the same by node."""
+    is_named: BoolArray
+    """[P]: which shards the model has; others are unloaded."""
+    has_lost_owner: BoolArray
+    """[P]: a node that was to hold it is gone, and no newer placement has come: nobody unloads it until then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """What the nodes are to hold next, and where calls may go now."""
 
-    shards: Mapping[NodeId, frozenset[ShardId]]
-    """What each node is to hold: it unloads the rest first, then loads what is new. Every living node is named."""
-    owners: Mapping[ShardId, tuple[NodeId, ...]]
-    """Who may be asked now, in order: ready copies that stay, as the placement orders them, then those that go."""
-    is_complete: bool
-    """Everything is where the placement wants it, and ready."""
+    shards: BoolArray
+    """[N, P]: what each node is to hold: it unloads the rest first, then loads what is new."""
+    owners: Int32Array
+    """[C, P]: 1 + the node that may be asked now, in order, 0 for none: ready copies that stay, as the placement orders
+    them, then those that go."""
+    orphans: BoolArray
+    """[P]: shards that nobody can serve now."""
 
-    def orphans(self) -> tuple[ShardId, ...]:
-        """Shards that nobody can serve now."""
-        return tuple(sorted(shard for shard, owners in self.owners.items() if not owners))
+
+def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, has_lost_owner: BoolArray) -> Target:
+    """The target with these owners [C, P]."""
+    goals = np.zeros((num_nodes, owners.shape[1]), dtype=np.bool_)
+    for nodes in owners:
+        shards = np.flatnonzero(nodes != NOBODY)
+        goals[nodes[shards], shards] = True
+    return Target(owners, goals, is_named, has_lost_owner)
 
 
 def next_assignment(
-    target: Placement,
-    ready: Mapping[NodeId, frozenset[ShardId]],
-    current: Mapping[NodeId, frozenset[ShardId]],
-    capacity_bytes: Mapping[NodeId, int] | None = None,
-    shard_bytes: int | Mapping[ShardId, int] = 1,
+    target: Target, ready: BoolArray, told: Sequence[BoolArray], room_shards: Int64Array | None
 ) -> Assignment:
     """The next step towards `target`. Call it again with each report; it ends with the target itself.
 
-    `ready` is what nodes have loaded and tested, `current` what they were told last (both of living nodes only).
-    A node unloads a shard when all nodes that shall own it are ready, or, where it lacks the room for what it shall
-    load (`capacity_bytes`; without it there is always room), when another ready one keeps it. Where not even that makes
-    room, the load waits: a placement that is less even serves better than a shard that is gone.
+    `ready` [N, P] is what nodes have loaded and tested, `told` [P] by node what they were told last, `room_shards` [N]
+    how many each has room for (None: for all). A node unloads a shard when all nodes that shall own it are ready, or,
+    where it lacks the room for what it shall load, when another ready one keeps it. Where not even that makes room, the
+    load waits: a placement that is less even serves better than a shard that is gone.
     """
-    sizes = shard_bytes
-    wanted = target.shards_of()
-    living = sorted({*ready, *current})
-    held = {node: set(ready.get(node, frozenset())) for node in living}
-    goals = {node: set(wanted.get(node, frozenset())) for node in living}
-    keepers = _count(held)
+    held = ready.copy()
+    superfluous = ready > target.goals  # in the one and not in the other: one pass over the tables instead of two
+    if superfluous.any():
+        has_arrived = ~(target.goals > ready).any(axis=0) & target.goals.any(axis=0) & ~target.has_lost_owner
+        held[superfluous & (has_arrived | ~target.is_named)] = False
+    to_load = target.goals > held
+    missing = _count_rows(to_load)
+    room = missing if room_shards is None else room_shards - _count_rows(held)
+    is_roomy = missing <= np.maximum(room, 0)
+    if is_roomy.all():
+        held |= to_load
+    else:
+        held[is_roomy] |= to_load[is_roomy]
+        _exchange(held, to_load, target.goals, told, room, ~is_roomy, ready)
+    owners = _ask_order(ready & held, target)
+    owners[:, ~target.is_named] = 0
+    is_served = owners[0] > 0 if len(owners) else np.zeros_like(target.is_named)
+    return Assignment(held, owners, target.is_named & ~is_served)
 
-    def size_of(shards: set[ShardId]) -> int:
-        return sum(sizes if isinstance(sizes, int) else sizes[shard] for shard in shards)
 
-    # Unload what has arrived at all its new owners.
-    for node in living:
-        for shard in sorted(held[node] - goals[node]):
-            owners = target.owners.get(shard, ())
-            if all(shard in ready.get(owner, frozenset()) for owner in owners):
-                held[node].remove(shard)
-                keepers[shard] -= 1
+def _count_rows(table: BoolArray) -> Int64Array:
+    return np.array([np.count_nonzero(row) for row in table], dtype=np.int64)  # ten times as fast as a sum by axis
 
-    for node in living:
+
+def _exchange(
+    held: BoolArray,
+    to_load: BoolArray,
+    goals: BoolArray,
+    told: Sequence[BoolArray],
+    room: Int64Array,
+    is_tight: BoolArray,
+    ready: BoolArray,
+) -> None:
+    """Nodes that lack room unload what others keep, one node after the other, and load what then fits."""
+    keepers = (held & ready).sum(axis=0, dtype=np.int32)
+    for node in np.flatnonzero(is_tight).tolist():
+        wanted, going = np.flatnonzero(to_load[node]), np.flatnonzero(held[node] & ~goals[node])
+        going = going[keepers[going] > 1]
+        going = going[np.argsort(-keepers[going], kind="stable")][: max(0, wanted.size - int(room[node]))]
+        held[node, going] = False
+        keepers[going] -= 1
         # Shards with the fewest ready copies first; then what the node was told before, so that no load is broken off.
-        told = current.get(node, frozenset())
-        to_load = sorted(goals[node] - held[node], key=lambda shard: (keepers.get(shard, 0), shard not in told, shard))
-        room = size_of(set(to_load)) if capacity_bytes is None else capacity_bytes[node] - size_of(held[node])
-        going = sorted(held[node] - goals[node], key=lambda shard: (-keepers[shard], shard))
-        for shard in to_load:
-            while size_of({shard}) > room and going and keepers[going[0]] > 1:
-                unloaded = going.pop(0)
-                held[node].remove(unloaded)
-                keepers[unloaded] -= 1
-                room += size_of({unloaded})
-            if size_of({shard}) <= room:
-                held[node].add(shard)
-                room -= size_of({shard})
-
-    return Assignment(
-        shards={node: frozenset(held[node]) for node in living},
-        owners={shard: _owners_now(shard, target, ready, held) for shard in sorted(target.owners)},
-        is_complete=all(ready.get(node, frozenset()) == wanted.get(node, frozenset()) for node in {*living, *wanted}),
-    )
+        order = np.lexsort((wanted, ~told[node][wanted], keepers[wanted]))
+        held[node, wanted[order][: max(0, int(room[node]) + going.size)]] = True
 
 
-def _count(held: Mapping[NodeId, set[ShardId]]) -> dict[ShardId, int]:
-    counts: dict[ShardId, int] = {}
-    for shards in held.values():
-        for shard in shards:
-            counts[shard] = counts.get(shard, 0) + 1
-    return counts
+def _ask_order(usable: BoolArray, target: Target) -> Int32Array:
+    """Owners first, in their order; then those who hold a shard that they are not to keep, by their ids."""
+    further = usable > target.goals
+    others = np.flatnonzero(further.any(axis=1)).tolist()
+    order = np.zeros((len(target.owners) + len(others), usable.shape[1]), dtype=np.int32)
+    filled = np.zeros(usable.shape[1], dtype=np.int64)
 
+    def append(nodes: Int64Array | int, shards: Int64Array) -> None:
+        order[filled[shards], shards] = nodes + 1
+        filled[shards] += 1
 
-def _owners_now(
-    shard: ShardId,
-    target: Placement,
-    ready: Mapping[NodeId, frozenset[ShardId]],
-    held: Mapping[NodeId, set[ShardId]],
-) -> tuple[NodeId, ...]:
-    """Ready copies that are not about to be unloaded."""
-    usable = [node for node in sorted(ready) if shard in ready[node] and shard in held[node]]
-    owners = target.owners[shard]
-    return tuple(node for node in owners if node in usable) + tuple(node for node in usable if node not in owners)
+    for nodes in target.owners:
+        shards = np.flatnonzero(nodes != NOBODY)
+        shards = shards[usable[nodes[shards], shards]]
+        append(nodes[shards], shards)
+    for node in others:
+        append(node, np.flatnonzero(further[node]))
+    return order[: int(filled.max(initial=0))]

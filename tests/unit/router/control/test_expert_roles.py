@@ -6,8 +6,8 @@ from common.ids import NodeId
 from common.messages import PublishPlacement
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import DRAIN_QUIET_S
-from services.router.control.expert_roles import SETTLE_S
-from tests.support.expert_shards import ALL, expert, published, roles_of, seeing, settle, told
+from services.router.control.expert_roles import REPORT_INTERVAL_S, SETTLE_S
+from tests.support.expert_shards import ALL, expert, published, roles_of, row_of, seeing, settle, told
 from tests.support.mesh_shapes import LAYERS
 
 
@@ -180,3 +180,65 @@ def test_a_leaving_node_is_asked_for_what_it_alone_sees_and_not_waited_for() -> 
     assert {shard.expert for shard, named in owners.items() if named == ["a"]} == {0, 1}
     roles.may_go(1.0)
     assert roles.may_go(1.0 + DRAIN_QUIET_S) == ["b"]
+
+
+# ---- placements that take their time
+
+
+def test_a_loss_is_answered_before_a_new_placement_has_come() -> None:
+    roles = roles_of(num_expected=3)
+    actions: list[Action] = []
+    for name in "abc":
+        actions += roles.join(expert(name), 0.0)
+    settle(roles, actions)
+    roles.is_prompt = False
+    assert told(roles.lose(NodeId("a"), 1.0)) == {}, "nobody loads or unloads anything yet"
+    assert roles.is_served
+    assert roles.has_news
+    assert all("a" not in owners for owners in published(roles).values())
+    settle(roles, roles.deliver())
+    assert {len(owners) for owners in published(roles).values()} == {2}
+
+
+def test_a_placement_that_is_out_of_date_is_passed_over_and_asked_for_anew() -> None:
+    roles = roles_of(num_expected=1)
+    settle(roles, roles.join(expert("a"), 0.0))
+    roles.is_prompt = False
+    roles.join(expert("b"), 1.0)
+    roles.lose(NodeId("b"), 1.1)
+    assert roles.deliver() == []
+    roles.tick(1.2)
+    assert len(roles.requests) == 1
+    assert [node.node_id for node in roles.requests[0].nodes] == ["a"]
+
+
+def test_where_nodes_come_and_go_all_the_time_a_placement_that_is_out_of_date_is_taken_at_last() -> None:
+    roles = roles_of(num_expected=1)
+    settle(roles, roles.join(expert("a"), 0.0))
+    roles.is_prompt = False
+    roles.join(expert("b"), 1.0)
+    loads_of_b: list[bool] = []
+    for number in range(6):
+        roles.join(expert(f"c{number}"), 2.0 + number)
+        loads_of_b.append("b" in told(roles.deliver()))
+        roles.tick(2.5 + number)
+    assert any(loads_of_b)
+
+
+def test_what_nodes_bring_is_served_before_the_first_placement_of_a_new_router_has_come() -> None:
+    roles = roles_of(num_expected=1)
+    roles.is_prompt = False
+    roles.join(expert("a"), 0.0, held=ALL)
+    assert roles.is_served
+    assert published(roles) == {shard: ["a"] for shard in ALL}
+
+
+def test_reports_that_come_close_together_are_answered_together() -> None:
+    roles = roles_of(num_expected=1, copies=1)
+    wanted = told(roles.join(expert("a"), 1.0))["a"]
+    for count in range(1, len(wanted) + 1):
+        roles.state.take_report(NodeId("a"), row_of(sorted(wanted)[:count]))
+        assert roles.tick(1.0 + REPORT_INTERVAL_S / 2) == []
+    assert not roles.is_served
+    roles.tick(1.0 + 2 * REPORT_INTERVAL_S)
+    assert roles.is_served

@@ -131,6 +131,27 @@ class ExpertsOfParts(Experts):
             assert self.roles.is_served == (len(seen) == EXPERTS)
 
 
+class ExpertsOfLatePlacements(Experts):
+    """A placement takes a while to be computed; nodes come, go and report meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles.is_prompt = False
+
+    @rule()
+    def placement_comes(self) -> None:
+        self.carry_out(self.roles.deliver())
+
+    def teardown(self) -> None:
+        self.roles.is_prompt = True
+        for _ in range(3):  # the first may be out of date
+            self.placement_comes()
+            self.time(0.0)
+        super().teardown()
+
+
+TestExpertsOfLatePlacements = ExpertsOfLatePlacements.TestCase
+TestExpertsOfLatePlacements.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestExperts = Experts.TestCase
 TestExperts.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestExpertsOfParts = ExpertsOfParts.TestCase

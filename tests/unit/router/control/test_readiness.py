@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from common.ids import NodeId, PipelineId
 from common.membership import NodeState
 from common.messages import Heartbeat
-from common.topology import ShardId
 from services.router.control.readiness import (
     CANARY_UNANSWERED_S,
     SILENT_S,
@@ -30,7 +30,6 @@ from services.router.engine import Readiness
 
 NOW_S = 1000.0
 A, B, X, Y = (NodeId(name) for name in "abxy")
-LEFT, RIGHT = ShardId(0, 0, 0), ShardId(0, 1, 0)
 FRESH = NodeEvidence(NodeState.ALIVE, NOW_S, NOW_S - 60)
 PIPELINE = PipelineEvidence(PipelineId(0), (A, B), None, None, None, NOW_S - 30)
 
@@ -42,7 +41,7 @@ def evidence(**changes: Any) -> MeshEvidence:
         pipelines=(PIPELINE,),
         stages_detail="2 stage nodes",
         is_served=True,
-        shards=dict.fromkeys((X, Y), frozenset({LEFT, RIGHT})),
+        shards=dict.fromkeys((X, Y), np.array([True, True])),
         num_shards=2,
         experts_detail="2 of 2 expert shards loaded",
     )
@@ -73,7 +72,7 @@ def test_one_copy_on_a_node_that_lives_is_enough() -> None:
     assert judge(one_suspect, NOW_S).ready
     both = judge(with_node(evidence(), X, Y, state=NodeState.SUSPECT), NOW_S)
     assert both.missing == ("2 of 2 expert shards are held only by x, y: no answer",)
-    split = replace(one_suspect, shards={X: frozenset({LEFT}), Y: frozenset({RIGHT})})
+    split = replace(one_suspect, shards={X: np.array([True, False]), Y: np.array([False, True])})
     assert judge(split, NOW_S).missing == ("1 of 2 expert shards are held only by x: no answer",)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from common.ids import NodeId
 from common.topology import ShardId
 from services.router.control.placement import ExpertNodeCapacity, Placement, place_shards
-from services.router.control.roll_out import next_assignment
+from tests.support.former_roll_out import former_assignment, next_assignment
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 X, Y, Z = ShardId(0, 0, 0), ShardId(0, 1, 0), ShardId(0, 2, 0)
@@ -98,3 +98,33 @@ def test_rebalancing_never_leaves_a_shard_without_a_ready_copy(
             ready[node_id] |= {shard}
     if slack:
         assert step.is_complete
+
+
+NODES, SHARDS = [NodeId(name) for name in "abcd"], [ShardId(0, expert, 0) for expert in range(8)]
+some_shards = st.frozensets(st.sampled_from(SHARDS))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    owners=st.fixed_dictionaries(
+        {shard: st.lists(st.sampled_from(NODES), unique=True, min_size=1) for shard in SHARDS}
+    ),
+    ready=st.fixed_dictionaries({node: some_shards for node in NODES}),
+    told=st.fixed_dictionaries({node: some_shards for node in NODES}),
+    capacities=st.none() | st.fixed_dictionaries({node: st.integers(0, 30) for node in NODES}),
+)
+def test_tables_give_the_same_step_as_sets_did(
+    owners: dict[ShardId, list[NodeId]],
+    ready: dict[NodeId, frozenset[ShardId]],
+    told: dict[NodeId, frozenset[ShardId]],
+    capacities: dict[NodeId, int] | None,
+) -> None:
+    target = Placement({shard: tuple(nodes) for shard, nodes in owners.items()}, 0)
+    expected = former_assignment(target, ready, told, capacities, 3)
+    assert next_assignment(target, ready, told, capacities, 3) == expected
+
+
+def test_nothing_is_unloaded_that_a_node_was_to_hold_that_is_gone() -> None:
+    target = Placement({X: (B, C)}, 0)
+    ready = {A: frozenset({X}), B: frozenset({X})}
+    assert next_assignment(target, ready, ready).shards == ready
