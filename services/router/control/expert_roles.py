@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from common.array import BoolArray, Int32Array, Uint8Array, array_to_frame, frame_to_array
+from common.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
 from common.endpoints import join_endpoints
 from common.ids import NodeId
 from common.messages import AssignShards, Header, PublishPlacement, TensorFrame
@@ -220,19 +220,19 @@ class ExpertRoles:
         nodes = tuple(sorted(self._nodes))
         before, asked_before = self._assignment, self._asked
         nothing = np.zeros_like(self._is_named)
-        self._assignment = next_assignment(
+        now = next_assignment(
             self._target,
             np.array([self._ready[node_id] for node_id in nodes], dtype=np.bool_).reshape(len(nodes), nothing.size),
             [self._told.get(node_id, nothing) for node_id in nodes],
             np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
         )
-        self._asked, self._num_orphans = nodes, int(self._assignment.orphans.sum())
-        actions = self._tell(nodes, self._assignment)
-        is_same = before is not None and asked_before == nodes
-        if actions or not (is_same and np.array_equal(_owners_of(before), self._assignment.owners)):
+        self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
+        actions = self._tell(nodes, now)
+        is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
+        if actions or not is_same:
             self._version += 1
             self.has_news = True
-            self._publication = self._publish(self._assignment)
+            self._publication = self._publish(now)
         return actions
 
     def _tell(self, nodes: tuple[NodeId, ...], assignment: Assignment) -> list[Action]:
@@ -261,7 +261,3 @@ class ExpertRoles:
             numeric_classes=tuple(node.numeric_class for node in described),
             owners=array_to_frame(assignment.owners.reshape(-1, *self._table_shape)),
         )
-
-
-def _owners_of(assignment: Assignment | None) -> Int32Array | None:
-    return None if assignment is None else assignment.owners
