@@ -141,7 +141,7 @@ class ControlLink:
         """Socket files were gone after an absence that is long enough to be taken for dead: it may be why."""
         self._next_hello_s = 0.0
         self._next_beat_s = 0.0
-        self.leave_acknowledged = False
+        self.is_leaving = self.leave_acknowledged = False
 
     @property
     def registered(self) -> bool:
@@ -204,10 +204,11 @@ class ControlLink:
         """Send a heartbeat when one is due."""
         if self.registered and now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self.settings.heartbeat_interval_ms / 1000
-            self.send(load())
+            self.send(replace(load(), is_leaving=self.is_leaving))
 
     def leave(self, reason: str) -> None:
-        """Ask the router to let this node go; `leave_acknowledged` turns true when it may."""
+        """Ask the router to let this node go; `leave_acknowledged` turns true when it may. Heartbeats say so too."""
+        self.is_leaving = True
         self.send(Leave(reason))
 
     def _notice_silence(self, now_s: float) -> None:

@@ -16,6 +16,19 @@ class NodeKind(StrEnum):
     EXPERT = "expert"
 
 
+class StageState(StrEnum):
+    """How far a stage is with the role that it was told last."""
+
+    SPARE = ""
+    LOADING = "loading"
+    REFUSED = "refused"
+    HOLDING = "holding"
+    FILLING = "filling"
+    """It mirrors a slot, and its copy is not complete."""
+    COMPLETE = "complete"
+    """Its copy is."""
+
+
 class LayerRange(NamedTuple):
     """Decoder layers [start, stop)."""
 

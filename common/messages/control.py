@@ -73,7 +73,8 @@ class AssignStage:
 
 @dataclass(frozen=True, slots=True)
 class Unassign:
-    """Router -> stage: leave your slot and become a spare. Not answered."""
+    """Router -> stage: leave your slot, or the one that you mirror, and become a spare. Not answered; the header's
+    generation is the number of this role."""
 
     lease_term: int
 
@@ -93,8 +94,9 @@ class StageReady:
 
 @dataclass(frozen=True, slots=True)
 class AssignMirror:
-    """Router -> spare stage: load a slot's layers and keep a copy of its holder's paged memory. Answers: MirrorReady
-    when it may be sent to, and again once the copy is complete; or Failed."""
+    """Router -> spare stage: load a slot's layers and keep a copy of its holder's paged memory. The header's generation
+    is the number of this role. Answers: MirrorReady when it may be sent to, and again once the copy is complete; or
+    Failed."""
 
     pipeline: int
     slot: int
@@ -111,18 +113,21 @@ class AssignMirror:
 
 @dataclass(frozen=True, slots=True)
 class MirrorReady:
-    """Mirror -> router."""
+    """Mirror -> router. The header's generation is the number of the AssignMirror that it answers."""
 
     pipeline: int
     slot: int
     lease_term: int
     is_complete: bool
-    """Every block that was in use has come; false also where the stream of rows broke and must begin anew."""
+    """Every block that was in use has come."""
+    broken_stream: int = 0
+    """Attempt (`MirrorRows`) of the stream of rows that broke: the holder must begin another. 0: none has."""
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorTo:
-    """Router -> stage: send your paged memory, and from then on each row, to this node. Not answered."""
+    """Router -> stage: send your paged memory, and from then on each row, to this node. Not answered; the header's
+    generation is the number of this message, and a higher one to the same node means: from the beginning."""
 
     lease_term: int
     node_id: str
@@ -151,6 +156,8 @@ class ShardsReady:
     shards: TensorFrame
     """uint8 [L, E, S]."""
     weight_bytes: int
+    number: int = 0
+    """Counts the reports of this node from 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +180,8 @@ class PublishPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Node -> router: I am here, and this is what I have done. Not answered."""
+    """Node -> router: I am here, this is what I have done, and this is what I believe to be. Not answered; what the
+    node believes and should not, or should and does not, it is told again."""
 
     busy_seconds: float
     """Time spent computing since start."""
@@ -212,6 +220,26 @@ class Heartbeat:
     """Stage: spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
     reduces: int = 0
     """How often."""
+    role_number: int = 0
+    """Stage: number (generation) of the AssignStage or AssignMirror that it follows; 0: it is a spare."""
+    role_state: str = ""
+    """Stage: how far it is with that, as `StageState` has it."""
+    lease_term: int = 0
+    """Stage: of the slot that it holds or mirrors; 0: none."""
+    kv_mark: int = 0
+    """Stage that holds a slot: as in StageReady."""
+    broken_stream: int = 0
+    """Mirror: as in MirrorReady."""
+    feed_number: int = 0
+    """Stage: number of the MirrorTo that it follows; 0: it feeds no mirror."""
+    placement_version: int = 0
+    """Stage: of the placement that it has of this router; 0: it has none."""
+    shards_version: int = 0
+    """Expert node: of the AssignShards that it has of this router; 0: it has none."""
+    shards_reports: int = 0
+    """Expert node: number of its last ShardsReady."""
+    is_leaving: bool = False
+    """It has sent Leave and waits."""
 
 
 @dataclass(frozen=True, slots=True)

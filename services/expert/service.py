@@ -109,7 +109,8 @@ class ExpertService:
             try:
                 if not isinstance(message, AssignShards):
                     raise ProtocolError(f"an expert node does not take {type(message).__name__}")
-                self._shards.assign(message)
+                if not self._shards.assign(message, header.router_term):
+                    self._counters.dropped += 1
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
@@ -203,4 +204,6 @@ class ExpertService:
             hops=counters.calls,
             resent=0,
             late=counters.cancelled,
+            shards_version=self._shards.version,
+            shards_reports=self._shards.num_reports,
         )

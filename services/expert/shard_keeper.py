@@ -39,6 +39,7 @@ class Assignment:
     """What the router wants held, and how far that is."""
 
     version: int
+    router_term: int = 0
     wanted: frozenset[ShardId] = frozenset()
     missing: deque[ShardId] = field(default_factory=deque)
     """In the order in which they are loaded."""
@@ -87,6 +88,7 @@ class ShardKeeper:
         self._opening: Future[CheckpointWeights] | None = None
         self._open_at_s = 0.0
         self._assignment = Assignment(version=0, reported=True)  # nothing is wanted or let go before the router says so
+        self._num_reports = 0
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self.store: ShardStore | None = held.store if held is not None else None
         """None before the router has said how experts are cut."""
@@ -98,8 +100,27 @@ class ShardKeeper:
         """Whether the loader has something in hand."""
         return self._opening is not None or bool(self._loading)
 
-    def assign(self, message: AssignShards) -> None:
-        """Hold these shards from now on. Raises ProtocolError, NotReadyError."""
+    @property
+    def version(self) -> int:
+        """Of what this router has assigned; 0: nothing yet."""
+        return self._assignment.version if self._assignment.router_term == self._control.router_term else 0
+
+    @property
+    def num_reports(self) -> int:
+        """Reports made so far, which may have been lost."""
+        return self._num_reports
+
+    def assign(self, message: AssignShards, router_term: int) -> bool:
+        """Hold these shards from now on; told again, say once more what is held. False for an older assignment, which
+        changes nothing. Raises ProtocolError, NotReadyError."""
+        stamp, newest = (router_term, message.version), (self._assignment.router_term, self._assignment.version)
+        if stamp == newest:
+            self._assignment.reported, self._assignment.next_report_s = False, 0.0
+        elif stamp > newest:
+            self._take(message, router_term)
+        return stamp >= newest
+
+    def _take(self, message: AssignShards, router_term: int) -> None:
         num_slices, dtype = self._control.settings.num_slices, DTYPES[self._control.settings.dtype]
         shape = (self._config.num_layers, self._config.num_experts, num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
@@ -111,7 +132,7 @@ class ShardKeeper:
         absent = wanted.difference(self.store)
         urgent = {shard for shard in absent if bitmap[shard] > 1}
         missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
-        self._assignment = Assignment(message.version, wanted, missing, urgent)
+        self._assignment = Assignment(message.version, router_term, wanted, missing, urgent)
         self._drop_unwanted(self.store)
         self._log.info(
             "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)
@@ -203,6 +224,7 @@ class ShardKeeper:
     def _report(self, store: ShardStore, complete: bool) -> bool:
         if complete:
             self._log.info("shards_ready", held=len(store), mapped_bytes=store.weight_bytes)
+        self._num_reports += 1
         return self._control.send(
-            ShardsReady(self._assignment.version, complete, self._bitmap(store), store.weight_bytes)
+            ShardsReady(self._assignment.version, complete, self._bitmap(store), store.weight_bytes, self._num_reports)
         )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from common.ids import NodeId
 from common.membership import Membership
+from common.messages import Heartbeat
+from common.topology import NodeDescription
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.readiness import MeshEvidence, PipelineEvidence, ProgressWatch
 from services.router.control.stage_roles import StageRoles
+from services.router.mesh_status import NodeStatus
 from services.router.scheduling.snapshot import SchedulerSnapshot
 
 
@@ -41,4 +47,26 @@ def mesh_evidence(
         shards=experts.ready,
         num_shards=experts.num_shards,
         experts_detail=experts.detail,
+    )
+
+
+def node_statuses(
+    nodes: Mapping[NodeId, NodeDescription],
+    membership: Membership,
+    heartbeats: Mapping[NodeId, Heartbeat],
+    stages: StageRoles,
+    experts: ExpertRoles,
+) -> tuple[NodeStatus, ...]:
+    """All registered nodes, by id."""
+    mirrored = {node_id: slot for slot, node_id in stages.mirrors.nodes.items()}
+    return tuple(
+        NodeStatus(
+            node,
+            membership.state_of(node_id),
+            heartbeats.get(node_id),
+            stages.slot_of(node_id),
+            mirrored.get(node_id),
+            experts.num_held(node_id),
+        )
+        for node_id, node in sorted(nodes.items())
     )

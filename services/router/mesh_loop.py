@@ -15,7 +15,7 @@ from functools import partial
 import structlog
 
 from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
-from common.ids import Generation, NodeId, PipelineId, RequestId, StepId
+from common.ids import NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
 from common.messages import (
     Failed,
@@ -31,17 +31,20 @@ from common.messages import (
     Welcome,
 )
 from common.model_config import ModelConfig
-from common.topology import NodeDescription, NodeKind
+from common.topology import NodeDescription, NodeKind, StageState
 from common.transport import LinkEvent
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import read_held_slot
+from services.router.control.beliefs import Beliefs
 from services.router.control.expert_roles import ExpertRoles
+from services.router.control.mirror_roles import MirrorReport
 from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
+from services.router.control.retelling import Refusals
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_client import MeshClient
-from services.router.mesh_evidence import mesh_evidence
-from services.router.mesh_status import MeshStatus, NodeStatus
+from services.router.mesh_evidence import mesh_evidence, node_statuses
+from services.router.mesh_status import MeshStatus
 from services.router.placer import InlinePlacer, Placer
 from services.router.registration import DeclaredDead, check_hello, differing_classes, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
@@ -50,8 +53,6 @@ from services.router.step_flow import StepFlow
 WAIT_MS = 50
 CONTROL_BUDGET_S = 0.0015
 """Of one turn: where all nodes speak at once, tokens go out between their messages."""
-RETRY_S = 5.0
-"""After a node could not take its role."""
 STATUS_INTERVAL_S = 0.1
 
 
@@ -103,9 +104,11 @@ class MeshLoop:
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._declared_dead = DeclaredDead()
+        self._beliefs = Beliefs(stages, experts)
+        self._leaving: set[NodeId] = set()
+        """Nodes that wait for leave."""
         self._last_failure = ""
-        self._refused: dict[PipelineId, tuple[Generation, float]] = {}
-        """Pipelines whose assignment a node refused: in which generation, and when to try again."""
+        self._refusals = Refusals()
         self._stopping = False
         self._next_status_s = 0.0
         self.status = MeshStatus.starting("no node has registered yet")
@@ -144,7 +147,7 @@ class MeshLoop:
                 self._act(self._stages.tick(now_s), now_s)
             self._renew(self._flow.take_results(now_s), now_s)
             self._renew(self._flow.check_deadlines(now_s), now_s)
-            self._retry_refused(now_s)
+            self._renew(self._refusals.due(self._stages.pipelines, now_s), now_s)
             self._let_leavers_go(now_s)
             self._publish_news(now_s)
             self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s))
@@ -186,6 +189,8 @@ class MeshLoop:
         description = self._nodes.get(node_id)
         if description is None:
             self._declared_dead.refuse(node_id)
+            if self._declared_dead.was_let_go(node_id):
+                self._client.tell(node_id, LeaveAcknowledged())
             return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
             self._heartbeats[node_id] = message
@@ -194,20 +199,41 @@ class MeshLoop:
                 node_id, description.incarnation, message.steps, message.queued > 0, now_s
             )
             self._apply_changes(changes, now_s)
+            if node_id in self._nodes:
+                self._take_belief(node_id, description.kind, message, now_s)
         elif isinstance(message, StageReady):
             self._log.info("stage_ready", node=node_id, pipeline=message.pipeline, slot=message.slot)
             self._act(self._stages.take_ready(node_id, message, header.generation), now_s)
         elif isinstance(message, MirrorReady):
             self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
-            self._act(self._stages.take_mirror(node_id, message), now_s)
+            report = MirrorReport(header.generation, message.is_complete, message.broken_stream)
+            self._act(self._stages.take_mirror(node_id, report), now_s)
         elif isinstance(message, ShardsReady):
-            self._experts.take_report(node_id, self._experts.read_shards(message.shards, "ShardsReady.shards"))
+            held = self._experts.read_shards(message.shards, "ShardsReady.shards")
+            self._experts.take_report(node_id, held, message.number)
         elif isinstance(message, Leave):
             self._drain(node_id, message.reason, now_s)
         elif isinstance(message, Failed):
             self._node_failed(node_id, message, header, now_s)
         else:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
+
+    def _take_belief(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> None:
+        """What was lost on the way, in either direction, comes with a heartbeat or is told again."""
+        if said.is_leaving and node_id not in self._leaving:
+            self._drain(node_id, "stopped", now_s)
+        if said.role_state == StageState.REFUSED:
+            self._note_refusal(node_id, said.role_number, now_s)
+        consequences = self._beliefs.take(node_id, kind, said, now_s)
+        self._act(consequences.news, now_s)
+        for topic, actions in consequences.again.items():
+            self._log.info("told_again", node=node_id, topic=topic)
+            self._act(actions, now_s)
+
+    def _note_refusal(self, node_id: NodeId, number: int, now_s: float) -> None:
+        pipeline = self._stages.take_refusal(node_id, number)
+        if pipeline is not None:
+            self._refusals.note(pipeline, number, now_s)
 
     def _register(self, node_id: NodeId, hello: Hello, obeyed_term: int, now_s: float) -> None:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
@@ -246,15 +272,13 @@ class MeshLoop:
         self._log.error("node_failed", node=node_id, code=message.code, reason=message.message, step=header.step)
         if not header.step:
             self._last_failure = f"{node_id}: {message.message}"
-            self._stages.mirror_failed(node_id)
-            slot = self._stages.slot_of(node_id)
-            if slot is not None and header.generation == self._stages.pipelines[slot.pipeline].generation:
-                self._refused[slot.pipeline] = Generation(header.generation), now_s + RETRY_S
+            self._note_refusal(node_id, header.generation, now_s)
             return
         self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
     def _drain(self, node_id: NodeId, reason: str, now_s: float) -> None:
         """A node is told to stop. It goes on until nothing is lost with it, or until its own patience ends."""
+        self._leaving.add(node_id)
         self._log.info("node_leaves", node=node_id, reason=reason)
         if self._nodes[node_id].kind is NodeKind.STAGE:
             self._act(self._stages.drain(node_id), now_s)
@@ -269,6 +293,7 @@ class MeshLoop:
         description = self._nodes[node_id]
         self._apply_changes(self._membership.leave(node_id, description.incarnation), now_s)
         self._publish_news(now_s)
+        self._declared_dead.let_go(node_id)
         self._client.tell(node_id, LeaveAcknowledged())
 
     def _take_lifelines(self, now_s: float) -> None:
@@ -295,6 +320,8 @@ class MeshLoop:
             if description is not None and change.reason is not ChangeReason.REPLACED:  # that one has the same names
                 self._client.remove_socket_files(description)
             self._progress.forget(change.node_id)
+            self._beliefs.forget(change.node_id)
+            self._leaving.discard(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._act(self._stages.lose(change.node_id), now_s)
             self._experts.lose(change.node_id)
@@ -323,14 +350,6 @@ class MeshLoop:
         for pipeline in dict.fromkeys(broken):
             self._act(self._stages.renew(pipeline), now_s)
 
-    def _retry_refused(self, now_s: float) -> None:
-        for pipeline, (generation, retry_at_s) in list(self._refused.items()):
-            if now_s >= retry_at_s:
-                del self._refused[pipeline]
-                current = self._stages.pipelines.get(pipeline)
-                if current is not None and current.generation == generation:  # else it has other holders by now
-                    self._renew([pipeline], now_s)
-
     def _publish_news(self, now_s: float) -> None:
         if self._experts.has_news:
             stages = [node.node_id for node in self._nodes.values() if node.kind is NodeKind.STAGE]
@@ -349,18 +368,7 @@ class MeshLoop:
         if now_s < self._next_status_s:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
-        mirrored = {node_id: slot for slot, node_id in self._stages.mirrors.nodes.items()}
-        nodes = tuple(
-            NodeStatus(
-                node,
-                self._membership.state_of(node_id),
-                self._heartbeats.get(node_id),
-                self._stages.slot_of(node_id),
-                mirrored.get(node_id),
-                self._experts.num_held(node_id),
-            )
-            for node_id, node in sorted(self._nodes.items())
-        )
+        nodes = node_statuses(self._nodes, self._membership, self._heartbeats, self._stages, self._experts)
         self._flow.totals.step_bytes = self._client.step_bytes_sent
         scheduler = self._scheduler.snapshot()
         evidence = mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler)

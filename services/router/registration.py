@@ -72,10 +72,12 @@ def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[
 
 
 class DeclaredDead:
-    """Incarnations that are dead to the mesh, and what each is told when it speaks again. Forgets the longest dead."""
+    """Incarnations that are dead to the mesh or were let go, and what each is told when it speaks again. Forgets those
+    that have been so for longest."""
 
     def __init__(self) -> None:
         self._told: dict[NodeId, MoemeshError] = {}
+        self._let_go: dict[NodeId, None] = {}
 
     def add(self, change: MembershipChange, description: NodeDescription | None) -> None:
         """One that could not be reached is told to end: as another incarnation it could not be reached either."""
@@ -90,6 +92,16 @@ class DeclaredDead:
         self._told[change.node_id] = error
         if len(self._told) > MAX_REMEMBERED_DEAD:
             del self._told[next(iter(self._told))]
+
+    def let_go(self, node_id: NodeId) -> None:
+        """It wanted to leave, and was told that it may."""
+        self._let_go[node_id] = None
+        if len(self._let_go) > MAX_REMEMBERED_DEAD:
+            del self._let_go[next(iter(self._let_go))]
+
+    def was_let_go(self, node_id: NodeId) -> bool:
+        """Whether it left with leave; if it speaks again it was not heard."""
+        return node_id in self._let_go
 
     def refuse(self, node_id: NodeId) -> None:
         """Raises what a dead node is told; of others nothing is known here."""

@@ -78,19 +78,24 @@ class ExpertNodes:
         sockets = [node.socket.raw for node in self._nodes.values()]
         return sockets + [n.socket.monitor for n in self._nodes.values() if n.socket.monitor is not None]
 
+    def version_of(self, router_term: int) -> int:
+        """Of the placement that this router has published; 0: none of its has come."""
+        return self._stamp[1] if self._stamp[0] == router_term else 0
+
     def expect(self, num_slices: int) -> None:
         """So many an expert, as long as no placement has told: calls that begin before wait for their copies."""
         if self._stamp == (0, 0):
             self.num_slices = num_slices
 
     def take_placement(self, placement: PublishPlacement, router_term: int, num_slices: int) -> list[ExpertNode] | None:
-        """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement.
+        """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement, or this
+        one again.
 
         Versions begin anew with every router, so they are compared after its term. A node that cannot be reached from
         here is left out: the others still can. Raises ProtocolError for a placement that makes no sense.
         """
         stamp = (router_term, placement.version)
-        if stamp < self._stamp:
+        if stamp <= self._stamp:
             return None
         owners = _read_owners(placement)
         if owners.shape[3] != num_slices:

@@ -22,17 +22,24 @@ class Mirror:
     router_term: int
     memory: PagedMemory
     socket: MessageSocket
+    number: int = 0
+    """Of this role."""
     mark: int = 0
     """All steps up to this one are in the copy, once it is complete."""
     is_complete: bool = False
-    is_spoilt: bool = False
-    """The stream has a gap; nothing of it is taken before it begins anew."""
+    broken_stream: int = 0
+    """Attempt of the last stream that had a gap or did not fit; nothing of it is taken. 0: none had."""
     attempt: int = 0
     """Of the stream that is taken now."""
     last_sequence_number: int = 0
     written_blocks: set[int] = field(default_factory=set)
     """What was ever copied into: which sequences that is, and whether they still live, a mirror is not told."""
     acknowledged: int = 0
+
+    @property
+    def is_spoilt(self) -> bool:
+        """The stream that is taken now is broken: it must begin anew."""
+        return self.broken_stream == self.attempt > 0
 
     def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
         """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
@@ -45,7 +52,7 @@ class Mirror:
         """
         if header.attempt > self.attempt:
             self.attempt, self.last_sequence_number, self.acknowledged, self.mark = header.attempt, 0, 0, 0
-            self.is_complete = self.is_spoilt = False
+            self.is_complete = False
         self.last_sequence_number += 1
         if header.sequence_number != self.last_sequence_number:
             missing = header.sequence_number - self.last_sequence_number

@@ -33,7 +33,7 @@ class MirrorIntake:
             has_become_complete = mirror.take(message, header)
         except ProtocolError as error:
             self._log.error("mirror_spoilt", reason=str(error))
-            mirror.is_spoilt, mirror.is_complete = True, False
+            mirror.broken_stream, mirror.is_complete = header.attempt, False
             self._report(mirror)
             return
         if has_become_complete:
@@ -47,4 +47,5 @@ class MirrorIntake:
 
     def _report(self, mirror: Mirror) -> None:
         role = mirror.role
-        self._control.send(MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete))
+        report = MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete, mirror.broken_stream)
+        self._control.send(report, Header(generation=mirror.number))

@@ -29,6 +29,9 @@ class MirrorLink:
         self._attempts = itertools.count(1)
         self._wanted: tuple[MirrorTo, int] | None = None
         """And the router's term in which it was asked for."""
+        self.feed_number = 0
+        """Of the message that is obeyed; 0: nobody is fed."""
+        self._newest_number = 0
         self._sender: MirrorSender | None = None
         self._restart_at_s: float | None = None
         self._bytes_to_former_mirrors = 0
@@ -49,16 +52,22 @@ class MirrorLink:
         monitor = self._sender.socket.monitor if self._sender is not None else None
         return [monitor] if monitor is not None else []
 
-    def start(self, wanted: MirrorTo, router_term: int) -> None:
-        """Feed this node, from the beginning. Raises ConfigurationError for an address that is none."""
+    def obey(self, wanted: MirrorTo, header: Header) -> bool:
+        """Feed this node, from the beginning, or nobody. True if sockets have changed: what is obeyed already, or came
+        later than what replaced it, changes nothing. Raises ConfigurationError for an address that is none."""
+        number = header.generation
+        if number < self._newest_number or (number == self.feed_number and self._wanted is not None):
+            return False
         self.stop()
+        self._newest_number = number
         if wanted.endpoints:
-            self._wanted = wanted, router_term
+            self._wanted, self.feed_number = (wanted, header.router_term), number
             self._connect(*self._wanted)
+        return True
 
     def stop(self) -> None:
         """Feed nobody any more."""
-        self._wanted, self._restart_at_s = None, None
+        self._wanted, self._restart_at_s, self.feed_number = None, None, 0
         self._close_sender()
 
     def acknowledged(self, message: MirrorAck, header: Header) -> None:

@@ -39,6 +39,7 @@ from services.stage.mirror_intake import MirrorIntake
 from services.stage.mirror_link import MirrorLink
 from services.stage.slot import Refused, Slot, Taken
 from services.stage.slot_keeper import SlotKeeper
+from services.stage.stage_heartbeat import Counters, describe_stage
 from services.stage.step_output import describe_held, passed_on, relayed
 
 POLL_MS = 50
@@ -74,10 +75,11 @@ class StageService:
         control.describe_held = self._describe_held
         self._unsent: deque[tuple[Message, Header, float]] = deque()
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
-        self._busy_seconds = 0.0
-        self._num_steps = 0
-        self._num_rows = 0
-        self._dropped = 0
+        self._counters = Counters()
+        self._role_number = 0
+        """Of the role that is followed now; 0: none."""
+        self._newest_role_number = 0
+        """Of all that this stage was told, which may come late, or twice."""
         self._poller = zmq.Poller()
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -125,9 +127,8 @@ class StageService:
             self._last_registered_s = now_s
         elif now_s - self._last_registered_s > KEEP_STATE_S and self._keeper.slot is not None:
             self._log.warning("state_forgotten", reason=f"no router for {KEEP_STATE_S:.0f} s")
-            self._forget_steps()
-            self._mirror_link.stop()
-            self._keeper.forget()
+            self._become_spare()
+            self._newest_role_number = 0
 
     def _begin_leaving(self, now_s: float) -> float:
         self._log.info("leaving")
@@ -137,12 +138,10 @@ class StageService:
     def _take_control(self, now_s: float) -> None:
         for message, header in self._control.receive(now_s):
             try:
-                if isinstance(message, AssignStage | AssignMirror):
-                    self._assign(message, header, now_s)
+                if isinstance(message, AssignStage | AssignMirror | Unassign):
+                    self._take_role(message, header, now_s)
                 elif isinstance(message, MirrorTo):
                     self._mirror_to(message, header)
-                elif isinstance(message, Unassign):
-                    self._unassign(message)
                 elif isinstance(message, PublishPlacement):
                     self._take_placement(message, header, now_s)
                 else:
@@ -152,6 +151,20 @@ class StageService:
             except MoemeshError as error:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
+
+    def _take_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
+        """The newest role counts, whenever older ones come; told again, it changes nothing: heartbeats say what became
+        of it."""
+        number = header.generation
+        if number <= self._newest_role_number:
+            self._counters.dropped += number < self._newest_role_number
+            return
+        self._newest_role_number = number
+        if isinstance(message, Unassign):
+            self._become_spare()
+        else:
+            self._role_number = number
+            self._assign(message, header, now_s)
 
     def _assign(self, message: AssignStage | AssignMirror, header: Header, now_s: float) -> None:
         if self._keeper.slot is not None:
@@ -178,10 +191,9 @@ class StageService:
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:
         slot = self._keeper.slot
         if slot is None or slot.role.lease_term != message.lease_term:
-            self._dropped += 1  # of a lease before this one
-            return
-        self._mirror_link.start(message, header.router_term)
-        self._watch_sockets()
+            self._counters.dropped += 1  # of a lease before this one
+        elif self._mirror_link.obey(message, header):
+            self._watch_sockets()
 
     def _tell_experts_settings(self) -> None:
         """The mesh's, which calls need also before the first placement."""
@@ -207,11 +219,8 @@ class StageService:
         if block_tokens != KV_BLOCK_TOKENS:
             raise ProtocolError(f"the router has KV blocks of {block_tokens} tokens, this build has {KV_BLOCK_TOKENS}")
 
-    def _unassign(self, message: Unassign) -> None:
-        slot = self._keeper.slot
-        if slot is not None and slot.role.lease_term > message.lease_term:
-            self._dropped += 1  # of a lease before this one
-            return
+    def _become_spare(self) -> None:
+        self._role_number = 0
         self._forget_steps()
         self._mirror_link.stop()
         self._keeper.forget()
@@ -235,7 +244,7 @@ class StageService:
             slot = self._keeper.slot
             stamp = (header.router_term, header.generation)
             if slot is None or not isinstance(message, Step) or not slot.takes(stamp):
-                self._dropped += 1
+                self._counters.dropped += 1
                 continue
             try:
                 self._check_sequence(slot, header)
@@ -283,7 +292,7 @@ class StageService:
         began_s = self._clock()
         outcome = slot.executor.run_one()
         if outcome is None:
-            self._busy_seconds += self._clock() - began_s
+            self._counters.busy_seconds += self._clock() - began_s
             return
         running = outcome.running
         try:
@@ -301,7 +310,7 @@ class StageService:
             slot.executor.drop(running)
             known = error if isinstance(error, MoemeshError) else ExecutionError(f"computing failed: {error}")
             self._fail_step(known, running.header)
-        self._busy_seconds += self._clock() - began_s
+        self._counters.busy_seconds += self._clock() - began_s
 
     def _call_experts(self, slot: Slot, outcome: WantsExperts) -> None:
         running = outcome.running
@@ -325,8 +334,8 @@ class StageService:
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
         running, held = finished.running, slot.held
-        self._num_steps += 1
-        self._num_rows += finished.hidden.shape[0]
+        self._counters.steps += 1
+        self._counters.rows += finished.hidden.shape[0]
         with torch.inference_mode():
             held.memory.log_hidden(running.batch.slots, finished.hidden)
         held.tables.computed(running.step)
@@ -373,24 +382,6 @@ class StageService:
                 self._poller.register(socket, zmq.POLLIN)
 
     def _load(self) -> Heartbeat:
-        slot = self._keeper.slot
-        return Heartbeat(
-            busy_seconds=self._busy_seconds,
-            steps=self._num_steps,
-            rows=self._num_rows,
-            queued=slot.executor.num_running if slot is not None else 0,
-            dropped=self._dropped + self._mirror_intake.dropped + self._experts.late_answers,
-            bytes_sent=self._keeper.bytes_sent + self._experts.nodes.bytes_sent + self._mirror_link.bytes_sent,
-            hop_bytes=self._experts.nodes.bytes_sent,
-            hop_seconds=self._experts.wait_seconds,
-            hops=self._experts.answered,
-            resent=self._experts.resent_calls,
-            hedged=self._experts.hedged_calls,
-            hedge_wins=self._experts.hedge_wins,
-            late=self._experts.late_answers,
-            suspicions=self._experts.num_suspicions,
-            degraded_rows=self._experts.degraded_rows,
-            rank_degree=self._keeper.rank_degree,
-            reduce_seconds=self._keeper.reduces[0],
-            reduces=self._keeper.reduces[1],
-        )
+        counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)
+        number, term = self._role_number, self._control.router_term
+        return describe_stage(counters, self._keeper, self._experts, self._mirror_link, number, term)

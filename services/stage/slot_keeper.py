@@ -21,7 +21,7 @@ from common.loader_thread import LoaderThread
 from common.memory import offered_bytes
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.model_config import ModelConfig
-from common.topology import LayerRange, StageRole
+from common.topology import LayerRange, StageRole, StageState
 from common.transport import Transport
 from common.weights import CheckpointWeights
 from services.stage.attention_kernel import KV_BLOCK_TOKENS
@@ -97,6 +97,26 @@ class SlotKeeper:
     def bytes_sent(self) -> int:
         """Downstream, since start."""
         return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
+
+    def state_of(self, number: int) -> StageState:
+        """How far this stage is with the role of this number, the last one that it was told; 0: none."""
+        if not number:
+            return StageState.SPARE
+        if self.slot is not None and self.slot.role.generation == number:
+            return StageState.HOLDING
+        if self.mirror is not None and self.mirror.number == number:
+            return StageState.COMPLETE if self.mirror.is_complete else StageState.FILLING
+        is_loading = self._loading is not None and self._loading.header.generation == number
+        return StageState.LOADING if is_loading else StageState.REFUSED
+
+    @property
+    def lease_term(self) -> int:
+        """Of the slot that is held, mirrored or loaded for; 0: of none."""
+        if self.slot is not None:
+            return self.slot.role.lease_term
+        if self.mirror is not None:
+            return self.mirror.role.lease_term
+        return self._loading.message.lease_term if self._loading is not None else 0
 
     @property
     def rank_degree(self) -> int:
@@ -336,7 +356,7 @@ class SlotKeeper:
         held.marks, held.tables = StepMarks(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
-        self.mirror = Mirror(message, header.router_term, held.memory, socket)
+        self.mirror = Mirror(message, header.router_term, held.memory, socket, header.generation)
         self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
         return Taken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
 

@@ -15,6 +15,7 @@ class ListeningRouter:
     """Stands in for a `ControlLink`: keeps what is said, and hands out what a test puts into `asked`."""
 
     def __init__(self) -> None:
+        self.router_term = 0
         self.settings = Welcome(250, "float32", "exact", 32, 1, 1000)
         self.socket = MemorySocket("control", "tcp://router:1")
         self.asked: deque[tuple[Message, Header]] = deque()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from common.ids import NodeId
-from common.messages import AssignMirror, AssignStage, MirrorReady, StageReady
+from common.messages import AssignMirror, AssignStage, StageReady
 from services.router.control.actions import Action, Tell
+from services.router.control.mirror_roles import MirrorReport
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import node, small_mesh, small_model
 
@@ -47,8 +48,13 @@ def opened(roles: StageRoles, *names: str) -> list[Action]:
 
 
 def mirror_of(actions: list[Action]) -> dict[str, AssignMirror]:
+    return {name: message for name, (message, _) in mirrors_told(actions).items()}
+
+
+def mirrors_told(actions: list[Action]) -> dict[str, tuple[AssignMirror, int]]:
+    """By node, with the number of its role."""
     return {
-        action.node_id: action.message
+        action.node_id: (action.message, action.header.generation)
         for action in actions
         if isinstance(action, Tell) and isinstance(action.message, AssignMirror)
     }
@@ -56,8 +62,6 @@ def mirror_of(actions: list[Action]) -> dict[str, AssignMirror]:
 
 def mirrored(roles: StageRoles, actions: list[Action]) -> None:
     """All who were told to mirror are complete."""
-    for name, message in mirror_of(actions).items():
+    for name, (_, number) in mirrors_told(actions).items():
         for is_complete in (False, True):
-            roles.take_mirror(
-                NodeId(name), MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
-            )
+            roles.take_mirror(NodeId(name), MirrorReport(number, is_complete))

@@ -9,7 +9,7 @@ P shards in the order of (layer, expert, slice), N nodes in the order of their i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -48,6 +48,9 @@ class ExpertRoles:
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._ready: dict[NodeId, BoolArray] = {}
         self._told: dict[NodeId, BoolArray] = {}
+        self._told_versions: dict[NodeId, int] = {}
+        self._report_numbers: dict[NodeId, int] = {}
+        """Of each node's newest report."""
         self._target: Target | None = None
         """For the nodes that live; None: to be made anew."""
         self._assignment: Assignment | None = None
@@ -68,7 +71,7 @@ class ExpertRoles:
 
     @property
     def version(self) -> int:
-        """Of what was published last."""
+        """Of what was published last; 0: nothing was."""
         return self._version
 
     @property
@@ -133,12 +136,14 @@ class ExpertRoles:
         if self._nodes.pop(node_id, None) is not None:
             self._ready.pop(node_id)
             self._told.pop(node_id, None)
+            self._report_numbers.pop(node_id, None)
             self._change()
 
-    def take_report(self, node_id: NodeId, held: BoolArray) -> None:
-        """A node says what it holds, [P]; the roll-out goes on."""
-        if node_id in self._nodes:
-            self._ready[node_id] = held
+    def take_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
+        """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
+        says nothing."""
+        if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
+            self._ready[node_id], self._report_numbers[node_id] = held, number
             self._has_reports = True
 
     def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
@@ -203,6 +208,17 @@ class ExpertRoles:
             return []
         return [Tell(node_id, self._publication, Header()) for node_id in stages]
 
+    def told(self, node_id: NodeId) -> tuple[int, int] | None:
+        """Version of what a node was told to hold, and number of its newest report; None where that is nothing, or of
+        no interest, since it leaves."""
+        if node_id not in self._told or node_id in self._draining:
+            return None
+        return self._told_versions[node_id], self._report_numbers.get(node_id, 0)
+
+    def assign_again(self, node_id: NodeId) -> list[Action]:
+        """Tell a node what it is to hold; it reports then, also what it has said before."""
+        return [self._assign(node_id)]
+
     def take_news(self, stages: list[NodeId]) -> list[Action]:
         """Publish to all stages what has changed."""
         self.has_news = False
@@ -227,7 +243,7 @@ class ExpertRoles:
             np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
         )
         self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
-        actions = self._tell(nodes, now)
+        actions = self._tell(nodes, now.shards)
         is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
         if actions or not is_same:
             self._version += 1
@@ -235,20 +251,24 @@ class ExpertRoles:
             self._publication = self._publish(now)
         return actions
 
-    def _tell(self, nodes: tuple[NodeId, ...], assignment: Assignment) -> list[Action]:
+    def _tell(self, nodes: tuple[NodeId, ...], wanted: Iterable[BoolArray]) -> list[Action]:
         actions: list[Action] = []
-        for node_id, shards in zip(nodes, assignment.shards, strict=True):
+        for node_id, shards in zip(nodes, wanted, strict=True):
             # One that leaves keeps what it has, so that calls that are under way to it are answered.
             told = self._told.get(node_id)
             if node_id in self._draining or (told is not None and np.array_equal(told, shards)):
                 continue
-            self._told[node_id] = shards
-            bitmap: Uint8Array = shards.view(np.uint8)
-            if self._num_orphans:
-                bitmap = bitmap + (shards & assignment.orphans)
-            frame = array_to_frame(bitmap.reshape(self._table_shape))
-            actions.append(Tell(node_id, AssignShards(self._version + 1, frame), Header()))
+            self._told[node_id], self._told_versions[node_id] = shards, self._version + 1
+            actions.append(self._assign(node_id))
         return actions
+
+    def _assign(self, node_id: NodeId) -> Action:
+        shards = self._told[node_id]
+        bitmap: Uint8Array = shards.view(np.uint8)
+        if self._assignment is not None and self._num_orphans:
+            bitmap = bitmap + (shards & self._assignment.orphans)
+        frame = array_to_frame(bitmap.reshape(self._table_shape))
+        return Tell(node_id, AssignShards(self._told_versions[node_id], frame), Header())
 
     def _publish(self, assignment: Assignment) -> PublishPlacement:
         described = [self._nodes[node_id] for node_id in self._asked]

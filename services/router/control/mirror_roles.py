@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from common.ids import NodeId
-from common.messages import Header, MirrorReady, MirrorTo
+from common.messages import Header, MirrorTo
 from common.model_config import ModelConfig
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.actions import Action, Tell
@@ -17,10 +18,25 @@ Nodes = Mapping[NodeId, tuple[NodeDescription, int]]
 """Living stage nodes with their join order."""
 
 
+@dataclass(frozen=True, slots=True)
+class MirrorReport:
+    """What a mirror says of itself, in a MirrorReady or in a heartbeat."""
+
+    number: int
+    """Of the role that it follows."""
+    is_complete: bool
+    broken_stream: int = 0
+    """As in MirrorReady."""
+
+
 class MirrorRoles:
     """One mirror a slot at most."""
 
-    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange]) -> None:
+    def __init__(
+        self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], draw_number: Callable[[], int]
+    ) -> None:
+        """`draw_number`: the next number of a role or feed, higher than all before it."""
+        self._draw_number = draw_number
         self._config = config
         self._shape = shape
         self._layers = layers
@@ -64,7 +80,7 @@ class MirrorRoles:
             if slot in self._pairs and self._pairs[slot].shares_host
         }
         actions: list[Action] = [
-            Tell(pair.primary, MirrorTo(pair.lease_term, "", (), ""), Header())
+            self._stop(pair.primary, pair.lease_term)
             for slot, pair in before.items()
             if slot not in self._pairs and pair.primary in nodes and pair.state is not MirrorState.LOADING
         ]
@@ -82,28 +98,72 @@ class MirrorRoles:
             if wanted.slot in chosen:
                 node_id, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
                 shares_host = by_id[node_id].host_label == wanted.host_label
-                pair = MirrorPair(node_id, wanted.holder, *terms, shares_host)
+                pair = MirrorPair(node_id, wanted.holder, *terms, shares_host, self._draw_number())
                 (self._successors if wanted.slot in self._pairs else self._pairs)[wanted.slot] = pair
-                holder = nodes[wanted.holder][0]
-                message = assign_mirror(wanted.slot, self._layers, wanted.lease_term, wanted.num_blocks, holder)
-                actions.append(Tell(pair.node_id, message, Header()))
+                actions.append(self._assign(wanted.slot, pair, nodes))
         return actions
 
-    def take_report(self, node_id: NodeId, message: MirrorReady, nodes: Nodes) -> list[Action]:
-        """A mirror is loaded (its primary is told to begin), complete, or spoilt (its primary begins anew)."""
+    def take_report(self, node_id: NodeId, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
+        """A mirror is loaded (its primary is told to begin), complete, or its stream broke (its primary begins anew).
+
+        None: it is not what its number stands for any more, or says nothing new.
+        """
         for slot, pair in [*self._pairs.items(), *self._successors.items()]:
-            told = (slot.pipeline, slot.index, pair.lease_term, pair.node_id)
-            if told != (message.pipeline, message.slot, message.lease_term, node_id):
-                continue
-            if message.is_complete:
-                pair.state = MirrorState.COMPLETE
-                return []
-            pair.state = MirrorState.FILLING
-            if self._successors.get(slot) is pair:
-                self._pairs[slot] = self._successors.pop(slot)
-            own = nodes[node_id][0]
-            return [Tell(pair.primary, MirrorTo(pair.lease_term, node_id, own.endpoints, own.ipc_token), Header())]
-        return []
+            if (pair.node_id, pair.number) == (node_id, report.number):
+                return self._note(slot, pair, report, nodes)
+        return None
+
+    def _note(self, slot: StageSlot, pair: MirrorPair, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
+        has_broken = report.broken_stream > pair.broken_stream
+        state = MirrorState.COMPLETE if report.is_complete else MirrorState.FILLING
+        if not has_broken and pair.state is state:
+            return None
+        must_begin = has_broken or pair.state is MirrorState.LOADING
+        pair.state, pair.broken_stream = state, max(pair.broken_stream, report.broken_stream)
+        if not must_begin:
+            return []
+        pair.feed_number = self._draw_number()
+        if self._successors.get(slot) is pair:
+            self._pairs[slot] = self._successors.pop(slot)
+        return [self._feed(pair, nodes)]
+
+    def number_of(self, node_id: NodeId) -> int | None:
+        """Of the role of a node that mirrors a slot; None for others."""
+        pairs = [*self._pairs.values(), *self._successors.values()]
+        return next((pair.number for pair in pairs if pair.node_id == node_id), None)
+
+    def assign_again(self, node_id: NodeId, nodes: Nodes) -> list[Action]:
+        """Tell a mirror its role."""
+        return [
+            self._assign(slot, pair, nodes)
+            for slot, pair in [*self._pairs.items(), *self._successors.items()]
+            if pair.node_id == node_id
+        ]
+
+    def feed_number_of(self, slot: StageSlot) -> int:
+        """Of what the slot's holder was told to feed; 0: nobody."""
+        pair = self._pairs.get(slot)
+        return 0 if pair is None else pair.feed_number
+
+    def feed_again(self, slot: StageSlot, holder: NodeId, lease_term: int, nodes: Nodes) -> list[Action]:
+        """Tell the slot's holder, who has it by this lease, whom to feed, or that it is nobody."""
+        pair = self._pairs.get(slot)
+        if pair is not None and pair.feed_number:
+            return [self._feed(pair, nodes)]
+        return [self._stop(holder, lease_term)]
+
+    def _assign(self, slot: StageSlot, pair: MirrorPair, nodes: Nodes) -> Action:
+        holder = nodes[pair.primary][0]
+        message = assign_mirror(slot, self._layers, pair.lease_term, pair.num_blocks, holder)
+        return Tell(pair.node_id, message, Header(generation=pair.number))
+
+    def _feed(self, pair: MirrorPair, nodes: Nodes) -> Action:
+        own = nodes[pair.node_id][0]
+        message = MirrorTo(pair.lease_term, pair.node_id, own.endpoints, own.ipc_token)
+        return Tell(pair.primary, message, Header(generation=pair.feed_number))
+
+    def _stop(self, holder: NodeId, lease_term: int) -> Action:
+        return Tell(holder, MirrorTo(lease_term, "", (), ""), Header(generation=self._draw_number()))
 
     def release(self, node_id: NodeId) -> None:
         """A node is told to forget everything: whom it mirrors has to be told to it again."""
@@ -112,11 +172,11 @@ class MirrorRoles:
                 if pair.node_id == node_id:
                     del pairs[slot]
 
-    def fail(self, node_id: NodeId) -> None:
-        """A spare could not load what it was to mirror."""
+    def fail(self, node_id: NodeId, number: int) -> None:
+        """A spare could not load what it was to mirror, by the role of this number."""
         for pairs in (self._pairs, self._successors):
             for slot, pair in list(pairs.items()):
-                if pair.node_id == node_id and pair.state is MirrorState.LOADING:
+                if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
                     self._failed.add((node_id, slot))
                     del pairs[slot]
 

@@ -29,7 +29,13 @@ class MirrorPair:
     num_blocks: int
     shares_host: bool
     """Whether one host that is lost takes the slot's holder and its mirror."""
+    number: int = 0
+    """Of the role that the mirror was told."""
     state: MirrorState = MirrorState.LOADING
+    feed_number: int = 0
+    """Of the message that tells the holder to send to it; 0: it has not loaded yet."""
+    broken_stream: int = 0
+    """The last stream of rows of which the mirror said that it broke."""
 
 
 @dataclass(frozen=True, slots=True)

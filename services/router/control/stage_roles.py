@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
-from common.messages import AssignStage, Header, MirrorReady, StageReady, Unassign
+from common.messages import StageReady
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline
 from services.router.control.adoption import Adoption, HeldSlot
 from services.router.control.eligibility import describe_unfilled, loadable_slots
-from services.router.control.mirror_roles import MirrorRoles
+from services.router.control.mirror_roles import MirrorReport, MirrorRoles, Nodes
 from services.router.control.mirrors import MirroredSlot
 from services.router.control.pipeline_state import Pipeline
-from services.router.control.role_messages import assign_stage
+from services.router.control.role_messages import RoleMessages
 from services.router.control.roles import ObservedStage, RolePlan, plan_roles
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks, too_small
 from services.router.control.surplus import Surplus
@@ -42,7 +42,7 @@ class StageRoles:
         self.layers = plan_layers(config, shape.pp)
         self._config = config
         self._shape = shape
-        self._results = results_endpoints, results_ipc_token
+        self.messages = RoleMessages(self.layers, (results_endpoints, results_ipc_token), first_generation)
         self._recovery = recovery
         self._nodes: dict[NodeId, tuple[NodeDescription, int]] = {}
         self._num_joined = 0
@@ -51,9 +51,7 @@ class StageRoles:
         self._adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self._surplus = Surplus()
-        self.mirrors = MirrorRoles(config, shape, self.layers)
-        self._last_generation = first_generation
-        """One count for all pipelines: a step of another pipeline, too, is told by its generation."""
+        self.mirrors = MirrorRoles(config, shape, self.layers, self.messages.draw_number)
         self.detail = f"0 of {shape.pp} stage nodes"
 
     @property
@@ -110,7 +108,7 @@ class StageRoles:
         for node_id, lease_term in self._adoption.take_losers().items():
             if self.slot_of(node_id) is None:
                 self.mirrors.release(node_id)
-                actions.append(Tell(node_id, Unassign(LeaseTerm(lease_term)), Header()))
+                actions.append(self.messages.unassign(node_id, lease_term))
         return actions
 
     @property
@@ -189,13 +187,32 @@ class StageRoles:
         )
         return [opened, *self._move_on(), *self._mirror()]
 
-    def take_mirror(self, node_id: NodeId, message: MirrorReady) -> list[Action]:
+    def take_mirror(self, node_id: NodeId, report: MirrorReport) -> list[Action]:
         """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
-        return self.mirrors.take_report(node_id, message, self._nodes) + self._mirror()
+        actions = self.mirrors.take_report(node_id, report, self._nodes)
+        return [] if actions is None else actions + self._mirror()
 
-    def mirror_failed(self, node_id: NodeId) -> None:
-        """A spare could not load what it was to mirror."""
-        self.mirrors.fail(node_id)
+    def take_refusal(self, node_id: NodeId, number: int) -> PipelineId | None:
+        """A node could not take the role of this number; the pipeline that waits for it, if one does."""
+        self.mirrors.fail(node_id, number)
+        slot = self.slot_of(node_id)
+        return slot.pipeline if slot is not None and self._pipelines[slot.pipeline].generation == number else None
+
+    @property
+    def nodes(self) -> Nodes:
+        """Living ones with their join order."""
+        return self._nodes
+
+    @property
+    def are_settled(self) -> bool:
+        """Whether who has no role is a spare: else it may yet be given back what it holds."""
+        return not self._adoption.is_pending
+
+    def assign(self, slot: StageSlot) -> Action:
+        """Tell the holder of a slot of a whole pipeline its role."""
+        pipeline = self._pipelines[slot.pipeline]
+        holders = [self._nodes[node_id][0] for node_id in pipeline.holders if node_id is not None]
+        return self.messages.assign(slot, holders, self._lease_terms[slot], pipeline.num_blocks, pipeline.generation)
 
     # Planning
 
@@ -249,7 +266,7 @@ class StageRoles:
 
     def _let_go(self, plan: RolePlan, current: Mapping[StageSlot, NodeId]) -> list[Action]:
         return [
-            Tell(node_id, Unassign(self._lease_terms[slot]), Header())
+            self.messages.unassign(node_id, self._lease_terms[slot])
             for slot, node_id in current.items()
             if node_id in plan.spares
         ]
@@ -298,14 +315,13 @@ class StageRoles:
                 actions.append(ClosePipeline(pipeline_id))
             elif before.is_open:
                 actions.append(SuspendPipeline(pipeline_id))
-        self._last_generation += 1
-        generation = Generation(self._last_generation)
+        generation = Generation(self.messages.draw_number())
         self._pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks, has_pool=has_pool, held=held)
         for index, node_id in enumerate(nodes):
             slot = StageSlot(pipeline_id, SlotIndex(index))
             if before is None or index >= len(before.holders) or before.holders[index] != node_id:
                 self._lease_terms[slot] = LeaseTerm(self._lease_terms.get(slot, 0) + 1)
-            actions.append(Tell(node_id, self._assignment(slot, nodes, num_blocks), Header(generation=generation)))
+            actions.append(self.assign(slot))
         return actions
 
     def _should_move(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> bool:
@@ -336,13 +352,6 @@ class StageRoles:
                 pipeline.has_pool = False
                 actions.append(ClosePipeline(pipeline_id))
         return actions
-
-    def _assignment(self, slot: StageSlot, holders: Sequence[NodeId], num_blocks: int) -> AssignStage:
-        downstream = self._results
-        if slot.index < len(holders) - 1:
-            following = self._nodes[holders[slot.index + 1]][0]
-            downstream = following.endpoints, following.ipc_token
-        return assign_stage(slot, self.layers, self._lease_terms[slot], num_blocks, downstream)
 
     def _mirror(self) -> list[Action]:
         """Spares follow slots of open pipelines, if that is wanted, and slots with cache that their holder leaves."""

@@ -37,7 +37,8 @@ class Answers:
 def service_of(directory: Path, device: Device) -> tuple[Any, Answers]:
     config = read_model_config(directory)
     place = torch.device("cpu") if device.is_host else PLACE
-    shards: Any = SimpleNamespace(store=filled(config, directory, None, place), device=device, describe_held=None)
+    held = filled(config, directory, None, place)
+    shards: Any = SimpleNamespace(store=held, device=device, describe_held=None, version=1, num_reports=1)
     control: Any = SimpleNamespace(describe_held=None)
     answers: Any = Answers()
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])

@@ -48,7 +48,7 @@ class Keeper(ShardKeeper):
         bitmap = np.zeros(shape, np.uint8)
         for shard in shards:
             bitmap[shard] = 2
-        self.assign(AssignShards(version, array_to_frame(bitmap)))
+        self.assign(AssignShards(version, array_to_frame(bitmap)), 0)
 
     def turn(self) -> None:
         self.poll(self.now_s)

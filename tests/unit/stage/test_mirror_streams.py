@@ -28,7 +28,7 @@ class Spare:
         this: Any = self
         self.intake = MirrorIntake(this, this, LOG)
 
-    def send(self, message: MirrorReady) -> None:
+    def send(self, message: MirrorReady, header: Header) -> None:
         self.said.append(message)
 
 
@@ -69,8 +69,8 @@ def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_o
     transport: Any = Transport()
     link = MirrorLink(transport, "", LOG)
     wanted = MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host")
-    link.start(wanted, TERM)
-    link.start(wanted, TERM)
+    for number in (1, 2):
+        link.obey(wanted, Header(router_term=TERM, generation=number))
     sender = link._sender
     assert sender is not None
     sender.begin(range(MAX_BACKFILL_AHEAD_MESSAGES * 100))

@@ -12,8 +12,19 @@ import structlog
 import torch
 
 from common.array import frame_to_array
-from common.messages import AssignStage, Header, Message, MirrorBlocks, MirrorTo, StageReady, Step
+from common.messages import (
+    AssignMirror,
+    AssignStage,
+    Header,
+    Message,
+    MirrorBlocks,
+    MirrorTo,
+    StageReady,
+    Step,
+    Unassign,
+)
 from common.model_config import read_model_config
+from common.topology import StageState
 from common.transport import LinkEvent
 from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
@@ -29,6 +40,8 @@ from tests.unit.stage.test_micro_batch import step
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 40, ("tcp://next:1",), "")
+FOLLOW = AssignMirror(0, 0, 2, 0, 2, 1, 40, ("tcp://holder:1",), "")
+FEED, FEED_NUMBER = MirrorTo(1, "stage-9", ("tcp://mirror:1",), ""), 7
 
 
 class Stage(StageService):
@@ -80,7 +93,7 @@ class Stage(StageService):
         """Have a mirror that has got the first few of these blocks; the socket to it."""
         assert self.keeper.slot is not None
         self.keeper.slot.held.tables._tables[1] = torch.arange(num_used_blocks, dtype=torch.int32).numpy()
-        self.hear(MirrorTo(1, "stage-9", ("tcp://mirror:1",), ""))
+        self.hear(FEED, FEED_NUMBER)
         socket = self.transport.sockets["mirror stage-9"]
         socket.events.append(LinkEvent.CONNECTED)
         self._feed_mirror(100.0)
@@ -130,7 +143,7 @@ def test_from_a_hello_to_the_next_assignment_no_step_is_taken(stage: Stage) -> N
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
     stage._take_steps(100.0)
     assert stage.held_sequences == {7: [3]}, "what was reported is there"
-    assert stage._dropped == 1
+    assert stage._counters.dropped == 1
     assert stage.keeper.slot is not None
     assert stage.keeper.slot.executor.num_running == 1
 
@@ -151,4 +164,69 @@ def test_steps_are_taken_again_after_the_assignment(stage: Stage) -> None:
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 2, 12)
     stage._take_steps(100.0)
     assert stage.held_sequences == {7: [3]}
-    assert stage._dropped == 0
+    assert stage._counters.dropped == 0
+
+
+def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    slot = stage.keeper.slot
+    stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
+    stage._take_steps(100.0)
+    stage.hear(ASSIGN, 1)
+    assert stage.keeper.slot is slot
+    assert slot is not None
+    assert slot.executor.num_running == 1
+    assert stage._counters.dropped == 0
+
+
+@pytest.mark.parametrize("late", [ASSIGN, replace(FOLLOW, lease_term=9), Unassign(9)], ids=lambda m: type(m).__name__)
+def test_a_role_that_comes_after_a_newer_one_changes_nothing(stage: Stage, late: Message) -> None:
+    stage.take_slot(replace(ASSIGN, lease_term=2), 5)
+    slot = stage.keeper.slot
+    stage.hear(late, 4)
+    assert stage.keeper.slot is slot
+    assert stage._counters.dropped == 1
+
+
+def test_a_heartbeat_says_what_the_stage_believes(stage: Stage) -> None:
+    assert stage._load().role_state == StageState.SPARE
+    stage.take_slot(ASSIGN, 3)
+    stage.follow(40)
+    said = stage._load()
+    assert (said.role_number, said.role_state, said.lease_term) == (3, StageState.HOLDING, 1)
+    assert said.feed_number == FEED_NUMBER
+    stage.hear(FOLLOW, 8)
+    said = stage._load()
+    assert (said.role_number, said.role_state, said.feed_number) == (8, StageState.FILLING, 0)
+    assert stage.keeper.mirror is not None
+    stage.keeper.mirror.is_complete = True
+    assert stage._load().role_state == StageState.COMPLETE
+    stage.hear(Unassign(1), 9)
+    assert (stage._load().role_number, stage._load().role_state) == (0, StageState.SPARE)
+
+
+def test_a_role_that_cannot_be_taken_is_said_to_be_refused(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.hear(replace(ASSIGN, stop_layer=99), 2)
+    said = stage._load()
+    assert (said.role_number, said.role_state) == (2, StageState.REFUSED)
+
+
+def test_a_mirror_that_is_fed_already_is_not_filled_anew_when_that_is_told_again(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    socket = stage.follow(40)
+    stage.hear(FEED, FEED_NUMBER)
+    assert not socket.is_closed
+    stage.hear(FEED, FEED_NUMBER - 1)
+    assert not socket.is_closed, "one from before that"
+    stage.hear(FEED, FEED_NUMBER + 1)
+    assert socket.is_closed, "from the beginning"
+
+
+def test_a_feed_that_ended_with_the_memory_is_begun_again_when_it_is_told_again(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.follow(40)
+    stage.take_slot(replace(ASSIGN, num_blocks=BACKFILL_BLOCKS), 2)
+    assert stage._load().feed_number == 0
+    stage.hear(FEED, FEED_NUMBER)
+    assert stage._load().feed_number == FEED_NUMBER

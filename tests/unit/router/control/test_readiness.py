@@ -173,7 +173,8 @@ def test_progress_is_more_work_done_not_more_heartbeats() -> None:
     watch.note(A, replace(beat, busy_seconds=9.0, resent=3), 3.0)
     assert watch.evidence(A, NodeState.ALIVE) == NodeEvidence(NodeState.ALIVE, 3.0, 2.0)
     for field in ("steps", "rows", "hops"):
-        beat = replace(beat, **{field: 99})
+        change: dict[str, Any] = {field: 99}
+        beat = replace(beat, **change)
         watch.note(A, beat, 4.0)
         assert watch.evidence(A, NodeState.SUSPECT).progressed_s == 4.0
         watch.note(A, beat, 5.0)

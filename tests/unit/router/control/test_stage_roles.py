@@ -8,12 +8,23 @@ from itertools import permutations
 import pytest
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
-from common.messages import MirrorReady, MirrorTo, StageReady
+from common.messages import MirrorTo, StageReady
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.mirror_roles import MirrorReport
 from services.router.control.stage_roles import StageRoles
 from tests.support.mesh_shapes import LAYERS, node
-from tests.support.stage_reports import RESULTS, mirror_of, mirrored, opened, ready, report, roles_of, told
+from tests.support.stage_reports import (
+    RESULTS,
+    mirror_of,
+    mirrored,
+    mirrors_told,
+    opened,
+    ready,
+    report,
+    roles_of,
+    told,
+)
 
 
 def test_a_pipeline_is_told_slot_by_slot_where_its_layers_and_its_neighbours_are() -> None:
@@ -116,14 +127,15 @@ def test_requests_of_a_broken_pipeline_move_where_another_one_is_open() -> None:
 def test_spares_mirror_the_slots_of_an_open_pipeline_one_each() -> None:
     roles = roles_of(spares=2)
     opened(roles, *"ab")
-    follows = mirror_of(roles.join(node("c")) + roles.join(node("d")))
-    assert {name: message.slot for name, message in follows.items()} == {"c": 0, "d": 1}
-    assert follows["d"].primary == ("tcp://b:1",)
-    (tell,) = roles.take_mirror(NodeId("d"), MirrorReady(0, 1, 1, False))
+    follows = mirrors_told(roles.join(node("c")) + roles.join(node("d")))
+    assert {name: message.slot for name, (message, _) in follows.items()} == {"c": 0, "d": 1}
+    assert follows["d"][0].primary == ("tcp://b:1",)
+    number = follows["d"][1]
+    (tell,) = roles.take_mirror(NodeId("d"), MirrorReport(number, False))
     assert isinstance(tell, Tell)
     assert (tell.node_id, tell.message) == ("b", MirrorTo(1, "d", ("tcp://d:1",), "token of d"))
-    assert roles.take_mirror(NodeId("d"), MirrorReady(0, 1, 1, True)) == []
-    assert roles.take_mirror(NodeId("c"), MirrorReady(0, 1, 1, True)) == [], "it was told another slot"
+    assert roles.take_mirror(NodeId("d"), MirrorReport(number, True)) == []
+    assert roles.take_mirror(NodeId("c"), MirrorReport(number, True)) == [], "it was told another role"
 
 
 def test_a_mirror_takes_the_slot_that_it_follows_also_beside_an_open_pipeline() -> None:
@@ -282,14 +294,14 @@ def test_the_mirror_that_shares_a_host_goes_on_until_its_successor_elsewhere_has
     slot = StageSlot(PipelineId(0), SlotIndex(0))
     mirrored(roles, opened_on(roles, "a1", "a2"))
     assert (roles.mirrors.node_of(slot), roles.mirrors.num_complete) == ("a2", 1)
-    message = mirror_of(roles.join(on_host("b1")))["b1"]
+    _, number = mirrors_told(roles.join(on_host("b1")))["b1"]
     assert roles.mirrors.node_of(slot) == "a2"
-    actions = roles.take_mirror(NodeId("b1"), MirrorReady(0, 0, message.lease_term, False))
+    actions = roles.take_mirror(NodeId("b1"), MirrorReport(number, False))
     assert [
         (a.node_id, a.message.node_id) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
     ] == [("a1", "b1")]
     assert roles.mirrors.nodes[slot] == "b1"
-    roles.take_mirror(NodeId("b1"), MirrorReady(0, 0, message.lease_term, True))
+    roles.take_mirror(NodeId("b1"), MirrorReport(number, True))
     assert roles.mirrors.node_of(slot) == "b1"
 
 
@@ -297,8 +309,8 @@ def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
     roles = roles_of(pp=1, spares=3)
     slot = StageSlot(PipelineId(0), SlotIndex(0))
     mirrored(roles, opened_on(roles, "a1", "a2"))
-    assert "b1" in mirror_of(roles.join(on_host("b1")))
-    roles.mirror_failed(NodeId("b1"))
+    _, number = mirrors_told(roles.join(on_host("b1")))["b1"]
+    roles.take_refusal(NodeId("b1"), number)
     assert roles.mirrors.node_of(slot) == "a2"
     assert mirror_of(roles.join(on_host("a3"))) == {}
 

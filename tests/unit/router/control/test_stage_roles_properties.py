@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.messages import AssignMirror, AssignStage, MirrorReady, MirrorTo, StageReady, Unassign
+from common.messages import AssignMirror, AssignStage, MirrorTo, StageReady, Unassign
 from common.topology import CheckpointPart, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.mirror_roles import MirrorReport
 from tests.support.mesh_shapes import PLENTY, node
 from tests.support.stage_reports import roles_of
 
@@ -36,7 +37,8 @@ class Stages(RuleBasedStateMachine):
         """Generation by pipeline."""
         self.suspended: set[int] = set()
         """Pipelines whose requests keep their blocks."""
-        self.mirrors: list[tuple[str, AssignMirror | MirrorTo]] = []
+        self.mirrors: list[tuple[str, int]] = []
+        """Who was told to mirror something, and the number of that role."""
         self.last_generation = 0
         self.holders: dict[StageSlot, tuple[str, int]] = {}
         """Who was told the slot last, and in which lease term."""
@@ -63,8 +65,8 @@ class Stages(RuleBasedStateMachine):
                 self.suspended.discard(action.pipeline)
             elif isinstance(action.message, AssignMirror | MirrorTo):
                 assert action.node_id in self.believed, "only the living are told anything"
-                self.mirrors.append((action.node_id, action.message))
                 if isinstance(action.message, AssignMirror):
+                    self.mirrors.append((action.node_id, action.header.generation))
                     own = node(action.node_id, part=self.PARTS.get(action.node_id))
                     assert own.can_load_layers(self.roles.layers[action.message.slot])
             elif isinstance(action.message, Unassign):
@@ -102,11 +104,9 @@ class Stages(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 50), is_complete=st.booleans())
     def mirror(self, number: int, is_complete: bool) -> None:
-        told = [(name, message) for name, message in self.mirrors if isinstance(message, AssignMirror)]
-        if told:
-            name, message = told[number % len(told)]
-            report = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete)
-            self.carry_out(self.roles.take_mirror(NodeId(name), report))
+        if self.mirrors:
+            name, role_number = self.mirrors[number % len(self.mirrors)]
+            self.carry_out(self.roles.take_mirror(NodeId(name), MirrorReport(role_number, is_complete)))
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
