@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,26 +17,31 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from chaos.command import app as chaos_app
-from common.config import Settings, read_settings
+from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
+from common.misspelt_settings import misspelt_settings
 from common.supervisor import LocalMesh
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
+from compose.people import console, say, say_error, table_console
+from compose.preflight import check_before_start
 from compose.shard_command import shard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
 app.add_typer(chaos_app, name="chaos")
 app.command()(shard)
-console = Console(stderr=True)
 
 READY_TIMEOUT_S = 600.0
 RESUME_PATIENCE_S = 30.0
 """How long a router that went away is looked for."""
+NO_ROUTER_S = 5.0
+"""A router that does not answer for so long is worth a word."""
 GREETING_PROMPT = "Once upon a time"
+GREETING_QUESTION = "Who are you?"
+"""Of models that have a chat template."""
 UrlOption = Annotated[
     str,
     typer.Option(
@@ -54,10 +60,13 @@ def up() -> None:
         environment = _model_environment(os.environ)
         os.environ.update(environment)
         settings = read_settings()
+        for sentence in misspelt_settings(os.environ, setting_names()):
+            say(sentence)
+        check_before_start(settings)
         with _interrupted_once(), LocalMesh(environment, state_dir) as mesh:
             _serve(mesh, settings)
     except MoemeshError as error:
-        console.print(f"[red]moemesh:[/red] {error}", highlight=False)
+        say_error(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -70,13 +79,13 @@ def _serve(mesh: LocalMesh, settings: Settings) -> None:
         with progress:
             mesh.wait_ready(READY_TIMEOUT_S, progress.show)
     except KeyboardInterrupt:
-        console.print(f"stopping; the mesh was not ready: {progress.detail}", markup=False, highlight=False)
+        say(f"stopping; the mesh was not ready: {progress.detail}")
         raise
     try:
         _greet(mesh)
         _wait_for_signal()
     except KeyboardInterrupt:
-        console.print("stopping")
+        say("stopping")
 
 
 @app.command()
@@ -93,7 +102,7 @@ def ask(
             print(piece, end="", flush=True)
         print()
     except (httpx.HTTPError, MoemeshError) as error:
-        console.print(f"[red]moemesh:[/red] {url}: {error}", highlight=False)
+        say_error(f"{url}: {error}")
         raise typer.Exit(1) from None
 
 
@@ -107,7 +116,7 @@ def status(url: UrlOption = "") -> None:
             mesh = client.get("/mesh").json()
             metrics = client.get("/metrics").text
     except (httpx.HTTPError, ValueError) as error:
-        console.print(f"[red]moemesh:[/red] {url}: {error}", highlight=False)
+        say_error(f"{url}: {error}")
         raise typer.Exit(1) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
     _print_nodes(mesh)
@@ -116,7 +125,7 @@ def status(url: UrlOption = "") -> None:
         if line.startswith("moemesh_") and "_bucket" not in line and "_created" not in line:
             name, _, value = line.rpartition(" ")
             table.add_row(name, value)
-    Console().print(table)
+    table_console().print(table)
     if not ready.get("ready"):
         raise typer.Exit(1)
 
@@ -139,7 +148,7 @@ def _print_nodes(mesh: dict[str, Any]) -> None:
         role = f"{node['role']}{place}{shards}"
         done = (str(node["rows"]), f"{node['busy_seconds']:.1f}") if node["rows"] is not None else ("", "")
         table.add_row(node["node"], role, node["state"], node["process"], *done)
-    Console().print(table)
+    table_console().print(table)
 
 
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
@@ -251,7 +260,7 @@ def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """MODEL, and without it the demo model under its name."""
     if environment.get("MODEL"):
         return {"MODEL": environment["MODEL"]}
-    console.print("MODEL is not set: serving the demo model; ask it what it can do", highlight=False)
+    say("MODEL is not set: serving the demo model; ask it what it can do")
     return {"MODEL": str(DEMO_CHECKPOINT), "SERVED_NAME": environment.get("SERVED_NAME") or DEMO_NAME}
 
 
@@ -290,12 +299,13 @@ class _Progress:
         self._what = what
         self._status = console.status(what) if console.is_terminal else None
         self.detail = "its processes start"
+        self._began_s = time.monotonic()
 
     def __enter__(self) -> _Progress:
         if self._status is not None:
             self._status.start()
         else:
-            console.print(self._what, markup=False, highlight=False)
+            say(self._what)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -303,13 +313,18 @@ class _Progress:
             self._status.stop()
 
     def show(self, detail: str) -> None:
-        with contextlib.suppress(ValueError):
-            detail = json.loads(detail).get("detail", detail)
+        """`detail`: the router's own words, or why it has none yet. What is wrong with the settings it says at once;
+        until then there is nothing that is worth a line."""
+        try:
+            detail = json.loads(detail)["detail"]
+        except (ValueError, KeyError, TypeError):
+            if time.monotonic() - self._began_s < NO_ROUTER_S:
+                return
         is_new, self.detail = detail != self.detail, detail
         if self._status is not None:
             self._status.update(f"{self._what}: {detail}")
         elif is_new:
-            console.print(f"waiting: {detail}", markup=False, highlight=False, soft_wrap=True)
+            say(f"waiting: {detail}")
 
 
 def _greet(mesh: LocalMesh) -> None:
@@ -322,21 +337,29 @@ def _greet(mesh: LocalMesh) -> None:
             _ask_example(client)
     except (httpx.HTTPError, MoemeshError, ValueError) as error:
         print(flush=True)
-        console.print(f"the example was not answered, the mesh goes on: {error}", markup=False, highlight=False)
-    console.print(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh", highlight=False)
+        say(f"the example was not answered, the mesh goes on: {error}")
+    say(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh")
 
 
 def _ask_example(client: httpx.Client) -> None:
+    """As a chat where the model has a template for it."""
     model = served_model(client)
-    is_demo = os.environ.get("MODEL") == str(DEMO_CHECKPOINT)
-    path = "/v1/chat/completions" if is_demo else "/v1/completions"
-    prompt = DEMO_QUESTION if is_demo else GREETING_PROMPT
-    asked = {"messages": [{"role": "user", "content": prompt}]} if is_demo else {"prompt": prompt}
-    body = {"model": model, **asked, "max_tokens": 24, "temperature": 0, "stream": True}
+    question = DEMO_QUESTION if os.environ.get("MODEL") == str(DEMO_CHECKPOINT) else GREETING_QUESTION
+    rest: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "stream": True}
+    chat = {"model": model, "messages": [{"role": "user", "content": question}], **rest}
+    path, body, prompt = "/v1/chat/completions", chat, f"{question}: "
+    pieces = stream_pieces(client, path, body)
+    try:
+        first = next(pieces, "")
+    except MoemeshError as error:
+        if "chat template" not in str(error):
+            raise
+        path, body, prompt = "/v1/completions", {"model": model, "prompt": GREETING_PROMPT, **rest}, GREETING_PROMPT
+        pieces, first = stream_pieces(client, path, body), ""
     url = str(client.base_url).rstrip("/")
     print(f"curl -N {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}", flush=True)
-    print(prompt, end=": " if is_demo else "", flush=True)
-    for piece in stream_pieces(client, path, body):
+    print(prompt, end=first, flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
 

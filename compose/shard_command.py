@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from common.checkpoint_part import describe_part
 from common.errors import MoemeshError
+from compose.people import say, say_error
 from compose.shard_checkpoint import WrittenPart, shard_checkpoint
 
-console = Console(stderr=True)
 DEFAULT_COPIES = 2
 
 
@@ -32,11 +31,11 @@ def shard(
             model, output, pp, experts, copies or min(DEFAULT_COPIES, experts), lambda part: _say_begin(part, output)
         )
     except MoemeshError as error:
-        console.print(f"[red]moemesh:[/red] {error}", highlight=False)
+        say_error(str(error))
         raise typer.Exit(1) from None
     for part in written:
         print(f"{output / part.name}: {describe_part(part.part)}, {part.num_bytes} bytes")
 
 
 def _say_begin(part: WrittenPart, output: Path) -> None:
-    console.print(f"writing {output / part.name}", highlight=False)
+    say(f"writing {output / part.name}")

@@ -15,11 +15,13 @@ OWN = ("common", "services", "compose", "chaos", "tests")
 PURE_PACKAGES = ("services.router.scheduling", "services.router.control")
 PURE_MODULES = (
     "common.array",
+    "common.child_exit",
     "common.codec",
     "common.errors",
     "common.ids",
     "common.membership",
     "common.messages",
+    "common.misspelt_settings",
     "common.model_config",
     "common.model_refusals",
     "common.rope_config",
@@ -30,6 +32,7 @@ PURE_MODULES = (
     "services.router.step_message",
     "services.stage.dispatch",
     "services.stage.micro_batch",
+    "services.stage.ranks.cut",
     "services.stage.replica_selection",
 )
 IMPURE = (
