@@ -7,12 +7,11 @@ lifeline is a bound socket that nobody sends on: the router connects to it and s
 from __future__ import annotations
 
 import os
+import re
 import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from common.config import Settings
 from common.endpoints import ipc_folder, ipc_token
@@ -29,6 +28,15 @@ from common.messages import (
     Message,
     TensorFrame,
     Welcome,
+)
+from common.tcp_addresses import (
+    advertised_host,
+    bracketed,
+    control_host,
+    is_ipv6,
+    is_loopback,
+    own_address,
+    speaks_ipv6,
 )
 from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
@@ -49,13 +57,14 @@ class NodeAddresses:
     bind_pattern: str
     """With `{socket}` in place of the socket's name."""
     public_host: str = ""
-    """Peers reach a tcp socket that is bound to all addresses by this name."""
+    """Peers reach a tcp socket that is bound to all addresses by this name or address."""
     folder: Path | None = None
     """Of the mesh's socket files, where there are any."""
 
     def advertised(self, bound: tuple[str, ...]) -> tuple[str, ...]:
         """Endpoints as peers are to use them."""
-        return tuple(endpoint.replace("//0.0.0.0:", f"//{self.public_host}:") for endpoint in bound)
+        host = bracketed(self.public_host)
+        return tuple(re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{host}:", endpoint) for endpoint in bound)
 
 
 def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
@@ -77,21 +86,16 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
             f"ipc://{escaped}/{node_id}-{{socket}}",
             folder=folder,
         )
-    host = urlsplit(control).hostname
-    if not control.startswith("tcp://") or not host:
-        raise ConfigurationError(f"CONTROL={control}: must be ipc://PATH or tcp://HOST:PORT")
+    host = control_host(control)
+    with_ipv6 = not settings.socks_proxy and speaks_ipv6(host)
     if settings.advertise_host:
-        return NodeAddresses(control, "", "tcp://0.0.0.0:*", settings.advertise_host)
-    own_host = "127.0.0.1" if host in ("127.0.0.1", "localhost") else own_address()
-    return NodeAddresses(control, "", f"tcp://{own_host}:*")
-
-
-def own_address() -> str:
-    """This host's address on the network that its name stands for (in a container: its address there)."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError as error:
-        raise ConfigurationError(f"ADVERTISE_HOST is not set and this host's name has no address: {error}") from None
+        public_host = advertised_host(settings.advertise_host)
+        # An IPv6 socket on all addresses takes IPv4 connections, too.
+        everywhere = "tcp://[::]:*" if with_ipv6 or is_ipv6(public_host) else "tcp://0.0.0.0:*"
+        return NodeAddresses(control, "", everywhere, public_host)
+    if is_loopback(host):
+        return NodeAddresses(control, "", "tcp://[::1]:*" if with_ipv6 else "tcp://127.0.0.1:*")
+    return NodeAddresses(control, "", f"tcp://{bracketed(own_address(with_ipv6))}:*")
 
 
 def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:

@@ -22,6 +22,7 @@ from common.log import configure_log
 from common.misspelt_settings import misspelt_settings
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.socket_files import LostFile
+from common.tcp_addresses import control_host, speaks_ipv6
 from common.topology import NodeDescription, NodeKind
 from common.transport import RoutingSocket, SocketLimits, Transport
 
@@ -71,7 +72,9 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
 
     if settings.control.startswith("tcp://"):
         log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
-    return Transport(SocketLimits(socks_proxy=settings.socks_proxy), damaged, lost_file)
+    is_tcp = settings.control.startswith("tcp://")
+    with_ipv6 = is_tcp and not settings.socks_proxy and speaks_ipv6(control_host(settings.control))
+    return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
 
 
 def describe_node(

@@ -56,6 +56,8 @@ class SocketLimits:
     """A cut network swallows the first packet; the kernel would send it again only after 1, 3, 7 s."""
     reconnect_interval_ms: int = 20
     reconnect_interval_max_ms: int = 200
+    ipv6: bool = False
+    """Whether host names are looked up as IPv6 as well, and first; addresses in brackets are IPv6 in any case."""
     socks_proxy: str = ""
     """HOST:PORT of a SOCKS5 proxy that every tcp connection is opened through; empty: none."""
 
@@ -98,7 +100,7 @@ class Transport:
 
     def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
         """Bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
-        raw = self._raw(zmq.ROUTER)
+        raw = self._raw(zmq.ROUTER, endpoints)
         raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
         return RoutingSocket(self, name, raw, self._bind(name, raw, endpoints))
@@ -122,11 +124,11 @@ class Transport:
         self._files.clear()
 
     def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
-        raw = self._raw(kind)
+        raw = self._raw(kind, endpoints)
         return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
     def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
-        raw = self._raw(kind)
+        raw = self._raw(kind, [endpoint])
         raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity:
             raw.setsockopt(zmq.IDENTITY, identity)
@@ -143,9 +145,10 @@ class Transport:
             raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
         return MessageSocket(self, name, raw, (endpoint,), monitor)
 
-    def _raw(self, kind: int) -> zmq.Socket[bytes]:
+    def _raw(self, kind: int, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
         raw = self.context.socket(kind)
         limits = self.limits
+        raw.setsockopt(zmq.IPV6, int(limits.ipv6 or any(endpoint.startswith("tcp://[") for endpoint in endpoints)))
         raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
         raw.setsockopt(zmq.RCVHWM, limits.receive_high_water_mark)
         raw.setsockopt(zmq.LINGER, limits.linger_ms)

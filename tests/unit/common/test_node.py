@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -274,9 +275,31 @@ def test_over_tcp_a_node_listens_where_its_peers_reach_it() -> None:
     assert addresses.advertised(("tcp://0.0.0.0:4001",)) == ("tcp://10.0.0.7:4001",)
 
 
-@pytest.mark.parametrize("control", ["router:5550", "http://router:5550", "tcp://", "udp://a:1"])
+@pytest.mark.parametrize(
+    ("control", "advertise_host", "pattern", "bound", "advertised"),
+    [
+        ("tcp://[::1]:5577", "", "tcp://[::1]:*", "tcp://[::1]:4001", "tcp://[::1]:4001"),
+        ("tcp://[fd00::1]:5577", "fd00::7", "tcp://[::]:*", "tcp://[::]:4001", "tcp://[fd00::7]:4001"),
+        ("tcp://[fd00::1]:5577", "[fd00::7]", "tcp://[::]:*", "tcp://[::]:4001", "tcp://[fd00::7]:4001"),
+        ("tcp://[::]:5577", "node", "tcp://[::]:*", "tcp://[::]:4001", "tcp://node:4001"),
+        ("tcp://10.0.0.1:5577", "fd00::7", "tcp://[::]:*", "tcp://[::]:4001", "tcp://[fd00::7]:4001"),
+        ("tcp://127.0.0.2:5577", "", "tcp://127.0.0.1:*", "tcp://127.0.0.1:4001", "tcp://127.0.0.1:4001"),
+    ],
+)
+def test_ipv6_addresses_stand_in_brackets_wherever_a_peer_reads_them(
+    control: str, advertise_host: str, pattern: str, bound: str, advertised: str
+) -> None:
+    addresses = find_addresses(settings(control=control, advertise_host=advertise_host), NodeId("stage-1"))
+    assert addresses.bind_pattern == pattern
+    assert addresses.advertised((bound,)) == (advertised,)
+
+
+@pytest.mark.parametrize(
+    "control",
+    ["router:5550", "http://router:5550", "tcp://", "udp://a:1", "tcp://::1:5550", "tcp://[::1:5550", "tcp://[a]:5550"],
+)
 def test_a_control_endpoint_of_another_kind_is_named(control: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"CONTROL={control}"):
+    with pytest.raises(ConfigurationError, match=re.escape(f"CONTROL={control}")):
         find_addresses(settings(control=control), NodeId("stage-1"))
 
 
