@@ -176,6 +176,11 @@ class Membership:
         member = self._members.get(node_id)
         return NodeState.DEAD if member is None else member.state
 
+    def has_stood(self, node_id: NodeId) -> bool:
+        """Whether there has been a connection to it since it joined."""
+        member = self._members.get(node_id)
+        return member is not None and member.joined_s is None
+
     def living(self) -> dict[NodeId, NodeState]:
         """Nodes that are alive or suspect, by id."""
         return {node_id: self._members[node_id].state for node_id in sorted(self._members)}

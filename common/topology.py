@@ -75,11 +75,21 @@ class NodeDescription:
     lifeline: tuple[str, ...]
     """Where its lifeline socket listens: the router connects only to see it close."""
     ipc_token: str
-    """Equal tokens prove that two processes see the same ipc folder on the same host; empty: none."""
+    """By which two processes prove that they see the same ipc folder on the same host; empty: they do not."""
     process: str = ""
     """HOST/PID as the process itself sees them: for people, who find it by that."""
     part: CheckpointPart | None = None
     """What it can load; None: everything."""
+
+    @property
+    def summary(self) -> dict[str, str | int]:
+        """What a log says of a node that has joined."""
+        return {
+            "kind": self.kind,
+            "host": self.host_label,
+            "numeric_class": self.numeric_class,
+            "capacity_bytes": self.capacity_bytes,
+        }
 
     @property
     def device_kind(self) -> str:

@@ -46,7 +46,7 @@ from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence, node_statuses
 from services.router.mesh_status import MeshStatus
 from services.router.placer import InlinePlacer, Placer
-from services.router.registration import DeclaredDead, check_hello, differing_classes, refuse_other_device
+from services.router.registration import DeclaredDead, check_hello, differing_classes, not_linked, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 
@@ -101,6 +101,8 @@ class MeshLoop:
         self._placer = placer or InlinePlacer()
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
+        self._arriving: dict[NodeId, Hello] = {}
+        """Nodes that are registered and have no role yet, since the link to them does not stand."""
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._declared_dead = DeclaredDead()
@@ -249,17 +251,17 @@ class MeshLoop:
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
         self._client.tell(node_id, self._settings.welcome)
-        self._log.info(
-            "node_joined",
-            node=node_id,
-            kind=description.kind,
-            host=description.host_label,
-            numeric_class=description.numeric_class,
-            capacity_bytes=description.capacity_bytes,
-        )
+        self._log.info("node_joined", node=node_id, **description.summary)
         if classes := differing_classes(self._nodes.values(), description.kind):
             self._log.warning("numeric_classes_differ", kind=description.kind, classes=classes)
         self._apply_changes([change for change in changes if change.node_id != node_id], now_s)
+        self._arriving[node_id] = hello
+        if self._membership.has_stood(node_id):
+            self._give_role(node_id, now_s)
+
+    def _give_role(self, node_id: NodeId, now_s: float) -> None:
+        """A node may be counted on once the link to it stands: a name that leads nowhere is no place for a role."""
+        hello, description = self._arriving.pop(node_id), self._nodes[node_id]
         if description.kind is NodeKind.STAGE:
             # The placement goes out before the role: a stage that is ready knows whom to ask.
             self._act(self._experts.publish_to([node_id]), now_s)
@@ -280,7 +282,9 @@ class MeshLoop:
         """A node is told to stop. It goes on until nothing is lost with it, or until its own patience ends."""
         self._leaving.add(node_id)
         self._log.info("node_leaves", node=node_id, reason=reason)
-        if self._nodes[node_id].kind is NodeKind.STAGE:
+        if node_id in self._arriving:
+            self._let_go(node_id, now_s)
+        elif self._nodes[node_id].kind is NodeKind.STAGE:
             self._act(self._stages.drain(node_id), now_s)
         else:
             self._experts.drain(node_id, now_s)
@@ -305,6 +309,8 @@ class MeshLoop:
                 self._membership.lifeline_opened if event is LinkEvent.CONNECTED else self._membership.lifeline_closed
             )
             self._apply_changes(witness(node_id, description.incarnation, now_s), now_s)
+            if event is LinkEvent.CONNECTED and node_id in self._arriving:
+                self._give_role(node_id, now_s)
 
     def _apply_changes(self, changes: list[MembershipChange], now_s: float) -> None:
         for change in changes:
@@ -323,6 +329,8 @@ class MeshLoop:
             self._beliefs.forget(change.node_id)
             self._leaving.discard(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
+            if self._arriving.pop(change.node_id, None) is not None:
+                continue  # it has never had a role
             self._act(self._stages.lose(change.node_id), now_s)
             self._experts.lose(change.node_id)
 
@@ -392,7 +400,7 @@ class MeshLoop:
         readiness = judge(evidence, now_s)
         if readiness.ready:
             self._last_failure = ""
-        elif self._last_failure:
-            said = self._last_failure
-            return replace(readiness, detail=f"{readiness.detail}; {said}", missing=(*readiness.missing, said))
-        return readiness
+            return readiness
+        said = not_linked(self._nodes[node_id] for node_id in sorted(self._arriving))
+        missing = (*readiness.missing, *said, *([self._last_failure] if self._last_failure else []))
+        return replace(readiness, detail="; ".join(missing), missing=missing)

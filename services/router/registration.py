@@ -71,6 +71,11 @@ def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[
     return classes if len(classes) > 1 else []
 
 
+def not_linked(nodes: Iterable[NodeDescription]) -> list[str]:
+    """What to say of nodes that have said hello and that the router has no connection to."""
+    return [f"the router is not connected to {node.node_id} at {', '.join(node.lifeline)}" for node in nodes]
+
+
 class DeclaredDead:
     """Incarnations that are dead to the mesh or were let go, and what each is told when it speaks again. Forgets those
     that have been so for longest."""

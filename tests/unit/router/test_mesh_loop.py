@@ -135,6 +135,52 @@ def test_a_node_that_has_obeyed_a_later_router_ends_this_one() -> None:
     assert heard == [TERM, TERM + 5]
 
 
+def test_a_node_gets_no_role_before_the_link_to_it_stands() -> None:
+    """Its name may lead nowhere: whoever counted on it would wait."""
+    mesh = FakeMesh()
+    mesh.start("a")
+    mesh.hello("b")
+    (link,) = mesh.client.events
+    mesh.client.events.clear()
+    assert kinds(said_to("b", mesh.turn())) == [Welcome]
+    for _ in range(4):
+        mesh.beat()
+        assert AssignStage not in kinds(said_to("b", mesh.turn(1.0)))
+        assert not mesh.loop.status.readiness.ready
+        assert "the router is not connected to b at" in mesh.loop.status.readiness.detail
+    mesh.client.events.append(link)
+    assert AssignStage in kinds(said_to("b", mesh.turn(0.1)))
+    mesh.settle()
+    assert mesh.loop.status.readiness.ready
+
+
+def test_a_node_whose_link_never_stands_is_told_so_and_was_never_counted_on() -> None:
+    mesh = FakeMesh()
+    mesh.start("a")
+    mesh.hello("b")
+    mesh.client.events.clear()
+    for _ in range(11):
+        mesh.beat()
+        sent = said_to("b", mesh.turn(1.0))
+        assert AssignStage not in kinds(sent)
+    mesh.beat()
+    (refusal,) = [message for message in said_to("b", mesh.turn()) if isinstance(message, Failed)]
+    assert "ADVERTISE_HOST" in refusal.message
+    mesh.hello("c")
+    mesh.settle()
+    assert mesh.loop.status.readiness.ready, "another one has its place"
+
+
+def test_a_node_that_leaves_before_the_link_to_it_stands_may_go_at_once() -> None:
+    mesh = FakeMesh()
+    mesh.start("a")
+    mesh.hello("b")
+    mesh.client.events.clear()
+    mesh.turn()
+    mesh.say("b", Leave("stopped"))
+    assert kinds(said_to("b", mesh.turn(0.1))) == [LeaveAcknowledged]
+
+
 def test_readiness_tells_step_by_step_what_is_missing() -> None:
     mesh = FakeMesh()
     assert mesh.loop.status.readiness.detail == "no node has registered yet"
