@@ -101,8 +101,7 @@ class MeshLoop:
         self._placer = placer or InlinePlacer()
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
-        self._arriving: dict[NodeId, Hello] = {}
-        """Nodes that are registered and have no role yet, since the link to them does not stand."""
+        self._arriving: dict[NodeId, Hello] = {}  # of nodes without a role, since the link to them does not stand
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._declared_dead = DeclaredDead()
@@ -224,6 +223,8 @@ class MeshLoop:
         """What was lost on the way, in either direction, comes with a heartbeat or is told again."""
         if said.is_leaving and node_id not in self._leaving:
             self._drain(node_id, "stopped", now_s)
+        if node_id not in self._nodes.keys() - self._arriving.keys():  # it has no role that it could be wrong about
+            return
         if said.role_state == StageState.REFUSED:
             self._note_refusal(node_id, said.role_number, now_s)
         consequences = self._beliefs.take(node_id, kind, said, now_s)
@@ -329,8 +330,7 @@ class MeshLoop:
             self._beliefs.forget(change.node_id)
             self._leaving.discard(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
-            if self._arriving.pop(change.node_id, None) is not None:
-                continue  # it has never had a role
+            self._arriving.pop(change.node_id, None)
             self._act(self._stages.lose(change.node_id), now_s)
             self._experts.lose(change.node_id)
 
@@ -340,13 +340,7 @@ class MeshLoop:
                 self._client.tell(action.node_id, action.message, action.header)
             elif isinstance(action, OpenPipeline):
                 self._flow.open(action, self._nodes[action.first_stage], now_s)
-                self._log.info(
-                    "pipeline_open",
-                    pipeline=action.pipeline,
-                    generation=action.generation,
-                    num_blocks=action.num_blocks,
-                    kv_marks=action.kv_marks,
-                )
+                self._log.info("pipeline_open", **action.summary)
             elif isinstance(action, SuspendPipeline):
                 self._log.warning("pipeline_suspended", pipeline=action.pipeline)
                 self._flow.suspend(action.pipeline, now_s)
@@ -402,5 +396,5 @@ class MeshLoop:
             self._last_failure = ""
             return readiness
         said = not_linked(self._nodes[node_id] for node_id in sorted(self._arriving))
-        missing = (*readiness.missing, *said, *([self._last_failure] if self._last_failure else []))
+        missing = (*readiness.missing, *said, *filter(None, [self._last_failure]))
         return replace(readiness, detail="; ".join(missing), missing=missing)

@@ -32,6 +32,16 @@ class OpenPipeline:
     held: HeldCache | None = None
     """Of a pipeline that a router before this one had open."""
 
+    @property
+    def summary(self) -> dict[str, int | tuple[int, ...]]:
+        """What a log says of it."""
+        return {
+            "pipeline": self.pipeline,
+            "generation": self.generation,
+            "num_blocks": self.num_blocks,
+            "kv_marks": self.kv_marks,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class SuspendPipeline:

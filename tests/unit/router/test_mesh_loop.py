@@ -26,7 +26,7 @@ from common.messages import (
     Unassign,
     Welcome,
 )
-from common.topology import NodeKind
+from common.topology import NodeKind, StageState
 from common.transport import LinkEvent
 from services.router.control.draining import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
@@ -152,6 +152,22 @@ def test_a_node_gets_no_role_before_the_link_to_it_stands() -> None:
     assert AssignStage in kinds(said_to("b", mesh.turn(0.1)))
     mesh.settle()
     assert mesh.loop.status.readiness.ready
+
+
+def test_what_a_node_holds_is_left_to_it_until_the_link_to_it_stands() -> None:
+    """A restarted router hears of it by heartbeats, too, and must not tell it to forget what it will go on with."""
+    mesh = FakeMesh(adopts=True)
+    mesh.hello("x", NodeKind.EXPERT)
+    mesh.turn()
+    mesh.come_back("a", 0, 0, {7: (3, 20)})
+    (link,) = mesh.client.events
+    mesh.client.events.clear()
+    mesh.turn(0.1)
+    for _ in range(8):
+        mesh.say("a", replace(IDLE, role_state=StageState.HOLDING))
+        assert said_to("a", mesh.turn(0.25)) == []
+    mesh.client.events.append(link)
+    assert said_to("a", mesh.turn(0.25)) != []
 
 
 def test_a_node_whose_link_never_stands_is_told_so_and_was_never_counted_on() -> None:
