@@ -45,6 +45,9 @@ COMPILE_TIMEOUT_S = 180.0
 log = structlog.get_logger(__name__)
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
     """One way to compile the kernels: its name, the compiler's flags, and the /proc/cpuinfo flags that it needs."""
@@ -127,17 +130,33 @@ def load_native_kernels(
     return None
 
 
-def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def read_cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """The processor's feature flags as Linux names them; empty where they cannot be read."""
+    return frozenset(_read_cpuinfo(cpuinfo, "flags", "Features").split())
+
+
+def bits_variant(variant: str, cpuinfo: Path = CPUINFO) -> str:
+    """What decides the bits of kernels of this variant.
+
+    The order in which `vdpbf16ps` adds the two products of a pair, and what becomes of denormals, is the processor's:
+    until two vendors are shown to agree, each is a class of its own.
+    """
+    if variant != "avx512bf16":
+        return variant
+    return f"{variant}-{_read_cpuinfo(cpuinfo, 'vendor_id') or 'unknown-vendor'}"
+
+
+def _read_cpuinfo(cpuinfo: Path, *names: str) -> str:
+    """The first value under one of these names; "" where there is none."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
+        return ""
     for line in text.splitlines():
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
 
 def usable_instruction_sets(cpu_flags: frozenset[str]) -> list[InstructionSet]:
@@ -211,7 +230,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
     variant = function("variant", result=ctypes.c_char_p)().decode()
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
-        variant=f"native-{variant}",
+        variant=f"native-{bits_variant(variant)}",
         threads=threads,
         path=path,
         linear=function("linear", pointer, pointer, integer, pointer, integer),

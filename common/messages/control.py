@@ -220,6 +220,8 @@ class Heartbeat:
     """Stage: spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
     reduces: int = 0
     """How often."""
+    other_class_rows: int = 0
+    """Stage: token rows of a layer asked of an expert node of another numeric class than the layer's first one."""
     role_number: int = 0
     """Stage: number (generation) of the AssignStage or AssignMirror that it follows; 0: it is a spare."""
     role_state: str = ""

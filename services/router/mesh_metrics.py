@@ -102,6 +102,7 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_expert_calls_cancelled", "Calls taken back while they queued", hops.cancelled_calls),
         ("moemesh_expert_suspicions", "Times that a stage took an expert node to hang", hops.suspicions),
         ("moemesh_degraded_rows", "Token rows that went on without one of their experts", hops.degraded_rows),
+        ("moemesh_other_class_rows", "Rows of expert calls asked of another numeric class", hops.other_class_rows),
     ):
         yield CounterMetricFamily(name, text, value)
     reduces = SummaryMetricFamily(

@@ -50,6 +50,7 @@ class HopTotals:
     reduce_seconds: float = 0.0
     reduces: int = 0
     degraded_rows: int = 0
+    other_class_rows: int = 0
     dropped: int = 0
 
     def keep(self, node: NodeDescription | None, last: Heartbeat | None) -> None:
@@ -67,6 +68,7 @@ class HopTotals:
             self.late_answers += last.late
             self.suspicions += last.suspicions
             self.degraded_rows += last.degraded_rows
+            self.other_class_rows += last.other_class_rows
             self.reduce_seconds += last.reduce_seconds
             self.reduces += last.reduces
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -29,6 +29,7 @@ class CallLedger:
         self.budget = HedgeBudget()
         self.suspicions = Suspicions()
         self.num_hedges = 0
+        self.other_class_rows = 0
         self._log = log
         self._numbers = itertools.count(1)
         self._open: dict[int, PendingCall] = {}
@@ -78,13 +79,14 @@ class CallLedger:
     def hedge(self, pending: PendingCall, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
         """Ask other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
 
-        A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer.
+        A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer. Of
+        another numeric class too: being late is no reason to change the bits.
         """
         avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}
         if self.suspicions.is_suspect(part.rows.node, now_s):
             holders = self._holders(pending, avoided | self.suspicions.suspects(now_s), now_s)
         else:
-            holders = self.nodes.holders(pending.call.layer, avoided | self.suspicions.doubted(now_s))
+            holders = self._of_class_of(part, pending.call.layer, avoided | self.suspicions.doubted(now_s))
         parts = self._deal(pending, pairs, holders)
         if not parts or not (is_free or self.budget.take()):
             return
@@ -124,12 +126,36 @@ class CallLedger:
                 self._log.debug("cancel_not_sent", node=node.node_id)  # it will be answered, and dropped as late
 
     def _holders(self, pending: PendingCall, avoided: set[int], now_s: float) -> Sequence[Sequence[int]]:
-        """Copies that may be asked, by shard key; those in doubt only where there is no other."""
+        """Copies that may be asked, by shard key: of each the best there are, see `_ranks`."""
         holders = self.nodes.holders(pending.call.layer, avoided)
-        doubted = self.suspicions.doubted(now_s)
-        if not doubted:
+        ranks = self._ranks(pending.call.layer, now_s)
+        return [_best(copies, ranks) for copies in holders] if ranks else holders
+
+    def _ranks(self, layer: int, now_s: float) -> dict[int, int]:
+        """Nodes that are asked only where there is no better one: those in doubt, those of another numeric class than
+        the layer's first one, suspects. Nodes of rank 0 are left out."""
+        doubted, suspects = self.suspicions.doubted(now_s), self.suspicions.suspects(now_s)
+        first = self.nodes.first_class(layer)
+        if not doubted and first is None:
+            return {}
+        ranks: dict[int, int] = {}
+        for node in self.nodes:
+            is_other = first is not None and node.numeric_class != first
+            if node.number in suspects or (is_other and node.number in doubted):
+                ranks[node.number] = 3
+            elif is_other:
+                ranks[node.number] = 2
+            elif node.number in doubted:
+                ranks[node.number] = 1
+        return ranks
+
+    def _of_class_of(self, part: AskedPart, layer: int, avoided: set[int]) -> Sequence[Sequence[int]]:
+        """Copies of the layer's first numeric class, and of the class of the node that was asked."""
+        holders, first = self.nodes.holders(layer, avoided), self.nodes.first_class(layer)
+        if first is None:
             return holders
-        return [[node for node in copies if node not in doubted] or copies for copies in holders]
+        classes = {first, self.nodes[part.rows.node].numeric_class}
+        return [[number for number in copies if self.nodes[number].numeric_class in classes] for copies in holders]
 
     def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
         """Pairs by node, without those that nobody holds."""
@@ -155,5 +181,13 @@ class CallLedger:
         pending.asked_s[part.pairs] = now_s
         pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
         self._in_flight[number] = pending
+        if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
+            self.other_class_rows += part.pairs.size
+            pending.on_retried()
         node.outstanding_rows += part.pairs.size
         return True
+
+
+def _best(copies: Sequence[int], ranks: Mapping[int, int]) -> Sequence[int]:
+    best = min((ranks.get(number, 0) for number in copies), default=0)
+    return [number for number in copies if ranks.get(number, 0) == best]

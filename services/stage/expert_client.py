@@ -59,6 +59,11 @@ class ExpertClient:
         return self._ledger.num_hedges
 
     @property
+    def other_class_rows(self) -> int:
+        """Rows that were asked of a node of another numeric class than the layer's first one."""
+        return self._ledger.other_class_rows
+
+    @property
     def num_suspicions(self) -> int:
         """Times that a node was taken to hang."""
         return self._ledger.suspicions.num_suspicions

@@ -24,6 +24,8 @@ class ExpertNode:
     number: int
     node_id: str
     incarnation: int
+    numeric_class: str
+    """Nodes of one class give the same bits."""
     socket: MessageSocket
     connected: bool = False
     outstanding_rows: int = 0
@@ -50,6 +52,13 @@ class ExpertNodes:
         """[C, L, shard keys]: node numbers by place in the list of copies; -1: none."""
         self._copies: dict[int, list[list[int]]] = {}
         """Layer -> shard key -> node numbers, first choice first; of the layers that were asked for."""
+        self._first_classes: dict[int, str] = {}
+        """By layer, of those that were asked for since there is more than one class."""
+        self._judged_layers: set[int] = set()
+        """Of them, those that were asked for since the last placement."""
+        self._is_mixed = False
+        self._sole_class: str | None = None
+        """The class that all nodes had last, before there were several."""
         self._stamp = (0, 0)
         self._bytes_to_lost_nodes = 0
         self.num_slices = 1
@@ -100,7 +109,7 @@ class ExpertNodes:
         owners = _read_owners(placement)
         if owners.shape[3] != num_slices:
             raise ProtocolError(f"placement has {owners.shape[3]} slices an expert, this mesh has {num_slices}")
-        columns = placement.incarnations, placement.endpoints, placement.ipc_tokens
+        columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
         if any(len(column) != len(placement.node_ids) for column in columns):
             raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
         self._stamp, self.num_slices = stamp, num_slices
@@ -117,6 +126,12 @@ class ExpertNodes:
         numbers = np.array([-1, *(-1 if node is None else node.number for node in current)], dtype=np.int64)
         self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
         self._copies = {}
+        self._judged_layers.clear()
+        classes = {node.numeric_class for node in self._nodes.values()}
+        self._is_mixed = len(classes) > 1
+        if len(classes) == 1:
+            (self._sole_class,) = classes
+            self._first_classes.clear()
         return list(gone.values())
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
@@ -124,13 +139,42 @@ class ExpertNodes:
         known. Raises ExecutionError for a layer that the placement lacks."""
         if self._stamp == (0, 0):
             return [[]] * (self._num_experts * self.num_slices)
-        copies = self._copies.get(layer)
-        if copies is None:
-            copies = self._copies[layer] = self._copies_of(layer)
+        copies = self._copies_by_key(layer)
         usable = {node.number for node in self._nodes.values() if node.connected} - avoided
         if len(usable) == len(self._nodes):
             return copies
         return [[number for number in holders if number in usable] for holders in copies]
+
+    def first_class(self, layer: int) -> str | None:
+        """The numeric class that answers the calls of a layer, so that their bits do not change with who has time.
+
+        None: all nodes have one class. It stays the same as long as it holds every shard of the layer that anybody
+        holds; else it is one that does, or the one that holds the most. Raises as `holders`.
+        """
+        if not self._is_mixed:
+            return None
+        if layer in self._judged_layers:
+            return self._first_classes.get(layer)
+        held: dict[str, int] = {}
+        copies = self._copies_by_key(layer)
+        for numbers in copies:
+            for numeric_class in {self._nodes[number].numeric_class for number in numbers}:
+                held[numeric_class] = held.get(numeric_class, 0) + 1
+        whole = sum(map(bool, copies))
+        before = self._first_classes.get(layer, self._sole_class)
+        chosen = min(held, key=lambda name: (held[name] < whole, name != before, -held[name], name), default=None)
+        self._judged_layers.add(layer)
+        if chosen is not None:
+            self._first_classes[layer] = chosen
+            if before is not None and before != chosen:
+                self._log.warning("numeric_class_changed", layer=layer, before=before, now=chosen)
+        return chosen
+
+    def _copies_by_key(self, layer: int) -> list[list[int]]:
+        copies = self._copies.get(layer)
+        if copies is None:
+            copies = self._copies[layer] = self._copies_of(layer)
+        return copies
 
     def _copies_of(self, layer: int) -> list[list[int]]:
         if layer >= self._owners.shape[1]:
@@ -147,7 +191,8 @@ class ExpertNodes:
         except ConfigurationError as error:
             self._log.error("expert_unreachable", node=node_id, reason=str(error))
             return None
-        node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], socket)
+        numeric_class = placement.numeric_classes[index]
+        node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], numeric_class, socket)
         self._nodes[node.number] = node
         return node
 

@@ -47,6 +47,7 @@ def describe_stage(
         late=experts.late_answers,
         suspicions=experts.num_suspicions,
         degraded_rows=experts.degraded_rows,
+        other_class_rows=experts.other_class_rows,
         rank_degree=keeper.rank_degree,
         reduce_seconds=keeper.reduces[0],
         reduces=keeper.reduces[1],

@@ -40,11 +40,15 @@ class Stage:
         self.failures: list[tuple[str, MoemeshError]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.degraded: list[int] = []
+        self.classes: dict[str, str] = {}
+        """Numeric classes of nodes that do not have the usual one."""
+        self.num_retried = 0
 
     def place(self, holdings: Holdings, *, connect: bool = True, version: int | None = None) -> bool:
         """Publish who holds which experts (of every layer), first node first choice."""
         self.version += 1
-        took = self.take(placement(holdings, version or self.version))
+        classes = tuple(self.classes.get(node, "cpu") for node in holdings)
+        took = self.take(placement(holdings, version or self.version, numeric_classes=classes))
         if connect:
             for node in holdings:
                 self.link(node)
@@ -69,7 +73,11 @@ class Stage:
             on_done=lambda answer: self.sums.append((name, answer)),
             on_failed=lambda error: self.failures.append((name, error)),
             on_degraded=lambda tokens: self.degraded.extend(tokens.tolist()),
+            on_retried=self._count_retried,
         )
+
+    def _count_retried(self) -> None:
+        self.num_retried += 1
 
     def asked(self, node: str) -> list[Dispatch]:
         """Calls that have come to a node since the last look; `cancelled` keeps what was taken back."""

@@ -16,6 +16,7 @@ from common.compute import native_library
 from common.compute.cache_folder import default_cache_folder
 from common.compute.native_library import (
     INSTRUCTION_SETS,
+    bits_variant,
     compile_cached,
     compile_to,
     find_compiler,
@@ -53,6 +54,15 @@ def test_cpu_flags_are_read_from_either_spelling(tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nFeatures\t: asimd\n")
     assert read_cpu_flags(cpuinfo) == {"asimd"}
     assert read_cpu_flags(tmp_path / "absent") == frozenset()
+
+
+def test_kernels_whose_sums_are_the_processors_name_its_vendor(tmp_path: Path) -> None:
+    """`vdpbf16ps` adds the products of a pair in an order of its own, and need not do so on another vendor's chip."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fma avx2\n")
+    assert bits_variant("avx512bf16", cpuinfo) == "avx512bf16-GenuineIntel"
+    assert bits_variant("avx512", cpuinfo) == "avx512"
+    assert bits_variant("avx512bf16", tmp_path / "absent") == "avx512bf16-unknown-vendor"
 
 
 def test_no_compiler_and_no_prebuilt_library_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
