@@ -125,18 +125,16 @@ def next_assignment(
 
     depth = max((len(owners) for owners in target.owners.values()), default=0)
     places = np.full((depth, len(shards)), roll_out.NOBODY, dtype=np.int64)
-    has_lost_owner = np.zeros(len(shards), dtype=np.bool_)
+    is_settled = all(name in living for owners in target.owners.values() for name in owners)
     for shard, owners in target.owners.items():
         for place, name in enumerate(owners):
             if name in living:
                 places[place, numbers[shard]] = living.index(name)
-            else:
-                has_lost_owner[numbers[shard]] = True
     is_named = np.array([shard in target.owners for shard in shards], dtype=np.bool_)
     room = None
     if capacity_bytes is not None:
         room = np.array([capacity_bytes[name] // shard_bytes for name in living], dtype=np.int64)
-    aimed = roll_out.aim(places, len(living), is_named, has_lost_owner)
+    aimed = roll_out.aim(places, len(living), is_named, is_settled)
     step = roll_out.next_assignment(aimed, table(ready), list(table(current)), room)
     held = {
         name: frozenset(shards[number] for number in np.flatnonzero(row).tolist())

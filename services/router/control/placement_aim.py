@@ -88,12 +88,11 @@ class PlacementAim:
         nodes = sorted(ready)
         if self.answer is None:
             owners = who_holds([ready[node_id] for node_id in nodes], self._is_named.size)
-            return aim(owners, len(nodes), self._is_named, np.zeros_like(self._is_named))
+            return aim(owners, len(nodes), self._is_named, is_settled=False)
         numbers = {node_id: number for number, node_id in enumerate(nodes)}
         rows = np.array([NOBODY, *(numbers.get(node_id, NOBODY) for node_id in self.answer.node_ids)])
         owners = rows[self.answer.owners]
-        has_lost_owner = ((owners == NOBODY) & (self.answer.owners > 0)).any(axis=0)
-        return aim(owners, len(nodes), self._is_named, has_lost_owner)
+        return aim(owners, len(nodes), self._is_named, self.answer.version == self._state_version)
 
 
 def _capacity(node: NodeDescription) -> ExpertNodeCapacity:

@@ -26,8 +26,9 @@ class Target:
     """[N, P]: the same by node."""
     is_named: BoolArray
     """[P]: which shards the model has; others are unloaded."""
-    has_lost_owner: BoolArray
-    """[P]: a node that was to hold it is gone, and no newer placement has come: nobody unloads it until then."""
+    is_settled: bool
+    """False: a newer placement is to come, for other nodes than this one. Nobody unloads anything until then, but to
+    make room: it might have to load it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,13 @@ class Assignment:
     """[P]: shards that nobody can serve now."""
 
 
-def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, has_lost_owner: BoolArray) -> Target:
+def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, is_settled: bool) -> Target:
     """The target with these owners [C, P]."""
     goals = np.zeros((num_nodes, owners.shape[1]), dtype=np.bool_)
     for nodes in owners:
         shards = np.flatnonzero(nodes != NOBODY)
         goals[nodes[shards], shards] = True
-    return Target(owners, goals, is_named, has_lost_owner)
+    return Target(owners, goals, is_named, is_settled)
 
 
 def next_assignment(
@@ -65,7 +66,7 @@ def next_assignment(
     held = ready.copy()
     superfluous = ready > target.goals  # in the one and not in the other: one pass over the tables instead of two
     if superfluous.any():
-        has_arrived = ~(target.goals > ready).any(axis=0) & target.goals.any(axis=0) & ~target.has_lost_owner
+        has_arrived = ~(target.goals > ready).any(axis=0) & target.goals.any(axis=0) & target.is_settled
         held[superfluous & (has_arrived | ~target.is_named)] = False
     to_load = target.goals > held
     missing = _count_rows(to_load)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.ids import NodeId
+from common.ids import Incarnation, NodeId
 from common.messages import PublishPlacement
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import DRAIN_QUIET_S
@@ -242,3 +242,15 @@ def test_reports_that_come_close_together_are_answered_together() -> None:
     assert not roles.is_served
     roles.tick(1.0 + 2 * REPORT_INTERVAL_S)
     assert roles.is_served
+
+
+def test_a_node_that_comes_back_with_its_shards_unloads_nothing_before_the_placement_that_counts_it_has_come() -> None:
+    roles = roles_of(num_expected=2)
+    roles.join(expert("a"), 0.0)
+    settle(roles, roles.join(expert("b"), 0.0))
+    settle(roles, roles.lose(NodeId("a"), 1.0))
+    roles.is_prompt = False
+    wanted = told(roles.join(expert("a", incarnation=Incarnation(99)), 2.0, held=ALL))
+    assert wanted == {"a": ALL}
+    assert told(roles.deliver()) == {}
+    assert {len(owners) for owners in published(roles).values()} == {2}
