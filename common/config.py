@@ -84,6 +84,12 @@ class Settings(BaseSettings):
     )
     resume_grace_ms: int = Field(default=60_000, ge=0, description="a resumable request goes on so long without client")
     journal_retention_s: int = Field(default=600, ge=0, description="ended resumable requests can be asked for so long")
+    journal_max_requests: int = Field(
+        default=10_000, ge=1, description="resumable and idempotent requests that are kept before the door says 429"
+    )
+    journal_max_bytes: int = Field(
+        default=256 << 20, ge=1024, description="bytes of them, and of plain ones under way, before the door says 429"
+    )
 
     # ---- deadlines
     step_deadline_ms: int = Field(default=60_000, ge=100, description="a step that takes longer has failed")

@@ -83,6 +83,13 @@ class Readiness:
 class Engine(Protocol):
     """What the front asks of the mesh."""
 
+    def check_room(self, num_choices: int) -> None:
+        """Whether so many choices would be taken now, as far as is known without asking the mesh.
+
+        Raises NotReadyError and OverloadedError; `generate` may raise them all the same.
+        """
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens of one choice as they are made.
 

@@ -1,56 +1,51 @@
 """What must outlive the router: each accepted request, its seed, its tokens, and how it ended.
 
-Journal first, then send: the mesh thread hands in the tokens of a step before the front gets them, so that no client
-has seen a token that a restarted router does not know. If the disk takes nothing, running requests go on: their steps
-wait in memory, in order, and are written as soon as there is room; new requests are refused meanwhile.
+Journal first, then send: the tokens of a step are handed on to the front once they are written, so that no client has
+seen a token that a restarted router does not know. All that touches the disk happens in a thread of its own
+(`journal_writer.py`); a disk that takes nothing, or hangs for longer than STUCK_AFTER_S, stops nobody: running requests
+go on, their steps wait in memory, in order (`journal_queue.py`), and are written as soon as the disk takes them; new
+requests are refused meanwhile.
+
+What the files hold is in memory, too (`journal_ledger.py`): files that are gone are written anew.
 """
 
 from __future__ import annotations
 
-import heapq
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
 
 from common.errors import JournalError, MoemeshError
 from common.ids import RequestId, SequenceId
+from services.router.disk_thread import Disk
 from services.router.engine import GeneratedToken
-from services.router.journal_records import (
-    MAX_CHOICES,
-    AcceptedRequest,
-    JournalledRequest,
-    StepRecord,
-    encode_step,
-)
-from services.router.journal_store import UNREADABLE, FoldBuffer, JournalStore, damaged, open_store
+from services.router.journal_files import UNREADABLE, damaged
+from services.router.journal_queue import JournalQueue
+from services.router.journal_records import AcceptedRequest, JournalledRequest
+from services.router.journal_store import JournalStore, open_store
+from services.router.journal_writer import NOT_TAKEN, JournalWriter, WriterCounts
 
 FOLD_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
 """Between two attempts to write while the disk takes nothing."""
+STUCK_AFTER_S = 1.0
+"""A disk that has not answered for so long is no longer waited for: tokens are handed on, marked as not durable, and
+new requests are refused, until it answers."""
 
 
 @dataclass(slots=True)
-class JournalCounts:
-    """Since the start of the router."""
+class JournalCounts(WriterCounts):
+    """Since the start of the router; `is_writing` is False also while the disk hangs."""
 
-    commits: int = 0
-    commit_s: float = 0.0
-    failed_commits: int = 0
-    is_writing: bool = True
-    """False: the last commit failed."""
+    stuck_s: float = 0.0
+    """How long the disk has not answered; 0.0 while it does."""
     steps_unwritten: int = 0
     restored_requests: int = 0
-
-
-@dataclass(slots=True)
-class _OpenChoice:
-    number: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,218 +63,179 @@ class Journal:
 
     def __init__(
         self,
-        store: JournalStore,
+        queue: JournalQueue,
+        writer: JournalWriter,
         settings: JournalSettings,
-        check_term: Callable[[], None],
+        disk: Disk,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`check_term` raises FencedError once another router has the state folder; asked at each commit."""
-        self._store = store
+        """`writer` does its work in `disk`."""
+        self._queue = queue
+        self._writer = writer
         self._settings = settings
-        self._check_term = check_term
+        self._disk = disk
         self._log = log
         self._clock = clock
-        self._wall_clock = wall_clock
-        self._lock = threading.Lock()
-        self._requests: dict[str, tuple[int, tuple[RequestId, ...]]] = {}
-        self._choices: dict[RequestId, _OpenChoice] = {}
-        self._kept: list[tuple[float, int, str]] = []
-        """(ended, request, its reply id), a heap."""
-        self._kept_numbers: dict[str, int] = {}
-        """Of the requests in it, but for those that were forgotten before their time."""
-        self._last_number = 0
-        self._pending = StepRecord()
-        """Goes with the next commit."""
-        self._backlog: list[tuple[StepRecord, bytes]] = []
-        """Steps that the disk has not taken, oldest first."""
-        self._in_log = FoldBuffer()
-        self._retry_at_s = 0.0
+        self._is_scheduled = False
+        self._is_stuck = False
+        self._is_fold_due = False
         self._next_fold_s = 0.0
-        self._counts = JournalCounts()
+        self._next_word_s = STUCK_AFTER_S
+        self._num_restored = 0
 
     # ---- what the front and the mesh thread write
 
-    def accept(self, accepted: AcceptedRequest) -> None:
+    def accept(self, accepted: AcceptedRequest) -> Future[None]:
         """See RequestJournal."""
-        with self._lock:
-            self._check_term()
-            self._write_backlog(self._clock())
-            if self._backlog:
-                raise JournalError("the journal cannot be written to (is the disk full?); try again later")
-            number = self._last_number + 1
-            if not self._commit(lambda: self._store.insert_request(number, accepted)):
-                raise JournalError("the journal cannot be written to (is the disk full?); try again later")
-            self._last_number = number
-            self._track(number, accepted, [0] * len(accepted.choice_ids))
+        future: Future[None] = Future()
+        with self._queue.lock:
+            self._queue.check_fenced()
+            if self._is_stuck:
+                future.set_exception(JournalError(self.trouble() or NOT_TAKEN))
+                return future
+            self._queue.accept(accepted, future)
+        self._schedule()
+        return future
 
-    def append(self, outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
-        """The outcomes of a step, before anybody else gets them. Raises FencedError.
+    def append(
+        self,
+        outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The outcomes of a step. `then` hands them on: once they are written, or it is known that the disk does not
+        take them or hangs; in the order of the steps, and in any thread. Raises FencedError; never handed on then.
 
-        What the disk does not take is kept in memory, and `is_durable` is False until it does.
+        What the disk does not take is kept in memory, and `has_written` says so until it does.
         """
-        with self._lock:
-            self._check_term()
-            record, self._pending = self._pending, StepRecord()
-            for request_id, outcome in outcomes:
-                choice = self._choices.get(request_id)
-                if choice is None:
-                    continue
-                if isinstance(outcome, GeneratedToken):
-                    record.tokens.append((choice.number, choice.num_tokens, outcome))
-                    choice.num_tokens += 1
-                else:
-                    record.failures.append((choice.number, outcome.code, outcome.message))
-            self._write(record)
+        queue = self._queue
+        with queue.lock:
+            queue.check_fenced()
+            queue.append(outcomes, then)
+            may_be_taken = self._writer.counts.is_writing or self._clock() - self._writer.failed_s >= RETRY_INTERVAL_S
+            if queue.backlog and may_be_taken and not self._is_stuck:
+                self._schedule()
+            else:
+                queue.deliver(queue.last_step)
 
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
         """The choice has this number on the wire from now on; written with the next commit."""
-        with self._lock:
-            choice = self._choices.get(request_id)
-            if choice is not None:
-                self._pending.placements.append((choice.number, sequence_id))
+        self._queue.note_placement(request_id, sequence_id)
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """See RequestJournal."""
-        with self._lock:
-            request = self._requests.pop(reply_id, None)
-            ended_s = self._wall_clock()
-            if request is None:
-                kept_number = None if is_kept else self._kept_numbers.pop(reply_id, None)
-                if kept_number is not None:
-                    self._pending.ends.append((kept_number, ended_s, False))
-                return
-            number, choice_ids = request
-            for choice_id in choice_ids:
-                del self._choices[choice_id]
-            self._pending.ends.append((number, ended_s, is_kept))
-            if error is not None and is_kept:
-                self._pending.failures.append((number * MAX_CHOICES, error.code, error.message))
-            if is_kept:
-                self._keep(ended_s, number, reply_id)
+        self._queue.end(reply_id, is_kept, error)
 
-    def flush(self) -> bool:
+    def receipt(self, reply_id: str) -> int:
         """See RequestJournal."""
-        with self._lock:
-            record, self._pending = self._pending, StepRecord()
-            self._write(record)
-            if self._backlog:
-                self._write_backlog(self._clock())
-            return not self._backlog
+        return self._queue.receipt(reply_id)
+
+    def has_written(self, receipt: int) -> bool:
+        """See RequestJournal."""
+        return receipt <= self._queue.written_step and not self._writer.is_lost
+
+    def flush(self) -> Future[bool]:
+        """See RequestJournal."""
+        future: Future[bool] = Future()
+        with self._queue.lock:
+            self._queue.check_fenced()
+            if self._is_stuck:
+                future.set_result(False)
+                return future
+            self._queue.push_pending()
+            self._queue.flushes.append(future)
+        self._schedule()
+        return future
 
     def tick(self) -> None:
-        """Call often: folds the log, deletes what is over, tries again what failed. Raises FencedError."""
+        """Call often: folds the log, deletes what is over, tries again what failed, and goes on without a disk that
+        hangs. Raises FencedError."""
+        self._watch()
         now_s = self._clock()
         if now_s < self._next_fold_s:
             return
         self._next_fold_s = now_s + FOLD_INTERVAL_S
-        self.flush()
-        with self._lock:
-            expired = self._expired()
-            if self._backlog or not (self._in_log or expired):
-                return
-            numbers = [number for _, number, _ in expired]
-            if self._commit(lambda: self._store.fold(self._in_log, numbers)):
-                self._in_log = FoldBuffer()
-                for _, _, reply_id in expired:
-                    self._kept_numbers.pop(reply_id, None)
-            else:
-                for entry in expired:
-                    heapq.heappush(self._kept, entry)
+        self._queue.push_pending()
+        self._queue.expire(self._queue.wall_clock() - self._settings.retention_s)
+        self._is_fold_due = True
+        self._schedule()
 
     # ---- what is read
 
     @property
     def is_durable(self) -> bool:
+        """Whether everything that was handed in so far is written."""
+        return not self._queue.backlog and not self._writer.is_lost
+
+    def trouble(self) -> str | None:
         """See RequestJournal."""
-        return not self._backlog
+        if self._is_stuck:
+            return (
+                f"the disk under STATE_DIR has not answered for {self._disk.busy_s:.0f} s: new requests are refused "
+                "until it does"
+            )
+        if not self._writer.counts.is_writing:
+            return "the journal cannot be written to (is the disk full?): new requests are refused until it can"
+        return None
 
     def counts(self) -> JournalCounts:
         """A copy."""
-        return replace(self._counts, steps_unwritten=len(self._backlog))
+        counts = JournalCounts(
+            **asdict(self._writer.counts),
+            stuck_s=self._disk.busy_s if self._is_stuck else 0.0,
+            steps_unwritten=len(self._queue.backlog),
+            restored_requests=self._num_restored,
+        )
+        counts.is_writing = counts.is_writing and not self._is_stuck
+        return counts
 
     def restore(self) -> list[JournalledRequest]:
         """Once, at the start: every request of the journal by acceptance; those that have not ended are open again.
 
         Raises ValueError if the file is damaged.
         """
-        with self._lock:
-            requests, self._in_log = self._store.read()
-            self._last_number = max([0, *requests, *self._in_log.ends])
-            for number, request in requests.items():
-                if request.ended_s is None:
-                    self._track(number, request.accepted, [len(choice.tokens) for choice in request.choices])
-                    self._counts.restored_requests += 1
-                else:
-                    self._keep(request.ended_s, number, request.accepted.reply_id)
-            expired = {number for _, number, _ in self._expired(is_taken=False)}
-            return [request for number, request in requests.items() if number not in expired]
+        requests = self._writer.restore()
+        self._num_restored = sum(request.ended_s is None for request in requests.values())
+        self._queue.expire(self._queue.wall_clock() - self._settings.retention_s)
+        return [request for number, request in requests.items() if number not in self._queue.expired]
 
     def close(self) -> None:
-        """Write what is left to be written, if the disk takes it. A router that was replaced writes nothing."""
-        try:
-            self.flush()
-        except MoemeshError as error:
-            self._log.warning("journal_not_flushed", reason=str(error))
-        with self._lock:
-            self._store.close()
+        """Hand the disk what is left to be written; who owns the disk waits for it."""
+        self._queue.push_pending()
+        self._disk.submit(self._writer.close)
 
-    # ---- inside, under the lock
+    # ---- between the threads
 
-    def _track(self, number: int, accepted: AcceptedRequest, num_tokens: Sequence[int]) -> None:
-        self._requests[accepted.reply_id] = number, accepted.choice_ids
-        for index, (choice_id, count) in enumerate(zip(accepted.choice_ids, num_tokens, strict=True)):
-            self._choices[choice_id] = _OpenChoice(number * MAX_CHOICES + index, count)
+    def _schedule(self) -> None:
+        with self._queue.lock:
+            if self._is_scheduled:
+                return
+            self._is_scheduled = True
+        self._disk.submit(self._work)
 
-    def _keep(self, ended_s: float, number: int, reply_id: str) -> None:
-        heapq.heappush(self._kept, (ended_s, number, reply_id))
-        self._kept_numbers[reply_id] = number
+    def _work(self) -> None:
+        with self._queue.lock:
+            self._is_scheduled = False
+            is_fold_due, self._is_fold_due = self._is_fold_due, False
+        self._writer.work(is_fold_due)
 
-    def _write(self, record: StepRecord) -> None:
-        if record:
-            self._backlog.append((record, encode_step(record)))
-            if self._counts.is_writing or self._clock() >= self._retry_at_s:
-                self._write_backlog(self._clock())
-
-    def _write_backlog(self, now_s: float) -> None:
-        if not self._backlog:
-            return
-        self._check_term()
-        steps = [data for _, data in self._backlog]
-        if self._commit(lambda: self._store.append_steps(steps)):
-            for record, _ in self._backlog:
-                self._in_log.add(record)
-            self._backlog.clear()
-        else:
-            self._retry_at_s = now_s + RETRY_INTERVAL_S
-
-    def _commit(self, write: Callable[[], None]) -> bool:
-        started_s = self._clock()
-        counts = self._counts
-        try:
-            write()
-        except sqlite3.Error as error:
-            counts.failed_commits += 1
-            if counts.is_writing:
-                counts.is_writing = False
-                self._log.error("journal_not_written", reason=str(error))
-            return False
-        counts.commits += 1
-        counts.commit_s += self._clock() - started_s
-        if not counts.is_writing:
-            counts.is_writing = True
-            self._log.info("journal_written_again")
-        return True
-
-    def _expired(self, is_taken: bool = True) -> list[tuple[float, int, str]]:
-        before_s = self._wall_clock() - self._settings.retention_s
-        if not is_taken:
-            return [entry for entry in self._kept if entry[0] < before_s]
-        expired = []
-        while self._kept and self._kept[0][0] < before_s:
-            expired.append(heapq.heappop(self._kept))
-        return expired
+    def _watch(self) -> None:
+        """In the mesh thread, which nothing of the disk's can stop."""
+        queue, stuck_s = self._queue, self._disk.busy_s
+        with queue.lock:
+            queue.check_fenced()
+            if stuck_s > STUCK_AFTER_S:
+                self._is_stuck = True
+                queue.deliver(queue.last_step)
+                queue.refuse_all(JournalError(self.trouble() or NOT_TAKEN))
+                if stuck_s >= self._next_word_s:
+                    self._next_word_s = 2 * stuck_s
+                    self._log.error("journal_stuck", stuck_s=round(stuck_s, 1), steps_unwritten=len(queue.backlog))
+            elif self._is_stuck:
+                self._is_stuck = False
+                self._next_word_s = STUCK_AFTER_S
+                self._log.info("journal_answers_again", steps_unwritten=len(queue.backlog))
+                self._schedule()
 
 
 def open_journal(
@@ -287,14 +243,18 @@ def open_journal(
     model: str,
     settings: JournalSettings,
     check_term: Callable[[], None],
+    disk: Disk,
     log: structlog.stdlib.BoundLogger,
 ) -> tuple[Journal, list[JournalledRequest]]:
     """The journal, and what a router before this one left in it. `model`: see `open_store`.
 
+    `check_term` raises FencedError once another router has the state folder; asked before each commit.
+
     Raises ConfigurationError, which says what to do.
     """
-    store = open_store(path, model, settings.is_synchronous)
-    journal = Journal(store, settings, check_term, log)
+    store: JournalStore = open_store(path, model, settings.is_synchronous)
+    queue = JournalQueue(time.time)
+    journal = Journal(queue, JournalWriter(store, queue, check_term, log), settings, disk, log)
     try:
         return journal, journal.restore()
     except (sqlite3.Error, *UNREADABLE) as error:

@@ -31,6 +31,16 @@ class JournalCollector(Collector):
         yield GaugeMetricFamily(
             "moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten
         )
+        yield GaugeMetricFamily(
+            "moemesh_journal_stuck_seconds",
+            "How long the journal's disk has not answered; 0 while it does",
+            counts.stuck_s,
+        )
+        yield CounterMetricFamily(
+            "moemesh_journal_rewrites",
+            "Times that the journal's files were gone and were written anew",
+            counts.rewrites,
+        )
         yield CounterMetricFamily(
             "moemesh_requests_restored",
             "Unfinished requests that were in the journal at start",

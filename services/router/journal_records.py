@@ -6,8 +6,9 @@ Numbers travel as msgpack, whose floats are IEEE doubles: a log-probability come
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgpack
 
@@ -51,11 +52,32 @@ class AcceptedRequest:
 
 @dataclass(slots=True)
 class JournalledChoice:
-    """One choice of a request that was read back."""
+    """One choice of a request that was read back, or rests after its end. Packed: most are never asked for again."""
 
-    tokens: list[GeneratedToken] = field(default_factory=list)
+    runs: list[tuple[int, bytes]] = field(default_factory=list)
+    """(position of the first, packed tokens), without a hole."""
+    fresh: list[GeneratedToken] = field(default_factory=list)
+    """Those after the last run."""
     sequence_id: SequenceId | None = None
     error: MoemeshError | None = None
+
+    @property
+    def tokens(self) -> list[GeneratedToken]:
+        """All of them. Raises ValueError if a run is not what was written."""
+        return [token for _, data in self.runs for token in decode_tokens(data)] + self.fresh
+
+    @property
+    def num_tokens(self) -> int:
+        """Without unpacking them. Raises ValueError as `tokens` does."""
+        if not self.runs:
+            return len(self.fresh)
+        first, data = self.runs[-1]
+        return first + count_tokens(data) + len(self.fresh)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is packed."""
+        return sum(len(data) for _, data in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +110,21 @@ class StepRecord:
 
 
 class RequestJournal(Protocol):
-    """What the front asks of the journal. Any thread."""
+    """What the front asks of the journal. Any thread; nothing here waits for a disk."""
 
-    @property
-    def is_durable(self) -> bool:
-        """Whether everything that was handed in so far is written."""
+    def accept(self, accepted: AcceptedRequest) -> Future[None]:
+        """Done when it is written; then the request may begin. JournalError (it must not begin) or FencedError.
+
+        Who gives up waiting says so with `end`.
+        """
         ...
 
-    def accept(self, accepted: AcceptedRequest) -> None:
-        """Written when it returns. Raises JournalError (then the request must not begin) or FencedError."""
+    def receipt(self, reply_id: str) -> int:
+        """Stands for all tokens of it that were handed on so far; to be asked before `end`."""
+        ...
+
+    def has_written(self, receipt: int) -> bool:
+        """Whether all of that is in the journal now."""
         ...
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
@@ -104,25 +132,40 @@ class RequestJournal(Protocol):
         within a second. One that was kept is deleted before its time."""
         ...
 
-    def flush(self) -> bool:
+    def flush(self) -> Future[bool]:
         """Write what `end` left to be written; False if the disk does not take it. Raises FencedError."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Why no request can be accepted now, as a sentence; None while nothing is wrong."""
         ...
 
 
 class NoJournal:
     """JOURNAL=off: nothing outlives the process."""
 
-    is_durable = False
-
-    def accept(self, accepted: AcceptedRequest) -> None:
+    def accept(self, accepted: AcceptedRequest) -> Future[None]:
         """Nothing is kept."""
+        return _done(None)
+
+    def receipt(self, reply_id: str) -> int:
+        """Of nothing."""
+        return 0
+
+    def has_written(self, receipt: int) -> bool:
+        """Nothing was."""
+        return False
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """Nothing was kept."""
 
-    def flush(self) -> bool:
+    def flush(self) -> Future[bool]:
         """Nothing is left to be written."""
-        return True
+        return _done(True)
+
+    def trouble(self) -> str | None:
+        """Nothing can be wrong."""
+        return None
 
 
 def encode_step(record: StepRecord) -> bytes:
@@ -160,6 +203,18 @@ def decode_tokens(data: bytes) -> list[GeneratedToken]:
         raise ValueError(f"tokens of the journal cannot be read: {error}") from error
 
 
+def count_tokens(data: bytes) -> int:
+    """How many tokens `encode_tokens` was given, by the first bytes alone. Raises ValueError if it does not say."""
+    # msgpack's three forms of an array: 0x9n; 0xdc and 2 bytes; 0xdd and 4 bytes.
+    kind = data[0] if data else 0
+    if kind & 0xF0 == 0x90:
+        return kind & 0x0F
+    width = {0xDC: 2, 0xDD: 4}.get(kind)
+    if width is None or len(data) <= width:
+        raise ValueError("tokens of the journal cannot be read: they do not begin as a run does")
+    return int.from_bytes(data[1 : 1 + width], "big")
+
+
 def token_fields(token: GeneratedToken) -> tuple[Any, ...]:
     """A token as plain values; those that are mostly empty come last and are left out then."""
     if token.recovery is not None or token.degraded:
@@ -187,3 +242,12 @@ def restored_error(code: str, message: str) -> MoemeshError:
         if error.code == code:
             return error(message)
     return error_from_wire(code, message)
+
+
+Result = TypeVar("Result")
+
+
+def _done(result: Result) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,44 +22,34 @@ from typing import Any
 import msgpack
 import xxhash
 
-from common.errors import ConfigurationError
 from common.ids import RequestId, SequenceId
 from services.router.engine import GeneratedToken
+from services.router.journal_files import (
+    NUM_REQUEST_COLUMNS,
+    REQUEST_COLUMNS,
+    UNREADABLE,
+    LostFilesError,
+    damaged,
+    look_at,
+    move_aside,
+    open_database,
+)
+from services.router.journal_ledger import LedgerRequest
 from services.router.journal_records import (
     MAX_CHOICES,
     AcceptedRequest,
     JournalledChoice,
     JournalledRequest,
     StepRecord,
+    count_tokens,
     decode_step,
-    decode_tokens,
     encode_tokens,
     restored_error,
 )
 
-SCHEMA_VERSION = "2"
-BUSY_WITHIN_S = 5.0
-"""How long a journal that somebody else has open is waited for."""
 MAX_ROWS = 400
 """In one statement, of two values each: a SQLite may be built to take 999 and no more. A disk that was full leaves far
 more to write."""
-UNREADABLE = (ValueError, TypeError, LookupError)
-"""What Python's sqlite3 and this module raise over a damaged file, besides sqlite3.Error."""
-_WAL_LIMIT_BYTES = 16 << 20
-_REQUEST_COLUMNS = (
-    "number, reply_id, created_s, accepted_s, route, tenant, client_request_id, idempotency_key, body_hash, body, "
-    "seed, is_resumable, choice_ids"
-)
-# `checksum` is of the other columns of its row: SQLite's own check sees where rows lie, not what stands in them.
-_SCHEMA = f"""
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE requests ({_REQUEST_COLUMNS.replace("number", "number INTEGER PRIMARY KEY", 1)}, checksum);
-CREATE TABLE ends (request INTEGER PRIMARY KEY, ended_s, checksum);
-CREATE TABLE placements (choice INTEGER PRIMARY KEY, sequence_id, checksum);
-CREATE TABLE failures (choice INTEGER PRIMARY KEY, code, message, checksum);
-CREATE TABLE segments (choice INTEGER, first INTEGER, tokens, checksum, PRIMARY KEY (choice, first)) WITHOUT ROWID;
-CREATE TABLE log (number INTEGER PRIMARY KEY, step, checksum);
-"""
 
 
 @dataclass(slots=True)
@@ -80,70 +70,107 @@ class FoldBuffer:
         self.failures.update({choice: (code, message) for choice, code, message in record.failures})
         self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
 
+    def copy(self) -> FoldBuffer:
+        """One that may be added to."""
+        return FoldBuffer(
+            {choice: (first, list(tokens)) for choice, (first, tokens) in self.tokens.items()},
+            dict(self.placements),
+            dict(self.failures),
+            dict(self.ends),
+        )
+
     def __bool__(self) -> bool:
         return bool(self.tokens or self.placements or self.failures or self.ends)
 
 
-class JournalStore:
-    """Open with `open_store`. Methods raise sqlite3.Error, and leave no transaction open."""
+Run = tuple[int, int, bytes]
+"""(choice, position of the first, packed tokens)."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+
+class JournalStore:
+    """Open with `open_store`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path, model: str, is_synchronous: bool) -> None:
         self._connection = connection
+        self._path = path
+        self._model = model
+        self._is_synchronous = is_synchronous
+        self._left_as = look_at(path)
+
+    def is_in_place(self) -> bool:
+        """Whether the files are as the last write left them: a process goes on writing into a file that was removed,
+        and never hears of it. Four `stat` at most."""
+        return look_at(self._path) == self._left_as
 
     def insert_request(self, number: int, accepted: AcceptedRequest) -> None:
         """Committed when it returns."""
-        values = (
-            number,
-            accepted.reply_id,
-            accepted.created_s,
-            accepted.accepted_s,
-            accepted.route,
-            accepted.tenant,
-            accepted.client_request_id,
-            accepted.idempotency_key,
-            accepted.body_hash,
-            accepted.body,
-            accepted.seed,
-            int(accepted.is_resumable),
-            json.dumps(accepted.choice_ids),
-        )
-        self._connection.execute(_insert("requests", len(values)), seal(values))
+        with self._noted():
+            self._connection.execute(_insert("requests", NUM_REQUEST_COLUMNS), seal(_request_row(number, accepted)))
 
     def append_steps(self, steps: Sequence[bytes]) -> None:
         """One transaction, and few statements: each one lets another thread have the interpreter for a while."""
         if len(steps) <= MAX_ROWS:
-            _insert_steps(self._connection, steps)  # a step as it comes: one statement is a transaction
+            with self._noted():
+                _insert_steps(self._connection, steps)  # a step as it comes: one statement is a transaction
             return
-        with self._transaction() as connection:
+        with self._noted(), self._transaction() as connection:
             for first in range(0, len(steps), MAX_ROWS):
                 _insert_steps(connection, steps[first : first + MAX_ROWS])
 
-    def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> None:
-        """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests."""
+    def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> list[Run]:
+        """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests.
+
+        Returns the runs of tokens that were written.
+        """
         dropped = {request for request, (_, is_kept) in buffer.ends.items() if not is_kept} | set(expired)
-        with self._transaction() as run:
-            segments = [
-                (choice, first, encode_tokens(tokens))
-                for choice, (first, tokens) in buffer.tokens.items()
-                if choice // MAX_CHOICES not in dropped
-            ]
+        runs = _runs(buffer, dropped)
+        with self._noted(), self._transaction() as run:
             ends = [(request, ended_s) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept]
             failures = [(choice, *failure) for choice, failure in buffer.failures.items()]
-            rows: tuple[tuple[str, list[Any]], ...] = (
-                ("segments", segments),
-                ("placements", list(buffer.placements.items())),
-                ("failures", failures),
-                ("ends", ends),
-            )
-            for table, values in rows:
-                if values:
-                    run.executemany(_insert(table, len(values[0])), map(seal, values))
+            _insert_all(run, segments=runs, placements=list(buffer.placements.items()), failures=failures, ends=ends)
             run.executemany("DELETE FROM requests WHERE number = ?", [(request,) for request in dropped])
             ranges = [(request * MAX_CHOICES, (request + 1) * MAX_CHOICES) for request in dropped]
             run.executemany("DELETE FROM ends WHERE request = ?", [(request,) for request in dropped])
             for table in ("segments", "placements", "failures"):
                 run.executemany(f"DELETE FROM {table} WHERE choice >= ? AND choice < ?", ranges)
             run.execute("DELETE FROM log")
+        return runs
+
+    def write_anew(self, requests: Sequence[LedgerRequest], buffer: FoldBuffer) -> list[Run]:
+        """A new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
+
+        Returns the runs of tokens of `buffer`. A file that somebody else has put there is moved aside.
+        """
+        with suppress(sqlite3.Error):  # the files that it was of are gone: nothing of it is missed
+            self._connection.close()
+        # The folder may be gone, too. It is as private as at the first start.
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        move_aside(self._path)
+        numbers = {request.number for request in requests}
+        runs = [run for run in _runs(buffer, ()) if run[0] // MAX_CHOICES in numbers]
+        self._connection = open_database(self._path, self._model, self._is_synchronous)
+        try:
+            with self._transaction() as run:
+                _insert_all(run, **_rows_of(requests, runs))
+        except BaseException:
+            # Half of it would be taken for somebody else's file by the next attempt, and for all of it by a restart.
+            self._connection.close()
+            self._path.unlink(missing_ok=True)
+            raise
+        self._left_as = look_at(self._path)
+        return runs
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Raises LostFilesError if what was written is in a file that is gone: its name stands for another one."""
+        try:
+            yield
+        finally:  # a commit that fails leaves traces, too
+            now = look_at(self._path)
+            for old, new in zip(self._left_as, now, strict=True):
+                if old is not None and (new is None or new.file != old.file):
+                    raise LostFilesError(f"{self._path} is gone, or another file")
+            self._left_as = now
 
     def read(self) -> tuple[dict[int, JournalledRequest], FoldBuffer]:
         """Every request by its number, in the order of their acceptance; and what the log holds.
@@ -155,18 +182,18 @@ class JournalStore:
             number: JournalledRequest(
                 _accepted(row), tuple(JournalledChoice() for _ in json.loads(row[-1])), ends.get(number), number
             )
-            for number, *row in self._rows("requests", _REQUEST_COLUMNS)
+            for number, *row in self._rows("requests", REQUEST_COLUMNS)
         }
         _place(requests, dict(self._rows("placements", "choice, sequence_id")))
         failures = self._rows("failures", "choice, code, message")
         _fail(requests, {choice: (code, message) for choice, code, message in failures})
         for choice, first, data in self._rows("segments", "choice, first, tokens"):
-            _extend(requests, choice, first, decode_tokens(data))
+            _extend(requests, choice, first, data)
         buffer = FoldBuffer()
         for (data,) in self._rows("log", "step", "number"):
             buffer.add(decode_step(data))
         for choice, (first, tokens) in buffer.tokens.items():
-            _extend(requests, choice, first, tokens)
+            _extend_fresh(requests, choice, first, tokens)
         _place(requests, buffer.placements)
         _fail(requests, buffer.failures)
         for number, (ended_s, is_kept) in buffer.ends.items():
@@ -207,78 +234,37 @@ def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
     Raises ConfigurationError, which says what to do.
     """
     try:
-        connection = _connect(path, is_synchronous)
-    except (sqlite3.Error, *UNREADABLE) as error:
+        connection = open_database(path, model, is_synchronous)
+    except (sqlite3.Error, OSError, *UNREADABLE) as error:
         raise damaged(path, error) from None
-    try:
-        _check(connection, path, model)
-    except (sqlite3.Error, *UNREADABLE) as error:
-        connection.close()
-        raise damaged(path, error) from None
-    except ConfigurationError:
-        connection.close()
-        raise
-    return JournalStore(connection)
+    return JournalStore(connection, path, model, is_synchronous)
 
 
-def damaged(path: Path, error: Exception) -> ConfigurationError:
-    """What to do about a journal that cannot be read."""
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
-        # A journal in good order: whoever moved it away would lose its requests for nothing.
-        return ConfigurationError(
-            f"another process has the journal {path} open, perhaps a router that is stopped: end that one first"
-        )
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return ConfigurationError(f"there is no room for the journal {path}: make some, or set JOURNAL=off")
-    return ConfigurationError(
-        f"the journal {path} cannot be read ({error}): move it and its -wal file away to start without the requests "
-        "in it, or set JOURNAL=off"
-    )
+def _runs(buffer: FoldBuffer, dropped: Iterable[int]) -> list[Run]:
+    without = frozenset(dropped)
+    return [
+        (choice, first, encode_tokens(tokens))
+        for choice, (first, tokens) in buffer.tokens.items()
+        if choice // MAX_CHOICES not in without
+    ]
 
 
-def _connect(path: Path, is_synchronous: bool) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WITHIN_S)
-    for setting in (
-        # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
-        "locking_mode = EXCLUSIVE",
-        "journal_mode = WAL",
-        f"synchronous = {'FULL' if is_synchronous else 'OFF'}",
-        f"journal_size_limit = {_WAL_LIMIT_BYTES}",
-    ):
-        try:
-            connection.execute(f"PRAGMA {setting}")
-        except (sqlite3.Error, *UNREADABLE):
-            connection.close()
-            raise
-    return connection
+def _rows_of(requests: Sequence[LedgerRequest], runs: Sequence[Run]) -> dict[str, Sequence[Sequence[Any]]]:
+    """By table; `runs` are those that the requests do not have yet."""
+    choices = [choice for request in requests for choice in request.choices]
+    return {
+        "requests": [_request_row(request.number, request.accepted) for request in requests],
+        "segments": [(choice.number, *each) for choice in choices for each in choice.runs] + list(runs),
+        "placements": [(choice.number, choice.sequence_id) for choice in choices if choice.sequence_id is not None],
+        "failures": [(choice.number, *choice.failure) for choice in choices if choice.failure is not None],
+        "ends": [(request.number, request.ended_s) for request in requests if request.ended_s is not None],
+    }
 
 
-def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise sqlite3.DatabaseError(verdict)
-    if not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-        # All at once: half a schema would be another version.
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", [("schema", SCHEMA_VERSION), ("model", model)])
-        connection.execute("COMMIT")
-        return
-    meta: Mapping[str, str] = dict(connection.execute("SELECT name, value FROM meta"))
-    if meta.get("schema") != SCHEMA_VERSION:
-        raise ConfigurationError(
-            f"the journal {path} has version {meta.get('schema')}, this build writes {SCHEMA_VERSION}: let the build "
-            "that wrote it finish its requests, then move the file away"
-        )
-    if meta.get("model") == model:
-        return
-    if connection.execute("SELECT count(*) FROM requests").fetchone()[0]:
-        raise ConfigurationError(
-            f"the journal {path} holds requests of another model or dtype ({meta.get('model')}; this is {model}): "
-            "serve that one until they have ended, move the file away to drop them, or give another STATE_DIR"
-        )
-    connection.execute("UPDATE meta SET value = ? WHERE name = 'model'", (model,))
+def _insert_all(connection: sqlite3.Connection, **rows_by_table: Sequence[Sequence[Any]]) -> None:
+    for table, rows in rows_by_table.items():
+        if rows:
+            connection.executemany(_insert(table, len(rows[0])), map(seal, rows))
 
 
 def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> None:
@@ -297,9 +283,27 @@ def seal(row: Sequence[Any]) -> tuple[Any, ...]:
     return (*row, xxhash.xxh3_64_intdigest(msgpack.packb(list(row))) - (1 << 63))
 
 
+def _request_row(number: int, accepted: AcceptedRequest) -> tuple[Any, ...]:
+    return (
+        number,
+        accepted.reply_id,
+        accepted.created_s,
+        accepted.accepted_s,
+        accepted.route,
+        accepted.tenant,
+        accepted.client_request_id,
+        accepted.idempotency_key,
+        accepted.body_hash,
+        accepted.body,
+        accepted.seed,
+        int(accepted.is_resumable),
+        json.dumps(accepted.choice_ids),
+    )
+
+
 def _accepted(row: Sequence[Any]) -> AcceptedRequest:
-    """`row`: as `_REQUEST_COLUMNS` behind the number."""
-    values: dict[str, Any] = dict(zip(_REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
+    """`row`: as `REQUEST_COLUMNS` behind the number."""
+    values: dict[str, Any] = dict(zip(REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
     values["is_resumable"] = bool(values["is_resumable"])
     values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))
     return AcceptedRequest(**values)
@@ -310,11 +314,21 @@ def _choice(requests: Mapping[int, JournalledRequest], number: int) -> Journalle
     return None if request is None else request.choices[number % MAX_CHOICES]
 
 
-def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[GeneratedToken]) -> None:
-    """What would leave a hole is dropped: the mesh makes the same tokens again."""
+# What would leave a hole is dropped: the mesh makes the same tokens again.
+
+
+def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, data: bytes) -> None:
     choice = _choice(requests, number)
-    if choice is not None and first == len(choice.tokens):
-        choice.tokens += tokens
+    if count_tokens(data) and choice is not None and first == choice.num_tokens:
+        choice.runs.append((first, data))
+
+
+def _extend_fresh(
+    requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[GeneratedToken]
+) -> None:
+    choice = _choice(requests, number)
+    if choice is not None and first == choice.num_tokens:
+        choice.fresh += tokens
 
 
 def _place(requests: Mapping[int, JournalledRequest], placements: Mapping[int, int]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import structlog
 import zmq
@@ -20,13 +23,20 @@ class MeshClient:
     """Typed sends and receives; knows addresses, decides nothing. Used by the mesh thread only, but for `wake`."""
 
     def __init__(
-        self, transport: Transport, addresses: NodeAddresses, router_term: int, log: structlog.stdlib.BoundLogger
+        self,
+        transport: Transport,
+        addresses: NodeAddresses,
+        router_term: int,
+        log: structlog.stdlib.BoundLogger,
+        on_disk: Callable[[Callable[[], None]], None] = lambda job: job(),
     ) -> None:
+        """`on_disk` does what touches the state folder, where a disk that hangs stops nobody else."""
         self._transport = transport
         self._ipc_token = addresses.folder_token
         self._folder = addresses.folder
         self._router_term = router_term
         self._log = log
+        self._on_disk = on_disk
         self.control = transport.router("control", [addresses.control])
         self.results = transport.pull("results", [addresses.bind_pattern.format(socket="results")])
         self._lifelines: dict[NodeId, MessageSocket] = {}
@@ -92,8 +102,11 @@ class MeshClient:
         """Of a node that is gone: ZeroMQ leaves them, however it ended. Connections that stand are not touched."""
         if self._folder is None or not share_folder(description.ipc_token, self._ipc_token):
             return
+        self._on_disk(partial(self._remove_socket_files, self._folder, description))
+
+    def _remove_socket_files(self, folder: Path, description: NodeDescription) -> None:
         try:
-            remove_socket_files(self._folder, description.node_id, (*description.endpoints, *description.lifeline))
+            remove_socket_files(folder, description.node_id, (*description.endpoints, *description.lifeline))
         except OSError as error:
             self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
 

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from common.errors import MoemeshError, NotReadyError
+from common.errors import MoemeshError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import judge_age
 from services.router.engine import GeneratedToken, GenerationRequest, Readiness, RestoredChoice
 from services.router.mesh_loop import MeshLoop
 from services.router.mesh_view import describe_mesh
+from services.router.scheduling.admission import retry_after_s
 
 Outcome = GeneratedToken | MoemeshError
 NOT_READY_GRACE_S = 10.0
@@ -96,14 +97,17 @@ class MeshEngine:
         max_context_tokens: int,
         clock: Callable[[], float],
         *,
+        max_waiting: int,
         takes_over: bool = False,
     ) -> None:
-        """`takes_over`: a router ran before this one, whose nodes will be back in a moment."""
+        """`max_waiting`: what the scheduler's queue holds. `takes_over`: a router ran before this one, whose nodes will
+        be back in a moment."""
         self._grace_from_s = clock() if takes_over else None
         self._mesh = mesh
         self._mailbox = mailbox
         self._max_context_tokens = max_context_tokens
         self._clock = clock
+        self._max_waiting = max_waiting
 
     @property
     def max_context_tokens(self) -> int:
@@ -118,6 +122,18 @@ class MeshEngine:
     def describe_mesh(self) -> dict[str, Any]:
         """Of the same status."""
         return describe_mesh(self._mesh.status, self.readiness())
+
+    def check_room(self, num_choices: int) -> None:
+        """By the last status; see the protocol. The scheduler's door has the last word."""
+        self._check_ready()
+        status = self._mesh.status
+        num_waiting = status.scheduler.num_waiting
+        if num_waiting + num_choices - 1 >= self._max_waiting and num_waiting:
+            raise OverloadedError(
+                f"{num_waiting} requests are waiting of {self._max_waiting} that the queue holds, and this one has "
+                f"{num_choices} choices; try again later",
+                retry_after_s(num_waiting, status.completions_per_s),
+            )
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """Tokens as they come; see the protocol."""

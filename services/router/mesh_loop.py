@@ -381,6 +381,7 @@ class MeshLoop:
             served_s=now_s if takes_requests(evidence, now_s) else self.status.served_s,
             nodes=nodes,
             scheduler=scheduler,
+            completions_per_s=self._scheduler.completions_per_s(now_s),
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},
             hops=self._flow.totals.snapshot(nodes),
             placement_version=self._experts.version,

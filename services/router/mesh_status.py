@@ -105,6 +105,8 @@ class MeshStatus:
     """Slots whose mirror could take over at once."""
     suspended_pipelines: int = 0
     """Pipelines that wait for a holder with their requests' blocks."""
+    completions_per_s: float = 0.0
+    """How fast the line of waiting requests goes forward."""
 
     @staticmethod
     def starting(detail: str) -> MeshStatus:

@@ -21,9 +21,11 @@ from common.membership import Membership, MembershipSettings
 from common.messages import Welcome
 from common.node import NodeAddresses, find_addresses
 from common.node_process import StopFlag, open_transport
+from common.transport import Transport
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
+from services.router.disk_thread import Disk, DiskThread, finish_within
 from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
@@ -48,6 +50,10 @@ BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 TERM_SHIFT = 32
 """Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
+CLOSE_WITHIN_S = 2.0
+"""How long the end of the router waits for the disk under STATE_DIR, and for its links."""
+RESTORE_WITHIN_S = 0.5
+"""How long a restarted router puts requests in line before it serves; those that are not by then follow."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 
@@ -69,21 +75,19 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         log.warning("checkpoint_remark", detail=remark)
     tokenizer = TextTokenizer.from_directory(model.directory)
     state = open_state_folder(settings.state_dir)
-    journal, journalled = _open_journal(settings, model, state, log)
+    disk = DiskThread()
+    journal, journalled = _open_journal(settings, model, state, disk, log)
+    disk.start()
     listener = _listen(settings)
     transport = open_transport(settings, log)
     mailbox = TokenMailbox(asyncio.get_running_loop())
     addresses = find_addresses(settings, NodeId("router"))
-    client = MeshClient(transport, addresses, state.term, log)
+    client = MeshClient(transport, addresses, state.term, log, disk.submit)
     sink = mailbox if journal is None else JournalFirst(journal, mailbox)
-    look_after_state = Housekeeping(
-        partial(state.look_after, lambda sentence: log.warning("state_folder", reason=sentence)), journal
+    look_after_state = partial(state.look_after, lambda sentence: log.warning("state_folder", reason=sentence))
+    housekeeping = Housekeeping(
+        look_after_state, disk, disk.check, journal, lambda: transport.look_after_files(time.monotonic())
     )
-
-    def housekeeping() -> None:
-        transport.look_after_files(time.monotonic())
-        look_after_state()
-
     placer = ProcessPlacer(client.wake, log)
     mesh = _mesh_loop(
         settings, model, client, addresses, state.term, sink, housekeeping, journal, log, state.outgrow, placer
@@ -99,13 +103,22 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         registry.register(collector)
     context_tokens = _context_tokens(settings, model)
     _log_context(settings, model, context_tokens, log)
-    engine = MeshEngine(mesh, mailbox, context_tokens, time.monotonic, takes_over=state.term > 1)
+    engine = MeshEngine(
+        mesh,
+        mailbox,
+        context_tokens,
+        time.monotonic,
+        max_waiting=settings.max_waiting,
+        takes_over=state.term > 1,
+    )
     front = FrontSettings(
         served_name=model.served_name,
         max_body_bytes=settings.max_body_bytes,
         system_fingerprint=f"{model.fingerprint[:12]}-{model.dtype}",
         resume_grace_s=settings.resume_grace_ms / 1000,
         retention_s=settings.journal_retention_s,
+        max_kept_requests=settings.journal_max_requests,
+        max_kept_bytes=settings.journal_max_bytes,
     )
     app = create_app(engine, tokenizer, front, registry, journal=journal)
     requests: RequestRegistry = app.state.requests
@@ -116,14 +129,15 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     placer.start()
+    requests.restore(journalled)
+    going_on = asyncio.create_task(requests.go_on())
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.
-        await requests.restore([request for request in journalled if request.ended_s is None])
+        await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
         # Only now: stages that are back hand their cache to requests that are in line.
         thread.start()
-        await requests.restore([request for request in journalled if request.ended_s is not None])
         if journalled:
-            log.info("requests_restored", number=len(journalled))
+            log.info("requests_restored", number=len(journalled), are_all_in_line=going_on.done())
         if not should_stop():
             await server.serve(sockets=[listener])
     finally:
@@ -131,19 +145,30 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         if thread.is_alive():
             thread.join(timeout=5)
         placer.close()
+        going_on.cancel()
+        await asyncio.gather(going_on, return_exceptions=True)
         await requests.close()
         if journal is not None:
             journal.close()
-        client.close()
-        transport.close()
-        state.close()
+        disk.submit(state.close)
+        # Socket files are removed with their sockets.
+        is_closed = disk.close(CLOSE_WITHIN_S) and finish_within(
+            partial(_close_links, client, transport), CLOSE_WITHIN_S
+        )
+        if not is_closed:
+            log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
     if failure:
         raise failure[0]
     log.info("stopped")
 
 
+def _close_links(client: MeshClient, transport: Transport) -> None:
+    client.close()
+    transport.close()
+
+
 def _open_journal(
-    settings: Settings, model: Model, state: StateFolder, log: structlog.stdlib.BoundLogger
+    settings: Settings, model: Model, state: StateFolder, disk: Disk, log: structlog.stdlib.BoundLogger
 ) -> tuple[Journal | None, list[JournalledRequest]]:
     if settings.journal == "off":
         return None, []
@@ -152,6 +177,7 @@ def _open_journal(
         f"{model.fingerprint} {model.dtype}",
         JournalSettings(settings.journal == "durable", settings.journal_retention_s),
         state.check_term,
+        disk,
         log,
     )
 

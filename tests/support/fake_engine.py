@@ -46,6 +46,8 @@ class FakeEngine:
     """Closed or cancelled before their end."""
     on_cancel: Callable[[], None] = lambda: None
     """Called at each."""
+    refusal: Exception | None = None
+    """Of every request from now on."""
 
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -64,6 +66,11 @@ class FakeEngine:
 
     def describe_mesh(self) -> dict[str, Any]:
         return {"ready": self.state.ready, "nodes": []}
+
+    def check_room(self, num_choices: int) -> None:
+        """There is some, unless the test says what is raised."""
+        if self.refusal is not None:
+            raise self.refusal
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         return self._run(request, 0)

@@ -39,7 +39,7 @@ def bits(tokens: list[GeneratedToken]) -> list[tuple[int, bytes | None, bytes]]:
 
 def limit_pages(journal: Journal, num_pages: int) -> None:
     """A disk that is full after so many pages."""
-    journal._store._connection.execute(f"PRAGMA max_page_count = {num_pages}")
+    journal._writer._store._connection.execute(f"PRAGMA max_page_count = {num_pages}")
 
 
 def fill(journal: Journal, request_id: str, first: int = 0, limit: int = 5000) -> int:

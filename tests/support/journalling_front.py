@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from services.router.disk_thread import Disk
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
 from services.router.front.tokenizer import TextTokenizer
 from services.router.journal import Journal
-from services.router.journal_records import JournalledRequest
 from tests.support.asgi_exchange import Answer, Exchange
 from tests.support.fake_engine import FakeEngine, Step
 from tests.support.journals import open_at
@@ -41,7 +42,10 @@ class Journalling(FakeEngine):
         tokens: Any = super()._run(request, num_given)
         try:
             async for token in tokens:
-                self.journal.append([(request.request_id, token)])
+                delivered = asyncio.Event()
+                hand_on: Any = partial(asyncio.get_running_loop().call_soon_threadsafe, delivered.set)
+                self.journal.append([(request.request_id, token)], hand_on)
+                await delivered.wait()
                 yield token
         finally:
             await tokens.aclose()
@@ -50,12 +54,14 @@ class Journalling(FakeEngine):
 class Server:
     """A router's front, its journal and its engine; `again` is the router after a restart on the same file."""
 
-    def __init__(self, tokenizer: TextTokenizer, path: Path, script: list[Step], **settings: Any) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, path: Path, script: list[Step], disk: Disk | None = None, **settings: Any
+    ) -> None:
         self._tokenizer = tokenizer
         self._path = path
         self._settings = settings
         self.engine = Journalling(script=script, alternatives=((5, -0.25), (6, -1.0)))
-        self.journal, self._journalled = open_at(path)
+        self.journal, self._journalled = open_at(path, disk=disk)
         self.engine.journal = self.journal
         self.app: FastAPI = create_app(
             self.engine,
@@ -73,13 +79,9 @@ class Server:
         self.journal.close()
         server = Server(self._tokenizer, self._path, script, **self._settings | changes)
         server.engine.context_tokens = context_tokens
-        # In the order of service.py: what is under way is in line before the mesh starts.
-        await server.restore([request for request in server._journalled if request.ended_s is None])
-        await server.restore([request for request in server._journalled if request.ended_s is not None])
+        server.app.state.requests.restore(server._journalled)
+        await server.app.state.requests.go_on()
         return server
-
-    async def restore(self, journalled: list[JournalledRequest]) -> None:
-        await self.app.state.requests.restore(journalled)
 
     def start(self, method: str, path: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Exchange:
         body = {"model": "tiny", "max_tokens": 100} | fields if fields else None

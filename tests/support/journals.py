@@ -9,9 +9,11 @@ from typing import Any
 import structlog
 
 from common.ids import RequestId
+from services.router.disk_thread import Disk
 from services.router.engine import FinishReason, GeneratedToken
 from services.router.journal import Journal, JournalSettings, open_journal
 from services.router.journal_records import AcceptedRequest, JournalledRequest
+from tests.support.disks import PromptDisk
 
 MODEL = "print float32"
 AWKWARD = (-0.0, 0.0, -1e-45, -0.1, float("-inf"), -87.33654, struct.unpack("<f", b"\x01\x00\x80\xbf")[0])
@@ -42,8 +44,10 @@ def token(number: int, finish_reason: FinishReason | None = None) -> GeneratedTo
     return GeneratedToken(number, logprob, ((number + 1, logprob), (number + 2, -3.5)), finish_reason)
 
 
-def open_at(path: Path, model: str = MODEL, **changes: Any) -> tuple[Journal, list[JournalledRequest]]:
-    """The journal of a test, with a term that is never old."""
+def open_at(
+    path: Path, model: str = MODEL, disk: Disk | None = None, **changes: Any
+) -> tuple[Journal, list[JournalledRequest]]:
+    """The journal of a test, with a term that is never old; without a disk of its own it is written at once."""
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
     settings = JournalSettings(**({"is_synchronous": False, "retention_s": 600.0} | changes))
-    return open_journal(path, model, settings, lambda: None, log)
+    return open_journal(path, model, settings, lambda: None, disk or PromptDisk(), log)

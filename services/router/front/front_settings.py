@@ -27,3 +27,7 @@ class FrontSettings:
     """A request that may be resumed goes on for so long without a client; after a restart every request does."""
     retention_s: float = 600.0
     """Such a request can be asked for so long after its end."""
+    max_kept_requests: int = 10_000
+    """So many resumable and idempotent requests are kept, under way or ended; the next one is refused with 429."""
+    max_kept_bytes: int = 256 << 20
+    """And so many bytes of them; and as many of plain ones, while they are under way."""

@@ -55,7 +55,7 @@ class GenerationRoutes:
     async def show_request(self, request: Request, request_id: str) -> Response:
         """State, tokens so far, and the whole reply once there is one. Asking counts as being there."""
         try:
-            async with self._requests.attach(self._requests.find(_tenant(request), request_id)) as reader:
+            async with self._requests.attach(await self._requests.find(_tenant(request), request_id)) as reader:
                 return json_answer(self._sender.state(reader))
         except Exception as error:
             return error_answer(error)
@@ -63,7 +63,7 @@ class GenerationRoutes:
     async def stream_request(self, request: Request, request_id: str) -> Response:
         """The events of a request after those that the client has."""
         try:
-            live = self._requests.find(_tenant(request), request_id)
+            live = await self._requests.find(_tenant(request), request_id)
             taken = parse_event_id(_last_event_id(request), len(live.choices))
             self._metrics.reattached.inc()
             return await run_while_connected(self._send(live, True, taken, has_come_back=True), request.receive)
@@ -75,7 +75,7 @@ class GenerationRoutes:
     async def cancel_request(self, request: Request, request_id: str) -> Response:
         """Take it out of the mesh and forget it, in the journal too before this answers."""
         try:
-            live = self._requests.find(_tenant(request), request_id)
+            live = await self._requests.find(_tenant(request), request_id)
             await self._requests.delete(live)
         except Exception as error:
             return error_answer(error)
@@ -103,7 +103,7 @@ class GenerationRoutes:
         lock = self._key_locks.setdefault((identity.tenant, key), asyncio.Lock())
         async with AsyncExitStack() as held:
             await held.enter_async_context(lock)
-            live = self._requests.find_by_key(identity, said)
+            live = await self._requests.find_by_key(identity, said)
             if live is None:
                 return await self._begin(route, body, identity, said, held)
         self._metrics.reattached.inc()
@@ -115,7 +115,7 @@ class GenerationRoutes:
         self, route: str, body: bytes, identity: ClientIdentity, said: str, held: AsyncExitStack | None = None
     ) -> Response:
         asked = await self._intake.read(route, body, self._draw)
-        live = self._requests.admit(asked, identity, body, said)
+        live = await self._requests.admit(asked, identity, body, said)
         if held is not None:
             await held.aclose()
         # Nothing has waited since: a request that was begun has a reader, or nobody would end it.

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from common.errors import UnknownModelError
-from services.router.engine import Engine
+from services.router.engine import Engine, Readiness
 from services.router.front.asked_request import RequestIntake
 from services.router.front.front_settings import FrontSettings
 from services.router.front.generation_routes import GenerationRoutes
@@ -48,9 +48,9 @@ def create_app(
     requests = RequestRegistry(
         engine, tokenizer, kept, intake, metrics, settings=settings, clock=clock, wall_clock=wall_clock
     )
-    sender = ReplySender(kept, settings.keep_alive_interval_s)
+    sender = ReplySender(requests.is_durable, settings.keep_alive_interval_s)
     generation = GenerationRoutes(requests, intake, sender, metrics, settings, wall_clock)
-    operators = _Operators(engine, settings, metrics, int(wall_clock()))
+    operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
     app.add_middleware(ExchangeMiddleware, metrics=metrics)
@@ -77,8 +77,16 @@ def create_app(
 class _Operators:
     """What is served, and how it is. Keeps nothing between requests."""
 
-    def __init__(self, engine: Engine, settings: FrontSettings, metrics: FrontMetrics, started_s: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        journal: RequestJournal,
+        settings: FrontSettings,
+        metrics: FrontMetrics,
+        started_s: int,
+    ) -> None:
         self._engine = engine
+        self._journal = journal
         self._settings = settings
         self._metrics = metrics
         self._started_s = started_s
@@ -96,8 +104,11 @@ class _Operators:
         return json_answer({"status": "alive"})
 
     async def show_readiness(self) -> Response:
-        """Whether a token can be made end to end; 503 and what is missing if not."""
+        """Whether a request would be taken and a token can be made end to end; 503 and what is missing if not."""
         readiness = self._engine.readiness()
+        if (trouble := self._journal.trouble()) is not None:
+            detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"
+            readiness = Readiness(False, detail, (*readiness.missing, trouble))
         body = {"ready": readiness.ready, "detail": readiness.detail, "missing": list(readiness.missing)}
         return json_answer(body, 200 if readiness.ready else 503)
 

@@ -84,6 +84,9 @@ class LiveRequest:
         self.is_released = False
         """The router ends, the request does not: its readers are sent away."""
         self.is_restored = False
+        """A router before this one has begun it, and this one goes on."""
+        self.receipt = 0
+        """The journal's, of all its tokens, once it has ended."""
         self.listeners: set[Listener] = set()
         self._engine = engine
         self._metrics = metrics
@@ -115,16 +118,18 @@ class LiveRequest:
         for choice in self.choices:
             self._run(choice, self._engine.generate(choice.planned.request))
 
-    def restore(self, journalled: Sequence[JournalledChoice], was_over: bool) -> None:
+    def restore(self, journalled: Sequence[JournalledChoice], was_over: bool, counts_as_recovery: bool = True) -> None:
         """Go on where a router before this one was; `journalled` goes with the choices.
 
         A choice that has more tokens than it may have by now (the context got smaller) ends with them; a request that
         has no room at all any more, and more to come, fails. `was_over`: it had ended before; then it stays so.
+        `counts_as_recovery`: a router before this one has begun it.
         """
-        self.is_restored = True
-        self._has_token = any(record.tokens for record in journalled)
-        for choice, record in zip(self.choices, journalled, strict=True):
-            for token in record.tokens:
+        self.is_restored = counts_as_recovery
+        tokens_by_choice = [record.tokens for record in journalled]
+        self._has_token = any(tokens_by_choice)
+        for choice, record, tokens in zip(self.choices, journalled, tokens_by_choice, strict=True):
+            for token in tokens:
                 if not choice.is_over:  # the mesh may have made some behind a stop string
                     choice.take(token)
             self.error = self.error or record.error

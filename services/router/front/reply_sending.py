@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 
 from starlette.responses import Response
@@ -22,14 +22,14 @@ from services.router.front.replies import (
 )
 from services.router.front.reply_reader import ReplyReader, RouterStoppingError
 from services.router.front.usage import Outcome, usage_of
-from services.router.journal_records import RequestJournal
 
 
 class ReplySender:
     """Keeps nothing between requests. Every method takes a reader that the caller has entered."""
 
-    def __init__(self, journal: RequestJournal, keep_alive_interval_s: float) -> None:
-        self._journal = journal
+    def __init__(self, is_durable: Callable[[LiveRequest], bool], keep_alive_interval_s: float) -> None:
+        """`is_durable`: whether all tokens of a request that its clients have are in the journal."""
+        self._is_durable = is_durable
         self._keep_alive_interval_s = keep_alive_interval_s
 
     async def whole(self, reader: ReplyReader, headers: dict[str, str]) -> Response:
@@ -109,7 +109,7 @@ class ReplySender:
         )
 
     def _outcome(self, reader: ReplyReader) -> Outcome:
-        return Outcome(reader.num_completion_tokens, reader.live.recovery, self._journal.is_durable)
+        return Outcome(reader.num_completion_tokens, reader.live.recovery, self._is_durable(reader.live))
 
 
 def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> JsonObject:

@@ -2,13 +2,16 @@
 
 A request without any listener is cancelled at once if its client is a plain one. One that is resumable, or has an
 idempotency key, or was restored after a restart, goes on for the grace time, and can be asked for after its end.
+
+One that has ended and has no listener rests: packed, without its plan. So does one that a router before this one has
+left, until somebody asks for it or, if it has not ended, until it is its turn to go on. How much is kept is bounded
+(`kept_bounds.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -24,24 +27,19 @@ from common.errors import (
 from services.router.engine import Engine
 from services.router.front.asked_request import AskedRequest, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
+from services.router.front.kept_bounds import KeptBounds
+from services.router.front.known_requests import KnownRequest, KnownRequests, packed, was_refused
 from services.router.front.live_request import ClientIdentity, LiveRequest
 from services.router.front.metrics import FrontMetrics
 from services.router.front.reply_reader import ReplyReader
 from services.router.front.tokenizer import TextTokenizer
-from services.router.journal_records import AcceptedRequest, JournalledRequest, RequestJournal
+from services.router.journal_records import (
+    AcceptedRequest,
+    JournalledRequest,
+    RequestJournal,
+)
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Entry:
-    live: LiveRequest
-    body_hash: str
-    is_kept: bool
-    number: int
-    """Ascends with acceptance: of two with one name the newer counts, in whichever order a restart brings them back."""
-    timer: asyncio.TimerHandle | None = None
-    """Until it is cancelled for want of listeners, or forgotten after its end."""
 
 
 class RequestRegistry:
@@ -68,49 +66,47 @@ class RequestRegistry:
         self._retention_s = settings.retention_s
         self._clock = clock
         self._wall_clock = wall_clock
-        self._entries: dict[str, _Entry] = {}
-        self._by_client_id: dict[tuple[str, str], _Entry] = {}
-        self._by_key: dict[tuple[str, str], _Entry] = {}
-        self._last_number = 0
+        self._bounds = KeptBounds(settings.max_kept_requests, settings.max_kept_bytes)
+        self._known = KnownRequests()
         self._cancelling: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
     # ---- finding
 
-    def find(self, tenant: str, request_id: str) -> LiveRequest:
+    async def find(self, tenant: str, request_id: str) -> LiveRequest:
         """By the reply's id or the client's own; the newest, if a client gave one twice. Raises UnknownRequestError."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.live.identity.tenant != tenant:
-            entry = self._by_client_id.get((tenant, request_id))
+        entry = self._known.find(tenant, request_id)
         if entry is None:
             raise UnknownRequestError(f"there is no request `{request_id}` here, or none any more", "id")
-        return entry.live
+        return await self._awake(entry)
 
-    def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
+    async def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
         """The request that has this idempotency key. Raises IdempotencyError if it came with another body."""
-        if identity.idempotency_key is None:
-            return None
-        entry = self._by_key.get((identity.tenant, identity.idempotency_key))
+        entry = self._known.find_by_key(identity)
         if entry is None:
             return None
-        if entry.body_hash != body_hash:
+        if entry.accepted.body_hash != body_hash:
             raise IdempotencyError(
                 f"the Idempotency-Key `{identity.idempotency_key}` stands for a request with another body; give each "
                 "request a key of its own"
             )
-        return entry.live
+        return await self._awake(entry)
 
     def is_kept(self, live: LiveRequest) -> bool:
         """Whether it goes on without its client."""
-        entry = self._entries.get(live.reply_id)
+        entry = self._known.get(live.reply_id)
         return entry is not None and entry.is_kept
+
+    def is_durable(self, live: LiveRequest) -> bool:
+        """Whether all tokens that its clients have are in the journal."""
+        return self._journal.has_written(live.receipt if live.has_ended else self._journal.receipt(live.reply_id))
 
     # ---- taking in
 
-    def admit(self, asked: AskedRequest, identity: ClientIdentity, body: bytes, body_hash: str) -> LiveRequest:
+    async def admit(self, asked: AskedRequest, identity: ClientIdentity, body: bytes, body_hash: str) -> LiveRequest:
         """Write it down, then begin it. The caller attaches a reader before it awaits anything.
 
-        Raises JournalError: then it was not begun.
+        Raises OverloadedError, NotReadyError (nothing was written then) and JournalError: it was not begun.
         """
         accepted = AcceptedRequest(
             reply_id=asked.head.reply_id,
@@ -126,39 +122,100 @@ class RequestRegistry:
             is_resumable=identity.is_resumable,
             choice_ids=tuple(choice.request.request_id for choice in asked.plan.choices),
         )
-        self._journal.accept(accepted)
-        entry = self._enter(asked, identity, body_hash, accepted.is_kept, self._last_number + 1)
+        self._engine.check_room(len(asked.plan.choices))
+        self._bounds.check(accepted.is_kept, len(body), self._wall_clock())
+        # Counted before anything is waited for: two requests cannot both take the last place.
+        self._bounds.add(accepted.is_kept, len(body))
+        try:
+            await self._written(accepted)
+        except BaseException:
+            self._bounds.remove(accepted.is_kept, len(body))
+            raise
+        entry = KnownRequest(accepted, accepted.is_kept, self._known.last_number + 1, len(body))
+        self._known.add(entry)
+        entry.live = self._live(entry, asked)
         self._metrics.prompt_tokens.inc(asked.plan.num_prompt_tokens)
         entry.live.start()
         return entry.live
 
-    async def restore(self, requests: Sequence[JournalledRequest]) -> None:
-        """Before anybody is served: go on with what a router before this one left. Nobody counts as gone yet.
+    def restore(self, requests: Sequence[JournalledRequest]) -> None:
+        """Before anybody is served: what a router before this one has left, by acceptance. Nobody counts as gone yet.
 
-        May be called for one part after the other; each in the order of acceptance.
+        All of it can be found from now on; `go_on` goes on with what has not ended.
         """
         for journalled in requests:
-            accepted = journalled.accepted
-            identity = ClientIdentity(
-                accepted.tenant, accepted.client_request_id, accepted.idempotency_key, accepted.is_resumable
-            )
+            num_bytes = len(journalled.accepted.body) + sum(choice.num_bytes for choice in journalled.choices)
+            entry = KnownRequest(journalled.accepted, True, journalled.number, num_bytes, is_restored=True)
+            entry.resting = journalled
+            self._bounds.add(True, num_bytes)
+            self._known.add(entry)
+        for entry in sorted(self._known.all(), key=lambda entry: entry.ended_s or 0.0):
+            ended_s = entry.ended_s
+            if ended_s is None:
+                self._arm(entry, self._grace_s, self._cancel_soon)
+            else:
+                self._bounds.note_end(entry.accepted.reply_id, ended_s + self._retention_s)
+                self._arm(entry, ended_s + self._retention_s - self._wall_clock(), self._forget)
+                if entry.has_failed:
+                    self._known.forget_key(entry)
+
+    async def go_on(self) -> None:
+        """With everything that was restored and has not ended: first what stages may still have a cache of."""
+        waiting = [entry for entry in self._known.all() if entry.is_unfinished]
+        for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
+            try:
+                await self._awake(entry)
+            except UnknownRequestError:
+                continue  # the log has the reason
+            await asyncio.sleep(0)  # whoever asks meanwhile is answered
+
+    async def _written(self, accepted: AcceptedRequest) -> None:
+        try:
+            await asyncio.wrap_future(self._journal.accept(accepted))
+        except BaseException:
+            # It may be on its way to the disk: whoever comes after this router must not go on with it.
+            self._journal.end(accepted.reply_id, is_kept=False)
+            raise
+
+    async def _awake(self, entry: KnownRequest) -> LiveRequest:
+        """Plan it again, if it rests. Raises UnknownRequestError, and forgets it, if that cannot be done."""
+        async with entry.waking:
+            if entry.live is not None:
+                return entry.live
+            accepted, resting = entry.accepted, entry.resting
+            assert resting is not None, "one or the other"
             own = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed)
             try:
                 asked = await self._intake.read(accepted.route, accepted.body, partial(_as_before, own))
-            except MoemeshError as error:
-                log.error("request_not_restored", request=accepted.reply_id, reason=error.message)
-                self._journal.end(accepted.reply_id, is_kept=False)
-                continue
-            entry = self._enter(asked, identity, accepted.body_hash, True, journalled.number)
-            if journalled.ended_s is None:
-                self._arm(entry, self._grace_s, self._cancel_soon)
-            entry.live.restore(journalled.choices, was_over=journalled.ended_s is not None)
-            if journalled.ended_s is not None:
-                self._arm(entry, journalled.ended_s + self._retention_s - self._wall_clock(), self._forget)
+                live = self._live(entry, asked)
+                if self._known.get(accepted.reply_id) is not entry:
+                    raise UnknownRequestError("it was cancelled meanwhile")
+                entry.live = live
+                if resting.ended_s is None:
+                    entry.resting = None
+                live.restore(
+                    resting.choices, was_over=resting.ended_s is not None, counts_as_recovery=entry.is_restored
+                )
+            except Exception as error:  # whatever is wrong with one request costs that request, and no other
+                self._lose(entry, error)
+                raise UnknownRequestError(
+                    f"the request `{accepted.reply_id}` cannot be planned again here, and was forgotten", "id"
+                ) from error
+            return live
+
+    def _lose(self, entry: KnownRequest, error: Exception) -> None:
+        log.error(
+            "request_not_restored",
+            request=entry.accepted.reply_id,
+            reason=str(error),
+            exc_info=None if isinstance(error, MoemeshError) else error,
+        )
+        self._journal.end(entry.accepted.reply_id, is_kept=False)
+        self._forget(entry)
 
     def attach(self, live: LiveRequest, taken: Sequence[int] | None = None) -> ReplyReader:
         """A client listens from now on, until it leaves the reader. `taken`: see ReplyReader."""
-        entry = self._entries.get(live.reply_id)
+        entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
         return ReplyReader(live, self._tokenizer, taken or (0,) * len(live.choices), self._leave)
@@ -169,8 +226,7 @@ class RequestRegistry:
         """Cancel it and forget it, so that no router finds it again. Raises JournalError and FencedError."""
         await live.cancel()
         self._journal.end(live.reply_id, is_kept=False)
-        # In a thread: the commit may wait for the disk, or for the mesh thread's own.
-        if not await asyncio.to_thread(self._journal.flush):
+        if not await asyncio.wrap_future(self._journal.flush()):
             raise JournalError(
                 f"the request {live.reply_id} was cancelled, but the journal cannot be written to (is the disk full?): "
                 "a router that restarts before it can goes on with the request"
@@ -180,21 +236,21 @@ class RequestRegistry:
     async def cancel(self, live: LiveRequest) -> None:
         """Nobody wants more of it; it is forgotten. The journal has that within a second."""
         await live.cancel()
-        entry = self._entries.get(live.reply_id)
+        entry = self._known.get(live.reply_id)
         if entry is not None:
             self._forget(entry)
 
     def release(self) -> None:
         """The router ends. Kept requests let their readers go, and nobody who leaves from now on cancels anything."""
         self._is_stopping = True
-        for entry in self._entries.values():
-            if entry.is_kept:
+        for entry in self._known.all():
+            if entry.is_kept and entry.live is not None:
                 entry.live.release()
 
     def give_up(self) -> None:
         """The router ends, and with it what does not go on without its client: that is told, and no router goes on."""
-        for entry in list(self._entries.values()):
-            if not entry.is_kept:
+        for entry in self._known.all():
+            if not entry.is_kept and entry.live is not None:
                 entry.live.fail(
                     NotReadyError(
                         "the router ends, and this request with it; one with the header Moemesh-Resumable: 1 goes on "
@@ -205,16 +261,19 @@ class RequestRegistry:
     async def close(self) -> None:
         """Stop everything, without an end in the journal: it goes on after the restart."""
         self._is_stopping = True
-        for entry in list(self._entries.values()):
+        for entry in self._known.all():
             self._disarm(entry)
-            await entry.live.abandon()
+            if entry.live is not None:
+                await entry.live.abandon()
 
     async def _leave(self, reader: ReplyReader) -> None:
         live = reader.live
+        entry = self._known.get(live.reply_id)
         if live.has_ended:
             await live.settle()
+            if entry is not None:
+                self._rest(entry)
             return
-        entry = self._entries.get(live.reply_id)
         if self._is_stopping or entry is None or live.listeners:
             return
         if entry.is_kept:
@@ -222,65 +281,72 @@ class RequestRegistry:
         else:
             await self.cancel(live)
 
-    def _enter(
-        self, asked: AskedRequest, identity: ClientIdentity, body_hash: str, is_kept: bool, number: int
-    ) -> _Entry:
+    def _live(self, entry: KnownRequest, asked: AskedRequest) -> LiveRequest:
         live = LiveRequest(
-            asked, identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
+            asked, entry.identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
         )
-        self._last_number = max(self._last_number, number)
-        entry = self._entries[live.reply_id] = _Entry(live, body_hash, is_kept, number)
-        for name, by_name in (
-            (identity.client_request_id, self._by_client_id),
-            (identity.idempotency_key, self._by_key),
-        ):
-            if name is not None and by_name.setdefault((identity.tenant, name), entry).number < number:
-                by_name[identity.tenant, name] = entry
-        return entry
+        live.receipt = entry.receipt
+        return live
 
     def _note_end(self, live: LiveRequest) -> None:
-        entry = self._entries[live.reply_id]
+        entry = self._known.get(live.reply_id)
+        if entry is None or entry.resting is not None:
+            return  # it was forgotten, or had ended before it was read again
         self._disarm(entry)
         error = (
             live.error
             if isinstance(live.error, MoemeshError) or live.error is None
             else ExecutionError("internal error")
         )
-        self._journal.end(live.reply_id, entry.is_kept and not isinstance(error, UnknownRequestError), error)
-        if not entry.is_kept:
+        entry.receipt = live.receipt = self._journal.receipt(live.reply_id)
+        is_kept = entry.is_kept and not was_refused(entry, live)
+        self._journal.end(live.reply_id, is_kept and not isinstance(error, UnknownRequestError), error)
+        if not is_kept:
             self._forget(entry)
             return
         if live.error is not None:
             # It can be asked for by its id; a retry with the same key is to have another chance.
-            self._forget_key(entry)
-        self._arm(entry, self._retention_s, self._forget)
+            self._known.forget_key(entry)
+        self._keep(entry, live, error)
 
-    def _cancel_soon(self, entry: _Entry) -> None:
-        log.info("request_abandoned", request=entry.live.reply_id, grace_s=self._grace_s)
+    def _keep(self, entry: KnownRequest, live: LiveRequest, error: MoemeshError | None) -> None:
+        """It has ended, and can be asked for."""
+        ended_s = self._wall_clock()
+        entry.resting = JournalledRequest(entry.accepted, packed(live, error), ended_s, entry.number)
+        self._bounds.remove(entry.is_kept, entry.num_bytes)
+        entry.num_bytes = len(entry.accepted.body) + sum(choice.num_bytes for choice in entry.resting.choices)
+        self._bounds.add(entry.is_kept, entry.num_bytes)
+        self._bounds.note_end(entry.accepted.reply_id, ended_s + self._retention_s)
+        self._arm(entry, self._retention_s, self._forget)
+        self._rest(entry)
+
+    def _rest(self, entry: KnownRequest) -> None:
+        """Let its plan and its tokens go, if nobody reads them."""
+        if entry.resting is not None and entry.live is not None and not entry.live.listeners:
+            entry.live = None
+
+    def _cancel_soon(self, entry: KnownRequest) -> None:
+        log.info("request_abandoned", request=entry.accepted.reply_id, grace_s=self._grace_s)
         self._metrics.abandoned.inc()
+        if entry.live is None:  # restored, and its turn to go on has not come
+            self._journal.end(entry.accepted.reply_id, is_kept=False)
+            self._forget(entry)
+            return
         task = asyncio.create_task(self.cancel(entry.live))
         self._cancelling.add(task)
         task.add_done_callback(self._cancelling.discard)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: KnownRequest) -> None:
         self._disarm(entry)
-        identity = entry.live.identity
-        self._entries.pop(entry.live.reply_id, None)
-        name = (identity.tenant, identity.client_request_id or "")
-        if self._by_client_id.get(name) is entry:
-            del self._by_client_id[name]
-        self._forget_key(entry)
+        if self._known.remove(entry):
+            self._bounds.remove(entry.is_kept, entry.num_bytes)
+            self._bounds.forget_end(entry.accepted.reply_id)
 
-    def _forget_key(self, entry: _Entry) -> None:
-        key = (entry.live.identity.tenant, entry.live.identity.idempotency_key or "")
-        if self._by_key.get(key) is entry:
-            del self._by_key[key]
-
-    def _arm(self, entry: _Entry, delay_s: float, act: Callable[[_Entry], None]) -> None:
+    def _arm(self, entry: KnownRequest, delay_s: float, act: Callable[[KnownRequest], None]) -> None:
         self._disarm(entry)
         entry.timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), act, entry)
 
-    def _disarm(self, entry: _Entry) -> None:
+    def _disarm(self, entry: KnownRequest) -> None:
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None

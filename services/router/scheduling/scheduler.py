@@ -280,6 +280,10 @@ class Scheduler:
         steps = [step for schedule in self._schedules.open.values() for step in schedule.in_flight.values()]
         return not self._requests and all(step.is_canary for step in steps)
 
+    def completions_per_s(self, now_s: float) -> float:
+        """How fast the line goes forward."""
+        return self._completion_rate.per_s(now_s)
+
     def snapshot(self) -> SchedulerSnapshot:
         """A copy of what metrics and the status page show."""
         return SchedulerSnapshot(

@@ -35,8 +35,8 @@ def test_everything_comes_back_with_the_same_bits(tmp_path: Path, is_folded: boo
     journal, restored = open_at(path)
     assert restored == []
     first, second = accepted("a", 2), accepted("b", is_resumable=False, idempotency_key="k", seed=0)
-    journal.accept(first)
-    journal.accept(second)
+    journal.accept(first).result(0)
+    journal.accept(second).result(0)
     last = replace(token(3, FinishReason.STOP), recovery=RecoveryCounts(2, 40, 1))
     journal.append([(RequestId("a-0"), token(0)), (RequestId("a-1"), token(1)), (RequestId("unknown"), token(9))])
     journal.note_placement(RequestId("a-1"), SequenceId((7 << 32) | 5))
@@ -58,7 +58,7 @@ def test_everything_comes_back_with_the_same_bits(tmp_path: Path, is_folded: boo
 
 def test_logprobs_keep_the_sign_of_zero_and_denormal_bits(tmp_path: Path) -> None:
     journal, _ = open_at(tmp_path / "j")
-    journal.accept(accepted("a"))
+    journal.accept(accepted("a")).result(0)
     tokens = [token(number) for number in range(len(AWKWARD))]
     for each in tokens:
         journal.append([(RequestId("a-0"), each)])
@@ -72,7 +72,7 @@ def test_a_request_goes_on_where_it_was(tmp_path: Path) -> None:
     for start in range(0, 12, 4):
         journal, restored = open_at(path)
         if not restored:
-            journal.accept(accepted("a"))
+            journal.accept(accepted("a")).result(0)
         assert sum(len(request.choices[0].tokens) for request in restored) == start
         assert journal.counts().restored_requests == len(restored)
         for number in range(start, start + 4):
@@ -88,23 +88,23 @@ def test_plain_requests_are_deleted_at_their_end_and_kept_ones_after_their_time(
     path = tmp_path / "j"
     journal, _ = open_at(path)
     now_s = 1000.0
-    journal._wall_clock = lambda: now_s
+    journal._queue.wall_clock = lambda: now_s
     for name in ("plain", "kept", "running"):
-        journal.accept(accepted(name))
+        journal.accept(accepted(name)).result(0)
         journal.append([(RequestId(f"{name}-0"), token(1))])
     journal.end("plain", is_kept=False)
     journal.end("kept", is_kept=True)
     journal.end("unknown", is_kept=True)
     journal.append([(RequestId("plain-0"), token(2))])
     fold(journal)
-    rows = journal._store._connection.execute(
+    rows = journal._writer._store._connection.execute(
         "SELECT reply_id, ended_s FROM requests LEFT JOIN ends ON number = request ORDER BY number"
     ).fetchall()
     assert rows == [("kept", 1000.0), ("running", None)]
     now_s += 601
     fold(journal)
     counts = [
-        journal._store._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        journal._writer._store._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
         for table in ("requests", "segments", "ends", "log")
     ]
     assert counts == [1, 1, 0, 0]
@@ -115,7 +115,7 @@ def test_plain_requests_are_deleted_at_their_end_and_kept_ones_after_their_time(
 def test_what_ended_before_the_restart_is_told_with_its_time_and_expires(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
-    journal.accept(accepted("a"))
+    journal.accept(accepted("a")).result(0)
     journal.end("a", is_kept=True)
     journal.close()
     journal, (a,) = open_at(path)
@@ -140,7 +140,7 @@ def test_a_file_cut_at_any_byte_opens_with_a_prefix(
     journal, _ = open_at(path)
     names = ["a", "b"]
     for name in names:
-        journal.accept(accepted(name))
+        journal.accept(accepted(name)).result(0)
     num_steps = data.draw(st.integers(0, 12), label="steps")
     folds = data.draw(st.sets(st.integers(0, 12), max_size=3), label="folds")
     for number in range(num_steps):
@@ -170,7 +170,7 @@ import sys
 from pathlib import Path
 from tests.support.journals import accepted, open_at, token
 journal, _ = open_at(Path(sys.argv[1]))
-journal.accept(accepted("a"))
+journal.accept(accepted("a")).result(0)
 number = 0
 while True:
     journal.append([("a-0", token(number))])
@@ -205,12 +205,12 @@ def test_on_a_full_disk_new_requests_are_refused_and_running_ones_go_on_until_th
     path = tmp_path / "j"
     journal, _ = open_at(path)
     now_s = 100.0
-    journal._clock = lambda: now_s
-    journal.accept(accepted("a"))
+    journal._clock = journal._writer._clock = lambda: now_s
+    journal.accept(accepted("a")).result(0)
     limit_pages(journal, 12)
     number = fill(journal, "a-0")
     with pytest.raises(JournalError, match="disk full"):
-        journal.accept(accepted("b"))
+        journal.accept(accepted("b")).result(0)
     for _ in range(20):
         journal.append([(RequestId("a-0"), token(number))])
         number += 1
@@ -221,7 +221,7 @@ def test_on_a_full_disk_new_requests_are_refused_and_running_ones_go_on_until_th
     journal.append([(RequestId("a-0"), token(number))])
     assert journal.is_durable
     assert journal.counts().is_writing
-    journal.accept(accepted("c"))
+    journal.accept(accepted("c")).result(0)
     journal.close()
     a, c = reopened(path)
     assert (a.accepted.reply_id, c.accepted.reply_id) == ("a", "c")
@@ -234,11 +234,11 @@ def test_after_a_long_outage_of_the_disk_everything_is_written_at_once(
 ) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
-    connection = journal._store._connection
+    connection = journal._writer._store._connection
     connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)  # the least that SQLite may be built with
     now_s = 100.0
-    journal._clock = lambda: now_s
-    journal.accept(accepted("a"))
+    journal._clock = journal._writer._clock = lambda: now_s
+    journal.accept(accepted("a")).result(0)
     limit_pages(journal, 12)
     first = fill(journal, "a-0")
     (num_written,) = connection.execute("SELECT count(*) FROM log").fetchone()
@@ -249,11 +249,11 @@ def test_after_a_long_outage_of_the_disk_everything_is_written_at_once(
         limit_pages(journal, 20)
         now_s += RETRY_INTERVAL_S
         with pytest.raises(JournalError):
-            journal.accept(accepted("b"))
+            journal.accept(accepted("b")).result(0)
         assert connection.execute("SELECT count(*) FROM log").fetchone() == (num_written,), "all or nothing"
     limit_pages(journal, 100_000)
     now_s += RETRY_INTERVAL_S
-    journal.accept(accepted("c"))
+    journal.accept(accepted("c")).result(0)
     assert journal.is_durable
     journal.close()
     a, _ = reopened(path)
@@ -265,7 +265,7 @@ def test_a_request_that_could_not_be_written_is_not_there_after_a_restart(tmp_pa
     journal, _ = open_at(path)
     limit_pages(journal, 7)
     with pytest.raises(JournalError):
-        journal.accept(accepted("a", body=b"x" * 100_000))
+        journal.accept(accepted("a", body=b"x" * 100_000)).result(0)
     assert journal.is_durable, "nothing that runs is missing"
     journal.append([(RequestId("a-0"), token(1))])
     journal.close()
@@ -276,8 +276,8 @@ def test_a_fold_that_finds_no_room_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
     now_s = 100.0
-    journal._clock = lambda: now_s
-    journal.accept(accepted("a", 3))
+    journal._clock = journal._writer._clock = lambda: now_s
+    journal.accept(accepted("a", 3)).result(0)
     number = 0
     limit_pages(journal, 14)
     while journal.counts().failed_commits == 0:
@@ -300,7 +300,7 @@ def test_errors_come_back_as_what_they_were(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
     for name, error in (("a", NodeLostError("gone")), ("b", ContextLengthError("too long"))):
-        journal.accept(accepted(name))
+        journal.accept(accepted(name)).result(0)
         journal.append([(RequestId(f"{name}-0"), error)])
     journal.close()
     errors = [request.choices[0].error for request in reopened(path)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from common.errors import ConfigurationError, DeadlineError, FencedError
 from common.ids import RequestId, SequenceId
-from services.router import journal_store
+from services.router import journal_files, journal_store
 from services.router.journal_records import JournalledRequest, decode_step, decode_tokens
 from tests.support.journal_files import fold, reopened
 from tests.support.journals import accepted, open_at, token
@@ -19,7 +21,7 @@ from tests.support.journals import accepted, open_at, token
 def test_a_journal_of_another_model_with_requests_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
-    journal.accept(accepted("a"))
+    journal.accept(accepted("a")).result(0)
     journal.close()
     for other in ("other float32", "print bfloat16"):
         with pytest.raises(ConfigurationError, match=r"another model or dtype.*move the file away"):
@@ -30,7 +32,7 @@ def test_a_journal_of_another_model_with_requests_is_refused_and_stays_as_it_is(
 def test_an_empty_journal_goes_over_to_another_model(tmp_path: Path) -> None:
     open_at(tmp_path / "j")[0].close()
     journal, _ = open_at(tmp_path / "j", model="other float32")
-    journal.accept(accepted("a"))
+    journal.accept(accepted("a")).result(0)
     journal.close()
     with pytest.raises(ConfigurationError):
         open_at(tmp_path / "j")
@@ -58,7 +60,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_a_journal_that_another_process_has_open_is_in_good_order_and_nobody_is_told_to_move_it_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_store, "BUSY_WITHIN_S", 0.0)
+    monkeypatch.setattr(journal_files, "BUSY_WITHIN_S", 0.0)
     path = tmp_path / "j"
     journal, _ = open_at(path)
     try:
@@ -72,7 +74,7 @@ def test_a_journal_that_another_process_has_open_is_in_good_order_and_nobody_is_
 def test_a_full_disk_is_no_damage(tmp_path: Path) -> None:
     error = sqlite3.OperationalError("database or disk is full")
     error.sqlite_errorcode = sqlite3.SQLITE_FULL
-    assert str(journal_store.damaged(tmp_path / "j", error)).startswith("there is no room for the journal ")
+    assert str(journal_files.damaged(tmp_path / "j", error)).startswith("there is no room for the journal ")
 
 
 def test_rows_that_are_no_steps_are_refused(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ FULL_OF = 7
 def full_journal(path: Path) -> list[JournalledRequest]:
     journal, _ = open_at(path)
     for number in range(FULL_OF):
-        journal.accept(accepted(f"r{number}"))
+        journal.accept(accepted(f"r{number}")).result(0)
         journal.note_placement(RequestId(f"r{number}-0"), SequenceId(7 + number))
         journal.append([(RequestId(f"r{number}-0"), token(number))])
     journal.end("r1", is_kept=True)
@@ -166,17 +168,47 @@ def test_damaged_records_raise_value_error(data: bytes) -> None:
 def test_a_router_that_was_replaced_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "j"
     journal, _ = open_at(path)
-    journal.accept(accepted("a"))
+    journal.accept(accepted("a")).result(0)
 
     def replaced() -> None:
         raise FencedError("term 5")
 
-    journal._check_term = replaced
+    journal._writer._check_term = replaced
     with pytest.raises(FencedError):
         journal.append([(RequestId("a-0"), token(1))])
     with pytest.raises(FencedError):
-        journal.accept(accepted("b"))
+        journal.accept(accepted("b")).result(0)
     journal.end("a", is_kept=False)
     journal.close()
     (a,) = reopened(path)
     assert a.choices[0].tokens == []
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_nobody_but_its_owner_may_read_a_journal(tmp_path: Path, was_there: bool) -> None:
+    """Prompts stand in it in clear, and the folder may be one that others look into."""
+    path = tmp_path / "j"
+    files = [path, path.with_name("j-wal")]
+    umask = os.umask(0)
+    try:
+        if was_there:
+            path.touch(mode=0o644)
+        journal, _ = open_at(path)
+        journal.accept(accepted("a")).result(0)
+        if was_there:
+            for each in files:
+                each.chmod(0o664)
+            copy = tmp_path / "copy"  # as a killed router leaves it
+            for each in files:
+                shutil.copy2(each, copy.with_name(each.name.replace("j", "copy", 1)))
+            journal.close()
+            journal, (a,) = open_at(copy)
+            assert a.accepted.reply_id == "a"
+            files = [copy, copy.with_name("copy-wal")]
+        assert [each.stat().st_mode & 0o777 for each in files] == [0o600, 0o600]
+        files[0].unlink()
+        fold(journal)
+        assert [each.stat().st_mode & 0o777 for each in files] == [0o600, 0o600], "also when it was written anew"
+        journal.close()
+    finally:
+        os.umask(umask)

@@ -41,7 +41,7 @@ def token(number: int, finish: FinishReason | None = None) -> GeneratedToken:
 
 def engine_of(mesh: Mesh, mailbox: TokenMailbox, now_s: float = 100.0) -> MeshEngine:
     given: Any = mesh
-    return MeshEngine(given, mailbox, 512, lambda: now_s)
+    return MeshEngine(given, mailbox, 512, lambda: now_s, max_waiting=4)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

@@ -25,6 +25,7 @@ from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
 from services.router.served_model import Model, read_model
 from services.router.service import _context_tokens, _log_context, _mesh_loop, http_url
+from tests.support.disks import PromptDisk
 from tests.support.mesh_shapes import node, small_model
 
 
@@ -116,7 +117,7 @@ def roles_in(term: int, tmp_path: Path) -> StageRoles:
         NodeAddresses("tcp://router:1", "", ""),
         term,
         anything,
-        Housekeeping(lambda: None, None),
+        Housekeeping(lambda: None, PromptDisk(), lambda: None, None),
         None,
         log,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from services.router.disk_thread import DiskThread
 from services.router.front.tokenizer import TextTokenizer
 from tests.support.fake_engine import Pause, Step
 from tests.support.journal_files import fold, limit_pages, reopened
@@ -51,10 +52,13 @@ def test_deleted_request_is_gone_from_the_journal_when_the_client_is_told(
 
 def test_nobody_waits_for_the_disk_but_who_deletes(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     async def main() -> None:
-        server = Server(tokenizer, tmp_path / "j", [5, Pause()])
+        disk = DiskThread()
+        disk.start()
+        server = Server(tokenizer, tmp_path / "j", [5, Pause()], disk)
         server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
         await wait_for_tokens(server, 1)
-        store, has_room = server.journal._store, threading.Event()
+        assert await asyncio.wrap_future(server.journal.flush())
+        store, has_room = server.journal._writer._store, threading.Event()
         append = store.append_steps
 
         def slow(steps: list[bytes]) -> None:

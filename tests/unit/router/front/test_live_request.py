@@ -48,7 +48,7 @@ async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int =
     fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
     body = json.dumps(fields).encode()
     asked = await intake.read(COMPLETIONS, body, lambda prefix: ReplyIdentity(f"{prefix}r", 0, None))
-    return registry.attach(registry.admit(asked, ClientIdentity("t", None, None, False), body, ""))
+    return registry.attach(await registry.admit(asked, ClientIdentity("t", None, None, False), body, ""))
 
 
 async def collect(generation: ReplyReader) -> list[ChoiceEvent]:

@@ -174,7 +174,7 @@ def test_a_request_that_the_journal_does_not_take_is_not_begun(tokenizer: TextTo
         def full(accepted: object) -> None:
             raise JournalError("the disk is full")
 
-        server.journal.accept = full  # type: ignore[method-assign]
+        server.journal.accept = full  # type: ignore[assignment, method-assign]
         answer = await server.ask("POST", COMPLETIONS, prompt="hi")
         assert (answer.status, answer.json()["error"]["code"]) == (503, "journal_unavailable")
         assert server.engine.asked == []
@@ -231,8 +231,8 @@ def test_a_router_that_ends_tells_plain_clients_and_no_router_goes_on_with_their
         assert (answer.status, b"[DONE]" in answer.body) == ((200, True) if stream else (503, False))
         assert b"[DONE]" not in (await kept.answer()).body
         server = await server.restarted([Pause()])
-        (restored,) = server.app.state.requests._entries.values()
-        assert restored.live.identity.is_resumable
+        (restored,) = server.app.state.requests._known.all()
+        assert restored.accepted.is_resumable
 
     run(main())
 
