@@ -374,9 +374,8 @@ class MeshLoop:
         self._flow.totals.step_bytes = self._client.step_bytes_sent
         scheduler = self._scheduler.snapshot()
         evidence = mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler)
-        readiness = self._readiness(evidence, now_s)
         self.status = MeshStatus(
-            readiness=readiness,
+            readiness=self._readiness(evidence, now_s),
             published_s=now_s,
             served_s=now_s if takes_requests(evidence, now_s) else self.status.served_s,
             nodes=nodes,
