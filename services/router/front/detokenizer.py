@@ -26,6 +26,9 @@ _PREFIX_TOKENS = 6
 """Tokens kept before new ones, so that what a decoder does to the start of a text happens to them."""
 _REPLACEMENT = "\ufffd"
 _MAX_UTF8_BYTES = 4
+_CONTINUING_BYTES = bytes(range(0x80, 0xC0))
+_LOOK_BACK = 1024
+"""Tokens of a prompt that are looked at: each choice and each reader of it begins with them."""
 
 
 class Detokenizer(Protocol):
@@ -50,19 +53,32 @@ def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] =
 
 
 def _last_tokens(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
-    """Tokens that decide how the next one reads: a few that show in the text, and the whole of a run of bytes that it
-    ends in, since a fault at its beginning is one of all that follows."""
-    found: list[int] = []
-    num_before_run = 0
-    for token_id in reversed(token_ids):
-        if vocabulary.is_skipped(token_id):
-            continue
-        found.append(token_id)
-        if num_before_run or not vocabulary.is_fallback_byte(token_id):
-            num_before_run += 1
-        if num_before_run == _PREFIX_TOKENS:
-            break
-    return found[::-1]
+    """Tokens that decide how the next one reads: a few that show in the text, and of a run of bytes that it ends in
+    what says whether the run is whole, has begun a character, or is faulty."""
+    shown = [token_id for token_id in token_ids[-_LOOK_BACK:] if not vocabulary.is_skipped(token_id)]
+    start = len(shown)
+    while start and vocabulary.is_fallback_byte(shown[start - 1]):
+        start -= 1
+    is_cut = start == 0 and len(token_ids) > _LOOK_BACK
+    return shown[:start][-_PREFIX_TOKENS:] + _end_of_run(vocabulary, shown[start:], is_cut)
+
+
+def _end_of_run(vocabulary: Vocabulary, run: list[int], is_cut: bool) -> list[int]:
+    data = b"".join(map(vocabulary.token_bytes, run))
+    if is_cut:  # perhaps within a character
+        data = data.lstrip(_CONTINUING_BYTES)
+        run = run[len(run) - len(data) :]
+    whole = len(data)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return run[error.start : error.start + _MAX_UTF8_BYTES] + run[-1:]
+        whole = error.start
+    last = max(0, whole - 1)
+    while last and data[last] in _CONTINUING_BYTES:
+        last -= 1
+    return run[last:]
 
 
 class ByteLevelDetokenizer:

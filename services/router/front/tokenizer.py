@@ -188,7 +188,7 @@ def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, str]
     if sources:
         return sources
     match config.values.get("chat_template"):
-        case None:
+        case None | "":
             return {}
         case str(source):
             return {"default": source}

@@ -134,6 +134,25 @@ def test_an_answer_keeps_the_blank_that_a_decoder_strips_at_the_start() -> None:
         assert [detokenizer.push(were or 0), detokenizer.push(many or 0)] == wanted
 
 
+@pytest.mark.parametrize("end", ["", "é", "👩"])
+@pytest.mark.parametrize("cut", range(4))
+def test_a_prompt_of_many_bytes_costs_little_and_its_last_character_comes_whole(end: str, cut: int) -> None:
+    decoded_tokens: list[int] = []
+
+    class CountingVocabulary(Vocabulary):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            decoded_tokens.append(len(token_ids))
+            return super().decode(token_ids)
+
+    data = ("你" * 20_000 + end).encode()
+    ids = [3 + value for value in data]
+    detokenizer = create_detokenizer(CountingVocabulary(TOKENIZERS["byte_fallback"]), ids[: len(ids) - cut])
+    assert sum(decoded_tokens) < 50
+    text = "".join(detokenizer.push(token_id) for token_id in ids[len(ids) - cut :])
+    whole = data[: len(data) - cut].decode(errors="ignore")
+    assert text == data.decode()[len(whole) :]
+
+
 def test_a_character_that_the_prompt_began_comes_whole_with_the_answer() -> None:
     for name in ("byte_level", "byte_fallback"):
         token_ids = TOKENIZERS[name].encode("你", add_special_tokens=False).ids
@@ -203,7 +222,7 @@ def test_a_loop_of_one_token_costs_linear_time(token: str) -> None:
     calls: list[int] = []
 
     class CountingVocabulary(Vocabulary):
-        def decode(self, token_ids: list[int]) -> str:  # type: ignore[override]
+        def decode(self, token_ids: Sequence[int]) -> str:
             calls.append(len(token_ids))
             return super().decode(token_ids)
 
