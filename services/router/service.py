@@ -262,6 +262,8 @@ def _mesh_loop(
             min_decode_share=settings.micro_batch_sequences,
             micro_batches_per_pipeline=settings.micro_batches or None,
             max_outage_s=settings.outage_deadline_ms / 1000,
+            # A step that takes its whole time, and then a pipeline that is gone for as long as one may be.
+            max_stalled_s=(settings.step_deadline_ms + settings.outage_deadline_ms) / 1000,
             pipeline_policy=settings.pipeline_policy,
         ),
         first_number=term << TERM_SHIFT,

@@ -13,11 +13,16 @@ def is_late(
     none_open_since_s: float | None,
     suspended_since_s: float | None,
 ) -> bool:
-    """Whether it has lived, waited its turn, or been without a pipeline for too long.
+    """Whether it has lived, waited its turn, waited for an answer, or been without a pipeline for too long.
 
     `none_open_since_s`: None while a pipeline is open. `suspended_since_s`: since when its own waits for a holder.
     """
     if now_s - request.arrived_s > settings.max_request_s:
+        return True
+    due_since_s = request.pace.due_since_s
+    is_awaited = request.state is not RequestState.WAITING or request.num_failed_steps > 0
+    # Over all steps that failed meanwhile: each of them may have had its whole time.
+    if is_awaited and due_since_s is not None and now_s - due_since_s > settings.max_stalled_s:
         return True
     if request.state is not RequestState.WAITING:
         return suspended_since_s is not None and now_s - suspended_since_s > settings.max_outage_s

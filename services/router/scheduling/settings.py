@@ -34,6 +34,8 @@ class SchedulerSettings:
     """Longest wait for a place in a pipeline."""
     max_outage_s: float = 60.0
     """Longest wait while no pipeline is open at all, from when the last one closed."""
+    max_stalled_s: float = 3600.0
+    """Longest wait of a request that runs for the answer to a step, over all that failed meanwhile."""
     max_request_s: float = 3600.0
     """Longest life of a request."""
     canary_interval_s: float = 1.0

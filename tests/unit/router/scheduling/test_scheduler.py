@@ -323,6 +323,37 @@ def test_running_too_long_ends_in_an_error() -> None:
     assert scheduler.is_idle
 
 
+def test_waiting_too_long_for_an_answer_ends_in_an_error_however_many_steps_failed_meanwhile() -> None:
+    """Each failed step may have had its whole deadline: four of them were minutes without a word."""
+    scheduler = make_scheduler(max_stalled_s=10.0, max_failed_steps=100)
+    add(scheduler, "a", "b", max_tokens=50)
+    complete(scheduler, only_plan(scheduler))
+    failures: list[str] = []
+    for now_s in range(1, 30):
+        for plan in scheduler.schedule(float(now_s)):
+            if now_s < 12:  # first nothing is answered, later it is
+                scheduler.fail_step(
+                    plan.step, plan.pipeline, plan.generation, plan.attempt, DeadlineError("late"), now_s + 0.5
+                )
+            else:
+                complete(scheduler, plan, now_s=float(now_s))
+        for failure in scheduler.take_failures():
+            assert isinstance(failure.error, DeadlineError)
+            assert 10.0 < now_s <= 12.0
+            failures.append(failure.request_id)
+    assert sorted(failures) == ["a", "b"]
+
+
+def test_a_long_answer_that_goes_on_is_never_too_long_without_one() -> None:
+    scheduler = make_scheduler(max_stalled_s=10.0)
+    add(scheduler, "a", prompt_length=4, max_tokens=30)
+    for now_s in range(0, 270, 9):
+        for plan in scheduler.schedule(float(now_s)):
+            complete(scheduler, plan, now_s=float(now_s) + 8.5)
+        assert scheduler.take_failures() == []
+    assert scheduler.is_idle
+
+
 def test_snapshot_tells_what_is_in_flight() -> None:
     scheduler = make_scheduler(num_blocks=10)
     add(scheduler, "a", "b", now_s=1.0)
