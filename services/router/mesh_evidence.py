@@ -38,6 +38,7 @@ def mesh_evidence(
                 token=seen.awaited_token,
                 canary_sent_s=seen.canary_sent_s,
                 last_work_s=seen.last_work_s,
+                has_answered=seen.has_answered,
             )
             for seen in scheduler.pipelines
             if seen.pipeline in holders

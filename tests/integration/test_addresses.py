@@ -39,6 +39,18 @@ def test_a_mesh_may_speak_ipv6_between_its_processes(tmp_path: Path) -> None:
         assert len(mesh.client.ask(Ask("Hello", 8, ignore_eos=True)).token_ids) == 8
 
 
+def test_a_mesh_whose_results_lead_nowhere_is_never_ready(tmp_path: Path) -> None:
+    control = f"tcp://127.0.0.1:{free_port(socket.AF_INET, '127.0.0.1')}"
+    environment = {"MODEL": str(write_tiny_checkpoint(tmp_path / "tiny")), "PORT": "0", "CONTROL": control}
+    lost = {"ADVERTISE_HOST": "no-such-host.invalid"}
+    with LocalMesh(environment, tmp_path / "s", places={"router-0": lost}) as mesh:
+        wait_until(lambda: "pipeline_open" in mesh.logs("router-0").read_text(), READY_WITHIN_S, "a pipeline")
+        until_s = time.monotonic() + 4
+        while time.monotonic() < until_s:
+            assert httpx.get(f"{mesh.url}/ready", trust_env=False).status_code == 503
+            time.sleep(0.05)
+
+
 def test_a_mesh_is_not_ready_before_the_links_to_its_nodes_stand(tmp_path: Path) -> None:
     """A name that leads nowhere is told, nobody counts on the node, and the mesh says what is missing all the time."""
     control = f"tcp://127.0.0.1:{free_port(socket.AF_INET, '127.0.0.1')}"

@@ -68,6 +68,8 @@ class PipelineEvidence:
     """Of an unanswered step that carries nothing."""
     last_work_s: float
     """When a step with work was last answered, or when the pipeline opened."""
+    has_answered: bool = True
+    """Whether any step has come back: the links from the router through all stages and back stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,8 @@ def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: 
     for what, awaited in (("step", pipeline.step), ("canary", canary)):
         if awaited is not None and awaited.is_overdue(progressed_s, now_s):
             return f"pipeline {pipeline.pipeline}: a {what} has been unanswered for {now_s - awaited.since_s:.1f} s"
+    if not pipeline.has_answered:
+        return f"pipeline {pipeline.pipeline}: nothing has come through its links yet"
     return _stuck(pipeline, evidence, now_s)
 
 

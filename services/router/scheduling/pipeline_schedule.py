@@ -68,6 +68,8 @@ class PipelineSchedule:
         self._settings = settings
         self._step_durations_s: deque[float] = deque(maxlen=128)
         self.pace = StepPace()
+        self.has_answered = False
+        """A step has come back: all links from the router through the stages and back stand."""
         self.last_answer_s = 0.0
         """When a step was last answered; at first, when the pipeline opened."""
         self.last_work_s = 0.0
@@ -143,8 +145,9 @@ class PipelineSchedule:
         return plan, preempted
 
     def is_canary_due(self, now_s: float) -> bool:
-        """Whether nothing is in flight and nothing was answered for a while."""
-        return not self.in_flight and now_s - self.last_answer_s >= self._settings.canary_interval_s
+        """Whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
+        is_due = not self.has_answered or now_s - self.last_answer_s >= self._settings.canary_interval_s
+        return is_due and not self.in_flight
 
     def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
         """A step that carries nothing: its answer shows that every stage still passes steps on."""
@@ -253,6 +256,7 @@ class PipelineSchedule:
         if in_flight is not None:
             self.last_step = max(self.last_step, step)
             self.last_answer_s = now_s
+            self.has_answered |= not has_failed
             if not in_flight.is_canary:
                 self.last_work_s = now_s
             if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes

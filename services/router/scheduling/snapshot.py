@@ -51,6 +51,8 @@ class PipelineSnapshot:
     """The same of canaries."""
     last_work_s: float
     """When a step that was no canary was last answered, or when the pipeline opened."""
+    has_answered: bool
+    """Whether any step has come back since it opened for the first time: its links stand."""
     awaited_step: Awaited | None
     """Of the steps with work that are unanswered, the one that is overdue first."""
     awaited_token: Awaited | None
@@ -81,6 +83,7 @@ def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
         oldest_step_sent_s=min((step.sent_s for step in in_flight if not step.is_canary), default=None),
         canary_sent_s=min((step.sent_s for step in in_flight if step.is_canary), default=None),
         last_work_s=schedule.last_work_s,
+        has_answered=schedule.has_answered,
         awaited_step=most_overdue([awaited(step.sent_s, usual_s) for step in in_flight if not step.is_canary]),
         awaited_token=most_overdue(
             [awaited(_waits_since_s(request, schedule), request.pace.usual_s, usual_s) for request in schedule.running]

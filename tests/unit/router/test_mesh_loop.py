@@ -187,6 +187,20 @@ def test_a_node_whose_link_never_stands_is_told_so_and_was_never_counted_on() ->
     assert mesh.loop.status.readiness.ready, "another one has its place"
 
 
+def test_a_pipeline_whose_links_carry_nothing_is_not_ready_however_often_it_is_opened() -> None:
+    """The results of its last stage may go to a name that leads nowhere."""
+    mesh = FakeMesh()
+    for name, kind in (("x", NodeKind.EXPERT), ("a", NodeKind.STAGE), ("b", NodeKind.STAGE)):
+        mesh.hello(name, kind)
+    for _ in range(40):
+        mesh.beat()
+        mesh.turn(1.0)  # steps fail by their deadline, and the pipeline begins anew
+        assert not mesh.loop.status.readiness.ready
+    assert mesh.stages.pipelines[FIRST].generation > 1
+    mesh.settle()
+    assert mesh.loop.status.readiness.ready
+
+
 def test_a_node_that_leaves_before_the_link_to_it_stands_may_go_at_once() -> None:
     mesh = FakeMesh()
     mesh.start("a")
@@ -212,6 +226,10 @@ def test_readiness_tells_step_by_step_what_is_missing() -> None:
     mesh.hello("b")
     mesh.beat()
     mesh.turn(1.0)
+    mesh.beat()
+    mesh.turn(1.0)
+    assert mesh.loop.status.readiness.detail == "pipeline 0: nothing has come through its links yet"
+    mesh.answer()
     mesh.turn(1.0)
     assert mesh.loop.status.readiness.ready
     assert mesh.loop.status.readiness.detail == "1 pipelines; 12 of 12 expert shards loaded"
@@ -388,7 +406,7 @@ def test_a_refusal_that_was_overtaken_by_a_new_holder_disturbs_nobody() -> None:
     mesh.say("b", Failed("checkpoint_error", "?"), Header(generation=mesh.stages.pipelines[FIRST].generation))
     mesh.turn(0.1)
     mesh.lose("b")
-    mesh.settle(3)
+    mesh.settle(4)
     assert mesh.loop.status.readiness.ready
     generation = mesh.stages.pipelines[FIRST].generation
     for _ in range(8):

@@ -12,8 +12,9 @@ EXPERT = NodeKind.EXPERT
 
 
 def missing(mesh: FakeMesh) -> tuple[str, ...]:
-    for _ in range(2):
+    for _ in range(3):
         mesh.beat()
+        mesh.answer()
         mesh.turn(1.0)
     return mesh.loop.status.readiness.missing
 

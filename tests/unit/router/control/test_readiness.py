@@ -83,6 +83,13 @@ def test_a_pipeline_with_a_suspect_stage_does_not_count() -> None:
     assert judge(replace(suspect, pipelines=(PIPELINE, other)), NOW_S).ready, "another one can make tokens"
 
 
+def test_a_pipeline_through_which_nothing_has_come_yet_does_not_count() -> None:
+    """Its holders live and are reached; whether they reach each other only an answer shows."""
+    seen = with_pipeline(has_answered=False)
+    assert judge(seen, NOW_S).missing == ("pipeline 0: nothing has come through its links yet",)
+    assert not takes_requests(seen, NOW_S)
+
+
 def test_a_holder_that_is_not_known_any_more_is_missing() -> None:
     nodes = {name: node for name, node in evidence().nodes.items() if name != A}
     assert judge(evidence(nodes=nodes), NOW_S).missing == ("pipeline 0: a does not answer",)
