@@ -43,7 +43,7 @@ def _mesh_verdict(events: Sequence[Event]) -> Verdict:
         return verdict_of("leaks_mesh", [], ["/metrics did not answer after the run"], "")
     last = samples[-1].values
     damage, doubts = [], []
-    free, total = last.get("moemesh_kv_blocks_free"), last.get("moemesh_kv_blocks_total")
+    free, total = last.get("moemesh_kv_blocks_free"), last.get("moemesh_kv_blocks")
     if free is None or total is None or total == 0:
         doubts.append("/metrics does not tell the KV blocks, or no pipeline is open")
     elif free != total:

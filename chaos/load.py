@@ -13,7 +13,7 @@ import httpx
 from chaos.answer import Answer
 from chaos.history import Abandoned, Asked, Broken, Event, Reattached, Refused
 from chaos.requests import ChaosRequest
-from chaos.sse import EventParser
+from chaos.sse import EventParser, split_lines_async
 
 REQUEST_ID_HEADER = "Moemesh-Request-Id"
 RETRY_PAUSE_S = 0.1
@@ -123,7 +123,7 @@ class _Connection:
             self.has_headers = True
             self.request_id = response.headers.get(REQUEST_ID_HEADER, self.request_id)
             parser = EventParser(self.answer.last_event_id)
-            async for line in response.aiter_lines():
+            async for line in split_lines_async(response.aiter_bytes()):
                 event = parser.take(line)
                 if event is not None:
                     self.has_progressed = True

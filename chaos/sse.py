@@ -1,7 +1,12 @@
-"""Server-sent events out of lines: data, id, and nothing else that this API uses. Pure."""
+"""Server-sent events out of bytes: data, id, and nothing else that this API uses. Pure.
+
+Standard: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -11,6 +16,44 @@ class ServerEvent:
 
     data: str
     event_id: str
+
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+@dataclass(slots=True)
+class LineSplitter:
+    """Cuts a stream that comes in pieces into lines. They end at LF, CR LF and CR and nowhere else: an event's text may
+    hold U+2028 and other characters at which `str.splitlines`, and with it httpx's `iter_lines`, cuts."""
+
+    _pending: bytes = b""
+    _swallows_lf: bool = False
+    """The last line ended with a CR: an LF that follows belongs to it."""
+
+    def take(self, piece: bytes) -> list[str]:
+        """The lines that this piece completes, without their ends. What no end follows is no line."""
+        if self._swallows_lf and piece:
+            piece = piece.removeprefix(b"\n")
+            self._swallows_lf = False
+        data = self._pending + piece
+        *lines, self._pending = _LINE_END.split(data)
+        self._swallows_lf = bool(lines) and data.endswith(b"\r")
+        return [line.decode(errors="replace") for line in lines]
+
+
+def split_lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """All lines of a stream, each as soon as it is whole."""
+    splitter = LineSplitter()
+    for piece in pieces:
+        yield from splitter.take(piece)
+
+
+async def split_lines_async(pieces: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """As `split_lines`."""
+    splitter = LineSplitter()
+    async for piece in pieces:
+        for line in splitter.take(piece):
+            yield line
 
 
 @dataclass(slots=True)

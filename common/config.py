@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     host_label: str = Field(default="", description="copies go to different labels; default: one a machine")
     capacity_bytes: int = Field(default=0, ge=0, description="memory a node offers; 0: 80% of what is free")
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_connections: int = Field(default=1024, ge=1, description="HTTP connections at a time; fewer if files are few")
+    keep_alive_s: float = Field(default=75, gt=0, le=86_400, description="pause between two requests of a connection")
+    cors_origins: str = Field(default="", description="web pages that may ask, a list with commas; *: all")
+    allowed_hosts: str = Field(
+        default="", description="names beside loopback's that a router there is asked by; *: all"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # ---- the journal: what outlives the router and its clients' connections
@@ -113,6 +119,40 @@ class Settings(BaseSettings):
             raise ValueError("must be HOST:PORT of a SOCKS5 proxy")
         return proxy
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        for origin in _listed(origins):
+            # Browsers send pages of apps and extensions with schemes of their own.
+            if re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin) is None:
+                raise ValueError(
+                    f"{origin!r} is no origin; one is a scheme, a host and perhaps a port, as in https://chat.example "
+                    "or http://localhost:3000; * allows all"
+                )
+        return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: str) -> str:
+        for host in _listed(hosts):
+            if re.fullmatch(r"\*|[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|[0-9a-f:.]*:[0-9a-f:.]*", host) is None or (
+                re.fullmatch(r"[^:]+:\d+", host) is not None
+            ):
+                raise ValueError(
+                    f"{host!r} is no name; names stand without scheme and port, as in chat.example; * allows all"
+                )
+        return hosts
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """CORS_ORIGINS as a set."""
+        return frozenset(_listed(self.cors_origins))
+
+    @property
+    def allowed_host_names(self) -> frozenset[str]:
+        """ALLOWED_HOSTS as a set."""
+        return frozenset(_listed(self.allowed_hosts))
+
     @property
     def stage_processes(self) -> int:
         """How many stage processes a supervisor starts."""
@@ -122,6 +162,11 @@ class Settings(BaseSettings):
 def setting_names() -> frozenset[str]:
     """Of all environment variables that mean something here."""
     return frozenset({name.upper() for name in Settings.model_fields} | {"MOEMESH_CACHE", "MOEMESH_URL"})
+
+
+def _listed(text: str) -> list[str]:
+    """What stands between commas, in lower case; an address may end in a slash."""
+    return [entry.strip().lower().removesuffix("/") for entry in text.split(",") if entry.strip()]
 
 
 def read_settings() -> Settings:

@@ -10,6 +10,7 @@ MoemeshError
 │   ├── ContextLengthError        prompt + max_tokens exceed the context         400
 │   ├── UnknownModelError         another model than the one served              404
 │   ├── UnknownRequestError       no such request, or another tenant's           404
+│   ├── ForbiddenError            a web page, or a name, that is not let in      403
 │   ├── IdempotencyError          a key that stands for another body             422
 │   ├── RequestTooLargeError      too many bytes                                 413
 │   └── OverloadedError           queue full: try again after a while            429
@@ -18,6 +19,7 @@ MoemeshError
     ├── NodeLostError             a node died and nothing could take over        503
     │   └── RankLostError             a stage has lost one of its ranks          503 (ends the incarnation)
     ├── DeadlineError             a wait ran out of time                         504
+    ├── SocketError               no socket can be opened: too many files        503
     ├── CapacityError             shards or cache do not fit what nodes offer    503
     ├── ExecutionError            a node failed while computing                  500
     ├── DeviceError               a node's GPU failed or has no memory left      500 (ends the process)
@@ -105,6 +107,13 @@ class UnknownRequestError(RequestError):
     http_status = 404
 
 
+class ForbiddenError(RequestError):
+    """A browser asks for a page that may not, or by a name that is not this server's."""
+
+    code = "forbidden"
+    http_status = 403
+
+
 class IdempotencyError(RequestError):
     """The idempotency key was given with another body before."""
 
@@ -142,6 +151,12 @@ class NotReadyError(MeshError):
     """Not every slot or shard is served yet."""
 
     code = "not_ready"
+
+
+class SocketError(MeshError):
+    """This process may not open one more socket; says what limits it. What there is goes on."""
+
+    code = "no_socket"
 
 
 class NodeLostError(MeshError):
@@ -204,6 +219,7 @@ _LEAVES: tuple[type[MoemeshError], ...] = (
     CheckpointError,
     ProtocolError,
     NotReadyError,
+    SocketError,
     NodeLostError,
     DeadlineError,
     CapacityError,

@@ -17,6 +17,7 @@ import structlog
 
 from common.checkpoint_part import SeenCheckpoint, refuse_useless_part
 from common.config import Settings, setting_names
+from common.descriptors import raise_descriptor_limit
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
 from common.misspelt_settings import misspelt_settings
@@ -143,6 +144,7 @@ def run_process(service: str, level: str, work: Callable[[structlog.stdlib.Bound
     log = configure_log(service, level)
     for sentence in misspelt_settings(os.environ, setting_names()):
         log.warning("unknown_setting", reason=sentence)
+    raise_descriptor_limit()
     try:
         work(log)
     except MoemeshError as error:

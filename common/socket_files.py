@@ -70,9 +70,9 @@ class SocketFile:
             self.path.unlink(missing_ok=True)
 
     def _make_again(self) -> str:
-        if _is_listened_on(self.path):
-            return "another process listens there"
         try:
+            if _is_listened_on(self.path):
+                return "another process listens there"
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._bind()
         except OSError as error:
@@ -90,7 +90,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _is_listened_on(path: Path) -> bool:
-    """Whether a connection to the path finds anybody; a backlog that is full is somebody, too."""
+    """Whether a connection to the path finds anybody; a backlog that is full is somebody, too. Raises OSError where
+    there is no socket to ask with."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

@@ -9,6 +9,7 @@ and loses what was queued for a dead one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from common.codec import decode, encode
-from common.errors import ConfigurationError, MeshError, ProtocolError
+from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
 from common.messages import Header, Message
 from common.socket_files import LostFile, SocketFile
 
@@ -62,6 +63,16 @@ class SocketLimits:
     """HOST:PORT of a SOCKS5 proxy that every tcp connection is opened through; empty: none."""
 
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def _no_socket(name: str, error: zmq.ZMQError) -> SocketError:
+    return SocketError(
+        f"{name}: no socket can be opened ({error.strerror}); `ulimit -Hn`, or the container's `nofile`, says how many "
+        "files and sockets this process may have open"
+    )
+
+
 class LinkEvent(Enum):
     """What a socket's monitor tells of its connection."""
 
@@ -71,7 +82,10 @@ class LinkEvent(Enum):
 
 class Transport:
     """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name;
-    `on_lost_file` of socket files that somebody else has removed."""
+    `on_lost_file` of socket files that somebody else has removed.
+
+    Every method that makes a socket raises SocketError where the process may not have one more.
+    """
 
     def __init__(
         self,
@@ -80,6 +94,8 @@ class Transport:
         on_lost_file: Callable[[LostFile], None] = lambda lost: None,
     ) -> None:
         self.context = zmq.Context(io_threads=1)
+        # libzmq's own limit is 1,023, whatever the system allows; a router has three for each node.
+        self.context.set(zmq.MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT))
         self.limits = limits
         self.on_damaged = on_damaged
         self._on_lost_file = on_lost_file
@@ -100,7 +116,7 @@ class Transport:
 
     def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
         """Bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
-        raw = self._raw(zmq.ROUTER, endpoints)
+        raw = self._raw(zmq.ROUTER, name, endpoints)
         raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
         return RoutingSocket(self, name, raw, self._bind(name, raw, endpoints))
@@ -124,18 +140,22 @@ class Transport:
         self._files.clear()
 
     def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
-        raw = self._raw(kind, endpoints)
+        raw = self._raw(kind, name, endpoints)
         return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
     def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
-        raw = self._raw(kind, [endpoint])
+        raw = self._raw(kind, name, [endpoint])
         raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity:
             raw.setsockopt(zmq.IDENTITY, identity)
-        monitor = raw.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
-            f"inproc://monitor-{next(self._monitor_numbers)}",
-        )
+        try:
+            monitor = raw.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
+                f"inproc://monitor-{next(self._monitor_numbers)}",
+            )
+        except zmq.ZMQError as error:
+            raw.close(linger=0)
+            raise _no_socket(name, error) from None
         try:
             raw.connect(endpoint)
         except zmq.ZMQError as error:
@@ -145,8 +165,11 @@ class Transport:
             raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
         return MessageSocket(self, name, raw, (endpoint,), monitor)
 
-    def _raw(self, kind: int, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
-        raw = self.context.socket(kind)
+    def _raw(self, kind: int, name: str, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
+        try:
+            raw = self.context.socket(kind)
+        except zmq.ZMQError as error:
+            raise _no_socket(name, error) from None
         limits = self.limits
         raw.setsockopt(zmq.IPV6, int(limits.ipv6 or any(endpoint.startswith("tcp://[") for endpoint in endpoints)))
         raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
@@ -172,6 +195,8 @@ class Transport:
                 raw.bind(endpoint)
             except zmq.ZMQError as error:
                 raw.close(linger=0)
+                if error.errno in _TOO_MANY:
+                    raise _no_socket(name, error) from None
                 raise ConfigurationError(f"{endpoint!r} cannot be listened on: {error}") from None
             bound.append(raw.getsockopt_string(zmq.LAST_ENDPOINT))
             if endpoint.startswith("ipc:///"):

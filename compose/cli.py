@@ -10,7 +10,6 @@ import shlex
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +17,13 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.table import Column, Table
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from chaos.command import app as chaos_app
 from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
 from common.supervisor import LocalMesh
+from compose.answers import served_model, stream_answer, stream_pieces
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.people import console, say, say_error, table_console
 from compose.preflight import check_before_start
@@ -35,8 +34,6 @@ app.add_typer(chaos_app, name="chaos")
 app.command()(shard)
 
 READY_TIMEOUT_S = 600.0
-RESUME_PATIENCE_S = 30.0
-"""How long a router that went away is looked for."""
 NO_ROUTER_S = 5.0
 """A router that does not answer for so long is worth a word."""
 GREETING_PROMPT = "Once upon a time"
@@ -95,15 +92,15 @@ def ask(
     max_tokens: int = 256,
     temperature: float = 0.0,
 ) -> None:
-    """Ask a running mesh, streamed. Uses the chat template where the model has one."""
+    """Ask a running mesh, streamed. Uses the chat template where the model has one. The question `-` is standard
+    input."""
     url = _router_url(url)
     try:
-        for piece in stream_answer(url, question, max_tokens, temperature):
+        for piece in stream_answer(url, _question(question), max_tokens, temperature):
             print(piece, end="", flush=True)
         print()
-    except (httpx.HTTPError, MoemeshError) as error:
-        say_error(f"{url}: {error}")
-        raise typer.Exit(1) from None
+    except (httpx.HTTPError, httpx.InvalidURL, MoemeshError) as error:
+        raise _not_answered(url, error) from None
 
 
 @app.command()
@@ -115,9 +112,8 @@ def status(url: UrlOption = "") -> None:
             ready = client.get("/ready").json()
             mesh = client.get("/mesh").json()
             metrics = client.get("/metrics").text
-    except (httpx.HTTPError, ValueError) as error:
-        say_error(f"{url}: {error}")
-        raise typer.Exit(1) from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise _not_answered(url, error) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
     _print_nodes(mesh)
     table = Table(Column("metric", overflow="fold"), "value")
@@ -131,12 +127,40 @@ def status(url: UrlOption = "") -> None:
 
 
 def _router_url(given: str) -> str:
-    """Of the router that is meant: the one that was named (a `/v1` is what SDKs need), or that runs here."""
+    """Of the router that is meant: the one that was named (a `/v1` is what SDKs need, and `http://` goes without
+    saying), or that runs here."""
     if given:
-        return given.rstrip("/").removesuffix("/v1")
+        url = given if "://" in given else f"http://{given}"
+        return url.rstrip("/").removesuffix("/v1")
     with contextlib.suppress(OSError):
         return (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip()
     return f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
+
+
+def _question(given: str) -> str:
+    """Raises MoemeshError where standard input has none."""
+    if given != "-":
+        return given
+    try:
+        question = typer.get_binary_stream("stdin").read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise MoemeshError(f"the question on standard input is not UTF-8: {error}") from None
+    if not question:
+        raise MoemeshError("standard input holds no question")
+    return question
+
+
+def _not_answered(url: str, error: Exception) -> typer.Exit:
+    """Says why, and where nothing listens what to start."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        reason = (
+            f"nothing answers there ({error}). `make run` or `moemesh up` starts a mesh on this machine, and says "
+            "`ready URL` once it can be asked; --url or MOEMESH_URL names one that runs elsewhere"
+        )
+    else:
+        reason = str(error)
+    say_error(f"{url}: {reason}")
+    return typer.Exit(1)
 
 
 def _print_nodes(mesh: dict[str, Any]) -> None:
@@ -149,111 +173,6 @@ def _print_nodes(mesh: dict[str, Any]) -> None:
         done = (str(node["rows"]), f"{node['busy_seconds']:.1f}") if node["rows"] is not None else ("", "")
         table.add_row(node["node"], role, node["state"], node["process"], *done)
     table_console().print(table)
-
-
-def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
-    """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=300)) as client:
-        model = served_model(client)
-        chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
-        try:
-            yield from stream_pieces(client, "/v1/chat/completions", chat)
-        except MoemeshError as error:
-            if "chat template" not in str(error):
-                raise
-            yield from stream_pieces(client, "/v1/completions", {"model": model, "prompt": question, **sampling})
-
-
-def served_model(client: httpx.Client) -> str:
-    """The name of the model. Raises as `stream_pieces`."""
-    reply = client.get("/v1/models")
-    if reply.status_code != 200:
-        raise MoemeshError(_sentence(reply))
-    return str(reply.json()["data"][0]["id"])
-
-
-def _sentence(reply: httpx.Response) -> str:
-    """What the server says is wrong; whatever else answers here (a proxy, another program) says it by its status."""
-    try:
-        return str(json.loads(reply.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {reply.status_code}"
-
-
-def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
-    """Text of a streamed reply, piece by piece; comes back for the rest where the connection breaks.
-
-    Raises httpx.HTTPError once that has failed for long, or MoemeshError with the server's sentence.
-    """
-    stream = _ResumableStream(client, path, body)
-    # Waits grow from 0.1 s; a router that was killed is back within seconds.
-    attempts = Retrying(
-        retry=retry_if_exception_type(httpx.TransportError),
-        wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
-        stop=stop_after_delay(RESUME_PATIENCE_S),
-        reraise=True,
-    )
-    while not stream.is_done:
-        lines = stream.begin() if not stream.is_begun else attempts(stream.come_back)
-        try:
-            yield from stream.pieces(lines)
-        except httpx.TransportError:
-            if not stream.is_resumable:
-                raise
-
-
-class _ResumableStream:
-    """One streamed reply over as many connections as it takes."""
-
-    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
-        self._client = client
-        self._path = path
-        self._body = body
-        self._request_id = f"ask-{uuid.uuid4().hex}"
-        self._last_event_id = ""
-        self.is_begun = False
-        self.is_resumable = False
-        """The server has said so; another server than ours does not."""
-        self.is_done = False
-
-    def begin(self) -> httpx.Response:
-        """Ask. Nothing is asked twice: if this fails, it fails."""
-        headers = {"Moemesh-Resumable": "1", "X-Request-Id": self._request_id}
-        return self._open(self._client.build_request("POST", self._path, json=self._body, headers=headers))
-
-    def come_back(self) -> httpx.Response:
-        """Ask for what comes after the last event that was read."""
-        headers = {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
-        return self._open(self._client.build_request("GET", f"/v1/requests/{self._request_id}/events", headers=headers))
-
-    def pieces(self, reply: httpx.Response) -> Iterator[str]:
-        """Of one connection, until it ends or breaks."""
-        with contextlib.closing(reply):
-            for line in reply.iter_lines():
-                if line.startswith("id: "):
-                    self._last_event_id = line.removeprefix("id: ")
-                elif line == "data: [DONE]":
-                    self.is_done = True
-                elif line.startswith("data: "):
-                    yield _text_of(json.loads(line.removeprefix("data: ")))
-        # Without [DONE] the router has sent us away; a server that does not know it ends so.
-        self.is_done = self.is_done or not self.is_resumable
-
-    def _open(self, request: httpx.Request) -> httpx.Response:
-        reply = self._client.send(request, stream=True)
-        if reply.status_code != 200:
-            with contextlib.closing(reply):
-                raise MoemeshError(_sentence(reply))
-        self.is_begun = True
-        self.is_resumable = "moemesh-request-id" in reply.headers
-        return reply
-
-
-def _text_of(event: dict[str, Any]) -> str:
-    if "error" in event:
-        raise MoemeshError(event["error"]["message"])
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"])
 
 
 def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -234,8 +234,7 @@ class MeshLoop:
             self._act(actions, now_s)
 
     def _note_refusal(self, node_id: NodeId, number: int, now_s: float) -> None:
-        pipeline = self._stages.take_refusal(node_id, number)
-        if pipeline is not None:
+        if (pipeline := self._stages.take_refusal(node_id, number)) is not None:
             self._refusals.note(pipeline, number, now_s)
 
     def _register(self, node_id: NodeId, hello: Hello, obeyed_term: int, now_s: float) -> None:
@@ -339,8 +338,9 @@ class MeshLoop:
             if isinstance(action, Tell):
                 self._client.tell(action.node_id, action.message, action.header)
             elif isinstance(action, OpenPipeline):
-                self._flow.open(action, self._nodes[action.first_stage], now_s)
-                self._log.info("pipeline_open", **action.summary)
+                if (failure := self._flow.open(action, self._nodes[action.first_stage], now_s)) is not None:
+                    self._last_failure = f"pipeline {action.pipeline}: {failure}"
+                    self._refusals.note(action.pipeline, action.generation, now_s)
             elif isinstance(action, SuspendPipeline):
                 self._log.warning("pipeline_suspended", pipeline=action.pipeline)
                 self._flow.suspend(action.pipeline, now_s)

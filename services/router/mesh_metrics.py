@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from common.topology import NodeKind
 from services.router.mesh_status import MeshStatus
+from services.router.scheduling.snapshot import WAIT_BOUNDS_S, WaitTimes
 
 
 class MeshCollector(Collector):
@@ -53,13 +61,25 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
     ):
         yield CounterMetricFamily(name, text, value)
 
+    yield _waits(counters.waits)
+
+
+def _waits(waits: WaitTimes) -> Metric:
+    bounds = [*(str(float(bound_s)) for bound_s in WAIT_BOUNDS_S), "+Inf"]
+    return HistogramMetricFamily(
+        "moemesh_request_queue_seconds",
+        "From the arrival of a choice in the queue to its first place on a pipeline",
+        buckets=list(zip(bounds, accumulate(waits.counts), strict=True)),
+        sum_value=waits.total_s,
+    )
+
 
 def _pipelines(status: MeshStatus) -> Iterator[Metric]:
     total = sum(status.num_blocks.values())
     free = sum(pipeline.num_free_blocks for pipeline in status.scheduler.pipelines)
     in_flight = sum(pipeline.num_steps_in_flight for pipeline in status.scheduler.pipelines)
     yield GaugeMetricFamily("moemesh_pipelines_open", "Pipelines that take steps", len(status.scheduler.pipelines))
-    yield GaugeMetricFamily("moemesh_kv_blocks_total", "KV blocks of all open pipelines", total)
+    yield GaugeMetricFamily("moemesh_kv_blocks", "KV blocks of all open pipelines", total)
     yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
     yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
     yield GaugeMetricFamily("moemesh_missing_copies", "Safety copies of experts without room", status.missing_copies)

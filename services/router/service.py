@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from common.codec import ITEM_BYTES
 from common.config import Settings
+from common.descriptors import descriptor_limit
 from common.errors import ConfigurationError, FencedError
 from common.ids import NodeId
 from common.membership import Membership, MembershipSettings
@@ -26,6 +27,8 @@ from services.router.control.expert_roles import ExpertRoles
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
 from services.router.disk_thread import Disk, DiskThread, finish_within
+from services.router.front.connection_answers import ConnectionLimits
+from services.router.front.cross_origin import OriginPolicy, is_loopback_name
 from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
@@ -120,9 +123,14 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         max_kept_requests=settings.journal_max_requests,
         max_kept_bytes=settings.journal_max_bytes,
     )
-    app = create_app(engine, tokenizer, front, registry, journal=journal)
+    app = create_app(engine, tokenizer, front, registry, journal=journal, origins=_origins(settings, listener))
     requests: RequestRegistry = app.state.requests
-    server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready)
+    limits = ConnectionLimits(
+        keep_alive_s=settings.keep_alive_s,
+        # Clients get half: the other half is for nodes, the journal, and the checkpoint's files.
+        max_connections=max(1, min(settings.max_connections, descriptor_limit() // 2)),
+    )
+    server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready, limits)
     failure: list[BaseException] = []
     thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]
@@ -228,6 +236,11 @@ def _listen(settings: Settings) -> socket.socket:
     listener.listen(1024)
     listener.setblocking(False)
     return listener
+
+
+def _origins(settings: Settings, listener: socket.socket) -> OriginPolicy:
+    is_loopback = is_loopback_name(listener.getsockname()[0])
+    return OriginPolicy(settings.allowed_origins, settings.allowed_host_names, is_loopback)
 
 
 def _mesh_loop(

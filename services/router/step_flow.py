@@ -68,9 +68,15 @@ class StepFlow:
         self._unsent: dict[PipelineId, deque[StepInFlight]] = {}
         self.totals = HopTotals()
 
-    def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> None:
-        """Steps may go to this pipeline from now on."""
-        self._client.open_pipeline(action.pipeline, first_stage)
+    def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> MoemeshError | None:
+        """Steps may go to this pipeline from now on. Else, why its first stage cannot be connected to, for want of a
+        socket or of an address: then the pipeline waits, and the others are not touched."""
+        try:
+            self._client.open_pipeline(action.pipeline, first_stage)
+        except MoemeshError as error:
+            self._log.error("pipeline_not_opened", pipeline=action.pipeline, reason=str(error))
+            self.suspend(action.pipeline, now_s)
+            return error
         self._unsent[action.pipeline] = deque()
         self._scheduler.open_pipeline(
             action.pipeline,
@@ -81,6 +87,8 @@ class StepFlow:
             action.kv_marks,
             action.held,
         )
+        self._log.info("pipeline_open", **action.summary)
+        return None
 
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
         """What was under way there is void; its requests wait for the pipeline, with their blocks."""

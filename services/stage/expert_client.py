@@ -27,6 +27,8 @@ from services.stage.pending_call import AskedPart, PendingCall
 
 RETRY_INTERVAL_S = 0.1
 """How often pairs without a usable node are tried again, besides when a link or the placement changes."""
+CONNECT_INTERVAL_S = 1.0
+"""How often nodes are tried again for which there was no socket."""
 LOOK_AGAIN_S = 0.01
 """After nothing could be done about a late part: no budget, or no copy."""
 AWAY_S = 0.1
@@ -41,6 +43,7 @@ class ExpertClient:
         self._log = log
         self._ledger = CallLedger(nodes, log)
         self._next_retry_s = 0.0
+        self._next_connect_s = 0.0
         self._looked_s = 0.0
         self._patient_until_s = 0.0
         self.combine = "exact"
@@ -79,6 +82,13 @@ class ExpertClient:
             self._reclaim(node, now_s)
         self._retry_homeless(now_s)
         return True
+
+    def connect_unopened(self, now_s: float) -> bool:
+        """Try nodes again, now and then, for which there was no socket. True if the sockets have changed."""
+        if now_s < self._next_connect_s:
+            return False
+        self._next_connect_s = now_s + CONNECT_INTERVAL_S
+        return self.nodes.connect_unopened()
 
     def start(
         self,

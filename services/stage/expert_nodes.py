@@ -12,7 +12,7 @@ import zmq
 
 from common.array import Int32Array, Int64Array, frame_to_array
 from common.endpoints import choose_endpoint, split_endpoints
-from common.errors import ConfigurationError, ExecutionError, ProtocolError
+from common.errors import ConfigurationError, ExecutionError, ProtocolError, SocketError
 from common.messages import NO_ARRAY, PublishPlacement
 from common.transport import MessageSocket, Transport
 
@@ -59,6 +59,11 @@ class ExpertNodes:
         self._is_mixed = False
         self._sole_class: str | None = None
         """The class that all nodes had last, before there were several."""
+        self._current: list[ExpertNode | None] = []
+        """In the order of the placement; None: out of reach."""
+        self._placement: PublishPlacement | None = None
+        self._unopened: set[int] = set()
+        """Places of nodes for which there was no socket; asked for again."""
         self._stamp = (0, 0)
         self._bytes_to_lost_nodes = 0
         self.num_slices = 1
@@ -114,16 +119,31 @@ class ExpertNodes:
             raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
         self._stamp, self.num_slices = stamp, num_slices
         gone = {(node.node_id, node.incarnation): node for node in self._nodes.values()}
-        current: list[ExpertNode | None] = []
-        for index, node_id in enumerate(placement.node_ids):
-            node = gone.pop((node_id, placement.incarnations[index]), None)
-            current.append(node or self._connect(placement, index))
-        for node in gone.values():
+        kept = [gone.pop(name, None) for name in zip(placement.node_ids, placement.incarnations, strict=True)]
+        for node in gone.values():  # first: others may need their sockets
             self._bytes_to_lost_nodes += node.socket.bytes_sent
             node.connected = False
             node.socket.close()
             del self._nodes[node.number]
-        numbers = np.array([-1, *(-1 if node is None else node.number for node in current)], dtype=np.int64)
+        self._placement, self._unopened = placement, set()
+        self._current = [node or self._connect(placement, index) for index, node in enumerate(kept)]
+        self._number_owners(owners)
+        return list(gone.values())
+
+    def connect_unopened(self) -> bool:
+        """Try nodes again for which there was no socket. True if the sockets have changed."""
+        if self._placement is None or not self._unopened:
+            return False
+        unopened, self._unopened = self._unopened, set()
+        for index in sorted(unopened):
+            self._current[index] = self._connect(self._placement, index)
+        if self._unopened == unopened:
+            return False
+        self._number_owners(_read_owners(self._placement))
+        return True
+
+    def _number_owners(self, owners: Int32Array) -> None:
+        numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)
         self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
         self._copies = {}
         self._judged_layers.clear()
@@ -132,7 +152,6 @@ class ExpertNodes:
         if len(classes) == 1:
             (self._sole_class,) = classes
             self._first_classes.clear()
-        return list(gone.values())
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
         """Connected nodes with a copy, by shard key of a layer, without those to avoid; none before a placement is
@@ -190,6 +209,10 @@ class ExpertNodes:
             socket = self._transport.dealer(f"to {node_id}", endpoint)
         except ConfigurationError as error:
             self._log.error("expert_unreachable", node=node_id, reason=str(error))
+            return None
+        except SocketError as error:
+            self._log.error("expert_without_socket", node=node_id, reason=str(error))
+            self._unopened.add(index)
             return None
         numeric_class = placement.numeric_classes[index]
         node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], numeric_class, socket)

@@ -10,7 +10,7 @@ import zmq
 from torch import Tensor
 
 from common.endpoints import choose_endpoint
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, SocketError
 from common.messages import Header, MirrorAck, MirrorTo
 from common.transport import LinkEvent, Transport
 from services.stage.mirror_sender import MirrorSender
@@ -62,7 +62,8 @@ class MirrorLink:
         self._newest_number = number
         if wanted.endpoints:
             self._wanted, self.feed_number = (wanted, header.router_term), number
-            self._connect(*self._wanted)
+            if not self._connect(*self._wanted):
+                self._restart_at_s = 0.0
         return True
 
     def stop(self) -> None:
@@ -86,7 +87,8 @@ class MirrorLink:
         """Take link events, go on with the back-fill, begin anew when it is time. True if sockets have changed."""
         if self._restart_at_s is not None and self._wanted is not None and now_s >= self._restart_at_s:
             self._restart_at_s = None
-            self._connect(*self._wanted)
+            if not self._connect(*self._wanted):
+                self._restart_at_s = now_s + RESTART_DELAY_S
             return True
         sender = self._sender
         if sender is None:
@@ -107,14 +109,19 @@ class MirrorLink:
             return True
         return False
 
-    def _connect(self, wanted: MirrorTo, router_term: int) -> None:
+    def _connect(self, wanted: MirrorTo, router_term: int) -> bool:
+        """False where there is no socket for it now."""
         try:
             endpoint = choose_endpoint(wanted.endpoints, wanted.ipc_token, self._ipc_token)
             socket = self._transport.push(f"mirror {wanted.node_id}", endpoint)
         except ConfigurationError as error:
             self._log.error("mirror_unreachable", node=wanted.node_id, reason=str(error))
-            return
+            return True
+        except SocketError as error:
+            self._log.error("mirror_without_socket", node=wanted.node_id, reason=str(error))
+            return False
         self._sender = MirrorSender(socket, router_term, wanted.lease_term, next(self._attempts))
+        return True
 
     def _close_sender(self) -> None:
         if self._sender is not None:

@@ -104,6 +104,8 @@ class StageService:
             self._mirror_intake.acknowledge()
             self._experts.receive(now_s)
             self._experts.check_deadlines(now_s)
+            if self._experts.connect_unopened(now_s):
+                self._watch_sockets()
             self._send_unsent(now_s)
             self._feed_mirror(now_s)
             slot = self._keeper.slot

@@ -55,7 +55,7 @@ def metrics(mesh: ServedMesh) -> MetricsSnapshot:
 
 def holds_no_block(mesh: ServedMesh) -> bool:
     now = metrics(mesh)
-    return now.value("moemesh_kv_blocks_free") == now.value("moemesh_kv_blocks_total")
+    return now.value("moemesh_kv_blocks_free") == now.value("moemesh_kv_blocks")
 
 
 def is_ready(mesh: ServedMesh) -> bool:

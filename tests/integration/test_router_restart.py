@@ -164,7 +164,7 @@ def test_idempotent_retry_and_polling_find_what_was_under_way(mesh: ServedMesh) 
     wait_until(
         lambda: (
             (now := read_metrics(ask_until_there(mesh, "GET", "/metrics").text)).value("moemesh_kv_blocks_free")
-            == now.value("moemesh_kv_blocks_total")
+            == now.value("moemesh_kv_blocks")
         ),
         5,
         "all blocks free",

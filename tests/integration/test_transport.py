@@ -16,7 +16,7 @@ import zmq
 
 from common.array import array_to_frame
 from common.codec import encode
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, SocketError
 from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
 from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
 
@@ -317,3 +317,28 @@ def test_an_address_that_is_taken_is_named(transport: Transport) -> None:
     pull = transport.pull("steps", ["tcp://127.0.0.1:*"])
     with pytest.raises(ConfigurationError, match=f"{pull.endpoints[0]}.* cannot be listened on"):
         transport.router("control", [pull.endpoints[0]])
+
+
+@pytest.mark.parametrize("kind", ["push", "pull", "dealer", "router"])
+def test_a_socket_too_many_is_an_error_that_leaves_nothing_behind(kind: str) -> None:
+    with contextlib.closing(KeptTransport()) as transport:
+        transport.context.set(zmq.MAX_SOCKETS, 7)
+
+        def make() -> MessageSocket | RoutingSocket:
+            endpoint = "tcp://127.0.0.1:*"
+            if kind in ("pull", "router"):
+                return getattr(transport, kind)("one more", [endpoint])  # type: ignore[no-any-return]
+            return getattr(transport, kind)("one more", endpoint.replace("*", "9"))  # type: ignore[no-any-return]
+
+        for _ in range(3):
+            made = [make() for _ in range(7 if kind in ("pull", "router") else 2)]
+            with pytest.raises(SocketError, match=r"one more: no socket .*ulimit"):
+                make()
+            for socket in made:
+                socket.close()
+            time.sleep(0.1)  # ZeroMQ gives places back in a thread of its own
+
+
+def test_more_sockets_are_allowed_than_libzmq_allows_by_itself() -> None:
+    with contextlib.closing(KeptTransport()) as transport:
+        assert transport.context.get(zmq.MAX_SOCKETS) > 60_000

@@ -44,7 +44,7 @@ def metrics(mesh: ServedMesh) -> MetricsSnapshot:
 def holds_nothing(mesh: ServedMesh) -> bool:
     now = metrics(mesh)
     return (
-        now.value("moemesh_kv_blocks_free") == now.value("moemesh_kv_blocks_total")
+        now.value("moemesh_kv_blocks_free") == now.value("moemesh_kv_blocks")
         and now.value("moemesh_requests_running") == 0
         and now.value("moemesh_requests_waiting") == 0
     )

@@ -30,7 +30,7 @@ EXPERT = Node("expert-0", "expert", 101)
 NODES = (Node("router-0", "router", 99), Node("stage-0", "stage", 100), EXPERT)
 QUIET = {
     "moemesh_kv_blocks_free": 64.0,
-    "moemesh_kv_blocks_total": 64.0,
+    "moemesh_kv_blocks": 64.0,
     "moemesh_requests_running": 0.0,
     "moemesh_requests_waiting": 0.0,
     "moemesh_ready": 1.0,

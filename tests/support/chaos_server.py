@@ -48,7 +48,7 @@ class FakeMesh:
     def metrics(self) -> str:
         return (
             f"moemesh_ready {float(self.is_ready)}\n"
-            f"moemesh_kv_blocks_total 64.0\nmoemesh_kv_blocks_free {64.0 - self.leaked_blocks}\n"
+            f"moemesh_kv_blocks 64.0\nmoemesh_kv_blocks_free {64.0 - self.leaked_blocks}\n"
             f"moemesh_requests_running {self.running}\nmoemesh_requests_waiting 0.0\n"
             'moemesh_nodes{kind="stage",state="alive"} 2.0\nmoemesh_nodes{kind="expert",state="alive"} 2.0\n'
         )

@@ -11,7 +11,7 @@ import numpy as np
 import structlog
 
 from common.array import array_to_frame, frame_to_array
-from common.errors import ConfigurationError, MoemeshError
+from common.errors import ConfigurationError, MoemeshError, SocketError
 from common.ids import NodeId, PipelineId, RequestId
 from common.membership import Membership, MembershipSettings
 from common.messages import (
@@ -126,6 +126,8 @@ class FakeClient:
         self.held: dict[int, dict[int, list[int]]] = {}
         """By pipeline: what its stages have from a router before this one when it opens."""
         self.after_wait: Any = lambda: None
+        self.sockets_left = self.pipeline_sockets_left = 1_000_000
+        """How many more lifelines, and pipelines, there are sockets for."""
 
     def wait(self, timeout_ms: int) -> None:
         self.after_wait()
@@ -143,6 +145,9 @@ class FakeClient:
     def watch(self, description: NodeDescription) -> None:
         if description.node_id in self.unreachable:
             raise ConfigurationError("no endpoint can be reached")
+        if not self.sockets_left:
+            raise SocketError("lifeline: no socket can be opened (too many files)")
+        self.sockets_left -= 1
         self.lifelines.add(description.node_id)
 
     def unwatch(self, node_id: NodeId) -> None:
@@ -156,6 +161,10 @@ class FakeClient:
         return events
 
     def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
+        self.close_pipeline(pipeline)
+        if not self.pipeline_sockets_left:
+            raise SocketError("pipeline: no socket can be opened (too many files)")
+        self.pipeline_sockets_left -= 1
         self.pipelines[pipeline] = FakeStages(first_stage.node_id, self.held.pop(pipeline, {}))
 
     def close_pipeline(self, pipeline: PipelineId) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from services.router.front.cross_origin import OriginPolicy
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
 from services.router.front.tokenizer import TextTokenizer
@@ -24,13 +25,25 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [(COMPLETIONS, {"prompt": "hi"}), (CH
 class Server:
     """An application over a fake engine whose choices say `TEXT`, or what is given."""
 
-    def __init__(self, tokenizer: TextTokenizer, script: list[Step] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        script: list[Step] | None = None,
+        origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
+        **settings: Any,
+    ) -> None:
         said = [*tokenizer.encode(TEXT), EOS]
         self.engine = FakeEngine(script=said if script is None else script, alternatives=((5, -0.2), (6, -1.0)))
         self.registry = CollectorRegistry()
         front_settings = FrontSettings("tiny", **settings)
         self.app: FastAPI = create_app(
-            self.engine, tokenizer, front_settings, self.registry, wall_clock=lambda: 1000.9, draw_seed=lambda: 7
+            self.engine,
+            tokenizer,
+            front_settings,
+            self.registry,
+            wall_clock=lambda: 1000.9,
+            draw_seed=lambda: 7,
+            origins=origins,
         )
 
     def start(self, path: str, **fields: Any) -> Exchange:

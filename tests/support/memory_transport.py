@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.codec import decode, encode
+from common.errors import SocketError
 from common.messages import Header, Message
 from common.transport import Full, LinkEvent
 
@@ -67,10 +68,14 @@ class MemoryTransport:
     def __init__(self) -> None:
         self.sockets: dict[str, MemorySocket] = {}
         self.has_lost_files = False
+        self.max_open = 1_000_000
+        """So many may be open at a time."""
 
     def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MemorySocket:
         """A new one; an older one of the same name must be closed."""
         assert name not in self.sockets or self.sockets[name].is_closed, f"{name} is open twice"
+        if sum(not socket.is_closed for socket in self.sockets.values()) >= self.max_open:
+            raise SocketError(f"{name}: no socket can be opened")
         self.sockets[name] = MemorySocket(name, endpoint, identity)
         return self.sockets[name]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from chaos.sse import split_lines
 from common.errors import NodeLostError
 
 PATIENCE_S = 90
@@ -105,5 +106,5 @@ class RunningResumableStreams:
             if response.is_error:
                 stream.errors.append(f"{response.status_code}: {response.read().decode()}")
                 return
-            for line in response.iter_lines():
+            for line in split_lines(response.iter_bytes()):
                 stream.take_line(line)

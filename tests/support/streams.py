@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from chaos.sse import split_lines
 from tests.support.mesh_client import Ask
 
 
@@ -75,7 +76,7 @@ class RunningStreams:
                 if response.is_error:
                     stream.error = json.loads(response.read())["error"]
                     return
-                for line in response.iter_lines():
+                for line in split_lines(response.iter_bytes()):
                     if line == "data: [DONE]":
                         return
                     if line.startswith("data: "):

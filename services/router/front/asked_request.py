@@ -12,6 +12,8 @@ from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
+import structlog
+
 from services.router.front.front_settings import FrontSettings
 from services.router.front.openai_schema import (
     ChatCompletionRequest,
@@ -24,6 +26,9 @@ from services.router.front.replies import ChatForm, CompletionForm, ReplyForm, R
 from services.router.front.request_planning import Plan, RequestPlanner
 from services.router.front.tokenizer import TextTokenizer
 
+log = structlog.get_logger(__name__)
+
+MAX_TOLD_FIELDS, MAX_TOLD_CHARACTERS = 200, 100
 COMPLETIONS, CHAT = "completions", "chat"
 Result = TypeVar("Result")
 _FORMS: dict[str, type[CompletionForm] | type[ChatForm]] = {COMPLETIONS: CompletionForm, CHAT: ChatForm}
@@ -56,7 +61,7 @@ class AskedRequest:
 
 
 class RequestIntake:
-    """Knows the tokenizer and the bounds; keeps nothing between requests."""
+    """Knows the tokenizer and the bounds; keeps nothing between requests but what the log has been told."""
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class RequestIntake:
         self._tokenizer = tokenizer
         self._settings = settings
         self._planner = RequestPlanner(tokenizer, settings, max_context_tokens, draw_seed)
+        self._told_unused: set[str] = set()
 
     async def read(self, route: str, body: bytes, identity: Callable[[str], ReplyIdentity]) -> AskedRequest:
         """`route`: COMPLETIONS or CHAT; `identity` gets the prefix that reply ids of it have.
@@ -90,7 +96,16 @@ class RequestIntake:
         return await self._work_on(body, partial(body_hash, route, body))
 
     async def _parse(self, body: bytes, model: type[Request]) -> Request:
-        return await self._work_on(body, partial(parse_request, body, model))
+        request = await self._work_on(body, partial(parse_request, body, model))
+        for name in request.unused_fields:
+            self._tell_unused(name[:MAX_TOLD_CHARACTERS])
+        return request
+
+    def _tell_unused(self, name: str) -> None:
+        """Once a name, and no more names than anybody reads: clients may make up as many as they like."""
+        if name not in self._told_unused and len(self._told_unused) < MAX_TOLD_FIELDS:
+            self._told_unused.add(name)
+            log.info("field_unused", field=name, detail="taken from a request; it changes nothing of the answer here")
 
     async def _work_on(self, body: bytes, work: Callable[[], Result]) -> Result:
         if len(body) > self._settings.thread_above_characters:

@@ -126,6 +126,7 @@ class ChatTemplate:
         says against the messages. With `now`, a request that is rendered again later has the same text."""
         known = [self._known(message) for message in messages]
         arguments = {**({} if now is None else {"strftime_now": now.strftime}), **template_arguments}
+        with_content: list[Message] = [{"content": "", **message} for message in known]
         text_roles: frozenset[str] = frozenset()
         while True:
             prepared = PreparedMessages(known, text_roles, self._part_roles)
@@ -137,6 +138,10 @@ class ChatTemplate:
                 # Perhaps at a list: of a role that takes none by itself, or else of any.
                 lists = prepared.watched_roles()
                 refusing = [role for role in lists if role not in self._list_roles] or lists[:1]
+                if not refusing and isinstance(error, jinja2.UndefinedError) and known != with_content:
+                    # Some join the content to other text, and a message that only calls tools has none.
+                    known = with_content
+                    continue
                 if not refusing:
                     raise InvalidRequestError(
                         f"the chat template refuses these messages: {error}", "messages"

@@ -1,45 +1,50 @@
-"""uvicorn's HTTP/1.1 connection with limits on what comes in: how long it may take and how large a head may be.
+"""uvicorn's HTTP/1.1 connection with limits on what comes in and goes out, and how many of them there may be.
 
-uvicorn bounds the pause between two requests and nothing else: half a request would stay open for ever, and a head may
-take all memory.
+uvicorn bounds the pause between two requests and nothing else: half a request, or an answer that nobody reads, would
+stay open for ever, and a head may take all memory. It also loses the body of a request that offers an upgrade, and
+sends chunks to clients of HTTP/1.0, which do not know them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import http
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from common.errors import InvalidRequestError
-from services.router.front.replies import encode_json, error_body
+from services.router.front.connection_answers import ConnectionLimits, refusal, refuse_connection, without_chunks
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Of one connection. The pause between two requests is uvicorn's `timeout_keep_alive`."""
+class FrontConfig(uvicorn.Config):
+    """uvicorn's, with the limits of connections."""
 
-    head_s: float = 10.0
-    """From the connection, or from the first byte of a later request, to the end of the request's head."""
-    body_silence_s: float = 30.0
-    """Between two pieces of a body."""
-    max_head_bytes: int = 64 * 1024
-    """Request line and headers; also what stands between two pieces of a body, and behind the last."""
+    def __init__(self, app: ASGIApp, limits: ConnectionLimits, **settings: Any) -> None:
+        super().__init__(app, http=FrontProtocol, timeout_keep_alive=limits.keep_alive_s, **settings)  # type: ignore[arg-type]
+        self.limits = limits
 
 
 class FrontProtocol(HttpToolsProtocol):
-    """One connection. While an answer is under way, nothing is timed."""
+    """One connection. While an answer is under way, only its client's reading is timed."""
 
-    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, config: FrontConfig, *arguments: Any, **settings: Any) -> None:
+        super().__init__(config, *arguments, **settings)
+        self.limits = config.limits
         self._is_in_head = False
         self._awaits_body = False
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._left_bytes = 0
+        """Of what waited for the client at the last look, if nothing was added since."""
+        self._body_began_s = 0.0
+        self._idle_since_s = 0.0
+        self._is_one_too_many = False
+        self._is_evicted = False
+        self._is_replaying_head = False
+        """The head that is being parsed came with an offer to upgrade; it is parsed again without."""
         self._head_bytes = 0
         """Of the request line and the headers that are complete."""
         self._unused_bytes = 0
@@ -50,21 +55,27 @@ class FrontProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._idle_since_s = self.loop.time()
+        self._make_room()
         self._restart_timer(self.limits.head_s)
+        self._look = self.loop.call_later(self.limits.write_silence_s, self._look_at_reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._look is not None:
+            self._look.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
         self._unused_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.transport.is_closing():
             self._stop_timer()
         elif self._unused_bytes > self.limits.max_head_bytes:
             self._refuse(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         elif self._awaits_body:
-            self._restart_timer(self.limits.body_silence_s)
+            self._await_body()
         elif self._timer is None and not self._is_answering() and self.timeout_keep_alive_task is None:
             # Empty lines before a request end the keep-alive, and begin nothing.
             self._restart_timer(self.limits.head_s)
@@ -72,6 +83,29 @@ class FrontProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """In place of uvicorn's: the parser has stopped."""
         self._refuse(self._refusal)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes what follows for another protocol, of which this server speaks none. RFC 9110, 7.8: it
+            # may ignore the offer, and the request then means what it means without.
+            head, rest = self._head_without_upgrade(), data[upgrade.args[0] :]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            self._parse(head + rest)
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(name + b": " + value)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     # ---- what the parser tells
 
@@ -91,22 +125,87 @@ class FrontProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise httptools.HttpParserError  # it asks for a tunnel, which has no request in it
+            self._is_replaying_head = True
+            return
+        self._is_replaying_head = False
         super().on_headers_complete()  # raises for a head that asks for nothing
         self._is_in_head, self._awaits_body = False, True
         self._unused_bytes = 0
-        self._restart_timer(self.limits.body_silence_s)
+        self._body_began_s = self.loop.time()
+        self._await_body()
 
     def on_body(self, body: bytes) -> None:
         self._unused_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_replaying_head:
+            return
         self._awaits_body = False
         self._unused_bytes = 0
         self._stop_timer()
         super().on_message_complete()
 
+    # ---- answers
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self._is_one_too_many:
+            app = refuse_connection
+        if cycle.scope["http_version"] != "1.1":
+            cycle.waiting_for_100_continue = False
+            app = without_chunks(app, cycle)
+        self._left_bytes = 0
+        super()._start_asgi_task(cycle, app)
+
+    def resume_writing(self) -> None:
+        self._left_bytes = 0
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        self._idle_since_s = self.loop.time()
+        super().on_response_complete()
+
     # ---- limits
+
+    def _make_room(self) -> None:
+        if len(self.connections) <= self.limits.max_connections:
+            return
+        others = [other for other in self.connections if isinstance(other, FrontProtocol) and not other._is_evicted]
+        idle = [other for other in others if other._is_idle() and other is not self and not other._is_one_too_many]
+        if len(others) <= self.limits.max_connections:
+            return
+        if idle:
+            min(idle, key=_worth)._evict()
+        elif len(others) <= self.limits.max_connections + 1 + self.limits.max_connections // 8:
+            self._is_one_too_many = True
+        else:
+            self._evict()  # not even for refusals is there any room
+
+    def _is_idle(self) -> bool:
+        """Nothing is asked of it: it is between two requests, or before the end of the first one's head."""
+        return not self._awaits_body and not self._is_answering()
+
+    def _evict(self) -> None:
+        self._is_evicted = True
+        self.transport.abort()
+
+    def _look_at_reader(self) -> None:
+        """Cuts an answer that its client does not take: it holds a connection and all that was computed for it."""
+        left_bytes = self.transport.get_write_buffer_size()
+        if self._left_bytes and left_bytes > max(0, self._left_bytes - self.limits.min_taken_bytes):
+            self.transport.abort()
+            return
+        # An answer that may go on can have grown by what was taken.
+        is_final = self.flow.write_paused or self.transport.is_closing() or not self._is_answering()
+        self._left_bytes = left_bytes if is_final else 0
+        self._look = self.loop.call_later(self.limits.write_silence_s, self._look_at_reader)
+
+    def _await_body(self) -> None:
+        left_s = self._body_began_s + self.limits.body_s - self.loop.time()
+        self._restart_timer(max(0.0, min(self.limits.body_silence_s, left_s)))
 
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
@@ -126,7 +225,12 @@ class FrontProtocol(HttpToolsProtocol):
     def _on_timeout(self, delay_s: float) -> None:
         self._timer = None
         if self._is_answering() or self.flow.read_paused:
-            self._restart_timer(delay_s)  # nothing can come while nobody reads, and what goes out is not cut
+            # Nothing can come while nobody reads, and what goes out is not cut.
+            if self._awaits_body:
+                self._body_began_s = self.loop.time()
+                self._await_body()
+            else:
+                self._restart_timer(delay_s)
         elif self._is_in_head or self._awaits_body:
             self._refuse(http.HTTPStatus.REQUEST_TIMEOUT)
         else:
@@ -144,17 +248,10 @@ class FrontProtocol(HttpToolsProtocol):
         self._stop_timer()
         has_answer = self._awaits_body and self.cycle is not None and self.cycle.response_complete
         if not self._is_answering() and not has_answer and not self.transport.is_closing():
-            self.transport.write(_refusal(status, self.limits))
+            self.transport.write(refusal(status, self.limits))
         self.transport.close()
 
 
-def _refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
-    sentences = {
-        http.HTTPStatus.REQUEST_TIMEOUT: f"a request's head must come within {limits.head_s:g} s, and its body without "
-        f"a pause of more than {limits.body_silence_s:g} s",
-        http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"a request's head may have {limits.max_head_bytes} bytes",
-    }
-    sentence = sentences.get(status, "this is not an HTTP/1.1 request")
-    body = encode_json(error_body(InvalidRequestError(sentence)))
-    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+def _worth(connection: FrontProtocol) -> tuple[bool, float]:
+    """Of an idle connection; the least goes first. One whose last answer is still on its way goes after the others."""
+    return connection.transport.get_write_buffer_size() > 0, connection._idle_since_s

@@ -9,11 +9,17 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from services.router.front.front_protocol import FrontProtocol
+from services.router.front.connection_answers import ConnectionLimits
+from services.router.front.front_protocol import FrontConfig
 
 PATIENCE_S = 4.0
 """For replies that are under way when the server is to end."""
 LOOK_S = 0.1
+ACCEPTED_AT_ONCE = 8
+"""New connections in one turn of the loop. asyncio takes so many before the first of them can make room for itself: the
+whole queue at once would take all descriptors of the process."""
+QUEUED = 1024
+"""Connections that wait in the kernel meanwhile."""
 CUT_S = 5.0
 """After which uvicorn cuts connections; by then each has been told."""
 
@@ -27,23 +33,31 @@ class FrontServer(uvicorn.Server):
         on_shutdown: Callable[[], None],
         give_up: Callable[[], None] = lambda: None,
         may_finish: Callable[[], bool] = lambda: True,
+        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
     ) -> None:
         """`give_up` is to end what is still under way after PATIENCE_S, or once `may_finish` says that nothing more
         comes."""
         super().__init__(
-            uvicorn.Config(
+            FrontConfig(
                 app,
-                http=FrontProtocol,
+                limits,
                 ws="none",  # no route speaks it, and its connections would have other limits
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=int(CUT_S),
                 server_header=False,
+                backlog=ACCEPTED_AT_ONCE,
             )
         )
         self._on_shutdown = on_shutdown
         self._give_up = give_up
         self._may_finish = may_finish
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUED)  # asyncio has one number for this and for how many it takes at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""

@@ -16,7 +16,15 @@ from common.errors import InvalidRequestError
 from services.router.front.asked_request import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_answers import error_answer, json_answer
-from services.router.front.http_exchange import REQUEST_ID_SCOPE, ClientGoneError, read_body, run_while_connected
+from services.router.front.http_exchange import (
+    REQUEST_ID_SCOPE,
+    BodyBudget,
+    ClientGoneError,
+    EventStreamResponse,
+    HeldBody,
+    read_body,
+    run_while_connected,
+)
 from services.router.front.live_request import ClientIdentity, LiveRequest
 from services.router.front.metrics import FrontMetrics
 from services.router.front.reply_reader import parse_event_id
@@ -24,6 +32,8 @@ from services.router.front.reply_sending import ReplySender
 from services.router.front.request_registry import RequestRegistry
 
 MAX_KEY_CHARACTERS = 255
+BODIES_AT_A_TIME = 16
+"""So many of the largest size are read and parsed at once."""
 
 
 class GenerationRoutes:
@@ -43,6 +53,7 @@ class GenerationRoutes:
         self._sender = sender
         self._metrics = metrics
         self._max_body_bytes = settings.max_body_bytes
+        self._bodies = BodyBudget(settings.max_body_bytes * BODIES_AT_A_TIME)
         self._wall_clock = wall_clock
         self._key_locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -65,6 +76,8 @@ class GenerationRoutes:
         try:
             live = await self._requests.find(_tenant(request), request_id)
             taken = parse_event_id(_last_event_id(request), len(live.choices))
+            if request.method == "HEAD":
+                return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
             self._metrics.reattached.inc()
             return await run_while_connected(self._send(live, True, taken, has_come_back=True), request.receive)
         except ClientGoneError:
@@ -82,10 +95,11 @@ class GenerationRoutes:
         return json_answer({"id": live.reply_id, "object": "moemesh.request.deleted", "deleted": True})
 
     async def _generate(self, request: Request, route: str) -> Response:
+        held = HeldBody(self._bodies)
         try:
             identity = identity_of(request)
-            body = await read_body(request, self._max_body_bytes)
-            work = self._take_in(route, body, identity, _last_event_id(request))
+            body = await read_body(request, self._max_body_bytes, held)
+            work = self._take_in(route, body, identity, _last_event_id(request), held)
             return await run_while_connected(work, request.receive)
         except ClientDisconnect as error:
             raise ClientGoneError from error
@@ -93,11 +107,15 @@ class GenerationRoutes:
             raise
         except Exception as error:
             return error_answer(error)
+        finally:
+            held.release()
 
-    async def _take_in(self, route: str, body: bytes, identity: ClientIdentity, last_event_id: str | None) -> Response:
+    async def _take_in(
+        self, route: str, body: bytes, identity: ClientIdentity, last_event_id: str | None, held_body: HeldBody
+    ) -> Response:
         key = identity.idempotency_key
         if key is None:
-            return await self._begin(route, body, identity, "")
+            return await self._begin(route, body, identity, "", held_body)
         said = await self._intake.hash(route, body)
         # Two requests with one key at a time: the second one is to find the first.
         lock = self._key_locks.setdefault((identity.tenant, key), asyncio.Lock())
@@ -105,17 +123,25 @@ class GenerationRoutes:
             await held.enter_async_context(lock)
             live = await self._requests.find_by_key(identity, said)
             if live is None:
-                return await self._begin(route, body, identity, said, held)
+                return await self._begin(route, body, identity, said, held_body, held)
+        held_body.release()
         self._metrics.reattached.inc()
         is_stream = live.asked.fields.stream is True
         taken = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
         return await self._send(live, is_stream, taken)
 
     async def _begin(
-        self, route: str, body: bytes, identity: ClientIdentity, said: str, held: AsyncExitStack | None = None
+        self,
+        route: str,
+        body: bytes,
+        identity: ClientIdentity,
+        said: str,
+        held_body: HeldBody,
+        held: AsyncExitStack | None = None,
     ) -> Response:
         asked = await self._intake.read(route, body, self._draw)
         live = await self._requests.admit(asked, identity, body, said)
+        held_body.release()
         if held is not None:
             await held.aclose()
         # Nothing has waited since: a request that was begun has a reader, or nobody would end it.

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from common.errors import UnknownModelError
 from services.router.engine import Engine, Readiness
 from services.router.front.asked_request import RequestIntake
+from services.router.front.cross_origin import CrossOriginMiddleware, OriginPolicy
 from services.router.front.front_settings import FrontSettings
 from services.router.front.generation_routes import GenerationRoutes
 from services.router.front.http_answers import answer_http_exception, error_answer, json_answer
@@ -36,11 +37,13 @@ def create_app(
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
     draw_seed: Callable[[], int] = draw_seed,
+    origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
 ) -> FastAPI:
     """The application, to be run by an ASGI server. `registry` gets the front's metrics and is what /metrics shows.
 
     `clock` (seconds, monotonic) times tokens; `wall_clock` (Unix seconds) stamps replies; `draw_seed` gives 63 random
-    bits to requests without a seed. Whoever runs it restores, releases and closes `app.state.requests`.
+    bits to requests without a seed; `origins` says which web pages may ask. Whoever runs it restores, releases and
+    closes `app.state.requests`.
     """
     kept = NoJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
@@ -53,7 +56,8 @@ def create_app(
     operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
-    app.add_middleware(ExchangeMiddleware, metrics=metrics)
+    app.add_middleware(CrossOriginMiddleware, policy=origins)
+    app.add_middleware(ExchangeMiddleware, metrics=metrics)  # around the other: refusals have an id and count too
     for method, path, handler in (
         ("POST", "/v1/completions", generation.complete),
         ("POST", "/v1/chat/completions", generation.chat),
@@ -63,13 +67,13 @@ def create_app(
         ("GET", "/v1/models", operators.list_models),
         ("GET", "/v1/models/{model_id:path}", operators.show_model),
         ("GET", "/health", operators.show_health),
-        ("HEAD", "/health", operators.show_health),
         ("GET", "/ready", operators.show_readiness),
-        ("HEAD", "/ready", operators.show_readiness),
         ("GET", "/mesh", operators.show_mesh),
         ("GET", "/metrics", operators.show_metrics),
     ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        # HEAD is answered wherever GET is (RFC 9110, 9.1); the server keeps the body back.
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, handler, methods=methods, response_model=None)
     app.add_exception_handler(HTTPException, answer_http_exception)
     return app
 
@@ -117,7 +121,7 @@ class _Operators:
         return json_answer(self._engine.describe_mesh())
 
     async def show_metrics(self) -> Response:
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> JsonObject:
         return {

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import RequestTooLargeError
+from common.errors import OverloadedError, RequestTooLargeError
 from services.router.front.metrics import FrontMetrics
 
 Result = TypeVar("Result")
@@ -30,8 +30,51 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads an answer."""
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises RequestTooLargeError as soon as it is known to be too long."""
+class BodyBudget:
+    """Bytes of all bodies that are in memory and not yet requests. Belongs to the event loop."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.held_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises OverloadedError, and takes nothing, if there are not so many."""
+        if self.held_bytes + num_bytes > self._max_bytes:
+            raise OverloadedError(
+                f"the bodies of the requests that are being read have {self._max_bytes} bytes together, which is what "
+                "this server takes at a time; try again",
+                retry_after_s=1,
+            )
+        self.held_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """They are gone, or belong to a request now."""
+        self.held_bytes -= num_bytes
+
+
+class HeldBody:
+    """One body's part of the budget; the first bytes of each are free, so that large ones keep no small one out."""
+
+    FREE_BYTES = 16 * 1024
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._held_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """The body has so many by now. Raises OverloadedError."""
+        more_bytes = max(0, num_bytes - self.FREE_BYTES) - self._held_bytes
+        self._budget.take(more_bytes)
+        self._held_bytes += more_bytes
+
+    def release(self) -> None:
+        """May be called again."""
+        self._budget.give_back(self._held_bytes)
+        self._held_bytes = 0
+
+
+async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
+    """The whole body. Raises RequestTooLargeError as soon as it is known to be too long, and OverloadedError."""
     too_large = RequestTooLargeError(f"the body may have {max_bytes} bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
@@ -41,6 +84,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         body += chunk
         if len(body) > max_bytes:
             raise too_large
+        held.grow_to(len(body))
     return bytes(body)
 
 
@@ -96,7 +140,7 @@ class EventStreamResponse(Response):
 
 
 class ExchangeMiddleware:
-    """Gives every request an id and counts every answer."""
+    """Gives every request an id, counts every answer, and forgives a path its surplus slashes."""
 
     def __init__(self, app: ASGIApp, metrics: FrontMetrics) -> None:
         self._app = app
@@ -106,6 +150,8 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Clients that join a base address and a path by hand put one too many in between or behind.
+        scope["path"] = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
         request_id = _request_id(scope)
         scope[REQUEST_ID_SCOPE] = request_id
         status = 0

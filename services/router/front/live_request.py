@@ -205,6 +205,8 @@ class LiveRequest:
 
     def _end(self) -> None:
         self.has_ended = True
+        if self.error is None and not self.is_restored:
+            self._metrics.request_s.observe(self._clock() - self._started_s)
         self._stop_choices()
         self._on_end(self)
         self._wake()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
@@ -31,6 +36,12 @@ class FrontMetrics:
             buckets=_INTER_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self.request_s = Histogram(
+            "moemesh_request_seconds",
+            "From the complete request to the last token of all its choices, of those that were not cut short",
+            buckets=_REQUEST_BUCKETS_S,
+            registry=registry,
+        )
         self.prompt_tokens = Counter("moemesh_prompt_tokens_total", "Tokens of accepted prompts", registry=registry)
         self.completion_tokens = Counter("moemesh_completion_tokens_total", "Tokens generated", registry=registry)
         self.cancelled = Counter(
@@ -46,3 +57,20 @@ class FrontMetrics:
             "Clients that came back to a request by its id or key",
             registry=registry,
         )
+
+    def text(self) -> bytes:
+        """Everything on the registry, in Prometheus' text format."""
+        return generate_latest(_Plain(self.registry))
+
+
+class _Plain(Collector):
+    """A registry without the times at which its counters were made: they are as many series again, and tell what the
+    start time of the process tells."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family

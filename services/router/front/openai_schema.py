@@ -1,28 +1,29 @@
-"""What clients send: the fields of OpenAI's requests that are served, and those that are refused by name.
+"""What clients send: the fields of OpenAI's requests that are served, declared on models.
 
-A field is one of three: served (declared on a model here), known but not served (`UNSUPPORTED`: accepted only at the
-value that changes nothing), or unknown (refused). None is silently ignored.
+A field that is not served is refused by its name if it would change the answer, and else taken and named
+(`unused_fields.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, cast
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import from_json
 
 from common.errors import InvalidRequestError
+from services.router.front import unused_fields
+from services.router.front.chat_schema import MAX_MESSAGES, ChatMessage, TextPart, ToolCall
+from services.router.front.schema_rules import MAX_FIELDS, Name, Strict, described, first_error
+from services.router.front.unused_fields import Json, Sieve
 
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 128
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -30,65 +31,22 @@ MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
 MAX_PROMPTS = 1024
 """In the schema; how many are served together is a setting."""
-MAX_MESSAGES = 4096
-"""And parts of one message."""
-MAX_NAME_CHARACTERS = 1024
-MAX_FIELDS = 64
-"""Of any object: more than a request has, served or not. Else each unknown one would be complained of."""
-
-UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "audio": (None,),
-    "best_of": (None,),  # checked against `n` on completions, where it exists
-    "continue_final_message": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "guided_json": (None,),
-    "length_penalty": (None, 1),
-    "metadata": (None, {}),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "use_beam_search": (None, False),
-    "verbosity": (None, "medium"),
-    "web_search_options": (None,),
-}
-"""Fields that OpenAI's or vLLM's clients know, with the values at which they ask for nothing."""
-
-
-def _described(description: str) -> WrapValidator:
-    """Replaces the error of every branch of a union by one sentence."""
-
-    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-        try:
-            return handler(value)
-        except ValidationError as error:
-            raise PydanticCustomError("wrong_type", "must be {description}", {"description": description}) from error
-
-    return WrapValidator(validate)
 
 
 # Lists fail fast: a message for each of the millions of wrong items that a body can hold takes gigabytes.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
-Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 Prompt = Annotated[
     str
     | TokenIds
     | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
     Field(union_mode="left_to_right"),
-    _described(f"a string, a list of token ids (whole numbers from 0) or a list of up to {MAX_PROMPTS} of either"),
+    described(f"a string, a list of token ids (whole numbers from 0) or a list of up to {MAX_PROMPTS} of either"),
 ]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
-    _described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
+    described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
 ]
 LogitBias = Annotated[
     Annotated[
@@ -96,31 +54,17 @@ LogitBias = Annotated[
         Field(max_length=MAX_LOGIT_BIASES),
     ]
     | None,
-    _described(f"a map of up to {MAX_LOGIT_BIASES} token ids, written as strings, to numbers from -100 to 100"),
+    described(f"a map of up to {MAX_LOGIT_BIASES} token ids, written as strings, to numbers from -100 to 100"),
 ]
 
 
-class _Strict(BaseModel):
-    """Types are what JSON says: no "1" for 1, no true for 1, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_size(cls, fields: object) -> object:
-        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
-            raise PydanticCustomError("too_many_fields", f"must have at most {MAX_FIELDS} fields")
-        return fields
-
-
-class StreamOptions(_Strict):
-    """Only with `stream`."""
+class StreamOptions(Strict):
+    """Of a stream; elsewhere they ask for nothing."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
-class GenerationFields(_Strict):
+class GenerationFields(Strict):
     """What both kinds of request share."""
 
     model: Name
@@ -152,6 +96,20 @@ class GenerationFields(_Strict):
     user: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
+    """These three are checked and change nothing."""
+    _unused_fields: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def unused_fields(self) -> tuple[str, ...]:
+        """Names of what was taken and changes nothing."""
+        return self._unused_fields
+
+    def note_unused(self, names: Iterable[str]) -> None:
+        """Once, when it was read."""
+        checked = [
+            name for name in ("user", "safety_identifier", "prompt_cache_key") if getattr(self, name) is not None
+        ]
+        self._unused_fields = (*names, *checked)
 
     @property
     def num_choices(self) -> int:
@@ -191,35 +149,6 @@ class CompletionRequest(GenerationFields):
         return cast("list[str] | list[list[int]]", prompt)
 
 
-class TextPart(_Strict):
-    """One part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[
-    str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
-    _described(f'a string or a list of up to {MAX_MESSAGES} {{"type": "text", "text": ...}} parts'),
-]
-
-
-class ChatMessage(_Strict):
-    """One turn. Fields that replies carry and that say nothing (null, empty) may be sent back as they came."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """`developer` is what OpenAI calls `system` since; most chat templates do not know it."""
-    content: Content
-    name: Name | None = None
-    tool_call_id: Name | None = None
-    reasoning_content: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-
 class ChatCompletionRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
@@ -227,6 +156,8 @@ class ChatCompletionRequest(GenerationFields):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    reasoning_effort: Name | None = None
+    """A variable for chat templates that know it; to others it says nothing."""
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
     """Variables for the chat template, for example {"enable_thinking": false}."""
 
@@ -235,6 +166,7 @@ class ChatCompletionRequest(GenerationFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+_KNOWN_FIELDS = frozenset({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields})
 Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 
 
@@ -247,52 +179,67 @@ def parse_request(body: bytes, model: type[Request]) -> Request:
         raise InvalidRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object")
-    _refuse_unsupported(fields)
+    sieve = Sieve(MAX_FIELDS)
+    kept = _sift(fields, model, sieve)
     try:
-        request = model.model_validate({name: value for name, value in fields.items() if name not in UNSUPPORTED})
+        request = model.model_validate(kept)
     except ValidationError as error:
-        raise _first_error(error) from error
+        raise first_error(error, _KNOWN_FIELDS) from error
     _check_combinations(request)
+    request.note_unused(sieve.unused)
     return request
 
 
-def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    for name, neutral_values in UNSUPPORTED.items():
-        if name not in fields:
-            continue
-        value = fields[name]
-        if name == "best_of" and value == (fields.get("n") or 1) and type(value) is int:
-            continue
-        # `False == 0` in Python; in JSON they differ.
-        same_kind = [neutral for neutral in neutral_values if isinstance(neutral, bool) == isinstance(value, bool)]
-        if value not in same_kind:
-            raise InvalidRequestError(f"`{name}` is not supported by this server; leave it out", name)
+def _sift(fields: Json, model: type[BaseModel], sieve: Sieve) -> Json:
+    """Without what changes nothing, also in what is nested. What has no form that could be looked into stays."""
+    served = set(model.model_fields)
+    if not fields.get("stream"):
+        served.discard("stream_options")
+    fields = dict(fields)
+    if type(fields.get("best_of")) is int and fields["best_of"] == fields.get("n"):
+        del fields["best_of"]
+    if model is CompletionRequest and fields.get("logprobs") is False:
+        del fields["logprobs"]  # a number here, true or false in chats: some clients do not tell the routes apart
+    kept = sieve.sift(fields, served, unused_fields.TAKEN, unused_fields.NEUTRAL)
+    options, messages = kept.get("stream_options"), kept.get("messages")
+    if isinstance(options, dict):
+        taken = unused_fields.TAKEN_IN_STREAM_OPTIONS
+        kept["stream_options"] = sieve.sift(options, StreamOptions.model_fields, taken, {}, "stream_options.")
+    if "messages" in served and isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        kept["messages"] = [_sift_message(message, f"messages[{i}].", sieve) for i, message in enumerate(messages)]
+    return kept
 
 
-def _first_error(error: ValidationError) -> InvalidRequestError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    parameter = ""
-    for part in first["loc"]:
-        parameter += f"[{part}]" if isinstance(part, int) else f".{part}" if parameter else str(part)
-    match first["type"]:
-        case "extra_forbidden":
-            known = parameter in CompletionRequest.model_fields or parameter in ChatCompletionRequest.model_fields
-            message = "is not a field of this route" if known else "is not a field that this server knows"
-        case "missing":
-            message = "is required"
-        case _:
-            message = first["msg"]
-    return InvalidRequestError(f"`{parameter}`: {message}" if parameter else f"the body {message}", parameter or None)
+def _sift_message(message: object, place: str, sieve: Sieve) -> object:
+    if not isinstance(message, dict):
+        return message
+    message = dict(message)
+    if isinstance(message.get("reasoning"), str) and message.get("reasoning_content") is None:
+        message["reasoning_content"] = message.pop("reasoning")  # vLLM's name for it since
+    kept = sieve.sift(
+        message, ChatMessage.model_fields, unused_fields.TAKEN_IN_MESSAGE, unused_fields.NEUTRAL_IN_MESSAGE, place
+    )
+    for name, model, taken in (
+        ("content", TextPart, unused_fields.TAKEN_IN_PART),
+        ("tool_calls", ToolCall, unused_fields.TAKEN_IN_CALL),
+    ):
+        items = kept.get(name)
+        if isinstance(items, list) and len(items) <= MAX_MESSAGES:
+            kept[name] = [
+                sieve.sift(item, model.model_fields, taken, {}, f"{place}{name}[{i}].")
+                if isinstance(item, dict)
+                else item
+                for i, item in enumerate(items)
+            ]
+    return kept
 
 
 def _check_combinations(request: CompletionRequest | ChatCompletionRequest) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequestError("`stream_options` is only allowed with `stream`", "stream_options")
     if isinstance(request, CompletionRequest):
         if request.echo and request.logprobs is not None:
             raise InvalidRequestError("`echo` together with `logprobs` is not supported by this server", "echo")
         return
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequestError("`top_logprobs` is only allowed with `logprobs`: true", "top_logprobs")
     limits = (request.max_tokens, request.max_completion_tokens)
     if None not in limits and limits[0] != limits[1]:

@@ -127,8 +127,10 @@ class RequestPlanner:
     ) -> Plan:
         """As `plan_completion`. `now`: the date that a chat template sees."""
         self._check(request, 1, is_new=drawn_seed is None)
-        messages = [message.model_dump() for message in request.messages]
+        messages = [message.for_template() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
+        if request.reasoning_effort is not None:
+            arguments = {"reasoning_effort": request.reasoning_effort, **arguments}
         render = partial(self._tokenizer.render_chat, messages, arguments, now)
         is_long = len(str(messages)) + len(str(arguments)) > self._settings.thread_above_characters
         text = await asyncio.to_thread(render) if is_long else render()

@@ -111,6 +111,11 @@ class Request:
         return self.num_remaining_tokens == 1
 
     @property
+    def is_new(self) -> bool:
+        """It arrived at this router and has had no place yet: it was neither restored nor sent back to the queue."""
+        return self.sequence_id is None and self.queued_s == self.arrived_s and not self.waits_for_start
+
+    @property
     def is_replaying(self) -> bool:
         """Some slots do not have all of its cache yet."""
         return self.replay_position < self.replay_stop

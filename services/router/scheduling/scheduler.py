@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 
 from common.errors import (
@@ -293,7 +292,7 @@ class Scheduler:
             pipelines=tuple(
                 pipeline_snapshot(self._schedules.open[pipeline]) for pipeline in sorted(self._schedules.open)
             ),
-            counters=replace(self.counters),
+            counters=self.counters.copy(),
         )
 
     def check_invariants(self) -> None:
@@ -323,6 +322,8 @@ class Scheduler:
                     break
             else:
                 self._waiting.remove(request)
+                if request.is_new:
+                    self.counters.waits.note(now_s - request.arrived_s)
                 sequence_id = SequenceId(next(self._sequence_numbers))
                 self._schedules.open[choice].admit(request, sequence_id, now_s)
                 self._placements.append((request.request_id, sequence_id))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 
 from common.ids import Generation, PipelineId
 from services.router.control.readiness import Awaited
@@ -10,6 +11,27 @@ from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.pipeline_selection import PipelineLoad
 from services.router.scheduling.request import Request
+
+WAIT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Upper ends of a histogram's buckets; one without an end follows."""
+
+
+@dataclass(slots=True)
+class WaitTimes:
+    """How long requests stood in the queue before they were first given a place: a histogram."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(WAIT_BOUNDS_S) + 1))
+    """By bucket, each without those below it."""
+    total_s: float = 0.0
+
+    def note(self, wait_s: float) -> None:
+        """One more."""
+        self.counts[bisect_left(WAIT_BOUNDS_S, wait_s)] += 1
+        self.total_s += wait_s
+
+    def copy(self) -> WaitTimes:
+        """For another thread."""
+        return WaitTimes(list(self.counts), self.total_s)
 
 
 @dataclass(slots=True)
@@ -33,6 +55,11 @@ class SchedulerCounters:
     failed_steps: int = 0
     dropped_results: int = 0
     """Answers of an unknown step, another generation or another attempt."""
+    waits: WaitTimes = field(default_factory=WaitTimes)
+
+    def copy(self) -> SchedulerCounters:
+        """For another thread."""
+        return replace(self, waits=self.waits.copy())
 
 
 @dataclass(frozen=True, slots=True)

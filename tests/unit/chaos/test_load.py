@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chaos.answer import Answer
 from chaos.history import (
@@ -27,7 +29,7 @@ from chaos.history import (
 )
 from chaos.load import ClientSettings, Load, StreamingClient
 from chaos.requests import ChaosRequest
-from chaos.sse import EventParser, ServerEvent
+from chaos.sse import EventParser, ServerEvent, split_lines
 
 REQUEST = ChaosRequest("request-0", "greedy", {"prompt": "a", "max_tokens": 3})
 NUM_TOKENS = 3
@@ -258,6 +260,28 @@ def test_events_carry_the_last_id_and_comments_are_nothing() -> None:
         ServerEvent("a\nb", "4"),
         ServerEvent("c", "4"),
     ]
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size=5)),
+    st.lists(st.sampled_from(["\n", "\r\n", "\r"]), min_size=1),
+    st.integers(1, 7),
+)
+def test_lines_end_at_lf_and_cr_and_nowhere_else_however_the_bytes_come(
+    lines: list[str], ends: list[str], piece_bytes: int
+) -> None:
+    # An empty line between a CR and an LF cannot be told from one end of two characters.
+    ends = ends if "\r" not in ends or "\n" not in ends else ["\r\n"]
+    data = "".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False)).encode()
+    pieces = [data[start : start + piece_bytes] for start in range(0, len(data), piece_bytes)]
+    assert list(split_lines([*pieces, b"no end"])) == lines
+
+
+def test_an_answer_may_hold_any_character() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    first = json.dumps({"choices": [{"index": 0, "text": text, "token_ids": [5]}]}, ensure_ascii=False)
+    (event,) = [*parse(*split_lines([f"data: {first}\n\n".encode()]))]
+    assert json.loads(event.data)["choices"][0]["text"] == text
 
 
 def test_nothing_is_taken_after_the_end() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -54,6 +56,13 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("THREADS", "1.5"),
         ("MAX_BATCH_TOKENS", "0"),
         ("KV_CACHE_TOKENS", "63"),
+        ("CORS_ORIGINS", "chat.example"),
+        ("CORS_ORIGINS", "https://chat.example/path"),
+        ("CORS_ORIGINS", "https://*.example"),
+        ("ALLOWED_HOSTS", "http://chat.example"),
+        ("ALLOWED_HOSTS", "chat.example:8000"),
+        ("MAX_CONNECTIONS", "0"),
+        ("KEEP_ALIVE_S", "0"),
         ("PIPELINE_POLICY", "random"),
         ("LOG_LEVEL", "loud"),
         ("CAPACITY_BYTES", "1GB"),
@@ -71,7 +80,7 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match=f"{name}='?{value}'?"):
+    with pytest.raises(ConfigurationError, match=f"{name}='?{re.escape(value)}'?"):
         read_settings()
 
 
@@ -136,3 +145,15 @@ def test_nccl_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         read_settings()
     monkeypatch.setenv("DEVICE", "cuda:1")
     assert (read_settings().tp, read_settings().device) == (2, "cuda:1")
+
+
+def test_lists_of_origins_and_names_stand_between_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().allowed_origins == read_settings().allowed_host_names == frozenset()
+    monkeypatch.setenv("CORS_ORIGINS", "https://Chat.Example/, http://localhost:3000,null,app://obsidian.md,")
+    monkeypatch.setenv("ALLOWED_HOSTS", "chat.example, GPU_1,fe80::1")
+    settings = read_settings()
+    origins = {"https://chat.example", "http://localhost:3000", "null", "app://obsidian.md"}
+    assert settings.allowed_origins == origins
+    assert settings.allowed_host_names == {"chat.example", "gpu_1", "fe80::1"}
+    monkeypatch.setenv("CORS_ORIGINS", "*")
+    assert read_settings().allowed_origins == {"*"}

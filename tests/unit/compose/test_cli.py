@@ -18,15 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import MoemeshError
+from compose.answers import served_model, stream_answer, stream_pieces
 from compose.cli import (
     NO_ROUTER_S,
     _interrupted_once,
     _Progress,
     _router_url,
     app,
-    served_model,
-    stream_answer,
-    stream_pieces,
 )
 from compose.tiny_checkpoint import write_tiny_checkpoint
 
@@ -189,6 +187,35 @@ def test_where_nobody_answers_the_command_says_so_and_fails(serve: Any, command:
     result = CliRunner().invoke(app, [*command, "--url", "http://mesh"])
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+    assert "make run" in result.output
+    assert "http://mesh" in result.output
+
+
+def test_an_address_that_is_none_is_said_in_a_sentence() -> None:
+    result = CliRunner().invoke(app, ["ask", "hello", "--url", "http://h:port"])
+    assert result.exit_code == 1
+    assert "port" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_question_of_one_dash_is_standard_input(serve: Any) -> None:
+    serve(mesh)
+    arguments = ["ask", "-", "--url", "http://mesh"]
+    assert CliRunner().invoke(app, arguments, input="two\nlines\n").output == "you said two\nlines\n"
+    for nothing in (b"", b"\n", b"\xff\xfe"):
+        result = CliRunner().invoke(app, arguments, input=nothing)
+        assert result.exit_code == 1
+        assert "standard input" in result.output
+
+
+ODD_TEXT = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+
+
+def test_no_character_of_an_answer_ends_a_line() -> None:
+    content = json.dumps({"choices": [{"text": ODD_TEXT}]}, ensure_ascii=False).encode()
+    body = b"data: " + content + b"\n\n" + events(b"[DONE]")
+    client = client_of(lambda request: httpx.Response(200, content=body))
+    assert list(stream_pieces(client, "/v1/completions", {})) == [ODD_TEXT]
 
 
 def test_status_shows_readiness_and_the_numbers_of_the_mesh(serve: Any) -> None:
@@ -319,6 +346,9 @@ def test_the_router_that_is_asked_is_the_one_named_or_the_one_that_runs_here(
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
     monkeypatch.setenv("PORT", "9000")
     assert _router_url("http://h:1/v1") == _router_url("http://h:1/") == "http://h:1"
+    assert _router_url("127.0.0.1:8000") == _router_url("127.0.0.1:8000/v1/") == "http://127.0.0.1:8000"
+    assert _router_url("localhost:8000") == "http://localhost:8000"
+    assert _router_url("https://mesh.example") == "https://mesh.example"
     assert _router_url("") == "http://127.0.0.1:9000"
     (tmp_path / "http.url").write_text("http://127.0.0.1:4711\n")
     assert _router_url("") == "http://127.0.0.1:4711"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -14,7 +15,7 @@ from common.topology import NodeKind
 from services.router.engine import Readiness
 from services.router.mesh_metrics import MeshCollector
 from services.router.mesh_status import HopTotals, MeshStatus, NodeStatus
-from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
+from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, WaitTimes
 from tests.support.mesh_shapes import node
 
 BEAT = Heartbeat(1.5, 4, 40, 3, 2, 1000, 600, 0.75, 6, 1)
@@ -62,7 +63,7 @@ def test_every_number_is_where_its_name_says() -> None:
     assert values[("moemesh_requests_running", ())] == 2
     assert values[("moemesh_requests_ended_total", (("how", "failed"),))] == 1
     assert values[("moemesh_tokens_generated_total", ())] == 77
-    assert values[("moemesh_kv_blocks_total", ())] == 42
+    assert values[("moemesh_kv_blocks", ())] == 42
     assert values[("moemesh_missing_copies", ())] == 4
     assert values[("moemesh_placement_version", ())] == 11
     assert values[("moemesh_hop_seconds_count", (("link", "pipeline"),))] == 8
@@ -73,6 +74,28 @@ def test_every_number_is_where_its_name_says() -> None:
     assert values[("moemesh_nodes", (("kind", "expert"), ("state", "suspect")))] == 1
     assert values[("moemesh_node_busy_seconds_total", (("kind", "stage"), ("node", "s")))] == 1.5
     assert values[("moemesh_node_queued", (("kind", "expert"), ("node", "e")))] == 9
+
+
+def test_waits_are_a_cumulative_histogram() -> None:
+    waits = WaitTimes()
+    for wait_s in (0.005, 0.3, 0.4, 1000.0):
+        waits.note(wait_s)
+    status = MeshStatus.starting("")
+    values = scraped(replace(status, scheduler=replace(status.scheduler, counters=SchedulerCounters(waits=waits))))
+    buckets = {
+        dict(labels)["le"]: value for (name, labels), value in values.items() if name.endswith("queue_seconds_bucket")
+    }
+    assert (buckets["0.005"], buckets["0.25"], buckets["0.5"], buckets["60.0"], buckets["+Inf"]) == (1, 1, 3, 3, 4)
+    assert values[("moemesh_request_queue_seconds_count", ())] == 4
+    assert values[("moemesh_request_queue_seconds_sum", ())] == pytest.approx(1000.705)
+
+
+def test_names_of_counters_and_no_others_end_in_total() -> None:
+    registry = CollectorRegistry()
+    registry.register(MeshCollector(lambda: MeshStatus.starting("")))
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            assert (family.type == "counter") == sample.name.endswith("_total"), sample.name
 
 
 def test_what_the_dead_have_counted_stays_counted_and_the_living_are_not_counted_twice() -> None:

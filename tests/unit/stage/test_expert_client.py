@@ -388,3 +388,34 @@ def test_a_shard_that_only_an_unreachable_node_holds_waits_like_any_other() -> N
     stage.start(CALL, within_s=1.0)
     stage.client.check_deadlines(1.0)
     assert isinstance(stage.failures[0][1], DeadlineError)
+
+
+def test_a_node_for_which_there_is_no_socket_is_connected_to_later_and_the_others_serve_meanwhile() -> None:
+    stage = Stage()
+    stage.transport.max_open = 1
+    stage.place({"a": (0, 1, 2), "b": (3, 2)}, connect=False)
+    stage.link("a")
+    stage.start(make_call([[0, 1], [2, 0]]), "held by a")
+    stage.answer_all()
+    assert [name for name, _ in stage.sums] == ["held by a"]
+    stage.start(CALL, "wants b")
+    stage.answer_all()
+    assert not stage.client.connect_unopened(stage.now_s)
+    stage.transport.max_open = 2
+    assert not stage.client.connect_unopened(stage.now_s + 0.5), "not in every turn of the loop"
+    assert stage.client.connect_unopened(stage.now_s + 1.1)
+    assert not stage.client.connect_unopened(stage.now_s + 2.2), "there is nothing left to open"
+    stage.link("b")
+    stage.pass_time(0.2)
+    stage.answer_all()
+    assert [name for name, _ in stage.sums] == ["held by a", "wants b"]
+
+
+def test_sockets_of_nodes_that_are_gone_are_closed_before_those_of_new_ones_are_opened() -> None:
+    stage = Stage()
+    stage.transport.max_open = 1
+    stage.place({"a": ALL})
+    stage.place({"b": ALL})
+    stage.start(CALL)
+    stage.answer_all()
+    assert [name for name, _ in stage.sums] == ["call"]

@@ -7,6 +7,7 @@ from typing import Any
 import structlog
 import torch
 
+from common.errors import SocketError
 from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
 from services.stage.mirror import Mirror
 from services.stage.mirror_intake import MirrorIntake
@@ -81,6 +82,29 @@ def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_o
     assert not link.wants_to_send
     link.acknowledged(MirrorAck(ROLE.lease_term, MAX_BACKFILL_AHEAD_MESSAGES), Header(attempt=2))
     assert link.wants_to_send
+
+
+def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> None:
+    class Transport:
+        has_sockets = False
+
+        def push(self, name: str, endpoint: str) -> Wire:
+            if not self.has_sockets:
+                raise SocketError("too many files")
+            return Monitored()
+
+    transport: Any = Transport()
+    held: Any = None
+    link = MirrorLink(transport, "", LOG)
+    wanted = MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host")
+    link.obey(wanted, Header(router_term=TERM, generation=1))
+    link.pump(held, 10.0)
+    link.pump(held, 10.5)
+    transport.has_sockets = True
+    link.pump(held, 10.9)
+    assert link._sender is None, "not tried again in every turn"
+    link.pump(held, 11.1)
+    assert link._sender is not None
 
 
 class SmallMemory:

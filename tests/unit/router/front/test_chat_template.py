@@ -259,3 +259,51 @@ def test_a_template_cannot_reach_what_is_noted_of_its_parts() -> None:
 def test_null_fields_of_a_message_do_not_reach_the_template() -> None:
     source = "{{ messages[0].name is defined }}"
     assert ChatTemplate(source, {}).render([{"role": "user", "content": "a", "name": None}], {}) == "False"
+
+
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "rain?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": "yes"},
+]
+TOOL_TEMPLATES = {
+    "looks whether it is a string": (
+        "{% for message in messages %}{{ message.role }}|{{ message.content if message.content is string else '' }}"
+        "{% for call in message.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>"
+        "{% endfor %}{{ message.tool_call_id }}\n{% endfor %}"
+    ),
+    "looks whether it is there": (
+        "{% for message in messages %}{% if message['role'] == 'assistant' and not message['content'] %}"
+        "{% for call in message['tool_calls'] %}<{{ call['function']['name'] }}>{% endfor %}{% else %}"
+        "{{ message['content'] }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_TEMPLATES))
+def test_a_history_with_tool_calls_renders_as_in_transformers(tmp_path: Path, name: str) -> None:
+    directory = write_tokenizer_directory(tmp_path, byte_level_tokenizer(), chat_template=TOOL_TEMPLATES[name])
+    expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        CALLED, tokenize=False, add_generation_prompt=True
+    )
+    rendered = ChatTemplate(TOOL_TEMPLATES[name], SPECIAL_TOKENS).render(CALLED, {})
+    assert rendered == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}",
+        "{% for m in messages %}{{ m.content + ';' }}{% endfor %}",
+    ],
+)
+def test_the_word_none_is_never_printed_for_content_that_is_null(template: str) -> None:
+    rendered = ChatTemplate(template, SPECIAL_TOKENS).render(CALLED, {})
+    assert "None" not in rendered
+    assert rendered.endswith("yes;")

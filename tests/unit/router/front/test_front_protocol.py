@@ -9,12 +9,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from services.router.front import front_server
-from services.router.front.front_protocol import FrontProtocol
+from services.router.front.connection_answers import ConnectionLimits
+from services.router.front.front_protocol import FrontConfig, FrontProtocol
 from services.router.front.front_server import FrontServer
 
 HEAD = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
@@ -39,6 +39,9 @@ class Timers:
         self._due.append((self.now_s + delay_s, act, arguments, handle))
         return handle
 
+    def time(self) -> float:
+        return self.now_s
+
     def create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(work)
 
@@ -55,15 +58,24 @@ class Timers:
 class Connection(asyncio.Transport):
     """The server's end, without a socket."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
+        among: ServerState | None = None,
+        timers: Timers | None = None,
+    ) -> None:
         super().__init__()
-        self.timers = Timers()
+        self.timers = Timers() if timers is None else timers
         self.answered = b""
+        self.body = b""
+        self.unread_bytes = 0
+        """What waits for a client that reads slowly."""
         self.is_closed = False
+        self.is_cut = False
         self.may_answer = asyncio.Event()
-        config = uvicorn.Config(self.app, http=FrontProtocol, log_config=None, interface="asgi3")
+        config = FrontConfig(self.app, limits, log_config=None, interface="asgi3")
         loop: Any = self.timers
-        self.protocol = FrontProtocol(config=config, server_state=ServerState(), app_state={}, _loop=loop)
+        self.protocol = FrontProtocol(config, among or ServerState(), {}, _loop=loop)
         self.protocol.connection_made(self)
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +83,7 @@ class Connection(asyncio.Transport):
         more = True
         while more:
             message = await receive()
+            self.body += message.get("body", b"")
             more = message.get("more_body", False)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
@@ -99,6 +112,13 @@ class Connection(asyncio.Transport):
             self.is_closed = True
             asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
 
+    def abort(self) -> None:
+        self.is_cut = True
+        self.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread_bytes
+
     def is_closing(self) -> bool:
         return self.is_closed
 
@@ -110,9 +130,12 @@ class Connection(asyncio.Transport):
     def resume_reading(self) -> None: ...
 
 
-def run(work: Callable[[Connection], Coroutine[Any, Any, None]]) -> None:
+def run(
+    work: Callable[[Connection], Coroutine[Any, Any, None]],
+    limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
+) -> None:
     async def main() -> None:
-        connection = Connection()
+        connection = Connection(limits)
         await work(connection)
         connection.may_answer.set()
         connection.close()
@@ -149,7 +172,7 @@ def test_a_connection_without_a_request_is_closed_without_a_word() -> None:
 def test_a_body_is_refused_after_a_silence_and_not_for_being_slow(head: bytes) -> None:
     async def work(connection: Connection) -> None:
         await connection.send(head)
-        for _ in range(9):
+        for _ in range(4):
             connection.timers.pass_time(29)
             await connection.send(b"x" if head is HEAD else b"1\r\nx\r\n")
         assert not connection.is_closed
@@ -192,7 +215,154 @@ def test_between_requests_and_for_the_next_one_there_is_new_time() -> None:
             await connection.send(b"\r\n")
         assert connection.is_closed, "empty lines are no request"
 
+    run(work, ConnectionLimits(keep_alive_s=5))
+
+
+def test_a_body_has_an_end_however_regularly_it_comes() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(HEAD.replace(b"10", b"1000"))
+        for _ in range(119):
+            connection.timers.pass_time(1)
+            await connection.send(b"x")
+        assert not connection.is_closed
+        connection.timers.pass_time(1.5)
+        assert (connection.status, connection.is_closed) == (408, True)
+
     run(work)
+
+
+def test_a_body_behind_an_answer_has_its_time_when_that_is_over() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(GET, HEAD + b"abc")
+        connection.timers.pass_time(1000)
+        connection.may_answer.set()
+        await connection.settle()
+        await connection.send(b"defghij")
+        assert connection.answered.count(b"HTTP/1.1 200") == 2
+
+    run(work)
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "offer",
+    [H2C, b"connection: keep-alive, UPGRADE\r\nupgrade: websocket\r\n", b"Upgrade: a\r\nConnection: upgrade\r\n"],
+)
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(offer: bytes, is_chunked: bool, piece_bytes: int) -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        head, body = HEAD[:-2] + offer + b"\r\n", b"0123456789"
+        if is_chunked:
+            head = head.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked")
+            body = b"4\r\n0123\r\n6\r\n456789\r\n0\r\n\r\n"
+        data = (head + body) * 2 + GET
+        await connection.send(*(data[at : at + piece_bytes] for at in range(0, len(data), piece_bytes)))
+        assert connection.body == b"0123456789" * 2
+        assert connection.answered.count(b"HTTP/1.1 200") == 3
+        assert not connection.is_closed
+
+    run(work)
+
+
+def test_a_client_of_http_1_0_gets_no_chunks_and_an_end_by_the_end_of_the_connection() -> None:
+    async def work(connection: Connection) -> None:
+        head = HEAD.replace(b"1.1", b"1.0")[:-2] + b"Expect: 100-continue\r\n\r\n"
+        await connection.send(head + b"0123456789")
+        assert connection.answered.endswith(b"\r\n\r\nfirst"), "what there is comes at once"
+        connection.may_answer.set()
+        await connection.settle()
+        head, _, body = connection.answered.partition(b"\r\n\r\n")
+        assert (b"transfer-encoding" in head, b"connection: close" in head) == (False, True)
+        assert (body, connection.is_closed) == (b"firstlast", True)
+
+    run(work)
+
+
+def test_a_client_that_takes_too_little_of_its_answer_is_cut_and_one_that_is_slow_is_not() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(GET)
+        connection.unread_bytes = 1 << 20
+        connection.protocol.pause_writing()
+        for _ in range(20):
+            connection.unread_bytes -= 20_000
+            connection.timers.pass_time(30)
+        assert not connection.is_cut
+        connection.timers.pass_time(30)
+        connection.unread_bytes -= 10_000
+        connection.timers.pass_time(30)
+        assert connection.is_cut
+
+    run(work)
+
+
+def test_what_a_closed_connection_has_left_to_say_is_not_kept_for_ever() -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        await connection.send(GET)
+        connection.unread_bytes = 100
+        connection.timers.pass_time(61)
+        assert connection.is_cut
+
+    run(work)
+
+
+def test_an_answer_that_waits_for_the_mesh_is_not_cut_though_nothing_of_it_is_read() -> None:
+    async def work(connection: Connection) -> None:
+        await connection.send(GET)
+        connection.unread_bytes = 100
+        connection.timers.pass_time(600)
+        assert not connection.is_cut
+
+    run(work)
+
+
+def test_one_connection_too_many_takes_the_place_of_the_one_that_was_idle_longest() -> None:
+    async def main() -> None:
+        state, timers = ServerState(), Timers()
+        limits = ConnectionLimits(max_connections=3)
+        asked, first_idle, second_idle = (Connection(limits, state, timers) for _ in range(3))
+        await asked.send(GET)
+        first_idle.may_answer.set()
+        timers.pass_time(1)
+        await first_idle.send(GET)
+        timers.pass_time(1)
+        fourth, fifth = Connection(limits, state, timers), Connection(limits, state, timers)
+        assert [c.is_closed for c in (asked, first_idle, second_idle, fourth)] == [False, True, True, False]
+        await fourth.send(GET)
+        await fifth.send(HEAD)
+        await fifth.settle()
+        sixth = Connection(limits, state, timers)
+        await sixth.send(HEAD + b"0123456789")
+        assert (sixth.status, sixth.is_closed) == (503, True)
+        assert b"retry-after: 1" in sixth.answered
+        assert "connections" in json.loads(sixth.answered.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert not asked.is_closed
+        for connection in (asked, fourth):
+            connection.may_answer.set()
+        await fifth.send(b"0123456789")
+        await asked.settle()
+        assert asked.answered.endswith(b"last\r\n0\r\n\r\n")
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_refusals_are_bounded_too() -> None:
+    async def main() -> None:
+        state, timers = ServerState(), Timers()
+        limits = ConnectionLimits(max_connections=16)
+        for _ in range(16):
+            await Connection(limits, state, timers).send(HEAD)
+        others = [Connection(limits, state, timers) for _ in range(10)]
+        for other in others:
+            await other.settle()
+        assert sum(not other.is_closed for other in others) == 3
+        assert len(state.connections) == 19
+
+    asyncio.run(asyncio.wait_for(main(), 20))
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
@@ -266,6 +436,7 @@ def test_a_second_request_that_asks_for_nothing_is_refused_as_a_first_one_is() -
 def test_the_router_serves_with_these_limits() -> None:
     server = FrontServer(Connection.app, lambda: None)  # type: ignore[arg-type]
     assert server.config.http is FrontProtocol
+    assert server.config.timeout_keep_alive == 75
     assert server.config.ws == "none"
 
 

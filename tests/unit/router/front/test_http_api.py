@@ -3,14 +3,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
-from common.errors import NodeLostError
+from common.errors import ExecutionError, NodeLostError
 from services.router.engine import Readiness
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
 from services.router.front.tokenizer import TextTokenizer
-from tests.support.asgi_exchange import ask
+from tests.support.asgi_exchange import Exchange, ask
 from tests.support.fake_engine import FakeEngine, Fault, Pause, Step
 from tests.support.front_over_engine import CHAT, COMPLETIONS, EOS, MESSAGES, ROUTES, TEXT, Server, run
 
@@ -280,6 +282,78 @@ def test_metrics_count_requests_and_tokens(tokenizer: TextTokenizer) -> None:
     run(main())
 
 
+def test_a_whole_request_is_timed_and_one_that_fails_is_not(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        await server.post(COMPLETIONS, prompt=[5, 6, 7], max_tokens=4, n=2)
+        assert server.metric("moemesh_request_seconds_count") == 1
+        failing = Server(tokenizer, [5, Fault(ExecutionError("broke"))])
+        await failing.post(COMPLETIONS, prompt=[5, 6, 7])
+        assert failing.metric("moemesh_request_seconds_count") == 0
+
+    run(main())
+
+
+def test_metrics_are_what_prometheus_reads_without_series_of_creation_times(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        await server.post(COMPLETIONS, prompt=[5, 6, 7], max_tokens=4)
+        page = (await ask(server.app, "GET", "/metrics")).body.decode()
+        families = list(text_string_to_metric_families(page))
+        assert {"moemesh_request_seconds", "moemesh_http_requests"} <= {family.name for family in families}
+        for family in families:
+            for sample in family.samples:
+                assert not sample.name.endswith("_created")
+                assert (family.type == "counter") == sample.name.endswith("_total"), sample.name
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/mesh", "/metrics", "/nothing"]
+)
+def test_head_is_answered_wherever_get_is(tokenizer: TextTokenizer, path: str) -> None:
+    async def main() -> None:
+        app = Server(tokenizer).app
+        head, get = await ask(app, "HEAD", path), await ask(app, "GET", path)
+        assert head.status == get.status
+        if get.status == 200 and path != "/metrics":
+            assert head.headers["content-length"] == get.headers["content-length"]
+
+    run(main())
+
+
+def test_head_of_a_stream_does_not_listen_to_it(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        asked = Exchange(
+            server.app,
+            "POST",
+            COMPLETIONS,
+            fields={"model": "tiny", "prompt": "hi"},
+            headers={"Moemesh-Resumable": "1"},
+        )
+        request_id = (await asked.start().answer()).headers["moemesh-request-id"]
+        head = await ask(server.app, "HEAD", f"/v1/requests/{request_id}/events")
+        assert (head.status, head.body) == (200, b"")
+        assert head.headers["content-type"].startswith("text/event-stream")
+        assert (await ask(server.app, "HEAD", "/v1/requests/other/events")).status == 404
+
+    run(main())
+
+
+def test_surplus_slashes_are_forgiven(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        for path in ("/v1/models/", "/health/", "//v1//models", "/v1/models/tiny/", "/metrics//"):
+            assert (await ask(server.app, "GET", path)).status == 200
+        assert (await server.post("/v1//completions/", prompt="hi")).status == 200
+        assert (await ask(server.app, "GET", "/")).status == 404
+        assert server.metric("moemesh_http_requests_total", route="/v1/models", status="200") == 2
+
+    run(main())
+
+
 def test_request_id_is_the_clients_if_it_is_plain(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         app = Server(tokenizer).app
@@ -288,5 +362,22 @@ def test_request_id_is_the_clients_if_it_is_plain(tokenizer: TextTokenizer) -> N
         for odd in ("a b", "x" * 200, ""):
             drawn = await ask(app, "GET", "/health", headers={"X-Request-Id": odd})
             assert drawn.headers["x-request-id"].startswith("req-")
+
+    run(main())
+
+
+def test_a_field_that_changes_nothing_is_named_once_in_the_log(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(3):
+                assert (await server.post(COMPLETIONS, prompt="hi", store=True, whatever=None)).status == 200
+                assert (await server.post(CHAT, messages=MESSAGES, store=True)).status == 200
+            for number in range(500):
+                await server.post(COMPLETIONS, prompt="hi", max_tokens=1, **{f"{number}" + "x" * 500: None})
+        named = [line["field"] for line in logs if line["event"] == "field_unused"]
+        assert named[:2] == ["store", "whatever"]
+        assert len(named) == len(set(named)) == 200
+        assert max(map(len, named)) == 100
 
     run(main())

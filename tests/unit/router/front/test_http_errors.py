@@ -1,12 +1,15 @@
 """What goes wrong is answered in OpenAI's shape, before and after the first token."""
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp, Message
 
 from common.errors import ExecutionError, MoemeshError, NodeLostError, NotReadyError, OverloadedError
 from services.router.front.tokenizer import TextTokenizer
-from tests.support.asgi_exchange import Exchange, ask
+from tests.support.asgi_exchange import Answer, Exchange, ask
 from tests.support.fake_engine import Fault, Pause, Step
 from tests.support.front_over_engine import COMPLETIONS, ROUTES, Server, run
 
@@ -70,6 +73,25 @@ def test_a_choice_that_ends_without_a_reason_is_an_error(tokenizer: TextTokenize
     run(main())
 
 
+class StalledBody(Exchange):
+    """A body of which nothing comes after the first piece."""
+
+    def __init__(self, app: ASGIApp, piece: bytes) -> None:
+        super().__init__(app, "POST", COMPLETIONS, pieces=[piece, b""])
+
+    async def begun_answer(self) -> Answer | None:
+        self.start()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return None if self._answered.empty() else await self.answer()
+
+    async def _receive(self) -> Message:
+        if self.pieces_read == 1:
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        return await super()._receive()
+
+
 def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         server = Server(tokenizer, max_body_bytes=100)
@@ -80,6 +102,33 @@ def test_long_body_is_refused_before_it_is_all_read(tokenizer: TextTokenizer) ->
         announced = Exchange(server.app, "POST", COMPLETIONS, pieces=[b"x"] * 50, headers={"content-length": "101"})
         assert (await announced.start().answer()).status == 413
         assert announced.pieces_read == 0
+
+    run(main())
+
+
+def test_bodies_that_are_read_together_have_a_bound_together_and_small_ones_are_always_read(
+    tokenizer: TextTokenizer,
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, [Pause()], max_body_bytes=20_000)
+        large = [StalledBody(server.app, b"x" * 19_000) for _ in range(140)]
+        answers = [await exchange.begun_answer() for exchange in large]
+        refused = [answer for answer in answers if answer is not None]
+        # 16 times 20,000 bytes, of which each has 19,000 - 16,384.
+        assert len(answers) - len(refused) == 122
+        assert {(answer.status, answer.headers["retry-after"]) for answer in refused} == {(429, "1")}
+        assert (await server.post(COMPLETIONS, prompt=1.5)).status == 400
+        for exchange in large:
+            exchange.disconnect()
+        await asyncio.sleep(0.05)
+        body = json.dumps({"model": "tiny", "prompt": "hi"}).encode() + b" " * 19_000
+        waiting = []
+        for _ in range(200):
+            waiting.append(Exchange(server.app, "POST", COMPLETIONS, pieces=[body]).start())
+            await asyncio.sleep(0.01)
+        assert len(server.engine.asked) == 200, "what was admitted or has gone holds nothing"
+        for admitted in waiting:
+            admitted.disconnect()
 
     run(main())
 
@@ -117,6 +166,7 @@ def test_wrong_request_is_answered_with_the_field(
         ("POST", "/v1/models", 405),
         ("GET", "/v1/models/other", 404),
         ("GET", "/docs", 404),
+        ("OPTIONS", "/v1/models", 405),
     ],
 )
 def test_wrong_paths_and_methods_are_in_openais_shape(

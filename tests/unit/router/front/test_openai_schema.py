@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.errors import InvalidRequestError
 from services.router.front.openai_schema import (
     MAX_LOGIT_BIASES,
-    UNSUPPORTED,
     ChatCompletionRequest,
     CompletionRequest,
     parse_request,
 )
+from services.router.front.unused_fields import NEUTRAL, TAKEN
 
 MESSAGES = [{"role": "user", "content": "a"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -90,7 +94,7 @@ def test_prompt_of_another_form_is_refused_by_name(prompt: Any) -> None:
         ("n", 17),
         ("stop", ""),
         ("stop", ["a", ""]),
-        ("stop", ["a"] * 17),
+        ("stop", ["a"] * 129),
         ("stop", [1]),
         ("stop", "x" * 1025),
         ("stop", ["a", "x" * 1025]),
@@ -161,17 +165,123 @@ def test_unknown_field_is_refused_by_name() -> None:
     assert caught.value.parameter == "temprature"
 
 
-@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
-def test_unsupported_field_is_refused_unless_it_asks_for_nothing(field: str) -> None:
-    for neutral in UNSUPPORTED[field]:
-        completion(**{field: neutral})
-        chat(**{field: neutral})
-    for asking in ({"a": 1}, 7.5, True):
-        if asking in UNSUPPORTED[field]:
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name_and_taken_where_it_asks_for_nothing(
+    ask: Callable[..., CompletionRequest | ChatCompletionRequest],
+) -> None:
+    for name, neutral_values in NEUTRAL.items():
+        if name in type(ask()).model_fields:
             continue
-        with pytest.raises(InvalidRequestError, match="not supported") as caught:
-            chat(**{field: asking})
-        assert caught.value.parameter == field
+        for neutral in (None, *neutral_values):
+            assert ask(**{name: neutral}).unused_fields == (name,)
+        for asking in ({"a": 1}, 7.5, True, "x", ["x"]):
+            if asking in neutral_values:
+                continue
+            with pytest.raises(InvalidRequestError, match=f"`{name}` is not supported") as caught:
+                ask(**{name: asking})
+            assert caught.value.parameter == name
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+@pytest.mark.parametrize("value", [None, 0, True, "a", ["a"], {"a": {"b": 1}}])
+def test_a_field_that_changes_nothing_is_taken_and_named(
+    ask: Callable[..., CompletionRequest | ChatCompletionRequest], value: Any
+) -> None:
+    for name in TAKEN - {"user", "safety_identifier", "prompt_cache_key", "reasoning_effort"}:
+        assert ask(**{name: value}).unused_fields == (name,)
+
+
+def test_what_published_clients_send_is_taken() -> None:
+    """Bodies as SDKs, benchmark clients and front ends make them."""
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    both: list[dict[str, Any]] = [
+        {"stream": True, "stream_options": usage, "ignore_eos": True, "stop": None, "max_tokens": 5},
+        {"best_of": 1, "use_beam_search": False, "repetition_penalty": 1.0, "stream": True, "stream_options": usage},
+        {"stream_options": {"include_usage": True}},
+        {
+            "metadata": {"a": "b"},
+            "store": True,
+            "service_tier": "flex",
+            "user": "u",
+            "priority": 0,
+            "usage": {"include": True},
+        },
+        {"skip_special_tokens": True, "include_stop_str_in_output": False, "spaces_between_special_tokens": True},
+        {"cache_prompt": True, "typical_p": 1, "repeat_penalty": 1.0, "mirostat": 0, "tfs_z": 1.0, "min_p": 0.05},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
+        {"stop": [f"stop{number}" for number in range(17)]},
+        {"logit_bias": None, "logprobs": False, "n": None, "seed": None, "whatever": None},
+    ]
+    for fields in both:
+        completion(**fields)
+        chat(**fields)
+    of_chats: list[dict[str, Any]] = [
+        {"reasoning_effort": "low", "verbosity": "high", "modalities": ["text"], "add_generation_prompt": True},
+        {"logprobs": False, "top_logprobs": 0, "echo": False, "add_special_tokens": False},
+        {"top_logprobs": 0},
+        {"max_completion_tokens": 5, "max_tokens": 5, "prediction": {"type": "content", "content": "x"}},
+    ]
+    for fields in of_chats:
+        chat(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"typical_p": 0.9}, "typical_p"),
+        ({"typical_p": True}, "typical_p"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
+        ({"messages": [{"role": "assistant", "content": "a", "prefix": True}]}, "messages[0].prefix"),
+        ({"messages": [{"role": "assistant", "content": None, "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "bold": 1}]}]}, "messages[0].content"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_wherever_it_stands(fields: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert caught.value.parameter == parameter
+
+
+def test_what_changes_nothing_in_a_message_is_taken_and_named_without_its_place() -> None:
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "x": None}
+    message: dict[str, Any] = {
+        "role": "user",
+        "content": [part, part],
+        "id": "msg_1",
+        "cache_control": {},
+        "mood": None,
+    }
+    request = chat(messages=[message, message | {"metadata": {}}], stream=True, stream_options={"a": None})
+    assert request.messages[0].model_dump()["content"] == [{"type": "text", "text": "a"}] * 2
+    assert set(request.unused_fields) == {
+        "stream_options.a",
+        "messages.id",
+        "messages.cache_control",
+        "messages.mood",
+        "messages.metadata",
+        "messages.content.cache_control",
+        "messages.content.x",
+    }
+
+
+@given(st.dictionaries(st.text(max_size=8), st.none() | st.integers() | st.text(max_size=3), max_size=6))
+def test_a_field_is_served_taken_and_named_or_refused_and_never_ignored(fields: dict[str, Any]) -> None:
+    assume(not fields.keys() & {"model", "messages"})
+    refused: list[InvalidRequestError] = []
+    try:
+        request = chat(**fields)
+    except InvalidRequestError as error:
+        refused.append(error)
+    if refused:
+        assert refused[0].parameter in fields
+    else:
+        assert set(fields) <= {*request.unused_fields, *ChatCompletionRequest.model_fields}
 
 
 def test_best_of_may_equal_n() -> None:
@@ -194,7 +304,6 @@ def test_fields_of_one_route_are_unknown_on_the_other() -> None:
 @pytest.mark.parametrize(
     ("fields", "parameter"),
     [
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
@@ -211,6 +320,15 @@ def test_fields_of_one_route_are_unknown_on_the_other() -> None:
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": {}}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [CALL] * 129}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": None, "tool_call_id": "a"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
         ({"messages": [{"role": "user", "content": "a", "mood": "b"}]}, "messages[0].mood"),
     ],
 )
@@ -218,6 +336,39 @@ def test_wrong_chat_is_refused_with_the_place_named(fields: dict[str, Any], para
     with pytest.raises(InvalidRequestError) as caught:
         chat(**fields)
     assert caught.value.parameter == parameter
+    said = str(caught.value)
+    assert said.count(f"`{parameter}`") == 1
+    for word in ("Input", "should", "validation", "dictionary", "instance", "Extra"):
+        assert word not in said, "plain words, not a validator's"
+
+
+def test_a_history_with_tool_calls_is_taken_and_its_arguments_are_objects_to_the_template() -> None:
+    asking = {"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}], "refusal": None}
+    told = {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "rain"}
+    request = chat(messages=[*MESSAGES, asking, told, *MESSAGES])
+    rendered = [message.for_template() for message in request.messages]
+    assert rendered[1]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    ]
+    assert (rendered[1]["content"], rendered[2]["tool_call_id"]) == (None, "call_1")
+    assert chat(messages=[{"role": "assistant", "tool_calls": [CALL]}]).messages[0].content is None
+    assert chat(messages=[{"role": "assistant", "content": None}]).messages[0].content is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "as_object"),
+    [("", {}), ("{}", {}), ({"a": 1}, {"a": 1}), ("[1]", "[1]"), ("no json", "no json"), ("[" * 5000, "[" * 5000)],
+)
+def test_arguments_that_are_no_object_stay_as_the_model_wrote_them(arguments: Any, as_object: Any) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    message = chat(messages=[{"role": "assistant", "content": "", "tool_calls": [call]}]).messages[0]
+    assert message.for_template()["tool_calls"][0]["function"]["arguments"] == as_object
+
+
+def test_reasoning_is_taken_under_either_of_its_names() -> None:
+    for name in ("reasoning", "reasoning_content"):
+        message = {"role": "assistant", "content": "a", name: "because"}
+        assert chat(messages=[message]).messages[0].reasoning_content == "because"
 
 
 @pytest.mark.parametrize(

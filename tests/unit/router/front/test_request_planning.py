@@ -243,3 +243,24 @@ def test_vocabulary_bound_is_the_models(tokenizer: TextTokenizer) -> None:
     small = TextTokenizer(tokenizer._tokenizer, {}, defaults)
     with pytest.raises(InvalidRequestError, match="vocabulary of 4"):
         plan(small, prompt="fox")
+
+
+def test_reasoning_effort_is_a_variable_of_the_chat_template() -> None:
+    source = "{{ reasoning_effort }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    told: list[dict[str, Any]] = []
+
+    class Knowing:
+        defaults = CheckpointDefaults(frozenset(), None)
+
+        def render_chat(self, messages: Any, arguments: dict[str, Any], now: Any) -> str:
+            told.append(dict(arguments))
+            raise InvalidRequestError(source)
+
+    for fields in (
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+        {"reasoning_effort": None},
+    ):
+        with pytest.raises(InvalidRequestError):
+            plan_chat(Knowing(), **fields)  # type: ignore[arg-type]
+    assert told == [{"reasoning_effort": "low"}, {"reasoning_effort": "high"}, {}]

@@ -221,6 +221,21 @@ def test_preempted_request_comes_back_under_another_sequence_id() -> None:
 # Cancelling
 
 
+def test_the_wait_for_a_first_place_is_counted_once_a_request() -> None:
+    scheduler = make_scheduler(num_blocks=2)
+    add(scheduler, "a", max_tokens=4)
+    plan = only_plan(scheduler, now_s=0.25)
+    assert (sum(scheduler.snapshot().counters.waits.counts), scheduler.snapshot().counters.waits.total_s) == (1, 0.25)
+    complete(scheduler, plan, now_s=1.0)
+    scheduler.close_pipeline(P0, now_s=1.0)
+    scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=3.0)
+    only_plan(scheduler, now_s=3.0)
+    restored = make_scheduler()
+    restored.restore(build_request("r", 4, 4, seed=1), [5], now_s=0.0)
+    only_plan(restored, now_s=2.0)
+    assert (scheduler.snapshot().counters.waits.total_s, restored.snapshot().counters.waits.total_s) == (0.25, 0.0)
+
+
 def test_cancelled_waiting_request_is_gone() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a")

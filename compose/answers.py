@@ -1,0 +1,127 @@
+"""Asking a mesh for one answer over its HTTP API, streamed, also over breaks of the connection."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from chaos.answer import DONE
+from chaos.sse import EventParser, split_lines
+from common.errors import MoemeshError
+
+RESUME_PATIENCE_S = 30.0
+"""How long a router that went away is looked for."""
+
+
+def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
+    """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=300)) as client:
+        model = served_model(client)
+        chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
+        try:
+            yield from stream_pieces(client, "/v1/chat/completions", chat)
+        except MoemeshError as error:
+            if "chat template" not in str(error):
+                raise
+            yield from stream_pieces(client, "/v1/completions", {"model": model, "prompt": question, **sampling})
+
+
+def served_model(client: httpx.Client) -> str:
+    """The name of the model. Raises as `stream_pieces`."""
+    reply = client.get("/v1/models")
+    if reply.status_code != 200:
+        raise MoemeshError(_sentence(reply))
+    return str(reply.json()["data"][0]["id"])
+
+
+def _sentence(reply: httpx.Response) -> str:
+    """What the server says is wrong; whatever else answers here (a proxy, another program) says it by its status."""
+    try:
+        return str(json.loads(reply.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {reply.status_code}"
+
+
+def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
+    """Text of a streamed reply, piece by piece; comes back for the rest where the connection breaks.
+
+    Raises httpx.HTTPError once that has failed for long, or MoemeshError with the server's sentence.
+    """
+    stream = _ResumableStream(client, path, body)
+    # Waits grow from 0.1 s; a router that was killed is back within seconds.
+    attempts = Retrying(
+        retry=retry_if_exception_type(httpx.TransportError),
+        wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
+        stop=stop_after_delay(RESUME_PATIENCE_S),
+        reraise=True,
+    )
+    while not stream.is_done:
+        lines = stream.begin() if not stream.is_begun else attempts(stream.come_back)
+        try:
+            yield from stream.pieces(lines)
+        except httpx.TransportError:
+            if not stream.is_resumable:
+                raise
+
+
+class _ResumableStream:
+    """One streamed reply over as many connections as it takes."""
+
+    def __init__(self, client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+        self._client = client
+        self._path = path
+        self._body = body
+        self._request_id = f"ask-{uuid.uuid4().hex}"
+        self._last_event_id = ""
+        self.is_begun = False
+        self.is_resumable = False
+        """The server has said so; another server than ours does not."""
+        self.is_done = False
+
+    def begin(self) -> httpx.Response:
+        """Ask. Nothing is asked twice: if this fails, it fails."""
+        headers = {"Moemesh-Resumable": "1", "X-Request-Id": self._request_id}
+        return self._open(self._client.build_request("POST", self._path, json=self._body, headers=headers))
+
+    def come_back(self) -> httpx.Response:
+        """Ask for what comes after the last event that was read."""
+        headers = {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
+        return self._open(self._client.build_request("GET", f"/v1/requests/{self._request_id}/events", headers=headers))
+
+    def pieces(self, reply: httpx.Response) -> Iterator[str]:
+        """Of one connection, until it ends or breaks."""
+        with contextlib.closing(reply):
+            parser = EventParser(self._last_event_id)
+            for line in split_lines(reply.iter_bytes()):
+                event = parser.take(line)
+                if event is None:
+                    continue
+                self._last_event_id = event.event_id
+                if event.data == DONE:
+                    self.is_done = True
+                else:
+                    yield _text_of(json.loads(event.data))
+        # Without [DONE] the router has sent us away; a server that does not know it ends so.
+        self.is_done = self.is_done or not self.is_resumable
+
+    def _open(self, request: httpx.Request) -> httpx.Response:
+        reply = self._client.send(request, stream=True)
+        if reply.status_code != 200:
+            with contextlib.closing(reply):
+                raise MoemeshError(_sentence(reply))
+        self.is_begun = True
+        self.is_resumable = "moemesh-request-id" in reply.headers
+        return reply
+
+
+def _text_of(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise MoemeshError(event["error"]["message"])
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"])

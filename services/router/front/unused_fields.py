@@ -1,0 +1,232 @@
+"""Fields that clients send and this server does not serve. Pure.
+
+The rule: a field that would change the answer is refused by its name; one that would not is taken, and named once in
+the log. Two tables say which is which: `TAKEN` change nothing whatever they say, `NEUTRAL` change nothing at the values
+listed; and a null asks for nothing whatever field it stands in. The rest is unknown, and refused. Sources: OpenAI's API
+reference, and what vLLM, SGLang, llama.cpp, text-generation-inference and OpenRouter take beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import InvalidRequestError
+
+Json = dict[str, Any]
+_WITHOUT_TOOLS = "it does not generate tool calls yet"
+
+TAKEN = frozenset(
+    {
+        # whose request it is, and what is kept of it
+        "litellm_metadata",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "session_id",
+        "store",
+        "user",
+        # how soon it is answered
+        "id_slot",
+        "prediction",
+        "priority",
+        "provider",
+        "service_tier",
+        "slot_id",
+        # what is cached: it is computed anew here, to the same bits
+        "cache_prompt",
+        "cache_salt",
+        "n_cache_reuse",
+        # what else the reply tells
+        "include_timings",
+        "return_progress",
+        "stream_options",  # those of a stream are served
+        "timings_per_token",
+        "usage",
+        # hints that none of the model families served knows
+        "parallel_tool_calls",  # says how, where there are tools
+        "reasoning_effort",  # chats hand it to the chat template
+        "verbosity",
+        # numbers of ways to sample that are off: their switches are in the other table
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "mirostat_eta",
+        "mirostat_tau",
+        "repeat_last_n",
+        "smoothing_curve",
+        "xtc_threshold",
+    }
+)
+"""Of a request, whatever their value."""
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    # OpenAI
+    "audio": (),
+    "best_of": (1,),  # it may equal `n`, too
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+    # vLLM, SGLang
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "custom_params": ({},),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "guided_choice": ([],),
+    "guided_decoding_backend": (),
+    "guided_grammar": ("",),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "no_stop_trim": (False,),
+    "prompt_logprobs": (),
+    "regex": ("",),
+    "ebnf": ("",),
+    "return_hidden_states": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "stream_reasoning": (True,),
+    "structured_outputs": ({},),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    # llama.cpp, text-generation-inference, OpenRouter and older servers
+    "details": (False,),
+    "decoder_input_details": (False,),
+    "do_sample": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "models": ([],),
+    "n_keep": (0,),
+    "n_probs": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "options": ({},),
+    "penalty_alpha": (0,),
+    "plugins": ([],),
+    "reasoning": ({},),
+    "repeat_penalty": (1,),
+    "return_full_text": (False,),
+    "smoothing_factor": (0,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "transforms": ([],),
+    "typical": (1,),
+    "typical_p": (1,),
+    "watermark": (False,),
+    "xtc_probability": (0,),
+}
+"""Of a request; taken at these values, which ask for nothing."""
+
+OF_OTHER_ROUTE: Mapping[str, tuple[object, ...]] = {
+    "add_special_tokens": (False,),
+    "echo": (False,),
+    "top_logprobs": (0,),
+}
+"""The same of fields that the other route serves; what is wrong with them otherwise is that they stand here."""
+
+_REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions", "function_call")} | {
+    "repeat_penalty": "`repetition_penalty` is",
+}
+
+TAKEN_IN_STREAM_OPTIONS = frozenset({"continuous_usage_stats", "include_obfuscation"})
+"""What each event tells beside its text: here usage comes once, at the end, and nothing is padded."""
+
+TAKEN_IN_MESSAGE = frozenset(
+    {"annotations", "cache_control", "created", "createdAt", "created_at", "id", "metadata", "status", "timestamp"}
+)
+NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "prefix": (False,),
+    "reasoning_details": ([],),
+    "refusal": ("",),
+    "type": ("message",),
+    "weight": (1,),
+}
+TAKEN_IN_PART = frozenset({"annotations", "cache_control", "id", "index", "metadata"})
+TAKEN_IN_CALL = frozenset({"cache_control", "index"})
+
+
+@dataclass(slots=True)
+class Sieve:
+    """Takes what changes nothing out of one request. `unused` names it afterwards, without places in lists."""
+
+    max_fields: int
+    """Of an object; a larger one is left as it is, to be refused as a whole."""
+    unused: dict[str, None] = field(default_factory=dict)
+
+    def sift(
+        self,
+        fields: Json,
+        served: Collection[str],
+        taken: Set[str],
+        neutral: Mapping[str, tuple[object, ...]],
+        place: str = "",
+    ) -> Json:
+        """`fields` without those that change nothing. `place`: of the object in the request (`messages[1].`).
+
+        Raises InvalidRequestError for one that is known and would change the answer.
+        """
+        if len(fields) > self.max_fields:
+            return fields
+        kept: Json = {}
+        for name, value in fields.items():
+            if name in served:
+                kept[name] = value
+            elif (
+                value is None
+                or name in taken
+                or _asks_for_nothing(value, neutral.get(name, ()))
+                or (not place and _asks_for_nothing(value, OF_OTHER_ROUTE.get(name, ())))
+            ):
+                self.unused[_without_indices(place) + name] = None
+            elif name in neutral:
+                reason = f": {_REASONS[name]}" if name in _REASONS and not place else ""
+                raise InvalidRequestError(
+                    f"`{place}{name}` is not supported by this server{reason}; leave it out", f"{place}{name}"
+                )
+            else:
+                kept[name] = value  # unknown, and refused as such where the rest is checked
+        return kept
+
+
+def _asks_for_nothing(value: object, neutral_values: tuple[object, ...]) -> bool:
+    # `False == 0` in Python; in JSON they differ.
+    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in neutral_values)
+
+
+def _without_indices(place: str) -> str:
+    return "".join(piece.partition("]")[2] if "]" in piece else piece for piece in place.split("["))
