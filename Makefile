@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-parity load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-stalls bench-parity load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
+	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
 	@echo 'make gpu-test      what only a GPU can show; needs one, and a CUDA build of torch'
@@ -72,6 +73,9 @@ bench-parallel: $(STAMP)
 
 bench-collectives: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.collectives $(BENCH_ARGS)
+
+bench-stalls: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.stalls $(BENCH_ARGS)
 
 bench-parity: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m parity $(PYTEST_ARGS)

@@ -1,9 +1,9 @@
 """Which nodes live: alive -> suspect -> dead, from heartbeats, lifelines and progress. Pure; time is an argument.
 
-Three witnesses, because each sees another kind of death. A closed lifeline: the process is gone (or its host is cut
-off; ZeroMQ's own heartbeats, on its I/O thread, close the connection then). Silence on the control link: its loop is
-stuck. Heartbeats without progress while there is work: it computes nothing. Dead is final for an incarnation: what it
-says afterwards is counted and not believed, and it comes back as another incarnation.
+Four witnesses, because each sees another kind of death. A lost pulse (`common/silence.py`): the process is stopped, or
+cut off. A closed lifeline: the process is gone, or ZeroMQ has heard nothing of it for long. Silence on the control
+link: its loop is stuck. Heartbeats without progress while there is work: it computes nothing. Dead is final for an
+incarnation: what it says afterwards is counted and not believed, and it comes back as another incarnation.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class ChangeReason(StrEnum):
     LIFELINE_CLOSED = "lifeline_closed"
     UNREACHABLE = "unreachable"
     NO_PROGRESS = "no_progress"
+    NO_PULSE = "no_pulse"
     LEFT = "left"
     REPLACED = "replaced"
 
@@ -61,6 +62,8 @@ class MembershipSettings:
     """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
     lifeline_grace_s: float = 0.05
     """For a closed lifeline to open again; within it the node is suspect."""
+    alone_grace_s: float = 30.0
+    """The same while nobody at all is heard: the observer may be what is cut off, and nobody could take over."""
     lifeline_open_s: float = 10.0
     """For the first lifeline to a node that registered: one that cannot be reached is of no use, whatever it says."""
     progress_suspect_s: float = 15.0
@@ -72,8 +75,8 @@ class MembershipSettings:
             raise ConfigurationError("silent_suspect_s must be above 0 and not above silent_dead_s")
         if not 0 < self.progress_suspect_s <= self.progress_dead_s:
             raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
-        if self.lifeline_grace_s < 0:
-            raise ConfigurationError("lifeline_grace_s must not be negative")
+        if not 0 <= self.lifeline_grace_s <= self.alone_grace_s:
+            raise ConfigurationError("lifeline_grace_s must not be negative, nor above alone_grace_s")
         if self.lifeline_open_s <= 0:
             raise ConfigurationError("lifeline_open_s must be above 0")
 
@@ -98,6 +101,8 @@ class Membership:
         self._settings = settings
         self._members: dict[NodeId, _Member] = {}
         self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
+        self.is_alone = False
+        """Whether the observer hears nobody; its owner says so."""
         self.stale_observations = 0
         """Said by or of an incarnation that is unknown, dead or replaced."""
 
@@ -142,6 +147,18 @@ class Membership:
         member.closed_s = member.joined_s = None
         return self._judge(node_id, member, now_s)
 
+    def lifeline_refused(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection broke and nobody listens there any more: it will not open again, so nothing is waited for."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
+
+    def pulse_lost(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
+        """It is silent for longer than its link explains (`common/silence.py`)."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.NO_PULSE)
+
     def leave(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
         """It said goodbye, or the router sends it away."""
         if self._member(node_id, incarnation) is None:
@@ -168,7 +185,7 @@ class Membership:
             if member.joined_s is not None:
                 times_s.append(member.joined_s + settings.lifeline_open_s)
             if member.closed_s is not None:
-                times_s.append(member.closed_s + settings.lifeline_grace_s)
+                times_s.append(member.closed_s + self._grace_s)
         return min(times_s, default=None)
 
     def state_of(self, node_id: NodeId) -> NodeState:
@@ -184,6 +201,10 @@ class Membership:
     def living(self) -> dict[NodeId, NodeState]:
         """Nodes that are alive or suspect, by id."""
         return {node_id: self._members[node_id].state for node_id in sorted(self._members)}
+
+    @property
+    def _grace_s(self) -> float:
+        return self._settings.alone_grace_s if self.is_alone else self._settings.lifeline_grace_s
 
     def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
         member = self._members.get(node_id)
@@ -206,7 +227,7 @@ class Membership:
         settings = self._settings
         silent_s = now_s - member.heard_s
         stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
-        if member.closed_s is not None and now_s - member.closed_s >= settings.lifeline_grace_s:
+        if member.closed_s is not None and now_s - member.closed_s >= self._grace_s:
             return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
         if member.joined_s is not None and now_s - member.joined_s >= settings.lifeline_open_s:
             return self._bury(node_id, ChangeReason.UNREACHABLE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import Settings
-from common.endpoints import ipc_folder, ipc_token
+from common.endpoints import choose_endpoint, ipc_folder, ipc_token
 from common.errors import ConfigurationError, MoemeshError, NodeLostError, NotReadyError, error_from_wire
 from common.ids import Incarnation, NodeId
 from common.messages import (
@@ -29,6 +29,7 @@ from common.messages import (
     TensorFrame,
     Welcome,
 )
+from common.silence import EARLY
 from common.tcp_addresses import (
     advertised_host,
     bracketed,
@@ -44,7 +45,7 @@ from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Tran
 SILENCE_S = 5.0
 """Of a router, after which it is said; then twice as long each time."""
 HELLO_INTERVAL_S = 1.0
-AWAY_S = 0.6
+AWAY_S = EARLY.shortest_s
 """A loop that has not turned for so long may belong to a process that was stopped, and was taken for dead."""
 
 
@@ -184,6 +185,7 @@ class ControlLink:
             self._may_be_dead = False  # a dead node would have been told so
             if isinstance(message, Welcome):
                 self._settings, self._is_welcome = message, True
+                self._have_a_pulse(message)
             elif isinstance(message, Failed):
                 raise error_from_wire(message.code, message.message)
             elif isinstance(message, LeaveAcknowledged):
@@ -214,6 +216,13 @@ class ControlLink:
         """Ask the router to let this node go; `leave_acknowledged` turns true when it may. Heartbeats say so too."""
         self.is_leaving = True
         self.send(Leave(reason))
+
+    def _have_a_pulse(self, welcome: Welcome) -> None:
+        """Without one the router sees a loss all the same, by the lifeline, only later."""
+        if welcome.pulse:
+            own = self.description
+            endpoint = choose_endpoint(welcome.pulse, welcome.pulse_ipc_token, own.ipc_token)
+            self._transport.echo(endpoint, own.node_id.encode())
 
     def _notice_silence(self, now_s: float) -> None:
         if self.registered or self._silent_since_s is None:

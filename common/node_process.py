@@ -23,9 +23,10 @@ from common.log import configure_log
 from common.misspelt_settings import misspelt_settings
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.socket_files import LostFile
+from common.socket_limits import SocketLimits
 from common.tcp_addresses import control_host, speaks_ipv6
 from common.topology import NodeDescription, NodeKind
-from common.transport import RoutingSocket, SocketLimits, Transport
+from common.transport import RoutingSocket, Transport
 
 
 @dataclass(frozen=True, slots=True)

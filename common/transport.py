@@ -12,7 +12,7 @@ import contextlib
 import errno
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -21,46 +21,20 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from common.codec import decode, encode
+from common.echo import Echo
 from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
 from common.messages import Header, Message
 from common.socket_files import LostFile, SocketFile
+from common.socket_limits import SocketLimits
+
+MAX_PING_BYTES = 64
+"""What an echo takes."""
 
 
 class Full(MeshError):
     """A peer does not take what is sent: its queue of `high_water_mark` messages is full, or it is not connected."""
 
     code = "peer_full"
-
-
-@dataclass(frozen=True, slots=True)
-class SocketLimits:
-    """What every socket of the mesh is set to."""
-
-    high_water_mark: int = 1024
-    """Messages that wait to be sent to one peer."""
-    receive_high_water_mark: int = 1 << 16
-    """Messages of one peer that wait to be taken in; far more than any peer owes. libzmq 4.3.5 stops reading from a
-    peer at the mark, and aborts the process if that connection then breaks (assertion `!_io_error`)."""
-    linger_ms: int = 0
-    max_message_bytes: int = 1 << 30
-    heartbeat_interval_ms: int = 150
-    heartbeat_timeout_ms: int = 600
-    """ZeroMQ's own ping on its I/O thread: a long computation does not look like death, a stopped process does.
-
-    Silence closes the connection after 600 to 750 ms, on either side, so that with the router's grace and its loop it
-    is known within 1 s. The margin: the thread must not run for 600 ms. On cores that are twice oversubscribed it waits
-    for a few time slices, 10 to 25 ms; under a CPU quota at most for the rest of a period, 100 ms: a factor of 6.
-    """
-    handshake_timeout_ms: int = 1000
-    """A stopped process's kernel accepts connections; without this limit a new one would wait for it 30 s."""
-    connect_timeout_ms: int = 1000
-    """A cut network swallows the first packet; the kernel would send it again only after 1, 3, 7 s."""
-    reconnect_interval_ms: int = 20
-    reconnect_interval_max_ms: int = 200
-    ipv6: bool = False
-    """Whether host names are looked up as IPv6 as well, and first; addresses in brackets are IPv6 in any case."""
-    socks_proxy: str = ""
-    """HOST:PORT of a SOCKS5 proxy that every tcp connection is opened through; empty: none."""
 
 
 _TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -78,6 +52,8 @@ class LinkEvent(Enum):
 
     CONNECTED = "connected"
     CLOSED = "closed"
+    REFUSED = "refused"
+    """Closed, and nobody listens there any more: what listened has ended, or has closed its sockets."""
 
 
 class Transport:
@@ -101,6 +77,7 @@ class Transport:
         self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
         self._files: list[SocketFile] = []
+        self._echo: Echo | None = None
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
         """Bound PULL: steps from whoever is upstream."""
@@ -131,8 +108,29 @@ class Transport:
             self._on_lost_file(news)
         return any(not news.failure for news in lost)
 
+    def echo(self, endpoint: str, identity: bytes) -> None:
+        """Answer whatever a peer's ROUTER sends with itself, on threads of its own, until `close` or another call.
+
+        The same endpoint again changes nothing. Raises ConfigurationError.
+        """
+        if self._echo is not None and self._echo.endpoint == endpoint:
+            return
+        self._end_echo()
+        other = Transport(replace(self.limits, max_message_bytes=MAX_PING_BYTES), self.on_damaged)
+        socket = other._connected(zmq.DEALER, "echo", endpoint, identity)
+        if socket.monitor is not None:  # nobody would read it
+            socket.raw.disable_monitor()
+            socket.monitor.close(linger=0)
+        self._echo = Echo(other.context, socket.raw, endpoint)
+
+    def _end_echo(self) -> None:
+        if self._echo is not None:
+            self._echo.close()
+            self._echo = None
+
     def close(self) -> None:
-        """Close what is left and free the I/O thread; ZeroMQ leaves the files of its sockets."""
+        """Close what is left and free the I/O threads; ZeroMQ leaves the files of its sockets."""
+        self._end_echo()
         self.context.destroy(linger=0)
         for file in self._files:
             with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nobody listens there

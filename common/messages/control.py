@@ -52,6 +52,10 @@ class Welcome:
     """`wait` for an expert shard that nobody can be asked for, or `degrade`: go on without it."""
     degrade_after_ms: int = 500
     """How long `degrade` waits first."""
+    pulse: tuple[str, ...] = ()
+    """Endpoints of the router's pulse socket: the node connects to one, under its id, and sends back what comes. Empty:
+    there is none."""
+    pulse_ipc_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

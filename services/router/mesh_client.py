@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,13 @@ import zmq
 
 from common.endpoints import choose_endpoint, remove_socket_files, share_folder
 from common.ids import NodeId, PipelineId
+from common.listening import refused
 from common.messages import Header, Message
 from common.node import NodeAddresses
 from common.topology import NodeDescription
 from common.transport import Full, LinkEvent, MessageSocket, Transport
+
+_NUMBER = struct.Struct("<Q")
 
 
 class MeshClient:
@@ -39,6 +43,9 @@ class MeshClient:
         self._on_disk = on_disk
         self.control = transport.router("control", [addresses.control])
         self.results = transport.pull("results", [addresses.bind_pattern.format(socket="results")])
+        self.pulses = transport.router("pulses", [addresses.bind_pattern.format(socket="pulse")])
+        self._pulse_stamp = os.urandom(8)
+        """Of this process: a node may still answer what a router before this one asked."""
         self._lifelines: dict[NodeId, MessageSocket] = {}
         self._pipelines: dict[PipelineId, MessageSocket] = {}
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -82,6 +89,33 @@ class MeshClient:
             return False
         return True
 
+    def ping(self, nodes: Iterable[NodeId], number: int) -> None:
+        """Send each node a ping of this number; who is not there gets none.
+
+        Echoes wake nobody: `wait` ends often enough, and one need not be seen the moment it comes.
+        """
+        payload = self._pulse_stamp + _NUMBER.pack(number)
+        for node_id in nodes:
+            try:
+                self.pulses.raw.send_multipart([node_id.encode(), payload], flags=zmq.DONTWAIT)
+            except zmq.Again:
+                continue  # it echoes nothing, and would not echo this one either
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+
+    def echoes(self) -> list[tuple[NodeId, int]]:
+        """Nodes that have echoed since the last call, with the numbers of the pings."""
+        found: list[tuple[NodeId, int]] = []
+        while True:
+            try:
+                identity, *frames = self.pulses.raw.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return found
+            payload, stamp = frames[-1] if frames else b"", self._pulse_stamp
+            if len(payload) == len(stamp) + _NUMBER.size and payload.startswith(stamp):
+                found.append((NodeId(identity.decode(errors="replace")), _NUMBER.unpack(payload[len(stamp) :])[0]))
+
     def watch(self, description: NodeDescription) -> None:
         """Open a node's lifeline. Raises ConfigurationError if it cannot be reached from here."""
         if description.node_id in self._lifelines:
@@ -111,9 +145,19 @@ class MeshClient:
             self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
-        """Lifelines that opened or closed since the last call."""
-        return [
+        """Lifelines that opened or closed since the last call; REFUSED where nobody listens any more."""
+        events = [
             (node_id, event) for node_id, lifeline in list(self._lifelines.items()) for event in lifeline.link_events()
+        ]
+        closed = {self._lifelines[node_id].endpoints[0] for node_id, event in events if event is LinkEvent.CLOSED}
+        if not closed or self._transport.limits.socks_proxy:  # behind a proxy addresses are not this host's to reach
+            return events
+        gone = refused(closed)
+        return [
+            (node_id, LinkEvent.REFUSED)
+            if event is LinkEvent.CLOSED and self._lifelines[node_id].endpoints[0] in gone
+            else (node_id, event)
+            for node_id, event in events
         ]
 
     def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
@@ -145,5 +189,6 @@ class MeshClient:
             self.close_pipeline(pipeline)
         self.control.close()
         self.results.close()
+        self.pulses.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)

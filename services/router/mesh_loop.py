@@ -32,7 +32,6 @@ from common.messages import (
 )
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, StageState
-from common.transport import LinkEvent
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import read_held_slot
 from services.router.control.beliefs import Beliefs
@@ -49,6 +48,7 @@ from services.router.placer import InlinePlacer, Placer
 from services.router.registration import DeclaredDead, check_hello, differing_classes, not_linked, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
+from services.router.witnesses import Witnesses
 
 WAIT_MS = 50
 CONTROL_BUDGET_S = 0.0015
@@ -104,6 +104,7 @@ class MeshLoop:
         self._arriving: dict[NodeId, Hello] = {}  # of nodes without a role, since the link to them does not stand
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
+        self._witnesses = Witnesses(client, membership, log)
         self._declared_dead = DeclaredDead()
         self._beliefs = Beliefs(stages, experts)
         self._leaving: set[NodeId] = set()
@@ -141,7 +142,7 @@ class MeshLoop:
             self._housekeeping()
             self._take_commands(now_s)
             self._take_control(now_s)
-            self._take_lifelines(now_s)
+            self._look_at_links(now_s)
             self._apply_changes(self._membership.tick(now_s), now_s)
             self._place_shards(now_s)
             if self._stages.waits:
@@ -300,17 +301,10 @@ class MeshLoop:
         self._declared_dead.let_go(node_id)
         self._client.tell(node_id, LeaveAcknowledged())
 
-    def _take_lifelines(self, now_s: float) -> None:
-        for node_id, event in self._client.lifeline_events():
-            description = self._nodes.get(node_id)
-            if description is None:
-                continue
-            witness = (
-                self._membership.lifeline_opened if event is LinkEvent.CONNECTED else self._membership.lifeline_closed
-            )
-            self._apply_changes(witness(node_id, description.incarnation, now_s), now_s)
-            if event is LinkEvent.CONNECTED and node_id in self._arriving:
-                self._give_role(node_id, now_s)
+    def _look_at_links(self, now_s: float) -> None:
+        self._apply_changes(self._witnesses.look(now_s, self._nodes, self._stages.mirrors.replaceable), now_s)
+        for node_id in [node_id for node_id in self._arriving if self._membership.has_stood(node_id)]:
+            self._give_role(node_id, now_s)
 
     def _apply_changes(self, changes: list[MembershipChange], now_s: float) -> None:
         for change in changes:
@@ -328,6 +322,7 @@ class MeshLoop:
             self._progress.forget(change.node_id)
             self._beliefs.forget(change.node_id)
             self._leaving.discard(change.node_id)
+            self._witnesses.forget(change.node_id)
             self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
             self._arriving.pop(change.node_id, None)
             self._act(self._stages.lose(change.node_id), now_s)

@@ -301,6 +301,8 @@ def _mesh_loop(
         call_deadline_ms=settings.call_deadline_ms,
         expert_loss=settings.expert_loss,
         degrade_after_ms=settings.degrade_after_ms,
+        pulse=addresses.advertised(client.pulses.endpoints),
+        pulse_ipc_token=addresses.folder_token,
     )
     return MeshLoop(
         model.config,

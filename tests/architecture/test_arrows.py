@@ -126,12 +126,16 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
         "common.topology": ("common.ids",),
         "common.codec": ("common.ids", "common.errors", "common.messages"),
         "common.socket_files": (),
+        "common.echo": (),
+        "common.socket_limits": (),
         "common.transport": (
             "common.ids",
             "common.errors",
             "common.messages",
             "common.codec",
+            "common.echo",
             "common.socket_files",
+            "common.socket_limits",
         ),
     }
     names = {module.name for module in modules()}

@@ -1,6 +1,8 @@
 """A mesh under load beside busy processes, with no fault: how many nodes are taken for dead, or /ready for false?
 
     python -m tests.benchmarks.oversubscription --minutes 60
+    python -m tests.benchmarks.oversubscription --minutes 60 --set SPARES=2     # with mirrors: early deaths, too
+    python -m tests.benchmarks.oversubscription --minutes 60 --trace trace.txt  # then: ... silence_curve trace.txt
 
 Busy processes take twice the processors that there are, beside the mesh's own work. Prints JSON and then one line; ends
 with status 1 if a node was taken for dead, or a step or a stream failed.
@@ -155,6 +157,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--streams", type=int, default=8, help="at once")
     parser.add_argument("--model", default="", help="a checkpoint directory; default: a tiny one")
+    parser.add_argument("--trace", type=Path, help="write down each silence of the router's links")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the mesh")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="moemesh-"))
@@ -162,7 +165,10 @@ def main() -> int:
         model = arguments.model or str(write_tiny_checkpoint(folder / "tiny"))
         settings = dict(pair.split("=", 1) for pair in arguments.set)
         environment = {"MODEL": model, "PORT": "0", "PP": "2", "EXPERTS": "2", "KV_CACHE_TOKENS": "32768"} | settings
-        with LocalMesh(environment=environment, state_dir=folder / "state") as local:
+        modules = (
+            {"router": f"tests.benchmarks.recording_router {arguments.trace.resolve()}"} if arguments.trace else {}
+        )
+        with LocalMesh(environment=environment, state_dir=folder / "state", modules=modules) as local:
             local.wait_ready(timeout_s=READY_WITHIN_S)
             outcome = run_under_load(local, arguments.minutes, arguments.streams)
     except httpx.HTTPError as error:

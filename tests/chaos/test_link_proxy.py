@@ -15,7 +15,8 @@ from chaos.proxy import Link, LinkProxy
 from chaos.proxy_pipe import RuleBook
 from common.errors import ProtocolError
 from common.messages import Header, Leave
-from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
+from common.socket_limits import SocketLimits
+from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
 WITHIN_S = 5.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from common.errors import ConfigurationError, MoemeshError, SocketError
 from common.ids import NodeId, PipelineId, RequestId
 from common.membership import Membership, MembershipSettings
 from common.messages import (
+    AssignMirror,
     AssignShards,
     AssignStage,
     Header,
     Heartbeat,
     Hello,
     Message,
+    MirrorReady,
     ShardsReady,
     StageReady,
     Step,
@@ -128,6 +131,9 @@ class FakeClient:
         self.after_wait: Any = lambda: None
         self.sockets_left = self.pipeline_sockets_left = 1_000_000
         """How many more lifelines, and pipelines, there are sockets for."""
+        self.pulses: list[tuple[NodeId, int]] = []
+        self.mute: set[str] = set()
+        """Nodes that echo nothing, though their connections stand."""
 
     def wait(self, timeout_ms: int) -> None:
         self.after_wait()
@@ -141,6 +147,13 @@ class FakeClient:
     def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
         self.sent.append((node_id, message, header or Header()))
         return True
+
+    def ping(self, nodes: Iterable[NodeId], number: int) -> None:
+        self.pulses += [(node_id, number) for node_id in nodes if node_id not in self.mute]
+
+    def echoes(self) -> list[tuple[NodeId, int]]:
+        echoes, self.pulses = self.pulses, []
+        return echoes
 
     def watch(self, description: NodeDescription) -> None:
         if description.node_id in self.unreachable:
@@ -211,6 +224,8 @@ class FakeMesh:
             placer=placer,
         )
         self.client.after_wait = self.loop.stop
+        self.mirrors_fill = False
+        """Whether spares that are to mirror a slot have a complete copy at once."""
         self.unready: set[str] = set()
         """Nodes that do not answer what they are told."""
         self.alive: dict[str, NodeDescription] = {}
@@ -236,6 +251,9 @@ class FakeMesh:
             if isinstance(message, AssignStage):
                 ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, self.kv_marks.get(name, 0))
                 self.say(name, ready, Header(generation=header.generation))
+            elif isinstance(message, AssignMirror) and self.mirrors_fill:
+                copied = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete=True)
+                self.say(name, copied, Header(generation=header.generation))
             elif isinstance(message, AssignShards):
                 self.say(name, ShardsReady(message.version, True, message.shards, 1))
 

@@ -88,6 +88,10 @@ class MemoryTransport:
         made_again, self.has_lost_files = self.has_lost_files, False
         return made_again
 
+    def echo(self, endpoint: str, identity: bytes) -> None:
+        """Kept as a socket that nobody answers on."""
+        self.sockets["echo"] = MemorySocket("echo", endpoint, identity)
+
     def router(self, name: str, endpoints: Sequence[str]) -> MemorySocket:
         """As `dealer`."""
         return self.dealer(name, endpoints[0])

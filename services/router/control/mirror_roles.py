@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from common.ids import NodeId
@@ -69,6 +69,14 @@ class MirrorRoles:
     def is_complete(self, slot: StageSlot) -> bool:
         """Whether its mirror could take over at once."""
         return self.node_of(slot) is not None
+
+    def replaceable(self, silent: Set[NodeId]) -> list[NodeId]:
+        """Who of these holds a slot that its mirror, which is not silent, could take over at once."""
+        return sorted(
+            pair.primary
+            for pair in self._pairs.values()
+            if pair.state is MirrorState.COMPLETE and pair.primary in silent and pair.node_id not in silent
+        )
 
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""

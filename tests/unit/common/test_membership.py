@@ -78,6 +78,20 @@ def test_closed_lifeline_is_suspect_at_once_and_dead_after_the_grace_whatever_he
     assert only(membership.tick(1.05)) == (NodeState.SUSPECT, NodeState.DEAD, ChangeReason.LIFELINE_CLOSED)
 
 
+def test_a_lifeline_that_closed_where_nobody_listens_any_more_is_not_waited_for() -> None:
+    membership = with_member()
+    gone = membership.lifeline_refused(A, FIRST, 1.0)
+    assert only(gone) == (NodeState.ALIVE, NodeState.DEAD, ChangeReason.LIFELINE_CLOSED)
+    assert membership.lifeline_refused(A, FIRST, 1.0) == []
+    assert membership.join(A, FIRST, 1.1) == [], "dead is final"
+
+
+def test_a_lost_pulse_is_the_end_and_of_another_incarnation_no_news() -> None:
+    membership = with_member()
+    assert membership.pulse_lost(A, SECOND) == []
+    assert only(membership.pulse_lost(A, FIRST)) == (NodeState.ALIVE, NodeState.DEAD, ChangeReason.NO_PULSE)
+
+
 def test_a_node_whose_lifeline_never_opens_is_dead_whatever_its_heartbeats_say() -> None:
     membership = Membership(TIMES)
     membership.join(A, FIRST, 0.0)

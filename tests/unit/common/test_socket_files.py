@@ -17,7 +17,8 @@ from common.endpoints import choose_endpoint, ipc_token, share_folder
 from common.errors import ProtocolError
 from common.messages import Header, Leave, Message
 from common.socket_files import LOOK_INTERVAL_S, MAX_LOOK_INTERVAL_S, STEADY_S, LostFile, SocketFile
-from common.transport import Full, MessageSocket, SocketLimits, Transport
+from common.socket_limits import SocketLimits
+from common.transport import Full, MessageSocket, Transport
 from tests.support.waiting import wait_until
 
 

@@ -104,6 +104,9 @@ class NoSockets:
     class results:
         endpoints = ("tcp://router:9",)
 
+    class pulses:
+        endpoints = ("tcp://router:10",)
+
 
 def roles_in(term: int, tmp_path: Path) -> StageRoles:
     """Of the router that has this term."""
