@@ -50,7 +50,6 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 from services.router.witnesses import Witnesses
 
-WAIT_MS = 50
 CONTROL_BUDGET_S = 0.0015
 """Of one turn: where all nodes speak at once, tokens go out between their messages."""
 STATUS_INTERVAL_S = 0.1
@@ -137,7 +136,7 @@ class MeshLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
-            self._client.wait(WAIT_MS)
+            self._client.wait(self._witnesses.wait_ms)
             now_s = self._clock()
             self._housekeeping()
             self._take_commands(now_s)

@@ -13,6 +13,12 @@ from common.topology import NodeDescription
 from common.transport import LinkEvent
 from services.router.mesh_client import MeshClient
 
+WAIT_MS = 50
+SUSPICIOUS_S = 0.06
+"""Longer than from one ping to the next."""
+SUSPENSE_MS = 10
+"""While a node is behind: a turn that comes 40 ms later sees a loss 40 ms later."""
+
 
 class Witnesses:
     """`look` is called in each turn of the loop."""
@@ -24,6 +30,12 @@ class Witnesses:
         self._watch = SilenceWatch(SilenceSettings())
         self._told: frozenset[NodeId] = frozenset()
         self._was_alone = True
+        self._is_suspense = False
+
+    @property
+    def wait_ms(self) -> int:
+        """How long the loop may wait for a socket to say something."""
+        return SUSPENSE_MS if self._is_suspense else WAIT_MS
 
     def look(
         self,
@@ -57,6 +69,7 @@ class Witnesses:
         for node_id, ping in self._client.echoes():
             if node_id in nodes:  # one that was declared dead may still answer
                 self._watch.echoed(node_id, ping)
+        self._is_suspense = any(self._watch.silence_s(node_id) > SUSPICIOUS_S for node_id in nodes)
         if is_due:
             self._client.ping(nodes, self._watch.last_ping)
 
