@@ -141,12 +141,12 @@ class SilenceWatch:
         if not 0 < ping <= self.last_ping:
             return None
         known = self._links.get(link)
+        self._note_heard()
         if known is None:  # what was before it came is no silence of its
             known = self._links[link] = _Link(RecentLongest(self._settings.memory_s), newest=ping - 1)
         if ping <= known.newest:
             return None
         silence_s = self._silence_s(known)
-        self._note_heard()
         if not self._first_echo_s or ping > self._first_echo_s[-1][0]:
             self._first_echo_s.append((ping, self._awake_s))
         known.newest = ping
@@ -157,7 +157,7 @@ class SilenceWatch:
 
     def _note_heard(self) -> None:
         alone_s = self._awake_s - self._heard_s
-        if alone_s > self._settings.alone_s:
+        if self._links and alone_s > self._settings.alone_s:
             return_s = min(self._settings.longest_return_s, max(self._settings.shortest_return_s, alone_s))
             self._judges_from_s = self._awake_s + return_s
         self._heard_s = self._awake_s
@@ -168,8 +168,10 @@ class SilenceWatch:
 
     @property
     def is_alone(self) -> bool:
-        """Nobody has echoed anything for a while, or has only just begun to again: the observer may be cut off."""
-        return self._awake_s - self._heard_s > self._settings.alone_s or self._awake_s < self._judges_from_s
+        """Nobody has echoed anything for a while, or has only just begun to again: the observer may be cut off. Not
+        before anybody has echoed at all."""
+        is_silence = self._awake_s - self._heard_s > self._settings.alone_s
+        return bool(self._links) and (is_silence or self._awake_s < self._judges_from_s)
 
     def silence_s(self, link: str) -> float:
         """For how long it has been behind; 0 for one that is not known."""

@@ -29,7 +29,7 @@ class Witnesses:
         self._log = log
         self._watch = SilenceWatch(SilenceSettings())
         self._told: frozenset[NodeId] = frozenset()
-        self._was_alone = True
+        self._was_alone = False
         self._is_suspense = False
 
     @property
@@ -55,7 +55,7 @@ class Witnesses:
         self._exchange_pulses(now_s, nodes)
         self._membership.is_alone = self._watch.is_alone
         early, long = (frozenset(map(NodeId, self._watch.silent(nodes, patience))) for patience in (EARLY, PATIENT))
-        self._tell(early, bool(nodes))
+        self._tell(early)
         for node_id in sorted({*replaceable(early), *long}):
             changes += self._membership.pulse_lost(node_id, nodes[node_id].incarnation)
         return changes
@@ -73,11 +73,11 @@ class Witnesses:
         if is_due:
             self._client.ping(nodes, self._watch.last_ping)
 
-    def _tell(self, silent: frozenset[NodeId], has_nodes: bool) -> None:
+    def _tell(self, silent: frozenset[NodeId]) -> None:
         for node_id in sorted(silent - self._told):
             silent_s, explained_s = self._watch.silence_s(node_id), self._watch.explained_s(node_id, EARLY)
             self._log.info("node_silent", node=node_id, silent_s=round(silent_s, 3), explained_s=explained_s)
         self._told = silent
-        if self._watch.is_alone and not self._was_alone and has_nodes:
+        if self._watch.is_alone and not self._was_alone:
             self._log.warning("all_nodes_silent", detail="nobody is taken for dead: this host may be what is cut off")
         self._was_alone = self._watch.is_alone

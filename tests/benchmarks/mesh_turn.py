@@ -74,6 +74,7 @@ class LargeMesh:
         client: Any = WireClient()
         client.after_wait = self.mesh.loop.stop
         self.mesh.client = self.mesh.loop._client = self.mesh.loop._flow._client = client
+        self.mesh.loop._witnesses._client = client
         self.shape = (config.num_layers, config.num_experts, 1)
         self.capacity = int(2 * config.num_layers * config.num_experts / num_nodes * (1 + spare_share)) * SHARD_BYTES
         self.wanted: dict[str, Any] = {}

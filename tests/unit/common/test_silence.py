@@ -155,6 +155,15 @@ def test_an_observer_that_hears_nobody_takes_nobody_for_dead_nor_when_they_come_
     assert 0.2 < seen.seconds_until_silent("a") < 0.3, "what they did while they came back is not how they are"
 
 
+def test_an_observer_that_has_never_heard_anybody_has_not_lost_them_all() -> None:
+    seen = Observed()
+    seen.run(5.0)
+    assert not seen.watch.is_alone
+    seen.delay_s = {"a": 0.001, "b": 0.001}
+    seen.run(0.2)
+    assert not seen.watch.is_alone, "they have come, and not come back"
+
+
 def test_who_does_not_come_back_with_the_others_is_silent() -> None:
     seen = Observed("a", "b", "c")
     seen.run(5.0)

@@ -9,8 +9,9 @@ import pytest
 
 from common.errors import ConfigurationError
 from common.messages import Header, Leave
+from common.socket_limits import SocketLimits
 from common.tcp_addresses import advertised_host, control_host, own_address, speaks_ipv6
-from common.transport import Full, SocketLimits, Transport
+from common.transport import Full, Transport
 from tests.support.waiting import wait_until
 
 NAMES = {"both": ["10.0.0.1", "fd00::1"], "old": ["10.0.0.1"], "new": ["fd00::1"]}
