@@ -6,6 +6,7 @@ lifeline is a bound socket that nobody sends on: the router connects to it and s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -15,7 +16,14 @@ from pathlib import Path
 
 from common.config import Settings
 from common.endpoints import choose_endpoint, ipc_folder, ipc_token
-from common.errors import ConfigurationError, MoemeshError, NodeLostError, NotReadyError, error_from_wire
+from common.errors import (
+    ConfigurationError,
+    MoemeshError,
+    NodeLostError,
+    NotReadyError,
+    SocketError,
+    error_from_wire,
+)
 from common.ids import Incarnation, NodeId
 from common.messages import (
     NO_ARRAY,
@@ -222,7 +230,8 @@ class ControlLink:
         if welcome.pulse:
             own = self.description
             endpoint = choose_endpoint(welcome.pulse, welcome.pulse_ipc_token, own.ipc_token)
-            self._transport.echo(endpoint, own.node_id.encode())
+            with contextlib.suppress(SocketError):  # tried again with the next welcome
+                self._transport.echo(endpoint, own.node_id.encode())
 
     def _notice_silence(self, now_s: float) -> None:
         if self.registered or self._silent_since_s is None:

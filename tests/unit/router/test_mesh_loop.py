@@ -292,12 +292,6 @@ def test_a_spare_takes_a_lost_stages_slot_and_no_token_is_lost_or_doubled() -> N
     assert mesh.loop.status.readiness.ready
 
 
-def test_a_node_that_refuses_connections_is_lost_in_the_same_turn(mesh: FakeMesh) -> None:
-    mesh.client.events.append((node("a").node_id, LinkEvent.REFUSED))
-    mesh.turn()
-    assert not mesh.client.pipelines
-
-
 def test_a_lifeline_that_opens_again_in_time_changes_nothing(mesh: FakeMesh) -> None:
     for event in (LinkEvent.CLOSED, LinkEvent.CONNECTED):
         mesh.client.events.append((node("a").node_id, event))

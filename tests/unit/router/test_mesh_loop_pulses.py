@@ -98,3 +98,10 @@ def test_the_mirrors_of_two_silent_holders_take_over_together() -> None:
     run(mesh, 0.4)
     (pipeline,) = mesh.stages.pipelines.values()
     assert (set(pipeline.holders), pipeline.is_open) == ({"c", "d"}, True)
+
+
+def test_a_node_that_refuses_connections_is_lost_in_the_same_turn() -> None:
+    mesh = mirrored_mesh()
+    mesh.client.events.append((NodeId("a"), LinkEvent.REFUSED))
+    mesh.turn()
+    assert not is_alive(mesh, "a")
