@@ -23,6 +23,7 @@ MoemeshError
     ├── CapacityError             shards or cache do not fit what nodes offer    503
     ├── ExecutionError            a node failed while computing                  500
     ├── DeviceError               a node's GPU failed or has no memory left      500 (ends the process)
+    ├── SetAsideError             a request that ends the router again and again      500
     ├── JournalError              the journal cannot be written to               503
     └── FencedError               a newer router has the state folder            503 (ends the process)
 
@@ -195,6 +196,13 @@ class DeviceError(MeshError):
     """A node's accelerator has failed, hangs, or has no memory left for a step: of this process nothing can go on."""
 
     code = "device_failed"
+    http_status = 500
+
+
+class SetAsideError(MeshError):
+    """The router ended again and again over this request: it is kept on disk, and not gone on with."""
+
+    code = "request_set_aside"
     http_status = 500
 
 

@@ -38,14 +38,17 @@ from services.router.journal import Journal, JournalSettings, open_journal
 from services.router.journal_metrics import JournalCollector
 from services.router.journal_records import JournalledRequest
 from services.router.journal_sink import Housekeeping, JournalFirst
+from services.router.memory_relief import MemoryRelief
 from services.router.mesh_client import MeshClient
 from services.router.mesh_engine import MeshEngine, TokenMailbox
 from services.router.mesh_loop import LoopSettings, MeshLoop
 from services.router.mesh_metrics import MeshCollector
 from services.router.placer import Placer, ProcessPlacer
+from services.router.scheduling.blame import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.served_model import Model, read_model
+from services.router.set_aside import Attention, attention_path, without_culprits
 from services.router.state_folder import StateFolder, open_state_folder
 from services.router.step_flow import Sink, StepFlow
 
@@ -80,6 +83,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     state = open_state_folder(settings.state_dir)
     disk = DiskThread()
     journal, journalled = _open_journal(settings, model, state, disk, log)
+    journalled, set_aside = without_culprits(state.path, journalled, partial(_forget, journal), log)
+    attention = Attention(attention_path(state.path), state.path / "ending.json", log)  # anew, once it was read
     disk.start()
     listener = _listen(settings)
     transport = open_transport(settings, log)
@@ -89,11 +94,22 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     sink = mailbox if journal is None else JournalFirst(journal, mailbox)
     look_after_state = partial(state.look_after, lambda sentence: log.warning("state_folder", reason=sentence))
     housekeeping = Housekeeping(
-        look_after_state, disk, disk.check, journal, lambda: transport.look_after_files(time.monotonic())
+        look_after_state, disk, disk.check, journal, partial(_look_after_own, transport, attention)
     )
     placer = ProcessPlacer(client.wake, log)
     mesh = _mesh_loop(
-        settings, model, client, addresses, state.term, sink, housekeeping, journal, log, state.outgrow, placer
+        settings,
+        model,
+        client,
+        addresses,
+        state.term,
+        sink,
+        housekeeping,
+        journal,
+        log,
+        state.outgrow,
+        placer,
+        attention,
     )
     registry = CollectorRegistry()
     if journal is not None:
@@ -125,6 +141,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     app = create_app(engine, tokenizer, front, registry, journal=journal, origins=_origins(settings, listener))
     requests: RequestRegistry = app.state.requests
+    requests.set_aside = set_aside
     limits = ConnectionLimits(
         keep_alive_s=settings.keep_alive_s,
         # Clients get half: the other half is for nodes, the journal, and the checkpoint's files.
@@ -132,13 +149,16 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     )
     server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready, limits)
     failure: list[BaseException] = []
-    thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, log), name="mesh", daemon=True)
+    thread = threading.Thread(
+        target=_run_mesh, args=(mesh, server, failure, attention, disk, log), name="mesh", daemon=True
+    )
     host, port = listener.getsockname()[:2]
     state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     placer.start()
     requests.restore(journalled)
     going_on = asyncio.create_task(requests.go_on())
+    relief = asyncio.create_task(MemoryRelief().run())
     try:
         # Who connects meanwhile waits in the listener's queue, and finds its request.
         await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
@@ -153,8 +173,9 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         if thread.is_alive():
             thread.join(timeout=5)
         placer.close()
-        going_on.cancel()
-        await asyncio.gather(going_on, return_exceptions=True)
+        for task in (going_on, relief):
+            task.cancel()
+        await asyncio.gather(going_on, relief, return_exceptions=True)
         await requests.close()
         if journal is not None:
             journal.close()
@@ -167,6 +188,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
             log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
     if failure:
         raise failure[0]
+    attention.close()
     log.info("stopped")
 
 
@@ -190,8 +212,24 @@ def _open_journal(
     )
 
 
+def _forget(journal: Journal | None, reply_id: str) -> None:
+    assert journal is not None, "it is the journal's request"
+    journal.end(reply_id, is_kept=False)
+
+
+def _look_after_own(transport: Transport, attention: Attention) -> None:
+    """In the mesh thread."""
+    transport.look_after_files(time.monotonic())
+    attention.look_after()
+
+
 def _run_mesh(
-    mesh: MeshLoop, server: FrontServer, failure: list[BaseException], log: structlog.stdlib.BoundLogger
+    mesh: MeshLoop,
+    server: FrontServer,
+    failure: list[BaseException],
+    attention: Attention,
+    disk: Disk,
+    log: structlog.stdlib.BoundLogger,
 ) -> None:
     """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
     try:
@@ -202,6 +240,7 @@ def _run_mesh(
         server.should_exit = True
     except BaseException as error:
         log.critical("mesh_thread_broke", exc_info=error)
+        disk.submit(attention.note_break)
         failure.append(error)
         server.should_exit = True
 
@@ -255,6 +294,7 @@ def _mesh_loop(
     log: structlog.stdlib.BoundLogger,
     outgrow: Callable[[int], None] = lambda term: None,
     placer: Placer | None = None,
+    attend: Attend = lambda name: None,
 ) -> MeshLoop:
     shape = MeshShape(
         pp=settings.pp,
@@ -280,6 +320,7 @@ def _mesh_loop(
             pipeline_policy=settings.pipeline_policy,
         ),
         first_number=term << TERM_SHIFT,
+        attend=attend,
     )
     step_deadline_s = settings.step_deadline_ms / 1000
     # A process that ended or hangs is seen by its lifeline. Silence alone may be one long computation: it gets as long

@@ -24,6 +24,7 @@ from common.errors import (
     NotReadyError,
     UnknownRequestError,
 )
+from services.router.culprits import NothingSetAside, SetAsideLookup
 from services.router.engine import Engine
 from services.router.front.asked_request import AskedRequest, ReplyIdentity, RequestIntake
 from services.router.front.front_settings import FrontSettings
@@ -70,20 +71,26 @@ class RequestRegistry:
         self._known = KnownRequests()
         self._cancelling: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self.set_aside: SetAsideLookup = NothingSetAside()
+        """Whoever runs this says what of it was set aside."""
 
     # ---- finding
 
     async def find(self, tenant: str, request_id: str) -> LiveRequest:
-        """By the reply's id or the client's own; the newest, if a client gave one twice. Raises UnknownRequestError."""
+        """By the reply's id or the client's own; the newest, if a client gave one twice. Raises UnknownRequestError and
+        SetAsideError."""
         entry = self._known.find(tenant, request_id)
         if entry is None:
+            self.set_aside.refuse(tenant, request_id)
             raise UnknownRequestError(f"there is no request `{request_id}` here, or none any more", "id")
         return await self._awake(entry)
 
     async def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
-        """The request that has this idempotency key. Raises IdempotencyError if it came with another body."""
+        """The request that has this idempotency key. Raises IdempotencyError if it came with another body, and
+        SetAsideError."""
         entry = self._known.find_by_key(identity)
         if entry is None:
+            self.set_aside.refuse(identity.tenant, identity.idempotency_key or "")
             return None
         if entry.accepted.body_hash != body_hash:
             raise IdempotencyError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import JournalError
+from common.errors import JournalError, SetAsideError
 from services.router.engine import FinishReason, GeneratedToken
 from services.router.front.tokenizer import TextTokenizer
 from tests.support.fake_engine import Pause, Step
@@ -336,5 +336,33 @@ def test_a_request_that_cannot_be_planned_again_is_dropped(tokenizer: TextTokeni
         assert (await server.state()).status == 404
         server.journal.close()
         assert open_at(tmp_path / "j")[1] == []
+
+    run(main())
+
+
+class MineSetAside:
+    """Requests of the name `mine` were set aside."""
+
+    def refuse(self, tenant: str, name: str) -> None:
+        if name == "mine":
+            raise SetAsideError("request r: the router ended 3 times in a row while it handled this request")
+
+
+def test_who_asks_for_a_request_that_was_set_aside_is_told_why(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS])
+        server.app.state.requests.set_aside = MineSetAside()
+        key = {"Idempotency-Key": "mine"}
+        for answer in (
+            await server.state(),
+            await server.ask("GET", "/v1/requests/mine/events"),
+            await server.ask("DELETE", "/v1/requests/mine"),
+            await server.ask("POST", COMPLETIONS, key, prompt="hi"),
+        ):
+            assert answer.status == 500
+            assert answer.json()["error"]["code"] == "request_set_aside"
+            assert "3 times in a row" in answer.json()["error"]["message"]
+        assert (await server.state("other")).status == 404
+        assert server.engine.asked == []
 
     run(main())

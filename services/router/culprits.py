@@ -1,0 +1,101 @@
+"""Which requests end the router, judged from how routers before this one have ended. Pure.
+
+A router says whose turn it is before it does anything for a request (`set_aside.py`). If it ends while it is one's
+turn, and so three times in a row without a token in between, that request is set aside. So chance does not count: a
+router that is killed from outside is seldom killed in those microseconds, and hardly three times over one request.
+An error that no request can be named for halves the line instead, from the third time on: the youngest go first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+MAX_ENDS = 3
+"""Ends in a row after which a request is set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the router before this one ended."""
+
+    handled: str = ""
+    """The request id whose turn it was; empty: nobody's."""
+    is_broken: bool = False
+    """By an error of its own, and not from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A request that is to go on, as far as it matters here."""
+
+    reply_id: str
+    choice_ids: tuple[str, ...]
+    num_tokens: int
+    """That all of its choices have so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What routers before this one have ended by, in a row."""
+
+    ends: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By reply id: how many ended while it was handled, and how many tokens it had."""
+    num_unnamed: int = 0
+    """Errors in a row that no request can be named for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What to do before anything is restored."""
+
+    record: Record
+    """To be kept for the next start."""
+    set_aside: Mapping[str, str]
+    """Reply id -> why, as a sentence for its client."""
+
+
+class SetAsideLookup(Protocol):
+    """What the front asks of it."""
+
+    def refuse(self, tenant: str, name: str) -> None:
+        """Raises SetAsideError if this tenant's request of that id, own id or idempotency key was set aside."""
+        ...
+
+
+class NothingSetAside:
+    """Without a journal nothing outlives the router that it ends."""
+
+    def refuse(self, tenant: str, name: str) -> None:
+        """Nothing to refuse."""
+
+
+def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> Judgement:
+    """`unfinished` by acceptance."""
+    culprit = next((request for request in unfinished if ending.handled in request.choice_ids), None)
+    if culprit is not None:
+        return _judge_one(record, culprit, unfinished)
+    if not ending.is_broken:
+        return Judgement(Record(), {})
+    num_unnamed = record.num_unnamed + 1
+    if num_unnamed < MAX_ENDS or not unfinished:
+        return Judgement(Record(record.ends, num_unnamed), {})
+    reason = (
+        f"the router ended {num_unnamed} times in a row by an error that it could name no request for; of those under "
+        "way, the younger half was set aside"
+    )
+    youngest = unfinished[len(unfinished) // 2 :]
+    return Judgement(Record(record.ends, num_unnamed), {request.reply_id: reason for request in youngest})
+
+
+def _judge_one(record: Record, culprit: Unfinished, unfinished: Sequence[Unfinished]) -> Judgement:
+    num_ends, num_tokens = record.ends.get(culprit.reply_id, (0, culprit.num_tokens))
+    num_ends = num_ends + 1 if num_tokens == culprit.num_tokens else 1
+    lives = {request.reply_id for request in unfinished}
+    ends = {reply_id: count for reply_id, count in record.ends.items() if reply_id in lives}
+    if num_ends < MAX_ENDS:
+        return Judgement(Record(ends | {culprit.reply_id: (num_ends, culprit.num_tokens)}), {})
+    ends.pop(culprit.reply_id, None)
+    reason = f"the router ended {num_ends} times in a row while it handled this request, which was set aside"
+    return Judgement(Record(ends), {culprit.reply_id: reason})
