@@ -9,6 +9,7 @@ from common.messages.frames import NO_ARRAY, TensorFrame
 NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
 NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
+NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,14 @@ class Step:
     """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
     do nothing. Empty: an ordinary step, all compute."""
     penalties: TensorFrame = NO_PENALTIES
-    """float64 [*, 5]: row in [0, S), min_p, presence, frequency and repetition penalty; only rows that have any."""
+    """float64 [*, 5]: row in [0, S), min_p, presence, frequency and repetition penalty; of rows that are told anew and
+    have any."""
     token_counts: TensorFrame = NO_TOKEN_COUNTS
-    """int32 [*, 4]: row in [0, S), token id, times generated, 1 if in the prompt: what penalties look at. Sent whole
-    with every step, so that stages keep nothing that a replay, a move or a new router would have to restore."""
+    """int32 [*, 4]: row in [0, S), token id, times generated, 1 if in the prompt: what penalties look at; of rows that
+    are told anew. The last stage counts on by itself."""
     biases: TensorFrame = NO_BIASES
-    """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn."""
+    """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn; of rows that are
+    told anew."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
     retried_calls: int = 0
@@ -44,6 +47,10 @@ class Step:
     previous_step: int = 0
     """Number of the step that the router sent before this one in the same generation of the pipeline; 0: it is the
     first. Steps overtake each other, so this alone tells a stage whether all that come before one have come."""
+    adjusted: TensorFrame = NOT_ADJUSTED
+    """int64 [*, 3]: row in [0, S), tokens generated so far, 1 if it is told anew; only rows with a penalty, a min_p or
+    a bias. A row is told anew when its sequence first samples in a generation, and when its biases change; else the
+    last stage goes on with what it keeps, which must have as many tokens."""
 
 
 @dataclass(frozen=True, slots=True)

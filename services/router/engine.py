@@ -29,6 +29,8 @@ class GenerationRequest:
     sampling: SamplingParameters
     choice: int
     """Index of the choice; part of the sampling key, so that choices with one seed differ."""
+    group: str = ""
+    """Of which HTTP request it is a choice: those of one share a place in line. Empty: it stands alone."""
 
 
 @dataclass(frozen=True, slots=True)

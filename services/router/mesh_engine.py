@@ -127,7 +127,7 @@ class MeshEngine:
         """By the last status; see the protocol. The scheduler's door has the last word."""
         self._check_ready()
         status = self._mesh.status
-        num_waiting = status.scheduler.num_waiting
+        num_waiting = status.scheduler.num_ahead
         if num_waiting + num_choices - 1 >= self._max_waiting and num_waiting:
             raise OverloadedError(
                 f"{num_waiting} requests are waiting of {self._max_waiting} that the queue holds, and this one has "

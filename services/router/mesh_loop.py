@@ -151,23 +151,22 @@ class MeshLoop:
             self._renew(self._refusals.due(self._stages.pipelines, now_s), now_s)
             self._let_leavers_go(now_s)
             self._publish_news(now_s)
-            self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s))
+            self._renew(self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s)), now_s)
             self._publish_status(now_s)
 
     def _take_commands(self, now_s: float) -> None:
         while self._commands:
             command = self._commands.popleft()
-            if not isinstance(command, GenerationRequest | RestoredChoice):
-                self._scheduler.cancel(command)
-                continue
             request = command.request if isinstance(command, RestoredChoice) else command
             try:
                 if isinstance(command, RestoredChoice):
-                    self._scheduler.restore(request, command.generated_token_ids, now_s, command.sequence_id)
+                    self._scheduler.restore(command.request, command.generated_token_ids, now_s, command.sequence_id)
+                elif isinstance(command, GenerationRequest):
+                    self._scheduler.add(command, now_s)
                 else:
-                    self._scheduler.add(request, now_s)
-            except MoemeshError as error:
-                self._flow.refuse(request.request_id, error)
+                    self._scheduler.cancel(command)
+            except Exception as error:  # also of ours: it costs this request
+                self._flow.refuse(request.request_id if isinstance(request, GenerationRequest) else request, error)
 
     # ---- control
 

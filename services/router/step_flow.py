@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from common.errors import DeadlineError, MoemeshError, ProtocolError
+from common.errors import DeadlineError, ExecutionError, MoemeshError
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from common.messages import StepResult
 from common.topology import NodeDescription
@@ -23,7 +23,7 @@ from services.router.mesh_client import MeshClient
 from services.router.mesh_status import HopTotals
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
-from services.router.step_message import sampled_tokens, step_header, step_message
+from services.router.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
 
 
 class Sink(Protocol):
@@ -40,6 +40,10 @@ class StepInFlight:
     deadline_s: float
     sent_s: float | None = None
     """None while the first stage has not taken it."""
+
+
+class UnsendableError(ExecutionError):
+    """A step fits no message. Nobody has seen it."""
 
 
 class StepFlow:
@@ -105,10 +109,11 @@ class StepFlow:
         self._unsent.pop(pipeline, None)
         self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
 
-    def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
+    def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
         """Send what the scheduler decides; what a first stage does not take yet goes with the next call.
 
-        `is_awaited`: as the scheduler takes it.
+        `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
+        those with a step that fits no message: stages would wait for it, since the next one names it.
         """
         for plan in self._scheduler.schedule(now_s, is_awaited) + self._scheduler.plan_canaries(now_s):
             step = StepInFlight(plan, now_s + self._step_deadline_s)
@@ -116,15 +121,33 @@ class StepFlow:
             self._unsent[plan.pipeline].append(step)
         for request_id, sequence_id in self._scheduler.take_placements():
             self._note_placement(request_id, sequence_id)
-        for pipeline, waiting in self._unsent.items():
-            while waiting and self._send(pipeline, waiting[0], now_s):
-                waiting.popleft()
+        broken = self._send_waiting(now_s)
         self.report(self._scheduler.take_failures())
+        given_up = self._scheduler.take_renewals()
+        for pipeline in given_up:
+            self._drop_steps(pipeline)
+        return broken + given_up
+
+    def _send_waiting(self, now_s: float) -> list[PipelineId]:
+        """Pipelines with a step that fits no message."""
+        broken: list[PipelineId] = []
+        for pipeline, waiting in self._unsent.items():
+            try:
+                while waiting and self._send(pipeline, waiting[0], now_s):
+                    waiting.popleft()
+            except UnsendableError as error:
+                broken.append(self._fail(waiting.popleft(), error, now_s))
+        return broken
 
     def _send(self, pipeline: PipelineId, step: StepInFlight, now_s: float) -> bool:
+        """False if the first stage does not take it yet. Raises UnsendableError."""
         left_ms = max(1, int((step.deadline_s - now_s) * 1000))
         header = step_header(step.plan, self._router_term, left_ms)
-        if not self._client.send_step(pipeline, step_message(step.plan), header):
+        try:
+            message = step_message(step.plan)
+        except Exception as error:  # one request's numbers do not fit it
+            raise UnsendableError(f"the step cannot be put into a message: {error}") from error
+        if not self._client.send_step(pipeline, message, header):
             return False
         step.sent_s = now_s
         return True
@@ -146,8 +169,9 @@ class StepFlow:
                 continue
             try:
                 sampled = sampled_tokens(message, step.plan, self._vocab_size)
-            except ProtocolError as error:
-                broken.append(self._fail(step, error, now_s))
+            except Exception as error:  # also what nobody thought of: an answer costs its step, not the mesh
+                known = error if isinstance(error, MoemeshError) else ExecutionError(f"StepResult: {error}")
+                broken.append(self._fail(step, known, now_s))
                 continue
             plan = step.plan
             del self._steps[plan.step]
@@ -178,16 +202,25 @@ class StepFlow:
 
     def report(self, failures: list[RequestFailure]) -> None:
         """Tell the clients of requests that end here."""
+        for failure in failures:
+            if failure.cause is not None:
+                self._log.error("request_broke", request=failure.request_id, exc_info=failure.cause)
         if failures:
             self._sink([(failure.request_id, failure.error) for failure in failures])
 
-    def refuse(self, request_id: RequestId, error: MoemeshError) -> None:
-        """Tell a client that its request is not taken."""
+    def refuse(self, request_id: RequestId, error: Exception) -> None:
+        """Tell a client that its request is not taken; what is no MoemeshError, the router itself has failed by."""
+        if not isinstance(error, MoemeshError):
+            self._log.error("request_broke", request=request_id, exc_info=error)
+            error = ExecutionError(f"the router failed while it took in request {request_id}: {error}")
         self._sink([(request_id, error)])
 
     def _fail(self, step: StepInFlight, error: MoemeshError, now_s: float) -> PipelineId:
         plan = step.plan
         del self._steps[plan.step]
         self._log.error("step_failed", step=plan.step, pipeline=plan.pipeline, code=error.code, reason=str(error))
-        self.report(self._scheduler.fail_step(plan.step, plan.pipeline, plan.generation, plan.attempt, error, now_s))
+        culprits = unsendable_sequences(plan) if step.sent_s is None else {}
+        self.report(
+            self._scheduler.fail_step(plan.step, plan.pipeline, plan.generation, plan.attempt, error, now_s, culprits)
+        )
         return plan.pipeline

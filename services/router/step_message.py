@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from common.array import array_to_frame, frame_to_array
@@ -9,7 +11,7 @@ from common.errors import ProtocolError
 from common.ids import SequenceId
 from common.messages import Header, Step, StepResult
 from services.router.scheduling.step_plan import SampledToken, StepPlan
-from services.router.step_adjustments import bias_rows, count_rows, penalty_rows
+from services.router.step_adjustments import adjusted_rows, bias_rows, count_rows, penalty_rows
 
 
 def step_message(plan: StepPlan) -> Step:
@@ -50,7 +52,19 @@ def step_message(plan: StepPlan) -> Step:
         token_counts=array_to_frame(count_rows(sampled)),
         biases=array_to_frame(bias_rows(sampled)),
         previous_step=plan.previous_step,
+        adjusted=array_to_frame(adjusted_rows(sampled)),
     )
+
+
+def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
+    """Sequences of a plan that are in no message what they should be, not even alone; with what they raise."""
+    culprits: dict[SequenceId, Exception] = {}
+    for chunk in plan.chunks:
+        try:
+            step_message(replace(plan, chunks=(chunk,), released=()))
+        except Exception as error:
+            culprits[chunk.sequence_id] = error
+    return culprits
 
 
 def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:

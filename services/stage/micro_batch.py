@@ -1,4 +1,4 @@
-"""A step as flat tensors, and what a stage remembers of each sequence between steps: its block table, nothing else."""
+"""A step as flat tensors, and what every stage remembers of each sequence between steps: its block table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from common.array import Float64Array, Int32Array, Int64Array, frame_to_array
 from common.errors import ProtocolError
 from common.messages import Step
-from services.stage.logit_adjustments import LogitAdjustments, read_adjustments
+from services.stage.logit_adjustments import KeptAdjustments, LogitAdjustments
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -148,13 +148,18 @@ class BlockTables:
         return columns, tables
 
 
-def read_micro_batch(step: Step, hidden: Tensor, tables: BlockTables) -> MicroBatch:
-    """Check a step and lay it out flat. `hidden` is its tensor as this stage takes it. Raises ProtocolError."""
+def read_micro_batch(
+    step: Step, hidden: Tensor, tables: BlockTables, adjustments: KeptAdjustments | None = None
+) -> MicroBatch:
+    """Check a step and lay it out flat. `hidden` is its tensor as this stage takes it. Raises ProtocolError.
+
+    `adjustments`: what the last stage keeps of sequences' penalties and biases; others do not look at them.
+    """
     columns, block_tables = tables.apply(step)
     num_tokens = int(columns[:, 2].sum())
     if num_tokens != hidden.shape[0]:
         raise ProtocolError(f"Step.hidden has {hidden.shape[0]} rows, its sequences announce {num_tokens}")
-    return _lay_out(step, hidden, columns, block_tables, tables.block_tokens)
+    return _lay_out(step, hidden, columns, block_tables, tables.block_tokens, adjustments)
 
 
 def read_positions(step: Step, tables: BlockTables) -> Tensor:
@@ -166,7 +171,12 @@ def read_positions(step: Step, tables: BlockTables) -> Tensor:
 
 
 def _lay_out(
-    step: Step, hidden: Tensor, columns: Int64Array, block_tables: list[Int32Array], block_tokens: int
+    step: Step,
+    hidden: Tensor,
+    columns: Int64Array,
+    block_tables: list[Int32Array],
+    block_tokens: int,
+    adjustments: KeptAdjustments | None = None,
 ) -> MicroBatch:
     starts, counts = columns[:, 1], columns[:, 2]
     num_tokens = hidden.shape[0]
@@ -186,11 +196,11 @@ def _lay_out(
         block_tables=torch.from_numpy(padded),
         slots=torch.from_numpy(slots),
         sampling_rows=torch.from_numpy(ends[samples] - 1),
-        sampling=_sampling_columns(step, columns[samples]),
+        sampling=_sampling_columns(step, columns[samples], adjustments),
     )
 
 
-def _sampling_columns(step: Step, columns: Int64Array) -> SamplingColumns:
+def _sampling_columns(step: Step, columns: Int64Array, kept: KeptAdjustments | None) -> SamplingColumns:
     sampling: Float64Array = frame_to_array(step.sampling, "float64", (len(columns), 4), "Step.sampling")
     seeds: Int64Array = frame_to_array(step.seeds, "int64", (len(columns), 2), "Step.seeds")
     if (
@@ -210,5 +220,5 @@ def _sampling_columns(step: Step, columns: Int64Array) -> SamplingColumns:
         num_top_logprobs=sampling[:, 3].astype(np.int64),
         seeds=seeds[:, 0],
         choices=seeds[:, 1],
-        adjustments=read_adjustments(step, len(columns)),
+        adjustments=None if kept is None else kept.apply(step, columns[:, 0]),
     )

@@ -11,6 +11,7 @@ import structlog
 import torch
 import zmq
 
+from common.array import frame_to_array
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import LIFE_ENDING_ERRORS, DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
@@ -280,13 +281,15 @@ class StageService:
             hidden = tokens
         else:
             hidden = frame_to_tensor(step.hidden, self._dtype, (None, self._config.hidden_size), "Step.hidden")
-        batch = read_micro_batch(step, hidden, slot.held.tables)
+        adjustments = slot.adjustments if slot.role.is_last else None
+        batch = read_micro_batch(step, hidden, slot.held.tables, adjustments)
         slot.executor.add(step, header, deadline_s, batch)
 
     def _relay(self, slot: Slot, step: Step, header: Header, deadline_s: float) -> None:
         """A replay step that is for other slots: what was sent on for its tokens is sent on again, if a later one
         computes."""
         positions = read_positions(step, slot.held.tables)
+        slot.adjustments.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
         slot.held.marks.finish(header.step)
         self._send_on(relayed(slot, step, positions), header, deadline_s)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from common.messages import AssignMirror, AssignStage, Header, MirrorReady, Stag
 from common.topology import LayerRange, StageRole, StageSlot
 from common.transport import MessageSocket
 from services.stage.executor import Executor
+from services.stage.logit_adjustments import KeptAdjustments
 from services.stage.micro_batch import BlockTables
 from services.stage.model.decoder import StageModel
 from services.stage.paged_memory import PagedMemory
@@ -90,6 +91,8 @@ class Slot:
     downstream: MessageSocket
     last_sequence_number: int = 0
     """Of the messages from upstream."""
+    adjustments: KeptAdjustments = field(default_factory=KeptAdjustments)
+    """On the last slot, in this generation."""
     takes_steps: bool = True
     """Not between a hello, which says what is held here, and the assignment that follows it."""
 

@@ -61,6 +61,7 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     with torch.inference_mode():
         logits = slot.model.sampled_logits(finished.hidden, batch.sampling_rows)
         sampled = sample(logits, batch.sampling)
+    slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
         token_ids=tensor_to_frame(sampled.token_ids),

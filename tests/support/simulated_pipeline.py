@@ -13,12 +13,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.topology import LayerRange
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
 from services.router.engine import GenerationRequest
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.router.scheduling.token_counts import count_tokens
+from services.router.step_message import step_message
+from services.stage.logit_adjustments import KeptAdjustments
 from services.stage.step_marks import StepMarks
 
 VOCABULARY_SIZE = 97
@@ -43,7 +48,7 @@ def reference_tokens(request: GenerationRequest) -> list[int]:
 def build_request(
     request_id: str, prompt_length: int, max_tokens: int, *, seed: int = 0, stop_token_ids: frozenset[int] = frozenset()
 ) -> GenerationRequest:
-    """A request whose prompt is made from its seed."""
+    """A request whose prompt is made from its seed. Every third one has penalties and biases, every fifth a bias."""
     prompt = tuple((seed * 31 + position * 7) % VOCABULARY_SIZE for position in range(prompt_length))
     sampling = SamplingParameters(
         max_tokens=max_tokens,
@@ -53,6 +58,10 @@ def build_request(
         seed=seed,
         num_top_logprobs=None,
         stop_token_ids=stop_token_ids,
+        repetition_penalty=1.5 if seed % 3 == 1 else 1.0,
+        frequency_penalty=0.25 if seed % 3 == 1 else 0.0,
+        logit_bias=((seed % 90, 1.0), (95, -2.0)) if seed % 3 == 1 or seed % 5 == 2 else (),
+        min_tokens=seed % 4 if seed % 3 == 1 else 0,
     )
     return GenerationRequest(RequestId(request_id), prompt, sampling, choice=0)
 
@@ -107,6 +116,8 @@ class SimulatedPipeline:
         self._block_tables: dict[SequenceId, list[int]] = {}
         self._seen: set[SequenceId] = set()
         self._released: set[SequenceId] = set()
+        self._adjustments = KeptAdjustments()
+        """As the last stage keeps them in one generation."""
         self._stages = (SimulatedStage(), SimulatedStage())
         self._has_left: dict[StepId, int] = {}
         """How many stages have finished each step that is under way."""
@@ -171,6 +182,7 @@ class SimulatedPipeline:
         """A new generation, in which other nodes hold the lost slots."""
         self.generation = generation
         self._has_left.clear()
+        self._adjustments = KeptAdjustments()
         for stage in lost:
             holder = self._stages[stage]
             mirror = holder.mirror if mirrored and holder.has_been_complete else None
@@ -238,9 +250,35 @@ class SimulatedPipeline:
         while self.advance(plan):
             pass
         del self._has_left[plan.step]
-        return {
-            chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in plan.chunks if chunk.samples
-        }
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        sampled = {chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in sampling}
+        self._check_adjustments(plan, sampling)
+        self._adjustments.count(sampled, [token.token_id for token in sampled.values()])
+        return sampled
+
+    def _check_adjustments(self, plan: StepPlan, sampling: Sequence[ScheduledChunk]) -> None:
+        """What the last stage keeps is what somebody who is told the whole past would have."""
+        told = self._adjustments.apply(step_message(plan), np.array([chunk.sequence_id for chunk in sampling]))
+        for row, chunk in enumerate(sampling):
+            tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, chunk.sampling_position)]
+            prompt, generated = np.split(np.array(tokens), [len(tokens) - chunk.num_generated])
+            wanted = chunk.sampling
+            counted = prompt.tolist() if wanted.counts_prompt else []
+            rows = np.frombuffer(count_tokens(counted, generated.tolist()), dtype=np.int32).reshape(-1, 3).tolist()
+            biases = dict(wanted.logit_bias)
+            if wanted.is_early(chunk.num_generated):
+                biases |= dict.fromkeys(wanted.stop_token_ids, -np.inf)
+            has = told is not None and bool(wanted.adjusts(chunk.num_generated))
+            if told is None or not has:
+                assert not has
+                assert not biases
+                continue
+            own = told.bias_places[:, 0] == row
+            assert dict(zip(told.bias_places[own, 1].tolist(), told.biases[own].tolist(), strict=True)) == biases
+            assert told.repetition_penalties[row] == wanted.repetition_penalty
+            assert told.frequency_penalties[row] == wanted.frequency_penalty
+            kept = sorted(told.token_counts[told.token_counts[:, 0] == row, 1:].tolist())
+            assert kept == (rows if wanted.counts_tokens else []), "the last stage counts otherwise"
 
     def _arrive(self, stage: int, plan: StepPlan) -> None:
         self._stages[stage].marks.begin(plan.step, plan.previous_step)

@@ -204,7 +204,7 @@ class RequestPlanner:
         for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
             for choice in range(request.num_choices):
                 index = len(choices)
-                generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice)
+                generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice, reply_id)
                 choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
         return Plan(tuple(choices), prompts_token_ids, num_top_logprobs, misfit)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
 from common.errors import (
     CapacityError,
@@ -16,6 +16,7 @@ from common.errors import (
     OverloadedError,
 )
 from services.router.engine import GenerationRequest
+from services.router.scheduling.line import RESERVED_SHARE, group_of
 
 MAX_RETRY_AFTER_S = 60
 """Nobody is sent away for longer: the estimate is from few samples, and the mesh may have grown by then."""
@@ -74,6 +75,7 @@ class Admission:
         self._block_tokens = block_tokens
         self.reserved_tokens = 0
         """Prompt and max_tokens of everything that was let in and has not ended."""
+        self._reserved_by_group: Counter[str] = Counter()
 
     def admit(
         self, request: GenerationRequest, *, num_waiting: int, largest_pool_blocks: int | None, completions_per_s: float
@@ -108,13 +110,33 @@ class Admission:
                 f"{num_tokens}; try again later",
                 retry_after_s(max(1, num_waiting), completions_per_s),
             )
-        self.reserved_tokens += num_tokens
+        own_tokens, share = self._reserved_by_group[group_of(request)], int(RESERVED_SHARE * self._max_reserved_tokens)
+        if own_tokens and own_tokens + num_tokens > share:
+            raise InvalidRequestError(
+                f"the choices of one request may have {share} tokens in all (prompts and max_tokens of each); these "
+                f"need more than {own_tokens}: ask for fewer choices or prompts, or for fewer max_tokens",
+                "max_tokens",
+            )
+        self.readmit(request)
 
     def readmit(self, request: GenerationRequest) -> None:
         """Reserve the tokens of a request that was let in before a restart."""
-        self.reserved_tokens += len(request.prompt_token_ids) + request.sampling.max_tokens
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        self.reserved_tokens += num_tokens
+        self._reserved_by_group[group_of(request)] += num_tokens
+
+    def recount(self, requests: Iterable[GenerationRequest]) -> None:
+        """These are all that are inside."""
+        self.reserved_tokens = 0
+        self._reserved_by_group.clear()
+        for request in requests:
+            self.readmit(request)
 
     def release(self, request: GenerationRequest) -> None:
         """A request that was let in has ended, however."""
-        self.reserved_tokens -= len(request.prompt_token_ids) + request.sampling.max_tokens
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        self.reserved_tokens -= num_tokens
         assert self.reserved_tokens >= 0, "more tokens released than reserved"
+        self._reserved_by_group[group_of(request)] -= num_tokens
+        if not self._reserved_by_group[group_of(request)]:
+            del self._reserved_by_group[group_of(request)]

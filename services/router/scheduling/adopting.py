@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 from common.ids import SequenceId, StepId
 from services.router.control.adoption import HeldCache
+from services.router.scheduling.blame import Blame
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Request
 
 
 def adopt_held(
-    schedule: PipelineSchedule, held: HeldCache, waiting: Sequence[Request], adopted_step: StepId, now_s: float
+    schedule: PipelineSchedule,
+    held: HeldCache,
+    waiting: Sequence[Request],
+    adopted_step: StepId,
+    blame: Blame,
+    now_s: float,
 ) -> list[Request]:
     """Who of the line runs on this pipeline from now on. What nobody claims is released on the stages.
 
@@ -23,7 +29,11 @@ def adopt_held(
     adopted: list[Request] = []
     for number, sequence in held.sequences.items():
         request = owners.get(SequenceId(number))
-        if request is not None and schedule.adopt(request, sequence, SequenceId(number), adopted_step, now_s):
+        is_adopted = False
+        if request is not None:
+            with blame.handling(request):
+                is_adopted = schedule.adopt(request, sequence, SequenceId(number), adopted_step, now_s)
+        if request is not None and is_adopted:
             adopted.append(request)
         else:
             schedule.held_releases.append(SequenceId(number))

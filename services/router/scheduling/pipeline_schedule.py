@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from common.ids import Generation, PipelineId, SequenceId, StepId
 from services.router.control.adoption import HeldSequence
 from services.router.scheduling.admission import num_blocks_for
+from services.router.scheduling.blame import Blame
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.router.scheduling.pace import StepPace
 from services.router.scheduling.pipeline_selection import PipelineLoad
@@ -42,7 +43,13 @@ class PipelineSchedule:
     """See the module."""
 
     def __init__(
-        self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int, settings: SchedulerSettings
+        self,
+        pipeline: PipelineId,
+        generation: Generation,
+        num_blocks: int,
+        num_slots: int,
+        settings: SchedulerSettings,
+        blame: Blame,
     ) -> None:
         self.pipeline = pipeline
         self.generation = generation
@@ -66,6 +73,7 @@ class PipelineSchedule:
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
+        self._blame = blame
         self._step_durations_s: deque[float] = deque(maxlen=128)
         self.pace = StepPace()
         self.has_answered = False
@@ -82,21 +90,6 @@ class PipelineSchedule:
     def can_ever_hold(self, request: Request) -> bool:
         """Whether the whole pool would do."""
         return num_blocks_for(request.max_num_tokens, self._settings.block_tokens) <= self.allocator.num_blocks
-
-    def has_room(self, request: Request) -> bool:
-        """Whether its prefill fits beside those under way. Decoding on may still preempt somebody later."""
-        if len(self.running) >= self.max_running or not self.can_ever_hold(request):
-            return False
-        if not self.running:
-            return True
-        promised = sum(
-            self._num_blocks(other.num_tokens) - len(other.block_table)
-            for other in self.running
-            if not other.is_decoding
-        )
-        # A little is left for those that decode, so that a joiner is not preempted at once.
-        headroom = self.allocator.num_blocks // 64
-        return self.allocator.num_free - promised - headroom >= self._num_blocks(request.num_tokens)
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
         """It runs here from now on."""
@@ -117,17 +110,18 @@ class PipelineSchedule:
         chunks: list[ScheduledChunk] = []
         requests: list[Request] = []
         for request, num_tokens in ordinary or replays:
-            if request in preempted:
+            if request in preempted or self._blame.has(request):
                 continue  # it gave its blocks to an older one a moment ago; its owner has not put it back in line yet
-            if self._has_just_replayed:
-                chunk: ScheduledChunk | None = self._replay_chunk(request, num_tokens)
-            else:
-                chunk = self._plan_chunk(request, num_tokens, preempted)
-            if chunk is not None:
-                chunks.append(chunk)
-                requests.append(request)
-                request.step = step
-                request.pace.planned(now_s)
+            with self._blame.handling(request):
+                if self._has_just_replayed:
+                    chunk: ScheduledChunk | None = self._replay_chunk(request, num_tokens)
+                else:
+                    chunk = self._plan_chunk(request, num_tokens, preempted)
+                if chunk is not None:
+                    chunks.append(chunk)
+                    requests.append(request)
+                    request.step = step
+                    request.pace.planned(now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
         plan = StepPlan(
@@ -193,17 +187,18 @@ class PipelineSchedule:
         """The chunk, with blocks for it; shorter than asked, or None, if blocks lack and nobody younger gives any."""
         start = request.num_computed_tokens
         num_known_blocks = len(request.block_table)
-        while self._num_blocks(start + num_tokens) - num_known_blocks > self.allocator.num_free:
+        while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
             victim = self._youngest_after(request)
             if victim is None:
                 break
-            self.withdraw(victim)
-            preempted.append(victim)
+            with self._blame.handling(victim):
+                self.withdraw(victim)
+                preempted.append(victim)
         num_covered_tokens = (num_known_blocks + self.allocator.num_free) * self._settings.block_tokens
         num_tokens = min(num_tokens, num_covered_tokens - start)
         if num_tokens < 1:
             return None
-        new_block_ids = self.allocator.allocate(max(0, self._num_blocks(start + num_tokens) - num_known_blocks))
+        new_block_ids = self.allocator.allocate(max(0, self.num_blocks_for(start + num_tokens) - num_known_blocks))
         assert new_block_ids is not None, "the chunk was cut to what is free"
         request.block_table.extend(new_block_ids)
         return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
@@ -226,6 +221,7 @@ class PipelineSchedule:
         """Tokens from `start` on, with the part of the block table that the stages do not know yet."""
         assert request.sequence_id is not None, "a running request has a sequence id"
         num_told, request.num_told_blocks = request.num_told_blocks, len(request.block_table)
+        tells_adjustments = samples and request.tells_adjustments()
         return ScheduledChunk(
             sequence_id=request.sequence_id,
             token_ids=request.token_ids(start, start + num_tokens),
@@ -236,7 +232,8 @@ class PipelineSchedule:
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
-            token_counts=request.token_counts() if samples else b"",
+            tells_adjustments=tells_adjustments,
+            token_counts=request.token_counts() if tells_adjustments else b"",
         )
 
     def _youngest_after(self, request: Request) -> Request | None:
@@ -244,7 +241,7 @@ class PipelineSchedule:
         for other in reversed(self.running):
             if other.arrival <= request.arrival:
                 return None
-            if other.step is None and other.block_table:
+            if other.step is None and other.block_table and not self._blame.has(other):
                 return other
         return None
 
@@ -264,11 +261,16 @@ class PipelineSchedule:
                 self._step_durations_s.append(now_s - in_flight.sent_s)
                 self.pace.note(in_flight.plan.num_tokens, now_s - in_flight.sent_s)
             for request in in_flight.requests:
-                request.step = None
                 request.pace.is_disturbed |= has_failed
-                if request.state is not RequestState.RUNNING:
-                    self._give_back(request)  # it ended in mid-flight; only now can nothing write to its blocks
+                self._set_down(request)
         return in_flight
+
+    def _set_down(self, request: Request) -> None:
+        """It is in no step any more. If it ended in mid-flight: only now can nothing write to its blocks."""
+        with self._blame.handling(request):
+            request.step = None
+            if request.state is not RequestState.RUNNING:
+                self._give_back(request)
 
     def withdraw(self, request: Request) -> None:
         """It runs here no longer. Its blocks are free at once, or when the step that it is part of lands."""
@@ -296,16 +298,14 @@ class PipelineSchedule:
 
         Whose cache is not whole on every slot is replayed from where the worst of them ends.
         """
-        covered = [
-            [self._covered(request, slot, mark) for slot, mark in enumerate(kv_marks)] for request in self.running
-        ]
-        lacking = {
-            slot
-            for request, by_slot in zip(self.running, covered, strict=True)
-            for slot, position in enumerate(by_slot)
-            if position < request.num_computed_tokens
-        }
-        for request, by_slot in zip(self.running, covered, strict=True):
+        covered: dict[Request, list[int]] = {}
+        lacking: set[int] = set()
+        for request in self.running:
+            with self._blame.handling(request):
+                by_slot = [self._covered(request, slot, mark) for slot, mark in enumerate(kv_marks)]
+                lacking.update(slot for slot, end in enumerate(by_slot) if end < request.num_computed_tokens)
+                covered[request] = by_slot
+        for request, by_slot in covered.items():
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
         self._last_planned = 0
@@ -339,9 +339,10 @@ class PipelineSchedule:
         self._void_steps()
         running, self.running = self.running, []
         for request in running:
-            self._give_back(request)
-            request.num_recoveries += self.suspended_s is None
-            request.num_replayed_tokens += request.num_computed_tokens
+            with self._blame.handling(request):
+                self._give_back(request)
+                request.num_recoveries += self.suspended_s is None
+                request.num_replayed_tokens += request.num_computed_tokens
         return running
 
     def _void_steps(self) -> None:
@@ -349,9 +350,7 @@ class PipelineSchedule:
         for step in in_flight:
             self.held_releases.extend(step.plan.released)  # not every stage may have been told
             for request in step.requests:
-                request.step = None
-                if request.state is not RequestState.RUNNING:
-                    self._give_back(request)
+                self._set_down(request)
 
     # Being observed
 
@@ -388,7 +387,8 @@ class PipelineSchedule:
             covered = len(request.block_table) * self._settings.block_tokens
             assert covered >= request.num_computed_tokens, f"{request.request_id} has more cache than blocks"
 
-    def _num_blocks(self, num_tokens: int) -> int:
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
         return num_blocks_for(num_tokens, self._settings.block_tokens)
 
 

@@ -15,7 +15,7 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, RecoveryCounts
 from services.router.scheduling.pace import RequestPace
 from services.router.scheduling.step_plan import SampledToken
-from services.router.scheduling.token_counts import TokenCounts
+from services.router.scheduling.token_counts import count_tokens
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
@@ -77,8 +77,9 @@ class Request:
     max_computed_tokens: int = 0
     """The furthest that its cache has ever come: what is computed again after a failure is not further."""
     pace: RequestPace = field(init=False)
-    _token_counts: TokenCounts | None = None
-    """Made when first asked for; only for requests with a penalty."""
+    _told_early: bool | None = None
+    """Whether it was too short to end when its last stage was told of its penalties and biases; None: it is not told
+    in this generation."""
     waits_for_start: bool = False
     """It came with a router's start and has not run since: nodes may have to load first, which is no outage."""
 
@@ -146,7 +147,11 @@ class Request:
     def replay_from(self, position: int) -> None:
         """Positions from here on are to be rebuilt on some slots; the stages are told its whole table again."""
         self.replay_position, self.replay_stop = position, self.num_computed_tokens
-        self.num_told_blocks = 0
+        self.tell_anew()
+
+    def tell_anew(self) -> None:
+        """Nobody knows what the stages have been told: all of it goes with the next steps."""
+        self.num_told_blocks, self._told_early = 0, None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens at positions [start, stop). A decode step does not touch the prompt."""
@@ -154,15 +159,20 @@ class Request:
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
 
+    def tells_adjustments(self) -> bool:
+        """Whether the last stage must be told of its penalties and biases before it samples now; it counts as told."""
+        sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids)
+        is_early = sampling.is_early(num_generated)
+        was_told, self._told_early = self._told_early, is_early
+        return sampling.adjusts(num_generated) and was_told != is_early
+
     def token_counts(self) -> bytes:
         """For `ScheduledChunk.token_counts`: what the penalties of the next token look at."""
         sampling = self.generation_request.sampling
         if not sampling.counts_tokens:
             return b""
-        if self._token_counts is None:
-            prompt = self.generation_request.prompt_token_ids if sampling.counts_prompt else ()
-            self._token_counts = TokenCounts(prompt)
-        return self._token_counts.take(self.generated_token_ids)
+        prompt = self.generation_request.prompt_token_ids if sampling.counts_prompt else ()
+        return count_tokens(prompt, self.generated_token_ids)
 
     def start(self, pipeline: PipelineId, sequence_id: SequenceId, now_s: float) -> None:
         """WAITING -> RUNNING, with an empty cache."""
@@ -182,9 +192,17 @@ class Request:
         self._forget_cache()
         self.queued_s = now_s
 
+    def start_over(self, now_s: float) -> None:
+        """-> WAITING, whatever it holds: its pipeline's blocks do not add up, and are given up as a whole."""
+        self.state, self.step, self.block_table = RequestState.WAITING, None, []
+        self.pipeline, self.sequence_id = None, None
+        self._forget_cache()
+        self.queued_s = now_s
+
     def _forget_cache(self) -> None:
-        self.num_computed_tokens = self.num_told_blocks = self.replay_position = self.replay_stop = 0
+        self.num_computed_tokens = self.replay_position = self.replay_stop = 0
         self.kv_history.clear()
+        self.tell_anew()
 
     def take_token(self, sampled: SampledToken) -> GeneratedToken:
         """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""

@@ -49,6 +49,14 @@ class SamplingParameters:
         """Whether it depends on the prompt's tokens too."""
         return self.repetition_penalty != 1.0
 
+    def is_early(self, num_generated: int) -> bool:
+        """Whether a choice with so many tokens is too short to end: its stop tokens must not be drawn."""
+        return num_generated < self.min_tokens and bool(self.stop_token_ids)
+
+    def adjusts(self, num_generated: int) -> bool:
+        """Whether the next token's logits are not the model's own, or some of them are left out by their number."""
+        return bool(self.min_p or self.logit_bias or self.counts_tokens or self.is_early(num_generated))
+
     @cached_property
     def bias_table(self) -> Float64Array:
         """float64 [*, 2]: (token id, what is added to its logit)."""

@@ -7,9 +7,9 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from types import MappingProxyType
 
 from common.errors import (
     ExecutionError,
@@ -21,21 +21,25 @@ from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.adopting import adopt_held, adopted_marks
+from services.router.scheduling.blame import Attend, Blame
 from services.router.scheduling.deadlines import is_late
 from services.router.scheduling.invariants import check_scheduler
-from services.router.scheduling.pipeline_schedule import StepInFlight
+from services.router.scheduling.line import Line
 from services.router.scheduling.pipeline_selection import PipelineSelection
+from services.router.scheduling.repair import Repair
 from services.router.scheduling.request import Request, RequestState
 from services.router.scheduling.schedules import PipelineSchedules
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
 from services.router.scheduling.step_plan import RequestFailure, SampledToken, StepPlan, TokenOutput
+from services.router.scheduling.waiting_line import WaitingLine
 
 
 class Scheduler:
     """See the module. Numbers of steps and sequences count up from `first_number`: they ascend over routers' terms."""
 
-    def __init__(self, settings: SchedulerSettings, first_number: int = 0) -> None:
+    def __init__(self, settings: SchedulerSettings, first_number: int = 0, attend: Attend = lambda name: None) -> None:
+        """`attend` is told which request is being handled, before anything is done for it."""
         self.settings = settings
         self.counters = SchedulerCounters()
         self._admission = Admission(
@@ -46,13 +50,23 @@ class Scheduler:
         self._selection = PipelineSelection(settings.pipeline_policy)
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
-        self._waiting: list[Request] = []  # by arrival
-        self._schedules = PipelineSchedules(settings)
+        self._line = Line()
+        self._blame = Blame(attend)
+        self._schedules = PipelineSchedules(settings, self._blame)
+        self._waiting = WaitingLine(self._schedules, self._selection, self._blame, self.counters, first_number)
+        self._repair = Repair(
+            self._requests,
+            self._waiting,
+            self._schedules,
+            self._admission,
+            self._line,
+            self._blame,
+            self.counters,
+            settings,
+        )
         self._failures: list[RequestFailure] = []
-        self._placements: list[tuple[RequestId, SequenceId]] = []
-        self._num_arrived = 0
         self._step_numbers = count(first_number + 1)
-        self._sequence_numbers = count(first_number + 1)
+        self._next_step = StepId(0)
 
     # Requests
 
@@ -62,14 +76,13 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         self._admission.admit(
             request,
-            num_waiting=len(self._waiting),
+            num_waiting=self._waiting.num_ahead(request, self.settings.max_waiting),
             largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
             completions_per_s=self._completion_rate.per_s(now_s),
         )
-        self._num_arrived += 1
-        admitted = Request(request, arrival=self._num_arrived, arrived_s=now_s, queued_s=now_s)
+        admitted = Request(request, arrival=self._line.take_place(request), arrived_s=now_s, queued_s=now_s)
         self._requests[request.request_id] = admitted
-        self._waiting.append(admitted)
+        self._waiting.insert(admitted)
         self.counters.requests_admitted += 1
 
     def restore(
@@ -88,10 +101,9 @@ class Scheduler:
         if request.request_id in self._requests or len(generated_token_ids) >= request.sampling.max_tokens:
             raise InvalidRequestError(f"request {request.request_id} is here already, or was finished")
         self._admission.readmit(request)
-        self._num_arrived += 1
         restored = Request(
             request,
-            arrival=self._num_arrived,
+            arrival=self._line.take_place(request),
             arrived_s=now_s,
             queued_s=now_s,
             generated_token_ids=list(generated_token_ids),
@@ -99,16 +111,17 @@ class Scheduler:
             waits_for_start=True,
         )
         self._requests[request.request_id] = restored
-        self._waiting.append(restored)
+        self._waiting.insert(restored)
 
     def cancel(self, request_id: RequestId) -> bool:
         """Nobody wants it any longer. False, and no error, if it is not here: it may have ended on its own."""
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._withdraw(request)
-        request.cancel()
-        self._forget(request)
+        with self._blame.handling(request):
+            self._withdraw(request)
+            request.cancel()
+            self._forget(request)
         self.counters.requests_cancelled += 1
         return True
 
@@ -141,22 +154,25 @@ class Scheduler:
         schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
             adopted_step = StepId(next(self._step_numbers))
-            adopted = adopt_held(schedule, held, self._waiting, adopted_step, now_s)
+            adopted = adopt_held(schedule, held, self._waiting.requests, adopted_step, self._blame, now_s)
             kv_marks = adopted_marks(held, kv_marks, adopted_step)
-            self._waiting = [request for request in self._waiting if request not in adopted]
+            self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
             self.counters.requests_adopted += len(adopted)
         schedule.resume(generation, kv_marks)
         schedule.last_answer_s = schedule.last_work_s = now_s
         self._selection.note_opening(pipeline, now_s)
+        self._failures += self._repair.end_broken(now_s)
 
     def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
         self._schedules.suspend(pipeline, now_s)
+        self._failures += self._repair.end_broken(now_s)
 
     def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
         for request in self._schedules.close(pipeline, now_s):
-            self._requeue(request, now_s)
+            self._waiting.requeue(request, now_s)
+        self._failures += self._repair.end_broken(now_s)
 
     # Steps
 
@@ -169,23 +185,32 @@ class Scheduler:
         cache.
         """
         self._expire(now_s)
-        self._admit_waiting(now_s, is_awaited)
+        self._waiting.place(now_s, is_awaited)
+        self._next_step = StepId(next(self._step_numbers))
         plans: list[StepPlan] = []
-        step = StepId(next(self._step_numbers))
         for pipeline in sorted(self._schedules.open):
-            while True:
-                plan, preempted = self._schedules.open[pipeline].plan_step(step, now_s)
-                for request in preempted:
-                    request.num_preemptions += 1
-                    self.counters.preemptions += 1
-                    self._requeue(request, now_s)
-                if plan is None:
-                    break
-                step = StepId(next(self._step_numbers))
-                self.counters.steps_planned += 1
-                self.counters.tokens_planned += plan.num_tokens
-                plans.append(plan)
-        return plans
+            try:
+                plans += self._plan_steps(pipeline, now_s)
+            except Exception as error:  # nobody's in particular, but the mesh has more than this pipeline
+                self._repair.charge_all(pipeline, error)
+                self._repair.start_over(pipeline, now_s)
+        self._failures += self._repair.end_broken(now_s)
+        return [plan for plan in plans if plan.pipeline in self._schedules.open]
+
+    def _plan_steps(self, pipeline: PipelineId, now_s: float) -> list[StepPlan]:
+        plans: list[StepPlan] = []
+        while True:
+            plan, preempted = self._schedules.open[pipeline].plan_step(self._next_step, now_s)
+            for request in preempted:
+                request.num_preemptions += 1
+                self.counters.preemptions += 1
+                self._waiting.requeue(request, now_s)
+            if plan is None:
+                return plans
+            self._next_step = StepId(next(self._step_numbers))
+            self.counters.steps_planned += 1
+            self.counters.tokens_planned += plan.num_tokens
+            plans.append(plan)
 
     def plan_canaries(self, now_s: float) -> list[StepPlan]:
         """Steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
@@ -210,34 +235,40 @@ class Scheduler:
 
         A token that is missing from `sampled` counts as a failed step for its request alone.
         """
-        in_flight = self._land(step, pipeline, generation, attempt, now_s)
+        in_flight = self._schedules.land(step, pipeline, generation, attempt, now_s)
         if in_flight is None:
+            self.counters.dropped_results += 1
             return []
         outputs: list[TokenOutput] = []
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
-            if request.state is not RequestState.RUNNING:
+            if request.state is not RequestState.RUNNING or self._blame.has(request):
                 continue
-            request.num_retried_calls += retried_calls
-            if chunk.samples and chunk.sequence_id not in sampled:
-                error = ExecutionError(
-                    f"pipeline {pipeline} answered step {step} without a token for {request.request_id}"
-                )
-                self._failures.extend(self._retry(request, error, now_s))
-                continue
-            if in_flight.plan.computing_slots:
-                request.note_replayed(step, len(chunk.token_ids), now_s)
-                self.counters.tokens_replayed += len(chunk.token_ids)
-                continue
-            request.note_computed(step, len(chunk.token_ids), now_s)
-            if chunk.samples:
-                outputs.append(TokenOutput(request.request_id, request.take_token(sampled[chunk.sequence_id])))
-                self.counters.tokens_generated += 1
-                if outputs[-1].token.finish_reason is not None:
-                    self._withdraw(request)
-                    self._forget(request)
-                    self._completion_rate.note(now_s)
-                    self.counters.requests_finished += 1
+            with self._blame.handling(request):
+                request.num_retried_calls += retried_calls
+                if chunk.samples and chunk.sequence_id not in sampled:
+                    error = ExecutionError(
+                        f"pipeline {pipeline} answered step {step} without a token for {request.request_id}"
+                    )
+                    self._failures.extend(self._retry(request, error, now_s))
+                elif in_flight.plan.computing_slots:
+                    request.note_replayed(step, len(chunk.token_ids), now_s)
+                    self.counters.tokens_replayed += len(chunk.token_ids)
+                else:
+                    request.note_computed(step, len(chunk.token_ids), now_s)
+                    if chunk.samples:
+                        outputs.append(self._take_token(request, sampled[chunk.sequence_id], now_s))
+        self._failures += self._repair.end_broken(now_s)
         return outputs
+
+    def _take_token(self, request: Request, sampled: SampledToken, now_s: float) -> TokenOutput:
+        output = TokenOutput(request.request_id, request.take_token(sampled))
+        self.counters.tokens_generated += 1
+        if output.token.finish_reason is not None:
+            self._withdraw(request)
+            self._forget(request)
+            self._completion_rate.note(now_s)
+            self.counters.requests_finished += 1
+        return output
 
     def fail_step(
         self,
@@ -247,18 +278,27 @@ class Scheduler:
         attempt: int,
         error: MoemeshError,
         now_s: float,
+        culprits: Mapping[SequenceId, Exception] = MappingProxyType({}),
     ) -> list[RequestFailure]:
-        """A stage could not do it. Its requests are recomputed; returns those that have failed too often for that."""
-        in_flight = self._land(step, pipeline, generation, attempt, now_s, has_failed=True)
+        """A stage could not do it. Its requests are recomputed; returns those that have failed too often for that.
+
+        `culprits`: sequences that are known to have made it fail, with what they raised; their requests end here.
+        """
+        in_flight = self._schedules.land(step, pipeline, generation, attempt, now_s, has_failed=True)
         if in_flight is None:
+            self.counters.dropped_results += 1
             return []
         self.counters.failed_steps += 1
         # Not every stage may have been told; one that has does nothing the second time.
         self._schedules.of(pipeline).held_releases.extend(in_flight.plan.released)
         failures: list[RequestFailure] = []
         for request in in_flight.requests:
-            if request.state is RequestState.RUNNING:
-                failures.extend(self._retry(request, error, now_s))
+            if request.state is RequestState.RUNNING and not self._blame.has(request):
+                with self._blame.handling(request):
+                    if request.sequence_id is not None and request.sequence_id in culprits:
+                        raise culprits[request.sequence_id]
+                    failures.extend(self._retry(request, error, now_s))
+        self._failures += self._repair.end_broken(now_s)
         return failures
 
     def take_failures(self) -> list[RequestFailure]:
@@ -266,10 +306,14 @@ class Scheduler:
         failures, self._failures = self._failures, []
         return failures
 
+    def take_renewals(self) -> list[PipelineId]:
+        """Pipelines that were given up since the last call, since their blocks did not add up: what ran there waits
+        again. Each needs a new generation; its steps in flight are void."""
+        return self._repair.take_renewals()
+
     def take_placements(self) -> list[tuple[RequestId, SequenceId]]:
         """Under which numbers requests run that were placed since the last call: stages know them by these."""
-        placements, self._placements = self._placements, []
-        return placements
+        return self._waiting.take_placements()
 
     # Being observed
 
@@ -286,7 +330,8 @@ class Scheduler:
     def snapshot(self) -> SchedulerSnapshot:
         """A copy of what metrics and the status page show."""
         return SchedulerSnapshot(
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting.requests),
+            num_ahead=self._waiting.num_ahead(None, self.settings.max_waiting),
             num_running=sum(len(schedule.running) for schedule in self._schedules.all),
             reserved_tokens=self._admission.reserved_tokens,
             pipelines=tuple(
@@ -298,69 +343,20 @@ class Scheduler:
     def check_invariants(self) -> None:
         """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
         check_scheduler(
-            list(self._requests.values()), self._waiting, self._schedules.all, self._admission.reserved_tokens
+            list(self._requests.values()), self._waiting.requests, self._schedules.all, self._admission.reserved_tokens
         )
 
     # Inside
 
-    def _admit_waiting(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
-        """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
-        could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
-        kept_free: set[PipelineId] = set()
-        for request in list(self._waiting):
-            if request.held_sequence_id is not None and is_awaited(request.held_sequence_id):
-                continue
-            fitting = [
-                pipeline for pipeline in self._schedules.open if self._schedules.open[pipeline].can_ever_hold(request)
-            ]
-            open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
-            loads = [self._schedules.open[p].load() for p in open_to_it if self._schedules.open[p].has_room(request)]
-            choice = self._selection.choose(loads)
-            if choice is None:
-                kept_free.update(fitting)
-                if len(kept_free) == len(self._schedules.open):
-                    break
-            else:
-                self._waiting.remove(request)
-                if request.is_new:
-                    self.counters.waits.note(now_s - request.arrived_s)
-                sequence_id = SequenceId(next(self._sequence_numbers))
-                self._schedules.open[choice].admit(request, sequence_id, now_s)
-                self._placements.append((request.request_id, sequence_id))
-
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
         none_open_since_s = self._schedules.none_open_since_s
-        late = [
-            request
-            for request in self._requests.values()
-            if is_late(request, self.settings, now_s, none_open_since_s, self._suspended_since_s(request))
-        ]
-        pools = self._schedules.pool_sizes
-        for request in late:
-            error = lateness(request.generation_request, now_s - request.arrived_s, pools, self.settings.block_tokens)
-            self._failures.append(self._fail(request, error))
-
-    def _suspended_since_s(self, request: Request) -> float | None:
-        schedule = self._schedules.suspended.get(request.pipeline) if request.pipeline is not None else None
-        return schedule.suspended_s if schedule is not None else None
-
-    def _land(
-        self,
-        step: StepId,
-        pipeline: PipelineId,
-        generation: Generation,
-        attempt: int,
-        now_s: float,
-        *,
-        has_failed: bool = False,
-    ) -> StepInFlight | None:
-        schedule = self._schedules.open.get(pipeline)
-        in_flight = schedule.in_flight.get(step) if schedule is not None else None
-        if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
-            return schedule.land(step, now_s, has_failed=has_failed)
-        self.counters.dropped_results += 1
-        return None
+        for request in list(self._requests.values()):
+            if is_late(request, self.settings, now_s, none_open_since_s, self._schedules.suspended_since_s(request)):
+                with self._blame.handling(request):
+                    age_s, pools = now_s - request.arrived_s, self._schedules.pool_sizes
+                    error = lateness(request.generation_request, age_s, pools, self.settings.block_tokens)
+                    self._failures.append(self._fail(request, error))
 
     def _retry(self, request: Request, error: MoemeshError, now_s: float) -> list[RequestFailure]:
         """Do the step again; at the next failure recompute the request; fail it once it has had its share."""
@@ -368,10 +364,10 @@ class Scheduler:
         if request.num_failed_steps > self.settings.max_failed_steps:
             return [self._fail(request, error)]
         if request.num_failed_steps == 1:
-            request.num_told_blocks = 0  # nobody knows how far the stages have got
+            request.tell_anew()
             return []
         self._withdraw(request)
-        self._requeue(request, now_s)
+        self._waiting.requeue(request, now_s)
         return []
 
     def _fail(self, request: Request, error: MoemeshError) -> RequestFailure:
@@ -381,19 +377,14 @@ class Scheduler:
         self.counters.requests_failed += 1
         return RequestFailure(request.request_id, error)
 
-    def _requeue(self, request: Request, now_s: float) -> None:
-        """Back in line by arrival. The owner of its blocks has taken them back."""
-        self.counters.tokens_recomputed += request.num_computed_tokens
-        request.requeue(now_s)
-        insort(self._waiting, request, key=lambda other: other.arrival)
-
     def _withdraw(self, request: Request) -> None:
         """Out of the line or off its pipeline."""
         if request.state is RequestState.WAITING:
-            self._waiting.remove(request)
+            self._waiting.requests.remove(request)
         elif request.pipeline is not None:
             self._schedules.of(request.pipeline).withdraw(request)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._admission.release(request.generation_request)
+        self._line.leave(request.generation_request)

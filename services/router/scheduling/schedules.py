@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from common.ids import Generation, PipelineId, SequenceId
-from services.router.scheduling.pipeline_schedule import PipelineSchedule
+from common.ids import Generation, PipelineId, SequenceId, StepId
+from services.router.scheduling.blame import Blame
+from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.request import Request
 from services.router.scheduling.settings import SchedulerSettings
 
@@ -13,8 +15,9 @@ from services.router.scheduling.settings import SchedulerSettings
 class PipelineSchedules:
     """A pipeline is in `open`, in `suspended` or nowhere."""
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, blame: Blame) -> None:
         self._settings = settings
+        self._blame = blame
         self.open: dict[PipelineId, PipelineSchedule] = {}
         self.suspended: dict[PipelineId, PipelineSchedule] = {}
         """Pipelines that wait for a holder; their requests keep their blocks."""
@@ -41,6 +44,28 @@ class PipelineSchedules:
         """The open or suspended one. KeyError if there is none."""
         return self.open.get(pipeline) or self.suspended[pipeline]
 
+    def suspended_since_s(self, request: Request) -> float | None:
+        """Since when the pipeline that a request runs on waits for a holder; None: it does not."""
+        schedule = self.suspended.get(request.pipeline) if request.pipeline is not None else None
+        return schedule.suspended_s if schedule is not None else None
+
+    def land(
+        self,
+        step: StepId,
+        pipeline: PipelineId,
+        generation: Generation,
+        attempt: int,
+        now_s: float,
+        *,
+        has_failed: bool = False,
+    ) -> StepInFlight | None:
+        """The step is answered. None if it is not in flight in that generation and attempt."""
+        schedule = self.open.get(pipeline)
+        in_flight = schedule.in_flight.get(step) if schedule is not None else None
+        if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
+            return schedule.land(step, now_s, has_failed=has_failed)
+        return None
+
     def is_of_another_size(self, pipeline: PipelineId, num_blocks: int, num_slots: int) -> bool:
         """Whether a suspended one cannot go on like this."""
         schedule = self.suspended.get(pipeline)
@@ -50,7 +75,7 @@ class PipelineSchedules:
         """Open the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
         schedule = self.suspended.pop(pipeline, None)
         if schedule is None:
-            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self._settings)
+            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self._settings, self._blame)
             schedule.held_releases.extend(self._untold_releases.pop(pipeline, []))
         self.open[pipeline] = schedule
         return schedule
@@ -70,6 +95,16 @@ class PipelineSchedules:
         requests = schedule.abandon()
         self._untold_releases[pipeline] = schedule.held_releases
         return requests
+
+    def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
+        """Forget one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
+        told anyway, when it opens again."""
+        schedule = self._take_off(pipeline, now_s) or self.suspended.pop(pipeline)
+        told = [*schedule.held_releases, *sequence_ids]
+        for step in schedule.in_flight.values():
+            told += step.plan.released
+            told += (chunk.sequence_id for chunk in step.plan.chunks)
+        self._untold_releases[pipeline] = list(dict.fromkeys(told))
 
     def _take_off(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
         """It is open no longer; None if it was not."""

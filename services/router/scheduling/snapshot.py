@@ -95,6 +95,8 @@ class SchedulerSnapshot:
     reserved_tokens: int
     pipelines: tuple[PipelineSnapshot, ...]
     counters: SchedulerCounters
+    num_ahead: int = 0
+    """How many of those who wait count for the door of a request that comes now; see `line.num_ahead`."""
 
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:

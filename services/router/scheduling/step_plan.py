@@ -28,8 +28,10 @@ class ScheduledChunk:
     choice: int
     num_generated: int
     """Tokens that the request has generated before this step, over all its recomputations."""
+    tells_adjustments: bool = False
+    """Whether the last stage is told all of this sequence's penalties, biases and counts, and not only to go on."""
     token_counts: bytes = b""
-    """int32 [*, 3]: token id, times generated, 1 if in the prompt; of a chunk that samples with a penalty, else empty.
+    """int32 [*, 3]: token id, times generated, 1 if in the prompt; of a chunk that tells them, with a penalty.
     It says all that the last stage must know of the past, so that a recomputed request draws the same token."""
 
     @property
@@ -88,3 +90,5 @@ class RequestFailure:
 
     request_id: RequestId
     error: MoemeshError
+    cause: Exception | None = None
+    """What was raised while it was handled: an error in the router itself."""

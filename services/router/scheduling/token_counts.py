@@ -6,34 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FIRST_CAPACITY = 64
 
+def count_tokens(prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> bytes:
+    """int32 [*, 3]: token id, times generated, 1 if in the prompt; one row a token that has come up, ascending.
 
-class TokenCounts:
-    """Rows of (token id, times generated, 1 if in the prompt), one a token that has come up, in order of appearance.
-
-    Counted once a token, and handed out as one copy of the rows: a step does not go through the whole past again.
+    `prompt_token_ids`: empty where no penalty looks at the prompt.
     """
-
-    def __init__(self, prompt_token_ids: Sequence[int]) -> None:
-        """`prompt_token_ids`: empty where no penalty looks at the prompt."""
-        distinct = tuple(dict.fromkeys(prompt_token_ids))
-        self._row_of = {token_id: row for row, token_id in enumerate(distinct)}
-        self._rows = np.zeros((max(FIRST_CAPACITY, 2 * len(distinct)), 3), dtype=np.int32)
-        self._rows[: len(distinct), 0] = distinct
-        self._rows[: len(distinct), 2] = 1
-        self._num_counted = 0
-
-    def take(self, generated_token_ids: Sequence[int]) -> bytes:
-        """The rows with all generated tokens counted. The sequence only ever grows between calls."""
-        for position in range(self._num_counted, len(generated_token_ids)):
-            self._count(generated_token_ids[position])
-        self._num_counted = len(generated_token_ids)
-        return self._rows[: len(self._row_of)].tobytes()
-
-    def _count(self, token_id: int) -> None:
-        row = self._row_of.setdefault(token_id, len(self._row_of))
-        if row == len(self._rows):
-            self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)))
-        self._rows[row, 0] = token_id
-        self._rows[row, 1] += 1
+    generated, times = np.unique(np.array(generated_token_ids, dtype=np.int32), return_counts=True)
+    prompt = np.unique(np.array(prompt_token_ids, dtype=np.int32))
+    token_ids = np.union1d(generated, prompt)
+    rows = np.zeros((len(token_ids), 3), dtype=np.int32)
+    rows[:, 0] = token_ids
+    rows[np.searchsorted(token_ids, generated), 1] = times
+    rows[np.searchsorted(token_ids, prompt), 2] = 1
+    return rows.tobytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,6 +16,9 @@ from common.messages import (
     Leave,
 )
 from common.transport import LinkEvent
+from services.router.scheduling.admission import Admission
+from services.router.scheduling.pipeline_schedule import PipelineSchedule
+from services.router.scheduling.request import Request
 from tests.support.fake_mesh import (
     STEP_DEADLINE_S,
     TERM,
@@ -198,3 +203,50 @@ def test_ready_is_false_within_two_seconds_of_the_last_token_after_any_number_of
         mesh.turn(0.2)
         polls.append(mesh.loop.status.readiness.ready)
     assert not any(polls[10:]), "no token came, neither before the deadline nor after it"
+
+
+def test_a_request_that_fits_no_message_fails_and_those_in_its_step_go_on(mesh: FakeMesh) -> None:
+    good, bad = build_request("good"), build_request("bad")
+    mesh.loop.submit(good)
+    mesh.loop.submit(replace(bad, sampling=replace(bad.sampling, seed=1 << 70)))
+    mesh.settle(20)
+    assert mesh.tokens("good") == reference_tokens(good)
+    (error,) = mesh.errors("bad")
+    assert (error.http_status, "request bad" in error.message) == (500, True)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(Request, "token_ids"), (Request, "take_token"), (PipelineSchedule, "_give_back"), (PipelineSchedule, "admit")],
+)
+def test_an_error_while_a_request_is_handled_ends_it_and_not_the_mesh(
+    mesh: FakeMesh, owner: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(owner, method)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        if any(isinstance(each, Request) and each.request_id == "bad" for each in arguments):
+            raise KeyError("simulated")
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, method, broken)
+    good, bad = build_request("good", max_tokens=8), build_request("bad")
+    mesh.loop.submit(good)
+    mesh.loop.submit(bad)
+    mesh.settle(30)
+    assert mesh.tokens("good") == reference_tokens(good)
+    (error,) = mesh.errors("bad")
+    assert (error.http_status, "request bad" in error.message) == (500, True)
+    later = build_request("later")
+    mesh.loop.submit(later)
+    mesh.settle(20)
+    assert mesh.tokens("later") == reference_tokens(later)
+    mesh.scheduler.check_invariants()
+
+
+def test_a_request_that_cannot_even_be_taken_in_is_told_so(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Admission, "admit", mock.Mock(side_effect=TypeError("simulated")))
+    mesh.loop.submit(build_request("bad"))
+    mesh.settle(2)
+    (error,) = mesh.errors("bad")
+    assert (error.http_status, "request bad" in error.message) == (500, True)

@@ -11,15 +11,21 @@ from common.ids import Generation, PipelineId, SequenceId, StepId
 from common.messages import TensorFrame
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
-from services.router.scheduling.token_counts import TokenCounts
+from services.router.scheduling.token_counts import count_tokens
 from services.router.step_message import step_message
 
 PLAIN = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset({5, 6}))
 INF = float("inf")
 
 
-def chunk(sampling: SamplingParameters, num_generated: int = 0, counts: bytes = b"", samples: bool = True) -> Any:
-    return ScheduledChunk(SequenceId(1), (1,), 0, 0, (1,), samples, sampling, 0, num_generated, counts)
+def chunk(
+    sampling: SamplingParameters,
+    num_generated: int = 0,
+    counts: bytes = b"",
+    samples: bool = True,
+    tells: bool = True,
+) -> Any:
+    return ScheduledChunk(SequenceId(1), (1,), 0, 0, (1,), samples, sampling, 0, num_generated, tells, counts)
 
 
 def rows(frame: TensorFrame) -> list[list[float]]:
@@ -37,7 +43,7 @@ def test_rows_without_penalties_cost_nothing() -> None:
 
 
 def test_each_row_says_its_own_and_rows_are_counted_over_those_that_sample() -> None:
-    counts = TokenCounts([4]).take([9, 9])
+    counts = count_tokens([4], [9, 9])
     asking = replace(PLAIN, repetition_penalty=1.5, presence_penalty=0.25)
     step = message(
         chunk(asking, samples=False),
@@ -47,6 +53,14 @@ def test_each_row_says_its_own_and_rows_are_counted_over_those_that_sample() -> 
     )
     assert rows(step.penalties) == [[0, 0.1, 0, 0, 1], [2, 0, 0.25, 0, 1.5]]
     assert rows(step.token_counts) == [[2, 4, 0, 1], [2, 9, 2, 0]]
+    assert rows(step.adjusted) == [[0, 0, 1], [2, 2, 1]]
+
+
+def test_a_row_that_goes_on_says_only_how_far_it_is() -> None:
+    asking = replace(PLAIN, repetition_penalty=1.5, logit_bias=((5, 1.0),))
+    step = message(chunk(PLAIN, 3, tells=False), chunk(asking, 3, tells=False))
+    assert rows(step.adjusted) == [[1, 3, 0]]
+    assert (step.penalties.shape, step.token_counts.shape, step.biases.shape) == ((0, 5), (0, 4), (0, 3))
 
 
 def test_stop_tokens_are_forbidden_until_min_tokens_are_there() -> None:

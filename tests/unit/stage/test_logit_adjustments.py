@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from common.array import array_to_frame
 from common.errors import ProtocolError
 from common.messages import Step, TensorFrame
-from services.stage.logit_adjustments import LogitAdjustments, read_adjustments
+from services.router.scheduling.token_counts import count_tokens
+from services.stage.logit_adjustments import CountedTokens, KeptAdjustments, LogitAdjustments
 from services.stage.model.penalties import adjusted_logits, without_unlikely
 
 EMPTY = TensorFrame("int64", (0,), b"")
@@ -31,8 +32,9 @@ def read(
         penalties=frame(penalties, "float64", 5),
         token_counts=frame(counts, "int32", 4),
         biases=frame(biases, "float64", 3),
+        adjusted=frame([(row, 0, 1) for row in range(rows)], "int64", 3),
     )
-    return read_adjustments(step, rows)
+    return KeptAdjustments().apply(step, np.arange(rows))
 
 
 def test_rows_that_say_nothing_have_neutral_columns() -> None:
@@ -45,8 +47,66 @@ def test_rows_that_say_nothing_have_neutral_columns() -> None:
     assert (made.token_counts.tolist(), made.bias_places.tolist()) == ([[1, 7, 2, 0]], [[0, 3]])
 
 
+def step_of(*, adjusted: list[tuple[int, ...]], biases: list[tuple[float, ...]] = [], released: list[int] = []) -> Step:  # noqa: B006
+    return Step(
+        *(EMPTY, EMPTY, EMPTY),
+        array_to_frame(np.array(released, dtype=np.int64)),
+        *(EMPTY, EMPTY),
+        biases=array_to_frame(np.array(biases, dtype=np.float64).reshape(-1, 3)),
+        adjusted=array_to_frame(np.array(adjusted, dtype=np.int64).reshape(-1, 3)),
+    )
+
+
 def test_a_step_without_any_has_none() -> None:
-    assert read([], [], []) is None
+    assert KeptAdjustments().apply(step_of(adjusted=[]), np.arange(2)) is None
+
+
+def test_what_was_told_once_is_gone_on_with_until_the_sequence_is_released() -> None:
+    kept = KeptAdjustments()
+    kept.apply(step_of(adjusted=[(0, 2, 1)], biases=[(0, 3, 1.5)]), np.array([7]))
+    kept.count([7, 8], [3, 3])
+    again = kept.apply(step_of(adjusted=[(1, 3, 0)]), np.array([9, 7]))
+    assert again is not None
+    assert (again.bias_places.tolist(), again.biases.tolist()) == ([[1, 3]], [1.5])
+    with pytest.raises(ProtocolError, match="sequence 7, of which nothing is kept"):
+        kept.apply(step_of(adjusted=[(0, 3, 0)], released=[7]), np.array([7]))
+    assert len(kept) == 0
+
+
+@pytest.mark.parametrize("num_generated", [2, 4])
+def test_a_sequence_that_has_another_number_of_tokens_than_were_counted_is_refused(num_generated: int) -> None:
+    kept = KeptAdjustments()
+    kept.apply(step_of(adjusted=[(0, 2, 1)], biases=[(0, 3, 1.5)]), np.array([7]))
+    kept.count([7], [3])
+    with pytest.raises(ProtocolError, match=f"sequence 7 has {num_generated} tokens, 3 were counted here"):
+        kept.apply(step_of(adjusted=[(0, num_generated, 0)]), np.array([7]))
+
+
+@pytest.mark.parametrize(
+    ("adjusted", "biases"),
+    [
+        ([(2, 0, 1)], []),
+        ([(-1, 0, 1)], []),
+        ([(0, -1, 1)], []),
+        ([(0, 0, 2)], []),
+        ([(0, 0, 1), (0, 0, 1)], []),
+        ([], [(0, 3, 1.5)]),
+        ([(1, 0, 1)], [(0, 3, 1.5)]),
+    ],
+)
+def test_rows_that_are_not_told_right_are_refused(adjusted: Any, biases: Any) -> None:
+    with pytest.raises(ProtocolError, match=r"Step\.(adjusted|biases)"):
+        KeptAdjustments().apply(step_of(adjusted=adjusted, biases=biases), np.array([7, 8]))
+
+
+@given(st.lists(st.integers(0, 300), max_size=300), st.lists(st.integers(0, 300), max_size=300))
+def test_tokens_counted_on_are_those_counted_anew(told: list[int], sampled: list[int]) -> None:
+    rows = np.frombuffer(count_tokens([5, 6], told), dtype=np.int32).reshape(-1, 3)
+    counted = CountedTokens(rows)
+    for token_id in sampled:
+        counted.add(token_id)
+    anew = np.frombuffer(count_tokens([5, 6], told + sampled), dtype=np.int32).reshape(-1, 3)
+    assert sorted(counted.rows.tolist()) == anew.tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -124,6 +126,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = build_request(
             f"request-{number}", prompt_length, max_tokens, seed=number, stop_token_ids=stop_token_ids
         )
+        if number % 3:  # some are choices of one HTTP request
+            request = replace(request, group=f"group-{number % 2}")
         try:
             self.scheduler.add(request, self.now_s)
         except (ContextLengthError, OverloadedError):

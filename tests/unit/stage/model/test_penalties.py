@@ -20,7 +20,7 @@ from services.router.scheduling.request import Request
 from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
 from services.router.step_message import step_message
-from services.stage.logit_adjustments import read_adjustments
+from services.stage.logit_adjustments import KeptAdjustments
 from services.stage.micro_batch import BlockTables, read_micro_batch
 from services.stage.model.penalties import adjusted_logits, without_unlikely
 from services.stage.model.sampling import SampledTokens, sample
@@ -55,8 +55,8 @@ def request_of(sampling: SamplingParameters, prompt: list[int], generated: list[
     return made
 
 
-def next_step(*requests: Request) -> Step:
-    """The step that computes all tokens of each request and samples the next one."""
+def next_step(*requests: Request, tells: bool = True) -> Step:
+    """The step that computes all tokens of each request and samples the next one; told anew if `tells`."""
     chunks = [
         ScheduledChunk(
             sequence_id=SequenceId(number),
@@ -68,6 +68,7 @@ def next_step(*requests: Request) -> Step:
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
+            tells_adjustments=request.tells_adjustments() or tells,
             token_counts=request.token_counts(),
         )
         for number, request in enumerate(requests)
@@ -75,15 +76,18 @@ def next_step(*requests: Request) -> Step:
     return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), 0, tuple(chunks), ()))
 
 
-def draw(step: Step, logits: Tensor) -> SampledTokens:
+def draw(step: Step, logits: Tensor, kept: KeptAdjustments | None = None) -> SampledTokens:
     hidden = torch.zeros(step.hidden.shape, dtype=torch.int64)
-    columns = read_micro_batch(step, hidden, BlockTables(32, 100)).sampling
+    kept = KeptAdjustments() if kept is None else kept
+    columns = read_micro_batch(step, hidden, BlockTables(32, 100), kept).sampling
     assert columns is not None
-    return sample(logits, columns)
+    drawn = sample(logits, columns)
+    kept.count(columns.sequence_ids.tolist(), drawn.token_ids.tolist())
+    return drawn
 
 
 def adjusted(step: Step, logits: Tensor) -> Tensor:
-    adjustments = read_adjustments(step, len(logits))
+    adjustments = KeptAdjustments().apply(step, np.arange(len(logits)))
     return logits if adjustments is None else adjusted_logits(logits, adjustments)
 
 
@@ -154,21 +158,24 @@ def test_a_rows_bits_do_not_depend_on_its_batch_mates(data: st.DataObject) -> No
 def test_a_sequence_recomputed_from_its_tokens_so_far_draws_the_same_next_ones(
     sampling: SamplingParameters, prompt: list[int], cut: int, salt: int
 ) -> None:
-    """A "model" whose logits depend on all tokens; one request lives through, the other begins anew at `cut`."""
+    """A "model" whose logits depend on all tokens; one request lives through, the other begins anew at `cut`, and a
+    third is told everything with each step."""
 
-    def step_on(request: Request) -> None:
+    def step_on(request: Request, kept: KeptAdjustments | None) -> None:
         tokens = request.token_ids(0, request.num_tokens)
-        drawn = draw(next_step(request), logits_of(1, hash((tokens, salt)) % 2**31))
+        step = next_step(request, tells=kept is None)
+        drawn = draw(step, logits_of(1, hash((tokens, salt)) % 2**31), kept)
         request.take_token(SampledToken(int(drawn.token_ids[0]), float(drawn.logprobs[0]), ()))
 
     unending = replace(sampling, stop_token_ids=frozenset())
-    lived = request_of(unending, prompt, [])
+    lived, kept = request_of(unending, prompt, []), KeptAdjustments()
     for _ in range(12):
-        step_on(lived)
-    restored = request_of(unending, prompt, lived.generated_token_ids[:cut])
-    while len(restored.generated_token_ids) < 12:
-        step_on(restored)
-    assert restored.generated_token_ids == lived.generated_token_ids
+        step_on(lived, kept)
+    for holder in (KeptAdjustments(), None):
+        restored = request_of(unending, prompt, lived.generated_token_ids[:cut])
+        while len(restored.generated_token_ids) < 12:
+            step_on(restored, holder)
+        assert restored.generated_token_ids == lived.generated_token_ids
 
 
 def test_a_penalty_changes_what_is_drawn() -> None:
