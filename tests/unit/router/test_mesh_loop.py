@@ -27,7 +27,6 @@ from common.messages import (
     Welcome,
 )
 from common.topology import NodeKind, StageState
-from common.transport import LinkEvent
 from services.router.control.draining import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
 from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
@@ -290,15 +289,6 @@ def test_a_spare_takes_a_lost_stages_slot_and_no_token_is_lost_or_doubled() -> N
     mesh.settle(40)
     assert mesh.tokens("r") == reference_tokens(request)
     assert mesh.loop.status.readiness.ready
-
-
-def test_a_lifeline_that_opens_again_in_time_changes_nothing(mesh: FakeMesh) -> None:
-    for event in (LinkEvent.CLOSED, LinkEvent.CONNECTED):
-        mesh.client.events.append((node("a").node_id, event))
-        mesh.turn(0.01)
-    mesh.beat()
-    mesh.turn(1.0)
-    assert FIRST in mesh.client.pipelines
 
 
 def test_without_a_spare_requests_wait_for_a_new_node(mesh: FakeMesh) -> None:

@@ -7,6 +7,7 @@ from common.membership import NodeState
 from common.messages import Failed, Heartbeat
 from common.transport import LinkEvent
 from tests.support.fake_mesh import FakeMesh, build_request, kinds, reference_tokens, said_to
+from tests.support.mesh_shapes import node
 
 
 def mirrored_mesh() -> FakeMesh:
@@ -105,3 +106,13 @@ def test_a_node_that_refuses_connections_is_lost_in_the_same_turn() -> None:
     mesh.client.events.append((NodeId("a"), LinkEvent.REFUSED))
     mesh.turn()
     assert not is_alive(mesh, "a")
+
+
+def test_a_lifeline_that_opens_again_in_time_changes_nothing() -> None:
+    mesh = mirrored_mesh()
+    for event in (LinkEvent.CLOSED, LinkEvent.CONNECTED):
+        mesh.client.events.append((node("a").node_id, event))
+        mesh.turn(0.01)
+    mesh.beat()
+    mesh.turn(1.0)
+    assert is_alive(mesh, "a")
