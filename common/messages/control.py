@@ -162,6 +162,11 @@ class ShardsReady:
     weight_bytes: int
     number: int = 0
     """Counts the reports of this node from 1."""
+    digests: TensorFrame = NO_ARRAY
+    """int32 [L, E, S]: of the bits of each shard's answer to the probe, above 0; 0 where it is not held. Nodes of one
+    numeric class that hold a shard have the same."""
+    projections: TensorFrame = NO_ARRAY
+    """float32 [L, E, S]: the answer along a fixed direction, over its length; nearly the same on all nodes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,18 @@ class ShardKeeper:
         if complete:
             self._log.info("shards_ready", held=len(store), mapped_bytes=store.weight_bytes)
         self._num_reports += 1
+        held = self._bitmap(store)
+        digests, projections = np.zeros(held.shape, dtype=np.int32), np.zeros(held.shape, dtype=np.float32)
+        for shard in store:
+            digests[shard], projections[shard] = store.probe(shard)
         return self._control.send(
-            ShardsReady(self._assignment.version, complete, self._bitmap(store), store.weight_bytes, self._num_reports)
+            ShardsReady(
+                self._assignment.version,
+                complete,
+                held,
+                store.weight_bytes,
+                self._num_reports,
+                array_to_frame(digests),
+                array_to_frame(projections),
+            )
         )

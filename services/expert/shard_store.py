@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+from torch import Tensor
 
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.native_library import NativeKernels
-from common.errors import CheckpointError
 from common.model_config import ModelConfig
 from common.topology import ShardId
 from common.weights import CheckpointWeights
+from services.expert.shard_probe import PROBE_ROWS, ProbeAnswer, check_answer, probe_rows, summarise, torch_answer
 
 
 class ShardStore:
@@ -27,6 +27,7 @@ class ShardStore:
         self._kernels = kernels
         self._shards: dict[ShardId, GatedExpert] = {}
         self._bytes: dict[ShardId, int] = {}
+        self._probes: dict[ShardId, ProbeAnswer] = {}
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -44,23 +45,30 @@ class ShardStore:
         return self._shards.get(shard)
 
     def load(self, weights: CheckpointWeights, shard: ShardId) -> None:
-        """Read one shard and run a row through it. Raises CheckpointError if it is missing, misshapen or not finite."""
+        """Read one shard and let it answer the probe. Raises CheckpointError if it is missing, misshapen or not finite,
+        and ExecutionError where the kernels answer otherwise than torch."""
         before = weights.bytes_read
-        expert = self._read(weights, shard)
-        probe = torch.ones((1, self._config.hidden_size), dtype=weights.dtype, device=weights.device)
-        if not bool(torch.isfinite(grouped_gated_ffn(probe, (0, 1), (expert,))).all()):
-            raise CheckpointError(
-                f"expert {shard.expert} of layer {shard.layer} gives numbers that are not finite: it is damaged"
-            )
+        gate, up, down = self._read(weights, shard)
+        expert = GatedExpert(gate, up, down, kernels=self._kernels)
+        rows = probe_rows(self._config.hidden_size).to(weights.dtype).to(weights.device)
+        answer = grouped_gated_ffn(rows, (0, PROBE_ROWS), (expert,)).cpu()
+        check_answer(answer, torch_answer(rows, gate, up, down).cpu(), shard)
         self._bytes[shard] = weights.bytes_read - before
+        self._probes[shard] = summarise(answer)
         self._shards[shard] = expert
+
+    def probe(self, shard: ShardId) -> ProbeAnswer:
+        """What a shard that is held answered."""
+        return self._probes[shard]
 
     def drop(self, shard: ShardId) -> None:
         """Let a shard go; one that is not held is no error."""
         self._shards.pop(shard, None)
         self._bytes.pop(shard, None)
+        self._probes.pop(shard, None)
 
-    def _read(self, weights: CheckpointWeights, shard: ShardId) -> GatedExpert:
+    def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up and down."""
         config, names = self._config, self._config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         cut = slice(width * shard.slice_index // self.num_slices, width * (shard.slice_index + 1) // self.num_slices)
@@ -68,24 +76,24 @@ class ShardStore:
         gate_name = f"{prefix}.{names.gate.format(expert=shard.expert)}"
         if gate_name not in weights and f"{prefix}.{names.fused_gate_up}" in weights:
             return self._read_fused(weights, shard, prefix, cut)
-        return GatedExpert(
+        return (
             weights.tensor(gate_name, (width, hidden), rows=cut),
             weights.tensor(f"{prefix}.{names.up.format(expert=shard.expert)}", (width, hidden), rows=cut),
             weights.tensor(f"{prefix}.{names.down.format(expert=shard.expert)}", (hidden, width), columns=cut),
-            kernels=self._kernels,
         )
 
-    def _read_fused(self, weights: CheckpointWeights, shard: ShardId, prefix: str, cut: slice) -> GatedExpert:
+    def _read_fused(
+        self, weights: CheckpointWeights, shard: ShardId, prefix: str, cut: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All experts of a layer in one tensor: gate rows before up rows."""
         config, names = self._config, self._config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         gate_up_name, gate_up_shape = f"{prefix}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
         up_cut = slice(cut.start + width, cut.stop + width)
-        return GatedExpert(
+        return (
             weights.tensor(gate_up_name, gate_up_shape, index=shard.expert, rows=cut),
             weights.tensor(gate_up_name, gate_up_shape, index=shard.expert, rows=up_cut),
             weights.tensor(
                 f"{prefix}.{names.fused_down}", (config.num_experts, hidden, width), index=shard.expert, columns=cut
             ),
-            kernels=self._kernels,
         )

@@ -15,7 +15,7 @@ import zmq
 from common.endpoints import choose_endpoint, remove_socket_files, share_folder
 from common.ids import NodeId, PipelineId
 from common.listening import refused
-from common.messages import Header, Message
+from common.messages import Failed, Header, Message
 from common.node import NodeAddresses
 from common.topology import NodeDescription
 from common.transport import Full, LinkEvent, MessageSocket, Transport
@@ -82,7 +82,9 @@ class MeshClient:
         return NodeId(identity.decode(errors="replace")), message, header
 
     def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
-        """Send to a node; False if it is gone (its lifeline says so too)."""
+        """Send to a node; False if it is gone (its lifeline says so too). One that is told Failed ends."""
+        if isinstance(message, Failed):
+            self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
         try:
             self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self._router_term))
         except Full:

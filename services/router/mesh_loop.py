@@ -209,8 +209,7 @@ class MeshLoop:
             report = MirrorReport(header.generation, message.is_complete, message.broken_stream)
             self._act(self._stages.take_mirror(node_id, report), now_s)
         elif isinstance(message, ShardsReady):
-            held = self._experts.read_shards(message.shards, "ShardsReady.shards")
-            self._experts.take_report(node_id, held, message.number)
+            self._act(self._experts.read_report(node_id, message), now_s)
         elif isinstance(message, Leave):
             self._drain(node_id, message.reason, now_s)
         elif isinstance(message, Failed):

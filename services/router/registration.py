@@ -20,8 +20,8 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelCon
         raise ProtocolError(f"Hello.node_kind {hello.node_kind!r} is neither stage nor expert")
     if hello.fingerprint != fingerprint:
         raise CheckpointError(
-            f"{sender} sees another checkpoint (fingerprint {hello.fingerprint}) than the router "
-            f"({fingerprint}): MODEL must name the same files on every node, or parts that were cut from them"
+            f"the checkpoints differ: {sender} sees one with the fingerprint {hello.fingerprint}, the router one with "
+            f"{fingerprint}; MODEL must name the same files on every node, or parts that were cut from them"
         )
     return NodeDescription(
         node_id=sender,

@@ -132,9 +132,10 @@ class CallLedger:
         return [_best(copies, ranks) for copies in holders] if ranks else holders
 
     def _ranks(self, layer: int, now_s: float) -> dict[int, int]:
-        """Nodes that are asked only where there is no better one: those in doubt, those of another numeric class than
-        the layer's first one, suspects. Nodes of rank 0 are left out."""
-        doubted, suspects = self.suspicions.doubted(now_s), self.suspicions.suspects(now_s)
+        """Nodes that are asked only where there is no better one: those in doubt and newcomers, those of another
+        numeric class than the layer's first one, suspects. Nodes of rank 0 are left out."""
+        suspects = self.suspicions.suspects(now_s)
+        doubted = self.suspicions.doubted(now_s) | {node.number for node in self.nodes if not node.is_proven}
         first = self.nodes.first_class(layer)
         if not doubted and first is None:
             return {}
@@ -166,8 +167,39 @@ class CallLedger:
             return []
         return split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
 
+    def probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
+        """Ask each node that has not answered anything yet for one row of this call, on top of those who are asked for
+        it: a node that is there and answers nothing is found without a token that waits for it."""
+        new = [n for n in self.nodes if n.connected and not n.is_proven and not n.probe and n.probe_after_s <= now_s]
+        if not new:
+            return
+        holders, pairs = self.nodes.holders(pending.call.layer, frozenset()), np.arange(pending.missing.size)
+        keys = pending.keys(pairs).tolist()
+        for node in new:
+            held = pairs[np.array([node.number in holders[key] for key in keys], dtype=np.bool_)]
+            if held.size:
+                alone = [[node.number] if node.number in copies else [] for copies in holders]
+                (part,) = split_pairs(pending.call, held[:1], pending.num_slices, alone, {})
+                number = next(self._numbers)
+                node.probe = number if self._dispatch(pending, part, number, now_s) else 0
+
     def _send(self, pending: PendingCall, part: NodeRows, now_s: float, is_hedge: bool) -> bool:
-        call, node, number = pending.call, self.nodes[part.node], next(self._numbers)
+        number = next(self._numbers)
+        if not self._dispatch(pending, part, number, now_s):
+            return False
+        call, node = pending.call, self.nodes[part.node]
+        pending.parts[number] = AskedPart(part, now_s, is_hedge)
+        pending.asked_s[part.pairs] = now_s
+        pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
+        self._in_flight[number] = pending
+        if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
+            self.other_class_rows += part.pairs.size
+            pending.on_retried()
+        node.outstanding_rows += part.pairs.size
+        return True
+
+    def _dispatch(self, pending: PendingCall, part: NodeRows, number: int, now_s: float) -> bool:
+        call, node = pending.call, self.nodes[part.node]
         is_all = part.tokens.size == call.hidden.shape[0]
         rows = call.hidden if is_all else call.hidden[torch.from_numpy(part.tokens)]
         is_exact = pending.sum.takes_some_pairs
@@ -177,14 +209,6 @@ class CallLedger:
             node.socket.send(message, pending.header_now(now_s))
         except Full:
             return False
-        pending.parts[number] = AskedPart(part, now_s, is_hedge)
-        pending.asked_s[part.pairs] = now_s
-        pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
-        self._in_flight[number] = pending
-        if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
-            self.other_class_rows += part.pairs.size
-            pending.on_retried()
-        node.outstanding_rows += part.pairs.size
         return True
 
 

@@ -23,7 +23,7 @@ from services.stage.call_ledger import CallLedger
 from services.stage.dispatch import ExactSum, NodeRows, PartialSum
 from services.stage.expert_nodes import ExpertNode, ExpertNodes
 from services.stage.model.decoder import ExpertCall
-from services.stage.pending_call import AskedPart, PendingCall
+from services.stage.pending_call import FIRST_PAUSE_S, AskedPart, PendingCall
 
 RETRY_INTERVAL_S = 0.1
 """How often pairs without a usable node are tried again, besides when a link or the placement changes."""
@@ -111,6 +111,7 @@ class ExpertClient:
         pending = PendingCall(call, header, deadline_s, num_slices, total, now_s, *callbacks)
         self._ledger.ask_uncovered(pending, now_s)
         self._ledger.add(pending)
+        self._ledger.probe_newcomers(pending, now_s)
 
     def receive(self, now_s: float) -> bool:
         """Take in answers and link events of all nodes. True if anything came."""
@@ -208,11 +209,14 @@ class ExpertClient:
         node.heard_s = now_s
         self._ledger.suspicions.heard(node.number, now_s)
         number = message.call if isinstance(message, ExpertRows | Failed) else 0
-        if number == node.probe:
-            node.probe = 0
+        is_probe = number != 0 and number == node.probe
+        if is_probe:
+            node.probe, node.probe_after_s = 0, now_s + FIRST_PAUSE_S
+        is_asked_for_nothing_else = is_probe and not node.is_proven
+        node.is_proven |= isinstance(message, ExpertRows)
         pending = self._ledger.find(number, node)
         if pending is None:
-            self.late_answers += 1
+            self.late_answers += not is_asked_for_nothing_else
             return
         part = self._ledger.take_part(pending, number)
         try:

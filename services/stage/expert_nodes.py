@@ -32,7 +32,11 @@ class ExpertNode:
     heard_s: float = 0.0
     """When it last said anything."""
     probe: int = 0
-    """A call that is not wanted any more and was not taken back: its answer tells that the node is back. 0: none."""
+    """A call whose answer nobody waits for, but that it answers: it tells that the node is back, or there. 0: none."""
+    probe_after_s: float = 0.0
+    """It refused its probe: not before."""
+    is_proven: bool = True
+    """False for one that has joined others and has answered nothing here yet: it is asked where it alone can be."""
 
 
 class ExpertNodes:
@@ -62,6 +66,8 @@ class ExpertNodes:
         self._current: list[ExpertNode | None] = []
         """In the order of the placement; None: out of reach."""
         self._placement: PublishPlacement | None = None
+        self._come_together = True
+        """Whether nobody was here before the nodes of the last placement: then they are no newcomers."""
         self._unopened: set[int] = set()
         """Places of nodes for which there was no socket; asked for again."""
         self._stamp = (0, 0)
@@ -118,6 +124,7 @@ class ExpertNodes:
         if any(len(column) != len(placement.node_ids) for column in columns):
             raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
         self._stamp, self.num_slices = stamp, num_slices
+        self._come_together = not self._nodes
         gone = {(node.node_id, node.incarnation): node for node in self._nodes.values()}
         kept = [gone.pop(name, None) for name in zip(placement.node_ids, placement.incarnations, strict=True)]
         for node in gone.values():  # first: others may need their sockets
@@ -216,6 +223,7 @@ class ExpertNodes:
             return None
         numeric_class = placement.numeric_classes[index]
         node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], numeric_class, socket)
+        node.is_proven = self._come_together
         self._nodes[node.number] = node
         return node
 

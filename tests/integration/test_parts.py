@@ -152,7 +152,7 @@ def end_of(service: str, model: Path, state_dir: Path) -> str:
 
 def test_a_part_of_another_model_is_refused_by_the_router(mesh: ServedMesh, tmp_path: Path) -> None:
     shard_checkpoint(str(write_tiny_checkpoint(tmp_path / "other", seed=2)), tmp_path / "parts", 2, 3, 2)
-    assert "sees another checkpoint" in end_of("expert", tmp_path / "parts" / "expert-0", mesh.local.state_dir)
+    assert "the checkpoints differ" in end_of("expert", tmp_path / "parts" / "expert-0", mesh.local.state_dir)
 
 
 def test_a_part_that_cannot_be_used_is_refused_by_what_is_wrong(parts: dict[str, Path], tmp_path: Path) -> None:

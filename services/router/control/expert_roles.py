@@ -15,8 +15,9 @@ import numpy as np
 
 from common.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
 from common.endpoints import join_endpoints
+from common.errors import CheckpointError
 from common.ids import NodeId
-from common.messages import AssignShards, Header, PublishPlacement, TensorFrame
+from common.messages import AssignShards, Failed, Header, PublishPlacement, ShardsReady, TensorFrame
 from common.model_config import ModelConfig
 from common.topology import NodeDescription
 from services.router.control.actions import Action, Tell
@@ -24,6 +25,7 @@ from services.router.control.draining import Draining
 from services.router.control.placement_aim import PlacementAim
 from services.router.control.placing import PlacementAnswer, PlacementRequest
 from services.router.control.roll_out import Assignment, Target, next_assignment
+from services.router.control.shard_probes import ShardProbes
 from services.router.control.sizes import MeshShape, shard_bytes
 
 SETTLE_S = 1.0
@@ -42,7 +44,8 @@ class ExpertRoles:
         is_named = np.zeros(self._table_shape, dtype=np.bool_)
         is_named[list(moe_layers)] = True
         self._is_named: BoolArray = is_named.reshape(-1)
-        self._num_shards = int(self._is_named.sum())
+        self.num_shards = int(self._is_named.sum())
+        """Of the whole model."""
         self._shard_bytes = shard_bytes(config, shape)
         self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
         self._nodes: dict[NodeId, NodeDescription] = {}
@@ -66,6 +69,7 @@ class ExpertRoles:
         self._rolled_s = -REPORT_INTERVAL_S
         self._version = 0
         self._draining = Draining()
+        self._probes = ShardProbes(self._table_shape)
         self.has_news = False
         """Whether what may be asked has changed since `take_news`."""
 
@@ -78,11 +82,6 @@ class ExpertRoles:
     def is_served(self) -> bool:
         """Whether every shard has a node that can be asked."""
         return self._assignment is not None and not self._num_orphans
-
-    @property
-    def num_shards(self) -> int:
-        """Of the whole model."""
-        return self._num_shards
 
     @property
     def missing_copies(self) -> int:
@@ -101,7 +100,7 @@ class ExpertRoles:
             return self.problem
         if self._assignment is None:
             return f"{len(self._nodes)} of {self._num_expected} expert nodes"
-        return f"{self._num_shards - self._num_orphans} of {self._num_shards} expert shards loaded"
+        return f"{self.num_shards - self._num_orphans} of {self.num_shards} expert shards loaded"
 
     @property
     def ready(self) -> Mapping[NodeId, BoolArray]:
@@ -137,6 +136,7 @@ class ExpertRoles:
             self._ready.pop(node_id)
             self._told.pop(node_id, None)
             self._report_numbers.pop(node_id, None)
+            self._probes.forget(node_id)
             self._change()
 
     def take_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
@@ -145,6 +145,20 @@ class ExpertRoles:
         if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
             self._ready[node_id], self._report_numbers[node_id] = held, number
             self._has_reports = True
+
+    def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
+        """What a node says it holds, unless its answers to the probe contradict those of others: then one of them is
+        told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
+        held = self.read_shards(message.shards, "ShardsReady.shards")
+        found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else None
+        if found is None or found.node_id != node_id:
+            self.take_report(node_id, held, message.number)
+        if found is None:
+            return []
+        self._ready[found.node_id], self._has_changed = np.zeros_like(self._is_named), True
+        self._probes.forget(found.node_id)
+        reason = found.describe(self._nodes, self._table_shape)
+        return [Tell(found.node_id, Failed(CheckpointError.code, reason), Header())]
 
     def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
         """[P]: the shards that a message names. Raises ProtocolError with the name of the field."""

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.compute.gated_ffn import grouped_gated_ffn
-from common.errors import CheckpointError
+from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
+from common.compute.native_library import NativeKernels
+from common.errors import CheckpointError, ExecutionError
 from common.model_config import read_model_config
 from common.topology import ShardId
 from common.weights import CheckpointWeights
+from services.expert.shard_probe import ProbeAnswer
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints import MIXTRAL_SHARDED, QWEN3, Recipe, write_checkpoint
 from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
@@ -126,3 +128,62 @@ def test_a_shard_that_the_checkpoint_does_not_have_is_named(directory: Path, sha
     store, weights = store_of(directory)
     with pytest.raises(CheckpointError, match=f"layers.{shard.layer}.mlp.experts.{shard.expert}.gate_proj"):
         store.load(weights, shard)
+
+
+# ---- the probe
+
+
+def probe_of(directory: Path, shard: ShardId, kernels: NativeKernels | None, dtype: torch.dtype) -> ProbeAnswer:
+    store = ShardStore(read_model_config(directory), 1, kernels)
+    store.load(CheckpointWeights(directory, dtype), shard)
+    return store.probe(shard)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+def test_every_load_of_a_shard_answers_the_probe_with_the_same_bits(
+    directory: Path, kernels: str, dtype: torch.dtype
+) -> None:
+    shard = ShardId(1, 4, 0)
+    first = probe_of(directory, shard, kernels_for(kernels), dtype)
+    assert first == probe_of(directory, shard, kernels_for(kernels), dtype)
+    assert first.digest > 0
+    others = [probe_of(directory, ShardId(1, expert, 0), kernels_for(kernels), dtype) for expert in (0, 1, 2, 3)]
+    assert first.digest not in {other.digest for other in others}
+
+
+def test_answers_of_other_kernels_are_near_and_those_of_other_weights_far(directory: Path) -> None:
+    shards = [ShardId(layer, expert, 0) for layer in (0, 1) for expert in range(4)]
+    native = [probe_of(directory, shard, kernels_for("native"), torch.bfloat16).projection for shard in shards]
+    by_torch = [probe_of(directory, shard, None, torch.bfloat16).projection for shard in shards]
+    assert max(abs(a - b) for a, b in zip(native, by_torch, strict=True)) < 0.05
+    far = [abs(a - b) for number, a in enumerate(native) for b in native[:number]]
+    assert sum(far) / len(far) > 0.5
+
+
+def test_one_changed_weight_changes_the_digest(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, QWEN3)
+    shard = ShardId(1, 4, 0)
+    before = probe_of(directory, shard, None, torch.float32)
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, value in tensors.items():
+            if name == "model.layers.1.mlp.experts.4.down_proj.weight":
+                value[3, 5] *= 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert probe_of(directory, shard, None, torch.float32).digest != before.digest
+
+
+def test_kernels_that_compute_otherwise_than_torch_are_found_at_the_load(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(x: torch.Tensor, offsets: tuple[int, ...], experts: tuple[GatedExpert, ...]) -> torch.Tensor:
+        answer = grouped_gated_ffn(x, offsets, experts)
+        answer[-1] = answer[0]
+        return answer
+
+    store, weights = store_of(directory)
+    monkeypatch.setattr("services.expert.shard_store.grouped_gated_ffn", forgetful)
+    with pytest.raises(ExecutionError, match=r"expert 4 of layer 1: the kernels' answer to the probe is"):
+        store.load(weights, ShardId(1, 4, 0))
+    assert store.find(ShardId(1, 4, 0)) is None

@@ -47,7 +47,9 @@ def test_a_part_that_this_model_does_not_have_is_refused_by_the_field(changes: d
 
 
 def test_a_part_of_another_checkpoint_is_refused_as_the_whole_of_it_is() -> None:
-    with pytest.raises(CheckpointError, match=r"a sees another checkpoint \(fingerprint other\)"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints differ: a sees one with the fingerprint other, the router one with print"
+    ):
         registered(node("a", part=CheckpointPart(LayerRange(0, 2))), fingerprint="other")
 
 

@@ -89,7 +89,10 @@ def test_a_class_that_comes_later_changes_no_bits_even_where_it_holds_more() -> 
     assert asked_classes(stage) == {"intel"}
     stage.place({"c": ALL, "a": ALL, "b": ALL})
     stage.start(CALL, "second")
+    stage.answer_all()  # newcomers, too, who were asked for a probe
+    stage.start(CALL, "third")
     assert asked_classes(stage) == {"intel"}
+    assert stage.client.other_class_rows == 0
 
 
 def test_where_the_first_class_no_longer_holds_a_layer_the_one_that_does_answers_all_of_it() -> None:

@@ -1,0 +1,115 @@
+"""Whether nodes that hold the same shard answer the probe alike. Pure.
+
+The fingerprint of a checkpoint has samples of its files, not every byte, and a file may change under a node. So each
+shard answers a known question when it is loaded, and reports say what came out: nodes of one numeric class must agree
+to the bit, others nearly. Who does not is asked for nothing.
+
+P shards in the order of (layer, expert, slice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.array import BoolArray, Float32Array, Int32Array, frame_to_array
+from common.ids import NodeId
+from common.messages import NO_ARRAY, ShardsReady
+from common.topology import NodeDescription
+
+TOLERANCE = 0.1
+"""Of projections on nodes of different classes. Those of other weights differ by about 1.4; roundings of bf16 add up to
+some hundredths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """A node that is not to be asked, and whom it contradicts."""
+
+    node_id: NodeId
+    """Who is held to be wrong: the one with fewer others on its side, or the one that came later."""
+    other: NodeId
+    shard: int
+    """The first of them."""
+    num_shards: int
+    is_same_class: bool
+
+    def describe(self, nodes: Mapping[NodeId, NodeDescription], table_shape: tuple[int, int, int]) -> str:
+        """For the node that is not to be asked, and for people."""
+        layer, expert, piece = (int(place) for place in np.unravel_index(self.shard, table_shape))
+        kind = "the same numeric class" if self.is_same_class else "another numeric class"
+        prints = f"{nodes[self.node_id].fingerprint} and {nodes[self.other].fingerprint}"
+        return (
+            f"{self.node_id} answers the probe of {self.num_shards} expert shards (the first: layer {layer}, expert "
+            f"{expert}, slice {piece}) otherwise than {self.other}, of {kind}: their checkpoints differ, though their "
+            f"fingerprints are {prints}, or one of them computes wrongly. MODEL must name the same files on every node"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    numeric_class: str
+    digests: Int32Array
+    """[P]; 0: none."""
+    projections: Float32Array
+    """[P]."""
+
+
+class ShardProbes:
+    """What nodes have answered last."""
+
+    def __init__(self, table_shape: tuple[int, int, int]) -> None:
+        """Layers, experts of a layer, slices of an expert."""
+        self._table_shape = table_shape
+        self._answers: dict[NodeId, _Answers] = {}
+
+    def forget(self, node_id: NodeId) -> None:
+        """It is gone; one that is not known is no error."""
+        self._answers.pop(node_id, None)
+
+    def compare(self, node: NodeDescription, report: ShardsReady) -> Disagreement | None:
+        """As `take`, of a report; nodes of an older version say nothing. Raises ProtocolError with the field's name."""
+        if report.digests.shape == NO_ARRAY.shape:
+            return None
+        digests: Int32Array = frame_to_array(report.digests, "int32", self._table_shape, "ShardsReady.digests")
+        projections: Float32Array = frame_to_array(
+            report.projections, "float32", self._table_shape, "ShardsReady.projections"
+        )
+        return self.take(node.node_id, node.numeric_class, digests.reshape(-1), projections.reshape(-1))
+
+    def take(
+        self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
+    ) -> Disagreement | None:
+        """A node's answers, [P] each. One that is found wrong here is not remembered; another one is to be forgotten by
+        the caller."""
+        new = _Answers(numeric_class, digests, projections)
+        differing = {name: _differing(new, other) for name, other in self._answers.items() if name != node_id}
+        differing = {name: shards for name, shards in differing.items() if shards.any()}
+        if not differing:
+            self._answers[node_id] = new
+            return None
+        other, shards = next(iter(differing.items()))
+        shard = int(np.flatnonzero(shards)[0])
+        num_against = sum(bool(found[shard]) for found in differing.values())
+        num_for = sum(
+            bool(known.digests[shard])
+            for name, known in self._answers.items()
+            if name != node_id and not (name in differing and differing[name][shard])
+        )
+        is_same_class = self._answers[other].numeric_class == numeric_class
+        if num_for > num_against:
+            self._answers[node_id] = new
+            return Disagreement(other, node_id, shard, int(shards.sum()), is_same_class)
+        return Disagreement(node_id, other, shard, int(shards.sum()), is_same_class)
+
+
+def _differing(one: _Answers, other: _Answers) -> BoolArray:
+    """[P]: shards that both have and answer otherwise."""
+    differing: BoolArray = (one.digests != 0) & (other.digests != 0)
+    if one.numeric_class == other.numeric_class:
+        differing &= one.digests != other.digests
+    else:
+        differing &= ~(np.abs(one.projections - other.projections) <= TOLERANCE)  # not a number is near to nothing
+    return differing
