@@ -14,7 +14,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,22 +141,34 @@ def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
 
 def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable[..., None]:
     """Marks that take arrival for order: the rows of each third step reach the mirror a second late, while those of
-    later steps come with marks that cover them."""
+    later steps come with marks that cover them. Until then their places are empty: blocks that were another request's
+    might hold the right numbers by chance, since all requests come again and again."""
     hit = hit_now_and_then(3)
     late: list[tuple[float, tuple[Any, ...]]] = []
 
-    def planted(self: Any, *arguments: Any) -> None:
+    def planted(self: Any, memory: Any, positions: Any, mark: int) -> None:
         now_s = time.monotonic()
         while late and now_s - late[0][0] >= ROWS_LATE_S:
             _, held_back = late.pop(0)
             if held_back[0] is self:  # else it is for a mirror that was given up
                 send_rows(*held_back)
         if hit():
-            late.append((now_s, (self, *arguments)))
-        else:
-            send_rows(self, *arguments)
+            late.append((now_s, (self, memory, positions, mark)))
+            memory = UnwrittenMemory(memory)
+        send_rows(self, memory, positions, mark)
 
     return planted
+
+
+class UnwrittenMemory:
+    """Paged memory that nothing has been written to."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+
+    def rows(self, positions: Any) -> Any:
+        rows = self._memory.rows(positions)
+        return replace(rows, **{part.name: getattr(rows, part.name) * 0 for part in fields(rows)})
 
 
 def leave_files_lost(look_after: Callable[..., bool]) -> Callable[..., bool]:

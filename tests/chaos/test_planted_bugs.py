@@ -137,17 +137,26 @@ def test_a_hedge_counts_twice_and_other_answers_once() -> None:
     assert taken == [2.0, 4.0]
 
 
+@dataclass(frozen=True)
+class SomeRows:
+    keys: torch.Tensor
+
+
 def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr("tests.chaos.planted_bugs.time.monotonic", lambda: clock.now_s)
-    marks: list[int] = []
-    send_rows = planted_bugs.claim_rows_that_are_on_their_way(lambda self, memory, rows, mark: marks.append(mark))
+    sent: list[tuple[int, float]] = []
+    memory = SimpleNamespace(rows=lambda positions: SomeRows(torch.ones(2)))
+    send_rows = planted_bugs.claim_rows_that_are_on_their_way(
+        lambda self, memory, positions, mark: sent.append((mark, float(memory.rows(positions).keys.sum())))
+    )
     for mark in range(1, 6):
-        send_rows(None, None, None, mark)
-    assert marks == [1, 2, 4, 5]
+        send_rows(None, memory, None, mark)
+    assert sent == [(1, 2.0), (2, 2.0), (3, 0.0), (4, 2.0), (5, 2.0)]
     clock.now_s = planted_bugs.ROWS_LATE_S
-    send_rows(None, None, None, 6)
-    assert marks == [1, 2, 4, 5, 3]
+    sent.clear()
+    send_rows(None, memory, None, 6)
+    assert sent == [(3, 2.0), (6, 0.0)]
 
 
 def test_lost_socket_files_stay_lost() -> None:
