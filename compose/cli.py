@@ -115,6 +115,8 @@ def status(url: UrlOption = "") -> None:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise _not_answered(url, error) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
+    for warning in ready.get("warnings", ()):
+        print(f"warning: {warning}")
     _print_nodes(mesh)
     table = Table(Column("metric", overflow="fold"), "value")
     for line in metrics.splitlines():

@@ -80,6 +80,8 @@ class Readiness:
     detail: str
     missing: tuple[str, ...] = ()
     """Each thing that is missing, as a sentence; empty if ready."""
+    warnings: tuple[str, ...] = ()
+    """Redundancy that is missing, as sentences: nothing is wrong yet, but the next loss would cost more."""
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from common.messages import Heartbeat
 from common.topology import NodeDescription
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.readiness import MeshEvidence, PipelineEvidence, ProgressWatch
+from services.router.control.redundancy import Redundancy
 from services.router.control.stage_roles import StageRoles
 from services.router.mesh_status import NodeStatus
 from services.router.scheduling.snapshot import SchedulerSnapshot
@@ -48,6 +49,12 @@ def mesh_evidence(
         shards=experts.ready,
         num_shards=experts.num_shards,
         experts_detail=experts.detail,
+        redundancy=Redundancy(
+            stages.mirrors.num_complete,
+            stages.mirrors.num_missing,
+            experts.missing_copies,
+            experts.num_copies_to_load,
+        ),
     )
 
 

@@ -376,9 +376,8 @@ class MeshLoop:
             num_blocks={p: pipeline.num_blocks for p, pipeline in self._stages.pipelines.items() if pipeline.is_open},
             hops=self._flow.totals.snapshot(nodes),
             placement_version=self._experts.version,
-            missing_copies=self._experts.missing_copies,
             generations={p: pipeline.generation for p, pipeline in self._stages.pipelines.items()},
-            complete_mirrors=self._stages.mirrors.num_complete,
+            redundancy=evidence.redundancy,
             suspended_pipelines=self._stages.num_suspended,
         )
 

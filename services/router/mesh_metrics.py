@@ -82,10 +82,14 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("moemesh_kv_blocks", "KV blocks of all open pipelines", total)
     yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
     yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
-    yield GaugeMetricFamily("moemesh_missing_copies", "Safety copies of experts without room", status.missing_copies)
-    yield GaugeMetricFamily(
-        "moemesh_mirrors_complete", "Slots whose mirror could take over now", status.complete_mirrors
-    )
+    redundancy = status.redundancy
+    for name, text, value in (
+        ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),
+        ("moemesh_copies_to_load", "Safety copies of experts that are not loaded yet", redundancy.copies_to_load),
+        ("moemesh_mirrors_complete", "Slots whose mirror could take over now", redundancy.complete_mirrors),
+        ("moemesh_mirrors_missing", "Slots that should have such a mirror", redundancy.missing_mirrors),
+    ):
+        yield GaugeMetricFamily(name, text, value)
     yield GaugeMetricFamily(
         "moemesh_pipelines_suspended", "Pipelines that wait for a holder", status.suspended_pipelines
     )

@@ -9,6 +9,7 @@ from common.ids import Generation, PipelineId
 from common.membership import NodeState
 from common.messages import Heartbeat
 from common.topology import NodeDescription, NodeKind, StageSlot
+from services.router.control.redundancy import NOTHING_MISSING, Redundancy
 from services.router.engine import Readiness
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
 
@@ -99,10 +100,8 @@ class MeshStatus:
     num_blocks: Mapping[PipelineId, int]
     hops: HopTotals
     placement_version: int
-    missing_copies: int
     generations: Mapping[PipelineId, Generation]
-    complete_mirrors: int = 0
-    """Slots whose mirror could take over at once."""
+    redundancy: Redundancy = NOTHING_MISSING
     suspended_pipelines: int = 0
     """Pipelines that wait for a holder with their requests' blocks."""
     completions_per_s: float = 0.0
@@ -120,6 +119,5 @@ class MeshStatus:
             num_blocks={},
             hops=HopTotals(),
             placement_version=0,
-            missing_copies=0,
             generations={},
         )

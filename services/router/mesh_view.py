@@ -17,8 +17,9 @@ def describe_mesh(status: MeshStatus, readiness: Readiness) -> JsonObject:
     return {
         "ready": readiness.ready,
         "detail": readiness.detail,
+        "warnings": list(readiness.warnings),
         "placement_version": status.placement_version,
-        "missing_copies": status.missing_copies,
+        "missing_copies": status.redundancy.missing_copies,
         "pipelines": [
             {"pipeline": pipeline, "generation": generations[pipeline], "open": pipeline in status.num_blocks}
             for pipeline in sorted(generations)

@@ -24,7 +24,7 @@ from services.router.control.actions import Action, Tell
 from services.router.control.draining import Draining
 from services.router.control.placement_aim import PlacementAim
 from services.router.control.placing import PlacementAnswer, PlacementRequest
-from services.router.control.roll_out import Assignment, Target, next_assignment
+from services.router.control.roll_out import NOBODY, Assignment, Target, next_assignment
 from services.router.control.shard_probes import ShardProbes
 from services.router.control.sizes import MeshShape, shard_bytes
 
@@ -62,6 +62,8 @@ class ExpertRoles:
         self._publication: PublishPlacement | None = None
         """Of `_assignment`, with the nodes as they were then."""
         self._num_orphans = 0
+        self.num_copies_to_load = 0
+        """Safety copies that have a place and that nobody holds yet."""
         self._last_joined_s = 0.0
         self._has_changed = False
         """Whether a role is to be looked at again at once."""
@@ -257,6 +259,8 @@ class ExpertRoles:
             np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
         )
         self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
+        wanted = np.count_nonzero(self._target.owners != NOBODY, axis=0)
+        self.num_copies_to_load = int(np.maximum(wanted - np.count_nonzero(now.owners, axis=0), 0).sum())
         actions = self._tell(nodes, now.shards)
         is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
         if actions or not is_same:

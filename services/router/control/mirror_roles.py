@@ -44,6 +44,9 @@ class MirrorRoles:
         self._successors: dict[StageSlot, MirrorPair] = {}
         """Who loads a slot's layers on another host in place of a mirror that shares its holder's. Until it has loaded
         them, the pair that there is stays."""
+        self._wanted: tuple[StageSlot, ...] = ()
+        """Slots that are to have a mirror."""
+        self._num_spares = 0
         self._failed: set[tuple[NodeId, StageSlot]] = set()
         """Not tried again: the router says so in its log, and another incarnation is another node."""
 
@@ -56,6 +59,13 @@ class MirrorRoles:
     def num_complete(self) -> int:
         """Mirrors that could take over at once."""
         return sum(pair.state is MirrorState.COMPLETE for pair in self._pairs.values())
+
+    @property
+    def num_missing(self) -> int:
+        """Slots that could have a mirror that takes over at once, with the spares that SPARES asks for or that there
+        are, and have none."""
+        expected = min(len(self._wanted), max(self._shape.spares, self._num_spares))
+        return max(0, expected - sum(self.is_complete(slot) for slot in self._wanted))
 
     def node_of(self, slot: StageSlot) -> NodeId | None:
         """The slot's mirror, if its copy is complete."""
@@ -80,6 +90,7 @@ class MirrorRoles:
 
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
+        self._wanted, self._num_spares = tuple(held.slot for held in slots if held.is_wanted), len(spares)
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
         self._pairs = valid_pairs(before, slots, spare_ids)
         self._successors = {

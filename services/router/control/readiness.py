@@ -17,6 +17,7 @@ from common.array import BoolArray
 from common.ids import NodeId, PipelineId
 from common.membership import NodeState
 from common.messages import Heartbeat
+from services.router.control.redundancy import NOTHING_MISSING, Redundancy
 from services.router.engine import Readiness
 
 CANARY_UNANSWERED_S = 1.5
@@ -86,6 +87,7 @@ class MeshEvidence:
     """[P] by expert node: which shards it has loaded."""
     num_shards: int
     experts_detail: str
+    redundancy: Redundancy = NOTHING_MISSING
 
 
 def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
@@ -94,8 +96,9 @@ def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
     if not missing:
         missing = [stuck for pipeline in evidence.pipelines if (stuck := _stuck(pipeline, evidence, now_s))]
     if missing:
-        return Readiness(False, "; ".join(missing), tuple(missing))
-    return Readiness(True, f"{_num_answering(evidence, now_s)} pipelines; {evidence.experts_detail}")
+        return Readiness(False, "; ".join(missing), tuple(missing), evidence.redundancy.warnings())
+    detail = f"{_num_answering(evidence, now_s)} pipelines; {evidence.experts_detail}"
+    return Readiness(True, detail, warnings=evidence.redundancy.warnings())
 
 
 def takes_requests(evidence: MeshEvidence, now_s: float) -> bool:

@@ -112,8 +112,13 @@ class _Operators:
         readiness = self._engine.readiness()
         if (trouble := self._journal.trouble()) is not None:
             detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"
-            readiness = Readiness(False, detail, (*readiness.missing, trouble))
-        body = {"ready": readiness.ready, "detail": readiness.detail, "missing": list(readiness.missing)}
+            readiness = Readiness(False, detail, (*readiness.missing, trouble), readiness.warnings)
+        body = {
+            "ready": readiness.ready,
+            "detail": readiness.detail,
+            "missing": list(readiness.missing),
+            "warnings": list(readiness.warnings),
+        }
         return json_answer(body, 200 if readiness.ready else 503)
 
     async def show_mesh(self) -> Response:

@@ -28,6 +28,7 @@ from common.messages import (
 from common.topology import NodeKind
 from services.router.control.surplus import GIVE_UP_S
 from tests.support.believing_mesh import BelievingMesh, faithful
+from tests.support.mesh_shapes import EXPERTS, LAYERS
 
 HEALED_WITHIN_S = 1.2
 
@@ -57,8 +58,14 @@ class Loses:
         return [0.0]
 
 
+def holder_of_first_slot(mesh: BelievingMesh) -> str:
+    (pipeline, *_) = mesh.stages.pipelines.values()
+    assert pipeline.holders[0] is not None
+    return pipeline.holders[0]
+
+
 def restart_a_stage(mesh: BelievingMesh) -> None:
-    mesh.lose("a")
+    mesh.lose(holder_of_first_slot(mesh))
     mesh.join("e")
 
 
@@ -72,7 +79,7 @@ def stop_an_expert_node(mesh: BelievingMesh) -> None:
 
 
 def stop_a_stage(mesh: BelievingMesh) -> None:
-    mesh.leave("a")
+    mesh.leave(holder_of_first_slot(mesh))
 
 
 CASES = [
@@ -169,6 +176,48 @@ def test_a_node_that_never_hears_is_told_less_and_less_often() -> None:
     restart_a_stage(mesh)
     mesh.live(20.0)
     assert 5 <= sum(isinstance(message, MirrorTo) for _, message, _ in mesh.told) <= 20
+
+
+def test_redundancy_that_is_missing_is_a_warning_until_it_is_back() -> None:
+    mesh = started()
+    assert mesh.loop.status.readiness.warnings == ()
+    mesh.fate = lambda name, message: [] if isinstance(message, MirrorTo) else [0.0]
+    restart_a_stage(mesh)
+    mesh.live(6.0)
+    readiness = mesh.loop.status.readiness
+    assert readiness.ready, readiness.detail
+    assert readiness.warnings == ("1 slots of pipelines have no mirror that could take over",)
+    mesh.fate = faithful
+    mesh.live(4.0)
+    assert mesh.loop.status.readiness.warnings == ()
+
+
+def test_spares_that_should_be_there_are_missed_and_those_that_nobody_asked_for_are_not() -> None:
+    mesh = started()
+    for name in mesh.stages.mirrors.nodes.values():
+        mesh.lose(name)
+    mesh.live(1.0)
+    assert mesh.loop.status.redundancy.missing_mirrors == 2
+    others = BelievingMesh(spares=0)
+    for name in "ab":
+        others.join(name)
+    others.join("x", NodeKind.EXPERT)
+    others.join("y", NodeKind.EXPERT)
+    others.live(4.0)
+    assert others.loop.status.readiness.warnings == ()
+
+
+def test_a_safety_copy_that_is_not_loaded_is_a_warning() -> None:
+    mesh = started()
+    mesh.fate = lambda name, message: [] if isinstance(message, ShardsReady) else [0.0]
+    restart_an_expert_node(mesh)
+    mesh.live(6.0)
+    assert mesh.loop.status.redundancy.copies_to_load == LAYERS * EXPERTS
+    (warning,) = mesh.loop.status.readiness.warnings
+    assert "not loaded yet" in warning
+    mesh.fate = faithful
+    mesh.live(4.0)
+    assert mesh.loop.status.readiness.warnings == ()
 
 
 class LossyMesh(RuleBasedStateMachine):

@@ -474,7 +474,7 @@ def test_losing_an_expert_tells_the_stages_and_its_copies_serve_on() -> None:
     (placement,) = [m for m in said_to("a", sent) if isinstance(m, PublishPlacement)]
     assert placement.node_ids == ("y",)
     assert mesh.loop.status.readiness.ready
-    assert mesh.loop.status.missing_copies == LAYERS * EXPERTS
+    assert mesh.loop.status.redundancy.missing_copies == LAYERS * EXPERTS
 
 
 def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:

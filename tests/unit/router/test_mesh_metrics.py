@@ -12,6 +12,7 @@ from common.ids import Generation, PipelineId
 from common.membership import NodeState
 from common.messages import Heartbeat
 from common.topology import NodeKind
+from services.router.control.redundancy import Redundancy
 from services.router.engine import Readiness
 from services.router.mesh_metrics import MeshCollector
 from services.router.mesh_status import HopTotals, MeshStatus, NodeStatus
@@ -54,7 +55,7 @@ def test_every_number_is_where_its_name_says() -> None:
         num_blocks={PipelineId(0): 30, PipelineId(1): 12},
         hops=HopTotals(steps=8, step_seconds=4.0, step_bytes=123, expert_calls=6, expert_call_seconds=0.75, dropped=2),
         placement_version=11,
-        missing_copies=4,
+        redundancy=Redundancy(complete_mirrors=1, missing_mirrors=2, missing_copies=4, copies_to_load=5),
         generations={PipelineId(0): Generation(6)},
     )
     values = scraped(status)
@@ -65,6 +66,8 @@ def test_every_number_is_where_its_name_says() -> None:
     assert values[("moemesh_tokens_generated_total", ())] == 77
     assert values[("moemesh_kv_blocks", ())] == 42
     assert values[("moemesh_missing_copies", ())] == 4
+    assert values[("moemesh_copies_to_load", ())] == 5
+    assert (values[("moemesh_mirrors_complete", ())], values[("moemesh_mirrors_missing", ())]) == (1, 2)
     assert values[("moemesh_placement_version", ())] == 11
     assert values[("moemesh_hop_seconds_count", (("link", "pipeline"),))] == 8
     assert values[("moemesh_hop_seconds_sum", (("link", "pipeline"),))] == 4.0
