@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 
 from common.array import array_to_frame, frame_to_array
-from common.messages import Dispatch, ExpertRows, Header, Message, StepResult, TensorFrame
+from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, TensorFrame
 from common.transport import MessageSocket
 
 EVERY = 53
 """A bug of the router strikes at each so many-th occasion: often enough for a short run, in any order of requests."""
 LATE_S = 0.3
 """An answer to an expert call that took longer is late: something was hurt."""
+NUM_SLOTS = 2
+"""Of the mesh that is hurt."""
 ROWS_LATE_S = 1.0
 """By so much the rows of an overtaken step come late, longer than most requests wait between two steps."""
 
@@ -180,6 +182,21 @@ def leave_files_lost(look_after: Callable[..., bool]) -> Callable[..., bool]:
     return planted
 
 
+def tell_nothing_again(due: Callable[..., Any]) -> Callable[..., Any]:
+    """What holders are told of their mirrors is lost, but for the first of each slot, and nobody is told anything
+    again: redundancy that was lost does not come back."""
+    mesh_client = importlib.import_module("services.router.mesh_client").MeshClient
+    tell, told = mesh_client.tell, itertools.count(1)
+
+    def lose(self: Any, node_id: Any, message: Message, header: Header | None = None) -> bool:
+        if isinstance(message, MirrorTo) and message.endpoints and next(told) > NUM_SLOTS:
+            return True
+        return bool(tell(self, node_id, message, header))
+
+    mesh_client.tell = lose
+    return lambda self, node_id, found, now_s: {}
+
+
 # ---- arrays
 
 
@@ -232,6 +249,7 @@ BUGS = {
     "overclaimed_mark": PlantedBug(
         "stage", "services.stage.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
     ),
+    "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
     "files_left_lost": PlantedBug("router", "common.transport", "Transport", "look_after_files", leave_files_lost),
     "hedge_counted_twice": PlantedBug("stage", "services.stage.pending_call", "PendingCall", "take", count_hedge_twice),
 }

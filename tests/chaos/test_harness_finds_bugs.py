@@ -57,6 +57,7 @@ CASES = {
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {}),
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
+    "told_only_once": Case(("recovery",), KILLED_STAGE, {"SPARES": "2"}),
     "files_left_lost": Case(("recovery",), LOST_FILES, {}),
     "flipped_replayed_bit": Case(TOKENS, KILLED_STAGE, {"RECOVERY": "replay"}),
 }

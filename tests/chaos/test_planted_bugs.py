@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from common.array import array_to_frame, frame_to_array
-from common.messages import Dispatch, ExpertRows, Header, Message, StepResult
+from common.ids import NodeId
+from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, Unassign
 from common.supervisor import Child, LocalMesh
 from common.transport import MessageSocket
+from services.router.mesh_client import MeshClient
 from services.router.scheduling.block_allocator import BlockAllocator
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
@@ -157,6 +159,24 @@ def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatc
     sent.clear()
     send_rows(None, memory, None, 6)
     assert sent == [(3, 2.0), (6, 0.0)]
+
+
+def test_the_third_feed_is_lost_and_nothing_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def tell(self: Any, node_id: Any, message: Any, header: Any = None) -> bool:
+        told.append(message)
+        return True
+
+    monkeypatch.setattr(MeshClient, "tell", tell)
+    due = planted_bugs.tell_nothing_again(lambda *arguments: {"role": ["something"]})
+    feeds = [MirrorTo(number, "mirror", ("tcp://mirror:1",), "") for number in range(3)]
+    to_nobody = MirrorTo(9, "", (), "")
+    client: Any = object.__new__(MeshClient)
+    for message in (*feeds, to_nobody, Unassign(1)):
+        assert MeshClient.tell(client, NodeId("holder"), message)
+    assert told == [*feeds[:2], to_nobody, Unassign(1)]
+    assert due(None, NodeId("holder"), ["a disagreement"], 9.0) == {}
 
 
 def test_lost_socket_files_stay_lost() -> None:
