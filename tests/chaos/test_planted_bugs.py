@@ -173,7 +173,8 @@ def test_the_third_feed_is_lost_and_nothing_is_told_again(monkeypatch: pytest.Mo
     feeds = [MirrorTo(number, "mirror", ("tcp://mirror:1",), "") for number in range(3)]
     to_nobody = MirrorTo(9, "", (), "")
     client: Any = object.__new__(MeshClient)
-    for message in (*feeds, to_nobody, Unassign(1)):
+    messages: list[Message] = [*feeds, to_nobody, Unassign(1)]
+    for message in messages:
         assert MeshClient.tell(client, NodeId("holder"), message)
     assert told == [*feeds[:2], to_nobody, Unassign(1)]
     assert due(None, NodeId("holder"), ["a disagreement"], 9.0) == {}

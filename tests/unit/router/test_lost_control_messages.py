@@ -194,8 +194,8 @@ def test_redundancy_that_is_missing_is_a_warning_until_it_is_back() -> None:
 
 def test_spares_that_should_be_there_are_missed_and_those_that_nobody_asked_for_are_not() -> None:
     mesh = started()
-    for name in mesh.stages.mirrors.nodes.values():
-        mesh.lose(name)
+    for mirror in mesh.stages.mirrors.nodes.values():
+        mesh.lose(mirror)
     mesh.live(1.0)
     assert mesh.loop.status.redundancy.missing_mirrors == 2
     others = BelievingMesh(spares=0)
