@@ -16,7 +16,7 @@ def mirrored_mesh() -> FakeMesh:
     mesh.mirrors_fill = True
     mesh.start("abcd")
     run(mesh, 3.0)
-    assert mesh.loop.status.complete_mirrors == 2
+    assert mesh.loop.status.redundancy.complete_mirrors == 2
     return mesh
 
 
