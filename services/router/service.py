@@ -144,8 +144,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     requests.set_aside = set_aside
     limits = ConnectionLimits(
         keep_alive_s=settings.keep_alive_s,
-        # Clients get half: the other half is for nodes, the journal, and the checkpoint's files.
-        max_connections=max(1, min(settings.max_connections, descriptor_limit() // 2)),
+        # Clients get a third: the rest is for nodes (five for each), the journal, and what is being refused or closed.
+        max_connections=max(1, min(settings.max_connections, descriptor_limit() // 3)),
     )
     server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready, limits)
     failure: list[BaseException] = []

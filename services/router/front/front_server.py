@@ -15,9 +15,9 @@ from services.router.front.front_protocol import FrontConfig
 PATIENCE_S = 4.0
 """For replies that are under way when the server is to end."""
 LOOK_S = 0.1
-ACCEPTED_AT_ONCE = 8
-"""New connections in one turn of the loop. asyncio takes so many before the first of them can make room for itself: the
-whole queue at once would take all descriptors of the process."""
+ACCEPTED_AT_ONCE = 2
+"""New connections in one turn of the loop. asyncio takes so many, in each of the three or four turns that it needs for
+one, before the first of them can make room for itself: the whole queue at once would take all descriptors there are."""
 QUEUED = 1024
 """Connections that wait in the kernel meanwhile."""
 CUT_S = 5.0
