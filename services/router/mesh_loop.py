@@ -50,7 +50,7 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 from services.router.witnesses import Witnesses
 
-CONTROL_BUDGET_S = 0.0015
+CONTROL_BUDGET_S = 0.001
 """Of one turn: where all nodes speak at once, tokens go out between their messages."""
 STATUS_INTERVAL_S = 0.1
 

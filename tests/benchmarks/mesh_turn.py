@@ -19,7 +19,7 @@ import numpy as np
 from common import codec
 from common.array import array_to_frame, frame_to_array
 from common.ids import Incarnation, NodeId
-from common.messages import AssignShards, Header, Heartbeat, Leave, Message, ShardsReady
+from common.messages import AssignShards, Header, Heartbeat, Leave, Message, PublishPlacement, ShardsReady
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind
 from common.transport import LinkEvent
@@ -27,6 +27,7 @@ from services.router.control.placing import PlacementAnswer, PlacementRequest, a
 from tests.support.fake_mesh import FakeClient, FakeMesh, hello_of
 from tests.support.mesh_shapes import SHARD_BYTES, node, small_model
 
+QUIET = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 PLACEMENT = "a placement, elsewhere"
 
 
@@ -59,6 +60,10 @@ class WireClient(FakeClient):
         received: Any = super().receive_control()
         return None if received is None else (received[0], *codec.decode(received[1]))
 
+    def watch(self, description: NodeDescription) -> None:
+        super().watch(description)
+        self.events.append((description.node_id, LinkEvent.CONNECTED))
+
     def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
         frames = [bytes(frame) for frame in codec.encode(message, header or Header())]  # as the socket copies them
         return super().tell(node_id, message, header) and bool(frames)
@@ -79,11 +84,13 @@ class LargeMesh:
         self.capacity = int(2 * config.num_layers * config.num_experts / num_nodes * (1 + spare_share)) * SHARD_BYTES
         self.wanted: dict[str, Any] = {}
         self.held: dict[str, Any] = {}
+        self.believed: dict[str, dict[str, Any]] = {}
+        """What heartbeats of each node say of its role."""
         self.seconds: dict[str, list[float]] = {}
-        self.num_joined = self.num_turns = 0
+        self.num_joined = self.num_turns = self.num_reports = 0
         self.stages = [f"s{number:02}" for number in range(num_stages)]
         for name in self.stages:
-            self.hello(node(name, NodeKind.STAGE))
+            self.say(name, hello_of(node(name, NodeKind.STAGE)))
         for number in range(num_nodes):
             self.join(f"n{number:02}", number)
 
@@ -91,12 +98,9 @@ class LargeMesh:
         self.num_joined += 1
         host, incarnation = f"h{number // 4}", Incarnation(self.num_joined)
         described = node(name, NodeKind.EXPERT, self.capacity, host_label=host, incarnation=incarnation)
+        self.believed.pop(name, None)
         self.wanted[name] = self.held[name] = np.zeros(self.shape, dtype=np.uint8)
-        self.hello(described)
-
-    def hello(self, described: NodeDescription) -> None:
-        self.say(described.node_id, hello_of(described))
-        self.mesh.client.events.append((described.node_id, LinkEvent.CONNECTED))
+        self.say(name, hello_of(described))
 
     def say(self, name: str, message: Message) -> None:
         frames: Any = [bytes(frame) for frame in codec.encode(message, Header())]
@@ -106,12 +110,15 @@ class LargeMesh:
         self.mesh.now_s += 0.06
         self.num_turns += 1
         for name in [*self.wanted, *self.stages][self.num_turns % 8 :: 8]:
-            self.say(name, Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0))
+            self.say(name, replace(QUIET, **self.believed.get(name, {})))
         self.run_turn(what)
         while self.mesh.client.inbox:
             self.run_turn(what)
         for name, message, _ in self.mesh.client.sent:
-            if isinstance(message, AssignShards):
+            if isinstance(message, PublishPlacement):
+                self.believed[name] = {"placement_version": message.version}
+            elif isinstance(message, AssignShards):
+                self.believed.setdefault(name, {})["shards_version"] = message.version
                 self.wanted[name] = frame_to_array(message.shards, "uint8", self.shape, "shards") != 0
                 self.held[name] = self.held[name] * self.wanted[name]
         self.mesh.client.sent.clear()
@@ -131,7 +138,10 @@ class LargeMesh:
             held.reshape(-1)[missing[: max(1, int(share * missing.size))]] = 1
             if missing.size:
                 self.held[name] = held
-                report = ShardsReady(1, False, array_to_frame(held.astype(np.uint8)), 1)
+                self.num_reports += 1
+                frames = [array_to_frame(held.astype(dtype)) for dtype in (np.uint8, np.int32, np.float32)]
+                report = ShardsReady(1, False, frames[0], 1, self.num_reports, *frames[1:])
+                self.believed[name]["shards_reports"] = self.num_reports
                 self.say(name, report)
 
     def settle(self, what: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.array import BoolArray, Float32Array, Int32Array, frame_to_array
+from common.array import Float32Array, Int32Array, Int64Array, frame_to_array
 from common.ids import NodeId
 from common.messages import NO_ARRAY, ShardsReady
 from common.topology import NodeDescription
@@ -84,32 +84,30 @@ class ShardProbes:
     ) -> Disagreement | None:
         """A node's answers, [P] each. One that is found wrong here is not remembered; another one is to be forgotten by
         the caller."""
-        new = _Answers(numeric_class, digests, projections)
-        differing = {name: _differing(new, other) for name, other in self._answers.items() if name != node_id}
-        differing = {name: shards for name, shards in differing.items() if shards.any()}
+        new, before = _Answers(numeric_class, digests, projections), self._answers.pop(node_id, None)
+        # Dozens of nodes report several times a second while they load: what was compared before is left out.
+        fresh = np.flatnonzero(digests if before is None else digests * (digests != before.digests))
+        differing = {name: _differing(new, other, fresh) for name, other in self._answers.items()} if fresh.size else {}
+        differing = {name: shards for name, shards in differing.items() if shards.size}
         if not differing:
             self._answers[node_id] = new
             return None
         other, shards = next(iter(differing.items()))
-        shard = int(np.flatnonzero(shards)[0])
-        num_against = sum(bool(found[shard]) for found in differing.values())
-        num_for = sum(
-            bool(known.digests[shard])
-            for name, known in self._answers.items()
-            if name != node_id and not (name in differing and differing[name][shard])
-        )
+        shard = int(shards[0])
+        against = {name for name, found in differing.items() if shard in found}
+        num_against = len(against)
+        num_for = sum(bool(known.digests[shard]) for name, known in self._answers.items() if name not in against)
         is_same_class = self._answers[other].numeric_class == numeric_class
         if num_for > num_against:
             self._answers[node_id] = new
-            return Disagreement(other, node_id, shard, int(shards.sum()), is_same_class)
-        return Disagreement(node_id, other, shard, int(shards.sum()), is_same_class)
+            return Disagreement(other, node_id, shard, shards.size, is_same_class)
+        return Disagreement(node_id, other, shard, shards.size, is_same_class)
 
 
-def _differing(one: _Answers, other: _Answers) -> BoolArray:
-    """[P]: shards that both have and answer otherwise."""
-    differing: BoolArray = (one.digests != 0) & (other.digests != 0)
+def _differing(one: _Answers, other: _Answers, shards: Int64Array) -> Int64Array:
+    """Those of the shards, which the one holds, that the other holds too and answers otherwise, ascending."""
+    shards = shards[other.digests[shards] != 0]
     if one.numeric_class == other.numeric_class:
-        differing &= one.digests != other.digests
-    else:
-        differing &= ~(np.abs(one.projections - other.projections) <= TOLERANCE)  # not a number is near to nothing
-    return differing
+        return shards[one.digests[shards] != other.digests[shards]]
+    distance = np.abs(one.projections[shards] - other.projections[shards])
+    return shards[~(distance <= TOLERANCE)]  # what is not a number is near to nothing
