@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.array import Float32Array, Int32Array, Int64Array, frame_to_array
+from common.array import BoolArray, Float32Array, Int32Array, Int64Array, frame_to_array
 from common.ids import NodeId
 from common.messages import NO_ARRAY, ShardsReady
 from common.topology import NodeDescription
@@ -107,7 +107,9 @@ class ShardProbes:
 def _differing(one: _Answers, other: _Answers, shards: Int64Array) -> Int64Array:
     """Those of the shards, which the one holds, that the other holds too and answers otherwise, ascending."""
     shards = shards[other.digests[shards] != 0]
-    if one.numeric_class == other.numeric_class:
-        return shards[one.digests[shards] != other.digests[shards]]
-    distance = np.abs(one.projections[shards] - other.projections[shards])
-    return shards[~(distance <= TOLERANCE)]  # what is not a number is near to nothing
+    is_other: BoolArray = one.digests[shards] != other.digests[shards]
+    if one.numeric_class != other.numeric_class:
+        distance = np.abs(one.projections[shards] - other.projections[shards])
+        is_other = ~(distance <= TOLERANCE)  # what is not a number is near to nothing
+    differing: Int64Array = shards[is_other]
+    return differing
