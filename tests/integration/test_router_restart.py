@@ -22,6 +22,12 @@ from tests.support.served_mesh import ServedMesh, served_mesh
 from tests.support.waiting import wait_until
 
 LONG = 300
+PENALTIES = {
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.5,
+    "logit_bias": {str(token_id): -1.0 for token_id in range(20, 40)},
+}
+"""What the last stage keeps and counts on: it must be told anew, by a new router too."""
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BACK_WITHIN_S = 60
 
@@ -51,6 +57,7 @@ def bodies(stop: str) -> dict[str, dict[str, Any]]:
         "greedy": base(3, temperature=0, logprobs=3),
         "seeded": base(4, temperature=1, seed=11, logprobs=0),
         "two-choices": base(5, temperature=1, seed=12, n=2),
+        "penalised": base(7, temperature=1, seed=13, **PENALTIES),
         "stopped": base(6, temperature=0, **({"stop": [stop]} if stop else {})),
     }
 
@@ -121,7 +128,7 @@ def test_killed_router_goes_on_with_every_stream_bit_for_bit(mesh: ServedMesh, s
             assert (extension["recoveries"] >= 1, extension["durable"]) == (True, True)
             assert stream.usage == {name: value for name, value in expected.usage.items() if name != "moemesh"}
         mesh.local.wait_ready(BACK_WITHIN_S)
-    assert [stream.choices[0][-1]["finish_reason"] for stream in undisturbed] == ["length", "length", "length", "stop"]
+    assert [stream.choices[0][-1]["finish_reason"] for stream in undisturbed] == [*["length"] * 4, "stop"]
 
 
 def test_idempotent_retry_and_polling_find_what_was_under_way(mesh: ServedMesh) -> None:

@@ -21,6 +21,7 @@ class Ask:
     seed: int | None = None
     num_top_logprobs: int = 0
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
 
     def body(self, model: str) -> dict[str, Any]:
         """As /v1/completions takes it."""
@@ -33,6 +34,8 @@ class Ask:
             "return_token_ids": True,
             "ignore_eos": self.ignore_eos,
         }
+        if self.repetition_penalty != 1.0:
+            fields["repetition_penalty"] = self.repetition_penalty
         return fields if self.seed is None else fields | {"seed": self.seed}
 
 
