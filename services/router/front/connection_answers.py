@@ -34,6 +34,10 @@ class ConnectionLimits:
     max_connections: int = 1024
     """At a time. One more takes the place of the one that has been without a request for longest; where all have one
     it is answered 503."""
+    min_idle_s: float = 0.5
+    """Before it loses its place: what a client has just asked may not be read yet."""
+    refusal_s: float = 1.0
+    """For the head of a request that is to be refused."""
 
 
 def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:

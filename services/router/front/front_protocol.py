@@ -57,7 +57,7 @@ class FrontProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._idle_since_s = self.loop.time()
         self._make_room()
-        self._restart_timer(self.limits.head_s)
+        self._restart_timer(self.limits.refusal_s if self._is_one_too_many else self.limits.head_s)
         self._look = self.loop.call_later(self.limits.write_silence_s, self._look_at_reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -174,7 +174,7 @@ class FrontProtocol(HttpToolsProtocol):
         if len(self.connections) <= self.limits.max_connections:
             return
         others = [other for other in self.connections if isinstance(other, FrontProtocol) and not other._is_evicted]
-        idle = [other for other in others if other._is_idle() and other is not self and not other._is_one_too_many]
+        idle = [other for other in others if other._is_idle() and other is not self]
         if len(others) <= self.limits.max_connections:
             return
         if idle:
@@ -186,7 +186,9 @@ class FrontProtocol(HttpToolsProtocol):
 
     def _is_idle(self) -> bool:
         """Nothing is asked of it: it is between two requests, or before the end of the first one's head."""
-        return not self._awaits_body and not self._is_answering()
+        if self._awaits_body or self._is_answering() or self._is_one_too_many:
+            return False
+        return self.loop.time() - self._idle_since_s >= self.limits.min_idle_s
 
     def _evict(self) -> None:
         self._is_evicted = True

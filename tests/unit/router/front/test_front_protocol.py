@@ -330,7 +330,9 @@ def test_one_connection_too_many_takes_the_place_of_the_one_that_was_idle_longes
         timers.pass_time(1)
         await first_idle.send(GET)
         timers.pass_time(1)
-        fourth, fifth = Connection(limits, state, timers), Connection(limits, state, timers)
+        fourth = Connection(limits, state, timers)
+        timers.pass_time(1)
+        fifth = Connection(limits, state, timers)
         assert [c.is_closed for c in (asked, first_idle, second_idle, fourth)] == [False, True, True, False]
         await fourth.send(GET)
         await fifth.send(HEAD)
@@ -346,6 +348,26 @@ def test_one_connection_too_many_takes_the_place_of_the_one_that_was_idle_longes
         await fifth.send(b"0123456789")
         await asked.settle()
         assert asked.answered.endswith(b"last\r\n0\r\n\r\n")
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_request_that_is_not_read_yet_is_not_lost_to_a_newcomer() -> None:
+    async def main() -> None:
+        state, timers = ServerState(), Timers()
+        limits = ConnectionLimits(max_connections=2)
+        first, second = Connection(limits, state, timers), Connection(limits, state, timers)
+        third, fourth = Connection(limits, state, timers), Connection(limits, state, timers)
+        for connection in (first, second):
+            await connection.send(GET)
+            assert connection.status == 200
+        await third.send(GET)
+        assert (third.status, third.is_closed) == (503, True)
+        timers.pass_time(1.1)
+        assert (fourth.answered, fourth.is_closed) == (b"", True), "one that is refused has less time to ask"
+        for connection in (first, second):
+            connection.may_answer.set()
+            await connection.settle()
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
