@@ -11,7 +11,7 @@ from common.topology import NodeKind, StageState
 from services.router.control.actions import Action
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
-from services.router.control.retelling import Disagreement, Retelling, Topic
+from services.router.control.retelling import Misbelief, Retelling, Topic
 from services.router.control.stage_roles import StageRoles
 
 
@@ -40,8 +40,8 @@ class Beliefs:
         else:
             news = self._report(node_id, said)
             found = [self._role(node_id, said), self._feed(node_id, said), self._placement(node_id, said)]
-        disagreements = [one for one in found if one is not None]
-        return Consequences(news, self._retelling.due(node_id, disagreements, now_s))
+        misbeliefs = [one for one in found if one is not None]
+        return Consequences(news, self._retelling.due(node_id, misbeliefs, now_s))
 
     def forget(self, node_id: NodeId) -> None:
         """It is gone."""
@@ -57,38 +57,38 @@ class Beliefs:
             return self._stages.take_mirror(node_id, MirrorReport(said.role_number, is_complete, said.broken_stream))
         return []
 
-    def _role(self, node_id: NodeId, said: Heartbeat) -> Disagreement | None:
+    def _role(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
         stages = self._stages
         slot, mirrored = stages.slot_of(node_id), stages.mirrors.number_of(node_id)
         if slot is not None:
             pipeline = stages.pipelines[slot.pipeline]
             if not pipeline.is_whole or said.role_number == pipeline.generation:
                 return None  # one with a hole is assigned anew once that is filled
-            return Disagreement(Topic.ROLE, (pipeline.generation,), lambda: [stages.assign(slot)])
+            return Misbelief(Topic.ROLE, (pipeline.generation,), lambda: [stages.assign(slot)])
         if mirrored is not None:
             again = partial(stages.mirrors.assign_again, node_id, stages.nodes)
-            return None if said.role_number == mirrored else Disagreement(Topic.ROLE, (mirrored,), again)
+            return None if said.role_number == mirrored else Misbelief(Topic.ROLE, (mirrored,), again)
         if not said.role_number or not stages.are_settled:
             return None
         unassign = stages.messages.unassign
-        return Disagreement(Topic.ROLE, (0, said.role_number), lambda: [unassign(node_id, said.lease_term)])
+        return Misbelief(Topic.ROLE, (0, said.role_number), lambda: [unassign(node_id, said.lease_term)])
 
-    def _feed(self, node_id: NodeId, said: Heartbeat) -> Disagreement | None:
+    def _feed(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
         slot = self._stages.slot_of(node_id)
         if slot is None or said.role_state != StageState.HOLDING:
             return None
         number = self._stages.mirrors.feed_number_of(slot)
         again = partial(self._stages.mirrors.feed_again, slot, node_id, said.lease_term, self._stages.nodes)
-        return None if said.feed_number == number else Disagreement(Topic.FEED, (number,), again)
+        return None if said.feed_number == number else Misbelief(Topic.FEED, (number,), again)
 
-    def _placement(self, node_id: NodeId, said: Heartbeat) -> Disagreement | None:
+    def _placement(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
         version = self._experts.version
         if not version or said.placement_version == version:
             return None
-        return Disagreement(Topic.PLACEMENT, (version,), partial(self._experts.publish_to, [node_id]))
+        return Misbelief(Topic.PLACEMENT, (version,), partial(self._experts.publish_to, [node_id]))
 
-    def _shards(self, node_id: NodeId, said: Heartbeat) -> Disagreement | None:
+    def _shards(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
         told = self._experts.told(node_id)
         if told is None or (said.shards_version == told[0] and said.shards_reports <= told[1]):
             return None
-        return Disagreement(Topic.SHARDS, told, partial(self._experts.assign_again, node_id))
+        return Misbelief(Topic.SHARDS, told, partial(self._experts.assign_again, node_id))

@@ -32,7 +32,7 @@ class Topic(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Disagreement:
+class Misbelief:
     """A node believes something else than it should."""
 
     topic: Topic
@@ -55,7 +55,7 @@ class Retelling:
     def __init__(self) -> None:
         self._open: dict[NodeId, dict[Topic, _Open]] = {}
 
-    def due(self, node_id: NodeId, found: Iterable[Disagreement], now_s: float) -> dict[Topic, list[Action]]:
+    def due(self, node_id: NodeId, found: Iterable[Misbelief], now_s: float) -> dict[Topic, list[Action]]:
         """What to tell a node again now. `found`: all that its newest heartbeat shows."""
         before, after = self._open.pop(node_id, {}), dict[Topic, _Open]()
         due: dict[Topic, list[Action]] = {}

@@ -6,14 +6,14 @@ from itertools import pairwise
 
 from common.ids import NodeId
 from services.router.control.actions import Action, SuspendPipeline
-from services.router.control.retelling import MAX_PATIENCE_S, PATIENCE_S, Disagreement, Retelling, Topic
+from services.router.control.retelling import MAX_PATIENCE_S, PATIENCE_S, Misbelief, Retelling, Topic
 
 A, B = NodeId("a"), NodeId("b")
 ACTION: list[Action] = [SuspendPipeline(0)]  # type: ignore[arg-type]
 
 
-def role(wanted: int) -> Disagreement:
-    return Disagreement(Topic.ROLE, (wanted,), lambda: ACTION)
+def role(wanted: int) -> Misbelief:
+    return Misbelief(Topic.ROLE, (wanted,), lambda: ACTION)
 
 
 def told_at(retelling: Retelling, until_s: float, step_s: float = 0.25) -> list[float]:
@@ -53,7 +53,7 @@ def test_one_that_has_agreed_in_between_is_waited_for_anew() -> None:
 
 def test_nodes_and_topics_are_told_apart() -> None:
     retelling = Retelling()
-    feed = Disagreement(Topic.FEED, (7,), lambda: [])
+    feed = Misbelief(Topic.FEED, (7,), lambda: [])
     retelling.due(A, [role(7)], 0.0)
     retelling.due(B, [role(7)], 0.3)
     assert retelling.due(B, [role(7)], PATIENCE_S) == {}
@@ -67,7 +67,7 @@ def test_nothing_is_made_that_is_not_told() -> None:
         made.append(1)
         return ACTION
 
-    retelling, costly = Retelling(), Disagreement(Topic.PLACEMENT, (1,), make)
+    retelling, costly = Retelling(), Misbelief(Topic.PLACEMENT, (1,), make)
     for now_s in (0.0, 0.1, PATIENCE_S, PATIENCE_S + 0.1):
         retelling.due(A, [costly], now_s)
     assert made == [1]

@@ -107,6 +107,29 @@ def test_a_newcomer_whose_answers_differ_is_told_so_and_never_published() -> Non
     assert roles.is_served
 
 
+def test_a_node_that_its_refusal_did_not_reach_is_asked_and_told_once_more() -> None:
+    roles = with_newcomer()
+    roles.state.read_report(B, report(digest=2, number=1))
+    heard = roles.state.told(B)
+    assert heard is not None
+    assert heard[1] == 0, "its heartbeats speak of a report more than counts"
+    (again,) = roles.state.assign_again(B)
+    assert isinstance(again, Tell)
+    assert isinstance(again.message, AssignShards)
+    assert set(refusals(roles.state.read_report(B, report(digest=2, number=2)))) == {B}
+
+
+def test_one_that_turns_out_wrong_later_is_asked_once_more_too() -> None:
+    roles = with_newcomer()
+    roles.state.read_report(B, report())
+    roles.join(expert("c"), 3.0)
+    assert roles.state.told(A) is not None
+    assert set(refusals(roles.state.read_report(A, report(digest=2, number=2)))) == {A}
+    heard = roles.state.told(A)
+    assert heard is not None
+    assert heard[1] < 2
+
+
 def test_a_newcomer_that_answers_alike_is_published() -> None:
     roles = with_newcomer()
     assert roles.state.read_report(B, report()) == []
