@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any, TextIO
 
 import structlog
 
+from common.log_stream import LogStream
 
-def configure_log(service: str, level: str) -> structlog.stdlib.BoundLogger:
+
+def configure_log(service: str, level: str, stream: TextIO | LogStream | None = None) -> structlog.stdlib.BoundLogger:
     """Set up logging of this process; the logger to pass around. A level that does not exist is taken for `info`: the
-    settings that are read next name it."""
+    settings that are read next name it. `stream`: instead of stderr."""
     threshold = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    file: Any = sys.stderr if stream is None else stream
+    logging.basicConfig(stream=file, level=logging.WARNING, format="%(message)s")
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -21,7 +25,7 @@ def configure_log(service: str, level: str) -> structlog.stdlib.BoundLogger:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(file=file),
         cache_logger_on_first_use=True,
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(service=service)

@@ -20,6 +20,7 @@ from common.config import Settings, setting_names
 from common.descriptors import raise_descriptor_limit
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import configure_log
+from common.log_stream import LogStream, unbuffered
 from common.misspelt_settings import misspelt_settings
 from common.node import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.socket_files import LostFile
@@ -125,6 +126,10 @@ def describe_node(
     )
 
 
+LOG_WITHIN_S = 1.0
+"""How long the end of a process waits for whoever takes its log."""
+
+
 def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> None:
     """Serve, again and again as another incarnation where a router takes this one for dead (it was paused or cut off).
 
@@ -142,16 +147,19 @@ def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> No
 
 def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:
     """Run a process's work; what is wrong with settings, checkpoint or mesh ends in one logged sentence and exit 1."""
-    log = configure_log(service, level)
-    for sentence in misspelt_settings(os.environ, setting_names()):
-        log.warning("unknown_setting", reason=sentence)
-    raise_descriptor_limit()
+    stream = LogStream(unbuffered(sys.stderr))
+    log = configure_log(service, level, stream)
     try:
+        for sentence in misspelt_settings(os.environ, setting_names()):
+            log.warning("unknown_setting", reason=sentence)
+        raise_descriptor_limit()
         work(log)
     except MoemeshError as error:
         log.error("cannot_go_on", code=error.code, reason=str(error))
-        print(f"moemesh {service}: {error}", file=sys.stderr)
+        stream.write(f"moemesh {service}: {error}\n")
         return 1
+    finally:
+        stream.drain(LOG_WITHIN_S)
     return 0
 
 

@@ -1,0 +1,88 @@
+"""Log lines on their way to a file or pipe that may not take them: a thread of its own writes, and only that one waits.
+
+A process whose log lies on a disk that hangs, or goes into a pipe that nobody empties, would else stand still at its
+next line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import TextIO
+
+MAX_PIECES = 20_000
+"""A line has two, itself and its end. What comes while so many wait is counted and dropped."""
+
+
+class LogStream:
+    """What `print` needs of a file. `write` never waits."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        """`write` may wait as long as it likes, and raise OSError."""
+        self._write = write
+        self._pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._num_dropped = 0
+        """Lines."""
+        self._is_end_dropped = False
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        """Hand it in. `print` hands in a line, then its end: either both are dropped or none."""
+        if text == "\n":
+            if not self._is_end_dropped:
+                self._pieces.put(text)
+            self._is_end_dropped = False
+        elif self._pieces.qsize() < MAX_PIECES:
+            self._pieces.put(text)
+        else:
+            self._num_dropped += 1
+            self._is_end_dropped = True
+        return len(text)
+
+    def flush(self) -> None:
+        """The thread does that after each line."""
+
+    def drain(self, within_s: float) -> bool:
+        """Until everything that was handed in is written; False if it is not in that time."""
+        is_written = threading.Event()
+        self._pieces.put(is_written)
+        return is_written.wait(within_s)
+
+    def _run(self) -> None:
+        while True:
+            pieces = [self._pieces.get()]
+            while not self._pieces.empty():
+                pieces.append(self._pieces.get())
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+            if self._num_dropped and text.endswith("\n"):
+                number, self._num_dropped = self._num_dropped, 0
+                text += json.dumps({"event": "log_lines_dropped", "level": "warning", "number": number}) + "\n"
+            self._try(text)
+            for piece in pieces:
+                if isinstance(piece, threading.Event):
+                    piece.set()
+
+    def _try(self, text: str) -> None:
+        try:
+            if text:
+                self._write(text)
+        except OSError:
+            return  # nobody reads it any more, or the disk is full: there is nowhere to say so
+
+
+def unbuffered(stream: TextIO) -> Callable[[str], object]:
+    """Writes to a stream past its buffer, whose lock would be held while the disk is waited for."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # a stand-in without a file
+        return stream.write
+
+    def write(text: str) -> None:
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write
