@@ -7,6 +7,7 @@ connect. So whoever has bound one looks now and then whether its path still lead
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,17 @@ class SocketFile:
         self._lost_s: float | None = None
         self._failure = ""
 
+    def is_due(self, now_s: float) -> bool:
+        """Whether it is time for a look."""
+        return now_s >= self._next_look_s
+
     def look(self, now_s: float, *, at_once: bool = False) -> LostFile | None:
         """Make it again where it is gone, or where there is something else that nobody listens on.
 
         None where it stands, where it is not yet time for a look, and where the same failure was told before. A file
         that another process listens on is left to that one, and told as a failure.
         """
-        if now_s < self._next_look_s and not at_once:
+        if not at_once and not self.is_due(now_s):
             return None
         if _identity(self.path) == self._identity:
             if self._lost_s is not None and now_s - self._lost_s >= STEADY_S:
@@ -101,3 +106,23 @@ def _is_listened_on(path: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+class DiskCanary:
+    """Touches a folder before somebody does who must not wait for its disk: a thread of its own hangs there instead."""
+
+    def __init__(self, touch: Callable[[], object]) -> None:
+        """`touch` waits for the disk."""
+        self._touch = touch
+        self._asking: threading.Thread | None = None
+
+    def lives(self, within_s: float) -> bool:
+        """Whether the disk answers in that time. One that did not is not waited for again until it has."""
+        if self._asking is None:
+            self._asking = threading.Thread(target=self._touch, name="canary", daemon=True)
+            self._asking.start()
+            self._asking.join(within_s)
+        if self._asking.is_alive():
+            return False
+        self._asking = None
+        return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -24,11 +25,14 @@ from common.codec import decode, encode
 from common.echo import Echo
 from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
 from common.messages import Header, Message
-from common.socket_files import LostFile, SocketFile
+from common.socket_files import DiskCanary, LostFile, SocketFile
 from common.socket_limits import SocketLimits
 
 MAX_PING_BYTES = 64
 """What an echo takes."""
+
+DISK_WITHIN_S = 0.05
+"""How long a loop waits for the disk of its socket files, once: one that hangs is asked again when it has answered."""
 
 
 class Full(MeshError):
@@ -77,6 +81,7 @@ class Transport:
         self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
         self._files: list[SocketFile] = []
+        self._canary = DiskCanary(lambda: [os.path.lexists(file.path) for file in self._files])
         self._echo: Echo | None = None
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
@@ -101,8 +106,10 @@ class Transport:
     def look_after_files(self, now_s: float, *, at_once: bool = False) -> bool:
         """Make the files of bound sockets again that are gone; to be called in each turn of the owner's loop.
 
-        True if one had to be made again. Connections that stand are not touched.
+        True if one had to be made again. Connections that stand are not touched. A disk that hangs is left alone.
         """
+        if not any(at_once or file.is_due(now_s) for file in self._files) or not self._canary.lives(DISK_WITHIN_S):
+            return False
         lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
         for news in lost:
             self._on_lost_file(news)

@@ -8,6 +8,8 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,14 @@ import pytest
 from common.endpoints import choose_endpoint, ipc_token, share_folder
 from common.errors import ProtocolError
 from common.messages import Header, Leave, Message
-from common.socket_files import LOOK_INTERVAL_S, MAX_LOOK_INTERVAL_S, STEADY_S, LostFile, SocketFile
+from common.socket_files import (
+    LOOK_INTERVAL_S,
+    MAX_LOOK_INTERVAL_S,
+    STEADY_S,
+    DiskCanary,
+    LostFile,
+    SocketFile,
+)
 from common.socket_limits import SocketLimits
 from common.transport import Full, MessageSocket, Transport
 from tests.support.waiting import wait_until
@@ -216,3 +225,22 @@ def test_other_folders_and_other_mounts_share_nothing(folder: Path, tmp_path: Pa
     folder.mkdir()
     assert not share_folder(here, ipc_token(folder, tmp_path / "elsewhere")), "the same path in another container"
     assert share_folder(here, ipc_token(folder, tmp_path / "here"))
+
+
+def test_a_disk_that_hangs_under_the_files_stops_no_loop_and_they_are_looked_after_again_when_it_answers(
+    folder: Path,
+) -> None:
+    listener, answers = Listener(folder), threading.Event()
+    try:
+        listener.transport._canary = DiskCanary(lambda: answers.wait(20))
+        listener.path.unlink()
+        began_s = time.monotonic()
+        assert not any(listener.look() for _ in range(50)), "nobody touches the folder"
+        assert not listener.transport.look_after_files(listener.now_s, at_once=True)
+        assert time.monotonic() - began_s < 2
+        answers.set()
+        wait_until(listener.look, 5, "the file to be made again", 0.01)
+        assert listener.path.exists()
+    finally:
+        answers.set()
+        listener.close()
