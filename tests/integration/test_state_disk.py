@@ -85,8 +85,8 @@ def answer(pipe: Path, text: str) -> None:
     os.close(descriptor)
 
 
-def get(mesh: ServedMesh, path: str) -> httpx.Response:
-    return httpx.get(mesh.local.url + path, timeout=ANSWERS_WITHIN_S, trust_env=False)
+def get(mesh: ServedMesh, path: str, url: str = "") -> httpx.Response:
+    return httpx.get((url or mesh.local.url) + path, timeout=ANSWERS_WITHIN_S, trust_env=False)
 
 
 def test_while_the_disk_hangs_running_requests_go_on_and_the_router_says_what_is_wrong(mesh: ServedMesh) -> None:
@@ -126,6 +126,11 @@ def test_while_the_disk_hangs_running_requests_go_on_and_the_router_says_what_is
 
 def unwritten_steps(mesh: ServedMesh) -> float:
     return read_metrics(get(mesh, "/metrics").text).value("moemesh_journal_unwritten_steps")
+
+
+def num_rewrites(mesh: ServedMesh, url: str) -> float:
+    """`url`: as the state folder said while it was there."""
+    return read_metrics(get(mesh, "/metrics", url).text).value("moemesh_journal_rewrites_total")
 
 
 def test_a_router_whose_disk_hangs_ends_when_it_is_told_to(mesh: ServedMesh) -> None:
@@ -169,13 +174,15 @@ def test_a_state_folder_that_is_removed_loses_no_request_either(mesh: ServedMesh
     stream = ResumableStream("kept", COMPLETIONS, body(1, max_tokens=20))
     with RunningResumableStreams(lambda: mesh.local.url, [stream]):
         pass
+    url = mesh.local.url
     aside = mesh.local.state_dir.with_name(mesh.local.state_dir.name + "-aside")
     mesh.local.state_dir.rename(aside)
     try:
-        wait_until(journal.exists, 10, "the journal to be written anew", 0.05)
+        wait_until(lambda: num_rewrites(mesh, url) == 1, 10, "the journal to be written anew", 0.05)
+        assert journal.exists()
     finally:
         for part in aside.iterdir():
-            if not (mesh.local.state_dir / part.name).exists():
+            if not part.name.startswith("journal.") and not (mesh.local.state_dir / part.name).exists():
                 part.rename(mesh.local.state_dir / part.name)
         shutil.rmtree(aside)
     os.kill(router_of(mesh), signal.SIGKILL)
