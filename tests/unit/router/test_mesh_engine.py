@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import MoemeshError, NodeLostError, NotReadyError
+from common.errors import MoemeshError, NodeLostError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import STALE_S
 from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
@@ -179,5 +179,30 @@ def test_a_choice_that_has_ended_is_not_cancelled_when_it_is_closed() -> None:
         assert (await anext(tokens)).token_id == 3
         await tokens.aclose()
         assert mesh.cancelled == []
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("num_waiting", "num_choices", "is_refused"),
+    [(0, 1, False), (0, 16, False), (3, 1, False), (3, 2, True), (4, 1, True), (1, 4, True)],
+)
+def test_who_would_find_no_place_in_the_line_is_refused_before_anything_is_written(
+    num_waiting: int, num_choices: int, is_refused: bool
+) -> None:
+    """Of 4 places. An empty line has its own door: the scheduler may start some of a large request at once."""
+
+    async def work() -> None:
+        scheduler = replace(READY.scheduler, num_ahead=num_waiting)
+        mesh = Mesh(replace(READY, scheduler=scheduler, completions_per_s=2.0))
+        engine = engine_of(mesh, TokenMailbox(asyncio.get_running_loop()))
+        if not is_refused:
+            engine.check_room(num_choices)
+            return
+        with pytest.raises(OverloadedError, match=f"{num_waiting} requests are waiting of 4") as caught:
+            engine.check_room(num_choices)
+        assert caught.value.retry_after_s == (num_waiting + 1) // 2
+        with pytest.raises(NotReadyError):
+            engine_of(Mesh(MeshStatus.starting("")), TokenMailbox(asyncio.get_running_loop())).check_room(1)
 
     run(work())
