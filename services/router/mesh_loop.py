@@ -254,6 +254,8 @@ class MeshLoop:
             self._log.warning("numeric_classes_differ", kind=description.kind, classes=classes)
         self._apply_changes([change for change in changes if change.node_id != node_id], now_s)
         self._arriving[node_id] = hello
+        if description.kind is NodeKind.STAGE:
+            self._stages.adoption.see_process(is_new=not (obeyed_term or hello.held_slot))
         if self._membership.has_stood(node_id):
             self._give_role(node_id, now_s)
 

@@ -14,6 +14,9 @@ from common.topology import LayerRange, StageSlot
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
 """How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
+NEW_S = 0.3
+"""The same where all that have come are new processes, and enough for a pipeline: everything was started anew, and who
+outlives a router is back before processes have started."""
 MAX_STEPS_APART = 64
 """Holders of one pipeline differ by what was in flight between them. One further behind may have been replaced, and its
 successor may still come."""
@@ -94,8 +97,14 @@ class Adoption:
         """Of pipelines that were taken over: what these hold is known, however little it is worth."""
         self._losers: dict[NodeId, int] = {}
         """Nodes that claim what others hold, with the lease terms of their claims."""
+        self._num_new = self._num_old = 0
         self.is_pending = is_wanted
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
+
+    def see_process(self, is_new: bool) -> None:
+        """A stage node registered; `is_new`: it has never heard a router."""
+        self._num_new += is_new
+        self._num_old += not is_new
 
     def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float, sees_weights: bool = True) -> None:
         """A node registered. What does not fit this mesh, or what the node could not load again (not `sees_weights`),
@@ -144,7 +153,8 @@ class Adoption:
         """What is taken over now: pipelines whose holders are all back; when the time is up, whatever is claimed."""
         if not self.is_pending or self._deadline_s is None:
             return []
-        self.is_pending = now_s < self._deadline_s
+        all_new = not self._num_old and self._num_new >= len(self._layers)
+        self.is_pending = now_s < self._deadline_s - (ADOPT_S - NEW_S if all_new else 0.0)
         claimed = sorted({slot.pipeline for slot in self._claims})
         return [self._take(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
 

@@ -48,7 +48,7 @@ class StageRoles:
         self._num_joined = 0
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
-        self._adoption = Adoption(self.layers, shape.block_tokens, adopts)
+        self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self._surplus = Surplus()
         self.mirrors = MirrorRoles(config, shape, self.layers, self.messages.draw_number)
@@ -85,13 +85,13 @@ class StageRoles:
         if node_id not in self._nodes:
             self._num_joined += 1
         self._nodes[node_id] = (description, self._num_joined)
-        self._adoption.claim(node_id, held, now_s, held is None or description.can_load_layers(held.layers))
+        self.adoption.claim(node_id, held, now_s, held is None or description.can_load_layers(held.layers))
         return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
         """Roles that time alone decides: a restarted router does not give a slot away before its holder is back, and a
         pipeline too many is given up once it is clear that its spares will not come back."""
-        if self._adoption.is_pending:
+        if self.adoption.is_pending:
             return self._settle(now_s)
         # One that is whole and not open recovers; one with a hole is the first to be given up.
         if self._surplus.is_due(now_s) and all(p.is_open for p in self._pipelines.values() if p.is_whole):
@@ -100,12 +100,12 @@ class StageRoles:
 
     def _settle(self, now_s: float) -> list[Action]:
         actions = self._adopt(now_s) + self._forget_old_claims()
-        return actions if self._adoption.is_pending else actions + self._replan()
+        return actions if self.adoption.is_pending else actions + self._replan()
 
     def _forget_old_claims(self) -> list[Action]:
         """Who was replaced is told before it gets another role: else it claims the slot at each router's restart."""
         actions: list[Action] = []
-        for node_id, lease_term in self._adoption.take_losers().items():
+        for node_id, lease_term in self.adoption.take_losers().items():
             if self.slot_of(node_id) is None:
                 self.mirrors.release(node_id)
                 actions.append(self.messages.unassign(node_id, lease_term))
@@ -114,14 +114,14 @@ class StageRoles:
     @property
     def waits(self) -> bool:
         """Whether `tick` may have something to do."""
-        return self._adoption.is_pending or self._surplus.is_there
+        return self.adoption.is_pending or self._surplus.is_there
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
         self._draining.discard(node_id)
         if self._nodes.pop(node_id, None) is None:
             return []
-        self._adoption.withdraw(node_id)
+        self.adoption.withdraw(node_id)
         return self._replan()
 
     def drain(self, node_id: NodeId) -> list[Action]:
@@ -135,19 +135,19 @@ class StageRoles:
             return True  # the whole mesh ends
         slot = self.slot_of(node_id)
         if slot is None:
-            return not self._adoption.has_claim(node_id)
+            return not self.adoption.has_claim(node_id)
         if not self._pipelines[slot.pipeline].has_cache:
             return True
-        if self._adoption.is_pending:
+        if self.adoption.is_pending:
             return False  # who is free to be its mirror turns out then
         return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
 
     def is_awaited(self, sequence_id: int, now_s: float) -> bool:
         """Whether a pipeline that has yet to open holds this sequence of a router before this one, or perhaps does."""
-        if self._adoption.may_know(sequence_id):
+        if self.adoption.may_know(sequence_id):
             return True
         is_held = any(pipeline.has_all_of(sequence_id) for pipeline in self._pipelines.values())
-        return is_held and self._adoption.waits_for_opening(now_s)
+        return is_held and self.adoption.waits_for_opening(now_s)
 
     @property
     def leaving(self) -> list[NodeId]:
@@ -206,7 +206,7 @@ class StageRoles:
     @property
     def are_settled(self) -> bool:
         """Whether who has no role is a spare: else it may yet be given back what it holds."""
-        return not self._adoption.is_pending
+        return not self.adoption.is_pending
 
     def assign(self, slot: StageSlot) -> Action:
         """Tell the holder of a slot of a whole pipeline its role."""
@@ -225,7 +225,7 @@ class StageRoles:
         observed: list[ObservedStage] = []
         for node_id, (description, order) in self._nodes.items():
             slots = loadable_slots(description, self.layers, {slot for name, slot in no_room if name == node_id})
-            is_awaited = self._adoption.is_pending and node_id not in current.values()
+            is_awaited = self.adoption.is_pending and node_id not in current.values()
             if not is_awaited and (slots is None or slots or description.part is not None):
                 observed.append(ObservedStage(node_id, description.numeric_class, order, slots, description.host_label))
         plan = plan_roles(
@@ -373,7 +373,7 @@ class StageRoles:
         spares = [
             node_id
             for node_id in sorted(self._nodes, key=lambda node_id: self._nodes[node_id][1])
-            if node_id not in holders.values() and node_id not in self._draining and not self._adoption.is_pending
+            if node_id not in holders.values() and node_id not in self._draining and not self.adoption.is_pending
         ]
         return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
 
@@ -386,9 +386,9 @@ class StageRoles:
     def _adopt(self, now_s: float) -> list[Action]:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
-        for adopted in self._adoption.take(now_s):
+        for adopted in self.adoption.take(now_s):
             if self._misfits(adopted.pipeline, adopted.holders):  # with another DTYPE than before, say
-                self._adoption.reject(adopted)
+                self.adoption.reject(adopted)
                 continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)

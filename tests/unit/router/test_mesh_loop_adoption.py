@@ -6,7 +6,7 @@ import pytest
 
 from common.ids import PipelineId, SequenceId
 from common.topology import NodeKind
-from services.router.control.adoption import ADOPT_S
+from services.router.control.adoption import ADOPT_S, NEW_S
 from services.router.engine import RestoredChoice
 from tests.support.fake_mesh import FakeMesh, build_request, reference_tokens
 
@@ -53,3 +53,17 @@ def test_a_request_whose_cache_does_not_come_back_is_computed_again_where_there_
     assert mesh.scheduler.snapshot().num_waiting == 0
     mesh.settle()
     assert mesh.tokens("r") == reference_tokens(request)[4:]
+
+
+def test_a_mesh_that_was_started_anew_as_a_whole_opens_without_waiting_for_former_holders() -> None:
+    mesh = FakeMesh(adopts=True)
+    mesh.hello("x", NodeKind.EXPERT)
+    for name in "ab":
+        mesh.hello(name)
+    mesh.turn()
+    mesh.turn(NEW_S - 0.05)
+    assert mesh.stages.num_open == 0
+    mesh.turn(0.1)
+    mesh.turn(0.05)
+    mesh.turn(0.05)
+    assert mesh.stages.num_open == 1

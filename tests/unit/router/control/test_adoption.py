@@ -14,6 +14,7 @@ from common.topology import LayerRange
 from services.router.control.adoption import (
     ADOPT_S,
     MAX_STEPS_APART,
+    NEW_S,
     Adoption,
     HeldSequence,
     HeldSlot,
@@ -167,6 +168,29 @@ def test_a_holder_far_behind_the_others_of_its_pipeline_may_have_been_replaced_s
     (taken,) = waiting.take(10.5)
     assert taken.holders == ("a", "true")
     assert waiting.take_losers() == {"stale": 7}
+
+
+def test_where_everything_was_started_anew_nobody_is_waited_for() -> None:
+    waiting = adoption()
+    for name in "ab":
+        waiting.see_process(is_new=True)
+        waiting.claim(NodeId(name), None, 10.0)
+    assert waiting.take(10.0 + NEW_S - 0.01) == []
+    assert waiting.is_pending
+    assert waiting.take(10.0 + NEW_S) == []
+    assert not waiting.is_pending
+
+
+@pytest.mark.parametrize("seen", [(True,), (True, True, False), (False, False)])
+def test_holders_are_waited_for_where_one_process_has_outlived_the_router_or_too_few_have_come(
+    seen: tuple[bool, ...],
+) -> None:
+    waiting = adoption()
+    for number, is_new in enumerate(seen):
+        waiting.see_process(is_new)
+        waiting.claim(NodeId(f"{number}"), None, 10.0)
+    waiting.take(10.0 + ADOPT_S - 0.01)
+    assert waiting.is_pending
 
 
 def test_a_claim_that_is_too_late_or_of_another_shape_loses() -> None:
