@@ -230,7 +230,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
     variant = function("variant", result=ctypes.c_char_p)().decode()
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
-        variant=f"native-{bits_variant(variant)}",
+        variant=f"native-{bits_variant(variant)}-{source_hash()[:8]}",
         threads=threads,
         path=path,
         linear=function("linear", pointer, pointer, integer, pointer, integer),

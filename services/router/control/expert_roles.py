@@ -158,7 +158,6 @@ class ExpertRoles:
         if found is None:
             return []
         self._ready[found.node_id], self._has_changed = np.zeros_like(self._is_named), True
-        self._probes.forget(found.node_id)
         self._report_numbers.pop(found.node_id, None)  # who is not reached by this is asked and told once more
         reason = found.describe(self._nodes, self._table_shape)
         return [Tell(found.node_id, Failed(CheckpointError.code, reason), Header())]

@@ -10,7 +10,7 @@ P shards in the order of (layer, expert, slice).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class _Answers:
     """[P]; 0: none."""
     projections: Float32Array
     """[P]."""
+    is_refused: bool = False
+    """Found wrong: it contradicts nobody."""
 
 
 class ShardProbes:
@@ -82,26 +84,31 @@ class ShardProbes:
     def take(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
     ) -> Disagreement | None:
-        """A node's answers, [P] each. One that is found wrong here is not remembered; another one is to be forgotten by
-        the caller."""
-        new, before = _Answers(numeric_class, digests, projections), self._answers.pop(node_id, None)
+        """A node's answers, [P] each. Who is found wrong stays a witness for others that say the same, until it is
+        forgotten: of three nodes that start together the wrong one may have been the first."""
+        new, before = _Answers(numeric_class, digests, projections), self._answers.get(node_id)
+        self._answers[node_id] = new
         # Dozens of nodes report several times a second while they load: what was compared before is left out.
-        fresh = np.flatnonzero(digests if before is None else digests * (digests != before.digests))
-        differing = {name: _differing(new, other, fresh) for name, other in self._answers.items()} if fresh.size else {}
-        differing = {name: shards for name, shards in differing.items() if shards.size}
+        is_new = before is None or before.is_refused
+        fresh = np.flatnonzero(digests if is_new else digests * (digests != before.digests))
+        others = {name: known for name, known in self._answers.items() if name != node_id}
+        differing = {
+            name: shards
+            for name, known in others.items()
+            if not known.is_refused and fresh.size and (shards := _differing(new, known, fresh)).size
+        }
         if not differing:
-            self._answers[node_id] = new
             return None
         other, shards = next(iter(differing.items()))
-        shard = int(shards[0])
-        against = {name for name, found in differing.items() if shard in found}
-        num_against = len(against)
-        num_for = sum(bool(known.digests[shard]) for name, known in self._answers.items() if name not in against)
-        is_same_class = self._answers[other].numeric_class == numeric_class
-        if num_for > num_against:
-            self._answers[node_id] = new
-            return Disagreement(other, node_id, shard, shards.size, is_same_class)
-        return Disagreement(node_id, other, shard, shards.size, is_same_class)
+        shard = shards[:1]
+        num_against = sum(int(shard[0]) in found for found in differing.values())
+        num_for = sum(
+            bool(known.digests[shard[0]]) and not _differing(new, known, shard).size for known in others.values()
+        )
+        is_same_class = others[other].numeric_class == numeric_class
+        wrong, right = (other, node_id) if num_for >= max(1, num_against) else (node_id, other)
+        self._answers[wrong] = replace(self._answers[wrong], is_refused=True)
+        return Disagreement(wrong, right, int(shard[0]), shards.size, is_same_class)
 
 
 def _differing(one: _Answers, other: _Answers, shards: Int64Array) -> Int64Array:

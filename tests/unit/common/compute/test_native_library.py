@@ -23,6 +23,7 @@ from common.compute.native_library import (
     library_name,
     load_native_kernels,
     read_cpu_flags,
+    source_hash,
     usable_instruction_sets,
 )
 from tests.support.kernels import kernels_for
@@ -63,6 +64,13 @@ def test_kernels_whose_sums_are_the_processors_name_its_vendor(tmp_path: Path) -
     assert bits_variant("avx512bf16", cpuinfo) == "avx512bf16-GenuineIntel"
     assert bits_variant("avx512", cpuinfo) == "avx512"
     assert bits_variant("avx512bf16", tmp_path / "absent") == "avx512bf16-unknown-vendor"
+
+
+def test_kernels_of_another_source_are_another_class() -> None:
+    """In a mesh that is upgraded node by node; nodes of one class are held to equal bits."""
+    kernels = kernels_for("native")
+    assert kernels is not None
+    assert kernels.variant.endswith(f"-{source_hash()[:8]}")
 
 
 def test_no_compiler_and_no_prebuilt_library_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

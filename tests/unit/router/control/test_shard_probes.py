@@ -62,6 +62,24 @@ def test_who_has_more_others_on_its_side_is_believed() -> None:
     assert known.take(D, "amd", answers(9, 0, 0), along(0.2, 0.0, 0.0)) == Disagreement(A, D, 0, 1, True)
 
 
+def test_of_three_that_start_together_two_outvote_a_wrong_one_that_was_the_first() -> None:
+    known = probes()
+    assert known.take(A, "amd", answers(9, 9, 9), along(0.9, 0.9, 0.9)) is None
+    assert known.take(B, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == Disagreement(B, A, 0, 3, True)
+    assert known.take(C, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == Disagreement(A, C, 0, 3, True)
+    known.forget(A)
+    known.forget(B)
+    assert known.take(D, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) is None
+
+
+def test_who_was_found_wrong_contradicts_nobody_and_is_found_wrong_again() -> None:
+    known = probes()
+    known.take(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
+    assert known.take(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == Disagreement(B, A, 0, 1, True)
+    assert known.take(C, "amd", answers(0, 6, 0), along(0.0, 0.2, 0.0)) is None, "B says something else"
+    assert known.take(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == Disagreement(B, A, 0, 1, True)
+
+
 def test_a_node_that_is_gone_contradicts_nobody() -> None:
     known = probes()
     known.take(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3))
