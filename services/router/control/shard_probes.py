@@ -89,8 +89,9 @@ class ShardProbes:
         new, before = _Answers(numeric_class, digests, projections), self._answers.get(node_id)
         self._answers[node_id] = new
         # Dozens of nodes report several times a second while they load: what was compared before is left out.
-        is_new = before is None or before.is_refused
-        fresh = np.flatnonzero(digests if is_new else digests * (digests != before.digests))
+        fresh = np.flatnonzero(digests)
+        if before is not None and not before.is_refused:
+            fresh = fresh[digests[fresh] != before.digests[fresh]]
         others = {name: known for name, known in self._answers.items() if name != node_id}
         differing = {
             name: shards
