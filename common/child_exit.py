@@ -27,6 +27,13 @@ def describe_exit(status: int, said: str, memory_kills: int, groups: Sequence[Me
     return f"{ended}{_why_killed(memory_kills, groups)}"
 
 
+def last_sentence(log: str) -> str:
+    """What a log ends with: the sentence for people where there is one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    plain = [line for line in lines if line.startswith("moemesh ")]
+    return (plain or lines or ["(it wrote no log)"])[-1][:1000]
+
+
 def _why_killed(memory_kills: int, groups: Sequence[MemoryGroup]) -> str:
     tightest = min(groups, key=lambda group: group.limit_bytes, default=None)
     limit = f"; the limit is {tightest.limit_bytes / 2**30:.2f} GiB ({tightest.folder})" if tightest else ""

@@ -30,6 +30,8 @@ REPLY_S = 5.0
 LAUNCH_AGAIN_S = 1.0
 IMPORTS_S = 120.0
 """For all that is imported: a disk that hangs is not waited for without a word."""
+KILLED_S = 5.0
+"""For its end after SIGKILL."""
 TELL_S = 0.3
 """For the server to say how one has ended that has."""
 
@@ -244,7 +246,8 @@ class ForkServer:
         self._running.clear()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel keeps it until a disk answers
+                self._process.wait(KILLED_S)
             self._process = None
         if self._own_fork:
             os.kill(self._own_fork, signal.SIGKILL)

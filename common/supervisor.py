@@ -23,7 +23,7 @@ from typing import Self
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from common.cgroup import count_memory_kills, memory_groups
-from common.child_exit import describe_exit
+from common.child_exit import describe_exit, last_sentence
 from common.child_process import ChildProcess
 from common.errors import ConfigurationError, DeadlineError, FencedError, NodeLostError
 from common.folder_lock import FolderLock, lock_folder
@@ -39,6 +39,8 @@ NO_START_DELAY_S = 1.0
 STEADY_S = 10.0
 """A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
+KILLED_S = 5.0
+"""For the end of a process that was killed: the kernel may keep it until a disk answers."""
 LOOK_INTERVAL_S = 0.5
 """At the mesh's own files in its state folder."""
 
@@ -368,7 +370,13 @@ class LocalMesh:
                 process.wait(max(0.0, deadline_s - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+        for process in running:
+            try:
+                process.wait(KILLED_S)
+            except subprocess.TimeoutExpired:
+                _tell_people(
+                    f"process {process.pid} was killed and has not ended: it waits for a disk, and is left behind"
+                )
 
 
 def _tell_people(sentence: str) -> None:
@@ -387,7 +395,4 @@ def _describe_end(child: Child) -> str:
 
 
 def _last_sentence(log_path: Path) -> str:
-    text = log_path.read_text(errors="replace") if log_path.exists() else ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    plain = [line for line in lines if line.startswith("moemesh ")]
-    return (plain or lines or ["(it wrote no log)"])[-1][:1000]
+    return last_sentence(log_path.read_text(errors="replace") if log_path.exists() else "")

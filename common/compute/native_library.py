@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import structlog
 
-from common.compute.cache_folder import default_cache_folder, refuse_folder_of_others
+from common.compute.cache_folder import compiler_turn, default_cache_folder, refuse_folder_of_others
 
 ABI_VERSION = 4
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -193,9 +192,7 @@ def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path)
     refuse_folder_of_others(folder)
     if not path.is_file():
         # The processes of a mesh start together: one compiles, the others wait for it rather than all do the same.
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (folder / "compile.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with compiler_turn(folder, COMPILE_TIMEOUT_S):
             if not path.is_file():
                 compile_to(path, instruction_set, compiler)
     return path

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from common.errors import MoemeshError
-from common.messages import Header, Message, Welcome
+from common.messages import Header, Leave, Message, Welcome
 from common.node import HeldState
 from tests.support.memory_transport import MemorySocket
 
@@ -16,6 +16,8 @@ class ListeningRouter:
 
     def __init__(self) -> None:
         self.router_term = 0
+        self.registered = True
+        self.leave_acknowledged = False
         self.settings = Welcome(250, "float32", "exact", 32, 1, 1000)
         self.socket = MemorySocket("control", "tcp://router:1")
         self.asked: deque[tuple[Message, Header]] = deque()
@@ -34,3 +36,9 @@ class ListeningRouter:
 
     def fail(self, error: MoemeshError, header: Header | None = None) -> None:
         self.failures.append(error.message)
+
+    def beat(self, now_s: float, load: Callable[[], Message]) -> None:
+        return None
+
+    def leave(self, reason: str) -> None:
+        self.sent.append(Leave(reason))

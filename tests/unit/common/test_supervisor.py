@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigurationError, NodeLostError
+from common.errors import ConfigurationError, DeadlineError, NodeLostError
 from common.folder_lock import lock_folder
 from common.fork_server import ImportsUnderWayError
 from common.local_starter import LocalStarter
 from common.supervisor import (
+    KILLED_S,
     LOOK_INTERVAL_S,
     MAX_RESTART_DELAY_S,
     NO_START_DELAY_S,
@@ -439,3 +440,26 @@ def test_a_child_that_was_killed_is_told_as_killed_and_not_by_its_last_log_line(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3
     assert all("expert-0: it was ended by signal 9" in line for line in told)
+
+
+def test_a_process_that_not_even_a_kill_ends_is_left_behind_after_its_time_and_named(
+    mesh: LocalMesh, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits_s: list[float | None] = []
+
+    def wait(process: FakeProcess, timeout: float | None = None) -> int:
+        waits_s.append(timeout)
+        raise subprocess.TimeoutExpired(process.module, timeout or 0.0)
+
+    monkeypatch.setattr(FakeProcess, "wait", wait)
+    mesh.add("stage", "stage-0")
+    mesh.remove("stage-0", timeout_s=0.5)
+    assert started[0].signals[-1] == signal.SIGKILL
+    assert waits_s == [pytest.approx(0.5, abs=0.1), KILLED_S]
+    assert f"process {started[0].pid} was killed and has not ended" in capsys.readouterr().err
+
+
+def test_waiting_for_a_mesh_ends_with_what_is_missing(mesh: LocalMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalMesh, "_ask_ready", lambda mesh: (False, "1 of 2 stage nodes"))
+    with pytest.raises(DeadlineError, match=r"not ready within 0 s: 1 of 2 stage nodes"):
+        mesh.wait_ready(timeout_s=0.2)

@@ -21,6 +21,7 @@ from common.errors import MoemeshError
 from compose.answers import served_model, stream_answer, stream_pieces
 from compose.cli import (
     NO_ROUTER_S,
+    RESUME_PATIENCE_S,
     _interrupted_once,
     _Progress,
     _router_url,
@@ -488,3 +489,21 @@ def test_a_table_in_a_pipe_is_not_folded(serve: Any) -> None:
     (line,) = [line for line in result.output.splitlines() if "moemesh_long_name" in line]
     assert name in line
     assert "7.0" in line
+
+
+def test_a_router_that_does_not_come_back_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr("tenacity.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
+    part = b"id: 1\n" + events({"choices": [{"text": "one "}]})
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200, stream=Breaking(part), headers={"Moemesh-Request-Id": "cmpl-1"})
+
+    pieces = stream_pieces(client_of(answer), "/v1/completions", {})
+    assert next(pieces) == "one "
+    with pytest.raises(httpx.ConnectError):
+        next(pieces)
+    assert RESUME_PATIENCE_S <= now_s[0] < RESUME_PATIENCE_S + 5

@@ -30,7 +30,7 @@ from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.mirror_link import MirrorLink
 from services.stage.mirror_sender import BACKFILL_BLOCKS
-from services.stage.service import StageService
+from services.stage.service import KEEP_STATE_S, LEAVE_DEADLINE_S, StageService
 from services.stage.slot_keeper import SlotKeeper
 from tests.support.checkpoints import QWEN3, write_checkpoint
 from tests.support.kernels import one_torch_thread
@@ -230,3 +230,30 @@ def test_a_feed_that_ended_with_the_memory_is_begun_again_when_it_is_told_again(
     assert stage._load().feed_number == 0
     stage.hear(FEED, FEED_NUMBER)
     assert stage._load().feed_number == FEED_NUMBER
+
+
+def test_what_is_held_without_a_router_is_kept_for_its_time_and_no_longer(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.control.registered = True
+    stage._forget_after_long_silence(200.0)
+    stage.control.registered = False
+    stage._forget_after_long_silence(200.0 + KEEP_STATE_S)
+    assert stage.keeper.slot is not None, "K and V may belong to requests that a restarted router goes on with"
+    stage._forget_after_long_silence(200.1 + KEEP_STATE_S)
+    assert stage.keeper.slot is None
+
+
+def test_a_stage_that_nobody_lets_go_goes_at_the_end_of_its_patience(stage: Stage) -> None:
+    now_s = [100.0]
+    stage._clock = lambda: now_s[0]
+    stage.control.registered = True
+    turns: list[float] = []
+
+    def should_stop() -> bool:
+        now_s[0] += 1.0
+        turns.append(now_s[0])
+        return True
+
+    stage._watch_sockets = lambda: None  # type: ignore[method-assign]
+    stage.run(should_stop)
+    assert turns[-1] - turns[0] == pytest.approx(LEAVE_DEADLINE_S, abs=2.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import pwd
@@ -13,7 +14,7 @@ import pytest
 import structlog
 
 from common.compute import native_library
-from common.compute.cache_folder import default_cache_folder
+from common.compute.cache_folder import compiler_turn, default_cache_folder
 from common.compute.native_library import (
     INSTRUCTION_SETS,
     bits_variant,
@@ -144,6 +145,24 @@ def test_compiled_code_of_another_user_is_not_loaded(tmp_path: Path, monkeypatch
         monkeypatch.setattr(os, "getuid", lambda: uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user: MOEMESH_CACHE"):
         compile_cached(INSTRUCTION_SETS[0], find_compiler(os.environ) or "g++", tmp_path / "theirs")
+
+
+def test_a_process_that_compiles_is_waited_for_and_one_that_was_stopped_is_not_for_ever(tmp_path: Path) -> None:
+    now_s = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+        if is_done and now_s[0] >= 3.0:
+            other.close()
+
+    for is_done in (True, False):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        other = (tmp_path / "cache" / "compile.lock").open("w")
+        fcntl.flock(other, fcntl.LOCK_EX)
+        now_s[0] = 0.0
+        with compiler_turn(tmp_path / "cache", 10.0, lambda: now_s[0], sleep):
+            assert now_s[0] == pytest.approx(3.0 if is_done else 10.0, abs=0.1)
+        other.close()
 
 
 def test_cache_folder_is_a_setting() -> None:
