@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import MoemeshError
-from compose.answers import served_model, stream_answer, stream_pieces
+from compose.answers import RESUME_PATIENCE_S, served_model, stream_answer, stream_pieces
 from compose.cli import (
-    NO_ROUTER_S,
-    RESUME_PATIENCE_S,
     _interrupted_once,
-    _Progress,
     _router_url,
     app,
 )
-from compose.tiny_checkpoint import write_tiny_checkpoint
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -368,50 +361,6 @@ def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path:
     assert CliRunner().invoke(app, arguments).exit_code == 2
 
 
-def run_up(environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """`moemesh up` in a pipe, where it cannot start."""
-    return subprocess.run(
-        [sys.executable, "-m", "compose.cli", "up"],
-        env={**os.environ, "STATE_DIR": str(folder / "s"), "PORT": "0", "COLUMNS": "80", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_an_error_is_one_line_in_a_pipe_whatever_is_in_it(tmp_path: Path) -> None:
-    model = tmp_path / f"{'long-' * 40}[/red] [0, 2)"
-    model.mkdir(parents=True)
-    done = run_up({"MODEL": str(model)}, tmp_path)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("moemesh: ")
-    assert str(model) in line
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "named"),
-    [("TP", "5", "TP=5 does not divide"), ("TP", "17", "TP=17: a stage has at most"), ("PP", "5", "PP=5: ")],
-)
-def test_what_does_not_fit_the_model_is_refused_before_a_process_is_started(
-    name: str, value: str, named: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started = Mock()
-    monkeypatch.setattr("compose.cli.LocalMesh", started)
-    for setting, given in {"MODEL": str(tiny), "STATE_DIR": str(tmp_path), name: value}.items():
-        monkeypatch.setenv(setting, given)
-    result = CliRunner().invoke(app, ["up"])
-    assert result.exit_code == 1
-    assert named in result.stderr
-    started.assert_not_called()
-
-
 class MeshWhoseRouterRefuses(StartedMesh):
     def wait_ready(self, timeout_s: float, on_progress: Any) -> None:
         on_progress("the router does not listen yet")
@@ -430,18 +379,6 @@ def test_why_the_router_cannot_start_comes_before_any_word_of_waiting(
         "starting 1 router, 2 stages, 2 experts",
         "moemesh: router-0 cannot start: generation_config.json is damaged",
     ]
-
-
-def test_a_router_that_does_not_answer_for_long_is_worth_a_word(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now_s = [100.0]
-    monkeypatch.setattr("compose.cli.time.monotonic", lambda: now_s[0])
-    with _Progress("starting") as progress:
-        progress.show("the router does not listen yet")
-        now_s[0] += NO_ROUTER_S
-        progress.show("the router does not listen yet")
-    assert capsys.readouterr().err.splitlines() == ["starting", "waiting: the router does not listen yet"]
 
 
 def test_a_variable_that_is_nearly_a_setting_is_named_at_the_start(
