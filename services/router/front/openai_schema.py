@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from common.errors import InvalidRequestError
 from services.router.front import unused_fields
-from services.router.front.chat_schema import MAX_MESSAGES, ChatMessage, TextPart, ToolCall
+from services.router.front.chat_schema import MAX_MESSAGES, CalledFunction, ChatMessage, TextPart, ToolCall
 from services.router.front.schema_rules import MAX_FIELDS, Name, Strict, described, first_error
 from services.router.front.unused_fields import Json, Sieve
 
@@ -231,6 +231,10 @@ def _sift_message(message: object, place: str, sieve: Sieve) -> object:
                 else item
                 for i, item in enumerate(items)
             ]
+    for i, call in enumerate(kept["tool_calls"] if isinstance(kept.get("tool_calls"), list) else ()):
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            inside = f"{place}tool_calls[{i}].function."
+            call["function"] = sieve.sift(call["function"], CalledFunction.model_fields, frozenset(), {}, inside)
     return kept
 
 

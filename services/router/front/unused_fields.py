@@ -224,6 +224,8 @@ class Sieve:
 
 
 def _asks_for_nothing(value: object, neutral_values: tuple[object, ...]) -> bool:
+    if isinstance(value, dict):
+        value = {name: member for name, member in value.items() if member is not None}
     # `False == 0` in Python; in JSON they differ.
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in neutral_values)
 

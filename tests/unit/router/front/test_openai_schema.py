@@ -19,7 +19,11 @@ from services.router.front.openai_schema import (
 from services.router.front.unused_fields import NEUTRAL, TAKEN
 
 MESSAGES = [{"role": "user", "content": "a"}]
-CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bonn"}'}}
+CALL: dict[str, Any] = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city":"Bonn"}'},
+}
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -363,6 +367,21 @@ def test_arguments_that_are_no_object_stay_as_the_model_wrote_them(arguments: An
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
     message = chat(messages=[{"role": "assistant", "content": "", "tool_calls": [call]}]).messages[0]
     assert message.for_template()["tool_calls"][0]["function"]["arguments"] == as_object
+
+
+def test_nulls_ask_for_nothing_however_deep_they_stand() -> None:
+    call = CALL | {"function": CALL["function"] | {"strict": None}, "extra": None}
+    request = chat(
+        messages=[{"role": "assistant", "content": None, "tool_calls": [call]}],
+        response_format={"type": "text", "json_schema": None},
+    )
+    assert set(request.unused_fields) == {
+        "response_format",
+        "messages.tool_calls.extra",
+        "messages.tool_calls.function.strict",
+    }
+    with pytest.raises(InvalidRequestError):
+        chat(response_format={"type": "json_object", "json_schema": None})
 
 
 def test_reasoning_is_taken_under_either_of_its_names() -> None:
