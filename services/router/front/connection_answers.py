@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http
 from dataclasses import dataclass
 
@@ -11,6 +13,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from common.errors import InvalidRequestError, OverloadedError
 from services.router.front.http_answers import error_answer
 from services.router.front.replies import encode_json, error_body
+
+MAX_REFUSED_BYTES = 64 * 1024
+REFUSAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class ConnectionLimits:
     it is answered 503."""
     min_idle_s: float = 0.5
     """Before it loses its place: what a client has just asked may not be read yet."""
-    refusal_s: float = 1.0
+    refusal_s: float = REFUSAL_S
     """For the head of a request that is to be refused."""
 
 
@@ -55,7 +60,18 @@ def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
     return answer
 
 
+async def _read_short_body(receive: Receive) -> None:
+    num_bytes, more = 0, True
+    while more and num_bytes <= MAX_REFUSED_BYTES:
+        message = await receive()
+        num_bytes, more = num_bytes + len(message.get("body", b"")), message.get("more_body", False)
+
+
 async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    """Says so once the request is read, if that is short and quick: to close before would take the answer with it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REFUSAL_S):
+            await _read_short_body(receive)
     error = OverloadedError("this server has as many connections as it takes; try again", retry_after_s=1)
     answer = error_answer(error)
     answer.status_code = http.HTTPStatus.SERVICE_UNAVAILABLE
