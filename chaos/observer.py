@@ -160,7 +160,7 @@ class Observer:
         while True:
             await self.look()
             busy = [self.metrics.get(f"moemesh_requests_{what}") for what in ("running", "waiting")]
-            free, total = (self.metrics.get(f"moemesh_kv_blocks_{what}") for what in ("free", "total"))
+            free, total = self.metrics.get("moemesh_kv_blocks_free"), self.metrics.get("moemesh_kv_blocks")
             if self.metrics and not any(busy) and free == total:
                 return True
             if self.clock() > deadline_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def test_a_mesh_that_lacks_something_it_had_is_not_whole(change: dict[str, float
 def test_more_than_before_is_whole_and_what_was_never_told_is_not_asked_for() -> None:
     assert is_whole(BEFORE | {"moemesh_nodes": 6.0}, BEFORE)
     assert is_whole({}, {})
+
+
+@pytest.mark.parametrize(("running", "leaked_blocks", "is_quiet"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_a_mesh_is_quiet_once_nothing_runs_and_all_blocks_are_free(
+    running: int, leaked_blocks: int, is_quiet: bool
+) -> None:
+    mesh, record = FakeMesh(), list[Event]()
+    mesh.running, mesh.leaked_blocks = running, leaked_blocks
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=mesh.transport) as http:
+            seen = Observer(http, ListedTarget(), record.append, time.monotonic)
+            assert await seen.wait_quiet(0.0) == is_quiet
+
+    asyncio.run(run())
 
 
 def test_a_lost_node_makes_the_mesh_not_whole_until_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
