@@ -6,7 +6,7 @@ answered, and that the observer was there to hear it. Where nobody echoes anythi
 cut off, or its host stood still, and it can say nothing of anybody.
 
 How long a peer may be behind is held against what the same link has shown: one that was never behind for more than
-60 ms says something with 200, one that now and then was for 250 ms says nothing with 400. There are two questions. An
+60 ms says something with 250, one that now and then was for 250 ms says nothing with 400. There are two questions. An
 *early* one, where a wrong yes costs little because somebody else is ready: then a silence counts soon. A *patient* one
 for all others: the silence must be long, and longer for a link that loses packets.
 
@@ -53,7 +53,7 @@ class Patience:
         return wanted_s
 
 
-EARLY = Patience(shortest_s=0.2, longest_s=0.6, factor=2.0, min_echoes=40, beyond_longest=False)
+EARLY = Patience(shortest_s=0.25, longest_s=0.6, factor=2.0, min_echoes=40, beyond_longest=False)
 """A process under a CPU quota may wait 100 ms for its next period, one on cores that are twice oversubscribed some time
 slices of 3 to 25 ms for each of the two threads that echo."""
 PATIENT = Patience(shortest_s=0.7, longest_s=3.0, factor=3.0, min_echoes=20, beyond_longest=True)
