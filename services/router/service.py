@@ -107,7 +107,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         housekeeping,
         journal,
         log,
-        state.outgrow,
+        partial(state.outgrow, on_disk=disk.submit),
         placer,
         attention,
     )

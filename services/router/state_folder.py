@@ -1,7 +1,7 @@
 """The router's folder on disk: locked while a router runs on it, and the term that grows with every start.
 
-Its files are looked after while the router lives: one that somebody removes is made again. A term that was lost with
-the folder, while no router lived, is learnt from the nodes (`outgrow`).
+Its files are looked after while the router lives: one that somebody removes or damages is made again. A term that was
+lost with the folder, while no router lived, is learnt from the nodes (`outgrow`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from common.errors import ConfigurationError, FencedError, ProtocolError
@@ -18,6 +19,8 @@ from common.whole_file import write_whole
 
 MAX_TERM = (1 << 31) - 1
 """Numbers of steps have the term above their lower 32 bits, and must stay positive in 64."""
+_NOWHERE = (0, 0)
+"""Identity of a file that is not there or cannot be looked at."""
 
 
 class StateFolder:
@@ -29,6 +32,8 @@ class StateFolder:
         self._lock = lock
         self._url = ""
         self._seen = _identity(self._term_path)
+        """Of the term's file, when it had this router's term; the same of the address."""
+        self._seen_url = _NOWHERE
         self._failure = ""
 
     def check_term(self) -> None:
@@ -37,17 +42,19 @@ class StateFolder:
         seen = _identity(self._term_path)
         if seen == self._seen:
             return
-        term = _read_term(self._term_path)
+        term = self._term_on_disk()
         if term > self.term:
             raise FencedError(
                 f"STATE_DIR={self.path} carries term {term}, this router has {self.term}: it was replaced while it was "
                 "stopped, and ends"
             )
-        self._seen = seen
+        if term == self.term:
+            self._seen = seen
 
     def look_after(self, tell: Callable[[str], None] = lambda sentence: None) -> None:
-        """Check the term, and make the files again that are gone; `tell` is given a sentence about it, or about why it
-        cannot be. A few `stat`s while nothing has changed. Raises FencedError if another router has the folder."""
+        """Check the term, and make the files again that are gone or damaged; `tell` is given a sentence about it, or
+        about why it cannot be. A few `stat`s while nothing has changed. Raises FencedError if another router has the
+        folder."""
         try:
             made_again = [name for name, keep in self._keepers() if keep()]
         except OSError as error:
@@ -58,15 +65,17 @@ class StateFolder:
             return
         self._failure = ""
         if made_again:
-            tell(f"{', '.join(made_again)} of STATE_DIR={self.path} had been removed, and was made again")
+            tell(f"{', '.join(made_again)} of STATE_DIR={self.path} had been removed or changed, and was made again")
 
     def publish_url(self, url: str) -> None:
         """Say where this router answers HTTP, for as long as it holds the folder. Raises OSError."""
         self._url = url
         write_whole(self._url_path, url)
+        self._seen_url = _identity(self._url_path)
 
-    def outgrow(self, term: int) -> None:
-        """A node has obeyed a router of this term. Raises FencedError if it is later than this one's.
+    def outgrow(self, term: int, on_disk: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
+        """A node has obeyed a router of this term. Raises FencedError if it is later than this one's. `on_disk` does
+        what touches the folder: who calls this may not wait for it.
 
         Either that router lives and this one was replaced, or the folder has lost its term: then the next router on it
         begins above all that nodes have heard of, or they would not listen to it.
@@ -75,9 +84,7 @@ class StateFolder:
             return
         if term > MAX_TERM:
             raise ProtocolError(f"a router's term of {term} is above {MAX_TERM}")
-        if term > _read_term(self._term_path):
-            with contextlib.suppress(OSError):  # then the next start says that the folder cannot be written to
-                write_whole(self._term_path, json.dumps({"term": term}))
+        on_disk(partial(self._raise_term, term))
         raise FencedError(
             f"nodes have heard a router of term {term}, this one has {self.term}: it was replaced, or router.json of "
             f"STATE_DIR={self.path} was lost; it ends, and the next one begins above that term"
@@ -85,7 +92,7 @@ class StateFolder:
 
     def close(self) -> None:
         """Let another router have it."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError, ValueError):
             if self._url and self._url_path.read_text() == self._url:  # else another router has the folder
                 self._url_path.unlink()
         self._lock.close()
@@ -106,18 +113,30 @@ class StateFolder:
             ("http.url", self._keep_url),
         ]
 
+    def _raise_term(self, term: int) -> None:
+        if term > self._term_on_disk():
+            with contextlib.suppress(OSError):  # then the next start says that the folder cannot be written to
+                write_whole(self._term_path, json.dumps({"term": term}))
+
+    def _term_on_disk(self) -> int:
+        """0 where there is none that can be read: while this router lives, it is the one that knows."""
+        try:
+            return _read_term(self._term_path)
+        except (ConfigurationError, OSError):
+            return 0
+
     def _keep_term(self) -> bool:
         self.check_term()
-        if self._term_path.exists():
+        if _identity(self._term_path) == self._seen:
             return False
         write_whole(self._term_path, json.dumps({"term": self.term}))
         self._seen = _identity(self._term_path)
         return True
 
     def _keep_url(self) -> bool:
-        if not self._url or self._url_path.exists():
+        if not self._url or _identity(self._url_path) == self._seen_url:
             return False
-        write_whole(self._url_path, self._url)
+        self.publish_url(self._url)
         return True
 
 
@@ -133,11 +152,11 @@ def open_state_folder(path: Path) -> StateFolder:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Changes with every term, since a new file is renamed into place; (0, 0) where there is none."""
+    """Changes with every term, since a new file is renamed into place, and with what others write to it."""
     try:
         status = path.stat()
-    except FileNotFoundError:
-        return 0, 0
+    except OSError:
+        return _NOWHERE
     return status.st_ino, status.st_mtime_ns
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -122,6 +124,71 @@ def test_files_that_somebody_removed_are_made_again_as_they_were_and_it_is_said(
     assert len(told) == 5
     folder.close()
     assert open_state_folder(tmp_path / "state").term == 2, "the term was not lost with the folder"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xff", b'{"term": 1}', b'{"term": "x"}', b"[]"])
+def test_files_that_somebody_damages_under_a_router_are_made_again_and_end_nobody(
+    tmp_path: Path, damage: bytes
+) -> None:
+    """While a router lives it is the one that knows its term; a restart on the damaged file would be refused."""
+    open_state_folder(tmp_path).close()
+    folder = open_state_folder(tmp_path)
+    folder.publish_url("http://127.0.0.1:8000\n")
+    names = ("router.json", "http.url")
+    before = {name: (tmp_path / name).read_text() for name in names}
+    for name in names:
+        (tmp_path / name).write_bytes(damage)
+    folder.check_term()
+    told: list[str] = []
+    folder.look_after(told.append)
+    assert {name: (tmp_path / name).read_text() for name in names} == before
+    assert len(told) == 1
+    folder.look_after(told.append)
+    assert len(told) == 1
+    folder.close()
+    assert open_state_folder(tmp_path).term == 3
+
+
+@pytest.mark.parametrize("name", ["router.json", "http.url", "router.lock"])
+def test_a_folder_in_the_place_of_a_file_ends_nobody_and_is_told_once(tmp_path: Path, name: str) -> None:
+    folder = open_state_folder(tmp_path)
+    folder.publish_url("http://127.0.0.1:8000\n")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    told: list[str] = []
+    for _ in range(3):
+        folder.check_term()
+        folder.look_after(told.append)
+    assert len(told) == 1
+    assert name in told[0]
+    (tmp_path / name).rmdir()
+    folder.look_after(told.append)
+    assert (tmp_path / name).is_file()
+    folder.close()
+
+
+def test_a_file_in_the_place_of_the_folder_ends_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    folder = open_state_folder(path)
+    shutil.rmtree(path)
+    path.write_text("")
+    told: list[str] = []
+    folder.check_term()
+    folder.look_after(told.append)
+    assert len(told) == 1
+    folder.close()
+
+
+def test_a_router_that_is_outgrown_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    folder = open_state_folder(tmp_path)
+    jobs: list[Callable[[], None]] = []
+    with pytest.raises(FencedError):
+        folder.outgrow(9, on_disk=jobs.append)
+    assert json.loads((tmp_path / "router.json").read_text()) == {"term": 1}
+    for job in jobs:
+        job()
+    assert json.loads((tmp_path / "router.json").read_text()) == {"term": 9}
+    folder.close()
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_once_and_tried_again(
