@@ -8,6 +8,7 @@ import sqlite3
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from common.errors import ConfigurationError
@@ -43,6 +44,8 @@ class LostFilesError(Exception):
 class FileState:
     """What tells a file from another, and from itself after somebody else has written to it."""
 
+    name: tuple[int, int]
+    """Of what has the name: the file, or a link to it."""
     file: tuple[int, int]
     size: int
     changed_ns: int
@@ -50,15 +53,19 @@ class FileState:
 
 def look_at(path: Path) -> tuple[FileState | None, FileState | None]:
     """The file and its WAL; None for one that is not there."""
-    return _state_of(path), _state_of(_beside(path, "-wal"))
+    state = _state_of(path)
+    is_link = state is not None and state.name != state.file
+    # SQLite keeps what it has beside a file where the file is, and not where a link to it is.
+    return state, _state_of(_beside(path.resolve() if is_link else path, "-wal"))
 
 
 def _state_of(path: Path) -> FileState | None:
     try:
-        status = path.stat()
+        named = path.lstat()
+        status = path.stat() if stat.S_ISLNK(named.st_mode) else named
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return FileState((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
+    return FileState((named.st_dev, named.st_ino), (status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -66,17 +73,35 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def move_aside(path: Path) -> None:
-    """Make room for a new journal. What SQLite keeps beside a database would be taken for the new one's."""
+    """Make room for a new journal, whatever stands there. What SQLite keeps beside a database would be taken for the
+    new one's."""
     for ending in ("-wal", "-shm", "-journal"):
-        _beside(path, ending).unlink(missing_ok=True)
-    state = _state_of(path)
-    if state is None:
+        beside = _beside(path, ending)
+        if _is_folder(beside):
+            beside.replace(_free_name(beside))
+        else:
+            beside.unlink(missing_ok=True)
+    if _is_folder(path):
+        path.replace(_free_name(path))
+    elif not path.is_symlink() and not path.exists():
         return
-    if state.size == 0:
+    elif not path.is_symlink() and path.stat().st_size == 0:
         path.unlink()
-        return
-    path.replace(_beside(path, ".found"))
-    tighten(_beside(path, ".found"))
+    else:
+        found = _beside(path, ".found")
+        found = _free_name(path) if _is_folder(found) else found
+        path.replace(found)
+        tighten(found)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _free_name(path: Path) -> Path:
+    """For something that may not be put over another."""
+    names = (_beside(path, ".found" if number == 1 else f".found-{number}") for number in count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
 
 
 def open_database(path: Path, model: str, is_synchronous: bool) -> sqlite3.Connection:

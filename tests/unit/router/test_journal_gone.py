@@ -57,7 +57,44 @@ def write_over_it(path: Path) -> None:
         stream.write(b"SQLite format 3\0" + bytes(80))
 
 
-WAYS = [remove_file, remove_wal, remove_both, remove_folder, cut, cut_wal, put_another_in_its_place, write_over_it]
+def put_a_folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    (path / "with").mkdir(parents=True)
+
+
+def put_a_folder_in_the_place_of_the_wal(path: Path) -> None:
+    wal = path.with_name("j-wal")
+    wal.unlink()
+    (wal / "with").mkdir(parents=True)
+
+
+def move_it_elsewhere(path: Path) -> None:
+    """To a larger disk, perhaps: a link leads there. SQLite would look for the WAL there, and it stayed here."""
+    elsewhere = path.parent.with_name("elsewhere")
+    elsewhere.mkdir(exist_ok=True)
+    path.rename(elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+
+
+def put_a_link_to_nowhere_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere"))
+
+
+WAYS = [
+    remove_file,
+    remove_wal,
+    remove_both,
+    remove_folder,
+    cut,
+    cut_wal,
+    put_another_in_its_place,
+    write_over_it,
+    put_a_folder_in_its_place,
+    put_a_folder_in_the_place_of_the_wal,
+    move_it_elsewhere,
+    put_a_link_to_nowhere_in_its_place,
+]
 
 
 def left_by_a_kill(path: Path, copies: Path) -> list[JournalledRequest]:
@@ -65,7 +102,8 @@ def left_by_a_kill(path: Path, copies: Path) -> list[JournalledRequest]:
     shutil.rmtree(copies, ignore_errors=True)
     copies.mkdir()
     for part in path.parent.glob(f"{path.name}*"):
-        shutil.copy(part, copies)
+        if part.is_file():
+            shutil.copy(part, copies)
     return reopened(copies / path.name)
 
 
@@ -204,6 +242,32 @@ def test_a_file_that_somebody_has_put_there_is_moved_aside(tmp_path: Path) -> No
     fold(journal)
     assert path.with_name("j.found").read_text() == "a note"
     assert path.with_name("j.found").stat().st_mode & 0o777 == 0o600
+    journal.close()
+
+
+def test_whatever_is_put_there_again_and_again_is_moved_aside_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "j"
+    journal = a_full_one(path)
+    for harm in [*WAYS[-4:], *WAYS[-4:], write_over_it, put_a_folder_in_its_place, write_over_it]:
+        harm(path)
+        fold(journal)
+        assert journal.is_durable, harm.__name__
+        assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
+    journal.close()
+
+
+def test_a_journal_that_is_a_link_is_looked_after_like_any_other(tmp_path: Path) -> None:
+    path, real = tmp_path / "state" / "j", tmp_path / "elsewhere" / "j"
+    real.parent.mkdir()
+    path.parent.mkdir()
+    path.symlink_to(real)
+    journal = a_full_one(path)
+    fold(journal)
+    assert journal.counts().rewrites == 0
+    real.with_name("j-wal").unlink()
+    fold(journal)
+    assert journal.counts().rewrites == 1
+    assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
     journal.close()
 
 
