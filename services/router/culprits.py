@@ -3,7 +3,8 @@
 A router says whose turn it is before it does anything for a request (`set_aside.py`). If it ends while it is one's
 turn, and so three times in a row without a token in between, that request is set aside. So chance does not count: a
 router that is killed from outside is seldom killed in those microseconds, and hardly three times over one request.
-An error that no request can be named for halves the line instead, from the third time on: the youngest go first.
+An error that no request can be named for is held against all that were there and got no token since the last one. From
+the third time on the younger half of those goes: who gets on, or has only just come, is not to blame.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Record:
 
     ends: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By reply id: how many ended while it was handled, and how many tokens it had."""
-    num_unnamed: int = 0
-    """Errors in a row that no request can be named for."""
+    unnamed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By reply id: at how many errors in a row that no request can be named for it was there, and its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +79,22 @@ def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> J
         return _judge_one(record, culprit, unfinished)
     if not ending.is_broken:
         return Judgement(Record(), {})
-    num_unnamed = record.num_unnamed + 1
-    if num_unnamed < MAX_ENDS or not unfinished:
-        return Judgement(Record(record.ends, num_unnamed), {})
-    reason = (
-        f"the router ended {num_unnamed} times in a row by an error that it could name no request for; of those under "
-        "way, the younger half was set aside"
-    )
-    youngest = unfinished[len(unfinished) // 2 :]
-    return Judgement(Record(record.ends, num_unnamed), {request.reply_id: reason for request in youngest})
+    return _judge_all(record, unfinished)
+
+
+def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
+    unnamed: dict[str, tuple[int, int]] = {}
+    for request in unfinished:
+        num_ends, num_tokens = record.unnamed.get(request.reply_id, (0, request.num_tokens))
+        num_ends = num_ends + 1 if num_tokens == request.num_tokens else 1
+        unnamed[request.reply_id] = num_ends, request.num_tokens
+    suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
+    set_aside = {
+        reply_id: f"the router ended {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no request "
+        "for; of those that got no token meanwhile, the younger half was set aside"
+        for reply_id in suspects[len(suspects) // 2 :]
+    }
+    return Judgement(Record(record.ends, unnamed), set_aside)
 
 
 def _judge_one(record: Record, culprit: Unfinished, unfinished: Sequence[Unfinished]) -> Judgement:

@@ -211,7 +211,7 @@ def without_culprits(
                 set_aside.keep(request, reason)
                 forget(request.accepted.reply_id)
         # After what was set aside: a router that is killed in between judges the same again.
-        write_whole(state_dir / "ends.json", json.dumps({"ends": record.ends, "num_unnamed": record.num_unnamed}))
+        write_whole(state_dir / "ends.json", json.dumps({"ends": record.ends, "unnamed": record.unnamed}))
         ending.unlink(missing_ok=True)
     except OSError as error:
         log.error("ends_not_written", folder=str(state_dir), reason=str(error))
@@ -236,7 +236,10 @@ def _read_record(path: Path) -> Record:
     """None of it where it is not there or not what was written: at worst three more ends are counted."""
     try:
         kept = json.loads(path.read_text())
-        ends = {str(name): (int(count), int(tokens)) for name, (count, tokens) in kept["ends"].items()}
-        return Record(ends, int(kept["num_unnamed"]))
+        ends, unnamed = (
+            {str(name): (int(count), int(tokens)) for name, (count, tokens) in kept[account].items()}
+            for account in ("ends", "unnamed")
+        )
+        return Record(ends, unnamed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Record()

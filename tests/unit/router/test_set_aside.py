@@ -85,6 +85,26 @@ def test_errors_that_no_request_can_be_named_for_halve_the_line_from_the_third_o
     assert seen == [["a", "b", "c"], ["a", "b", "c"], ["a"], [], []]
 
 
+def test_errors_far_apart_that_no_request_can_be_named_for_are_nobodys_who_got_on_meanwhile() -> None:
+    """One a month: whoever is under way at the third has had nothing to do with the first."""
+    record = Record()
+    for month in range(6):
+        line = [Unfinished("a", A.choice_ids, 5 + month), Unfinished(f"new-{month}", (f"new-{month}-0",), 0)]
+        judgement = judge(record, Ending("", is_broken=True), line)
+        assert not judgement.set_aside
+        record = judgement.record
+
+
+def test_of_those_under_way_only_who_got_no_token_between_three_unnamed_errors_is_set_aside() -> None:
+    record = Record()
+    for time in range(3):
+        line = [Unfinished("a", A.choice_ids, 5 + time), B, Unfinished(f"new-{time}", (f"new-{time}-0",), 0)]
+        judgement = judge(record, Ending("", is_broken=True), line)
+        record = judgement.record
+    assert list(judgement.set_aside) == ["b"]
+    assert "3 times in a row" in judgement.set_aside["b"]
+
+
 # The note that a killed router leaves
 
 CHILD = """
