@@ -90,8 +90,8 @@ def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
         unnamed[request.reply_id] = num_ends, request.num_tokens
     suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
     set_aside = {
-        reply_id: f"the router ended {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no request "
-        "for; of those that got no token meanwhile, the younger half was set aside"
+        reply_id: f"the router ended {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
+        "request for; of those that got no token meanwhile, the younger half was set aside"
         for reply_id in suspects[len(suspects) // 2 :]
     }
     return Judgement(Record(record.ends, unnamed), set_aside)
