@@ -75,11 +75,12 @@ class GenerationRoutes:
         """The events of a request after those that the client has."""
         try:
             live = await self._requests.find(_tenant(request), request_id)
-            taken = parse_event_id(_last_event_id(request), len(live.choices))
-            if request.method == "HEAD":
-                return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
-            self._metrics.reattached.inc()
-            return await run_while_connected(self._send(live, True, taken, has_come_back=True), request.receive)
+            with self._requests.awake(live):
+                taken = parse_event_id(_last_event_id(request), len(live.choices))
+                if request.method == "HEAD":
+                    return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
+                self._metrics.reattached.inc()
+                return await run_while_connected(self._send(live, True, taken, has_come_back=True), request.receive)
         except ClientGoneError:
             raise
         except Exception as error:
@@ -124,11 +125,12 @@ class GenerationRoutes:
             live = await self._requests.find_by_key(identity, said)
             if live is None:
                 return await self._begin(route, body, identity, said, held_body, held)
-        held_body.release()
-        self._metrics.reattached.inc()
-        is_stream = live.asked.fields.stream is True
-        taken = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
-        return await self._send(live, is_stream, taken)
+        with self._requests.awake(live):
+            held_body.release()
+            self._metrics.reattached.inc()
+            is_stream = live.asked.fields.stream is True
+            taken = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
+            return await self._send(live, is_stream, taken)
 
     async def _begin(
         self,

@@ -11,7 +11,8 @@ left, until somebody asks for it or, if it has not ended, until it is its turn t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import structlog
@@ -226,6 +227,17 @@ class RequestRegistry:
         if entry is not None and not live.has_ended:
             self._disarm(entry)
         return ReplyReader(live, self._tokenizer, taken or (0,) * len(live.choices), self._leave)
+
+    @contextmanager
+    def awake(self, live: LiveRequest) -> Iterator[None]:
+        """While a client that was given it decides whether it listens. One that has ended, and that nobody has begun to
+        read by the end of this, rests again."""
+        try:
+            yield
+        finally:
+            entry = self._known.get(live.reply_id)
+            if entry is not None and live.has_ended:
+                self._rest(entry)
 
     # ---- ends
 

@@ -193,6 +193,28 @@ def test_what_has_ended_rests_without_its_plan_and_is_the_same_whenever_it_is_as
     run(main())
 
 
+def test_what_has_ended_rests_again_after_a_client_that_asked_and_did_not_read(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    """What is kept is bounded in packed bytes; awake it takes twenty times as much."""
+
+    async def main() -> None:
+        server = Server(tokenizer, tmp_path / "j", [*tokenizer.encode(TEXT), EOS])
+        await server.ask("POST", COMPLETIONS, RESUMABLE | KEYED, stream=True, prompt="hi")
+        (entry,) = server.app.state.requests._known.all()
+        assert entry.live is None
+        events, wrong = "/v1/requests/mine/events", {"Last-Event-ID": "what"}
+        assert (await server.ask("HEAD", events)).status == 200
+        assert entry.live is None
+        assert (await server.ask("GET", events, wrong)).status == 400
+        assert entry.live is None
+        repeated = await server.ask("POST", COMPLETIONS, RESUMABLE | KEYED | wrong, stream=True, prompt="hi")
+        assert repeated.status == 400
+        assert entry.live is None
+
+    run(main())
+
+
 def test_requests_that_had_ended_are_planned_only_when_somebody_asks(
     tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
