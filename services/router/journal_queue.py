@@ -70,15 +70,16 @@ class JournalQueue:
     def append(
         self, outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]], then: Callable[[], None]
     ) -> None:
-        """One step; `then` hands it on."""
+        """One step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
         with self.lock:
-            self.last_step += 1
+            number = self.last_step + 1
             record, self._pending = self._pending, StepRecord()
             for request_id, outcome in outcomes:
-                self._add_outcome(record, request_id, outcome)
-            self._undelivered.append((self.last_step, then))
+                self._add_outcome(record, number, request_id, outcome)
             if record:
-                self.backlog.append(WaitingStep(self.last_step, record))
+                self.last_step = number
+                self.backlog.append(WaitingStep(number, record))
+            self._undelivered.append((self.last_step, then))
 
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
         """The choice has this number on the wire from now on."""
@@ -122,12 +123,14 @@ class JournalQueue:
             # A later step of it may be under way to the disk; its client has nothing of that one.
             return 0 if request is None else min(request.last_step, self._delivered_step)
 
-    def _add_outcome(self, record: StepRecord, request_id: RequestId, outcome: GeneratedToken | MoemeshError) -> None:
+    def _add_outcome(
+        self, record: StepRecord, number: int, request_id: RequestId, outcome: GeneratedToken | MoemeshError
+    ) -> None:
         found = self.ledger.open_choice(request_id)
         if found is None:
             return
         request, choice = found
-        request.last_step = self.last_step
+        request.last_step = number
         if isinstance(outcome, GeneratedToken):
             record.tokens.append((choice.number, choice.num_tokens, outcome))
             choice.num_tokens += 1

@@ -161,6 +161,25 @@ def test_what_was_read_between_two_commits_is_durable(tmp_path: Path) -> None:
     assert journal.has_written(receipt), "also after its end, which is not written yet"
 
 
+def test_a_step_that_brings_nothing_to_be_written_makes_nothing_less_durable(tmp_path: Path) -> None:
+    """Such as what the mesh still made for a choice that its stop string had ended."""
+    journal, disk = with_one_request(tmp_path / "j")
+    journal.accept(accepted("over"))
+    disk.answer()
+    journal.end("over", is_kept=False)
+    handed_on: list[int] = []
+    journal.append([(RequestId("a-0"), token(0))], lambda: handed_on.append(0))
+    disk.answer()
+    journal.append([(RequestId("over-0"), token(0))], lambda: handed_on.append(1))
+    journal.append([(RequestId("a-0"), token(1))], lambda: handed_on.append(2))
+    journal.append([(RequestId("over-0"), token(1))], lambda: handed_on.append(3))
+    assert handed_on == [0, 1]
+    assert journal.has_written(journal.receipt("a")), "its client has one token, which is written"
+    disk.answer()
+    assert handed_on == [0, 1, 2, 3]
+    assert journal.has_written(journal.receipt("a"))
+
+
 def test_a_router_that_was_replaced_hands_nothing_on_that_waits_for_the_disk(tmp_path: Path) -> None:
     journal, disk = with_one_request(tmp_path / "j")
     handed_on: list[int] = []
