@@ -169,8 +169,9 @@ class CallLedger:
 
     def probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
         """Ask each node that has not answered anything yet for one row of this call, on top of those who are asked for
-        it: a node that is there and answers nothing is found without a token that waits for it."""
-        new = [n for n in self.nodes if n.connected and not n.is_proven and not n.probe and n.probe_after_s <= now_s]
+        it: a node that is there and answers nothing is found without a token that waits for it. A node drops what
+        nobody waits for any more without a word: once this call's time is up, another one is its probe."""
+        new = [n for n in self.nodes if n.connected and not n.is_proven and n.probe_after_s <= now_s]
         if not new:
             return
         holders, pairs = self.nodes.holders(pending.call.layer, frozenset()), np.arange(pending.missing.size)
@@ -181,7 +182,8 @@ class CallLedger:
                 alone = [[node.number] if node.number in copies else [] for copies in holders]
                 (part,) = split_pairs(pending.call, held[:1], pending.num_slices, alone, {})
                 number = next(self._numbers)
-                node.probe = number if self._dispatch(pending, part, number, now_s) else 0
+                if self._dispatch(pending, part, number, now_s):
+                    node.probe, node.probe_after_s = number, pending.deadline_s
 
     def _send(self, pending: PendingCall, part: NodeRows, now_s: float, is_hedge: bool) -> bool:
         number = next(self._numbers)

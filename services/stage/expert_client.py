@@ -225,7 +225,7 @@ class ExpertClient:
                 raise ExecutionError(f"{node.node_id}: {reason}")
             pending.take(part, self._rows(message, part.rows, pending))
         except (ProtocolError, ExecutionError) as error:
-            self._refused(pending, part.rows, error, now_s)
+            self._refused(pending, part, error, now_s)
             return
         self._ledger.times.add(pending.call.layer, now_s - part.asked_s)
         self._ledger.suspicions.answered_in_time(node.number)
@@ -238,6 +238,7 @@ class ExpertClient:
         suspects = set()
         for number in pending.pointless():
             loser = self._ledger.take_part(pending, number)
+            pending.unask(loser)
             node = loser.rows.node
             if winner is not None and loser.asked_s < winner.asked_s:
                 self._ledger.times.add(pending.call.layer, now_s - loser.asked_s)
@@ -258,10 +259,11 @@ class ExpertClient:
             self.wait_seconds += now_s - pending.started_s
             pending.on_done(pending.sum.total())
 
-    def _refused(self, pending: PendingCall, part: NodeRows, error: MoemeshError, now_s: float) -> None:
+    def _refused(self, pending: PendingCall, part: AskedPart, error: MoemeshError, now_s: float) -> None:
         self._log.warning("expert_call_refused", layer=pending.call.layer, reason=str(error))
         pending.last_refusal = str(error)
-        pending.pause(part.node, now_s)
+        pending.pause(part.rows.node, now_s)
+        pending.unask(part)
         self._resend(pending, now_s)
 
     def _rows(self, message: ExpertRows, part: NodeRows, pending: PendingCall) -> Tensor:
@@ -285,10 +287,10 @@ class ExpertClient:
 
     def _reclaim(self, node: ExpertNode, now_s: float) -> None:
         """What a lost node owed goes to other copies; if it answers after all, the answer is late."""
-        node.probe = 0
+        node.probe, node.probe_after_s = 0, 0.0
         self._ledger.suspicions.forget(node.number)
         for pending, number in self._ledger.owed_by(node.number):
-            self._ledger.take_part(pending, number)
+            pending.unask(self._ledger.take_part(pending, number))
             self._resend(pending, now_s)
 
     def _resend(self, pending: PendingCall, now_s: float) -> None:

@@ -34,7 +34,7 @@ class ExpertNode:
     probe: int = 0
     """A call whose answer nobody waits for, but that it answers: it tells that the node is back, or there. 0: none."""
     probe_after_s: float = 0.0
-    """It refused its probe: not before."""
+    """It has been asked for its probe, or has refused it: not before."""
     is_proven: bool = True
     """False for one that has joined others and has answered nothing here yet: it is asked where it alone can be."""
 

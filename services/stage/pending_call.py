@@ -95,6 +95,16 @@ class PendingCall:
         pairs = part.rows.pairs
         return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
 
+    def unask(self, part: AskedPart) -> None:
+        """A part that is no longer among `parts` will not be answered: its pairs were last asked of those who still
+        owe them, so that they are as late as with those alone."""
+        asked_s = np.zeros(self.missing.size)
+        for other in self.parts.values():
+            pairs = other.rows.pairs
+            asked_s[pairs] = np.maximum(asked_s[pairs], other.asked_s)
+        self.asked_s[part.rows.pairs] = asked_s[part.rows.pairs]
+        self.look_again_s = 0.0
+
     def pause(self, node: int, now_s: float) -> None:
         """A node did not take this call: others are to be asked, and this one again after a while."""
         pause = self.pauses.setdefault(node, _Pause())

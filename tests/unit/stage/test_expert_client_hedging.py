@@ -7,6 +7,7 @@ import torch
 
 from common.messages import Dispatch
 from common.transport import LinkEvent
+from services.stage.expert_client import LOOK_AGAIN_S
 from services.stage.hedging import CEILING_S, HEDGE_BURST, LONGEST_SILENCE_S
 from services.stage.pending_call import LONGEST_PAUSE_S
 from tests.support.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, refusal, wanted
@@ -227,6 +228,27 @@ def test_a_hedge_that_is_lost_with_its_node_is_asked_of_a_third_one() -> None:
     stage.pass_time(CEILING_S + 0.01)
     stage.answer(third, *stage.asked(third))
     assert torch.equal(stage.sums[0][1], wanted(make_call([[0]])))
+
+
+@pytest.mark.parametrize("end", ["refuses", "is lost"])
+def test_what_a_suspect_owes_is_asked_of_a_third_node_at_once_where_the_second_one_refuses_or_is_lost(end: str) -> None:
+    stage = stage_of(a=ALL, b=ALL, c=ALL)
+    call = make_call([[0]])
+    stage.start(call)
+    first = next(name for name in "abc" if stage.asked(name))
+    number = next(node.number for node in stage.client.nodes if node.node_id == first)
+    stage.client._ledger.suspicions.silent(number, stage.now_s)
+    stage.pass_time(CEILING_S + 0.01)
+    hedges = {name: stage.asked(name) for name in "abc" if name != first}
+    second = next(name for name, messages in hedges.items() if messages)
+    (third,) = hedges.keys() - {second}
+    if end == "refuses":
+        stage.answer(second, *map(refusal, hedges[second]))
+    else:
+        stage.link(second, LinkEvent.CLOSED)
+    stage.pass_time(2 * LOOK_AGAIN_S)
+    stage.answer(third, *stage.asked(third))
+    assert torch.equal(stage.sums[0][1], wanted(call)), "the suspect stays one for five seconds"
 
 
 def test_a_stage_that_was_stopped_itself_first_reads_what_has_come() -> None:

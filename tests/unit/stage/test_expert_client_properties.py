@@ -99,8 +99,12 @@ class Calls(RuleBasedStateMachine):
         suspects = client._ledger.suspicions.suspects(now_s)
         deaf = {n.number for n in client.nodes if not self.stage.socket(n.node_id).takes_messages}
         for pending in client._ledger.open_calls:
+            left = pending.missing.copy()
             for part in pending.parts.values():
-                pairs = pending.overdue(part, part.asked_s)
+                if part.rows.node not in suspects:
+                    left[part.rows.pairs] = False
+            for part in pending.parts.values():
+                pairs = part.rows.pairs[left[part.rows.pairs]]
                 if part.rows.node in suspects and pairs.size:
                     avoided = deaf | suspects | pending.pausing(now_s - LOOK_AGAIN_S) | pending.owed_by(pairs)
                     holders = client.nodes.holders(pending.call.layer, avoided)

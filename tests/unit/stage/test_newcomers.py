@@ -45,7 +45,7 @@ def test_a_newcomer_is_asked_for_one_row_on_top_and_for_its_share_once_it_has_an
 
 def test_a_newcomer_that_is_there_and_answers_nothing_holds_up_no_call() -> None:
     stage = joined()
-    for number in range(30):
+    for number in range(24):  # for as long as it may still answer
         stage.start(CALL, f"call {number}")
         stage.answer("a", *stage.asked("a"))
         assert stage.sums[-1][0] == f"call {number}", "without any wait"
@@ -66,6 +66,19 @@ def test_a_newcomer_that_refuses_its_probe_is_asked_again_after_a_while() -> Non
     stage.pass_time(FIRST_PAUSE_S + 0.01)
     stage.start(CALL, "third")
     assert rows_of(stage.asked("b")) == 1
+
+
+def test_a_newcomer_whose_probe_was_dropped_since_its_time_was_up_is_asked_for_another_one() -> None:
+    stage = joined()
+    stage.start(CALL, "first", within_s=1.0)
+    assert rows_of(stage.asked("b")) == 1
+    stage.answer("a", *stage.asked("a"))
+    stage.pass_time(1.01)
+    stage.start(CALL, "second")
+    (probe,) = stage.asked("b")
+    stage.answer("b", answer_to(probe))
+    stage.start(CALL, "third")
+    assert rows_of(stage.asked("b")) > 1
 
 
 def test_what_a_newcomer_alone_holds_is_asked_of_it_at_once() -> None:
