@@ -14,6 +14,7 @@ from functools import partial
 
 import structlog
 
+from common.array import BoolArray
 from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
@@ -33,7 +34,7 @@ from common.messages import (
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, StageState
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import read_held_slot
+from services.router.control.adoption import HeldSlot, read_held_slot
 from services.router.control.beliefs import Beliefs
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
@@ -61,6 +62,14 @@ class LoopSettings:
 
     welcome: Welcome
     fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What a node that is to get a role holds from a router before this one."""
+
+    slot: HeldSlot | None = None
+    shards: BoolArray | None = None
 
 
 class MeshLoop:
@@ -100,7 +109,7 @@ class MeshLoop:
         self._placer = placer or InlinePlacer()
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
-        self._arriving: dict[NodeId, Hello] = {}  # of nodes without a role, since the link to them does not stand
+        self._arriving: dict[NodeId, _Arrival] = {}  # nodes without a role, since the link to them does not stand
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._witnesses = Witnesses(client, membership, log)
@@ -239,6 +248,7 @@ class MeshLoop:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
         self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
+        arrival = self._read_held(description, hello)  # while what is wrong with it costs only the node that says it
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
@@ -253,7 +263,7 @@ class MeshLoop:
         if classes := differing_classes(self._nodes.values(), description.kind):
             self._log.warning("numeric_classes_differ", kind=description.kind, classes=classes)
         self._apply_changes([change for change in changes if change.node_id != node_id], now_s)
-        self._arriving[node_id] = hello
+        self._arriving[node_id] = arrival
         if description.kind is NodeKind.STAGE:
             self._stages.adoption.see_process(is_new=not (obeyed_term or hello.held_slot))
         if self._membership.has_stood(node_id):
@@ -261,13 +271,18 @@ class MeshLoop:
 
     def _give_role(self, node_id: NodeId, now_s: float) -> None:
         """A node may be counted on once the link to it stands: a name that leads nowhere is no place for a role."""
-        hello, description = self._arriving.pop(node_id), self._nodes[node_id]
+        arrival, description = self._arriving.pop(node_id), self._nodes[node_id]
         if description.kind is NodeKind.STAGE:
             # The placement goes out before the role: a stage that is ready knows whom to ask.
             self._act(self._experts.publish_to([node_id]), now_s)
-            self._act(self._stages.join(description, now_s, read_held_slot(hello)), now_s)
+            self._act(self._stages.join(description, now_s, arrival.slot), now_s)
         else:
-            self._experts.join(description, now_s, self._experts.read_held(hello.held_shards))
+            self._experts.join(description, now_s, arrival.shards)
+
+    def _read_held(self, description: NodeDescription, hello: Hello) -> _Arrival:
+        if description.kind is NodeKind.STAGE:
+            return _Arrival(slot=read_held_slot(hello))
+        return _Arrival(shards=self._experts.read_held(hello.held_shards))
 
     def _node_failed(self, node_id: NodeId, message: Failed, header: Header, now_s: float) -> None:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from common.array import array_to_frame
 from common.errors import FencedError
 from common.ids import PipelineId
-from common.messages import AssignStage, Failed, Header, Heartbeat, Leave, LeaveAcknowledged, Welcome
+from common.messages import NO_ARRAY, AssignStage, Failed, Header, Heartbeat, Leave, LeaveAcknowledged, Welcome
 from common.topology import NodeKind, StageState
-from tests.support.fake_mesh import TERM, FakeMesh, hello_of, kinds, said_to
-from tests.support.mesh_shapes import node
+from tests.support.fake_mesh import (
+    TERM,
+    FakeMesh,
+    build_request,
+    hello_of,
+    kinds,
+    ready_mesh,
+    reference_tokens,
+    said_to,
+)
+from tests.support.mesh_shapes import EXPERTS, LAYERS, node
 
 IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 FIRST = PipelineId(0)
@@ -112,3 +124,26 @@ def test_a_node_that_leaves_before_the_link_to_it_stands_may_go_at_once() -> Non
     mesh.turn()
     mesh.say("b", Leave("stopped"))
     assert kinds(said_to("b", mesh.turn(0.1))) == [LeaveAcknowledged]
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        (NodeKind.STAGE, {"held_slot": (0, 0, 2)}),
+        (NodeKind.STAGE, {"held_slot": (0, 0, 2, 0, 1, 3, 32, 950), "held_blocks": NO_ARRAY}),
+        (NodeKind.EXPERT, {"held_shards": array_to_frame(np.zeros((LAYERS, EXPERTS, 1), dtype=np.int32))}),
+    ],
+)
+def test_a_hello_that_claims_what_makes_no_sense_is_refused_and_the_router_goes_on(
+    kind: NodeKind, held: dict[str, Any]
+) -> None:
+    mesh = ready_mesh()
+    description = mesh.hello("y", kind)
+    mesh.client.inbox.pop()
+    mesh.say("y", replace(hello_of(description), **held))
+    (refusal,) = said_to("y", [*mesh.turn(0.2), *mesh.turn(0.2)])
+    assert isinstance(refusal, Failed)
+    assert "Hello.held_" in refusal.message
+    mesh.loop.submit(build_request("a"))
+    mesh.settle()
+    assert mesh.tokens("a") == reference_tokens(build_request("a"))
