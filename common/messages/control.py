@@ -185,6 +185,9 @@ class PublishPlacement:
     ordered list of copies."""
     owners: TensorFrame = NO_ARRAY
     """int32 [C, L, E, S]: by place in a shard's ordered list of copies, 1 + the node's place in `node_ids`; 0: none."""
+    first_classes: tuple[str, ...] = ()
+    """By layer: the numeric class whose nodes are asked, those of another one only for what it has no copy of that
+    answers; empty string: nobody has held anything of the layer. None at all where all nodes have one class."""
 
 
 @dataclass(frozen=True, slots=True)

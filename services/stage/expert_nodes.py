@@ -56,13 +56,10 @@ class ExpertNodes:
         """[C, L, shard keys]: node numbers by place in the list of copies; -1: none."""
         self._copies: dict[int, list[list[int]]] = {}
         """Layer -> shard key -> node numbers, first choice first; of the layers that were asked for."""
-        self._first_classes: dict[int, str] = {}
-        """By layer, of those that were asked for since there is more than one class."""
-        self._judged_layers: set[int] = set()
-        """Of them, those that were asked for since the last placement."""
-        self._is_mixed = False
-        self._sole_class: str | None = None
-        """The class that all nodes had last, before there were several."""
+        self._first_classes: tuple[str, ...] = ()
+        """By layer, where the nodes of the last placement have several."""
+        self._classes_before: tuple[str, ...] = ()
+        """The same where they have one, too: what the bits of a layer were made with."""
         self._current: list[ExpertNode | None] = []
         """In the order of the placement; None: out of reach."""
         self._placement: PublishPlacement | None = None
@@ -123,6 +120,10 @@ class ExpertNodes:
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
         if any(len(column) != len(placement.node_ids) for column in columns):
             raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
+        if placement.first_classes and len(placement.first_classes) != owners.shape[1]:
+            raise ProtocolError(
+                f"PublishPlacement.first_classes names {len(placement.first_classes)} layers of {owners.shape[1]}"
+            )
         self._stamp, self.num_slices = stamp, num_slices
         self._come_together = not self._nodes
         gone = {(node.node_id, node.incarnation): node for node in self._nodes.values()}
@@ -134,6 +135,7 @@ class ExpertNodes:
             del self._nodes[node.number]
         self._placement, self._unopened = placement, set()
         self._current = [node or self._connect(placement, index) for index, node in enumerate(kept)]
+        self._take_classes(placement, owners.shape[1])
         self._number_owners(owners)
         return list(gone.values())
 
@@ -153,12 +155,15 @@ class ExpertNodes:
         numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)
         self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
         self._copies = {}
-        self._judged_layers.clear()
-        classes = {node.numeric_class for node in self._nodes.values()}
-        self._is_mixed = len(classes) > 1
-        if len(classes) == 1:
-            (self._sole_class,) = classes
-            self._first_classes.clear()
+
+    def _take_classes(self, placement: PublishPlacement, num_layers: int) -> None:
+        self._first_classes, sole = placement.first_classes, set(placement.numeric_classes)
+        now = placement.first_classes or (tuple(sole) * num_layers if len(sole) == 1 else ())
+        for layer in sorted(self._copies):  # those that were asked for
+            before = self._classes_before[layer] if layer < len(self._classes_before) else ""
+            if now and before and before != now[layer]:
+                self._log.warning("numeric_class_changed", layer=layer, before=before, now=now[layer])
+        self._classes_before = now or self._classes_before
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
         """Connected nodes with a copy, by shard key of a layer, without those to avoid; none before a placement is
@@ -174,27 +179,10 @@ class ExpertNodes:
     def first_class(self, layer: int) -> str | None:
         """The numeric class that answers the calls of a layer, so that their bits do not change with who has time.
 
-        None: all nodes have one class. It stays the same as long as it holds every shard of the layer that anybody
-        holds; else it is one that does, or the one that holds the most. Raises as `holders`.
+        The router chooses it, the same for all stages. None: all nodes have one class, or nobody has held anything of
+        the layer.
         """
-        if not self._is_mixed:
-            return None
-        if layer in self._judged_layers:
-            return self._first_classes.get(layer)
-        held: dict[str, int] = {}
-        copies = self._copies_by_key(layer)
-        for numbers in copies:
-            for numeric_class in {self._nodes[number].numeric_class for number in numbers}:
-                held[numeric_class] = held.get(numeric_class, 0) + 1
-        whole = sum(map(bool, copies))
-        before = self._first_classes.get(layer, self._sole_class)
-        chosen = min(held, key=lambda name: (held[name] < whole, name != before, -held[name], name), default=None)
-        self._judged_layers.add(layer)
-        if chosen is not None:
-            self._first_classes[layer] = chosen
-            if before is not None and before != chosen:
-                self._log.warning("numeric_class_changed", layer=layer, before=before, now=chosen)
-        return chosen
+        return (self._first_classes[layer] or None) if layer < len(self._first_classes) else None
 
     def _copies_by_key(self, layer: int) -> list[list[int]]:
         copies = self._copies.get(layer)

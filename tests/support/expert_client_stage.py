@@ -10,11 +10,12 @@ import structlog
 import torch
 from torch import Tensor
 
-from common.array import array_to_frame
+from common.array import Int32Array, array_to_frame
 from common.errors import MoemeshError
 from common.messages import CancelCall, Dispatch, ExpertRows, Failed, Header, PublishPlacement
 from common.tensor import frame_to_tensor, tensor_to_frame
 from common.transport import LinkEvent
+from services.router.control.first_classes import FirstClasses
 from services.stage.expert_client import ExpertClient
 from services.stage.expert_nodes import ExpertNodes
 from services.stage.model.decoder import ExpertCall
@@ -42,13 +43,19 @@ class Stage:
         self.degraded: list[int] = []
         self.classes: dict[str, str] = {}
         """Numeric classes of nodes that do not have the usual one."""
+        self.first_classes = FirstClasses()
+        """The router's choice."""
+        self.placement = placement({}, 0)
+        """The last one."""
         self.num_retried = 0
 
     def place(self, holdings: Holdings, *, connect: bool = True, version: int | None = None) -> bool:
         """Publish who holds which experts (of every layer), first node first choice."""
         self.version += 1
         classes = tuple(self.classes.get(node, "cpu") for node in holdings)
-        took = self.take(placement(holdings, version or self.version, numeric_classes=classes))
+        first = self.first_classes.choose(owners_of(holdings), classes)
+        self.placement = placement(holdings, version or self.version, numeric_classes=classes, first_classes=first)
+        took = self.take(self.placement)
         if connect:
             for node in holdings:
                 self.link(node)
@@ -126,6 +133,14 @@ def placement(holdings: Holdings, version: int, **changes: Any) -> PublishPlacem
     # The same node keeps its incarnation from one placement to the next.
     fields["incarnations"] = tuple(1 + sum(map(ord, node)) for node in holdings)
     return PublishPlacement(**(fields | changes))
+
+
+def owners_of(holdings: Holdings) -> Int32Array:
+    """[copies, layers, experts]: 1 + a node's place, 0 for none."""
+    owners = np.zeros((len(holdings), LAYERS, EXPERTS), dtype=np.int32)
+    for place, experts in enumerate(holdings.values()):
+        owners[place, :, list(experts)] = 1 + place
+    return owners
 
 
 def make_call(experts: Sequence[Sequence[int]], layer: int = 1) -> ExpertCall:

@@ -22,6 +22,7 @@ from common.model_config import ModelConfig
 from common.topology import NodeDescription
 from services.router.control.actions import Action, Tell
 from services.router.control.draining import Draining
+from services.router.control.first_classes import FirstClasses
 from services.router.control.placement_aim import PlacementAim
 from services.router.control.placing import PlacementAnswer, PlacementRequest
 from services.router.control.roll_out import NOBODY, Assignment, Target, next_assignment
@@ -61,6 +62,7 @@ class ExpertRoles:
         """The nodes of `_assignment`."""
         self._publication: PublishPlacement | None = None
         """Of `_assignment`, with the nodes as they were then."""
+        self._first_classes = FirstClasses()
         self._num_orphans = 0
         self.num_copies_to_load = 0
         """Safety copies that have a place and that nobody holds yet."""
@@ -298,4 +300,8 @@ class ExpertRoles:
             ipc_tokens=tuple(node.ipc_token for node in described),
             numeric_classes=tuple(node.numeric_class for node in described),
             owners=array_to_frame(assignment.owners.reshape(-1, *self._table_shape)),
+            first_classes=self._first_classes.choose(
+                assignment.owners.reshape(-1, self._table_shape[0], self._table_shape[1] * self._table_shape[2]),
+                [node.numeric_class for node in described],
+            ),
         )

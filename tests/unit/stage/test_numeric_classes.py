@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import ProtocolError
 from common.transport import LinkEvent
 from services.stage.hedging import CEILING_S, LONGEST_SILENCE_S
 from tests.support.expert_client_stage import ALL, CALL, Stage, make_call
@@ -116,3 +120,25 @@ def test_a_node_that_hangs_is_replaced_by_another_class_where_its_own_has_no_oth
     stage.answer("c", *stage.asked("c"))
     assert len(stage.sums) == 1
     assert stage.client.other_class_rows == CALL.experts.numel()
+
+
+def test_a_stage_that_starts_later_asks_the_same_class_as_those_that_were_there_before() -> None:
+    stage = mixed(c=ALL)
+    stage.place({"a": ALL, "c": ALL})
+    late = Stage()
+    late.take(stage.placement)
+    for one in (stage, late):
+        for node in "ac":
+            one.link(node)
+        one.start(CALL)
+        one.answer_all()  # newcomers, too
+        one.start(CALL, "second")
+        assert asked_classes(one) == {"intel"}, "one request gets the same bits on every pipeline"
+
+
+def test_a_placement_that_names_classes_for_another_number_of_layers_is_refused_and_changes_nothing() -> None:
+    stage = mixed(c=ALL)
+    with pytest.raises(ProtocolError, match="first_classes names 1 layers of 2"):
+        stage.take(replace(stage.placement, version=9, first_classes=("amd",)))
+    stage.start(CALL)
+    assert asked_classes(stage) == {"intel"}
