@@ -14,7 +14,6 @@ from functools import partial
 
 import structlog
 
-from common.array import BoolArray
 from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import NodeId, PipelineId, RequestId, StepId
 from common.membership import ChangeReason, Membership, MembershipChange, NodeState
@@ -34,7 +33,6 @@ from common.messages import (
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, StageState
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import HeldSlot, read_held_slot
 from services.router.control.beliefs import Beliefs
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
@@ -46,7 +44,14 @@ from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence, node_statuses
 from services.router.mesh_status import MeshStatus
 from services.router.placer import InlinePlacer, Placer
-from services.router.registration import DeclaredDead, check_hello, differing_classes, not_linked, refuse_other_device
+from services.router.registration import (
+    Arrival,
+    DeclaredDead,
+    check_hello,
+    differing_classes,
+    not_linked,
+    refuse_other_device,
+)
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 from services.router.witnesses import Witnesses
@@ -62,14 +67,6 @@ class LoopSettings:
 
     welcome: Welcome
     fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """What a node that is to get a role holds from a router before this one."""
-
-    slot: HeldSlot | None = None
-    shards: BoolArray | None = None
 
 
 class MeshLoop:
@@ -109,7 +106,7 @@ class MeshLoop:
         self._placer = placer or InlinePlacer()
         self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
-        self._arriving: dict[NodeId, _Arrival] = {}  # nodes without a role, since the link to them does not stand
+        self._arriving: dict[NodeId, Arrival] = {}  # nodes without a role, since the link to them does not stand
         self._heartbeats: dict[NodeId, Heartbeat] = {}
         self._progress = ProgressWatch()
         self._witnesses = Witnesses(client, membership, log)
@@ -248,7 +245,7 @@ class MeshLoop:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
         self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
-        arrival = self._read_held(description, hello)  # while what is wrong with it costs only the node that says it
+        arrival = Arrival.read(description.kind, hello, self._experts)  # what is wrong with it costs this node alone
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
@@ -278,11 +275,6 @@ class MeshLoop:
             self._act(self._stages.join(description, now_s, arrival.slot), now_s)
         else:
             self._experts.join(description, now_s, arrival.shards)
-
-    def _read_held(self, description: NodeDescription, hello: Hello) -> _Arrival:
-        if description.kind is NodeKind.STAGE:
-            return _Arrival(slot=read_held_slot(hello))
-        return _Arrival(shards=self._experts.read_held(hello.held_shards))
 
     def _node_failed(self, node_id: NodeId, message: Failed, header: Header, now_s: float) -> None:
         error = error_from_wire(message.code, f"{node_id}: {message.message}")
