@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     step_deadline_ms: int = Field(default=60_000, ge=100, description="a step that takes longer has failed")
     outage_deadline_ms: int = Field(default=60_000, ge=100, description="longest wait without an open pipeline")
     call_deadline_ms: int = Field(default=20_000, ge=50, description="an expert call that takes longer has failed")
-    heartbeat_interval_ms: int = Field(default=250, ge=20)
+    heartbeat_interval_ms: int = Field(
+        default=250, ge=20, le=1000, description="how often nodes report; /ready counts on a report within 1.6 s"
+    )
     expert_loss: Literal["wait", "degrade"] = Field(default="wait", description="when no copy of an expert is left")
     degrade_after_ms: int = Field(default=500, ge=0, description="how long EXPERT_LOSS=degrade waits for a copy")
 

@@ -14,6 +14,8 @@ from enum import StrEnum
 from common.errors import ConfigurationError
 from common.ids import Incarnation, NodeId
 
+MIN_HEARTBEATS_MISSED = 8
+"""Before anything is concluded from heartbeats that do not come, or that do not show what they must."""
 MAX_REMEMBERED_DEAD = 1024
 """Incarnations that are still known to be dead; nobody speaks again that long after."""
 
@@ -69,6 +71,21 @@ class MembershipSettings:
     progress_suspect_s: float = 15.0
     """Busy without progress."""
     progress_dead_s: float = 30.0
+    longest_turn_s: float = 1.0
+    """Of the observer's loop. One that was not there for longer has heard nobody meanwhile: time beyond that is not
+    counted."""
+
+    @classmethod
+    def of_mesh(cls, step_deadline_s: float, heartbeat_interval_s: float) -> MembershipSettings:
+        """A process that ended or is stopped is seen otherwise. Silence alone may be one long computation: it gets as
+        long as a step does, and as some heartbeats take at least."""
+        patience_s = max(step_deadline_s, MIN_HEARTBEATS_MISSED * heartbeat_interval_s)
+        return cls(
+            silent_suspect_s=patience_s / 2,
+            silent_dead_s=patience_s,
+            progress_suspect_s=patience_s,
+            progress_dead_s=2 * patience_s,
+        )
 
     def __post_init__(self) -> None:
         if not 0 < self.silent_suspect_s <= self.silent_dead_s:
@@ -101,6 +118,7 @@ class Membership:
         self._settings = settings
         self._members: dict[NodeId, _Member] = {}
         self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
+        self._turned_s: float | None = None
         self.is_alone = False
         """Whether the observer hears nobody; its owner says so."""
         self.stale_observations = 0
@@ -164,6 +182,18 @@ class Membership:
         if self._member(node_id, incarnation) is None:
             return []
         return self._bury(node_id, ChangeReason.LEFT)
+
+    def turn(self, now_s: float) -> None:
+        """The observer's loop turns; before it takes in anything. What it slept through is nobody's silence."""
+        turn_s, self._turned_s = 0.0 if self._turned_s is None else now_s - self._turned_s, now_s
+        away_s = turn_s - self._settings.longest_turn_s
+        if away_s <= 0:
+            return
+        for member in self._members.values():
+            member.heard_s += away_s
+            member.progressed_s += away_s
+            member.joined_s = None if member.joined_s is None else member.joined_s + away_s
+            member.closed_s = None if member.closed_s is None else member.closed_s + away_s
 
     def tick(self, now_s: float) -> list[MembershipChange]:
         """What time alone has changed, by node id."""

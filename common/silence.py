@@ -74,6 +74,9 @@ class SilenceSettings:
     one after the other, as late as they have been away, within these bounds."""
     shortest_return_s: float = 1.5
     longest_return_s: float = 3.0
+    away_s: float = 2.0
+    """An observer that stood still for longer may have had its connections closed for its own silence. So it waits just
+    as it does after it was alone."""
 
 
 class RecentLongest:
@@ -128,7 +131,10 @@ class SilenceWatch:
     def turn(self, now_s: float) -> bool:
         """The observer's loop turns. Whether everybody is to be pinged now, with the number `last_ping`."""
         if self._turned_s is not None:
-            self._awake_s += min(max(0.0, now_s - self._turned_s), self._settings.longest_turn_s)
+            turn_s = max(0.0, now_s - self._turned_s)
+            self._awake_s += min(turn_s, self._settings.longest_turn_s)
+            if turn_s > self._settings.away_s:
+                self._wait_for_return(turn_s)
         self._turned_s = now_s
         if self._awake_s - self._pinged_s < self._settings.ping_interval_s:
             return False
@@ -158,9 +164,12 @@ class SilenceWatch:
     def _note_heard(self) -> None:
         alone_s = self._awake_s - self._heard_s
         if self._links and alone_s > self._settings.alone_s:
-            return_s = min(self._settings.longest_return_s, max(self._settings.shortest_return_s, alone_s))
-            self._judges_from_s = self._awake_s + return_s
+            self._wait_for_return(alone_s)
         self._heard_s = self._awake_s
+
+    def _wait_for_return(self, absence_s: float) -> None:
+        return_s = min(self._settings.longest_return_s, max(self._settings.shortest_return_s, absence_s))
+        self._judges_from_s = self._awake_s + return_s
 
     def forget(self, link: str) -> None:
         """It is gone, or another process now; one that is not known is no error."""
@@ -168,8 +177,8 @@ class SilenceWatch:
 
     @property
     def is_alone(self) -> bool:
-        """Nobody has echoed anything for a while, or has only just begun to again: the observer may be cut off. Not
-        before anybody has echoed at all."""
+        """Nobody has echoed anything for a while, or has only just begun to again: the observer may be cut off. Or it
+        has only just gone on after it stood still. Not before anybody has echoed at all."""
         is_silence = self._awake_s - self._heard_s > self._settings.alone_s
         return bool(self._links) and (is_silence or self._awake_s < self._judges_from_s)
 

@@ -144,6 +144,7 @@ class MeshLoop:
         while not self._stopping:
             self._client.wait(self._witnesses.wait_ms)
             now_s = self._clock()
+            self._membership.turn(now_s)
             self._housekeeping()
             self._take_commands(now_s)
             self._take_control(now_s)
@@ -238,7 +239,8 @@ class MeshLoop:
             self._act(actions, now_s)
 
     def _note_refusal(self, node_id: NodeId, number: int, now_s: float) -> None:
-        if (pipeline := self._stages.take_refusal(node_id, number)) is not None:
+        self._act(self._stages.take_refusal(node_id, number), now_s)
+        if (pipeline := self._stages.waits_for(node_id, number)) is not None:
             self._refusals.note(pipeline, number, now_s)
 
     def _register(self, node_id: NodeId, hello: Hello, obeyed_term: int, now_s: float) -> None:

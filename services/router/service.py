@@ -323,16 +323,8 @@ def _mesh_loop(
         attend=attend,
     )
     step_deadline_s = settings.step_deadline_ms / 1000
-    # A process that ended or hangs is seen by its lifeline. Silence alone may be one long computation: it gets as long
-    # as a step does.
-    membership = Membership(
-        MembershipSettings(
-            silent_suspect_s=step_deadline_s / 2,
-            silent_dead_s=step_deadline_s,
-            progress_suspect_s=step_deadline_s,
-            progress_dead_s=2 * step_deadline_s,
-        )
-    )
+    heartbeat_interval_s = settings.heartbeat_interval_ms / 1000
+    membership = Membership(MembershipSettings.of_mesh(step_deadline_s, heartbeat_interval_s))
     welcome = Welcome(
         heartbeat_interval_ms=settings.heartbeat_interval_ms,
         dtype=model.dtype,

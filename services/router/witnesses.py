@@ -14,6 +14,7 @@ from common.transport import LinkEvent
 from services.router.mesh_client import MeshClient
 
 WAIT_MS = 50
+ALONE = "nobody is taken for dead: this host may be what is cut off, or what stood still"
 SUSPICIOUS_S = 0.06
 """Longer than from one ping to the next."""
 SUSPENSE_MS = 10
@@ -79,5 +80,5 @@ class Witnesses:
             self._log.info("node_silent", node=node_id, silent_s=round(silent_s, 3), explained_s=explained_s)
         self._told = silent
         if self._watch.is_alone and not self._was_alone:
-            self._log.warning("all_nodes_silent", detail="nobody is taken for dead: this host may be what is cut off")
+            self._log.warning("all_nodes_silent", detail=ALONE)
         self._was_alone = self._watch.is_alone

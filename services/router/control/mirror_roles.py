@@ -191,13 +191,16 @@ class MirrorRoles:
                 if pair.node_id == node_id:
                     del pairs[slot]
 
-    def fail(self, node_id: NodeId, number: int) -> None:
-        """A spare could not load what it was to mirror, by the role of this number."""
+    def fail(self, node_id: NodeId, number: int) -> bool:
+        """A spare could not load what it was to mirror, by the role of this number. False: that is no news."""
+        has_failed = False
         for pairs in (self._pairs, self._successors):
             for slot, pair in list(pairs.items()):
                 if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
                     self._failed.add((node_id, slot))
                     del pairs[slot]
+                    has_failed = True
+        return has_failed
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index

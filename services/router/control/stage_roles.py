@@ -192,9 +192,12 @@ class StageRoles:
         actions = self.mirrors.take_report(node_id, report, self._nodes)
         return [] if actions is None else actions + self._mirror()
 
-    def take_refusal(self, node_id: NodeId, number: int) -> PipelineId | None:
-        """A node could not take the role of this number; the pipeline that waits for it, if one does."""
-        self.mirrors.fail(node_id, number)
+    def take_refusal(self, node_id: NodeId, number: int) -> list[Action]:
+        """A node could not take the role of this number. If it was to be a mirror, another spare may be one."""
+        return self._mirror() if self.mirrors.fail(node_id, number) else []
+
+    def waits_for(self, node_id: NodeId, number: int) -> PipelineId | None:
+        """The pipeline that cannot open before this node has taken the role of this number, if there is one."""
         slot = self.slot_of(node_id)
         return slot.pipeline if slot is not None and self._pipelines[slot.pipeline].generation == number else None
 

@@ -68,6 +68,7 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("CAPACITY_BYTES", "1GB"),
         ("STEP_DEADLINE_MS", "1"),
         ("HEARTBEAT_INTERVAL_MS", "0"),
+        ("HEARTBEAT_INTERVAL_MS", "2000"),
         ("EXPERT_LOSS", "ignore"),
         ("DEGRADE_AFTER_MS", "-1"),
         ("DEVICE", "gpu"),

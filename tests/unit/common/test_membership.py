@@ -244,3 +244,45 @@ def test_changes_tell_the_whole_story(events: list[tuple[float, str, NodeId, int
             else:
                 story[change.node_id] = change.after
         assert membership.living() == dict(sorted(story.items()))
+
+
+def test_what_an_observer_slept_through_is_nobodys_silence() -> None:
+    membership = with_member()
+    for second in range(5):
+        membership.turn(float(second))
+        beat(membership, float(second), progress=7, is_busy=True)
+    membership.turn(100.0)
+    assert beat(membership, 100.0, progress=7, is_busy=True) == [], "it said so long ago"
+    assert membership.tick(100.0) == []
+    assert only(membership.tick(100.0 + TIMES.silent_suspect_s))[1:] == (NodeState.SUSPECT, ChangeReason.SILENT)
+
+
+def test_a_node_that_nothing_is_heard_of_after_the_observer_slept_dies_as_any_other() -> None:
+    membership = with_member()
+    membership.turn(0.0)
+    now_s = 300.0
+    membership.turn(now_s)
+    while membership.state_of(A) is not NodeState.DEAD:
+        now_s += 0.1
+        membership.turn(now_s)
+        membership.tick(now_s)
+    assert now_s == pytest.approx(300.0 + TIMES.silent_dead_s - TIMES.longest_turn_s, abs=0.2)
+
+
+def test_a_clock_that_stands_still_or_goes_back_kills_nobody() -> None:
+    membership = with_member(100.0)
+    for now_s in (100.0, 100.0, 40.0, 40.5, 41.0):
+        membership.turn(now_s)
+        assert membership.tick(now_s) == []
+
+
+@pytest.mark.parametrize(("step_deadline_s", "interval_s"), [(0.1, 0.25), (0.1, 0.02), (1.0, 1.0), (60.0, 0.25)])
+def test_a_busy_node_whose_heartbeats_come_in_time_is_alive_however_short_steps_may_be(
+    step_deadline_s: float, interval_s: float
+) -> None:
+    membership = Membership(MembershipSettings.of_mesh(step_deadline_s, interval_s))
+    membership.join(A, FIRST, 0.0)
+    membership.lifeline_opened(A, FIRST, 0.0)
+    for number in range(1, 20):
+        assert membership.tick((number - 0.01) * interval_s) == []
+        assert beat(membership, number * interval_s, progress=number, is_busy=True) == []

@@ -155,6 +155,20 @@ def test_an_observer_that_hears_nobody_takes_nobody_for_dead_nor_when_they_come_
     assert 0.25 < seen.seconds_until_silent("a") < 0.35, "what they did while they came back is not how they are"
 
 
+def test_an_observer_that_stood_still_waits_for_its_connections_before_it_judges() -> None:
+    seen = Observed("a", "b")
+    seen.run(5.0)
+    seen.now_s += 4.0
+    seen.held = {"a"}  # its connection was closed, for the observer was silent; another one takes a while
+    assert seen.turn() == set()
+    assert seen.watch.is_alone
+    assert seen.run(1.2) == set()
+    seen.held = set()
+    assert seen.run(3.0) == set()
+    assert not seen.watch.is_alone
+    assert 0.2 < seen.seconds_until_silent("a") < 0.3
+
+
 def test_an_observer_that_has_never_heard_anybody_has_not_lost_them_all() -> None:
     seen = Observed()
     seen.run(5.0)

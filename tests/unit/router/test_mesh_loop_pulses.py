@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.ids import NodeId
 from common.membership import NodeState
 from common.messages import Failed, Heartbeat
@@ -91,6 +93,37 @@ def test_a_router_that_hears_nobody_takes_nobody_for_dead_and_goes_on_with_them_
     assert all(is_alive(mesh, name) for name in "abcdx")
     (pipeline,) = mesh.stages.pipelines.values()
     assert pipeline.holders == (NodeId("a"), NodeId("b")), "nobody's cache was given up"
+
+
+@pytest.mark.parametrize("stopped_s", [4.0, 90.0])
+def test_a_router_that_was_stopped_takes_nobody_for_dead_when_it_goes_on(stopped_s: float) -> None:
+    mesh = mirrored_mesh()
+    mesh.loop.submit(build_request("r", max_tokens=900))
+    run(mesh, 0.5)
+    mesh.beat()
+    mesh.turn(0.01)
+    mesh.client.events += [(NodeId(name), LinkEvent.CLOSED) for name in "abcdx"]  # for the router was silent
+    mesh.client.mute |= set("abcdx")
+    mesh.turn(stopped_s)
+    run(mesh, 0.4)  # on a busy machine, or over a slow network, connections take so long
+    mesh.client.mute.clear()
+    mesh.client.events += [(NodeId(name), LinkEvent.CONNECTED) for name in "abcdx"]
+    run(mesh, 0.5)
+    mesh.beat()
+    run(mesh, 3.0)
+    assert all(is_alive(mesh, name) for name in "abcdx")
+    mesh.client.mute.add("a")
+    run(mesh, 0.4)
+    assert not is_alive(mesh, "a"), "and it judges as before"
+
+
+def test_who_ends_while_the_router_is_stopped_is_lost_soon_after_it_goes_on() -> None:
+    mesh = mirrored_mesh()
+    mesh.client.events += [(NodeId("a"), LinkEvent.CLOSED)]
+    mesh.client.mute.add("a")
+    mesh.turn(5.0)
+    run(mesh, 3.5)
+    assert [name for name in "abcdx" if not is_alive(mesh, name)] == ["a"]
 
 
 def test_the_mirrors_of_two_silent_holders_take_over_together() -> None:

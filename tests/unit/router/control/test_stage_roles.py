@@ -315,6 +315,15 @@ def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
     assert mirror_of(roles.join(on_host("a3"))) == {}
 
 
+def test_another_spare_follows_a_slot_whose_mirror_could_not_load_it() -> None:
+    roles = roles_of(pp=1, spares=2)
+    told = mirrors_told(opened_on(roles, "a1", "a2"))
+    ((name, (_, number)),) = told.items()
+    assert mirrors_told(roles.join(on_host("a3"))) == {}, "it is idle"
+    assert list(mirrors_told(roles.take_refusal(NodeId(name), number))) == ["a3"]
+    assert roles.take_refusal(NodeId(name), number) == [], "told again it is no news"
+
+
 def opened_on(roles: StageRoles, *names: str) -> list[Action]:
     answers: list[Action] = []
     for name in names:
