@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.messages import StageReady
@@ -10,13 +10,14 @@ from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline
 from services.router.control.adoption import Adoption, HeldSlot
-from services.router.control.eligibility import describe_unfilled, loadable_slots
+from services.router.control.eligibility import describe_unfilled
 from services.router.control.mirror_roles import MirrorReport, MirrorRoles, Nodes
 from services.router.control.mirrors import MirroredSlot
 from services.router.control.pipeline_state import Pipeline
 from services.router.control.role_messages import RoleMessages
-from services.router.control.roles import ObservedStage, RolePlan, plan_roles
-from services.router.control.sizes import MeshShape, plan_layers, pool_blocks, too_small
+from services.router.control.role_planning import RolePlanning
+from services.router.control.roles import RolePlan
+from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
 from services.router.control.surplus import Surplus
 
 
@@ -51,6 +52,7 @@ class StageRoles:
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self._surplus = Surplus()
+        self._planning = RolePlanning(config, shape, self.layers)
         self.mirrors = MirrorRoles(config, shape, self.layers, self.messages.draw_number)
         self.detail = f"0 of {shape.pp} stage nodes"
 
@@ -119,6 +121,7 @@ class StageRoles:
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
         self._draining.discard(node_id)
+        self._planning.unable.forget(node_id)
         if self._nodes.pop(node_id, None) is None:
             return []
         self.adoption.withdraw(node_id)
@@ -193,8 +196,13 @@ class StageRoles:
         return [] if actions is None else actions + self._mirror()
 
     def take_refusal(self, node_id: NodeId, number: int) -> list[Action]:
-        """A node could not take the role of this number. If it was to be a mirror, another spare may be one."""
-        return self._mirror() if self.mirrors.fail(node_id, number) else []
+        """A node could not take the role of this number. Another one that is free gets it; told again it is no news."""
+        if self.mirrors.fail(node_id, number):
+            return self._mirror()
+        slot, pipeline_id = self.slot_of(node_id), self.waits_for(node_id, number)
+        if slot is None or pipeline_id is None or not self._planning.unable.note(node_id, slot.index, number):
+            return []
+        return self._replan()
 
     def waits_for(self, node_id: NodeId, number: int) -> PipelineId | None:
         """The pipeline that cannot open before this node has taken the role of this number, if there is one."""
@@ -219,44 +227,28 @@ class StageRoles:
 
     # Planning
 
-    def _replan(self, no_room: Set[tuple[NodeId, int]] = frozenset(), *, keeps_surplus: bool = True) -> list[Action]:
-        """Roles for all nodes but those that turned out too small for all slots that they could get.
-
-        While slots are kept for their holders, roles of those who have one.
-        """
+    def _replan(self, *, keeps_surplus: bool = True) -> list[Action]:
+        """Roles for all nodes."""
         current = self._holders()
-        observed: list[ObservedStage] = []
-        for node_id, (description, order) in self._nodes.items():
-            slots = loadable_slots(description, self.layers, {slot for name, slot in no_room if name == node_id})
-            is_awaited = self.adoption.is_pending and node_id not in current.values()
-            if not is_awaited and (slots is None or slots or description.part is not None):
-                observed.append(ObservedStage(node_id, description.numeric_class, order, slots, description.host_label))
-        plan = plan_roles(
-            observed,
+        plan, misfits = self._planning.plan(
+            self._nodes,
             current,
-            self._shape.pp,
-            self._shape.spares,
             self.mirrors.nodes,
             keeps_surplus=keeps_surplus,
+            only_holders=self.adoption.is_pending,  # slots are kept for those who hold them
         )
         self._surplus.see(plan.num_surplus)
         self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, [n for n, _ in self._nodes.values()])
+        if misfits:
+            self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
         wanted = plan.pipelines
         actions: list[Action] = []
         for pipeline_id in [p for p in self._pipelines if p not in wanted]:
             pipeline = self._pipelines.pop(pipeline_id)
             actions += [ClosePipeline(pipeline_id)] if pipeline.has_pool else []
         actions += self._let_go(plan, current)
-        misfits: dict[tuple[NodeId, int], str] = {}
         for pipeline_id, holders in wanted.items():
-            found = self._misfits(pipeline_id, holders)
-            misfits |= found
-            if not found:
-                actions += self._take_over(pipeline_id, holders)
-        if misfits:
-            actions += self._replan(no_room | misfits.keys(), keeps_surplus=keeps_surplus)
-            self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
-            return actions
+            actions += self._take_over(pipeline_id, holders)
         return actions + self._move_on() + self._mirror()
 
     def _holders(self) -> dict[StageSlot, NodeId]:
@@ -273,20 +265,6 @@ class StageRoles:
             for slot, node_id in current.items()
             if node_id in plan.spares
         ]
-
-    def _misfits(self, pipeline_id: PipelineId, holders: Sequence[NodeId | None]) -> dict[tuple[NodeId, int], str]:
-        """New holders that have no room for their slot, with its index, and how much is missing."""
-        before = self._pipelines.get(pipeline_id)
-        new = {
-            slot: node_id
-            for slot, node_id in enumerate(holders)
-            if node_id is not None and (before is None or before.holders[slot] != node_id)
-        }
-        capacities = {slot: self._nodes[node_id][0].capacity_bytes for slot, node_id in new.items()}
-        return {
-            (new[slot], slot): reason
-            for slot, reason in too_small(self._config, self._shape, self.layers, capacities).items()
-        }
 
     def _take_over(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """A pipeline's holders are these now."""
@@ -390,7 +368,9 @@ class StageRoles:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
         for adopted in self.adoption.take(now_s):
-            if self._misfits(adopted.pipeline, adopted.holders):  # with another DTYPE than before, say
+            if self._planning.misfits(
+                adopted.pipeline, adopted.holders, self._nodes, self._holders()
+            ):  # with another DTYPE than before, say
                 self.adoption.reject(adopted)
                 continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):

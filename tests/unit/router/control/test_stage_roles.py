@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 
 from common.ids import Generation, NodeId, PipelineId, SlotIndex
-from common.messages import MirrorTo, StageReady
+from common.messages import MirrorTo, StageReady, Unassign
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.mirror_roles import MirrorReport
@@ -313,6 +313,47 @@ def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
     roles.take_refusal(NodeId("b1"), number)
     assert roles.mirrors.node_of(slot) == "a2"
     assert mirror_of(roles.join(on_host("a3"))) == {}
+
+
+def test_a_slot_that_its_new_holder_cannot_take_goes_to_a_spare_that_may() -> None:
+    roles = roles_of(pp=1, spares=2)
+    opened_on(roles, "a1", "a2", "a3")
+    ((first, (_, generation)),) = told(roles.lose(NodeId("a1"))).items()
+    actions = roles.take_refusal(NodeId(first), generation)
+    ((second, (assigned, _)),) = told(actions).items()
+    assert {first, second} == {"a2", "a3"}
+    assert assigned.lease_term == 3
+    assert [
+        action.node_id for action in actions if isinstance(action, Tell) and isinstance(action.message, Unassign)
+    ] == [first]
+    assert roles.take_refusal(NodeId(first), generation) == [], "told again it is no news"
+
+
+def test_a_slot_that_nobody_could_take_stays_with_the_last_of_them_and_is_tried_by_all_again() -> None:
+    roles = roles_of(pp=1, spares=2)
+    told(roles.join(on_host("a1")))
+    roles.join(on_host("a2"))
+    tried: list[str] = []
+    for _ in range(3):
+        (holder,) = roles.pipelines[PipelineId(0)].holders
+        assert holder is not None
+        generation = roles.pipelines[PipelineId(0)].generation
+        ((other, (_, generation)),) = told(roles.take_refusal(holder, generation)).items()
+        assert roles.take_refusal(NodeId(other), generation) == [], "nobody is left: it is asked again, but later"
+        assert roles.waits_for(NodeId(other), generation) == PipelineId(0)
+        tried += [holder, other]
+        roles.renew(PipelineId(0))
+    assert tried == ["a1", "a2", "a2", "a1", "a1", "a2"]
+
+
+def test_who_could_not_take_a_slot_gets_it_when_nobody_else_is_left() -> None:
+    roles = roles_of(pp=1, spares=1)
+    opened_on(roles, "a1", "a2")
+    generation = roles.pipelines[PipelineId(0)].generation
+    roles.renew(PipelineId(0))
+    generation = roles.pipelines[PipelineId(0)].generation
+    assert list(told(roles.take_refusal(NodeId("a1"), generation))) == ["a2"]
+    assert list(told(roles.lose(NodeId("a2")))) == ["a1"]
 
 
 def test_another_spare_follows_a_slot_whose_mirror_could_not_load_it() -> None:

@@ -128,6 +128,20 @@ class Stages(RuleBasedStateMachine):
             message = StageReady(slot.pipeline, slot.index, term, 1, 1)
             self.carry_out(self.roles.take_ready(NodeId(name), message, generation - age))
 
+    @rule(name=st.sampled_from(NAMES), repeats=st.integers(1, 2))
+    def refuse(self, name: str, repeats: int) -> None:
+        """It cannot do what it believes that it is to do, and its heartbeats say so again and again."""
+        belief = self.believed.get(name)
+        if belief is not None:
+            for _ in range(repeats):
+                self.carry_out(self.roles.take_refusal(NodeId(name), belief[2]))
+
+    @rule(number=st.integers(0, 50))
+    def refuse_to_mirror(self, number: int) -> None:
+        if self.mirrors:
+            name, role_number = self.mirrors[number % len(self.mirrors)]
+            self.carry_out(self.roles.take_refusal(NodeId(name), role_number))
+
     @invariant()
     def nobody_holds_two_slots_and_no_slot_has_two_holders(self) -> None:
         holders = [holder for p in self.roles.pipelines.values() for holder in p.holders if holder is not None]
