@@ -166,7 +166,7 @@ def test_an_observer_that_stood_still_waits_for_its_connections_before_it_judges
     seen.held = set()
     assert seen.run(3.0) == set()
     assert not seen.watch.is_alone
-    assert 0.2 < seen.seconds_until_silent("a") < 0.3
+    assert 0.25 < seen.seconds_until_silent("a") < 0.35
 
 
 def test_an_observer_that_has_never_heard_anybody_has_not_lost_them_all() -> None:

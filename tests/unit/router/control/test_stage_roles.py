@@ -337,8 +337,8 @@ def test_a_slot_that_nobody_could_take_stays_with_the_last_of_them_and_is_tried_
     for _ in range(3):
         (holder,) = roles.pipelines[PipelineId(0)].holders
         assert holder is not None
-        generation = roles.pipelines[PipelineId(0)].generation
-        ((other, (_, generation)),) = told(roles.take_refusal(holder, generation)).items()
+        asked = roles.pipelines[PipelineId(0)].generation
+        ((other, (_, generation)),) = told(roles.take_refusal(holder, asked)).items()
         assert roles.take_refusal(NodeId(other), generation) == [], "nobody is left: it is asked again, but later"
         assert roles.waits_for(NodeId(other), generation) == PipelineId(0)
         tried += [holder, other]
@@ -349,7 +349,6 @@ def test_a_slot_that_nobody_could_take_stays_with_the_last_of_them_and_is_tried_
 def test_who_could_not_take_a_slot_gets_it_when_nobody_else_is_left() -> None:
     roles = roles_of(pp=1, spares=1)
     opened_on(roles, "a1", "a2")
-    generation = roles.pipelines[PipelineId(0)].generation
     roles.renew(PipelineId(0))
     generation = roles.pipelines[PipelineId(0)].generation
     assert list(told(roles.take_refusal(NodeId("a1"), generation))) == ["a2"]
