@@ -15,6 +15,7 @@ from services.router.front.chat_template import ChatTemplate
 from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults
 from services.router.front.checkpoint_file import CheckpointFile
 from services.router.front.detokenizer import Detokenizer, create_detokenizer
+from services.router.front.library_panics import panics_are_errors
 from services.router.front.message_content import Message
 from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
@@ -67,7 +68,8 @@ class TextTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt; releases the interpreter's lock while it works."""
         # `encode` would keep the lock, and with it the event loop, for the whole of a long prompt.
-        encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        with panics_are_errors:
+            encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encodings[0].ids
         return ids
 
@@ -92,7 +94,8 @@ class TextTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """All ids at once."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        with panics_are_errors:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def create_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         """For one choice, whose text follows the prompt's."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from services.router.front.library_panics import panics_are_errors
+
 
 class DecoderKind(Enum):
     """How text comes out of tokens."""
@@ -71,7 +73,8 @@ class Vocabulary:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens are left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        with panics_are_errors:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _make_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
