@@ -1,6 +1,6 @@
-"""The process that computes placements: `python -m services.router.placement_process`, a child of the router.
+"""The process that computes placements: `python -m services.router.placement_process PARENT`, a child of the router.
 
-Requests come on stdin, answers go to stdout. It ends when the router does.
+Requests come on stdin, answers go to stdout. It ends when the router does, whose process id PARENT is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import BinaryIO
 
+from common.child_process import end_with_parent
 from services.router.control.placing import answer_request
 from services.router.placement_codec import LENGTH, decode_request, encode_answer
 
@@ -22,5 +23,6 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the router's to answer
     serve(sys.stdin.buffer, sys.stdout.buffer)

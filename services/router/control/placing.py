@@ -6,7 +6,7 @@ P shards in the order of (layer, expert, slice), H nodes that hold something, C 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,25 +67,33 @@ def answer_request(request: PlacementRequest) -> PlacementAnswer:
         for expert in range(num_experts)
         for piece in range(num_slices)
     ]
-    ready, told = (_unpack(bits, num_layers * num_experts * num_slices) for bits in (request.ready, request.told))
+    told = _unpack(request.told, num_layers * num_experts * num_slices)
     unseen = unseen_experts([node.experts for node in request.nodes], num_experts)
     seen = [shard for shard in places if shard.expert not in unseen]
     current = {
         node_id: frozenset(ShardId(*place) for place in np.argwhere(row.reshape(request.shape)).tolist())
         for node_id, row in zip(request.holders, told, strict=True)
     }
-    node_ids = tuple(sorted({*request.holders, *(node.node_id for node in request.nodes)}))
-    rows = np.array([0, *(1 + node_ids.index(node_id) for node_id in request.holders)], dtype=np.int32)
-    owners = rows[who_holds(list(ready), ready.shape[1]) + 1]
+    kept = keep_what_is_held(request, "", unseen)
     try:
         placed = place_shards(seen, request.shard_bytes, request.nodes, request.copies, current)
     except CapacityError as error:
-        return PlacementAnswer(request.version, node_ids, owners, 0, unseen, has_room=False, problem=str(error))
+        return replace(kept, problem=str(error))
     # What somebody sees is placed all the same: who sees the rest may come at any moment.
     missing = placed.missing_copies + request.copies * (len(places) - len(seen))
-    owners = _overwrite(owners, placed.owners, node_ids, request.shape)
+    owners = _overwrite(kept.owners, placed.owners, kept.node_ids, request.shape)
     problem = describe_unseen(unseen) if unseen else ""
-    return PlacementAnswer(request.version, node_ids, owners, missing, unseen, has_room=True, problem=problem)
+    return replace(kept, owners=owners, missing_copies=missing, has_room=True, problem=problem)
+
+
+def keep_what_is_held(request: PlacementRequest, problem: str, unseen: tuple[int, ...] = ()) -> PlacementAnswer:
+    """Where no placement can be had: everybody keeps what is there, and people are told why."""
+    node_ids = tuple(sorted({*request.holders, *(node.node_id for node in request.nodes)}))
+    rows = np.array([0, *(1 + node_ids.index(node_id) for node_id in request.holders)], dtype=np.int32)
+    num_layers, num_experts, num_slices = request.shape
+    ready = _unpack(request.ready, num_layers * num_experts * num_slices)
+    owners = rows[who_holds(list(ready), ready.shape[1]) + 1]
+    return PlacementAnswer(request.version, node_ids, owners, 0, unseen, has_room=False, problem=problem)
 
 
 def pack(rows: list[BoolArray], num_shards: int) -> Uint8Array:

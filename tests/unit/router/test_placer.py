@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import select
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +20,25 @@ import pytest
 import structlog
 
 from common.ids import NodeId
+from services.router import placer
 from services.router.control.placement import ExpertNodeCapacity
 from services.router.control.placing import PlacementAnswer, PlacementRequest, answer_request, pack
 from services.router.placement_codec import LENGTH, decode_answer, decode_request, encode_answer, encode_request
 from services.router.placer import ProcessPlacer
+from tests.support.waiting import wait_until
+
+NO_ANSWER = "import sys; sys.stdout.buffer.write(bytes([3, *[0] * 7]) + b'abc'); sys.stdout.flush(); sys.stdin.read()"
+ROUTER = """
+import time
+import structlog
+from services.router.placer import ProcessPlacer
+from tests.support.waiting import wait_until
+from tests.unit.router.test_placer import request_of
+placer = ProcessPlacer(lambda: print(placer._process.pid, flush=True), structlog.get_logger())
+placer.start()
+placer.begin(request_of(2))
+time.sleep(60)
+"""
 
 
 class Placing:
@@ -79,7 +101,13 @@ def test_a_process_that_is_killed_is_replaced_and_asked_again(placing: Placing) 
 
 
 @pytest.mark.parametrize(
-    "command", [(sys.executable, "-c", "pass"), (sys.executable, "-c", "import time; time.sleep(99)"), ("/no/such",)]
+    "command",
+    [
+        (sys.executable, "-c", "pass"),
+        (sys.executable, "-c", "import time; time.sleep(99)"),
+        (sys.executable, "-c", NO_ANSWER),
+        ("/no/such",),
+    ],
 )
 def test_where_no_process_answers_in_time_the_router_computes_the_placement_itself(command: tuple[str, ...]) -> None:
     placing = Placing(command=command, answer_limit_s=0.3)
@@ -89,13 +117,81 @@ def test_where_no_process_answers_in_time_the_router_computes_the_placement_itse
     assert placing.placer._process is None
 
 
-def test_what_the_computation_raises_is_raised_where_the_answer_is_taken() -> None:
+def test_a_placement_that_cannot_be_computed_costs_what_would_have_moved_and_not_the_router() -> None:
     placing = Placing(command=("/no/such",))
-    request = request_of(2)
+    held = np.zeros(12, dtype=np.bool_)
+    held[3] = True
+    request = replace(request_of(2), ready=pack([held, np.zeros(12, dtype=np.bool_)], 12))
     object.__setattr__(request, "copies", 0)
-    with pytest.raises(Exception, match="COPIES is 0"):
-        placing.answer(request)
+    answer = placing.answer(request)
+    assert answer is not None
+    assert (answer.version, answer.has_room, "COPIES is 0" in answer.problem) == (request.version, False, True)
+    assert [answer.node_ids[number - 1] for number in answer.owners[:, 3].tolist() if number] == ["n0"]
+    assert np.count_nonzero(answer.owners) == 1
+    assert "placement_failed" in placing.events
+    object.__setattr__(request, "copies", 1)
+    assert is_same(placing.answer(request), request), "the next one is computed as ever"
     placing.placer.close()
+
+
+def test_a_process_that_was_stopped_is_replaced_long_before_the_limit(
+    placing: Placing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placer, "STILL_S", 0.5)
+    assert is_same(placing.answer(request_of(2)), request_of(2))
+    process = placing.placer._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    assert is_same(placing.answer(request_of(3)), request_of(3))
+    assert placing.events.count("placement_process_lost") == 1
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("looks", "used_s", "limit_s", "reason"),
+    [
+        (20, 0.01, 60.0, ""),
+        (20, None, 60.0, ""),
+        (20, 0.0, 60.0, "no processor time"),
+        (20, 0.01, 0.03, r"within 0\.03 s"),
+    ],
+)
+def test_a_process_that_gets_processor_time_is_waited_for_until_the_limit(
+    looks: int, used_s: float | None, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`used_s` from one look to the next; after `looks` it answers."""
+    monkeypatch.setattr(placer, "LOOK_S", 0.01)
+    monkeypatch.setattr(placer, "STILL_S", 0.05)
+    reader, writer = os.pipe()
+    num_looks = itertools.count(1)
+
+    def cpu_seconds() -> float | None:
+        if (number := next(num_looks)) == looks:
+            os.write(writer, b"!")
+        return None if used_s is None else used_s * number
+
+    with os.fdopen(reader), os.fdopen(writer, "wb"):
+        raises = pytest.raises(TimeoutError, match=reason) if reason else contextlib.nullcontext()
+        with raises:
+            placer.Patience(limit_s, cpu_seconds).wait(reader, select.POLLIN)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_no_process_outlives_a_router_that_is_killed_even_a_stopped_one() -> None:
+    with subprocess.Popen([sys.executable, "-c", ROUTER], stdout=subprocess.PIPE, text=True) as router:
+        assert router.stdout is not None
+        pid = int(router.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
+        router.kill()
+    wait_until(lambda: not is_running(pid), 10.0, "the end of the process that computes placements")
+
+
+def is_running(pid: int) -> bool:
+    """Whoever inherits it may let it lie as a zombie for a while."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_nodes_with_parts_and_none_at_all_survive_the_pipe() -> None:
