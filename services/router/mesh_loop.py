@@ -33,6 +33,7 @@ from common.messages import (
 from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind, StageState
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
+from services.router.control.adoption import Arrival
 from services.router.control.beliefs import Beliefs
 from services.router.control.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
@@ -44,14 +45,7 @@ from services.router.mesh_client import MeshClient
 from services.router.mesh_evidence import mesh_evidence, node_statuses
 from services.router.mesh_status import MeshStatus
 from services.router.placer import InlinePlacer, Placer
-from services.router.registration import (
-    Arrival,
-    DeclaredDead,
-    check_hello,
-    differing_classes,
-    not_linked,
-    refuse_other_device,
-)
+from services.router.registration import DeclaredDead, check_hello, differing_classes, not_linked, refuse_other_device
 from services.router.scheduling.scheduler import Scheduler
 from services.router.step_flow import StepFlow
 from services.router.witnesses import Witnesses
@@ -247,7 +241,8 @@ class MeshLoop:
         description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
         self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
-        arrival = Arrival.read(description.kind, hello, self._experts)  # what is wrong with it costs this node alone
+        # Now: what is wrong with it costs this node alone.
+        arrival = Arrival.read(description.kind, hello, self._experts.read_held)
         self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:

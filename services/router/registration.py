@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from common.array import BoolArray
 from common.errors import CheckpointError, ConfigurationError, MoemeshError, NodeLostError, ProtocolError
 from common.ids import Incarnation, NodeId
 from common.membership import MAX_REMEMBERED_DEAD, ChangeReason, MembershipChange
 from common.messages import Hello
 from common.model_config import ModelConfig
 from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
-from services.router.control.adoption import HeldSlot, read_held_slot
-from services.router.control.expert_roles import ExpertRoles
 
 
 def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelConfig) -> NodeDescription:
@@ -41,21 +37,6 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelCon
         process=hello.process,
         part=_read_part(hello, config),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What a node that is to get a role holds from a router before this one."""
-
-    slot: HeldSlot | None = None
-    shards: BoolArray | None = None
-
-    @classmethod
-    def read(cls, kind: NodeKind, hello: Hello, experts: ExpertRoles) -> Arrival:
-        """Of a node of this kind. Raises ProtocolError with the name of the field."""
-        if kind is NodeKind.STAGE:
-            return cls(slot=read_held_slot(hello))
-        return cls(shards=experts.read_held(hello.held_shards))
 
 
 def _read_part(hello: Hello, config: ModelConfig) -> CheckpointPart | None:

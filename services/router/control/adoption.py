@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from common.array import frame_to_array
+from common.array import BoolArray, frame_to_array
 from common.errors import ProtocolError
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.messages import Hello
-from common.topology import LayerRange, StageSlot
+from common.messages import Hello, TensorFrame
+from common.topology import LayerRange, NodeKind, StageSlot
 
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
@@ -212,6 +212,21 @@ def read_held_slot(hello: Hello) -> HeldSlot | None:
         sequences[sequence_id] = HeldSequence(tuple(ids[taken : taken + count]), num_computed)
         taken += count
     return HeldSlot(pipeline, slot, num_slots, LayerRange(first, stop), lease_term, num_blocks, last_step, sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a node that is to get a role holds from a router before this one."""
+
+    slot: HeldSlot | None = None
+    shards: BoolArray | None = None
+
+    @classmethod
+    def read(cls, kind: NodeKind, hello: Hello, read_shards: Callable[[TensorFrame], BoolArray | None]) -> Arrival:
+        """Of a node of this kind. Raises ProtocolError with the name of the field."""
+        if kind is NodeKind.STAGE:
+            return cls(slot=read_held_slot(hello))
+        return cls(shards=read_shards(hello.held_shards))
 
 
 def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:

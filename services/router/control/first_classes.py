@@ -33,7 +33,7 @@ class FirstClasses:
         if len(names) < 2:
             self._before = tuple(names) * num_layers if names else before
             return ()
-        numbers = np.array([-1, *(names.index(name) for name in numeric_classes)])[owners]
+        numbers = np.array([-1, *(names.index(name) for name in numeric_classes)], dtype=np.int16)[owners]
         held = [np.count_nonzero((numbers == number).any(axis=0), axis=1).tolist() for number in range(len(names))]
         whole = np.count_nonzero((owners > 0).any(axis=0), axis=1).tolist()
         self._before = tuple(
