@@ -37,6 +37,13 @@ class ChoiceEvent:
     num_tokens: int
     """Tokens of the choice so far, these included: where a client is that has got this event. An end that came without
     a token counts as one."""
+    is_cut: bool = False
+    """Its end came without a token."""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of the choice so far, as usage counts them."""
+        return self.num_tokens - self.is_cut
 
 
 def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
@@ -48,6 +55,7 @@ def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
         tuple(token for event in events for token in event.logprobs),
         events[-1].finish_reason,
         events[-1].num_tokens,
+        events[-1].is_cut,
     )
 
 
@@ -103,9 +111,9 @@ class ChoiceStream:
         """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
         assert self.finish_reason is None
         self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
-        return self._take_event(self.num_tokens + 1)
+        return self._take_event(self.num_tokens + 1, is_cut=True)
 
-    def _take_event(self, num_tokens: int) -> ChoiceEvent:
+    def _take_event(self, num_tokens: int, is_cut: bool = False) -> ChoiceEvent:
         event = ChoiceEvent(
             self._index,
             self._pending_text,
@@ -113,6 +121,7 @@ class ChoiceStream:
             tuple(self._pending_logprobs),
             self.finish_reason,
             num_tokens,
+            is_cut,
         )
         self._pending_text = ""
         self._pending_token_ids.clear()

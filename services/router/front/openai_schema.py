@@ -62,6 +62,8 @@ class StreamOptions(Strict):
     """Of a stream; elsewhere they ask for nothing."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """As in vLLM: with `include_usage`, every chunk tells the usage of its choice so far."""
 
 
 class GenerationFields(Strict):
@@ -124,6 +126,11 @@ class GenerationFields(Strict):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def has_running_usage(self) -> bool:
+        options = self.stream_options
+        return self.includes_usage and options is not None and options.continuous_usage_stats is True
 
 
 class CompletionRequest(GenerationFields):

@@ -14,7 +14,7 @@ from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason
 from services.router.front.choice_stream import ChoiceEvent, TokenLogprob
 from services.router.front.request_planning import Plan
-from services.router.front.usage import Outcome, usage_of
+from services.router.front.usage import Outcome, running_usage, usage_of
 from services.router.front.vocabulary import Vocabulary
 
 JsonObject = dict[str, Any]
@@ -205,8 +205,10 @@ class ChunkEncoder:
         with_usage: bool,
         with_token_ids: bool,
         taken: Sequence[int] | None = None,
+        with_running_usage: bool = False,
     ) -> None:
-        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it."""
+        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it.
+        `with_running_usage`: each chunk tells what its choice has used so far."""
         self._form = form
         self._plan = plan
         self._with_token_ids = with_token_ids
@@ -224,13 +226,15 @@ class ChunkEncoder:
         self._prefix = f'data: {fields[:-1]},"choices":['
         # With `include_usage`, OpenAI puts a null into every chunk but the last.
         self._suffix = '],"usage":null}\n\n' if with_usage else "]}\n\n"
+        self._with_running_usage = with_running_usage
         self._affixes: dict[int, tuple[str, str]] = {}
 
     def opening(self) -> bytes:
         """Before the first token; nothing for a client that has tokens."""
         if any(self._taken or ()):
             return b""
-        return b"".join(self._chunk(choice) for choice in self._form.opening_choices(len(self._plan.choices)))
+        choices = self._form.opening_choices(len(self._plan.choices))
+        return b"".join(self._chunk(choice, self._suffix_of(choice["index"], 0)) for choice in choices)
 
     def event(self, event: ChoiceEvent) -> bytes:
         """The chunks of one event."""
@@ -241,16 +245,17 @@ class ChunkEncoder:
         return f"id: {','.join(map(str, self._taken))}\n".encode() + data
 
     def _chunks(self, event: ChoiceEvent) -> bytes:
+        suffix = self._suffix_of(event.index, event.num_generated_tokens)
         if event.finish_reason is None and not event.logprobs and not self._with_token_ids:
             affixes = self._affixes.get(event.index)
             if affixes is None:
                 before, after = self._form.text_affixes(event.index)
-                affixes = self._affixes[event.index] = (self._prefix + before, after + self._suffix)
-            return (affixes[0] + _ENCODER.encode(event.text) + affixes[1]).encode()
+                affixes = self._affixes[event.index] = (self._prefix + before, after)
+            return (affixes[0] + _ENCODER.encode(event.text) + affixes[1] + suffix).encode()
         choices = self._form.chunk_choices(event, is_one=self._taken is not None)
         if self._with_token_ids:
             self._add_token_ids(choices[0], event)
-        return b"".join(self._chunk(choice) for choice in choices)
+        return b"".join(self._chunk(choice, suffix) for choice in choices)
 
     def usage(self, outcome: Outcome) -> bytes:
         """The last chunk, if the client asked for it; else b""."""
@@ -259,8 +264,14 @@ class ChunkEncoder:
         usage = _ENCODER.encode(usage_of(self._plan, outcome, is_extended=True))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
-    def _chunk(self, choice: JsonObject) -> bytes:
-        return (self._prefix + _ENCODER.encode(choice) + self._suffix).encode()
+    def _chunk(self, choice: JsonObject, suffix: str) -> bytes:
+        return (self._prefix + _ENCODER.encode(choice) + suffix).encode()
+
+    def _suffix_of(self, index: int, num_tokens: int) -> str:
+        if not self._with_running_usage:
+            return self._suffix
+        num_prompt_tokens = len(self._plan.choices[index].request.prompt_token_ids)
+        return f'],"usage":{_ENCODER.encode(running_usage(num_prompt_tokens, num_tokens))}}}\n\n'
 
     def _add_token_ids(self, choice: JsonObject, event: ChoiceEvent) -> None:
         choice["token_ids"] = event.token_ids

@@ -53,6 +53,7 @@ class ReplySender:
             asked.fields.includes_usage,
             asked.fields.return_token_ids is True,
             reader.taken if has_ids else None,
+            with_running_usage=asked.fields.has_running_usage,
         )
         first = await reader.next_events(self._keep_alive_interval_s)
         return EventStreamResponse(self._events(reader, encoder, first), stack.pop_all().aclose, headers)

@@ -23,6 +23,7 @@ TAKEN = frozenset(
         "litellm_metadata",
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -72,6 +73,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -161,8 +163,8 @@ _REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions
     "repeat_penalty": "`repetition_penalty` is",
 }
 
-TAKEN_IN_STREAM_OPTIONS = frozenset({"continuous_usage_stats", "include_obfuscation"})
-"""What each event tells beside its text: here usage comes once, at the end, and nothing is padded."""
+TAKEN_IN_STREAM_OPTIONS = frozenset({"include_obfuscation"})
+"""Events are not padded here."""
 
 TAKEN_IN_MESSAGE = frozenset(
     {"annotations", "cache_control", "created", "createdAt", "created_at", "id", "metadata", "status", "timestamp"}

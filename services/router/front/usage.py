@@ -19,13 +19,18 @@ class Outcome:
     """Every token of it was in the journal when this was said."""
 
 
+def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+    """OpenAI's counts alone."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
+
+
 def usage_of(plan: Plan, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
     """OpenAI's usage object; extended by what it took to finish the reply in spite of losses."""
-    usage: dict[str, Any] = {
-        "prompt_tokens": plan.num_prompt_tokens,
-        "completion_tokens": outcome.num_completion_tokens,
-        "total_tokens": plan.num_prompt_tokens + outcome.num_completion_tokens,
-    }
+    usage: dict[str, Any] = {**running_usage(plan.num_prompt_tokens, outcome.num_completion_tokens)}
     if is_extended:
         usage["moemesh"] = {
             "recoveries": outcome.recovery.recoveries,

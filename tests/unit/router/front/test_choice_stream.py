@@ -103,7 +103,7 @@ def test_a_choice_that_is_cut_gives_what_was_held_back_and_ends_one_position_lat
         assert text_of(push_all(stream, token_ids, None)) == shown
         end = stream.cut()
         assert (end.text, end.finish_reason, end.num_tokens) == (rest, FinishReason.LENGTH, len(token_ids) + 1)
-        assert stream.num_tokens == len(token_ids)
+        assert stream.num_tokens == end.num_generated_tokens == len(token_ids)
 
 
 def test_echoed_prompt_comes_first_and_holds_no_stop_string(tokenizer: TextTokenizer) -> None:

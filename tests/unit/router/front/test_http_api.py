@@ -93,6 +93,29 @@ def test_usage_comes_in_a_chunk_of_its_own_if_asked_for(
     run(main())
 
 
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_every_chunk_tells_the_usage_of_its_choice_so_far_if_asked_for(
+    tokenizer: TextTokenizer, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        asked = {**fields, "n": 2, "stream": True, "return_token_ids": True}
+        *chunks, last, _ = (await server.post(path, **asked, stream_options=options)).data
+        num_tokens = [0, 0]
+        for chunk in chunks:
+            (choice,) = chunk["choices"]
+            num_tokens[choice["index"]] += len(choice.get("token_ids", ()))
+            used, prompt = num_tokens[choice["index"]], last["usage"]["prompt_tokens"]
+            assert chunk["usage"] == {"prompt_tokens": prompt, "completion_tokens": used, "total_tokens": prompt + used}
+        assert sum(num_tokens) == last["usage"]["completion_tokens"] > 2
+        assert last["choices"] == []
+        *chunks, _ = (await server.post(path, **asked, stream_options={"continuous_usage_stats": True})).data
+        assert all("usage" not in chunk for chunk in chunks)
+
+    run(main())
+
+
 def test_logprobs_of_a_completion(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         server = Server(tokenizer)
