@@ -24,6 +24,9 @@ class Settings(BaseSettings):
     model: str = Field(min_length=1, description="checkpoint directory or hub name")
     served_name: str = Field(default="", description="name in the API; default: the directory's name")
     host: str = "127.0.0.1"
+    published_host: str = Field(
+        default="", description="address of the host at which a container's HTTP port is published; default: HOST"
+    )
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
     state_dir: Path = Path("state")
 

@@ -13,6 +13,7 @@ MoemeshError
 │   ├── ForbiddenError            a web page, or a name, that is not let in      403
 │   ├── IdempotencyError          a key that stands for another body             422
 │   ├── RequestTooLargeError      too many bytes                                 413
+│   ├── UnsupportedEncodingError  a body that is compressed                      415
 │   └── OverloadedError           queue full: try again after a while            429
 └── MeshError                 the mesh cannot go on with something
     ├── NotReadyError             no pipeline or not all experts yet             503
@@ -127,6 +128,13 @@ class RequestTooLargeError(RequestError):
 
     code = "request_too_large"
     http_status = 413
+
+
+class UnsupportedEncodingError(RequestError):
+    """The body is not sent as it is."""
+
+    code = "unsupported_encoding"
+    http_status = 415
 
 
 class OverloadedError(RequestError):

@@ -32,6 +32,7 @@ from services.router.front.cross_origin import OriginPolicy, is_loopback_name
 from services.router.front.front_server import FrontServer
 from services.router.front.front_settings import FrontSettings
 from services.router.front.http_api import create_app
+from services.router.front.metrics import ConnectionMetrics
 from services.router.front.request_registry import RequestRegistry
 from services.router.front.tokenizer import TextTokenizer
 from services.router.journal import Journal, JournalSettings, open_journal
@@ -147,7 +148,15 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         # Clients get a third: the rest is for nodes (five for each), the journal, and what is being refused or closed.
         max_connections=max(1, min(settings.max_connections, descriptor_limit() // 3)),
     )
-    server = FrontServer(app, requests.release, requests.give_up, lambda: engine.readiness().ready, limits)
+    server = FrontServer(
+        app,
+        requests.release,
+        requests.give_up,
+        lambda: engine.readiness().ready,
+        limits,
+        ConnectionMetrics(registry),
+        app.state.refuse_connection,
+    )
     failure: list[BaseException] = []
     thread = threading.Thread(
         target=_run_mesh, args=(mesh, server, failure, attention, disk, log), name="mesh", daemon=True
@@ -278,7 +287,9 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _origins(settings: Settings, listener: socket.socket) -> OriginPolicy:
-    is_loopback = is_loopback_name(listener.getsockname()[0])
+    # In a container it listens on all addresses, of which those outside are not reached but by the published one.
+    reached_at = settings.published_host.strip("[]") or listener.getsockname()[0]
+    is_loopback = is_loopback_name(reached_at)
     return OriginPolicy(settings.allowed_origins, settings.allowed_host_names, is_loopback)
 
 

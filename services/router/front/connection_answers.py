@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import os
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from services.router.front.http_answers import error_answer
 from services.router.front.replies import encode_json, error_body
 
 MAX_REFUSED_BYTES = 64 * 1024
+_TOO_MANY = "this server has as many connections as it takes; try again"
 REFUSAL_S = 1.0
 
 
@@ -60,6 +62,21 @@ def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
     return answer
 
 
+def closing_if_unread(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
+    """For a client that sends its body only once it is asked for it: if it is answered before, nobody knows whether
+    that body still comes, and what it sends next could be taken for it (RFC 9110, 10.1.1)."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and cycle.waiting_for_100_continue:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await app(scope, receive, send_and_close)
+
+    return answer
+
+
 async def _read_short_body(receive: Receive) -> None:
     num_bytes, more = 0, True
     while more and num_bytes <= MAX_REFUSED_BYTES:
@@ -72,8 +89,7 @@ async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REFUSAL_S):
             await _read_short_body(receive)
-    error = OverloadedError("this server has as many connections as it takes; try again", retry_after_s=1)
-    answer = error_answer(error)
+    answer = error_answer(OverloadedError(_TOO_MANY, retry_after_s=1))
     answer.status_code = http.HTTPStatus.SERVICE_UNAVAILABLE
     answer.headers["connection"] = "close"
     await answer(scope, receive, send)
@@ -86,6 +102,25 @@ def refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
         http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"a request's head may have {limits.max_head_bytes} bytes",
     }
     sentence = sentences.get(status, "this is not an HTTP/1.1 request")
-    body = encode_json(error_body(InvalidRequestError(sentence)))
-    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+    return _whole_answer(status, InvalidRequestError(sentence))
+
+
+def bad_request(error: InvalidRequestError) -> bytes:
+    return _whole_answer(http.HTTPStatus.BAD_REQUEST, error)
+
+
+def refuse_unread(transport: asyncio.Transport) -> None:
+    """As `refuse_connection`, without waiting for the request. What has come of it is taken out of the way: closing
+    over bytes that nobody has read resets the connection, and may take the answer with it."""
+    if (connection := transport.get_extra_info("socket")) is not None:
+        with contextlib.suppress(OSError):
+            os.read(connection.fileno(), MAX_REFUSED_BYTES)
+    error = OverloadedError(_TOO_MANY, retry_after_s=1)
+    transport.write(_whole_answer(http.HTTPStatus.SERVICE_UNAVAILABLE, error, "retry-after: 1\r\n"))
+    transport.close()
+
+
+def _whole_answer(status: http.HTTPStatus, error: Exception, headers: str = "") -> bytes:
+    body = encode_json(error_body(error))
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n{headers}"
     return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body

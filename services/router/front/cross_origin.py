@@ -23,6 +23,7 @@ from services.router.front.http_answers import error_answer
 ANY = "*"
 _METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
 _EXPOSED = "x-request-id, moemesh-request-id, retry-after"
+_ASKED_METHOD = "access-control-request-method"
 _PREFLIGHT_SECONDS = "600"
 _PORTS = {"http": 80, "https": 443}
 
@@ -36,7 +37,7 @@ class OriginPolicy:
     hosts: frozenset[str] = frozenset()
     """Names without a port, beside those of loopback. With any, no other name is served, wherever it listens."""
     is_loopback: bool = False
-    """The server listens on loopback: nobody who means it calls it by another name."""
+    """The server is reached at loopback only: nobody who means it calls it by another name."""
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises ForbiddenError for a request that no client of this server's users sends. Headers in lower case."""
@@ -103,26 +104,23 @@ class CrossOriginMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        try:
-            self._policy.check(headers)
-        except ForbiddenError as error:
-            await error_answer(error)(scope, receive, send)
-            return
         origin = headers.get("origin")
-        if origin is None:
-            await self._app(scope, receive, send)
-            return
 
         async def send_readable(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer = MutableHeaders(scope=message)
-                answer.add_vary_header("Origin")
-                if self._policy.allows(origin):
+                answer.add_vary_header("Origin")  # also where there is none: a cache may ask in the name of others
+                if origin is not None and self._policy.allows(origin):
                     answer["access-control-allow-origin"] = ANY if ANY in self._policy.origins else origin
                     answer["access-control-expose-headers"] = _EXPOSED
             await send(message)
 
-        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        try:
+            self._policy.check(headers)
+        except ForbiddenError as error:
+            await error_answer(error)(scope, receive, send_readable)
+            return
+        is_preflight = origin is not None and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers
         await (_preflight_answer(headers) if is_preflight else self._app)(scope, receive, send_readable)
 
 

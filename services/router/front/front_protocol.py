@@ -13,18 +13,40 @@ from typing import Any
 
 import httptools
 import uvicorn
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from services.router.front.connection_answers import ConnectionLimits, refusal, refuse_connection, without_chunks
+from common.errors import InvalidRequestError
+from services.router.front.connection_answers import (
+    ConnectionLimits,
+    bad_request,
+    closing_if_unread,
+    refusal,
+    refuse_connection,
+    refuse_unread,
+    without_chunks,
+)
+from services.router.front.metrics import ConnectionMetrics
+from services.router.front.request_head import head_without_upgrade, with_one_host
 
 
 class FrontConfig(uvicorn.Config):
     """uvicorn's, with the limits of connections."""
 
-    def __init__(self, app: ASGIApp, limits: ConnectionLimits, **settings: Any) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: ConnectionLimits,
+        metrics: ConnectionMetrics | None = None,
+        refusing_app: ASGIApp = refuse_connection,
+        **settings: Any,
+    ) -> None:
+        """`refusing_app` answers in place of `app` where there is one connection too many."""
         super().__init__(app, http=FrontProtocol, timeout_keep_alive=limits.keep_alive_s, **settings)  # type: ignore[arg-type]
         self.limits = limits
+        self.metrics = ConnectionMetrics(CollectorRegistry()) if metrics is None else metrics
+        self.refusing_app = refusing_app
 
 
 class FrontProtocol(HttpToolsProtocol):
@@ -33,6 +55,8 @@ class FrontProtocol(HttpToolsProtocol):
     def __init__(self, config: FrontConfig, *arguments: Any, **settings: Any) -> None:
         super().__init__(config, *arguments, **settings)
         self.limits = config.limits
+        self._metrics = config.metrics
+        self._refusing_app = config.refusing_app
         self._is_in_head = False
         self._awaits_body = False
         self._timer: asyncio.TimerHandle | None = None
@@ -49,12 +73,15 @@ class FrontProtocol(HttpToolsProtocol):
         """Of the request line and the headers that are complete."""
         self._unused_bytes = 0
         """Since the parser last had something to tell."""
-        self._refusal = http.HTTPStatus.BAD_REQUEST
+        self._refusal = refusal(http.HTTPStatus.BAD_REQUEST, self.limits)
+        self._is_deaf = False
+        """What came behind the last request was none: the answers that are owed still go out, and nothing is read."""
 
     # ---- the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._metrics.open.inc()
         self._idle_since_s = self.loop.time()
         self._make_room()
         self._restart_timer(self.limits.refusal_s if self._is_one_too_many else self.limits.head_s)
@@ -62,6 +89,7 @@ class FrontProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._metrics.open.dec()
         if self._look is not None:
             self._look.cancel()
         super().connection_lost(exc)
@@ -69,11 +97,14 @@ class FrontProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         self._unused_bytes += len(data)
-        self._parse(data)
+        if not self._is_deaf:
+            self._parse(data)
         if self.transport.is_closing():
             self._stop_timer()
         elif self._unused_bytes > self.limits.max_head_bytes:
-            self._refuse(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            self._refuse(refusal(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self.limits))
+        elif self._is_deaf:
+            self._stop_timer()
         elif self._awaits_body:
             self._await_body()
         elif self._timer is None and not self._is_answering() and self.timeout_keep_alive_task is None:
@@ -82,7 +113,11 @@ class FrontProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """In place of uvicorn's: the parser has stopped."""
-        self._refuse(self._refusal)
+        if self._is_answering() and not self._awaits_body and self._unused_bytes <= self.limits.max_head_bytes:
+            # Commonly the body of a request that did not announce it: its client is to hear of that.
+            self._is_deaf, self.cycle.keep_alive = True, False
+        else:
+            self._refuse(self._refusal)
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -92,20 +127,11 @@ class FrontProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             # The parser takes what follows for another protocol, of which this server speaks none. RFC 9110, 7.8: it
             # may ignore the offer, and the request then means what it means without.
-            head, rest = self._head_without_upgrade(), data[upgrade.args[0] :]
+            method, version = self.parser.get_method(), self.parser.get_http_version()
+            head, rest = head_without_upgrade(method, self.url, version, self.headers), data[upgrade.args[0] :]
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             self._parse(head + rest)
-
-    def _head_without_upgrade(self) -> bytes:
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        for name, value in self.headers:
-            if name == b"connection":
-                value = b", ".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
-            if name != b"upgrade":
-                lines.append(name + b": " + value)
-        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     # ---- what the parser tells
 
@@ -131,6 +157,11 @@ class FrontProtocol(HttpToolsProtocol):
             self._is_replaying_head = True
             return
         self._is_replaying_head = False
+        try:
+            self.headers[:] = with_one_host(self.parser.get_http_version(), self.url, self.headers)
+        except InvalidRequestError as error:
+            self._refusal = bad_request(error)
+            raise httptools.HttpParserError from error
         super().on_headers_complete()  # raises for a head that asks for nothing
         self._is_in_head, self._awaits_body = False, True
         self._unused_bytes = 0
@@ -153,10 +184,12 @@ class FrontProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if self._is_one_too_many:
-            app = refuse_connection
+            app = self._refusing_app
         if cycle.scope["http_version"] != "1.1":
             cycle.waiting_for_100_continue = False
             app = without_chunks(app, cycle)
+        elif cycle.waiting_for_100_continue:
+            app = closing_if_unread(app, cycle)
         self._left_bytes = 0
         super()._start_asgi_task(cycle, app)
 
@@ -178,11 +211,15 @@ class FrontProtocol(HttpToolsProtocol):
         if len(others) <= self.limits.max_connections:
             return
         if idle:
+            self._metrics.ended.labels("displaced").inc()
             min(idle, key=_worth)._evict()
-        elif len(others) <= self.limits.max_connections + 1 + self.limits.max_connections // 8:
+            return
+        self._metrics.ended.labels("refused").inc()
+        if len(others) <= self.limits.max_connections + 1 + self.limits.max_connections // 8:
             self._is_one_too_many = True
-        else:
-            self._evict()  # not even for refusals is there any room
+        else:  # not even for refusals is there any room
+            self._is_evicted = self._is_deaf = True
+            refuse_unread(self.transport)
 
     def _is_idle(self) -> bool:
         """Nothing is asked of it: it is between two requests, or before the end of the first one's head."""
@@ -198,6 +235,7 @@ class FrontProtocol(HttpToolsProtocol):
         """Cuts an answer that its client does not take: it holds a connection and all that was computed for it."""
         left_bytes = self.transport.get_write_buffer_size()
         if self._left_bytes and left_bytes > max(0, self._left_bytes - self.limits.min_taken_bytes):
+            self._metrics.ended.labels("unread").inc()
             self.transport.abort()
             return
         # An answer that may go on can have grown by what was taken.
@@ -212,7 +250,7 @@ class FrontProtocol(HttpToolsProtocol):
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > self.limits.max_head_bytes:
-            self._refusal = http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            self._refusal = refusal(http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self.limits)
             raise httptools.HttpParserError  # the parser ends with it, and `data_received` asks for the answer
 
     def _restart_timer(self, delay_s: float) -> None:
@@ -234,7 +272,7 @@ class FrontProtocol(HttpToolsProtocol):
             else:
                 self._restart_timer(delay_s)
         elif self._is_in_head or self._awaits_body:
-            self._refuse(http.HTTPStatus.REQUEST_TIMEOUT)
+            self._refuse(refusal(http.HTTPStatus.REQUEST_TIMEOUT, self.limits), "late")
         else:
             self.transport.close()
 
@@ -245,12 +283,13 @@ class FrontProtocol(HttpToolsProtocol):
             return False
         return cycle.response_started or not self._awaits_body or bool(self.pipeline)
 
-    def _refuse(self, status: http.HTTPStatus) -> None:
+    def _refuse(self, answer: bytes, why: str = "invalid") -> None:
         """Say why, if nothing else is or was said, and close."""
         self._stop_timer()
+        self._metrics.ended.labels(why).inc()
         has_answer = self._awaits_body and self.cycle is not None and self.cycle.response_complete
         if not self._is_answering() and not has_answer and not self.transport.is_closing():
-            self.transport.write(refusal(status, self.limits))
+            self.transport.write(answer)
         self.transport.close()
 
 

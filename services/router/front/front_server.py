@@ -9,8 +9,9 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from services.router.front.connection_answers import ConnectionLimits
+from services.router.front.connection_answers import ConnectionLimits, refuse_connection
 from services.router.front.front_protocol import FrontConfig
+from services.router.front.metrics import ConnectionMetrics
 
 PATIENCE_S = 4.0
 """For replies that are under way when the server is to end."""
@@ -34,13 +35,17 @@ class FrontServer(uvicorn.Server):
         give_up: Callable[[], None] = lambda: None,
         may_finish: Callable[[], bool] = lambda: True,
         limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
+        metrics: ConnectionMetrics | None = None,
+        refusing_app: ASGIApp = refuse_connection,
     ) -> None:
         """`give_up` is to end what is still under way after PATIENCE_S, or once `may_finish` says that nothing more
-        comes."""
+        comes. `refusing_app` answers where there is one connection too many."""
         super().__init__(
             FrontConfig(
                 app,
                 limits,
+                metrics,
+                refusing_app,
                 ws="none",  # no route speaks it, and its connections would have other limits
                 log_config=None,
                 access_log=False,

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from common.errors import UnknownModelError
 from services.router.engine import Engine, Readiness
 from services.router.front.asked_request import RequestIntake
+from services.router.front.connection_answers import refuse_connection
 from services.router.front.cross_origin import CrossOriginMiddleware, OriginPolicy
 from services.router.front.front_settings import FrontSettings
 from services.router.front.generation_routes import GenerationRoutes
@@ -43,7 +44,7 @@ def create_app(
 
     `clock` (seconds, monotonic) times tokens; `wall_clock` (Unix seconds) stamps replies; `draw_seed` gives 63 random
     bits to requests without a seed; `origins` says which web pages may ask. Whoever runs it restores, releases and
-    closes `app.state.requests`.
+    closes `app.state.requests`; `app.state.refuse_connection` is what answers where there are too many connections.
     """
     kept = NoJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
@@ -56,6 +57,8 @@ def create_app(
     operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
+    # Pages may read such a refusal too, and it counts like any answer.
+    app.state.refuse_connection = ExchangeMiddleware(CrossOriginMiddleware(refuse_connection, origins), metrics)
     app.add_middleware(CrossOriginMiddleware, policy=origins)
     app.add_middleware(ExchangeMiddleware, metrics=metrics)  # around the other: refusals have an id and count too
     for method, path, handler in (

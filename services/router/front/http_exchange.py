@@ -15,10 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import OverloadedError, RequestTooLargeError
+from common.errors import OverloadedError, RequestTooLargeError, UnsupportedEncodingError
 from services.router.front.metrics import FrontMetrics
 
 Result = TypeVar("Result")
+_COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 REQUEST_ID_SCOPE = "moemesh.request_id"
 """Where the id of a request stands in its scope."""
@@ -74,7 +75,9 @@ class HeldBody:
 
 
 async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
-    """The whole body. Raises RequestTooLargeError as soon as it is known to be too long, and OverloadedError."""
+    """The whole body. Raises RequestTooLargeError as soon as it is known to be too long, UnsupportedEncodingError, and
+    OverloadedError."""
+    _check_codings(request)
     too_large = RequestTooLargeError(f"the body may have {max_bytes} bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
@@ -86,6 +89,16 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
             raise too_large
         held.grow_to(len(body))
     return bytes(body)
+
+
+def _check_codings(request: Request) -> None:
+    """Raises UnsupportedEncodingError for a body whose bytes are no JSON, only because it is packed."""
+    for header in ("content-encoding", "transfer-encoding"):
+        for coding in request.headers.get(header, "").lower().split(","):
+            if coding.strip() in _COMPRESSIONS:
+                raise UnsupportedEncodingError(
+                    f"{header.title()}: bodies are taken as they are, and not in `{coding.strip()}`; send it without"
+                )
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -13,6 +13,21 @@ _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600
 _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
+class ConnectionMetrics:
+    """What the HTTP server counts of its connections. Made once on the registry of the process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.open = Gauge("moemesh_http_connections", "HTTP connections that are open", registry=registry)
+        self.ended = Counter(
+            "moemesh_http_connections_ended_total",
+            "HTTP connections that the server did not want or did not keep, by the reason",
+            ["why"],
+            registry=registry,
+        )
+        for why in ("refused", "displaced", "late", "invalid", "unread"):
+            self.ended.labels(why)  # there from the start: an alert needs the 0
+
+
 class FrontMetrics:
     """Made once on the registry of the process."""
 

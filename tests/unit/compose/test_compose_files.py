@@ -57,6 +57,13 @@ def test_published_ports_name_the_host_address() -> None:
         assert all(port.startswith("${HOST}:") for port in service.get("ports", []))
 
 
+def test_the_router_knows_the_address_at_which_its_port_is_published() -> None:
+    """Inside its container it listens on all, where a web page with a name of its own is none of its concern."""
+    router = compose_file()["services"]["router"]
+    (port,) = router["ports"]
+    assert router["environment"]["PUBLISHED_HOST"] == port.partition(":")[0] == "${HOST}"
+
+
 def test_the_gpu_file_changes_services_that_there_are_and_gives_each_that_computes_a_gpu() -> None:
     base, gpu = compose_file()["services"], gpu_file()["services"]
     assert set(gpu) == {"stage", "expert"} <= set(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.config import Settings
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, ForbiddenError
 from common.ids import PipelineId
 from common.messages import AssignStage, StageReady
 from common.node import NodeAddresses
@@ -24,7 +25,7 @@ from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _log_context, _mesh_loop, http_url
+from services.router.service import _context_tokens, _log_context, _mesh_loop, _origins, http_url
 from tests.support.disks import PromptDisk
 from tests.support.mesh_shapes import node, small_model
 
@@ -154,3 +155,27 @@ def test_what_stages_say_of_a_slot_that_another_router_gave_them_opens_nothing(t
     assert isinstance(opened, OpenPipeline)
     assert opened.pipeline == PipelineId(0)
     assert all(old.header.generation < opened.generation for old in told_before), "they ascend from router to router"
+
+
+@pytest.mark.parametrize(
+    ("listens_at", "published_host", "is_loopback"),
+    [
+        ("127.0.0.1", "", True),
+        ("0.0.0.0", "", False),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("0.0.0.0", "[::1]", True),
+        ("0.0.0.0", "0.0.0.0", False),
+        ("0.0.0.0", "192.168.1.5", False),
+    ],
+)
+def test_a_port_that_is_published_on_loopback_is_asked_by_its_names_wherever_the_router_listens(
+    listens_at: str, published_host: str, is_loopback: bool
+) -> None:
+    settings = Settings(model="m", published_host=published_host)
+    with socket.create_server((listens_at, 0)) as listener:
+        origins = _origins(settings, listener)
+    assert origins.is_loopback == is_loopback
+    if is_loopback:
+        # A web page whose own name was made to point to 127.0.0.1.
+        with pytest.raises(ForbiddenError, match="ALLOWED_HOSTS"):
+            origins.check({"host": "evil.example:8000", "origin": "http://evil.example:8000"})

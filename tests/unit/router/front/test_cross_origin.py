@@ -74,6 +74,32 @@ def test_clients_that_are_no_pages_and_pages_of_the_same_origin_need_no_list(tok
     run(main())
 
 
+def test_every_answer_says_that_it_depends_on_the_origin(tokenizer: TextTokenizer) -> None:
+    """A cache that has kept the answer to one page, or to none, must not give it to another."""
+
+    async def main() -> None:
+        server = Server(tokenizer, origins=policy(PAGE))
+        for headers, status in (({}, 200), ({"Origin": PAGE}, 200), ({"Origin": "https://evil.example"}, 403)):
+            answer = await ask(server.app, "GET", "/v1/models", headers=headers)
+            assert (answer.status, answer.headers["vary"]) == (status, "Origin")
+            assert ("access-control-allow-origin" in answer.headers) == (headers.get("Origin") == PAGE)
+
+    run(main())
+
+
+def test_a_page_can_read_that_there_are_too_many_connections(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        server = Server(tokenizer, origins=policy(PAGE))
+        answer = await ask(server.app.state.refuse_connection, "GET", "/health", headers={"Origin": PAGE})
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (503, PAGE)
+        assert "retry-after" in answer.headers["access-control-expose-headers"]
+        assert answer.headers["x-request-id"]
+        metrics = await ask(server.app, "GET", "/metrics")
+        assert 'moemesh_http_requests_total{route="unknown",status="503"} 1.0' in metrics.body.decode()
+
+    run(main())
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/models", "/v1/chat/completions/"])
 def test_a_preflight_is_answered_for_listed_pages_only(tokenizer: TextTokenizer, path: str) -> None:
     async def main() -> None:

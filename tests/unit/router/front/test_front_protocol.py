@@ -5,143 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
 from services.router.front import front_server
 from services.router.front.connection_answers import ConnectionLimits
-from services.router.front.front_protocol import FrontConfig, FrontProtocol
+from services.router.front.front_protocol import FrontProtocol
 from services.router.front.front_server import FrontServer
-
-HEAD = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"
-GET = b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n"
-
-
-class Timers:
-    """In place of the event loop: its timers go off when the test says that time has passed."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._due: list[tuple[float, Callable[..., None], tuple[Any, ...], Timers.Handle]] = []
-
-    class Handle:
-        cancelled = False
-
-        def cancel(self) -> None:
-            self.cancelled = True
-
-    def call_later(self, delay_s: float, act: Callable[..., None], *arguments: Any) -> Timers.Handle:
-        handle = Timers.Handle()
-        self._due.append((self.now_s + delay_s, act, arguments, handle))
-        return handle
-
-    def time(self) -> float:
-        return self.now_s
-
-    def create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return asyncio.get_running_loop().create_task(work)
-
-    def pass_time(self, seconds: float) -> None:
-        end_s = self.now_s + seconds
-        while due := [timer for timer in self._due if timer[0] <= end_s and not timer[3].cancelled]:
-            first = min(due, key=lambda timer: timer[0])
-            self._due.remove(first)
-            self.now_s = first[0]
-            first[1](*first[2])
-        self.now_s = end_s
-
-
-class Connection(asyncio.Transport):
-    """The server's end, without a socket."""
-
-    def __init__(
-        self,
-        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
-        among: ServerState | None = None,
-        timers: Timers | None = None,
-    ) -> None:
-        super().__init__()
-        self.timers = Timers() if timers is None else timers
-        self.answered = b""
-        self.body = b""
-        self.unread_bytes = 0
-        """What waits for a client that reads slowly."""
-        self.is_closed = False
-        self.is_cut = False
-        self.may_answer = asyncio.Event()
-        config = FrontConfig(self.app, limits, log_config=None, interface="asgi3")
-        loop: Any = self.timers
-        self.protocol = FrontProtocol(config, among or ServerState(), {}, _loop=loop)
-        self.protocol.connection_made(self)
-
-    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reads the body, begins its answer, and ends it when the test lets it."""
-        more = True
-        while more:
-            message = await receive()
-            self.body += message.get("body", b"")
-            more = message.get("more_body", False)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"first", "more_body": True})
-        await self.may_answer.wait()
-        await send({"type": "http.response.body", "body": b"last", "more_body": False})
-
-    async def send(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            if not self.is_closed:
-                self.protocol.data_received(piece)
-            await self.settle()
-
-    async def settle(self) -> None:
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-    @property
-    def status(self) -> int:
-        return int(self.answered.split()[1])
-
-    def write(self, data: Any) -> None:
-        self.answered += data
-
-    def close(self) -> None:
-        if not self.is_closed:
-            self.is_closed = True
-            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
-
-    def abort(self) -> None:
-        self.is_cut = True
-        self.close()
-
-    def get_write_buffer_size(self) -> int:
-        return self.unread_bytes
-
-    def is_closing(self) -> bool:
-        return self.is_closed
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-
-def run(
-    work: Callable[[Connection], Coroutine[Any, Any, None]],
-    limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
-) -> None:
-    async def main() -> None:
-        connection = Connection(limits)
-        await work(connection)
-        connection.may_answer.set()
-        connection.close()
-        await connection.settle()
-
-    asyncio.run(asyncio.wait_for(main(), 20))
+from services.router.front.metrics import ConnectionMetrics
+from tests.support.front_connection import GET, HEAD, Connection, Timers, run
 
 
 @pytest.mark.parametrize("part", [b"P", HEAD[:9], HEAD[:30], HEAD[:-1]])
@@ -363,8 +238,8 @@ def test_a_request_that_is_not_read_yet_is_not_lost_to_a_newcomer() -> None:
             assert connection.status == 200
         await third.send(GET)
         assert (third.status, third.is_closed) == (503, True)
-        timers.pass_time(1.1)
-        assert (fourth.answered, fourth.is_closed) == (b"", True), "one that is refused has less time to ask"
+        await fourth.settle()
+        assert (fourth.status, fourth.is_closed) == (503, True), "there is no room in which to wait for its request"
         for connection in (first, second):
             connection.may_answer.set()
             await connection.settle()
@@ -372,7 +247,7 @@ def test_a_request_that_is_not_read_yet_is_not_lost_to_a_newcomer() -> None:
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_refusals_are_bounded_too() -> None:
+def test_refusals_are_bounded_too_and_whoever_finds_no_room_even_for_that_is_told() -> None:
     async def main() -> None:
         state, timers = ServerState(), Timers()
         limits = ConnectionLimits(max_connections=16)
@@ -381,8 +256,14 @@ def test_refusals_are_bounded_too() -> None:
         others = [Connection(limits, state, timers) for _ in range(10)]
         for other in others:
             await other.settle()
-        assert sum(not other.is_closed for other in others) == 3
+        waiting = [other for other in others if not other.is_closed]
+        assert len(waiting) == 3
         assert len(state.connections) == 19
+        for told in set(others) - set(waiting):
+            assert (told.status, told.is_cut) == (503, False)
+            assert b"retry-after: 1\r\n" in told.answered
+        timers.pass_time(1.1)
+        assert all(other.is_closed for other in waiting), "one that is refused has less time to ask"
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
@@ -453,6 +334,40 @@ def test_a_second_request_that_asks_for_nothing_is_refused_as_a_first_one_is() -
         assert connection.is_closed
 
     run(work)
+
+
+def test_connections_that_the_server_ends_are_counted_by_the_reason() -> None:
+    async def main() -> None:
+        state, timers, metrics = ServerState(), Timers(), ConnectionMetrics(CollectorRegistry())
+        limits = ConnectionLimits(max_connections=2)
+
+        def connect() -> Connection:
+            return Connection(limits, state, timers, metrics)
+
+        def counts() -> dict[str, float]:
+            (family,) = metrics.ended.collect()
+            return {s.labels["why"]: s.value for s in family.samples if s.name.endswith("_total") and s.value}
+
+        first, second = connect(), connect()
+        await first.send(HEAD)
+        timers.pass_time(1)
+        third = connect()
+        assert (second.is_cut, counts()) == (True, {"displaced": 1})
+        await third.send(b"no request\r\n\r\n")
+        assert counts() == {"displaced": 1, "invalid": 1}
+        fourth = connect()
+        await fourth.send(HEAD)
+        await connect().send(GET)
+        connect()
+        assert counts() == {"displaced": 1, "invalid": 1, "refused": 2}
+        await first.settle()
+        assert metrics.open._value.get() == 3
+        timers.pass_time(31)
+        await first.settle()
+        assert counts() == {"displaced": 1, "invalid": 1, "refused": 2, "late": 2}
+        assert metrics.open._value.get() == 0
+
+    asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_the_router_serves_with_these_limits() -> None:

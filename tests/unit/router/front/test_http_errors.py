@@ -1,6 +1,7 @@
 """What goes wrong is answered in OpenAI's shape, before and after the first token."""
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -177,5 +178,23 @@ def test_wrong_paths_and_methods_are_in_openais_shape(
         assert answer.status == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert ("allow" in answer.headers) == (status == 405)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "header", [("Content-Encoding", "gzip"), ("Content-Encoding", "utf-8, br"), ("Transfer-Encoding", "gzip, chunked")]
+)
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_a_compressed_body_is_refused_by_its_header(
+    tokenizer: TextTokenizer, path: str, fields: dict[str, Any], header: tuple[str, str]
+) -> None:
+    async def main() -> None:
+        app = Server(tokenizer).app
+        body = {"model": "tiny", **fields}
+        packed = gzip.compress(json.dumps(body).encode())
+        answer = await ask(app, "POST", path, pieces=[packed], headers=dict([header]))
+        assert (answer.status, answer.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert answer.json()["error"]["message"].startswith(f"{header[0]}: ")
 
     run(main())
