@@ -40,8 +40,10 @@ async def full_server(max_connections: int) -> AsyncIterator[int]:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(HALF_A_BODY)
             holders.append(writer)
-        while len(server.server_state.connections) < len(holders):
-            await asyncio.sleep(0.01)
+        for _ in range(1000):
+            if len(server.server_state.connections) < len(holders):
+                await asyncio.sleep(0.01)
+        assert len(server.server_state.connections) == len(holders)
         try:
             yield port
         finally:
