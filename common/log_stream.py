@@ -27,11 +27,14 @@ class LogStream:
         self._num_dropped = 0
         """Lines."""
         self._is_end_dropped = False
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._writer_pid = 0
+        """Of the process that the thread runs in: it begins with the first line, and a fork has none of its own."""
 
     def write(self, text: str) -> int:
         """Hand it in. `print` hands in a line, then its end: either both are dropped or none."""
-        if text == "\n":
+        if self._writer_pid != os.getpid() and not self._begin():
+            self._try(text)
+        elif text == "\n":
             if not self._is_end_dropped:
                 self._pieces.put(text)
             self._is_end_dropped = False
@@ -47,15 +50,27 @@ class LogStream:
 
     def drain(self, within_s: float) -> bool:
         """Until everything that was handed in is written; False if it is not in that time."""
+        if self._writer_pid != os.getpid():
+            return True  # nothing was
         is_written = threading.Event()
         self._pieces.put(is_written)
         return is_written.wait(within_s)
 
-    def _run(self) -> None:
+    def _begin(self) -> bool:
+        """Have a thread. False where there may be none: then lines are written by whoever has them, and wait."""
+        pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
+        try:
+            threading.Thread(target=self._run, args=(pieces,), name="log", daemon=True).start()
+        except RuntimeError:
+            return False
+        self._pieces, self._writer_pid = pieces, os.getpid()
+        return True
+
+    def _run(self, waiting: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
-            pieces = [self._pieces.get()]
-            while not self._pieces.empty():
-                pieces.append(self._pieces.get())
+            pieces = [waiting.get()]
+            while not waiting.empty():
+                pieces.append(waiting.get())
             text = "".join(piece for piece in pieces if isinstance(piece, str))
             if self._num_dropped and text.endswith("\n"):
                 number, self._num_dropped = self._num_dropped, 0

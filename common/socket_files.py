@@ -117,11 +117,16 @@ class DiskCanary:
         self._asking: threading.Thread | None = None
 
     def lives(self, within_s: float) -> bool:
-        """Whether the disk answers in that time. One that did not is not waited for again until it has."""
+        """Whether the disk answers in that time. One that did not is not waited for again until it has. False, too,
+        where it cannot be asked."""
         if self._asking is None:
-            self._asking = threading.Thread(target=self._touch, name="canary", daemon=True)
-            self._asking.start()
-            self._asking.join(within_s)
+            asking = threading.Thread(target=self._touch, name="canary", daemon=True)
+            try:
+                asking.start()
+            except RuntimeError:
+                return False  # this process may not have one more thread now; the next look is soon
+            self._asking = asking
+            asking.join(within_s)
         if self._asking.is_alive():
             return False
         self._asking = None

@@ -118,7 +118,7 @@ class Transport:
     def echo(self, endpoint: str, identity: bytes) -> None:
         """Answer whatever a peer's ROUTER sends with itself, on threads of its own, until `close` or another call.
 
-        The same endpoint again changes nothing. Raises ConfigurationError.
+        The same endpoint again changes nothing. Raises ConfigurationError, and SocketError where there is no thread.
         """
         if self._echo is not None and self._echo.endpoint == endpoint:
             return
@@ -128,7 +128,11 @@ class Transport:
         if socket.monitor is not None:  # nobody would read it
             socket.raw.disable_monitor()
             socket.monitor.close(linger=0)
-        self._echo = Echo(other.context, socket.raw, endpoint)
+        try:
+            self._echo = Echo(other.context, socket.raw, endpoint)
+        except RuntimeError as error:
+            other.context.destroy(linger=0)
+            raise SocketError(f"echo: {error}; a limit of threads or processes (`ulimit -u`) is reached") from None
 
     def _end_echo(self) -> None:
         if self._echo is not None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import pytest
 import structlog
 
 from common.log import configure_log
@@ -56,6 +57,37 @@ def test_a_log_that_cannot_be_written_ends_nobody() -> None:
     stream = LogStream(full)
     print("a", file=stream)
     assert stream.drain(5)
+
+
+def test_it_has_no_thread_before_the_first_line_so_that_a_process_may_fork_and_its_fork_logs_too() -> None:
+    reader, writer = os.pipe()
+    num_threads = threading.active_count()
+    stream = LogStream(lambda text: os.write(writer, text.encode()))
+    assert threading.active_count() == num_threads
+    print("parent", file=stream)
+    assert stream.drain(5)
+    child = os.fork()
+    if child == 0:
+        print("child", file=stream)
+        os._exit(0 if stream.drain(5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert file.read() == "parent\nchild\n"
+
+
+def test_where_no_thread_can_be_had_lines_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    file = io.StringIO()
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        stream = LogStream(file.write)
+        print("early", file=stream)
+    print("late", file=stream)
+    assert stream.drain(5)
+    assert file.getvalue() == "early\nlate\n"
 
 
 def test_events_go_through_it() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.endpoints import choose_endpoint, ipc_token, share_folder
-from common.errors import ProtocolError
+from common.errors import ProtocolError, SocketError
 from common.messages import Header, Leave, Message
 from common.socket_files import (
     LOOK_INTERVAL_S,
@@ -243,4 +243,39 @@ def test_a_disk_that_hangs_under_the_files_stops_no_loop_and_they_are_looked_aft
         assert listener.path.exists()
     finally:
         answers.set()
+        listener.close()
+
+
+def test_where_no_thread_can_be_had_nobody_touches_the_disk_and_the_loop_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    listener = Listener(folder)
+    try:
+        listener.path.unlink()
+        with monkeypatch.context() as limited:
+            limited.setattr(threading.Thread, "start", refuse)
+            assert not any(listener.look() for _ in range(5))
+        wait_until(listener.look, 5, "the file to be made again", 0.01)
+        assert listener.path.exists()
+    finally:
+        listener.close()
+
+
+def test_an_echo_that_no_thread_can_be_had_for_is_refused_and_can_be_had_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    listener = Listener(folder)
+    try:
+        with monkeypatch.context() as limited:
+            limited.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(SocketError, match="threads or processes"):
+                listener.transport.echo(f"ipc://{folder}/nobody", b"n")
+        listener.transport.echo(f"ipc://{folder}/nobody", b"n")
+    finally:
         listener.close()
