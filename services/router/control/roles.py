@@ -79,9 +79,9 @@ def plan_roles(
     begun. Who sees least goes first among equals, so that those who see everything are left as spares. Then hosts
     count: one that no other pipeline is on goes first, then the one that can hold most of this pipeline, so that a host
     that is lost takes as few pipelines along as can be, and spares are left on others.
-    A pipeline that exists is kept while `keeps_surplus`, also where fewer than `spares` are left over then: a node that
-    was killed is back in a moment. Without it those with a hole, then the highest ones, are given up until the rule
-    holds. The first one is always formed.
+    A pipeline that has a holder or a mirror is kept while `keeps_surplus`, also where fewer than `spares` are left over
+    then: a node that was killed is back in a moment. Without it those with a hole, then the highest ones, are given up
+    until the rule holds. The first one is always formed.
     ConfigurationError for pp < 1 or spares < 0.
     """
     if pp < 1 or spares < 0:
@@ -89,9 +89,10 @@ def plan_roles(
     nodes = {node.node_id: node for node in sorted(stage_nodes, key=lambda node: (node.join_order, node.node_id))}
     assignments = _living_holders(current, nodes, pp)
     free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
-    kept = sorted({slot.pipeline for slot in assignments})
+    mirrors = {slot: of for slot, of in (mirrors or {}).items() if slot.index < pp and of in nodes}
+    kept = sorted({slot.pipeline for slot in (*assignments, *mirrors)})
     for pipeline in kept:
-        _fill_holes(pipeline, pp, assignments, free, nodes, mirrors or {})
+        _fill_holes(pipeline, pp, assignments, free, nodes, mirrors)
     _merge_broken(kept, pp, assignments, nodes)
     kept = sorted({slot.pipeline for slot in assignments})
     num_wanted = max((len(nodes) - spares) // pp, 1)
@@ -159,6 +160,9 @@ def _fill_holes(
     slots = _slots(pipeline, pp)
     holes = [slot for slot in slots if slot not in assignments]
     classes = Counter(nodes[assignments[slot]].numeric_class for slot in slots if slot in assignments)
+    if not classes:  # whose holders are all gone goes on with its mirrors
+        followers = [nodes[mirrors[slot]] for slot in holes if slot in mirrors]
+        classes.update(follower.numeric_class for follower in followers if follower in free)
     if not classes:
         # An empty pipeline takes the class of the first in line whose class can fill it, so that it is of one class.
         of_class = {name: [node for node in free if node.numeric_class == name] for name in _classes(free)}

@@ -209,6 +209,19 @@ def test_a_hole_is_filled_from_a_host_that_no_other_pipeline_is_on() -> None:
     assert plan.pipelines[PipelineId(1)] == ("b1", "b2")
 
 
+def test_mirrors_take_over_a_pipeline_that_has_lost_all_its_holders() -> None:
+    before = {slot(0, 0): NodeId("a"), slot(0, 1): NodeId("b"), slot(1, 0): NodeId("c"), slot(1, 1): NodeId("d")}
+    mirrors = {slot(1, 0): NodeId("h"), slot(1, 1): NodeId("g")}
+    plan = plan_roles([one for one in nodes("abcdefgh") if one.node_id not in "cd"], before, 2, 2, mirrors)
+    assert held(plan) == "abhg"
+
+
+def test_a_pipeline_that_has_lost_all_its_holders_is_of_its_mirrors_class() -> None:
+    before = {slot(0, 0): NodeId("a"), slot(0, 1): NodeId("b")}
+    observed = [one for one in nodes("abcdef", "xxyyxx") if one.node_id not in "ab"]
+    assert held(plan_roles(observed, before, 2, 2, {slot(0, 0): NodeId("f")})) == "fe"
+
+
 def test_a_complete_mirror_takes_its_slot_whatever_its_host() -> None:
     before = {slot(0, 1): NodeId("a2"), slot(1, 0): NodeId("b1"), slot(1, 1): NodeId("b2")}
     plan = plan_roles(on_hosts("a2 b1 b2 a3 b3"), before, 2, 0, {slot(0, 0): NodeId("b3")})

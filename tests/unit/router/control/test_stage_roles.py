@@ -315,6 +315,24 @@ def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
     assert mirror_of(roles.join(on_host("a3"))) == {}
 
 
+def test_the_mirror_takes_over_the_only_slot_of_a_pipeline_though_an_idle_spare_came_first() -> None:
+    roles = roles_of(pp=1, spares=2)
+    mirrored(roles, opened_on(roles, "a1", "a2", "b1"))
+    assert roles.mirrors.node_of(StageSlot(PipelineId(0), SlotIndex(0))) == "b1", "it is on another host"
+    assert list(told(roles.lose(NodeId("a1")))) == ["b1"]
+
+
+def test_a_pipeline_of_one_slot_goes_on_with_its_mirror_though_a_spare_is_missing_then() -> None:
+    roles = roles_of(pp=1, spares=2)
+    mirrored(roles, opened_on(roles, "a1", "a2", "a3", "a4"))
+    for slot, mirror in roles.mirrors.nodes.items():
+        (holder,) = roles.pipelines[slot.pipeline].holders
+        assert holder is not None
+        assert list(told(roles.lose(holder))) == [mirror]
+        assert len(roles.pipelines) == 2
+        roles.join(on_host(holder))
+
+
 def test_a_slot_that_its_new_holder_cannot_take_goes_to_a_spare_that_may() -> None:
     roles = roles_of(pp=1, spares=2)
     opened_on(roles, "a1", "a2", "a3")
