@@ -20,7 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from common.errors import CheckpointError, InvalidRequestError
-from services.router.front.message_content import Message, PreparedMessages, note_written_out
+from services.router.front.message_content import (
+    SILENT_FORMS,
+    Message,
+    PreparedMessages,
+    SilentForm,
+    note_written_out,
+)
 
 _PROBE = "moemesh-content-probe"
 _PROBED: dict[str, tuple[Message, ...]] = {
@@ -93,6 +99,10 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _is_silent(message: Message) -> bool:
+    return "content" not in message or bool(message.get("tool_calls"))
+
+
 class ChatTemplate:
     """A compiled template with the special tokens that it may write."""
 
@@ -126,28 +136,41 @@ class ChatTemplate:
         says against the messages. With `now`, a request that is rendered again later has the same text."""
         known = [self._known(message) for message in messages]
         arguments = {**({} if now is None else {"strftime_now": now.strftime}), **template_arguments}
-        with_content: list[Message] = [{"content": "", **message} for message in known]
+        best: tuple[int, str] | None = None
+        errors: list[Exception] = []
+        for form in SILENT_FORMS if any(map(_is_silent, known)) else SILENT_FORMS[:1]:
+            try:
+                text, num_hidden_calls = self._render_form(known, arguments, form)
+            # A template is a program: what it raises on odd messages may be any error, and is the request's fault.
+            except Exception as error:
+                errors.append(error)
+                continue
+            if best is None or num_hidden_calls < best[0]:
+                best = (num_hidden_calls, text)
+            if num_hidden_calls == 0:
+                break
+        if best is None:
+            # What the template itself says against them tells more than what it stumbled over.
+            told = next((error for error in errors if type(error) is jinja2.TemplateError), errors[0])
+            raise InvalidRequestError(f"the chat template refuses these messages: {told}", "messages") from told
+        return best[1]
+
+    def _render_form(self, known: Sequence[Message], arguments: Mapping[str, Any], form: SilentForm) -> tuple[str, int]:
+        """The text, and how many calls of tools it does not show. Raises what the template raises."""
         text_roles: frozenset[str] = frozenset()
         while True:
-            prepared = PreparedMessages(known, text_roles, self._part_roles)
+            prepared = PreparedMessages(known, text_roles, self._part_roles, form)
             try:
                 text = self._render(prepared.messages, arguments)
                 refusing = prepared.refusing_roles()
-            # A template is a program: what it raises on odd messages may be any error, and is the request's fault.
-            except Exception as error:
+            except Exception:
                 # Perhaps at a list: of a role that takes none by itself, or else of any.
                 lists = prepared.watched_roles()
                 refusing = [role for role in lists if role not in self._list_roles] or lists[:1]
-                if not refusing and isinstance(error, jinja2.UndefinedError) and known != with_content:
-                    # Some join the content to other text, and a message that only calls tools has none.
-                    known = with_content
-                    continue
                 if not refusing:
-                    raise InvalidRequestError(
-                        f"the chat template refuses these messages: {error}", "messages"
-                    ) from error
+                    raise
             if not refusing:
-                return text
+                return text, prepared.num_hidden_calls()
             text_roles = text_roles.union(refusing)
 
     def _render(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> str:

@@ -307,3 +307,56 @@ def test_the_word_none_is_never_printed_for_content_that_is_null(template: str) 
     rendered = ChatTemplate(template, SPECIAL_TOKENS).render(CALLED, {})
     assert "None" not in rendered
     assert rendered.endswith("yes;")
+
+
+ASKS_FOR_NULL = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and m['content'] is none %}"
+    "{% for call in m['tool_calls'] %}{{ call['type'] + ' ' + call['function']['name'] + ' ' + "
+    "call['function']['arguments'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+CALLS_ALONE = {"null": {"content": None}, "absent": {}, "empty": {"content": ""}, "empty list": {"content": []}}
+
+
+@pytest.mark.parametrize("silence", CALLS_ALONE)
+def test_calls_are_shown_by_a_template_that_asks_for_null_and_wants_arguments_as_text(silence: str) -> None:
+    spoken = {name: value for name, value in CALLED[1].items() if name != "content"} | CALLS_ALONE[silence]
+    rendered = ChatTemplate(ASKS_FOR_NULL, {}).render([CALLED[0], spoken, CALLED[2]], {})
+    assert rendered == '<user>rain?<assistant>function weather {"city": "Köln"}<tool>yes'
+
+
+def test_arguments_are_text_for_a_template_that_adds_them_to_text() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ '<' + call.function.name + call.function.arguments + '>' }}{% endfor %}{% endfor %}"
+    )
+    spoken = {**CALLED[1], "content": "Let me see."}
+    expected = '<weather{"city": "Köln"}>'
+    assert ChatTemplate(source, {}).render(CALLED, {}) == f"rain?{expected}yes"
+    assert ChatTemplate(source, {}).render([CALLED[0], spoken], {}) == f"rain?Let me see.{expected}"
+
+
+@pytest.mark.parametrize("silence", CALLS_ALONE)
+@pytest.mark.parametrize("name", sorted(TOOL_TEMPLATES))
+def test_calls_that_are_shown_are_told_as_transformers_tells_them(name: str, silence: str) -> None:
+    spoken = {name: value for name, value in CALLED[1].items() if name != "content"} | CALLS_ALONE[silence]
+    rendered = ChatTemplate(TOOL_TEMPLATES[name], {}).render([CALLED[0], spoken, CALLED[2]], {})
+    assert rendered == ChatTemplate(TOOL_TEMPLATES[name], {}).render(CALLED, {})
+
+
+def test_of_several_errors_the_one_that_the_template_raises_is_told() -> None:
+    source = "{% for m in messages %}{{ m.content + '' }}{% endfor %}{{ raise_exception('no tools') }}"
+    with pytest.raises(InvalidRequestError, match="no tools"):
+        ChatTemplate(source, {}).render(CALLED, {})
+
+
+def test_a_template_cannot_reach_what_is_noted_of_its_calls() -> None:
+    source = "{{ messages[1].tool_calls[0].function.name }}{{ messages[1].tool_calls[0].function._is_shown is true }}"
+    assert ChatTemplate(source, {}).render(CALLED, {}) == "weatherFalse"
+
+
+@pytest.mark.parametrize("shown", ["tool_calls", "tool_calls[0]", "tool_calls[0].function"])
+def test_calls_that_are_written_out_whole_are_shown_with_arguments_as_objects(shown: str) -> None:
+    source = "{{ messages[1].SHOWN | tojson }}{{ messages[1].content is none }}".replace("SHOWN", shown)
+    rendered = ChatTemplate(source, {}).render(CALLED, {})
+    assert '"arguments": {"city": "Köln"}' in rendered
+    assert rendered.endswith("False"), "the first form is the one that transformers gives"
