@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from common.errors import CheckpointError, InvalidRequestError
@@ -17,11 +17,9 @@ from services.router.front.checkpoint_file import CheckpointFile
 from services.router.front.detokenizer import Detokenizer, create_detokenizer
 from services.router.front.library_panics import panics_are_errors
 from services.router.front.message_content import Message
+from services.router.front.special_tokens import SpecialTokens, read_special_tokens
 from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
-
-_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class TextTokenizer:
@@ -48,13 +46,12 @@ class TextTokenizer:
         except Exception as error:  # the library raises Exception itself
             raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
         config = CheckpointFile.read(directory, "tokenizer_config.json")
-        named = _named_special_tokens(directory, config)
-        _complete(tokenizer, config, [token for tokens in named.values() for token in tokens])
-        special_tokens = {name: tokens[0].content for name, tokens in named.items()}
+        tokens = read_special_tokens(directory, config, tokenizer)
+        _complete(tokenizer, config, tokens)
         templates = {
-            name: ChatTemplate(source, special_tokens) for name, source in _template_sources(directory, config).items()
+            name: ChatTemplate(source, tokens.texts) for name, source in _template_sources(directory, config).items()
         }
-        ends = (tokenizer.token_to_id(token.content) for token in named.get("eos_token", []))
+        ends = (tokenizer.token_to_id(token.content) for token in tokens.named.get("eos_token", []))
         return cls(
             tokenizer,
             templates,
@@ -107,8 +104,8 @@ class TextTokenizer:
         return text.removesuffix(self.create_detokenizer(prompt_token_ids).flush())
 
 
-def _complete(tokenizer: Tokenizer, config: CheckpointFile, named: Sequence[AddedToken]) -> None:
-    """Adds what transformers adds to the tokenizer of tokenizer.json.
+def _complete(tokenizer: Tokenizer, config: CheckpointFile, tokens: SpecialTokens) -> None:
+    """Makes the tokenizer of tokenizer.json the one that transformers makes of it.
 
     `add_bos_token` and `add_eos_token` of tokenizer_config.json are not looked at: transformers drops them where there
     is a tokenizer.json, whose post-processor says it better.
@@ -118,68 +115,7 @@ def _complete(tokenizer: Tokenizer, config: CheckpointFile, named: Sequence[Adde
     tokenizer.encode_special_tokens = config.flag("split_special_tokens")
     if tokenizer.post_processor is None:
         tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    special_texts = {token.content for token in named}
-    for token in [*_decoder_tokens(config), *named, *_extra_tokens(config)]:
-        if token.content in known:
-            continue
-        known.add(token.content)
-        token.special = token.special or token.content in special_texts
-        tokenizer.add_tokens([token])
-
-
-def _decoder_tokens(config: CheckpointFile) -> list[AddedToken]:
-    """Of `added_tokens_decoder`, by id."""
-    decoder = config.section("added_tokens_decoder")
-    if decoder is None:
-        return []
-    for token_id in decoder.values:
-        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 11):
-            config.refuse("added_tokens_decoder", "a map of token ids, written as strings, to tokens")
-    return [_added_token(decoder, token_id) for token_id in sorted(decoder.values, key=int)]
-
-
-def _extra_tokens(config: CheckpointFile) -> list[AddedToken]:
-    """Under the newer of two names, if both are there; a list, or a map of names to tokens."""
-    keys = ("extra_special_tokens", "additional_special_tokens")
-    key = next((key for key in keys if config.values.get(key)), keys[0])
-    if isinstance(config.values.get(key), dict):
-        extra = config.section(key)
-        return [] if extra is None else [_added_token(extra, name) for name in extra.values]
-    return [_added_token(item, at) for item in config.items(key) for at in item.values]
-
-
-def _added_token(file: CheckpointFile, key: str) -> AddedToken:
-    """A string stands for a special token, as in transformers."""
-    value = file.values[key]
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        file.refuse(key, "a string or an object with a string `content`")
-    token = CheckpointFile(file.name, value, f"{file.path}{key}.")
-    flags = [flag for flag in _TOKEN_FLAGS if value.get(flag) is not None]
-    return AddedToken(value["content"], **{flag: token.flag(flag) for flag in flags})
-
-
-def _named_special_tokens(directory: Path, config: CheckpointFile) -> dict[str, list[AddedToken]]:
-    """`bos_token` and so on; older checkpoints have them in a file of their own, which then counts.
-
-    There may be several of `eos_token`: each ends a turn, and the first one is the chat template's.
-    """
-    files = [config]
-    if "added_tokens_decoder" not in config.values:
-        files.insert(0, CheckpointFile.read(directory, "special_tokens_map.json"))
-    found: dict[str, list[AddedToken]] = {}
-    for name in _SPECIAL_TOKEN_NAMES:
-        # A null in the file that counts first says that there is none, as transformers reads it.
-        file = next((file for file in files if name in file.values), config)
-        if name == "eos_token" and isinstance(file.values.get(name), list):
-            tokens = [_added_token(item, at) for item in file.items(name) for at in item.values]
-        else:
-            tokens = [] if file.values.get(name) is None else [_added_token(file, name)]
-        if tokens:
-            found[name] = tokens
-    return found
+    tokens.add_to(tokenizer)
 
 
 def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, str]:

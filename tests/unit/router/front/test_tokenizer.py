@@ -109,6 +109,70 @@ def test_special_tokens_that_tokenizer_json_lacks_are_added_as_transformers_adds
         assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
 
 
+IMAGE = {"__type": "AddedToken", "content": "<image>", "rstrip": True}
+NAMED_BESIDE_THE_USUAL: dict[str, dict[str, Any]] = {
+    "a name of the model's own": {"image_token": "<image>", "eot_token": "<|user|>"},
+    "with flags": {"image_token": IMAGE},
+    "a map of names": {"extra_special_tokens": {"image_token": "<image>", "eot_token": "<|user|>"}},
+    "a map and names": {"extra_special_tokens": {"image_token": "<image>"}, "eot_token": "</s>"},
+    "no token at all": {"add_bos_token": False, "image_token": None, "eot_token": 3, "x_token": {"a": 1}},
+}
+WRITES_ALL_NAMES = "{{ bos_token }}|{{ image_token }}|{{ eot_token }}|{{ pad_token }}|{{ x_token }}"
+
+
+@pytest.mark.parametrize("said", NAMED_BESIDE_THE_USUAL)
+def test_a_template_writes_the_tokens_that_a_checkpoint_names_beside_the_usual_ones(tmp_path: Path, said: str) -> None:
+    fields = NAMED_BESIDE_THE_USUAL[said] | {"chat_template": WRITES_ALL_NAMES}
+    ours, theirs = both(tmp_path, byte_level_tokenizer(), tokenizer_config=fields)
+    assert ours.render_chat(CHATS[0], {}) == theirs.apply_chat_template(CHATS[0], tokenize=False)
+    text = "a <image> b<|user|>"
+    token_ids = theirs(text)["input_ids"]
+    assert ours.encode(text) == token_ids
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+def with_flags(tokenizer: Tokenizer, content: str, **flags: bool) -> Tokenizer:
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token.update(flags if token["content"] == content else {})
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token": "<|user|>"},
+        {"eot_token": "<|user|>"},
+        {"added_tokens_decoder": {"3": {"content": "<|user|>", "special": True}}},
+        {"added_tokens_decoder": {"3": {"content": "<|user|>", "special": True, "lstrip": True, "rstrip": True}}},
+    ],
+    ids=str,
+)
+def test_a_token_that_tokenizer_json_has_with_other_flags_counts_as_transformers_has_it(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    ours, theirs = both(
+        tmp_path, with_flags(byte_level_tokenizer(), "<|user|>", special=False), tokenizer_config=fields
+    )
+    text = "a <|user|> b"
+    token_ids = theirs(text)["input_ids"]
+    assert ours.encode(text) == token_ids
+    assert "user" not in ours.decode(token_ids)
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+
+
+def test_added_tokens_of_older_checkpoints_count(tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), tokenizer_config={"eos_token": "<end>"})
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 401, "<end>": 400, "<s>": 1, "<taken>": 2}')
+    ours, theirs = TextTokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "a<tool>b<end><taken><s>"
+    token_ids = theirs(text)["input_ids"]
+    assert ours.encode(text) == token_ids
+    assert {400, 401} < set(token_ids)
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    assert ours.defaults.eos_token_ids == {2, 400}
+
+
 def test_special_tokens_map_of_older_checkpoints_counts(tmp_path: Path) -> None:
     write_tokenizer_directory(tmp_path, byte_level_tokenizer())
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|user|>"}}')
