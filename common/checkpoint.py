@@ -203,10 +203,32 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        broken = _half_character(value)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
+    if broken is not None:
+        raise CheckpointError(
+            f"{path.name}: {broken.lstrip('.')} holds half of a surrogate pair, which is no character"
+        )
     return value
+
+
+def _half_character(value: Any, place: str = "") -> str | None:
+    r"""Where a text of a JSON value has one: JSON can write it (`"\ud800"`), and nobody can encode it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return place
+        return None
+    if isinstance(value, dict):
+        entries = [(f"{place}.{ascii(key)[1:-1]}", part) for key, inner in value.items() for part in (key, inner)]
+    elif isinstance(value, list):
+        entries = [(f"{place}[{at}]", inner) for at, inner in enumerate(value)]
+    else:
+        return None
+    return next((found for named, part in entries if (found := _half_character(part, named)) is not None), None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config_values import flag, whole_number
+from common.config_values import flag, shown, whole_number
 from common.errors import CheckpointError, UnsupportedModelError
 from common.model_refusals import refuse_attention_bias, refuse_dense_layers, refuse_unsupported_features
 from common.rope_config import RopeConfig, read_rope_config
@@ -191,7 +191,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
         raise UnsupportedModelError(
-            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
+            f"config.json: model_type {shown(model_type)} is not supported; "
+            f"supported are {', '.join(sorted(_FAMILIES))}"
         )
     sliding_window = _sliding_window(raw, family)
     refuse_unsupported_features(raw, sliding_window)
@@ -250,7 +251,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
     value = raw.get("rms_norm_eps", family.default_rms_norm_eps)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise CheckpointError(f"config.json: rms_norm_eps must be a number from 0 to 1, not {value!r}")
+        raise CheckpointError(f"config.json: rms_norm_eps must be a number from 0 to 1, not {shown(value)}")
     return float(value)
 
 
@@ -267,7 +268,9 @@ def _moe_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     dense_layers = raw.get("mlp_only_layers")
     dense_layers = [] if dense_layers is None else dense_layers
     if not isinstance(dense_layers, list) or not all(type(layer) is int for layer in dense_layers):
-        raise CheckpointError(f"config.json: mlp_only_layers must be a list of layer numbers, not {dense_layers!r}")
+        raise CheckpointError(
+            f"config.json: mlp_only_layers must be a list of layer numbers, not {shown(dense_layers)}"
+        )
     return tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(num_layers))
 
 
@@ -284,6 +287,6 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     value = next(name for name in named if name is not None)
     if value not in ("float32", "bfloat16", "float16"):
         raise UnsupportedModelError(
-            f"config.json: dtype {value!r} is not supported; supported are float32, bfloat16 and float16"
+            f"config.json: dtype {shown(value)} is not supported; supported are float32, bfloat16 and float16"
         )
     return str(value)

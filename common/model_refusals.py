@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from common.config_values import items
+from common.config_values import items, shown
 from common.errors import UnsupportedModelError
 
 _FEATURES: Final = {
@@ -43,14 +43,16 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
             raise UnsupportedModelError(f"config.json: {key} asks for {feature}, which is not supported")
     for key in _FACTORS:
         if raw.get(key) not in (None, 1):
-            raise UnsupportedModelError(f"config.json: {key} {raw[key]!r} is not supported; supported is 1")
+            raise UnsupportedModelError(f"config.json: {key} {shown(raw[key])} is not supported; supported is 1")
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json: hidden_act {activation!r} is not supported; supported is 'silu'")
+        raise UnsupportedModelError(
+            f"config.json: hidden_act {shown(activation)} is not supported; supported is 'silu'"
+        )
     architectures = items(raw, "architectures")
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise UnsupportedModelError(
-            f"config.json: architectures {architectures!r} is not supported; supported is a ...ForCausalLM"
+            f"config.json: architectures {shown(architectures)} is not supported; supported is a ...ForCausalLM"
         )
     if sliding_window is not None and raw.get("max_window_layers"):
         # transformers windows all layers, other engines those from this one on.
@@ -59,7 +61,8 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
     for kind in items(raw, "layer_types"):
         if kind != attention:
             raise UnsupportedModelError(
-                f"config.json: layer_types names {kind!r}; supported is one kind for all layers, here {attention!r}"
+                f"config.json: layer_types names {shown(kind)}; "
+                f"supported is one kind for all layers, here {attention!r}"
             )
 
 
@@ -74,6 +77,6 @@ def refuse_dense_layers(raw: Mapping[str, Any], model_type: str) -> None:
     for key, neutral in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1, None))):
         if raw.get(key) not in neutral:
             raise UnsupportedModelError(
-                f"config.json: {key} {raw[key]!r} is not supported with model_type {model_type!r}: "
+                f"config.json: {key} {shown(raw[key])} is not supported with model_type {model_type!r}: "
                 "all of its layers have experts"
             )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from common.config_values import flag
+from common.config_values import flag, shown
 from common.errors import CheckpointError, UnsupportedModelError
 
 _SUPPORTED = ("default", "linear", "llama3", "yarn")
@@ -57,7 +57,7 @@ def read_rope_config(raw: Mapping[str, Any], default_theta: float, max_position_
     kind = next(name for name in named if name is not None)
     if kind not in _SUPPORTED:
         raise UnsupportedModelError(
-            f"config.json: rope type {kind!r} is not supported; supported are {', '.join(_SUPPORTED)}"
+            f"config.json: rope type {shown(kind)} is not supported; supported are {', '.join(_SUPPORTED)}"
         )
     if _positive(parameters, "partial_rotary_factor", _positive(raw, "partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1.0 is not supported")
@@ -115,7 +115,7 @@ def _parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         value = raw.get(key)
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} must be an object or null, not {value!r}")
+            raise CheckpointError(f"config.json: {key} must be an object or null, not {shown(value)}")
         stated.append(value or {})
     if all(stated) and stated[0] != stated[1]:
         raise UnsupportedModelError("config.json: rope_scaling and rope_parameters differ; one of them must go")
@@ -133,7 +133,7 @@ def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
     if value is None or (value == 0 and type(value) in (int, float)):
         return default
     if not _is_positive(value):
-        raise CheckpointError(f"config.json: {key} must be a positive number, not {value!r}")
+        raise CheckpointError(f"config.json: {key} must be a positive number, not {shown(value)}")
     return float(value)
 
 
@@ -141,7 +141,7 @@ def _factor(parameters: Mapping[str, Any], kind: str) -> float:
     factor = _number(parameters, "factor", kind)
     if factor > _MAX_FACTOR:
         raise CheckpointError(
-            f"config.json: factor of rope type {kind!r} must be at most {_MAX_FACTOR:g}, not {factor!r}"
+            f"config.json: factor of rope type {kind!r} must be at most {_MAX_FACTOR:g}, not {shown(factor)}"
         )
     return factor
 
@@ -149,7 +149,7 @@ def _factor(parameters: Mapping[str, Any], kind: str) -> float:
 def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:
     value = parameters.get(key)
     if not _is_positive(value):
-        raise CheckpointError(f"config.json: rope type {kind!r} needs a positive {key}, not {value!r}")
+        raise CheckpointError(f"config.json: rope type {kind!r} needs a positive {key}, not {shown(value)}")
     return float(value)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.checkpoint import read_json
+from common.config_values import shown
 from common.errors import CheckpointError
 
 
@@ -28,9 +29,7 @@ class CheckpointFile:
 
     def refuse(self, key: str, right: str) -> NoReturn:
         """`right`: what the value of `key` must be."""
-        shown = repr(self.values.get(key))
-        shown = shown if len(shown) <= 100 else shown[:100] + "..."
-        raise CheckpointError(f"{self.name}: {self.path}{key} must be {right}, not {shown}")
+        raise CheckpointError(f"{self.name}: {self.path}{key} must be {right}, not {shown(self.values.get(key))}")
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key)

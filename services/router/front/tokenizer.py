@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from services.router.front.message_content import Message
 from services.router.front.special_tokens import SpecialTokens, read_special_tokens
 from services.router.front.token_bound import TokenBound
 from services.router.front.vocabulary import Vocabulary
+
+_SHOWN_CHARACTERS = 300
+"""Of what the library says against a file, which may hold a good part of it."""
 
 
 class TextTokenizer:
@@ -41,16 +46,13 @@ class TextTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{directory} has no tokenizer.json")
-        try:
+        with _errors_of_the_library("read"):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
-            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
         config = CheckpointFile.read(directory, "tokenizer_config.json")
         tokens = read_special_tokens(directory, config, tokenizer)
         _complete(tokenizer, config, tokens)
-        templates = {
-            name: ChatTemplate(source, tokens.texts) for name, source in _template_sources(directory, config).items()
-        }
+        sources = _template_sources(directory, config)
+        templates = {name: _compiled(source, tokens) for name, source in sources.items()}
         ends = (tokenizer.token_to_id(token.content) for token in tokens.named.get("eos_token", []))
         return cls(
             tokenizer,
@@ -116,9 +118,36 @@ def _complete(tokenizer: Tokenizer, config: CheckpointFile, tokens: SpecialToken
     if tokenizer.post_processor is None:
         tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     tokens.add_to(tokenizer)
+    with _errors_of_the_library("used"):
+        tokenizer.decode(tokenizer.encode("a b").ids)
 
 
-def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, str]:
+@contextmanager
+def _errors_of_the_library(done: str) -> Iterator[None]:
+    """As CheckpointError. The library raises Exception itself, and panics at some of what it has read before."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"tokenizer.json cannot be {done}: {str(error)[:_SHOWN_CHARACTERS]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _TemplateSource:
+    place: str
+    """File, or file and key."""
+    text: str
+
+
+def _compiled(source: _TemplateSource, tokens: SpecialTokens) -> ChatTemplate:
+    try:
+        return ChatTemplate(source.text, tokens.texts)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.place}: {error.message}") from error
+
+
+def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, _TemplateSource]:
     """Templates by name. Files count before entries of tokenizer_config.json."""
     sources = {path.stem: _read_template(path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     single_file = directory / "chat_template.jinja"
@@ -126,25 +155,27 @@ def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, str]
         sources["default"] = _read_template(single_file)
     if sources:
         return sources
+    place = f"{config.name}: chat_template"
     match config.values.get("chat_template"):
         case None | "":
             return {}
         case str(source):
-            return {"default": source}
+            return {"default": _TemplateSource(place, source)}
         case list(entries):
             named = [
                 CheckpointFile(config.name, entry, "chat_template.") for entry in entries if isinstance(entry, dict)
             ]
             if len(named) == len(entries):
-                return {template.text("name"): template.text("template") for template in named}
+                texts = {template.text("name"): template.text("template") for template in named}
+                return {name: _TemplateSource(f"{place}, {name!r}", text) for name, text in texts.items()}
         case dict(entries):
             templates = CheckpointFile(config.name, entries, "chat_template.")
-            return {name: templates.text(name) for name in entries}
+            return {name: _TemplateSource(f"{place}.{name}", templates.text(name)) for name in entries}
     config.refuse("chat_template", 'a string, a list of {"name": ..., "template": ...} or a map of names to templates')
 
 
-def _read_template(path: Path) -> str:
+def _read_template(path: Path) -> _TemplateSource:
     try:
-        return path.read_text("utf-8")
+        return _TemplateSource(path.name, path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path.name} cannot be read as UTF-8: {error}") from None

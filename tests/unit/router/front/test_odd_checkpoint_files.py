@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import CheckpointError, UnsupportedModelError
 from common.model_config import read_model_config
 from services.router.front.tokenizer import TextTokenizer
-from tests.support.tiny_tokenizers import byte_level_tokenizer, write_tokenizer_directory
+from tests.support.tiny_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer, write_tokenizer_directory
 
 MODEL: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -204,3 +204,84 @@ def test_a_file_that_is_no_json_object_is_named(name: str, content: bytes, tmp_p
     (directory / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         TextTokenizer.from_directory(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "eos_token"),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": ["a", {"content": "\udfff"}]},
+            "extra_special_tokens[1].content",
+        ),
+        ("tokenizer_config.json", {"chat_template": {"default": "a\ud800"}}, "chat_template.default"),
+        ("special_tokens_map.json", {"bos_token": {"content": "\ud83d"}}, "bos_token.content"),
+        ("added_tokens.json", {"\ud800": 400}, r"\ud800"),
+        ("generation_config.json", {"\ud800": [{}]}, r"\ud800"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_by_file_and_key(
+    name: str, content: dict[str, Any], place: str, tmp_path: Path
+) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer())
+    write(tmp_path, {name: content})
+    with pytest.raises(CheckpointError) as refused:
+        TextTokenizer.from_directory(tmp_path)
+    assert refused.value.message == f"{name}: {place} holds half of a surrogate pair, which is no character"
+
+
+@pytest.mark.parametrize(("content", "key"), [({"<a>": "400"}, "<a>"), ({"<a>": -1}, "<a>"), ({"<a>": [1]}, "<a>")])
+def test_ids_of_added_tokens_are_whole_numbers(content: dict[str, Any], key: str, tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer())
+    write(tmp_path, {"added_tokens.json": content})
+    with pytest.raises(CheckpointError, match=f"added_tokens.json: {key} must be a token id"):
+        TextTokenizer.from_directory(tmp_path)
+
+
+def test_a_tokenizer_that_the_library_panics_at_is_named_at_start(tmp_path: Path) -> None:
+    raw = json.loads(byte_fallback_tokenizer().to_str())
+    raw["post_processor"]["single"][0]["SpecialToken"]["id"] = "<nobody>"
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer())
+    write(tmp_path, {"tokenizer.json": raw})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+        TextTokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"num_hidden_layers": "x" * 5000},
+        {"tie_word_embeddings": "x" * 5000},
+        {"hidden_act": "x" * 5000},
+        {"rope_scaling": {"rope_type": "x" * 5000}},
+        {"rope_scaling": {"rope_type": "linear", "factor": ["x" * 5000]}},
+        {"mlp_only_layers": ["x" * 5000]},
+    ],
+    ids=lambda content: next(iter(content)),
+)
+def test_a_refusal_stays_short_whatever_the_value(content: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, {"config.json": MODEL | content})
+    with pytest.raises((CheckpointError, UnsupportedModelError)) as refused:
+        read_model_config(tmp_path)
+    assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ("{{", "tokenizer_config.json: chat_template: "),
+        ({"default": "{{"}, "tokenizer_config.json: chat_template.default: "),
+        ([{"name": "default", "template": "{{"}], "tokenizer_config.json: chat_template, 'default': "),
+        (None, "chat_template.jinja: "),
+    ],
+)
+def test_a_template_that_does_not_compile_is_named_by_its_file(template: Any, place: str, tmp_path: Path) -> None:
+    write_tokenizer_directory(tmp_path, byte_level_tokenizer(), chat_template=None)
+    if template is None:
+        (tmp_path / "chat_template.jinja").write_text("{{")
+    else:
+        write(tmp_path, {"tokenizer_config.json": {"chat_template": template}})
+    with pytest.raises(CheckpointError) as refused:
+        TextTokenizer.from_directory(tmp_path)
+    assert refused.value.message.startswith(place)
