@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint directory: which tensor is in which file, its shape, and a fingerprint. No torch.
 
 Layout: `config.json`, and the weights in `model.safetensors`, or in the files that `model.safetensors.index.json`
-names: the first of the two that is there counts, as with transformers. Without either, every `*.safetensors` does.
+names: the first of the two that is there counts, as with transformers. Without either there are no weights: nothing
+says which files belong to the model, and which to an adapter or to another format of the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ WHOLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it: a damaged length must not fill the memory."""
+_SHOWN_FILES = 3
 _HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
 """Any of these says where downloads are kept, without a home directory."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -84,20 +87,26 @@ def _expanded(path: str) -> Path:
 
 
 def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor of the checkpoint by name. Raises CheckpointError that names the file and what is wrong."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in find_weight_files(directory).read:
-        header, data_start = _safetensors_header(file)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if name in tensors:
-                raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
+    """Every tensor of the checkpoint by name: of one that is in several files the last, in the order of their names, as
+    transformers reads it. Raises CheckpointError that names the file and what is wrong."""
+    return {name: stored for file in find_weight_files(directory).read for name, stored in _tensors_of(file)}
+
+
+def tensors_in_several_files(directory: Path) -> list[str]:
+    """Their names, in order. Raises CheckpointError as `read_tensor_index`."""
+    counts = Counter(name for file in find_weight_files(directory).read for name, _ in _tensors_of(file))
+    return sorted(name for name, count in counts.items() if count > 1)
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    header, data_start = _safetensors_header(file)
+    for name, entry in header.items():
+        if name != "__metadata__":
             start, stop = entry["data_offsets"]
-            tensors[name] = StoredTensor(
-                file, tuple(entry["shape"]), str(entry["dtype"]), data_start + start, stop - start
+            yield (
+                name,
+                StoredTensor(file, tuple(entry["shape"]), str(entry["dtype"]), data_start + start, stop - start),
             )
-    return tensors
 
 
 def fingerprint(directory: Path, *, has_weights: bool = True) -> str:
@@ -139,13 +148,21 @@ def _find_weight_files(directory: Path) -> WeightFiles:
     elif has_index:
         files, is_index_read = _files_of_index(index), True
     else:
-        files, is_index_read = there, False
-    if not files:
-        raise CheckpointError(f"no *.safetensors file in {directory}")
+        raise CheckpointError(_no_weights(directory, [file.name for file in there]))
     passed_over = [file.name for file in there if file not in files]
     if has_index and not is_index_read:
         passed_over.append(WEIGHTS_INDEX)
     return WeightFiles(tuple(files), tuple(passed_over))
+
+
+def _no_weights(directory: Path, others: list[str]) -> str:
+    said = f"{directory} has neither {WHOLE_FILE} nor {WEIGHTS_INDEX}"
+    if others:
+        shown = ", ".join(others[:_SHOWN_FILES]) + (", ..." if len(others) > _SHOWN_FILES else "")
+        return f"{said}; without one of them nothing says which other files hold the model's weights ({shown})"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+        return f"{said}; weights must be stored as safetensors"
+    return f"{said}, so no weights"
 
 
 def _files_of_index(index: Path) -> list[Path]:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import find_weight_files, read_tensor_index, resolve_model, served_name
+from common.checkpoint import (
+    find_weight_files,
+    read_tensor_index,
+    resolve_model,
+    served_name,
+    tensors_in_several_files,
+)
 from common.checkpoint_part import refuse_useless_part, see_checkpoint
 from common.config import Settings
 from common.model_config import ModelConfig, read_model_config
@@ -55,6 +61,8 @@ def _check_weights(directory: Path, config: ModelConfig) -> tuple[str, ...]:
     remarks: list[str] = []
     if passed_over := find_weight_files(directory).passed_over:
         remarks.append(f"beside the weights lie files that are not read: {_some_of(passed_over)}")
+    if doubled := tensors_in_several_files(directory):
+        remarks.append(f"tensors are stored in several files, and are read from the last: {_some_of(doubled)}")
     if unused := unused_tensors(config, index):
         remarks.append(f"tensors that the model does not have are not read: {_some_of(unused)}")
     if config.tie_word_embeddings and EMBEDDING in index and LM_HEAD in index:

@@ -14,7 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from common.checkpoint import find_weight_files, fingerprint, read_tensor_index, resolve_model, served_name
+from common.checkpoint import (
+    find_weight_files,
+    fingerprint,
+    read_tensor_index,
+    resolve_model,
+    served_name,
+    tensors_in_several_files,
+)
 from common.errors import CheckpointError, ConfigurationError
 
 INDEX = "model.safetensors.index.json"
@@ -57,10 +64,24 @@ def test_every_tensors_bytes_are_where_the_index_says(tmp_path: Path) -> None:
     assert content == numbers.numpy().tobytes()
 
 
-def test_without_an_index_all_files_of_the_folder_count(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path)
-    (directory / INDEX).unlink()
-    assert sorted(read_tensor_index(directory)) == ["a", "b", "c"]
+@pytest.mark.parametrize(
+    "names", [["one", "two"], ["weights"], ["model-00001-of-00001"], ["adapter_model"], [f"m{n}" for n in range(9)]]
+)
+def test_files_that_neither_an_index_nor_their_name_declares_are_no_weights(names: list[str], tmp_path: Path) -> None:
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError) as refused:
+        read_tensor_index(tmp_path)
+    said = refused.value.message
+    assert "has neither model.safetensors nor model.safetensors.index.json; without one of them" in said
+    assert f"{names[0]}.safetensors" in said
+    assert len(said) < 400
+
+
+def test_weights_in_another_format_are_told_so(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="weights must be stored as safetensors"):
+        read_tensor_index(tmp_path)
 
 
 def test_a_file_that_the_index_names_and_is_missing_is_named(tmp_path: Path) -> None:
@@ -99,15 +120,21 @@ def test_a_second_file_beside_the_weights_is_passed_over_by_name(tmp_path: Path)
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+    with pytest.raises(CheckpointError, match="so no weights"):
         read_tensor_index(tmp_path)
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+def test_of_a_tensor_in_two_files_the_last_counts_as_with_transformers(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
-    save_file({"a": torch.ones(1), "c": torch.ones(5, 1)}, directory / "two.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor a is also in one\.safetensors"):
-        read_tensor_index(directory)
+    assert tensors_in_several_files(directory) == []
+    save_file({"b": torch.ones(1), "a": torch.ones(1), "c": torch.ones(5, 1)}, directory / "two.safetensors")
+    index = read_tensor_index(directory)
+    assert [(index[name].file.name, index[name].shape) for name in "abc"] == [
+        ("two.safetensors", (1,)),
+        ("two.safetensors", (1,)),
+        ("two.safetensors", (5, 1)),
+    ]
+    assert tensors_in_several_files(directory) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -157,20 +184,20 @@ def test_a_file_that_is_cut_off_is_named(kept_bytes: int, tmp_path: Path) -> Non
     ids=str,
 )
 def test_a_damaged_entry_is_named_with_its_file(entry: Any, tmp_path: Path) -> None:
-    write_header(tmp_path / "x.safetensors", {"weird.name": entry}, bytes(4))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: entry weird\.name"):
+    write_header(tmp_path / "model.safetensors", {"weird.name": entry}, bytes(4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: entry weird\.name"):
         read_tensor_index(tmp_path)
 
 
 @pytest.mark.parametrize("header", [b"[]", b"3", b"{", b"\xff\xfe", b"[" * 99_999])
 def test_a_header_that_is_no_json_object_is_refused(header: bytes, tmp_path: Path) -> None:
-    write_header(tmp_path / "x.safetensors", header)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+    write_header(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_tensor_index(tmp_path)
 
 
 def test_a_header_length_of_gigabytes_is_refused_without_reading_them(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
+    file = tmp_path / "model.safetensors"
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 40 << 30))
         stream.truncate(50 << 30)  # sparse: takes no room on the disk
@@ -230,7 +257,7 @@ def test_a_disk_that_fails_while_files_are_looked_for_is_a_sentence(
 
 def test_of_a_folder_without_weights_the_config_is_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
+    with pytest.raises(CheckpointError, match="so no weights"):
         fingerprint(tmp_path)
     before = fingerprint(tmp_path, has_weights=False)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')

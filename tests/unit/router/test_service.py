@@ -13,12 +13,14 @@ import pytest
 import structlog
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from common.config import Settings
 from common.errors import ConfigurationError, ForbiddenError
 from common.ids import PipelineId
 from common.messages import AssignStage, StageReady
 from common.node import NodeAddresses
+from common.weights import CheckpointWeights
 from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
@@ -63,6 +65,31 @@ def test_what_lies_in_a_checkpoint_and_is_not_read_is_remarked(tmp_path: Path) -
         "beside the weights lie files that are not read: consolidated.safetensors",
         "tensors that the model does not have are not read: score.weight",
         "config.json: tie_word_embeddings is true, and lm_head.weight is stored: that tensor is used",
+    )
+
+
+def test_of_a_tensor_in_two_files_the_last_is_read_and_remarked_as_with_transformers(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "tiny")
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    norm = "model.norm.weight"
+    files = ("b.safetensors", "a.safetensors", "c.safetensors")
+    for number, file in enumerate(files):
+        some = {name: tensor for at, (name, tensor) in enumerate(sorted(tensors.items())) if at % 3 == number}
+        save_file(
+            some | {norm: torch.full_like(tensors[norm], number + 2)}, directory / file, metadata={"format": "pt"}
+        )
+    weight_map = {name: files[at % 3] for at, name in enumerate(sorted(tensors))} | {norm: "a.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).model.norm.weight
+    assert CheckpointWeights(directory, torch.float32).tensor(norm, tuple(theirs.shape)).equal(theirs)
+    assert theirs[0] == 4
+    assert read_model(Settings(model=str(directory))).remarks == (
+        f"tensors are stored in several files, and are read from the last: {norm}",
+    )
+    shard_checkpoint(str(directory), tmp_path / "parts", 2, 1, 1)
+    assert (
+        CheckpointWeights(tmp_path / "parts" / "stage-1", torch.float32).tensor(norm, tuple(theirs.shape)).equal(theirs)
     )
 
 
