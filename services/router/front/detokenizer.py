@@ -6,10 +6,11 @@ That promise decides the method:
   are read first, and what they make is not shown.
 - A byte-level vocabulary maps each token to bytes, whatever its neighbours are; an incremental UTF-8 decoder does
   the rest.
-- With byte fallback, a character that lacks a token comes as a run of byte tokens. It is shown with its last byte.
-  Here the promise has one exception: of a run that is not valid UTF-8 the library makes U+FFFD of every byte, also of
-  the characters before the fault. Those were shown, and nothing that was shown is taken back; all bytes from the fault
-  to the end of the run become U+FFFD, one each.
+- With byte fallback, a character that lacks a token comes as a run of byte tokens. It is shown with its last byte, and
+  a byte that belongs to no character is one U+FFFD, as SentencePiece itself decodes. Here the promise has an exception:
+  of a run with a fault in it the `tokenizers` library makes U+FFFD of every byte, also of those of whole characters.
+  While a run goes on nobody knows whether a fault will come, nothing that was shown is taken back, and a line break
+  after a fault is still one, which a client may have named as a stop string.
 - Otherwise text is decoded in a window over the last few tokens.
 Work and memory are linear in the number of tokens.
 """
@@ -26,7 +27,6 @@ _PREFIX_TOKENS = 6
 """Tokens kept before new ones, so that what a decoder does to the start of a text happens to them."""
 _REPLACEMENT = "\ufffd"
 _MAX_UTF8_BYTES = 4
-_CONTINUING_BYTES = bytes(range(0x80, 0xC0))
 _LOOK_BACK = 1024
 """Tokens of a prompt that are looked at: each choice and each reader of it begins with them."""
 
@@ -52,33 +52,31 @@ def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] =
     return detokenizer
 
 
-def _last_tokens(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
-    """Tokens that decide how the next one reads: a few that show in the text, and of a run of bytes that it ends in
-    what says whether the run is whole, has begun a character, or is faulty."""
+def begun_character(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
+    """The byte tokens at the end that begin a character and do not finish it."""
     shown = [token_id for token_id in token_ids[-_LOOK_BACK:] if not vocabulary.is_skipped(token_id)]
-    start = len(shown)
-    while start and vocabulary.is_fallback_byte(shown[start - 1]):
-        start -= 1
-    is_cut = start == 0 and len(token_ids) > _LOOK_BACK
-    return shown[:start][-_PREFIX_TOKENS:] + _end_of_run(vocabulary, shown[start:], is_cut)
+    for length in range(1, min(_MAX_UTF8_BYTES, len(shown) + 1)):
+        if not vocabulary.is_fallback_byte(shown[-length]):
+            break
+        begun = shown[-length:]
+        if _has_begun(b"".join(map(vocabulary.token_bytes, begun))):
+            return begun
+    return []
 
 
-def _end_of_run(vocabulary: Vocabulary, run: list[int], is_cut: bool) -> list[int]:
-    data = b"".join(map(vocabulary.token_bytes, run))
-    if is_cut:  # perhaps within a character
-        data = data.lstrip(_CONTINUING_BYTES)
-        run = run[len(run) - len(data) :]
-    whole = len(data)
+def _has_begun(data: bytes) -> bool:
+    """True for the beginning of a character's bytes."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        if error.reason != "unexpected end of data":
-            return run[error.start : error.start + _MAX_UTF8_BYTES] + run[-1:]
-        whole = error.start
-    last = max(0, whole - 1)
-    while last and data[last] in _CONTINUING_BYTES:
-        last -= 1
-    return run[last:]
+        return error.start == 0 and error.reason == "unexpected end of data"
+    return False
+
+
+def _last_tokens(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
+    """Tokens that decide how the next one reads: a few that show in the text, and a character that has begun."""
+    shown = [token_id for token_id in token_ids[-_LOOK_BACK:] if not vocabulary.is_skipped(token_id)]
+    return shown[-_PREFIX_TOKENS - len(begun_character(vocabulary, token_ids)) :]
 
 
 class ByteLevelDetokenizer:
@@ -110,16 +108,13 @@ class WindowDetokenizer:
         """What they decode to on their own."""
         self._bytes: list[int] = []
         """Tokens of the character that has begun."""
-        self._is_faulty = False
-        """The run of bytes that goes on is not valid UTF-8."""
 
     def push(self, token_id: int) -> str:
         if self._vocabulary.is_skipped(token_id):
             return ""
         if self._vocabulary.is_fallback_byte(token_id):
             return self._push_byte(token_id)
-        lost = self._give_up_bytes()
-        self._is_faulty = False
+        lost = self._give_up_bytes(len(self._bytes))
         self._window.append(token_id)
         text = self._vocabulary.decode(self._window)
         num_new_tokens = len(self._window) - self._num_shown_tokens
@@ -128,36 +123,37 @@ class WindowDetokenizer:
         return lost + self._show(text, self._window[-_PREFIX_TOKENS:])
 
     def flush(self) -> str:
-        lost = self._give_up_bytes()
+        lost = self._give_up_bytes(len(self._bytes))
         if len(self._window) == self._num_shown_tokens:
             return lost
         return lost + self._show(self._vocabulary.decode(self._window), self._window[-_PREFIX_TOKENS:])
 
     def _push_byte(self, token_id: int) -> str:
         self._bytes.append(token_id)
-        if self._is_faulty:
-            return self._give_up_bytes()
-        try:
-            b"".join(map(self._vocabulary.token_bytes, self._bytes)).decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                return ""
-            self._is_faulty = True
-            return self._give_up_bytes()
-        character, self._bytes = self._bytes, []
-        self._window += character
-        # Of a run that goes on, a part that begins within a character would be decoded as faulty.
-        return self._show(self._vocabulary.decode(self._window), character)
+        shown = ""
+        while self._bytes:
+            try:
+                b"".join(map(self._vocabulary.token_bytes, self._bytes)).decode()
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    break
+                shown += self._give_up_bytes(1)
+                continue
+            character, self._bytes = self._bytes, []
+            self._window += character
+            # Of a run that goes on, a part that begins within a character would be decoded as faulty.
+            shown += self._show(self._vocabulary.decode(self._window), character)
+        return shown
 
-    def _give_up_bytes(self) -> str:
-        """They make no character."""
-        lost = self._bytes
-        if lost:
-            self._bytes = []
-            # What is before them is not decoded together with them any more: it was shown, and would be lost too.
-            self._window, self._shown_text = lost, self._vocabulary.decode(lost)
-            self._num_shown_tokens = len(lost)
-        return _REPLACEMENT * len(lost)
+    def _give_up_bytes(self, number: int) -> str:
+        """The first so many make no character."""
+        if number:
+            self._bytes = self._bytes[number:]
+            # Whatever comes next is not decoded together with them, which would make faults of it too.
+            self._window = list(self._vocabulary.neutral_byte)
+            self._shown_text = self._vocabulary.decode(self._window)
+            self._num_shown_tokens = len(self._window)
+        return _REPLACEMENT * number
 
     def _show(self, text: str, prefix: list[int]) -> str:
         """The new part of what the window decodes to; of its tokens, `prefix` is kept."""

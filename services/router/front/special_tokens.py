@@ -80,10 +80,10 @@ def _named(config: CheckpointFile, older: CheckpointFile | None) -> dict[str, li
             found[name] = _listed(file, name)
         elif file.values.get(name) is not None:
             found[name] = [_added_token(file, name)]
-    for file in (config, older):
-        for name in file.values if file is not None else ():
+    for file in (config,) if older is None else (config, older):
+        for name, value in file.values.items():
             is_free = name not in _STANDARD_NAMES and name not in found
-            if is_free and name.endswith("_token") and _is_token(file.values[name]):
+            if is_free and name.endswith("_token") and _is_token(value):
                 found[name] = [_added_token(file, name)]
     if isinstance(config.values.get(_EXTRA), dict):
         extra = config.section(_EXTRA)

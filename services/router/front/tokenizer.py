@@ -16,7 +16,7 @@ from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.chat_template import ChatTemplate
 from services.router.front.checkpoint_defaults import CheckpointDefaults, read_checkpoint_defaults
 from services.router.front.checkpoint_file import CheckpointFile
-from services.router.front.detokenizer import Detokenizer, create_detokenizer
+from services.router.front.detokenizer import Detokenizer, begun_character, create_detokenizer
 from services.router.front.library_panics import panics_are_errors
 from services.router.front.message_content import Message
 from services.router.front.special_tokens import SpecialTokens, read_special_tokens
@@ -102,6 +102,10 @@ class TextTokenizer:
 
     def echo(self, prompt_token_ids: Sequence[int]) -> str:
         """A prompt as text to which the text of a choice can be added: without a last character that has only begun."""
+        begun = begun_character(self.vocabulary, prompt_token_ids)
+        if begun and list(prompt_token_ids[-len(begun) :]) == begun:
+            # The library would take whole characters before these for faults as well.
+            return self.decode(prompt_token_ids[: -len(begun)], skip_special_tokens=False)
         text = self.decode(prompt_token_ids, skip_special_tokens=False)
         return text.removesuffix(self.create_detokenizer(prompt_token_ids).flush())
 
@@ -126,10 +130,9 @@ def _complete(tokenizer: Tokenizer, config: CheckpointFile, tokens: SpecialToken
 def _errors_of_the_library(done: str) -> Iterator[None]:
     """As CheckpointError. The library raises Exception itself, and panics at some of what it has read before."""
     try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with panics_are_errors:
+            yield
+    except Exception as error:
         raise CheckpointError(f"tokenizer.json cannot be {done}: {str(error)[:_SHOWN_CHARACTERS]}") from error
 
 

@@ -34,6 +34,8 @@ class Vocabulary:
         added = tokenizer.get_added_tokens_decoder()
         self._special_texts = {token.content for token in added.values() if token.special}
         self._fallback_bytes = _fallback_bytes(tokenizer) if self.has_byte_fallback else {}
+        self.neutral_byte = [token_id for token_id, value in self._fallback_bytes.items() if value == ord("A")][:1]
+        """A token that is a letter, and so stands for any text before another byte; none in a vocabulary without it."""
         self._skipped: dict[int, bool] = {}
         self._bytes: dict[int, bytes] = {}
         self._byte_of_character = _byte_of_character()

@@ -314,7 +314,12 @@ ASKS_FOR_NULL = (
     "{% for call in m['tool_calls'] %}{{ call['type'] + ' ' + call['function']['name'] + ' ' + "
     "call['function']['arguments'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
-CALLS_ALONE = {"null": {"content": None}, "absent": {}, "empty": {"content": ""}, "empty list": {"content": []}}
+CALLS_ALONE: dict[str, dict[str, Any]] = {
+    "null": {"content": None},
+    "absent": {},
+    "empty": {"content": ""},
+    "empty list": {"content": []},
+}
 
 
 @pytest.mark.parametrize("silence", CALLS_ALONE)

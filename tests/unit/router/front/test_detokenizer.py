@@ -63,28 +63,40 @@ def ids_of(name: str) -> st.SearchStrategy[list[int]]:
     )
 
 
+def text_of_run(data: bytes) -> str:
+    """Characters as they are, and U+FFFD for each byte that is part of none."""
+    text = ""
+    while data:
+        lengths = [length for length in range(1, 5) if is_character(data[:length])]
+        text += data[: lengths[0]].decode() if lengths else "\ufffd"
+        data = data[lengths[0] if lengths else 1 :]
+    return text
+
+
+def is_character(data: bytes) -> bool:
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
+
+
 def decoded(name: str, token_ids: list[int]) -> str:
-    """What the library makes of all ids at once; but of a run of bytes that is not valid UTF-8, characters that are
-    whole before its first fault stay. Such a run is decoded as a placeholder, which is then replaced by its text."""
+    """What the library makes of all ids at once; but of a run of bytes that is not valid UTF-8, characters stay. Such a
+    run is decoded as a placeholder, which is then replaced by its text."""
     tokenizer, vocabulary = TOKENIZERS[name], VOCABULARIES[name]
     shown = [token_id for token_id in token_ids if not vocabulary.is_skipped(token_id)]
     ids: list[int] = []
     faulty: list[str] = []
     for is_run, group in itertools.groupby(shown, vocabulary.is_fallback_byte):
         run = list(group)
-        if not is_run:
-            ids += run
-            continue
-        data = b"".join(map(vocabulary.token_bytes, run))
-        try:
-            data.decode()
-            ids += run
-        except UnicodeDecodeError as error:
-            text = data[: error.start].decode()
+        text = text_of_run(b"".join(map(vocabulary.token_bytes, run))) if is_run else ""
+        if "\ufffd" in text:
             if not ids and text.startswith(" ") and name == "byte_fallback":
                 text = text[1:]  # the decoder strips the first blank
-            faulty.append(text + "\ufffd" * (len(data) - error.start))
+            faulty.append(text)
             ids.append(PLACEHOLDER_ID)
+        else:
+            ids += run
     first, *rest = tokenizer.decode(ids).split(PLACEHOLDER)
     return first + "".join(text + piece for text, piece in zip(faulty, rest, strict=True))
 
@@ -168,11 +180,22 @@ def test_a_character_of_bytes_is_shown_with_its_last_byte() -> None:
     assert detokenizer.flush() == ""
 
 
+@pytest.mark.parametrize("start", [b"", b"a", b"\xc3\xa9", b" "])
+@pytest.mark.parametrize("fault", [b"\xff", b"\xf0\x9f", b"\xe2\x82\xe2", b"\x80\x80"])
+def test_a_line_break_of_bytes_after_a_fault_is_shown_at_once(start: bytes, fault: bytes) -> None:
+    detokenizer = create_detokenizer(VOCABULARIES["byte_fallback"], [260])
+    pieces = [detokenizer.push(3 + value) for value in start + fault + b"\n"]
+    assert "".join(pieces[:-1]).startswith(start.decode())
+    assert pieces[-1].endswith("\n")
+    assert detokenizer.push(3 + ord("\n")) == "\n"
+    assert "".join(pieces).count("\ufffd") == len(fault)
+
+
 def test_what_was_shown_of_a_run_of_bytes_is_not_taken_back() -> None:
     tokenizer = TOKENIZERS["byte_fallback"]
     detokenizer = create_detokenizer(VOCABULARIES["byte_fallback"])
     ids = [tokenizer.token_to_id(f"<0x{value:02X}>") or 0 for value in b"a\xc3\xff\xc3\xbc"]
-    assert [detokenizer.push(token_id) for token_id in ids] == ["a", "", "\ufffd\ufffd", "\ufffd", "\ufffd"]
+    assert [detokenizer.push(token_id) for token_id in ids] == ["a", "", "\ufffd\ufffd", "", "ü"]
 
 
 @pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
@@ -187,7 +210,7 @@ def test_pieces_of_a_text_never_hold_half_a_character(name: str, text: str) -> N
 
 @MANY_EXAMPLES
 @given(st.lists(st.integers(3, 258), max_size=16), st.integers(259, 419))
-def test_a_fault_in_a_run_of_bytes_ends_with_the_run(byte_ids: list[int], word: int) -> None:
+def test_a_fault_in_a_run_of_bytes_spoils_no_character_beside_it(byte_ids: list[int], word: int) -> None:
     token_ids = [word, *byte_ids, word, *byte_ids]
     assert "".join(pieces_of("byte_fallback", token_ids)) == decoded("byte_fallback", token_ids)
 

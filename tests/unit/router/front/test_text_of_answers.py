@@ -114,6 +114,31 @@ def test_a_stop_string_of_byte_tokens_ends_the_choice_at_once(pieces: TextTokeni
     run(main())
 
 
+def test_a_stop_string_after_a_fault_in_a_run_of_bytes_ends_the_choice_at_once(pieces: TextTokenizer) -> None:
+    async def main() -> None:
+        faulty = [3 + value for value in b"ok\xf0\x9f\n" + 50 * b"\n"]
+        server = Server(pieces, script=[*ids(pieces, "▁were"), *faulty])
+        reply = (await server.post(COMPLETIONS, prompt="there", stop=["\n"], max_tokens=50)).json()
+        assert reply["choices"][0]["text"] == " wereok\ufffd\ufffd"
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        assert reply["usage"]["completion_tokens"] == 6
+
+    run(main())
+
+
+def test_characters_before_one_that_the_prompt_began_are_echoed(pieces: TextTokenizer) -> None:
+    async def main() -> None:
+        begun = [*ids(pieces, "<s>"), *byte_ids(pieces, "日👩")[:-1]]
+        fields = {"prompt": begun, "max_tokens": 1}
+        server = Server(pieces, script=byte_ids(pieces, "👩")[-1:])
+        texts = [
+            (await server.post(COMPLETIONS, **fields, echo=echo)).json()["choices"][0]["text"] for echo in (False, True)
+        ]
+        assert texts == ["👩", "<s>日👩"]
+
+    run(main())
+
+
 def test_a_character_of_byte_tokens_is_streamed_with_its_last_byte(pieces: TextTokenizer) -> None:
     async def main() -> None:
         server = Server(pieces, script=[*byte_ids(pieces, "👩é!")])
