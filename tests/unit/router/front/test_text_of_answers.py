@@ -130,7 +130,7 @@ def test_characters_before_one_that_the_prompt_began_are_echoed(pieces: TextToke
     async def main() -> None:
         begun = [*ids(pieces, "<s>"), *byte_ids(pieces, "日👩")[:-1]]
         fields = {"prompt": begun, "max_tokens": 1}
-        server = Server(pieces, script=byte_ids(pieces, "👩")[-1:])
+        server = Server(pieces, script=[*byte_ids(pieces, "👩")[-1:]])
         texts = [
             (await server.post(COMPLETIONS, **fields, echo=echo)).json()["choices"][0]["text"] for echo in (False, True)
         ]
