@@ -90,6 +90,7 @@ class JournalWriter:
             self._queue.check_fenced()
             self._check_term()
             self._write_backlog()
+            self._write(lambda: None)  # looks whether the files are there
         except FencedError as error:
             self._log.warning("journal_not_flushed", reason=error.message)
         try:

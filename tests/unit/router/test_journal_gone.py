@@ -184,6 +184,21 @@ def test_files_that_are_gone_while_nothing_is_written_are_seen_within_a_second(
     journal.close()
 
 
+@pytest.mark.parametrize("harm", WAYS)
+def test_files_that_are_gone_just_before_a_router_ends_in_order_are_written_anew(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    harmed, calm = tmp_path / "state" / "j", tmp_path / "calm" / "j"
+    for path in (harmed, calm):
+        journal = a_full_one(path)
+        fold(journal)
+        if path is harmed:
+            harm(path)
+        journal.close()
+    assert len(reopened(calm)) == 3
+    assert said(reopened(harmed)) == said(reopened(calm))
+
+
 def test_files_that_go_in_the_middle_of_a_commit_are_seen_before_anything_is_handed_on(tmp_path: Path) -> None:
     path = tmp_path / "state" / "j"
     journal = a_full_one(path)
