@@ -14,6 +14,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from chaos.answer import DONE
 from chaos.sse import EventParser, split_lines
 from common.errors import MoemeshError
+from compose.router_client import open_client
 
 RESUME_PATIENCE_S = 30.0
 """How long a router that went away is looked for."""
@@ -22,7 +23,7 @@ RESUME_PATIENCE_S = 30.0
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
     """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=300)) as client:
+    with open_client(url, httpx.Timeout(10, read=300)) as client:
         model = served_model(client)
         chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
         try:

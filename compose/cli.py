@@ -27,6 +27,7 @@ from compose.answers import served_model, stream_answer, stream_pieces
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.people import console, say, say_error, table_console
 from compose.preflight import check_before_start
+from compose.router_client import named_url, open_client, why_not_answered
 from compose.shard_command import shard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
@@ -108,11 +109,11 @@ def status(url: UrlOption = "") -> None:
     """Whether a mesh is ready, and what it counts."""
     url = _router_url(url)
     try:
-        with httpx.Client(base_url=url, timeout=10) as client:
-            ready = client.get("/ready").json()
-            mesh = client.get("/mesh").json()
+        with open_client(url, 10) as client:
+            ready = _read_status(client, "/ready")
+            mesh = _read_status(client, "/mesh")
             metrics = client.get("/metrics").text
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, MoemeshError) as error:
         raise _not_answered(url, error) from None
     print(f"{'ready' if ready.get('ready') else 'not ready'}: {ready.get('detail', '')}")
     for warning in ready.get("warnings", ()):
@@ -129,11 +130,9 @@ def status(url: UrlOption = "") -> None:
 
 
 def _router_url(given: str) -> str:
-    """Of the router that is meant: the one that was named (a `/v1` is what SDKs need, and `http://` goes without
-    saying), or that runs here."""
+    """Of the router that is meant: the one that was named, or that runs here."""
     if given:
-        url = given if "://" in given else f"http://{given}"
-        return url.rstrip("/").removesuffix("/v1")
+        return named_url(given)
     with contextlib.suppress(OSError):
         return (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip()
     return f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
@@ -141,6 +140,8 @@ def _router_url(given: str) -> str:
 
 def _question(given: str) -> str:
     """Raises MoemeshError where standard input has none."""
+    if not given.strip():
+        raise MoemeshError("the question is empty")
     if given != "-":
         return given
     try:
@@ -153,16 +154,17 @@ def _question(given: str) -> str:
 
 
 def _not_answered(url: str, error: Exception) -> typer.Exit:
-    """Says why, and where nothing listens what to start."""
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        reason = (
-            f"nothing answers there ({error}). `make run` or `moemesh up` starts a mesh on this machine, and says "
-            "`ready URL` once it can be asked; --url or MOEMESH_URL names one that runs elsewhere"
-        )
-    else:
-        reason = str(error)
-    say_error(f"{url}: {reason}")
+    say_error(f"{url}: {why_not_answered(error)}")
     return typer.Exit(1)
+
+
+def _read_status(client: httpx.Client, path: str) -> dict[str, Any]:
+    """Raises MoemeshError where another program answers."""
+    reply = client.get(path)
+    try:
+        return dict(reply.json())
+    except (ValueError, TypeError):
+        raise MoemeshError(f"what answers there is no router: {path} is HTTP {reply.status_code} and no JSON") from None
 
 
 def _print_nodes(mesh: dict[str, Any]) -> None:
@@ -254,7 +256,7 @@ def _greet(mesh: LocalMesh) -> None:
     try:
         url = mesh.url
         print(f"ready {url}", flush=True)
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with open_client(url, 60) as client:
             _ask_example(client)
     except (httpx.HTTPError, MoemeshError, ValueError) as error:
         print(flush=True)

@@ -68,7 +68,7 @@ def closing_if_unread(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start" and cycle.waiting_for_100_continue:
+            if message["type"] == "http.response.start" and cycle.waiting_for_100_continue and cycle.more_body:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 

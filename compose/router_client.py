@@ -1,0 +1,74 @@
+"""Asking a router over HTTP: how people write where it is, which way a request goes, and why there is no answer."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+
+import httpx
+
+from common.errors import MoemeshError
+
+_ROUTE = re.compile(r"/v1(/(chat/)?completions|/models)?$")
+
+
+def named_url(given: str) -> str:
+    """Where the router is, of what a person wrote: `http://` goes without saying, an IPv6 address may stand without
+    brackets, and `/v1` is what SDKs need."""
+    given = given.strip()
+    if _is_ipv6(given):
+        given = f"[{given}]"
+    url = given if "://" in given else f"http://{given}"
+    return _ROUTE.sub("", url.rstrip("/"))
+
+
+def open_client(url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+    """For the router at `url`. A proxy that the environment names is not asked for what is on this host: it has another
+    one. Raises MoemeshError where the environment names one that cannot be used, or `url` no host."""
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL as error:
+        raise MoemeshError(f"this is no address: {error}") from None
+    if not host:
+        raise MoemeshError("this is no address: it names no host")
+    if _is_here(host):
+        return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+    try:
+        return httpx.Client(base_url=url, timeout=timeout)
+    except (ImportError, ValueError) as error:
+        raise MoemeshError(
+            f"the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names cannot be used ({error}); NO_PROXY={host} goes "
+            "without it"
+        ) from None
+
+
+def why_not_answered(error: Exception) -> str:
+    """A sentence; where nothing listens with what to start."""
+    if isinstance(error.__cause__, ssl.SSLError) or "[SSL" in str(error):
+        return f"what answers there does not speak TLS as https:// asks for ({error}); a router is asked by http://"
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return (
+            f"nothing answers there ({error}). `make run` or `moemesh up` starts a mesh on this machine, and says "
+            "`ready URL` once it can be asked; --url or MOEMESH_URL names one that runs elsewhere"
+        )
+    if isinstance(error, httpx.TimeoutException):
+        return "something listens there and does not answer in time"
+    return str(error)
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
