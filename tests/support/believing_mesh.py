@@ -195,7 +195,7 @@ class BelievingMesh(FakeMesh):
             self._let_arrive()
 
     def _connect_lifelines(self) -> None:
-        for name in self.client.lifelines - self._connected:
+        for name in sorted(self.client.lifelines - self._connected):
             if name in self.believers:
                 self.client.events.append((NodeId(name), LinkEvent.CONNECTED))
         self._connected = set(self.client.lifelines)
