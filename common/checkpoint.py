@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.config_values import shown
 from common.errors import CheckpointError, ConfigurationError
 
 _SAMPLES_PER_FILE = 64
@@ -169,7 +170,10 @@ def _files_of_index(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty")
-    names = sorted({str(name) for name in weight_map.values()})
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: weight_map.{tensor} must be the name of a file, not {shown(file)}")
+    names = sorted(set(weight_map.values()))
     if any(Path(name).name != name or name == ".." for name in names):
         raise CheckpointError(f"{index}: weight_map names a file outside the directory")
     for name in names:

@@ -148,6 +148,14 @@ def test_an_index_that_points_outside_its_folder_is_refused(name: str, tmp_path:
         read_tensor_index(directory)
 
 
+@pytest.mark.parametrize("file", [None, 3, ["one.safetensors"], {}, True], ids=str)
+def test_a_file_of_the_index_that_is_no_name_is_refused_by_its_tensor(file: Any, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": file}}))
+    with pytest.raises(CheckpointError, match=r"weight_map\.b must be the name of a file"):
+        read_tensor_index(directory)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 99_999])
 def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
