@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from dataclasses import replace
@@ -27,7 +28,7 @@ from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.journal_sink import Housekeeping
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _log_context, _mesh_loop, _origins, http_url
+from services.router.service import _context_tokens, _listen, _log_context, _mesh_loop, _origins, http_url
 from tests.support.disks import PromptDisk
 from tests.support.mesh_shapes import node, small_model
 
@@ -206,3 +207,23 @@ def test_a_port_that_is_published_on_loopback_is_asked_by_its_names_wherever_the
         # A web page whose own name was made to point to 127.0.0.1.
         with pytest.raises(ForbiddenError, match="ALLOWED_HOSTS"):
             origins.check({"host": "evil.example:8000", "origin": "http://evil.example:8000"})
+
+
+def test_no_answer_waits_for_the_acknowledgement_of_what_went_before_it() -> None:
+    class Accepted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            connection = transport.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def main() -> None:
+        nonlocal accepted
+        accepted = asyncio.get_running_loop().create_future()
+        listener = _listen(Settings(model="m", port=0))
+        server = await asyncio.get_running_loop().create_server(Accepted, sock=listener)
+        async with server:
+            with socket.create_connection(listener.getsockname()[:2]):
+                assert await accepted
+
+    accepted: asyncio.Future[int]
+    asyncio.run(asyncio.wait_for(main(), 10))
