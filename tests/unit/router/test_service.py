@@ -210,20 +210,18 @@ def test_a_port_that_is_published_on_loopback_is_asked_by_its_names_wherever_the
 
 
 def test_no_answer_waits_for_the_acknowledgement_of_what_went_before_it() -> None:
-    class Accepted(asyncio.Protocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            connection = transport.get_extra_info("socket")
-            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-            transport.close()
-
     async def main() -> None:
-        nonlocal accepted
-        accepted = asyncio.get_running_loop().create_future()
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        class Accepted(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                connection = transport.get_extra_info("socket")
+                accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
         listener = _listen(Settings(model="m", port=0))
-        server = await asyncio.get_running_loop().create_server(Accepted, sock=listener)
-        async with server:
+        async with await asyncio.get_running_loop().create_server(Accepted, sock=listener):
             with socket.create_connection(listener.getsockname()[:2]):
                 assert await accepted
 
-    accepted: asyncio.Future[int]
     asyncio.run(asyncio.wait_for(main(), 10))
