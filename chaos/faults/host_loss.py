@@ -36,6 +36,10 @@ class HostLoss:
             if node.host in lost:
                 self._undo.add(target.start, node.name)
                 target.stop(node, 0.0)
+        for host in sorted(
+            lost
+        ):  # once more, as the last step is undone first: processes start on a host that is reached
+            self._undo.add(hosts.plug_in, int(host))
 
     def heal(self, target: Target) -> None:
         self._undo.run()
