@@ -129,7 +129,7 @@ class _Operators:
         return json_answer(self._engine.describe_mesh())
 
     async def show_metrics(self) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self._metrics.shared_text(), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> JsonObject:
         return {

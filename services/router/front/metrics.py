@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -33,6 +34,7 @@ class FrontMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._making: asyncio.Future[bytes] | None = None
         self.requests = Counter(
             "moemesh_http_requests_total", "HTTP requests by route and status", ["route", "status"], registry=registry
         )
@@ -72,6 +74,23 @@ class FrontMetrics:
             "Clients that came back to a request by its id or key",
             registry=registry,
         )
+
+    async def shared_text(self) -> bytes:
+        """As `text`, made once for all who ask in one turn of the event loop, after they have asked: it takes
+        milliseconds, for which everybody else would wait once a question."""
+        if self._making is None:
+            loop = asyncio.get_running_loop()
+            self._making = loop.create_future()
+            loop.call_soon(self._make)
+        return await asyncio.shield(self._making)
+
+    def _make(self) -> None:
+        making, self._making = self._making, None
+        assert making is not None, "it was asked for"
+        try:
+            making.set_result(self.text())
+        except Exception as error:
+            making.set_exception(error)
 
     def text(self) -> bytes:
         """Everything on the registry, in Prometheus' text format."""

@@ -100,3 +100,12 @@ def test_a_body_that_was_asked_for_leaves_the_connection_open() -> None:
         assert not connection.is_closed
 
     run(work)
+
+
+def test_a_request_without_a_body_leaves_the_connection_open_whatever_it_expects() -> None:
+    async def work(connection: Connection) -> None:
+        connection.may_answer.set()
+        await connection.send(GET[:-2] + b"Expect: 100-continue\r\n\r\n")
+        assert (connection.status, connection.is_closed) in {(200, False), (100, False)}
+
+    run(work)
