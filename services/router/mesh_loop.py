@@ -36,6 +36,7 @@ from services.router.control.actions import Action, OpenPipeline, SuspendPipelin
 from services.router.control.adoption import Arrival
 from services.router.control.beliefs import Beliefs
 from services.router.control.expert_roles import ExpertRoles
+from services.router.control.lost_steps import LostSteps
 from services.router.control.mirror_roles import MirrorReport
 from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
 from services.router.control.retelling import Refusals
@@ -82,9 +83,8 @@ class MeshLoop:
         outgrow: Callable[[int], None] = lambda term: None,
         placer: Placer | None = None,
     ) -> None:
-        """`housekeeping` is called every turn, cheap; what it raises ends the loop. `outgrow` is told which router's
-        term a node has obeyed, and raises FencedError where it is above this router's. `placer`: who computes
-        placements; None: this thread."""
+        """`housekeeping` is called every turn, cheap, and `outgrow` with the router's term that a node has obeyed; what
+        they raise ends the loop. `placer`: who computes placements; None: this thread."""
         self._config = config
         self._settings = settings
         self._client = client
@@ -110,6 +110,7 @@ class MeshLoop:
         """Nodes that wait for leave."""
         self._last_failure = ""
         self._refusals = Refusals()
+        self._lost_steps = LostSteps()
         self._stopping = False
         self._next_status_s = 0.0
         self.status = MeshStatus.starting("no node has registered yet")
@@ -386,6 +387,8 @@ class MeshLoop:
             redundancy=evidence.redundancy,
             suspended_pipelines=self._stages.num_suspended,
         )
+
+        self._renew(self._flow.give_up(self._lost_steps.look(evidence, self._flow.unsent, now_s)), now_s)
 
     def _readiness(self, evidence: MeshEvidence, now_s: float) -> Readiness:
         readiness = judge(evidence, now_s)

@@ -192,6 +192,17 @@ class StepFlow:
             return []
         return [self._fail(step, error, now_s)]
 
+    @property
+    def unsent(self) -> set[PipelineId]:
+        """Pipelines with a step that their first stage has not taken yet."""
+        return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
+
+    def give_up(self, lost: list[PipelineId]) -> list[PipelineId]:
+        """Pipelines with a step that nobody has: its requests are not to blame, so nothing fails."""
+        for pipeline in lost:
+            self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
+        return lost
+
     def check_deadlines(self, now_s: float) -> list[PipelineId]:
         """Fail steps whose time is up."""
         late = [step for step in self._steps.values() if now_s >= step.deadline_s]

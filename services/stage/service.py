@@ -389,4 +389,5 @@ class StageService:
     def _load(self) -> Heartbeat:
         counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)
         number, term = self._role_number, self._control.router_term
-        return describe_stage(counters, self._keeper, self._experts, self._mirror_link, number, term)
+        heartbeat = describe_stage(counters, self._keeper, self._experts, self._mirror_link, number, term)
+        return replace(heartbeat, queued=heartbeat.queued + len(self._unsent))  # what waits for its link is not lost

@@ -290,10 +290,10 @@ class FakeMesh:
         self.alive.pop(name, None)
         self.client.events.append((NodeId(name), LinkEvent.CLOSED))
 
-    def beat(self) -> None:
-        """Heartbeats of all who live."""
+    def beat(self, queued: int = 0) -> None:
+        """Heartbeats of all who live, with so much work in hand."""
         for name in self.alive:
-            self.say(name, Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0))
+            self.say(name, Heartbeat(0.0, 0, 0, queued, 0, 0, 0, 0.0, 0, 0))
 
     def answer(self, count: int = 1000) -> None:
         """Let the pipelines answer so many of the steps that they have computed."""

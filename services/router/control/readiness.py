@@ -9,7 +9,7 @@ measured, as long as the stages report progress.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class NodeEvidence:
     """Its last heartbeat."""
     progressed_s: float
     """The last heartbeat that showed more work done than the one before."""
+    idle_since_s: float | None = None
+    """Since which heartbeat it has neither done any work nor had any; None: it has some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,26 +120,35 @@ class ProgressWatch:
     """When each node was heard, and when its counts of work last grew."""
 
     def __init__(self) -> None:
-        self._heard: dict[NodeId, tuple[float, float, tuple[int, ...]]] = {}
+        self._heard: dict[NodeId, NodeEvidence] = {}
+        self._counts: dict[NodeId, tuple[int, ...]] = {}
 
     def join(self, node_id: NodeId, now_s: float) -> None:
         """It has registered."""
-        self._heard[node_id] = now_s, now_s, ()
+        self._heard[node_id] = NodeEvidence(NodeState.ALIVE, now_s, now_s)
+        self._counts[node_id] = ()
 
     def note(self, node_id: NodeId, heartbeat: Heartbeat, now_s: float) -> None:
         """A heartbeat of a node that has joined. Busy seconds are no progress: a retry keeps busy, too."""
-        _, progressed_s, before = self._heard[node_id]
-        counts = heartbeat.steps, heartbeat.rows, heartbeat.hops
-        self._heard[node_id] = now_s, progressed_s if counts == before else now_s, counts
+        before, counts = self._heard[node_id], (heartbeat.steps, heartbeat.rows, heartbeat.hops)
+        has_progressed = counts != self._counts[node_id]
+        idle_since_s = now_s if has_progressed or before.idle_since_s is None else before.idle_since_s
+        self._heard[node_id] = NodeEvidence(
+            before.state,
+            now_s,
+            now_s if has_progressed else before.progressed_s,
+            None if heartbeat.queued else idle_since_s,
+        )
+        self._counts[node_id] = counts
 
     def forget(self, node_id: NodeId) -> None:
         """It is gone; one that is not known is no error."""
         self._heard.pop(node_id, None)
+        self._counts.pop(node_id, None)
 
     def evidence(self, node_id: NodeId, state: NodeState) -> NodeEvidence:
         """Of a node that has joined."""
-        heard_s, progressed_s, _ = self._heard[node_id]
-        return NodeEvidence(state, heard_s, progressed_s)
+        return replace(self._heard[node_id], state=state)
 
 
 def _missing(evidence: MeshEvidence, now_s: float) -> list[str]:

@@ -309,6 +309,7 @@ class PipelineSchedule:
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
         self._last_planned = 0
+        self.has_answered = False  # a generation has links of its own
 
     def _covered(self, request: Request, slot: int, mark: int) -> int:
         """Positions of a request that a slot's holder has."""

@@ -302,6 +302,7 @@ def test_a_refusal_that_was_overtaken_by_a_new_holder_disturbs_nobody() -> None:
     generation = mesh.stages.pipelines[FIRST].generation
     for _ in range(8):
         mesh.beat()
+        mesh.answer()
         mesh.turn(1.0)
     assert mesh.stages.pipelines[FIRST].generation == generation
 

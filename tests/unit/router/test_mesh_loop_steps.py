@@ -115,6 +115,32 @@ def test_a_step_that_is_not_answered_in_time_is_computed_again(mesh: FakeMesh) -
     assert mesh.tokens("r") == reference_tokens(request)
 
 
+def test_a_result_that_was_lost_on_its_way_is_made_again_long_before_the_steps_deadline(mesh: FakeMesh) -> None:
+    request = build_request("r")
+    mesh.loop.submit(request)
+    mesh.turn()
+    mesh.client.pipelines[FIRST].answers.clear()  # the link broke with it, and nothing else is on its way
+    lost_s = mesh.now_s
+    while not mesh.tokens("r"):
+        mesh.beat()
+        mesh.turn(0.25)
+        mesh.answer()
+        assert mesh.now_s - lost_s < 3 < STEP_DEADLINE_S
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+    assert mesh.errors("r") == []
+
+
+def test_a_step_that_a_stage_says_it_has_is_waited_for(mesh: FakeMesh) -> None:
+    generation = mesh.stages.pipelines[FIRST].generation
+    mesh.loop.submit(build_request("r"))
+    mesh.turn()
+    for _ in range(24):
+        mesh.beat(queued=1)
+        mesh.turn(0.25)
+    assert mesh.stages.pipelines[FIRST].generation == generation
+
+
 def test_a_first_stage_that_takes_no_step_yet_gets_it_later_in_order(mesh: FakeMesh) -> None:
     mesh.client.pipelines[FIRST].takes_steps = False
     request = build_request("r")
@@ -155,7 +181,7 @@ def test_in_silence_a_canary_goes_through_each_pipeline_and_is_no_work(mesh: Fak
 
 def test_an_unanswered_canary_shows_a_hang_until_it_is_answered(mesh: FakeMesh) -> None:
     for _ in range(12):
-        mesh.beat()
+        mesh.beat(queued=1)
         mesh.turn(0.25)
     assert not mesh.loop.status.readiness.ready
     assert "a canary has been unanswered" in mesh.loop.status.readiness.detail
@@ -163,6 +189,19 @@ def test_an_unanswered_canary_shows_a_hang_until_it_is_answered(mesh: FakeMesh) 
     mesh.beat()
     mesh.turn(0.1)
     mesh.turn(0.1)
+    assert mesh.loop.status.readiness.ready
+
+
+def test_after_a_lost_canary_nothing_is_ready_until_the_new_links_have_carried_something(mesh: FakeMesh) -> None:
+    generation = mesh.stages.pipelines[FIRST].generation
+    for _ in range(16):
+        for stages in mesh.client.pipelines.values():
+            stages.answers.clear()
+        mesh.beat()
+        mesh.turn(0.25)
+    assert mesh.stages.pipelines[FIRST].generation > generation
+    assert "nothing has come through its links yet" in mesh.loop.status.readiness.detail
+    mesh.settle()
     assert mesh.loop.status.readiness.ready
 
 
@@ -189,7 +228,7 @@ def test_ready_is_false_within_two_seconds_of_the_last_token_after_any_number_of
     for _ in range(3):  # three steps fail by their deadline, each with new tokens in between
         mesh.turn(0.2)
         for _ in range(int(STEP_DEADLINE_S / 0.2) + 1):
-            mesh.beat()
+            mesh.beat(queued=1)
             mesh.turn(0.2)
         before = len(mesh.tokens("r"))
         mesh.settle(8)

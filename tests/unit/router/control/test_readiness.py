@@ -178,7 +178,9 @@ def test_progress_is_more_work_done_not_more_heartbeats() -> None:
     watch.join(A, 1.0)
     watch.note(A, beat, 2.0)
     watch.note(A, replace(beat, busy_seconds=9.0, resent=3), 3.0)
-    assert watch.evidence(A, NodeState.ALIVE) == NodeEvidence(NodeState.ALIVE, 3.0, 2.0)
+    assert watch.evidence(A, NodeState.ALIVE) == NodeEvidence(NodeState.ALIVE, 3.0, 2.0, 2.0)
+    watch.note(A, replace(beat, queued=1), 4.0)
+    assert watch.evidence(A, NodeState.ALIVE).idle_since_s is None
     for field in ("steps", "rows", "hops"):
         change: dict[str, Any] = {field: 99}
         beat = replace(beat, **change)
