@@ -24,6 +24,8 @@ from tests.support.tiny_tokenizers import byte_fallback_tokenizer, write_tokeniz
 
 EOS = 2
 TEXT = "The quick brown fox: Привет, 你好 👩‍🚀!"
+ANSWER = f" {TEXT}"
+"""The first token of the text begins with a blank, and an answer goes on behind a prompt: the blank stays."""
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 PATIENCE_S = 5.0
 
@@ -64,7 +66,7 @@ def front(tmp_path: Path) -> Iterator[RunningFront]:
 
 def test_completion(front: RunningFront) -> None:
     reply = front.client.completions.create(model="tiny", prompt="hi", max_tokens=200, extra_body={"top_k": 5})
-    assert reply.choices[0].text == TEXT
+    assert reply.choices[0].text == ANSWER
     assert reply.choices[0].finish_reason == "stop"
     assert reply.usage is not None
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
@@ -76,7 +78,7 @@ def test_streamed_completion(front: RunningFront) -> None:
         model="tiny", prompt="hi", max_tokens=200, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
-    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == TEXT
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == ANSWER
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(front.engine.script)
@@ -85,7 +87,7 @@ def test_streamed_completion(front: RunningFront) -> None:
 def test_chat(front: RunningFront) -> None:
     reply = front.client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=2)
     message = reply.choices[0].message
-    assert (message.role, message.content) == ("assistant", TEXT)
+    assert (message.role, message.content) == ("assistant", ANSWER)
     logprobs = reply.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
@@ -99,13 +101,13 @@ def test_chat(front: RunningFront) -> None:
 def test_streamed_chat(front: RunningFront) -> None:
     chunks = list(front.client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_chat_stream_helper(front: RunningFront) -> None:
     with front.client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
-        assert stream.get_final_completion().choices[0].message.content == TEXT
+        assert stream.get_final_completion().choices[0].message.content == ANSWER
 
 
 def test_completion_logprobs(front: RunningFront) -> None:
@@ -120,7 +122,7 @@ def test_completion_logprobs(front: RunningFront) -> None:
 @pytest.mark.parametrize("stop", ["fox", ["dog", " fox"]])
 def test_stop_strings(front: RunningFront, stop: str | list[str]) -> None:
     reply = front.client.completions.create(model="tiny", prompt="hi", max_tokens=200, stop=stop)
-    assert reply.choices[0].text.rstrip() == "The quick brown"
+    assert reply.choices[0].text.rstrip() == " The quick brown"
     assert reply.choices[0].finish_reason == "stop"
     assert len(front.engine.cancelled) == 1
 
@@ -128,7 +130,7 @@ def test_stop_strings(front: RunningFront, stop: str | list[str]) -> None:
 def test_several_choices(front: RunningFront) -> None:
     front.engine.script_by_choice = {choice: [*front.say(f"say {choice}"), EOS] for choice in range(3)}
     reply = front.client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=5)
-    assert [choice.message.content for choice in reply.choices] == ["say 0", "say 1", "say 2"]
+    assert [choice.message.content for choice in reply.choices] == [" say 0", " say 1", " say 2"]
     assert {request.sampling.seed for request in front.engine.asked} == {5}
 
 
@@ -156,7 +158,7 @@ def test_error_in_mid_stream_raises_in_the_client(front: RunningFront) -> None:
     shown: list[str] = []
     with pytest.raises(openai.APIError, match="stage-1 is gone"):
         shown.extend(pieces)
-    assert "".join(shown) == "quick"
+    assert "".join(shown) == " quick"
 
 
 @pytest.mark.parametrize("stream", [False, True])

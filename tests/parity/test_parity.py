@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.parity.verdict import MAX_LOGPROB_DIFFERENCE, ParityCount, assert_parity
+from tests.support.byte_runs import BYTE_TOKEN, text_of_pieces
 from tests.support.checkpoints import (
     MIXTRAL_BF16,
     MIXTRAL_SHARDED,
@@ -129,6 +130,10 @@ def test_text_goes_in_and_comes_out_as_in_the_reference(served: Served, parity_c
     answer = served.client.ask(Ask(text, MAX_TOKENS))
     assert_parity(answer, served.reference.answer(prompt, MAX_TOKENS), served.reference, parity_count)
     expected_text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    pieces = tokenizer.convert_ids_to_tokens(answer.token_ids, skip_special_tokens=True)
+    if "\ufffd" in expected_text and any(BYTE_TOKEN.fullmatch(piece) for piece in pieces):
+        # Random weights say bytes that are no text. The library then gives up the whole run, characters in it too.
+        expected_text = text_of_pieces(pieces)
     # A decoder of SentencePiece's kind drops the blank in front of what it takes for the start of a text.
     assert answer.text.removeprefix(" ") == expected_text.removeprefix(" ")
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from services.router.front.detokenizer import ByteLevelDetokenizer, WindowDetokenizer, create_detokenizer
 from services.router.front.vocabulary import Vocabulary
+from tests.support.byte_runs import text_of_run
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 
 MANY_EXAMPLES = settings(max_examples=150, deadline=None)
@@ -61,23 +62,6 @@ def ids_of(name: str) -> st.SearchStrategy[list[int]]:
     return st.lists(ids.map(lambda token_id: [token_id]) | runs, max_size=20).map(
         lambda parts: list(itertools.chain.from_iterable(parts))
     )
-
-
-def text_of_run(data: bytes) -> str:
-    """Characters as they are, and U+FFFD for each byte that is part of none."""
-    text = ""
-    while data:
-        lengths = [length for length in range(1, 5) if is_character(data[:length])]
-        text += data[: lengths[0]].decode() if lengths else "\ufffd"
-        data = data[lengths[0] if lengths else 1 :]
-    return text
-
-
-def is_character(data: bytes) -> bool:
-    try:
-        return len(data.decode()) == 1
-    except UnicodeDecodeError:
-        return False
 
 
 def decoded(name: str, token_ids: list[int]) -> str:
