@@ -1,4 +1,4 @@
-"""The benchmark of the mesh thread's turns measures each kind of turn; how long they take is its figure, not a test's."""
+"""The benchmark of the mesh thread's turns measures each kind of them; how long they take is its figure alone."""
 
 from __future__ import annotations
 
