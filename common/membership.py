@@ -66,6 +66,9 @@ class MembershipSettings:
     """For a closed lifeline to open again; within it the node is suspect."""
     alone_grace_s: float = 30.0
     """The same while nobody at all is heard: the observer may be what is cut off, and nobody could take over."""
+    late_grace_s: float = 6.0
+    """The same while the observer's own link loses packets: connections break that will stand again. One to a process
+    that has ended is refused, and that is no question of grace."""
     lifeline_open_s: float = 10.0
     """For the first lifeline to a node that registered: one that cannot be reached is of no use, whatever it says."""
     progress_suspect_s: float = 15.0
@@ -92,8 +95,10 @@ class MembershipSettings:
             raise ConfigurationError("silent_suspect_s must be above 0 and not above silent_dead_s")
         if not 0 < self.progress_suspect_s <= self.progress_dead_s:
             raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
-        if not 0 <= self.lifeline_grace_s <= self.alone_grace_s:
-            raise ConfigurationError("lifeline_grace_s must not be negative, nor above alone_grace_s")
+        if not 0 <= self.lifeline_grace_s <= self.late_grace_s <= self.alone_grace_s:
+            raise ConfigurationError(
+                "lifeline_grace_s must not be negative, nor above late_grace_s, nor that above alone_grace_s"
+            )
         if self.lifeline_open_s <= 0:
             raise ConfigurationError("lifeline_open_s must be above 0")
 
@@ -121,6 +126,8 @@ class Membership:
         self._turned_s: float | None = None
         self.is_alone = False
         """Whether the observer hears nobody; its owner says so."""
+        self.is_late = False
+        """Whether many come back late to the observer; its owner says so."""
         self.stale_observations = 0
         """Said by or of an incarnation that is unknown, dead or replaced."""
 
@@ -234,7 +241,9 @@ class Membership:
 
     @property
     def _grace_s(self) -> float:
-        return self._settings.alone_grace_s if self.is_alone else self._settings.lifeline_grace_s
+        if self.is_alone:
+            return self._settings.alone_grace_s
+        return self._settings.late_grace_s if self.is_late else self._settings.lifeline_grace_s
 
     def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
         member = self._members.get(node_id)

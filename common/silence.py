@@ -45,14 +45,19 @@ class Patience:
         if self.factor < 1 or self.min_echoes < 1:
             raise ConfigurationError("factor and min_echoes must be at least 1")
 
-    def explained_s(self, num_echoes: int, shown_s: float) -> float | None:
-        """How long a link may be silent that has shown this; None: it is not judged."""
+    def explained_s(self, num_echoes: int, shown_s: float, is_late: bool = False) -> float | None:
+        """How long a link may be silent that has shown this; None: it is not judged. `is_late`: the observer is."""
+        if is_late:
+            return LATE_FACTOR * self.longest_s if self.beyond_longest else None
         wanted_s = max(self.shortest_s, self.factor * shown_s)
         if num_echoes < self.min_echoes or wanted_s > self.longest_s:
             return self.longest_s if self.beyond_longest else None
         return wanted_s
 
 
+LATE_FACTOR = 2.0
+"""A packet that is lost four times comes after 3.0 s, with its ping and its echo on one link, and one that is lost five
+times after 6.2."""
 EARLY = Patience(shortest_s=0.25, longest_s=0.6, factor=2.0, min_echoes=40, beyond_longest=False)
 """A process under a CPU quota may wait 100 ms for its next period, one on cores that are twice oversubscribed some time
 slices of 3 to 25 ms for each of the two threads that echo."""
@@ -74,6 +79,11 @@ class SilenceSettings:
     one after the other, as late as they have been away, within these bounds."""
     shortest_return_s: float = 1.5
     longest_return_s: float = 3.0
+    late_silence_s: float = 0.15
+    """One that ended after less is that of a busy process; TCP sends a lost packet again after 0.2 s at the soonest."""
+    late_memory_s: float = 10.0
+    late_links: int = 3
+    """So many links at least, and at least half of them, must have shown a late silence for the observer to be late."""
     away_s: float = 2.0
     """An observer that stood still for longer may have had its connections closed for its own silence. So it waits just
     as it does after it was alone."""
@@ -127,6 +137,8 @@ class SilenceWatch:
         self._heard_s = 0.0
         """The last echo of anybody."""
         self._judges_from_s = 0.0
+        self._late_s: dict[str, float] = {}
+        """When each link last ended a late silence; those that are gone since then are witnesses, too."""
 
     def turn(self, now_s: float) -> bool:
         """The observer's loop turns. Whether everybody is to be pinged now, with the number `last_ping`."""
@@ -157,6 +169,10 @@ class SilenceWatch:
             self._first_echo_s.append((ping, self._awake_s))
         known.newest = ping
         known.num_echoes += 1
+        if silence_s >= self._settings.late_silence_s:
+            since_s = self._awake_s - self._settings.late_memory_s
+            self._late_s = {late: at_s for late, at_s in self._late_s.items() if at_s >= since_s}
+            self._late_s[link] = self._awake_s
         if self._awake_s >= self._judges_from_s:  # how links come back says nothing of how they are
             known.shown.add(self._awake_s, silence_s)
         return silence_s
@@ -182,6 +198,13 @@ class SilenceWatch:
         is_silence = self._awake_s - self._heard_s > self._settings.alone_s
         return bool(self._links) and (is_silence or self._awake_s < self._judges_from_s)
 
+    @property
+    def is_late(self) -> bool:
+        """Many links have come back late of late: the observer's own link, or its host, is what is bad."""
+        since_s = self._awake_s - self._settings.late_memory_s
+        num_late = sum(late_s >= since_s for late_s in self._late_s.values())
+        return num_late >= max(self._settings.late_links, len(self._links) / 2)
+
     def silence_s(self, link: str) -> float:
         """For how long it has been behind; 0 for one that is not known."""
         known = self._links.get(link)
@@ -190,7 +213,7 @@ class SilenceWatch:
     def explained_s(self, link: str, patience: Patience) -> float | None:
         """How long it may be; None: it is not judged."""
         known = self._links.get(link)
-        return None if known is None else patience.explained_s(known.num_echoes, known.shown.value_s)
+        return None if known is None else patience.explained_s(known.num_echoes, known.shown.value_s, self.is_late)
 
     def silent(self, links: Collection[str], patience: Patience) -> list[str]:
         """Those of these that are silent for longer than is explained; nobody while the observer may be cut off."""

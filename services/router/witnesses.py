@@ -15,6 +15,7 @@ from services.router.mesh_client import MeshClient
 
 WAIT_MS = 50
 ALONE = "nobody is taken for dead: this host may be what is cut off, or what stood still"
+LATE = "many come back late: this host's own link loses packets, so that nodes are given longer"
 SUSPICIOUS_S = 0.06
 """Longer than from one ping to the next."""
 SUSPENSE_MS = 10
@@ -30,7 +31,7 @@ class Witnesses:
         self._log = log
         self._watch = SilenceWatch(SilenceSettings())
         self._told: frozenset[NodeId] = frozenset()
-        self._was_alone = False
+        self._was_alone = self._was_late = False
         self._is_suspense = False
 
     @property
@@ -54,7 +55,7 @@ class Witnesses:
                 witness = witnesses.get(event, self._membership.lifeline_refused)
                 changes += witness(node_id, node.incarnation, now_s)
         self._exchange_pulses(now_s, nodes)
-        self._membership.is_alone = self._watch.is_alone
+        self._membership.is_alone, self._membership.is_late = self._watch.is_alone, self._watch.is_late
         early, long = (frozenset(map(NodeId, self._watch.silent(nodes, patience))) for patience in (EARLY, PATIENT))
         self._tell(early)
         for node_id in sorted({*replaceable(early), *long}):
@@ -81,4 +82,6 @@ class Witnesses:
         self._told = silent
         if self._watch.is_alone and not self._was_alone:
             self._log.warning("all_nodes_silent", detail=ALONE)
-        self._was_alone = self._watch.is_alone
+        if self._watch.is_late and not self._was_late:
+            self._log.warning("many_nodes_late", detail=LATE)
+        self._was_alone, self._was_late = self._watch.is_alone, self._watch.is_late

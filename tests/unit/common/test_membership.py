@@ -286,3 +286,24 @@ def test_a_busy_node_whose_heartbeats_come_in_time_is_alive_however_short_steps_
     for number in range(1, 20):
         assert membership.tick((number - 0.01) * interval_s) == []
         assert beat(membership, number * interval_s, progress=number, is_busy=True) == []
+
+
+@pytest.mark.parametrize(
+    ("is_alone", "is_late", "grace_s"), [(False, False, 0.05), (False, True, 6.0), (True, True, 30.0)]
+)
+def test_a_closed_lifeline_has_longer_to_open_where_the_observers_own_link_is_bad(
+    is_alone: bool, is_late: bool, grace_s: float
+) -> None:
+    membership = Membership(MembershipSettings(silent_suspect_s=40.0, silent_dead_s=50.0))
+    membership.join(A, FIRST, 0.0)
+    membership.lifeline_opened(A, FIRST, 0.0)
+    membership.is_alone, membership.is_late = is_alone, is_late
+    membership.lifeline_closed(A, FIRST, 1.0)
+    assert membership.tick(1.0 + grace_s - 0.01) == []
+    assert only(membership.tick(1.0 + grace_s)) == (NodeState.SUSPECT, NodeState.DEAD, ChangeReason.LIFELINE_CLOSED)
+
+
+def test_a_refused_lifeline_is_a_death_at_once_also_where_the_observers_own_link_is_bad() -> None:
+    membership = with_member()
+    membership.is_late = True
+    assert only(membership.lifeline_refused(A, FIRST, 1.0))[1] is NodeState.DEAD

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,3 +238,55 @@ def test_settings_that_make_no_sense_are_refused_by_name(changes: dict[str, floa
     good = {"shortest_s": 0.2, "longest_s": 0.6, "factor": 2.0, "min_echoes": 40, "beyond_longest": False}
     with pytest.raises(ConfigurationError, match=named):
         Patience(**{**good, **changes})  # type: ignore[arg-type]
+
+
+def losing_packets(seen: Observed, links: Sequence[str], seconds: float) -> set[str]:
+    """These links hold echoes back for 0.3 to 0.5 s each, one after another, as TCP does with lost packets."""
+    silent: set[str] = set()
+    for turn in range(int(seconds / 0.2)):
+        seen.held = {links[turn % len(links)], links[(turn + 1) % len(links)]}
+        silent |= seen.run(0.2, patience=PATIENT)
+    seen.held = set()
+    return silent
+
+
+def test_where_half_of_the_links_come_back_late_the_observers_own_link_is_bad_and_nobody_is_judged_early() -> None:
+    links = [f"n{number}" for number in range(6)]
+    seen = Observed(*links)
+    seen.run(10.0)
+    assert not seen.watch.is_late
+    losing_packets(seen, links[:3], 2.0)
+    assert seen.watch.is_late
+    assert seen.watch.explained_s("n5", EARLY) is None, "n5 itself has shown nothing"
+    assert 5.9 < seen.seconds_until_silent("n5", PATIENT) < 6.2
+
+
+def test_two_bad_links_of_six_are_those_nodes_own() -> None:
+    links = [f"n{number}" for number in range(6)]
+    seen = Observed(*links)
+    seen.run(10.0)
+    losing_packets(seen, links[:2], 4.0)
+    assert not seen.watch.is_late
+    assert 0.24 < seen.seconds_until_silent("n5", EARLY) < 0.35
+
+
+def test_a_host_that_is_lost_with_most_nodes_does_not_make_the_observer_late() -> None:
+    links = [f"n{number}" for number in range(6)]
+    seen = Observed(*links)
+    seen.run(10.0)
+    seen.mute = set(links[:4])
+    assert seen.run(0.4) == seen.mute
+    assert not seen.watch.is_late
+
+
+def test_late_links_are_forgotten_after_a_while_and_count_although_they_are_gone() -> None:
+    links = [f"n{number}" for number in range(6)]
+    seen = Observed(*links)
+    seen.run(10.0)
+    losing_packets(seen, links[:3], 2.0)
+    for link in links[:3]:
+        seen.watch.forget(link)
+        del seen.delay_s[link]
+    assert seen.watch.is_late
+    seen.run(SETTINGS.late_memory_s + 1.0)
+    assert not seen.watch.is_late
