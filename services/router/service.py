@@ -81,6 +81,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     for remark in model.remarks:
         log.warning("checkpoint_remark", detail=remark)
     tokenizer = TextTokenizer.from_directory(model.directory)
+    if tokenizer.defaults.not_applied:
+        log.warning("defaults_not_applied", file="generation_config.json", keys=tokenizer.defaults.not_applied)
     state = open_state_folder(settings.state_dir)
     disk = DiskThread()
     journal, journalled = _open_journal(settings, model, state, disk, log)

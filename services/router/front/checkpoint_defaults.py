@@ -21,6 +21,32 @@ _SAMPLING_DEFAULTS = {
 }
 """Keys of generation_config.json that stand for fields of a request, with the values that are right for both."""
 
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ([], {}),
+    "stop_strings": ([], ""),
+    "suppress_tokens": ([],),
+    "top_h": (1,),
+    "typical_p": (1,),
+}
+"""Keys of generation_config.json that change an answer of transformers and none of this server's, nor of vLLM's, with
+the values that change nothing there; null is one of them each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDefaults:
@@ -35,6 +61,8 @@ class CheckpointDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    not_applied: tuple[str, ...] = ()
+    """Keys of generation_config.json that would change an answer of transformers, and change none here."""
 
 
 def read_checkpoint_defaults(directory: Path, tokenizer_eos_ids: Iterable[int] = ()) -> CheckpointDefaults:
@@ -52,8 +80,16 @@ def read_checkpoint_defaults(directory: Path, tokenizer_eos_ids: Iterable[int] =
         given["top_k"] = max(0, given["top_k"])
     ends = (part.token_ids("eos_token_id") for part in (generation, text_config, config))
     return CheckpointDefaults(
-        eos_token_ids=frozenset(tokenizer_eos_ids).union(*ends), vocabulary_size=text_config.size("vocab_size"), **given
+        eos_token_ids=frozenset(tokenizer_eos_ids).union(*ends),
+        vocabulary_size=text_config.size("vocab_size"),
+        not_applied=tuple(key for key, neutral in _NEUTRAL.items() if _changes_answers(generation, key, neutral)),
+        **given,
     )
+
+
+def _changes_answers(generation: CheckpointFile, key: str, neutral: tuple[Any, ...]) -> bool:
+    value = generation.values.get(key)
+    return value is not None and value not in neutral
 
 
 def _sampling_default(generation: CheckpointFile, key: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.checkpoint_defaults import read_checkpoint_defaults
@@ -111,3 +112,16 @@ def test_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_checkpoint_defaults(tmp_path)
+
+
+def test_keys_that_would_change_an_answer_of_transformers_and_change_none_here_are_named(tmp_path: Path) -> None:
+    stated = {"stop_strings": ["END"], "suppress_tokens": [7], "num_beams": 4, "typical_p": 1.0, "bad_words_ids": None}
+    write(tmp_path, config={}, generation_config=stated)
+    assert read_checkpoint_defaults(tmp_path).not_applied == ("num_beams", "stop_strings", "suppress_tokens")
+
+
+def test_what_transformers_writes_by_itself_is_not_named(tmp_path: Path) -> None:
+    GenerationConfig(temperature=0.6, do_sample=True).save_pretrained(tmp_path)
+    everything = GenerationConfig().to_dict() | {"num_beams": 1, "typical_p": 1.0, "guidance_scale": None}
+    write(tmp_path, generation_config=everything)
+    assert read_checkpoint_defaults(tmp_path).not_applied == ()
