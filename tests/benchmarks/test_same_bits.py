@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.bit_requests import FIELDS, NUM_REQUESTS, SMALLEST_VOCABULARY, bit_requests
-from tests.benchmarks.same_bits import Meshes, answer_of, compare, hash_of, main, messages_of
+from compose.tiny_checkpoint import write_tiny_checkpoint
+from services.router.front.tokenizer import TextTokenizer
+from tests.benchmarks.bit_requests import FIELDS, NUM_REQUESTS, SMALLEST_VOCABULARY, BitRequest, bit_requests
+from tests.benchmarks.same_bits import Answer, Meshes, answer_of, compare, hash_of, main, messages_of
+from tests.support.front_over_engine import TEXT, Server, run
 
 
 def piece(index: int = 0, **fields: Any) -> dict[str, Any]:
@@ -62,6 +65,21 @@ def test_how_a_stream_is_cut_up_does_not_count() -> None:
         piece(token_ids=[3], text="c", logprobs=logprobs(-3.0), finish_reason="stop"),
     ]
     assert answer_of(pieces) == answer_of([whole])
+
+
+def test_the_front_takes_each_request_and_streams_what_it_says_otherwise(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.from_directory(write_tiny_checkpoint(tmp_path / "tiny"))
+    script = tokenizer.encode(f"{TEXT} more of it " * 4)
+
+    async def answer(request: BitRequest, stream: bool) -> Answer:
+        reply = await Server(tokenizer, script=[*script]).post(request.path, **(request.body | {"stream": stream}))
+        return answer_of(messages_of(reply.body.decode(), stream))
+
+    async def ask_each() -> None:
+        for request in bit_requests():
+            assert await answer(request, stream=True) == await answer(request, stream=False), request.name
+
+    run(ask_each())
 
 
 def test_chats_have_their_text_elsewhere() -> None:
