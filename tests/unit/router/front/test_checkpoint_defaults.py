@@ -121,7 +121,8 @@ def test_keys_that_would_change_an_answer_of_transformers_and_change_none_here_a
 
 
 def test_what_transformers_writes_by_itself_is_not_named(tmp_path: Path) -> None:
-    GenerationConfig(temperature=0.6, do_sample=True).save_pretrained(tmp_path)
-    everything = GenerationConfig().to_dict() | {"num_beams": 1, "typical_p": 1.0, "guidance_scale": None}
+    new_config: Any = GenerationConfig
+    new_config(temperature=0.6, do_sample=True).save_pretrained(tmp_path)
+    everything = new_config().to_dict() | {"num_beams": 1, "typical_p": 1.0, "guidance_scale": None}
     write(tmp_path, generation_config=everything)
     assert read_checkpoint_defaults(tmp_path).not_applied == ()
