@@ -25,13 +25,10 @@ STILL_LONG = (
     "docs/chaos-network.md",
     "docs/chaos.md",
     "docs/demo-model.md",
-    "docs/failure-model.md",
     "docs/gpu.md",
     "docs/numerics.md",
     "docs/placement.md",
     "docs/protocol.md",
-    "docs/resuming.md",
-    "docs/scheduling.md",
     "docs/sources.md",
     "docs/tensor-parallelism.md",
 )
