@@ -16,7 +16,7 @@ LIMITS = {
     "spelling": ("Spell planet.", "3 to 7 lower-case letters"),
     "counting letters": ("How often is e in cheese?", "one letter, or all letters, of a word of 3 to 7"),
     "capitals": ("What is the capital of Norway?", "60 countries, learned by heart"),
-    "units": ("Convert 7 kilometers to meters.", "six metric pairs, both ways, 2 to 999; five pairs of time, 2 to 12"),
+    "units": ("Convert 7 kilometers to meters.", "six metric pairs both ways, 2 to 999; five of time, 2 to 12"),
     "dates": ("How many days from 3 March to 9 April?", "one month or a month and the next, a year of 365 days"),
     "sequences": ("Continue the sequence: 3, 6, 9, 12", "numbers from 0 to 109, steps of 1 to 10, up or down"),
     "abilities": ("What can you do?", "one answer; a greeting has another"),

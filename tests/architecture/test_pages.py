@@ -18,18 +18,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "co
 OF_OTHER_TIMES = ("CHANGELOG.md", "docs/log.md")
 """What these say of files is true of the day on which it was written."""
 STILL_LONG = (
-    "compose/demo/checkpoint/README.md",
     "docs/architecture.md",
-    "docs/benchmarks/parallel.md",
-    "docs/benchmarks/serving-bench-bfloat16.md",
     "docs/chaos-network.md",
     "docs/chaos.md",
-    "docs/demo-model.md",
     "docs/gpu.md",
-    "docs/numerics.md",
-    "docs/placement.md",
-    "docs/protocol.md",
-    "docs/sources.md",
     "docs/tensor-parallelism.md",
 )
 """Pages that wait for their turn; this list only gets shorter."""

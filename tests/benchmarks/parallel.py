@@ -107,10 +107,11 @@ def run(parsed: argparse.Namespace) -> dict[str, list[ShapeFigures]]:
 def table(found: dict[str, list[ShapeFigures]]) -> str:
     """Markdown: medians over rounds."""
     heads = ["shape"]
-    heads += [f"TTFT {length}, p50 / p95, ms" for length in PREFILLS]
-    heads += [f"TPOT x{count}, ms" for count in CONCURRENCIES] + [f"tokens/s x{count}" for count in CONCURRENCIES]
-    heads += ["a collective, us"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    heads += [f"TTFT {length}" for length in PREFILLS]
+    heads += [f"TPOT x{count}" for count in CONCURRENCIES] + [f"tokens/s x{count}" for count in CONCURRENCIES]
+    heads += ["collective"]
+    units = "TTFT: p50 / p95 in ms, by prompt tokens. TPOT in ms and tokens/s, by streams. A collective in us."
+    lines = [units, "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, rounds in found.items():
         cells = [name]
         for length in PREFILLS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +135,8 @@ def markdown(report: BenchmarkReport) -> str:
         header = ["prompt tokens", "mesh tokens/s", "transformers", "ratio"]
         sections += ["## Prefill of one prompt", _table(header, [_prefill_row(prefill) for prefill in report.prefills])]
     sections += ["## Hops", *_hop_sections(report), "## Memory", _memory_table(report.processes)]
-    return "\n\n".join(sections) + "\n"
+    wrapped = [text if text.startswith("|") else textwrap.fill(text, 120, break_long_words=False) for text in sections]
+    return "\n\n".join(wrapped) + "\n"
 
 
 def _throughput_row(level: LevelReport) -> list[str]:
