@@ -15,15 +15,15 @@ import typer
 
 from chaos.experiment import Experiment, ExperimentError, read_experiment
 from chaos.faults.catalog import FAULTS
-from chaos.history import History, HistoryError, read_history
-from chaos.operations import Reference
-from chaos.reference_file import StoredReferenceError, read_reference, write_reference
-from chaos.report import COULD_NOT_RUN, EXIT_STATUS, Report
-from chaos.requests import requests_sha256
+from chaos.record.history import History, HistoryError, read_history
+from chaos.record.operations import Reference
+from chaos.record.requests import requests_sha256
 from chaos.runner import CannotRunError, Run
 from chaos.target import Target, TargetError
-from chaos.targets import TargetRequest, make_target
-from chaos.verdicts import judge
+from chaos.targets.catalog import TargetRequest, make_target
+from chaos.verdicts.judgement import judge
+from chaos.verdicts.reference_file import StoredReferenceError, read_reference, write_reference
+from chaos.verdicts.report import COULD_NOT_RUN, EXIT_STATUS, Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh under load; was anything lost?")
 OUTPUT = Path("chaos-report")

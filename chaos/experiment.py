@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chaos.faults.catalog import FAULTS
-from chaos.leaks import LeakBounds
-from chaos.requests import RequestShape
+from chaos.record.requests import RequestShape
 from chaos.target import NODE_KINDS
 from chaos.timeline import AllowedFault, TimelineRules, make_timeline
-from chaos.verdicts import DEFAULT, Bounds
+from chaos.verdicts.judgement import DEFAULT, Bounds
+from chaos.verdicts.leaks import LeakBounds
 from chaos.victims import VictimRule
 
 SUITES = Path(__file__).parent / "suites"
@@ -147,7 +147,7 @@ class Leaks(_Strict):
 
 
 class SuiteBounds(_Strict):
-    """What is still good; see chaos/verdicts.py. Maps take `kill/stage`, `kill` and `default`."""
+    """What is still good; see chaos/verdicts/judgement.py. Maps take `kill/stage`, `kill` and `default`."""
 
     stall_s: dict[str, Positive] = {DEFAULT: 10.0}
     recovery_s: dict[str, Positive] = {DEFAULT: 60.0}

@@ -1,6 +1,6 @@
 """One run: steady state, the answers without faults, load and faults, healing in any case, quiet.
 
-It makes the record and nothing else; what the record means is said by chaos/verdicts.py.
+It makes the record and nothing else; what the record means is said by chaos/verdicts/judgement.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx
 from chaos.experiment import Experiment
 from chaos.faults.base import Fault
 from chaos.faults.catalog import FAULTS
-from chaos.history import (
+from chaos.record.history import (
     Event,
     FaultApplied,
     FaultHealed,
@@ -28,10 +28,10 @@ from chaos.history import (
     PhaseBegan,
     RunBegan,
 )
-from chaos.load import ClientSettings, Load, StreamingClient, http_client
-from chaos.observer import Observer, Progress
-from chaos.operations import Reference, read_operations, reference_of
-from chaos.requests import ChaosRequest, draw_requests
+from chaos.record.load import ClientSettings, Load, StreamingClient, http_client
+from chaos.record.observer import Observer, Progress
+from chaos.record.operations import Reference, read_operations, reference_of
+from chaos.record.requests import ChaosRequest, draw_requests
 from chaos.target import Target, TargetError
 from chaos.timeline import AllowedFault, PlannedFault, TimelineRules, make_timeline, overlapping_groups
 from chaos.victims import choose_victims

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chaos.roles import Role
+from chaos.record.roles import Role
 from chaos.target import NODE_KINDS, Node
 
 NO_ROLES: Mapping[str, Role] = {}

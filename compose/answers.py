@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from chaos.answer import DONE
-from chaos.sse import EventParser, split_lines
+from chaos.record.answer import DONE
+from chaos.record.sse import EventParser, split_lines
 from common.errors import MoemeshError
 from compose.router_client import open_client
 

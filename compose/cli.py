@@ -22,7 +22,7 @@ from chaos.command import app as chaos_app
 from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.answers import served_model, stream_answer, stream_pieces
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.people import console, say, say_error, table_console

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.local_http import open_local
+from common.processes.local_http import open_local
 from compose.demo_checkpoint import DEMO_NAME, copy_demo_checkpoint
 
 CHECKPOINT_MOUNT = Path("/checkpoint")
@@ -64,7 +64,7 @@ def prepare(environment: Mapping[str, str]) -> str:
         return f"demo model in {copy_demo_checkpoint(VOLUME_MOUNT / DEMO_NAME)}"
     if is_hub_name(environment):
         os.environ["HF_HOME"] = str(VOLUME_MOUNT)
-        from common.checkpoint import resolve_model  # the hub's library reads HF_HOME when it is imported
+        from common.checkpoint.directory import resolve_model  # the hub's library reads HF_HOME when it is imported
 
         return f"{model} in {resolve_model(model)}"
     if not os.access(CHECKPOINT_MOUNT, os.R_OK | os.X_OK):

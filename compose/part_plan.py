@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from common.checkpoint.model_config import ModelConfig
 from common.errors import ConfigurationError
 from common.ids import NodeId
-from common.model_config import ModelConfig
 from common.topology import CheckpointPart, ShardId
-from services.router.control.placement import ExpertNodeCapacity, place_shards
+from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
 from services.router.control.sizes import plan_layers
 
 

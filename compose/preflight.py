@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common.checkpoint import resolve_model
+from common.checkpoint.directory import resolve_model
+from common.checkpoint.model_config import read_model_config
 from common.config import Settings
-from common.model_config import read_model_config
 from services.router.control.sizes import plan_layers
-from services.stage.ranks.cut import check_degree
+from services.stage.model.tp_shard import check_degree
 
 
 def check_before_start(settings: Settings) -> None:

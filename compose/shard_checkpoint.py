@@ -4,7 +4,7 @@
     DIR/stage-N    one layer range each
     DIR/expert-N   whole experts, of all MoE layers
 
-Each is a checkpoint directory with a manifest (`common/checkpoint_part.py`) that a process takes as its MODEL. No
+Each is a checkpoint directory with a manifest (`common/checkpoint/part.py`) that a process takes as its MODEL. No
 torch: weights go from file to file (`tensor_copy.py`), so memory is needed for neither the model nor a part.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import WEIGHTS_INDEX, read_tensor_index, resolve_model, served_name
-from common.checkpoint_part import MANIFEST, SeenCheckpoint, see_checkpoint, write_manifest
+from common.checkpoint.directory import WEIGHTS_INDEX, read_tensor_index, resolve_model, served_name
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.part import MANIFEST, SeenCheckpoint, see_checkpoint, write_manifest
+from common.checkpoint.tensor_names import check_tensors, unused_tensors
 from common.errors import ConfigurationError
-from common.model_config import read_model_config
-from common.tensor_names import check_tensors, unused_tensors
 from common.topology import CheckpointPart
 from compose.part_plan import plan_parts
 from compose.tensor_copy import NamedTensor, tensors_of, write_tensors

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.checkpoint_part import describe_part
+from common.checkpoint.part import describe_part
 from common.errors import MoemeshError
 from compose.people import say, say_error
 from compose.shard_checkpoint import WrittenPart, shard_checkpoint

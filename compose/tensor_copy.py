@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from common.checkpoint import StoredTensor
+from common.checkpoint.directory import StoredTensor
+from common.checkpoint.model_config import ModelConfig
+from common.checkpoint.tensor_names import expert_tensors, fused_expert_tensors, is_fused, stage_tensors
 from common.errors import CheckpointError
-from common.model_config import ModelConfig
-from common.tensor_names import expert_tensors, fused_expert_tensors, is_fused, stage_tensors
 from common.topology import CheckpointPart
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}

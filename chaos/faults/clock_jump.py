@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.host_commands import run
-from chaos.process_environment import environment_of, path_seen_by
 from chaos.target import Node, Target, TargetError
+from chaos.targets.host_commands import run
+from chaos.targets.process_environment import environment_of, path_seen_by
 from chaos.undo import UndoList
 
 LIBRARY = "faketime/libfaketime.so.1"

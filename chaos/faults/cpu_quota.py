@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chaos.cgroups import group_of, unavailable
 from chaos.faults.parameters import Parameters
 from chaos.target import Node, Target
+from chaos.targets.cgroups import group_of, unavailable
 from chaos.undo import UndoList
 
 PERIOD_US = 20_000

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chaos.cuts import CUTS, AddressRefusal, flows, make_cut, with_addresses
+from chaos.faults.cuts import CUTS, AddressRefusal, flows, make_cut, with_addresses
 from chaos.faults.parameters import Parameters
-from chaos.host_commands import NetworkNamespace, missing
-from chaos.link_rules import LinkRule
-from chaos.proxy import link_proxy
+from chaos.proxy.link_rules import LinkRule
+from chaos.proxy.proxy import link_proxy
 from chaos.target import Node, Target, TargetError
+from chaos.targets.host_commands import NetworkNamespace, missing
 from chaos.undo import UndoList
 
 

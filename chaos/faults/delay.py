@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.host_commands import NetworkNamespace, missing
-from chaos.link_rules import around
-from chaos.proxy import link_proxy
-from chaos.queue_discipline import has_netem, replace_discipline
+from chaos.proxy.link_rules import around
+from chaos.proxy.proxy import link_proxy
 from chaos.target import Node, Target
+from chaos.targets.host_commands import NetworkNamespace, missing
+from chaos.targets.queue_discipline import has_netem, replace_discipline
 from chaos.undo import UndoList
 
 

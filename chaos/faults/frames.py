@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.link_rules import FrameRule, around
-from chaos.proxy import link_proxy
+from chaos.proxy.link_rules import FrameRule, around
+from chaos.proxy.proxy import link_proxy
+from chaos.proxy.zmtp_frames import DAMAGES
 from chaos.target import Node, Target
 from chaos.undo import UndoList
-from chaos.zmtp_frames import DAMAGES
 
 
 class Frames:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chaos.docker_target import DockerTarget
 from chaos.faults.parameters import Parameters
 from chaos.target import Node, Target, TargetError
+from chaos.targets.docker_target import DockerTarget
 from chaos.undo import UndoList
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.proxy import link_proxy
+from chaos.proxy.proxy import link_proxy
 from chaos.target import Node, Target, TargetError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.played_hosts import hosts_of
 from chaos.target import Node, Target, TargetError
+from chaos.targets.played_hosts import hosts_of
 from chaos.undo import UndoList
 
 

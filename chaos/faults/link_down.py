@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.host_commands import NetworkNamespace, missing
 from chaos.target import Node, Target
+from chaos.targets.host_commands import NetworkNamespace, missing
 from chaos.undo import UndoList
 
 

@@ -18,7 +18,7 @@ from chaos.faults.background import BackgroundWork
 from chaos.faults.disk_full import state_folder
 from chaos.faults.parameters import Parameters
 from chaos.target import Node, Target, TargetError
-from common.endpoints import ipc_folder
+from common.wire.endpoints import ipc_folder
 
 OWN_FILES = ("mesh.lock", "router.lock", "router.json", "http.url")
 

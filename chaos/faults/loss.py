@@ -7,8 +7,8 @@ from typing import Any
 
 from chaos.faults.cut import add_packet_rule
 from chaos.faults.parameters import Parameters
-from chaos.host_commands import NetworkNamespace, missing
 from chaos.target import Node, Target
+from chaos.targets.host_commands import NetworkNamespace, missing
 from chaos.undo import UndoList
 
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos.cgroups import ControlGroup, group_of, unavailable
 from chaos.faults.parameters import Parameters
 from chaos.target import Node, Target, TargetError
+from chaos.targets.cgroups import ControlGroup, group_of, unavailable
 from chaos.undo import UndoList
 
 _EATER = """

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chaos.faults.parameters import Parameters
-from chaos.link_rules import LinkRule
-from chaos.proxy import link_proxy
+from chaos.proxy.link_rules import LinkRule
+from chaos.proxy.proxy import link_proxy
 from chaos.target import Node, Target
 from chaos.undo import UndoList
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from common.compute.device import Device, HostDevice, StagedDevice
+from common.compute.numeric_class import cuda_numeric_class
 from common.errors import ConfigurationError
-from common.memory import offered_device_bytes
-from common.numeric_class import cuda_numeric_class
+from common.processes.memory import offered_device_bytes
 
 
 class CudaMarker:

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from common.compute.numeric_class import numeric_class
 from common.compute.staging import Marker, NoMarker, StagingBuffer, lay_out, view_at
-from common.memory import offered_bytes
-from common.numeric_class import numeric_class
+from common.processes.memory import offered_bytes
 
 HOST_MEMORY = torch.device("cpu")
 NUM_UPLOADS = 4

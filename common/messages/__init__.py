@@ -1,7 +1,8 @@
 """Every message of the mesh, grouped by link. A kind that asks is an imperative, one that tells is not.
 
-The codec (`common/codec.py`) turns these to frames and back; field types are limited to what it checks: int, float,
-str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step, time left and trace are in `Header`.
+The codec (`common/wire/codec.py`) turns these to frames and back; field types are limited to what it checks: int,
+float, str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step, time left and trace are in
+`Header`.
 """
 
 from __future__ import annotations

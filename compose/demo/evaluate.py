@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.demo.held_out import Split
 from compose.demo.tasks.catalog import TASKS
 from compose.demo.tasks.task import Exchange, Task

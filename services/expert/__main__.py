@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from common.quick_imports import quick_imports
+from common.processes.quick_imports import quick_imports
 
 with quick_imports():
     from common.config import read_settings
-    from common.node_process import end_process, run_process
+    from common.node.process import end_process, run_process
     from services.expert.process import serve
 
 

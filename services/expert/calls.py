@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.array import Float32Array, Int32Array, frame_to_array
 from common.compute.device import Device, Download
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header
-from common.tensor import frame_to_tensor
 from common.topology import ShardId
+from common.wire.array import Float32Array, Int32Array, frame_to_array
+from common.wire.tensor import frame_to_tensor
 from services.expert.grouping import group_rows
 from services.expert.shard_store import ShardStore
 

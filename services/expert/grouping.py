@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.array import Int32Array, Int64Array
+from common.wire.array import Int32Array, Int64Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from common.compute.cuda import open_device
 from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
-from common.node_process import describe_node, open_transport, run_lives
-from common.node_resources import NodeResources
+from common.node.process import describe_node, open_transport, run_lives
+from common.node.resources import NodeResources
 from common.topology import NodeKind
-from common.transport import RoutingSocket
+from common.wire.transport import RoutingSocket
 from services.expert.service import ExpertService
-from services.expert.shard_keeper import HeldShards, ShardKeeper
+from services.expert.shard_loader import HeldShards, ShardKeeper
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:

@@ -12,6 +12,7 @@ import torch
 import zmq
 from torch import Tensor
 
+from common.checkpoint.model_config import ModelConfig
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
 from common.messages import (
@@ -24,12 +25,11 @@ from common.messages import (
     Heartbeat,
     Message,
 )
-from common.model_config import ModelConfig
-from common.node import ControlLink
-from common.tensor import tensor_to_frame
-from common.transport import Full, RoutingSocket
+from common.node.control_link import ControlLink
+from common.wire.tensor import tensor_to_frame
+from common.wire.transport import Full, RoutingSocket
 from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
-from services.expert.shard_keeper import ShardKeeper
+from services.expert.shard_loader import ShardKeeper
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from common.checkpoint.model_config import ModelConfig
+from common.checkpoint.weights import CheckpointWeights
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.native_library import NativeKernels
-from common.model_config import ModelConfig
 from common.topology import ShardId
-from common.weights import CheckpointWeights
 from services.expert.shard_probe import PROBE_ROWS, ProbeAnswer, check_answer, probe_rows, summarise, torch_answer
 
 

@@ -6,11 +6,11 @@ import asyncio
 import os
 import sys
 
-from common.quick_imports import quick_imports
+from common.processes.quick_imports import quick_imports
 
 with quick_imports():
     from common.config import read_settings
-    from common.node_process import run_process
+    from common.node.process import run_process
     from services.router.service import serve
 
 

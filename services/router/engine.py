@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from common.ids import RequestId, SequenceId
-from services.router.scheduling.sampling_parameters import SamplingParameters
+from services.router.sampling_parameters import SamplingParameters
 
 
 class FinishReason(StrEnum):

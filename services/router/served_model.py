@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import (
+from common.checkpoint.directory import (
     find_weight_files,
     read_tensor_index,
     resolve_model,
     served_name,
     tensors_in_several_files,
 )
-from common.checkpoint_part import refuse_useless_part, see_checkpoint
+from common.checkpoint.model_config import ModelConfig, read_model_config
+from common.checkpoint.part import refuse_useless_part, see_checkpoint
+from common.checkpoint.tensor_names import EMBEDDING, LM_HEAD, check_tensors, unused_tensors
 from common.config import Settings
-from common.model_config import ModelConfig, read_model_config
-from common.tensor_names import EMBEDDING, LM_HEAD, check_tensors, unused_tensors
 
 _SHOWN_NAMES = 5
 

@@ -13,45 +13,45 @@ from functools import partial
 import structlog
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from common.codec import ITEM_BYTES
 from common.config import Settings
-from common.descriptors import descriptor_limit
 from common.errors import ConfigurationError, FencedError
 from common.ids import NodeId
-from common.membership import Membership, MembershipSettings
 from common.messages import Welcome
-from common.node import NodeAddresses, find_addresses
-from common.node_process import StopFlag, open_transport
-from common.transport import Transport
-from services.router.control.expert_roles import ExpertRoles
+from common.node.control_link import NodeAddresses, find_addresses
+from common.node.descriptors import descriptor_limit
+from common.node.process import StopFlag, open_transport
+from common.wire.codec import ITEM_BYTES
+from common.wire.transport import Transport
+from services.router.control.experts.expert_roles import ExpertRoles
+from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
-from services.router.disk_thread import Disk, DiskThread, finish_within
-from services.router.front.connection_answers import ConnectionLimits
-from services.router.front.cross_origin import OriginPolicy, is_loopback_name
-from services.router.front.front_server import FrontServer
-from services.router.front.front_settings import FrontSettings
-from services.router.front.http_api import create_app
+from services.router.front.http.connection_answers import ConnectionLimits
+from services.router.front.http.cross_origin import OriginPolicy, is_loopback_name
+from services.router.front.http.server import FrontServer
 from services.router.front.metrics import ConnectionMetrics
-from services.router.front.request_registry import RequestRegistry
-from services.router.front.tokenizer import TextTokenizer
-from services.router.journal import Journal, JournalSettings, open_journal
-from services.router.journal_metrics import JournalCollector
-from services.router.journal_records import JournalledRequest
-from services.router.journal_sink import Housekeeping, JournalFirst
+from services.router.front.registry import RequestRegistry
+from services.router.front.routes import create_app
+from services.router.front.settings import FrontSettings
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.disk_thread import Disk, DiskThread, finish_within
+from services.router.journal.journal import Journal, JournalSettings, open_journal
+from services.router.journal.metrics import JournalCollector
+from services.router.journal.records import JournalledRequest
+from services.router.journal.set_aside import Attention, attention_path, without_culprits
+from services.router.journal.sink import Housekeeping, JournalFirst
+from services.router.journal.state_folder import StateFolder, open_state_folder
 from services.router.memory_relief import MemoryRelief
-from services.router.mesh_client import MeshClient
-from services.router.mesh_engine import MeshEngine, TokenMailbox
-from services.router.mesh_loop import LoopSettings, MeshLoop
-from services.router.mesh_metrics import MeshCollector
-from services.router.placer import Placer, ProcessPlacer
+from services.router.mesh.engine import MeshEngine, TokenMailbox
+from services.router.mesh.loop import LoopSettings, MeshLoop
+from services.router.mesh.metrics import MeshCollector
+from services.router.mesh.placer import Placer, ProcessPlacer
+from services.router.mesh.sockets import MeshClient
+from services.router.mesh.steps import Sink, StepFlow
 from services.router.scheduling.blame import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.served_model import Model, read_model
-from services.router.set_aside import Attention, attention_path, without_culprits
-from services.router.state_folder import StateFolder, open_state_folder
-from services.router.step_flow import Sink, StepFlow
 
 BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""

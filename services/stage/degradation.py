@@ -9,9 +9,9 @@ from collections.abc import Collection
 
 import numpy as np
 
-from common.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
 from common.messages import NO_ARRAY, Step, TensorFrame
-from services.stage.micro_batch import MicroBatch
+from common.wire.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
+from services.stage.model.micro_batch import MicroBatch
 
 
 def degraded_sequences(step: Step, batch: MicroBatch, degraded_rows: Collection[int]) -> BoolArray:

@@ -7,27 +7,27 @@ import sys
 import structlog
 import torch
 
+from common.checkpoint.model_config import ModelConfig
 from common.compute.cuda import count_gpus, open_device, places_of_ranks
 from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
-from common.fork_server import ForkServer
-from common.model_config import ModelConfig
-from common.node_process import describe_node, open_transport, run_lives
-from common.node_resources import NodeResources
+from common.node.process import describe_node, open_transport, run_lives
+from common.node.resources import NodeResources
+from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
-from common.transport import MessageSocket
-from services.stage.expert_client import ExpertClient
-from services.stage.expert_nodes import ExpertNodes
-from services.stage.mirror_link import MirrorLink
+from common.wire.transport import MessageSocket
+from services.stage.experts.client import ExpertClient
+from services.stage.experts.nodes import ExpertNodes
 from services.stage.ranks.group import GroupSettings, RankGroup
 from services.stage.ranks.memory_needs import num_memories
 from services.stage.ranks.open_collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
-from services.stage.slot import LoadedLayers
-from services.stage.slot_keeper import SlotKeeper
+from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.slot import LoadedLayers
+from services.stage.slot.stage_worker import SlotKeeper
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:

@@ -11,7 +11,7 @@ import structlog
 import torch
 import zmq
 
-from common.array import frame_to_array
+from common.checkpoint.model_config import ModelConfig
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import LIFE_ENDING_ERRORS, DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
@@ -28,18 +28,18 @@ from common.messages import (
     Step,
     Unassign,
 )
-from common.model_config import ModelConfig
-from common.node import ControlLink, HeldState
-from common.tensor import DTYPES, frame_to_tensor
-from common.transport import Full, MessageSocket
-from services.stage.attention_kernel import KV_BLOCK_TOKENS
-from services.stage.executor import Finished, WantsExperts
-from services.stage.expert_client import ExpertClient
-from services.stage.micro_batch import read_micro_batch, read_positions
-from services.stage.mirror_intake import MirrorIntake
-from services.stage.mirror_link import MirrorLink
-from services.stage.slot import Refused, Slot, Taken
-from services.stage.slot_keeper import SlotKeeper
+from common.node.control_link import ControlLink, HeldState
+from common.wire.array import frame_to_array
+from common.wire.tensor import DTYPES, frame_to_tensor
+from common.wire.transport import Full, MessageSocket
+from services.stage.experts.client import ExpertClient
+from services.stage.model.executor import Finished, WantsExperts
+from services.stage.model.micro_batch import read_micro_batch, read_positions
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+from services.stage.slot.mirror_intake import MirrorIntake
+from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.slot import Refused, Slot, Taken
+from services.stage.slot.stage_worker import SlotKeeper
 from services.stage.stage_heartbeat import Counters, describe_stage
 from services.stage.step_output import describe_held, passed_on, relayed
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.messages import Heartbeat
-from services.stage.expert_client import ExpertClient
-from services.stage.mirror_link import MirrorLink
-from services.stage.slot_keeper import SlotKeeper
+from services.stage.experts.client import ExpertClient
+from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.stage_worker import SlotKeeper
 
 
 @dataclass(slots=True)

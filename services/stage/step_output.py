@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.array import BoolArray, array_to_frame
 from common.messages import NO_ARRAY, Step, StepResult
-from common.node import HeldState
-from common.tensor import tensor_to_frame
+from common.node.control_link import HeldState
+from common.wire.array import BoolArray, array_to_frame
+from common.wire.tensor import tensor_to_frame
 from services.stage.degradation import degraded_sequences, flags_frame
-from services.stage.executor import Finished
+from services.stage.model.executor import Finished
 from services.stage.model.sampling import sample
-from services.stage.slot import Slot
+from services.stage.slot.slot import Slot
 
 EMPTY_RESULT = StepResult(
     array_to_frame(np.zeros(0, dtype=np.int64)),

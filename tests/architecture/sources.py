@@ -26,7 +26,7 @@ class Module:
 
     @property
     def package(self) -> str:
-        """`services.router.front` for `services.router.front.http_api`."""
+        """`services.router.front` for `services.router.front.routes`."""
         return self.name.rpartition(".")[0]
 
     def is_in(self, *packages: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.process_table import children_of
+from tests.support.processes.process_table import children_of
 
 THIS_CHECKOUT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 300

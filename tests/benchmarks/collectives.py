@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from common.child_process import end_with_parent
 from common.compute.native_library import NativeKernels, load_native_kernels
-from services.stage.ranks.board import RankBoard
+from common.processes.child_process import end_with_parent
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.shared_channel import RankBoard
 from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.torch_collectives import TorchCollectives, open_store
 from tests.benchmarks.machine import describe_machine

@@ -20,12 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask, mesh_client
-from tests.support.metrics_text import read_metrics
-from tests.support.streams import RunningStreams, Stream
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Ask, mesh_client
+from tests.support.served.metrics_text import read_metrics
+from tests.support.served.streams import RunningStreams, Stream
 
 STREAMS = 16
 TOKENS = 500

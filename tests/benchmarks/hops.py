@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.support.metrics_text import MetricsSnapshot
+from tests.support.served.metrics_text import MetricsSnapshot
 
 LINK_LABEL = "link"
 

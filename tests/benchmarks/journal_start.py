@@ -19,12 +19,12 @@ from prometheus_client import CollectorRegistry
 
 from common.ids import RequestId, SequenceId
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from services.router.front.front_settings import FrontSettings
-from services.router.front.http_api import create_app
-from services.router.front.tokenizer import TextTokenizer
+from services.router.front.routes import create_app
+from services.router.front.settings import FrontSettings
+from services.router.front.text.tokenizer import TextTokenizer
 from services.router.service import RESTORE_WITHIN_S
-from tests.support.fake_engine import FakeEngine, Pause
-from tests.support.journals import accepted, open_at, token
+from tests.support.front.fake_engine import FakeEngine, Pause
+from tests.support.front.journals import accepted, open_at, token
 
 TOKENS_A_STEP = 64
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from common import codec
-from common.array import array_to_frame, frame_to_array
+from common.checkpoint.model_config import ModelConfig
 from common.ids import Incarnation, NodeId
 from common.messages import AssignShards, Header, Heartbeat, Leave, Message, PublishPlacement, ShardsReady
-from common.model_config import ModelConfig
 from common.topology import NodeDescription, NodeKind
-from common.transport import LinkEvent
-from services.router.control.placing import PlacementAnswer, PlacementRequest, answer_request
-from tests.support.fake_mesh import FakeClient, FakeMesh, hello_of
-from tests.support.mesh_shapes import SHARD_BYTES, node, small_model
+from common.wire import codec
+from common.wire.array import array_to_frame, frame_to_array
+from common.wire.transport import LinkEvent
+from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
+from tests.support.router.fake_mesh import FakeClient, FakeMesh, hello_of
+from tests.support.router.mesh_shapes import SHARD_BYTES, node, small_model
 
 QUIET = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 PLACEMENT = "a placement, elsewhere"

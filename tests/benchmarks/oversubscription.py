@@ -25,12 +25,12 @@ from pathlib import Path
 
 import httpx
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask, mesh_client
-from tests.support.metrics_text import read_metrics
-from tests.support.readiness_watch import ReadinessWatch
-from tests.support.streams import RunningStreams
+from tests.support.served.mesh_client import Ask, mesh_client
+from tests.support.served.metrics_text import read_metrics
+from tests.support.served.readiness_watch import ReadinessWatch
+from tests.support.served.streams import RunningStreams
 
 OVERSUBSCRIPTION = 2
 READY_WITHIN_S = 300

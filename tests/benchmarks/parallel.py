@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from tests.benchmarks.figures import round_figures
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, MeshUnderTest, PromptSource
-from tests.support.metrics_text import MetricsSnapshot
+from tests.support.served.metrics_text import MetricsSnapshot
 
 SHAPES: dict[str, dict[str, str]] = {
     "PP 1, TP 1": {"PP": "1", "TP": "1"},

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from common.silence import SilenceSettings, SilenceWatch
-from services.router import witnesses
+from common.node.silence import SilenceSettings, SilenceWatch
 from services.router.__main__ import main
+from services.router.mesh import witnesses
 
 
 class RecordingWatch(SilenceWatch):

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.demo_checkpoint import DEMO_CHECKPOINT
 from tests.benchmarks.figures import round_figures
 from tests.benchmarks.machine import describe_machine

@@ -26,7 +26,7 @@ from compose.tiny_checkpoint import Family, write_tiny_checkpoint
 from tests.benchmarks.bit_requests import BitRequest, bit_requests
 from tests.benchmarks.checkout_mesh import THIS_CHECKOUT, checkout_mesh, command_of, commit_of
 from tests.benchmarks.machine import describe_machine
-from tests.support.mesh_client import MeshClient, mesh_client
+from tests.support.served.mesh_client import MeshClient, mesh_client
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "PP 1, EXPERTS 1": {"PP": "1", "EXPERTS": "1"},

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from tests.benchmarks.figures import RoundFigures, median, median_figures, round_figures
 from tests.benchmarks.hops import HopFigures, hop_figures
 from tests.benchmarks.machine import describe_machine
@@ -29,8 +29,8 @@ from tests.benchmarks.make_bench_model import DTYPES, SIZES, make_bench_model
 from tests.benchmarks.report import BenchmarkReport, LevelReport, PrefillReport, ProcessReport, write_report
 from tests.benchmarks.streaming_client import StreamTimes, TimedRound, run_round
 from tests.benchmarks.transformers_peer import TransformersPeer
-from tests.support.metrics_text import MetricsSnapshot, read_metrics
-from tests.support.process_table import process_size
+from tests.support.processes.process_table import process_size
+from tests.support.served.metrics_text import MetricsSnapshot, read_metrics
 
 READY_WITHIN_S = 300
 WARM_UP_TOKENS = 8

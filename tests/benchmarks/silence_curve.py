@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.silence import EARLY, PATIENT, Patience, RecentLongest, SilenceSettings
+from common.node.silence import EARLY, PATIENT, Patience, RecentLongest, SilenceSettings
 
 CONSTANTS_S = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 FACTORS = (1.25, 1.5, 2.0, 3.0)

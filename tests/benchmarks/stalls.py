@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from chaos.verdict import percentile
+from chaos.verdicts.verdict import percentile
 
 ROUTER_EXCESS_S = 0.4
 """What a router that was killed may cost beyond the start of its process."""

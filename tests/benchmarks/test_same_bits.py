@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from services.router.front.tokenizer import TextTokenizer
+from services.router.front.text.tokenizer import TextTokenizer
 from tests.benchmarks.bit_requests import FIELDS, NUM_REQUESTS, SMALLEST_VOCABULARY, BitRequest, bit_requests
 from tests.benchmarks.same_bits import Answer, Meshes, answer_of, compare, hash_of, main, messages_of
-from tests.support.front_over_engine import TEXT, Server, run
+from tests.support.front.front_over_engine import TEXT, Server, run
 
 
 def piece(index: int = 0, **fields: Any) -> dict[str, Any]:

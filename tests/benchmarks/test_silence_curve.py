@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common.silence import EARLY
+from common.node.silence import EARLY
 from tests.benchmarks.silence_curve import Silence, adaptive_rule, as_table, constant_rule, curve, read_trace
 
 

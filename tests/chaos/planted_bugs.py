@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from common.array import array_to_frame, frame_to_array
 from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, TensorFrame
-from common.transport import MessageSocket
+from common.wire.array import array_to_frame, frame_to_array
+from common.wire.transport import MessageSocket
 
 EVERY = 53
 """A bug of the router strikes at each so many-th occasion: often enough for a short run, in any order of requests."""
@@ -185,7 +185,7 @@ def leave_files_lost(look_after: Callable[..., bool]) -> Callable[..., bool]:
 def tell_nothing_again(due: Callable[..., Any]) -> Callable[..., Any]:
     """What holders are told of their mirrors is lost, but for the first of each slot, and nobody is told anything
     again: redundancy that was lost does not come back."""
-    mesh_client = importlib.import_module("services.router.mesh_client").MeshClient
+    mesh_client = importlib.import_module("services.router.mesh.sockets").MeshClient
     tell, told = mesh_client.tell, itertools.count(1)
 
     def lose(self: Any, node_id: Any, message: Message, header: Header | None = None) -> bool:
@@ -236,22 +236,24 @@ class PlantedBug:
 
 
 BUGS = {
-    "dropped_token": PlantedBug("router", "services.router.mesh_engine", "TokenMailbox", "_deliver", drop_token),
-    "doubled_token": PlantedBug("router", "services.router.mesh_engine", "TokenMailbox", "_deliver", double_token),
-    "flipped_logprob_bit": PlantedBug("router", "common.transport", "MessageSocket", "receive", flip_logprob_bit),
+    "dropped_token": PlantedBug("router", "services.router.mesh.engine", "TokenMailbox", "_deliver", drop_token),
+    "doubled_token": PlantedBug("router", "services.router.mesh.engine", "TokenMailbox", "_deliver", double_token),
+    "flipped_logprob_bit": PlantedBug("router", "common.wire.transport", "MessageSocket", "receive", flip_logprob_bit),
     "flipped_replayed_bit": PlantedBug(
-        "stage", "services.stage.paged_memory", "PagedMemory", "logged", flip_replayed_bit
+        "stage", "services.stage.model.kv_cache", "PagedMemory", "logged", flip_replayed_bit
     ),
     "leaked_block": PlantedBug(
         "router", "services.router.scheduling.block_allocator", "BlockAllocator", "free", leak_block
     ),
-    "unfenced_late_reply": PlantedBug("stage", "common.transport", "MessageSocket", "receive", take_late_reply),
+    "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(
-        "stage", "services.stage.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
+        "stage", "services.stage.slot.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
     ),
     "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
-    "files_left_lost": PlantedBug("router", "common.transport", "Transport", "look_after_files", leave_files_lost),
-    "hedge_counted_twice": PlantedBug("stage", "services.stage.pending_call", "PendingCall", "take", count_hedge_twice),
+    "files_left_lost": PlantedBug("router", "common.wire.transport", "Transport", "look_after_files", leave_files_lost),
+    "hedge_counted_twice": PlantedBug(
+        "stage", "services.stage.experts.pending_call", "PendingCall", "take", count_hedge_twice
+    ),
 }
 
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
-from chaos.cgroups import ControlGroup, group_of
-from chaos.docker_target import DockerTarget
 from chaos.faults.bandwidth import make_bandwidth
 from chaos.faults.base import Fault
 from chaos.faults.cpu_quota import make_cpu_quota
@@ -23,8 +21,10 @@ from chaos.faults.freeze import make_freeze
 from chaos.faults.link_down import make_link_down
 from chaos.faults.loss import make_loss
 from chaos.faults.memory_limit import make_memory_limit
-from chaos.host_commands import NetworkNamespace
 from chaos.target import Node
+from chaos.targets.cgroups import ControlGroup, group_of
+from chaos.targets.docker_target import DockerTarget
+from chaos.targets.host_commands import NetworkNamespace
 from chaos.undo import UndoList
 from tests.chaos.probes import packets_arrived, reaches, seconds_to_send
 from tests.compose.compose_mesh import ComposeMesh, compose_mesh

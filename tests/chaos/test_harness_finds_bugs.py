@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from chaos.experiment import Experiment, parse_experiment
-from chaos.history import History
-from chaos.local_target import LocalTarget
-from chaos.operations import Reference
+from chaos.record.history import History
+from chaos.record.operations import Reference
 from chaos.runner import Run
-from chaos.verdict import State
-from chaos.verdicts import Judgement, judge
+from chaos.targets.local_target import LocalTarget
+from chaos.verdicts.judgement import Judgement, judge
+from chaos.verdicts.verdict import State
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.chaos.planted_bugs import BUGS, module_of
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from chaos.link_rules import FrameRule, LinkRule, around
-from chaos.proxy import Link, LinkProxy
-from chaos.proxy_pipe import RuleBook
+from chaos.proxy.link_rules import FrameRule, LinkRule, around
+from chaos.proxy.pipe import RuleBook
+from chaos.proxy.proxy import Link, LinkProxy
 from common.errors import ProtocolError
 from common.messages import Header, Leave
-from common.socket_limits import SocketLimits
-from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+from common.wire.socket_limits import SocketLimits
+from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
 WITHIN_S = 5.0
 

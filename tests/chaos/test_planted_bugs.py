@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.array import array_to_frame, frame_to_array
 from common.ids import NodeId
 from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, Unassign
-from common.supervisor import Child, LocalMesh
-from common.transport import MessageSocket
-from services.router.mesh_client import MeshClient
+from common.processes.supervisor import Child, LocalMesh
+from common.wire.array import array_to_frame, frame_to_array
+from common.wire.transport import MessageSocket
+from services.router.mesh.sockets import MeshClient
 from services.router.scheduling.block_allocator import BlockAllocator
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows

@@ -15,8 +15,8 @@ from chaos.faults.clock_jump import faketime_environment, make_clock_jump
 from chaos.faults.cpu_quota import make_cpu_quota
 from chaos.faults.disk_full import FILLER, make_disk_full, small_disk
 from chaos.faults.memory_limit import make_memory_limit
-from chaos.host_commands import NetworkNamespace, missing
 from chaos.target import TargetError
+from chaos.targets.host_commands import NetworkNamespace, missing
 from tests.chaos.plain_target import SPIN, PlainTarget, plain_target
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from chaos.docker_target import DockerTarget
 from chaos.faults.base import Fault
 from chaos.faults.cut import make_cut_fault
 from chaos.faults.delay import make_delay
 from chaos.faults.frames import make_frames
 from chaos.faults.half_close import make_half_close
 from chaos.faults.stall import make_stall
-from chaos.proxied_local_target import ProxiedLocalTarget
-from chaos.proxy import LinkProxy, link_proxy
+from chaos.proxy.proxy import LinkProxy, link_proxy
 from chaos.target import Node, Target
+from chaos.targets.docker_target import DockerTarget
+from chaos.targets.proxied_local_target import ProxiedLocalTarget
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.compose.compose_mesh import BUILD_TIMEOUT_S, ComposeMesh, free_port
-from tests.support.mesh_client import Answer, Ask, mesh_client
+from tests.support.served.mesh_client import Answer, Ask, mesh_client
 
 WITHIN_S = 90.0
 GREEDY = Ask((3, 50, 60), max_tokens=16, ignore_eos=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.metrics_text import read_metrics
+from tests.support.served.metrics_text import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD_TIMEOUT_S = 1200.0

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.compose.compose_mesh import ComposeMesh, compose_mesh
-from tests.support.mesh_client import Answer, Ask, MeshClient, mesh_client
+from tests.support.served.mesh_client import Answer, Ask, MeshClient, mesh_client
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.compute.cuda import CudaDevice, open_device
-from tests.support.shelf import Shelf
+from tests.support.checkpoints.shelf import Shelf
 
 
 @pytest.fixture(autouse=True, scope="session")

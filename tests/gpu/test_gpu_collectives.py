@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.collective_ranks import assert_collectives, results_of_ranks
+from tests.support.nodes.collective_ranks import assert_collectives, results_of_ranks
 
 pytestmark = pytest.mark.gpu
 

@@ -10,10 +10,10 @@ import torch
 from common.compute.cuda import CudaDevice, open_device
 from common.compute.device_errors import raise_if_device_failed, refusal_to_load
 from common.errors import CapacityError, ConfigurationError, DeviceError
-from services.stage.attention_kernel import allocate_kv_cache
-from tests.support.checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, QWEN3_DENSE_LAYERS, Recipe
-from tests.support.local_pipeline import Chunk, LocalPipeline
-from tests.support.shelf import Shelf
+from services.stage.model.paged_attention import allocate_kv_cache
+from tests.support.checkpoints.shelf import Shelf
+from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, QWEN3_DENSE_LAYERS, Recipe
+from tests.support.nodes.local_pipeline import Chunk, LocalPipeline
 
 pytestmark = pytest.mark.gpu
 TOKENS = tuple((7 * position * position + 3 * position + 11) % 200 for position in range(70))

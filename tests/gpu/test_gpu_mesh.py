@@ -13,20 +13,20 @@ import pytest
 from common.errors import NodeLostError
 from tests.integration.test_stage_faults import READY_AGAIN_WITHIN_S, holder_of
 from tests.parity.verdict import ParityCount, assert_parity
-from tests.support.checkpoints import (
+from tests.support.checkpoints.prompts import random_prompts
+from tests.support.checkpoints.reference import Reference
+from tests.support.checkpoints.shelf import Shelf
+from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,
     MIXTRAL_SLIDING_TIED,
     QWEN3_DENSE_LAYERS,
     QWEN3_TIED_SHARDED_BF16,
     Recipe,
 )
-from tests.support.fault_runs import metric
-from tests.support.mesh_client import Answer, Ask
-from tests.support.prompts import random_prompts
-from tests.support.reference import Reference
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.shelf import Shelf
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import metric
+from tests.support.served.mesh_client import Answer, Ask
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 pytestmark = pytest.mark.gpu
 MAX_TOKENS = 16

@@ -16,8 +16,14 @@ from common.compute.linear import PackedLinear
 from common.compute.rms_norm import rms_norm
 from common.compute.row_reduction import folded_softmax, folded_sum
 from common.compute.torch_elementwise import exponential, silu
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache, paged_attention, write_kv
 from services.stage.model.gate import Gate
+from services.stage.model.paged_attention import (
+    KV_BLOCK_TOKENS,
+    LayerKvCache,
+    allocate_kv_cache,
+    paged_attention,
+    write_kv,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16)

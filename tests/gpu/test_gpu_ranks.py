@@ -18,13 +18,13 @@ from tests.gpu.test_gpu_mesh import AT_ONCE, MAX_TOKENS, bits
 from tests.integration.test_ranks import degrees, ranks_of
 from tests.integration.test_stage_faults import READY_AGAIN_WITHIN_S, holder_of
 from tests.parity.verdict import ParityCount, assert_parity
-from tests.support.checkpoints import QWEN3, QWEN3_DENSE_LAYERS, Recipe
-from tests.support.fault_runs import metric
-from tests.support.mesh_client import Ask
-from tests.support.prompts import random_prompts
-from tests.support.served_mesh import served_mesh
-from tests.support.shelf import Shelf
-from tests.support.waiting import wait_until
+from tests.support.checkpoints.prompts import random_prompts
+from tests.support.checkpoints.shelf import Shelf
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, QWEN3_DENSE_LAYERS, Recipe
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import metric
+from tests.support.served.mesh_client import Ask
+from tests.support.served.served_mesh import served_mesh
 from tests.unit.stage.ranks.test_device_ranks import computed, device_ranks, same
 
 pytestmark = pytest.mark.gpu

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask, mesh_client
-from tests.support.served_mesh import READY_WITHIN_S, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Ask, mesh_client
+from tests.support.served.served_mesh import READY_WITHIN_S, served_mesh
 
 
 def free_port(family: socket.AddressFamily, host: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.served_mesh import ServedMesh, served_mesh
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 CULPRIT = 77
 WITHIN_S = 90
@@ -20,7 +20,7 @@ WITHIN_S = 90
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("culprit")) / "tiny")
-    modules = {"router": f"tests.support.dying_router {CULPRIT}"}
+    modules = {"router": f"tests.support.processes.dying_router {CULPRIT}"}
     with served_mesh(model, {"PP": "1", "EXPERTS": "1", "COPIES": "1"}, modules=modules) as served:
         yield served
 

@@ -1,5 +1,5 @@
-"""Whole meshes whose stages and experts are on a GPU that is simulated (tests/support/simulated_gpu.py), and what is
-said where none is. With real GPUs: tests/gpu/."""
+"""Whole meshes whose stages and experts are on a GPU that is simulated (tests/support/nodes/simulated_gpu.py), and
+what is said where none is. With real GPUs: tests/gpu/."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.integration.test_ranks import degrees, ranks_of
 from tests.integration.test_stage_faults import READY_AGAIN_WITHIN_S, holder_of
-from tests.support.fault_runs import metric
-from tests.support.mesh_client import Answer, Ask
-from tests.support.served_mesh import served_mesh
-from tests.support.simulated_gpu_node import MODULES
-from tests.support.waiting import wait_until
+from tests.support.processes.simulated_gpu_node import MODULES
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import metric
+from tests.support.served.mesh_client import Answer, Ask
+from tests.support.served.served_mesh import served_mesh
 
 ASKS = (
     Ask("A mesh serves one model.", 24, num_top_logprobs=3, ignore_eos=True),

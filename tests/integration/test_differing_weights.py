@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.checkpoint import _SAMPLE_BYTES, _sample_positions, fingerprint
+from common.checkpoint.directory import _SAMPLE_BYTES, _sample_positions, fingerprint
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask
-from tests.support.served_mesh import served_mesh
+from tests.support.served.mesh_client import Ask
+from tests.support.served.served_mesh import served_mesh
 
 ASKS = (Ask("A mesh serves one model.", 24, num_top_logprobs=3, ignore_eos=True),)
 

@@ -12,10 +12,10 @@ import structlog
 
 from common.errors import ProtocolError
 from common.ids import NodeId
-from common.node import NodeAddresses
-from common.socket_limits import SocketLimits
-from common.transport import Transport
-from services.router.mesh_client import MeshClient
+from common.node.control_link import NodeAddresses
+from common.wire.socket_limits import SocketLimits
+from common.wire.transport import Transport
+from services.router.mesh.sockets import MeshClient
 
 WITHIN_S = 5.0
 

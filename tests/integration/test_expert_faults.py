@@ -20,13 +20,13 @@ from pathlib import Path
 import pytest
 
 from compose.tiny_checkpoint import TinySizes, write_tiny_checkpoint
-from tests.support.fault_runs import asks, metric, pid_of, run_through
-from tests.support.mesh_client import Answer
-from tests.support.metrics_text import read_metrics
-from tests.support.process_table import is_alive
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.streams import RunningStreams
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import asks, metric, pid_of, run_through
+from tests.support.served.mesh_client import Answer
+from tests.support.served.metrics_text import read_metrics
+from tests.support.served.served_mesh import ServedMesh, served_mesh
+from tests.support.served.streams import RunningStreams
 
 PAUSE_S = 3.0
 MAX_GAP_S = 5.0

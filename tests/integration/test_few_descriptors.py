@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Ask
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 LIMIT = 128
 SHORT = Ask((3, 50, 60), max_tokens=8, ignore_eos=True)
@@ -29,7 +29,8 @@ HALF_A_BODY = HALF_A_HEAD + b"Content-Length: 1000\r\n\r\n{"
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("few")) / "tiny")
-    modules = {name: f"tests.support.few_descriptors {LIMIT} services.{name}" for name in ("router", "stage", "expert")}
+    limited = f"tests.support.processes.few_descriptors {LIMIT}"
+    modules = {name: f"{limited} services.{name}" for name in ("router", "stage", "expert")}
     with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "2"}, modules=modules) as served:
         yield served
 

@@ -13,10 +13,10 @@ import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.integration.test_stage_faults import holder_of, wait_for_mirrors
-from tests.support.fault_runs import pid_of
-from tests.support.mesh_client import Ask, mesh_client
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import pid_of
+from tests.support.served.mesh_client import Ask, mesh_client
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 WITHIN_S = 60
 

@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Answer, Ask, mesh_client
-from tests.support.metrics_text import MetricsSnapshot, read_metrics
-from tests.support.process_table import is_alive
-from tests.support.rude_clients import Vanishing, vanish
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.streams import RunningStreams, Stream
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Answer, Ask, mesh_client
+from tests.support.served.metrics_text import MetricsSnapshot, read_metrics
+from tests.support.served.rude_clients import Vanishing, vanish
+from tests.support.served.served_mesh import ServedMesh, served_mesh
+from tests.support.served.streams import RunningStreams, Stream
 
 MAX_SILENCE_S = 10
 READY_AGAIN_WITHIN_S = 90

@@ -16,11 +16,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from common.errors import NodeLostError, OverloadedError
-from services.router.front.front_settings import FrontSettings
-from services.router.front.http_api import create_app
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.fake_engine import FakeEngine, Fault, Pause
-from tests.support.tiny_tokenizers import byte_fallback_tokenizer, write_tokenizer_directory
+from services.router.front.routes import create_app
+from services.router.front.settings import FrontSettings
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.checkpoints.tiny_tokenizers import byte_fallback_tokenizer, write_tokenizer_directory
+from tests.support.front.fake_engine import FakeEngine, Fault, Pause
 
 EOS = 2
 TEXT = "The quick brown fox: Привет, 你好 👩‍🚀!"

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 from common.errors import NodeLostError
 from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Answer, Ask, mesh_client
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Answer, Ask, mesh_client
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 READY_AGAIN_WITHIN_S = 90
 MISSING_WITHIN_S = 10

@@ -12,11 +12,11 @@ import pytest
 
 from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.fault_runs import asks, pid_of, run_through
-from tests.support.mesh_client import Answer
-from tests.support.process_table import children_of, is_alive
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import children_of, is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import asks, pid_of, run_through
+from tests.support.served.mesh_client import Answer
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 MAX_GAP_S = 30.0
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask
-from tests.support.readiness_watch import ReadinessWatch
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.streams import RunningStreams
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Ask
+from tests.support.served.readiness_watch import ReadinessWatch
+from tests.support.served.served_mesh import ServedMesh, served_mesh
+from tests.support.served.streams import RunningStreams
 
 CRASH_SEEN_WITHIN_S = 2.0
 HANG_SEEN_WITHIN_S = 4.0

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.resumable import ResumableStream, RunningResumableStreams
-from tests.support.served_mesh import served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.resumable import ResumableStream, RunningResumableStreams
+from tests.support.served.served_mesh import served_mesh
 
 COMPLETIONS = "/v1/completions"
 BODY: dict[str, Any] = {

@@ -15,11 +15,11 @@ import pytest
 
 from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.metrics_text import read_metrics
-from tests.support.process_table import is_alive
-from tests.support.resumable import ResumableStream, RunningResumableStreams
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.metrics_text import read_metrics
+from tests.support.served.resumable import ResumableStream, RunningResumableStreams
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 LONG = 300
 PENALTIES = {

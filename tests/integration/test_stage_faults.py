@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.fault_runs import asks, metric, pid_of, run_through
-from tests.support.mesh_client import Answer
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.waiting import wait_until
+from tests.support.served.fault_runs import asks, metric, pid_of, run_through
+from tests.support.served.mesh_client import Answer
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 MAX_GAP_S = 20.0
 """A mirror takes far less, a process start on a busy machine not much: the chaos suites measure."""

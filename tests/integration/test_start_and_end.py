@@ -16,18 +16,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from common.errors import MoemeshError
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.mesh_client import Ask, mesh_client
-from tests.support.process_table import is_alive
-from tests.support.served_mesh import READY_WITHIN_S, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Ask, mesh_client
+from tests.support.served.served_mesh import READY_WITHIN_S, served_mesh
 
 GONE_WITHIN_S = 30
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
-from common.supervisor import LocalMesh
+from common.processes.supervisor import LocalMesh
 with LocalMesh({"MODEL": sys.argv[1], "PORT": "0"}, Path(sys.argv[2])) as mesh:
     mesh.wait_ready(timeout_s=120)
     print(*(pid for _, pid in mesh.processes()), flush=True)

@@ -17,11 +17,11 @@ import httpx
 import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.support.metrics_text import read_metrics
-from tests.support.process_table import is_alive
-from tests.support.resumable import ResumableStream, RunningResumableStreams
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import is_alive
+from tests.support.processes.waiting import wait_until
+from tests.support.served.metrics_text import read_metrics
+from tests.support.served.resumable import ResumableStream, RunningResumableStreams
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 COMPLETIONS = "/v1/completions"
 ANSWERS_WITHIN_S = 3.0

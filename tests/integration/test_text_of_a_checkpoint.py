@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from tests.support.chain_checkpoint import write_chain
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.tiny_tokenizers import byte_fallback_tokenizer, write_tokenizer_directory
+from tests.support.checkpoints.chain_checkpoint import write_chain
+from tests.support.checkpoints.tiny_tokenizers import byte_fallback_tokenizer, write_tokenizer_directory
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 WORDS = ("▁there", "▁were", "▁many")
 END = 2

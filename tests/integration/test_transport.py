@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import zmq
 
-from common.array import array_to_frame
-from common.codec import encode
 from common.errors import ConfigurationError, SocketError
 from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
-from common.socket_limits import SocketLimits
-from common.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+from common.wire.array import array_to_frame
+from common.wire.codec import encode
+from common.wire.socket_limits import SocketLimits
+from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
 
 LIMIT_MS = 10_000
 Kept = TypeVar("Kept", MessageSocket, RoutingSocket)
@@ -168,8 +168,8 @@ def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_
 
 SLOW_READER = """
 import sys, time, zmq
-from common.socket_limits import SocketLimits
-from common.transport import Transport
+from common.wire.socket_limits import SocketLimits
+from common.wire.transport import Transport
 transport = Transport(SocketLimits(heartbeat_interval_ms=20, heartbeat_timeout_ms=1000), lambda name, error: None)
 router = transport.router("calls", ["tcp://127.0.0.1:*"])
 print(router.endpoints[0], flush=True)

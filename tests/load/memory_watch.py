@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from tests.support.process_table import process_size
+from tests.support.processes.process_table import process_size
 
 
 @dataclass(frozen=True)

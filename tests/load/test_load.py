@@ -13,12 +13,12 @@ import pytest
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.load.memory_watch import MemoryWatch
-from tests.support.mesh_client import Answer, Ask, mesh_client
-from tests.support.metrics_text import MetricsSnapshot, read_metrics
-from tests.support.process_table import process_size
-from tests.support.rude_clients import Vanishing, vanish
-from tests.support.served_mesh import ServedMesh, served_mesh
-from tests.support.waiting import wait_until
+from tests.support.processes.process_table import process_size
+from tests.support.processes.waiting import wait_until
+from tests.support.served.mesh_client import Answer, Ask, mesh_client
+from tests.support.served.metrics_text import MetricsSnapshot, read_metrics
+from tests.support.served.rude_clients import Vanishing, vanish
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 pytestmark = [pytest.mark.load, pytest.mark.slow, pytest.mark.timeout(1200)]
 NUM_REQUESTS = 1000

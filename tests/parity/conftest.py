@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.parity.verdict import ParityCount
-from tests.support.shelf import Shelf
+from tests.support.checkpoints.shelf import Shelf
 
 COUNT_KEY = pytest.StashKey[ParityCount]()
 

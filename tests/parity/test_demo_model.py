@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from compose.demo.evaluate import CHECKPOINT, LONG_CHAT_TURNS, draw_questions
-from tests.support.mesh_client import Answer, Ask
-from tests.support.reference import Reference
-from tests.support.served_mesh import ServedMesh, served_mesh
+from tests.support.checkpoints.reference import Reference
+from tests.support.served.mesh_client import Answer, Ask
+from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 pytestmark = pytest.mark.parity
 QUESTIONS_PER_TASK = 4

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checkpoints import MIXTRAL_BF16, QWEN3_TIED_SHARDED_BF16, Recipe
-from tests.support.mesh_client import Answer, Ask, MeshClient
-from tests.support.prompts import random_prompts
-from tests.support.served_mesh import served_mesh
-from tests.support.shelf import Shelf
+from tests.support.checkpoints.prompts import random_prompts
+from tests.support.checkpoints.shelf import Shelf
+from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_BF16, QWEN3_TIED_SHARDED_BF16, Recipe
+from tests.support.served.mesh_client import Answer, Ask, MeshClient
+from tests.support.served.served_mesh import served_mesh
 
 pytestmark = pytest.mark.parity
 LENGTHS = (1, 3, 16, 17, 31, 64, 65, 100, 130, 200, 257, 400, 5, 9, 48, 300)

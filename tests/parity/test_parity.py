@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import pytest
 
 from tests.parity.verdict import MAX_LOGPROB_DIFFERENCE, ParityCount, assert_parity
-from tests.support.byte_runs import BYTE_TOKEN, text_of_pieces
-from tests.support.checkpoints import (
+from tests.support.checkpoints.byte_runs import BYTE_TOKEN, text_of_pieces
+from tests.support.checkpoints.prompts import TEXTS, random_prompts
+from tests.support.checkpoints.reference import Reference
+from tests.support.checkpoints.shelf import Shelf
+from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_BF16,
     MIXTRAL_SHARDED,
     MIXTRAL_SLIDING_TIED,
@@ -21,11 +24,8 @@ from tests.support.checkpoints import (
     RECIPES,
     Recipe,
 )
-from tests.support.mesh_client import Ask, MeshClient
-from tests.support.prompts import TEXTS, random_prompts
-from tests.support.reference import Reference
-from tests.support.served_mesh import served_mesh
-from tests.support.shelf import Shelf
+from tests.support.served.mesh_client import Ask, MeshClient
+from tests.support.served.served_mesh import served_mesh
 
 pytestmark = pytest.mark.parity
 MAX_TOKENS = 16

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.support.mesh_client import Answer
-from tests.support.reference import Reference, ReferenceAnswer
+from tests.support.checkpoints.reference import Reference, ReferenceAnswer
+from tests.support.served.mesh_client import Answer
 
 MIN_MARGIN = 1e-4
 """Under this lead of the best token over the second, fp32 sums in another order may have another winner."""

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int BLOCK_ROWS = 24;  // (token, head) rows that share a KV head and go over its tiles together
 
-struct Attention {  // mirrored by _AttentionDescriptor in services/stage/attention_kernel.py
+struct Attention {  // mirrored by _AttentionDescriptor in services/stage/model/paged_attention.py
     const void* query;          // [T, H, d]
     const void* keys;           // [blocks, Hkv of the cache, d, 32], from the first head that is attended
     const void* values;         // [blocks, Hkv of the cache, 32, d]

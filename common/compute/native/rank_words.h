@@ -14,7 +14,7 @@
 
 namespace {
 
-struct RankWord {  // a cache line of its own; mirrored by WORD_BYTES in services/stage/ranks/board.py
+struct RankWord {  // a cache line of its own; mirrored by WORD_BYTES in services/stage/ranks/shared_channel.py
     int64_t value;
     int64_t sleepers;
     int64_t unused[6];

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
-from common.array import BoolArray, frame_to_array
 from common.errors import ProtocolError
 from common.ids import NodeId, PipelineId, SlotIndex
 from common.messages import Hello, TensorFrame
 from common.topology import LayerRange, NodeKind, StageSlot
+from common.wire.array import BoolArray, frame_to_array
 
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5

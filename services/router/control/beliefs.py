@@ -9,7 +9,7 @@ from common.ids import NodeId
 from common.messages import Heartbeat, StageReady
 from common.topology import NodeKind, StageState
 from services.router.control.actions import Action
-from services.router.control.expert_roles import ExpertRoles
+from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
 from services.router.control.retelling import Misbelief, Retelling, Topic
 from services.router.control.stage_roles import StageRoles

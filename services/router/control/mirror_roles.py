@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from common.checkpoint.model_config import ModelConfig
 from common.ids import NodeId
 from common.messages import Header, MirrorTo
-from common.model_config import ModelConfig
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.actions import Action, Tell
 from services.router.control.mirrors import MirroredSlot, MirrorPair, MirrorState, Spare, choose_mirrors, valid_pairs

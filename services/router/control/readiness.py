@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.array import BoolArray
 from common.ids import NodeId, PipelineId
-from common.membership import NodeState
 from common.messages import Heartbeat
+from common.wire.array import BoolArray
+from services.router.control.membership import NodeState
 from services.router.control.redundancy import NOTHING_MISSING, Redundancy
 from services.router.engine import Readiness
 

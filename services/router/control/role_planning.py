@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from common.checkpoint.model_config import ModelConfig
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.model_config import ModelConfig
 from common.topology import LayerRange, StageSlot
 from services.router.control.eligibility import loadable_slots
 from services.router.control.mirror_roles import Nodes

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from common.checkpoint.model_config import ModelConfig
 from common.errors import CapacityError, ConfigurationError
-from common.model_config import ModelConfig
 from common.topology import LayerRange
 from services.router.control.planner import balance_layers
 

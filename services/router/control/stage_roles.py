@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from common.checkpoint.model_config import ModelConfig
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.messages import StageReady
-from common.model_config import ModelConfig
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline
 from services.router.control.adoption import Adoption, HeldSlot

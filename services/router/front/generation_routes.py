@@ -13,10 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from common.errors import InvalidRequestError
-from services.router.front.asked_request import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake
-from services.router.front.front_settings import FrontSettings
-from services.router.front.http_answers import error_answer, json_answer
-from services.router.front.http_exchange import (
+from services.router.front.http.answers import error_answer, json_answer
+from services.router.front.http.exchange import (
     REQUEST_ID_SCOPE,
     BodyBudget,
     ClientGoneError,
@@ -25,11 +23,13 @@ from services.router.front.http_exchange import (
     read_body,
     run_while_connected,
 )
+from services.router.front.intake import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest
 from services.router.front.metrics import FrontMetrics
+from services.router.front.registry import RequestRegistry
 from services.router.front.reply_reader import parse_event_id
 from services.router.front.reply_sending import ReplySender
-from services.router.front.request_registry import RequestRegistry
+from services.router.front.settings import FrontSettings
 
 MAX_KEY_CHARACTERS = 255
 BODIES_AT_A_TIME = 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from common.errors import MoemeshError, NotReadyError, OverloadedError
 from services.router.front.live_request import ClientIdentity, LiveRequest
-from services.router.journal_records import AcceptedRequest, JournalledChoice, JournalledRequest, encode_tokens
+from services.router.journal.records import AcceptedRequest, JournalledChoice, JournalledRequest, encode_tokens
 
 
 @dataclass(slots=True, eq=False)

@@ -12,11 +12,11 @@ from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, MoemeshError, UnknownRequestError
 from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
-from services.router.front.asked_request import AskedRequest
-from services.router.front.choice_stream import ChoiceStream, PlannedChoice
+from services.router.front.intake import AskedRequest
 from services.router.front.metrics import FrontMetrics
-from services.router.front.tokenizer import TextTokenizer
-from services.router.journal_records import JournalledChoice
+from services.router.front.text.choice_stream import ChoiceStream, PlannedChoice
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.records import JournalledChoice
 
 
 @dataclass(frozen=True, slots=True)

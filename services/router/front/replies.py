@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason
-from services.router.front.choice_stream import ChoiceEvent, TokenLogprob
-from services.router.front.request_planning import Plan
+from services.router.front.planning import Plan
+from services.router.front.text.choice_stream import ChoiceEvent, TokenLogprob
+from services.router.front.text.vocabulary import Vocabulary
 from services.router.front.usage import Outcome, running_usage, usage_of
-from services.router.front.vocabulary import Vocabulary
 
 JsonObject = dict[str, Any]
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)

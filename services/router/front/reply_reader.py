@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 from common.errors import InvalidRequestError, NotReadyError
-from services.router.front.choice_stream import ChoiceEvent, ChoiceStream
 from services.router.front.live_request import LiveRequest
-from services.router.front.tokenizer import TextTokenizer
+from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream
+from services.router.front.text.tokenizer import TextTokenizer
 
 
 class RouterStoppingError(NotReadyError):

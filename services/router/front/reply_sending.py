@@ -7,9 +7,8 @@ from contextlib import AsyncExitStack
 
 from starlette.responses import Response
 
-from services.router.front.choice_stream import ChoiceEvent, merge_events
-from services.router.front.http_answers import json_answer, log_error
-from services.router.front.http_exchange import EventStreamResponse
+from services.router.front.http.answers import json_answer, log_error
+from services.router.front.http.exchange import EventStreamResponse
 from services.router.front.live_request import LiveRequest
 from services.router.front.replies import (
     DONE_EVENT,
@@ -21,6 +20,7 @@ from services.router.front.replies import (
     whole_reply,
 )
 from services.router.front.reply_reader import ReplyReader, RouterStoppingError
+from services.router.front.text.choice_stream import ChoiceEvent, merge_events
 from services.router.front.usage import Outcome, usage_of
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.router.engine import RecoveryCounts
-from services.router.front.request_planning import Plan
+from services.router.front.planning import Plan
 
 
 @dataclass(frozen=True, slots=True)

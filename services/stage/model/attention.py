@@ -13,8 +13,8 @@ from torch import Tensor
 from common.compute.linear import PackedLinear
 from common.compute.native_library import NativeKernels
 from common.compute.rotary import apply_rotary
-from services.stage.attention_kernel import LayerKvCache, paged_attention, write_kv
-from services.stage.micro_batch import MicroBatch
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache, paged_attention, write_kv
 
 
 @dataclass(frozen=True, slots=True)

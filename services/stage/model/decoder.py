@@ -14,9 +14,9 @@ from torch import Tensor
 
 from common.compute.native_library import NativeKernels
 from common.compute.rms_norm import add_rms_norm, rms_norm
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.micro_batch import MicroBatch
 from services.stage.model.gate import Gate
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache
 from services.stage.model.rope import RotaryTable
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from common.compute.device import Device
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.micro_batch import MicroBatch
 from services.stage.model.decoder import ExpertCall, ForwardPass, OnItsWay, StageModel
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache
 
 
 @dataclass(frozen=True, slots=True)

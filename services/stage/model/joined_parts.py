@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.micro_batch import MicroBatch
 from services.stage.model.attention import Attention
 from services.stage.model.dense_part import DensePart
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache
 
 
 @dataclass(frozen=True, slots=True)

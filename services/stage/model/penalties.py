@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.stage.logit_adjustments import LogitAdjustments
+from services.stage.model.logit_adjustments import LogitAdjustments
 
 MAX_LOGIT = 1e8
 """No number of a peer's makes logits larger: of infinite ones none is the best, also after the temperature."""

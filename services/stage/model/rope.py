@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from common.checkpoint.rope_config import RopeConfig
 from common.compute.device import HOST_MEMORY
-from common.rope_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

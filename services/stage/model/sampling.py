@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.stage.micro_batch import SamplingColumns
+from services.stage.model.micro_batch import SamplingColumns
 from services.stage.model.penalties import adjusted_logits, without_unlikely
 
 MIN_TEMPERATURE = 1e-30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from common.node_process import end_process, run_process
+from common.node.process import end_process, run_process
 from services.stage.ranks.processes import serve_rank
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.stage.ranks.board import RankBoard, slab_view
+from services.stage.ranks.shared_channel import RankBoard, slab_view
 
 MAX_PHASES = 8
 """Of one command."""

@@ -13,9 +13,9 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from common.array import Int64Array
-from services.stage.ranks.board import COMMAND_VALUES
-from services.stage.ranks.cut import MAX_DEGREE, RankCut
+from common.wire.array import Int64Array
+from services.stage.model.tp_shard import MAX_DEGREE, RankCut
+from services.stage.ranks.shared_channel import COMMAND_VALUES
 
 
 class Op(IntEnum):

@@ -16,24 +16,24 @@ import structlog
 import torch
 from torch import Tensor
 
+from common.checkpoint.model_config import ModelConfig
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
 from common.errors import ConfigurationError, RankLostError
-from common.model_config import ModelConfig
 from common.topology import StageRole
-from services.stage.kv_store import KvShape, KvStore
 from services.stage.model.decoder import StageModel
-from services.stage.ranks.board import RankBoard
+from services.stage.model.kv_store import KvShape, KvStore
+from services.stage.model.tp_shard import RankCut, Reduce, best_degree
 from services.stage.ranks.collectives import Collectives, Meeting
 from services.stage.ranks.commands import LoadOrder, Op, code_of, cut_of, dtype_of, encode_load
-from services.stage.ranks.conductor import Conductor
-from services.stage.ranks.cut import RankCut, Reduce, best_degree
 from services.stage.ranks.group_memory import GroupMemory, OwnKv, SharedKv
+from services.stage.ranks.hang_detector import HOPELESS_S
+from services.stage.ranks.leader import Conductor
 from services.stage.ranks.memory_needs import against_degree
 from services.stage.ranks.open_collectives import CollectivesKind, open_collectives
 from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
-from services.stage.ranks.staff import RankStaff, read_sample
-from services.stage.ranks.vigil import HOPELESS_S
+from services.stage.ranks.shared_channel import RankBoard
+from services.stage.ranks.supervisor import RankStaff, read_sample
 
 START_S = 30.0
 """For all ranks to come when the process starts; with fewer the stage begins smaller."""

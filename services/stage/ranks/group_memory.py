@@ -12,13 +12,13 @@ from torch import Tensor
 
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.kv_store import KvShape, KvStore, LocalKv
-from services.stage.ranks.board import RankBoard
+from services.stage.model.kv_store import KvShape, KvStore, LocalKv
+from services.stage.model.paged_attention import LayerKvCache
 from services.stage.ranks.commands import KvMove, Op, code_of
-from services.stage.ranks.conductor import Conductor
 from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS, KvWindow, move
+from services.stage.ranks.leader import Conductor
 from services.stage.ranks.shared_caches import caches_bytes, take_caches
+from services.stage.ranks.shared_channel import RankBoard
 from services.stage.ranks.shared_memory import SharedMemory
 
 

@@ -13,13 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from services.stage.attention_kernel import KV_BLOCK_TOKENS
-from services.stage.kv_store import KvShape, LocalKv
+from services.stage.model.kv_store import KvShape, LocalKv
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.ranks.commands import KvMove
 from services.stage.ranks.shared_memory import SharedMemory, aligned_bytes
 
 WINDOW_BLOCKS = 8
-"""A piece of a back-fill at a time (services/stage/mirror_sender.py); pages that are never written take no memory."""
+"""A piece of a back-fill at a time (`slot/mirror_sender.py`); pages that are never written take no memory."""
 WINDOW_ROWS = WINDOW_BLOCKS * KV_BLOCK_TOKENS
 _OF_ROWS = (KvMove.ROWS_OUT, KvMove.ROWS_IN)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 from common.compute.device import Device
-from services.stage.ranks.board import RankBoard
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
+from services.stage.ranks.shared_channel import RankBoard
 from services.stage.ranks.staged_collectives import StagedCollectives
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from typing import cast
 
 from torch import Tensor
 
-from common.model_config import ModelConfig
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.micro_batch import MicroBatch
+from common.checkpoint.model_config import ModelConfig
 from services.stage.model.decoder import DecoderLayer, ForwardPass, StageModel
 from services.stage.model.gate import Gate
 from services.stage.model.joined_parts import AttentionPart, DenseColumns
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache
+from services.stage.model.tp_shard import RankCut
 from services.stage.ranks.commands import Op
-from services.stage.ranks.conductor import Conductor
-from services.stage.ranks.cut import RankCut
+from services.stage.ranks.leader import Conductor
 from services.stage.ranks.part_compute import attend, feed
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.stage.attention_kernel import LayerKvCache
-from services.stage.micro_batch import MicroBatch
 from services.stage.model.joined_parts import AttentionPart, DenseColumns
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import LayerKvCache
+from services.stage.model.tp_shard import RankCut
 from services.stage.ranks.collectives import Collectives
-from services.stage.ranks.cut import RankCut
 
 
 def attend(

@@ -11,20 +11,20 @@ from pathlib import Path
 import structlog
 import torch
 
-from common.child_process import ChildProcess
+from common.checkpoint.model_config import ModelConfig, read_model_config
 from common.compute.cuda import open_device
 from common.compute.device import Device
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError
-from common.fork_server import ForkServer
-from common.model_config import ModelConfig, read_model_config
-from services.stage.ranks.board import RankBoard
-from services.stage.ranks.cut import check_degree
-from services.stage.ranks.follower import Follower
+from common.processes.child_process import ChildProcess
+from common.processes.fork_server import ForkServer
+from services.stage.model.tp_shard import check_degree
 from services.stage.ranks.group import SLAB_BYTES, GroupSettings, RankGroup
 from services.stage.ranks.memory_needs import num_memories
+from services.stage.ranks.shared_channel import RankBoard
 from services.stage.ranks.shared_memory import SharedMemory
-from services.stage.ranks.staff import RankStaff
+from services.stage.ranks.supervisor import RankStaff
+from services.stage.ranks.worker import Follower
 
 
 def fork_server_of_ranks() -> ForkServer:

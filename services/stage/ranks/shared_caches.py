@@ -5,8 +5,8 @@ So mirrors, the activation log and replays do not know of ranks, and K and V out
 
 from __future__ import annotations
 
-from services.stage.attention_kernel import KV_BLOCK_TOKENS, LayerKvCache
-from services.stage.kv_store import KvShape
+from services.stage.model.kv_store import KvShape
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
 from services.stage.ranks.shared_memory import SharedMemory, aligned_bytes
 
 

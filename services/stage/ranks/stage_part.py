@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.checkpoint.model_config import ModelConfig
 from common.compute.gated_ffn import GatedExpert
-from common.model_config import ModelConfig
 from services.stage.model.embedding import Embedding
 from services.stage.model.joined_parts import AttentionPart, DenseColumns
+from services.stage.model.part_loading import PartLoader
 from services.stage.model.rope import RotaryTable
-from services.stage.part_loading import PartLoader
 from services.stage.ranks.commands import LoadOrder
 
 

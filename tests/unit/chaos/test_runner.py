@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from chaos import observer
 from chaos.experiment import Experiment, parse_experiment
-from chaos.history import FaultApplied, FaultSkipped, History, PhaseBegan
+from chaos.record import observer
+from chaos.record.history import FaultApplied, FaultSkipped, History, PhaseBegan
 from chaos.runner import CannotRunError, Run
-from chaos.verdict import State
-from chaos.verdicts import Judgement, judge
-from tests.support.chaos_server import FakeMesh
-from tests.support.chaos_target import ListedTarget
+from chaos.verdicts.judgement import Judgement, judge
+from chaos.verdicts.verdict import State
+from tests.support.chaos.server import FakeMesh
+from tests.support.chaos.target import ListedTarget
 
 
 @pytest.fixture(autouse=True)

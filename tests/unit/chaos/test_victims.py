@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.roles import Role
+from chaos.record.roles import Role
 from chaos.target import Node
 from chaos.victims import RULES, VictimRule, choose_victims
 

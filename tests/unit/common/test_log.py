@@ -11,7 +11,7 @@ import structlog
 
 from common.errors import CapacityError, ConfigurationError
 from common.log import configure_log
-from common.node_process import run_process
+from common.node.process import run_process
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_it_writes_past_the_buffer_of_a_real_file() -> None:
 
 ENDS = """
 import sys, time
-from common.node_process import end_process, run_process
+from common.node.process import end_process, run_process
 def work(log):
     for number in range(200):
         log.info("x" * 1000)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.checkpoint.model_config import read_model_config
 from common.errors import CheckpointError
-from common.model_config import read_model_config
 from compose.demo_checkpoint import DEMO_CHECKPOINT, copy_demo_checkpoint
 
 MAX_BYTES = 10_000_000

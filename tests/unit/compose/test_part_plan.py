@@ -12,7 +12,7 @@ from common.errors import ConfigurationError
 from common.topology import CheckpointPart
 from compose.part_plan import deal_experts, plan_parts
 from services.router.control.sizes import plan_layers
-from tests.support.mesh_shapes import EXPERTS, small_model
+from tests.support.router.mesh_shapes import EXPERTS, small_model
 
 
 def test_stages_get_the_layers_that_the_router_gives_its_slots() -> None:

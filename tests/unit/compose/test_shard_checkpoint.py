@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from common.checkpoint import fingerprint, read_tensor_index
-from common.checkpoint_part import MANIFEST, see_checkpoint
+from common.checkpoint.directory import fingerprint, read_tensor_index
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.part import MANIFEST, see_checkpoint
+from common.checkpoint.tensor_names import expected_tensors
+from common.checkpoint.weights import CheckpointWeights
 from common.errors import CheckpointError, ConfigurationError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
-from common.model_config import read_model_config
-from common.tensor_names import expected_tensors
 from common.topology import CheckpointPart, LayerRange, ShardId, StageRole, StageSlot
-from common.weights import CheckpointWeights
 from compose.cli import app
 from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.expert.shard_store import ShardStore
-from services.router.front.tokenizer import TextTokenizer
-from services.stage.loading import load_stage
+from services.router.front.text.tokenizer import TextTokenizer
 from services.stage.model.attention import Attention
-from tests.support.checkpoints import QWEN3_TIED_SHARDED_BF16, write_checkpoint
+from services.stage.model.loading import load_stage
+from tests.support.checkpoints.tiny_checkpoints import QWEN3_TIED_SHARDED_BF16, write_checkpoint
 
 FOLDERS = ["expert-0", "expert-1", "expert-2", "router", "stage-0", "stage-1"]
 

@@ -9,14 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import read_tensor_index
+from common.checkpoint.directory import read_tensor_index
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.tensor_names import check_tensors
 from common.errors import CheckpointError
-from common.model_config import read_model_config
-from common.tensor_names import check_tensors
 from common.topology import CheckpointPart, LayerRange
 from compose.tensor_copy import NamedTensor, tensors_of, write_tensors
-from tests.support.checkpoints import MIXTRAL_SHARDED, QWEN3, QWEN3_DENSE_LAYERS, Recipe, write_checkpoint
-from tests.support.fused_experts import fuse_experts
+from tests.support.checkpoints.fused_experts import fuse_experts
+from tests.support.checkpoints.tiny_checkpoints import (
+    MIXTRAL_SHARDED,
+    QWEN3,
+    QWEN3_DENSE_LAYERS,
+    Recipe,
+    write_checkpoint,
+)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

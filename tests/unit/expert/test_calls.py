@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.array import array_to_frame
+from common.checkpoint.model_config import ModelConfig, read_model_config
+from common.checkpoint.weights import CheckpointWeights
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header, TensorFrame
-from common.model_config import ModelConfig, read_model_config
-from common.tensor import tensor_to_frame
 from common.topology import ShardId
-from common.weights import CheckpointWeights
+from common.wire.array import array_to_frame
+from common.wire.tensor import tensor_to_frame
 from services.expert.calls import CallQueue, WaitingCall, check_call
 from services.expert.shard_store import ShardStore
-from tests.support.answered_calls import answer_calls
-from tests.support.checkpoints import QWEN3, write_checkpoint
-from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
-from tests.support.simulated_gpu import PLACE, hidden_waits, simulated_gpu
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.answered_calls import answer_calls
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.nodes.simulated_gpu import PLACE, hidden_waits, simulated_gpu
 
 __all__ = ["one_torch_thread"]
 WIDTH, NUM_SLICES, EXPERTS = QWEN3.width, 2, QWEN3.experts

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.array import Int32Array
+from common.wire.array import Int32Array
 from services.expert.grouping import group_rows
 
 ROUTINGS = st.lists(

@@ -11,15 +11,15 @@ import pytest
 import structlog
 import torch
 
+from common.checkpoint.model_config import read_model_config
 from common.compute.device import HOST, Device
 from common.errors import DeviceError
 from common.messages import ExpertRows, Failed, Header, Message
-from common.model_config import read_model_config
 from services.expert.service import MAX_UNDER_WAY, ExpertService
-from tests.support.answered_calls import answer_calls
-from tests.support.checkpoints import QWEN3, write_checkpoint
-from tests.support.kernels import one_torch_thread  # noqa: F401
-from tests.support.simulated_gpu import PLACE, simulated_gpu
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.answered_calls import answer_calls
+from tests.support.nodes.kernels import one_torch_thread  # noqa: F401
+from tests.support.nodes.simulated_gpu import PLACE, simulated_gpu
 from tests.unit.expert.test_calls import check, dispatch, filled, hidden_of
 
 

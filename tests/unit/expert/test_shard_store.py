@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.weights import CheckpointWeights
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.native_library import NativeKernels
 from common.errors import CheckpointError, ExecutionError
-from common.model_config import read_model_config
 from common.topology import ShardId
-from common.weights import CheckpointWeights
 from services.expert.shard_probe import ProbeAnswer
 from services.expert.shard_store import ShardStore
-from tests.support.checkpoints import MIXTRAL_SHARDED, QWEN3, Recipe, write_checkpoint
-from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SHARDED, QWEN3, Recipe, write_checkpoint
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 
 __all__ = ["one_torch_thread"]
 WIDTH, EXPERT_WIDTH = QWEN3.width, QWEN3.expert_width

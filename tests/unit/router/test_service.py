@@ -16,21 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from common.checkpoint.weights import CheckpointWeights
 from common.config import Settings
 from common.errors import ConfigurationError, ForbiddenError
 from common.ids import PipelineId
 from common.messages import AssignStage, StageReady
-from common.node import NodeAddresses
-from common.weights import CheckpointWeights
+from common.node.control_link import NodeAddresses
 from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
-from services.router.journal_sink import Housekeeping
+from services.router.journal.sink import Housekeeping
 from services.router.served_model import Model, read_model
 from services.router.service import _context_tokens, _listen, _log_context, _mesh_loop, _origins, http_url
-from tests.support.disks import PromptDisk
-from tests.support.mesh_shapes import node, small_model
+from tests.support.front.disks import PromptDisk
+from tests.support.router.mesh_shapes import node, small_model
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "fe80::1"])

@@ -11,7 +11,7 @@ import pytest
 import structlog
 import torch
 
-from common.array import frame_to_array
+from common.checkpoint.model_config import read_model_config
 from common.messages import (
     AssignMirror,
     AssignStage,
@@ -23,20 +23,20 @@ from common.messages import (
     Step,
     Unassign,
 )
-from common.model_config import read_model_config
 from common.topology import StageState
-from common.transport import LinkEvent
-from services.stage.expert_client import ExpertClient
-from services.stage.expert_nodes import ExpertNodes
-from services.stage.mirror_link import MirrorLink
-from services.stage.mirror_sender import BACKFILL_BLOCKS
+from common.wire.array import frame_to_array
+from common.wire.transport import LinkEvent
+from services.stage.experts.client import ExpertClient
+from services.stage.experts.nodes import ExpertNodes
 from services.stage.service import KEEP_STATE_S, LEAVE_DEADLINE_S, StageService
-from services.stage.slot_keeper import SlotKeeper
-from tests.support.checkpoints import QWEN3, write_checkpoint
-from tests.support.kernels import one_torch_thread
-from tests.support.listening_router import ListeningRouter
-from tests.support.memory_transport import MemorySocket, MemoryTransport
-from tests.unit.stage.test_micro_batch import step
+from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.mirror_sender import BACKFILL_BLOCKS
+from services.stage.slot.stage_worker import SlotKeeper
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.kernels import one_torch_thread
+from tests.support.nodes.listening_router import ListeningRouter
+from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
+from tests.unit.stage.model.test_micro_batch import step
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 40, ("tcp://next:1",), "")

@@ -16,8 +16,8 @@ import pytest
 from chaos.faults.catalog import FAULTS
 from chaos.faults.lose_files import OWN_FILES, remove
 from chaos.target import Node
-from tests.support.chaos_target import ListedTarget
-from tests.support.waiting import wait_until
+from tests.support.chaos.target import ListedTarget
+from tests.support.processes.waiting import wait_until
 
 
 @pytest.fixture

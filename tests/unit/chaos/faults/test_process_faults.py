@@ -15,8 +15,8 @@ from chaos.faults.catalog import FAULTS
 from chaos.faults.cpu_hog import CpuHog
 from chaos.faults.kill_child import children
 from chaos.target import Node, TargetError
-from tests.support.chaos_target import ListedTarget
-from tests.support.waiting import wait_until
+from tests.support.chaos.target import ListedTarget
+from tests.support.processes.waiting import wait_until
 
 
 @pytest.fixture

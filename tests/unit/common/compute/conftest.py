@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.support.kernels import one_torch_thread
+from tests.support.nodes.kernels import one_torch_thread
 
 __all__ = ["one_torch_thread"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from common.compute.device import HOST, NUM_UPLOADS, HostDevice, StagedDevice
+from common.compute.numeric_class import numeric_class
 from common.errors import RankLostError
-from common.memory import offered_bytes
-from common.numeric_class import numeric_class
-from tests.support.simulated_gpu import NeverReached, hidden_waits, num_waits, simulated_gpu
+from common.processes.memory import offered_bytes
+from tests.support.nodes.simulated_gpu import NeverReached, hidden_waits, num_waits, simulated_gpu
 
 TENSORS = (
     torch.arange(6, dtype=torch.int32).reshape(2, 3),

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
-from tests.support.kernels import KERNEL_CHOICES, kernels_for
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((64, 48), (33, 70), (256, 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.compute.linear import PackedLinear
-from tests.support.kernels import KERNEL_CHOICES, kernels_for
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for
 
 ROW_COUNTS = (1, 2, 3, 5, 8, 17, 64, 130, 300)
 SIZES = ((1, 1), (5, 7), (65, 33), (96, 1024), (130, 2048), (70, 4096), (6, 255), (257, 513))

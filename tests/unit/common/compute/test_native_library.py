@@ -27,7 +27,7 @@ from common.compute.native_library import (
     source_hash,
     usable_instruction_sets,
 )
-from tests.support.kernels import kernels_for
+from tests.support.nodes.kernels import kernels_for
 
 V4_BF16, V4, V3, BASE, _ = INSTRUCTION_SETS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.compute.rms_norm import add_rms_norm, rms_norm
-from tests.support.kernels import KERNEL_CHOICES, kernels_for
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for
 
 EPSILON = 1e-6
 

@@ -5,7 +5,7 @@ import torch
 
 from common.compute.rms_norm import rms_norm
 from common.compute.rotary import apply_rotary
-from tests.support.kernels import KERNEL_CHOICES, kernels_for
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for
 
 SHAPES = ((64, 64), (80, 20), (8, 8), (24, 24))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kernels import kernels_for
+from tests.support.nodes.kernels import kernels_for
 
 THREADS = 3
 WORK = f"""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.model_config import read_model_config
+from common.checkpoint.model_config import read_model_config
 from compose.demo.export import export
 from compose.demo.model import DemoModel, DemoSizes
 from compose.demo.model_card import LIMITS, model_card

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.array import array_to_frame
 from common.errors import ProtocolError
 from common.ids import NodeId
 from common.messages import Hello
 from common.topology import LayerRange
+from common.wire.array import array_to_frame
 from services.router.control.adoption import (
     ADOPT_S,
     MAX_STEPS_APART,

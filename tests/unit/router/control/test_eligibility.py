@@ -6,7 +6,7 @@ import pytest
 
 from common.topology import CheckpointPart, LayerRange
 from services.router.control.eligibility import describe_unfilled, describe_unseen, loadable_slots, unseen_experts
-from tests.support.mesh_shapes import node
+from tests.support.router.mesh_shapes import node
 
 LAYERS = [LayerRange(0, 3), LayerRange(3, 5), LayerRange(5, 7)]
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from common.ids import NodeId, PipelineId
-from common.membership import NodeState
 from services.router.control.lost_steps import UNHELD_S, LostSteps
+from services.router.control.membership import NodeState
 from services.router.control.readiness import Awaited, MeshEvidence, NodeEvidence, PipelineEvidence
 
 SENT_S, P0 = 100.0, PipelineId(0)

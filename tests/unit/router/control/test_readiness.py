@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.ids import NodeId, PipelineId
-from common.membership import NodeState
 from common.messages import Heartbeat
+from services.router.control.membership import NodeState
 from services.router.control.readiness import (
     CANARY_UNANSWERED_S,
     SILENT_S,

@@ -7,7 +7,7 @@ import pytest
 from common.errors import CapacityError, ConfigurationError
 from common.topology import LayerRange
 from services.router.control.sizes import plan_layers, pool_blocks, shard_bytes, stage_weight_bytes
-from tests.support.mesh_shapes import PLENTY, SHARD_BYTES, small_mesh, small_model
+from tests.support.router.mesh_shapes import PLENTY, SHARD_BYTES, small_mesh, small_model
 
 ATTENTION = 64 * 16 * (2 * 4 + 2 * 2) + 2 * 64
 MOE_LAYER = ATTENTION + 3 * 64

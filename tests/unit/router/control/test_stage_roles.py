@@ -13,8 +13,8 @@ from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.mirror_roles import MirrorReport
 from services.router.control.stage_roles import StageRoles
-from tests.support.mesh_shapes import LAYERS, node
-from tests.support.stage_reports import (
+from tests.support.router.mesh_shapes import LAYERS, node
+from tests.support.router.stage_reports import (
     RESULTS,
     mirror_of,
     mirrored,

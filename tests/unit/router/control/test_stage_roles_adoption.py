@@ -11,8 +11,8 @@ from common.topology import StageSlot
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import ADOPT_S, OPEN_S, HeldCache, HeldSequence, HeldSlot
 from services.router.control.stage_roles import StageRoles
-from tests.support.mesh_shapes import node
-from tests.support.stage_reports import mirror_of, mirrored, report, roles_of, told
+from tests.support.router.mesh_shapes import node
+from tests.support.router.stage_reports import mirror_of, mirrored, report, roles_of, told
 
 
 def held(pipeline: int, slot: int, roles: StageRoles, sequences: dict[int, HeldSequence]) -> HeldSlot:

@@ -10,8 +10,8 @@ from common.topology import CheckpointPart, LayerRange, NodeDescription, StageSl
 from services.router.control.actions import OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import ADOPT_S, HeldSlot
 from services.router.control.stage_roles import StageRoles
-from tests.support.mesh_shapes import LAYERS, node
-from tests.support.stage_reports import mirror_of, mirrored, report, roles_of, told
+from tests.support.router.mesh_shapes import LAYERS, node
+from tests.support.router.stage_reports import mirror_of, mirrored, report, roles_of, told
 
 FIRST, LAST = roles_of().layers
 

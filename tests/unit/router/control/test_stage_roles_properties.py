@@ -13,8 +13,8 @@ from common.messages import AssignMirror, AssignStage, MirrorTo, StageReady, Una
 from common.topology import CheckpointPart, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.mirror_roles import MirrorReport
-from tests.support.mesh_shapes import PLENTY, node
-from tests.support.stage_reports import roles_of
+from tests.support.router.mesh_shapes import PLENTY, node
+from tests.support.router.stage_reports import roles_of
 
 
 class Stages(RuleBasedStateMachine):

@@ -7,8 +7,8 @@ from common.messages import AssignMirror, Unassign
 from services.router.control.actions import ClosePipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.control.surplus import GIVE_UP_S, Surplus
-from tests.support.mesh_shapes import node
-from tests.support.stage_reports import mirror_of, opened, report, roles_of
+from tests.support.router.mesh_shapes import node
+from tests.support.router.stage_reports import mirror_of, opened, report, roles_of
 
 
 def two_pipelines_and_two_mirrors() -> StageRoles:

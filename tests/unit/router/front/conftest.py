@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.tiny_tokenizers import byte_level_tokenizer, write_tokenizer_directory
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.checkpoints.tiny_tokenizers import byte_level_tokenizer, write_tokenizer_directory
 
 
 @pytest.fixture(scope="package")

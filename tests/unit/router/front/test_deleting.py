@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from services.router.disk_thread import DiskThread
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.fake_engine import Pause, Step
-from tests.support.journal_files import fold, limit_pages, reopened
-from tests.support.journalling_front import COMPLETIONS, EOS, RESUMABLE, Server, run, wait_for_end, wait_for_tokens
-from tests.support.journals import token
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.disk_thread import DiskThread
+from tests.support.front.fake_engine import Pause, Step
+from tests.support.front.journal_files import fold, limit_pages, reopened
+from tests.support.front.journalling_front import (
+    COMPLETIONS,
+    EOS,
+    RESUMABLE,
+    Server,
+    run,
+    wait_for_end,
+    wait_for_tokens,
+)
+from tests.support.front.journals import token
 
 
 def left_by_a_kill(path: Path) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.router.front.tokenizer import TextTokenizer
-from services.router.journal import STUCK_AFTER_S
-from tests.support.disks import HangingDisk
-from tests.support.fake_engine import Pause
-from tests.support.journalling_front import COMPLETIONS, EOS, RESUMABLE, Server, run, wait_for_tokens
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.journal import STUCK_AFTER_S
+from tests.support.front.disks import HangingDisk
+from tests.support.front.fake_engine import Pause
+from tests.support.front.journalling_front import COMPLETIONS, EOS, RESUMABLE, Server, run, wait_for_tokens
 
 
 def test_while_the_disk_hangs_the_front_answers_and_running_requests_go_on(

@@ -9,10 +9,10 @@ import pytest
 from starlette.types import ASGIApp, Message
 
 from common.errors import ExecutionError, MoemeshError, NodeLostError, NotReadyError, OverloadedError
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.asgi_exchange import Answer, Exchange, ask
-from tests.support.fake_engine import Fault, Pause, Step
-from tests.support.front_over_engine import COMPLETIONS, ROUTES, Server, run
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.front.asgi_exchange import Answer, Exchange, ask
+from tests.support.front.fake_engine import Fault, Pause, Step
+from tests.support.front.front_over_engine import COMPLETIONS, ROUTES, Server, run
 
 ERRORS: list[tuple[Exception, int, str]] = [
     (NotReadyError("no pipeline yet"), 503, "not_ready"),

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from common.errors import OverloadedError
-from services.router.front.asked_request import RequestIntake
+from services.router.front.intake import RequestIntake
 from services.router.front.kept_bounds import KeptBounds
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.disks import HangingDisk
-from tests.support.fake_engine import Fault, Pause, Step
-from tests.support.journal_files import fold, reopened
-from tests.support.journalling_front import (
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.front.disks import HangingDisk
+from tests.support.front.fake_engine import Fault, Pause, Step
+from tests.support.front.journal_files import fold, reopened
+from tests.support.front.journalling_front import (
     COMPLETIONS,
     EOS,
     RESUMABLE,
@@ -28,7 +28,7 @@ from tests.support.journalling_front import (
     wait_for_end,
     wait_for_tokens,
 )
-from tests.support.journals import accepted, open_at
+from tests.support.front.journals import accepted, open_at
 
 KEYED = {"Idempotency-Key": "once"}
 

@@ -13,17 +13,17 @@ from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
 from services.router.engine import GeneratedToken, GenerationRequest, RestoredChoice
-from services.router.front.asked_request import COMPLETIONS, ReplyIdentity, RequestIntake
-from services.router.front.choice_stream import ChoiceEvent
-from services.router.front.front_settings import FrontSettings
+from services.router.front.intake import COMPLETIONS, ReplyIdentity, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest
 from services.router.front.metrics import FrontMetrics
+from services.router.front.registry import RequestRegistry
 from services.router.front.reply_reader import ReplyReader, parse_event_id
-from services.router.front.request_registry import RequestRegistry
-from services.router.front.tokenizer import TextTokenizer
-from services.router.journal_records import JournalledChoice, NoJournal
-from tests.support.fake_engine import FakeEngine, Fault, Pause
-from tests.support.journalling_front import (
+from services.router.front.settings import FrontSettings
+from services.router.front.text.choice_stream import ChoiceEvent
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.records import JournalledChoice, NoJournal
+from tests.support.front.fake_engine import FakeEngine, Fault, Pause
+from tests.support.front.journalling_front import (
     CHAT,
     RESUMABLE,
     Server,

@@ -7,11 +7,11 @@ import pytest
 
 from common.ids import RequestId
 from services.router.engine import FinishReason, GenerationRequest
-from services.router.front.choice_stream import ChoiceEvent, PlannedChoice, merge_events
+from services.router.front.planning import Plan
 from services.router.front.replies import ChatForm, ChunkEncoder, CompletionForm, ReplyForm, ReplyHead
-from services.router.front.request_planning import Plan
-from services.router.front.tokenizer import TextTokenizer
-from services.router.scheduling.sampling_parameters import SamplingParameters
+from services.router.front.text.choice_stream import ChoiceEvent, PlannedChoice, merge_events
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.sampling_parameters import SamplingParameters
 
 HEAD = ReplyHead("id-1", 5, 'mo"del', None)
 

@@ -10,9 +10,9 @@ import pytest
 
 from common.errors import JournalError, SetAsideError
 from services.router.engine import FinishReason, GeneratedToken
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.fake_engine import Pause, Step
-from tests.support.journalling_front import (
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.front.fake_engine import Pause, Step
+from tests.support.front.journalling_front import (
     COMPLETIONS,
     EOS,
     RESUMABLE,
@@ -25,7 +25,7 @@ from tests.support.journalling_front import (
     wait_for_end,
     wait_for_tokens,
 )
-from tests.support.journals import accepted, open_at
+from tests.support.front.journals import accepted, open_at
 
 
 @pytest.mark.parametrize(("path", "fields"), ROUTES)

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from services.router.front.tokenizer import TextTokenizer
-from tests.support.front_over_engine import CHAT, COMPLETIONS, MESSAGES, Server, run
-from tests.support.tiny_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer, write_tokenizer_directory
+from services.router.front.text.tokenizer import TextTokenizer
+from tests.support.checkpoints.tiny_tokenizers import (
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    write_tokenizer_directory,
+)
+from tests.support.front.front_over_engine import CHAT, COMPLETIONS, MESSAGES, Server, run
 
 WORDS = ("▁there", "▁were", "▁many")
 

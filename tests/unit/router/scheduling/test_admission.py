@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from services.router.scheduling.admission import Admission, CompletionRate, num_blocks_for, retry_after_s
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.simulated_pipeline import build_request
 
 
 def admission(max_waiting: int = 2, max_reserved_tokens: int = 100) -> Admission:

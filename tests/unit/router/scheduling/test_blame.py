@@ -19,8 +19,8 @@ from services.router.scheduling.request import Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan
-from tests.support.scheduling import add, complete, make_scheduler, names_in, only_plan
-from tests.support.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
+from tests.support.router.scheduling import add, complete, make_scheduler, names_in, only_plan
+from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
 CULPRIT = RequestId("culprit")

@@ -8,7 +8,7 @@ import pytest
 
 from common.ids import Generation, PipelineId
 from services.router.scheduling.scheduler import Scheduler
-from tests.support.scheduling import P0, add, make_scheduler, only_plan
+from tests.support.router.scheduling import P0, add, make_scheduler, only_plan
 
 
 @pytest.mark.parametrize("ends", [Scheduler.suspend_pipeline, Scheduler.close_pipeline])

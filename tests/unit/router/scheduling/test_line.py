@@ -11,8 +11,8 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.line import PLACE_SHIFT, Line, num_ahead
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.scheduling import add, complete, make_scheduler, names_in
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.scheduling import add, complete, make_scheduler, names_in
+from tests.support.router.simulated_pipeline import build_request
 
 
 def choice(group: str, index: int, prompt_length: int = 4, max_tokens: int = 50) -> GenerationRequest:

@@ -12,7 +12,7 @@ from services.router.control.readiness import Awaited
 from services.router.scheduling.pace import SLOW_FACTOR, UNANSWERED_S, RequestPace, StepPace, awaited
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.scheduling import P0, add, complete, make_scheduler, only_plan
+from tests.support.router.scheduling import P0, add, complete, make_scheduler, only_plan
 
 LATE = DeadlineError("pipeline 0 did not answer a step in time")
 

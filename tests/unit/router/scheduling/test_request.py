@@ -6,7 +6,7 @@ from common.ids import PipelineId, SequenceId, StepId
 from services.router.engine import FinishReason
 from services.router.scheduling.request import Request, RequestState
 from services.router.scheduling.step_plan import SampledToken
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.simulated_pipeline import build_request
 
 
 def waiting_request(prompt_length: int = 4, max_tokens: int = 3, stop: int | None = None) -> Request:

@@ -14,8 +14,8 @@ from common.errors import (
 )
 from common.ids import Generation, RequestId, SequenceId
 from services.router.scheduling.settings import SchedulerSettings
-from tests.support.scheduling import P0, P1, add, complete, lengths_in, make_scheduler, names_in, only_plan
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.scheduling import P0, P1, add, complete, lengths_in, make_scheduler, names_in, only_plan
+from tests.support.router.simulated_pipeline import build_request
 
 # Chunks and budgets
 

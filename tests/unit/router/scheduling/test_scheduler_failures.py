@@ -8,7 +8,7 @@ from common.errors import (
 )
 from common.ids import Generation
 from services.router.scheduling.step_plan import SampledToken
-from tests.support.scheduling import P0, add, complete, lengths_in, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import P0, add, complete, lengths_in, make_scheduler, names_in, only_plan
 
 # Failing
 

@@ -14,7 +14,7 @@ from services.router.engine import FinishReason, GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
-from tests.support.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
+from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 PIPELINES = [PipelineId(0), PipelineId(1)]
 

@@ -9,8 +9,8 @@ from common.ids import Generation, SequenceId
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from tests.support.scheduling import P0, P1, add, complete, make_scheduler, names_in, only_plan
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.scheduling import P0, P1, add, complete, make_scheduler, names_in, only_plan
+from tests.support.router.simulated_pipeline import build_request
 
 
 def test_restored_request_goes_on_after_its_tokens() -> None:

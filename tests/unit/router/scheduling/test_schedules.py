@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from common.ids import Generation
-from tests.support.scheduling import P0, P1, add, complete, make_scheduler, only_plan
-from tests.support.simulated_pipeline import build_request
+from tests.support.router.scheduling import P0, P1, add, complete, make_scheduler, only_plan
+from tests.support.router.simulated_pipeline import build_request
 
 
 def test_what_stages_keep_of_a_closed_pipeline_is_released_with_its_next_first_step() -> None:

@@ -13,7 +13,7 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
+from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
 TERM_SHIFT = 32

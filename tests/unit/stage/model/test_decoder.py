@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.support.checkpoints import (
+from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,
     MIXTRAL_SLIDING_TIED,
     QWEN3,
@@ -22,8 +22,8 @@ from tests.support.checkpoints import (
     Recipe,
     write_checkpoint,
 )
-from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
-from tests.support.local_pipeline import Chunk, LocalPipeline
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.nodes.local_pipeline import Chunk, LocalPipeline
 
 __all__ = ["one_torch_thread"]
 RECIPES = (QWEN3, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SHARDED, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS, QWEN3_YARN)

@@ -10,7 +10,7 @@ import torch
 from common.compute.device import HOST, StagedDevice
 from services.stage.model.decoder import StageModel
 from services.stage.model.device_model import DeviceStageModel, put_on_device
-from tests.support.checkpoints import (
+from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SLIDING_TIED,
     QWEN3,
     QWEN3_DENSE_LAYERS,
@@ -18,9 +18,9 @@ from tests.support.checkpoints import (
     Recipe,
     write_checkpoint,
 )
-from tests.support.kernels import one_torch_thread
-from tests.support.local_pipeline import Chunk, LocalPipeline
-from tests.support.simulated_gpu import hidden_waits, simulated_gpu
+from tests.support.nodes.kernels import one_torch_thread
+from tests.support.nodes.local_pipeline import Chunk, LocalPipeline
+from tests.support.nodes.simulated_gpu import hidden_waits, simulated_gpu
 
 __all__ = ["one_torch_thread"]
 TOKENS = tuple((7 * position * position + 3 * position + 11) % 200 for position in range(70))

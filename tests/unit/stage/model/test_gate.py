@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from common.compute.linear import PackedLinear
 from services.stage.model.gate import Gate
-from tests.support.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
+from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 
 __all__ = ["one_torch_thread"]
 

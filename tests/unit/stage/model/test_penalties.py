@@ -16,12 +16,12 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.messages import Step
 from services.router.engine import GenerationRequest
+from services.router.mesh.step_message import step_message
+from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.request import Request
-from services.router.scheduling.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
-from services.router.step_message import step_message
-from services.stage.logit_adjustments import KeptAdjustments
-from services.stage.micro_batch import BlockTables, read_micro_batch
+from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.model.micro_batch import BlockTables, read_micro_batch
 from services.stage.model.penalties import adjusted_logits, without_unlikely
 from services.stage.model.sampling import SampledTokens, sample
 

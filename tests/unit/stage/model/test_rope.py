@@ -10,8 +10,8 @@ from transformers import MixtralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb
 
+from common.checkpoint.rope_config import read_rope_config
 from common.compute.rotary import apply_rotary
-from common.rope_config import read_rope_config
 from services.stage.model.rope import RotaryTable, inverse_frequencies
 
 LLAMA3 = {

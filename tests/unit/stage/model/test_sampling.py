@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from services.stage.micro_batch import SamplingColumns
+from services.stage.model.micro_batch import SamplingColumns
 from services.stage.model.sampling import SampledTokens, gumbel_noise, sample
 
 

@@ -19,15 +19,21 @@ import torch
 
 from common.compute.device import Device, StagedDevice
 from common.errors import CapacityError, DeviceError, RankLostError
-from common.loader_thread import LoaderThread
-from services.stage.kv_store import KvStore, LocalKv
-from services.stage.ranks import follower, follower_memory
+from common.node.loader_thread import LoaderThread
+from services.stage.model.kv_store import KvStore, LocalKv
+from services.stage.ranks import worker, worker_memory
 from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS
-from tests.support.checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
-from tests.support.kernels import one_torch_thread  # noqa: F401
-from tests.support.rank_threads import ThreadRanks, rank_threads
-from tests.support.simulated_gpu import NeverReached, SimulatedDevice, hidden_waits, simulated_gpu, within_simulation
-from tests.support.waiting import wait_until
+from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
+from tests.support.nodes.kernels import one_torch_thread  # noqa: F401
+from tests.support.nodes.rank_threads import ThreadRanks, rank_threads
+from tests.support.nodes.simulated_gpu import (
+    NeverReached,
+    SimulatedDevice,
+    hidden_waits,
+    simulated_gpu,
+    within_simulation,
+)
+from tests.support.processes.waiting import wait_until
 from tests.unit.stage.ranks.test_parallel_layers import RECIPES, two_steps, whole_role
 
 ALL_BLOCKS = torch.arange(3)
@@ -173,14 +179,14 @@ def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkey
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
         full = computed(ranks, torch.float32)
         crowded = ranks.followers[2]._memory
-        allocate: Any = follower_memory.FollowerMemory.allocate
+        allocate: Any = worker_memory.FollowerMemory.allocate
 
         def allocate_or_not(self: Any) -> None:
             if self is crowded:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             allocate(self)
 
-        monkeypatch.setattr(follower_memory.FollowerMemory, "allocate", allocate_or_not)
+        monkeypatch.setattr(worker_memory.FollowerMemory, "allocate", allocate_or_not)
         with pytest.raises(CapacityError, match=r"rank 2: the GPU has no room for it, .*CUDA out of memory"):
             ranks.allocate(torch.float32)
         monkeypatch.undo()
@@ -242,9 +248,9 @@ def test_a_rank_whose_device_has_failed_ends(tmp_path: Path, monkeypatch: pytest
 
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
         if where == "load":
-            monkeypatch.setattr(follower, "load_part", fails)
+            monkeypatch.setattr(worker, "load_part", fails)
         else:
-            monkeypatch.setattr(follower_memory.FollowerMemory, "allocate", fails)
+            monkeypatch.setattr(worker_memory.FollowerMemory, "allocate", fails)
         with pytest.raises(RankLostError, match="seat 1 is gone"):
             computed(ranks, torch.float32)
         (ended_by,) = ranks.errors
@@ -258,7 +264,7 @@ def test_want_of_memory_for_weights_is_said_as_such(tmp_path: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
-        monkeypatch.setattr(follower, "load_part", fails)
+        monkeypatch.setattr(worker, "load_part", fails)
         with pytest.raises(CapacityError, match=r"rank 1: the GPU has no room for it, set CAPACITY_BYTES lower: CUDA"):
             computed(ranks, torch.float32)
 

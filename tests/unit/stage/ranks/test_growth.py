@@ -12,12 +12,12 @@ import torch
 
 from common.errors import RankLostError
 from common.messages import AssignStage, Header
-from services.stage.slot import Refused, Slot, Taken
-from services.stage.slot_keeper import SlotKeeper
-from tests.support.checkpoints import QWEN3, write_checkpoint
-from tests.support.memory_transport import MemoryTransport
-from tests.support.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
-from tests.support.waiting import wait_until
+from services.stage.slot.slot import Refused, Slot, Taken
+from services.stage.slot.stage_worker import SlotKeeper
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.memory_transport import MemoryTransport
+from tests.support.nodes.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
+from tests.support.processes.waiting import wait_until
 
 BLOCKS = [2, 0, 1]
 PLENTY = 1 << 40

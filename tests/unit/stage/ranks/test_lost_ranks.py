@@ -14,14 +14,14 @@ import torch
 
 from common.errors import CheckpointError, RankLostError
 from common.messages import AssignStage, Header
-from services.stage.ranks import follower as follower_module
 from services.stage.ranks import group as group_module
-from services.stage.ranks.follower import Follower
-from services.stage.ranks.follower_memory import FollowerMemory
-from services.stage.slot_keeper import SlotKeeper
-from tests.support.checkpoints import QWEN3, write_checkpoint
-from tests.support.rank_threads import NUM_POSITIONS, rank_threads
-from tests.support.waiting import wait_until
+from services.stage.ranks import worker as worker_module
+from services.stage.ranks.worker import Follower
+from services.stage.ranks.worker_memory import FollowerMemory
+from services.stage.slot.stage_worker import SlotKeeper
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.rank_threads import NUM_POSITIONS, rank_threads
+from tests.support.processes.waiting import wait_until
 from tests.unit.stage.ranks.test_growth import keeper_of, step, take_slot
 
 IDS = torch.arange(50, dtype=torch.int64) + 5
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def watch_parts(monkeypatch: pytest.MonkeyPatch, fails: Any = lambda rank: None) -> list[weakref.ref[Any]]:
     """Parts that other ranks have loaded. `fails(rank)` may raise."""
     parts: list[weakref.ref[Any]] = []
-    load_part: Any = vars(follower_module)["load_part"]
+    load_part: Any = vars(worker_module)["load_part"]
 
     def load(loader: Any, *arguments: Any) -> Any:
         fails(loader._cut.rank)
@@ -43,7 +43,7 @@ def watch_parts(monkeypatch: pytest.MonkeyPatch, fails: Any = lambda rank: None)
         parts.append(weakref.ref(part.attention[0].qkv))
         return part
 
-    monkeypatch.setattr(follower_module, "load_part", load)
+    monkeypatch.setattr(worker_module, "load_part", load)
     return parts
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.weights import CheckpointWeights
 from common.errors import CheckpointError, RankLostError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
-from common.model_config import read_model_config
 from common.topology import LayerRange, StageRole, StageSlot
-from common.weights import CheckpointWeights
-from services.stage.attention_kernel import LayerKvCache, allocate_kv_cache
-from services.stage.loading import load_stage
 from services.stage.model.decoder import StageModel
-from tests.support.checkpoints import (
+from services.stage.model.loading import load_stage
+from services.stage.model.paged_attention import LayerKvCache, allocate_kv_cache
+from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SLIDING_TIED,
     QWEN3,
     QWEN3_DENSE_LAYERS,
@@ -23,9 +23,9 @@ from tests.support.checkpoints import (
     Recipe,
     write_checkpoint,
 )
-from tests.support.kernels import kernels_for, one_torch_thread  # noqa: F401
-from tests.support.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
-from tests.support.waiting import wait_until
+from tests.support.nodes.kernels import kernels_for, one_torch_thread  # noqa: F401
+from tests.support.nodes.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
+from tests.support.processes.waiting import wait_until
 
 BLOCKS = [2, 0, 1]
 RECIPES = [QWEN3, QWEN3_DENSE_LAYERS, QWEN3_TIED_SHARDED_BF16, MIXTRAL_SLIDING_TIED]

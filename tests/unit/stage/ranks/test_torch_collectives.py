@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from common.errors import DeviceError, RankLostError
+from services.stage.model.tp_shard import RankCut
 from services.stage.ranks import torch_collectives
-from services.stage.ranks.board import RankBoard
 from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.conductor import Conductor
-from services.stage.ranks.cut import RankCut
+from services.stage.ranks.leader import Conductor
 from services.stage.ranks.open_collectives import choose_collectives
+from services.stage.ranks.shared_channel import RankBoard
 from services.stage.ranks.shared_memory import SharedMemory
 from services.stage.ranks.torch_collectives import TorchCollectives, open_store
-from tests.support.collective_ranks import assert_collectives, results_of_ranks
-from tests.support.kernels import kernels_for
-from tests.support.rank_threads import ThreadStaff
+from tests.support.nodes.collective_ranks import assert_collectives, results_of_ranks
+from tests.support.nodes.kernels import kernels_for
+from tests.support.nodes.rank_threads import ThreadStaff
 
 
 def test_each_rank_gets_by_gloo_what_the_collective_promises(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The proxy that links go through: what it delays, holds, cuts short and damages."""

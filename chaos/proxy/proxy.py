@@ -1,0 +1,235 @@
+"""A SOCKS5 proxy that all TCP links of a mesh go through, so that what travels on them can be delayed, held, cut short.
+
+Nodes are told of it by one setting (`SOCKS_PROXY`), which ZeroMQ itself obeys: a node connects to the proxy and says
+whom it wants. That was chosen over addresses that a node advertises for a stand-in (product code that knows of the
+harness, one stand-in for each socket) and over redirection in the node's network namespace (root, and connections
+that exist must be broken first). The proxy runs on a thread of the harness; a mesh through it is slower by two hops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from chaos.proxy.link_rules import LinkRule
+from chaos.proxy.pipe import Pipe, RuleBook
+from chaos.target import Target, TargetError
+
+Identify = Callable[[str, int], str]
+"""Host and port of one end -> name of the node there; empty if unknown."""
+Resolve = Callable[[str], str]
+"""Host name as a node says it -> one that this process can connect to."""
+_Result = TypeVar("_Result")
+_PORT = struct.Struct(">H")
+_GRANTED, _UNREACHABLE = b"\5\0\0\1\0\0\0\0\0\0", b"\5\5\0\1\0\0\0\0\0\0"
+CALL_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
+
+
+class Link:
+    """One connection through the proxy: a pipe each way."""
+
+    def __init__(self, book: RuleBook, source: str, destination: str) -> None:
+        self.ends = (source, destination)
+        self._book = book
+        self.there = Pipe(book, source, destination)
+        self.back = Pipe(book, destination, source)
+
+    async def carry(
+        self,
+        near: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        far: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    ) -> None:
+        """Until one side ends and what it sent before has arrived; then both are closed."""
+        ways = [
+            asyncio.create_task(self.there.carry(near[0], far[1])),
+            asyncio.create_task(self.back.carry(far[0], near[1])),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            # Through a cut network nobody hears that the other side has gone.
+            await self._book.wait_until_open(*self.ends)
+        finally:
+            for way in ways:
+                way.cancel()
+            # Before anything is awaited: the proxy may end just then, and cancels that too.
+            near[1].close()
+            far[1].close()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+
+class LinkProxy:
+    """A context manager; its thread ends with it. All methods may be called from any thread."""
+
+    def __init__(
+        self, identify: Identify, host: str = "127.0.0.1", port: int = 0, resolve: Resolve = lambda host: host
+    ) -> None:
+        self.host = host
+        self.port = port
+        """0 until it listens: then the port that the system chose."""
+        self._is_listening = False
+        self._identify = identify
+        self._resolve = resolve
+        self._book = RuleBook()
+        self._links: set[Link] = set()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        """Of all connections, also of those that are closed and still have something to write."""
+        self._loop = asyncio.new_event_loop()
+        self._thread: threading.Thread | None = None
+        self._stop = asyncio.Event()
+
+    @property
+    def address(self) -> str:
+        """What `SOCKS_PROXY` is set to for the nodes."""
+        return f"{self.host}:{self.port}"
+
+    def __enter__(self) -> Self:
+        listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(listening,), name="link-proxy", daemon=True)
+        self._thread.start()
+        if not listening.wait(CLOSE_TIMEOUT_S) or not self._is_listening:
+            raise TargetError(f"the proxy cannot listen on {self.address}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def add(self, rules: Sequence[LinkRule]) -> None:
+        """From now on they hold, also for links that are open."""
+        self._call(lambda: self._book.add(rules))
+
+    def remove(self, rules: Sequence[LinkRule]) -> None:
+        """Undo `add`; rules that do not hold are no error."""
+        self._call(lambda: self._book.remove(rules))
+
+    def links(self) -> list[tuple[str, str]]:
+        """(who opened it, to whom) of every open link."""
+        return self._call(lambda: sorted(link.ends for link in self._links))
+
+    def num_damaged(self) -> int:
+        """Messages damaged by frame rules since the start: whether a fault has hit anything."""
+        return self._call(lambda: self._book.num_damaged)
+
+    def half_close(self, node: str) -> int:
+        """On every link of the node its peers see an end of stream, and the node does not; how many links that were."""
+
+        def close() -> int:
+            hurt = [link for link in self._links if node in link.ends]
+            for link in hurt:
+                towards_peer, towards_node = (
+                    (link.there, link.back) if link.ends[0] == node else (link.back, link.there)
+                )
+                towards_node.mute()
+                towards_peer.end_stream()
+            return len(hurt)
+
+        return self._call(close)
+
+    # ---- inside
+
+    def _call(self, work: Callable[[], _Result]) -> _Result:
+        async def run() -> _Result:
+            return work()
+
+        try:
+            return asyncio.run_coroutine_threadsafe(run(), self._loop).result(CALL_TIMEOUT_S)
+        except (TimeoutError, RuntimeError) as error:
+            raise TargetError(f"the proxy does not answer: {error}") from None
+
+    def _run(self, listening: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve(listening))
+        finally:
+            listening.set()
+            self._loop.close()
+
+    async def _serve(self, listening: threading.Event) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._take(reader, writer))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        try:
+            server = await asyncio.start_server(accept, self.host, self.port)
+        except OSError:
+            return  # told by `__enter__`
+        self.port = server.sockets[0].getsockname()[1]
+        self._is_listening = True
+        listening.set()
+        await self._stop.wait()
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in list(self._writers):
+            writer.transport.abort()  # a close would wait for a receiver that takes nothing
+        await asyncio.sleep(0)
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        # A side that goes away is no error of the proxy; the other side is told by the close.
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await self._connect_and_carry(reader, writer)
+
+    async def _connect_and_carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = await read_request(reader, writer)
+        peer_host, peer_port = writer.get_extra_info("peername")[:2]
+        # Off the loop: asking takes long on a busy machine, and the links that are open must not wait for it.
+        host = await asyncio.to_thread(self._resolve, host)
+        source = await asyncio.to_thread(self._identify, peer_host, peer_port)
+        destination = await asyncio.to_thread(self._identify, host, port)
+        # A cut network loses the first packet of a connection too: nobody is answered until it is whole again.
+        await self._book.wait_until_open(source, destination)
+        try:
+            far = await asyncio.open_connection(host, port)
+            self._writers.add(far[1])
+        except OSError:
+            writer.write(_UNREACHABLE)
+            await writer.drain()
+            return
+        link = Link(self._book, source, destination)
+        self._links.add(link)
+        try:
+            writer.write(_GRANTED)
+            await link.carry((reader, writer), far)
+        finally:
+            self._links.discard(link)
+
+
+async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, int]:
+    """Host and port that a SOCKS5 client (RFC 1928, no authentication) wants. Raises OSError if it is none."""
+    version, num_methods = await reader.readexactly(2)
+    if version != 5:
+        raise ConnectionError(f"not SOCKS5 but version {version}")
+    await reader.readexactly(num_methods)
+    writer.write(b"\5\0")
+    _, command, _, kind = await reader.readexactly(4)
+    if command != 1 or kind not in (1, 3):
+        raise ConnectionError(f"SOCKS5 command {command}, address type {kind}: only connect by IPv4 or name is known")
+    if kind == 1:
+        host = ".".join(str(part) for part in await reader.readexactly(4))
+    else:
+        (length,) = await reader.readexactly(1)
+        host = (await reader.readexactly(length)).decode("ascii", "replace")
+    (port,) = _PORT.unpack(await reader.readexactly(2))
+    return host, port
+
+
+def link_proxy(target: Target) -> LinkProxy:
+    """The proxy that a target's links go through. Raises TargetError if they go through none."""
+    proxy = getattr(target, "proxy", None)
+    if not isinstance(proxy, LinkProxy):
+        raise TargetError("the links of this mesh go through no proxy: start it with one")
+    return proxy

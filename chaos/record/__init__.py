@@ -1,0 +1,1 @@
+"""Load on a mesh, what is seen of it meanwhile, and the history that both are written down in."""

@@ -1,0 +1,159 @@
+"""Events of a history put together by operation: what each client asked, what it got, and when. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from chaos.record.history import (
+    Abandoned,
+    Asked,
+    Broken,
+    ChoiceFinished,
+    Ended,
+    Event,
+    Failed,
+    PhaseBegan,
+    Reattached,
+    Refused,
+    Tokens,
+)
+
+
+@dataclass(slots=True)
+class ChoiceRecord:
+    """What came for one choice, in the order in which it came."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprob_bits: list[str] = field(default_factory=list)
+    reason: str = ""
+    text_sha256: str = ""
+
+
+@dataclass(slots=True)
+class Operation:
+    """One request of one client, from asking to its end. `phase` is the one in which it was asked."""
+
+    name: str
+    phase: str
+    stream: int
+    request: str
+    kind: str
+    asked_s: float
+    choices: list[ChoiceRecord]
+    arrivals_s: list[float] = field(default_factory=list)
+    """Of events that brought tokens, whatever their choice."""
+    ended_s: float | None = None
+    how: str = "hung"
+    """`ended`, `failed`, `abandoned`; `hung` while none of them has come."""
+    failure: str = ""
+    num_breaks: int = 0
+    num_reattached: int = 0
+    num_refused: int = 0
+    num_tokens: int = 0
+    max_tokens: int = 0
+    """Of each choice, as asked for."""
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.how == "ended"
+
+    def was_streaming(self, at_s: float) -> bool:
+        """Whether it had got tokens by then and was to get more."""
+        began = bool(self.arrivals_s) and self.arrivals_s[0] <= at_s
+        return began and (self.ended_s is None or self.ended_s > at_s)
+
+    def gaps(self) -> Iterator[tuple[float, float]]:
+        """(from, to) of each time without tokens, after the first token; the last one is until its end."""
+        moments = [*self.arrivals_s, self.ended_s] if self.ended_s is not None else self.arrivals_s
+        return ((earlier, later) for earlier, later in itertools.pairwise(moments) if later is not None)
+
+
+def read_operations(events: Iterable[Event]) -> list[Operation]:
+    """All operations, in the order of asking."""
+    found: dict[str, Operation] = {}
+    phase = ""
+    for event in events:
+        match event:
+            case PhaseBegan():
+                phase = event.phase
+            case Asked():
+                choices = [ChoiceRecord() for _ in range(event.num_choices)]
+                found[event.operation] = Operation(
+                    event.operation,
+                    phase,
+                    event.stream,
+                    event.request,
+                    event.kind,
+                    event.at_s,
+                    choices,
+                    max_tokens=event.max_tokens,
+                )
+            case Tokens() | ChoiceFinished() | Broken() | Refused() | Reattached():
+                _take(found[event.operation], event)
+            case Ended() | Failed() | Abandoned():
+                _end(found[event.operation], event)
+            case _:
+                pass
+    return list(found.values())
+
+
+def _take(operation: Operation, event: Tokens | ChoiceFinished | Broken | Refused | Reattached) -> None:
+    match event:
+        case Tokens():
+            choice = operation.choices[event.choice]
+            choice.token_ids += event.token_ids
+            choice.logprob_bits += event.logprob_bits
+            operation.arrivals_s.append(event.at_s)
+            operation.num_tokens += len(event.token_ids)
+        case ChoiceFinished():
+            choice = operation.choices[event.choice]
+            choice.reason, choice.text_sha256 = event.reason, event.text_sha256
+        case Broken():
+            operation.num_breaks += 1
+        case Refused():
+            operation.num_refused += 1
+        case Reattached():
+            operation.num_reattached += 1
+
+
+def _end(operation: Operation, event: Ended | Failed | Abandoned) -> None:
+    operation.ended_s = event.at_s
+    match event:
+        case Ended():
+            operation.how, operation.usage = "ended", event.usage
+        case Failed():
+            operation.how = "failed"
+            operation.failure = f"{event.code}: {event.message}"
+        case Abandoned():
+            operation.how = "abandoned"
+            operation.failure = f"neither an end nor an error within {event.waited_s:.0f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedChoice:
+    """What a choice is without faults."""
+
+    token_ids: tuple[int, ...]
+    logprob_bits: tuple[str, ...]
+    reason: str
+    text_sha256: str
+
+
+Reference = Mapping[str, tuple[ExpectedChoice, ...]]
+"""By the request's name: its choices in order."""
+
+
+def reference_of(operations: Iterable[Operation]) -> dict[str, tuple[ExpectedChoice, ...]]:
+    """From the operations that were asked in the phase `reference` and are whole."""
+    return {
+        operation.request: tuple(
+            ExpectedChoice(tuple(c.token_ids), tuple(c.logprob_bits), c.reason, c.text_sha256)
+            for c in operation.choices
+        )
+        for operation in operations
+        if operation.phase == "reference" and operation.is_whole
+    }

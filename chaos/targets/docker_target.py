@@ -1,0 +1,204 @@
+"""A mesh in containers, found by the label that Compose gives them, on an engine of this machine.
+
+Signals go to the process itself, from the host: what an engine kills it counts as stopped on purpose and does not
+start again. A container that restarts keeps its name and address, and is another process.
+
+Containers that were started with SOCKS_PROXY=HOST:PORT, an address of this machine that they reach, find the harness's
+proxy there while it runs, and become a mesh only then.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import docker
+from docker.errors import APIError, DockerException, NotFound
+
+from chaos.proxy.proxy import LinkProxy
+from chaos.target import NODE_KINDS, Node, TargetError
+from chaos.targets.container_names import ContainerAddress, ContainerNames
+from chaos.targets.host_commands import run
+
+_LABEL = "com.docker.compose"
+_NOT_A_SETTING = frozenset({"PATH", "HOME", "HOSTNAME", "HOST", "CONTROL", "STATE_DIR"})
+COMPOSE_TIMEOUT_S = 120.0
+
+
+class DockerTarget:
+    """One compose project. A context manager; leaving it leaves the containers as they are.
+
+    Raises TargetError when there is no engine, and on entering when the project does not run.
+    """
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+        self.features = frozenset({"processes", "containers", "netns"})
+        self.proxy: LinkProxy | None = None
+        self._url = ""
+        try:
+            self.client = docker.from_env()
+        except DockerException as error:
+            raise TargetError(f"no Docker engine answers: {error}") from None
+
+    def __enter__(self) -> Self:
+        routers = self._containers("router")
+        if not routers:
+            self.client.close()
+            raise TargetError(f"no router of the compose project {self.project!r} runs: `docker compose up -d --wait`")
+        address = environment_of_container(routers[0]).get("SOCKS_PROXY", "")
+        if address:
+            self._start_proxy(address)
+        return self
+
+    def _start_proxy(self, address: str) -> None:
+        names = ContainerNames(self._addresses)
+        host, _, port = address.rpartition(":")
+        self.proxy = LinkProxy(names.name_at, host, int(port), names.address_of).__enter__()
+        self.features |= {"proxy"}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.proxy is not None:
+            self.proxy.__exit__(kind, error, trace)
+        self.client.close()
+
+    @property
+    def url(self) -> str:
+        """From the port that the router's container publishes; the same while that container is stopped."""
+        if not self._url:
+            self._url = self._find_url()
+        return self._url
+
+    def _find_url(self) -> str:
+        for container in self._containers("router"):
+            ports = container.attrs["HostConfig"].get("PortBindings") or {}
+            for bindings in ports.values():
+                host = bindings[0].get("HostIp") or "127.0.0.1"
+                return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{bindings[0]['HostPort']}"
+        raise TargetError(f"the compose project {self.project!r} has no router that publishes a port")
+
+    def nodes(self) -> list[Node]:
+        """Containers whose process runs; one that is starting or ending just now is left out."""
+        found = []
+        for kind in NODE_KINDS:
+            for container in self._containers(kind):
+                pid = process_of_container(int(container.attrs["State"].get("Pid") or 0))
+                if pid:
+                    found.append(Node(container.name, kind, pid, container.id))
+        return sorted(found, key=lambda node: node.name)
+
+    def signal(self, node: Node, number: int) -> None:
+        """From the host; a process that is gone is no error."""
+        with suppress(ProcessLookupError):
+            os.kill(node.pid, number)
+
+    def stop(self, node: Node, timeout_s: float) -> None:
+        """As `docker stop`: it is not started again by the engine."""
+        self._call(node.name, "stop", timeout=max(1, round(timeout_s)))
+
+    def start(self, name: str) -> None:
+        """As `docker start`: the same container with a new process."""
+        self._call(name, "start")
+
+    def scale(self, kind: str, count: int) -> None:
+        """By Compose, with the files and the settings that the running containers have; returns when they are up."""
+        if kind not in ("stage", "expert"):
+            raise TargetError(f"{kind} cannot be scaled: only stage and expert can")
+        containers = self._containers(kind, is_running_only=False)
+        if not containers:
+            raise TargetError(f"{self.project!r} has no {kind} to learn the settings from")
+        labels = containers[0].labels
+        folder = Path(labels[f"{_LABEL}.project.working_dir"])
+        files = [word for path in labels[f"{_LABEL}.project.config_files"].split(",") for word in ("-f", path)]
+        command = ["docker", "compose", "-p", self.project, "--project-directory", str(folder), *files]
+        command += ["up", "-d", "--no-deps", "--no-build", "--no-recreate", "--scale", f"{kind}={count}", kind]
+        run(command, environment=os.environ | self._settings(containers[0]), timeout_s=COMPOSE_TIMEOUT_S)
+
+    def pause(self, node: Node) -> None:
+        """As `docker pause`: all of the container's processes are frozen, its sockets stay."""
+        self._call(node.name, "pause")
+
+    def unpause(self, node: Node) -> None:
+        """Undo `pause`; a container that is not paused is no error."""
+        with suppress(NotFound):
+            container = self.client.containers.get(node.name)
+            if container.status == "paused":
+                self._call(node.name, "unpause")
+
+    # ---- inside
+
+    def _settings(self, container: Any) -> dict[str, str]:
+        found = environment_of_container(container)
+        settings = {name: value for name, value in found.items() if name not in _NOT_A_SETTING}
+        # Compose would take another published port for another router.
+        return settings | {"PORT": self.url.rpartition(":")[2]}
+
+    def _addresses(self) -> list[ContainerAddress]:
+        found = []
+        for kind in NODE_KINDS:
+            for container in self._containers(kind):
+                networks = container.attrs["NetworkSettings"]["Networks"].values()
+                addresses = tuple(network["IPAddress"] for network in networks if network["IPAddress"])
+                found.append(ContainerAddress(container.name, kind, addresses))
+        return found
+
+    def _containers(self, kind: str, is_running_only: bool = True) -> list[Any]:
+        labels = [f"{_LABEL}.project={self.project}", f"{_LABEL}.service={kind}", f"{_LABEL}.oneoff=False"]
+        try:
+            # One may go between the listing and the look at it; that is no error of ours.
+            return list(
+                self.client.containers.list(all=not is_running_only, filters={"label": labels}, ignore_removed=True)
+            )
+        except DockerException as error:
+            raise TargetError(f"the Docker engine does not answer: {error}") from None
+
+    def _call(self, name: str, action: str, **arguments: Any) -> None:
+        try:
+            getattr(self.client.containers.get(name), action)(**arguments)
+        except NotFound:
+            raise TargetError(f"there is no container {name}") from None
+        except (APIError, DockerException) as error:
+            raise TargetError(f"{action} of {name}: {error}") from None
+
+
+def project_at(url: str) -> str:
+    """The compose project whose router publishes this URL's port. Raises TargetError."""
+    port = str(urlsplit(url).port or 80)
+    try:
+        client = docker.from_env()
+        with closing(client):
+            routers = client.containers.list(filters={"label": f"{_LABEL}.service=router"}, ignore_removed=True)
+            for container in routers:
+                bindings = container.attrs["HostConfig"].get("PortBindings") or {}
+                if any(binding["HostPort"] == port for entry in bindings.values() for binding in entry):
+                    return str(container.labels[f"{_LABEL}.project"])
+    except DockerException as error:
+        raise TargetError(f"no Docker engine answers: {error}") from None
+    raise TargetError(f"no router of a compose project publishes port {port}")
+
+
+def environment_of_container(container: Any) -> dict[str, str]:
+    """What its process is started with."""
+    pairs = [entry.partition("=") for entry in container.attrs["Config"]["Env"] or ()]
+    return {name: value for name, _, value in pairs}
+
+
+def process_of_container(init: int, proc: Path = Path("/proc")) -> int:
+    """The service's own process: the child of the container's init, or, without an init, the first process itself.
+    0 if there is none now."""
+    if not init:
+        return 0
+    try:
+        words = (proc / f"{init}/cmdline").read_bytes().split(b"\0")
+        children = (proc / f"{init}/task/{init}/children").read_text().split()
+    except OSError:
+        return 0
+    if Path(words[0].decode(errors="replace")).name not in ("docker-init", "tini"):
+        return init
+    return int(children[0]) if children else 0

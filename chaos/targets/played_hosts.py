@@ -1,0 +1,124 @@
+"""Hosts played by network namespaces of this machine, on one bridge, so that one can be lost as a whole.
+
+The bridge lies in a namespace of its own: in this machine's, its packet filter would decide what hosts may say. Needs
+root and `ip`. Traffic goes to these namespaces and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from chaos.target import Target, TargetError
+from chaos.targets.host_commands import missing, run
+
+PREFIX = "moemesh-chaos"
+NAMESPACES = Path("/run/netns")
+_OWN_HOST_NUMBER = 254
+_MAX_HOSTS = 200
+
+
+class PlayedHosts:
+    """`count` hosts, numbered from 0, and this machine, which reaches them. A context manager."""
+
+    def __init__(self, count: int) -> None:
+        if not 1 <= count <= _MAX_HOSTS:
+            raise TargetError(f"{count} hosts cannot be played; 1 to {_MAX_HOSTS} can")
+        self.count = count
+        self._switch = f"{PREFIX}-{os.getpid()}-switch"
+        self._own_link = f"mm{os.getpid()}"
+        self._network = ""
+
+    def __enter__(self) -> Self:
+        if reason := missing("ip"):
+            raise TargetError(f"hosts cannot be played: {reason}")
+        remove_left_over()
+        self._network = free_network(run(["ip", "-j", "-4", "address", "show"]))
+        try:
+            self._make()
+        except TargetError:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    @property
+    def own_address(self) -> str:
+        """This machine's, as the hosts reach it."""
+        return f"{self._network}.{_OWN_HOST_NUMBER}"
+
+    def address(self, number: int) -> str:
+        """A host's, as the others reach it."""
+        return f"{self._network}.{number + 1}"
+
+    def namespace(self, number: int) -> str:
+        """The name of a host's network namespace."""
+        return f"{PREFIX}-{os.getpid()}-host-{number}"
+
+    def unplug(self, number: int) -> None:
+        """From now on nothing from this host arrives anywhere, and nothing arrives at it: its power is gone."""
+        run(["ip", "-n", self._switch, "link", "set", f"host{number}", "down"])
+
+    def plug_in(self, number: int) -> None:
+        """Undo `unplug`; a host that has its link keeps it."""
+        run(["ip", "-n", self._switch, "link", "set", f"host{number}", "up"])
+
+    def _make(self) -> None:
+        run(["ip", "netns", "add", self._switch])
+        _configure(self._switch, "link add bridge type bridge", "link set bridge up")
+        run(["ip", "link", "add", self._own_link, "type", "veth", "peer", "name", "own", "netns", self._switch])
+        run(["ip", "address", "add", f"{self.own_address}/24", "dev", self._own_link])
+        run(["ip", "link", "set", self._own_link, "up"])
+        _configure(self._switch, "link set own master bridge", "link set own up")
+        for number in range(self.count):
+            name, port = self.namespace(number), f"host{number}"
+            run(["ip", "netns", "add", name])
+            _configure(name, f"link add eth0 type veth peer name {port} netns {self._switch}")
+            _configure(name, f"address add {self.address(number)}/24 dev eth0", "link set lo up", "link set eth0 up")
+            _configure(self._switch, f"link set {port} master bridge", f"link set {port} up")
+
+    def _remove(self) -> None:
+        for name in (self._switch, *(self.namespace(number) for number in range(self.count))):
+            with contextlib.suppress(TargetError):  # it was not made yet
+                run(["ip", "netns", "delete", name])
+
+
+def _configure(namespace: str, *commands: str) -> None:
+    for command in commands:
+        run(["ip", "-n", namespace, *command.split()])
+
+
+def remove_left_over(folder: Path = NAMESPACES) -> None:
+    """Delete namespaces of harnesses that were killed."""
+    for path in folder.glob(f"{PREFIX}-*") if folder.is_dir() else ():
+        pid = path.name.removeprefix(f"{PREFIX}-").partition("-")[0]
+        if not Path("/proc", pid).exists():
+            run(["ip", "netns", "delete", path.name])
+
+
+def free_network(addresses: str) -> str:
+    """The first three numbers of a /24 that no link of this machine is in, from the text of `ip -j -4 address show`.
+
+    Raises TargetError.
+    """
+    used = {str(entry["local"]).rpartition(".")[0] for link in json.loads(addresses) for entry in link["addr_info"]}
+    for number in range(256):
+        if (network := f"10.213.{number}") not in used:
+            return network
+    raise TargetError("no network of 10.213.0.0/16 is free for played hosts")
+
+
+def hosts_of(target: Target) -> PlayedHosts:
+    """A target's played hosts. Raises TargetError where it has none."""
+    hosts = getattr(target, "hosts", None)
+    if not isinstance(hosts, PlayedHosts):
+        raise TargetError("this target plays no hosts")
+    return hosts

@@ -1,0 +1,143 @@
+"""Whether every stream got exactly what it gets without faults. Pure: operations and reference in, verdicts out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from chaos.record.operations import ChoiceRecord, ExpectedChoice, Operation, Reference
+from chaos.verdicts.verdict import Verdict, verdict_of
+
+
+@dataclass(slots=True)
+class TokenDamage:
+    """What is wrong with the answers, by kind, a sentence each."""
+
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    logprobs: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+
+
+def token_verdicts(operations: Sequence[Operation], reference: Reference) -> list[Verdict]:
+    """`operations`: those asked under faults. Without a single whole answer that can be compared all is unknown."""
+    damage = TokenDamage()
+    num_tokens = num_whole = 0
+    doubts = []
+    for operation in operations:
+        expected = reference.get(operation.request)
+        if expected is None:
+            doubts.append(f"{operation.name}: there is no answer without faults to {operation.request}")
+            continue
+        num_whole += operation.is_whole
+        num_tokens += operation.num_tokens
+        for index, (got, wanted) in enumerate(zip(operation.choices, expected, strict=True)):
+            _compare(f"{operation.name} choice {index}", got, wanted, operation.is_whole, damage)
+    if not num_whole:
+        doubts.append("no answer that was asked under faults came to its end")
+    figures = {"tokens": float(num_tokens), "whole_answers": float(num_whole)}
+    same = f"{num_tokens} tokens of {num_whole} whole answers are those of the run without faults"
+    return [
+        verdict_of("tokens_lost", damage.lost, doubts, same, figures),
+        verdict_of("tokens_doubled", damage.doubled, doubts, same, figures),
+        verdict_of("tokens_changed", damage.changed, doubts, same, figures),
+        verdict_of("logprobs", damage.logprobs, doubts, f"the log-probabilities of {num_tokens} tokens, bit by bit"),
+        verdict_of("ends", damage.ends, doubts, f"finish reasons and texts of {num_whole} answers"),
+    ]
+
+
+def _compare(where: str, got: ChoiceRecord, wanted: ExpectedChoice, is_whole: bool, damage: TokenDamage) -> None:
+    tokens = tuple(got.token_ids)
+    # An answer that broke off may be short; what it has must still be the beginning.
+    expected = wanted.token_ids if is_whole else wanted.token_ids[: len(tokens)]
+    if tokens != expected:
+        _classify(where, tokens, expected, damage)
+    same = _common_length(tokens, wanted.token_ids)
+    for offset in range(same):
+        bits = got.logprob_bits[offset : offset + 1]
+        if bits != list(wanted.logprob_bits[offset : offset + 1]):
+            damage.logprobs.append(f"{where}: token {offset} has {bits}, not {wanted.logprob_bits[offset]}")
+            break
+    if is_whole and got.reason != wanted.reason:
+        damage.ends.append(f"{where}: ended with {got.reason!r}, not {wanted.reason!r}")
+    if is_whole and got.text_sha256 != wanted.text_sha256:
+        damage.ends.append(f"{where}: another text")
+
+
+def _classify(where: str, got: Sequence[int], expected: Sequence[int], damage: TokenDamage) -> None:
+    """The shortest story that makes `got` out of `expected`."""
+    matcher = difflib.SequenceMatcher(None, expected, got, autojunk=False)
+    for tag, from_expected, to_expected, from_got, to_got in matcher.get_opcodes():
+        if tag == "delete":
+            damage.lost.append(f"{where}: tokens {from_expected} to {to_expected - 1} are missing")
+        elif tag == "insert":
+            extra = list(got[from_got:to_got])
+            neighbours = (
+                (got[from_got - len(extra) : from_got] if from_got >= len(extra) else ()),
+                (got[to_got : to_got + len(extra)]),
+            )
+            is_again = any(list(neighbour) == extra for neighbour in neighbours)
+            kind = damage.doubled if is_again else damage.changed
+            kind.append(f"{where}: {len(extra)} tokens {'again' if is_again else 'too many'} at {from_got}")
+        elif tag == "replace":
+            damage.changed.append(
+                f"{where}: at {from_expected} there is {list(got[from_got : from_got + 4])}, "
+                f"not {list(expected[from_expected : from_expected + 4])}"
+            )
+
+
+def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+def end_verdicts(operations: Sequence[Operation], max_refused: int | None) -> list[Verdict]:
+    """Errors, hung requests, and refusals of requests that had not begun (`max_refused`: None allows any number)."""
+    asked = [] if operations else ["nothing was asked under faults"]
+    errors = [f"{o.name}: {o.failure}" for o in operations if o.how == "failed"]
+    hung = [f"{o.name}: {o.failure or 'had not ended when the run ended'}" for o in operations if _is_hung(o)]
+    refused = [f"{o.name}: refused {o.num_refused} times" for o in operations if o.num_refused]
+    num_refused = sum(o.num_refused for o in operations)
+    is_too_much = max_refused is not None and num_refused > max_refused
+    figures = {
+        "requests": float(len(operations)),
+        "broken_connections": float(sum(o.num_breaks for o in operations)),
+        "reattached": float(sum(o.num_reattached for o in operations)),
+    }
+    return [
+        verdict_of("errors", errors, asked, f"none of {len(operations)} requests ended with an error", figures),
+        verdict_of("hung", hung, asked, f"each of {len(operations)} requests came to an end"),
+        verdict_of(
+            "refused",
+            refused if is_too_much else [],
+            asked,
+            f"{num_refused} refusals of new requests",
+            {"refused": float(num_refused)},
+        ),
+    ]
+
+
+def _is_hung(operation: Operation) -> bool:
+    return operation.how in ("hung", "abandoned")
+
+
+def digest_with_faults(operations: Iterable[Operation]) -> str:
+    """SHA-256 over all token ids that came under faults, operation by operation."""
+    return _digest((o.name, [tuple(c.token_ids) for c in o.choices]) for o in operations)
+
+
+def digest_without_faults(operations: Iterable[Operation], reference: Reference) -> str:
+    """The same over what should have come: equal to the other if and only if every token is right and every answer
+    whole."""
+    return _digest((o.name, [c.token_ids for c in reference.get(o.request, ())]) for o in operations)
+
+
+def _digest(answers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
+    sha256 = hashlib.sha256()
+    for name, choices in sorted(answers):
+        for index, token_ids in enumerate(choices):
+            sha256.update(f"{name} {index} {' '.join(map(str, token_ids))}\n".encode())
+    return sha256.hexdigest()

@@ -1,0 +1,1 @@
+"""A checkpoint's files: configuration, names and shapes of tensors, weights, and parts of it."""

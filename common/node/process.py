@@ -1,0 +1,171 @@
+"""What a stage and an expert process do alike: sockets, registration, SIGTERM, one sentence when it cannot start."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import structlog
+
+from common.checkpoint.part import SeenCheckpoint, refuse_useless_part
+from common.config import Settings, setting_names
+from common.errors import MoemeshError, NodeLostError, ProtocolError
+from common.log import configure_log
+from common.log_stream import LogStream, unbuffered
+from common.misspelt_settings import misspelt_settings
+from common.node.control_link import ControlLink, bind_lifeline, draw_identity, find_addresses
+from common.node.descriptors import raise_descriptor_limit
+from common.topology import NodeDescription, NodeKind
+from common.wire.socket_files import LostFile
+from common.wire.socket_limits import SocketLimits
+from common.wire.tcp_addresses import control_host, speaks_ipv6
+from common.wire.transport import RoutingSocket, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProcess:
+    """The outside of a node: everything but its work."""
+
+    transport: Transport
+    control: ControlLink
+    lifeline: RoutingSocket
+    data_endpoints: tuple[str, ...]
+    ipc_token: str
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; calling it tells whether to stop."""
+
+    def __init__(self) -> None:
+        self._stopping = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def __call__(self) -> bool:
+        return self._stopping
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+
+def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    """The same for all processes of one running kernel, in containers too: copies on it are lost together."""
+    return boot_id.read_text().strip()[:13] if boot_id.exists() else socket.gethostname()
+
+
+def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
+    """A transport that logs damaged messages, and socket files that somebody has removed."""
+
+    def damaged(name: str, error: ProtocolError) -> None:
+        log.error("damaged_message", socket=name, reason=str(error))
+
+    def lost_file(lost: LostFile) -> None:
+        if lost.failure:
+            log.error("socket_file_lost", socket=lost.socket, path=str(lost.path), reason=lost.failure)
+        else:
+            log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
+
+    if settings.control.startswith("tcp://"):
+        log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
+    is_tcp = settings.control.startswith("tcp://")
+    with_ipv6 = is_tcp and not settings.socks_proxy and speaks_ipv6(control_host(settings.control))
+    return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
+
+
+def describe_node(
+    kind: NodeKind,
+    settings: Settings,
+    seen: SeenCheckpoint,
+    numeric_class: str,
+    transport: Transport,
+    bind_data: Callable[[str], tuple[str, ...]],
+    log: structlog.stdlib.BoundLogger,
+) -> NodeProcess:
+    """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where.
+
+    `settings` names the capacity, and `seen` the checkpoint as it was when this process read it first.
+    """
+    refuse_useless_part(seen.part, kind, settings.model)
+    node_id, incarnation = draw_identity(kind)
+    addresses = find_addresses(settings, node_id)
+    lifeline = bind_lifeline(transport, addresses)
+    data_endpoints = addresses.advertised(bind_data(addresses.bind_pattern.format(socket="data")))
+    description = NodeDescription(
+        node_id=node_id,
+        incarnation=incarnation,
+        kind=kind,
+        capacity_bytes=settings.capacity_bytes,
+        host_label=settings.host_label or machine_label(),
+        numeric_class=numeric_class,
+        fingerprint=seen.fingerprint,
+        endpoints=data_endpoints,
+        lifeline=addresses.advertised(lifeline.endpoints),
+        ipc_token=addresses.folder_token,
+        process=f"{socket.gethostname()}/{os.getpid()}",
+        part=seen.part,
+    )
+
+    def tell_silence(silent_s: float, is_connected: bool) -> None:
+        what = "says nothing" if is_connected else "is not there; CONTROL must name it"
+        log.warning("no_router", reason=f"the router at {addresses.control} {what}", silent_s=round(silent_s))
+
+    return NodeProcess(
+        transport=transport,
+        control=ControlLink(transport, addresses, description, tell_silence),
+        lifeline=lifeline,
+        data_endpoints=data_endpoints,
+        ipc_token=addresses.folder_token,
+    )
+
+
+LOG_WITHIN_S = 1.0
+"""How long the end of a process waits for whoever takes its log."""
+
+
+def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> None:
+    """Serve, again and again as another incarnation where a router takes this one for dead (it was paused or cut off).
+
+    What makes it slow to start, its weights, a process need not lose for that. `live` serves once, closes all its
+    sockets also when it raises, and raises what ends the process, or NodeLostError where only this incarnation is over.
+    """
+    while True:
+        try:
+            return live()
+        except NodeLostError as error:
+            log.warning("comes_back", reason=str(error))
+        # Services and links refer to each other, and to gigabytes of K and V that must not wait for the collector.
+        gc.collect()
+
+
+def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:
+    """Run a process's work; what is wrong with settings, checkpoint or mesh ends in one logged sentence and exit 1."""
+    stream = LogStream(unbuffered(sys.stderr))
+    log = configure_log(service, level, stream)
+    try:
+        for sentence in misspelt_settings(os.environ, setting_names()):
+            log.warning("unknown_setting", reason=sentence)
+        raise_descriptor_limit()
+        work(log)
+    except MoemeshError as error:
+        log.error("cannot_go_on", code=error.code, reason=str(error))
+        stream.write(f"moemesh {service}: {error}\n")
+        return 1
+    finally:
+        stream.drain(LOG_WITHIN_S)
+    return 0
+
+
+def end_process(status: int) -> NoReturn:
+    """End now. A load that hangs on a disk would else keep the process, and nobody starts another in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)

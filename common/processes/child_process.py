@@ -1,0 +1,67 @@
+"""What a process does for its children before they begin, and what it asks of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_NAME_BYTES = 15
+_PACKAGES = Path(__file__).resolve().parents[2]
+"""The folder that this project's packages are imported from."""
+
+
+class ChildProcess(Protocol):
+    """As `subprocess.Popen` has it: a child of this process, or one that was forked for it."""
+
+    @property
+    def pid(self) -> int:
+        """Of the operating system."""
+
+    @property
+    def returncode(self) -> int | None:
+        """What `poll` or `wait` has found last."""
+
+    def poll(self) -> int | None:
+        """Exit status, or minus the signal that ended it; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+
+    def send_signal(self, sig: int) -> None:
+        """Nothing where it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """`python -m module arguments`, whatever lies in the folder that it is started from: -P keeps that folder, which
+    may have packages of the same names, out of the path of imports."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def module_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """For `module_command`: with this project's own packages before all others."""
+    others = environment.get("PYTHONPATH")
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(_PACKAGES), *([others] if others else [])])}
+
+
+def end_with_parent(parent: int) -> None:
+    """In the child: SIGKILL when its parent ends, however it ends (a paused one hears no other)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """What `top` and `ps -o comm` show, where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:_NAME_BYTES])

@@ -1,0 +1,1 @@
+"""Messages on their way: frames, codec, typed sockets and the addresses of peers."""

@@ -1,0 +1,327 @@
+"""Typed sockets: call sites put and get messages and see no bytes.
+
+Every socket states its high-water mark, linger, largest message and heartbeat. Sends never block: a socket whose
+high-water mark is reached raises `Full`, and credits further up keep that from happening in a healthy mesh. One socket
+per (peer, incarnation, generation) with IMMEDIATE=1, since a PUSH or DEALER with several peers deals its messages round
+and loses what was queued for a dead one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
+from common.messages import Header, Message
+from common.wire.codec import decode, encode
+from common.wire.echo import Echo
+from common.wire.socket_files import DiskCanary, LostFile, SocketFile
+from common.wire.socket_limits import SocketLimits
+
+MAX_PING_BYTES = 64
+"""What an echo takes."""
+
+DISK_WITHIN_S = 0.05
+"""How long a loop waits for the disk of its socket files, once: one that hangs is asked again when it has answered."""
+
+
+class Full(MeshError):
+    """A peer does not take what is sent: its queue of `high_water_mark` messages is full, or it is not connected."""
+
+    code = "peer_full"
+
+
+_TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def _no_socket(name: str, error: zmq.ZMQError) -> SocketError:
+    return SocketError(
+        f"{name}: no socket can be opened ({error.strerror}); `ulimit -Hn`, or the container's `nofile`, says how many "
+        "files and sockets this process may have open"
+    )
+
+
+class LinkEvent(Enum):
+    """What a socket's monitor tells of its connection."""
+
+    CONNECTED = "connected"
+    CLOSED = "closed"
+    REFUSED = "refused"
+    """Closed, and nobody listens there any more: what listened has ended, or has closed its sockets."""
+
+
+class Transport:
+    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name;
+    `on_lost_file` of socket files that somebody else has removed.
+
+    Every method that makes a socket raises SocketError where the process may not have one more.
+    """
+
+    def __init__(
+        self,
+        limits: SocketLimits,
+        on_damaged: Callable[[str, ProtocolError], None],
+        on_lost_file: Callable[[LostFile], None] = lambda lost: None,
+    ) -> None:
+        self.context = zmq.Context(io_threads=1)
+        # libzmq's own limit is 1,023, whatever the system allows; a router has three for each node.
+        self.context.set(zmq.MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT))
+        self.limits = limits
+        self.on_damaged = on_damaged
+        self._on_lost_file = on_lost_file
+        self._monitor_numbers = itertools.count()
+        self._files: list[SocketFile] = []
+        self._canary = DiskCanary(lambda: [os.path.lexists(file.path) for file in self._files])
+        self._echo: Echo | None = None
+
+    def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
+        """Bound PULL: steps from whoever is upstream."""
+        return self._bound(zmq.PULL, name, endpoints)
+
+    def push(self, name: str, endpoint: str) -> MessageSocket:
+        """Connected PUSH to one peer."""
+        return self._connected(zmq.PUSH, name, endpoint)
+
+    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+        """Connected DEALER to one peer's ROUTER."""
+        return self._connected(zmq.DEALER, name, endpoint, identity)
+
+    def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
+        """Bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
+        raw = self._raw(zmq.ROUTER, name, endpoints)
+        raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        return RoutingSocket(self, name, raw, self._bind(name, raw, endpoints))
+
+    def look_after_files(self, now_s: float, *, at_once: bool = False) -> bool:
+        """Make the files of bound sockets again that are gone; to be called in each turn of the owner's loop.
+
+        True if one had to be made again. Connections that stand are not touched. A disk that hangs is left alone.
+        """
+        if not any(at_once or file.is_due(now_s) for file in self._files) or not self._canary.lives(DISK_WITHIN_S):
+            return False
+        lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
+        for news in lost:
+            self._on_lost_file(news)
+        return any(not news.failure for news in lost)
+
+    def echo(self, endpoint: str, identity: bytes) -> None:
+        """Answer whatever a peer's ROUTER sends with itself, on threads of its own, until `close` or another call.
+
+        The same endpoint again changes nothing. Raises ConfigurationError, and SocketError where there is no thread.
+        """
+        if self._echo is not None and self._echo.endpoint == endpoint:
+            return
+        self._end_echo()
+        other = Transport(replace(self.limits, max_message_bytes=MAX_PING_BYTES), self.on_damaged)
+        socket = other._connected(zmq.DEALER, "echo", endpoint, identity)
+        if socket.monitor is not None:  # nobody would read it
+            socket.raw.disable_monitor()
+            socket.monitor.close(linger=0)
+        try:
+            self._echo = Echo(other.context, socket.raw, endpoint)
+        except RuntimeError as error:
+            other.context.destroy(linger=0)
+            raise SocketError(f"echo: {error}; a limit of threads or processes (`ulimit -u`) is reached") from None
+
+    def _end_echo(self) -> None:
+        if self._echo is not None:
+            self._echo.close()
+            self._echo = None
+
+    def close(self) -> None:
+        """Close what is left and free the I/O threads; ZeroMQ leaves the files of its sockets."""
+        self._end_echo()
+        self.context.destroy(linger=0)
+        for file in self._files:
+            with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nobody listens there
+                file.remove()
+        self._files.clear()
+
+    def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
+        raw = self._raw(kind, name, endpoints)
+        return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
+
+    def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+        raw = self._raw(kind, name, [endpoint])
+        raw.setsockopt(zmq.IMMEDIATE, 1)
+        if identity:
+            raw.setsockopt(zmq.IDENTITY, identity)
+        try:
+            monitor = raw.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
+                f"inproc://monitor-{next(self._monitor_numbers)}",
+            )
+        except zmq.ZMQError as error:
+            raw.close(linger=0)
+            raise _no_socket(name, error) from None
+        try:
+            raw.connect(endpoint)
+        except zmq.ZMQError as error:
+            raw.disable_monitor()
+            monitor.close(linger=0)
+            raw.close(linger=0)
+            raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
+        return MessageSocket(self, name, raw, (endpoint,), monitor)
+
+    def _raw(self, kind: int, name: str, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
+        try:
+            raw = self.context.socket(kind)
+        except zmq.ZMQError as error:
+            raise _no_socket(name, error) from None
+        limits = self.limits
+        raw.setsockopt(zmq.IPV6, int(limits.ipv6 or any(endpoint.startswith("tcp://[") for endpoint in endpoints)))
+        raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
+        raw.setsockopt(zmq.RCVHWM, limits.receive_high_water_mark)
+        raw.setsockopt(zmq.LINGER, limits.linger_ms)
+        raw.setsockopt(zmq.MAXMSGSIZE, limits.max_message_bytes)
+        raw.setsockopt(zmq.HEARTBEAT_IVL, limits.heartbeat_interval_ms)
+        raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, limits.heartbeat_timeout_ms)
+        raw.setsockopt(zmq.HEARTBEAT_TTL, limits.heartbeat_timeout_ms)
+        raw.setsockopt(zmq.HANDSHAKE_IVL, limits.handshake_timeout_ms)
+        raw.setsockopt(zmq.CONNECT_TIMEOUT, limits.connect_timeout_ms)
+        raw.setsockopt(zmq.RECONNECT_IVL, limits.reconnect_interval_ms)
+        raw.setsockopt(zmq.RECONNECT_IVL_MAX, limits.reconnect_interval_max_ms)
+        if limits.socks_proxy:
+            raw.setsockopt_string(zmq.SOCKS_PROXY, limits.socks_proxy)
+        return raw
+
+    def _bind(self, name: str, raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
+        """Bind to all; a port of `*` becomes the one that was given. Raises ConfigurationError with the address."""
+        bound = []
+        for endpoint in endpoints:
+            try:
+                raw.bind(endpoint)
+            except zmq.ZMQError as error:
+                raw.close(linger=0)
+                if error.errno in _TOO_MANY:
+                    raise _no_socket(name, error) from None
+                raise ConfigurationError(f"{endpoint!r} cannot be listened on: {error}") from None
+            bound.append(raw.getsockopt_string(zmq.LAST_ENDPOINT))
+            if endpoint.startswith("ipc:///"):
+                # A second time, beside the first: to unbind that one would close the connections that it has accepted.
+                self._files.append(
+                    SocketFile(name, Path(endpoint.removeprefix("ipc://")), partial(_bind_again, raw, endpoint))
+                )
+        return tuple(bound)
+
+
+class MessageSocket:
+    """A socket whose messages need no address: PUSH, PULL or DEALER."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        name: str,
+        raw: zmq.Socket[bytes],
+        endpoints: tuple[str, ...],
+        monitor: zmq.Socket[bytes] | None = None,
+    ) -> None:
+        self.name = name
+        self.endpoints = endpoints
+        self.raw = raw
+        self.monitor = monitor
+        self.bytes_sent = 0
+        self._transport = transport
+        self._sequence_number = 0
+
+    def send(self, message: Message, header: Header) -> None:
+        """Queue a message. Raises Full instead of blocking; the caller still has the message then."""
+        frames = encode(message, replace(header, sequence_number=self._sequence_number + 1))
+        try:
+            self.raw.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            raise Full(f"{self.name}: the peer does not take messages") from None
+        self._sequence_number += 1
+        self.bytes_sent += _size(frames)
+
+    def receive(self) -> tuple[Message, Header] | None:
+        """The next message, or None when nothing waits. Damaged ones are reported to the transport and skipped."""
+        while True:
+            try:
+                frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            try:
+                return decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                self._transport.on_damaged(self.name, error)
+
+    def link_events(self) -> list[LinkEvent]:
+        """What the monitor saw since the last call; only for sockets that connect."""
+        events: list[LinkEvent] = []
+        while self.monitor is not None and self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
+            events.append(LinkEvent.CLOSED if event == zmq.EVENT_DISCONNECTED else LinkEvent.CONNECTED)
+        return events
+
+    def close(self) -> None:
+        """Drop what is queued and close."""
+        if self.monitor is not None:
+            self.raw.disable_monitor()
+            self.monitor.close(linger=0)
+            self.monitor = None
+        self.raw.close(linger=0)
+
+
+class RoutingSocket:
+    """A bound ROUTER: messages come with the identity of the peer, and go to one."""
+
+    def __init__(self, transport: Transport, name: str, raw: zmq.Socket[bytes], endpoints: tuple[str, ...]) -> None:
+        self.name = name
+        self.endpoints = endpoints
+        self.raw = raw
+        self.bytes_sent = 0
+        self._transport = transport
+
+    def send(self, identity: bytes, message: Message, header: Header) -> None:
+        """Queue a message for a peer. Raises Full if the peer is gone or does not take messages."""
+        frames = encode(message, header)
+        try:
+            self.raw.send_multipart([identity, *frames], flags=zmq.DONTWAIT, copy=False)
+        except (zmq.Again, zmq.ZMQError) as error:
+            if isinstance(error, zmq.Again) or error.errno == zmq.EHOSTUNREACH:
+                raise Full(f"{self.name}: peer {identity!r} is gone or does not take messages") from None
+            raise
+        self.bytes_sent += _size(frames)
+
+    def receive(self) -> tuple[bytes, Message, Header] | None:
+        """The next message with its sender's identity, or None. Damaged ones are reported and skipped."""
+        while True:
+            try:
+                frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            try:
+                message, header = decode([frame.buffer for frame in frames[1:]])
+            except ProtocolError as error:
+                self._transport.on_damaged(self.name, error)
+                continue
+            return frames[0].bytes, message, header
+
+    def close(self) -> None:
+        """Drop what is queued and close."""
+        self.raw.close(linger=0)
+
+
+def _bind_again(raw: zmq.Socket[bytes], endpoint: str) -> None:
+    if raw.closed:
+        raise OSError("the socket is closed")
+    try:
+        raw.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise OSError(str(error)) from None
+
+
+def _size(frames: Sequence[bytes | memoryview]) -> int:
+    return sum(len(frame) for frame in frames)

@@ -1,0 +1,307 @@
+"""Which expert node is to hold which shards, as nodes come, load and go. Pure: returns actions, sends nothing.
+
+What happens is only noted; `tick` then answers everything that has happened since the last one at once. A placement is
+computed elsewhere (`take_request`, `take_answer`): for a large model it takes a second. Until it has come, the one
+before goes on without the nodes that are gone, and before the first one what nodes hold is served.
+
+P shards in the order of (layer, expert, slice), N nodes in the order of their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from common.checkpoint.model_config import ModelConfig
+from common.errors import CheckpointError
+from common.ids import NodeId
+from common.messages import AssignShards, Failed, Header, PublishPlacement, ShardsReady, TensorFrame
+from common.topology import NodeDescription
+from common.wire.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
+from common.wire.endpoints import join_endpoints
+from services.router.control.actions import Action, Tell
+from services.router.control.experts.draining import Draining
+from services.router.control.experts.first_classes import FirstClasses
+from services.router.control.experts.placement_aim import PlacementAim
+from services.router.control.experts.placing import PlacementAnswer, PlacementRequest
+from services.router.control.experts.roll_out import NOBODY, Assignment, Target, next_assignment
+from services.router.control.experts.shard_probes import ShardProbes
+from services.router.control.sizes import MeshShape, shard_bytes
+
+SETTLE_S = 1.0
+"""Before the first placement: nodes that start together are placed together, so that nothing is loaded twice."""
+REPORT_INTERVAL_S = 0.05
+"""Reports of nodes that load are answered together, at most so often: dozens of nodes report five times a second."""
+
+
+class ExpertRoles:
+    """Places shards. `num_expected` nodes are waited for (shortly) before the first placement."""
+
+    def __init__(self, config: ModelConfig, shape: MeshShape, num_expected: int) -> None:
+        self._num_expected = num_expected
+        self._table_shape = (config.num_layers, config.num_experts, shape.num_slices)
+        moe_layers = tuple(config.moe_layer_indices)
+        is_named = np.zeros(self._table_shape, dtype=np.bool_)
+        is_named[list(moe_layers)] = True
+        self._is_named: BoolArray = is_named.reshape(-1)
+        self.num_shards = int(self._is_named.sum())
+        """Of the whole model."""
+        self._shard_bytes = shard_bytes(config, shape)
+        self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
+        self._nodes: dict[NodeId, NodeDescription] = {}
+        self._ready: dict[NodeId, BoolArray] = {}
+        self._told: dict[NodeId, BoolArray] = {}
+        self._told_versions: dict[NodeId, int] = {}
+        self._report_numbers: dict[NodeId, int] = {}
+        """Of each node's newest report."""
+        self._target: Target | None = None
+        """For the nodes that live; None: to be made anew."""
+        self._assignment: Assignment | None = None
+        self._asked: tuple[NodeId, ...] = ()
+        """The nodes of `_assignment`."""
+        self._publication: PublishPlacement | None = None
+        """Of `_assignment`, with the nodes as they were then."""
+        self._first_classes = FirstClasses()
+        self._num_orphans = 0
+        self.num_copies_to_load = 0
+        """Safety copies that have a place and that nobody holds yet."""
+        self._last_joined_s = 0.0
+        self._has_changed = False
+        """Whether a role is to be looked at again at once."""
+        self._has_reports = False
+        self._rolled_s = -REPORT_INTERVAL_S
+        self._version = 0
+        self._draining = Draining()
+        self._probes = ShardProbes(self._table_shape)
+        self.has_news = False
+        """Whether what may be asked has changed since `take_news`."""
+
+    @property
+    def version(self) -> int:
+        """Of what was published last; 0: nothing was."""
+        return self._version
+
+    @property
+    def is_served(self) -> bool:
+        """Whether every shard has a node that can be asked."""
+        return self._assignment is not None and not self._num_orphans
+
+    @property
+    def missing_copies(self) -> int:
+        """Safety copies that are wished for and have no room or no node."""
+        return self._aim.answer.missing_copies if self._aim.answer is not None else 0
+
+    @property
+    def problem(self) -> str:
+        """Why not every shard can be placed, as a sentence; empty if it can."""
+        return self._aim.answer.problem if self._aim.answer is not None else ""
+
+    @property
+    def detail(self) -> str:
+        """What is served, as a sentence."""
+        if self.problem:
+            return self.problem
+        if self._assignment is None:
+            return f"{len(self._nodes)} of {self._num_expected} expert nodes"
+        return f"{self.num_shards - self._num_orphans} of {self.num_shards} expert shards loaded"
+
+    @property
+    def ready(self) -> Mapping[NodeId, BoolArray]:
+        """[P] by node: what it holds, by its own report."""
+        return self._ready
+
+    def num_held(self, node_id: NodeId) -> int:
+        """How many shards a node holds; 0 for one that is not known."""
+        held = self._ready.get(node_id)
+        return 0 if held is None else int(np.count_nonzero(held))
+
+    # ---- what happens
+
+    def join(self, description: NodeDescription, now_s: float, held: BoolArray | None = None) -> None:
+        """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
+        process would have another id. `held` [P]: what it has from a router before this one."""
+        self._nodes[description.node_id] = description
+        self._ready.setdefault(description.node_id, held if held is not None else np.zeros_like(self._is_named))
+        self._told.pop(description.node_id, None)
+        self._last_joined_s = now_s
+        self._change()
+
+    def drain(self, node_id: NodeId, now_s: float) -> None:
+        """An expert node wants to stop: others are to hold what it holds. It is asked until they do; see `may_go`."""
+        if node_id in self._nodes and node_id not in self._draining:
+            self._draining.begin(node_id, now_s)
+            self._change()
+
+    def lose(self, node_id: NodeId) -> None:
+        """An expert node is gone."""
+        self._draining.end(node_id)
+        if self._nodes.pop(node_id, None) is not None:
+            self._ready.pop(node_id)
+            self._told.pop(node_id, None)
+            self._report_numbers.pop(node_id, None)
+            self._probes.forget(node_id)
+            self._change()
+
+    def take_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
+        """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
+        says nothing."""
+        if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
+            self._ready[node_id], self._report_numbers[node_id] = held, number
+            self._has_reports = True
+
+    def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
+        """What a node says it holds, unless its answers to the probe contradict those of others: then one of them is
+        told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
+        held = self.read_shards(message.shards, "ShardsReady.shards")
+        found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else None
+        if found is None or found.node_id != node_id:
+            self.take_report(node_id, held, message.number)
+        if found is None:
+            return []
+        self._ready[found.node_id], self._has_changed = np.zeros_like(self._is_named), True
+        self._report_numbers.pop(found.node_id, None)  # who is not reached by this is asked and told once more
+        reason = found.describe(self._nodes, self._table_shape)
+        return [Tell(found.node_id, Failed(CheckpointError.code, reason), Header())]
+
+    def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
+        """[P]: the shards that a message names. Raises ProtocolError with the name of the field."""
+        held: BoolArray = frame_to_array(frame, "uint8", self._table_shape, name).reshape(-1) != 0
+        return held
+
+    def read_held(self, frame: TensorFrame) -> BoolArray | None:
+        """What a node has from a router before this one; of no use where that one cut experts otherwise."""
+        return self.read_shards(frame, "Hello.held_shards") if frame.shape == self._table_shape else None
+
+    def may_go(self, now_s: float) -> list[NodeId]:
+        """Nodes that wanted to stop and that nobody needs, or that cannot be waited for any longer: `lose` them."""
+        if not self._draining:
+            return []
+        answer = self._aim.answer
+        is_hopeless = self._aim.is_waited_for or (answer is not None and not answer.has_room)
+        return self._draining.may_go(self._needed(), is_hopeless, now_s)
+
+    def _needed(self) -> set[NodeId]:
+        """Who is asked for something that others could take over; nobody can take over what nobody else sees."""
+        if self._assignment is None:
+            return set()
+        owners = self._assignment.owners.reshape(-1, *self._table_shape)
+        if self._aim.answer is not None and self._aim.answer.unseen:
+            owners = np.delete(owners, self._aim.answer.unseen, axis=2)
+        numbers = np.flatnonzero(np.bincount(owners.reshape(-1))).tolist()
+        return {self._asked[number - 1] for number in numbers if number}
+
+    def _change(self) -> None:
+        self._aim.change()
+        self._target, self._has_changed = None, True
+
+    # ---- what follows
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Tell nodes what they are to hold next, as far as anything has happened."""
+        is_due = self._has_reports and now_s - self._rolled_s >= REPORT_INTERVAL_S
+        if not (self._has_changed or is_due):
+            return []
+        if self._aim.answer is None and not (self._has_settled(now_s) and any(r.any() for r in self._ready.values())):
+            return []
+        self._has_changed = self._has_reports = False
+        self._rolled_s = now_s
+        return self._roll_on()
+
+    def take_request(self, now_s: float) -> PlacementRequest | None:
+        """What is to be placed now; None: nothing, or the last request is not answered yet."""
+        if not self._has_settled(now_s):
+            return None
+        nodes = [node for node_id, node in self._nodes.items() if node_id not in self._draining]
+        return self._aim.take_request(nodes, self._ready, self._told)
+
+    def take_answer(self, answer: PlacementAnswer) -> None:
+        """What `take_request` asked for."""
+        if self._aim.take_answer(answer):
+            self._target, self._has_changed = None, True
+
+    def publish_to(self, stages: list[NodeId]) -> list[Action]:
+        """The placement as it is, for stages that have just joined."""
+        if self._publication is None:
+            return []
+        return [Tell(node_id, self._publication, Header()) for node_id in stages]
+
+    def told(self, node_id: NodeId) -> tuple[int, int] | None:
+        """Version of what a node was told to hold, and number of its newest report; None where that is nothing, or of
+        no interest, since it leaves."""
+        if node_id not in self._told or node_id in self._draining:
+            return None
+        return self._told_versions[node_id], self._report_numbers.get(node_id, 0)
+
+    def assign_again(self, node_id: NodeId) -> list[Action]:
+        """Tell a node what it is to hold; it reports then, also what it has said before."""
+        return [self._assign(node_id)]
+
+    def take_news(self, stages: list[NodeId]) -> list[Action]:
+        """Publish to all stages what has changed."""
+        self.has_news = False
+        return self.publish_to(stages)
+
+    def _has_settled(self, now_s: float) -> bool:
+        return (
+            self._aim.answer is not None
+            or now_s - self._last_joined_s >= SETTLE_S
+            or len(self._nodes) >= self._num_expected
+        )
+
+    def _roll_on(self) -> list[Action]:
+        self._target = self._target or self._aim.target(self._ready)
+        nodes = tuple(sorted(self._nodes))
+        before, asked_before = self._assignment, self._asked
+        nothing = np.zeros_like(self._is_named)
+        now = next_assignment(
+            self._target,
+            np.array([self._ready[node_id] for node_id in nodes], dtype=np.bool_).reshape(len(nodes), nothing.size),
+            [self._told.get(node_id, nothing) for node_id in nodes],
+            np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
+        )
+        self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
+        wanted = np.count_nonzero(self._target.owners != NOBODY, axis=0)
+        self.num_copies_to_load = int(np.maximum(wanted - np.count_nonzero(now.owners, axis=0), 0).sum())
+        actions = self._tell(nodes, now.shards)
+        is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
+        if actions or not is_same:
+            self._version += 1
+            self.has_news = True
+            self._publication = self._publish(now)
+        return actions
+
+    def _tell(self, nodes: tuple[NodeId, ...], wanted: Iterable[BoolArray]) -> list[Action]:
+        actions: list[Action] = []
+        for node_id, shards in zip(nodes, wanted, strict=True):
+            # One that leaves keeps what it has, so that calls that are under way to it are answered.
+            told = self._told.get(node_id)
+            if node_id in self._draining or (told is not None and np.array_equal(told, shards)):
+                continue
+            self._told[node_id], self._told_versions[node_id] = shards, self._version + 1
+            actions.append(self._assign(node_id))
+        return actions
+
+    def _assign(self, node_id: NodeId) -> Action:
+        shards = self._told[node_id]
+        bitmap: Uint8Array = shards.view(np.uint8)
+        if self._assignment is not None and self._num_orphans:
+            bitmap = bitmap + (shards & self._assignment.orphans)
+        frame = array_to_frame(bitmap.reshape(self._table_shape))
+        return Tell(node_id, AssignShards(self._told_versions[node_id], frame), Header())
+
+    def _publish(self, assignment: Assignment) -> PublishPlacement:
+        described = [self._nodes[node_id] for node_id in self._asked]
+        return PublishPlacement(
+            version=self._version,
+            node_ids=self._asked,
+            incarnations=tuple(node.incarnation for node in described),
+            endpoints=tuple(join_endpoints(node.endpoints) for node in described),
+            ipc_tokens=tuple(node.ipc_token for node in described),
+            numeric_classes=tuple(node.numeric_class for node in described),
+            owners=array_to_frame(assignment.owners.reshape(-1, *self._table_shape)),
+            first_classes=self._first_classes.choose(
+                assignment.owners.reshape(-1, self._table_shape[0], self._table_shape[1] * self._table_shape[2]),
+                [node.numeric_class for node in described],
+            ),
+        )

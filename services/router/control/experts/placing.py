@@ -1,0 +1,134 @@
+"""A placement as a question and its answer, so that it can be computed in another process. Pure.
+
+P shards in the order of (layer, expert, slice), H nodes that hold something, C copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.errors import CapacityError
+from common.ids import NodeId
+from common.topology import ShardId
+from common.wire.array import BoolArray, Int32Array, Int64Array, Uint8Array
+from services.router.control.eligibility import describe_unseen, unseen_experts
+from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
+from services.router.control.experts.roll_out import NOBODY
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRequest:
+    """Everything that a placement depends on."""
+
+    version: int
+    shape: tuple[int, int, int]
+    """Layers, experts of a layer, slices of an expert."""
+    moe_layers: tuple[int, ...]
+    shard_bytes: int
+    copies: int
+    nodes: tuple[ExpertNodeCapacity, ...]
+    """Those that may be given shards."""
+    holders: tuple[NodeId, ...]
+    """Those that have some, or may have, in the order of their ids."""
+    ready: Uint8Array
+    """[H, P / 8]: what they hold, in bits."""
+    told: Uint8Array
+    """[H, P / 8]: what they were told to hold, in bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementAnswer:
+    """Who is to hold which shard."""
+
+    version: int
+    """Of the request."""
+    node_ids: tuple[NodeId, ...]
+    owners: Int32Array
+    """[C, P]: 1 + index into `node_ids`, the primary first; 0: none."""
+    missing_copies: int
+    """Copies that were asked for and for which there is no room, or no further node."""
+    unseen: tuple[int, ...]
+    """Experts whose weights no node sees that may be given shards."""
+    has_room: bool
+    """Whether all that somebody sees has a place."""
+    problem: str
+    """Why not every shard can be placed, as a sentence; empty if it can."""
+
+
+def answer_request(request: PlacementRequest) -> PlacementAnswer:
+    """Place all that somebody sees. What is held goes on being served where nobody can take it over."""
+    num_layers, num_experts, num_slices = request.shape
+    places = [
+        ShardId(layer, expert, piece)
+        for layer in request.moe_layers
+        for expert in range(num_experts)
+        for piece in range(num_slices)
+    ]
+    told = _unpack(request.told, num_layers * num_experts * num_slices)
+    unseen = unseen_experts([node.experts for node in request.nodes], num_experts)
+    seen = [shard for shard in places if shard.expert not in unseen]
+    current = {
+        node_id: frozenset(ShardId(*place) for place in np.argwhere(row.reshape(request.shape)).tolist())
+        for node_id, row in zip(request.holders, told, strict=True)
+    }
+    kept = keep_what_is_held(request, "", unseen)
+    try:
+        placed = place_shards(seen, request.shard_bytes, request.nodes, request.copies, current)
+    except CapacityError as error:
+        return replace(kept, problem=str(error))
+    # What somebody sees is placed all the same: who sees the rest may come at any moment.
+    missing = placed.missing_copies + request.copies * (len(places) - len(seen))
+    owners = _overwrite(kept.owners, placed.owners, kept.node_ids, request.shape)
+    problem = describe_unseen(unseen) if unseen else ""
+    return replace(kept, owners=owners, missing_copies=missing, has_room=True, problem=problem)
+
+
+def keep_what_is_held(request: PlacementRequest, problem: str, unseen: tuple[int, ...] = ()) -> PlacementAnswer:
+    """Where no placement can be had: everybody keeps what is there, and people are told why."""
+    node_ids = tuple(sorted({*request.holders, *(node.node_id for node in request.nodes)}))
+    rows = np.array([0, *(1 + node_ids.index(node_id) for node_id in request.holders)], dtype=np.int32)
+    num_layers, num_experts, num_slices = request.shape
+    ready = _unpack(request.ready, num_layers * num_experts * num_slices)
+    owners = rows[who_holds(list(ready), ready.shape[1]) + 1]
+    return PlacementAnswer(request.version, node_ids, owners, 0, unseen, has_room=False, problem=problem)
+
+
+def pack(rows: list[BoolArray], num_shards: int) -> Uint8Array:
+    """Rows [P] as bits."""
+    return np.packbits(np.array(rows, dtype=np.bool_).reshape(len(rows), num_shards), axis=1)
+
+
+def _unpack(bits: Uint8Array, num_shards: int) -> BoolArray:
+    return np.unpackbits(bits, axis=1, count=num_shards).astype(np.bool_)
+
+
+def who_holds(ready: Sequence[BoolArray], num_shards: int) -> Int64Array:
+    """[C, P]: the nodes that hold each shard by their own report, in their order; NOBODY beyond them."""
+    depth = max(1, int(sum((row.astype(np.int32) for row in ready), np.zeros(num_shards, np.int32)).max(initial=0)))
+    owners = np.full((depth, num_shards), NOBODY, dtype=np.int64)
+    filled = np.zeros(num_shards, dtype=np.int64)
+    for node, row in enumerate(ready):
+        shards = np.flatnonzero(row)
+        owners[filled[shards], shards] = node
+        filled[shards] += 1
+    return owners
+
+
+def _overwrite(
+    owners: Int32Array,
+    placed: Mapping[ShardId, tuple[NodeId, ...]],
+    node_ids: tuple[NodeId, ...],
+    shape: tuple[int, int, int],
+) -> Int32Array:
+    numbers = {node_id: 1 + index for index, node_id in enumerate(node_ids)}
+    depth = max(owners.shape[0], max((len(nodes) for nodes in placed.values()), default=0))
+    table = np.zeros((depth, *shape), dtype=np.int32)
+    table[: owners.shape[0]] = owners.reshape(-1, *shape)
+    for shard, nodes in placed.items():
+        table[:, shard.layer, shard.expert, shard.slice_index] = 0
+        for place, node_id in enumerate(nodes):
+            table[(place, *shard)] = numbers[node_id]
+    return table.reshape(depth, -1)

@@ -1,0 +1,288 @@
+"""Which nodes live: alive -> suspect -> dead, from heartbeats, lifelines and progress. Pure; time is an argument.
+
+Four witnesses, because each sees another kind of death. A lost pulse (`common/node/silence.py`): the process is
+stopped, or cut off. A closed lifeline: the process is gone, or ZeroMQ has heard nothing of it for long. Silence on the
+control link: its loop is stuck. Heartbeats without progress while there is work: it computes nothing. Dead is final for
+an incarnation: what it says afterwards is counted and not believed, and it comes back as another incarnation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from common.errors import ConfigurationError
+from common.ids import Incarnation, NodeId
+
+MIN_HEARTBEATS_MISSED = 8
+"""Before anything is concluded from heartbeats that do not come, or that do not show what they must."""
+MAX_REMEMBERED_DEAD = 1024
+"""Incarnations that are still known to be dead; nobody speaks again that long after."""
+
+
+class NodeState(StrEnum):
+    """What is believed of a node."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    """Gets no new work if there is another choice; nothing is taken from it."""
+    DEAD = "dead"
+
+
+class ChangeReason(StrEnum):
+    """What a change of state was concluded from."""
+
+    JOINED = "joined"
+    HEARD = "heard"
+    SILENT = "silent"
+    LIFELINE_CLOSED = "lifeline_closed"
+    UNREACHABLE = "unreachable"
+    NO_PROGRESS = "no_progress"
+    NO_PULSE = "no_pulse"
+    LEFT = "left"
+    REPLACED = "replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """One node's state changed. `before` is None for a node that has just joined."""
+
+    node_id: NodeId
+    incarnation: Incarnation
+    before: NodeState | None
+    after: NodeState
+    reason: ChangeReason
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipSettings:
+    """Times after which something is concluded. Checked when made: ConfigurationError."""
+
+    silent_suspect_s: float = 2.0
+    """Without a heartbeat."""
+    silent_dead_s: float = 10.0
+    """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
+    lifeline_grace_s: float = 0.05
+    """For a closed lifeline to open again; within it the node is suspect."""
+    alone_grace_s: float = 30.0
+    """The same while nobody at all is heard: the observer may be what is cut off, and nobody could take over."""
+    late_grace_s: float = 6.0
+    """The same while the observer's own link loses packets: connections break that will stand again. One to a process
+    that has ended is refused, and that is no question of grace."""
+    lifeline_open_s: float = 10.0
+    """For the first lifeline to a node that registered: one that cannot be reached is of no use, whatever it says."""
+    progress_suspect_s: float = 15.0
+    """Busy without progress."""
+    progress_dead_s: float = 30.0
+    longest_turn_s: float = 1.0
+    """Of the observer's loop. One that was not there for longer has heard nobody meanwhile: time beyond that is not
+    counted."""
+
+    @classmethod
+    def of_mesh(cls, step_deadline_s: float, heartbeat_interval_s: float) -> MembershipSettings:
+        """A process that ended or is stopped is seen otherwise. Silence alone may be one long computation: it gets as
+        long as a step does, and as some heartbeats take at least."""
+        patience_s = max(step_deadline_s, MIN_HEARTBEATS_MISSED * heartbeat_interval_s)
+        return cls(
+            silent_suspect_s=patience_s / 2,
+            silent_dead_s=patience_s,
+            progress_suspect_s=patience_s,
+            progress_dead_s=2 * patience_s,
+        )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.silent_suspect_s <= self.silent_dead_s:
+            raise ConfigurationError("silent_suspect_s must be above 0 and not above silent_dead_s")
+        if not 0 < self.progress_suspect_s <= self.progress_dead_s:
+            raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
+        if not 0 <= self.lifeline_grace_s <= self.late_grace_s <= self.alone_grace_s:
+            raise ConfigurationError(
+                "lifeline_grace_s must not be negative, nor above late_grace_s, nor that above alone_grace_s"
+            )
+        if self.lifeline_open_s <= 0:
+            raise ConfigurationError("lifeline_open_s must be above 0")
+
+
+@dataclass(slots=True)
+class _Member:
+    incarnation: Incarnation
+    heard_s: float
+    progressed_s: float
+    progress: int = 0
+    is_busy: bool = False
+    joined_s: float | None = None
+    """None once its lifeline has stood."""
+    closed_s: float | None = None
+    state: NodeState = NodeState.ALIVE
+
+
+class Membership:
+    """See the module. Every method that may change a state returns the changes; `tick` finds those that time brings."""
+
+    def __init__(self, settings: MembershipSettings) -> None:
+        self._settings = settings
+        self._members: dict[NodeId, _Member] = {}
+        self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
+        self._turned_s: float | None = None
+        self.is_alone = False
+        """Whether the observer hears nobody; its owner says so."""
+        self.is_late = False
+        """Whether many come back late to the observer; its owner says so."""
+        self.stale_observations = 0
+        """Said by or of an incarnation that is unknown, dead or replaced."""
+
+    def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays so."""
+        if (node_id, incarnation) in self._dead:
+            self.stale_observations += 1
+            return []
+        member = self._members.get(node_id)
+        if member is not None and member.incarnation == incarnation:
+            return self.heartbeat(node_id, incarnation, member.progress, member.is_busy, now_s)
+        changes = self._bury(node_id, ChangeReason.REPLACED)
+        self._members[node_id] = _Member(incarnation, heard_s=now_s, progressed_s=now_s, joined_s=now_s)
+        return [*changes, MembershipChange(node_id, incarnation, None, NodeState.ALIVE, ChangeReason.JOINED)]
+
+    def heartbeat(
+        self, node_id: NodeId, incarnation: Incarnation, progress: int, is_busy: bool, now_s: float
+    ) -> list[MembershipChange]:
+        """It is there. `progress` counts work done (steps, calls, tensors loaded); `is_busy`: it has some to do."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.heard_s = now_s
+        if progress != member.progress or not is_busy or not member.is_busy:
+            member.progressed_s = now_s  # idle until now counts as progress: the work has only just come
+        member.progress, member.is_busy = progress, is_busy
+        return self._judge(node_id, member, now_s)
+
+    def lifeline_closed(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection broke. Heartbeats do not save it (they may have been under way), only a new connection."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.closed_s = now_s if member.closed_s is None else member.closed_s
+        return self._judge(node_id, member, now_s)
+
+    def lifeline_opened(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection stands (again)."""
+        member = self._member(node_id, incarnation)
+        if member is None:
+            return []
+        member.closed_s = member.joined_s = None
+        return self._judge(node_id, member, now_s)
+
+    def lifeline_refused(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
+        """Its connection broke and nobody listens there any more: it will not open again, so nothing is waited for."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
+
+    def pulse_lost(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
+        """It is silent for longer than its link explains (`common/node/silence.py`)."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.NO_PULSE)
+
+    def leave(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
+        """It said goodbye, or the router sends it away."""
+        if self._member(node_id, incarnation) is None:
+            return []
+        return self._bury(node_id, ChangeReason.LEFT)
+
+    def turn(self, now_s: float) -> None:
+        """The observer's loop turns; before it takes in anything. What it slept through is nobody's silence."""
+        turn_s, self._turned_s = 0.0 if self._turned_s is None else now_s - self._turned_s, now_s
+        away_s = turn_s - self._settings.longest_turn_s
+        if away_s <= 0:
+            return
+        for member in self._members.values():
+            member.heard_s += away_s
+            member.progressed_s += away_s
+            member.joined_s = None if member.joined_s is None else member.joined_s + away_s
+            member.closed_s = None if member.closed_s is None else member.closed_s + away_s
+
+    def tick(self, now_s: float) -> list[MembershipChange]:
+        """What time alone has changed, by node id."""
+        changes: list[MembershipChange] = []
+        for node_id in sorted(self._members):
+            changes += self._judge(node_id, self._members[node_id], now_s)
+        return changes
+
+    def next_tick_s(self) -> float | None:
+        """When `tick` may next find something, if nothing is heard until then; None without members."""
+        settings = self._settings
+        times_s: list[float] = []
+        for member in self._members.values():
+            is_alive = member.state is NodeState.ALIVE
+            times_s.append(member.heard_s + (settings.silent_suspect_s if is_alive else settings.silent_dead_s))
+            if member.is_busy:
+                wait_s = settings.progress_suspect_s if is_alive else settings.progress_dead_s
+                times_s.append(member.progressed_s + wait_s)
+            if member.joined_s is not None:
+                times_s.append(member.joined_s + settings.lifeline_open_s)
+            if member.closed_s is not None:
+                times_s.append(member.closed_s + self._grace_s)
+        return min(times_s, default=None)
+
+    def state_of(self, node_id: NodeId) -> NodeState:
+        """DEAD for a node that is not known."""
+        member = self._members.get(node_id)
+        return NodeState.DEAD if member is None else member.state
+
+    def has_stood(self, node_id: NodeId) -> bool:
+        """Whether there has been a connection to it since it joined."""
+        member = self._members.get(node_id)
+        return member is not None and member.joined_s is None
+
+    def living(self) -> dict[NodeId, NodeState]:
+        """Nodes that are alive or suspect, by id."""
+        return {node_id: self._members[node_id].state for node_id in sorted(self._members)}
+
+    @property
+    def _grace_s(self) -> float:
+        if self.is_alone:
+            return self._settings.alone_grace_s
+        return self._settings.late_grace_s if self.is_late else self._settings.lifeline_grace_s
+
+    def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
+        member = self._members.get(node_id)
+        if member is None or member.incarnation != incarnation:
+            self.stale_observations += 1
+            return None
+        return member
+
+    def _bury(self, node_id: NodeId, reason: ChangeReason) -> list[MembershipChange]:
+        member = self._members.pop(node_id, None)
+        if member is None:
+            return []
+        self._dead[node_id, member.incarnation] = None
+        if len(self._dead) > MAX_REMEMBERED_DEAD:
+            del self._dead[next(iter(self._dead))]  # the longest dead
+        return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]
+
+    def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:
+        """The state that the observations allow now; worst witness first."""
+        settings = self._settings
+        silent_s = now_s - member.heard_s
+        stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
+        if member.closed_s is not None and now_s - member.closed_s >= self._grace_s:
+            return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
+        if member.joined_s is not None and now_s - member.joined_s >= settings.lifeline_open_s:
+            return self._bury(node_id, ChangeReason.UNREACHABLE)
+        if silent_s >= settings.silent_dead_s:
+            return self._bury(node_id, ChangeReason.SILENT)
+        if stuck_s >= settings.progress_dead_s:
+            return self._bury(node_id, ChangeReason.NO_PROGRESS)
+        if member.closed_s is not None:
+            after, reason = NodeState.SUSPECT, ChangeReason.LIFELINE_CLOSED
+        elif silent_s >= settings.silent_suspect_s:
+            after, reason = NodeState.SUSPECT, ChangeReason.SILENT
+        elif stuck_s >= settings.progress_suspect_s:
+            after, reason = NodeState.SUSPECT, ChangeReason.NO_PROGRESS
+        else:
+            after, reason = NodeState.ALIVE, ChangeReason.HEARD
+        if after is member.state:
+            return []
+        before, member.state = member.state, after
+        return [MembershipChange(node_id, member.incarnation, before, after, reason)]

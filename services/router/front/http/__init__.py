@@ -1,0 +1,1 @@
+"""Connections: server, limits, bodies, foreign origins, and answers as HTTP."""

@@ -1,0 +1,253 @@
+"""A checked request becomes choices: tokenized, bounded by the context, every default filled in."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
+from common.ids import RequestId
+from services.router.engine import GenerationRequest
+from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, GenerationFields
+from services.router.front.settings import FrontSettings
+from services.router.front.text.choice_stream import PlannedChoice
+from services.router.front.text.stop_strings import StopString
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.sampling_parameters import SamplingParameters
+
+DEFAULT_COMPLETION_TOKENS = 16
+_LONG_CHARACTERS = 1 << 18
+_SEED_MASK = 2**63 - 1
+_MAX_VOCABULARY_SIZE = 2**31
+"""No vocabulary has more; a JSON number may be larger than any that a step carries."""
+_MAX_TOP_K = _MAX_VOCABULARY_SIZE - 1
+"""It asks for all of any vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one HTTP request asks of the mesh."""
+
+    choices: tuple[PlannedChoice, ...]
+    """Prompt by prompt, and in each prompt `n` choices."""
+    prompts_token_ids: tuple[tuple[int, ...], ...]
+    num_top_logprobs: int | None
+    misfit: ContextLengthError | None = None
+    """Of a request that was accepted when the context was larger."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, whatever `n` is."""
+        return sum(len(token_ids) for token_ids in self.prompts_token_ids)
+
+
+class _Room:
+    """Of one request in the context. A new one that does not fit is refused; an accepted one keeps why as `misfit`."""
+
+    def __init__(self, context_tokens: int, parameter: str, max_tokens: int, *, is_new: bool) -> None:
+        self._context_tokens = context_tokens
+        self._parameter = parameter
+        self._max_tokens = max_tokens
+        self._is_new = is_new
+        self.misfit: ContextLengthError | None = None
+
+    def check(self, num_tokens: int) -> None:
+        """A prompt has so many."""
+        self._check(num_tokens, str(num_tokens))
+
+    def check_least(self, num_tokens: int) -> None:
+        """A prompt has so many or more."""
+        self._check(num_tokens, f"at least {num_tokens}")
+
+    def _check(self, num_tokens: int, shown: str) -> None:
+        if num_tokens + self._max_tokens <= self._context_tokens:
+            return
+        self.misfit = ContextLengthError(
+            f"this model's context holds {self._context_tokens} tokens; the prompt has {shown} and {self._max_tokens} "
+            "were asked for",
+            self._parameter,
+        )
+        if self._is_new:
+            raise self.misfit
+
+
+def draw_seed() -> int:
+    """For a request that gives none."""
+    return secrets.randbits(63)
+
+
+class RequestPlanner:
+    """Knows the tokenizer and the bounds; keeps nothing between requests."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        settings: FrontSettings,
+        max_context_tokens: Callable[[], int],
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._max_context_tokens = max_context_tokens
+        self._draw_seed = draw_seed
+        # One at a time, also if its client has gone meanwhile: 8 MB of text take 2 GB.
+        self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-text")
+
+    async def plan_completion(self, request: CompletionRequest, reply_id: str, drawn_seed: int | None = None) -> Plan:
+        """Raises RequestError leaves.
+
+        `drawn_seed`: what was drawn when it was planned before. It was accepted then, so neither another name of the
+        model nor a smaller context refuses it now; what is too long is a `misfit`.
+        """
+        self._check(request, len(request.prompts), is_new=drawn_seed is None)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        room = _Room(self._max_context_tokens(), "prompt", max_tokens, is_new=drawn_seed is None)
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                room.check_least(self._tokenizer.least_tokens(prompt))
+        add_special_tokens = request.add_special_tokens is not False
+        prompts: list[list[int]] = []
+        for prompt in request.prompts:
+            prompts.append(await self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt)
+            self._check_prompt(prompts[-1], "prompt", room)
+        echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
+        return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed, room.misfit)
+
+    async def plan_chat(
+        self,
+        request: ChatCompletionRequest,
+        reply_id: str,
+        drawn_seed: int | None = None,
+        now: datetime | None = None,
+    ) -> Plan:
+        """As `plan_completion`. `now`: the date that a chat template sees."""
+        self._check(request, 1, is_new=drawn_seed is None)
+        messages = [message.for_template() for message in request.messages]
+        arguments = request.chat_template_kwargs or {}
+        if request.reasoning_effort is not None:
+            arguments = {"reasoning_effort": request.reasoning_effort, **arguments}
+        render = partial(self._tokenizer.render_chat, messages, arguments, now)
+        is_long = len(str(messages)) + len(str(arguments)) > self._settings.thread_above_characters
+        text = await asyncio.to_thread(render) if is_long else render()
+        max_tokens = request.max_completion_tokens or request.max_tokens
+        room = _Room(self._max_context_tokens(), "messages", max_tokens or 1, is_new=drawn_seed is None)
+        room.check_least(self._tokenizer.least_tokens(text))
+        prompt = await self._encode(text, add_special_tokens=False)
+        self._check_prompt(prompt, "messages", room)
+        if max_tokens is None:
+            max_tokens = max(0, self._max_context_tokens() - len(prompt))
+        return self._plan(request, reply_id, [prompt], [""], max_tokens, drawn_seed, room.misfit)
+
+    def _check(self, request: GenerationFields, num_prompts: int, is_new: bool) -> None:
+        if is_new and request.model != self._settings.served_name:
+            raise UnknownModelError(
+                f"the model `{request.model}` is not served here; `{self._settings.served_name}` is", "model"
+            )
+        if request.num_choices > self._settings.max_choices:
+            raise InvalidRequestError(f"`n`: must be at most {self._settings.max_choices}", "n")
+        if num_prompts == 0:
+            raise InvalidRequestError("`prompt`: must hold at least one prompt", "prompt")
+        if num_prompts * request.num_choices > self._settings.max_sequences:
+            raise InvalidRequestError(
+                f"`prompt`: prompts times `n` must be at most {self._settings.max_sequences}", "prompt"
+            )
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) <= self._settings.thread_above_characters:
+            return self._tokenizer.encode(text, add_special_tokens)
+        threads = self._long_texts if len(text) > _LONG_CHARACTERS else None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, self._tokenizer.encode, text, add_special_tokens)
+
+    def _check_prompt(self, token_ids: Sequence[int], parameter: str, room: _Room) -> None:
+        if not token_ids:
+            raise InvalidRequestError(f"`{parameter}`: makes no token; it must make at least one", parameter)
+        room.check(len(token_ids))
+        vocabulary_size = self._tokenizer.defaults.vocabulary_size
+        if vocabulary_size is not None and max(token_ids) >= vocabulary_size:
+            raise InvalidRequestError(
+                f"`{parameter}`: token id {max(token_ids)} is outside the model's vocabulary of {vocabulary_size}",
+                parameter,
+            )
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.echo(prompt)
+
+    def _plan(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        reply_id: str,
+        prompts: Sequence[Sequence[int]],
+        echoed: Sequence[str],
+        max_tokens: int,
+        drawn_seed: int | None,
+        misfit: ContextLengthError | None,
+    ) -> Plan:
+        # One seed for all: choices differ by their number, and a prompt's result not by the prompts around it.
+        drawn = request.seed if request.seed is not None else drawn_seed
+        seed = (self._draw_seed() if drawn is None else drawn) & _SEED_MASK
+        num_top_logprobs = request.num_top_logprobs
+        min_tokens = request.min_tokens or 0
+        if drawn_seed is None and min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
+            )
+        sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
+        prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
+        stop_strings = tuple(map(StopString, request.stop_strings))
+        choices: list[PlannedChoice] = []
+        for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
+            for choice in range(request.num_choices):
+                index = len(choices)
+                generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice, reply_id)
+                choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
+        return Plan(tuple(choices), prompts_token_ids, num_top_logprobs, misfit)
+
+    def _sampling(
+        self, request: GenerationFields, seed: int, max_tokens: int, num_top_logprobs: int | None
+    ) -> SamplingParameters:
+        defaults = self._tokenizer.defaults
+        ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
+        # Special tokens do not show in the text, so a stop string that names one stands for the token.
+        named_ids = map(self._tokenizer.vocabulary.special_id, request.stop_strings)
+        ending_ids = ending_ids.union(token_id for token_id in named_ids if token_id is not None)
+        top_k = defaults.top_k if request.top_k is None else request.top_k
+        return SamplingParameters(
+            max_tokens=max_tokens,
+            temperature=_given(request.temperature, defaults.temperature),
+            top_p=_given(request.top_p, defaults.top_p),
+            top_k=min(max(0, top_k), _MAX_TOP_K),
+            seed=seed,
+            num_top_logprobs=num_top_logprobs,
+            stop_token_ids=self._known(ending_ids.union(request.stop_token_ids or ())),
+            min_p=_given(request.min_p, defaults.min_p),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=self._logit_bias(request),
+            min_tokens=request.min_tokens or 0,
+        )
+
+    def _known(self, token_ids: frozenset[int]) -> frozenset[int]:
+        """Without ids that are never drawn: some clients send a list that fits several models."""
+        size = self._tokenizer.defaults.vocabulary_size or _MAX_VOCABULARY_SIZE
+        return frozenset(token_id for token_id in token_ids if token_id < size)
+
+    def _logit_bias(self, request: GenerationFields) -> tuple[tuple[int, float], ...]:
+        biases = tuple(sorted((int(token_id), bias) for token_id, bias in (request.logit_bias or {}).items()))
+        vocabulary_size = self._tokenizer.defaults.vocabulary_size
+        if biases and vocabulary_size is not None and biases[-1][0] >= vocabulary_size:
+            raise InvalidRequestError(
+                f"`logit_bias`: token id {biases[-1][0]} is outside the model's vocabulary of {vocabulary_size}",
+                "logit_bias",
+            )
+        return biases
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

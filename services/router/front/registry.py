@@ -1,0 +1,375 @@
+"""All requests that live or may be asked for: by id, by the client's own id, by idempotency key. In the event loop.
+
+A request without any listener is cancelled at once if its client is a plain one. One that is resumable, or has an
+idempotency key, or was restored after a restart, goes on for the grace time, and can be asked for after its end.
+
+One that has ended and has no listener rests: packed, without its plan. So does one that a router before this one has
+left, until somebody asks for it or, if it has not ended, until it is its turn to go on. How much is kept is bounded
+(`kept_bounds.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import structlog
+
+from common.errors import (
+    ExecutionError,
+    IdempotencyError,
+    JournalError,
+    MoemeshError,
+    NotReadyError,
+    UnknownRequestError,
+)
+from services.router.engine import Engine
+from services.router.front.intake import AskedRequest, ReplyIdentity, RequestIntake
+from services.router.front.kept_bounds import KeptBounds
+from services.router.front.known_requests import KnownRequest, KnownRequests, packed, was_refused
+from services.router.front.live_request import ClientIdentity, LiveRequest
+from services.router.front.metrics import FrontMetrics
+from services.router.front.reply_reader import ReplyReader
+from services.router.front.settings import FrontSettings
+from services.router.front.text.tokenizer import TextTokenizer
+from services.router.journal.culprits import NothingSetAside, SetAsideLookup
+from services.router.journal.records import (
+    AcceptedRequest,
+    JournalledRequest,
+    RequestJournal,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class RequestRegistry:
+    """See the module. Times in seconds; `wall_clock` is Unix time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        journal: RequestJournal,
+        intake: RequestIntake,
+        metrics: FrontMetrics,
+        *,
+        settings: FrontSettings,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._journal = journal
+        self._intake = intake
+        self._metrics = metrics
+        self._grace_s = settings.resume_grace_s
+        self._retention_s = settings.retention_s
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._bounds = KeptBounds(settings.max_kept_requests, settings.max_kept_bytes)
+        self._known = KnownRequests()
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+        self.set_aside: SetAsideLookup = NothingSetAside()
+        """Whoever runs this says what of it was set aside."""
+
+    # ---- finding
+
+    async def find(self, tenant: str, request_id: str) -> LiveRequest:
+        """By the reply's id or the client's own; the newest, if a client gave one twice. Raises UnknownRequestError and
+        SetAsideError."""
+        entry = self._known.find(tenant, request_id)
+        if entry is None:
+            self.set_aside.refuse(tenant, request_id)
+            raise UnknownRequestError(f"there is no request `{request_id}` here, or none any more", "id")
+        return await self._awake(entry)
+
+    async def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
+        """The request that has this idempotency key. Raises IdempotencyError if it came with another body, and
+        SetAsideError."""
+        entry = self._known.find_by_key(identity)
+        if entry is None:
+            self.set_aside.refuse(identity.tenant, identity.idempotency_key or "")
+            return None
+        if entry.accepted.body_hash != body_hash:
+            raise IdempotencyError(
+                f"the Idempotency-Key `{identity.idempotency_key}` stands for a request with another body; give each "
+                "request a key of its own"
+            )
+        return await self._awake(entry)
+
+    def is_kept(self, live: LiveRequest) -> bool:
+        """Whether it goes on without its client."""
+        entry = self._known.get(live.reply_id)
+        return entry is not None and entry.is_kept
+
+    def is_durable(self, live: LiveRequest) -> bool:
+        """Whether all tokens that its clients have are in the journal."""
+        return self._journal.has_written(live.receipt if live.has_ended else self._journal.receipt(live.reply_id))
+
+    # ---- taking in
+
+    async def admit(self, asked: AskedRequest, identity: ClientIdentity, body: bytes, body_hash: str) -> LiveRequest:
+        """Write it down, then begin it. The caller attaches a reader before it awaits anything.
+
+        Raises OverloadedError, NotReadyError (nothing was written then) and JournalError: it was not begun.
+        """
+        accepted = AcceptedRequest(
+            reply_id=asked.head.reply_id,
+            created_s=asked.head.created_s,
+            accepted_s=self._wall_clock(),
+            route=asked.route,
+            tenant=identity.tenant,
+            client_request_id=identity.client_request_id,
+            idempotency_key=identity.idempotency_key,
+            body_hash=body_hash,
+            body=body,
+            seed=asked.seed,
+            is_resumable=identity.is_resumable,
+            choice_ids=tuple(choice.request.request_id for choice in asked.plan.choices),
+        )
+        self._engine.check_room(len(asked.plan.choices))
+        self._bounds.check(accepted.is_kept, len(body), self._wall_clock())
+        # Counted before anything is waited for: two requests cannot both take the last place.
+        self._bounds.add(accepted.is_kept, len(body))
+        try:
+            await self._written(accepted)
+        except BaseException:
+            self._bounds.remove(accepted.is_kept, len(body))
+            raise
+        entry = KnownRequest(accepted, accepted.is_kept, self._known.last_number + 1, len(body))
+        self._known.add(entry)
+        entry.live = self._live(entry, asked)
+        self._metrics.prompt_tokens.inc(asked.plan.num_prompt_tokens)
+        entry.live.start()
+        return entry.live
+
+    def restore(self, requests: Sequence[JournalledRequest]) -> None:
+        """Before anybody is served: what a router before this one has left, by acceptance. Nobody counts as gone yet.
+
+        All of it can be found from now on; `go_on` goes on with what has not ended.
+        """
+        for journalled in requests:
+            num_bytes = len(journalled.accepted.body) + sum(choice.num_bytes for choice in journalled.choices)
+            entry = KnownRequest(journalled.accepted, True, journalled.number, num_bytes, is_restored=True)
+            entry.resting = journalled
+            self._bounds.add(True, num_bytes)
+            self._known.add(entry)
+        for entry in sorted(self._known.all(), key=lambda entry: entry.ended_s or 0.0):
+            ended_s = entry.ended_s
+            if ended_s is None:
+                self._arm(entry, self._grace_s, self._cancel_soon)
+            else:
+                self._bounds.note_end(entry.accepted.reply_id, ended_s + self._retention_s)
+                self._arm(entry, ended_s + self._retention_s - self._wall_clock(), self._forget)
+                if entry.has_failed:
+                    self._known.forget_key(entry)
+
+    async def go_on(self) -> None:
+        """With everything that was restored and has not ended: first what stages may still have a cache of."""
+        waiting = [entry for entry in self._known.all() if entry.is_unfinished]
+        for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
+            try:
+                await self._awake(entry)
+            except UnknownRequestError:
+                continue  # the log has the reason
+            await asyncio.sleep(0)  # whoever asks meanwhile is answered
+
+    async def _written(self, accepted: AcceptedRequest) -> None:
+        try:
+            await asyncio.wrap_future(self._journal.accept(accepted))
+        except BaseException:
+            # It may be on its way to the disk: whoever comes after this router must not go on with it.
+            self._journal.end(accepted.reply_id, is_kept=False)
+            raise
+
+    async def _awake(self, entry: KnownRequest) -> LiveRequest:
+        """Plan it again, if it rests. Raises UnknownRequestError, and forgets it, if that cannot be done."""
+        async with entry.waking:
+            if entry.live is not None:
+                return entry.live
+            accepted, resting = entry.accepted, entry.resting
+            assert resting is not None, "one or the other"
+            own = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed)
+            try:
+                asked = await self._intake.read(accepted.route, accepted.body, partial(_as_before, own))
+                live = self._live(entry, asked)
+                if self._known.get(accepted.reply_id) is not entry:
+                    raise UnknownRequestError("it was cancelled meanwhile")
+                entry.live = live
+                if resting.ended_s is None:
+                    entry.resting = None
+                live.restore(
+                    resting.choices, was_over=resting.ended_s is not None, counts_as_recovery=entry.is_restored
+                )
+            except Exception as error:  # whatever is wrong with one request costs that request, and no other
+                self._lose(entry, error)
+                raise UnknownRequestError(
+                    f"the request `{accepted.reply_id}` cannot be planned again here, and was forgotten", "id"
+                ) from error
+            return live
+
+    def _lose(self, entry: KnownRequest, error: Exception) -> None:
+        log.error(
+            "request_not_restored",
+            request=entry.accepted.reply_id,
+            reason=str(error),
+            exc_info=None if isinstance(error, MoemeshError) else error,
+        )
+        self._journal.end(entry.accepted.reply_id, is_kept=False)
+        self._forget(entry)
+
+    def attach(self, live: LiveRequest, taken: Sequence[int] | None = None) -> ReplyReader:
+        """A client listens from now on, until it leaves the reader. `taken`: see ReplyReader."""
+        entry = self._known.get(live.reply_id)
+        if entry is not None and not live.has_ended:
+            self._disarm(entry)
+        return ReplyReader(live, self._tokenizer, taken or (0,) * len(live.choices), self._leave)
+
+    @contextmanager
+    def awake(self, live: LiveRequest) -> Iterator[None]:
+        """While a client that was given it decides whether it listens. One that has ended, and that nobody has begun to
+        read by the end of this, rests again."""
+        try:
+            yield
+        finally:
+            entry = self._known.get(live.reply_id)
+            if entry is not None and live.has_ended:
+                self._rest(entry)
+
+    # ---- ends
+
+    async def delete(self, live: LiveRequest) -> None:
+        """Cancel it and forget it, so that no router finds it again. Raises JournalError and FencedError."""
+        await live.cancel()
+        self._journal.end(live.reply_id, is_kept=False)
+        if not await asyncio.wrap_future(self._journal.flush()):
+            raise JournalError(
+                f"the request {live.reply_id} was cancelled, but the journal cannot be written to (is the disk full?): "
+                "a router that restarts before it can goes on with the request"
+            )
+        await self.cancel(live)
+
+    async def cancel(self, live: LiveRequest) -> None:
+        """Nobody wants more of it; it is forgotten. The journal has that within a second."""
+        await live.cancel()
+        entry = self._known.get(live.reply_id)
+        if entry is not None:
+            self._forget(entry)
+
+    def release(self) -> None:
+        """The router ends. Kept requests let their readers go, and nobody who leaves from now on cancels anything."""
+        self._is_stopping = True
+        for entry in self._known.all():
+            if entry.is_kept and entry.live is not None:
+                entry.live.release()
+
+    def give_up(self) -> None:
+        """The router ends, and with it what does not go on without its client: that is told, and no router goes on."""
+        for entry in self._known.all():
+            if not entry.is_kept and entry.live is not None:
+                entry.live.fail(
+                    NotReadyError(
+                        "the router ends, and this request with it; one with the header Moemesh-Resumable: 1 goes on "
+                        "when a router is there again"
+                    )
+                )
+
+    async def close(self) -> None:
+        """Stop everything, without an end in the journal: it goes on after the restart."""
+        self._is_stopping = True
+        for entry in self._known.all():
+            self._disarm(entry)
+            if entry.live is not None:
+                await entry.live.abandon()
+
+    async def _leave(self, reader: ReplyReader) -> None:
+        live = reader.live
+        entry = self._known.get(live.reply_id)
+        if live.has_ended:
+            await live.settle()
+            if entry is not None:
+                self._rest(entry)
+            return
+        if self._is_stopping or entry is None or live.listeners:
+            return
+        if entry.is_kept:
+            self._arm(entry, self._grace_s, self._cancel_soon)
+        else:
+            await self.cancel(live)
+
+    def _live(self, entry: KnownRequest, asked: AskedRequest) -> LiveRequest:
+        live = LiveRequest(
+            asked, entry.identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
+        )
+        live.receipt = entry.receipt
+        return live
+
+    def _note_end(self, live: LiveRequest) -> None:
+        entry = self._known.get(live.reply_id)
+        if entry is None or entry.resting is not None:
+            return  # it was forgotten, or had ended before it was read again
+        self._disarm(entry)
+        error = (
+            live.error
+            if isinstance(live.error, MoemeshError) or live.error is None
+            else ExecutionError("internal error")
+        )
+        entry.receipt = live.receipt = self._journal.receipt(live.reply_id)
+        is_kept = entry.is_kept and not was_refused(entry, live)
+        self._journal.end(live.reply_id, is_kept and not isinstance(error, UnknownRequestError), error)
+        if not is_kept:
+            self._forget(entry)
+            return
+        if live.error is not None:
+            # It can be asked for by its id; a retry with the same key is to have another chance.
+            self._known.forget_key(entry)
+        self._keep(entry, live, error)
+
+    def _keep(self, entry: KnownRequest, live: LiveRequest, error: MoemeshError | None) -> None:
+        """It has ended, and can be asked for."""
+        ended_s = self._wall_clock()
+        entry.resting = JournalledRequest(entry.accepted, packed(live, error), ended_s, entry.number)
+        self._bounds.remove(entry.is_kept, entry.num_bytes)
+        entry.num_bytes = len(entry.accepted.body) + sum(choice.num_bytes for choice in entry.resting.choices)
+        self._bounds.add(entry.is_kept, entry.num_bytes)
+        self._bounds.note_end(entry.accepted.reply_id, ended_s + self._retention_s)
+        self._arm(entry, self._retention_s, self._forget)
+        self._rest(entry)
+
+    def _rest(self, entry: KnownRequest) -> None:
+        """Let its plan and its tokens go, if nobody reads them."""
+        if entry.resting is not None and entry.live is not None and not entry.live.listeners:
+            entry.live = None
+
+    def _cancel_soon(self, entry: KnownRequest) -> None:
+        log.info("request_abandoned", request=entry.accepted.reply_id, grace_s=self._grace_s)
+        self._metrics.abandoned.inc()
+        if entry.live is None:  # restored, and its turn to go on has not come
+            self._journal.end(entry.accepted.reply_id, is_kept=False)
+            self._forget(entry)
+            return
+        task = asyncio.create_task(self.cancel(entry.live))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    def _forget(self, entry: KnownRequest) -> None:
+        self._disarm(entry)
+        if self._known.remove(entry):
+            self._bounds.remove(entry.is_kept, entry.num_bytes)
+            self._bounds.forget_end(entry.accepted.reply_id)
+
+    def _arm(self, entry: KnownRequest, delay_s: float, act: Callable[[KnownRequest], None]) -> None:
+        self._disarm(entry)
+        entry.timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), act, entry)
+
+    def _disarm(self, entry: KnownRequest) -> None:
+        if entry.timer is not None:
+            entry.timer.cancel()
+            entry.timer = None
+
+
+def _as_before(identity: ReplyIdentity, id_prefix: str) -> ReplyIdentity:
+    return identity

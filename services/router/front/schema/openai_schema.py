@@ -1,0 +1,259 @@
+"""What clients send: the fields of OpenAI's requests that are served, declared on models.
+
+A field that is not served is refused by its name if it would change the answer, and else taken and named
+(`unused_fields.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+from pydantic_core import from_json
+
+from common.errors import InvalidRequestError
+from services.router.front.schema import unused_fields
+from services.router.front.schema.chat_schema import MAX_MESSAGES, CalledFunction, ChatMessage, TextPart, ToolCall
+from services.router.front.schema.schema_rules import MAX_FIELDS, Name, Strict, described, first_error
+from services.router.front.schema.unused_fields import Json, Sieve
+
+MAX_STOP_STRINGS = 128
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 16
+MAX_LOGIT_BIASES = 1024
+MAX_PROMPTS = 1024
+"""In the schema; how many are served together is a setting."""
+
+
+# Lists fail fast: a message for each of the millions of wrong items that a body can hold takes gigabytes.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Prompt = Annotated[
+    str
+    | TokenIds
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)],
+    Field(union_mode="left_to_right"),
+    described(f"a string, a list of token ids (whole numbers from 0) or a list of up to {MAX_PROMPTS} of either"),
+]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
+    described(f"a string of 1 to {MAX_STOP_CHARACTERS} characters or a list of up to {MAX_STOP_STRINGS} such strings"),
+]
+LogitBias = Annotated[
+    Annotated[
+        dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_LOGIT_BIASES),
+    ]
+    | None,
+    described(f"a map of up to {MAX_LOGIT_BIASES} token ids, written as strings, to numbers from -100 to 100"),
+]
+
+
+class StreamOptions(Strict):
+    """Of a stream; elsewhere they ask for nothing."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """As in vLLM: with `include_usage`, every chunk tells the usage of its choice so far."""
+
+
+class GenerationFields(Strict):
+    """What both kinds of request share."""
+
+    model: Name
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    """0 and -1: off."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """As in vLLM: tokens less likely than this times the likeliest one are left out."""
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """This and `presence_penalty` as in OpenAI's API: over the tokens generated so far."""
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """As in transformers and vLLM: over prompt and generated tokens; 1 is off."""
+    logit_bias: LogitBias = None
+    min_tokens: int | None = Field(default=None, ge=0)
+    """As in vLLM: nothing but `max_tokens` ends a choice before it has so many tokens."""
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    """Ids that the model's vocabulary does not have end nothing, as in vLLM."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    """As in vLLM: choices carry `token_ids`, and the first of a prompt its `prompt_token_ids`."""
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    """These three are checked and change nothing."""
+    _unused_fields: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def unused_fields(self) -> tuple[str, ...]:
+        """Names of what was taken and changes nothing."""
+        return self._unused_fields
+
+    def note_unused(self, names: Iterable[str]) -> None:
+        """Once, when it was read."""
+        checked = [
+            name for name in ("user", "safety_identifier", "prompt_cache_key") if getattr(self, name) is not None
+        ]
+        self._unused_fields = (*names, *checked)
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def has_running_usage(self) -> bool:
+        options = self.stream_options
+        return self.includes_usage and options is not None and options.continuous_usage_stats is True
+
+
+class CompletionRequest(GenerationFields):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or many, as a list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], int):
+            return [prompt]
+        return cast("list[str] | list[list[int]]", prompt)
+
+
+class ChatCompletionRequest(GenerationFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    reasoning_effort: Name | None = None
+    """A variable for chat templates that know it; to others it says nothing."""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
+    """Variables for the chat template, for example {"enable_thinking": false}."""
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+_KNOWN_FIELDS = frozenset({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields})
+Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
+
+
+def parse_request(body: bytes, model: type[Request]) -> Request:
+    """The request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
+    try:
+        # NaN is let in here, so that the field that it stands in can be named below.
+        fields = from_json(body, allow_inf_nan=True)
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    sieve = Sieve(MAX_FIELDS)
+    kept = _sift(fields, model, sieve)
+    try:
+        request = model.model_validate(kept)
+    except ValidationError as error:
+        raise first_error(error, _KNOWN_FIELDS) from error
+    _check_combinations(request)
+    request.note_unused(sieve.unused)
+    return request
+
+
+def _sift(fields: Json, model: type[BaseModel], sieve: Sieve) -> Json:
+    """Without what changes nothing, also in what is nested. What has no form that could be looked into stays."""
+    served = set(model.model_fields)
+    if not fields.get("stream"):
+        served.discard("stream_options")
+    fields = dict(fields)
+    if type(fields.get("best_of")) is int and fields["best_of"] == fields.get("n"):
+        del fields["best_of"]
+    if model is CompletionRequest and fields.get("logprobs") is False:
+        del fields["logprobs"]  # a number here, true or false in chats: some clients do not tell the routes apart
+    kept = sieve.sift(fields, served, unused_fields.TAKEN, unused_fields.NEUTRAL)
+    options, messages = kept.get("stream_options"), kept.get("messages")
+    if isinstance(options, dict):
+        taken = unused_fields.TAKEN_IN_STREAM_OPTIONS
+        kept["stream_options"] = sieve.sift(options, StreamOptions.model_fields, taken, {}, "stream_options.")
+    if "messages" in served and isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        kept["messages"] = [_sift_message(message, f"messages[{i}].", sieve) for i, message in enumerate(messages)]
+    return kept
+
+
+def _sift_message(message: object, place: str, sieve: Sieve) -> object:
+    if not isinstance(message, dict):
+        return message
+    message = dict(message)
+    if isinstance(message.get("reasoning"), str) and message.get("reasoning_content") is None:
+        message["reasoning_content"] = message.pop("reasoning")  # vLLM's name for it since
+    kept = sieve.sift(
+        message, ChatMessage.model_fields, unused_fields.TAKEN_IN_MESSAGE, unused_fields.NEUTRAL_IN_MESSAGE, place
+    )
+    for name, model, taken in (
+        ("content", TextPart, unused_fields.TAKEN_IN_PART),
+        ("tool_calls", ToolCall, unused_fields.TAKEN_IN_CALL),
+    ):
+        items = kept.get(name)
+        if isinstance(items, list) and len(items) <= MAX_MESSAGES:
+            kept[name] = [
+                sieve.sift(item, model.model_fields, taken, {}, f"{place}{name}[{i}].")
+                if isinstance(item, dict)
+                else item
+                for i, item in enumerate(items)
+            ]
+    for i, call in enumerate(kept["tool_calls"] if isinstance(kept.get("tool_calls"), list) else ()):
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            inside = f"{place}tool_calls[{i}].function."
+            call["function"] = sieve.sift(call["function"], CalledFunction.model_fields, frozenset(), {}, inside)
+    return kept
+
+
+def _check_combinations(request: CompletionRequest | ChatCompletionRequest) -> None:
+    if isinstance(request, CompletionRequest):
+        if request.echo and request.logprobs is not None:
+            raise InvalidRequestError("`echo` together with `logprobs` is not supported by this server", "echo")
+        return
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequestError("`top_logprobs` is only allowed with `logprobs`: true", "top_logprobs")
+    limits = (request.max_tokens, request.max_completion_tokens)
+    if None not in limits and limits[0] != limits[1]:
+        raise InvalidRequestError(
+            "`max_tokens` and `max_completion_tokens` say different things; give one", "max_completion_tokens"
+        )

@@ -1,0 +1,151 @@
+"""One choice: tokens of the mesh in, what a client sees out. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.front.text.stop_strings import StopString, StopStringMatcher
+from services.router.front.text.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A sampled token as log-probabilities show it."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    text: str
+    """What it added to this choice's text: "" for a part of a character but the last, which adds all of it. A token
+    that does not show in the text (a special one, or one that ends it) is here as it is written."""
+    text_offset: int
+    """Characters of this choice's text before the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """News of one choice: text, or its end, or both. Text that is held back comes with a later event."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    """Tokens since the last event, whether they show in `text` or not."""
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    num_tokens: int
+    """Tokens of the choice so far, these included: where a client is that has got this event. An end that came without
+    a token counts as one."""
+    is_cut: bool = False
+    """Its end came without a token."""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of the choice so far, as usage counts them."""
+        return self.num_tokens - self.is_cut
+
+
+def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
+    """All events of one choice as one."""
+    return ChoiceEvent(
+        events[0].index,
+        "".join(event.text for event in events),
+        tuple(token_id for event in events for token_id in event.token_ids),
+        tuple(token for event in events for token in event.logprobs),
+        events[-1].finish_reason,
+        events[-1].num_tokens,
+        events[-1].is_cut,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChoice:
+    """A choice before it is asked of the mesh."""
+
+    index: int
+    """In the reply: prompt by prompt, choice by choice."""
+    request: GenerationRequest
+    stop_strings: tuple[StopString, ...]
+    """The same objects in all choices of a request."""
+    echoed_text: str
+    """The prompt, if the client wants it in front; else ""."""
+
+
+class ChoiceStream:
+    """Detokenizer, stop strings and log-probabilities of one choice."""
+
+    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer, *, is_event_each_token: bool = False) -> None:
+        """`is_event_each_token`: for a client that asked for token ids, a token is news also where it makes no text."""
+        self._index = planned.index
+        self._ending_ids = planned.request.sampling.stop_token_ids
+        self._min_tokens = planned.request.sampling.min_tokens
+        self._vocabulary = tokenizer.vocabulary
+        self._detokenizer = tokenizer.create_detokenizer(planned.request.prompt_token_ids)
+        self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
+        self._is_event_each_token = is_event_each_token
+        self._pending_text = planned.echoed_text
+        self._pending_token_ids: list[int] = []
+        self._pending_logprobs: list[TokenLogprob] = []
+        self._num_characters = 0
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token: GeneratedToken) -> ChoiceEvent | None:
+        """The event that this token makes, if it makes one. Not after a finish reason."""
+        assert self.finish_reason is None
+        self.num_tokens += 1
+        self._pending_token_ids.append(token.token_id)
+        offset = self._num_characters
+        text = self._text_of(token)
+        self._num_characters += len(text)
+        if token.logprob is not None:
+            name = text if self._shows(token) else text + self._vocabulary.token_text(token.token_id)
+            self._pending_logprobs.append(TokenLogprob(token.token_id, token.logprob, token.top_logprobs, name, offset))
+        self._pending_text += self._shown(text, token.finish_reason)
+        if self.finish_reason is None and not self._pending_text and not self._is_event_each_token:
+            return None
+        return self._take_event(self.num_tokens)
+
+    def cut(self) -> ChoiceEvent:
+        """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
+        assert self.finish_reason is None
+        self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
+        return self._take_event(self.num_tokens + 1, is_cut=True)
+
+    def _take_event(self, num_tokens: int, is_cut: bool = False) -> ChoiceEvent:
+        event = ChoiceEvent(
+            self._index,
+            self._pending_text,
+            tuple(self._pending_token_ids),
+            tuple(self._pending_logprobs),
+            self.finish_reason,
+            num_tokens,
+            is_cut,
+        )
+        self._pending_text = ""
+        self._pending_token_ids.clear()
+        self._pending_logprobs.clear()
+        return event
+
+    def _text_of(self, token: GeneratedToken) -> str:
+        """What it adds to the text, with all that was held back if it is the last one."""
+        text = self._detokenizer.push(token.token_id) if self._shows(token) else ""
+        return text if token.finish_reason is None else text + self._detokenizer.flush()
+
+    def _shows(self, token: GeneratedToken) -> bool:
+        is_ending = token.finish_reason is FinishReason.STOP and token.token_id in self._ending_ids
+        return not is_ending and not self._vocabulary.is_skipped(token.token_id)
+
+    def _shown(self, text: str, finish_reason: FinishReason | None) -> str:
+        """What may be shown now; sets the finish reason."""
+        matcher = self._stop_matcher
+        if matcher is not None:
+            text = matcher.push(text, may_stop=self.num_tokens > self._min_tokens)
+            if matcher.stopped:
+                self.finish_reason = FinishReason.STOP
+                return text
+            if finish_reason is not None:
+                text += matcher.flush()
+        self.finish_reason = finish_reason
+        return text

@@ -1,0 +1,1 @@
+"""What outlives the router: the journal of requests, and all else in its state folder."""

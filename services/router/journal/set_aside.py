@@ -1,0 +1,245 @@
+"""Whose turn it is, where a killed router leaves it; and requests that were set aside, kept in the state folder.
+
+Whose turn it is stands in a file of shared memory: writing to it costs no system call and waits for no disk, and it is
+there after the process was killed, in whatever way. A router that breaks writes the same to `STATE_DIR/ending.json`.
+`STATE_DIR/ends.json` counts over starts. `STATE_DIR/set-aside/` has one file a request that is not gone on with:
+whoever asks for it is told, and people find there what it takes to see why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from common.atomic_write import write_whole
+from common.errors import SetAsideError
+from services.router.journal.culprits import Ending, Record, Unfinished, judge
+from services.router.journal.records import JournalledRequest
+
+_SIZE = 512
+_NAME = 8
+"""Offset of the name. Byte 0 has its length, and is written last."""
+_SHARED_MEMORY = Path("/dev/shm")
+_MAX_NAME_BYTES = 250
+MAX_KEPT = 100
+"""Requests that are kept aside; the oldest go first."""
+
+
+def attention_path(state_dir: Path) -> Path:
+    """In shared memory where there is any, by the state folder: a disk that hangs must not stop who writes to it."""
+    name = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:16]
+    return _SHARED_MEMORY / f"moemesh-{os.getuid()}-{name}" if _SHARED_MEMORY.is_dir() else state_dir / "attention"
+
+
+class Attention:
+    """Call it with the name of the request whose turn it is; the empty string: nobody's."""
+
+    def __init__(self, path: Path, ending: Path, log: structlog.stdlib.BoundLogger) -> None:
+        """What a router before this one has left must be read first.
+
+        `ending`: where a router that breaks writes down whose turn it was.
+        """
+        self._path = path
+        self._ending = ending
+        self._log = log
+        self._is_lost = False
+        self._memory, self._memory_is_a_file = mmap.mmap(-1, _SIZE), False
+        self.look_after()
+
+    def __call__(self, name: str) -> None:
+        """In the mesh thread only."""
+        memory = self._memory
+        memory[0] = 0
+        if name:
+            data = name.encode(errors="replace")[:_MAX_NAME_BYTES]
+            memory[_NAME : _NAME + len(data)] = data
+            memory[0] = len(data)
+
+    def note_break(self) -> None:
+        """The router ends by an error of its own."""
+        handled = bytes(self._memory[_NAME : _NAME + self._memory[0]]).decode(errors="replace")
+        try:
+            write_whole(self._ending, json.dumps({"handled": handled}))
+        except OSError as error:
+            self._log.error("ending_not_written", path=str(self._ending), reason=str(error))
+
+    def look_after(self) -> None:
+        """Make the file again if somebody has removed it; without one, only a router that breaks leaves a word."""
+        if self._is_lost or (self._memory_is_a_file and self._path.exists()):
+            return
+        try:
+            self._memory, self._memory_is_a_file = self._map(), True
+        except OSError as error:
+            self._is_lost = True
+            self._log.warning("attention_lost", path=str(self._path), reason=str(error))
+
+    def close(self) -> None:
+        """The router ends, and not by a request."""
+        if self._memory_is_a_file:
+            self._path.unlink(missing_ok=True)
+
+    def _map(self) -> mmap.mmap:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            if os.fstat(descriptor).st_uid != os.getuid():
+                raise PermissionError(f"{self._path} belongs to another user")
+            os.ftruncate(descriptor, _SIZE)
+            os.pwrite(descriptor, bytes(_SIZE), 0)  # a page that cannot be had is an error here, and later a signal
+            return mmap.mmap(descriptor, _SIZE)
+        finally:
+            os.close(descriptor)
+
+
+def read_ending(path: Path, ending: Path) -> Ending:
+    """What the router before this one has left; nothing, if it left nothing that can be read."""
+    try:
+        return Ending(str(json.loads(ending.read_text())["handled"]), is_broken=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Ending(_read_name(path))  # it did not break: it was killed, or ended in order
+
+
+def _read_name(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ""
+    return data[_NAME : _NAME + data[0]].decode(errors="replace") if len(data) == _SIZE else ""
+
+
+class SetAside:
+    """The folder. Read once, at the start."""
+
+    def __init__(self, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
+        self._folder = folder
+        self._log = log
+        self._reasons: dict[tuple[str, str], str] = {}
+        """(tenant, any of its names) -> a sentence for its client."""
+        for path in self._paths():
+            try:
+                kept = json.loads(path.read_text())
+                self._note(kept["tenant"], kept["names"], kept["message"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("set_aside_unreadable", path=str(path), reason=str(error))
+
+    def refuse(self, tenant: str, name: str) -> None:
+        """See `culprits.SetAsideLookup`."""
+        message = self._reasons.get((tenant, name))
+        if message is not None:
+            raise SetAsideError(message)
+
+    def has(self, request: JournalledRequest) -> bool:
+        """Whether it is kept here."""
+        return (request.accepted.tenant, request.accepted.reply_id) in self._reasons
+
+    def keep(self, request: JournalledRequest, reason: str) -> None:
+        """Answer for it from now on, and write it down. Raises OSError: then the next router does not know."""
+        accepted = request.accepted
+        message = f"request {accepted.reply_id}: {reason}; its state is kept on disk, and it is not gone on with"
+        names = [name for name in (accepted.reply_id, accepted.client_request_id, accepted.idempotency_key) if name]
+        kept: dict[str, Any] = {
+            "reply_id": accepted.reply_id,
+            "tenant": accepted.tenant,
+            "names": names,
+            "message": message,
+            "route": accepted.route,
+            "accepted_s": accepted.accepted_s,
+            "created_s": accepted.created_s,
+            "seed": accepted.seed,
+            "body": accepted.body.decode(errors="replace"),
+            "choices": _token_ids(request),
+        }
+        # A name of ours: an id may hold what a file's name may not.
+        name = hashlib.sha256(accepted.reply_id.encode()).hexdigest()[:32]
+        self._note(accepted.tenant, names, message)
+        self._folder.mkdir(mode=0o700, exist_ok=True)  # prompts stand in it in clear
+        write_whole(self._folder / f"{name}.json", json.dumps(kept, indent=1))
+        self._log.error("request_set_aside", request=accepted.reply_id, reason=reason, folder=str(self._folder))
+        for path in self._paths()[:-MAX_KEPT]:
+            path.unlink(missing_ok=True)
+
+    def _note(self, tenant: str, names: Sequence[str], message: str) -> None:
+        self._reasons.update({(tenant, name): message for name in names})
+
+    def _paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def without_culprits(
+    state_dir: Path,
+    journalled: Sequence[JournalledRequest],
+    forget: Callable[[str], None],
+    log: structlog.stdlib.BoundLogger,
+) -> tuple[list[JournalledRequest], SetAside]:
+    """What is gone on with. Requests that end the router are set aside, and forgotten by the journal through `forget`,
+    which gets their reply ids.
+
+    What the disk does not take is said, and judged again at the next start.
+    """
+    ending = state_dir / "ending.json"
+    set_aside = SetAside(state_dir / "set-aside", log)
+    for request in journalled:
+        if set_aside.has(request):  # a router was killed before its journal had forgotten it
+            forget(request.accepted.reply_id)
+    journalled = [request for request in journalled if not set_aside.has(request)]
+    unfinished = [request for request in journalled if request.ended_s is None]
+    judgement = judge(
+        _read_record(state_dir / "ends.json"),
+        read_ending(attention_path(state_dir), ending),
+        [
+            Unfinished(
+                request.accepted.reply_id,
+                request.accepted.choice_ids,
+                _num_tokens(request),
+            )
+            for request in unfinished
+        ],
+    )
+    record = judgement.record
+    try:
+        for request in unfinished:
+            reason = judgement.set_aside.get(request.accepted.reply_id)
+            if reason is not None:
+                set_aside.keep(request, reason)
+                forget(request.accepted.reply_id)
+        # After what was set aside: a router that is killed in between judges the same again.
+        write_whole(state_dir / "ends.json", json.dumps({"ends": record.ends, "unnamed": record.unnamed}))
+        ending.unlink(missing_ok=True)
+    except OSError as error:
+        log.error("ends_not_written", folder=str(state_dir), reason=str(error))
+    return [request for request in journalled if request.accepted.reply_id not in judgement.set_aside], set_aside
+
+
+def _token_ids(request: JournalledRequest) -> list[list[int]]:
+    try:
+        return [[token.token_id for token in choice.tokens] for choice in request.choices]
+    except ValueError:
+        return []
+
+
+def _num_tokens(request: JournalledRequest) -> int:
+    try:
+        return sum(choice.num_tokens for choice in request.choices)
+    except ValueError:
+        return 0  # damaged: who goes on with it says so
+
+
+def _read_record(path: Path) -> Record:
+    """None of it where it is not there or not what was written: at worst three more ends are counted."""
+    try:
+        kept = json.loads(path.read_text())
+        ends, unnamed = (
+            {str(name): (int(count), int(tokens)) for name, (count, tokens) in kept[account].items()}
+            for account in ("ends", "unnamed")
+        )
+        return Record(ends, unnamed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Record()

@@ -1,0 +1,345 @@
+"""The journal's file: SQLite in WAL mode. What its tables are, how it is opened and refused, what is read back.
+
+A step is one row in `log`, so that a group commit is one statement. Once a second the log is folded: tokens go to
+`segments`, by choice, where they can be deleted by choice; placements, errors and ends to tables of their own; the log
+is emptied.
+All of a fold is one transaction, so a reader finds a token in one of the two places.
+
+A process that is killed at any byte leaves a prefix of what was committed (SQLite checks every frame of the WAL).
+Without `synchronous`, that holds for the process only, and not for the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import xxhash
+
+from common.ids import RequestId, SequenceId
+from services.router.engine import GeneratedToken
+from services.router.journal.files import (
+    NUM_REQUEST_COLUMNS,
+    REQUEST_COLUMNS,
+    UNREADABLE,
+    LostFilesError,
+    damaged,
+    look_at,
+    move_aside,
+    open_database,
+)
+from services.router.journal.ledger import LedgerRequest
+from services.router.journal.records import (
+    MAX_CHOICES,
+    AcceptedRequest,
+    JournalledChoice,
+    JournalledRequest,
+    StepRecord,
+    count_tokens,
+    decode_step,
+    encode_tokens,
+    restored_error,
+)
+
+MAX_ROWS = 400
+"""In one statement, of two values each: a SQLite may be built to take 999 and no more. A disk that was full leaves far
+more to write."""
+
+
+@dataclass(slots=True)
+class FoldBuffer:
+    """What stands in the log and not yet in the other tables."""
+
+    tokens: dict[int, tuple[int, list[GeneratedToken]]] = field(default_factory=dict)
+    """choice -> (position of the first, tokens)."""
+    placements: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
+    ends: dict[int, tuple[float, bool]] = field(default_factory=dict)
+
+    def add(self, record: StepRecord) -> None:
+        """A step was written to the log."""
+        for choice, position, token in record.tokens:
+            self.tokens.setdefault(choice, (position, []))[1].append(token)
+        self.placements.update(record.placements)
+        self.failures.update({choice: (code, message) for choice, code, message in record.failures})
+        self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
+
+    def copy(self) -> FoldBuffer:
+        """One that may be added to."""
+        return FoldBuffer(
+            {choice: (first, list(tokens)) for choice, (first, tokens) in self.tokens.items()},
+            dict(self.placements),
+            dict(self.failures),
+            dict(self.ends),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens or self.placements or self.failures or self.ends)
+
+
+Run = tuple[int, int, bytes]
+"""(choice, position of the first, packed tokens)."""
+
+
+class JournalStore:
+    """Open with `open_store`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path, model: str, is_synchronous: bool) -> None:
+        self._connection = connection
+        self._path = path
+        self._model = model
+        self._is_synchronous = is_synchronous
+        self._left_as = look_at(path)
+
+    def is_in_place(self) -> bool:
+        """Whether the files are as the last write left them: a process goes on writing into a file that was removed,
+        and never hears of it. Four `stat` at most."""
+        return look_at(self._path) == self._left_as
+
+    def insert_request(self, number: int, accepted: AcceptedRequest) -> None:
+        """Committed when it returns."""
+        with self._noted():
+            self._connection.execute(_insert("requests", NUM_REQUEST_COLUMNS), seal(_request_row(number, accepted)))
+
+    def append_steps(self, steps: Sequence[bytes]) -> None:
+        """One transaction, and few statements: each one lets another thread have the interpreter for a while."""
+        if len(steps) <= MAX_ROWS:
+            with self._noted():
+                _insert_steps(self._connection, steps)  # a step as it comes: one statement is a transaction
+            return
+        with self._noted(), self._transaction() as connection:
+            for first in range(0, len(steps), MAX_ROWS):
+                _insert_steps(connection, steps[first : first + MAX_ROWS])
+
+    def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> list[Run]:
+        """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests.
+
+        Returns the runs of tokens that were written.
+        """
+        dropped = {request for request, (_, is_kept) in buffer.ends.items() if not is_kept} | set(expired)
+        runs = _runs(buffer, dropped)
+        with self._noted(), self._transaction() as run:
+            ends = [(request, ended_s) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept]
+            failures = [(choice, *failure) for choice, failure in buffer.failures.items()]
+            _insert_all(run, segments=runs, placements=list(buffer.placements.items()), failures=failures, ends=ends)
+            run.executemany("DELETE FROM requests WHERE number = ?", [(request,) for request in dropped])
+            ranges = [(request * MAX_CHOICES, (request + 1) * MAX_CHOICES) for request in dropped]
+            run.executemany("DELETE FROM ends WHERE request = ?", [(request,) for request in dropped])
+            for table in ("segments", "placements", "failures"):
+                run.executemany(f"DELETE FROM {table} WHERE choice >= ? AND choice < ?", ranges)
+            run.execute("DELETE FROM log")
+        return runs
+
+    def write_anew(self, requests: Sequence[LedgerRequest], buffer: FoldBuffer) -> list[Run]:
+        """A new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
+
+        Returns the runs of tokens of `buffer`. A file that somebody else has put there is moved aside.
+        """
+        with suppress(sqlite3.Error):  # the files that it was of are gone: nothing of it is missed
+            self._connection.close()
+        # The folder may be gone, too. It is as private as at the first start.
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        move_aside(self._path)
+        numbers = {request.number for request in requests}
+        runs = [run for run in _runs(buffer, ()) if run[0] // MAX_CHOICES in numbers]
+        self._connection = open_database(self._path, self._model, self._is_synchronous)
+        try:
+            with self._transaction() as run:
+                _insert_all(run, **_rows_of(requests, runs))
+        except BaseException:
+            # Half of it would be taken for somebody else's file by the next attempt, and for all of it by a restart.
+            self._connection.close()
+            self._path.unlink(missing_ok=True)
+            raise
+        self._left_as = look_at(self._path)
+        return runs
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Raises LostFilesError if what was written is in a file that is gone: its name stands for another one."""
+        try:
+            yield
+        finally:  # a commit that fails leaves traces, too
+            now = look_at(self._path)
+            for old, new in zip(self._left_as, now, strict=True):
+                if old is not None and (new is None or new.file != old.file):
+                    raise LostFilesError(f"{self._path} is gone, or another file")
+            self._left_as = now
+
+    def read(self) -> tuple[dict[int, JournalledRequest], FoldBuffer]:
+        """Every request by its number, in the order of their acceptance; and what the log holds.
+
+        Raises ValueError if a row is not what was written.
+        """
+        ends: dict[int, float] = dict(self._rows("ends", "request, ended_s"))
+        requests = {
+            number: JournalledRequest(
+                _accepted(row), tuple(JournalledChoice() for _ in json.loads(row[-1])), ends.get(number), number
+            )
+            for number, *row in self._rows("requests", REQUEST_COLUMNS)
+        }
+        _place(requests, dict(self._rows("placements", "choice, sequence_id")))
+        failures = self._rows("failures", "choice, code, message")
+        _fail(requests, {choice: (code, message) for choice, code, message in failures})
+        for choice, first, data in self._rows("segments", "choice, first, tokens"):
+            _extend(requests, choice, first, data)
+        buffer = FoldBuffer()
+        for (data,) in self._rows("log", "step", "number"):
+            buffer.add(decode_step(data))
+        for choice, (first, tokens) in buffer.tokens.items():
+            _extend_fresh(requests, choice, first, tokens)
+        _place(requests, buffer.placements)
+        _fail(requests, buffer.failures)
+        for number, (ended_s, is_kept) in buffer.ends.items():
+            if number in requests:
+                ended = requests.pop(number)
+                if is_kept:
+                    requests[number] = replace(ended, ended_s=ended_s)
+        return dict(sorted(requests.items())), buffer
+
+    def _rows(self, table: str, columns: str, order: str = "") -> Iterator[Any]:
+        """Ascending. Raises ValueError for a row that is not what was written."""
+        for *row, checksum in self._connection.execute(
+            f"SELECT {columns}, checksum FROM {table} ORDER BY {order or columns}"
+        ):
+            if seal(row)[-1] != checksum:
+                raise ValueError(f"a row of the table {table} is not what was written")
+            yield row
+
+    def close(self) -> None:
+        """Fold the WAL into the file."""
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
+    """`model`: what the tokens depend on; a journal that holds requests of another one is refused.
+
+    Raises ConfigurationError, which says what to do.
+    """
+    try:
+        connection = open_database(path, model, is_synchronous)
+    except (sqlite3.Error, OSError, *UNREADABLE) as error:
+        raise damaged(path, error) from None
+    return JournalStore(connection, path, model, is_synchronous)
+
+
+def _runs(buffer: FoldBuffer, dropped: Iterable[int]) -> list[Run]:
+    without = frozenset(dropped)
+    return [
+        (choice, first, encode_tokens(tokens))
+        for choice, (first, tokens) in buffer.tokens.items()
+        if choice // MAX_CHOICES not in without
+    ]
+
+
+def _rows_of(requests: Sequence[LedgerRequest], runs: Sequence[Run]) -> dict[str, Sequence[Sequence[Any]]]:
+    """By table; `runs` are those that the requests do not have yet."""
+    choices = [choice for request in requests for choice in request.choices]
+    return {
+        "requests": [_request_row(request.number, request.accepted) for request in requests],
+        "segments": [(choice.number, *each) for choice in choices for each in choice.runs] + list(runs),
+        "placements": [(choice.number, choice.sequence_id) for choice in choices if choice.sequence_id is not None],
+        "failures": [(choice.number, *choice.failure) for choice in choices if choice.failure is not None],
+        "ends": [(request.number, request.ended_s) for request in requests if request.ended_s is not None],
+    }
+
+
+def _insert_all(connection: sqlite3.Connection, **rows_by_table: Sequence[Sequence[Any]]) -> None:
+    for table, rows in rows_by_table.items():
+        if rows:
+            connection.executemany(_insert(table, len(rows[0])), map(seal, rows))
+
+
+def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> None:
+    marks = ",".join(["(?, ?)"] * len(steps))
+    connection.execute(
+        f"INSERT INTO log (step, checksum) VALUES {marks}", [value for step in steps for value in seal((step,))]
+    )
+
+
+def _insert(table: str, num_values: int) -> str:
+    return f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * (num_values + 1))})"
+
+
+def seal(row: Sequence[Any]) -> tuple[Any, ...]:
+    """A row with its checksum behind it, as a signed integer of 64 bits."""
+    return (*row, xxhash.xxh3_64_intdigest(msgpack.packb(list(row))) - (1 << 63))
+
+
+def _request_row(number: int, accepted: AcceptedRequest) -> tuple[Any, ...]:
+    return (
+        number,
+        accepted.reply_id,
+        accepted.created_s,
+        accepted.accepted_s,
+        accepted.route,
+        accepted.tenant,
+        accepted.client_request_id,
+        accepted.idempotency_key,
+        accepted.body_hash,
+        accepted.body,
+        accepted.seed,
+        int(accepted.is_resumable),
+        json.dumps(accepted.choice_ids),
+    )
+
+
+def _accepted(row: Sequence[Any]) -> AcceptedRequest:
+    """`row`: as `REQUEST_COLUMNS` behind the number."""
+    values: dict[str, Any] = dict(zip(REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
+    values["is_resumable"] = bool(values["is_resumable"])
+    values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))
+    return AcceptedRequest(**values)
+
+
+def _choice(requests: Mapping[int, JournalledRequest], number: int) -> JournalledChoice | None:
+    request = requests.get(number // MAX_CHOICES)
+    return None if request is None else request.choices[number % MAX_CHOICES]
+
+
+# What would leave a hole is dropped: the mesh makes the same tokens again.
+
+
+def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, data: bytes) -> None:
+    choice = _choice(requests, number)
+    if count_tokens(data) and choice is not None and first == choice.num_tokens:
+        choice.runs.append((first, data))
+
+
+def _extend_fresh(
+    requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[GeneratedToken]
+) -> None:
+    choice = _choice(requests, number)
+    if choice is not None and first == choice.num_tokens:
+        choice.fresh += tokens
+
+
+def _place(requests: Mapping[int, JournalledRequest], placements: Mapping[int, int]) -> None:
+    for number, sequence_id in placements.items():
+        choice = _choice(requests, number)
+        if choice is not None:
+            choice.sequence_id = SequenceId(sequence_id)
+
+
+def _fail(requests: Mapping[int, JournalledRequest], failures: Mapping[int, tuple[str, str]]) -> None:
+    for number, (code, message) in failures.items():
+        choice = _choice(requests, number)
+        if choice is not None:
+            choice.error = restored_error(code, message)

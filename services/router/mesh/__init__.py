@@ -1,0 +1,1 @@
+"""The mesh thread: its loop, its sockets, steps on their way, and what it publishes."""

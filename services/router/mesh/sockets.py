@@ -1,0 +1,196 @@
+"""The router's sockets: control of all nodes, their lifelines, a PUSH for each pipeline, and all results."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import structlog
+import zmq
+
+from common.ids import NodeId, PipelineId
+from common.messages import Failed, Header, Message
+from common.node.control_link import NodeAddresses
+from common.topology import NodeDescription
+from common.wire.endpoints import choose_endpoint, remove_socket_files, share_folder
+from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
+from services.router.mesh.listening import refused
+
+_NUMBER = struct.Struct("<Q")
+
+
+class MeshClient:
+    """Typed sends and receives; knows addresses, decides nothing. Used by the mesh thread only, but for `wake`."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        addresses: NodeAddresses,
+        router_term: int,
+        log: structlog.stdlib.BoundLogger,
+        on_disk: Callable[[Callable[[], None]], None] = lambda job: job(),
+    ) -> None:
+        """`on_disk` does what touches the state folder, where a disk that hangs stops nobody else."""
+        self._transport = transport
+        self._ipc_token = addresses.folder_token
+        self._folder = addresses.folder
+        self._router_term = router_term
+        self._log = log
+        self._on_disk = on_disk
+        self.control = transport.router("control", [addresses.control])
+        self.results = transport.pull("results", [addresses.bind_pattern.format(socket="results")])
+        self.pulses = transport.router("pulses", [addresses.bind_pattern.format(socket="pulse")])
+        self._pulse_stamp = os.urandom(8)
+        """Of this process: a node may still answer what a router before this one asked."""
+        self._lifelines: dict[NodeId, MessageSocket] = {}
+        self._pipelines: dict[PipelineId, MessageSocket] = {}
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._poller.register(self.control.raw, zmq.POLLIN)
+        self._poller.register(self.results.raw, zmq.POLLIN)
+        self._poller.register(self._wake_reader, zmq.POLLIN)
+        self._closed_bytes_sent = 0
+
+    @property
+    def step_bytes_sent(self) -> int:
+        """Of steps, to all first stages since start."""
+        return self._closed_bytes_sent + sum(socket.bytes_sent for socket in self._pipelines.values())
+
+    def wake(self) -> None:
+        """End the current `wait`; from any thread."""
+        try:
+            os.write(self._wake_writer, b"!")
+        except BlockingIOError:
+            return  # 64 KiB of wake-ups are waiting already
+
+    def wait(self, timeout_ms: int) -> None:
+        """Until a socket has something, `wake` was called, or the time is up."""
+        for source, _ in self._poller.poll(timeout_ms):
+            if source == self._wake_reader:
+                os.read(self._wake_reader, 65536)
+
+    def receive_control(self) -> tuple[NodeId, Message, Header] | None:
+        """The next control message with its sender."""
+        received = self.control.receive()
+        if received is None:
+            return None
+        identity, message, header = received
+        return NodeId(identity.decode(errors="replace")), message, header
+
+    def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
+        """Send to a node; False if it is gone (its lifeline says so too). One that is told Failed ends."""
+        if isinstance(message, Failed):
+            self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
+        try:
+            self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self._router_term))
+        except Full:
+            return False
+        return True
+
+    def ping(self, nodes: Iterable[NodeId], number: int) -> None:
+        """Send each node a ping of this number; who is not there gets none.
+
+        Echoes wake nobody: `wait` ends often enough, and one need not be seen the moment it comes.
+        """
+        payload = self._pulse_stamp + _NUMBER.pack(number)
+        for node_id in nodes:
+            try:
+                self.pulses.raw.send_multipart([node_id.encode(), payload], flags=zmq.DONTWAIT)
+            except zmq.Again:
+                continue  # it echoes nothing, and would not echo this one either
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+
+    def echoes(self) -> list[tuple[NodeId, int]]:
+        """Nodes that have echoed since the last call, with the numbers of the pings."""
+        found: list[tuple[NodeId, int]] = []
+        while True:
+            try:
+                identity, *frames = self.pulses.raw.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return found
+            payload, stamp = frames[-1] if frames else b"", self._pulse_stamp
+            if len(payload) == len(stamp) + _NUMBER.size and payload.startswith(stamp):
+                found.append((NodeId(identity.decode(errors="replace")), _NUMBER.unpack(payload[len(stamp) :])[0]))
+
+    def watch(self, description: NodeDescription) -> None:
+        """Open a node's lifeline. Raises ConfigurationError if it cannot be reached from here."""
+        if description.node_id in self._lifelines:
+            return
+        endpoint = choose_endpoint(description.lifeline, description.ipc_token, self._ipc_token)
+        lifeline = self._transport.dealer(f"lifeline of {description.node_id}", endpoint)
+        self._lifelines[description.node_id] = lifeline
+        self._poller.register(lifeline.monitor, zmq.POLLIN)
+
+    def unwatch(self, node_id: NodeId) -> None:
+        """Close a node's lifeline; one that is not open is no error."""
+        lifeline = self._lifelines.pop(node_id, None)
+        if lifeline is not None:
+            self._poller.unregister(lifeline.monitor)
+            lifeline.close()
+
+    def remove_socket_files(self, description: NodeDescription) -> None:
+        """Of a node that is gone: ZeroMQ leaves them, however it ended. Connections that stand are not touched."""
+        if self._folder is None or not share_folder(description.ipc_token, self._ipc_token):
+            return
+        self._on_disk(partial(self._remove_socket_files, self._folder, description))
+
+    def _remove_socket_files(self, folder: Path, description: NodeDescription) -> None:
+        try:
+            remove_socket_files(folder, description.node_id, (*description.endpoints, *description.lifeline))
+        except OSError as error:
+            self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
+
+    def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
+        """Lifelines that opened or closed since the last call; REFUSED where nobody listens any more."""
+        events = [
+            (node_id, event) for node_id, lifeline in list(self._lifelines.items()) for event in lifeline.link_events()
+        ]
+        closed = {self._lifelines[node_id].endpoints[0] for node_id, event in events if event is LinkEvent.CLOSED}
+        if not closed or self._transport.limits.socks_proxy:  # behind a proxy addresses are not this host's to reach
+            return events
+        gone = refused(closed)
+        return [
+            (node_id, LinkEvent.REFUSED)
+            if event is LinkEvent.CLOSED and self._lifelines[node_id].endpoints[0] in gone
+            else (node_id, event)
+            for node_id, event in events
+        ]
+
+    def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
+        """Connect to a pipeline's first stage with a new socket: what was queued for an older one is dropped."""
+        self.close_pipeline(pipeline)
+        endpoint = choose_endpoint(first_stage.endpoints, first_stage.ipc_token, self._ipc_token)
+        self._pipelines[pipeline] = self._transport.push(f"pipeline {pipeline}", endpoint)
+
+    def close_pipeline(self, pipeline: PipelineId) -> None:
+        """One that is not open is no error."""
+        socket = self._pipelines.pop(pipeline, None)
+        if socket is not None:
+            self._closed_bytes_sent += socket.bytes_sent
+            socket.close()
+
+    def send_step(self, pipeline: PipelineId, message: Message, header: Header) -> bool:
+        """False if the first stage does not take it (not connected yet, or gone): send it again."""
+        try:
+            self._pipelines[pipeline].send(message, header)
+        except Full:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close everything."""
+        for node_id in list(self._lifelines):
+            self.unwatch(node_id)
+        for pipeline in list(self._pipelines):
+            self.close_pipeline(pipeline)
+        self.control.close()
+        self.results.close()
+        self.pulses.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)

@@ -1,0 +1,113 @@
+"""What the scheduler decides <-> what travels: StepPlan -> Step, StepResult -> sampled tokens. Pure: numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from common.errors import ProtocolError
+from common.ids import SequenceId
+from common.messages import Header, Step, StepResult
+from common.wire.array import array_to_frame, frame_to_array
+from services.router.mesh.step_adjustments import adjusted_rows, bias_rows, count_rows, penalty_rows
+from services.router.scheduling.step_plan import SampledToken, StepPlan
+
+
+def step_message(plan: StepPlan) -> Step:
+    """A plan as the first stage takes it. Column meanings are those of `Step`."""
+    sampled = [chunk for chunk in plan.chunks if chunk.samples]
+    sequences = [
+        (
+            chunk.sequence_id,
+            chunk.start_position,
+            len(chunk.token_ids),
+            chunk.block_offset,
+            len(chunk.new_block_ids),
+            int(chunk.samples),
+        )
+        for chunk in plan.chunks
+    ]
+    sampling = [
+        (
+            chunk.sampling.temperature,
+            chunk.sampling.top_p,
+            chunk.sampling.top_k,
+            -1 if chunk.sampling.num_top_logprobs is None else chunk.sampling.num_top_logprobs,
+        )
+        for chunk in sampled
+    ]
+    token_ids = [token_id for chunk in plan.chunks for token_id in chunk.token_ids]
+    new_blocks = [block for chunk in plan.chunks for block in chunk.new_block_ids]
+    seeds = [(chunk.sampling.seed, chunk.choice) for chunk in sampled]
+    return Step(
+        hidden=array_to_frame(np.array(token_ids, dtype=np.int32)),
+        sequences=array_to_frame(np.array(sequences, dtype=np.int64).reshape(-1, 6)),
+        new_blocks=array_to_frame(np.array(new_blocks, dtype=np.int32)),
+        released=array_to_frame(np.array(plan.released, dtype=np.int64)),
+        sampling=array_to_frame(np.array(sampling, dtype=np.float64).reshape(-1, 4)),
+        seeds=array_to_frame(np.array(seeds, dtype=np.int64).reshape(-1, 2)),
+        computing_slots=plan.computing_slots,
+        penalties=array_to_frame(penalty_rows(sampled)),
+        token_counts=array_to_frame(count_rows(sampled)),
+        biases=array_to_frame(bias_rows(sampled)),
+        previous_step=plan.previous_step,
+        adjusted=array_to_frame(adjusted_rows(sampled)),
+    )
+
+
+def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
+    """Sequences of a plan that are in no message what they should be, not even alone; with what they raise."""
+    culprits: dict[SequenceId, Exception] = {}
+    for chunk in plan.chunks:
+        try:
+            step_message(replace(plan, chunks=(chunk,), released=()))
+        except Exception as error:
+            culprits[chunk.sequence_id] = error
+    return culprits
+
+
+def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
+    """The counters that fence a step."""
+    return Header(
+        router_term=router_term,
+        generation=plan.generation,
+        attempt=plan.attempt,
+        step=plan.step,
+        time_left_ms=time_left_ms,
+        trace=f"{plan.pipeline}/{plan.step}",
+    )
+
+
+def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, SampledToken]:
+    """What the last stage drew, by sequence. Raises ProtocolError if it is not what the plan asks for."""
+    ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
+    count = len(ids)
+    tokens = frame_to_array(result.token_ids, "int32", (count,), "StepResult.token_ids").tolist()
+    logprobs = frame_to_array(result.logprobs, "float32", (count,), "StepResult.logprobs")
+    top_ids = frame_to_array(result.top_token_ids, "int32", (count, None), "StepResult.top_token_ids")
+    top_logprobs = frame_to_array(result.top_logprobs, "float32", top_ids.shape, "StepResult.top_logprobs")
+    wanted = {chunk.sequence_id: chunk.sampling.num_top_logprobs for chunk in plan.chunks if chunk.samples}
+    if set(ids) != set(wanted) or count != len(wanted):
+        raise ProtocolError(f"StepResult answers {count} sequences, the step asked for {len(wanted)}")
+    if any(not 0 <= token < vocab_size for token in tokens):
+        raise ProtocolError(f"StepResult.token_ids holds an id outside [0, {vocab_size})")
+    if not (np.isfinite(logprobs).all() and np.isfinite(top_logprobs).all()):
+        raise ProtocolError("StepResult.logprobs or top_logprobs holds a number that is not finite")
+    num_columns = max((num_top or 0 for num_top in wanted.values()), default=0)
+    if top_ids.shape[1] < num_columns:
+        raise ProtocolError(
+            f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
+        )
+    degraded = np.zeros(count, dtype=np.uint8)
+    if result.degraded.shape != (0,):
+        degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded")
+    sampled: dict[SequenceId, SampledToken] = {}
+    for row, sequence_id in enumerate(ids):
+        num_top = wanted[sequence_id]
+        if num_top is None:
+            sampled[sequence_id] = SampledToken(tokens[row], None, (), bool(degraded[row]))
+            continue
+        top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
+        sampled[sequence_id] = SampledToken(tokens[row], float(logprobs[row]), tuple(top), bool(degraded[row]))
+    return sampled

@@ -1,0 +1,237 @@
+"""Steps on their way: from the scheduler to first stages, back from last stages, and into the sink. In the mesh thread.
+
+What goes wrong with a step is told to the scheduler, which recomputes its requests; the pipeline then needs a new
+generation, so that its stages forget what they hold half done. Methods return the pipelines that need one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from common.errors import DeadlineError, ExecutionError, MoemeshError
+from common.ids import PipelineId, RequestId, SequenceId, StepId
+from common.messages import StepResult
+from common.topology import NodeDescription
+from services.router.control.actions import OpenPipeline
+from services.router.engine import GeneratedToken
+from services.router.mesh.sockets import MeshClient
+from services.router.mesh.status import HopTotals
+from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
+from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
+
+
+class Sink(Protocol):
+    """Where the outcome of requests goes; called in the mesh thread, must return at once."""
+
+    def __call__(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None: ...
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step that was planned and has not come back."""
+
+    plan: StepPlan
+    deadline_s: float
+    sent_s: float | None = None
+    """None while the first stage has not taken it."""
+
+
+class UnsendableError(ExecutionError):
+    """A step fits no message. Nobody has seen it."""
+
+
+class StepFlow:
+    """See the module."""
+
+    def __init__(
+        self,
+        client: MeshClient,
+        scheduler: Scheduler,
+        router_term: int,
+        step_deadline_s: float,
+        vocab_size: int,
+        sink: Sink,
+        log: structlog.stdlib.BoundLogger,
+        note_placement: Callable[[RequestId, SequenceId], None] = lambda request_id, sequence_id: None,
+    ) -> None:
+        self._note_placement = note_placement
+        self._client = client
+        self._scheduler = scheduler
+        self._router_term = router_term
+        self._step_deadline_s = step_deadline_s
+        self._vocab_size = vocab_size
+        self._sink = sink
+        self._log = log
+        self._steps: dict[StepId, StepInFlight] = {}
+        self._unsent: dict[PipelineId, deque[StepInFlight]] = {}
+        self.totals = HopTotals()
+
+    def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> MoemeshError | None:
+        """Steps may go to this pipeline from now on. Else, why its first stage cannot be connected to, for want of a
+        socket or of an address: then the pipeline waits, and the others are not touched."""
+        try:
+            self._client.open_pipeline(action.pipeline, first_stage)
+        except MoemeshError as error:
+            self._log.error("pipeline_not_opened", pipeline=action.pipeline, reason=str(error))
+            self.suspend(action.pipeline, now_s)
+            return error
+        self._unsent[action.pipeline] = deque()
+        self._scheduler.open_pipeline(
+            action.pipeline,
+            action.generation,
+            action.num_blocks,
+            action.num_slots,
+            now_s,
+            action.kv_marks,
+            action.held,
+        )
+        self._log.info("pipeline_open", **action.summary)
+        return None
+
+    def suspend(self, pipeline: PipelineId, now_s: float) -> None:
+        """What was under way there is void; its requests wait for the pipeline, with their blocks."""
+        self._drop_steps(pipeline)
+        self._scheduler.suspend_pipeline(pipeline, now_s)
+
+    def close(self, pipeline: PipelineId, now_s: float) -> None:
+        """What was under way there is void; its requests wait for another place."""
+        self._drop_steps(pipeline)
+        self._scheduler.close_pipeline(pipeline, now_s)
+
+    def _drop_steps(self, pipeline: PipelineId) -> None:
+        self._client.close_pipeline(pipeline)
+        self._unsent.pop(pipeline, None)
+        self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
+
+    def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
+        """Send what the scheduler decides; what a first stage does not take yet goes with the next call.
+
+        `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
+        those with a step that fits no message: stages would wait for it, since the next one names it.
+        """
+        for plan in self._scheduler.schedule(now_s, is_awaited) + self._scheduler.plan_canaries(now_s):
+            step = StepInFlight(plan, now_s + self._step_deadline_s)
+            self._steps[plan.step] = step
+            self._unsent[plan.pipeline].append(step)
+        for request_id, sequence_id in self._scheduler.take_placements():
+            self._note_placement(request_id, sequence_id)
+        broken = self._send_waiting(now_s)
+        self.report(self._scheduler.take_failures())
+        given_up = self._scheduler.take_renewals()
+        for pipeline in given_up:
+            self._drop_steps(pipeline)
+        return broken + given_up
+
+    def _send_waiting(self, now_s: float) -> list[PipelineId]:
+        """Pipelines with a step that fits no message."""
+        broken: list[PipelineId] = []
+        for pipeline, waiting in self._unsent.items():
+            try:
+                while waiting and self._send(pipeline, waiting[0], now_s):
+                    waiting.popleft()
+            except UnsendableError as error:
+                broken.append(self._fail(waiting.popleft(), error, now_s))
+        return broken
+
+    def _send(self, pipeline: PipelineId, step: StepInFlight, now_s: float) -> bool:
+        """False if the first stage does not take it yet. Raises UnsendableError."""
+        left_ms = max(1, int((step.deadline_s - now_s) * 1000))
+        header = step_header(step.plan, self._router_term, left_ms)
+        try:
+            message = step_message(step.plan)
+        except Exception as error:  # one request's numbers do not fit it
+            raise UnsendableError(f"the step cannot be put into a message: {error}") from error
+        if not self._client.send_step(pipeline, message, header):
+            return False
+        step.sent_s = now_s
+        return True
+
+    def take_results(self, now_s: float) -> list[PipelineId]:
+        """Take in sampled tokens and hand them on, all of this call at once."""
+        outputs: list[TokenOutput] = []
+        broken: list[PipelineId] = []
+        while (received := self._client.results.receive()) is not None:
+            message, header = received
+            step = self._steps.get(StepId(header.step))
+            stamp = (header.router_term, header.generation, header.attempt)
+            if (
+                step is None
+                or not isinstance(message, StepResult)
+                or stamp != (self._router_term, step.plan.generation, step.plan.attempt)
+            ):
+                self.totals.dropped += 1
+                continue
+            try:
+                sampled = sampled_tokens(message, step.plan, self._vocab_size)
+            except Exception as error:  # also what nobody thought of: an answer costs its step, not the mesh
+                known = error if isinstance(error, MoemeshError) else ExecutionError(f"StepResult: {error}")
+                broken.append(self._fail(step, known, now_s))
+                continue
+            plan = step.plan
+            del self._steps[plan.step]
+            if plan.chunks:  # a canary says nothing of how long work takes
+                self.totals.steps += 1
+                self.totals.step_seconds += now_s - (step.sent_s or now_s)
+            outputs += self._scheduler.complete(
+                plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s, message.retried_calls
+            )
+        if outputs:
+            self._sink([(output.request_id, output.token) for output in outputs])
+        return broken
+
+    def fail_step(self, number: StepId, generation: int, error: MoemeshError, now_s: float) -> list[PipelineId]:
+        """A stage could not do a step. One that is not in flight in this generation is no news."""
+        step = self._steps.get(number)
+        if step is None or step.plan.generation != generation:
+            return []
+        return [self._fail(step, error, now_s)]
+
+    @property
+    def unsent(self) -> set[PipelineId]:
+        """Pipelines with a step that their first stage has not taken yet."""
+        return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
+
+    def give_up(self, lost: list[PipelineId]) -> list[PipelineId]:
+        """Pipelines with a step that nobody has: its requests are not to blame, so nothing fails."""
+        for pipeline in lost:
+            self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
+        return lost
+
+    def check_deadlines(self, now_s: float) -> list[PipelineId]:
+        """Fail steps whose time is up."""
+        late = [step for step in self._steps.values() if now_s >= step.deadline_s]
+        return [
+            self._fail(step, DeadlineError(f"pipeline {step.plan.pipeline} did not answer a step in time"), now_s)
+            for step in late
+        ]
+
+    def report(self, failures: list[RequestFailure]) -> None:
+        """Tell the clients of requests that end here."""
+        for failure in failures:
+            if failure.cause is not None:
+                self._log.error("request_broke", request=failure.request_id, exc_info=failure.cause)
+        if failures:
+            self._sink([(failure.request_id, failure.error) for failure in failures])
+
+    def refuse(self, request_id: RequestId, error: Exception) -> None:
+        """Tell a client that its request is not taken; what is no MoemeshError, the router itself has failed by."""
+        if not isinstance(error, MoemeshError):
+            self._log.error("request_broke", request=request_id, exc_info=error)
+            error = ExecutionError(f"the router failed while it took in request {request_id}: {error}")
+        self._sink([(request_id, error)])
+
+    def _fail(self, step: StepInFlight, error: MoemeshError, now_s: float) -> PipelineId:
+        plan = step.plan
+        del self._steps[plan.step]
+        self._log.error("step_failed", step=plan.step, pipeline=plan.pipeline, code=error.code, reason=str(error))
+        culprits = unsendable_sequences(plan) if step.sent_s is None else {}
+        self.report(
+            self._scheduler.fail_step(plan.step, plan.pipeline, plan.generation, plan.attempt, error, now_s, culprits)
+        )
+        return plan.pipeline

@@ -1,0 +1,1 @@
+"""Calls of expert nodes: rows out to them, late answers, and the sum of what comes back."""

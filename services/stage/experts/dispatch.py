@@ -1,0 +1,165 @@
+"""One expert call as rows by node, and the sum of what comes back. Pure: numpy and torch, no sockets.
+
+T tokens, K experts a token, S slices of an expert, D model width. A *pair* is (token, k, slice), numbered
+(t * K + k) * S + s; a *shard key* is expert * S + slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.wire.array import BoolArray, Int32Array, Int64Array
+from services.stage.experts.replica_selection import choose_copies
+from services.stage.model.decoder import ExpertCall
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRows:
+    """What one node is asked within a call."""
+
+    node: int
+    pairs: Int64Array
+    """[R] pair numbers, sorted by shard key."""
+    tokens: Int64Array
+    """[T_n] rows of the call's hidden states that the node needs, ascending, each once."""
+    routing: Int32Array
+    """[3, R]: row of `tokens`, expert, slice."""
+
+
+def split_pairs(
+    call: ExpertCall,
+    pairs: Int64Array | None,
+    num_slices: int,
+    holders: Sequence[Sequence[int]],
+    outstanding_rows: Mapping[int, int],
+) -> list[NodeRows]:
+    """Deal a call's pairs (None: all) out to nodes. Raises NodeLostError if a shard has no usable copy."""
+    experts = call.experts.numpy().reshape(-1)
+    num_choices = call.experts.shape[1]
+    if pairs is None:
+        pairs = np.arange(experts.size * num_slices)
+    keys = experts[pairs // num_slices] * num_slices + pairs % num_slices
+    order = np.argsort(keys, kind="stable")
+    pairs, keys = pairs[order], keys[order]
+    shards, counts = _runs(keys)
+    chosen = choose_copies(dict(zip(shards, counts, strict=True)), holders, outstanding_rows)
+    nodes = np.repeat(np.array([chosen[shard] for shard in shards]), counts)
+    return [
+        _node_rows(node, pairs[mask], keys[mask], num_choices * num_slices, num_slices)
+        for node in sorted(set(chosen.values()))
+        for mask in (nodes == node,)
+    ]
+
+
+def _runs(keys: Int64Array) -> tuple[list[int], list[int]]:
+    """Distinct values of a sorted array, and how often each occurs."""
+    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+    counts = np.diff(np.append(starts, keys.size))
+    return keys[starts].tolist(), counts.tolist()
+
+
+def _node_rows(node: int, pairs: Int64Array, keys: Int64Array, pairs_per_token: int, num_slices: int) -> NodeRows:
+    tokens, rows = np.unique(pairs // pairs_per_token, return_inverse=True)
+    routing = np.empty((3, pairs.size), dtype=np.int32)
+    routing[0], routing[1], routing[2] = rows, keys // num_slices, keys % num_slices
+    return NodeRows(node, pairs, tokens, routing)
+
+
+class ExactSum:
+    """Combine mode `exact`: every pair's row is kept apart until all are there, then weighed and added in one order.
+
+    The order is that of the gate's ranking, in float32, so the sum depends neither on who answered nor on when.
+    """
+
+    takes_some_pairs = True
+    """A part of a node's rows may be used, where another node's answer gave the rest."""
+
+    def __init__(self, call: ExpertCall, num_slices: int) -> None:
+        num_tokens, num_choices = call.experts.shape
+        self._call = call
+        self._rows = torch.empty((num_tokens * num_choices * num_slices, call.hidden.shape[1]), dtype=call.hidden.dtype)
+        self._shape = (num_tokens, num_choices, num_slices, call.hidden.shape[1])
+        self._left_out: Tensor | None = None
+
+    def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
+        """Take in a node's rows [R, D], in the order of its pairs; with `fresh` [R] only those that are set."""
+        if fresh is None or fresh.all():
+            self._rows[torch.from_numpy(part.pairs)] = rows
+        else:
+            self._rows[torch.from_numpy(part.pairs[fresh])] = rows[torch.from_numpy(fresh)]
+
+    def leave_out(self, pairs: Int64Array) -> Int64Array:
+        """Do without these pairs. A slice alone is worth nothing: its whole expert is left out for that token.
+
+        Returns all pairs [R'] that are not needed any more, ascending.
+        """
+        num_tokens, num_choices, num_slices, _ = self._shape
+        if self._left_out is None:
+            self._left_out = torch.zeros((num_tokens, num_choices), dtype=torch.bool)
+        choices = np.unique(pairs // num_slices)
+        self._left_out.view(-1)[torch.from_numpy(choices)] = True
+        gone: Int64Array = (choices[:, None] * num_slices + np.arange(num_slices)).reshape(-1)
+        self._rows[torch.from_numpy(gone)] = 0.0
+        return gone
+
+    def total(self) -> Tensor:
+        """[T, D] in the model's dtype."""
+        rows = self._rows.view(self._shape)
+        weights = self._call.weights if self._left_out is None else _renormalised(self._call.weights, self._left_out)
+        total = None
+        for choice in range(self._shape[1]):
+            expert = rows[:, choice, 0].to(torch.float32)
+            for slice_index in range(1, self._shape[2]):
+                expert = expert + rows[:, choice, slice_index].to(torch.float32)
+            weighted = expert * weights[:, choice, None]
+            total = weighted if total is None else total + weighted
+        assert total is not None
+        return total.to(self._call.hidden.dtype)
+
+
+def _renormalised(weights: Tensor, left_out: Tensor) -> Tensor:
+    """float32 [T, K]: what is left of each token's weights, scaled so that their sum is what it was.
+
+    A token with no expert left gets zero; its residual goes on alone.
+    """
+    kept = weights.masked_fill(left_out, 0.0)
+    remaining = kept.sum(dim=1, keepdim=True)
+    scale = torch.where(remaining > 0, weights.sum(dim=1, keepdim=True) / remaining.clamp_min(1e-30), 0.0)
+    # Tokens that lack nothing keep their weights to the last bit.
+    return torch.where(left_out.any(dim=1, keepdim=True), kept * scale, weights)
+
+
+class PartialSum:
+    """Combine mode `partial`: nodes weigh and add what they hold; fewer bytes, sums depend on who held what."""
+
+    takes_some_pairs = False
+    """A node's answer is one sum: it is used as a whole or not at all."""
+
+    def __init__(self, call: ExpertCall) -> None:
+        self._dtype = call.hidden.dtype
+        self._sum = torch.zeros(call.hidden.shape, dtype=torch.float32)
+        self._parts: list[tuple[NodeRows, Tensor]] = []
+
+    def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
+        """Take in a node's weighted sums [T_n, D] float32; all of its pairs must be new."""
+        assert fresh is None or fresh.all()
+        self._parts.append((part, rows))
+
+    def total(self) -> Tensor:
+        """[T, D] in the model's dtype; nodes are added in order of their number."""
+        for part, rows in sorted(self._parts, key=lambda entry: (entry[0].node, int(entry[0].pairs[0]))):
+            self._sum[torch.from_numpy(part.tokens)] += rows
+        return self._sum.to(self._dtype)
+
+
+def pair_weights(call: ExpertCall, part: NodeRows, num_slices: int) -> npt.NDArray[Any]:
+    """float32 [R]: gate weight of each of a node's pairs."""
+    weights: npt.NDArray[Any] = call.weights.numpy().reshape(-1)[part.pairs // num_slices]
+    return weights

@@ -1,0 +1,235 @@
+"""The expert nodes that a stage knows: one socket each, whether it is connected, and who holds which shard."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import zmq
+
+from common.errors import ConfigurationError, ExecutionError, ProtocolError, SocketError
+from common.messages import NO_ARRAY, PublishPlacement
+from common.wire.array import Int32Array, Int64Array, frame_to_array
+from common.wire.endpoints import choose_endpoint, split_endpoints
+from common.wire.transport import MessageSocket, Transport
+
+
+@dataclass(slots=True, eq=False)
+class ExpertNode:
+    """One expert node as this stage sees it."""
+
+    number: int
+    node_id: str
+    incarnation: int
+    numeric_class: str
+    """Nodes of one class give the same bits."""
+    socket: MessageSocket
+    connected: bool = False
+    outstanding_rows: int = 0
+    heard_s: float = 0.0
+    """When it last said anything."""
+    probe: int = 0
+    """A call whose answer nobody waits for, but that it answers: it tells that the node is back, or there. 0: none."""
+    probe_after_s: float = 0.0
+    """It has been asked for its probe, or has refused it: not before."""
+    is_proven: bool = True
+    """False for one that has joined others and has answered nothing here yet: it is asked where it alone can be."""
+
+
+class ExpertNodes:
+    """Nodes by number (numbers are this stage's own and never used twice), and the placement that named them."""
+
+    def __init__(
+        self, transport: Transport, ipc_token: str, num_experts: int, log: structlog.stdlib.BoundLogger
+    ) -> None:
+        """`num_experts` of a layer."""
+        self._num_experts = num_experts
+        self._transport = transport
+        self._ipc_token = ipc_token
+        self._log = log
+        self._numbers = itertools.count()
+        self._nodes: dict[int, ExpertNode] = {}
+        self._owners: Int64Array = np.zeros((0, 0, 0), dtype=np.int64)
+        """[C, L, shard keys]: node numbers by place in the list of copies; -1: none."""
+        self._copies: dict[int, list[list[int]]] = {}
+        """Layer -> shard key -> node numbers, first choice first; of the layers that were asked for."""
+        self._first_classes: tuple[str, ...] = ()
+        """By layer, where the nodes of the last placement have several."""
+        self._classes_before: tuple[str, ...] = ()
+        """The same where they have one, too: what the bits of a layer were made with."""
+        self._current: list[ExpertNode | None] = []
+        """In the order of the placement; None: out of reach."""
+        self._placement: PublishPlacement | None = None
+        self._come_together = True
+        """Whether nobody was here before the nodes of the last placement: then they are no newcomers."""
+        self._unopened: set[int] = set()
+        """Places of nodes for which there was no socket; asked for again."""
+        self._stamp = (0, 0)
+        self._bytes_to_lost_nodes = 0
+        self.num_slices = 1
+
+    def __iter__(self) -> Iterator[ExpertNode]:
+        return iter(list(self._nodes.values()))
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._nodes
+
+    def __getitem__(self, number: int) -> ExpertNode:
+        return self._nodes[number]
+
+    @property
+    def bytes_sent(self) -> int:
+        """To all nodes since start."""
+        return self._bytes_to_lost_nodes + sum(node.socket.bytes_sent for node in self._nodes.values())
+
+    @property
+    def outstanding_rows(self) -> dict[int, int]:
+        """What each node still owes."""
+        return {node.number: node.outstanding_rows for node in self._nodes.values()}
+
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """Data and monitor sockets of all nodes."""
+        sockets = [node.socket.raw for node in self._nodes.values()]
+        return sockets + [n.socket.monitor for n in self._nodes.values() if n.socket.monitor is not None]
+
+    def version_of(self, router_term: int) -> int:
+        """Of the placement that this router has published; 0: none of its has come."""
+        return self._stamp[1] if self._stamp[0] == router_term else 0
+
+    def expect(self, num_slices: int) -> None:
+        """So many an expert, as long as no placement has told: calls that begin before wait for their copies."""
+        if self._stamp == (0, 0):
+            self.num_slices = num_slices
+
+    def take_placement(self, placement: PublishPlacement, router_term: int, num_slices: int) -> list[ExpertNode] | None:
+        """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement, or this
+        one again.
+
+        Versions begin anew with every router, so they are compared after its term. A node that cannot be reached from
+        here is left out: the others still can. Raises ProtocolError for a placement that makes no sense.
+        """
+        stamp = (router_term, placement.version)
+        if stamp <= self._stamp:
+            return None
+        owners = _read_owners(placement)
+        if owners.shape[3] != num_slices:
+            raise ProtocolError(f"placement has {owners.shape[3]} slices an expert, this mesh has {num_slices}")
+        columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
+        if any(len(column) != len(placement.node_ids) for column in columns):
+            raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
+        if placement.first_classes and len(placement.first_classes) != owners.shape[1]:
+            raise ProtocolError(
+                f"PublishPlacement.first_classes names {len(placement.first_classes)} layers of {owners.shape[1]}"
+            )
+        self._stamp, self.num_slices = stamp, num_slices
+        self._come_together = not self._nodes
+        gone = {(node.node_id, node.incarnation): node for node in self._nodes.values()}
+        kept = [gone.pop(name, None) for name in zip(placement.node_ids, placement.incarnations, strict=True)]
+        for node in gone.values():  # first: others may need their sockets
+            self._bytes_to_lost_nodes += node.socket.bytes_sent
+            node.connected = False
+            node.socket.close()
+            del self._nodes[node.number]
+        self._placement, self._unopened = placement, set()
+        self._current = [node or self._connect(placement, index) for index, node in enumerate(kept)]
+        self._take_classes(placement, owners.shape[1])
+        self._number_owners(owners)
+        return list(gone.values())
+
+    def connect_unopened(self) -> bool:
+        """Try nodes again for which there was no socket. True if the sockets have changed."""
+        if self._placement is None or not self._unopened:
+            return False
+        unopened, self._unopened = self._unopened, set()
+        for index in sorted(unopened):
+            self._current[index] = self._connect(self._placement, index)
+        if self._unopened == unopened:
+            return False
+        self._number_owners(_read_owners(self._placement))
+        return True
+
+    def _number_owners(self, owners: Int32Array) -> None:
+        numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)
+        self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
+        self._copies = {}
+
+    def _take_classes(self, placement: PublishPlacement, num_layers: int) -> None:
+        self._first_classes, sole = placement.first_classes, set(placement.numeric_classes)
+        now = placement.first_classes or (tuple(sole) * num_layers if len(sole) == 1 else ())
+        for layer in sorted(self._copies):  # those that were asked for
+            before = self._classes_before[layer] if layer < len(self._classes_before) else ""
+            if now and before and before != now[layer]:
+                self._log.warning("numeric_class_changed", layer=layer, before=before, now=now[layer])
+        self._classes_before = now or self._classes_before
+
+    def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
+        """Connected nodes with a copy, by shard key of a layer, without those to avoid; none before a placement is
+        known. Raises ExecutionError for a layer that the placement lacks."""
+        if self._stamp == (0, 0):
+            return [[]] * (self._num_experts * self.num_slices)
+        copies = self._copies_by_key(layer)
+        usable = {node.number for node in self._nodes.values() if node.connected} - avoided
+        if len(usable) == len(self._nodes):
+            return copies
+        return [[number for number in holders if number in usable] for holders in copies]
+
+    def first_class(self, layer: int) -> str | None:
+        """The numeric class that answers the calls of a layer, so that their bits do not change with who has time.
+
+        The router chooses it, the same for all stages. None: all nodes have one class, or nobody has held anything of
+        the layer.
+        """
+        return (self._first_classes[layer] or None) if layer < len(self._first_classes) else None
+
+    def _copies_by_key(self, layer: int) -> list[list[int]]:
+        copies = self._copies.get(layer)
+        if copies is None:
+            copies = self._copies[layer] = self._copies_of(layer)
+        return copies
+
+    def _copies_of(self, layer: int) -> list[list[int]]:
+        if layer >= self._owners.shape[1]:
+            raise ExecutionError(f"the placement has no layer {layer}")
+        return [[number for number in numbers if number >= 0] for numbers in self._owners[:, layer].T.tolist()]
+
+    def _connect(self, placement: PublishPlacement, index: int) -> ExpertNode | None:
+        node_id = placement.node_ids[index]
+        try:
+            endpoint = choose_endpoint(
+                split_endpoints(placement.endpoints[index]), placement.ipc_tokens[index], self._ipc_token
+            )
+            socket = self._transport.dealer(f"to {node_id}", endpoint)
+        except ConfigurationError as error:
+            self._log.error("expert_unreachable", node=node_id, reason=str(error))
+            return None
+        except SocketError as error:
+            self._log.error("expert_without_socket", node=node_id, reason=str(error))
+            self._unopened.add(index)
+            return None
+        numeric_class = placement.numeric_classes[index]
+        node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], numeric_class, socket)
+        node.is_proven = self._come_together
+        self._nodes[node.number] = node
+        return node
+
+
+def _read_owners(placement: PublishPlacement) -> Int32Array:
+    """[C, L, E, S]: 1 + node by place in the list of copies, 0 for none, also of a router that says it by node.
+
+    Raises ProtocolError for shapes that do not fit and nodes that are not named.
+    """
+    num_nodes = len(placement.node_ids)
+    if placement.owners.shape != NO_ARRAY.shape:
+        owners: Int32Array = frame_to_array(placement.owners, "int32", (None, None, None, None), "owners")
+        if owners.size and not 0 <= int(owners.min()) <= int(owners.max()) <= num_nodes:
+            raise ProtocolError(f"PublishPlacement.owners names a node outside [0, {num_nodes}]")
+        return owners
+    copies = frame_to_array(placement.copies, "uint8", (num_nodes, None, None, None), "copies")
+    owners = np.zeros((int(copies.max(initial=0)), *copies.shape[1:]), dtype=np.int32)
+    for number, places in enumerate(copies):
+        held = np.nonzero(places)
+        owners[(places[held].astype(np.int64) - 1, *held)] = 1 + number
+    return owners

@@ -1,0 +1,157 @@
+"""One expert call of a stage until its sum is whole: which pairs are missing, and who has been asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import MoemeshError
+from common.messages import Header
+from common.wire.array import BoolArray, Float64Array, Int64Array
+from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum
+from services.stage.model.decoder import ExpertCall
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 1.0
+"""A refusal costs a round trip, and what it is about (shards on their way, a placement) takes seconds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AskedPart:
+    """Rows that one node was asked for and has not answered."""
+
+    rows: NodeRows
+    asked_s: float
+    is_hedge: bool
+    """Somebody else was asked for them before, and owes them still."""
+
+
+@dataclass(slots=True)
+class _Pause:
+    """A node that did not take the call."""
+
+    times: int = 0
+    until_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class PendingCall:
+    """What is asked, of whom, and what has come back. A pair may be asked of several nodes; it is taken once."""
+
+    call: ExpertCall
+    header: Header
+    deadline_s: float
+    num_slices: int
+    sum: ExactSum | PartialSum
+    started_s: float
+    on_done: Callable[[Tensor], None]
+    on_failed: Callable[[MoemeshError], None]
+    on_degraded: Callable[[Int64Array], None]
+    """Told of the token rows that do without an expert, before `on_done`."""
+    on_retried: Callable[[], None]
+    """Told each time that somebody else is asked too, or instead."""
+    parts: dict[int, AskedPart] = field(default_factory=dict)
+    """Asked and not answered, by number of the message."""
+    pauses: dict[int, _Pause] = field(default_factory=dict)
+    """Nodes that did not take this call: each is asked again after a pause that grows."""
+    last_refusal: str = ""
+    """What the last of them said."""
+    homeless_since_s: float | None = None
+    """Since when there are pairs that no usable node holds; None: there are none."""
+    look_again_s: float = float("inf")
+    """Before that there is nothing to hedge."""
+    missing: BoolArray = field(init=False)
+    """[pairs]: not come back yet."""
+    asked_s: Float64Array = field(init=False)
+    """[pairs]: when somebody was last asked."""
+
+    def __post_init__(self) -> None:
+        num_pairs = self.call.experts.numel() * self.num_slices
+        self.missing = np.ones(num_pairs, dtype=np.bool_)
+        self.asked_s = np.zeros(num_pairs)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every pair has come back or is left out."""
+        return not self.missing.any()
+
+    def keys(self, pairs: Int64Array) -> Int64Array:
+        """Shard key of each pair."""
+        experts: Int64Array = self.call.experts.numpy().reshape(-1)
+        return experts[pairs // self.num_slices] * self.num_slices + pairs % self.num_slices
+
+    def uncovered(self) -> Int64Array:
+        """Pairs that are missing and that nobody owes."""
+        mask = self.missing.copy()
+        for part in self.parts.values():
+            mask[part.rows.pairs] = False
+        return np.flatnonzero(mask)
+
+    def overdue(self, part: AskedPart, before_s: float) -> Int64Array:
+        """Pairs of a part that are missing, and that nobody was asked for after `before_s`."""
+        pairs = part.rows.pairs
+        return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
+
+    def unask(self, part: AskedPart) -> None:
+        """A part that is no longer among `parts` will not be answered: its pairs were last asked of those who still
+        owe them, so that they are as late as with those alone."""
+        asked_s = np.zeros(self.missing.size)
+        for other in self.parts.values():
+            pairs = other.rows.pairs
+            asked_s[pairs] = np.maximum(asked_s[pairs], other.asked_s)
+        self.asked_s[part.rows.pairs] = asked_s[part.rows.pairs]
+        self.look_again_s = 0.0
+
+    def pause(self, node: int, now_s: float) -> None:
+        """A node did not take this call: others are to be asked, and this one again after a while."""
+        pause = self.pauses.setdefault(node, _Pause())
+        pause.until_s = now_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**pause.times)
+        pause.times += 1
+
+    def pausing(self, now_s: float) -> set[int]:
+        """Nodes that are not to be asked yet."""
+        return {node for node, pause in self.pauses.items() if now_s < pause.until_s}
+
+    def owed_by(self, pairs: Int64Array) -> set[int]:
+        """Nodes that owe any of these pairs."""
+        mask = np.zeros(self.missing.size, dtype=np.bool_)
+        mask[pairs] = True
+        return {part.rows.node for part in self.parts.values() if mask[part.rows.pairs].any()}
+
+    def take(self, part: AskedPart, rows: Tensor) -> None:
+        """Use what is new in an answer to a part that is no longer among `parts`."""
+        pairs = part.rows.pairs
+        self.sum.add(part.rows, rows, self.missing[pairs])
+        self.missing[pairs] = False
+
+    def pointless(self) -> list[int]:
+        """Messages whose answers cannot be used any more, since others answered."""
+        some = self.sum.takes_some_pairs
+        return [
+            number
+            for number, part in self.parts.items()
+            for left in (self.missing[part.rows.pairs],)
+            if not (left.any() if some else left.all())
+        ]
+
+    def leave_out(self, pairs: Int64Array) -> Int64Array:
+        """Go on without these pairs (combine mode `exact` only). The token rows that this concerns, ascending."""
+        assert isinstance(self.sum, ExactSum)
+        self.missing[self.sum.leave_out(pairs)] = False
+        return np.unique(pairs // (self.call.experts.shape[1] * self.num_slices))
+
+    def header_now(self, now_s: float) -> Header:
+        """The step's counters with this call's layer and the time that is left."""
+        step = self.header
+        return Header(
+            router_term=step.router_term,
+            generation=step.generation,
+            attempt=step.attempt,
+            step=step.step,
+            layer=self.call.layer,
+            time_left_ms=max(1, int((self.deadline_s - now_s) * 1000)),
+            trace=step.trace,
+        )

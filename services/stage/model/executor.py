@@ -1,0 +1,174 @@
+"""Runs the micro-batches of one stage: whichever has its expert answers goes on. No sockets.
+
+Each micro-batch is a generator (`StageModel.forward`) that yields expert calls, and where the stage has a device also
+what it waits for there. `run_one` drives the next one that can go on until it yields again or ends; what it wants sent
+comes back as a value.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from common.compute.device_errors import raise_if_device_failed
+from common.errors import LIFE_ENDING_ERRORS
+from common.messages import Header, Step
+from services.stage.model.decoder import ExpertCall, ForwardPass, OnItsWay, StageModel
+from services.stage.model.kv_cache import PagedMemory
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+
+
+@dataclass(slots=True, eq=False)
+class RunningBatch:
+    """A micro-batch between its arrival and its departure."""
+
+    step: Step
+    header: Header
+    deadline_s: float
+    batch: MicroBatch
+    forward: ForwardPass
+    degraded_rows: set[int] = field(default_factory=set)
+    """Token rows that went on here without one of their experts."""
+    num_retried_calls: int = 0
+    """Expert calls that were asked of another copy too, or instead."""
+
+    def count_retried(self) -> None:
+        """One more."""
+        self.num_retried_calls += 1
+
+
+@dataclass(frozen=True, slots=True)
+class WantsExperts:
+    """The batch waits for the answer to this call."""
+
+    running: RunningBatch
+    call: ExpertCall
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The batch has left this stage's layers."""
+
+    running: RunningBatch
+    hidden: Tensor
+    """[T, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The forward pass raised; the batch is gone, the others go on."""
+
+    running: RunningBatch
+    error: Exception
+
+
+class Executor:
+    """Micro-batches that run on one model and one paged memory."""
+
+    def __init__(self, model: StageModel, memory: PagedMemory) -> None:
+        self._model = model
+        self._memory = memory
+        self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
+        self._on_device: deque[tuple[RunningBatch, OnItsWay]] = deque()
+        """Those whose results are on their way."""
+        self._running: set[RunningBatch] = set()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `run_one` might do something."""
+        return bool(self._runnable or self._on_device)
+
+    @property
+    def num_running(self) -> int:
+        """Batches here, computing or waiting."""
+        return len(self._running)
+
+    def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
+        """Take in a micro-batch; it runs when its turn comes."""
+        running = RunningBatch(step, header, deadline_s, batch, self._model.forward(batch, self._memory.caches))
+        self._running.add(running)
+        self._runnable.append((running, None))
+
+    def resume(self, running: RunningBatch, answer: Tensor) -> None:
+        """Give a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""
+        if running in self._running:
+            self._runnable.append((running, answer))
+
+    def run_one(self) -> WantsExperts | Finished | Broken | None:
+        """Drive the batch that has waited longest until it wants experts, ends or breaks. None: it waits for the device
+        now, or all do."""
+        able = self._take_able()
+        if able is None:
+            return None
+        running, answer = able
+        try:
+            with torch.inference_mode():
+                wanted = running.forward.send(answer)
+        except StopIteration as stop:
+            self._running.discard(running)
+            return Finished(running, stop.value)
+        except LIFE_ENDING_ERRORS:
+            raise  # of this stage there is nothing left that could go on
+        except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
+            raise_if_device_failed(error)
+            self._running.discard(running)
+            return Broken(running, error)
+        if isinstance(wanted, ExpertCall):
+            return WantsExperts(running, wanted)
+        self._on_device.append((running, wanted))
+        return None
+
+    def _take_able(self) -> tuple[RunningBatch, Tensor | None] | None:
+        """What the device has is sent at once: others wait for it elsewhere. Then the device gets more to do."""
+        for number, (running, awaited) in enumerate(self._on_device):
+            if awaited.is_ready():
+                del self._on_device[number]
+                return running, None
+        return self._runnable.popleft() if self._runnable else None
+
+    def drop(self, running: RunningBatch) -> None:
+        """End a batch whose step has failed."""
+        self._running.discard(running)
+        self._runnable = deque(entry for entry in self._runnable if entry[0] is not running)
+        self._on_device = deque(entry for entry in self._on_device if entry[0] is not running)
+        running.forward.close()
+
+    def self_test(self) -> None:
+        """One token through all layers, experts answering zero. Raises ValueError if a hidden state is not finite."""
+        probe = _probe_batch(self._model, self._memory.num_blocks)
+        forward = self._model.forward(probe, self._memory.caches)
+        with torch.inference_mode():
+            try:
+                answer = None
+                while True:
+                    wanted = forward.send(answer)  # what is on its way is waited for when it is used
+                    answer = torch.zeros_like(wanted.hidden) if isinstance(wanted, ExpertCall) else None
+            except StopIteration as stop:
+                hidden: Tensor = stop.value
+            outputs = hidden
+            if self._model.lm_head is not None:
+                outputs = self._model.sampled_logits(hidden, torch.zeros(1, dtype=torch.int64))
+        if not bool(torch.isfinite(outputs).all()):
+            raise ValueError("the self-test gave numbers that are not finite: the checkpoint is damaged")
+
+
+def _probe_batch(model: StageModel, block: int) -> MicroBatch:
+    """Token 0 at position 0 in a block that no sequence uses: the memory may hold what must not be lost."""
+    hidden = torch.zeros(1, dtype=torch.int64)
+    if model.embedding is None:
+        norm = model.layers[0].input_norm
+        hidden = torch.ones((1, norm.shape[0]), dtype=norm.dtype)
+    zero = torch.zeros(1, dtype=torch.int32)
+    return MicroBatch(
+        hidden=hidden,
+        positions=zero,
+        row_sequence=zero,
+        block_tables=torch.full((1, 1), block, dtype=torch.int32),
+        slots=torch.tensor([block * KV_BLOCK_TOKENS]),
+        sampling_rows=torch.zeros(0, dtype=torch.int64),
+        sampling=None,
+    )

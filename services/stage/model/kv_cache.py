@@ -1,0 +1,128 @@
+"""What a stage remembers of tokens: K and V of each layer, and the activation log. All of it in the router's blocks.
+
+The activation log is the hidden states that the stage sent on. It is paged like the cache, so it has the lifetime of
+the KV blocks and no bookkeeping of its own: a stage that replaces a later one is fed from it. K and V are on the device
+that computes; the log is on the host, as all that comes in and goes out is.
+
+T positions, B blocks, L layers of the stage, H KV heads, W head width, D model width. A *position* here is a place in
+paged memory: block * KV_BLOCK_TOKENS + offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.stage.model.kv_store import KvShape, KvStore, LocalKv
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
+
+PROBE_BLOCKS = 1
+"""After the router's blocks: self-tests write there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What some positions hold."""
+
+    keys: Tensor
+    """[L, T, H, W]."""
+    values: Tensor
+    """[L, T, H, W]."""
+    hidden: Tensor
+    """[T, D]; [0, D] without a log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Whole blocks, as they lie in memory."""
+
+    keys: Tensor
+    """[L, B, H * W * KV_BLOCK_TOKENS]."""
+    values: Tensor
+    """[L, B, H * W * KV_BLOCK_TOKENS]."""
+    hidden: Tensor
+    """[B, KV_BLOCK_TOKENS * D]; [0, KV_BLOCK_TOKENS * D] without a log."""
+
+
+class PagedMemory:
+    """Caches and log of one layer range. Positions and blocks are trusted: check them where they come in."""
+
+    def __init__(self, kv: KvStore, log: Tensor) -> None:
+        """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none."""
+        self.kv = kv
+        self.log = log
+
+    @property
+    def caches(self) -> list[LayerKvCache]:
+        """What this process's forward pass reads and writes, one a layer."""
+        return self.kv.caches
+
+    @property
+    def num_blocks(self) -> int:
+        """That the router may use."""
+        return self.kv.shape.num_blocks - PROBE_BLOCKS
+
+    @property
+    def has_log(self) -> bool:
+        """The last stage of a pipeline needs none."""
+        return self.log.shape[0] > 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of K, V and the log."""
+        return self.log.nbytes + self.kv.shape.num_bytes
+
+    def log_hidden(self, positions: Tensor, hidden: Tensor) -> None:
+        """Remember the hidden states [T, D] that are sent on."""
+        if self.has_log:
+            self.log.index_copy_(0, positions, hidden)
+
+    def logged(self, positions: Tensor) -> Tensor:
+        """[T, D]: what was sent on for these positions."""
+        return self.log.index_select(0, positions)
+
+    def rows(self, positions: Tensor) -> Rows:
+        """A copy of what these positions hold."""
+        keys, values = self.kv.rows(positions)
+        return Rows(keys, values, self.logged(positions) if self.has_log else self.log)
+
+    def put_rows(self, positions: Tensor, rows: Rows) -> None:
+        """Write what `rows` gave elsewhere."""
+        self.kv.put_rows(positions, rows.keys, rows.values)
+        if self.has_log and rows.hidden.shape[0]:
+            self.log_hidden(positions, rows.hidden)
+
+    def blocks(self, block_ids: Tensor) -> Blocks:
+        """A copy of whole blocks."""
+        keys, values = self.kv.blocks(block_ids)
+        log = self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block()
+        return Blocks(keys, values, log)
+
+    def put_blocks(self, block_ids: Tensor, blocks: Blocks) -> None:
+        """Write what `blocks` gave elsewhere."""
+        self.kv.put_blocks(block_ids, blocks.keys, blocks.values)
+        if self.has_log and blocks.hidden.shape[0]:
+            self._log_by_block().index_copy_(0, block_ids, blocks.hidden)
+
+    def _log_by_block(self) -> Tensor:
+        return self.log.view(-1, KV_BLOCK_TOKENS * self.log.shape[1])
+
+
+def allocate_paged_memory(
+    num_layers: int,
+    num_blocks: int,
+    kv_shape: tuple[int, int],
+    log_width: int,
+    dtype: torch.dtype,
+    *,
+    with_log: bool,
+    allocate_kv: Callable[[KvShape], KvStore] = LocalKv.allocate,
+) -> PagedMemory:
+    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises ValueError, and
+    what `allocate_kv` raises."""
+    kv = allocate_kv(KvShape(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype))
+    num_positions = (num_blocks + PROBE_BLOCKS) * KV_BLOCK_TOKENS if with_log else 0
+    return PagedMemory(kv, torch.zeros((num_positions, log_width), dtype=dtype))

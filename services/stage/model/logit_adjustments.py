@@ -1,0 +1,192 @@
+"""Penalties and biases of the sequences that a last stage samples: told once, kept, and counted on from there.
+
+A step says of each row whether it is told anew or goes on (`Step.adjusted`). What is kept lives as long as the slot's
+generation: with another one, whoever holds the slot is told anew. Checked here, applied in `model/penalties.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.errors import ProtocolError
+from common.messages import Step
+from common.wire.array import Float64Array, Int32Array, Int64Array, frame_to_array
+
+
+@dataclass(frozen=True, slots=True)
+class LogitAdjustments:
+    """S sampling rows, H (row, token) pairs with a past, B (row, token) pairs with a bias; each pair once."""
+
+    min_ps: Float64Array
+    """[S]; 0: off."""
+    presence_penalties: Float64Array
+    """[S]."""
+    frequency_penalties: Float64Array
+    """[S]."""
+    repetition_penalties: Float64Array
+    """[S]; 1: off."""
+    token_counts: Int32Array
+    """[H, 4]: row, token id, times generated, 1 if in the prompt."""
+    bias_places: Int64Array
+    """[B, 2]: row, token id."""
+    biases: Float64Array
+    """[B]; -inf: must not be drawn."""
+
+
+class CountedTokens:
+    """Tokens that have come up in one sequence: [*, 3] token id, times generated, 1 if in the prompt."""
+
+    def __init__(self, rows: Int32Array) -> None:
+        """`rows`: each token once. ProtocolError if not."""
+        self._row_of = {token_id: row for row, token_id in enumerate(rows[:, 0].tolist())}
+        if len(self._row_of) != len(rows):
+            raise ProtocolError("Step.token_counts names a token twice")
+        self._rows = rows.copy()
+
+    @property
+    def rows(self) -> Int32Array:
+        """Of all tokens, in order of appearance."""
+        return self._rows[: len(self._row_of)]
+
+    def add(self, token_id: int) -> None:
+        """It was generated once more."""
+        row = self._row_of.setdefault(token_id, len(self._row_of))
+        if row == len(self._rows):
+            self._rows = np.concatenate((self._rows, np.zeros((max(64, row), 3), dtype=np.int32)))
+        self._rows[row, 0] = token_id
+        self._rows[row, 1] += 1
+
+
+@dataclass(slots=True)
+class _KeptSequence:
+    num_generated: int
+    penalties: Float64Array
+    """[4]: min_p, presence, frequency, repetition."""
+    counts: CountedTokens | None
+    """None: no penalty looks at them."""
+    biases: Float64Array
+    """[*, 2]: token id, what is added."""
+
+
+_NEUTRAL: Float64Array = np.array([0.0, 0.0, 0.0, 1.0])
+
+
+@dataclass(slots=True)
+class KeptAdjustments:
+    """Of one slot in one generation."""
+
+    _sequences: dict[int, _KeptSequence] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def release(self, sequence_ids: Iterable[int]) -> None:
+        """These have ended."""
+        for sequence_id in sequence_ids:
+            self._sequences.pop(sequence_id, None)
+
+    def count(self, sequence_ids: Iterable[int], token_ids: Iterable[int]) -> None:
+        """These tokens were sampled, one of each sequence."""
+        for sequence_id, token_id in zip(sequence_ids, token_ids, strict=True):
+            kept = self._sequences.get(sequence_id)
+            if kept is not None:
+                kept.num_generated += 1
+                if kept.counts is not None:
+                    kept.counts.add(token_id)
+
+    def apply(self, step: Step, sequence_ids: Int64Array) -> LogitAdjustments | None:
+        """Take in what a step tells; what its rows [S], of these sequences, are adjusted by. None: by nothing.
+
+        Raises ProtocolError, also where a row goes on that is not known here, or with another number of tokens.
+        """
+        self.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
+        adjusted: Int64Array = frame_to_array(step.adjusted, "int64", (None, 3), "Step.adjusted")
+        told = _read_told(step, adjusted, len(sequence_ids))
+        if not len(adjusted):
+            return None
+        kept: dict[int, _KeptSequence] = {}
+        for row, num_generated, is_anew in adjusted.tolist():
+            sequence_id = int(sequence_ids[row])
+            if is_anew:
+                self._sequences[sequence_id] = told.sequence(row, num_generated)
+            elif sequence_id not in self._sequences:
+                raise ProtocolError(f"Step.adjusted goes on with sequence {sequence_id}, of which nothing is kept here")
+            kept[row] = self._sequences[sequence_id]
+            if kept[row].num_generated != num_generated:
+                raise ProtocolError(
+                    f"Step.adjusted says that sequence {sequence_id} has {num_generated} tokens, "
+                    f"{kept[row].num_generated} were counted here"
+                )
+        return _lay_out(kept, len(sequence_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a step says of the rows that it tells anew."""
+
+    penalties: dict[int, Float64Array]
+    counts: Int32Array
+    biases: Float64Array
+
+    def sequence(self, row: int, num_generated: int) -> _KeptSequence:
+        penalties = self.penalties.get(row, _NEUTRAL)
+        counts = self.counts[self.counts[:, 0] == row, 1:]
+        is_counted = len(counts) or (penalties[1:] != _NEUTRAL[1:]).any()
+        biases = self.biases[self.biases[:, 0] == row, 1:]
+        return _KeptSequence(num_generated, penalties, CountedTokens(counts) if is_counted else None, biases)
+
+
+def _read_told(step: Step, adjusted: Int64Array, num_rows: int) -> _Told:
+    penalties: Float64Array = frame_to_array(step.penalties, "float64", (None, 5), "Step.penalties")
+    counts: Int32Array = frame_to_array(step.token_counts, "int32", (None, 4), "Step.token_counts")
+    biases: Float64Array = frame_to_array(step.biases, "float64", (None, 3), "Step.biases")
+    rows, num_generated, is_anew = adjusted.T
+    if not (((rows >= 0) & (rows < num_rows)).all() and len(np.unique(rows)) == len(rows)):
+        raise ProtocolError(f"Step.adjusted holds a row outside [0, {num_rows}), or one twice")
+    if (num_generated < 0).any() or not ((is_anew == 0) | (is_anew == 1)).all():
+        raise ProtocolError("Step.adjusted holds a number of tokens below 0, or one that is neither 0 nor 1")
+    _check_penalties(penalties, num_rows)
+    if len(counts) and (counts.min() < 0 or counts[:, 0].max() >= num_rows or counts[:, 3].max() > 1):
+        raise ProtocolError(f"Step.token_counts holds a number that is no count, or a row outside [0, {num_rows})")
+    if len(biases) and not ((biases[:, :2] >= 0) & (biases[:, :2] < (num_rows, 1 << 31))).all():
+        raise ProtocolError(f"Step.biases holds a row outside [0, {num_rows}), or no token id")
+    if not (biases[:, 2] < np.inf).all():
+        raise ProtocolError("Step.biases holds a bias that is not a number")
+    anew = rows[is_anew == 1]
+    for name, named in (("penalties", penalties[:, 0]), ("token_counts", counts[:, 0]), ("biases", biases[:, 0])):
+        if not np.isin(named, anew).all():
+            raise ProtocolError(f"Step.{name} has a row that Step.adjusted does not tell anew")
+    return _Told({int(row[0]): row[1:].copy() for row in penalties}, counts, biases)
+
+
+def _check_penalties(penalties: Float64Array, num_rows: int) -> None:
+    if not np.isfinite(penalties).all():
+        raise ProtocolError("Step.penalties holds a number that is not finite")
+    rows, min_ps, repetitions = penalties[:, 0], penalties[:, 1], penalties[:, 4]
+    if not ((rows >= 0) & (rows < num_rows)).all():
+        raise ProtocolError(f"Step.penalties holds a row outside [0, {num_rows})")
+    if not ((min_ps >= 0) & (min_ps <= 1) & (repetitions > 0)).all():
+        raise ProtocolError("Step.penalties holds a min_p outside [0, 1], or a repetition penalty that is not above 0")
+
+
+def _lay_out(kept: dict[int, _KeptSequence], num_rows: int) -> LogitAdjustments:
+    dense = np.tile(_NEUTRAL, (num_rows, 1))
+    counts, biases = [np.zeros((0, 4), dtype=np.int32)], [np.zeros((0, 3))]
+    for row, sequence in kept.items():
+        dense[row] = sequence.penalties
+        if sequence.counts is not None:
+            counts.append(np.insert(sequence.counts.rows, 0, row, axis=1))
+        biases.append(np.insert(sequence.biases, 0, row, axis=1))
+    all_biases = np.concatenate(biases)
+    return LogitAdjustments(
+        min_ps=dense[:, 0],
+        presence_penalties=dense[:, 1],
+        frequency_penalties=dense[:, 2],
+        repetition_penalties=dense[:, 3],
+        token_counts=np.concatenate(counts),
+        bias_places=all_biases[:, :2].astype(np.int64),
+        biases=all_biases[:, 2],
+    )

@@ -1,0 +1,224 @@
+"""A step as flat tensors, and what every stage remembers of each sequence between steps: its block table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import ProtocolError
+from common.messages import Step
+from common.wire.array import Float64Array, Int32Array, Int64Array, frame_to_array
+from services.stage.model.logit_adjustments import KeptAdjustments, LogitAdjustments
+
+MAX_TOP_LOGPROBS = 1024
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One step on one stage. T tokens of Q sequences, S of which sample a token; B blocks in the longest table."""
+
+    hidden: Tensor
+    """int64 [T] token ids on the first stage, model dtype [T, D] elsewhere."""
+    positions: Tensor
+    """int32 [T]."""
+    row_sequence: Tensor
+    """int32 [T]: row of `block_tables` of each token."""
+    block_tables: Tensor
+    """int32 [Q, B]."""
+    slots: Tensor
+    """int64 [T]: where each token's K and V go."""
+    sampling_rows: Tensor
+    """int64 [S]: rows whose hidden state is projected to the vocabulary."""
+    sampling: SamplingColumns | None
+    """None only in a self-test."""
+    number: int = 0
+    """By which the ranks of this stage know it."""
+    host_positions: Tensor | None = None
+    """`positions` on the host, where those are on a device: how far attention goes must not wait for it."""
+
+    def rows(self, start: int, stop: int) -> MicroBatch:
+        """Token rows [start, stop) alone, as far as attention is concerned."""
+        return replace(
+            self,
+            positions=self.positions[start:stop],
+            row_sequence=self.row_sequence[start:stop],
+            slots=self.slots[start:stop],
+            host_positions=None if self.host_positions is None else self.host_positions[start:stop],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingColumns:
+    """What the sampler needs of each of the S rows."""
+
+    sequence_ids: Int64Array
+    positions: Int64Array
+    """Of the token to be sampled."""
+    temperatures: Float64Array
+    top_ps: Float64Array
+    top_ks: Int64Array
+    num_top_logprobs: Int64Array
+    """-1: no logprobs."""
+    seeds: Int64Array
+    choices: Int64Array
+    adjustments: LogitAdjustments | None = None
+    """Penalties and biases; None where no row has any."""
+
+
+class BlockTables:
+    """Block tables of the sequences that a stage knows, kept by the deltas that steps bring."""
+
+    def __init__(self, block_tokens: int, num_blocks: int) -> None:
+        self.block_tokens = block_tokens
+        self.num_blocks = num_blocks
+        self._tables: dict[int, Int32Array] = {}
+        self._computed: dict[int, int] = {}
+        self._inherited: set[int] = set()
+        """Blocks that came from another holder's memory, and of whose sequences no step has told yet."""
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def computed(self, step: Step) -> None:
+        """A step is through: its sequences have K and V up to the ends of its chunks."""
+        for sequence_id, start, num_tokens, *_ in frame_to_array(
+            step.sequences, "int64", (None, 6), "Step.sequences"
+        ).tolist():
+            if sequence_id in self._tables:
+                self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
+
+    def inherit(self, blocks: Iterable[int]) -> None:
+        """The memory is a copy of another holder's, and these blocks were copied: sequences have them whose tables come
+        with their next steps, which may be long after a mirror of this memory was filled."""
+        self._inherited.update(blocks)
+
+    def used_blocks(self) -> list[int]:
+        """Blocks of all sequences, known or not."""
+        return [*self._inherited, *(block for table in self._tables.values() for block in table.tolist())]
+
+    def held(self) -> tuple[Int64Array, Int32Array]:
+        """What a router that has forgotten is told: [N, 3] sequence id, positions computed, blocks; and the blocks."""
+        rows = [(number, self._computed.get(number, 0), table.size) for number, table in self._tables.items()]
+        tables = [*self._tables.values(), np.zeros(0, dtype=np.int32)]
+        return np.array(rows, dtype=np.int64).reshape(-1, 3), np.concatenate(tables).astype(np.int32)
+
+    def apply(self, step: Step) -> tuple[Int64Array, list[Int32Array]]:
+        """Take in a step's releases and new blocks; its sequence columns [Q, 6] and the tables, in order.
+
+        Raises ProtocolError when the deltas do not continue what is known here: the router then sends it anew.
+        """
+        for sequence_id in frame_to_array(step.released, "int64", (None,), "Step.released").tolist():
+            self._tables.pop(sequence_id, None)
+            self._computed.pop(sequence_id, None)
+        columns: Int64Array = frame_to_array(step.sequences, "int64", (None, 6), "Step.sequences")
+        new_blocks: Int32Array = frame_to_array(step.new_blocks, "int32", (None,), "Step.new_blocks")
+        if columns.size and columns[:, 1:].min() < 0:
+            raise ProtocolError("Step.sequences holds a negative number")
+        if int(columns[:, 4].sum()) != new_blocks.size:
+            raise ProtocolError(
+                f"Step.new_blocks has {new_blocks.size} ids, its sequences announce {columns[:, 4].sum()}"
+            )
+        if new_blocks.size and not (0 <= new_blocks.min() and new_blocks.max() < self.num_blocks):
+            raise ProtocolError(f"Step.new_blocks names a block outside [0, {self.num_blocks})")
+        tables, taken = [], 0
+        for sequence_id, start, num_tokens, num_known, num_new, _ in columns.tolist():
+            table = self._tables.get(sequence_id)
+            if num_known == 0:
+                table = new_blocks[taken : taken + num_new]
+            elif table is None or table.size != num_known:
+                known = 0 if table is None else table.size
+                raise ProtocolError(
+                    f"sequence {sequence_id} has {known} blocks here, the step continues from {num_known}"
+                )
+            elif num_new:
+                table = np.concatenate((table, new_blocks[taken : taken + num_new]))
+            taken += num_new
+            if num_tokens < 1 or start + num_tokens > table.size * self.block_tokens:
+                raise ProtocolError(
+                    f"sequence {sequence_id}: {num_tokens} tokens from {start} do not fit {table.size} blocks"
+                )
+            self._tables[sequence_id] = table
+            tables.append(table)
+        # Each has an owner that is known now: with it the block is released too.
+        self._inherited.difference_update(new_blocks.tolist())
+        return columns, tables
+
+
+def read_micro_batch(
+    step: Step, hidden: Tensor, tables: BlockTables, adjustments: KeptAdjustments | None = None
+) -> MicroBatch:
+    """Check a step and lay it out flat. `hidden` is its tensor as this stage takes it. Raises ProtocolError.
+
+    `adjustments`: what the last stage keeps of sequences' penalties and biases; others do not look at them.
+    """
+    columns, block_tables = tables.apply(step)
+    num_tokens = int(columns[:, 2].sum())
+    if num_tokens != hidden.shape[0]:
+        raise ProtocolError(f"Step.hidden has {hidden.shape[0]} rows, its sequences announce {num_tokens}")
+    return _lay_out(step, hidden, columns, block_tables, tables.block_tokens, adjustments)
+
+
+def read_positions(step: Step, tables: BlockTables) -> Tensor:
+    """int64 [T]: where in paged memory a step's tokens stand, for a stage that does not compute it. Raises
+    ProtocolError."""
+    columns, block_tables = tables.apply(step)
+    nothing = torch.zeros((int(columns[:, 2].sum()), 0))
+    return _lay_out(step, nothing, columns, block_tables, tables.block_tokens).slots
+
+
+def _lay_out(
+    step: Step,
+    hidden: Tensor,
+    columns: Int64Array,
+    block_tables: list[Int32Array],
+    block_tokens: int,
+    adjustments: KeptAdjustments | None = None,
+) -> MicroBatch:
+    starts, counts = columns[:, 1], columns[:, 2]
+    num_tokens = hidden.shape[0]
+    padded = np.zeros((len(block_tables), max((t.size for t in block_tables), default=0)), dtype=np.int32)
+    for row, table in enumerate(block_tables):
+        padded[row, : table.size] = table
+    row_sequence = np.repeat(np.arange(len(block_tables), dtype=np.int32), counts)
+    ends = np.cumsum(counts)
+    positions = np.arange(num_tokens) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
+    blocks = padded[row_sequence, positions // block_tokens].astype(np.int64)
+    slots = blocks * block_tokens + positions % block_tokens
+    samples = columns[:, 5] != 0
+    return MicroBatch(
+        hidden=hidden,
+        positions=torch.from_numpy(positions.astype(np.int32)),
+        row_sequence=torch.from_numpy(row_sequence),
+        block_tables=torch.from_numpy(padded),
+        slots=torch.from_numpy(slots),
+        sampling_rows=torch.from_numpy(ends[samples] - 1),
+        sampling=_sampling_columns(step, columns[samples], adjustments),
+    )
+
+
+def _sampling_columns(step: Step, columns: Int64Array, kept: KeptAdjustments | None) -> SamplingColumns:
+    sampling: Float64Array = frame_to_array(step.sampling, "float64", (len(columns), 4), "Step.sampling")
+    seeds: Int64Array = frame_to_array(step.seeds, "int64", (len(columns), 2), "Step.seeds")
+    if (
+        not np.isfinite(sampling).all()
+        or (sampling[:, 2] >= 1 << 31).any()
+        or (sampling[:, 3] > MAX_TOP_LOGPROBS).any()
+    ):
+        raise ProtocolError(
+            f"Step.sampling holds a number that is not finite, or asks for over {MAX_TOP_LOGPROBS} logprobs"
+        )
+    return SamplingColumns(
+        sequence_ids=columns[:, 0],
+        positions=columns[:, 1] + columns[:, 2],
+        temperatures=sampling[:, 0],
+        top_ps=sampling[:, 1],
+        top_ks=sampling[:, 2].astype(np.int64),
+        num_top_logprobs=sampling[:, 3].astype(np.int64),
+        seeds=seeds[:, 0],
+        choices=seeds[:, 1],
+        adjustments=None if kept is None else kept.apply(step, columns[:, 0]),
+    )

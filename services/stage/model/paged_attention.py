@@ -1,0 +1,199 @@
+"""Causal attention over a paged KV cache, and the writing of new keys and values into it.
+
+T tokens, H query heads, Hkv key/value heads, d head width. One layer's cache is two tensors:
+    keys   [blocks, Hkv, d, KV_BLOCK_TOKENS]   transposed inside a block: scores then need no sums across lanes
+    values [blocks, Hkv, KV_BLOCK_TOKENS, d]
+A KV block is also the tile of the online softmax: a token's result is a fold over the tiles of its sequence, in
+position order, cut at multiples of KV_BLOCK_TOKENS. So its bits do not depend on the chunk that it came in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.compute.device import HOST_MEMORY
+from common.compute.linear import KERNEL_DTYPES
+from common.compute.native_library import NativeKernels
+from services.stage.model.torch_attention import attention_by_torch
+
+KV_BLOCK_TOKENS = 32  # KV_BLOCK in common/compute/native/vectors.h
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKvCache:
+    """Keys and values of one layer, laid out as the head of this file says."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def heads_between_blocks(self) -> int:
+        """KV heads from one block to the next: more than `keys` has where it is a view of some heads."""
+        return self.keys.stride(0) // (self.keys.shape[2] * KV_BLOCK_TOKENS)
+
+    def of_heads(self, start: int, stop: int) -> LayerKvCache:
+        """A view of KV heads [start, stop)."""
+        return LayerKvCache(self.keys[:, start:stop], self.values[:, start:stop])
+
+
+class _AttentionDescriptor(ctypes.Structure):
+    """`struct Attention` of common/compute/native/attention.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "keys", "values", "tables", "sequences", "positions", "output")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "heads", "kv_heads", "cache_heads", "width", "max_blocks", "window", "threads")
+        ),
+        ("scale", ctypes.c_double),
+    )
+
+
+def allocate_kv_cache(
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device = HOST_MEMORY,
+) -> list[LayerKvCache]:
+    """One cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"a KV cache is float32 or bfloat16, not {dtype}")
+    return [
+        LayerKvCache(
+            keys=torch.zeros((num_blocks, num_kv_heads, head_dim, KV_BLOCK_TOKENS), dtype=dtype, device=device),
+            values=torch.zeros((num_blocks, num_kv_heads, KV_BLOCK_TOKENS, head_dim), dtype=dtype, device=device),
+        )
+        for _ in range(num_layers)
+    ]
+
+
+def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, kernels: NativeKernels | None) -> None:
+    """Puts key and value [T, Hkv, d] at slots [T] int64 (block * KV_BLOCK_TOKENS + offset; negative: skipped, but on a
+    device not allowed).
+
+    Raises ValueError when shapes or dtypes do not fit the cache. Slots are trusted: check them where they come in.
+    """
+    tokens, kv_heads, width = key.shape
+    if cache.keys.shape[1:3] != (kv_heads, width) or value.shape != key.shape or slots.shape != (tokens,):
+        raise ValueError(
+            f"key {tuple(key.shape)}, value {tuple(value.shape)}, slots {tuple(slots.shape)} do not fit a cache of "
+            f"{tuple(cache.keys.shape)}"
+        )
+    if key.dtype != cache.keys.dtype or value.dtype != cache.keys.dtype or slots.dtype != torch.int64:
+        raise ValueError(f"key {key.dtype}, value {value.dtype}, slots {slots.dtype} for a cache of {cache.keys.dtype}")
+    if kernels is None or key.device.type != "cpu":
+        if slots.device.type == "cpu":  # the host would wait for a device to count them; steps have none
+            kept = slots >= 0
+            key, value, slots = key[kept], value[kept], slots[kept]
+        blocks, offsets = slots // KV_BLOCK_TOKENS, slots % KV_BLOCK_TOKENS
+        cache.keys[blocks, :, :, offsets] = key
+        cache.values[blocks, :, offsets] = value
+        return
+    key, value = _packed_heads(key), _packed_heads(value)
+    slots = slots.contiguous()
+    kernels.write_kv(
+        key.data_ptr(),
+        key.stride(0),
+        value.data_ptr(),
+        value.stride(0),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        slots.data_ptr(),
+        tokens,
+        kv_heads,
+        cache.heads_between_blocks,
+        width,
+        int(key.dtype == torch.bfloat16),
+    )
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    """x [T, Hkv, d] as it is where a token's heads lie together, as in a slice of a fused projection; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def paged_attention(
+    query: Tensor,
+    cache: LayerKvCache,
+    block_tables: Tensor,
+    row_sequence: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    kernels: NativeKernels | None,
+    host_positions: Tensor | None = None,
+) -> Tensor:
+    """query [T, H, d] -> [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
+
+    block_tables [S, max_blocks] int32: block of each KV_BLOCK_TOKENS positions of a sequence.
+    row_sequence [T] int32: the row of block_tables of each token. positions [T] int32.
+    host_positions: the same on the host, where the rest is on a device.
+    sliding_window 0 is none. Tokens of one sequence should follow each other: they are then computed together.
+    Raises ValueError when shapes or dtypes do not fit. Indices are trusted: check them where they come in.
+    """
+    tokens, heads, width = query.shape
+    kv_heads = cache.keys.shape[1]
+    if heads % kv_heads or width != cache.keys.shape[2] or query.dtype != cache.keys.dtype:
+        raise ValueError(
+            f"query {tuple(query.shape)} {query.dtype} does not fit a cache of {tuple(cache.keys.shape)} "
+            f"{cache.keys.dtype}"
+        )
+    if block_tables.dim() != 2 or row_sequence.shape != (tokens,) or positions.shape != (tokens,):
+        raise ValueError(
+            f"block_tables {tuple(block_tables.shape)}, row_sequence {tuple(row_sequence.shape)}, positions "
+            f"{tuple(positions.shape)} do not fit {tokens} tokens"
+        )
+    if not block_tables.dtype == row_sequence.dtype == positions.dtype == torch.int32:
+        raise ValueError(
+            f"block_tables, row_sequence and positions are int32, not {block_tables.dtype}, "
+            f"{row_sequence.dtype} and {positions.dtype}"
+        )
+    if kernels is None or query.device.type != "cpu":
+        return attention_by_torch(
+            query,
+            cache.keys,
+            cache.values,
+            block_tables,
+            row_sequence,
+            positions,
+            scale,
+            sliding_window,
+            host_positions,
+        )
+    query, block_tables = query.contiguous(), block_tables.contiguous()
+    row_sequence, positions = row_sequence.contiguous(), positions.contiguous()
+    output = torch.empty_like(query)
+    descriptor = _AttentionDescriptor(
+        query.data_ptr(),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        block_tables.data_ptr(),
+        row_sequence.data_ptr(),
+        positions.data_ptr(),
+        output.data_ptr(),
+        tokens,
+        heads,
+        kv_heads,
+        cache.heads_between_blocks,
+        width,
+        block_tables.shape[1],
+        sliding_window,
+        kernels.threads,
+        scale,
+    )
+    kernels.attention(ctypes.addressof(descriptor), int(query.dtype == torch.bfloat16))
+    return output

@@ -1,0 +1,116 @@
+"""The receiving side of a mirror: a copy of another stage's paged memory, and up to which step it is whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from common.errors import ProtocolError
+from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorRows
+from common.wire.tensor import frame_to_tensor
+from common.wire.transport import Full, MessageSocket
+from services.stage.model.kv_cache import Blocks, PagedMemory, Rows
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+
+
+@dataclass(slots=True)
+class Mirror:
+    """A copy that grows. `socket` leads back to the holder, for acknowledgements."""
+
+    role: AssignMirror
+    router_term: int
+    memory: PagedMemory
+    socket: MessageSocket
+    number: int = 0
+    """Of this role."""
+    mark: int = 0
+    """All steps up to this one are in the copy, once it is complete."""
+    is_complete: bool = False
+    broken_stream: int = 0
+    """Attempt of the last stream that had a gap or did not fit; nothing of it is taken. 0: none had."""
+    attempt: int = 0
+    """Of the stream that is taken now."""
+    last_sequence_number: int = 0
+    written_blocks: set[int] = field(default_factory=set)
+    """What was ever copied into: which sequences that is, and whether they still live, a mirror is not told."""
+    acknowledged: int = 0
+
+    @property
+    def is_spoilt(self) -> bool:
+        """The stream that is taken now is broken: it must begin anew."""
+        return self.broken_stream == self.attempt > 0
+
+    def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+        """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
+        return (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
+
+    def take(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+        """Apply one message. True if the copy has become complete with it.
+
+        Raises ProtocolError where the stream has a gap or does not fit: the copy is then worth nothing.
+        """
+        if header.attempt > self.attempt:
+            self.attempt, self.last_sequence_number, self.acknowledged, self.mark = header.attempt, 0, 0, 0
+            self.is_complete = False
+        self.last_sequence_number += 1
+        if header.sequence_number != self.last_sequence_number:
+            missing = header.sequence_number - self.last_sequence_number
+            raise ProtocolError(f"{missing} messages of the mirrored stage did not arrive")
+        was_complete = self.is_complete
+        if isinstance(message, MirrorRows):
+            self._put_rows(message)
+        else:
+            self._put_blocks(message)
+            self.is_complete = self.is_complete or message.is_last
+        self.mark = max(self.mark, message.mark)
+        self.acknowledge()
+        return self.is_complete and not was_complete
+
+    def acknowledge(self) -> None:
+        """Say what was applied, unless that was said. Its holder may wait for it before it sends more."""
+        if self.is_spoilt or self.acknowledged == self.last_sequence_number:
+            return
+        try:
+            self.socket.send(MirrorAck(self.role.lease_term, self.last_sequence_number), Header(attempt=self.attempt))
+        except Full:
+            return  # not connected yet, or busy: to be called again
+        self.acknowledged = self.last_sequence_number
+
+    def close(self) -> None:
+        """Follow nobody any more."""
+        self.socket.close()
+
+    def _put_rows(self, message: MirrorRows) -> None:
+        positions = frame_to_tensor(message.positions, torch.int64, (None,), "MirrorRows.positions")
+        limit = self.memory.num_blocks * KV_BLOCK_TOKENS
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
+            raise ProtocolError(f"MirrorRows.positions names a place outside [0, {limit})")
+        kv = self.memory.kv.shape
+        shape = (kv.num_layers, len(positions), kv.num_kv_heads, kv.head_dim)
+        log_rows = len(positions) if self.memory.has_log else 0
+        rows = Rows(
+            frame_to_tensor(message.keys, kv.dtype, shape, "MirrorRows.keys"),
+            frame_to_tensor(message.values, kv.dtype, shape, "MirrorRows.values"),
+            frame_to_tensor(message.hidden, kv.dtype, (log_rows, self.memory.log.shape[1]), "MirrorRows.hidden"),
+        )
+        if len(positions):
+            self.memory.put_rows(positions, rows)
+            self.written_blocks.update((positions // KV_BLOCK_TOKENS).tolist())
+
+    def _put_blocks(self, message: MirrorBlocks) -> None:
+        block_ids = frame_to_tensor(message.blocks, torch.int32, (None,), "MirrorBlocks.blocks").to(torch.int64)
+        limit = self.memory.num_blocks
+        if block_ids.numel() and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < limit:
+            raise ProtocolError(f"MirrorBlocks.blocks names a block outside [0, {limit})")
+        kv = self.memory.kv.shape
+        shape = (kv.num_layers, len(block_ids), kv.num_kv_heads * kv.head_dim * KV_BLOCK_TOKENS)
+        log_shape = (len(block_ids) if self.memory.has_log else 0, KV_BLOCK_TOKENS * self.memory.log.shape[1])
+        blocks = Blocks(
+            frame_to_tensor(message.keys, kv.dtype, shape, "MirrorBlocks.keys"),
+            frame_to_tensor(message.values, kv.dtype, shape, "MirrorBlocks.values"),
+            frame_to_tensor(message.hidden, kv.dtype, log_shape, "MirrorBlocks.hidden"),
+        )
+        if len(block_ids):
+            self.memory.put_blocks(block_ids, blocks)
+            self.written_blocks.update(block_ids.tolist())

@@ -1,0 +1,128 @@
+"""What a stage has of a slot: its layers, its memory, and the assignment that they are for."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from common.errors import MoemeshError
+from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
+from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
+from common.topology import LayerRange, StageRole, StageSlot
+from common.wire.transport import MessageSocket
+from services.stage.model.decoder import StageModel
+from services.stage.model.executor import Executor
+from services.stage.model.kv_cache import PagedMemory
+from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.model.micro_batch import BlockTables
+from services.stage.ranks.group import RankLoad
+from services.stage.slot.step_watermark import StepMarks
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayers:
+    """Weights of a layer range."""
+
+    layers: LayerRange
+    dtype: torch.dtype
+    model: StageModel
+    bytes_read: int
+    num_bytes: int
+    """As they are held: checkpoints may store fewer a value."""
+    ranks_load: RankLoad | None = None
+    """Where the stage has ranks: what they loaded with it."""
+
+
+class MemoryTag(NamedTuple):
+    """Which paged memory this is. Of another slot or size, nothing of it is of use."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    layers: LayerRange
+    num_blocks: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class HeldMemory:
+    """Paged memory, whose it is, and how far it is filled."""
+
+    tag: MemoryTag
+    memory: PagedMemory
+    tables: BlockTables
+    marks: StepMarks
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """An assignment whose layers are on their way."""
+
+    message: AssignStage | AssignMirror
+    header: Header
+    layers: LayerRange
+    dtype: torch.dtype
+    future: Future[LoadedLayers]
+    ranks_load: RankLoad | None
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingLoad:
+    """The layers of the slot that is served, cut for more ranks."""
+
+    future: Future[LoadedLayers]
+    ranks_load: RankLoad
+    is_loaded: bool = False
+    """By all of them."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """The slot that this stage serves now."""
+
+    role: StageRole
+    router_term: int
+    model: StageModel
+    executor: Executor
+    held: HeldMemory
+    downstream: MessageSocket
+    last_sequence_number: int = 0
+    """Of the messages from upstream."""
+    adjustments: KeptAdjustments = field(default_factory=KeptAdjustments)
+    """On the last slot, in this generation."""
+    takes_steps: bool = True
+    """Not between a hello, which says what is held here, and the assignment that follows it."""
+
+    def takes(self, stamp: tuple[int, int]) -> bool:
+        """Whether a step of this router's term and generation is one for this slot."""
+        return self.takes_steps and stamp == (self.router_term, self.role.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The slot is loaded, tested and connected; or it is mirrored from now on."""
+
+    ready: StageReady | MirrorReady
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The slot cannot be taken."""
+
+    error: MoemeshError
+    header: Header
+
+
+def role_of(message: AssignStage | AssignMirror, header: Header) -> StageRole:
+    """The role that an assignment stands for."""
+    return StageRole(
+        slot=StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot)),
+        layers=LayerRange(message.first_layer, message.stop_layer),
+        lease_term=LeaseTerm(message.lease_term),
+        generation=Generation(header.generation),
+        num_slots=message.num_slots,
+    )

@@ -1,0 +1,394 @@
+"""The slot that a stage holds or mirrors: load its layers off the message loop, keep them and the paged memory.
+
+The memory outlives generations, and also the slot: `StageReady.kv_mark` tells the router up to which step it is good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+import torch
+
+from common.checkpoint.model_config import ModelConfig
+from common.checkpoint.weights import CheckpointWeights
+from common.compute.device import HOST, Device
+from common.compute.device_errors import refusal_to_load
+from common.compute.native_library import NativeKernels
+from common.errors import LIFE_ENDING_ERRORS, MoemeshError, ProtocolError, RankLostError
+from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
+from common.node.loader_thread import LoaderThread
+from common.processes.memory import offered_bytes
+from common.topology import LayerRange, StageRole, StageState
+from common.wire.endpoints import choose_endpoint
+from common.wire.transport import Transport
+from services.stage.model.device_model import put_on_device
+from services.stage.model.executor import Executor
+from services.stage.model.kv_cache import allocate_paged_memory
+from services.stage.model.kv_store import KvShape, KvStore, LocalKv
+from services.stage.model.loading import load_stage
+from services.stage.model.micro_batch import BlockTables
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+from services.stage.model.part_loading import WHOLE
+from services.stage.ranks.group import RankGroup, RankLoad
+from services.stage.ranks.memory_needs import Free, against_growth
+from services.stage.slot.mirror_receiver import Mirror
+from services.stage.slot.slot import (
+    GrowingLoad,
+    HeldMemory,
+    LoadedLayers,
+    Loading,
+    MemoryTag,
+    Refused,
+    Slot,
+    Taken,
+    role_of,
+)
+from services.stage.slot.step_watermark import StepMarks
+
+LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
+"""What a damaged checkpoint or too little memory may raise."""
+
+
+class SlotKeeper:
+    """At most one slot at a time. The newest assignment wins, also over one that is still loading."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Path,
+        num_positions: int,
+        kernels: NativeKernels | None,
+        transport: Transport,
+        ipc_token: str,
+        log: structlog.stdlib.BoundLogger,
+        loaded: LoadedLayers | None = None,
+        loader: LoaderThread | None = None,
+        ranks: RankGroup | None = None,
+        free_bytes: Callable[[], int] = offered_bytes,
+        device: Device = HOST,
+    ) -> None:
+        """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins. With `ranks`
+        any method may raise RankLostError, which ends the incarnation; with a `device`, DeviceError."""
+        self._config = config
+        self._checkpoint = checkpoint
+        self._num_positions = num_positions
+        self._kernels = kernels
+        self._transport = transport
+        self._ipc_token = ipc_token
+        self._log = log
+        self._loader = loader or LoaderThread()
+        self._ranks = ranks
+        self._growing: GrowingLoad | None = None
+        self._free_bytes = free_bytes
+        self._device = device
+        self.loaded = loaded
+        """The layers of the slot that is or was held, or None while others are loaded."""
+        self._held: HeldMemory | None = None
+        self._loading: Loading | None = None
+        self._bytes_to_former_downstreams = 0
+        self.slot: Slot | None = None
+        self.mirror: Mirror | None = None
+        """Where this node follows another's slot."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Downstream, since start."""
+        return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
+
+    def state_of(self, number: int) -> StageState:
+        """How far this stage is with the role of this number, the last one that it was told; 0: none."""
+        if not number:
+            return StageState.SPARE
+        if self.slot is not None and self.slot.role.generation == number:
+            return StageState.HOLDING
+        if self.mirror is not None and self.mirror.number == number:
+            return StageState.COMPLETE if self.mirror.is_complete else StageState.FILLING
+        is_loading = self._loading is not None and self._loading.header.generation == number
+        return StageState.LOADING if is_loading else StageState.REFUSED
+
+    @property
+    def lease_term(self) -> int:
+        """Of the slot that is held, mirrored or loaded for; 0: of none."""
+        if self.slot is not None:
+            return self.slot.role.lease_term
+        if self.mirror is not None:
+            return self.mirror.role.lease_term
+        return self._loading.message.lease_term if self._loading is not None else 0
+
+    @property
+    def rank_degree(self) -> int:
+        """Ranks that work on the slot's layers."""
+        return 1 if self._ranks is None else self._ranks.degree
+
+    @property
+    def reduces(self) -> tuple[float, int]:
+        """Seconds that this rank has spent in putting parts together, and how often it did."""
+        return (0.0, 0) if self._ranks is None else self._ranks.conductor.reduces
+
+    def assign(self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
+        """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
+
+        Raises ProtocolError for layers that are not.
+        """
+        if not 0 <= message.first_layer < message.stop_layer <= self._config.num_layers:
+            raise ProtocolError(f"layers [{message.first_layer}, {message.stop_layer}) are not in this model")
+        if message.num_blocks < 1 or not 0 <= message.slot < message.num_slots:
+            raise ProtocolError(
+                f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
+            )
+        self._close_slot()
+        layers = LayerRange(message.first_layer, message.stop_layer)
+        loading = self._loading
+        if loading is not None and (loading.layers, loading.dtype) == (layers, dtype):
+            self._loading = replace(loading, message=message, header=header)  # a new generation of the same: load once
+            return None
+        loaded = self.loaded
+        if loaded is not None and (loaded.layers, loaded.dtype) == (layers, dtype) and loading is None:
+            return self._enter(message, header, loaded)
+        self._drop_memory()
+        self.loaded = self._growing = None  # makes room before the new layers come
+        self._device.release()
+        self._log.info("loading_layers", first=layers.start, stop=layers.stop)
+        self._loading = self._begin_load(message, header, layers, dtype)
+        return None
+
+    def _begin_load(
+        self, message: AssignStage | AssignMirror, header: Header, layers: LayerRange, dtype: torch.dtype
+    ) -> Loading:
+        role = role_of(message, header)
+        ranks_load = self._ranks.begin_load(role, dtype, replaces=True) if self._ranks is not None else None
+        future = self._loader.submit(self._load, role, dtype, ranks_load)
+        return Loading(message, header, layers, dtype, future, ranks_load)
+
+    def poll(self) -> Taken | Refused | None:
+        """What became of the assignment that was loading; None while there is nothing new.
+
+        Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
+        """
+        self._loader.check()
+        if self._ranks is not None:
+            self._ranks.check()
+        loading = self._loading
+        if loading is None or not loading.future.done():
+            return None
+        try:
+            if not self._ranks_are_loaded(loading):
+                return None
+            self._loading = None
+            self.loaded = loading.future.result()
+        except LIFE_ENDING_ERRORS:
+            raise
+        except LOADING_ERRORS as error:
+            self._loading = None
+            return self._refuse(error, loading.header)
+        self._use_ranks(self.loaded)
+        return self._enter(loading.message, loading.header, self.loaded)
+
+    @property
+    def waits_for_quiet(self) -> bool:
+        """Whether the stage can go back to its full degree once no step is under way: no further one may begin."""
+        return self._growing is not None and self._growing.is_loaded
+
+    def grow(self) -> None:
+        """Go back to the full degree, where ranks have come back: load beside the work, change over between steps."""
+        ranks, slot = self._ranks, self.slot
+        if ranks is None or slot is None or self._loading is not None:
+            return
+        try:
+            if self._growing is not None:
+                self._growing = self._with_news(ranks, self._growing)
+            elif ranks.may_grow():
+                self._begin_growing(ranks, slot)
+        except RankLostError as error:
+            ranks.check()  # raises where it is one that works
+            self._give_up_growing(ranks, error)
+        except LOADING_ERRORS as error:
+            self._give_up_growing(ranks, refusal_to_load(error))
+        if self._growing is not None and self._growing.is_loaded and not slot.executor.num_running:
+            self._change_over(slot, self._growing.future.result())
+
+    def _begin_growing(self, ranks: RankGroup, slot: Slot) -> None:
+        loaded = self.loaded
+        assert loaded is not None, "a slot has layers"
+        # What is used now stays until the new parts are there.
+        free = Free(self._free_bytes(), None if self._device.is_host else self._device.offered_bytes())
+        kv = slot.held.memory.kv.shape
+        kv_bytes = kv.num_bytes // kv.num_blocks * len(self._used_blocks(slot))
+        refusal = against_growth(loaded.num_bytes, ranks.degree, ranks.next_degree(), kv_bytes, free)
+        if refusal:
+            ranks.postpone_growth(refusal)
+            return
+        ranks.attach_present()
+        ranks_load = ranks.begin_load(slot.role, loaded.dtype, replaces=False)
+        self._growing = GrowingLoad(self._loader.submit(self._load, slot.role, loaded.dtype, ranks_load), ranks_load)
+
+    def _with_news(self, ranks: RankGroup, growing: GrowingLoad) -> GrowingLoad:
+        """Raises what any of them has failed by."""
+        if growing.is_loaded or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
+            return growing
+        growing.future.result()
+        return replace(growing, is_loaded=True)
+
+    def _change_over(self, slot: Slot, loaded: LoadedLayers) -> None:
+        """Raises RankLostError: once the ranks are told there is no way back but a new incarnation."""
+        assert self._ranks is not None, "it is they who have grown"
+        assert loaded.ranks_load is not None, "it was loaded for ranks"
+        self.loaded, self._growing = loaded, None
+        used_blocks = torch.tensor(self._used_blocks(slot), dtype=torch.int64)
+        try:
+            with torch.inference_mode():
+                self._ranks.change_over(loaded.ranks_load, loaded.num_bytes, used_blocks)
+            slot.model = loaded.model
+            slot.executor = Executor(slot.model, slot.held.memory)
+            slot.executor.self_test()
+        except LIFE_ENDING_ERRORS:
+            raise
+        except LOADING_ERRORS as error:
+            raise RankLostError(f"the ranks do not go on as more: {refusal_to_load(error)}") from None
+
+    @staticmethod
+    def _used_blocks(slot: Slot) -> list[int]:
+        return sorted(set(slot.held.tables.used_blocks()))
+
+    def _give_up_growing(self, ranks: RankGroup, error: Exception) -> None:
+        self._growing = None
+        ranks.postpone_growth(str(error))
+
+    def _ranks_are_loaded(self, loading: Loading) -> bool:
+        return self._ranks is None or loading.ranks_load is None or self._ranks.is_loaded(loading.ranks_load)
+
+    def _use_ranks(self, loaded: LoadedLayers) -> None:
+        if self._ranks is not None and loaded.ranks_load is not None:
+            self._ranks.use(loaded.ranks_load, loaded.num_bytes)
+
+    def leave(self) -> None:
+        """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
+        self._loading = None
+        self._close_slot()
+        self._end_mirror()
+
+    def forget(self) -> None:
+        """Leave, and give the memory up too."""
+        self.leave()
+        self._growing = None
+        self._drop_memory()
+
+    def _end_mirror(self) -> None:
+        """Keep what was copied, as far as it is good; who mirrors this memory next must get all of it."""
+        mirror, self.mirror = self.mirror, None
+        if mirror is None:
+            return
+        mirror.close()
+        if self._held is not None and mirror.is_complete:
+            self._held.marks = StepMarks(mirror.mark)
+            self._held.tables.inherit(mirror.written_blocks)
+
+    def _drop_memory(self) -> None:
+        self._end_mirror()
+        self._held = None
+        if self._ranks is not None:
+            self._ranks.forget_memory()
+
+    def _close_slot(self) -> None:
+        if self.slot is not None:
+            self._bytes_to_former_downstreams += self.slot.downstream.bytes_sent
+            self.slot.downstream.close()
+            self.slot = None
+
+    def close(self) -> None:
+        """Give up what is loading."""
+        self.leave()
+        self._loader.give_up()
+
+    def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
+        """In the loader's thread."""
+        weights = CheckpointWeights(self._checkpoint, dtype, self._device.place)
+        cut = WHOLE if ranks_load is None else ranks_load.cut
+        model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
+        weights.close()
+        model = put_on_device(model, self._device)
+        if self._ranks is not None and ranks_load is not None:
+            model = self._ranks.put_on(model, ranks_load)
+        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
+
+    def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
+        try:
+            self._end_mirror()
+            held = self._keep_or_allocate(message, loaded)
+            if isinstance(message, AssignMirror):
+                return self._follow(message, header, held)
+            return self._take_slot(message, header, loaded, held)
+        except LIFE_ENDING_ERRORS:
+            raise
+        except LOADING_ERRORS as error:
+            return self._refuse(error, header)
+
+    def _keep_or_allocate(self, message: AssignStage | AssignMirror, loaded: LoadedLayers) -> HeldMemory:
+        """The memory of this very slot as it is, or a new one."""
+        tag = MemoryTag(
+            message.pipeline, message.slot, message.num_slots, loaded.layers, message.num_blocks, loaded.dtype
+        )
+        held = self._held
+        if held is not None and held.tag == tag:
+            held.marks.begin_generation()
+            return held
+        self._held = None
+        memory = allocate_paged_memory(
+            len(loaded.model.layers),
+            message.num_blocks,
+            (self._config.num_kv_heads, self._config.head_dim),
+            self._config.hidden_size,
+            loaded.dtype,
+            with_log=message.slot < message.num_slots - 1,
+            allocate_kv=self._allocate_kv if self._ranks is None else self._ranks.allocate_kv,
+        )
+        self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
+        return self._held
+
+    def _allocate_kv(self, shape: KvShape) -> KvStore:
+        return LocalKv.allocate(shape, self._kernels, self._device)
+
+    def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
+        # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
+        held.marks, held.tables = StepMarks(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
+        endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
+        socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
+        self.mirror = Mirror(message, header.router_term, held.memory, socket, header.generation)
+        self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
+        return Taken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
+
+    def _take_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> Taken:
+        role = role_of(message, header)
+        executor = Executor(loaded.model, held.memory)
+        executor.self_test()
+        endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
+        downstream = self._transport.push(f"after {role.slot}", endpoint)
+        self.slot = Slot(role, header.router_term, loaded.model, executor, held, downstream)
+        self._log.info(
+            "slot_taken",
+            pipeline=message.pipeline,
+            slot=message.slot,
+            layers=[role.layers.start, role.layers.stop],
+            generation=role.generation,
+            lease_term=role.lease_term,
+            mapped_bytes=loaded.bytes_read,
+            kv_bytes=held.memory.num_bytes,
+            kv_mark=held.marks.mark,
+        )
+        ready = StageReady(
+            message.pipeline,
+            message.slot,
+            message.lease_term,
+            loaded.bytes_read,
+            held.memory.num_bytes,
+            held.marks.mark,
+        )
+        return Taken(ready, Header(generation=role.generation))
+
+    def _refuse(self, error: Exception, header: Header) -> Refused:
+        refusal = refusal_to_load(error)
+        self._log.error("slot_not_taken", reason=str(refusal))
+        return Refused(refusal, header)

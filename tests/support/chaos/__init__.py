@@ -1,0 +1,1 @@
+"""Histories to plant damage in, and a mesh that is a list of names."""

@@ -1,0 +1,1 @@
+"""The HTTP front without a mesh, its journals and its disks."""

@@ -1,0 +1,1 @@
+"""Processes with a flaw, and what the operating system says about processes."""

@@ -1,0 +1,303 @@
+"""Stages without tensors: what they keep of each step plan, and a "model" whose next token depends on every cached one.
+
+Two stages a pipeline, each of which gets steps and is done with them in whatever order. A block that is given out while
+an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
+replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
+with what it has. Marks are kept by the stages' own `StepMarks`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
+from common.topology import LayerRange
+from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
+from services.router.engine import GenerationRequest
+from services.router.mesh.step_message import step_message
+from services.router.sampling_parameters import SamplingParameters
+from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.router.scheduling.token_counts import count_tokens
+from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.slot.step_watermark import StepMarks
+
+VOCABULARY_SIZE = 97
+
+
+def next_token(token_ids: Sequence[int], seed: int) -> int:
+    """The model: a checksum over all tokens so far."""
+    return zlib.crc32(repr((tuple(token_ids), seed)).encode()) % VOCABULARY_SIZE
+
+
+def reference_tokens(request: GenerationRequest) -> list[int]:
+    """What the request must get."""
+    tokens = list(request.prompt_token_ids)
+    sampling = request.sampling
+    while len(tokens) - len(request.prompt_token_ids) < sampling.max_tokens:
+        tokens.append(next_token(tokens, sampling.seed))
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    return tokens[len(request.prompt_token_ids) :]
+
+
+def build_request(
+    request_id: str, prompt_length: int, max_tokens: int, *, seed: int = 0, stop_token_ids: frozenset[int] = frozenset()
+) -> GenerationRequest:
+    """A request whose prompt is made from its seed. Every third one has penalties and biases, every fifth a bias."""
+    prompt = tuple((seed * 31 + position * 7) % VOCABULARY_SIZE for position in range(prompt_length))
+    sampling = SamplingParameters(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        seed=seed,
+        num_top_logprobs=None,
+        stop_token_ids=stop_token_ids,
+        repetition_penalty=1.5 if seed % 3 == 1 else 1.0,
+        frequency_penalty=0.25 if seed % 3 == 1 else 0.0,
+        logit_bias=((seed % 90, 1.0), (95, -2.0)) if seed % 3 == 1 or seed % 5 == 2 else (),
+        min_tokens=seed % 4 if seed % 3 == 1 else 0,
+    )
+    return GenerationRequest(RequestId(request_id), prompt, sampling, choice=0)
+
+
+@dataclass
+class SimulatedMirror:
+    """What a holder has sent, in order, and what of it has been applied."""
+
+    to_fill: list[int]
+    """Places that were used when it joined and are not sent yet."""
+    stream: deque[tuple[int, dict[int, int]]] = field(default_factory=deque)
+    """Mark and rows of each message."""
+    mark: int = 0
+    cache: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it could take over."""
+        return not self.to_fill and not self.stream
+
+    def apply(self, count: int) -> None:
+        """So many messages arrive."""
+        for _ in range(min(count, len(self.stream))):
+            self.mark, rows = self.stream.popleft()
+            self.cache.update(rows)
+
+
+@dataclass
+class SimulatedStage:
+    """A slot's holder: place -> token, and up to which step everything is there."""
+
+    cache: dict[int, int] = field(default_factory=dict)
+    marks: StepMarks = field(default_factory=lambda: StepMarks())  # looked up late: a test plants another
+    computed: dict[SequenceId, int] = field(default_factory=dict)
+    """Positions that it says it has of each sequence."""
+    mirror: SimulatedMirror | None = None
+    has_been_complete: bool = False
+    """Its mirror: from then on it may take over, however far it lags."""
+
+    def send_to_mirror(self, rows: dict[int, int]) -> None:
+        """With the mark, as it is now."""
+        if self.mirror is not None:
+            self.mirror.stream.append((self.marks.mark, rows))
+
+
+class SimulatedPipeline:
+    """The stages of one pipeline in one generation."""
+
+    def __init__(self, pipeline: PipelineId, generation: Generation, num_blocks: int, block_tokens: int) -> None:
+        self.pipeline, self.generation = pipeline, generation
+        self._num_blocks, self._block_tokens = num_blocks, block_tokens
+        self._block_tables: dict[SequenceId, list[int]] = {}
+        self._seen: set[SequenceId] = set()
+        self._released: set[SequenceId] = set()
+        self._adjustments = KeptAdjustments()
+        """As the last stage keeps them in one generation."""
+        self._stages = (SimulatedStage(), SimulatedStage())
+        self._has_left: dict[StepId, int] = {}
+        """How many stages have finished each step that is under way."""
+
+    def keep_tables_of(self, former: SimulatedPipeline) -> None:
+        """The stages were there before this pipeline was closed and opened again."""
+        self._block_tables, self._released = former._block_tables, former._released
+
+    @property
+    def num_known_sequences(self) -> int:
+        """Sequences that the stages still keep something of."""
+        return len(self._block_tables)
+
+    @property
+    def marks(self) -> tuple[int, int]:
+        """What the holders of both slots say of their caches."""
+        return self._stages[0].marks.mark, self._stages[1].marks.mark
+
+    def join_mirror(self, stage: int) -> None:
+        """A stage's mirror is connected, whatever is under way; a former one is given up."""
+        holder = self._stages[stage]
+        holder.mirror, holder.has_been_complete = SimulatedMirror(sorted(holder.cache)), False
+
+    def fill_mirror(self, stage: int, num_places: int, num_messages: int) -> None:
+        """The back-fill goes on with so many places; so many messages reach the mirror."""
+        holder = self._stages[stage]
+        if (mirror := holder.mirror) is not None:
+            places, mirror.to_fill = mirror.to_fill[:num_places], mirror.to_fill[num_places:]
+            if places:
+                holder.send_to_mirror({place: holder.cache[place] for place in places})
+            mirror.apply(num_messages)
+            holder.has_been_complete |= mirror.is_complete
+
+    def held(self) -> HeldCache:
+        """What both stages tell a router that has been restarted, put together."""
+        layers = LayerRange(0, 1)
+        reports = [
+            HeldSlot(
+                self.pipeline,
+                slot,
+                2,
+                layers,
+                1,
+                self._num_blocks,
+                self._stages[slot].marks.newest,
+                {
+                    sequence_id: HeldSequence(tuple(table), self._stages[slot].computed.get(sequence_id, 0))
+                    for sequence_id, table in self._block_tables.items()
+                },
+            )
+            for slot in (0, 1)
+        ]
+        return combine(reports, self._block_tokens)
+
+    def mirror(self, stage: int) -> None:
+        """A stage's mirror is up to date now."""
+        self.join_mirror(stage)
+        self._stages[stage].send_to_mirror({})
+        self.fill_mirror(stage, len(self._stages[stage].cache), 2)
+
+    def resume(self, generation: Generation, lost: Sequence[int], mirrored: bool) -> None:
+        """A new generation, in which other nodes hold the lost slots."""
+        self.generation = generation
+        self._has_left.clear()
+        self._adjustments = KeptAdjustments()
+        for stage in lost:
+            holder = self._stages[stage]
+            mirror = holder.mirror if mirrored and holder.has_been_complete else None
+            holder.cache = {} if mirror is None else mirror.cache
+            holder.marks = StepMarks(0 if mirror is None else mirror.mark)
+            holder.mirror, holder.has_been_complete = None, False
+            holder.computed.clear()
+        for holder in self._stages:
+            holder.marks.begin_generation()
+
+    def send(self, plan: StepPlan) -> None:
+        """The first stage gets the step, and is done with it at once."""
+        self.deliver(plan)
+        self.advance(plan)
+
+    def deliver(self, plan: StepPlan) -> None:
+        """The first stage gets the step."""
+        assert (plan.pipeline, plan.generation) == (self.pipeline, self.generation)
+        for sequence_id in plan.released:
+            self._block_tables.pop(sequence_id, None)
+            self._released.add(sequence_id)
+            for holder in self._stages:
+                holder.computed.pop(sequence_id, None)
+        sequence_ids = [chunk.sequence_id for chunk in plan.chunks]
+        assert len(sequence_ids) == len(set(sequence_ids)), "a sequence is in a step twice"
+        for chunk in plan.chunks:
+            assert chunk.sequence_id not in self._released, f"sequence {chunk.sequence_id} was released"
+            table = self._block_tables.setdefault(chunk.sequence_id, [])
+            if chunk.block_offset == 0:
+                table.clear()
+            assert chunk.block_offset == len(table), "the stages know another number of blocks"
+            assert all(0 <= block_id < self._num_blocks for block_id in chunk.new_block_ids)
+            table.extend(chunk.new_block_ids)
+            assert chunk.token_ids, "a chunk is empty"
+            end = chunk.start_position + len(chunk.token_ids)
+            assert end <= len(table) * self._block_tokens, "blocks do not match"
+        self._arrive(0, plan)
+
+    def advance(self, plan: StepPlan) -> bool:
+        """The stage that has the step is done with it, and the next one gets it. False: the last stage is done."""
+        stage = self._has_left[plan.step]
+        if stage == 2:
+            return False
+        self._has_left[plan.step] += 1
+        rows: dict[int, int] = {}
+        if not plan.computing_slots or stage in plan.computing_slots:
+            for chunk in plan.chunks:
+                rows |= self._write(self._stages[stage].cache, chunk)
+                computed = self._stages[stage].computed
+                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), chunk.sampling_position)
+        self._stages[stage].marks.finish(plan.step)
+        if not plan.computing_slots or stage in plan.computing_slots:
+            self._stages[stage].send_to_mirror(rows)
+        if stage == 0:
+            if plan.computing_slots == (1,):
+                for chunk in plan.chunks:
+                    slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+                    logged = [self._stages[0].cache[slot] for slot in slots]
+                    assert logged == list(chunk.token_ids), "the log says something else"
+            self._arrive(1, plan)
+        return True
+
+    def answer(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
+        """The last stage is done with the step."""
+        while self.advance(plan):
+            pass
+        del self._has_left[plan.step]
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        sampled = {chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in sampling}
+        self._check_adjustments(plan, sampling)
+        self._adjustments.count(sampled, [token.token_id for token in sampled.values()])
+        return sampled
+
+    def _check_adjustments(self, plan: StepPlan, sampling: Sequence[ScheduledChunk]) -> None:
+        """What the last stage keeps is what somebody who is told the whole past would have."""
+        told = self._adjustments.apply(step_message(plan), np.array([chunk.sequence_id for chunk in sampling]))
+        for row, chunk in enumerate(sampling):
+            tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, chunk.sampling_position)]
+            prompt, generated = np.split(np.array(tokens), [len(tokens) - chunk.num_generated])
+            wanted = chunk.sampling
+            counted = prompt.tolist() if wanted.counts_prompt else []
+            rows = np.frombuffer(count_tokens(counted, generated.tolist()), dtype=np.int32).reshape(-1, 3).tolist()
+            biases = dict(wanted.logit_bias)
+            if wanted.is_early(chunk.num_generated):
+                biases |= dict.fromkeys(wanted.stop_token_ids, -np.inf)
+            has = told is not None and bool(wanted.adjusts(chunk.num_generated))
+            if told is None or not has:
+                assert not has
+                assert not biases
+                continue
+            own = told.bias_places[:, 0] == row
+            assert dict(zip(told.bias_places[own, 1].tolist(), told.biases[own].tolist(), strict=True)) == biases
+            assert told.repetition_penalties[row] == wanted.repetition_penalty
+            assert told.frequency_penalties[row] == wanted.frequency_penalty
+            kept = sorted(told.token_counts[told.token_counts[:, 0] == row, 1:].tolist())
+            assert kept == (rows if wanted.counts_tokens else []), "the last stage counts otherwise"
+
+    def _arrive(self, stage: int, plan: StepPlan) -> None:
+        self._stages[stage].marks.begin(plan.step, plan.previous_step)
+        self._has_left[plan.step] = stage
+
+    def _slots(self, chunk: ScheduledChunk, start: int, stop: int) -> list[int]:
+        table = self._block_tables[chunk.sequence_id]
+        size = self._block_tokens
+        return [table[position // size] * size + position % size for position in range(start, stop)]
+
+    def _write(self, cache: dict[int, int], chunk: ScheduledChunk) -> dict[int, int]:
+        slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+        rows = dict(zip(slots, chunk.token_ids, strict=True))
+        cache.update(rows)
+        return rows
+
+    def _sample(self, chunk: ScheduledChunk) -> int:
+        slots = self._slots(chunk, 0, chunk.sampling_position)
+        tokens = [self._stages[1].cache.get(slot) for slot in slots]
+        assert tokens == [self._stages[0].cache.get(slot) for slot in slots], "the stages' caches differ"
+        assert None not in tokens, "a place was never written to"
+        return next_token([token for token in tokens if token is not None], chunk.sampling.seed)

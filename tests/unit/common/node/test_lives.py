@@ -1,0 +1,97 @@
+"""A stage and an expert process live on as another incarnation, with all that is slow to get, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import torch
+
+from common.checkpoint.model_config import read_model_config
+from common.config import Settings
+from common.errors import NodeLostError
+from services.expert.process import ExpertProcess
+from services.expert.shard_loader import HeldShards
+from services.expert.shard_store import ShardStore
+from services.stage.process import StageProcess
+from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
+from tests.support.nodes.kernels import one_torch_thread
+
+__all__ = ["one_torch_thread"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), QWEN3)
+
+
+@pytest.fixture
+def _stop_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes' own handlers stay out of the test's process."""
+    monkeypatch.setattr("common.node.resources.StopFlag", lambda: lambda: False)
+
+
+class Weights:
+    """In place of a model: something that can be seen to be let go."""
+
+
+def given(checkpoint: Path, folder: Path) -> tuple[Settings, Any]:
+    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+    return Settings(model=str(checkpoint), state_dir=folder), log
+
+
+@pytest.mark.usefixtures("_stop_signals")
+def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_others(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, log = given(checkpoint, tmp_path)
+    stage = StageProcess(settings, None, log)
+    lives: list[tuple[str, int, Any]] = []
+    layers: list[Any] = [Weights()]
+    seen = weakref.ref(layers[0])
+
+    def run(service: Any, should_stop: Any) -> None:
+        keeper, control = service._keeper, service._control
+        lives.append((control.description.node_id, control.router_term, keeper.loaded))
+        if len(lives) == 1:
+            keeper.loaded, control.router_term = layers.pop(), 7
+            raise NodeLostError("declared dead")
+        assert lives[1][2] is not None
+        lives[1] = (*lives[1][:2], None)
+        keeper.loaded = None  # other layers are loaded
+        gc.collect()
+        assert seen() is None, "nobody else holds on to the former ones"
+
+    monkeypatch.setattr("services.stage.process.StageService.run", run)
+    with pytest.raises(NodeLostError):
+        stage.live()
+    stage.live()
+    (first, _, _), (second, router_term, _) = lives
+    assert first != second
+    assert router_term == 7, "a router that was fenced stays so"
+
+
+@pytest.mark.usefixtures("_stop_signals")
+def test_an_expert_node_lives_again_with_its_shards_and_says_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = ExpertProcess(*given(checkpoint, tmp_path))
+    store = ShardStore(read_model_config(checkpoint), 1, None)
+    lives: list[tuple[str, HeldShards | None]] = []
+
+    def run(service: Any, should_stop: Any) -> None:
+        lives.append((service._control.description.node_id, service._shards.hand_over()))
+        if len(lives) == 1:
+            service._shards.store, service._shards.dtype = store, torch.bfloat16
+            raise NodeLostError("declared dead")
+
+    monkeypatch.setattr("services.expert.process.ExpertService.run", run)
+    with pytest.raises(NodeLostError):
+        expert.live()
+    expert.live()
+    assert lives[0][0] != lives[1][0]
+    assert lives[1][1] == HeldShards(store, torch.bfloat16)

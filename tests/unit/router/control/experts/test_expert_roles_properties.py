@@ -1,0 +1,158 @@
+"""Who holds which shards, under any order of events."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from common.ids import NodeId
+from common.topology import CheckpointPart, ShardId
+from services.router.control.actions import Action
+from services.router.control.experts.expert_roles import SETTLE_S
+from tests.support.router.expert_shards import ALL, expert, published, roles_of, told
+from tests.support.router.mesh_shapes import EXPERTS
+
+
+class Experts(RuleBasedStateMachine):
+    """Nodes as they are: told to hold shards, they drop the others at once and load what is new one by one."""
+
+    NAMES = "abcd"
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {}
+    """What those see who do not see everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles = roles_of(copies=2)
+        self.now_s = 0.0
+        self.capacity: dict[str, int] = {}
+        self.wanted: dict[str, frozenset[ShardId]] = {}
+        self.held: dict[str, frozenset[ShardId]] = {}
+        self.reported: dict[str, frozenset[ShardId]] = {}
+        self.version = 0
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for name, wanted in told(actions).items():
+            assert name in self.held, "only the living are told anything"
+            assert len(wanted) <= self.capacity[name], "nobody is told more than it has room for"
+            assert {shard.expert for shard in wanted} <= self.sees(name), "nor what it does not see"
+            self.wanted[name] = wanted
+            self.held[name] &= wanted
+        assert self.roles.version >= self.version
+        self.version = self.roles.version
+
+    def sees(self, name: str) -> frozenset[int]:
+        return self.PARTS[name].experts if name in self.PARTS else frozenset(range(EXPERTS))
+
+    @rule(name=st.sampled_from(NAMES), shards=st.integers(2, 14))
+    def join(self, name: str, shards: int) -> None:
+        if name not in self.held:
+            self.capacity[name] = shards
+            self.wanted[name] = self.held[name] = self.reported[name] = frozenset()
+        described = expert(name, self.capacity[name], part=self.PARTS.get(name))
+        self.carry_out(self.roles.join(described, self.now_s))
+
+    @rule(name=st.sampled_from(NAMES))
+    def lose(self, name: str) -> None:
+        for kept in (self.capacity, self.wanted, self.held, self.reported):
+            kept.pop(name, None)
+        self.carry_out(self.roles.lose(NodeId(name), self.now_s))
+
+    @rule(name=st.sampled_from(NAMES), count=st.integers(1, 12))
+    def load(self, name: str, count: int) -> None:
+        if name in self.held:
+            missing = sorted(self.wanted[name] - self.held[name])
+            self.held[name] |= frozenset(missing[:count])
+
+    @rule(name=st.sampled_from(NAMES))
+    def report(self, name: str) -> None:
+        if name in self.held:
+            self.reported[name] = self.held[name]
+            self.carry_out(self.roles.take_report(NodeId(name), self.held[name]))
+
+    @rule(seconds=st.floats(0.0, 2 * SETTLE_S))
+    def time(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.carry_out(self.roles.tick(self.now_s))
+
+    @invariant()
+    def only_who_holds_a_shard_is_asked_for_it(self) -> None:
+        for shard, owners in published(self.roles).items():
+            assert len(owners) == len(set(owners))
+            assert all(shard in self.held[name] for name in owners), shard
+
+    @invariant()
+    def a_shard_that_somebody_has_ready_is_served(self) -> None:
+        owners = published(self.roles)
+        if owners:
+            ready = {shard for name in self.held for shard in self.held[name] & self.reported[name]}
+            assert {shard for shard, named in owners.items() if not named}.isdisjoint(ready)
+            assert self.roles.is_served == all(owners.values())
+
+    def teardown(self) -> None:
+        """Left alone, every node loads what it is told; what fits is then served, copies and all."""
+        self.time(2 * SETTLE_S)
+        for _ in range(40):
+            before = dict(self.wanted)
+            for name in list(self.held):
+                self.load(name, 99)
+                self.report(name)
+            if self.wanted == before and self.wanted == self.held:
+                break
+        assert self.wanted == self.held, "the rollout comes to an end"
+        self.check_that_all_is_served()
+
+    def check_that_all_is_served(self) -> None:
+        if self.held and sum(min(count, len(ALL)) for count in self.capacity.values()) >= len(ALL):
+            assert self.roles.is_served
+            copies = sum(len(owners) for owners in published(self.roles).values())
+            assert copies + self.roles.missing_copies == 2 * len(ALL)
+
+
+class ExpertsOfParts(Experts):
+    """With room for all that they see."""
+
+    PARTS: ClassVar[dict[str, CheckpointPart]] = {
+        "a": CheckpointPart(experts=frozenset({0, 1})),
+        "b": CheckpointPart(experts=frozenset({1})),
+        "c": CheckpointPart(experts=frozenset({0, 2})),
+    }
+
+    @rule(name=st.sampled_from(Experts.NAMES), shards=st.just(len(ALL)))
+    def join(self, name: str, shards: int) -> None:
+        super().join(name, shards)
+
+    def check_that_all_is_served(self) -> None:
+        if self.held:
+            seen = frozenset[int]().union(*(self.sees(name) for name in self.held))
+            assert {shard.expert for shard, owners in published(self.roles).items() if owners} == seen
+            assert self.roles.is_served == (len(seen) == EXPERTS)
+
+
+class ExpertsOfLatePlacements(Experts):
+    """A placement takes a while to be computed; nodes come, go and report meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles.is_prompt = False
+
+    @rule()
+    def placement_comes(self) -> None:
+        self.carry_out(self.roles.deliver())
+
+    def teardown(self) -> None:
+        self.roles.is_prompt = True
+        for _ in range(3):  # the first may be out of date
+            self.placement_comes()
+            self.time(0.0)
+        super().teardown()
+
+
+TestExpertsOfLatePlacements = ExpertsOfLatePlacements.TestCase
+TestExpertsOfLatePlacements.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestExperts = Experts.TestCase
+TestExperts.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestExpertsOfParts = ExpertsOfParts.TestCase
+TestExpertsOfParts.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

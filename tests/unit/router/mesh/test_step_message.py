@@ -1,0 +1,167 @@
+"""What the scheduler decides, as it travels, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ProtocolError
+from common.ids import Generation, PipelineId, SequenceId, StepId
+from common.messages import Header, StepResult, TensorFrame
+from common.wire.array import array_to_frame
+from common.wire.codec import decode, encode
+from services.router.mesh.step_message import sampled_tokens, step_header, step_message
+from services.router.sampling_parameters import SamplingParameters
+from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+
+GREEDY = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset())
+DRAWN = SamplingParameters(10, 0.7, 0.9, 40, 2**63 - 1, 2, frozenset({5}))
+
+
+def chunk(
+    sequence: int, tokens: int = 1, samples: bool = True, sampling: SamplingParameters = GREEDY
+) -> ScheduledChunk:
+    return ScheduledChunk(
+        SequenceId(sequence),
+        tuple(range(tokens)),
+        4 * sequence,
+        sequence % 3,
+        (7, 8)[: tokens % 3],
+        samples,
+        sampling,
+        1,
+        0,
+    )
+
+
+def plan(*chunks: ScheduledChunk, released: tuple[int, ...] = ()) -> StepPlan:
+    return StepPlan(
+        StepId(9), PipelineId(2), Generation(5), 1, tuple(chunks), tuple(SequenceId(sequence) for sequence in released)
+    )
+
+
+def result(sequences: list[int], tokens: list[int], top: list[list[tuple[int, float]]] | None = None) -> StepResult:
+    count = len(sequences)
+    rows = top if top is not None else [[] for _ in sequences]
+    width = max((len(row) for row in rows), default=0)
+    ids, logprobs = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
+    for row, entries in enumerate(rows):
+        for column, (token, logprob) in enumerate(entries):
+            ids[row, column], logprobs[row, column] = token, logprob
+    return StepResult(
+        array_to_frame(np.array(sequences, dtype=np.int64)),
+        array_to_frame(np.array(tokens, dtype=np.int32)),
+        array_to_frame(np.arange(count, dtype=np.float32) - 8),
+        array_to_frame(ids),
+        array_to_frame(logprobs),
+    )
+
+
+def column(frame: TensorFrame, dtype: str) -> Any:
+    return np.frombuffer(frame.data, dtype=dtype).reshape(frame.shape).tolist()
+
+
+def test_a_step_says_what_its_plan_says() -> None:
+    message = step_message(plan(chunk(1, 3, samples=False), chunk(2, 1, sampling=DRAWN), chunk(3, 2), released=(8, 9)))
+    assert column(message.hidden, "int32") == [0, 1, 2, 0, 0, 1]
+    assert column(message.sequences, "int64") == [[1, 4, 3, 1, 0, 0], [2, 8, 1, 2, 1, 1], [3, 12, 2, 0, 2, 1]]
+    assert column(message.new_blocks, "int32") == [7, 7, 8]
+    assert column(message.released, "int64") == [8, 9]
+    assert column(message.sampling, "float64") == [[0.7, 0.9, 40.0, 2.0], [0.0, 1.0, 0.0, -1.0]]
+    assert column(message.seeds, "int64") == [[2**63 - 1, 1], [3, 1]]
+
+
+def test_a_step_without_chunks_has_all_its_columns() -> None:
+    message = step_message(plan(released=(4,)))
+    assert message.hidden.shape == message.new_blocks.shape == (0,)
+    assert (message.sequences.shape, message.sampling.shape, message.seeds.shape) == ((0, 6), (0, 4), (0, 2))
+
+
+def test_the_header_fences_the_step() -> None:
+    header = step_header(plan(chunk(1)), 3, 1500)
+    assert header == Header(router_term=3, generation=5, attempt=1, step=9, time_left_ms=1500, trace="2/9")
+
+
+@settings(deadline=None)
+@given(chunks=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.booleans()), max_size=6))
+def test_every_plan_passes_the_codec(chunks: list[tuple[int, int, bool]]) -> None:
+    made = plan(*(chunk(sequence, tokens, samples) for sequence, tokens, samples in chunks))
+    message = step_message(made)
+    decoded, header = decode([bytes(frame) for frame in encode(message, step_header(made, 1, 2))])
+    assert header.step == 9
+    assert decoded == replace(
+        message,
+        **{
+            name: replace(getattr(message, name), data=bytes(getattr(message, name).data))
+            for name in type(message).__slots__
+            if isinstance(getattr(message, name), TensorFrame)
+        },
+    )
+
+
+def test_tokens_come_back_by_sequence_in_any_order() -> None:
+    step = plan(
+        chunk(1),
+        chunk(2, samples=False),
+        chunk(3, sampling=DRAWN),
+        chunk(4, sampling=replace(DRAWN, num_top_logprobs=0)),
+    )
+    answer = result([4, 1, 3], [11, 12, 13], [[(1, -0.5), (2, -1.0)], [(3, -0.5)], [(4, -0.25), (5, -2.0), (6, -3.0)]])
+    assert sampled_tokens(answer, step, 100) == {
+        1: SampledToken(12, None, ()),
+        3: SampledToken(13, -6.0, ((4, -0.25), (5, -2.0))),
+        4: SampledToken(11, -8.0, ()),
+    }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        result([], []),
+        result([1], [5]),
+        result([1, 2], [5, 6]),
+        result([1, 3, 3], [5, 6, 7]),
+        result([1, 3, 4], [5, 6, 7]),
+        result([1, 3], [5, 100]),
+        result([1, 3], [-1, 5]),
+        replace(result([1, 3], [5, 6]), token_ids=array_to_frame(np.zeros(3, np.int32))),
+        replace(result([1, 3], [5, 6]), token_ids=array_to_frame(np.zeros(2, np.int64))),
+        replace(result([1, 3], [5, 6]), logprobs=array_to_frame(np.zeros((2, 1), np.float32))),
+        replace(result([1, 3], [5, 6]), top_token_ids=array_to_frame(np.zeros((2, 3), np.int32))),
+        replace(result([1, 3], [5, 6]), top_logprobs=array_to_frame(np.zeros((1, 0), np.float32))),
+    ],
+)
+def test_an_answer_that_does_not_fit_its_plan_is_a_protocol_error(answer: StepResult) -> None:
+    with pytest.raises(ProtocolError):
+        sampled_tokens(answer, plan(chunk(1), chunk(2, samples=False), chunk(3)), 100)
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf")])
+def test_a_logprob_that_json_cannot_carry_is_a_protocol_error(logprob: float) -> None:
+    answer = replace(
+        result([3], [5], [[(1, -1.0), (2, -2.0)]]), logprobs=array_to_frame(np.array([logprob], np.float32))
+    )
+    with pytest.raises(ProtocolError, match="logprob"):
+        sampled_tokens(answer, plan(chunk(3, sampling=DRAWN)), 100)
+
+
+def test_fewer_top_logprobs_than_asked_for_are_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError, match="top"):
+        sampled_tokens(result([3], [5], [[(1, -1.0)]]), plan(chunk(3, sampling=DRAWN)), 100)
+
+
+def test_sequences_that_went_on_without_an_expert_are_marked() -> None:
+    step = plan(chunk(1), chunk(2))
+    flags = array_to_frame(np.array([0, 1], dtype=np.uint8))
+    marked = replace(result([2, 1], [11, 12]), degraded=flags)
+    assert {number: token.degraded for number, token in sampled_tokens(marked, step, 20).items()} == {2: False, 1: True}
+    plain = sampled_tokens(result([2, 1], [11, 12]), step, 20)
+    assert not any(token.degraded for token in plain.values())
+    wrong = replace(marked, degraded=array_to_frame(np.array([1], dtype=np.uint8)))
+    with pytest.raises(ProtocolError, match="degraded"):
+        sampled_tokens(wrong, step, 20)

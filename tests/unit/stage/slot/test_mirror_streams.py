@@ -1,0 +1,114 @@
+"""What is left on the way of a back-fill that was given up says nothing of the next one, in either direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+import torch
+
+from common.errors import SocketError
+from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
+from services.stage.slot.mirror_intake import MirrorIntake
+from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.mirror_receiver import Mirror
+from services.stage.slot.mirror_sender import MAX_BACKFILL_AHEAD_MESSAGES, MirrorSender
+from tests.unit.stage.slot.test_mirror_receiver import ROLE, TERM, Wire, memory
+
+LOG: Any = structlog.get_logger()
+
+
+class Spare:
+    """A mirror, and what it tells the router."""
+
+    def __init__(self) -> None:
+        self.back = Wire()
+        back: Any = self.back
+        self.mirror = Mirror(ROLE, TERM, memory(), back)
+        self.said: list[MirrorReady] = []
+        this: Any = self
+        self.intake = MirrorIntake(this, this, LOG)
+
+    def send(self, message: MirrorReady, header: Header) -> None:
+        self.said.append(message)
+
+
+def sender_to(wire: Wire, attempt: int) -> MirrorSender:
+    socket: Any = wire
+    sender = MirrorSender(socket, TERM, ROLE.lease_term, attempt)
+    sender.begin([0])
+    return sender
+
+
+def test_the_end_of_a_stream_that_was_given_up_is_no_gap_in_the_one_after_it() -> None:
+    spare, old, new = Spare(), Wire(), Wire()
+    for wire, attempt in ((old, 1), (new, 2)):
+        sender = sender_to(wire, attempt)
+        sender.send_blocks(memory(), 1)
+        sender.send_rows(memory(), torch.tensor([3]), 2)
+    first_old, late_old = old.waiting
+    first_new, second_new = new.waiting
+    for arriving in (first_old, first_new, late_old, second_new):
+        spare.intake.take(*arriving)
+    assert (spare.mirror.is_spoilt, spare.mirror.is_complete, spare.mirror.mark) == (False, True, 2)
+    assert spare.intake.dropped == 1
+    assert [ready.is_complete for ready in spare.said] == [True, True]
+
+
+class Monitored(Wire):
+    """A socket of a transport: it is connected at once."""
+
+    monitor = None
+    bytes_sent = 0
+
+
+def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_one_after_it() -> None:
+    class Transport:
+        def push(self, name: str, endpoint: str) -> Wire:
+            return Monitored()
+
+    transport: Any = Transport()
+    link = MirrorLink(transport, "", LOG)
+    wanted = MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host")
+    for number in (1, 2):
+        link.obey(wanted, Header(router_term=TERM, generation=number))
+    sender = link._sender
+    assert sender is not None
+    sender.begin(range(MAX_BACKFILL_AHEAD_MESSAGES * 100))
+    paged: Any = SmallMemory()
+    while link.wants_to_send:
+        sender.send_blocks(paged, 1)
+    link.acknowledged(MirrorAck(ROLE.lease_term, MAX_BACKFILL_AHEAD_MESSAGES), Header(attempt=1))
+    assert not link.wants_to_send
+    link.acknowledged(MirrorAck(ROLE.lease_term, MAX_BACKFILL_AHEAD_MESSAGES), Header(attempt=2))
+    assert link.wants_to_send
+
+
+def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> None:
+    class Transport:
+        has_sockets = False
+
+        def push(self, name: str, endpoint: str) -> Wire:
+            if not self.has_sockets:
+                raise SocketError("too many files")
+            return Monitored()
+
+    transport: Any = Transport()
+    held: Any = None
+    link = MirrorLink(transport, "", LOG)
+    wanted = MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host")
+    link.obey(wanted, Header(router_term=TERM, generation=1))
+    link.pump(held, 10.0)
+    link.pump(held, 10.5)
+    transport.has_sockets = True
+    link.pump(held, 10.9)
+    assert link._sender is None, "not tried again in every turn"
+    link.pump(held, 11.1)
+    assert link._sender is not None
+
+
+class SmallMemory:
+    """As many blocks as anybody wants, with nothing in them."""
+
+    def blocks(self, block_ids: torch.Tensor) -> Any:
+        return type("Blocks", (), {name: torch.empty(0) for name in ("keys", "values", "hidden")})
