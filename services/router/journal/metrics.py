@@ -17,7 +17,7 @@ class JournalCollector(Collector):
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        """All families; see docs/operations.md for what each means."""
+        """All families; see docs/metrics.md for what each means."""
         counts = self._counts()
         commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
         commits.add_metric([], counts.commits, counts.commit_s)
