@@ -120,6 +120,8 @@ class _Link:
     newest: int
     """Number of the newest ping that it has echoed."""
     num_echoes: int = 0
+    worked_s: float = 0.0
+    """When it was sent the newest of what it has answered."""
 
 
 class SilenceWatch:
@@ -164,7 +166,7 @@ class SilenceWatch:
             known = self._links[link] = _Link(RecentLongest(self._settings.memory_s), newest=ping - 1)
         if ping <= known.newest:
             return None
-        silence_s = self._silence_s(known)
+        silence_s = self._behind_s(known)
         if not self._first_echo_s or ping > self._first_echo_s[-1][0]:
             self._first_echo_s.append((ping, self._awake_s))
         known.newest = ping
@@ -176,6 +178,12 @@ class SilenceWatch:
         if self._awake_s >= self._judges_from_s:  # how links come back says nothing of how they are
             known.shown.add(self._awake_s, silence_s)
         return silence_s
+
+    def answered(self, link: str, ago_s: float) -> None:
+        """It has answered what was sent to it so long ago; one that is not known is no error."""
+        known = self._links.get(link)
+        if known is not None:
+            known.worked_s = max(known.worked_s, self._awake_s - ago_s)
 
     def _note_heard(self) -> None:
         alone_s = self._awake_s - self._heard_s
@@ -206,7 +214,7 @@ class SilenceWatch:
         return num_late >= max(self._settings.late_links, len(self._links) / 2)
 
     def silence_s(self, link: str) -> float:
-        """For how long it has been behind; 0 for one that is not known."""
+        """For how long it has been behind and has answered nothing; 0 for one that is not known."""
         known = self._links.get(link)
         return 0.0 if known is None else self._silence_s(known)
 
@@ -226,6 +234,9 @@ class SilenceWatch:
         ]
 
     def _silence_s(self, known: _Link) -> float:
+        return min(self._behind_s(known), self._awake_s - known.worked_s)
+
+    def _behind_s(self, known: _Link) -> float:
         # The newest is the usual case; the oldest that is remembered stands for those before it.
         if not self._first_echo_s or self._first_echo_s[-1][0] <= known.newest:
             return 0.0

@@ -1,6 +1,7 @@
 """A router that writes down each silence of its links: `python -m tests.benchmarks.recording_router FILE`.
 
-A line a silence that an echo has ended: the router's clock, the node, seconds.
+A line a silence that an echo has ended: the router's clock, the node, seconds without an echo, and seconds without an
+echo or an answer.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class RecordingWatch(SilenceWatch):
         self._file = self.path.open("w", buffering=1 << 16)
 
     def echoed(self, link: str, ping: int) -> float | None:
+        unanswered_s = self.silence_s(link)
         silence_s = super().echoed(link, ping)
         if silence_s is not None:
-            print(f"{time.monotonic():.4f} {link} {silence_s:.4f}", file=self._file)
+            print(f"{time.monotonic():.4f} {link} {silence_s:.4f} {min(silence_s, unanswered_s):.4f}", file=self._file)
         return silence_s
 
 

@@ -312,6 +312,8 @@ class MeshLoop:
         self._client.tell(node_id, LeaveAcknowledged())
 
     def _look_at_links(self, now_s: float) -> None:
+        for pipeline, sent_s in self._flow.take_answered().items():
+            self._witnesses.answered(filter(None, self._stages.pipelines[pipeline].holders), now_s - sent_s)
         self._apply_changes(self._witnesses.look(now_s, self._nodes, self._stages.mirrors.replaceable), now_s)
         for node_id in [node_id for node_id in self._arriving if self._membership.has_stood(node_id)]:
             self._give_role(node_id, now_s)

@@ -70,6 +70,7 @@ class StepFlow:
         self._log = log
         self._steps: dict[StepId, StepInFlight] = {}
         self._unsent: dict[PipelineId, deque[StepInFlight]] = {}
+        self._answered_s: dict[PipelineId, float] = {}
         self.totals = HopTotals()
 
     def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> MoemeshError | None:
@@ -107,6 +108,7 @@ class StepFlow:
     def _drop_steps(self, pipeline: PipelineId) -> None:
         self._client.close_pipeline(pipeline)
         self._unsent.pop(pipeline, None)
+        self._answered_s.pop(pipeline, None)  # by others, perhaps, than those who hold the slots next
         self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
 
     def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
@@ -175,6 +177,8 @@ class StepFlow:
                 continue
             plan = step.plan
             del self._steps[plan.step]
+            if not plan.computing_slots and step.sent_s is not None:
+                self._answered_s[plan.pipeline] = max(step.sent_s, self._answered_s.get(plan.pipeline, step.sent_s))
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.steps += 1
                 self.totals.step_seconds += now_s - (step.sent_s or now_s)
@@ -184,6 +188,11 @@ class StepFlow:
         if outputs:
             self._sink([(output.request_id, output.token) for output in outputs])
         return broken
+
+    def take_answered(self) -> dict[PipelineId, float]:
+        """When the newest step was sent that has come back since this was last asked, and that all stages computed."""
+        answered_s, self._answered_s = self._answered_s, {}
+        return answered_s
 
     def fail_step(self, number: StepId, generation: int, error: MoemeshError, now_s: float) -> list[PipelineId]:
         """A stage could not do a step. One that is not in flight in this generation is no news."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 
 import structlog
 
@@ -61,6 +61,11 @@ class Witnesses:
         for node_id in sorted({*replaceable(early), *long}):
             changes += self._membership.pulse_lost(node_id, nodes[node_id].incarnation)
         return changes
+
+    def answered(self, node_ids: Iterable[NodeId], ago_s: float) -> None:
+        """These have all had a part in a step that was sent so long ago and has come back."""
+        for node_id in node_ids:
+            self._watch.answered(node_id, ago_s)
 
     def forget(self, node_id: NodeId) -> None:
         """It is gone; one that is not known is no error."""

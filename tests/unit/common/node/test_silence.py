@@ -290,3 +290,29 @@ def test_late_links_are_forgotten_after_a_while_and_count_although_they_are_gone
     assert seen.watch.is_late
     seen.run(SETTINGS.late_memory_s + 1.0)
     assert not seen.watch.is_late
+
+
+def test_who_answers_work_is_not_silent_although_its_echoes_wait_and_is_judged_as_ever_once_it_answers_none() -> None:
+    seen = Observed("a", "b")
+    seen.run(5.0)
+    seen.mute = {"a"}
+    for _ in range(20):
+        assert seen.run(0.1) == set()
+        seen.watch.answered("a", ago_s=0.1)  # a step that took so long
+    assert seen.watch.silence_s("a") < 0.15
+    assert 0.1 < seen.seconds_until_silent("a") < 0.2, "0.25 s from when that step was sent"
+
+
+def test_what_was_answered_says_nothing_of_how_late_echoes_are() -> None:
+    seen = Observed("a", "b")
+    seen.run(5.0)
+    seen.held = {"a"}
+    for _ in range(4):
+        seen.run(0.1)
+        seen.watch.answered("a", ago_s=0.05)
+    seen.held = set()
+    seen.run(1.0)
+    explained_s = seen.watch.explained_s("a", PATIENT)
+    assert explained_s is not None
+    assert explained_s > 1.0, "three times the 0.4 s that its echoes waited"
+    seen.watch.answered("nobody", ago_s=0.0)

@@ -23,7 +23,15 @@ def mirrored_mesh() -> FakeMesh:
 
 
 def run(mesh: FakeMesh, seconds: float) -> None:
-    """Turns of 10 ms in which all do their part, those that are mute on the pulse socket too."""
+    """Turns of 10 ms. Who is mute answers no steps, and nor does the pipeline that it is part of."""
+    for _ in range(int(seconds / 0.01)):
+        if not any(mesh.client.mute & set(filter(None, p.holders)) for p in mesh.stages.pipelines.values()):
+            mesh.answer()
+        mesh.turn(0.01)
+
+
+def run_without_pulses(mesh: FakeMesh, seconds: float) -> None:
+    """Turns of 10 ms in which those who are mute on the pulse socket answer steps all the same."""
     for _ in range(int(seconds / 0.01)):
         mesh.answer()
         mesh.turn(0.01)
@@ -46,6 +54,19 @@ def test_the_mirror_of_a_holder_without_a_pulse_goes_on_within_two_fifths_of_a_s
     assert not is_alive(mesh, holder)
     run(mesh, 3.0)
     assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_a_holder_that_answers_steps_lives_whatever_becomes_of_its_pulse() -> None:
+    mesh = mirrored_mesh()
+    mesh.loop.submit(build_request("r", max_tokens=500))
+    run(mesh, 0.5)
+    mesh.client.mute.add("a")
+    run_without_pulses(mesh, 2.0)
+    assert is_alive(mesh, "a")
+    run(mesh, 0.2)
+    assert is_alive(mesh, "a")
+    run(mesh, 0.15)
+    assert not is_alive(mesh, "a"), "a quarter of a second after the last step that it had a part in"
 
 
 def test_a_holder_that_was_taken_for_dead_by_its_pulse_is_told_so_when_it_speaks() -> None:
