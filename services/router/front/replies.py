@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import MoemeshError, RequestError
-from services.router.engine import FinishReason
+from services.router.engine import FinishReason, RecoveryCounts
 from services.router.front.planning import Plan
 from services.router.front.text.choice_stream import ChoiceEvent, TokenLogprob
 from services.router.front.text.vocabulary import Vocabulary
-from services.router.front.usage import Outcome, running_usage, usage_of
 
 JsonObject = dict[str, Any]
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -23,6 +22,38 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's value
 
 DONE_EVENT = b"data: [DONE]\n\n"
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What `usage` tells of a reply that is complete."""
+
+    num_completion_tokens: int
+    recovery: RecoveryCounts
+    is_durable: bool
+    """Every token of it was in the journal when this was said."""
+
+
+def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+    """OpenAI's counts alone."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
+
+
+def usage_of(plan: Plan, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
+    """OpenAI's usage object; extended by what it took to finish the reply in spite of losses."""
+    usage: dict[str, Any] = {**running_usage(plan.num_prompt_tokens, outcome.num_completion_tokens)}
+    if is_extended:
+        usage["moemesh"] = {
+            "recoveries": outcome.recovery.recoveries,
+            "replayed_tokens": outcome.recovery.replayed_tokens,
+            "retried_calls": outcome.recovery.retried_calls,
+            "durable": outcome.is_durable,
+        }
+    return usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,9 @@ from prometheus_client import CollectorRegistry
 from common.errors import ExecutionError, InvalidRequestError
 from services.router.engine import GeneratedToken, GenerationRequest, RestoredChoice
 from services.router.front.intake import COMPLETIONS, ReplyIdentity, RequestIntake
-from services.router.front.live_request import ClientIdentity, LiveRequest
+from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
 from services.router.front.registry import RequestRegistry
-from services.router.front.reply_reader import ReplyReader, parse_event_id
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent
 from services.router.front.text.tokenizer import TextTokenizer
