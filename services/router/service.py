@@ -26,7 +26,7 @@ from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
-from services.router.front.http.connection_answers import ConnectionLimits
+from services.router.front.http.answers import ConnectionLimits
 from services.router.front.http.cross_origin import OriginPolicy, is_loopback_name
 from services.router.front.http.server import FrontServer
 from services.router.front.metrics import ConnectionMetrics

@@ -18,8 +18,13 @@ from starlette.responses import Response
 
 from common.errors import InvalidRequestError, UnknownModelError
 from services.router.engine import Engine, Readiness
-from services.router.front.http.answers import answer_http_exception, error_answer, json_answer, log_error
-from services.router.front.http.connection_answers import refuse_connection
+from services.router.front.http.answers import (
+    answer_http_exception,
+    error_answer,
+    json_answer,
+    log_error,
+    refuse_connection,
+)
 from services.router.front.http.cross_origin import CrossOriginMiddleware, OriginPolicy
 from services.router.front.http.exchange import (
     REQUEST_ID_SCOPE,

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from services.router.front.http.connection_answers import ConnectionLimits
-from services.router.front.http.protocol import FrontConfig, FrontProtocol
+from services.router.front.http.answers import ConnectionLimits
+from services.router.front.http.server import FrontConfig, FrontProtocol
 from services.router.front.metrics import ConnectionMetrics
 
 HEAD = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n"

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
-from services.router.front.http.connection_answers import ConnectionLimits
+from services.router.front.http.answers import ConnectionLimits
 from services.router.front.http.server import FrontServer
 
 HALF_A_BODY = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\nabc"

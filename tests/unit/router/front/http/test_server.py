@@ -12,9 +12,8 @@ from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
 from services.router.front.http import server as front_server
-from services.router.front.http.connection_answers import ConnectionLimits
-from services.router.front.http.protocol import FrontProtocol
-from services.router.front.http.server import FrontServer
+from services.router.front.http.answers import ConnectionLimits
+from services.router.front.http.server import FrontProtocol, FrontServer
 from services.router.front.metrics import ConnectionMetrics
 from tests.support.front.front_connection import GET, HEAD, Connection, Timers, run
 
