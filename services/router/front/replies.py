@@ -14,7 +14,7 @@ from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason, RecoveryCounts
 from services.router.front.planning import Plan
 from services.router.front.text.choice_stream import ChoiceEvent, TokenLogprob
-from services.router.front.text.vocabulary import Vocabulary
+from services.router.front.text.detokenizer import Vocabulary
 
 JsonObject = dict[str, Any]
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)

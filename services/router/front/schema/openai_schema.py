@@ -1,4 +1,4 @@
-"""What clients send: the fields of OpenAI's requests that are served, declared on models.
+"""What clients send: the fields of OpenAI's requests that are served, declared on models. Pure.
 
 A field that is not served is refused by its name if it would change the answer, and else taken and named
 (`unused_fields.py`).
@@ -6,23 +6,34 @@ A field that is not served is refused by its name if it would change the answer,
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
+    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 from common.errors import InvalidRequestError
 from services.router.front.schema import unused_fields
-from services.router.front.schema.chat_schema import MAX_MESSAGES, CalledFunction, ChatMessage, TextPart, ToolCall
-from services.router.front.schema.schema_rules import MAX_FIELDS, Name, Strict, described, first_error
 from services.router.front.schema.unused_fields import Json, Sieve
 
+MAX_NAME_CHARACTERS = 1024
+MAX_FIELDS = 64
+"""Of any object: more than a request has, served or not. Else each unknown one would be complained of."""
+MAX_MESSAGES = 4096
+"""And parts of one message."""
+MAX_TOOL_CALLS = 128
+"""Of one message."""
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -31,6 +42,113 @@ MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
 MAX_PROMPTS = 1024
 """In the schema; how many are served together is a setting."""
+
+
+def described(description: str) -> WrapValidator:
+    """Replaces the error of every branch of a union by one sentence."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("wrong_type", "must be {description}", {"description": description}) from error
+
+    return WrapValidator(validate)
+
+
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
+
+
+class Strict(BaseModel):
+    """Types are what JSON says: no "1" for 1, no true for 1, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, fields: object) -> object:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"must have at most {MAX_FIELDS} fields")
+        return fields
+
+
+class TextPart(Strict):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
+    described(f'a string or a list of up to {MAX_MESSAGES} {{"type": "text", "text": ...}} parts'),
+]
+
+
+class CalledFunction(Strict):
+    """What the assistant called, with its arguments as JSON: text, as replies carry them, or the object itself."""
+
+    name: Name
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Strict):
+    """One call of a former turn."""
+
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+ToolCalls = Annotated[
+    Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None,
+    described(
+        f'a list of up to {MAX_TOOL_CALLS} calls as in {{"id": "call_1", "type": "function", "function": {{"name": '
+        '"f", "arguments": "{}"}}'
+    ),
+]
+Role = Annotated[
+    # `developer` is what OpenAI calls `system` since; most chat templates do not know it.
+    Literal["system", "developer", "user", "assistant", "tool"],
+    described("system, developer, user, assistant or tool"),
+]
+
+
+class ChatMessage(Strict):
+    """One turn. An assistant's may have tool calls, and then no content; a tool's is what a call came to."""
+
+    role: Role
+    content: Content | None = None
+    name: Name | None = None
+    tool_call_id: Name | None = None
+    reasoning_content: str | None = None
+    tool_calls: ToolCalls = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("no_content", "`content`: is required: a string or a list of parts")
+        if self.content is None and not self.tool_calls and "content" not in self.model_fields_set:
+            raise PydanticCustomError("no_content", "`content`: is required where there are no `tool_calls`")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("no_calls", "`tool_calls`: only messages of the role assistant have them")
+        return self
+
+    def for_template(self) -> Json:
+        """As chat templates know messages: arguments of calls are objects, not the text of one."""
+        message = self.model_dump()
+        for call in message["tool_calls"] or ():
+            call["function"]["arguments"] = _as_object(call["function"]["arguments"])
+        return message
+
+
+def _as_object(arguments: str | Json) -> str | Json:
+    """What is no JSON object stays as it is: a model may have written it so."""
+    try:
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
 # Lists fail fast: a message for each of the millions of wrong items that a body can hold takes gigabytes.
@@ -257,3 +375,31 @@ def _check_combinations(request: CompletionRequest | ChatCompletionRequest) -> N
         raise InvalidRequestError(
             "`max_tokens` and `max_completion_tokens` say different things; give one", "max_completion_tokens"
         )
+
+
+_VALIDATORS_WORDS = re.compile(r"^(?:Input|Value|String|Number|List|Dictionary|Object) should (be|have|match)")
+
+_VALIDATORS_OBJECT = re.compile(r"a valid dictionary(?: or (?:an )?instance of \w+)?")
+
+
+def first_error(error: ValidationError, known: frozenset[str]) -> InvalidRequestError:
+    """The first of them. `known`: fields of a request that some route serves."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    parameter = ""
+    for part in first["loc"]:
+        parameter += f"[{part}]" if isinstance(part, int) else f".{part}" if parameter else str(part)
+    match first["type"]:
+        case "extra_forbidden":
+            message = "is not a field of this route" if parameter in known else "is not a field that this server knows"
+        case "missing":
+            message = "is required"
+        case "no_content" | "no_calls":
+            message = first["msg"]
+            name, _, message = message.removeprefix("`").partition("`: ")
+            parameter += f".{name}"
+        case _:
+            message = _VALIDATORS_WORDS.sub(r"must \1", first["msg"]).replace(" after validation", "")
+            message = _VALIDATORS_OBJECT.sub("a JSON object", message)
+    if not first["loc"]:
+        return InvalidRequestError(f"the body {message}")
+    return InvalidRequestError(f"`{parameter}`: {message}", parameter)

@@ -1,20 +1,77 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from services.router.front.text.detokenizer import ByteLevelDetokenizer, WindowDetokenizer, create_detokenizer
-from services.router.front.text.vocabulary import Vocabulary
+from common.errors import ExecutionError
+from services.router.front.text.detokenizer import (
+    ByteLevelDetokenizer,
+    DecoderKind,
+    Vocabulary,
+    WindowDetokenizer,
+    create_detokenizer,
+)
+from services.router.front.text.tokenizer import TextTokenizer
 from tests.support.checkpoints.byte_runs import text_of_run
-from tests.support.checkpoints.tiny_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
+from tests.support.checkpoints.tiny_tokenizers import (
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    write_tokenizer_directory,
+)
+from tests.support.front.journalling_front import COMPLETIONS, RESUMABLE, Server, run
 
+TEXT = "The quick brown fox, 你好 👩‍🚀!"
 MANY_EXAMPLES = settings(max_examples=150, deadline=None)
+NO_TEXT = 3
+"""A token of a model that has such an answer; stripping its end is what the library does not bear."""
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer(), byte_fallback_tokenizer()], ids=["level", "fallback"])
+def test_bytes_of_the_tokens_of_a_text_are_the_texts(tokenizer: Tokenizer) -> None:
+    vocabulary = Vocabulary(tokenizer)
+    token_ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert b"".join(vocabulary.token_bytes(token_id) for token_id in token_ids).decode().lstrip() == TEXT
+
+
+def test_kind_is_read_off_the_decoder() -> None:
+    assert Vocabulary(byte_level_tokenizer()).decoder_kind is DecoderKind.BYTE_LEVEL
+    assert Vocabulary(byte_fallback_tokenizer()).decoder_kind is DecoderKind.OTHER
+
+
+def test_only_special_tokens_and_ids_without_a_token_are_skipped() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<note>"])
+    vocabulary = Vocabulary(tokenizer)
+    note = tokenizer.token_to_id("<note>")
+    assert note is not None
+    assert [vocabulary.is_skipped(token_id) for token_id in (2, 50, note, note + 1)] == [True, False, False, True]
+
+
+def test_a_byte_is_a_byte_only_with_byte_fallback() -> None:
+    fallback = Vocabulary(byte_fallback_tokenizer())
+    assert fallback.is_fallback_byte(3 + 0xE2)
+    assert fallback.token_bytes(3 + 0xE2) == b"\xe2"
+    assert not fallback.is_fallback_byte(300)
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<0xE2>"])
+    token_id = tokenizer.token_to_id("<0xE2>")
+    assert token_id is not None
+    level = Vocabulary(tokenizer)
+    assert not level.is_fallback_byte(token_id)
+    assert level.token_bytes(token_id) == b"<0xE2>"
+
+
+def test_special_tokens_show_as_they_are_written() -> None:
+    for tokenizer in (byte_level_tokenizer(), byte_fallback_tokenizer()):
+        assert Vocabulary(tokenizer).token_text(2) == "</s>"
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -240,3 +297,32 @@ def test_a_loop_of_one_token_costs_linear_time(token: str) -> None:
     detokenizer.flush()
     assert sum(calls) <= 3000 * 20
     assert vocabulary.has_byte_fallback
+
+
+@pytest.fixture(scope="module")
+def stripping(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "hi": 1, "</s>": 2, "": NO_TEXT, "b": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.Strip(content=" ", left=0, right=1)
+    directory: Path = tmp_path_factory.mktemp("stripping")
+    return TextTokenizer.from_directory(write_tokenizer_directory(directory, words))
+
+
+def test_a_panic_is_an_error_of_ours(stripping: TextTokenizer) -> None:
+    for decode in (stripping.decode, stripping.vocabulary.decode):
+        with pytest.raises(ExecutionError, match="the tokenizer of this checkpoint failed"):
+            decode([NO_TEXT])
+
+
+@pytest.mark.parametrize("fields", [{}, {"stop": ["x"]}, {"stream": True}, {"stream": True, "stop": ["x"]}])
+def test_an_answer_that_the_library_does_not_bear_ends_with_an_error(
+    stripping: TextTokenizer, tmp_path: Path, fields: dict[str, object]
+) -> None:
+    async def main() -> None:
+        server = Server(stripping, tmp_path / "j", [4, NO_TEXT, 4, 2])
+        answer = await asyncio.wait_for(server.ask("POST", COMPLETIONS, RESUMABLE, prompt="hi", **fields), 10)
+        assert b"the tokenizer of this checkpoint failed" in answer.body
+        fine = Server(stripping, tmp_path / "fine", [4, 4, 2])
+        assert (await fine.ask("POST", COMPLETIONS, prompt="hi")).status == 200
+
+    run(main())

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.schema.openai_schema import CompletionRequest, parse_request
-from services.router.front.text.checkpoint_defaults import read_checkpoint_defaults
+from services.router.front.text.checkpoint_file import read_checkpoint_defaults
 
 
 def write(directory: Path, **files: Any) -> Path:
