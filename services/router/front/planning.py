@@ -12,13 +12,12 @@ from functools import partial
 
 from common.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from common.ids import RequestId
-from services.router.engine import GenerationRequest
+from services.router.engine import GenerationRequest, SamplingParameters
 from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, GenerationFields
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import PlannedChoice
 from services.router.front.text.stop_strings import StopString
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.sampling_parameters import SamplingParameters
 
 DEFAULT_COMPLETION_TOKENS = 16
 _LONG_CHARACTERS = 1 << 18

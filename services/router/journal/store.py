@@ -34,7 +34,7 @@ from services.router.journal.files import (
     move_aside,
     open_database,
 )
-from services.router.journal.ledger import LedgerRequest
+from services.router.journal.queue import LedgerRequest
 from services.router.journal.records import (
     MAX_CHOICES,
     AcceptedRequest,

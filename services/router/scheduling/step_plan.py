@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from common.errors import MoemeshError
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
-from services.router.engine import GeneratedToken
-from services.router.sampling_parameters import SamplingParameters
+from services.router.engine import GeneratedToken, SamplingParameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from common.wire.tensor import tensor_to_frame
 from services.expert.calls import check_call
 from services.expert.shard_store import ShardStore
 from services.router.control.planner import balance_layers
+from services.router.engine import SamplingParameters
 from services.router.mesh.step_message import step_message
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.stage.experts.dispatch import ExactSum, PartialSum, pair_weights, split_pairs
 from services.stage.model.decoder import ExpertCall, StageModel

@@ -35,11 +35,10 @@ from common.wire.transport import LinkEvent
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.stage_roles import StageRoles
-from services.router.engine import GeneratedToken, GenerationRequest
+from services.router.engine import GeneratedToken, GenerationRequest, SamplingParameters
 from services.router.mesh.loop import LoopSettings, MeshLoop
 from services.router.mesh.placer import Placer
 from services.router.mesh.steps import StepFlow
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from tests.support.router.mesh_shapes import node, small_mesh, small_model

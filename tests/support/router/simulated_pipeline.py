@@ -18,9 +18,8 @@ import numpy as np
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.topology import LayerRange
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
-from services.router.engine import GenerationRequest
+from services.router.engine import GenerationRequest, SamplingParameters
 from services.router.mesh.step_message import step_message
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
 from services.router.scheduling.token_counts import count_tokens
 from services.stage.model.logit_adjustments import KeptAdjustments

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from services.router.memory_relief import MemoryRelief
+from services.router.service import MemoryRelief
 
 MIB = 1 << 20
 
@@ -71,7 +71,7 @@ def test_it_looks_now_and_then_until_it_is_cancelled() -> None:
 
 
 FLOOD = """
-from services.router.memory_relief import MemoryRelief, resident_bytes
+from services.router.service import MemoryRelief, resident_bytes
 relief = MemoryRelief()
 fresh = resident_bytes()
 blocks = [bytes(1024) for _ in range(200_000)]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, UnknownModelError
+from services.router.engine import SamplingParameters
 from services.router.front.planning import Plan, RequestPlanner
 from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.settings import FrontSettings
 from services.router.front.text.checkpoint_file import CheckpointDefaults
 from services.router.front.text.stop_strings import StopStringMatcher
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.sampling_parameters import SamplingParameters
 
 CONTEXT_TOKENS = 64
 MESSAGES = [{"role": "user", "content": "fox"}]

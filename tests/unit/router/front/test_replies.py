@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from common.ids import RequestId
-from services.router.engine import FinishReason, GenerationRequest
+from services.router.engine import FinishReason, GenerationRequest, SamplingParameters
 from services.router.front.planning import Plan
 from services.router.front.replies import ChatForm, ChunkEncoder, CompletionForm, ReplyForm, ReplyHead
 from services.router.front.text.choice_stream import ChoiceEvent, PlannedChoice, merge_events
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.sampling_parameters import SamplingParameters
 
 HEAD = ReplyHead("id-1", 5, 'mo"del', None)
 

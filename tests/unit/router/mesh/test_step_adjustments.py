@@ -9,8 +9,8 @@ import numpy as np
 
 from common.ids import Generation, PipelineId, SequenceId, StepId
 from common.messages import TensorFrame
+from services.router.engine import SamplingParameters
 from services.router.mesh.step_message import step_message
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.router.scheduling.token_counts import count_tokens
 

@@ -15,8 +15,8 @@ from common.ids import Generation, PipelineId, SequenceId, StepId
 from common.messages import Header, StepResult, TensorFrame
 from common.wire.array import array_to_frame
 from common.wire.codec import decode, encode
+from services.router.engine import SamplingParameters
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
 
 GREEDY = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset())

@@ -15,9 +15,8 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.messages import Step
-from services.router.engine import GenerationRequest
+from services.router.engine import GenerationRequest, SamplingParameters
 from services.router.mesh.step_message import step_message
-from services.router.sampling_parameters import SamplingParameters
 from services.router.scheduling.request import Request
 from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
 from services.stage.model.logit_adjustments import KeptAdjustments

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 from common.ids import RequestId
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, SamplingParameters
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice, merge_events
 from services.router.front.text.stop_strings import StopString
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.sampling_parameters import SamplingParameters
 
 EOS = 2
 
