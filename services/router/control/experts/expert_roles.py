@@ -26,7 +26,7 @@ from services.router.control.experts.first_classes import FirstClasses
 from services.router.control.experts.placement_aim import PlacementAim
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest
 from services.router.control.experts.roll_out import NOBODY, Assignment, Target, next_assignment
-from services.router.control.experts.shard_probes import ShardProbes
+from services.router.control.experts.shard_probes import Disagreement, ShardProbes
 from services.router.control.sizes import MeshShape, shard_bytes
 
 SETTLE_S = 1.0
@@ -151,18 +151,19 @@ class ExpertRoles:
             self._has_reports = True
 
     def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
-        """What a node says it holds, unless its answers to the probe contradict those of others: then one of them is
-        told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
+        """What a node says it holds, unless its answers to the probe contradict those of others: whoever is found wrong
+        is told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
         held = self.read_shards(message.shards, "ShardsReady.shards")
-        found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else None
-        if found is None or found.node_id != node_id:
+        found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else []
+        if all(one.node_id != node_id for one in found):
             self.take_report(node_id, held, message.number)
-        if found is None:
-            return []
+        return [self._refuse(one) for one in found]
+
+    def _refuse(self, found: Disagreement) -> Action:
         self._ready[found.node_id], self._has_changed = np.zeros_like(self._is_named), True
         self._report_numbers.pop(found.node_id, None)  # who is not reached by this is asked and told once more
         reason = found.describe(self._nodes, self._table_shape)
-        return [Tell(found.node_id, Failed(CheckpointError.code, reason), Header())]
+        return Tell(found.node_id, Failed(CheckpointError.code, reason), Header())
 
     def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
         """[P]: the shards that a message names. Raises ProtocolError with the name of the field."""

@@ -71,10 +71,10 @@ class ShardProbes:
         """It is gone; one that is not known is no error."""
         self._answers.pop(node_id, None)
 
-    def compare(self, node: NodeDescription, report: ShardsReady) -> Disagreement | None:
+    def compare(self, node: NodeDescription, report: ShardsReady) -> list[Disagreement]:
         """As `take`, of a report; nodes of an older version say nothing. Raises ProtocolError with the field's name."""
         if report.digests.shape == NO_ARRAY.shape:
-            return None
+            return []
         digests: Int32Array = frame_to_array(report.digests, "int32", self._table_shape, "ShardsReady.digests")
         projections: Float32Array = frame_to_array(
             report.projections, "float32", self._table_shape, "ShardsReady.projections"
@@ -83,20 +83,30 @@ class ShardProbes:
 
     def take(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
-    ) -> Disagreement | None:
-        """A node's answers, [P] each. Who is found wrong stays a witness for others that say the same, until it is
-        forgotten: of three nodes that start together the wrong one may have been the first."""
-        new, before = _Answers(numeric_class, digests, projections), self._answers.get(node_id)
-        self._answers[node_id] = new
+    ) -> list[Disagreement]:
+        """A node's answers, [P] each; everybody who is found wrong by them. Who was stays a witness for others that say
+        the same, until it is forgotten: of three nodes that start together the wrong one may have been the first."""
+        before = self._answers.get(node_id)
+        self._answers[node_id] = _Answers(numeric_class, digests, projections)
         # Dozens of nodes report several times a second while they load: what was compared before is left out.
         fresh = np.flatnonzero(digests)
         if before is not None and not before.is_refused:
             fresh = fresh[digests[fresh] != before.digests[fresh]]
+        found: list[Disagreement] = []
+        # Each of the others at once: what is fresh now is compared with nobody later.
+        while fresh.size and not self._answers[node_id].is_refused and (one := self._disagreement(node_id, fresh)):
+            self._answers[one.node_id] = replace(self._answers[one.node_id], is_refused=True)
+            found.append(one)
+        return found
+
+    def _disagreement(self, node_id: NodeId, fresh: Int64Array) -> Disagreement | None:
+        """Over some of these shards, with one of those who have not been found wrong."""
+        new = self._answers[node_id]
         others = {name: known for name, known in self._answers.items() if name != node_id}
         differing = {
             name: shards
             for name, known in others.items()
-            if not known.is_refused and fresh.size and (shards := _differing(new, known, fresh)).size
+            if not known.is_refused and (shards := _differing(new, known, fresh)).size
         }
         if not differing:
             return None
@@ -106,9 +116,8 @@ class ShardProbes:
         num_for = sum(
             bool(known.digests[shard[0]]) and not _differing(new, known, shard).size for known in others.values()
         )
-        is_same_class = others[other].numeric_class == numeric_class
+        is_same_class = others[other].numeric_class == new.numeric_class
         wrong, right = (other, node_id) if num_for >= max(1, num_against) else (node_id, other)
-        self._answers[wrong] = replace(self._answers[wrong], is_refused=True)
         return Disagreement(wrong, right, int(shard[0]), shards.size, is_same_class)
 
 
