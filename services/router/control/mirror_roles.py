@@ -14,6 +14,10 @@ from services.router.control.mirrors import MirroredSlot, MirrorPair, MirrorStat
 from services.router.control.role_messages import assign_mirror
 from services.router.control.sizes import MeshShape, block_bytes_of, stage_weight_bytes
 
+RETRY_S = 5.0
+"""After a spare could not load what it was to mirror; twice as long each time, until a mirror is complete again."""
+MAX_RETRY_S = 80.0
+
 Nodes = Mapping[NodeId, tuple[NodeDescription, int]]
 """Living stage nodes with their join order."""
 
@@ -48,7 +52,10 @@ class MirrorRoles:
         """Slots that are to have a mirror."""
         self._num_spares = 0
         self._failed: set[tuple[NodeId, StageSlot]] = set()
-        """Not tried again: the router says so in its log, and another incarnation is another node."""
+        """Who could not load what. It may have had no socket, or its disk may have failed: it is asked again."""
+        self._retry_at_s: float | None = None
+        """None: nobody has asked `forgives` since the last of them failed."""
+        self._retry_s = RETRY_S
 
     @property
     def nodes(self) -> dict[StageSlot, NodeId]:
@@ -91,6 +98,7 @@ class MirrorRoles:
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
         self._wanted, self._num_spares = tuple(held.slot for held in slots if held.is_wanted), len(spares)
+        self._failed = {(node_id, slot) for node_id, slot in self._failed if node_id in nodes}
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
         self._pairs = valid_pairs(before, slots, spare_ids)
         self._successors = {
@@ -138,6 +146,7 @@ class MirrorRoles:
         if not has_broken and pair.state is state:
             return None
         must_begin = has_broken or pair.state is MirrorState.LOADING
+        self._retry_s = RETRY_S if report.is_complete else self._retry_s
         pair.state, pair.broken_stream = state, max(pair.broken_stream, report.broken_stream)
         if not must_begin:
             return []
@@ -198,9 +207,28 @@ class MirrorRoles:
             for slot, pair in list(pairs.items()):
                 if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
                     self._failed.add((node_id, slot))
+                    self._retry_at_s = None
                     del pairs[slot]
                     has_failed = True
         return has_failed
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `forgives` may have something to say."""
+        return bool(self._failed)
+
+    def forgives(self, now_s: float) -> bool:
+        """Whether those who could not load are to be asked again now. Ask again and again while `has_failed`; the first
+        time begins the wait."""
+        if not self._failed:
+            return False
+        if self._retry_at_s is None:
+            self._retry_at_s = now_s + self._retry_s
+        if now_s < self._retry_at_s:
+            return False
+        self._failed.clear()
+        self._retry_at_s, self._retry_s = None, min(2 * self._retry_s, MAX_RETRY_S)
+        return True
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index

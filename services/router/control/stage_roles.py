@@ -91,10 +91,13 @@ class StageRoles:
         return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
-        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back, and a
-        pipeline too many is given up once it is clear that its spares will not come back."""
+        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back, a
+        pipeline too many is given up once it is clear that its spares will not come back, and a spare that could not
+        load what it was to mirror is asked again."""
         if self.adoption.is_pending:
             return self._settle(now_s)
+        if self.mirrors.forgives(now_s):
+            return self._mirror()
         # One that is whole and not open recovers; one with a hole is the first to be given up.
         if self._surplus.is_due(now_s) and all(p.is_open for p in self._pipelines.values() if p.is_whole):
             return self._replan(keeps_surplus=False)
@@ -116,7 +119,7 @@ class StageRoles:
     @property
     def waits(self) -> bool:
         """Whether `tick` may have something to do."""
-        return self.adoption.is_pending or self._surplus.is_there
+        return self.adoption.is_pending or self._surplus.is_there or self.mirrors.has_failed
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""

@@ -11,7 +11,7 @@ from common.ids import Generation, NodeId, PipelineId, SlotIndex
 from common.messages import MirrorTo, StageReady, Unassign
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.mirror_roles import MirrorReport
+from services.router.control.mirror_roles import RETRY_S, MirrorReport
 from services.router.control.stage_roles import StageRoles
 from tests.support.router.mesh_shapes import LAYERS, node
 from tests.support.router.stage_reports import (
@@ -380,6 +380,30 @@ def test_another_spare_follows_a_slot_whose_mirror_could_not_load_it() -> None:
     assert mirrors_told(roles.join(on_host("a3"))) == {}, "it is idle"
     assert list(mirrors_told(roles.take_refusal(NodeId(name), number))) == ["a3"]
     assert roles.take_refusal(NodeId(name), number) == [], "told again it is no news"
+
+
+def test_the_only_spare_that_could_not_load_a_mirror_is_asked_again_less_and_less_often_until_it_can() -> None:
+    roles = roles_of(pp=1, spares=1)
+    ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
+    now_s = 100.0
+    for wait_s in (RETRY_S, 2 * RETRY_S):
+        assert roles.take_refusal(NodeId(name), number) == [], "there is nobody else"
+        assert (roles.waits, roles.mirrors.num_missing) == (True, 1)
+        assert roles.tick(now_s) == roles.tick(now_s + wait_s - 0.1) == []
+        now_s += wait_s
+        ((again, (_, number)),) = mirrors_told(roles.tick(now_s)).items()
+        assert (again, roles.waits) == (name, False)
+    roles.take_mirror(NodeId(name), MirrorReport(number, False))
+    roles.take_mirror(NodeId(name), MirrorReport(number, True))
+    assert roles.mirrors.num_missing == 0
+
+
+def test_what_a_spare_could_not_load_is_forgotten_with_it() -> None:
+    roles = roles_of(pp=1, spares=1)
+    ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
+    roles.take_refusal(NodeId(name), number)
+    roles.lose(NodeId(name))
+    assert not roles.waits
 
 
 def opened_on(roles: StageRoles, *names: str) -> list[Action]:
