@@ -7,6 +7,7 @@ import structlog
 from common.errors import ProtocolError
 from common.messages import Header, MirrorBlocks, MirrorReady, MirrorRows
 from common.node.control_link import ControlLink
+from common.wire.transport import LinkEvent
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.stage_worker import SlotKeeper
 
@@ -41,9 +42,14 @@ class MirrorIntake:
             self._report(mirror)
 
     def acknowledge(self) -> None:
-        """What could not be acknowledged when it was applied; for each round of the loop."""
-        if self._keeper.mirror is not None:
-            self._keeper.mirror.acknowledge()
+        """What could not be acknowledged when it was applied, and over a new connection what may have been lost with
+        the one before; for each round of the loop."""
+        mirror = self._keeper.mirror
+        if mirror is None:
+            return
+        if LinkEvent.CONNECTED in mirror.socket.link_events():
+            mirror.acknowledged = 0
+        mirror.acknowledge()
 
     def _report(self, mirror: Mirror) -> None:
         role = mirror.role

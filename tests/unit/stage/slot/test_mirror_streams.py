@@ -9,6 +9,7 @@ import torch
 
 from common.errors import SocketError
 from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
+from common.wire.transport import LinkEvent
 from services.stage.slot.mirror_intake import MirrorIntake
 from services.stage.slot.mirror_link import MirrorLink
 from services.stage.slot.mirror_receiver import Mirror
@@ -22,7 +23,7 @@ class Spare:
     """A mirror, and what it tells the router."""
 
     def __init__(self) -> None:
-        self.back = Wire()
+        self.back = Monitored()
         back: Any = self.back
         self.mirror = Mirror(ROLE, TERM, memory(), back)
         self.said: list[MirrorReady] = []
@@ -61,6 +62,14 @@ class Monitored(Wire):
     monitor = None
     bytes_sent = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[LinkEvent] = []
+
+    def link_events(self) -> list[LinkEvent]:
+        events, self.events = self.events, []
+        return events
+
 
 def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_one_after_it() -> None:
     class Transport:
@@ -82,6 +91,19 @@ def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_o
     assert not link.wants_to_send
     link.acknowledged(MirrorAck(ROLE.lease_term, MAX_BACKFILL_AHEAD_MESSAGES), Header(attempt=2))
     assert link.wants_to_send
+
+
+def test_an_acknowledgement_that_was_lost_with_its_connection_is_said_again_over_the_next_one() -> None:
+    """The holder may send no more before it has it."""
+    spare, wire = Spare(), Wire()
+    sender_to(wire, 1).send_blocks(memory(), 1)
+    spare.intake.take(*wire.waiting.pop())
+    assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
+    spare.intake.acknowledge()
+    assert not spare.back.waiting
+    spare.back.events = [LinkEvent.CLOSED, LinkEvent.CONNECTED]
+    spare.intake.acknowledge()
+    assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
 
 
 def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> None:
