@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import structlog
 import torch
 import zmq
 from torch import Tensor
 
-from common.errors import ConfigurationError, SocketError
+from common.compute.device_errors import raise_if_device_failed
+from common.errors import LIFE_ENDING_ERRORS, ConfigurationError, SocketError
 from common.messages import Header, MirrorAck, MirrorTo
 from common.wire.endpoints import choose_endpoint
 from common.wire.transport import LinkEvent, Transport
@@ -80,7 +83,7 @@ class MirrorLink:
     def send_rows(self, held: HeldMemory, positions: Tensor) -> None:
         """What a step has written."""
         if self._sender is not None:
-            with torch.inference_mode():
+            with self._at_its_own_cost(self._sender), torch.inference_mode():
                 self._sender.send_rows(held.memory, positions, held.marks.mark)
 
     def pump(self, held: HeldMemory, now_s: float) -> bool:
@@ -100,7 +103,7 @@ class MirrorLink:
                 sender.is_broken = True
         sender.look(now_s)
         if sender.wants_to_send:
-            with torch.inference_mode():
+            with self._at_its_own_cost(sender), torch.inference_mode():
                 sender.send_blocks(held.memory, held.marks.mark)
         if sender.is_broken:
             self._log.warning("mirror_lags", lease_term=sender.lease_term)
@@ -108,6 +111,19 @@ class MirrorLink:
             self._restart_at_s = now_s + RESTART_DELAY_S
             return True
         return False
+
+    @contextmanager
+    def _at_its_own_cost(self, sender: MirrorSender) -> Iterator[None]:
+        """What cannot be copied is missing in the mirror, whatever the next mark says: its stream ends, and begins anew
+        a moment later. The step is on its way, and the stage has others."""
+        try:
+            yield
+        except LIFE_ENDING_ERRORS:
+            raise
+        except Exception as error:
+            raise_if_device_failed(error)
+            self._log.error("mirror_not_fed", lease_term=sender.lease_term, reason=str(error))
+            sender.is_broken = True
 
     def _connect(self, wanted: MirrorTo, router_term: int) -> bool:
         """False where there is no socket for it now."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import structlog
 import torch
 
 from common.errors import SocketError
 from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
 from common.wire.transport import LinkEvent
+from services.stage.model.micro_batch import BlockTables
 from services.stage.slot.mirror_intake import MirrorIntake
 from services.stage.slot.mirror_link import MirrorLink
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import MAX_BACKFILL_AHEAD_MESSAGES, MirrorSender
+from services.stage.slot.step_watermark import StepMarks
 from tests.unit.stage.slot.test_mirror_receiver import ROLE, TERM, Wire, memory
 
 LOG: Any = structlog.get_logger()
@@ -127,6 +130,40 @@ def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> Non
     assert link._sender is None, "not tried again in every turn"
     link.pump(held, 11.1)
     assert link._sender is not None
+
+
+@pytest.mark.parametrize("what", ["rows", "blocks"])
+def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neither_the_step_nor_the_stage(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wires: list[Wire] = []
+
+    class Transport:
+        def push(self, name: str, endpoint: str) -> Wire:
+            wires.append(Monitored())
+            return wires[-1]
+
+    def fails(places: torch.Tensor) -> Any:
+        raise RuntimeError("can't allocate memory")
+
+    transport: Any = Transport()
+    held: Any = type("Held", (), {"memory": memory(), "marks": StepMarks(5), "tables": BlockTables(32, 4)})
+    link = MirrorLink(transport, "", LOG)
+    link.obey(MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host"), Header(TERM, 1))
+    sender = link._sender
+    assert sender is not None
+    sender.begin([0])
+    with monkeypatch.context() as patch:
+        patch.setattr(held.memory, what, fails)
+        link.send_rows(held, torch.tensor([3]))
+        if what == "blocks":
+            link.pump(held, 10.0)
+    num_sent = wires[0].num_sent
+    sender.send_rows(held.memory, torch.tensor([4]), 6)
+    assert wires[0].num_sent == num_sent, "nothing follows, whose mark would cover what is missing"
+    link.pump(held, 10.0)
+    link.pump(held, 11.1)
+    assert len(wires) == 2, "another stream begins"
 
 
 class SmallMemory:
