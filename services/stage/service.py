@@ -252,8 +252,8 @@ class StageService:
             try:
                 self._check_sequence(slot, header)
                 self._begin_step(slot, message, header, now_s)
-            except MoemeshError as error:
-                self._fail_step(error, header)
+            except Exception as error:
+                self._break_step(error, header)
 
     def _feed_mirror(self, now_s: float) -> None:
         slot = self._keeper.slot
@@ -307,14 +307,9 @@ class StageService:
                 self._pass_on(slot, outcome)
             else:
                 raise outcome.error
-        except LIFE_ENDING_ERRORS:
-            raise
-        except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
-            raise_if_device_failed(error)
-            self._log.error("step_broke", step=running.header.step, exc_info=error)
+        except Exception as error:
             slot.executor.drop(running)
-            known = error if isinstance(error, MoemeshError) else ExecutionError(f"computing failed: {error}")
-            self._fail_step(known, running.header)
+            self._break_step(error, running.header)
         self._counters.busy_seconds += self._clock() - began_s
 
     def _call_experts(self, slot: Slot, outcome: WantsExperts) -> None:
@@ -368,6 +363,16 @@ class StageService:
             except Full:
                 return
             self._unsent.popleft()
+
+    def _break_step(self, error: Exception, header: Header) -> None:
+        """Whatever a step's numbers provoke must not take the other steps along. Raises what is no step's fault."""
+        if isinstance(error, LIFE_ENDING_ERRORS):
+            raise error
+        raise_if_device_failed(error)
+        if not isinstance(error, MoemeshError):
+            self._log.error("step_broke", step=header.step, exc_info=error)
+            error = ExecutionError(f"computing failed: {error}")
+        self._fail_step(error, header)
 
     def _fail_step(self, error: MoemeshError, header: Header) -> None:
         self._log.error("step_failed", step=header.step, code=error.code, reason=str(error))

@@ -26,6 +26,7 @@ from common.messages import (
 from common.topology import StageState
 from common.wire.array import frame_to_array
 from common.wire.transport import LinkEvent
+from services.stage import service
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.service import KEEP_STATE_S, LEAVE_DEADLINE_S, StageService
@@ -165,6 +166,23 @@ def test_steps_are_taken_again_after_the_assignment(stage: Stage) -> None:
     stage._take_steps(100.0)
     assert stage.held_sequences == {7: [3]}
     assert stage._counters.dropped == 0
+
+
+def test_a_step_at_which_reading_breaks_costs_that_step_and_not_the_stage(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise IndexError("a number that nobody thought of")
+
+    stage.take_slot(ASSIGN, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "read_micro_batch", breaks)
+        stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
+        stage._take_steps(100.0)
+    assert stage.control.failures == ["computing failed: a number that nobody thought of"]
+    stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 11)
+    stage._take_steps(100.0)
+    assert stage.held_sequences == {8: [4]}
 
 
 def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> None:
