@@ -99,7 +99,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     addresses = find_addresses(settings, NodeId("router"))
     client = MeshClient(transport, addresses, state.term, log, disk.submit)
     sink = mailbox if journal is None else JournalFirst(journal, mailbox)
-    look_after_state = partial(state.look_after, lambda sentence: log.warning("state_folder", reason=sentence))
+    tell_of_folder = partial(_tell_of_folder, log)
+    look_after_state = partial(state.look_after, tell_of_folder)
     housekeeping = Housekeeping(
         look_after_state, disk, disk.check, journal, partial(_look_after_own, transport, attention)
     )
@@ -168,7 +169,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         target=_run_mesh, args=(mesh, server, failure, attention, disk, log), name="mesh", daemon=True
     )
     host, port = listener.getsockname()[:2]
-    state.publish_url(f"{http_url(host, port)}\n")
+    state.publish_url(f"{http_url(host, port)}\n", tell_of_folder)
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
     placer.start()
     requests.restore(journalled)
@@ -230,6 +231,10 @@ def _open_journal(
 def _forget(journal: Journal | None, reply_id: str) -> None:
     assert journal is not None, "it is the journal's request"
     journal.end(reply_id, is_kept=False)
+
+
+def _tell_of_folder(log: structlog.stdlib.BoundLogger, sentence: str) -> None:
+    log.warning("state_folder", reason=sentence)
 
 
 def _look_after_own(transport: Transport, attention: Attention) -> None:

@@ -169,8 +169,9 @@ class SetAside:
         self._reasons.update({(tenant, name): message for name in names})
 
     def _paths(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        """Oldest first. What is no file, or a link to none, is not ours."""
+        files = [path for path in self._folder.glob("*.json") if path.is_file()]
+        return sorted(files, key=lambda path: path.stat().st_mtime_ns)
 
 
 def without_culprits(

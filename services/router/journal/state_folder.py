@@ -67,10 +67,17 @@ class StateFolder:
         if made_again:
             tell(f"{', '.join(made_again)} of STATE_DIR={self.path} had been removed or changed, and was made again")
 
-    def publish_url(self, url: str) -> None:
-        """Say where this router answers HTTP, for as long as it holds the folder. Raises OSError."""
+    def publish_url(self, url: str, tell: Callable[[str], None] = lambda sentence: None) -> None:
+        """Say where this router answers HTTP, for as long as it holds the folder. Where that cannot be written, `tell`
+        is given a sentence about it, and `look_after` tries again."""
         self._url = url
-        write_whole(self._url_path, url)
+        try:
+            self._write_url()
+        except OSError as error:
+            tell(f"http.url of STATE_DIR={self.path} cannot be written: {error}")
+
+    def _write_url(self) -> None:
+        write_whole(self._url_path, self._url)
         self._seen_url = _identity(self._url_path)
 
     def outgrow(self, term: int, on_disk: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
@@ -134,9 +141,10 @@ class StateFolder:
         return True
 
     def _keep_url(self) -> bool:
-        if not self._url or _identity(self._url_path) == self._seen_url:
+        is_written = self._seen_url != _NOWHERE and self._seen_url == _identity(self._url_path)
+        if is_written or not self._url:
             return False
-        self.publish_url(self._url)
+        self._write_url()
         return True
 
 

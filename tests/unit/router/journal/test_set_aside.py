@@ -220,6 +220,17 @@ def test_what_is_kept_aside_is_bounded_and_what_cannot_be_read_is_passed_over(tm
     SetAside(tmp_path / "set-aside", LOG)
 
 
+def test_what_is_no_file_among_what_is_kept_aside_ends_no_router_and_stays(tmp_path: Path) -> None:
+    odd = tmp_path / "set-aside" / "folder.json"
+    odd.mkdir(parents=True)
+    (tmp_path / "set-aside" / "link.json").symlink_to(tmp_path / "nowhere")
+    folder = SetAside(tmp_path / "set-aside", LOG)
+    for number in range(MAX_KEPT + 1):
+        folder.keep(journalled(f"r{number}", 0), "why")
+    assert odd.is_dir()
+    assert len(list((tmp_path / "set-aside").iterdir())) == MAX_KEPT + 2
+
+
 def test_shared_memory_that_cannot_be_had_costs_the_note_and_nothing_else(tmp_path: Path) -> None:
     attention = Attention(tmp_path / "missing" / "attention", tmp_path / "ending", LOG)
     attention("a-0")

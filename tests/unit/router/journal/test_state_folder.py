@@ -149,6 +149,18 @@ def test_files_that_somebody_damages_under_a_router_are_made_again_and_end_nobod
     assert open_state_folder(tmp_path).term == 3
 
 
+def test_a_router_that_cannot_write_its_address_says_so_serves_and_tries_again(tmp_path: Path) -> None:
+    (tmp_path / "http.url").mkdir()
+    folder = open_state_folder(tmp_path)
+    told: list[str] = []
+    folder.publish_url("http://127.0.0.1:8000\n", told.append)
+    assert len(told) == 1
+    assert "http.url" in told[0]
+    (tmp_path / "http.url").rmdir()
+    folder.look_after(told.append)
+    assert (tmp_path / "http.url").read_text() == "http://127.0.0.1:8000\n"
+
+
 @pytest.mark.parametrize("name", ["router.json", "http.url", "router.lock"])
 def test_a_folder_in_the_place_of_a_file_ends_nobody_and_is_told_once(tmp_path: Path, name: str) -> None:
     folder = open_state_folder(tmp_path)
