@@ -108,16 +108,18 @@ class CallLedger:
     def forget(self, pending: PendingCall, now_s: float) -> None:
         """A call ends without an answer; what is in flight for it is taken back."""
         for number in list(pending.parts):
-            self.cancel(self.take_part(pending, number).rows.node, number, now_s)
+            self.cancel(pending, self.take_part(pending, number).rows.node, number, now_s)
         self.close(pending)
 
-    def cancel(self, number_of_node: int, number: int, now_s: float) -> None:
-        """Take a call back; but one call stays with a node in doubt: its answer tells that the node is back."""
+    def cancel(self, pending: PendingCall, number_of_node: int, number: int, now_s: float) -> None:
+        """Take a message back; but one stays with a node in doubt: its answer tells that the node is back. One whose
+        time is up may have been dropped there without a word: then another one stays."""
         if number_of_node not in self.nodes:
             return
         node = self.nodes[number_of_node]
-        if not node.probe and self.suspicions.is_doubted(number_of_node, now_s):
-            node.probe = number
+        has_none = not node.probe or now_s >= node.probe_after_s
+        if has_none and self.suspicions.is_doubted(number_of_node, now_s):
+            node.probe, node.probe_after_s = number, pending.deadline_s
             return
         if node.connected:
             try:

@@ -244,7 +244,7 @@ class ExpertClient:
                 self._ledger.times.add(pending.call.layer, now_s - loser.asked_s)
                 if self._ledger.suspicions.lost(node, now_s):
                     suspects.add(node)
-            self._ledger.cancel(node, number, now_s)
+            self._ledger.cancel(pending, node, number, now_s)
         for node in suspects:
             self._suspect(node, now_s)
         if winner is not None and not pending.sum.takes_some_pairs:

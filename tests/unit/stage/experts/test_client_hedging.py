@@ -9,6 +9,7 @@ from common.messages import Dispatch
 from common.wire.transport import LinkEvent
 from services.stage.experts.client import LOOK_AGAIN_S
 from services.stage.experts.hedging import CEILING_S, HEDGE_BURST, LONGEST_SILENCE_S
+from services.stage.experts.outliers import DOUBT_LAPSES_S
 from services.stage.experts.pending_call import LONGEST_PAUSE_S
 from tests.support.nodes.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, refusal, wanted
 from tests.support.nodes.kernels import one_torch_thread
@@ -121,6 +122,21 @@ def test_one_call_stays_with_a_silent_node_so_that_its_answer_tells_that_it_is_b
     stage.answer("a", answer_to(kept))
     stage.start(CALL, "four")
     assert pairs_of(stage.asked("a")) > 0
+
+
+def test_a_call_that_stayed_with_a_silent_node_and_whose_time_is_up_is_followed_by_another_one() -> None:
+    """The node may have dropped it without a word."""
+    stage = stage_of(a=ALL, b=ALL)
+    for name, within_s in (("one", 1.0), ("two", 10.0)):
+        stage.start(CALL, name, within_s)
+        assert stage.asked("a")
+        stage.answer("b", *stage.asked("b"))
+        stage.pass_time(CEILING_S + 0.01)
+        stage.answer("b", *stage.asked("b"))
+        assert len(stage.sums) == (1 if name == "one" else 2)
+        assert stage.asked("a") == []
+        assert stage.cancelled == [], "its answer would tell that the node is back"
+        stage.pass_time(DOUBT_LAPSES_S)
 
 
 def test_a_node_that_is_suspect_loses_all_that_it_owes_at_once_and_beyond_the_budget() -> None:
