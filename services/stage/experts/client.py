@@ -269,8 +269,8 @@ class ExpertClient:
     def _rows(self, message: ExpertRows, part: NodeRows, pending: PendingCall) -> Tensor:
         width = pending.call.hidden.shape[1]
         if pending.sum.takes_some_pairs:
-            return frame_to_tensor(message.rows, pending.call.hidden.dtype, (part.pairs.size, width), "rows")
-        return frame_to_tensor(message.rows, torch.float32, (part.tokens.size, width), "rows")
+            return frame_to_tensor(message.rows, pending.call.hidden.dtype, (part.pairs.size, width), "ExpertRows.rows")
+        return frame_to_tensor(message.rows, torch.float32, (part.tokens.size, width), "ExpertRows.rows")
 
     # ---- losing nodes and calls
 

@@ -116,10 +116,14 @@ class ExpertNodes:
             return None
         owners = _read_owners(placement)
         if owners.shape[3] != num_slices:
-            raise ProtocolError(f"placement has {owners.shape[3]} slices an expert, this mesh has {num_slices}")
+            raise ProtocolError(
+                f"PublishPlacement.owners has {owners.shape[3]} slices an expert, this mesh has {num_slices}"
+            )
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
         if any(len(column) != len(placement.node_ids) for column in columns):
-            raise ProtocolError(f"placement does not tell everything of each of its {len(placement.node_ids)} nodes")
+            raise ProtocolError(
+                f"PublishPlacement does not tell everything of each of its {len(placement.node_ids)} node_ids"
+            )
         if placement.first_classes and len(placement.first_classes) != owners.shape[1]:
             raise ProtocolError(
                 f"PublishPlacement.first_classes names {len(placement.first_classes)} layers of {owners.shape[1]}"
@@ -223,11 +227,12 @@ def _read_owners(placement: PublishPlacement) -> Int32Array:
     """
     num_nodes = len(placement.node_ids)
     if placement.owners.shape != NO_ARRAY.shape:
-        owners: Int32Array = frame_to_array(placement.owners, "int32", (None, None, None, None), "owners")
+        shape = (None, None, None, None)
+        owners: Int32Array = frame_to_array(placement.owners, "int32", shape, "PublishPlacement.owners")
         if owners.size and not 0 <= int(owners.min()) <= int(owners.max()) <= num_nodes:
             raise ProtocolError(f"PublishPlacement.owners names a node outside [0, {num_nodes}]")
         return owners
-    copies = frame_to_array(placement.copies, "uint8", (num_nodes, None, None, None), "copies")
+    copies = frame_to_array(placement.copies, "uint8", (num_nodes, None, None, None), "PublishPlacement.copies")
     owners = np.zeros((int(copies.max(initial=0)), *copies.shape[1:]), dtype=np.int32)
     for number, places in enumerate(copies):
         held = np.nonzero(places)
