@@ -57,8 +57,8 @@ from services.router.mesh.steps import StepFlow
 from services.router.mesh.witnesses import Witnesses
 from services.router.scheduling.scheduler import Scheduler
 
-CONTROL_BUDGET_S = 0.001
-"""Of one turn: where all nodes speak at once, tokens go out between their messages."""
+CONTROL_BUDGET_S, COMMANDS_BUDGET_S = 0.001, 0.002
+"""Of one turn: where all nodes speak at once, or a client brings hundreds of requests, tokens go out in between."""
 STATUS_INTERVAL_S = 0.1
 
 
@@ -112,8 +112,7 @@ class MeshLoop:
         self._witnesses = Witnesses(client, membership, log)
         self._declared_dead = DeclaredDead()
         self._beliefs = Beliefs(stages, experts)
-        self._leaving: set[NodeId] = set()
-        """Nodes that wait for leave."""
+        self._leaving: set[NodeId] = set()  # nodes that wait for leave
         self._last_failure = ""
         self._refusals = Refusals()
         self._lost_steps = LostSteps()
@@ -143,7 +142,7 @@ class MeshLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         while not self._stopping:
-            self._client.wait(self._witnesses.wait_ms)
+            self._client.wait(0 if self._commands else self._witnesses.wait_ms)
             now_s = self._clock()
             self._membership.turn(now_s)
             self._housekeeping()
@@ -163,7 +162,9 @@ class MeshLoop:
             self._publish_status(now_s)
 
     def _take_commands(self, now_s: float) -> None:
-        while self._commands:
+        """All that is restored comes at once: only who is in line gets the cache of stages that are back."""
+        until_s = self._clock() + COMMANDS_BUDGET_S
+        while self._commands and (isinstance(self._commands[0], RestoredChoice) or self._clock() <= until_s):
             command = self._commands.popleft()
             request = command.request if isinstance(command, RestoredChoice) else command
             try:
@@ -179,7 +180,7 @@ class MeshLoop:
     # ---- control
 
     def _take_control(self, now_s: float) -> None:
-        until_s = now_s + CONTROL_BUDGET_S
+        until_s = self._clock() + CONTROL_BUDGET_S
         while self._clock() <= until_s and (received := self._client.receive_control()) is not None:
             node_id, message, header = received
             try:
@@ -395,7 +396,6 @@ class MeshLoop:
             redundancy=evidence.redundancy,
             suspended_pipelines=self._stages.num_suspended,
         )
-
         self._renew(self._flow.give_up(self._lost_steps.look(evidence, self._flow.unsent, now_s)), now_s)
 
     def _readiness(self, evidence: MeshEvidence, now_s: float) -> Readiness:

@@ -128,6 +128,8 @@ class FakeClient:
         self.held: dict[int, dict[int, list[int]]] = {}
         """By pipeline: what its stages have from a router before this one when it opens."""
         self.after_wait: Any = lambda: None
+        self.waited_ms = 0
+        """At most, last time."""
         self.sockets_left = self.pipeline_sockets_left = 1_000_000
         """How many more lifelines, and pipelines, there are sockets for."""
         self.pulses: list[tuple[NodeId, int]] = []
@@ -135,6 +137,7 @@ class FakeClient:
         """Nodes that echo nothing, though their connections stand."""
 
     def wait(self, timeout_ms: int) -> None:
+        self.waited_ms = timeout_ms
         self.after_wait()
 
     def wake(self) -> None:

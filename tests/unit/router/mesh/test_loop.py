@@ -62,6 +62,30 @@ def test_a_node_is_welcomed_before_it_is_told_anything_else() -> None:
     assert mesh.client.lifelines == {"x", "a", "b"}
 
 
+def test_however_many_requests_one_client_brings_nodes_are_heard_and_steps_go_out_between_them(mesh: FakeMesh) -> None:
+    """Each look at the clock takes half a millisecond here."""
+
+    def clock() -> float:
+        mesh.now_s += 0.0005
+        return mesh.now_s
+
+    mesh.loop._clock = clock
+    for number in range(20):
+        mesh.loop.submit(build_request(f"r{number}"))
+    for turn in range(1, 4):
+        mesh.beat()
+        mesh.turn()
+        num_taken = 20 - len(mesh.loop._commands)
+        assert 3 * turn <= num_taken <= 5 * turn
+        assert len(mesh.client.inbox) < 3, "of three heartbeats one at least is taken each time"
+        mesh.client.inbox.clear()
+        assert mesh.client.waited_ms == 0, "there is more to do"
+    restored = [RestoredChoice(build_request(f"old{number}"), (), None) for number in range(20)]
+    mesh.loop._commands.extendleft(restored)
+    mesh.turn()
+    assert len(mesh.loop._commands) < 20, "who is not in line gets no cache of stages that are back"
+
+
 def test_a_stage_knows_the_placement_before_it_has_a_role() -> None:
     mesh = FakeMesh()
     mesh.hello("x", NodeKind.EXPERT)
