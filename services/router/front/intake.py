@@ -7,19 +7,15 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
 import structlog
 
-from services.router.front.planning import Plan, RequestPlanner
-from services.router.front.replies import ChatForm, CompletionForm, ReplyForm, ReplyHead
+from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner
 from services.router.front.schema.openai_schema import (
     ChatCompletionRequest,
     CompletionRequest,
-    GenerationFields,
     Request,
     parse_request,
 )
@@ -29,35 +25,8 @@ from services.router.front.text.tokenizer import TextTokenizer
 log = structlog.get_logger(__name__)
 
 MAX_TOLD_FIELDS, MAX_TOLD_CHARACTERS = 200, 100
-COMPLETIONS, CHAT = "completions", "chat"
+COMPLETIONS, CHAT = CompletionRequest.route, ChatCompletionRequest.route
 Result = TypeVar("Result")
-_FORMS: dict[str, type[CompletionForm] | type[ChatForm]] = {COMPLETIONS: CompletionForm, CHAT: ChatForm}
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyIdentity:
-    """What is drawn once for a request, and must be the same when it is planned again."""
-
-    reply_id: str
-    created_s: int
-    drawn_seed: int | None
-    """None: not drawn yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class AskedRequest:
-    """Ready to run."""
-
-    route: str
-    fields: GenerationFields
-    plan: Plan
-    form: ReplyForm
-    head: ReplyHead
-
-    @property
-    def seed(self) -> int:
-        """Of all its choices."""
-        return self.plan.choices[0].request.sampling.seed
 
 
 class RequestIntake:
@@ -70,26 +39,20 @@ class RequestIntake:
         max_context_tokens: Callable[[], int],
         draw_seed: Callable[[], int],
     ) -> None:
-        self._tokenizer = tokenizer
         self._settings = settings
         self._planner = RequestPlanner(tokenizer, settings, max_context_tokens, draw_seed)
         self._told_unused: set[str] = set()
 
-    async def read(self, route: str, body: bytes, identity: Callable[[str], ReplyIdentity]) -> AskedRequest:
+    async def read(self, route: str, body: bytes, identity: Callable[[str], ReplyIdentity]) -> PlannedRequest:
         """`route`: COMPLETIONS or CHAT; `identity` gets the prefix that reply ids of it have.
 
         Raises RequestError leaves.
         """
-        form_class = _FORMS[route]
         if route == COMPLETIONS:
             completion = await self._parse(body, CompletionRequest)
-            own = identity(form_class.id_prefix)
-            plan = await self._planner.plan_completion(completion, own.reply_id, own.drawn_seed)
-            return self._asked(route, completion, plan, own)
+            return await self._planner.plan_completion(completion, identity(completion.id_prefix))
         chat = await self._parse(body, ChatCompletionRequest)
-        own = identity(form_class.id_prefix)
-        now = datetime.fromtimestamp(own.created_s)
-        return self._asked(route, chat, await self._planner.plan_chat(chat, own.reply_id, own.drawn_seed, now), own)
+        return await self._planner.plan_chat(chat, identity(chat.id_prefix))
 
     async def hash(self, route: str, body: bytes) -> str:
         """See `body_hash`."""
@@ -111,14 +74,6 @@ class RequestIntake:
         if len(body) > self._settings.thread_above_characters:
             return await asyncio.to_thread(work)
         return work()
-
-    def _asked(
-        self, route: str, fields: CompletionRequest | ChatCompletionRequest, plan: Plan, identity: ReplyIdentity
-    ) -> AskedRequest:
-        form = _FORMS[route](self._tokenizer.vocabulary, fields.num_top_logprobs is not None)
-        # The name that it asked for: what was accepted under another name goes on under that one.
-        head = ReplyHead(identity.reply_id, identity.created_s, fields.model, self._settings.system_fingerprint)
-        return AskedRequest(route, fields, plan, form, head)
 
 
 def body_hash(route: str, body: bytes) -> str:

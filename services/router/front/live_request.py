@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError, NotReadyError, UnknownRequestError
 from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
-from services.router.front.intake import AskedRequest
 from services.router.front.metrics import FrontMetrics
+from services.router.front.planning import PlannedRequest
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.records import JournalledChoice
@@ -70,7 +70,7 @@ class LiveRequest:
 
     def __init__(
         self,
-        asked: AskedRequest,
+        planned: PlannedRequest,
         identity: ClientIdentity,
         engine: Engine,
         tokenizer: TextTokenizer,
@@ -78,9 +78,9 @@ class LiveRequest:
         clock: Callable[[], float],
         on_end: Callable[[LiveRequest], None],
     ) -> None:
-        self.asked = asked
+        self.planned = planned
         self.identity = identity
-        self.choices = [LiveChoice(planned, tokenizer) for planned in asked.plan.choices]
+        self.choices = [LiveChoice(choice, tokenizer) for choice in planned.choices]
         self.error: Exception | None = None
         self.has_ended = False
         self.is_released = False
@@ -103,7 +103,7 @@ class LiveRequest:
     @property
     def reply_id(self) -> str:
         """Its name everywhere."""
-        return self.asked.head.reply_id
+        return self.planned.identity.reply_id
 
     @property
     def recovery(self) -> RecoveryCounts:
@@ -136,7 +136,7 @@ class LiveRequest:
                     choice.take(token)
             self.error = self.error or record.error
         if not was_over and not all(choice.is_over for choice in self.choices):
-            self.error = self.error or self.asked.plan.misfit
+            self.error = self.error or self.planned.misfit
         if self.error is not None:
             self._end()
             return
@@ -267,7 +267,7 @@ class ReplyReader:
         """`taken`: tokens by choice that the client has; events up to there are left out."""
         self.live = live
         self.taken = tuple(taken)
-        wants_ids = live.asked.fields.return_token_ids is True
+        wants_ids = live.planned.fields.return_token_ids is True
         self._streams = [
             ChoiceStream(choice.planned, tokenizer, is_event_each_token=wants_ids) for choice in live.choices
         ]

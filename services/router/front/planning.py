@@ -29,15 +29,33 @@ _MAX_TOP_K = _MAX_VOCABULARY_SIZE - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What one HTTP request asks of the mesh."""
+class ReplyIdentity:
+    """What is drawn once for a request, and must be the same when it is planned again."""
 
+    reply_id: str
+    created_s: int
+    """Stands in the reply, and is the date that a chat template sees."""
+    drawn_seed: int | None
+    """None: not drawn yet. One that was drawn says that the request was accepted before."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One HTTP request, ready to run: what it asks of the mesh, and what its reply looks like."""
+
+    fields: CompletionRequest | ChatCompletionRequest
+    identity: ReplyIdentity
+    system_fingerprint: str | None
     choices: tuple[PlannedChoice, ...]
     """Prompt by prompt, and in each prompt `n` choices."""
     prompts_token_ids: tuple[tuple[int, ...], ...]
-    num_top_logprobs: int | None
     misfit: ContextLengthError | None = None
     """Of a request that was accepted when the context was larger."""
+
+    @property
+    def seed(self) -> int:
+        """Of all its choices."""
+        return self.choices[0].request.sampling.seed
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -97,15 +115,16 @@ class RequestPlanner:
         # One at a time, also if its client has gone meanwhile: 8 MB of text take 2 GB.
         self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-text")
 
-    async def plan_completion(self, request: CompletionRequest, reply_id: str, drawn_seed: int | None = None) -> Plan:
+    async def plan_completion(self, request: CompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
         """Raises RequestError leaves.
 
-        `drawn_seed`: what was drawn when it was planned before. It was accepted then, so neither another name of the
-        model nor a smaller context refuses it now; what is too long is a `misfit`.
+        A request whose seed was drawn before was accepted then, so neither another name of the model nor a smaller
+        context refuses it now; what is too long is a `misfit`.
         """
-        self._check(request, len(request.prompts), is_new=drawn_seed is None)
+        is_new = identity.drawn_seed is None
+        self._check(request, len(request.prompts), is_new)
         max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        room = _Room(self._max_context_tokens(), "prompt", max_tokens, is_new=drawn_seed is None)
+        room = _Room(self._max_context_tokens(), "prompt", max_tokens, is_new=is_new)
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 room.check_least(self._tokenizer.least_tokens(prompt))
@@ -115,32 +134,28 @@ class RequestPlanner:
             prompts.append(await self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt)
             self._check_prompt(prompts[-1], "prompt", room)
         echoed = [self._echo(prompt) for prompt in request.prompts] if request.echo else [""] * len(prompts)
-        return self._plan(request, reply_id, prompts, echoed, max_tokens, drawn_seed, room.misfit)
+        return self._plan(request, identity, prompts, echoed, max_tokens, room.misfit)
 
-    async def plan_chat(
-        self,
-        request: ChatCompletionRequest,
-        reply_id: str,
-        drawn_seed: int | None = None,
-        now: datetime | None = None,
-    ) -> Plan:
-        """As `plan_completion`. `now`: the date that a chat template sees."""
-        self._check(request, 1, is_new=drawn_seed is None)
+    async def plan_chat(self, request: ChatCompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
+        """As `plan_completion`."""
+        is_new = identity.drawn_seed is None
+        self._check(request, 1, is_new)
         messages = [message.for_template() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
         if request.reasoning_effort is not None:
             arguments = {"reasoning_effort": request.reasoning_effort, **arguments}
+        now = datetime.fromtimestamp(identity.created_s)
         render = partial(self._tokenizer.render_chat, messages, arguments, now)
         is_long = len(str(messages)) + len(str(arguments)) > self._settings.thread_above_characters
         text = await asyncio.to_thread(render) if is_long else render()
         max_tokens = request.max_completion_tokens or request.max_tokens
-        room = _Room(self._max_context_tokens(), "messages", max_tokens or 1, is_new=drawn_seed is None)
+        room = _Room(self._max_context_tokens(), "messages", max_tokens or 1, is_new=is_new)
         room.check_least(self._tokenizer.least_tokens(text))
         prompt = await self._encode(text, add_special_tokens=False)
         self._check_prompt(prompt, "messages", room)
         if max_tokens is None:
             max_tokens = max(0, self._max_context_tokens() - len(prompt))
-        return self._plan(request, reply_id, [prompt], [""], max_tokens, drawn_seed, room.misfit)
+        return self._plan(request, identity, [prompt], [""], max_tokens, room.misfit)
 
     def _check(self, request: GenerationFields, num_prompts: int, is_new: bool) -> None:
         if is_new and request.model != self._settings.served_name:
@@ -180,35 +195,36 @@ class RequestPlanner:
     def _plan(
         self,
         request: CompletionRequest | ChatCompletionRequest,
-        reply_id: str,
+        identity: ReplyIdentity,
         prompts: Sequence[Sequence[int]],
         echoed: Sequence[str],
         max_tokens: int,
-        drawn_seed: int | None,
         misfit: ContextLengthError | None,
-    ) -> Plan:
+    ) -> PlannedRequest:
         # One seed for all: choices differ by their number, and a prompt's result not by the prompts around it.
-        drawn = request.seed if request.seed is not None else drawn_seed
+        drawn = request.seed if request.seed is not None else identity.drawn_seed
         seed = (self._draw_seed() if drawn is None else drawn) & _SEED_MASK
-        num_top_logprobs = request.num_top_logprobs
         min_tokens = request.min_tokens or 0
-        if drawn_seed is None and min_tokens > max_tokens:
+        if identity.drawn_seed is None and min_tokens > max_tokens:
             raise InvalidRequestError(
                 f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
             )
-        sampling = self._sampling(request, seed, max_tokens, num_top_logprobs)
+        sampling = self._sampling(request, seed, max_tokens)
         prompts_token_ids = tuple(tuple(prompt) for prompt in prompts)
         stop_strings = tuple(map(StopString, request.stop_strings))
         choices: list[PlannedChoice] = []
         for token_ids, echoed_text in zip(prompts_token_ids, echoed, strict=True):
             for choice in range(request.num_choices):
                 index = len(choices)
-                generation = GenerationRequest(RequestId(f"{reply_id}-{index}"), token_ids, sampling, choice, reply_id)
+                request_id = RequestId(f"{identity.reply_id}-{index}")
+                generation = GenerationRequest(request_id, token_ids, sampling, choice, identity.reply_id)
                 choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
-        return Plan(tuple(choices), prompts_token_ids, num_top_logprobs, misfit)
+        return PlannedRequest(
+            request, identity, self._settings.system_fingerprint, tuple(choices), prompts_token_ids, misfit
+        )
 
     def _sampling(
-        self, request: GenerationFields, seed: int, max_tokens: int, num_top_logprobs: int | None
+        self, request: CompletionRequest | ChatCompletionRequest, seed: int, max_tokens: int
     ) -> SamplingParameters:
         defaults = self._tokenizer.defaults
         ending_ids = frozenset() if request.ignore_eos else defaults.eos_token_ids
@@ -222,7 +238,7 @@ class RequestPlanner:
             top_p=_given(request.top_p, defaults.top_p),
             top_k=min(max(0, top_k), _MAX_TOP_K),
             seed=seed,
-            num_top_logprobs=num_top_logprobs,
+            num_top_logprobs=request.num_top_logprobs,
             stop_token_ids=self._known(ending_ids.union(request.stop_token_ids or ())),
             min_p=_given(request.min_p, defaults.min_p),
             presence_penalty=request.presence_penalty or 0.0,

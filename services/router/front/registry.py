@@ -28,10 +28,11 @@ from common.errors import (
     UnknownRequestError,
 )
 from services.router.engine import Engine
-from services.router.front.intake import AskedRequest, ReplyIdentity, RequestIntake
+from services.router.front.intake import RequestIntake
 from services.router.front.kept_bounds import KeptBounds
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader
 from services.router.front.metrics import FrontMetrics
+from services.router.front.planning import PlannedRequest, ReplyIdentity
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.culprits import NothingSetAside, SetAsideLookup
@@ -235,26 +236,28 @@ class RequestRegistry:
 
     # ---- taking in
 
-    async def admit(self, asked: AskedRequest, identity: ClientIdentity, body: bytes, body_hash: str) -> LiveRequest:
+    async def admit(
+        self, planned: PlannedRequest, identity: ClientIdentity, body: bytes, body_hash: str
+    ) -> LiveRequest:
         """Write it down, then begin it. The caller attaches a reader before it awaits anything.
 
         Raises OverloadedError, NotReadyError (nothing was written then) and JournalError: it was not begun.
         """
         accepted = AcceptedRequest(
-            reply_id=asked.head.reply_id,
-            created_s=asked.head.created_s,
+            reply_id=planned.identity.reply_id,
+            created_s=planned.identity.created_s,
             accepted_s=self._wall_clock(),
-            route=asked.route,
+            route=planned.fields.route,
             tenant=identity.tenant,
             client_request_id=identity.client_request_id,
             idempotency_key=identity.idempotency_key,
             body_hash=body_hash,
             body=body,
-            seed=asked.seed,
+            seed=planned.seed,
             is_resumable=identity.is_resumable,
-            choice_ids=tuple(choice.request.request_id for choice in asked.plan.choices),
+            choice_ids=tuple(choice.request.request_id for choice in planned.choices),
         )
-        self._engine.check_room(len(asked.plan.choices))
+        self._engine.check_room(len(planned.choices))
         self._bounds.check(accepted.is_kept, len(body), self._wall_clock())
         # Counted before anything is waited for: two requests cannot both take the last place.
         self._bounds.add(accepted.is_kept, len(body))
@@ -265,8 +268,8 @@ class RequestRegistry:
             raise
         entry = KnownRequest(accepted, accepted.is_kept, self._known.last_number + 1, len(body))
         self._known.add(entry)
-        entry.live = self._live(entry, asked)
-        self._metrics.prompt_tokens.inc(asked.plan.num_prompt_tokens)
+        entry.live = self._live(entry, planned)
+        self._metrics.prompt_tokens.inc(planned.num_prompt_tokens)
         entry.live.start()
         return entry.live
 
@@ -318,8 +321,8 @@ class RequestRegistry:
             assert resting is not None, "one or the other"
             own = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed)
             try:
-                asked = await self._intake.read(accepted.route, accepted.body, partial(_as_before, own))
-                live = self._live(entry, asked)
+                planned = await self._intake.read(accepted.route, accepted.body, partial(_as_before, own))
+                live = self._live(entry, planned)
                 if self._known.get(accepted.reply_id) is not entry:
                     raise UnknownRequestError("it was cancelled meanwhile")
                 entry.live = live
@@ -424,9 +427,9 @@ class RequestRegistry:
         else:
             await self.cancel(live)
 
-    def _live(self, entry: KnownRequest, asked: AskedRequest) -> LiveRequest:
+    def _live(self, entry: KnownRequest, planned: PlannedRequest) -> LiveRequest:
         live = LiveRequest(
-            asked, entry.identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
+            planned, entry.identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
         )
         live.receipt = entry.receipt
         return live

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason, RecoveryCounts
-from services.router.front.planning import Plan
+from services.router.front.planning import PlannedRequest
+from services.router.front.schema.openai_schema import ChatCompletionRequest
 from services.router.front.text.choice_stream import ChoiceEvent, TokenLogprob
 from services.router.front.text.detokenizer import Vocabulary
 
@@ -43,9 +44,9 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[st
     }
 
 
-def usage_of(plan: Plan, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
+def usage_of(planned: PlannedRequest, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
     """OpenAI's usage object; extended by what it took to finish the reply in spite of losses."""
-    usage: dict[str, Any] = {**running_usage(plan.num_prompt_tokens, outcome.num_completion_tokens)}
+    usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, outcome.num_completion_tokens)}
     if is_extended:
         usage["moemesh"] = {
             "recoveries": outcome.recovery.recoveries,
@@ -54,16 +55,6 @@ def usage_of(plan: Plan, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
             "durable": outcome.is_durable,
         }
     return usage
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyHead:
-    """What all chunks of one reply share."""
-
-    reply_id: str
-    created_s: int
-    model: str
-    system_fingerprint: str | None
 
 
 def encode_json(value: object) -> bytes:
@@ -88,7 +79,6 @@ def error_event(error: Exception) -> bytes:
 class ReplyForm(Protocol):
     """Completions and chats differ by this."""
 
-    id_prefix: str
     whole_object: str
     chunk_object: str
 
@@ -112,7 +102,6 @@ class ReplyForm(Protocol):
 class CompletionForm:
     """/v1/completions."""
 
-    id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
@@ -163,7 +152,6 @@ class CompletionForm:
 class ChatForm:
     """/v1/chat/completions."""
 
-    id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -225,46 +213,33 @@ class ChatForm:
         }
 
 
+def create_form(planned: PlannedRequest, vocabulary: Vocabulary) -> ReplyForm:
+    """The form of the route that the request came by."""
+    form_class = ChatForm if isinstance(planned.fields, ChatCompletionRequest) else CompletionForm
+    return form_class(vocabulary, planned.fields.num_top_logprobs is not None)
+
+
 class ChunkEncoder:
     """Events of one stream to SSE bytes."""
 
-    def __init__(
-        self,
-        head: ReplyHead,
-        form: ReplyForm,
-        plan: Plan,
-        with_usage: bool,
-        with_token_ids: bool,
-        taken: Sequence[int] | None = None,
-        with_running_usage: bool = False,
-    ) -> None:
-        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it.
-        `with_running_usage`: each chunk tells what its choice has used so far."""
+    def __init__(self, planned: PlannedRequest, form: ReplyForm, taken: Sequence[int] | None = None) -> None:
+        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it."""
         self._form = form
-        self._plan = plan
-        self._with_token_ids = with_token_ids
-        self._with_usage = with_usage
+        self._planned = planned
+        self._with_token_ids = planned.fields.return_token_ids is True
+        self._with_usage = planned.fields.includes_usage
+        self._with_running_usage = planned.fields.has_running_usage
         self._taken = None if taken is None else list(taken)
-        fields = _ENCODER.encode(
-            {
-                "id": head.reply_id,
-                "object": form.chunk_object,
-                "created": head.created_s,
-                "model": head.model,
-                "system_fingerprint": head.system_fingerprint,
-            }
-        )
-        self._prefix = f'data: {fields[:-1]},"choices":['
+        self._prefix = f'data: {_ENCODER.encode(_head(planned, form.chunk_object))[:-1]},"choices":['
         # With `include_usage`, OpenAI puts a null into every chunk but the last.
-        self._suffix = '],"usage":null}\n\n' if with_usage else "]}\n\n"
-        self._with_running_usage = with_running_usage
+        self._suffix = '],"usage":null}\n\n' if self._with_usage else "]}\n\n"
         self._affixes: dict[int, tuple[str, str]] = {}
 
     def opening(self) -> bytes:
         """Before the first token; nothing for a client that has tokens."""
         if any(self._taken or ()):
             return b""
-        choices = self._form.opening_choices(len(self._plan.choices))
+        choices = self._form.opening_choices(len(self._planned.choices))
         return b"".join(self._chunk(choice, self._suffix_of(choice["index"], 0)) for choice in choices)
 
     def event(self, event: ChoiceEvent) -> bytes:
@@ -292,7 +267,7 @@ class ChunkEncoder:
         """The last chunk, if the client asked for it; else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._plan, outcome, is_extended=True))
+        usage = _ENCODER.encode(usage_of(self._planned, outcome, is_extended=True))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject, suffix: str) -> bytes:
@@ -301,37 +276,36 @@ class ChunkEncoder:
     def _suffix_of(self, index: int, num_tokens: int) -> str:
         if not self._with_running_usage:
             return self._suffix
-        num_prompt_tokens = len(self._plan.choices[index].request.prompt_token_ids)
+        num_prompt_tokens = len(self._planned.choices[index].request.prompt_token_ids)
         return f'],"usage":{_ENCODER.encode(running_usage(num_prompt_tokens, num_tokens))}}}\n\n'
 
     def _add_token_ids(self, choice: JsonObject, event: ChoiceEvent) -> None:
         choice["token_ids"] = event.token_ids
         if event.num_tokens == len(event.token_ids):
-            choice["prompt_token_ids"] = self._plan.choices[event.index].request.prompt_token_ids
+            choice["prompt_token_ids"] = self._planned.choices[event.index].request.prompt_token_ids
 
 
 def whole_reply(
-    head: ReplyHead,
-    form: ReplyForm,
-    plan: Plan,
-    events: Sequence[ChoiceEvent],
-    with_token_ids: bool,
-    usage: JsonObject,
+    planned: PlannedRequest, form: ReplyForm, events: Sequence[ChoiceEvent], usage: JsonObject
 ) -> JsonObject:
     """The reply that is not streamed. `events`: one a choice, by index, each with all of its choice."""
     choices = [form.whole_choice(event) for event in events]
-    if with_token_ids:
+    if planned.fields.return_token_ids is True:
         for choice, event in zip(choices, events, strict=True):
             choice["token_ids"] = event.token_ids
-            choice["prompt_token_ids"] = plan.choices[event.index].request.prompt_token_ids
+            choice["prompt_token_ids"] = planned.choices[event.index].request.prompt_token_ids
+    return {**_head(planned, form.whole_object), "choices": choices, "usage": usage}
+
+
+def _head(planned: PlannedRequest, object_name: str) -> JsonObject:
+    """What all chunks of one reply share. The model has the name that the request asked for: what was accepted under
+    another name goes on under that one."""
     return {
-        "id": head.reply_id,
-        "object": form.whole_object,
-        "created": head.created_s,
-        "model": head.model,
-        "system_fingerprint": head.system_fingerprint,
-        "choices": choices,
-        "usage": usage,
+        "id": planned.identity.reply_id,
+        "object": object_name,
+        "created": planned.identity.created_s,
+        "model": planned.fields.model,
+        "system_fingerprint": planned.system_fingerprint,
     }
 
 

@@ -36,7 +36,7 @@ from services.router.front.http.exchange import (
     read_body,
     run_while_connected,
 )
-from services.router.front.intake import CHAT, COMPLETIONS, ReplyIdentity, RequestIntake
+from services.router.front.intake import CHAT, COMPLETIONS, RequestIntake
 from services.router.front.live_request import (
     ClientIdentity,
     LiveRequest,
@@ -45,7 +45,7 @@ from services.router.front.live_request import (
     parse_event_id,
 )
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import draw_seed
+from services.router.front.planning import ReplyIdentity, draw_seed
 from services.router.front.registry import RequestRegistry
 from services.router.front.replies import (
     DONE_EVENT,
@@ -53,6 +53,7 @@ from services.router.front.replies import (
     ChunkEncoder,
     JsonObject,
     Outcome,
+    create_form,
     error_body,
     error_event,
     usage_of,
@@ -60,6 +61,7 @@ from services.router.front.replies import (
 )
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent, merge_events
+from services.router.front.text.detokenizer import Vocabulary
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.records import NoJournal, RequestJournal
 
@@ -92,7 +94,7 @@ def create_app(
     requests = RequestRegistry(
         engine, tokenizer, kept, intake, metrics, settings=settings, clock=clock, wall_clock=wall_clock
     )
-    sender = ReplySender(requests.is_durable, settings.keep_alive_interval_s)
+    sender = ReplySender(tokenizer.vocabulary, requests.is_durable, settings.keep_alive_interval_s)
     generation = GenerationRoutes(requests, intake, sender, metrics, settings, wall_clock)
     operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))
     app = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -213,7 +215,7 @@ class GenerationRoutes:
         with self._requests.awake(live):
             held_body.release()
             self._metrics.reattached.inc()
-            is_stream = live.asked.fields.stream is True
+            is_stream = live.planned.fields.stream is True
             taken = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
             return await self._send(live, is_stream, taken)
 
@@ -226,13 +228,13 @@ class GenerationRoutes:
         held_body: HeldBody,
         held: AsyncExitStack | None = None,
     ) -> Response:
-        asked = await self._intake.read(route, body, self._draw)
-        live = await self._requests.admit(asked, identity, body, said)
+        planned = await self._intake.read(route, body, self._draw)
+        live = await self._requests.admit(planned, identity, body, said)
         held_body.release()
         if held is not None:
             await held.aclose()
         # Nothing has waited since: a request that was begun has a reader, or nobody would end it.
-        return await self._send(live, asked.fields.stream is True, None)
+        return await self._send(live, planned.fields.stream is True, None)
 
     def _draw(self, id_prefix: str) -> ReplyIdentity:
         return ReplyIdentity(f"{id_prefix}{uuid.uuid4().hex}", int(self._wall_clock()), None)
@@ -271,8 +273,11 @@ def _last_event_id(request: Request) -> str | None:
 class ReplySender:
     """Keeps nothing between requests. Every method takes a reader that the caller has entered."""
 
-    def __init__(self, is_durable: Callable[[LiveRequest], bool], keep_alive_interval_s: float) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, is_durable: Callable[[LiveRequest], bool], keep_alive_interval_s: float
+    ) -> None:
         """`is_durable`: whether all tokens of a request that its clients have are in the journal."""
+        self._vocabulary = vocabulary
         self._is_durable = is_durable
         self._keep_alive_interval_s = keep_alive_interval_s
 
@@ -289,16 +294,8 @@ class ReplySender:
     ) -> Response:
         """Waits for the first token or error, so that an error still has its HTTP status; but not longer than a pause
         may be on the line. From then on the response owns what is on the stack. Raises what the mesh raised."""
-        asked = reader.live.asked
-        encoder = ChunkEncoder(
-            asked.head,
-            asked.form,
-            asked.plan,
-            asked.fields.includes_usage,
-            asked.fields.return_token_ids is True,
-            reader.taken if has_ids else None,
-            with_running_usage=asked.fields.has_running_usage,
-        )
+        planned = reader.live.planned
+        encoder = ChunkEncoder(planned, create_form(planned, self._vocabulary), reader.taken if has_ids else None)
         first = await reader.next_events(self._keep_alive_interval_s)
         return EventStreamResponse(self._events(reader, encoder, first), stack.pop_all().aclose, headers)
 
@@ -315,7 +312,7 @@ class ReplySender:
         return {
             "id": live.reply_id,
             "object": "moemesh.request",
-            "created": live.asked.head.created_s,
+            "created": live.planned.identity.created_s,
             "state": state,
             "choices": [_choice_so_far(live, index, of_choice) for index, of_choice in enumerate(events)],
             "reply": self._reply(reader, events) if reader.finished else None,
@@ -341,16 +338,13 @@ class ReplySender:
             yield error_event(error) + DONE_EVENT
 
     def _reply(self, reader: ReplyReader, events: list[list[ChoiceEvent]]) -> JsonObject:
-        live = reader.live
-        asked = live.asked
-        is_extended = live.identity.is_resumable or asked.fields.includes_usage
+        planned = reader.live.planned
+        is_extended = reader.live.identity.is_resumable or planned.fields.includes_usage
         return whole_reply(
-            asked.head,
-            asked.form,
-            asked.plan,
+            planned,
+            create_form(planned, self._vocabulary),
             [merge_events(of_choice) for of_choice in events],
-            asked.fields.return_token_ids is True,
-            usage_of(asked.plan, self._outcome(reader), is_extended),
+            usage_of(planned, self._outcome(reader), is_extended),
         )
 
     def _outcome(self, reader: ReplyReader) -> Outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -254,6 +254,9 @@ class GenerationFields(Strict):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
+    route: ClassVar[str] = "completions"
+    id_prefix: ClassVar[str] = "cmpl-"
+
     prompt: Prompt
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -276,6 +279,9 @@ class CompletionRequest(GenerationFields):
 
 class ChatCompletionRequest(GenerationFields):
     """POST /v1/chat/completions."""
+
+    route: ClassVar[str] = "chat"
+    id_prefix: ClassVar[str] = "chatcmpl-"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)

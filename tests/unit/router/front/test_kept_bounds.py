@@ -161,7 +161,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     async def counted(self: RequestIntake, route: str, body: bytes, identity: Any) -> Any:
         asked = await read(self, route, body, identity)
-        planned.append(asked.head.reply_id)
+        planned.append(asked.identity.reply_id)
         return asked
 
     monkeypatch.setattr(RequestIntake, "read", counted)
@@ -264,7 +264,7 @@ def test_what_had_a_place_in_a_pipeline_goes_on_first(tokenizer: TextTokenizer, 
         server = Server(tokenizer, tmp_path / "j", [Pause()])
         server.app.state.requests.restore(server._journalled)
         await server.app.state.requests.go_on()
-        assert [each.request.request_id[:1] for each in server.engine.resumed] == ["c", "a", "b"]
+        assert [each.request_id[:1] for each in server.engine.resumed] == ["c", "a", "b"]
         server.journal.close()
 
     run(main())

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
 from services.router.engine import GeneratedToken, GenerationRequest, RestoredChoice
-from services.router.front.intake import COMPLETIONS, ReplyIdentity, RequestIntake
+from services.router.front.intake import COMPLETIONS, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
+from services.router.front.planning import ReplyIdentity
 from services.router.front.registry import RequestRegistry
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent
@@ -46,8 +47,8 @@ async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int =
     )
     fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
     body = json.dumps(fields).encode()
-    asked = await intake.read(COMPLETIONS, body, lambda prefix: ReplyIdentity(f"{prefix}r", 0, None))
-    return registry.attach(await registry.admit(asked, ClientIdentity("t", None, None, False), body, ""))
+    planned = await intake.read(COMPLETIONS, body, lambda prefix: ReplyIdentity(f"{prefix}r", 0, None))
+    return registry.attach(await registry.admit(planned, ClientIdentity("t", None, None, False), body, ""))
 
 
 async def collect(generation: ReplyReader) -> list[ChoiceEvent]:
@@ -163,7 +164,7 @@ def test_a_restored_choice_is_taken_out_of_the_mesh_however_early_it_is_cancelle
         engine = SubmittingEngine()
         generation = await start(FakeEngine(), tokenizer, 2)
         live = LiveRequest(
-            generation.live.asked,
+            generation.live.planned,
             generation.live.identity,
             engine,
             tokenizer,

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, UnknownModelError
 from services.router.engine import SamplingParameters
-from services.router.front.planning import Plan, RequestPlanner
+from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner
 from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.settings import FrontSettings
 from services.router.front.text.checkpoint_file import CheckpointDefaults
@@ -25,18 +25,21 @@ def planner(tokenizer: TextTokenizer, **settings: Any) -> RequestPlanner:
     return RequestPlanner(tokenizer, FrontSettings("m", **settings), lambda: CONTEXT_TOKENS, draw_seed=lambda: 77)
 
 
-def plan(tokenizer: TextTokenizer, settings: dict[str, Any] | None = None, **fields: Any) -> Plan:
+def plan(tokenizer: TextTokenizer, settings: dict[str, Any] | None = None, **fields: Any) -> PlannedRequest:
     body = json.dumps({"model": "m", "prompt": "fox"} | fields).encode()
     request = parse_request(body, CompletionRequest)
-    return asyncio.run(planner(tokenizer, **(settings or {})).plan_completion(request, "cmpl-1"))
+    return asyncio.run(
+        planner(tokenizer, **(settings or {})).plan_completion(request, ReplyIdentity("cmpl-1", 0, None))
+    )
 
 
-def plan_chat(tokenizer: TextTokenizer, **fields: Any) -> Plan:
+def plan_chat(tokenizer: TextTokenizer, **fields: Any) -> PlannedRequest:
     body = json.dumps({"model": "m", "messages": MESSAGES} | fields).encode()
-    return asyncio.run(planner(tokenizer).plan_chat(parse_request(body, ChatCompletionRequest), "chatcmpl-1"))
+    identity = ReplyIdentity("chatcmpl-1", 0, None)
+    return asyncio.run(planner(tokenizer).plan_chat(parse_request(body, ChatCompletionRequest), identity))
 
 
-def sampling(planned: Plan) -> SamplingParameters:
+def sampling(planned: PlannedRequest) -> SamplingParameters:
     return planned.choices[0].request.sampling
 
 
@@ -183,7 +186,8 @@ def test_very_long_texts_are_tokenized_one_at_a_time(tokenizer: TextTokenizer, m
         body = json.dumps({"model": "m", "prompt": "ab " * 100_000}).encode()
         request = parse_request(body, CompletionRequest)
         refused = await asyncio.gather(
-            *(planning.plan_completion(request, "cmpl-1") for _ in range(4)), return_exceptions=True
+            *(planning.plan_completion(request, ReplyIdentity("cmpl-1", 0, None)) for _ in range(4)),
+            return_exceptions=True,
         )
         assert {type(error) for error in refused} == {ContextLengthError}
 

@@ -7,19 +7,24 @@ import pytest
 
 from common.ids import RequestId
 from services.router.engine import FinishReason, GenerationRequest, SamplingParameters
-from services.router.front.planning import Plan
-from services.router.front.replies import ChatForm, ChunkEncoder, CompletionForm, ReplyForm, ReplyHead
+from services.router.front.planning import PlannedRequest, ReplyIdentity
+from services.router.front.replies import ChatForm, ChunkEncoder, CompletionForm, ReplyForm
+from services.router.front.schema.openai_schema import CompletionRequest, StreamOptions
 from services.router.front.text.choice_stream import ChoiceEvent, PlannedChoice, merge_events
 from services.router.front.text.tokenizer import TextTokenizer
-
-HEAD = ReplyHead("id-1", 5, 'mo"del', None)
 
 
 def encoder(form: ReplyForm, with_usage: bool = False, with_token_ids: bool = False) -> ChunkEncoder:
     sampling = SamplingParameters(1, 1.0, 1.0, 0, 1, None, frozenset())
     request = GenerationRequest(RequestId("r"), (5,), sampling, 0)
-    plan = Plan((PlannedChoice(0, request, (), ""),), ((5,),), None)
-    return ChunkEncoder(HEAD, form, plan, with_usage, with_token_ids)
+    fields = CompletionRequest(
+        model='mo"del',
+        prompt="a",
+        stream_options=StreamOptions(include_usage=with_usage),
+        return_token_ids=with_token_ids,
+    )
+    choices = (PlannedChoice(0, request, (), ""),)
+    return ChunkEncoder(PlannedRequest(fields, ReplyIdentity("id-1", 5, None), None, choices, ((5,),)), form)
 
 
 def decode(data: bytes) -> list[dict[str, Any]]:
