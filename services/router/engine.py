@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
@@ -96,17 +96,16 @@ class GenerationRequest:
     """Index of the choice; part of the sampling key, so that choices with one seed differ."""
     group: str = ""
     """Of which HTTP request it is a choice: those of one share a place in line. Empty: it stands alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class RestoredChoice:
-    """A choice that was under way when the router ended, as the journal has it."""
-
-    request: GenerationRequest
-    generated_token_ids: tuple[int, ...]
-    """Sampled so far, and never the whole of it: a finished choice needs no mesh."""
-    sequence_id: SequenceId | None
+    is_restored: bool = False
+    """A router before this one has let it in: nothing refuses it now, and it waits for a mesh that starts."""
+    generated_token_ids: tuple[int, ...] = ()
+    """Sampled so far, and never the whole of it: a finished choice needs no mesh. None in a fresh one."""
+    sequence_id: SequenceId | None = None
     """Its last number on the wire; stages that live may still hold its KV blocks under it."""
+
+    def restored(self, generated_token_ids: Sequence[int], sequence_id: SequenceId | None = None) -> GenerationRequest:
+        """The same as the journal has it, under way when the router ended."""
+        return replace(self, is_restored=True, generated_token_ids=tuple(generated_token_ids), sequence_id=sequence_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +159,11 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
-        """Tokens of one choice as they are made.
+        """The tokens of one choice that are still missing, as they are made.
 
         Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator
         (aclose, or cancelling the task) cancels the request in the mesh: its KV blocks are free within a step.
         """
-        ...
-
-    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
-        """The tokens that are still missing, as `generate`; it waits for a mesh that starts."""
         ...
 
     def readiness(self) -> Readiness:

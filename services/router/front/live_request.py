@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError, NotReadyError, UnknownRequestError
-from services.router.engine import Engine, GeneratedToken, RecoveryCounts, RestoredChoice
+from services.router.engine import Engine, GeneratedToken, RecoveryCounts
 from services.router.front.metrics import FrontMetrics
 from services.router.front.planning import PlannedRequest
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
@@ -47,6 +47,7 @@ class LiveChoice:
         self.is_over = False
         self.is_cut = False
         """Over with the tokens that it has, none of which is a last one."""
+        self._request = planned.request
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
         self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
 
@@ -63,6 +64,17 @@ class LiveChoice:
     def cut(self) -> None:
         """It may not have more tokens than these."""
         self.is_over = self.is_cut = True
+
+    def restore(self, record: JournalledChoice) -> None:
+        """It goes on after the tokens that the journal has."""
+        for token in record.tokens:
+            if not self.is_over:  # the mesh may have made some behind a stop string
+                self.take(token)
+        self._request = self._request.restored([token.token_id for token in self.tokens], record.sequence_id)
+
+    def generate(self, engine: Engine) -> AsyncIterator[GeneratedToken]:
+        """Ask the mesh for the tokens that are still missing."""
+        return engine.generate(self._request)
 
 
 class LiveRequest:
@@ -116,40 +128,34 @@ class LiveRequest:
         )
 
     def start(self) -> None:
-        """Ask all choices of the mesh."""
+        """Ask the mesh for all choices that are not over."""
         for choice in self.choices:
-            self._run(choice, self._engine.generate(choice.planned.request))
+            if not choice.is_over:
+                self._tasks[choice] = asyncio.create_task(self._pump(choice, choice.generate(self._engine)))
+        self._end_if_complete()
 
     def restore(self, journalled: Sequence[JournalledChoice], was_over: bool, counts_as_recovery: bool = True) -> None:
-        """Go on where a router before this one was; `journalled` goes with the choices.
+        """Start it where a router before this one was; `journalled` goes with the choices.
 
         A choice that has more tokens than it may have by now (the context got smaller) ends with them; a request that
         has no room at all any more, and more to come, fails. `was_over`: it had ended before; then it stays so.
         `counts_as_recovery`: a router before this one has begun it.
         """
         self.is_restored = counts_as_recovery
-        tokens_by_choice = [record.tokens for record in journalled]
-        self._has_token = any(tokens_by_choice)
-        for choice, record, tokens in zip(self.choices, journalled, tokens_by_choice, strict=True):
-            for token in tokens:
-                if not choice.is_over:  # the mesh may have made some behind a stop string
-                    choice.take(token)
+        for choice, record in zip(self.choices, journalled, strict=True):
+            choice.restore(record)
             self.error = self.error or record.error
-        if not was_over and not all(choice.is_over for choice in self.choices):
+        self._has_token = any(choice.tokens for choice in self.choices)
+        unfinished = [choice for choice in self.choices if not choice.is_over]
+        if unfinished and not was_over:
             self.error = self.error or self.planned.misfit
         if self.error is not None:
             self._end()
             return
-        for choice, record in zip(self.choices, journalled, strict=True):
-            request = choice.planned.request
-            if choice.is_over:
-                continue
-            if was_over or len(choice.tokens) >= request.sampling.max_tokens:
+        for choice in unfinished:
+            if was_over or len(choice.tokens) >= choice.planned.request.sampling.max_tokens:
                 choice.cut()
-                continue
-            token_ids = tuple(token.token_id for token in choice.tokens)
-            self._run(choice, self._engine.resume(RestoredChoice(request, token_ids, record.sequence_id)))
-        self._end_if_complete()
+        self.start()
 
     async def cancel(self) -> None:
         """Take it out of the mesh; who still listens is told."""
@@ -176,9 +182,6 @@ class LiveRequest:
     async def settle(self) -> None:
         """Until the mesh has been told of all that is over."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
-    def _run(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
-        self._tasks[choice] = asyncio.create_task(self._pump(choice, tokens))
 
     async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
         last_s: float | None = None

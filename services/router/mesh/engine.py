@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from typing import Any
 
 from common.errors import MoemeshError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import judge_age
-from services.router.engine import GeneratedToken, GenerationRequest, Readiness, RestoredChoice
+from services.router.engine import GeneratedToken, GenerationRequest, Readiness
 from services.router.mesh.loop import MeshLoop
 from services.router.mesh.view import describe_mesh
 from services.router.scheduling.admission import retry_after_s
@@ -68,7 +67,11 @@ class SubmittedChoice(AsyncIterator[GeneratedToken]):
         """The next token. Raises what the mesh says of the choice, and StopAsyncIteration after the last token."""
         if self._has_ended:
             raise StopAsyncIteration
-        outcome = await self._queue.get()
+        try:
+            outcome = await self._queue.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
         if isinstance(outcome, MoemeshError):
             self._end()
             raise outcome
@@ -135,25 +138,20 @@ class MeshEngine:
                 retry_after_s(num_waiting, status.completions_per_s),
             )
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
-        """Tokens as they come; see the protocol."""
-        self._check_ready()
-        # Closed with this one, and not when somebody collects the garbage: that cancels the request in the mesh.
-        async with aclosing(self._submit(request.request_id, request)) as tokens:
-            async for token in tokens:
-                yield token
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        """Tokens as they come; see the protocol.
 
-    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
-        """The rest of a choice; see the protocol. The mesh may take its time to start.
-
-        It is in line when this returns: its stages may be back a moment later, and only who is in line gets his cache.
+        The request is in line when this returns: the stages of a restored one may be back a moment later, and only who
+        is in line gets his cache.
         """
-        return self._submit(restored.request.request_id, restored)
-
-    def _submit(self, request_id: RequestId, request: GenerationRequest | RestoredChoice) -> SubmittedChoice:
-        queue = self._mailbox.open(request_id)
-        self._mesh.submit(request)
-        return SubmittedChoice(request_id, queue, self._mailbox, self._mesh)
+        queue = self._mailbox.open(request.request_id)
+        try:
+            if not request.is_restored:
+                self._check_ready()
+            self._mesh.submit(request)
+        except NotReadyError as error:
+            queue.put_nowait(error)
+        return SubmittedChoice(request.request_id, queue, self._mailbox, self._mesh)
 
     def _check_ready(self) -> None:
         status = self._mesh.status

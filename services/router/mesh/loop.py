@@ -48,7 +48,7 @@ from services.router.control.registration import (
 )
 from services.router.control.retelling import Refusals
 from services.router.control.stage_roles import StageRoles
-from services.router.engine import GenerationRequest, Readiness, RestoredChoice
+from services.router.engine import GenerationRequest, Readiness
 from services.router.mesh.evidence import mesh_evidence, node_statuses
 from services.router.mesh.placer import InlinePlacer, Placer
 from services.router.mesh.sockets import MeshClient
@@ -104,7 +104,7 @@ class MeshLoop:
         self._housekeeping = housekeeping
         self._outgrow = outgrow
         self._placer = placer or InlinePlacer()
-        self._commands: deque[GenerationRequest | RestoredChoice | RequestId] = deque()
+        self._commands: deque[GenerationRequest | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._arriving: dict[NodeId, Arrival] = {}  # nodes without a role, since the link to them does not stand
         self._heartbeats: dict[NodeId, Heartbeat] = {}
@@ -122,7 +122,7 @@ class MeshLoop:
 
     # ---- from other threads
 
-    def submit(self, request: GenerationRequest | RestoredChoice) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Queue a request, or what is left of one; its outcome comes through the sink."""
         self._commands.append(request)
         self._client.wake()
@@ -164,18 +164,15 @@ class MeshLoop:
     def _take_commands(self, now_s: float) -> None:
         """All that is restored comes at once: only who is in line gets the cache of stages that are back."""
         until_s = self._clock() + COMMANDS_BUDGET_S
-        while self._commands and (isinstance(self._commands[0], RestoredChoice) or self._clock() <= until_s):
+        while self._commands and (_is_restored(self._commands[0]) or self._clock() <= until_s):
             command = self._commands.popleft()
-            request = command.request if isinstance(command, RestoredChoice) else command
             try:
-                if isinstance(command, RestoredChoice):
-                    self._scheduler.restore(command.request, command.generated_token_ids, now_s, command.sequence_id)
-                elif isinstance(command, GenerationRequest):
+                if isinstance(command, GenerationRequest):
                     self._scheduler.add(command, now_s)
                 else:
                     self._scheduler.cancel(command)
             except Exception as error:  # also of ours: it costs this request
-                self._flow.refuse(request.request_id if isinstance(request, GenerationRequest) else request, error)
+                self._flow.refuse(command.request_id if isinstance(command, GenerationRequest) else command, error)
 
     # ---- control
 
@@ -406,3 +403,7 @@ class MeshLoop:
         said = not_linked(self._nodes[node_id] for node_id in sorted(self._arriving))
         missing = (*readiness.missing, *said, *filter(None, [self._last_failure]))
         return replace(readiness, detail="; ".join(missing), missing=missing)
+
+
+def _is_restored(command: GenerationRequest | RequestId) -> bool:
+    return isinstance(command, GenerationRequest) and command.is_restored

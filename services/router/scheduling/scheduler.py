@@ -71,47 +71,36 @@ class Scheduler:
     # Requests
 
     def add(self, request: GenerationRequest, now_s: float) -> None:
-        """Queue a request. InvalidRequestError, ContextLengthError, OverloadedError: then nothing is kept of it."""
+        """Queue a request. InvalidRequestError, ContextLengthError, OverloadedError: then nothing is kept of it.
+
+        One that is restored goes behind those restored before it, and on after its tokens so far (fewer than it may
+        have, none of them its last). Nothing refuses it but an InvalidRequestError, if it has no token left to make.
+        """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
-        self._admission.admit(
-            request,
-            num_waiting=self._waiting.num_ahead(request, self.settings.max_waiting),
-            largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
-            completions_per_s=self._completion_rate.per_s(now_s),
-        )
-        admitted = Request(request, arrival=self._line.take_place(request), arrived_s=now_s, queued_s=now_s)
-        self._requests[request.request_id] = admitted
-        self._waiting.insert(admitted)
-        self.counters.requests_admitted += 1
-
-    def restore(
-        self,
-        request: GenerationRequest,
-        generated_token_ids: Sequence[int],
-        now_s: float,
-        held_sequence_id: SequenceId | None = None,
-    ) -> None:
-        """Queue a request that a router before this one had taken in, behind those restored before it.
-
-        It goes on after its tokens so far (fewer than it may have, none of them its last). Nothing refuses it: it was
-        let in once. `held_sequence_id`: the number under which stages may still have its cache.
-        InvalidRequestError if its id is in use or it has no token left to make.
-        """
-        if request.request_id in self._requests or len(generated_token_ids) >= request.sampling.max_tokens:
-            raise InvalidRequestError(f"request {request.request_id} is here already, or was finished")
-        self._admission.readmit(request)
-        restored = Request(
+        if request.is_restored:
+            if len(request.generated_token_ids) >= request.sampling.max_tokens:
+                raise InvalidRequestError(f"request {request.request_id} was finished")
+            self._admission.readmit(request)
+        else:
+            self._admission.admit(
+                request,
+                num_waiting=self._waiting.num_ahead(request, self.settings.max_waiting),
+                largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
+                completions_per_s=self._completion_rate.per_s(now_s),
+            )
+            self.counters.requests_admitted += 1
+        admitted = Request(
             request,
             arrival=self._line.take_place(request),
             arrived_s=now_s,
             queued_s=now_s,
-            generated_token_ids=list(generated_token_ids),
-            held_sequence_id=held_sequence_id,
-            waits_for_start=True,
+            generated_token_ids=list(request.generated_token_ids),
+            held_sequence_id=request.sequence_id,
+            waits_for_start=request.is_restored,
         )
-        self._requests[request.request_id] = restored
-        self._waiting.insert(restored)
+        self._requests[request.request_id] = admitted
+        self._waiting.insert(admitted)
 
     def cancel(self, request_id: RequestId) -> bool:
         """Nobody wants it any longer. False, and no error, if it is not here: it may have ended on its own."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class FakeEngine:
     """Offered as top log-probabilities, cut at the number asked for."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[GenerationRequest] = field(default_factory=list)
-    resumed: list[RestoredChoice] = field(default_factory=list)
+    resumed: list[GenerationRequest] = field(default_factory=list)
+    """Those that a router before has let in, in the order in which they were handed over."""
     cancelled: list[GenerationRequest] = field(default_factory=list)
     """Closed or cancelled before their end."""
     on_cancel: Callable[[], None] = lambda: None
@@ -73,12 +74,10 @@ class FakeEngine:
             raise self.refusal
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
-        return self._run(request, 0)
-
-    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
         """Goes on in the script after as many tokens as there are, and through no pause before them."""
-        self.resumed.append(restored)
-        return self._run(restored.request, len(restored.generated_token_ids))
+        if request.is_restored:
+            self.resumed.append(request)
+        return self._run(request, len(request.generated_token_ids))
 
     async def _run(self, request: GenerationRequest, num_given: int) -> AsyncIterator[GeneratedToken]:
         self.asked.append(request)

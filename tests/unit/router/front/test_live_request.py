@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
-from services.router.engine import GeneratedToken, GenerationRequest, RestoredChoice
+from services.router.engine import GeneratedToken, GenerationRequest
 from services.router.front.intake import COMPLETIONS, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
@@ -133,15 +133,15 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
 
 
 class SubmittingEngine(FakeEngine):
-    """As the mesh's: a resumed choice runs from the moment that it is resumed, and nobody needs to ask for a token."""
+    """As the mesh's: a choice runs from the moment that it is asked for, and nobody needs to ask for a token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running: set[str] = set()
 
-    def resume(self, restored: RestoredChoice) -> AsyncIterator[GeneratedToken]:
-        self.running.add(restored.request.request_id)
-        return Unanswered(lambda: self.running.remove(restored.request.request_id))
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        self.running.add(request.request_id)
+        return Unanswered(lambda: self.running.remove(request.request_id))
 
 
 class Unanswered(AsyncIterator[GeneratedToken]):
@@ -228,7 +228,7 @@ def test_a_cut_choice_waits_for_the_others_of_its_request(tokenizer: TextTokeniz
         await wait_for_tokens(server, 3)
         num_prompt_tokens = len(server.engine.asked[0].prompt_token_ids)
         server = await server.restarted([6, 6, 6, 6], context_tokens=num_prompt_tokens + 2)
-        assert [each.request.choice for each in server.engine.resumed] == [1]
+        assert [each.choice for each in server.engine.resumed] == [1]
         choices = (await wait_for_end(server))["choices"]
         assert [(each["token_ids"], each["finish_reason"]) for each in choices] == [
             ([5, 5, 5], "length"),

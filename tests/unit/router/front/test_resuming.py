@@ -68,7 +68,7 @@ def test_after_a_restart_a_client_gets_exactly_the_rest(
         server = await server.restarted(said)
         last = [event_id for event_id, _ in events_of(got) if event_id][-1]
         rest = await server.ask("GET", "/v1/requests/mine/events", {"Last-Event-ID": str(last)})
-        seed = server.engine.resumed[0].request.sampling.seed
+        seed = server.engine.resumed[0].sampling.seed
         assert seed == 7, "drawn once"
         assert all(len(each.generated_token_ids) >= num_tokens for each in server.engine.resumed)
         assert by_choice(events_of(got) + events_of(rest.body)) == by_choice(expected)

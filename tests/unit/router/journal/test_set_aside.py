@@ -265,7 +265,7 @@ scheduler = Scheduler(
     SchedulerSettings(), attend=Attention(attention_path(folder), folder / "ending.json", log)
 )
 for request in journalled:
-    scheduler.restore(build_request(request.accepted.choice_ids[0], 5, 5), [], 0.0)
+    scheduler.add(build_request(request.accepted.choice_ids[0], 5, 5).restored([]), 0.0)
 scheduler.open_pipeline(PipelineId(0), Generation(1), 100, 1, 0.0)
 original = Request.token_ids
 

@@ -12,7 +12,7 @@ import pytest
 from common.errors import MoemeshError, NodeLostError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import STALE_S
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness, RestoredChoice
+from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
 from services.router.mesh.engine import NOT_READY_GRACE_S, MeshEngine, TokenMailbox
 from services.router.mesh.status import MeshStatus
 from tests.support.router.fake_mesh import build_request
@@ -25,10 +25,10 @@ class Mesh:
 
     def __init__(self, status: MeshStatus = READY) -> None:
         self.status = status
-        self.submitted: list[GenerationRequest | RestoredChoice] = []
+        self.submitted: list[GenerationRequest] = []
         self.cancelled: list[RequestId] = []
 
-    def submit(self, request: GenerationRequest | RestoredChoice) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         self.submitted.append(request)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -159,8 +159,8 @@ def test_the_context_is_what_it_was_told() -> None:
 def test_a_restored_choice_that_is_closed_before_its_first_turn_is_cancelled_in_the_mesh() -> None:
     async def work() -> None:
         mesh, mailbox = Mesh(), TokenMailbox(asyncio.get_running_loop())
-        restored = RestoredChoice(build_request("r"), (1, 2), None)
-        tokens: Any = engine_of(mesh, mailbox).resume(restored)
+        restored = build_request("r").restored([1, 2])
+        tokens: Any = engine_of(mesh, mailbox).generate(restored)
         assert mesh.submitted == [restored]
         await tokens.aclose()
         await tokens.aclose()
@@ -174,7 +174,7 @@ def test_a_restored_choice_that_is_closed_before_its_first_turn_is_cancelled_in_
 def test_a_choice_that_has_ended_is_not_cancelled_when_it_is_closed() -> None:
     async def work() -> None:
         mesh, mailbox = Mesh(), TokenMailbox(asyncio.get_running_loop())
-        tokens: Any = engine_of(mesh, mailbox).resume(RestoredChoice(build_request("r"), (1, 2), None))
+        tokens: Any = engine_of(mesh, mailbox).generate(build_request("r").restored([1, 2]))
         mailbox([(RequestId("r"), token(3, FinishReason.STOP))])
         assert (await anext(tokens)).token_id == 3
         await tokens.aclose()

@@ -28,7 +28,7 @@ from common.topology import NodeKind
 from common.wire.array import array_to_frame
 from services.router.control.experts.draining import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
-from services.router.engine import FinishReason, GeneratedToken, RestoredChoice
+from services.router.engine import FinishReason, GeneratedToken
 from tests.support.router.fake_mesh import (
     WELCOME,
     FakeMesh,
@@ -80,7 +80,7 @@ def test_however_many_requests_one_client_brings_nodes_are_heard_and_steps_go_ou
         assert len(mesh.client.inbox) < 3, "of three heartbeats one at least is taken each time"
         mesh.client.inbox.clear()
         assert mesh.client.waited_ms == 0, "there is more to do"
-    restored = [RestoredChoice(build_request(f"old{number}"), (), None) for number in range(20)]
+    restored = [build_request(f"old{number}").restored([]) for number in range(20)]
     mesh.loop._commands.extendleft(restored)
     mesh.turn()
     assert len(mesh.loop._commands) < 20, "who is not in line gets no cache of stages that are back"
@@ -181,7 +181,7 @@ def test_a_request_that_cannot_be_taken_is_refused_at_once(mesh: FakeMesh) -> No
 
 
 def test_a_restored_choice_with_nothing_left_to_make_is_refused_and_the_router_goes_on(mesh: FakeMesh) -> None:
-    mesh.loop.submit(RestoredChoice(build_request("r", max_tokens=4), (1, 2, 3, 4), None))
+    mesh.loop.submit(build_request("r", max_tokens=4).restored([1, 2, 3, 4]))
     mesh.turn()
     (error,) = mesh.errors("r")
     assert "was finished" in error.message

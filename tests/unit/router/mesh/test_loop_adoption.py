@@ -7,7 +7,6 @@ import pytest
 from common.ids import PipelineId, SequenceId
 from common.topology import NodeKind
 from services.router.control.adoption import ADOPT_S, NEW_S
-from services.router.engine import RestoredChoice
 from tests.support.router.fake_mesh import FakeMesh, build_request, reference_tokens
 
 
@@ -17,7 +16,7 @@ def test_each_request_goes_on_where_its_cache_is_also_if_another_pipeline_is_bac
     for name, sequence_id in (("r", 7), ("q", 8)):
         request = build_request(name, prompt_length=5, max_tokens=6)
         tokens = reference_tokens(request)[:4]
-        mesh.loop.submit(RestoredChoice(request, tuple(tokens), SequenceId(sequence_id)))
+        mesh.loop.submit(request.restored(tokens, SequenceId(sequence_id)))
         mesh.client.held[8 - sequence_id] = {sequence_id: [*request.prompt_token_ids, *tokens][:8]}
     mesh.hello("x", NodeKind.EXPERT)
     for slot, name in enumerate("ab"):
@@ -41,7 +40,7 @@ def test_each_request_goes_on_where_its_cache_is_also_if_another_pipeline_is_bac
 def test_a_request_whose_cache_does_not_come_back_is_computed_again_where_there_is_room() -> None:
     mesh = FakeMesh(adopts=True)
     request = build_request("r", prompt_length=5, max_tokens=6)
-    mesh.loop.submit(RestoredChoice(request, tuple(reference_tokens(request)[:4]), SequenceId(7)))
+    mesh.loop.submit(request.restored(reference_tokens(request)[:4], SequenceId(7)))
     mesh.hello("x", NodeKind.EXPERT)
     for slot, name in enumerate("ab"):
         mesh.come_back(name, 0, slot, {})

@@ -167,7 +167,7 @@ def restarted(mesh: Mesh) -> Mesh:
     for request in REQUESTS:
         tokens = mesh.tokens.get(request.request_id, [])
         if request.request_id not in failed and len(tokens) < request.sampling.max_tokens:
-            after.scheduler.restore(request, tokens, 0.0, mesh.placed.get(request.request_id))
+            after.scheduler.add(request.restored(tokens, mesh.placed.get(request.request_id)), 0.0)
     after.open(held=mesh.stages.held())
     return after
 

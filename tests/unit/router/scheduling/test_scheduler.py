@@ -231,7 +231,7 @@ def test_the_wait_for_a_first_place_is_counted_once_a_request() -> None:
     scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=3.0)
     only_plan(scheduler, now_s=3.0)
     restored = make_scheduler()
-    restored.restore(build_request("r", 4, 4, seed=1), [5], now_s=0.0)
+    restored.add(build_request("r", 4, 4, seed=1).restored([5]), now_s=0.0)
     only_plan(restored, now_s=2.0)
     assert (scheduler.snapshot().counters.waits.total_s, restored.snapshot().counters.waits.total_s) == (0.25, 0.0)
 

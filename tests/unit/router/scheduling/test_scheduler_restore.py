@@ -16,7 +16,7 @@ from tests.support.router.simulated_pipeline import build_request
 def test_restored_request_goes_on_after_its_tokens() -> None:
     scheduler = make_scheduler()
     request = build_request("a", 4, 5, seed=ord("a"))
-    scheduler.restore(request, [7, 8, 9], now_s=0.0)
+    scheduler.add(request.restored([7, 8, 9]), now_s=0.0)
     scheduler.check_invariants()
     plan = only_plan(scheduler)
     (chunk,) = plan.chunks
@@ -32,7 +32,7 @@ def test_restored_request_goes_on_after_its_tokens() -> None:
 def test_restored_requests_are_refused_by_nothing_and_come_before_new_ones() -> None:
     scheduler = make_scheduler(num_blocks=4, max_waiting=1, max_reserved_tokens=16)
     for name in "abc":
-        scheduler.restore(build_request(name, 4, 10, seed=ord(name)), [1], now_s=0.0)
+        scheduler.add(build_request(name, 4, 10, seed=ord(name)).restored([1]), now_s=0.0)
     scheduler.check_invariants()
     with pytest.raises(OverloadedError):
         add(scheduler, "d")
@@ -42,7 +42,7 @@ def test_restored_requests_are_refused_by_nothing_and_come_before_new_ones() -> 
 @pytest.mark.parametrize("outage", ["before the first run", "after it"])
 def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may_last(outage: str) -> None:
     scheduler = Scheduler(SchedulerSettings(block_tokens=4, max_outage_s=10.0, max_queue_s=100.0))
-    scheduler.restore(build_request("a", 4, 10, seed=1), [1], now_s=0.0)
+    scheduler.add(build_request("a", 4, 10, seed=1).restored([1]), now_s=0.0)
     if outage == "after it":
         scheduler.open_pipeline(P0, Generation(1), 100, 1, now_s=0.0)
         only_plan(scheduler)
@@ -62,7 +62,7 @@ def adopting_scheduler(held_by: dict[int, int], kv_marks: tuple[int, int]) -> Sc
     """A request of which stages hold 9 positions, and a pipeline that has opened with them."""
     scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
     request = build_request("a", 6, 20, seed=ord("a"))
-    scheduler.restore(request, [1, 2, 3, 4], 0.0, SequenceId(7))
+    scheduler.add(request.restored([1, 2, 3, 4], SequenceId(7)), 0.0)
     held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), held_by)
     scheduler.open_pipeline(P0, Generation(1), 32, 2, 0.0, kv_marks, held)
     return scheduler
@@ -103,7 +103,7 @@ def test_a_mirror_of_a_former_time_does_not_stand_for_what_was_adopted_when_it_t
 def test_a_request_waits_for_the_pipeline_that_has_its_cache_and_keeps_nobody_else_waiting() -> None:
     scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
     for name, sequence_id in (("a", SequenceId(7)), ("b", SequenceId(8)), ("c", None)):
-        scheduler.restore(build_request(name, 6, 20, seed=ord(name)), [1, 2, 3, 4], 0.0, sequence_id)
+        scheduler.add(build_request(name, 6, 20, seed=ord(name)).restored([1, 2, 3, 4], sequence_id), 0.0)
     held = HeldCache({8: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})
     scheduler.open_pipeline(P0, Generation(1), 32, 1, 0.0, (OLD,), held)
     (plan,) = scheduler.schedule(0.0, lambda sequence_id: sequence_id == 7)
@@ -118,7 +118,7 @@ def test_a_request_waits_for_the_pipeline_that_has_its_cache_and_keeps_nobody_el
 
 def test_a_request_that_is_not_awaited_any_more_runs_where_there_is_room() -> None:
     scheduler = make_scheduler()
-    scheduler.restore(build_request("a", 6, 20, seed=ord("a")), [1], 0.0, SequenceId(7))
+    scheduler.add(build_request("a", 6, 20, seed=ord("a")).restored([1], SequenceId(7)), 0.0)
     assert scheduler.schedule(0.0, lambda sequence_id: True) == []
     scheduler.check_invariants()
     assert names_in(only_plan(scheduler)) == ["a"]
@@ -127,8 +127,8 @@ def test_a_request_that_is_not_awaited_any_more_runs_where_there_is_room() -> No
 def test_a_request_that_was_finished_cannot_be_restored() -> None:
     scheduler = make_scheduler()
     with pytest.raises(InvalidRequestError, match="was finished"):
-        scheduler.restore(build_request("a", 4, 2), [1, 2], now_s=0.0)
+        scheduler.add(build_request("a", 4, 2).restored([1, 2]), now_s=0.0)
     add(scheduler, "b")
-    with pytest.raises(InvalidRequestError, match="is here already"):
-        scheduler.restore(build_request("b", 4, 2), [1], now_s=0.0)
+    with pytest.raises(InvalidRequestError, match="is in use"):
+        scheduler.add(build_request("b", 4, 2).restored([1]), now_s=0.0)
     scheduler.check_invariants()

@@ -55,7 +55,7 @@ class Life:
         for request in self.requests:
             tokens = self.journal.tokens[request.request_id]
             if len(tokens) < request.sampling.max_tokens:
-                self.scheduler.restore(request, tokens, 0.0, self.journal.sequence_ids.get(request.request_id))
+                self.scheduler.add(request.restored(tokens, self.journal.sequence_ids.get(request.request_id)), 0.0)
         held = self.stages.held()
         self.stages.resume(self.generation, (), mirrored=False)
         self.scheduler.open_pipeline(P0, self.generation, self.num_blocks, 2, 0.0, self.stages.marks, held)

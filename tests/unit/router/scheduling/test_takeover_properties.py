@@ -80,7 +80,7 @@ class Mesh:
         for request in self.requests:
             tokens = self.tokens[request.request_id]
             if len(tokens) < request.sampling.max_tokens:
-                self.scheduler.restore(request, tokens, 0.0, self.sequences.get(request.request_id))
+                self.scheduler.add(request.restored(tokens, self.sequences.get(request.request_id)), 0.0)
         self.generation += 1
         self.stages.resume(Generation(self.generation), lost, mirrored=True)
         self.scheduler.open_pipeline(
