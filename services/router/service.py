@@ -91,7 +91,8 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     disk = DiskThread()
     journal, journalled = _open_journal(settings, model, state, disk, log)
     journalled, set_aside = without_culprits(state.path, journalled, partial(_forget, journal), log)
-    attention = Attention(attention_path(state.path), state.path / "ending.json", log)  # anew, once it was read
+    # Only once what a router before this one left there was read.
+    attention = Attention(attention_path(state.path), state.path / "ending.json", log)
     disk.start()
     listener = _listen(settings)
     transport = open_transport(settings, log)

@@ -166,7 +166,7 @@ def test_a_journal_that_is_removed_under_load_loses_no_request_when_the_router_i
     for stream in [*streams, late]:
         assert (stream.is_done, stream.errors) == (True, []), stream.name
     log = (mesh.local.state_dir / "logs" / "router-0.log").read_text()
-    assert "journal_written_anew" in log
+    assert "journal_rewritten" in log
 
 
 def test_a_state_folder_that_is_removed_loses_no_request_either(mesh: ServedMesh) -> None:
@@ -178,7 +178,7 @@ def test_a_state_folder_that_is_removed_loses_no_request_either(mesh: ServedMesh
     aside = mesh.local.state_dir.with_name(mesh.local.state_dir.name + "-aside")
     mesh.local.state_dir.rename(aside)
     try:
-        wait_until(lambda: num_rewrites(mesh, url) == 1, 10, "the journal to be written anew", 0.05)
+        wait_until(lambda: num_rewrites(mesh, url) == 1, 10, "the journal to be written again", 0.05)
         assert journal.exists()
     finally:
         for part in aside.iterdir():

@@ -1,6 +1,6 @@
 """One accepted HTTP request in the mesh, apart from any connection: its choices, and their tokens so far.
 
-Text, stop strings and offsets follow from the tokens alone, so each client's `ReplyReader` makes them anew, and leaves
+Text, stop strings and offsets follow from the tokens alone, so each client's `ReplyReader` makes them again, and leaves
 out the events that the client has already.
 """
 
@@ -51,7 +51,7 @@ class LiveChoice:
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
         self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
 
-    def take(self, token: GeneratedToken) -> None:
+    def accept(self, token: GeneratedToken) -> None:
         """The next token; not after the last."""
         assert not self.is_over
         self.tokens.append(token)
@@ -69,7 +69,7 @@ class LiveChoice:
         """It goes on after the tokens that the journal has."""
         for token in record.tokens:
             if not self.is_over:  # the mesh may have made some behind a stop string
-                self.take(token)
+                self.accept(token)
         self._request = self._request.restored([token.token_id for token in self.tokens], record.sequence_id)
 
     def generate(self, engine: Engine) -> AsyncIterator[GeneratedToken]:
@@ -191,7 +191,7 @@ class LiveRequest:
                 return  # before its first turn: the mesh may have the choice already
             async for token in tokens:
                 last_s = self._observe(last_s)
-                choice.take(token)
+                choice.accept(token)
                 self._wake()
                 if choice.is_over:
                     self._end_if_complete()
@@ -264,12 +264,12 @@ class ReplyReader:
         self,
         live: LiveRequest,
         tokenizer: TextTokenizer,
-        taken: Sequence[int],
+        received: Sequence[int],
         on_leave: Callable[[ReplyReader], Awaitable[None]],
     ) -> None:
-        """`taken`: tokens by choice that the client has; events up to there are left out."""
+        """`received`: tokens by choice that the client has; events up to there are left out."""
         self.live = live
-        self.taken = tuple(taken)
+        self.received = tuple(received)
         wants_ids = live.planned.fields.return_token_ids is True
         self._streams = [
             ChoiceStream(choice.planned, tokenizer, is_event_each_token=wants_ids) for choice in live.choices
@@ -289,7 +289,7 @@ class ReplyReader:
 
     @property
     def finished(self) -> bool:
-        """Every choice has its finish reason, and every event was taken."""
+        """Every choice has its finish reason, and every event was given out."""
         return all(stream.finish_reason is not None for stream in self._streams)
 
     @property
@@ -297,29 +297,29 @@ class ReplyReader:
         """So far, over all choices."""
         return sum(stream.num_tokens for stream in self._streams)
 
-    def take_events(self) -> list[ChoiceEvent]:
+    def pop_events(self) -> list[ChoiceEvent]:
         """What came since the last call."""
         events: list[ChoiceEvent] = []
-        for choice, stream, taken in zip(self.live.choices, self._streams, self.taken, strict=True):
+        for choice, stream, received in zip(self.live.choices, self._streams, self.received, strict=True):
             while stream.finish_reason is None and stream.num_tokens < len(choice.tokens):
                 event = stream.push(choice.tokens[stream.num_tokens])
-                if event is not None and event.num_tokens > taken:
+                if event is not None and event.num_tokens > received:
                     events.append(event)
             if choice.is_cut and stream.finish_reason is None:
                 event = stream.cut()
-                if event.num_tokens > taken:
+                if event.num_tokens > received:
                     events.append(event)
         return events
 
     async def next_events(self, timeout_s: float | None) -> list[ChoiceEvent]:
         """What came since the last call; waits for something, and returns [] if nothing came in `timeout_s`.
 
-        Raises what the mesh raised, once the events before it were taken. At once [] when `finished`.
+        Raises what the mesh raised, once the events before it were given out. At once [] when `finished`.
         """
-        events = self.take_events()
+        events = self.pop_events()
         if not events and not self._is_settled():
             await self._wait(timeout_s)
-            events = self.take_events()
+            events = self.pop_events()
         if not events and not self.finished:
             if self.live.error is not None:
                 raise self.live.error

@@ -156,7 +156,7 @@ class KnownRequests:
 
 
 def was_refused(known: KnownRequest, live: LiveRequest) -> bool:
-    """The mesh has not taken it at all: nothing of it is worth being kept."""
+    """The mesh has not accepted it at all: nothing of it is worth being kept."""
     is_refusal = isinstance(live.error, OverloadedError | NotReadyError)
     return is_refusal and not known.is_restored and not any(choice.tokens for choice in live.choices)
 
@@ -348,12 +348,12 @@ class RequestRegistry:
         self._journal.end(entry.accepted.reply_id, is_kept=False)
         self._forget(entry)
 
-    def attach(self, live: LiveRequest, taken: Sequence[int] | None = None) -> ReplyReader:
-        """A client listens from now on, until it leaves the reader. `taken`: see ReplyReader."""
+    def attach(self, live: LiveRequest, received: Sequence[int] | None = None) -> ReplyReader:
+        """A client listens from now on, until it leaves the reader. `received`: see ReplyReader."""
         entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
-        return ReplyReader(live, self._tokenizer, taken or (0,) * len(live.choices), self._leave)
+        return ReplyReader(live, self._tokenizer, received or (0,) * len(live.choices), self._leave)
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:

@@ -26,7 +26,7 @@ KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReplyTotals:
     """What `usage` tells of a reply that is complete."""
 
     num_completion_tokens: int
@@ -44,15 +44,15 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[st
     }
 
 
-def usage_of(planned: PlannedRequest, outcome: Outcome, is_extended: bool) -> dict[str, Any]:
+def usage_of(planned: PlannedRequest, totals: ReplyTotals, is_extended: bool) -> dict[str, Any]:
     """OpenAI's usage object; extended by what it took to finish the reply in spite of losses."""
-    usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, outcome.num_completion_tokens)}
+    usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, totals.num_completion_tokens)}
     if is_extended:
         usage["moemesh"] = {
-            "recoveries": outcome.recovery.recoveries,
-            "replayed_tokens": outcome.recovery.replayed_tokens,
-            "retried_calls": outcome.recovery.retried_calls,
-            "durable": outcome.is_durable,
+            "recoveries": totals.recovery.recoveries,
+            "replayed_tokens": totals.recovery.replayed_tokens,
+            "retried_calls": totals.recovery.retried_calls,
+            "durable": totals.is_durable,
         }
     return usage
 
@@ -222,14 +222,14 @@ def create_form(planned: PlannedRequest, vocabulary: Vocabulary) -> ReplyForm:
 class ChunkEncoder:
     """Events of one stream to SSE bytes."""
 
-    def __init__(self, planned: PlannedRequest, form: ReplyForm, taken: Sequence[int] | None = None) -> None:
-        """`taken`: tokens by choice that the client has already; then each chunk with tokens carries an id like it."""
+    def __init__(self, planned: PlannedRequest, form: ReplyForm, received: Sequence[int] | None = None) -> None:
+        """`received`: tokens by choice that the client has; then each chunk with tokens carries an id like it."""
         self._form = form
         self._planned = planned
         self._with_token_ids = planned.fields.return_token_ids is True
         self._with_usage = planned.fields.includes_usage
         self._with_running_usage = planned.fields.has_running_usage
-        self._taken = None if taken is None else list(taken)
+        self._received = None if received is None else list(received)
         self._prefix = f'data: {_ENCODER.encode(_head(planned, form.chunk_object))[:-1]},"choices":['
         # With `include_usage`, OpenAI puts a null into every chunk but the last.
         self._suffix = '],"usage":null}\n\n' if self._with_usage else "]}\n\n"
@@ -237,7 +237,7 @@ class ChunkEncoder:
 
     def opening(self) -> bytes:
         """Before the first token; nothing for a client that has tokens."""
-        if any(self._taken or ()):
+        if any(self._received or ()):
             return b""
         choices = self._form.opening_choices(len(self._planned.choices))
         return b"".join(self._chunk(choice, self._suffix_of(choice["index"], 0)) for choice in choices)
@@ -245,10 +245,10 @@ class ChunkEncoder:
     def event(self, event: ChoiceEvent) -> bytes:
         """The chunks of one event."""
         data = self._chunks(event)
-        if self._taken is None:
+        if self._received is None:
             return data
-        self._taken[event.index] = event.num_tokens
-        return f"id: {','.join(map(str, self._taken))}\n".encode() + data
+        self._received[event.index] = event.num_tokens
+        return f"id: {','.join(map(str, self._received))}\n".encode() + data
 
     def _chunks(self, event: ChoiceEvent) -> bytes:
         suffix = self._suffix_of(event.index, event.num_generated_tokens)
@@ -258,16 +258,16 @@ class ChunkEncoder:
                 before, after = self._form.text_affixes(event.index)
                 affixes = self._affixes[event.index] = (self._prefix + before, after)
             return (affixes[0] + _ENCODER.encode(event.text) + affixes[1] + suffix).encode()
-        choices = self._form.chunk_choices(event, is_one=self._taken is not None)
+        choices = self._form.chunk_choices(event, is_one=self._received is not None)
         if self._with_token_ids:
             self._add_token_ids(choices[0], event)
         return b"".join(self._chunk(choice, suffix) for choice in choices)
 
-    def usage(self, outcome: Outcome) -> bytes:
+    def usage(self, totals: ReplyTotals) -> bytes:
         """The last chunk, if the client asked for it; else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._planned, outcome, is_extended=True))
+        usage = _ENCODER.encode(usage_of(self._planned, totals, is_extended=True))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject, suffix: str) -> bytes:

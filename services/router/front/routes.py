@@ -52,7 +52,7 @@ from services.router.front.replies import (
     KEEP_ALIVE_COMMENT,
     ChunkEncoder,
     JsonObject,
-    Outcome,
+    ReplyTotals,
     create_form,
     error_body,
     error_event,
@@ -163,11 +163,11 @@ class GenerationRoutes:
         try:
             live = await self._requests.find(_tenant(request), request_id)
             with self._requests.awake(live):
-                taken = parse_event_id(_last_event_id(request), len(live.choices))
+                received = parse_event_id(_last_event_id(request), len(live.choices))
                 if request.method == "HEAD":
                     return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
                 self._metrics.reattached.inc()
-                return await run_while_connected(self._send(live, True, taken, has_come_back=True), request.receive)
+                return await run_while_connected(self._send(live, True, received, has_come_back=True), request.receive)
         except ClientGoneError:
             raise
         except Exception as error:
@@ -187,7 +187,7 @@ class GenerationRoutes:
         try:
             identity = identity_of(request)
             body = await read_body(request, self._max_body_bytes, held)
-            work = self._take_in(route, body, identity, _last_event_id(request), held)
+            work = self._accept(route, body, identity, _last_event_id(request), held)
             return await run_while_connected(work, request.receive)
         except ClientDisconnect as error:
             raise ClientGoneError from error
@@ -198,7 +198,7 @@ class GenerationRoutes:
         finally:
             held.release()
 
-    async def _take_in(
+    async def _accept(
         self, route: str, body: bytes, identity: ClientIdentity, last_event_id: str | None, held_body: HeldBody
     ) -> Response:
         key = identity.idempotency_key
@@ -216,8 +216,8 @@ class GenerationRoutes:
             held_body.release()
             self._metrics.reattached.inc()
             is_stream = live.planned.fields.stream is True
-            taken = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
-            return await self._send(live, is_stream, taken)
+            received = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
+            return await self._send(live, is_stream, received)
 
     async def _begin(
         self,
@@ -240,12 +240,12 @@ class GenerationRoutes:
         return ReplyIdentity(f"{id_prefix}{uuid.uuid4().hex}", int(self._wall_clock()), None)
 
     async def _send(
-        self, live: LiveRequest, is_stream: bool, taken: tuple[int, ...] | None, has_come_back: bool = False
+        self, live: LiveRequest, is_stream: bool, received: tuple[int, ...] | None, has_come_back: bool = False
     ) -> Response:
         is_kept = has_come_back or self._requests.is_kept(live)
         headers = {"moemesh-request-id": live.reply_id} if is_kept else {}
         async with AsyncExitStack() as stack:
-            reader = await stack.enter_async_context(self._requests.attach(live, taken))
+            reader = await stack.enter_async_context(self._requests.attach(live, received))
             if is_stream:
                 return await self._sender.stream(reader, stack, is_kept, headers)
             return await self._sender.whole(reader, headers)
@@ -295,7 +295,7 @@ class ReplySender:
         """Waits for the first token or error, so that an error still has its HTTP status; but not longer than a pause
         may be on the line. From then on the response owns what is on the stack. Raises what the mesh raised."""
         planned = reader.live.planned
-        encoder = ChunkEncoder(planned, create_form(planned, self._vocabulary), reader.taken if has_ids else None)
+        encoder = ChunkEncoder(planned, create_form(planned, self._vocabulary), reader.received if has_ids else None)
         first = await reader.next_events(self._keep_alive_interval_s)
         return EventStreamResponse(self._events(reader, encoder, first), stack.pop_all().aclose, headers)
 
@@ -303,7 +303,7 @@ class ReplySender:
         """What there is so far, and the whole reply or the error once it has ended."""
         live = reader.live
         events: list[list[ChoiceEvent]] = [[] for _ in live.choices]
-        for event in reader.take_events():
+        for event in reader.pop_events():
             events[event.index].append(event)
         if reader.finished:
             state = "finished"
@@ -330,7 +330,7 @@ class ReplySender:
                     break
                 opening = b""
                 events = await reader.next_events(self._keep_alive_interval_s)
-            yield encoder.usage(self._outcome(reader)) + DONE_EVENT
+            yield encoder.usage(self._totals(reader)) + DONE_EVENT
         except RouterStoppingError:
             return  # without [DONE]: the client comes back for the rest
         except Exception as error:
@@ -344,11 +344,11 @@ class ReplySender:
             planned,
             create_form(planned, self._vocabulary),
             [merge_events(of_choice) for of_choice in events],
-            usage_of(planned, self._outcome(reader), is_extended),
+            usage_of(planned, self._totals(reader), is_extended),
         )
 
-    def _outcome(self, reader: ReplyReader) -> Outcome:
-        return Outcome(reader.num_completion_tokens, reader.live.recovery, self._is_durable(reader.live))
+    def _totals(self, reader: ReplyReader) -> ReplyTotals:
+        return ReplyTotals(reader.num_completion_tokens, reader.live.recovery, self._is_durable(reader.live))
 
 
 def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> JsonObject:

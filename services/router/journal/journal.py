@@ -6,7 +6,7 @@ seen a token that a restarted router does not know. All that touches the disk ha
 go on, their steps wait in memory, in order (`queue.py`), and are written as soon as the disk takes them; new
 requests are refused meanwhile.
 
-What the files hold is in memory, too (`Ledger`): files that are gone are written anew.
+What the files hold is in memory, too (`Ledger`): files that are gone are written again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from services.router.journal.disk_thread import Disk
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged
 from services.router.journal.queue import JournalQueue, WaitingRequest, WaitingStep, settle
 from services.router.journal.records import AcceptedRequest, JournalledRequest, encode_step
-from services.router.journal.store import FoldBuffer, JournalStore, Run, open_store
+from services.router.journal.store import JournalStore, LogBuffer, Run, open_store
 
-FOLD_INTERVAL_S = 1.0
+COMPACT_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
 """Between two attempts to write while the disk takes nothing."""
 STUCK_AFTER_S = 1.0
 """A disk that has not answered for so long is no longer waited for: tokens are handed on, marked as not durable, and
 new requests are refused, until it answers."""
-NOT_TAKEN = "the journal cannot be written to (is the disk full?); try again later"
+NOT_WRITABLE = "the journal cannot be written to (is the disk full?); try again later"
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class JournalCounts:
     is_writing: bool = True
     """False: the last commit failed, or the disk hangs."""
     rewrites: int = 0
-    """Times that the files were gone and were written anew."""
+    """Times that the files were gone and were written again."""
     stuck_s: float = 0.0
     """How long the disk has not answered; 0.0 while it does."""
     steps_unwritten: int = 0
@@ -88,7 +88,7 @@ class Journal:
         self._clock = clock
         self._is_scheduled = False
         self._is_stuck = False
-        self._is_fold_due = False
+        self._is_compaction_due = False
         self._next_fold_s = 0.0
         self._next_word_s = STUCK_AFTER_S
         self._num_restored = 0
@@ -101,7 +101,7 @@ class Journal:
         with self._queue.lock:
             self._queue.check_fenced()
             if self._is_stuck:
-                future.set_exception(JournalError(self.trouble() or NOT_TAKEN))
+                future.set_exception(JournalError(self.trouble() or NOT_WRITABLE))
                 return future
             self._queue.accept(accepted, future)
         self._schedule()
@@ -121,8 +121,8 @@ class Journal:
         with queue.lock:
             queue.check_fenced()
             queue.append(outcomes, then)
-            may_be_taken = self._writer.counts.is_writing or self._clock() - self._writer.failed_s >= RETRY_INTERVAL_S
-            if queue.backlog and may_be_taken and not self._is_stuck:
+            may_be_written = self._writer.counts.is_writing or self._clock() - self._writer.failed_s >= RETRY_INTERVAL_S
+            if queue.backlog and may_be_written and not self._is_stuck:
                 self._schedule()
             else:
                 queue.deliver(queue.last_step)
@@ -157,16 +157,16 @@ class Journal:
         return future
 
     def tick(self) -> None:
-        """Call often: folds the log, deletes what is over, tries again what failed, and goes on without a disk that
+        """Call often: compacts the log, deletes what is over, tries again what failed, and goes on without a disk that
         hangs. Raises FencedError."""
         self._watch()
         now_s = self._clock()
         if now_s < self._next_fold_s:
             return
-        self._next_fold_s = now_s + FOLD_INTERVAL_S
+        self._next_fold_s = now_s + COMPACT_INTERVAL_S
         self._queue.push_pending()
         self._queue.expire(self._queue.wall_clock() - self._settings.retention_s)
-        self._is_fold_due = True
+        self._is_compaction_due = True
         self._schedule()
 
     # ---- what is read
@@ -224,8 +224,8 @@ class Journal:
     def _work(self) -> None:
         with self._queue.lock:
             self._is_scheduled = False
-            is_fold_due, self._is_fold_due = self._is_fold_due, False
-        self._writer.work(is_fold_due)
+            is_compaction_due, self._is_compaction_due = self._is_compaction_due, False
+        self._writer.work(is_compaction_due)
 
     def _watch(self) -> None:
         """In the mesh thread, which nothing of the disk's can stop."""
@@ -235,7 +235,7 @@ class Journal:
             if stuck_s > STUCK_AFTER_S:
                 self._is_stuck = True
                 queue.deliver(queue.last_step)
-                queue.refuse_all(JournalError(self.trouble() or NOT_TAKEN))
+                queue.refuse_all(JournalError(self.trouble() or NOT_WRITABLE))
                 if stuck_s >= self._next_word_s:
                     self._next_word_s = 2 * stuck_s
                     self._log.error("journal_stuck", stuck_s=round(stuck_s, 1), steps_unwritten=len(queue.backlog))
@@ -263,11 +263,11 @@ class JournalWriter:
         self._check_term = check_term
         self._log = log
         self._clock = clock
-        self._in_log = FoldBuffer()
+        self._in_log = LogBuffer()
         self.failed_s = float("-inf")
         """When the disk took steps last time not."""
         self.is_lost = False
-        """The files are gone, and could not be written anew yet."""
+        """The files are gone, and could not be written again yet."""
         self.counts = JournalCounts()
         """Of these, what the writer knows."""
 
@@ -279,7 +279,7 @@ class JournalWriter:
             self._queue.ledger.restore(request)
         return requests
 
-    def work(self, is_fold_due: bool) -> None:
+    def work(self, is_compaction_due: bool) -> None:
         """Everything that waits to be written. Raises FencedError."""
         queue = self._queue
         with queue.lock:
@@ -292,8 +292,8 @@ class JournalWriter:
         is_written = self._write_backlog()
         for waiting in accepting:
             self._write_request(waiting, is_written)
-        if is_fold_due and is_written:
-            self._fold()
+        if is_compaction_due and is_written:
+            self._compact()
         with queue.lock:
             for flush in flushes:
                 if flush in queue.flushes:
@@ -301,7 +301,7 @@ class JournalWriter:
                     settle(flush, is_written)
 
     def close(self) -> None:
-        """Write what is left, and fold the WAL into the file. A router that was replaced writes nothing."""
+        """Write what is left, and merge the WAL into the file. A router that was replaced writes nothing."""
         try:
             self._queue.check_fenced()
             self._check_term()
@@ -326,7 +326,7 @@ class JournalWriter:
         self._queue.deliver(newest)
         return is_written
 
-    def _write_request(self, waiting: WaitingRequest, may_be_taken: bool) -> None:
+    def _write_request(self, waiting: WaitingRequest, may_be_written: bool) -> None:
         queue, request = self._queue, waiting.request
         with queue.lock:
             is_wanted = queue.ledger.find(request.accepted.reply_id) is request
@@ -334,24 +334,26 @@ class JournalWriter:
                 queue.accepting.remove(waiting)
         if not is_wanted:  # its client is gone, or was refused since the disk did not answer
             return
-        is_taken = may_be_taken and self._commit(lambda: self._store.insert_request(request.number, request.accepted))
+        is_written = may_be_written and self._commit(
+            lambda: self._store.insert_request(request.number, request.accepted)
+        )
         with queue.lock:
             if waiting not in queue.accepting:
                 return
             queue.accepting.remove(waiting)
-            if not is_taken:
+            if not is_written:
                 queue.drop(request)
-            settle(waiting.future, None if is_taken else JournalError(NOT_TAKEN))
+            settle(waiting.future, None if is_written else JournalError(NOT_WRITABLE))
 
-    def _fold(self) -> None:
+    def _compact(self) -> None:
         with self._queue.lock:
             expired = list(self._queue.expired)
         if not (self._in_log or expired):
             self._write(lambda: None)  # looks whether the files are there
             return
         runs: list[Run] = []
-        if self._commit(lambda: runs.extend(self._store.fold(self._in_log, expired))):
-            self._in_log = FoldBuffer()
+        if self._commit(lambda: runs.extend(self._store.compact(self._in_log, expired))):
+            self._in_log = LogBuffer()
             with self._queue.lock:
                 self._queue.expired.difference_update(expired)
             self._keep_runs(runs)
@@ -364,12 +366,12 @@ class JournalWriter:
         self.counts.commits += 1
         self.counts.commit_s += self._clock() - started_s
         for step in steps:
-            if self._queue.note_written(step):  # else the files were written anew, and have it
+            if self._queue.note_written(step):  # else the files were written again, and have it
                 self._in_log.add(step.record)
         return True
 
     def _write(self, write: Callable[[], None]) -> bool:
-        """False if the disk does not take it. Where the files are gone, they are written anew, and all is in them."""
+        """False if the disk does not take it. Where the files are gone, they are written again, and all is in them."""
         counts = self.counts
         try:
             try:
@@ -377,7 +379,7 @@ class JournalWriter:
                     raise LostFilesError
                 write()
             except LostFilesError:
-                self._write_anew()
+                self._rewrite()
         except (sqlite3.Error, OSError, ConfigurationError) as error:
             counts.failed_commits += 1
             if counts.is_writing:
@@ -389,7 +391,7 @@ class JournalWriter:
             self._log.info("journal_written_again")
         return True
 
-    def _write_anew(self) -> None:
+    def _rewrite(self) -> None:
         if not self.is_lost:
             self.is_lost = True
             self._log.error("journal_gone", detail="its files were removed or changed by somebody else")
@@ -398,14 +400,14 @@ class JournalWriter:
         buffer = self._in_log.copy()
         for step in steps:
             buffer.add(step.record)
-        runs = self._store.write_anew(requests, buffer)
-        self._in_log = FoldBuffer()
+        runs = self._store.rewrite(requests, buffer)
+        self._in_log = LogBuffer()
         self._keep_runs(runs)
         for step in steps:
             self._queue.note_written(step)
         self.is_lost = False
         self.counts.rewrites += 1
-        self._log.info("journal_written_anew", requests=len(requests))
+        self._log.info("journal_rewritten", requests=len(requests))
 
     def _keep_runs(self, runs: Sequence[Run]) -> None:
         with self._queue.lock:
@@ -441,7 +443,7 @@ class JournalCollector(Collector):
         )
         yield CounterMetricFamily(
             "moemesh_journal_rewrites",
-            "Times that the journal's files were gone and were written anew",
+            "Times that the journal's files were gone and were written again",
             counts.rewrites,
         )
         yield CounterMetricFamily(

@@ -1,8 +1,8 @@
 """What waits for the journal's disk, who waits for that, and what the files hold. In memory; touches no disk.
 
-The ledger has enough to write the files anew if they are gone: requests that are under way, and ended ones that may
-still be asked for, with their tokens as packed runs, as they lie in the file. What a step brought since the last fold
-is not in it but with the journal's writer, which adds it.
+The ledger has enough to write the files again if they are gone: requests that are under way, and ended ones that may
+still be asked for, with their tokens as packed runs, as they lie in the file. What a step brought since the last
+compaction is not in it but with the journal's writer, which adds it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Ledger:
         return self._open_choices.get(choice_id)
 
     def add_run(self, number: int, first: int, data: bytes) -> None:
-        """Tokens of a choice were folded into the file."""
+        """Tokens of a choice were moved out of the log of the file."""
         choice = self._choices.get(number)
         if choice is not None:
             choice.runs.append((first, data))
@@ -175,7 +175,7 @@ class JournalQueue:
         self.accepting: deque[WaitingRequest] = deque()
         self.flushes: list[Future[bool]] = []
         self.expired: set[int] = set()
-        """Requests that are to be deleted with the next fold."""
+        """Requests that are to be deleted with the next compaction."""
         self.last_step = 0
         self.written_step = 0
         self.fenced: FencedError | None = None
@@ -242,7 +242,7 @@ class JournalQueue:
                 self.backlog.append(WaitingStep(self.last_step, record))
 
     def expire(self, before_s: float) -> None:
-        """What ended before that is deleted with the next fold."""
+        """What ended before that is deleted with the next compaction."""
         with self.lock:
             self.expired.update(request.number for request in self.ledger.expired(before_s))
 
@@ -305,7 +305,7 @@ class JournalQueue:
             self.refuse_all(error)
 
     def drop(self, request: LedgerRequest) -> None:
-        """It was not begun; what may stand of it in the file is deleted with the next fold."""
+        """It was not begun; what may stand of it in the file is deleted with the next compaction."""
         with self.lock:
             ended_s = self.wall_clock()
             self._pending.ends.append((request.number, ended_s, False))

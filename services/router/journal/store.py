@@ -1,9 +1,9 @@
 """The journal's file: SQLite in WAL mode. What its tables are, how it is opened and refused, what is read back.
 
-A step is one row in `log`, so that a group commit is one statement. Once a second the log is folded: tokens go to
+A step is one row in `log`, so that a group commit is one statement. Once a second the log is compacted: tokens go to
 `segments`, by choice, where they can be deleted by choice; placements, errors and ends to tables of their own; the log
 is emptied.
-All of a fold is one transaction, so a reader finds a token in one of the two places.
+All of a compaction is one transaction, so a reader finds a token in one of the two places.
 
 A process that is killed at any byte leaves a prefix of what was committed (SQLite checks every frame of the WAL).
 Without `synchronous`, that holds for the process only, and not for the machine.
@@ -53,7 +53,7 @@ more to write."""
 
 
 @dataclass(slots=True)
-class FoldBuffer:
+class LogBuffer:
     """What stands in the log and not yet in the other tables."""
 
     tokens: dict[int, tuple[int, list[GeneratedToken]]] = field(default_factory=dict)
@@ -70,9 +70,9 @@ class FoldBuffer:
         self.failures.update({choice: (code, message) for choice, code, message in record.failures})
         self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
 
-    def copy(self) -> FoldBuffer:
+    def copy(self) -> LogBuffer:
         """One that may be added to."""
-        return FoldBuffer(
+        return LogBuffer(
             {choice: (first, list(tokens)) for choice, (first, tokens) in self.tokens.items()},
             dict(self.placements),
             dict(self.failures),
@@ -117,7 +117,7 @@ class JournalStore:
             for first in range(0, len(steps), MAX_ROWS):
                 _insert_steps(connection, steps[first : first + MAX_ROWS])
 
-    def fold(self, buffer: FoldBuffer, expired: Iterable[int]) -> list[Run]:
+    def compact(self, buffer: LogBuffer, expired: Iterable[int]) -> list[Run]:
         """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests.
 
         Returns the runs of tokens that were written.
@@ -136,7 +136,7 @@ class JournalStore:
             run.execute("DELETE FROM log")
         return runs
 
-    def write_anew(self, requests: Sequence[LedgerRequest], buffer: FoldBuffer) -> list[Run]:
+    def rewrite(self, requests: Sequence[LedgerRequest], buffer: LogBuffer) -> list[Run]:
         """A new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
 
         Returns the runs of tokens of `buffer`. A file that somebody else has put there is moved aside.
@@ -172,7 +172,7 @@ class JournalStore:
                     raise LostFilesError(f"{self._path} is gone, or another file")
             self._left_as = now
 
-    def read(self) -> tuple[dict[int, JournalledRequest], FoldBuffer]:
+    def read(self) -> tuple[dict[int, JournalledRequest], LogBuffer]:
         """Every request by its number, in the order of their acceptance; and what the log holds.
 
         Raises ValueError if a row is not what was written.
@@ -189,7 +189,7 @@ class JournalStore:
         _fail(requests, {choice: (code, message) for choice, code, message in failures})
         for choice, first, data in self._rows("segments", "choice, first, tokens"):
             _extend(requests, choice, first, data)
-        buffer = FoldBuffer()
+        buffer = LogBuffer()
         for (data,) in self._rows("log", "step", "number"):
             buffer.add(decode_step(data))
         for choice, (first, tokens) in buffer.tokens.items():
@@ -213,7 +213,7 @@ class JournalStore:
             yield row
 
     def close(self) -> None:
-        """Fold the WAL into the file."""
+        """Merge the WAL into the file."""
         self._connection.close()
 
     @contextmanager
@@ -240,7 +240,7 @@ def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
     return JournalStore(connection, path, model, is_synchronous)
 
 
-def _runs(buffer: FoldBuffer, dropped: Iterable[int]) -> list[Run]:
+def _runs(buffer: LogBuffer, dropped: Iterable[int]) -> list[Run]:
     without = frozenset(dropped)
     return [
         (choice, first, encode_tokens(tokens))

@@ -1,4 +1,4 @@
-"""A journal that is folded, opened again or out of room when a test wants it."""
+"""A journal that is compacted, opened again or out of room when a test wants it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.router.journal.records import JournalledRequest
 from tests.support.front.journals import open_at, token
 
 
-def fold(journal: Journal) -> None:
+def compact(journal: Journal) -> None:
     journal._next_fold_s = 0.0
     journal.tick()
 

@@ -73,8 +73,8 @@ class ConnectionLimits:
     body_s: float = 120.0
     """For a whole body."""
     write_silence_s: float = 30.0
-    """In so much time a client takes `min_taken_bytes` of what waits for it, or all of it."""
-    min_taken_bytes: int = 16 * 1024
+    """In so much time a client takes `min_read_bytes` of what waits for it, or all of it."""
+    min_read_bytes: int = 16 * 1024
     max_head_bytes: int = 64 * 1024
     """Request line and headers; also what stands between two pieces of a body, and behind the last."""
     max_connections: int = 1024

@@ -38,8 +38,8 @@ class BodyBudget:
         self._max_bytes = max_bytes
         self.held_bytes = 0
 
-    def take(self, num_bytes: int) -> None:
-        """Raises OverloadedError, and takes nothing, if there are not so many."""
+    def reserve(self, num_bytes: int) -> None:
+        """Raises OverloadedError, and reserves nothing, if there are not so many."""
         if self.held_bytes + num_bytes > self._max_bytes:
             raise OverloadedError(
                 f"the bodies of the requests that are being read have {self._max_bytes} bytes together, which is what "
@@ -48,7 +48,7 @@ class BodyBudget:
             )
         self.held_bytes += num_bytes
 
-    def give_back(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         """They are gone, or belong to a request now."""
         self.held_bytes -= num_bytes
 
@@ -65,12 +65,12 @@ class HeldBody:
     def grow_to(self, num_bytes: int) -> None:
         """The body has so many by now. Raises OverloadedError."""
         more_bytes = max(0, num_bytes - self.FREE_BYTES) - self._held_bytes
-        self._budget.take(more_bytes)
+        self._budget.reserve(more_bytes)
         self._held_bytes += more_bytes
 
     def release(self) -> None:
         """May be called again."""
-        self._budget.give_back(self._held_bytes)
+        self._budget.release(self._held_bytes)
         self._held_bytes = 0
 
 

@@ -250,7 +250,7 @@ class FrontProtocol(HttpToolsProtocol):
     def _look_at_reader(self) -> None:
         """Cuts an answer that its client does not take: it holds a connection and all that was computed for it."""
         left_bytes = self.transport.get_write_buffer_size()
-        if self._left_bytes and left_bytes > max(0, self._left_bytes - self.limits.min_taken_bytes):
+        if self._left_bytes and left_bytes > max(0, self._left_bytes - self.limits.min_read_bytes):
             self._metrics.ended.labels("unread").inc()
             self.transport.abort()
             return

@@ -37,7 +37,7 @@ TAKEN = frozenset(
         "provider",
         "service_tier",
         "slot_id",
-        # what is cached: it is computed anew here, to the same bits
+        # what is cached: it is computed in full here, to the same bits
         "cache_prompt",
         "cache_salt",
         "n_cache_reuse",

@@ -127,8 +127,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         # A template that names the role knows it; one that writes any role out would teach its model a new word.
         self._knows_developer = "developer" in source
-        self._part_roles = frozenset(role for role in _PROBED if self._takes_parts_alone(role))
-        self._list_roles = frozenset(role for role in _PROBED if self._takes_lists(role))
+        self._part_roles = frozenset(role for role in _PROBED if self._accepts_parts_alone(role))
+        self._list_roles = frozenset(role for role in _PROBED if self._accepts_lists(role))
 
     def render(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
@@ -195,13 +195,13 @@ class ChatTemplate:
             known["role"] = "system"  # what OpenAI called it before
         return known
 
-    def _takes_parts_alone(self, role: str) -> bool:
+    def _accepts_parts_alone(self, role: str) -> bool:
         """True if what the role says is lost as a string and comes out as a list of parts."""
         as_text = PreparedMessages(_PROBED[role], frozenset(), frozenset())
         as_parts = PreparedMessages(_PROBED[role], frozenset(), frozenset({role}))
         return not self._shows_probe(as_text) and self._shows_probe(as_parts)
 
-    def _takes_lists(self, role: str) -> bool:
+    def _accepts_lists(self, role: str) -> bool:
         """True if a list of parts comes out as the text of them all, wherever else a list may not be taken."""
         parts = [{"type": "text", "text": _PROBE}, {"type": "text", "text": "c"}]
         messages = [{**message, "content": parts} if message["role"] == role else message for message in _PROBED[role]]
@@ -244,7 +244,7 @@ class Watch:
         self.unread = set(range(num_parts))
 
     @property
-    def is_taken(self) -> bool:
+    def is_accepted(self) -> bool:
         """True if the parts were read as parts, every one of them."""
         return not self.is_written_out and not self.unread
 
@@ -357,7 +357,7 @@ class PreparedMessages:
 
     def refusing_roles(self) -> list[str]:
         """Those of them whose lists the template did not take."""
-        return list(dict.fromkeys(role for role, watch in self._watches if not watch.is_taken))
+        return list(dict.fromkeys(role for role, watch in self._watches if not watch.is_accepted))
 
     def num_hidden_calls(self) -> int:
         """Calls of tools that the template did not show."""

@@ -105,15 +105,15 @@ class ChoiceStream:
         self._pending_text += self._shown(text, token.finish_reason)
         if self.finish_reason is None and not self._pending_text and not self._is_event_each_token:
             return None
-        return self._take_event(self.num_tokens)
+        return self._pop_event(self.num_tokens)
 
     def cut(self) -> ChoiceEvent:
         """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
         assert self.finish_reason is None
         self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
-        return self._take_event(self.num_tokens + 1, is_cut=True)
+        return self._pop_event(self.num_tokens + 1, is_cut=True)
 
-    def _take_event(self, num_tokens: int, is_cut: bool = False) -> ChoiceEvent:
+    def _pop_event(self, num_tokens: int, is_cut: bool = False) -> ChoiceEvent:
         event = ChoiceEvent(
             self._index,
             self._pending_text,

@@ -12,7 +12,7 @@ import pytest
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.disk_thread import DiskThread
 from tests.support.front.fake_engine import Pause, Step
-from tests.support.front.journal_files import fold, limit_pages, reopened
+from tests.support.front.journal_files import compact, limit_pages, reopened
 from tests.support.front.journalling_front import (
     COMPLETIONS,
     EOS,
@@ -34,10 +34,10 @@ def left_by_a_kill(path: Path) -> list[str]:
     return [request.accepted.reply_id for request in reopened(copy / path.name)]
 
 
-@pytest.mark.parametrize("is_folded", [False, True])
+@pytest.mark.parametrize("is_compacted", [False, True])
 @pytest.mark.parametrize("script", [[5, Pause()], [5, EOS]])
 def test_deleted_request_is_gone_from_the_journal_when_the_client_is_told(
-    tokenizer: TextTokenizer, tmp_path: Path, script: list[Step], is_folded: bool
+    tokenizer: TextTokenizer, tmp_path: Path, script: list[Step], is_compacted: bool
 ) -> None:
     async def main() -> None:
         server = Server(tokenizer, tmp_path / "j", script)
@@ -45,11 +45,11 @@ def test_deleted_request_is_gone_from_the_journal_when_the_client_is_told(
         await wait_for_tokens(server, 1)
         if EOS in script:
             await wait_for_end(server)
-        if is_folded:
-            fold(server.journal)
+        if is_compacted:
+            compact(server.journal)
         assert (await server.ask("DELETE", "/v1/requests/mine")).json()["deleted"] is True
         assert left_by_a_kill(tmp_path / "j") == []
-        fold(server.journal)
+        compact(server.journal)
         shutil.rmtree(tmp_path / "copy")
         assert left_by_a_kill(tmp_path / "j") == []
         assert (await server.state()).status == 404

@@ -14,7 +14,7 @@ from services.router.front.kept_bounds import KeptBounds
 from services.router.front.text.tokenizer import TextTokenizer
 from tests.support.front.disks import HangingDisk
 from tests.support.front.fake_engine import Fault, Pause, Step
-from tests.support.front.journal_files import fold, reopened
+from tests.support.front.journal_files import compact, reopened
 from tests.support.front.journalling_front import (
     COMPLETIONS,
     EOS,
@@ -87,7 +87,7 @@ def test_one_more_kept_request_than_there_may_be_is_refused_and_a_plain_one_is_n
         assert (await server.ask("POST", COMPLETIONS, headers, prompt="hi")).status == 429, "a restart frees nothing"
         assert (await server.ask("DELETE", "/v1/requests/first")).status == 200
         assert (await server.ask("POST", COMPLETIONS, headers, prompt="hi")).status == 200
-        fold(server.journal)
+        compact(server.journal)
         server.journal.close()
         assert len(reopened(tmp_path / "j")) == 2
 

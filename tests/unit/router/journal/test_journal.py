@@ -23,14 +23,14 @@ from common.errors import (
 )
 from common.ids import RequestId, SequenceId
 from services.router.engine import FinishReason, RecoveryCounts
-from services.router.journal.journal import FOLD_INTERVAL_S, RETRY_INTERVAL_S
+from services.router.journal.journal import COMPACT_INTERVAL_S, RETRY_INTERVAL_S
 from services.router.journal.store import MAX_ROWS
-from tests.support.front.journal_files import bits, fill, fold, limit_pages, reopened
+from tests.support.front.journal_files import bits, compact, fill, limit_pages, reopened
 from tests.support.front.journals import AWKWARD, accepted, open_at, token
 
 
-@pytest.mark.parametrize("is_folded", [False, True])
-def test_everything_comes_back_with_the_same_bits(tmp_path: Path, is_folded: bool) -> None:
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_everything_comes_back_with_the_same_bits(tmp_path: Path, is_compacted: bool) -> None:
     path = tmp_path / "j"
     journal, restored = open_at(path)
     assert restored == []
@@ -40,11 +40,11 @@ def test_everything_comes_back_with_the_same_bits(tmp_path: Path, is_folded: boo
     last = replace(token(3, FinishReason.STOP), recovery=RecoveryCounts(2, 40, 1))
     journal.append([(RequestId("a-0"), token(0)), (RequestId("a-1"), token(1)), (RequestId("unknown"), token(9))])
     journal.note_placement(RequestId("a-1"), SequenceId((7 << 32) | 5))
-    if is_folded:
-        fold(journal)
+    if is_compacted:
+        compact(journal)
     journal.append([(RequestId("a-0"), last), (RequestId("b-0"), OverloadedError("full", 9))])
-    if is_folded:
-        fold(journal)
+    if is_compacted:
+        compact(journal)
     journal.close()
     a, b = reopened(path)
     assert (a.accepted, b.accepted) == (first, second)
@@ -78,7 +78,7 @@ def test_a_request_goes_on_where_it_was(tmp_path: Path) -> None:
         for number in range(start, start + 4):
             journal.append([(RequestId("a-0"), token(number))])
             if number % 3 == 0:
-                fold(journal)
+                compact(journal)
         journal.close()
     (a,) = reopened(path)
     assert a.choices[0].tokens == [token(number) for number in range(12)]
@@ -96,13 +96,13 @@ def test_plain_requests_are_deleted_at_their_end_and_kept_ones_after_their_time(
     journal.end("kept", is_kept=True)
     journal.end("unknown", is_kept=True)
     journal.append([(RequestId("plain-0"), token(2))])
-    fold(journal)
+    compact(journal)
     rows = journal._writer._store._connection.execute(
         "SELECT reply_id, ended_s FROM requests LEFT JOIN ends ON number = request ORDER BY number"
     ).fetchall()
     assert rows == [("kept", 1000.0), ("running", None)]
     now_s += 601
-    fold(journal)
+    compact(journal)
     counts = [
         journal._writer._store._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
         for table in ("requests", "segments", "ends", "log")
@@ -124,7 +124,7 @@ def test_what_ended_before_the_restart_is_told_with_its_time_and_expires(tmp_pat
     journal.close()
     journal, restored = open_at(path, retention_s=-1.0)
     assert restored == []
-    fold(journal)
+    compact(journal)
     journal.close()
     assert reopened(path) == []
 
@@ -142,11 +142,11 @@ def test_a_file_cut_at_any_byte_opens_with_a_prefix(
     for name in names:
         journal.accept(accepted(name)).result(0)
     num_steps = data.draw(st.integers(0, 12), label="steps")
-    folds = data.draw(st.sets(st.integers(0, 12), max_size=3), label="folds")
+    compactions = data.draw(st.sets(st.integers(0, 12), max_size=3), label="compactions")
     for number in range(num_steps):
         journal.append([(RequestId(f"{name}-0"), token(number)) for name in names])
-        if number in folds:
-            fold(journal)
+        if number in compactions:
+            compact(journal)
     wal = (folder / "j-wal").read_bytes()
     cut = data.draw(st.integers(0, len(wal)), label="cut")
     copy = folder / "copy"
@@ -284,10 +284,10 @@ def test_a_fold_that_finds_no_room_loses_nothing(tmp_path: Path) -> None:
         for index in range(3):
             journal.append([(RequestId(f"a-{index}"), token(number))])
         number += 1
-        now_s += FOLD_INTERVAL_S / 20
+        now_s += COMPACT_INTERVAL_S / 20
         journal.tick()
     limit_pages(journal, 100_000)
-    now_s += 2 * FOLD_INTERVAL_S
+    now_s += 2 * COMPACT_INTERVAL_S
     journal.tick()
     assert journal.is_durable
     journal.close()

@@ -1,4 +1,4 @@
-"""A journal whose files somebody removes, replaces or cuts under a running router: it is seen, and written anew."""
+"""A journal whose files somebody removes, replaces or cuts under a running router: it is seen, and written again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import FinishReason
 from services.router.journal.journal import Journal
 from services.router.journal.records import JournalledRequest
-from tests.support.front.journal_files import fold, reopened
+from tests.support.front.journal_files import compact, reopened
 from tests.support.front.journals import accepted, open_at, token
 
 
@@ -127,7 +127,7 @@ def a_full_one(path: Path) -> Journal:
     for number in range(40):
         journal.append([(RequestId(f"{name}-{index}"), token(number)) for name in "abcd" for index in (0, 1)])
         if number % 9 == 0:
-            fold(journal)
+            compact(journal)
     journal.note_placement(RequestId("a-1"), SequenceId(7))
     journal.append([(RequestId("a-0"), DeadlineError("too late"))])
     journal.end("b", is_kept=True)
@@ -137,7 +137,7 @@ def a_full_one(path: Path) -> Journal:
 
 
 @pytest.mark.parametrize("harm", WAYS)
-def test_files_that_are_gone_are_seen_at_the_next_commit_and_written_anew(
+def test_files_that_are_gone_are_seen_at_the_next_commit_and_rewritten(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     harmed, calm = tmp_path / "state" / "j", tmp_path / "calm" / "j"
@@ -151,7 +151,7 @@ def test_files_that_are_gone_are_seen_at_the_next_commit_and_written_anew(
     for journal in journals:  # and it goes on so
         journal.accept(accepted("e")).result(0)
         journal.append([(RequestId("e-0"), token(0, FinishReason.STOP))])
-        fold(journal)
+        compact(journal)
     assert said(left_by_a_kill(harmed, tmp_path / "copies")) == said(left_by_a_kill(calm, tmp_path / "copies"))
     assert [journal.counts().rewrites for journal in journals] == [1, 0]
     for journal in journals:
@@ -177,21 +177,21 @@ def test_files_that_are_gone_while_nothing_is_written_are_seen_within_a_second(
 ) -> None:
     path = tmp_path / "state" / "j"
     journal = a_full_one(path)
-    fold(journal)
+    compact(journal)
     harm(path)
-    fold(journal)
+    compact(journal)
     assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
     journal.close()
 
 
 @pytest.mark.parametrize("harm", WAYS)
-def test_files_that_are_gone_just_before_a_router_ends_in_order_are_written_anew(
+def test_files_that_are_gone_just_before_a_router_ends_in_order_are_rewritten(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     harmed, calm = tmp_path / "state" / "j", tmp_path / "calm" / "j"
     for path in (harmed, calm):
         journal = a_full_one(path)
-        fold(journal)
+        compact(journal)
         if path is harmed:
             harm(path)
         journal.close()
@@ -220,7 +220,7 @@ def test_files_that_go_in_the_middle_of_a_commit_are_seen_before_anything_is_han
     journal.close()
 
 
-def test_until_they_are_written_anew_nothing_is_durable_and_nothing_is_accepted(
+def test_until_they_are_rewritten_nothing_is_durable_and_nothing_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state" / "j"
@@ -232,7 +232,7 @@ def test_until_they_are_written_anew_nothing_is_durable_and_nothing_is_accepted(
     def full(*arguments: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(journal._writer._store, "write_anew", full)
+    monkeypatch.setattr(journal._writer._store, "rewrite", full)
     handed_on: list[bool] = []
     journal.append([(RequestId("a-1"), token(40))], lambda: handed_on.append(journal.has_written(receipt)))
     assert handed_on == [False], "running requests go on, and say so"
@@ -240,7 +240,7 @@ def test_until_they_are_written_anew_nothing_is_durable_and_nothing_is_accepted(
         journal.accept(accepted("new")).result(0)
     assert journal.trouble() is not None
     monkeypatch.undo()
-    fold(journal)
+    compact(journal)
     assert journal.has_written(receipt)
     assert journal.trouble() is None
     (a, _, _) = left_by_a_kill(path, tmp_path / "copies")
@@ -254,7 +254,7 @@ def test_a_file_that_somebody_has_put_there_is_moved_aside(tmp_path: Path) -> No
     path.unlink()
     path.write_text("a note")
     path.chmod(0o644)
-    fold(journal)
+    compact(journal)
     assert path.with_name("j.found").read_text() == "a note"
     assert path.with_name("j.found").stat().st_mode & 0o777 == 0o600
     journal.close()
@@ -265,7 +265,7 @@ def test_whatever_is_put_there_again_and_again_is_moved_aside_each_time(tmp_path
     journal = a_full_one(path)
     for harm in [*WAYS[-4:], *WAYS[-4:], write_over_it, put_a_folder_in_its_place, write_over_it]:
         harm(path)
-        fold(journal)
+        compact(journal)
         assert journal.is_durable, harm.__name__
         assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
     journal.close()
@@ -277,16 +277,16 @@ def test_a_journal_that_is_a_link_is_looked_after_like_any_other(tmp_path: Path)
     path.parent.mkdir()
     path.symlink_to(real)
     journal = a_full_one(path)
-    fold(journal)
+    compact(journal)
     assert journal.counts().rewrites == 0
     real.with_name("j-wal").unlink()
-    fold(journal)
+    compact(journal)
     assert journal.counts().rewrites == 1
     assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
     journal.close()
 
 
-OPERATIONS = ["accept", "append", "place", "keep", "drop", "fail", "fold", "harm"]
+OPERATIONS = ["accept", "append", "place", "keep", "drop", "fail", "compact", "harm"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -322,9 +322,9 @@ def test_whenever_the_files_go_a_restart_finds_what_it_would_have_found(
                 journal.append([(RequestId(f"{name}-0"), DeadlineError(str(number)))])
             elif operation in ("keep", "drop"):
                 journal.end(name, is_kept=operation == "keep")
-            elif operation == "fold":
-                fold(journal)
+            elif operation == "compact":
+                compact(journal)
     for journal in journals:
-        fold(journal)
+        compact(journal)
         journal.close()
     assert said(reopened(paths[0])) == said(reopened(paths[1]))

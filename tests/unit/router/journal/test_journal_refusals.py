@@ -14,7 +14,7 @@ from common.errors import ConfigurationError, DeadlineError, FencedError
 from common.ids import RequestId, SequenceId
 from services.router.journal import files, store
 from services.router.journal.records import JournalledRequest, decode_step, decode_tokens
-from tests.support.front.journal_files import fold, reopened
+from tests.support.front.journal_files import compact, reopened
 from tests.support.front.journals import accepted, open_at, token
 
 
@@ -99,7 +99,7 @@ def full_journal(path: Path) -> list[JournalledRequest]:
         journal.append([(RequestId(f"r{number}-0"), token(number))])
     journal.end("r1", is_kept=True)
     journal.end("r2", is_kept=True, error=DeadlineError("too late"))
-    fold(journal)
+    compact(journal)
     for number in range(3, FULL_OF):
         journal.append([(RequestId(f"r{number}-0"), token(number + 1))])
     journal.close()
@@ -207,8 +207,8 @@ def test_nobody_but_its_owner_may_read_a_journal(tmp_path: Path, was_there: bool
             files = [copy, copy.with_name("copy-wal")]
         assert [each.stat().st_mode & 0o777 for each in files] == [0o600, 0o600]
         files[0].unlink()
-        fold(journal)
-        assert [each.stat().st_mode & 0o777 for each in files] == [0o600, 0o600], "also when it was written anew"
+        compact(journal)
+        assert [each.stat().st_mode & 0o777 for each in files] == [0o600, 0o600], "also when it was written again"
         journal.close()
     finally:
         os.umask(umask)
