@@ -16,9 +16,7 @@ with quick_imports():
 
 def main() -> int:
     """Exit status 0 after an orderly stop, 1 with a sentence when it cannot go on."""
-    return run_process(
-        "router", os.environ.get("LOG_LEVEL", "info"), lambda log: asyncio.run(serve(read_settings(), log))
-    )
+    return run_process("router", os.environ.get("LOG_LEVEL", "info"), lambda log: asyncio.run(serve(read_settings())))
 
 
 if __name__ == "__main__":

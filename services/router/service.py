@@ -54,6 +54,8 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.served_model import Model, read_model
 
+log = structlog.get_logger(__name__)
+
 BLOCK_TOKENS = 32
 """Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
 TERM_SHIFT = 32
@@ -74,7 +76,7 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
+async def serve(settings: Settings) -> None:
     """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
     # The server takes these signals while it runs, and raises them again once it has ended: to nobody's harm then.
     should_stop = StopFlag()
@@ -89,10 +91,10 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         log.warning("defaults_not_applied", file="generation_config.json", keys=tokenizer.defaults.not_applied)
     state = open_state_folder(settings.state_dir)
     disk = DiskThread()
-    journal, journalled = _open_journal(settings, model, state, disk, log)
-    journalled, set_aside = without_culprits(state.path, journalled, partial(_forget, journal), log)
+    journal, journalled = _open_journal(settings, model, state, disk)
+    journalled, set_aside = without_culprits(state.path, journalled, partial(_forget, journal))
     # Only once what a router before this one left there was read.
-    attention = Attention(attention_path(state.path), state.path / "ending.json", log)
+    attention = Attention(attention_path(state.path), state.path / "ending.json")
     disk.start()
     listener = _listen(settings)
     transport = open_transport(settings, log)
@@ -115,7 +117,6 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         sink,
         housekeeping,
         journal,
-        log,
         partial(state.outgrow, on_disk=disk.submit),
         placer,
         attention,
@@ -130,7 +131,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
     ):
         registry.register(collector)
     context_tokens = _context_tokens(settings, model)
-    _log_context(settings, model, context_tokens, log)
+    _log_context(settings, model, context_tokens)
     engine = MeshEngine(
         mesh,
         mailbox,
@@ -166,9 +167,7 @@ async def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         app.state.refuse_connection,
     )
     failure: list[BaseException] = []
-    thread = threading.Thread(
-        target=_run_mesh, args=(mesh, server, failure, attention, disk, log), name="mesh", daemon=True
-    )
+    thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, attention, disk), name="mesh", daemon=True)
     host, port = listener.getsockname()[:2]
     state.publish_url(f"{http_url(host, port)}\n", tell_of_folder)
     log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
@@ -215,7 +214,7 @@ def _close_links(client: MeshClient, transport: Transport) -> None:
 
 
 def _open_journal(
-    settings: Settings, model: Model, state: StateFolder, disk: Disk, log: structlog.stdlib.BoundLogger
+    settings: Settings, model: Model, state: StateFolder, disk: Disk
 ) -> tuple[Journal | None, list[JournalledRequest]]:
     if settings.journal == "off":
         return None, []
@@ -225,7 +224,6 @@ def _open_journal(
         JournalSettings(settings.journal == "durable", settings.journal_retention_s),
         state.check_term,
         disk,
-        log,
     )
 
 
@@ -250,7 +248,6 @@ def _run_mesh(
     failure: list[BaseException],
     attention: Attention,
     disk: Disk,
-    log: structlog.stdlib.BoundLogger,
 ) -> None:
     """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
     try:
@@ -271,7 +268,7 @@ def _context_tokens(settings: Settings, model: Model) -> int:
     return min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
 
 
-def _log_context(settings: Settings, model: Model, context_tokens: int, log: structlog.stdlib.BoundLogger) -> None:
+def _log_context(settings: Settings, model: Model, context_tokens: int) -> None:
     """A context that was asked for and cannot be had is said; `/v1/models` shows what there is as `max_model_len`."""
     wished = settings.max_context_tokens or model.config.context_tokens
     if wished <= context_tokens:
@@ -316,7 +313,6 @@ def _mesh_loop(
     sink: Sink,
     housekeeping: Callable[[], None],
     journal: Journal | None,
-    log: structlog.stdlib.BoundLogger,
     outgrow: Callable[[int], None] = lambda term: None,
     placer: Placer | None = None,
     attend: Attend = lambda name: None,

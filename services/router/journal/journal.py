@@ -31,6 +31,8 @@ from services.router.journal.queue import JournalQueue, WaitingRequest, WaitingS
 from services.router.journal.records import AcceptedRequest, JournalledRequest, encode_step
 from services.router.journal.store import JournalStore, LogBuffer, Run, open_store
 
+log = structlog.get_logger(__name__)
+
 COMPACT_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
 """Between two attempts to write while the disk takes nothing."""
@@ -76,7 +78,6 @@ class Journal:
         writer: JournalWriter,
         settings: JournalSettings,
         disk: Disk,
-        log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`writer` does its work in `disk`."""
@@ -84,7 +85,6 @@ class Journal:
         self._writer = writer
         self._settings = settings
         self._disk = disk
-        self._log = log
         self._clock = clock
         self._is_scheduled = False
         self._is_stuck = False
@@ -238,11 +238,11 @@ class Journal:
                 queue.refuse_all(JournalError(self.trouble() or NOT_WRITABLE))
                 if stuck_s >= self._next_word_s:
                     self._next_word_s = 2 * stuck_s
-                    self._log.error("journal_stuck", stuck_s=round(stuck_s, 1), steps_unwritten=len(queue.backlog))
+                    log.error("journal_stuck", stuck_s=round(stuck_s, 1), steps_unwritten=len(queue.backlog))
             elif self._is_stuck:
                 self._is_stuck = False
                 self._next_word_s = STUCK_AFTER_S
-                self._log.info("journal_answers_again", steps_unwritten=len(queue.backlog))
+                log.info("journal_answers_again", steps_unwritten=len(queue.backlog))
                 self._schedule()
 
 
@@ -254,14 +254,12 @@ class JournalWriter:
         store: JournalStore,
         queue: JournalQueue,
         check_term: Callable[[], None],
-        log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`check_term` raises FencedError once another router has the state folder; asked before each commit."""
         self._store = store
         self._queue = queue
         self._check_term = check_term
-        self._log = log
         self._clock = clock
         self._in_log = LogBuffer()
         self.failed_s = float("-inf")
@@ -308,11 +306,11 @@ class JournalWriter:
             self._write_backlog()
             self._write(lambda: None)  # looks whether the files are there
         except FencedError as error:
-            self._log.warning("journal_not_flushed", reason=error.message)
+            log.warning("journal_not_flushed", reason=error.message)
         try:
             self._store.close()
         except sqlite3.Error as error:
-            self._log.warning("journal_not_closed", reason=str(error))
+            log.warning("journal_not_closed", reason=str(error))
 
     def _write_backlog(self) -> bool:
         with self._queue.lock:
@@ -384,17 +382,17 @@ class JournalWriter:
             counts.failed_commits += 1
             if counts.is_writing:
                 counts.is_writing = False
-                self._log.error("journal_not_written", reason=str(error))
+                log.error("journal_not_written", reason=str(error))
             return False
         if not counts.is_writing:
             counts.is_writing = True
-            self._log.info("journal_written_again")
+            log.info("journal_written_again")
         return True
 
     def _rewrite(self) -> None:
         if not self.is_lost:
             self.is_lost = True
-            self._log.error("journal_gone", detail="its files were removed or changed by somebody else")
+            log.error("journal_gone", detail="its files were removed or changed by somebody else")
         with self._queue.lock:
             requests, steps = self._queue.ledger.requests(), list(self._queue.backlog)
         buffer = self._in_log.copy()
@@ -407,7 +405,7 @@ class JournalWriter:
             self._queue.note_written(step)
         self.is_lost = False
         self.counts.rewrites += 1
-        self._log.info("journal_rewritten", requests=len(requests))
+        log.info("journal_rewritten", requests=len(requests))
 
     def _keep_runs(self, runs: Sequence[Run]) -> None:
         with self._queue.lock:
@@ -459,7 +457,6 @@ def open_journal(
     settings: JournalSettings,
     check_term: Callable[[], None],
     disk: Disk,
-    log: structlog.stdlib.BoundLogger,
 ) -> tuple[Journal, list[JournalledRequest]]:
     """The journal, and what a router before this one left in it. `model`: see `open_store`.
 
@@ -469,7 +466,7 @@ def open_journal(
     """
     store: JournalStore = open_store(path, model, settings.is_synchronous)
     queue = JournalQueue(time.time)
-    journal = Journal(queue, JournalWriter(store, queue, check_term, log), settings, disk, log)
+    journal = Journal(queue, JournalWriter(store, queue, check_term), settings, disk)
     try:
         return journal, journal.restore()
     except (sqlite3.Error, *UNREADABLE) as error:

@@ -23,6 +23,8 @@ from common.errors import SetAsideError
 from services.router.journal.culprits import Ending, Record, Unfinished, judge
 from services.router.journal.records import JournalledRequest
 
+log = structlog.get_logger(__name__)
+
 _SIZE = 512
 _NAME = 8
 """Offset of the name. Byte 0 has its length, and is written last."""
@@ -41,14 +43,13 @@ def attention_path(state_dir: Path) -> Path:
 class Attention:
     """Call it with the name of the request whose turn it is; the empty string: nobody's."""
 
-    def __init__(self, path: Path, ending: Path, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, path: Path, ending: Path) -> None:
         """What a router before this one has left must be read first.
 
         `ending`: where a router that breaks writes down whose turn it was.
         """
         self._path = path
         self._ending = ending
-        self._log = log
         self._is_lost = False
         self._memory, self._memory_is_a_file = mmap.mmap(-1, _SIZE), False
         self.look_after()
@@ -68,7 +69,7 @@ class Attention:
         try:
             write_whole(self._ending, json.dumps({"handled": handled}))
         except OSError as error:
-            self._log.error("ending_not_written", path=str(self._ending), reason=str(error))
+            log.error("ending_not_written", path=str(self._ending), reason=str(error))
 
     def look_after(self) -> None:
         """Make the file again if somebody has removed it; without one, only a router that breaks leaves a word."""
@@ -78,7 +79,7 @@ class Attention:
             self._memory, self._memory_is_a_file = self._map(), True
         except OSError as error:
             self._is_lost = True
-            self._log.warning("attention_lost", path=str(self._path), reason=str(error))
+            log.warning("attention_lost", path=str(self._path), reason=str(error))
 
     def close(self) -> None:
         """The router ends, and not by a request."""
@@ -117,9 +118,8 @@ def _read_name(path: Path) -> str:
 class SetAside:
     """The folder. Read once, at the start."""
 
-    def __init__(self, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._log = log
         self._reasons: dict[tuple[str, str], str] = {}
         """(tenant, any of its names) -> a sentence for its client."""
         for path in self._paths():
@@ -161,7 +161,7 @@ class SetAside:
         self._note(accepted.tenant, names, message)
         self._folder.mkdir(mode=0o700, exist_ok=True)  # prompts stand in it in clear
         write_whole(self._folder / f"{name}.json", json.dumps(kept, indent=1))
-        self._log.error("request_set_aside", request=accepted.reply_id, reason=reason, folder=str(self._folder))
+        log.error("request_set_aside", request=accepted.reply_id, reason=reason, folder=str(self._folder))
         for path in self._paths()[:-MAX_KEPT]:
             path.unlink(missing_ok=True)
 
@@ -178,7 +178,6 @@ def without_culprits(
     state_dir: Path,
     journalled: Sequence[JournalledRequest],
     forget: Callable[[str], None],
-    log: structlog.stdlib.BoundLogger,
 ) -> tuple[list[JournalledRequest], SetAside]:
     """What is gone on with. Requests that end the router are set aside, and forgotten by the journal through `forget`,
     which gets their reply ids.
@@ -186,7 +185,7 @@ def without_culprits(
     What the disk does not take is said, and judged again at the next start.
     """
     ending = state_dir / "ending.json"
-    set_aside = SetAside(state_dir / "set-aside", log)
+    set_aside = SetAside(state_dir / "set-aside")
     for request in journalled:
         if set_aside.has(request):  # a router was killed before its journal had forgotten it
             forget(request.accepted.reply_id)

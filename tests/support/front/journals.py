@@ -6,8 +6,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from common.ids import RequestId
 from services.router.engine import FinishReason, GeneratedToken
 from services.router.journal.disk_thread import Disk
@@ -48,6 +46,5 @@ def open_at(
     path: Path, model: str = MODEL, disk: Disk | None = None, **changes: Any
 ) -> tuple[Journal, list[JournalledRequest]]:
     """The journal of a test, with a term that is never old; without a disk of its own it is written at once."""
-    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
     settings = JournalSettings(**({"is_synchronous": False, "retention_s": 600.0} | changes))
-    return open_journal(path, model, settings, lambda: None, disk or PromptDisk(), log)
+    return open_journal(path, model, settings, lambda: None, disk or PromptDisk())

@@ -122,7 +122,7 @@ def test_a_context_that_cannot_be_had_is_said(
     model = read_model(settings)
     assert _context_tokens(settings, model) == context
     with structlog.testing.capture_logs() as logs:
-        _log_context(settings, model, context, structlog.get_logger())
+        _log_context(settings, model, context)
     assert [entry["context_tokens"] for entry in logs] == ([] if because is None else [context])
     assert because is None or logs[0]["detail"].startswith(because)
 
@@ -140,7 +140,6 @@ class NoSockets:
 def roles_in(term: int, tmp_path: Path) -> StageRoles:
     """Of the router that has this term."""
     anything: Any = None
-    log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
     client: Any = NoSockets()
     mesh = _mesh_loop(
         Settings(model="m", kv_cache_tokens=1024),
@@ -151,7 +150,6 @@ def roles_in(term: int, tmp_path: Path) -> StageRoles:
         anything,
         Housekeeping(lambda: None, PromptDisk(), lambda: None, None),
         None,
-        log,
     )
     return mesh._stages
 

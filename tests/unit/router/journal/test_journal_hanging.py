@@ -134,7 +134,6 @@ def test_a_request_whose_client_goes_while_it_is_written_is_not_there_after_a_re
 def test_a_disk_that_hangs_is_told_of_with_its_seconds_and_again_when_they_have_doubled(tmp_path: Path) -> None:
     journal, disk = with_one_request(tmp_path / "j")
     with structlog.testing.capture_logs() as captured:
-        journal._log = structlog.get_logger()
         for tenths in range(11, 60):
             disk.busy_s = tenths / 10
             journal.tick()

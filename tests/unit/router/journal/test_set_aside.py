@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import structlog
 
 from common.errors import SetAsideError
 from services.router.engine import GeneratedToken
@@ -28,7 +26,6 @@ from services.router.journal.set_aside import (
 from tests.support.front.journals import accepted
 
 A, B, C = (Unfinished(name, (f"{name}-0", f"{name}-1"), 5) for name in "abc")
-LOG: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
 
 
 def journalled(name: str, num_tokens: int = 3, ended_s: float | None = None) -> JournalledRequest:
@@ -118,7 +115,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from services.router.journal.set_aside import Attention
-attention = Attention(Path(sys.argv[1]), Path(sys.argv[1] + ".ending"), None)
+attention = Attention(Path(sys.argv[1]), Path(sys.argv[1] + ".ending"))
 attention("first")
 attention("")
 attention("cmpl-7-0")
@@ -147,7 +144,7 @@ def test_whose_turn_it_was_is_there_after_the_process_was_killed(tmp_path: Path,
     broken = tmp_path / "attention.ending"
     assert read_ending(path, broken) == ending
     broken.unlink(missing_ok=True)
-    Attention(path, broken, LOG)
+    Attention(path, broken)
     assert read_ending(path, broken) == Ending(), "a new router begins without"
 
 
@@ -162,7 +159,7 @@ def test_a_note_that_is_not_there_or_no_note_names_nobody_who_lives(tmp_path: Pa
 
 def test_a_note_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "attention"
-    attention = Attention(path, tmp_path / "ending", LOG)
+    attention = Attention(path, tmp_path / "ending")
     path.unlink()
     attention.look_after()
     attention("x" * 1000)
@@ -172,7 +169,7 @@ def test_a_note_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
 def test_a_router_that_ends_in_order_leaves_no_note_and_two_folders_have_two(tmp_path: Path) -> None:
     path = attention_path(tmp_path)
     assert path != attention_path(tmp_path / "other")
-    attention = Attention(path, tmp_path / "ending.json", LOG)
+    attention = Attention(path, tmp_path / "ending.json")
     attention("a-0")
     attention.close()
     assert not path.exists()
@@ -186,8 +183,8 @@ def run_lives(folder: Path, requests: list[JournalledRequest], handled: str, cou
     forgotten: list[str] = []
     going_on = requests
     for _ in range(count):
-        Attention(attention_path(folder), folder / "ending.json", LOG)(handled)
-        going_on, _ = without_culprits(folder, requests, forgotten.append, LOG)
+        Attention(attention_path(folder), folder / "ending.json")(handled)
+        going_on, _ = without_culprits(folder, requests, forgotten.append)
     attention_path(folder).unlink()
     return [request.accepted.reply_id for request in going_on], forgotten
 
@@ -196,7 +193,7 @@ def test_after_three_ends_the_others_go_on_and_the_client_is_told_for_good(tmp_p
     requests = [journalled("a"), journalled("b"), journalled("old", ended_s=5.0)]
     assert run_lives(tmp_path, requests, requests[1].accepted.choice_ids[0], 2) == (["a", "b", "old"], [])
     assert run_lives(tmp_path, requests, requests[1].accepted.choice_ids[0], 1) == (["a", "old"], ["b"])
-    for again in (SetAside(tmp_path / "set-aside", LOG), SetAside(tmp_path / "set-aside", LOG)):
+    for again in (SetAside(tmp_path / "set-aside"), SetAside(tmp_path / "set-aside")):
         for name in ("b", "own-b"):
             with pytest.raises(SetAsideError, match="3 times in a row") as told:
                 again.refuse(requests[1].accepted.tenant, name)
@@ -212,19 +209,19 @@ def test_after_three_ends_the_others_go_on_and_the_client_is_told_for_good(tmp_p
 
 
 def test_what_is_kept_aside_is_bounded_and_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
-    folder = SetAside(tmp_path / "set-aside", LOG)
+    folder = SetAside(tmp_path / "set-aside")
     for number in range(MAX_KEPT + 5):
         folder.keep(journalled(f"r{number}", 0), "why")
     assert len(list((tmp_path / "set-aside").iterdir())) == MAX_KEPT
     next((tmp_path / "set-aside").iterdir()).write_text("{")
-    SetAside(tmp_path / "set-aside", LOG)
+    SetAside(tmp_path / "set-aside")
 
 
 def test_what_is_no_file_among_what_is_kept_aside_ends_no_router_and_stays(tmp_path: Path) -> None:
     odd = tmp_path / "set-aside" / "folder.json"
     odd.mkdir(parents=True)
     (tmp_path / "set-aside" / "link.json").symlink_to(tmp_path / "nowhere")
-    folder = SetAside(tmp_path / "set-aside", LOG)
+    folder = SetAside(tmp_path / "set-aside")
     for number in range(MAX_KEPT + 1):
         folder.keep(journalled(f"r{number}", 0), "why")
     assert odd.is_dir()
@@ -232,7 +229,7 @@ def test_what_is_no_file_among_what_is_kept_aside_ends_no_router_and_stays(tmp_p
 
 
 def test_shared_memory_that_cannot_be_had_costs_the_note_and_nothing_else(tmp_path: Path) -> None:
-    attention = Attention(tmp_path / "missing" / "attention", tmp_path / "ending", LOG)
+    attention = Attention(tmp_path / "missing" / "attention", tmp_path / "ending")
     attention("a-0")
     attention.look_after()
     attention.note_break()
@@ -244,7 +241,6 @@ LIFE = """
 import os, sys
 from pathlib import Path
 from unittest import mock
-import structlog
 from common.ids import Generation, PipelineId
 from services.router.scheduling.request import Request
 from services.router.scheduling.scheduler import Scheduler
@@ -253,16 +249,16 @@ from services.router.journal.set_aside import Attention, attention_path, without
 from tests.support.front.journals import accepted, open_at
 from tests.support.router.simulated_pipeline import build_request
 
-folder, log = Path(sys.argv[1]), structlog.get_logger()
+folder = Path(sys.argv[1])
 journal, journalled = open_at(folder / "journal.sqlite3")
 if not journalled and not (folder / "set-aside").exists():
     for name in "abc":
         journal.accept(accepted(name))
     journal.close()
     journal, journalled = open_at(folder / "journal.sqlite3")
-journalled, _ = without_culprits(folder, journalled, lambda name: journal.end(name, is_kept=False), log)
+journalled, _ = without_culprits(folder, journalled, lambda name: journal.end(name, is_kept=False))
 scheduler = Scheduler(
-    SchedulerSettings(), attend=Attention(attention_path(folder), folder / "ending.json", log)
+    SchedulerSettings(), attend=Attention(attention_path(folder), folder / "ending.json")
 )
 for request in journalled:
     scheduler.add(build_request(request.accepted.choice_ids[0], 5, 5).restored([]), 0.0)
