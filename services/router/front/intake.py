@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class RequestIntake:
-    """Knows the tokenizer and the bounds; keeps nothing between requests but what the log has been told."""
+    """Knows the tokenizer and the bounds, and keeps nothing between requests but what the log has been told."""
 
     def __init__(
         self,
@@ -44,7 +44,8 @@ class RequestIntake:
         self._told_unused: set[str] = set()
 
     async def read(self, route: str, body: bytes, identity: Callable[[str], ReplyIdentity]) -> PlannedRequest:
-        """`route`: COMPLETIONS or CHAT; `identity` gets the prefix that reply ids of it have.
+        """Returns the request that `body` makes. `route` is COMPLETIONS or CHAT; `identity` gets the prefix of its
+        reply ids.
 
         Raises RequestError leaves.
         """
@@ -55,7 +56,7 @@ class RequestIntake:
         return await self._planner.plan_chat(chat, identity(chat.id_prefix))
 
     async def hash(self, route: str, body: bytes) -> str:
-        """See `body_hash`."""
+        """Returns `body_hash`, computed in a thread where the body is long."""
         return await self._work_on(body, partial(body_hash, route, body))
 
     async def _parse(self, body: bytes, model: type[Request]) -> Request:
@@ -65,7 +66,7 @@ class RequestIntake:
         return request
 
     def _tell_unused(self, name: str) -> None:
-        """Once a name, and no more names than anybody reads: clients may make up as many as they like."""
+        """Logs a name once, and no more names than anybody reads: clients may make up as many as they like."""
         if name not in self._told_unused and len(self._told_unused) < MAX_TOLD_FIELDS:
             self._told_unused.add(name)
             log.info("field_unused", field=name, detail="taken from a request; it changes nothing of the answer here")
@@ -77,7 +78,7 @@ class RequestIntake:
 
 
 def body_hash(route: str, body: bytes) -> str:
-    """Equal for bodies that say the same: the order of fields and white space do not count."""
+    """Is equal for bodies that say the same: the order of fields and white space do not count."""
     # What is no JSON, or nested too deeply for it, is refused where it is parsed.
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()

@@ -17,25 +17,25 @@ PLAIN_RETRY_AFTER_S = 1
 
 @dataclass(slots=True)
 class KeptAmount:
-    """Of one account."""
+    """What one account holds."""
 
     num_requests: int = 0
     num_bytes: int = 0
-    """Bodies as they came, and the packed tokens of those that have ended."""
+    """Bodies count as they came, and so do the packed tokens of requests that have ended."""
 
 
 class KeptBounds:
-    """Who adds a request has checked, with nothing in between that waits."""
+    """Counts both accounts. Whoever adds a request has checked it, and has waited for nothing in between."""
 
     def __init__(self, max_requests: int, max_bytes: int) -> None:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self.kept, self.plain = KeptAmount(), KeptAmount()
         self._forgotten_at: dict[str, float] = {}
-        """Ended requests and when each is forgotten, in that order."""
+        """Maps requests that have ended to the time at which each is forgotten, in that order."""
 
     def check(self, is_kept: bool, num_bytes: int, now_s: float) -> None:
-        """Whether there is room for one more of so many bytes. Raises OverloadedError."""
+        """Checks that there is room for one more request of so many bytes. Raises OverloadedError."""
         amount = self.kept if is_kept else self.plain
         if is_kept and amount.num_requests >= self._max_requests:
             raise OverloadedError(
@@ -53,24 +53,24 @@ class KeptBounds:
             )
 
     def add(self, is_kept: bool, num_bytes: int) -> None:
-        """One more."""
+        """Counts one more request."""
         amount = self.kept if is_kept else self.plain
         amount.num_requests += 1
         amount.num_bytes += num_bytes
 
     def remove(self, is_kept: bool, num_bytes: int) -> None:
-        """One that was added with so many bytes."""
+        """Counts one request less, which was added with so many bytes."""
         amount = self.kept if is_kept else self.plain
         amount.num_requests -= 1
         amount.num_bytes -= num_bytes
         assert amount.num_requests >= 0 <= amount.num_bytes, "more removed than added"
 
     def note_end(self, reply_id: str, forgotten_at_s: float) -> None:
-        """Of a kept request; called in the order of the ends. Wall clock, as everywhere here."""
+        """Notes when a kept request is forgotten. Call it in the order of their ends, with the wall clock."""
         self._forgotten_at[reply_id] = forgotten_at_s
 
     def forget_end(self, reply_id: str) -> None:
-        """One that has not ended is no error."""
+        """Forgets the end of a request; one that has not ended is no error."""
         self._forgotten_at.pop(reply_id, None)
 
     @property
@@ -78,7 +78,7 @@ class KeptBounds:
         return "send it as a plain one, delete others with DELETE /v1/requests/{id}, or try again later"
 
     def _retry_after_s(self, is_kept: bool, now_s: float) -> int:
-        """When the one that ended first is forgotten."""
+        """Returns the time until the request that ended first is forgotten."""
         first_s = next(iter(self._forgotten_at.values()), None)
         if not is_kept or first_s is None:
             return PLAIN_RETRY_AFTER_S

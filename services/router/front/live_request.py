@@ -23,36 +23,36 @@ from services.router.journal.records import JournalledChoice
 
 @dataclass(frozen=True, slots=True)
 class ClientIdentity:
-    """Whose request it is, and what its client wants of it."""
+    """Says whose request it is, and what its client wants of it."""
 
     tenant: str
-    """Hash of the authorization; who has another one does not see the request."""
+    """A hash of the authorization: whoever has another one does not see the request."""
     client_request_id: str | None
     idempotency_key: str | None
     is_resumable: bool
 
 
 class Listener(Protocol):
-    """Told that there is something new to read."""
+    """Is told that there is something new to read."""
 
     def wake(self) -> None: ...
 
 
 class LiveChoice:
-    """Tokens of one choice, and whether more are to come."""
+    """Holds the tokens of one choice, and knows whether more are to come."""
 
     def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
         self.planned = planned
         self.tokens: list[GeneratedToken] = []
         self.is_over = False
         self.is_cut = False
-        """Over with the tokens that it has, none of which is a last one."""
+        """It is over with the tokens that it has, none of which is a last one."""
         self._request = planned.request
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
         self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
 
     def accept(self, token: GeneratedToken) -> None:
-        """The next token; not after the last."""
+        """Adds the next token; there is none after the last."""
         assert not self.is_over
         self.tokens.append(token)
         if self._watch is not None:
@@ -62,11 +62,11 @@ class LiveChoice:
             self.is_over = token.finish_reason is not None
 
     def cut(self) -> None:
-        """It may not have more tokens than these."""
+        """Ends it here: it may not have more tokens than these."""
         self.is_over = self.is_cut = True
 
     def restore(self, record: JournalledChoice) -> None:
-        """It goes on after the tokens that the journal has."""
+        """Brings back the tokens that the journal has; the choice goes on after them."""
         for token in record.tokens:
             if not self.is_over:  # the mesh may have made some behind a stop string
                 self.accept(token)
@@ -78,7 +78,7 @@ class LiveChoice:
 
 
 class LiveRequest:
-    """Belongs to the event loop. `on_end` is called once: all is there, or it failed, or it was cancelled."""
+    """Runs all choices of one request. It belongs to the event loop; `on_end` is called once, however it ends."""
 
     def __init__(
         self,
@@ -96,11 +96,11 @@ class LiveRequest:
         self.error: Exception | None = None
         self.has_ended = False
         self.is_released = False
-        """The router ends, the request does not: its readers are sent away."""
+        """The router ends and the request does not: its readers are sent away."""
         self.is_restored = False
         """A router before this one has begun it, and this one goes on."""
         self.receipt = 0
-        """The journal's, of all its tokens, once it has ended."""
+        """The journal's receipt for all its tokens, once it has ended."""
         self.listeners: set[Listener] = set()
         self._engine = engine
         self._metrics = metrics
@@ -110,16 +110,16 @@ class LiveRequest:
         self._has_token = False
         self._tasks: dict[LiveChoice, asyncio.Task[None]] = {}
         self._begun: set[LiveChoice] = set()
-        """Whose tasks have had their first turn: only those can be cancelled and still close what they read."""
+        """Choices whose tasks have had their first turn: only those can be cancelled and still close what they read."""
 
     @property
     def reply_id(self) -> str:
-        """Its name everywhere."""
+        """Returns the name that it has everywhere."""
         return self.planned.identity.reply_id
 
     @property
     def recovery(self) -> RecoveryCounts:
-        """Of all choices; a restart of the router counts once."""
+        """Adds up the counts of all choices; a restart of the router counts once."""
         counts = [token.recovery for choice in self.choices for token in choice.tokens[-1:] if token.recovery]
         return RecoveryCounts(
             sum(count.recoveries for count in counts) + self.is_restored,
@@ -158,7 +158,7 @@ class LiveRequest:
         self.start()
 
     async def cancel(self) -> None:
-        """Take it out of the mesh; who still listens is told."""
+        """Take it out of the mesh. Whoever still listens is told."""
         self.fail(UnknownRequestError(f"the request {self.reply_id} was cancelled"))
         await self.settle()
 
@@ -169,7 +169,7 @@ class LiveRequest:
             self._end()
 
     async def abandon(self) -> None:
-        """The router ends: stop without an end."""
+        """Stop without an end, since the router ends."""
         self.has_ended = True
         self._stop_choices()
         await self.settle()
@@ -180,7 +180,7 @@ class LiveRequest:
         self._wake()
 
     async def settle(self) -> None:
-        """Until the mesh has been told of all that is over."""
+        """Wait until the mesh has been told of all that is over."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
@@ -251,13 +251,13 @@ async def _close(tokens: AsyncIterator[GeneratedToken]) -> None:
 
 
 class RouterStoppingError(NotReadyError):
-    """The router ends and the request goes on after its restart: the client may ask again."""
+    """The router ends, and the request goes on after its restart: the client may ask again."""
 
 
 class ReplyReader:
-    """An asynchronous context manager: leaving it says that this client is gone.
+    """Makes the events of one client. It is an asynchronous context manager: leaving it says that the client is gone.
 
-    Events wait as tokens of the request if the client reads slowly, which are bounded by what it may generate.
+    If the client reads slowly, events wait as tokens of the request, which are bounded by what it may generate.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class ReplyReader:
         received: Sequence[int],
         on_leave: Callable[[ReplyReader], Awaitable[None]],
     ) -> None:
-        """`received`: tokens by choice that the client has; events up to there are left out."""
+        """`received` counts the tokens of each choice that the client has; events up to there are left out."""
         self.live = live
         self.received = tuple(received)
         wants_ids = live.planned.fields.return_token_ids is True
@@ -289,16 +289,16 @@ class ReplyReader:
 
     @property
     def finished(self) -> bool:
-        """Every choice has its finish reason, and every event was given out."""
+        """Says whether every choice has its finish reason, and every event was given out."""
         return all(stream.finish_reason is not None for stream in self._streams)
 
     @property
     def num_completion_tokens(self) -> int:
-        """So far, over all choices."""
+        """Counts the tokens so far, over all choices."""
         return sum(stream.num_tokens for stream in self._streams)
 
     def pop_events(self) -> list[ChoiceEvent]:
-        """What came since the last call."""
+        """Returns the events that came since the last call."""
         events: list[ChoiceEvent] = []
         for choice, stream, received in zip(self.live.choices, self._streams, self.received, strict=True):
             while stream.finish_reason is None and stream.num_tokens < len(choice.tokens):
@@ -312,9 +312,10 @@ class ReplyReader:
         return events
 
     async def next_events(self, timeout_s: float | None) -> list[ChoiceEvent]:
-        """What came since the last call; waits for something, and returns [] if nothing came in `timeout_s`.
+        """Returns the events that came since the last call. It waits for some, and returns [] if none came in
+        `timeout_s`.
 
-        Raises what the mesh raised, once the events before it were given out. At once [] when `finished`.
+        Raises what the mesh raised, once the events before it were given out. Returns [] at once when `finished`.
         """
         events = self.pop_events()
         if not events and not self._is_settled():
@@ -330,7 +331,7 @@ class ReplyReader:
         return events
 
     def wake(self) -> None:
-        """There is something new."""
+        """Hears that there is something new."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -351,7 +352,7 @@ class ReplyReader:
 
 
 def parse_event_id(text: str | None, num_choices: int) -> tuple[int, ...]:
-    """Tokens by choice, of a Last-Event-ID; all 0 where there is none. Raises InvalidRequestError."""
+    """Reads the tokens of each choice from a Last-Event-ID, 0 where there is none. Raises InvalidRequestError."""
     if not text:
         return (0,) * num_choices
     counts = text.split(",")

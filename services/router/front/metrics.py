@@ -15,7 +15,7 @@ _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 
 
 class ConnectionMetrics:
-    """What the HTTP server counts of its connections. Made once on the registry of the process."""
+    """What the HTTP server counts of its connections. It is made once, on the registry of the process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.open = Gauge("moemesh_http_connections", "HTTP connections that are open", registry=registry)
@@ -30,7 +30,7 @@ class ConnectionMetrics:
 
 
 class FrontMetrics:
-    """Made once on the registry of the process."""
+    """What the front counts and times. It is made once, on the registry of the process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -76,7 +76,7 @@ class FrontMetrics:
         )
 
     async def shared_text(self) -> bytes:
-        """As `text`, made once for all who ask in one turn of the event loop, after they have asked: it takes
+        """Returns `text`, made once for all who ask in one turn of the event loop, after they have asked: it takes
         milliseconds, for which everybody else would wait once a question."""
         if self._making is None:
             loop = asyncio.get_running_loop()
@@ -93,13 +93,13 @@ class FrontMetrics:
             making.set_exception(error)
 
     def text(self) -> bytes:
-        """Everything on the registry, in Prometheus' text format."""
+        """Returns everything on the registry, in Prometheus' text format."""
         return generate_latest(_Plain(self.registry))
 
 
 class _Plain(Collector):
-    """A registry without the times at which its counters were made: they are as many series again, and tell what the
-    start time of the process tells."""
+    """A registry that leaves out the times at which its counters were made: they are as many series again, and tell
+    what the start time of the process tells."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

@@ -34,9 +34,9 @@ class ReplyIdentity:
 
     reply_id: str
     created_s: int
-    """Stands in the reply, and is the date that a chat template sees."""
+    """It stands in the reply, and is the date that a chat template sees."""
     drawn_seed: int | None
-    """None: not drawn yet. One that was drawn says that the request was accepted before."""
+    """None if it is not drawn yet. One that was drawn says that the request was accepted before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +47,25 @@ class PlannedRequest:
     identity: ReplyIdentity
     system_fingerprint: str | None
     choices: tuple[PlannedChoice, ...]
-    """Prompt by prompt, and in each prompt `n` choices."""
+    """They come prompt by prompt, and for each prompt `n` of them."""
     prompts_token_ids: tuple[tuple[int, ...], ...]
     misfit: ContextLengthError | None = None
-    """Of a request that was accepted when the context was larger."""
+    """Why it does not fit, if it was accepted when the context was larger."""
 
     @property
     def seed(self) -> int:
-        """Of all its choices."""
+        """Returns the seed of all its choices."""
         return self.choices[0].request.sampling.seed
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Each prompt counts once, whatever `n` is."""
+        """Counts each prompt once, whatever `n` is."""
         return sum(len(token_ids) for token_ids in self.prompts_token_ids)
 
 
 class _Room:
-    """Of one request in the context. A new one that does not fit is refused; an accepted one keeps why as `misfit`."""
+    """Bounds one request by the context. A new one that does not fit is refused; an accepted one keeps why as
+    `misfit`."""
 
     def __init__(self, context_tokens: int, parameter: str, max_tokens: int, *, is_new: bool) -> None:
         self._context_tokens = context_tokens
@@ -74,11 +75,11 @@ class _Room:
         self.misfit: ContextLengthError | None = None
 
     def check(self, num_tokens: int) -> None:
-        """A prompt has so many."""
+        """Hears that a prompt has so many tokens."""
         self._check(num_tokens, str(num_tokens))
 
     def check_least(self, num_tokens: int) -> None:
-        """A prompt has so many or more."""
+        """Hears that a prompt has so many tokens or more."""
         self._check(num_tokens, f"at least {num_tokens}")
 
     def _check(self, num_tokens: int, shown: str) -> None:
@@ -94,12 +95,12 @@ class _Room:
 
 
 def draw_seed() -> int:
-    """For a request that gives none."""
+    """Draws the seed of a request that gives none."""
     return secrets.randbits(63)
 
 
 class RequestPlanner:
-    """Knows the tokenizer and the bounds; keeps nothing between requests."""
+    """Knows the tokenizer and the bounds, and keeps nothing between requests."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class RequestPlanner:
         self._long_texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-text")
 
     async def plan_completion(self, request: CompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
-        """Raises RequestError leaves.
+        """Returns the planned request. Raises RequestError leaves.
 
         A request whose seed was drawn before was accepted then, so neither another name of the model nor a smaller
         context refuses it now; what is too long is a `misfit`.
@@ -137,7 +138,7 @@ class RequestPlanner:
         return self._plan(request, identity, prompts, echoed, max_tokens, room.misfit)
 
     async def plan_chat(self, request: ChatCompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
-        """As `plan_completion`."""
+        """Does the same for a chat."""
         is_new = identity.drawn_seed is None
         self._check(request, 1, is_new)
         messages = [message.for_template() for message in request.messages]
@@ -249,7 +250,7 @@ class RequestPlanner:
         )
 
     def _known(self, token_ids: frozenset[int]) -> frozenset[int]:
-        """Without ids that are never drawn: some clients send a list that fits several models."""
+        """Leaves out ids that are never drawn: some clients send a list that fits several models."""
         size = self._tokenizer.defaults.vocabulary_size or _MAX_VOCABULARY_SIZE
         return frozenset(token_id for token_id in token_ids if token_id < size)
 

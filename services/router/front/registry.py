@@ -49,27 +49,28 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True, eq=False)
 class KnownRequest:
-    """`live`, `resting` or both: one that has ended and is being read is both."""
+    """One request, `live`, `resting` or both: one that has ended and is being read is both."""
 
     accepted: AcceptedRequest
     is_kept: bool
     number: int
-    """Ascends with acceptance: of two with one name the newer counts, in whichever order a restart brings them back."""
+    """It ascends with acceptance: of two with one name the newer counts, in whichever order a restart brings them
+    back."""
     num_bytes: int
-    """By which it counts in the bounds."""
+    """What it counts for in the bounds."""
     live: LiveRequest | None = None
     resting: JournalledRequest | None = None
     is_restored: bool = False
     """A router before this one has accepted it."""
     receipt: int = 0
-    """The journal's, of its tokens, once it has ended."""
+    """The journal's receipt for its tokens, once it has ended."""
     timer: asyncio.TimerHandle | None = None
-    """Until it is cancelled for want of listeners, or forgotten after its end."""
+    """It runs until the request is cancelled for want of listeners, or forgotten after its end."""
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def identity(self) -> ClientIdentity:
-        """Whose it is."""
+        """Returns whose it is."""
         accepted = self.accepted
         return ClientIdentity(
             accepted.tenant, accepted.client_request_id, accepted.idempotency_key, accepted.is_resumable
@@ -77,28 +78,28 @@ class KnownRequest:
 
     @property
     def ended_s(self) -> float | None:
-        """Wall clock; None if it has not ended."""
+        """Returns the wall clock at its end; None if it has not ended."""
         return None if self.resting is None else self.resting.ended_s
 
     @property
     def has_failed(self) -> bool:
-        """It ended with an error: a retry with its key is to have another chance."""
+        """Says whether it ended with an error: a retry with its key is to have another chance."""
         return self.resting is not None and any(choice.error is not None for choice in self.resting.choices)
 
     @property
     def is_unfinished(self) -> bool:
-        """Restored, and its turn to go on has not come."""
+        """Says whether it was restored, and its turn to go on has not come."""
         return self.live is None and self.ended_s is None
 
     @property
     def goes_on_after(self) -> tuple[bool, int]:
-        """Order of unfinished ones: those that had a place in a pipeline first, then by acceptance."""
+        """Orders unfinished ones: those that had a place in a pipeline come first, then acceptance counts."""
         has_place = self.resting is not None and any(choice.sequence_id is not None for choice in self.resting.choices)
         return not has_place, self.number
 
 
 class KnownRequests:
-    """By reply id; by a tenant's own id and key, of which the newest counts."""
+    """Finds requests by reply id, and by a tenant's own id and key, of which the newest counts."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, KnownRequest] = {}
@@ -107,26 +108,26 @@ class KnownRequests:
         self.last_number = 0
 
     def get(self, reply_id: str) -> KnownRequest | None:
-        """Whosever it is."""
+        """Returns the request of that id, whoever's it is."""
         return self._by_id.get(reply_id)
 
     def find(self, tenant: str, request_id: str) -> KnownRequest | None:
-        """By the reply's id or the client's own, if it is this tenant's."""
+        """Returns the request by the reply's id or the client's own, if it is this tenant's."""
         known = self._by_id.get(request_id)
         if known is None or known.accepted.tenant != tenant:
             known = self._by_client_id.get((tenant, request_id))
         return known
 
     def find_by_key(self, identity: ClientIdentity) -> KnownRequest | None:
-        """None without a key, too."""
+        """Returns the request with the client's key; None if it gave none, too."""
         return self._by_key.get((identity.tenant, identity.idempotency_key or ""))
 
     def all(self) -> list[KnownRequest]:
-        """A copy."""
+        """Returns a copy of the list."""
         return list(self._by_id.values())
 
     def add(self, known: KnownRequest) -> None:
-        """Under all of its names."""
+        """Adds the request under all of its names."""
         accepted = known.accepted
         self.last_number = max(self.last_number, known.number)
         self._by_id[accepted.reply_id] = known
@@ -138,7 +139,7 @@ class KnownRequests:
                 by_name[accepted.tenant, name] = known
 
     def remove(self, known: KnownRequest) -> bool:
-        """False if it was not here."""
+        """Removes the request from all of its names. Returns False if it was not here."""
         if self._by_id.get(known.accepted.reply_id) is not known:
             return False
         del self._by_id[known.accepted.reply_id]
@@ -149,20 +150,20 @@ class KnownRequests:
         return True
 
     def forget_key(self, known: KnownRequest) -> None:
-        """A request with the same key is another one from now on."""
+        """Takes the key from it: a request with the same key is another one from now on."""
         key = (known.accepted.tenant, known.accepted.idempotency_key or "")
         if self._by_key.get(key) is known:
             del self._by_key[key]
 
 
 def was_refused(known: KnownRequest, live: LiveRequest) -> bool:
-    """The mesh has not accepted it at all: nothing of it is worth being kept."""
+    """Says whether the mesh has not accepted it at all: nothing of it is worth being kept."""
     is_refusal = isinstance(live.error, OverloadedError | NotReadyError)
     return is_refusal and not known.is_restored and not any(choice.tokens for choice in live.choices)
 
 
 def packed(live: LiveRequest, error: MoemeshError | None) -> tuple[JournalledChoice, ...]:
-    """Its choices as they rest; the first one has what the request failed by."""
+    """Returns its choices as they rest; the first one has what the request failed by."""
     return tuple(
         JournalledChoice([(0, encode_tokens(choice.tokens))], error=error if choice is live.choices[0] else None)
         for choice in live.choices
@@ -170,7 +171,7 @@ def packed(live: LiveRequest, error: MoemeshError | None) -> tuple[JournalledCho
 
 
 class RequestRegistry:
-    """See the module. Times in seconds; `wall_clock` is Unix time."""
+    """See the module. Times are in seconds; `wall_clock` is Unix time."""
 
     def __init__(
         self,
@@ -198,13 +199,13 @@ class RequestRegistry:
         self._cancelling: set[asyncio.Task[None]] = set()
         self._is_stopping = False
         self.set_aside: SetAsideLookup = NothingSetAside()
-        """Whoever runs this says what of it was set aside."""
+        """Whoever runs this says what was set aside of it."""
 
     # ---- finding
 
     async def find(self, tenant: str, request_id: str) -> LiveRequest:
-        """By the reply's id or the client's own; the newest, if a client gave one twice. Raises UnknownRequestError and
-        SetAsideError."""
+        """Returns the request by the reply's id or the client's own, the newest if a client gave one twice. Raises
+        UnknownRequestError and SetAsideError."""
         entry = self._known.find(tenant, request_id)
         if entry is None:
             self.set_aside.refuse(tenant, request_id)
@@ -212,7 +213,7 @@ class RequestRegistry:
         return await self._awake(entry)
 
     async def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
-        """The request that has this idempotency key. Raises IdempotencyError if it came with another body, and
+        """Returns the request that has this idempotency key. Raises IdempotencyError if it came with another body, and
         SetAsideError."""
         entry = self._known.find_by_key(identity)
         if entry is None:
@@ -226,12 +227,12 @@ class RequestRegistry:
         return await self._awake(entry)
 
     def is_kept(self, live: LiveRequest) -> bool:
-        """Whether it goes on without its client."""
+        """Says whether it goes on without its client."""
         entry = self._known.get(live.reply_id)
         return entry is not None and entry.is_kept
 
     def is_durable(self, live: LiveRequest) -> bool:
-        """Whether all tokens that its clients have are in the journal."""
+        """Says whether all tokens that its clients have are in the journal."""
         return self._journal.has_written(live.receipt if live.has_ended else self._journal.receipt(live.reply_id))
 
     # ---- taking in
@@ -274,7 +275,8 @@ class RequestRegistry:
         return entry.live
 
     def restore(self, requests: Sequence[JournalledRequest]) -> None:
-        """Before anybody is served: what a router before this one has left, by acceptance. Nobody counts as gone yet.
+        """Brings back what a router before this one has left, by acceptance, before anybody is served. Nobody counts as
+        gone yet.
 
         All of it can be found from now on; `go_on` goes on with what has not ended.
         """
@@ -295,7 +297,8 @@ class RequestRegistry:
                     self._known.forget_key(entry)
 
     async def go_on(self) -> None:
-        """With everything that was restored and has not ended: first what stages may still have a cache of."""
+        """Goes on with everything that was restored and has not ended, first with what stages may still have a cache
+        of."""
         waiting = [entry for entry in self._known.all() if entry.is_unfinished]
         for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
             try:
@@ -349,7 +352,7 @@ class RequestRegistry:
         self._forget(entry)
 
     def attach(self, live: LiveRequest, received: Sequence[int] | None = None) -> ReplyReader:
-        """A client listens from now on, until it leaves the reader. `received`: see ReplyReader."""
+        """Lets a client listen from now on, until it leaves the reader. `received`: see ReplyReader."""
         entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
@@ -357,8 +360,8 @@ class RequestRegistry:
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
-        """While a client that was given it decides whether it listens. One that has ended, and that nobody has begun to
-        read by the end of this, rests again."""
+        """Keeps it awake while a client that was given it decides whether it listens. One that has ended, and that
+        nobody has begun to read by the end of this, rests again."""
         try:
             yield
         finally:
@@ -380,21 +383,22 @@ class RequestRegistry:
         await self.cancel(live)
 
     async def cancel(self, live: LiveRequest) -> None:
-        """Nobody wants more of it; it is forgotten. The journal has that within a second."""
+        """Forget it, since nobody wants more of it. The journal has that within a second."""
         await live.cancel()
         entry = self._known.get(live.reply_id)
         if entry is not None:
             self._forget(entry)
 
     def release(self) -> None:
-        """The router ends. Kept requests let their readers go, and nobody who leaves from now on cancels anything."""
+        """The router ends: kept requests let their readers go, and nobody who leaves from now on cancels anything."""
         self._is_stopping = True
         for entry in self._known.all():
             if entry.is_kept and entry.live is not None:
                 entry.live.release()
 
     def give_up(self) -> None:
-        """The router ends, and with it what does not go on without its client: that is told, and no router goes on."""
+        """The router ends, and with it what does not go on without its client: those are told, and no router goes
+        on."""
         for entry in self._known.all():
             if not entry.is_kept and entry.live is not None:
                 entry.live.fail(
@@ -456,7 +460,7 @@ class RequestRegistry:
         self._keep(entry, live, error)
 
     def _keep(self, entry: KnownRequest, live: LiveRequest, error: MoemeshError | None) -> None:
-        """It has ended, and can be asked for."""
+        """Keeps a request that has ended, so that it can be asked for."""
         ended_s = self._wall_clock()
         entry.resting = JournalledRequest(entry.accepted, packed(live, error), ended_s, entry.number)
         self._bounds.remove(entry.is_kept, entry.num_bytes)

@@ -36,7 +36,7 @@ class ReplyTotals:
 
 
 def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
-    """OpenAI's counts alone."""
+    """Returns OpenAI's counts alone."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
@@ -45,7 +45,7 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[st
 
 
 def usage_of(planned: PlannedRequest, totals: ReplyTotals, is_extended: bool) -> dict[str, Any]:
-    """OpenAI's usage object; extended by what it took to finish the reply in spite of losses."""
+    """Returns OpenAI's usage object, extended by what it took to finish the reply in spite of losses."""
     usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, totals.num_completion_tokens)}
     if is_extended:
         usage["moemesh"] = {
@@ -58,12 +58,12 @@ def usage_of(planned: PlannedRequest, totals: ReplyTotals, is_extended: bool) ->
 
 
 def encode_json(value: object) -> bytes:
-    """Compact UTF-8."""
+    """Returns compact UTF-8."""
     return _ENCODER.encode(value).encode()
 
 
 def error_body(error: Exception) -> JsonObject:
-    """OpenAI's error object. What is no MoemeshError is a defect here, and its text is not for clients."""
+    """Returns OpenAI's error object. What is no MoemeshError is a defect here, and its text is not for clients."""
     if not isinstance(error, MoemeshError):
         fields = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
         return {"error": fields}
@@ -72,35 +72,36 @@ def error_body(error: Exception) -> JsonObject:
 
 
 def error_event(error: Exception) -> bytes:
-    """An error in mid-stream."""
+    """Returns the event of an error in mid-stream."""
     return b"data: " + encode_json(error_body(error)) + b"\n\n"
 
 
 class ReplyForm(Protocol):
-    """Completions and chats differ by this."""
+    """What differs between completions and chats."""
 
     whole_object: str
     chunk_object: str
 
     def whole_choice(self, event: ChoiceEvent) -> JsonObject:
-        """The choice of a reply that is not streamed; `event` holds all of it."""
+        """Returns the choice of a reply that is not streamed; `event` holds all of it."""
         ...
 
     def opening_choices(self, num_choices: int) -> list[JsonObject]:
-        """Chunks before the first token."""
+        """Returns the chunks that come before the first token."""
         ...
 
     def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
-        """Chunks of an event; with `is_one` never more than one, so that nobody can have got half of them."""
+        """Returns the chunks of an event; with `is_one` never more than one, so that nobody can have got half of
+        them."""
         ...
 
     def text_affixes(self, index: int) -> tuple[str, str]:
-        """JSON before and after the text, in the choice of a chunk that holds text and nothing else."""
+        """Returns the JSON before and after the text, in the choice of a chunk that holds text and nothing else."""
         ...
 
 
 class CompletionForm:
-    """/v1/completions."""
+    """The form of /v1/completions."""
 
     whole_object = "text_completion"
     chunk_object = "text_completion"
@@ -136,7 +137,7 @@ class CompletionForm:
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float]:
-        """The likeliest tokens by their text, and the drawn one by the text that it has in `tokens`."""
+        """Names the likeliest tokens by their text, and the drawn one by the text that it has in `tokens`."""
         values: dict[str, float] = {}
         for token_id, logprob in token.top_logprobs:
             # Two ids may read alike: the likelier one stays.
@@ -150,7 +151,7 @@ class CompletionForm:
 
 
 class ChatForm:
-    """/v1/chat/completions."""
+    """The form of /v1/chat/completions."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -214,16 +215,17 @@ class ChatForm:
 
 
 def create_form(planned: PlannedRequest, vocabulary: Vocabulary) -> ReplyForm:
-    """The form of the route that the request came by."""
+    """Returns the form of the route that the request came by."""
     form_class = ChatForm if isinstance(planned.fields, ChatCompletionRequest) else CompletionForm
     return form_class(vocabulary, planned.fields.num_top_logprobs is not None)
 
 
 class ChunkEncoder:
-    """Events of one stream to SSE bytes."""
+    """Turns the events of one stream into the bytes of server-sent events."""
 
     def __init__(self, planned: PlannedRequest, form: ReplyForm, received: Sequence[int] | None = None) -> None:
-        """`received`: tokens by choice that the client has; then each chunk with tokens carries an id like it."""
+        """`received` counts the tokens of each choice that the client has; then each chunk with tokens carries an id
+        like it."""
         self._form = form
         self._planned = planned
         self._with_token_ids = planned.fields.return_token_ids is True
@@ -236,14 +238,14 @@ class ChunkEncoder:
         self._affixes: dict[int, tuple[str, str]] = {}
 
     def opening(self) -> bytes:
-        """Before the first token; nothing for a client that has tokens."""
+        """Returns what comes before the first token: nothing for a client that has tokens."""
         if any(self._received or ()):
             return b""
         choices = self._form.opening_choices(len(self._planned.choices))
         return b"".join(self._chunk(choice, self._suffix_of(choice["index"], 0)) for choice in choices)
 
     def event(self, event: ChoiceEvent) -> bytes:
-        """The chunks of one event."""
+        """Returns the chunks of one event."""
         data = self._chunks(event)
         if self._received is None:
             return data
@@ -264,7 +266,7 @@ class ChunkEncoder:
         return b"".join(self._chunk(choice, suffix) for choice in choices)
 
     def usage(self, totals: ReplyTotals) -> bytes:
-        """The last chunk, if the client asked for it; else b""."""
+        """Returns the last chunk if the client asked for it, else b""."""
         if not self._with_usage:
             return b""
         usage = _ENCODER.encode(usage_of(self._planned, totals, is_extended=True))
@@ -288,7 +290,7 @@ class ChunkEncoder:
 def whole_reply(
     planned: PlannedRequest, form: ReplyForm, events: Sequence[ChoiceEvent], usage: JsonObject
 ) -> JsonObject:
-    """The reply that is not streamed. `events`: one a choice, by index, each with all of its choice."""
+    """Returns the reply that is not streamed. `events` has one for each choice, by index, with all of the choice."""
     choices = [form.whole_choice(event) for event in events]
     if planned.fields.return_token_ids is True:
         for choice, event in zip(choices, events, strict=True):
@@ -298,8 +300,8 @@ def whole_reply(
 
 
 def _head(planned: PlannedRequest, object_name: str) -> JsonObject:
-    """What all chunks of one reply share. The model has the name that the request asked for: what was accepted under
-    another name goes on under that one."""
+    """Returns what all chunks of one reply share. The model has the name that the request asked for: what was accepted
+    under another name goes on under that one."""
     return {
         "id": planned.identity.reply_id,
         "object": object_name,

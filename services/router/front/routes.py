@@ -82,7 +82,8 @@ def create_app(
     draw_seed: Callable[[], int] = draw_seed,
     origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
 ) -> FastAPI:
-    """The application, to be run by an ASGI server. `registry` gets the front's metrics and is what /metrics shows.
+    """Returns the application, to be run by an ASGI server. `registry` gets the front's metrics and is what /metrics
+    shows.
 
     `clock` (seconds, monotonic) times tokens; `wall_clock` (Unix seconds) stamps replies; `draw_seed` gives 63 random
     bits to requests without a seed; `origins` says which web pages may ask. Whoever runs it restores, releases and
@@ -124,7 +125,7 @@ def create_app(
 
 
 class GenerationRoutes:
-    """The handlers. What they keep is in the registry."""
+    """The handlers of routes that generate. What they keep is in the registry."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class GenerationRoutes:
         return await self._generate(request, CHAT)
 
     async def show_request(self, request: Request, request_id: str) -> Response:
-        """State, tokens so far, and the whole reply once there is one. Asking counts as being there."""
+        """Shows its state, the tokens so far, and the whole reply once there is one. Asking counts as being there."""
         try:
             async with self._requests.attach(await self._requests.find(_tenant(request), request_id)) as reader:
                 return json_answer(self._sender.state(reader))
@@ -159,7 +160,7 @@ class GenerationRoutes:
             return error_answer(error)
 
     async def stream_request(self, request: Request, request_id: str) -> Response:
-        """The events of a request after those that the client has."""
+        """Streams the events of a request after those that the client has."""
         try:
             live = await self._requests.find(_tenant(request), request_id)
             with self._requests.awake(live):
@@ -174,7 +175,7 @@ class GenerationRoutes:
             return error_answer(error)
 
     async def cancel_request(self, request: Request, request_id: str) -> Response:
-        """Take it out of the mesh and forget it, in the journal too before this answers."""
+        """Takes it out of the mesh and forgets it, in the journal too before this answers."""
         try:
             live = await self._requests.find(_tenant(request), request_id)
             await self._requests.delete(live)
@@ -252,7 +253,7 @@ class GenerationRoutes:
 
 
 def identity_of(request: Request) -> ClientIdentity:
-    """Whose request it is. Raises InvalidRequestError for headers that cannot be served."""
+    """Returns whose request it is. Raises InvalidRequestError for headers that cannot be served."""
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= MAX_KEY_CHARACTERS:
         raise InvalidRequestError(f"Idempotency-Key: must have 1 to {MAX_KEY_CHARACTERS} characters")
@@ -271,18 +272,18 @@ def _last_event_id(request: Request) -> str | None:
 
 
 class ReplySender:
-    """Keeps nothing between requests. Every method takes a reader that the caller has entered."""
+    """Answers with what a reader gives; keeps nothing between requests. The caller has entered the reader."""
 
     def __init__(
         self, vocabulary: Vocabulary, is_durable: Callable[[LiveRequest], bool], keep_alive_interval_s: float
     ) -> None:
-        """`is_durable`: whether all tokens of a request that its clients have are in the journal."""
+        """`is_durable` says whether all tokens of a request that its clients have are in the journal."""
         self._vocabulary = vocabulary
         self._is_durable = is_durable
         self._keep_alive_interval_s = keep_alive_interval_s
 
     async def whole(self, reader: ReplyReader, headers: dict[str, str]) -> Response:
-        """Waits for all of it. Raises what the mesh raised."""
+        """Waits for all of the reply. Raises what the mesh raised."""
         events: list[list[ChoiceEvent]] = [[] for _ in reader.live.choices]
         while not reader.finished:
             for event in await reader.next_events(timeout_s=None):
@@ -300,7 +301,7 @@ class ReplySender:
         return EventStreamResponse(self._events(reader, encoder, first), stack.pop_all().aclose, headers)
 
     def state(self, reader: ReplyReader) -> JsonObject:
-        """What there is so far, and the whole reply or the error once it has ended."""
+        """Returns what there is so far, and the whole reply or the error once it has ended."""
         live = reader.live
         events: list[list[ChoiceEvent]] = [[] for _ in live.choices]
         for event in reader.pop_events():
@@ -363,7 +364,7 @@ def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> 
 
 
 class _Operators:
-    """What is served, and how it is. Keeps nothing between requests."""
+    """Answers what operators ask: what is served, and how. Keeps nothing between requests."""
 
     def __init__(
         self,
@@ -388,11 +389,12 @@ class _Operators:
         return json_answer(self._model())
 
     async def show_health(self) -> Response:
-        """The process lives, and no more than that."""
+        """Says that the process lives, and no more than that."""
         return json_answer({"status": "alive"})
 
     async def show_readiness(self) -> Response:
-        """Whether a request would be taken and a token can be made end to end; 503 and what is missing if not."""
+        """Says whether a request would be accepted and a token can be made end to end; 503 and what is missing if
+        not."""
         readiness = self._engine.readiness()
         if (trouble := self._journal.trouble()) is not None:
             detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"
@@ -406,7 +408,7 @@ class _Operators:
         return json_answer(body, 200 if readiness.ready else 503)
 
     async def show_mesh(self) -> Response:
-        """Which process holds what."""
+        """Says which process holds what."""
         return json_answer(self._engine.describe_mesh())
 
     async def show_metrics(self) -> Response:

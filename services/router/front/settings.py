@@ -16,13 +16,13 @@ class FrontSettings:
     keep_alive_interval_s: float = 5.0
     """An SSE comment goes out after this long without a token, so that proxies do not cut the line."""
     max_choices: int = 16
-    """Largest `n`."""
+    """The largest `n`."""
     max_sequences: int = 128
-    """Largest number of prompts times `n` in one request."""
+    """The largest number of prompts times `n` in one request."""
     thread_above_characters: int = 4096
     """Prompts and bodies longer than this are parsed and tokenized in a thread, off the event loop."""
     system_fingerprint: str | None = None
-    """Goes into replies as it is: what decides the bits of a result."""
+    """It goes into replies as it is, and stands for what decides the bits of a result."""
     resume_grace_s: float = 60.0
     """A request that may be resumed goes on for so long without a client; after a restart every request does."""
     retention_s: float = 600.0
@@ -30,4 +30,4 @@ class FrontSettings:
     max_kept_requests: int = 10_000
     """So many resumable and idempotent requests are kept, under way or ended; the next one is refused with 429."""
     max_kept_bytes: int = 256 << 20
-    """And so many bytes of them; and as many of plain ones, while they are under way."""
+    """So many bytes of them are kept, and as many of plain ones, while they are under way."""

@@ -30,12 +30,12 @@ REFUSAL_S = 1.0
 
 
 def json_answer(body: JsonObject, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A whole answer."""
+    """Returns a whole answer."""
     return Response(encode_json(body), status, headers, media_type="application/json")
 
 
 def error_answer(error: Exception) -> Response:
-    """With the status of the error; what is no MoemeshError is a defect, and logged as one."""
+    """Returns an answer with the status of the error; what is no MoemeshError is a defect, and logged as one."""
     log_error(error)
     status = error.http_status if isinstance(error, MoemeshError) else 500
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
@@ -43,7 +43,7 @@ def error_answer(error: Exception) -> Response:
 
 
 def log_error(error: Exception) -> None:
-    """What is not the client's fault."""
+    """Logs what is not the client's fault."""
     if not isinstance(error, MoemeshError):
         log.error("request_failed_by_defect", exc_info=error)
     elif error.http_status >= 500:
@@ -51,7 +51,7 @@ def log_error(error: Exception) -> None:
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's shape."""
+    """Answers unknown paths and methods in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     error_text = f"{request.method} {request.url.path}: {error.detail}"
     body = error_body(InvalidRequestError(error_text))
@@ -61,10 +61,10 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Of one connection, but for the last."""
+    """What one connection may take, and how many of them there may be."""
 
     keep_alive_s: float = 75.0
-    """Between two requests. Longer than the minute that proxies and clients commonly keep theirs: who closes last
+    """Between two requests. It is longer than the minute that proxies and clients commonly keep theirs: who closes last
     loses no request to a connection that the other end has just closed."""
     head_s: float = 10.0
     """From the connection, or from the first byte of a later request, to the end of the request's head."""
@@ -73,21 +73,21 @@ class ConnectionLimits:
     body_s: float = 120.0
     """For a whole body."""
     write_silence_s: float = 30.0
-    """In so much time a client takes `min_read_bytes` of what waits for it, or all of it."""
+    """In so much time a client reads `min_read_bytes` of what waits for it, or all of it."""
     min_read_bytes: int = 16 * 1024
     max_head_bytes: int = 64 * 1024
-    """Request line and headers; also what stands between two pieces of a body, and behind the last."""
+    """Request line and headers count, and so does what stands between two pieces of a body, and behind the last."""
     max_connections: int = 1024
-    """At a time. One more takes the place of the one that has been without a request for longest; where all have one
-    it is answered 503."""
+    """One more takes the place of the one that has been without a request for longest; where all have one it is
+    answered 503."""
     min_idle_s: float = 0.5
-    """Before it loses its place: what a client has just asked may not be read yet."""
+    """A connection keeps its place for so long: what a client has just asked may not be read yet."""
     refusal_s: float = REFUSAL_S
     """For the head of a request that is to be refused."""
 
 
 def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
-    """For clients of HTTP/1.0: an answer without a length ends where the connection does (RFC 9112, 6.3)."""
+    """Answers clients of HTTP/1.0: an answer without a length ends where the connection does (RFC 9112, 6.3)."""
     cycle.chunked_encoding = False
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +102,7 @@ def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
 
 
 def closing_if_unread(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
-    """For a client that sends its body only once it is asked for it: if it is answered before, nobody knows whether
+    """Serves a client that sends its body only once it is asked for it: if it is answered before, nobody knows whether
     that body still comes, and what it sends next could be taken for it (RFC 9110, 10.1.1)."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,7 +149,7 @@ def bad_request(error: InvalidRequestError) -> bytes:
 
 
 def refuse_unread(transport: asyncio.Transport) -> None:
-    """As `refuse_connection`, without waiting for the request. What has come of it is taken out of the way: closing
+    """Does as `refuse_connection`, without waiting for the request. What has come of it is read and dropped: closing
     over bytes that nobody has read resets the connection, and may take the answer with it."""
     if (connection := transport.get_extra_info("socket")) is not None:
         with contextlib.suppress(OSError):

@@ -35,12 +35,14 @@ class OriginPolicy:
     origins: frozenset[str] = frozenset()
     """As browsers send them: `https://chat.example`, `http://localhost:3000`, `null`."""
     hosts: frozenset[str] = frozenset()
-    """Names without a port, beside those of loopback. With any, no other name is served, wherever it listens."""
+    """Names without a port, beside those of loopback. If there are any, no other name is served, wherever it
+    listens."""
     is_loopback: bool = False
     """The server is reached at loopback only: nobody who means it calls it by another name."""
 
     def check(self, headers: Mapping[str, str]) -> None:
-        """Raises ForbiddenError for a request that no client of this server's users sends. Headers in lower case."""
+        """Raises ForbiddenError for a request that no client of this server's users sends. Headers are in lower
+        case."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if (self.is_loopback or self.hosts) and host and not self._serves(host_name(host)):
             raise ForbiddenError(
@@ -54,7 +56,7 @@ class OriginPolicy:
             )
 
     def allows(self, origin: str) -> bool:
-        """Whether it is on the list."""
+        """Says whether the origin is on the list."""
         return ANY in self.origins or origin.lower() in self.origins
 
     def _serves(self, name: str) -> bool:
@@ -62,7 +64,7 @@ class OriginPolicy:
 
 
 def host_name(host: str) -> str:
-    """Of a Host header, without the port; brackets of an IPv6 address and the root's dot go too."""
+    """Returns the name in a Host header, without the port; brackets of an IPv6 address and the root's dot go too."""
     name = host.strip().lower()
     if name.startswith("["):
         return name[1:].partition("]")[0]
@@ -70,7 +72,7 @@ def host_name(host: str) -> str:
 
 
 def is_loopback_name(name: str) -> bool:
-    """`localhost`, names under it (RFC 6761: they never leave the machine), and loopback addresses."""
+    """Says so of `localhost`, names under it (RFC 6761: they never leave the machine), and loopback addresses."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -82,7 +84,8 @@ def is_loopback_name(name: str) -> bool:
 
 
 def is_same_origin(origin: str, host: str) -> bool:
-    """Whether the page came from where it asks. The scheme does not count: a proxy in between may have ended TLS."""
+    """Says whether the page came from where it asks. The scheme does not count: a proxy in between may have ended
+    TLS."""
     try:
         page, asked = urlsplit(origin.lower()), urlsplit(f"//{host.strip().lower()}")
         default_port = _PORTS.get(page.scheme)

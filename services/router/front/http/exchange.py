@@ -32,14 +32,14 @@ class ClientGoneError(Exception):
 
 
 class BodyBudget:
-    """Bytes of all bodies that are in memory and not yet requests. Belongs to the event loop."""
+    """Counts the bytes of all bodies that are in memory and not yet requests. It belongs to the event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.held_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Raises OverloadedError, and reserves nothing, if there are not so many."""
+        """Reserves so many bytes. Raises OverloadedError, and reserves nothing, if there are not so many."""
         if self.held_bytes + num_bytes > self._max_bytes:
             raise OverloadedError(
                 f"the bodies of the requests that are being read have {self._max_bytes} bytes together, which is what "
@@ -49,12 +49,12 @@ class BodyBudget:
         self.held_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
-        """They are gone, or belong to a request now."""
+        """Gives bytes back that are gone, or belong to a request now."""
         self.held_bytes -= num_bytes
 
 
 class HeldBody:
-    """One body's part of the budget; the first bytes of each are free, so that large ones keep no small one out."""
+    """One body's part of the budget. The first bytes of each are free, so that large ones keep no small one out."""
 
     FREE_BYTES = 16 * 1024
 
@@ -63,20 +63,20 @@ class HeldBody:
         self._held_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """The body has so many by now. Raises OverloadedError."""
+        """Hears that the body has so many bytes by now. Raises OverloadedError."""
         more_bytes = max(0, num_bytes - self.FREE_BYTES) - self._held_bytes
         self._budget.reserve(more_bytes)
         self._held_bytes += more_bytes
 
     def release(self) -> None:
-        """May be called again."""
+        """Gives its bytes back; may be called again."""
         self._budget.release(self._held_bytes)
         self._held_bytes = 0
 
 
 async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
-    """The whole body. Raises RequestTooLargeError as soon as it is known to be too long, UnsupportedEncodingError, and
-    OverloadedError."""
+    """Returns the whole body. Raises RequestTooLargeError as soon as it is known to be too long,
+    UnsupportedEncodingError, and OverloadedError."""
     _check_codings(request)
     too_large = RequestTooLargeError(f"the body may have {max_bytes} bytes")
     announced = request.headers.get("content-length", "0")
@@ -108,7 +108,7 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
-    """What `work` returns; cancels it when the client goes away, and then raises ClientGoneError."""
+    """Returns what `work` returns. Cancels it when the client goes away, and then raises ClientGoneError."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(wait_for_disconnect(receive))
     try:
@@ -191,7 +191,7 @@ class ExchangeMiddleware:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own, if it is a plain one."""
+    """Returns the client's own id, if it is a plain one, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             text: str = value.decode("latin-1")

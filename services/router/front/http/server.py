@@ -33,22 +33,23 @@ from services.router.front.http.answers import (
 from services.router.front.metrics import ConnectionMetrics
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""Names in lower case."""
+"""Names are in lower case."""
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\],]*)(:[0-9]*)?")
 PATIENCE_S = 4.0
-"""For replies that are under way when the server is to end."""
+"""So long replies that are under way may take when the server is to end."""
 LOOK_S = 0.1
 ACCEPTED_AT_ONCE = 2
-"""New connections in one turn of the loop. asyncio takes so many, in each of the three or four turns that it needs for
-one, before the first of them can make room for itself: the whole queue at once would take all descriptors there are."""
+"""New connections in one turn of the loop. asyncio accepts so many, in each of the three or four turns that it needs
+for one, before the first of them can make room for itself: the whole queue at once would use up all descriptors there
+are."""
 QUEUED = 1024
 """Connections that wait in the kernel meanwhile."""
 CUT_S = 5.0
-"""After which uvicorn cuts connections; by then each has been told."""
+"""After so long uvicorn cuts connections; by then each has been told."""
 
 
 class FrontConfig(uvicorn.Config):
-    """uvicorn's, with the limits of connections."""
+    """uvicorn's configuration, with the limits of connections."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class FrontProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
         self._left_bytes = 0
-        """Of what waited for the client at the last look, if nothing was added since."""
+        """What waited for the client at the last look, if nothing was added since."""
         self._body_began_s = 0.0
         self._idle_since_s = 0.0
         self._is_one_too_many = False
@@ -86,9 +87,9 @@ class FrontProtocol(HttpToolsProtocol):
         self._is_replaying_head = False
         """The head that is being parsed came with an offer to upgrade; it is parsed again without."""
         self._head_bytes = 0
-        """Of the request line and the headers that are complete."""
+        """The request line and the headers that are complete."""
         self._unused_bytes = 0
-        """Since the parser last had something to tell."""
+        """What came since the parser last had something to tell."""
         self._refusal = refusal(http.HTTPStatus.BAD_REQUEST, self.limits)
         self._is_deaf = False
         """What came behind the last request was none: the answers that are owed still go out, and nothing is read."""
@@ -128,7 +129,7 @@ class FrontProtocol(HttpToolsProtocol):
             self._restart_timer(self.limits.head_s)
 
     def send_400_response(self, msg: str) -> None:
-        """In place of uvicorn's: the parser has stopped."""
+        """Replaces uvicorn's: the parser has stopped."""
         if self._is_answering() and not self._awaits_body and self._unused_bytes <= self.limits.max_head_bytes:
             # Commonly the body of a request that did not announce it: its client is to hear of that.
             self._is_deaf, self.cycle.keep_alive = True, False
@@ -238,7 +239,8 @@ class FrontProtocol(HttpToolsProtocol):
             refuse_unread(self.transport)
 
     def _is_idle(self) -> bool:
-        """Nothing is asked of it: it is between two requests, or before the end of the first one's head."""
+        """Says whether nothing is asked of it: it is between two requests, or before the end of the first one's
+        head."""
         if self._awaits_body or self._is_answering() or self._is_one_too_many:
             return False
         return self.loop.time() - self._idle_since_s >= self.limits.min_idle_s
@@ -248,7 +250,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _look_at_reader(self) -> None:
-        """Cuts an answer that its client does not take: it holds a connection and all that was computed for it."""
+        """Cuts an answer that its client does not read: it holds a connection and all that was computed for it."""
         left_bytes = self.transport.get_write_buffer_size()
         if self._left_bytes and left_bytes > max(0, self._left_bytes - self.limits.min_read_bytes):
             self._metrics.ended.labels("unread").inc()
@@ -293,14 +295,15 @@ class FrontProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _is_answering(self) -> bool:
-        """An answer is under way, or will be once the mesh has one: of this request, or of one before it."""
+        """Says whether an answer is under way, or will be once the mesh has one: of this request, or of one before
+        it."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False
         return cycle.response_started or not self._awaits_body or bool(self.pipeline)
 
     def _refuse(self, answer: bytes, why: str = "invalid") -> None:
-        """Say why, if nothing else is or was said, and close."""
+        """Says why, if nothing else is or was said, and closes."""
         self._stop_timer()
         self._metrics.ended.labels(why).inc()
         has_answer = self._awaits_body and self.cycle is not None and self.cycle.response_complete
@@ -310,12 +313,13 @@ class FrontProtocol(HttpToolsProtocol):
 
 
 def _worth(connection: FrontProtocol) -> tuple[bool, float]:
-    """Of an idle connection; the least goes first. One whose last answer is still on its way goes after the others."""
+    """Orders idle connections; the least goes first. One whose last answer is still on its way goes after the
+    others."""
     return connection.transport.get_write_buffer_size() > 0, connection._idle_since_s
 
 
 def with_one_host(version: str, target: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers with the Host that the target names, where that is a whole address (RFC 9112, 3.2).
+    """Returns the headers with the Host that the target names, where that is a whole address (RFC 9112, 3.2).
 
     Raises InvalidRequestError unless there is one Host (HTTP/1.0: at most one) of the form of one. Whoever stands in
     between and the router must not differ about it: else it would be no use to check it.
@@ -333,7 +337,7 @@ def with_one_host(version: str, target: bytes, headers: Headers) -> list[tuple[b
 
 
 def head_without_upgrade(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
-    """The same request without its offer to speak another protocol."""
+    """Returns the same request without its offer to speak another protocol."""
     lines = [b"%s %s HTTP/%s" % (method, target, version.encode())]
     for name, value in headers:
         if name == b"connection":
@@ -344,7 +348,7 @@ def head_without_upgrade(method: bytes, target: bytes, version: str, headers: He
 
 
 class FrontServer(uvicorn.Server):
-    """Says when it begins to end: clients that can come back are sent away at once, others get their time."""
+    """Tells clients when it begins to end: those that can come back are sent away at once, others get their time."""
 
     def __init__(
         self,
@@ -377,13 +381,14 @@ class FrontServer(uvicorn.Server):
         self._may_finish = may_finish
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
+        """See uvicorn. It sets the length of the queue, which asyncio would make as short as what it accepts at
+        once."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUED)  # asyncio has one number for this and for how many it takes at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
+        """See uvicorn. It tells that the end begins, and ends what is left after PATIENCE_S."""
         self._on_shutdown()
         ending = asyncio.create_task(self._end_rest())
         try:

@@ -29,11 +29,11 @@ from services.router.front.schema.unused_fields import Json, Sieve
 
 MAX_NAME_CHARACTERS = 1024
 MAX_FIELDS = 64
-"""Of any object: more than a request has, served or not. Else each unknown one would be complained of."""
+"""Any object may have so many: more than a request has, served or not. Else each unknown one would be complained of."""
 MAX_MESSAGES = 4096
-"""And parts of one message."""
+"""One message may have as many parts."""
 MAX_TOOL_CALLS = 128
-"""Of one message."""
+"""One message may have so many."""
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -41,7 +41,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
 MAX_PROMPTS = 1024
-"""In the schema; how many are served together is a setting."""
+"""The schema allows so many; how many are served together is a setting."""
 
 
 def described(description: str) -> WrapValidator:
@@ -93,7 +93,7 @@ class CalledFunction(Strict):
 
 
 class ToolCall(Strict):
-    """One call of a former turn."""
+    """One call of an earlier turn."""
 
     id: Name | None = None
     type: Literal["function"] = "function"
@@ -135,7 +135,7 @@ class ChatMessage(Strict):
         return self
 
     def for_template(self) -> Json:
-        """As chat templates know messages: arguments of calls are objects, not the text of one."""
+        """Returns it as chat templates know messages: arguments of calls are objects, not the text of one."""
         message = self.model_dump()
         for call in message["tool_calls"] or ():
             call["function"]["arguments"] = _as_object(call["function"]["arguments"])
@@ -143,7 +143,7 @@ class ChatMessage(Strict):
 
 
 def _as_object(arguments: str | Json) -> str | Json:
-    """What is no JSON object stays as it is: a model may have written it so."""
+    """Reads the arguments. What is no JSON object stays as it is: a model may have written it so."""
     try:
         value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -177,7 +177,7 @@ LogitBias = Annotated[
 
 
 class StreamOptions(Strict):
-    """Of a stream; elsewhere they ask for nothing."""
+    """Options of a stream; elsewhere they ask for nothing."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -185,14 +185,14 @@ class StreamOptions(Strict):
 
 
 class GenerationFields(Strict):
-    """What both kinds of request share."""
+    """The fields that both kinds of request share."""
 
     model: Name
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
-    """0 and -1: off."""
+    """0 and -1 turn it off."""
     min_p: float | None = Field(default=None, ge=0, le=1)
     """As in vLLM: tokens less likely than this times the likeliest one are left out."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -221,11 +221,11 @@ class GenerationFields(Strict):
 
     @property
     def unused_fields(self) -> tuple[str, ...]:
-        """Names of what was taken and changes nothing."""
+        """Names the fields that were accepted and change nothing."""
         return self._unused_fields
 
     def note_unused(self, names: Iterable[str]) -> None:
-        """Once, when it was read."""
+        """Notes the names, once, when the request was read."""
         checked = [
             name for name in ("user", "safety_identifier", "prompt_cache_key") if getattr(self, name) is not None
         ]
@@ -252,7 +252,7 @@ class GenerationFields(Strict):
 
 
 class CompletionRequest(GenerationFields):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     route: ClassVar[str] = "completions"
     id_prefix: ClassVar[str] = "cmpl-"
@@ -268,7 +268,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or many, as a list."""
+        """Returns the prompts, one or many, as a list."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -278,7 +278,7 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatCompletionRequest(GenerationFields):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     route: ClassVar[str] = "chat"
     id_prefix: ClassVar[str] = "chatcmpl-"
@@ -302,7 +302,7 @@ Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 
 
 def parse_request(body: bytes, model: type[Request]) -> Request:
-    """The request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
+    """Returns the request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
     try:
         # NaN is let in here, so that the field that it stands in can be named below.
         fields = from_json(body, allow_inf_nan=True)
@@ -322,7 +322,7 @@ def parse_request(body: bytes, model: type[Request]) -> Request:
 
 
 def _sift(fields: Json, model: type[BaseModel], sieve: Sieve) -> Json:
-    """Without what changes nothing, also in what is nested. What has no form that could be looked into stays."""
+    """Leaves out what changes nothing, also in what is nested. What has no form that could be looked into stays."""
     served = set(model.model_fields)
     if not fields.get("stream"):
         served.discard("stream_options")
@@ -389,7 +389,7 @@ _VALIDATORS_OBJECT = re.compile(r"a valid dictionary(?: or (?:an )?instance of \
 
 
 def first_error(error: ValidationError, known: frozenset[str]) -> InvalidRequestError:
-    """The first of them. `known`: fields of a request that some route serves."""
+    """Returns the first of the errors. `known` are the fields of a request that some route serves."""
     first = error.errors(include_url=False, include_input=False)[0]
     parameter = ""
     for part in first["loc"]:

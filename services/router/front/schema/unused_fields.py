@@ -64,7 +64,7 @@ TAKEN = frozenset(
         "xtc_threshold",
     }
 )
-"""Of a request, whatever their value."""
+"""Fields of a request that change nothing, whatever their value."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # OpenAI
@@ -150,14 +150,14 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "watermark": (False,),
     "xtc_probability": (0,),
 }
-"""Of a request; taken at these values, which ask for nothing."""
+"""Fields of a request that are accepted at these values, which ask for nothing."""
 
 OF_OTHER_ROUTE: Mapping[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),
     "echo": (False,),
     "top_logprobs": (0,),
 }
-"""The same of fields that the other route serves; what is wrong with them otherwise is that they stand here."""
+"""The same for fields that the other route serves; what is wrong with them otherwise is that they stand here."""
 
 _REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions", "function_call")} | {
     "repeat_penalty": "`repetition_penalty` is",
@@ -184,10 +184,10 @@ TAKEN_IN_CALL = frozenset({"cache_control", "index"})
 
 @dataclass(slots=True)
 class Sieve:
-    """Takes what changes nothing out of one request. `unused` names it afterwards, without places in lists."""
+    """Leaves out of one request what changes nothing. `unused` names it afterwards, without places in lists."""
 
     max_fields: int
-    """Of an object; a larger one is left as it is, to be refused as a whole."""
+    """A larger object is left as it is, to be refused as a whole."""
     unused: dict[str, None] = field(default_factory=dict)
 
     def sift(
@@ -198,7 +198,7 @@ class Sieve:
         neutral: Mapping[str, tuple[object, ...]],
         place: str = "",
     ) -> Json:
-        """`fields` without those that change nothing. `place`: of the object in the request (`messages[1].`).
+        """Returns `fields` without those that change nothing. `place` is the object's in the request (`messages[1].`).
 
         Raises InvalidRequestError for one that is known and would change the answer.
         """

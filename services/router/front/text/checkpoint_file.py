@@ -57,19 +57,19 @@ class CheckpointFile:
     """An object of the file, or one inside it. null counts as absent everywhere, as transformers writes it."""
 
     def __init__(self, name: str, values: Mapping[str, Any], path: str = "") -> None:
-        """`path`: of this object in the file, "" for the file's own."""
+        """`path` is that of this object in the file, "" for the file's own."""
         self.name = name
         self.path = path
         self.values = values
 
     @classmethod
     def read(cls, directory: Path, name: str) -> CheckpointFile:
-        """Empty if there is no such file. Raises CheckpointError if it is not a JSON object."""
+        """Reads the file; it is empty if there is none. Raises CheckpointError if it is not a JSON object."""
         path = directory / name
         return cls(name, read_json(path) if path.is_file() else {})
 
     def refuse(self, key: str, right: str) -> NoReturn:
-        """`right`: what the value of `key` must be."""
+        """Raises CheckpointError; `right` says what the value of `key` must be."""
         raise CheckpointError(f"{self.name}: {self.path}{key} must be {right}, not {shown(self.values.get(key))}")
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -79,14 +79,14 @@ class CheckpointFile:
         return default if value is None else value
 
     def text(self, key: str) -> str:
-        """A string that must be there."""
+        """Returns a string that must be there."""
         value = self.values.get(key)
         if not isinstance(value, str):
             self.refuse(key, "a string")
         return value
 
     def section(self, key: str) -> CheckpointFile | None:
-        """An object inside this one."""
+        """Returns an object inside this one."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -95,7 +95,8 @@ class CheckpointFile:
         return CheckpointFile(self.name, value, f"{self.path}{key}.")
 
     def items(self, key: str) -> list[CheckpointFile]:
-        """Of a list: each entry as an object with the one key `[number]`, so that what is wrong of it can be named."""
+        """Returns each entry of a list as an object with the one key `[number]`, so that what is wrong with it can be
+        named."""
         value = self.values.get(key)
         if value is None:
             return []
@@ -110,7 +111,7 @@ class CheckpointFile:
         return value
 
     def token_ids(self, key: str) -> list[int]:
-        """One id or a list of them."""
+        """Reads one id or a list of them."""
         value = self.values.get(key)
         if value is None:
             return []
@@ -122,10 +123,10 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDefaults:
-    """Used where a request leaves a field out."""
+    """What is used where a request leaves a field out."""
 
     eos_token_ids: frozenset[int]
-    """Of generation_config.json, config.json and the tokenizer's `eos_token` together."""
+    """Those of generation_config.json, config.json and the tokenizer's `eos_token` together."""
     vocabulary_size: int | None
     """Rows of the embedding; None if config.json does not say."""
     temperature: float = 1.0
@@ -138,10 +139,10 @@ class CheckpointDefaults:
 
 
 def read_checkpoint_defaults(directory: Path, tokenizer_eos_ids: Iterable[int] = ()) -> CheckpointDefaults:
-    """From `config.json` and `generation_config.json`; a missing file says nothing.
+    """Reads `config.json` and `generation_config.json`; a missing file says nothing.
 
-    `do_sample` is not looked at (vLLM does not either): a client that wants greedy tokens says `temperature` 0.
-    Raises CheckpointError that names file, key and what would be right.
+    `do_sample` is not looked at (vLLM does not either): a client that wants greedy tokens says `temperature` 0. Raises
+    CheckpointError that names file, key and what would be right.
     """
     config = CheckpointFile.read(directory, "config.json")
     text_config = config.section("text_config") or config
@@ -165,7 +166,7 @@ def _changes_answers(generation: CheckpointFile, key: str, neutral: tuple[Any, .
 
 
 def _sampling_default(generation: CheckpointFile, key: str) -> Any:
-    """Checked by the rule of the request's field."""
+    """Checks the value by the rule of the request's field."""
     field = TypeAdapter(
         GenerationFields.model_fields[key].rebuild_annotation(), config=ConfigDict(strict=True, allow_inf_nan=False)
     )

@@ -18,15 +18,15 @@ class TokenLogprob:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     text: str
-    """What it added to this choice's text: "" for a part of a character but the last, which adds all of it. A token
-    that does not show in the text (a special one, or one that ends it) is here as it is written."""
+    """It is what the token added to this choice's text: "" for a part of a character but the last, which adds all of
+    it. A token that does not show in the text (a special one, or one that ends it) is here as it is written."""
     text_offset: int
-    """Characters of this choice's text before the token."""
+    """The characters of this choice's text before the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEvent:
-    """News of one choice: text, or its end, or both. Text that is held back comes with a later event."""
+    """News of one choice: text, its end, or both. Text that is held back comes with a later event."""
 
     index: int
     text: str
@@ -35,19 +35,19 @@ class ChoiceEvent:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     num_tokens: int
-    """Tokens of the choice so far, these included: where a client is that has got this event. An end that came without
-    a token counts as one."""
+    """It counts the tokens of the choice so far, these included: where a client is that has got this event. An end that
+    came without a token counts as one."""
     is_cut: bool = False
     """Its end came without a token."""
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens of the choice so far, as usage counts them."""
+        """Counts the tokens of the choice so far, as usage does."""
         return self.num_tokens - self.is_cut
 
 
 def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
-    """All events of one choice as one."""
+    """Returns all events of one choice as one."""
     return ChoiceEvent(
         events[0].index,
         "".join(event.text for event in events),
@@ -64,16 +64,16 @@ class PlannedChoice:
     """A choice before it is asked of the mesh."""
 
     index: int
-    """In the reply: prompt by prompt, choice by choice."""
+    """Its place in the reply: prompt by prompt, choice by choice."""
     request: GenerationRequest
     stop_strings: tuple[StopString, ...]
-    """The same objects in all choices of a request."""
+    """All choices of a request have the same objects."""
     echoed_text: str
     """The prompt, if the client wants it in front; else ""."""
 
 
 class ChoiceStream:
-    """Detokenizer, stop strings and log-probabilities of one choice."""
+    """Turns the tokens of one choice into events: detokenizer, stop strings and log-probabilities."""
 
     def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer, *, is_event_each_token: bool = False) -> None:
         """`is_event_each_token`: for a client that asked for token ids, a token is news also where it makes no text."""
@@ -92,7 +92,7 @@ class ChoiceStream:
         self.finish_reason: FinishReason | None = None
 
     def push(self, token: GeneratedToken) -> ChoiceEvent | None:
-        """The event that this token makes, if it makes one. Not after a finish reason."""
+        """Returns the event that this token makes, if it makes one. There is none after a finish reason."""
         assert self.finish_reason is None
         self.num_tokens += 1
         self._pending_token_ids.append(token.token_id)
@@ -108,7 +108,8 @@ class ChoiceStream:
         return self._pop_event(self.num_tokens)
 
     def cut(self) -> ChoiceEvent:
-        """It ends here, without another token: text that was held back, and the end. Not after a finish reason."""
+        """Ends it without another token: returns the text that was held back, and the end. Not after a finish
+        reason."""
         assert self.finish_reason is None
         self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
         return self._pop_event(self.num_tokens + 1, is_cut=True)
@@ -129,7 +130,7 @@ class ChoiceStream:
         return event
 
     def _text_of(self, token: GeneratedToken) -> str:
-        """What it adds to the text, with all that was held back if it is the last one."""
+        """Returns what the token adds to the text, with all that was held back if it is the last one."""
         text = self._detokenizer.push(token.token_id) if self._shows(token) else ""
         return text if token.finish_reason is None else text + self._detokenizer.flush()
 
@@ -138,7 +139,7 @@ class ChoiceStream:
         return not is_ending and not self._vocabulary.is_skipped(token.token_id)
 
     def _shown(self, text: str, finish_reason: FinishReason | None) -> str:
-        """What may be shown now; sets the finish reason."""
+        """Returns what may be shown now, and sets the finish reason."""
         matcher = self._stop_matcher
         if matcher is not None:
             text = matcher.push(text, may_stop=self.num_tokens > self._min_tokens)

@@ -36,7 +36,7 @@ _PREFIX_TOKENS = 6
 _REPLACEMENT = "\ufffd"
 _MAX_UTF8_BYTES = 4
 _LOOK_BACK = 1024
-"""Tokens of a prompt that are looked at: each choice and each reader of it begins with them."""
+"""So many tokens of a prompt are looked at: each choice and each reader of it begins with them."""
 
 
 class _PanicsAreErrors:
@@ -63,14 +63,14 @@ panics_are_errors = _PanicsAreErrors()
 
 
 class DecoderKind(Enum):
-    """How text comes out of tokens."""
+    """Says how text comes out of tokens."""
 
     BYTE_LEVEL = "byte level"
     OTHER = "other"
 
 
 class Vocabulary:
-    """Answers about ids are kept, since the same few thousand tokens make most of a text."""
+    """Says what single tokens stand for. Answers are kept, since the same few thousand tokens make most of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -91,7 +91,7 @@ class Vocabulary:
         self._byte_of_character = _byte_of_character()
 
     def is_skipped(self, token_id: int) -> bool:
-        """True for special tokens, and for ids without a token (an embedding padded to a round size has such)."""
+        """Is True for special tokens, and for ids without a token (an embedding padded to a round size has such)."""
         skipped = self._skipped.get(token_id)
         if skipped is None:
             token = self._tokenizer.id_to_token(token_id)
@@ -99,32 +99,33 @@ class Vocabulary:
         return skipped
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token that is written so; None if there is none."""
+        """Returns the id of the special token that is written so; None if there is none."""
         return self._tokenizer.token_to_id(text) if text in self._special_texts else None
 
     def is_fallback_byte(self, token_id: int) -> bool:
-        """True if the token is one byte of a character that the vocabulary lacks."""
+        """Is True if the token is one byte of a character that the vocabulary lacks."""
         return token_id in self._fallback_bytes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text: UTF-8, perhaps a part of a character; special tokens as they are written."""
+        """Returns what the token adds to a text: UTF-8, perhaps a part of a character; special tokens as they are
+        written."""
         value = self._bytes.get(token_id)
         if value is None:
             value = self._bytes[token_id] = self._make_bytes(token_id)
         return value
 
     def token_text(self, token_id: int) -> str:
-        """The token as log-probabilities show it. Bytes that make no character are written out, as OpenAI does it: two
-        parts of characters read alike only if they are alike."""
+        """Returns the token as log-probabilities show it. Bytes that make no character are written out, as OpenAI does
+        it: two parts of characters read alike only if they are alike."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
     def is_text(self, token_id: int) -> bool:
-        """True if it is made of whole characters."""
+        """Is True if it is made of whole characters."""
         value = self.token_bytes(token_id)
         return value.decode("utf-8", "ignore").encode() == value
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Special tokens are left out."""
+        """Returns the text, without special tokens."""
         with panics_are_errors:
             return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
@@ -142,7 +143,7 @@ class Vocabulary:
 
 
 def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The decoder's parts in order."""
+    """Returns the decoder's parts in order."""
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
@@ -151,7 +152,7 @@ def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _fallback_bytes(tokenizer: Tokenizer) -> dict[int, int]:
-    """Token id -> byte. The library's decoder takes both cases of hexadecimal digits."""
+    """Maps token ids to bytes. The library's decoder knows both cases of hexadecimal digits."""
     found: dict[int, int] = {}
     for value in range(256):
         for token in (f"<0x{value:02X}>", f"<0x{value:02x}>"):
@@ -162,7 +163,7 @@ def _fallback_bytes(tokenizer: Tokenizer) -> dict[int, int]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The inverse of GPT-2's table: printable Latin-1 bytes stand for themselves, others for characters from U+0100."""
+    """Inverts GPT-2's table: printable Latin-1 bytes stand for themselves, others for characters from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(value): value for value in printable}
     others = [value for value in range(256) if chr(value) not in table]
@@ -171,19 +172,19 @@ def _byte_of_character() -> dict[str, int]:
 
 
 class Detokenizer(Protocol):
-    """Of one choice."""
+    """Makes the text of one choice."""
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain; often "", never half a character."""
+        """Returns the text that this token makes certain; often "", never half a character."""
         ...
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
+        """Returns the rest, when no more tokens come."""
         ...
 
 
 def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-    """The method that suits the vocabulary's decoder, ready for what follows the prompt."""
+    """Returns one that suits the vocabulary's decoder, ready for what follows the prompt."""
     is_byte_level = vocabulary.decoder_kind is DecoderKind.BYTE_LEVEL
     detokenizer = ByteLevelDetokenizer(vocabulary) if is_byte_level else WindowDetokenizer(vocabulary)
     for token_id in _last_tokens(vocabulary, prompt_token_ids):
@@ -192,7 +193,7 @@ def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] =
 
 
 def begun_character(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
-    """The byte tokens at the end that begin a character and do not finish it."""
+    """Returns the byte tokens at the end that begin a character and do not finish it."""
     shown = [token_id for token_id in token_ids[-_LOOK_BACK:] if not vocabulary.is_skipped(token_id)]
     for length in range(1, min(_MAX_UTF8_BYTES, len(shown) + 1)):
         if not vocabulary.is_fallback_byte(shown[-length]):
@@ -204,7 +205,7 @@ def begun_character(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[in
 
 
 def _has_begun(data: bytes) -> bool:
-    """True for the beginning of a character's bytes."""
+    """Is True for the beginning of a character's bytes."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -213,13 +214,14 @@ def _has_begun(data: bytes) -> bool:
 
 
 def _last_tokens(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
-    """Tokens that decide how the next one reads: a few that show in the text, and a character that has begun."""
+    """Returns the tokens that decide how the next one reads: a few that show in the text, and a character that has
+    begun."""
     shown = [token_id for token_id in token_ids[-_LOOK_BACK:] if not vocabulary.is_skipped(token_id)]
     return shown[-_PREFIX_TOKENS - len(begun_character(vocabulary, token_ids)) :]
 
 
 class ByteLevelDetokenizer:
-    """For the byte-level BPE of GPT-2, Llama 3, Qwen."""
+    """Serves the byte-level BPE of GPT-2, Llama 3, Qwen."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -236,17 +238,17 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For sentencepiece-like vocabularies with byte fallback (Llama 2, Mixtral) and any other decoder."""
+    """Serves sentencepiece-like vocabularies with byte fallback (Llama 2, Mixtral) and any other decoder."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._window: list[int] = []
         self._num_shown_tokens = 0
-        """The first so many tokens of the window are shown."""
+        """So many tokens of the window, the first ones, are shown."""
         self._shown_text = ""
         """What they decode to on their own."""
         self._bytes: list[int] = []
-        """Tokens of the character that has begun."""
+        """The tokens of the character that has begun."""
 
     def push(self, token_id: int) -> str:
         if self._vocabulary.is_skipped(token_id):
@@ -285,7 +287,7 @@ class WindowDetokenizer:
         return shown
 
     def _give_up_bytes(self, number: int) -> str:
-        """The first so many make no character."""
+        """Shows the first so many as faults: they make no character."""
         if number:
             self._bytes = self._bytes[number:]
             # Whatever comes next is not decoded together with them, which would make faults of it too.
@@ -295,7 +297,7 @@ class WindowDetokenizer:
         return _REPLACEMENT * number
 
     def _show(self, text: str, prefix: list[int]) -> str:
-        """The new part of what the window decodes to; of its tokens, `prefix` is kept."""
+        """Returns the new part of what the window decodes to; of its tokens, `prefix` is kept."""
         piece = text[len(self._shown_text) :]
         prefix_text = self._vocabulary.decode(prefix)
         # A prefix of no text would let the decoder strip the space off the next token.

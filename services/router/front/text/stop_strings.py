@@ -15,10 +15,10 @@ class StopString:
     __slots__ = ("fallback", "text")
 
     def __init__(self, text: str) -> None:
-        """`text`: not empty."""
+        """`text` is not empty."""
         self.text = text
         self.fallback = [0] * len(text)
-        """After so many characters matched and the next one does not: how many match still."""
+        """Says how many characters still match where so many matched and the next one does not."""
         length = 0
         for position in range(1, len(text)):
             while length and text[position] != text[length]:
@@ -37,10 +37,10 @@ class _Automaton:
         self._stop = stop.text
         self._fallback = stop.fallback
         self.matched = 0
-        """Length of the longest suffix of the text so far that is a prefix of the stop string."""
+        """The length of the longest suffix of the text so far that is a prefix of the stop string."""
 
     def step(self, character: str) -> bool:
-        """True if `character` completes the stop string."""
+        """Is True if `character` completes the stop string."""
         matched = self.matched
         while matched and self._stop[matched] != character:
             matched = self._fallback[matched - 1]
@@ -50,26 +50,26 @@ class _Automaton:
         return matched == len(self._stop)
 
     def pass_over(self) -> None:
-        """The stop string that was completed does not count; another may overlap it."""
+        """Passes over the stop string that was completed: it does not count, and another may overlap it."""
         self.matched = self._fallback[-1]
 
 
 class StopStringMatcher:
-    """Text in, text that is safe to show out. Where several stop strings end, the one that ends first counts.
+    """Gets text, and gives out what is safe to show. Where several stop strings end, the one that ends first counts.
 
-    First end, not first start: only so is the result the same however the text was cut into pieces.
+    The first end counts, not the first start: only so is the result the same however the text was cut into pieces.
     """
 
     def __init__(self, stop_strings: Sequence[StopString]) -> None:
-        """`stop_strings`: not empty."""
+        """`stop_strings` is not empty."""
         self._automata = [_Automaton(stop) for stop in stop_strings]
         self._held = ""
         self.stopped = False
 
     def push(self, text: str, may_stop: bool = True) -> str:
-        """What may be shown after `text` came; sets `stopped` if a stop string ends in it. Not after `stopped`.
+        """Returns what may be shown after `text` came; sets `stopped` if a stop string ends in it. Not after `stopped`.
 
-        `may_stop` False: stop strings that end in this text do not count.
+        With `may_stop` False, stop strings that end in this text do not count.
         """
         assert not self.stopped
         for position, character in enumerate(text):
@@ -93,6 +93,6 @@ class StopStringMatcher:
         return visible
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Returns what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held

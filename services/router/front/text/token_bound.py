@@ -17,7 +17,7 @@ _COMPOSED_CHARACTERS = 4
 
 
 class TokenBound:
-    """Of one tokenizer."""
+    """Knows how few tokens one tokenizer makes of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         parts: Mapping[str, Any] = json.loads(tokenizer.to_str(pretty=False))
@@ -38,7 +38,7 @@ class TokenBound:
         self._characters_a_token = max(map(len, [*tokenizer.get_vocab(), *added]), default=0)
 
     def least_tokens(self, text: str) -> int:
-        """No encoding of `text` has fewer; 0 where nothing can be said."""
+        """Returns a number that no encoding of `text` falls below; 0 where nothing can be said."""
         if not self._is_known or not self._characters_a_token:
             return 0
         # Nothing composes in ASCII.
@@ -55,7 +55,7 @@ def _parts(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]
 
 
 def _normalizes_without_loss(part: Mapping[str, Any]) -> bool:
-    """But for composing, no character goes; and no ASCII becomes something that composes."""
+    """Says whether no character goes but by composing, and no ASCII becomes something that composes."""
     match part["type"]:
         case "NFC" | "NFKC" | "NFD" | "NFKD" | "Lowercase" | "ByteLevel":
             return True
@@ -85,7 +85,7 @@ def _splits_without_loss(part: Mapping[str, Any]) -> bool:
 
 
 def _has_a_token_for_everything(model: Mapping[str, Any], parts: list[Mapping[str, Any]]) -> bool:
-    """No run of unknown characters becomes one token, or none."""
+    """Says whether no run of unknown characters becomes one token, or none."""
     if model["type"] == "Unigram":
         vocabulary = {token for token, _ in model["vocab"]}
         return bool(model.get("byte_fallback")) and vocabulary.issuperset(_fallback_tokens())

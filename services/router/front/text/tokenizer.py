@@ -34,16 +34,17 @@ _STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _SHOWN_CHARACTERS = 300
-"""Of what the library says against a file, which may hold a good part of it."""
+"""So much is shown of what the library says against a file, which may hold a good part of it."""
 
 
 class TextTokenizer:
-    """Thread-safe: encoding may run in any thread."""
+    """Turns text into token ids and back. It is thread-safe: encoding may run in any thread."""
 
     def __init__(
         self, tokenizer: Tokenizer, chat_templates: Mapping[str, ChatTemplate], defaults: CheckpointDefaults
     ) -> None:
-        """`chat_templates` by name; the one named "default" is used. The tokenizer must not be changed any more."""
+        """`chat_templates` are by name, and the one named "default" is used. The tokenizer must not be changed any
+        more."""
         self._tokenizer = tokenizer
         self._chat_templates = dict(chat_templates)
         self.defaults = defaults
@@ -75,7 +76,7 @@ class TextTokenizer:
         return "default" in self._chat_templates
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt; releases the interpreter's lock while it works."""
+        """Returns the token ids of a plain prompt; releases the interpreter's lock while it works."""
         # `encode` would keep the lock, and with it the event loop, for the whole of a long prompt.
         with panics_are_errors:
             encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -83,14 +84,14 @@ class TextTokenizer:
         return ids
 
     def least_tokens(self, text: str) -> int:
-        """`encode` gives no fewer; cheap."""
+        """Returns a number that `encode` never falls below; it is cheap."""
         return self._bound.least_tokens(text)
 
     def render_chat(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
-        """The text of a chat, up to where the assistant's turn begins; `now` is the date that a template sees. The
-        template writes special tokens itself: encode it without.
+        """Returns the text of a chat, up to where the assistant's turn begins; `now` is the date that a template sees.
+        The template writes special tokens itself: encode it without.
 
         Raises InvalidRequestError if there is no chat template or it refuses the messages.
         """
@@ -102,16 +103,17 @@ class TextTokenizer:
         return template.render(messages, template_arguments, now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """All ids at once."""
+        """Decodes all ids at once."""
         with panics_are_errors:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def create_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
-        """For one choice, whose text follows the prompt's."""
+        """Returns one for a choice whose text follows the prompt's."""
         return create_detokenizer(self.vocabulary, prompt_token_ids)
 
     def echo(self, prompt_token_ids: Sequence[int]) -> str:
-        """A prompt as text to which the text of a choice can be added: without a last character that has only begun."""
+        """Returns a prompt as text to which the text of a choice can be added: without a last character that has only
+        begun."""
         begun = begun_character(self.vocabulary, prompt_token_ids)
         if begun and list(prompt_token_ids[-len(begun) :]) == begun:
             # The library would take whole characters before these for faults as well.
@@ -138,7 +140,8 @@ def _complete(tokenizer: Tokenizer, config: CheckpointFile, tokens: SpecialToken
 
 @contextmanager
 def _errors_of_the_library(done: str) -> Iterator[None]:
-    """As CheckpointError. The library raises Exception itself, and panics at some of what it has read before."""
+    """Raises them as CheckpointError. The library raises Exception itself, and panics at some of what it has read
+    before."""
     try:
         with panics_are_errors:
             yield
@@ -149,7 +152,7 @@ def _errors_of_the_library(done: str) -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class _TemplateSource:
     place: str
-    """File, or file and key."""
+    """The file, or the file and the key."""
     text: str
 
 
@@ -161,7 +164,7 @@ def _compiled(source: _TemplateSource, tokens: SpecialTokens) -> ChatTemplate:
 
 
 def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, _TemplateSource]:
-    """Templates by name. Files count before entries of tokenizer_config.json."""
+    """Returns templates by name. Files count before entries of tokenizer_config.json."""
     sources = {path.stem: _read_template(path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     single_file = directory / "chat_template.jinja"
     if single_file.is_file():
@@ -196,18 +199,20 @@ def _read_template(path: Path) -> _TemplateSource:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """What the files beside `tokenizer.json` say."""
+    """What the files beside `tokenizer.json` say of tokens."""
 
     named: dict[str, list[AddedToken]]
-    """By `bos_token` and so on. There may be several of `eos_token`: each ends a turn, the first is the template's."""
+    """They are by `bos_token` and so on. There may be several of `eos_token`: each ends a turn, the first is the
+    template's."""
     stored: list[AddedToken]
-    """With ids of their own in the files, by id. One that `tokenizer.json` has with other flags counts all the same."""
+    """They have ids of their own in the files, by id. One that `tokenizer.json` has with other flags counts all the
+    same."""
     extra: list[AddedToken]
-    """Special without a name."""
+    """They are special without a name."""
 
     @property
     def texts(self) -> dict[str, str]:
-        """What a chat template writes by its names."""
+        """Returns what a chat template writes by its names."""
         return {name: tokens[0].content for name, tokens in self.named.items()}
 
     def add_to(self, tokenizer: Tokenizer) -> None:
@@ -233,8 +238,8 @@ class SpecialTokens:
 
 
 def read_special_tokens(directory: Path, config: CheckpointFile, tokenizer: Tokenizer) -> SpecialTokens:
-    """`config`: `tokenizer_config.json`. Where it has no `added_tokens_decoder`, the files of older checkpoints count
-    too: `special_tokens_map.json`, before it, and `added_tokens.json`. Raises CheckpointError."""
+    """Reads the tokens; `config` is `tokenizer_config.json`. Where it has no `added_tokens_decoder`, the files of older
+    checkpoints count too: `special_tokens_map.json`, before it, and `added_tokens.json`. Raises CheckpointError."""
     decoder = config.section("added_tokens_decoder")
     if decoder is not None:
         return SpecialTokens(_named(config, None), _decoder_tokens(config, decoder), _extra(config, None))
@@ -266,7 +271,7 @@ def _named(config: CheckpointFile, older: CheckpointFile | None) -> dict[str, li
 
 
 def _extra(config: CheckpointFile, older: CheckpointFile | None) -> list[AddedToken]:
-    """Under the newer of two names, if both are there."""
+    """Returns those under the newer of two names, if both are there."""
     if isinstance(config.values.get(_EXTRA), dict):
         return []
     tokens = _listed(config, _EXTRA) or _listed(config, _OLD_EXTRA)
@@ -287,7 +292,8 @@ def _decoder_tokens(config: CheckpointFile, decoder: CheckpointFile) -> list[Add
 
 
 def _older_tokens(file: CheckpointFile, special_texts: set[str], tokenizer: Tokenizer) -> list[AddedToken]:
-    """Of `added_tokens.json`, a map of tokens to ids; what `tokenizer.json` adds under the same id counts instead."""
+    """Reads `added_tokens.json`, a map of tokens to ids; what `tokenizer.json` adds under the same id counts
+    instead."""
     for text, token_id in file.values.items():
         if type(token_id) is not int or not 0 <= token_id < 1 << 31:
             file.refuse(text, "a token id: a whole number from 0 to 2147483647")
@@ -301,12 +307,12 @@ def _listed(file: CheckpointFile, key: str) -> list[AddedToken]:
 
 
 def _is_token(value: Any) -> bool:
-    """Of a key that only ends as names of tokens do, such as `add_bos_token`."""
+    """Tells a token from the value of a key that only ends as names of tokens do, such as `add_bos_token`."""
     return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
 
 
 def _added_token(file: CheckpointFile, key: str) -> AddedToken:
-    """A string stands for a special token, as in transformers."""
+    """Reads one token. A string stands for a special one, as in transformers."""
     value = file.values[key]
     if isinstance(value, str):
         return AddedToken(value, special=True)
