@@ -33,9 +33,9 @@ class SamplingParameters:
     min_p: float = 0.0
     """Tokens less likely than this times the likeliest one are left out; 0: none."""
     presence_penalty: float = 0.0
-    """Taken from the logit of every token that was generated."""
+    """It is subtracted from the logit of every token that was generated."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit once for each time that it was generated."""
+    """It is subtracted from a token's logit once for each time that it was generated."""
     repetition_penalty: float = 1.0
     """Divides positive logits of tokens in the prompt or generated, multiplies negative ones; 1: off."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -45,20 +45,21 @@ class SamplingParameters:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether a next token depends on how often others came before it."""
+        """Says whether a next token depends on how often others came before it."""
         return self.counts_prompt or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def counts_prompt(self) -> bool:
-        """Whether it depends on the prompt's tokens too."""
+        """Says whether it depends on the prompt's tokens too."""
         return self.repetition_penalty != 1.0
 
     def is_early(self, num_generated: int) -> bool:
-        """Whether a choice with so many tokens is too short to end: its stop tokens must not be drawn."""
+        """Says whether a choice with so many tokens is too short to end: its stop tokens must not be drawn."""
         return num_generated < self.min_tokens and bool(self.stop_token_ids)
 
     def adjusts(self, num_generated: int) -> bool:
-        """Whether the next token's logits are not the model's own, or some of them are left out by their number."""
+        """Says whether the next token's logits are not the model's own, or some of them are left out by their
+        number."""
         return bool(self.min_p or self.logit_bias or self.counts_tokens or self.is_early(num_generated))
 
     @cached_property
@@ -77,7 +78,7 @@ def _table(biases: dict[int, float]) -> Float64Array:
 
 
 class FinishReason(StrEnum):
-    """OpenAI's words."""
+    """Says why a choice ended, in OpenAI's words."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -95,16 +96,16 @@ class GenerationRequest:
     choice: int
     """Index of the choice; part of the sampling key, so that choices with one seed differ."""
     group: str = ""
-    """Of which HTTP request it is a choice: those of one share a place in line. Empty: it stands alone."""
+    """The HTTP request that it is a choice of: those of one share a place in line. Empty if it stands alone."""
     is_restored: bool = False
     """A router before this one has let it in: nothing refuses it now, and it waits for a mesh that starts."""
     generated_token_ids: tuple[int, ...] = ()
-    """Sampled so far, and never the whole of it: a finished choice needs no mesh. None in a fresh one."""
+    """What was sampled so far, and never the whole of it: a finished choice needs no mesh. A fresh one has none."""
     sequence_id: SequenceId | None = None
     """Its last number on the wire; stages that live may still hold its KV blocks under it."""
 
     def restored(self, generated_token_ids: Sequence[int], sequence_id: SequenceId | None = None) -> GenerationRequest:
-        """The same as the journal has it, under way when the router ended."""
+        """Returns the same request as the journal has it, under way when the router ended."""
         return replace(self, is_restored=True, generated_token_ids=tuple(generated_token_ids), sequence_id=sequence_id)
 
 
@@ -113,11 +114,11 @@ class RecoveryCounts:
     """What it took to finish a choice in spite of losses; told to the client."""
 
     recoveries: int
-    """Times that its cache was moved, rebuilt or computed again."""
+    """So many times its cache was moved, rebuilt or computed again."""
     replayed_tokens: int
-    """Positions that were computed again for that."""
+    """So many positions were computed again for that."""
     retried_calls: int = 0
-    """Expert calls of its steps that were repeated on another copy."""
+    """So many expert calls of its steps were repeated on another copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +132,16 @@ class GeneratedToken:
     """(token id, logprob), best first; empty if not asked for."""
     finish_reason: FinishReason | None
     degraded: bool = False
-    """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
+    """Says whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something
+    else."""
     recovery: RecoveryCounts | None = None
-    """On a choice's last token at least; a stop string ends it at a token of which the mesh does not know that."""
+    """It is on a choice's last token at least; a stop string ends it at a token of which the mesh does not know
+    that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether a token can be made end to end, and if not, what is missing, as a sentence."""
+    """Says whether a token can be made end to end, and if not, what is missing."""
 
     ready: bool
     detail: str
@@ -152,14 +155,14 @@ class Engine(Protocol):
     """What the front asks of the mesh."""
 
     def check_room(self, num_choices: int) -> None:
-        """Whether so many choices would be taken now, as far as is known without asking the mesh.
+        """Checks that so many choices would be accepted now, as far as is known without asking the mesh.
 
         Raises NotReadyError and OverloadedError; `generate` may raise them all the same.
         """
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
-        """The tokens of one choice that are still missing, as they are made.
+        """Returns the tokens of one choice that are still missing, as they are made.
 
         Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator
         (aclose, or cancelling the task) cancels the request in the mesh: its KV blocks are free within a step.
@@ -167,11 +170,11 @@ class Engine(Protocol):
         ...
 
     def readiness(self) -> Readiness:
-        """Cheap; from what the mesh thread last published."""
+        """Says so from what the mesh thread last published; it is cheap."""
         ...
 
     def describe_mesh(self) -> dict[str, Any]:
-        """Who holds what, as plain JSON; as old as `readiness`."""
+        """Says who holds what, as plain JSON; as old as `readiness`."""
         ...
 
     @property

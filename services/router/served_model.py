@@ -36,7 +36,7 @@ class Model:
 
 
 def read_model(settings: Settings) -> Model:
-    """Raises ConfigurationError or CheckpointError with a sentence."""
+    """Returns the model that the settings name. Raises ConfigurationError or CheckpointError with a sentence."""
     directory = resolve_model(settings.model)
     config = read_model_config(directory)
     seen = see_checkpoint(directory, config)

@@ -57,22 +57,22 @@ from services.router.served_model import Model, read_model
 log = structlog.get_logger(__name__)
 
 BLOCK_TOKENS = 32
-"""Of a KV block; stages compute attention in tiles of so many positions: it is part of what decides the bits."""
+"""A KV block has so many; stages compute attention in tiles of that size, so it is part of what decides the bits."""
 TERM_SHIFT = 32
 """Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
 CLOSE_WITHIN_S = 2.0
-"""How long the end of the router waits for the disk under STATE_DIR, and for its links."""
+"""So long the end of the router waits for the disk under STATE_DIR, and for its links."""
 RESTORE_WITHIN_S = 0.5
 """How long a restarted router puts requests in line before it serves; those that are not by then follow."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 RELIEF_INTERVAL_S = 5.0
 RELIEF_GROWTH_BYTES = 32 << 20
-"""Since memory was given back last: less is not worth the while."""
+"""It must have grown by so much since memory was given back last: less is not worth the while."""
 
 
 def http_url(host: str, port: int) -> str:
-    """Where a listening address is asked; an IPv6 address stands in brackets (RFC 3986)."""
+    """Returns where a listening address is asked; an IPv6 address stands in brackets (RFC 3986)."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -237,7 +237,7 @@ def _tell_of_folder(log: structlog.stdlib.BoundLogger, sentence: str) -> None:
 
 
 def _look_after_own(transport: Transport, attention: Attention) -> None:
-    """In the mesh thread."""
+    """Runs in the mesh thread."""
     transport.look_after_files(time.monotonic())
     attention.look_after()
 
@@ -249,7 +249,8 @@ def _run_mesh(
     attention: Attention,
     disk: Disk,
 ) -> None:
-    """The mesh thread. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
+    """Runs in the mesh thread. If that breaks, the process must end: a router that answers HTTP and no request helps
+    nobody."""
     try:
         mesh.run()
     except FencedError as error:
@@ -264,12 +265,13 @@ def _run_mesh(
 
 
 def _context_tokens(settings: Settings, model: Model) -> int:
-    """What one sequence may hold: the model's context, or what the KV cache of a pipeline takes."""
+    """Returns what one sequence may hold: the model's context, or what the KV cache of a pipeline holds."""
     return min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
 
 
 def _log_context(settings: Settings, model: Model, context_tokens: int) -> None:
-    """A context that was asked for and cannot be had is said; `/v1/models` shows what there is as `max_model_len`."""
+    """Says so of a context that was asked for and cannot be had; `/v1/models` shows what there is as
+    `max_model_len`."""
     wished = settings.max_context_tokens or model.config.context_tokens
     if wished <= context_tokens:
         return
@@ -392,7 +394,7 @@ def _mesh_loop(
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where the system does not say."""
+    """Returns the memory that this process has; 0 where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -400,7 +402,7 @@ def resident_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Free pages go to the system, where the C library can do that."""
+    """Gives free pages to the system, where the C library can do that."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # another C library
@@ -428,10 +430,10 @@ class MemoryRelief:
         self._resident_bytes = resident_bytes
         self._growth_bytes = growth_bytes
         self._least_bytes = resident_bytes()
-        """What it was when it was last given back, or less."""
+        """What it had when memory was last given back, or less."""
 
     def look(self) -> None:
-        """In any thread but one at a time: it may take some ten milliseconds."""
+        """May run in any thread but one at a time: it may take some ten milliseconds."""
         resident = self._resident_bytes()
         if resident - self._least_bytes > self._growth_bytes:
             self._give_back()
@@ -440,7 +442,7 @@ class MemoryRelief:
             self._least_bytes = min(self._least_bytes, resident)
 
     async def run(self, interval_s: float = RELIEF_INTERVAL_S) -> None:
-        """Until it is cancelled."""
+        """Looks now and then, until it is cancelled."""
         while True:
             await asyncio.sleep(interval_s)
             await asyncio.to_thread(self.look)

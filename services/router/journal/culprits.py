@@ -19,12 +19,12 @@ MAX_ENDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the router before this one ended."""
+    """Says how the router before this one ended."""
 
     handled: str = ""
-    """The request id whose turn it was; empty: nobody's."""
+    """The request id whose turn it was; empty if it was nobody's."""
     is_broken: bool = False
-    """By an error of its own, and not from outside."""
+    """It ended by an error of its own, and not from outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Unfinished:
     reply_id: str
     choice_ids: tuple[str, ...]
     num_tokens: int
-    """That all of its choices have so far."""
+    """So many tokens all of its choices have so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +42,23 @@ class Record:
     """What routers before this one have ended by, in a row."""
 
     ends: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """By reply id: how many ended while it was handled, and how many tokens it had."""
+    """Says by reply id how many ended while it was handled, and how many tokens it had."""
     unnamed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """By reply id: at how many errors in a row that no request can be named for it was there, and its tokens."""
+    """Says by reply id at how many errors in a row that no request can be named for it was there, and its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What to do before anything is restored."""
+    """Says what to do before anything is restored."""
 
     record: Record
-    """To be kept for the next start."""
+    """It is kept for the next start."""
     set_aside: Mapping[str, str]
-    """Reply id -> why, as a sentence for its client."""
+    """Maps a reply id to the reason, as a sentence for its client."""
 
 
 class SetAsideLookup(Protocol):
-    """What the front asks of it."""
+    """What the front asks of the requests that were set aside."""
 
     def refuse(self, tenant: str, name: str) -> None:
         """Raises SetAsideError if this tenant's request of that id, own id or idempotency key was set aside."""
@@ -69,11 +69,11 @@ class NothingSetAside:
     """Without a journal nothing outlives the router that it ends."""
 
     def refuse(self, tenant: str, name: str) -> None:
-        """Nothing to refuse."""
+        """Refuses nothing."""
 
 
 def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> Judgement:
-    """`unfinished` by acceptance."""
+    """Judges how the last router ended. `unfinished` is in the order of acceptance."""
     culprit = next((request for request in unfinished if ending.handled in request.choice_ids), None)
     if culprit is not None:
         return _judge_one(record, culprit, unfinished)

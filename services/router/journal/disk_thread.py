@@ -21,7 +21,7 @@ class Disk(Protocol):
 
     @property
     def busy_s(self) -> float:
-        """How long the job that runs now has taken; 0.0 while none does."""
+        """Says how long the job that runs now has taken; 0.0 while none does."""
         ...
 
     def submit(self, job: Job) -> None:
@@ -29,12 +29,13 @@ class Disk(Protocol):
         ...
 
     def close(self, within_s: float) -> bool:
-        """Until everything that was handed in is done; False if it is not in that time, and goes on alone."""
+        """Waits until everything that was handed in is done. Returns False if it is not in that time, and goes on
+        alone."""
         ...
 
 
 class DiskThread:
-    """See the module. A daemon thread: a process that ends does not wait for a disk that hangs."""
+    """See the module. It is a daemon thread: a process that ends does not wait for a disk that hangs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -44,7 +45,7 @@ class DiskThread:
         self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
 
     def start(self) -> None:
-        """Once."""
+        """Call it once."""
         self._thread.start()
 
     @property
@@ -58,7 +59,7 @@ class DiskThread:
         self._jobs.put(job)
 
     def check(self) -> None:
-        """Raises what the first job raised that did."""
+        """Raises what the first job that failed has raised."""
         if self._failure is not None:
             raise self._failure
 
@@ -80,7 +81,7 @@ class DiskThread:
 
 
 def finish_within(work: Job, within_s: float) -> bool:
-    """Do it in a thread that nobody waits for any longer than that; False if it is not done by then."""
+    """Does it in a thread that nobody waits for any longer than that. Returns False if it is not done by then."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(within_s)

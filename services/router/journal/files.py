@@ -15,7 +15,7 @@ from common.errors import ConfigurationError
 
 SCHEMA_VERSION = "2"
 BUSY_WITHIN_S = 5.0
-"""How long a journal that somebody else has open is waited for."""
+"""A journal that somebody else has open is waited for so long."""
 UNREADABLE = (ValueError, TypeError, LookupError)
 """What Python's sqlite3 and this module raise over a damaged file, besides sqlite3.Error."""
 _WAL_LIMIT_BYTES = 16 << 20
@@ -42,17 +42,17 @@ class LostFilesError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What tells a file from another, and from itself after somebody else has written to it."""
+    """Tells a file from another, and from itself after somebody else has written to it."""
 
     name: tuple[int, int]
-    """Of what has the name: the file, or a link to it."""
+    """The identity of what has the name: the file, or a link to it."""
     file: tuple[int, int]
     size: int
     changed_ns: int
 
 
 def look_at(path: Path) -> tuple[FileState | None, FileState | None]:
-    """The file and its WAL; None for one that is not there."""
+    """Returns the state of the file and of its WAL; None for one that is not there."""
     state = _state_of(path)
     is_link = state is not None and state.name != state.file
     # SQLite keeps what it has beside a file where the file is, and not where a link to it is.
@@ -99,7 +99,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _free_name(path: Path) -> Path:
-    """For something that may not be put over another."""
+    """Returns a name for something that may not be put over another."""
     names = (_beside(path, ".found" if number == 1 else f".found-{number}") for number in count(1))
     return next(name for name in names if not name.exists() and not name.is_symlink())
 
@@ -119,7 +119,8 @@ def open_database(path: Path, model: str, is_synchronous: bool) -> sqlite3.Conne
 
 
 def tighten(path: Path) -> None:
-    """Prompts stand in it: nobody but its owner may read it. One that is not there, or is another user's, stays."""
+    """Lets nobody but its owner read it, since prompts stand in it. One that is not there, or is another user's,
+    stays."""
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
@@ -129,7 +130,7 @@ def tighten(path: Path) -> None:
 
 
 def damaged(path: Path, error: Exception) -> ConfigurationError:
-    """What to do about a journal that cannot be read."""
+    """Says what to do about a journal that cannot be read."""
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
         # A journal in good order: whoever moved it away would lose its requests for nothing.
         return ConfigurationError(

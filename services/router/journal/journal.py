@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 COMPACT_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
-"""Between two attempts to write while the disk takes nothing."""
+"""So long is waited between two attempts to write while the disk takes nothing."""
 STUCK_AFTER_S = 1.0
 """A disk that has not answered for so long is no longer waited for: tokens are handed on, marked as not durable, and
 new requests are refused, until it answers."""
@@ -50,18 +50,18 @@ class JournalCounts:
     commit_s: float = 0.0
     failed_commits: int = 0
     is_writing: bool = True
-    """False: the last commit failed, or the disk hangs."""
+    """False if the last commit failed, or the disk hangs."""
     rewrites: int = 0
-    """Times that the files were gone and were written again."""
+    """So many times the files were gone and were written again."""
     stuck_s: float = 0.0
-    """How long the disk has not answered; 0.0 while it does."""
+    """The disk has not answered for so long; 0.0 while it does."""
     steps_unwritten: int = 0
     restored_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class JournalSettings:
-    """How much is kept, and how safely."""
+    """Says how much is kept, and how safely."""
 
     is_synchronous: bool
     """Every commit waits for the disk."""
@@ -70,7 +70,7 @@ class JournalSettings:
 
 
 class Journal:
-    """Open with `open_journal`. Safe in several threads; `append` and `tick` belong to the mesh thread."""
+    """Open it with `open_journal`. It is safe in several threads; `append` and `tick` belong to the mesh thread."""
 
     def __init__(
         self,
@@ -112,8 +112,9 @@ class Journal:
         outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]],
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """The outcomes of a step. `then` hands them on: once they are written, or it is known that the disk does not
-        take them or hangs; in the order of the steps, and in any thread. Raises FencedError; never handed on then.
+        """Writes the outcomes of a step. `then` hands them on: once they are written, or it is known that the disk does
+        not take them or hangs; in the order of the steps, and in any thread. Raises FencedError; they are never handed
+        on then.
 
         What the disk does not take is kept in memory, and `has_written` says so until it does.
         """
@@ -128,7 +129,7 @@ class Journal:
                 queue.deliver(queue.last_step)
 
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
-        """The choice has this number on the wire from now on; written with the next commit."""
+        """Notes that the choice has this number on the wire from now on; it is written with the next commit."""
         self._queue.note_placement(request_id, sequence_id)
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
@@ -173,7 +174,7 @@ class Journal:
 
     @property
     def is_durable(self) -> bool:
-        """Whether everything that was handed in so far is written."""
+        """Says whether everything that was handed in so far is written."""
         return not self._queue.backlog and not self._writer.is_lost
 
     def trouble(self) -> str | None:
@@ -188,7 +189,7 @@ class Journal:
         return None
 
     def counts(self) -> JournalCounts:
-        """A copy."""
+        """Returns a copy."""
         return replace(
             self._writer.counts,
             is_writing=self._writer.counts.is_writing and not self._is_stuck,
@@ -198,7 +199,8 @@ class Journal:
         )
 
     def restore(self) -> list[JournalledRequest]:
-        """Once, at the start: every request of the journal by acceptance; those that have not ended are open again.
+        """Returns every request of the journal, by acceptance. Call it once, at the start: those that have not ended
+        are open again.
 
         Raises ValueError if the file is damaged.
         """
@@ -228,7 +230,7 @@ class Journal:
         self._writer.work(is_compaction_due)
 
     def _watch(self) -> None:
-        """In the mesh thread, which nothing of the disk's can stop."""
+        """Runs in the mesh thread, which nothing of the disk's can stop."""
         queue, stuck_s = self._queue, self._disk.busy_s
         with queue.lock:
             queue.check_fenced()
@@ -256,18 +258,18 @@ class JournalWriter:
         check_term: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_term` raises FencedError once another router has the state folder; asked before each commit."""
+        """`check_term` raises FencedError once another router has the state folder; it is asked before each commit."""
         self._store = store
         self._queue = queue
         self._check_term = check_term
         self._clock = clock
         self._in_log = LogBuffer()
         self.failed_s = float("-inf")
-        """When the disk took steps last time not."""
+        """When the disk last refused steps."""
         self.is_lost = False
         """The files are gone, and could not be written again yet."""
         self.counts = JournalCounts()
-        """Of these, what the writer knows."""
+        """The writer knows some of these."""
 
     def restore(self) -> dict[int, JournalledRequest]:
         """Once, at the start, in any thread. Raises ValueError and sqlite3.Error."""

@@ -23,12 +23,12 @@ from services.router.journal.records import MAX_CHOICES, AcceptedRequest, Journa
 
 @dataclass(slots=True, eq=False)
 class LedgerChoice:
-    """One choice."""
+    """One choice of a request."""
 
     number: int
-    """In the journal."""
+    """Its number in the journal."""
     num_tokens: int = 0
-    """With those that no run has yet."""
+    """All its tokens, with those that no run has yet."""
     runs: list[tuple[int, bytes]] = field(default_factory=list)
     """(position of the first, packed tokens)."""
     sequence_id: SequenceId | None = None
@@ -38,19 +38,19 @@ class LedgerChoice:
 
 @dataclass(slots=True, eq=False)
 class LedgerRequest:
-    """One request."""
+    """One request that the files hold."""
 
     number: int
     accepted: AcceptedRequest
     choices: tuple[LedgerChoice, ...]
     ended_s: float | None = None
-    """Wall clock; None while it is under way."""
+    """The wall clock at its end; None while it is under way."""
     last_step: int = 0
     """The newest step that brought something of it."""
 
 
 class Ledger:
-    """What the files hold. Not safe in several threads: whoever owns it has a lock."""
+    """Knows what the files hold. It is not safe in several threads: whoever owns it has a lock."""
 
     def __init__(self) -> None:
         self._requests: dict[str, LedgerRequest] = {}
@@ -61,7 +61,7 @@ class Ledger:
         self.last_number = 0
 
     def accept(self, accepted: AcceptedRequest) -> LedgerRequest:
-        """It has the next number."""
+        """Enters the request, which gets the next number."""
         self.last_number += 1
         choices = tuple(
             LedgerChoice(self.last_number * MAX_CHOICES + index) for index in range(len(accepted.choice_ids))
@@ -69,7 +69,7 @@ class Ledger:
         return self._enter(LedgerRequest(self.last_number, accepted, choices))
 
     def restore(self, request: JournalledRequest) -> None:
-        """As the file has it."""
+        """Enters the request as the file has it."""
         self.last_number = max(self.last_number, request.number)
         choices = tuple(
             LedgerChoice(
@@ -84,21 +84,21 @@ class Ledger:
         self._enter(LedgerRequest(request.number, request.accepted, choices, request.ended_s))
 
     def find(self, reply_id: str) -> LedgerRequest | None:
-        """None if it is not here, or was deleted."""
+        """Returns the request; None if it is not here, or was deleted."""
         return self._requests.get(reply_id)
 
     def open_choice(self, choice_id: RequestId) -> tuple[LedgerRequest, LedgerChoice] | None:
-        """None if its request has ended."""
+        """Returns the choice and its request; None if that has ended."""
         return self._open_choices.get(choice_id)
 
     def add_run(self, number: int, first: int, data: bytes) -> None:
-        """Tokens of a choice were moved out of the log of the file."""
+        """Adds tokens of a choice that were moved out of the log of the file."""
         choice = self._choices.get(number)
         if choice is not None:
             choice.runs.append((first, data))
 
     def end(self, request: LedgerRequest, ended_s: float, is_kept: bool) -> None:
-        """Nothing more comes for it."""
+        """Hears that nothing more comes for the request."""
         if not is_kept:
             self._remove(request)
             return
@@ -107,7 +107,7 @@ class Ledger:
         heapq.heappush(self._ends, (ended_s, request.accepted.reply_id))
 
     def expired(self, before_s: float) -> list[LedgerRequest]:
-        """Kept requests that ended before that, and are no longer kept."""
+        """Removes and returns kept requests that ended before that."""
         expired = []
         while self._ends and self._ends[0][0] < before_s:
             request = self._requests.get(heapq.heappop(self._ends)[1])
@@ -117,7 +117,7 @@ class Ledger:
         return expired
 
     def requests(self) -> list[LedgerRequest]:
-        """All, by acceptance."""
+        """Returns all of them, by acceptance."""
         return sorted(self._requests.values(), key=lambda request: request.number)
 
     def _enter(self, request: LedgerRequest) -> LedgerRequest:
@@ -148,23 +148,23 @@ def _by_id(request: LedgerRequest) -> Iterable[tuple[RequestId, LedgerChoice]]:
 
 @dataclass(frozen=True, slots=True)
 class WaitingStep:
-    """One group commit."""
+    """What one group commit brings."""
 
     number: int
-    """Ascends."""
+    """It ascends."""
     record: StepRecord
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WaitingRequest:
-    """One that may begin once it is written."""
+    """A request that may begin once it is written."""
 
     request: LedgerRequest
     future: Future[None]
 
 
 class JournalQueue:
-    """`lock` is held for a moment only, and never while a disk is waited for."""
+    """Holds what waits. `lock` is held for a moment only, and never while a disk is waited for."""
 
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self.wall_clock = wall_clock
@@ -183,7 +183,7 @@ class JournalQueue:
         self._undelivered: deque[tuple[int, Callable[[], None]]] = deque()
         """(step, what hands it on)."""
         self._pending = StepRecord()
-        """Goes with the next step."""
+        """It goes with the next step."""
 
     def check_fenced(self) -> None:
         """Raises FencedError."""
@@ -200,7 +200,7 @@ class JournalQueue:
     def append(
         self, outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]], then: Callable[[], None]
     ) -> None:
-        """One step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
+        """Adds one step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
         with self.lock:
             number = self.last_step + 1
             record, self._pending = self._pending, StepRecord()
@@ -212,7 +212,7 @@ class JournalQueue:
             self._undelivered.append((self.last_step, then))
 
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
-        """The choice has this number on the wire from now on."""
+        """Notes that the choice has this number on the wire from now on."""
         with self.lock:
             found = self.ledger.open_choice(request_id)
             if found is not None:
@@ -234,7 +234,7 @@ class JournalQueue:
             self.ledger.end(request, ended_s, is_kept)
 
     def push_pending(self) -> None:
-        """What waits for the next step becomes one."""
+        """Makes a step of what waits for the next one."""
         with self.lock:
             record, self._pending = self._pending, StepRecord()
             if record:
@@ -242,7 +242,7 @@ class JournalQueue:
                 self.backlog.append(WaitingStep(self.last_step, record))
 
     def expire(self, before_s: float) -> None:
-        """What ended before that is deleted with the next compaction."""
+        """Lets the next compaction delete what ended before that."""
         with self.lock:
             self.expired.update(request.number for request in self.ledger.expired(before_s))
 
@@ -278,7 +278,7 @@ class JournalQueue:
                 then()
 
     def note_written(self, step: WaitingStep) -> bool:
-        """It waits no longer. False if it was written another way before."""
+        """Takes the step from those that wait. Returns False if it was written another way before."""
         with self.lock:
             if not self.backlog or self.backlog[0] is not step:
                 return False
@@ -287,7 +287,7 @@ class JournalQueue:
             return True
 
     def refuse_all(self, error: MoemeshError) -> None:
-        """Nobody waits any longer."""
+        """Tells everybody who waits that it was not written."""
         with self.lock:
             while self.accepting:
                 waiting = self.accepting.popleft()
@@ -298,14 +298,14 @@ class JournalQueue:
             self.flushes.clear()
 
     def fence(self, error: FencedError) -> None:
-        """Another router has the folder: nothing is handed on any more."""
+        """Hears that another router has the folder: nothing is handed on any more."""
         with self.lock:
             self.fenced = error
             self._undelivered.clear()
             self.refuse_all(error)
 
     def drop(self, request: LedgerRequest) -> None:
-        """It was not begun; what may stand of it in the file is deleted with the next compaction."""
+        """Drops a request that was not begun; what may stand of it in the file is deleted with the next compaction."""
         with self.lock:
             ended_s = self.wall_clock()
             self._pending.ends.append((request.number, ended_s, False))
@@ -313,7 +313,7 @@ class JournalQueue:
 
 
 def settle(future: Future[Any], outcome: object) -> None:
-    """Give it a result or an exception, unless nobody waits for it any longer."""
+    """Gives it a result or an exception, unless nobody waits for it any longer."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, BaseException):

@@ -27,48 +27,49 @@ class AcceptedRequest:
 
     reply_id: str
     created_s: int
-    """Stands in the reply, and is the date that a chat template sees."""
+    """It stands in the reply, and is the date that a chat template sees."""
     accepted_s: float
     """Wall clock, Unix seconds."""
     route: str
     """`completions` or `chat`."""
     tenant: str
-    """Hash of the client's authorization."""
+    """A hash of the client's authorization."""
     client_request_id: str | None
     idempotency_key: str | None
     body_hash: str
     body: bytes
-    """JSON, as the client sent it: prompts stand in it in clear."""
+    """The JSON that the client sent: prompts stand in it in clear."""
     seed: int
-    """Drawn, where the client gave none."""
+    """It was drawn, where the client gave none."""
     is_resumable: bool
     choice_ids: tuple[RequestId, ...]
 
     @property
     def is_kept(self) -> bool:
-        """Whether somebody may ask for it after its end."""
+        """Says whether somebody may ask for it after its end."""
         return self.is_resumable or self.idempotency_key is not None
 
 
 @dataclass(slots=True)
 class JournalledChoice:
-    """One choice of a request that was read back, or rests after its end. Packed: most are never asked for again."""
+    """One choice of a request that was read back, or rests after its end. It is packed: most are never asked for
+    again."""
 
     runs: list[tuple[int, bytes]] = field(default_factory=list)
     """(position of the first, packed tokens), without a hole."""
     fresh: list[GeneratedToken] = field(default_factory=list)
-    """Those after the last run."""
+    """The tokens after the last run."""
     sequence_id: SequenceId | None = None
     error: MoemeshError | None = None
 
     @property
     def tokens(self) -> list[GeneratedToken]:
-        """All of them. Raises ValueError if a run is not what was written."""
+        """Returns all of them. Raises ValueError if a run is not what was written."""
         return [token for _, data in self.runs for token in decode_tokens(data)] + self.fresh
 
     @property
     def num_tokens(self) -> int:
-        """Without unpacking them. Raises ValueError as `tokens` does."""
+        """Counts them without unpacking. Raises ValueError as `tokens` does."""
         if not self.runs:
             return len(self.fresh)
         first, data = self.runs[-1]
@@ -76,7 +77,7 @@ class JournalledChoice:
 
     @property
     def num_bytes(self) -> int:
-        """Of what is packed."""
+        """Returns the size of what is packed."""
         return sum(len(data) for _, data in self.runs)
 
 
@@ -87,14 +88,14 @@ class JournalledRequest:
     accepted: AcceptedRequest
     choices: tuple[JournalledChoice, ...]
     ended_s: float | None
-    """Wall clock; None: it is not known to have ended."""
+    """The wall clock at its end; None if it is not known to have ended."""
     number: int
-    """Ascends with acceptance."""
+    """It ascends with acceptance."""
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """Everything that is written in one group commit. Choices and requests by their numbers in the journal."""
+    """Everything that is written in one group commit. Choices and requests are told by their numbers in the journal."""
 
     tokens: list[tuple[int, int, GeneratedToken]] = field(default_factory=list)
     """(choice, position, token)."""
@@ -110,73 +111,74 @@ class StepRecord:
 
 
 class RequestJournal(Protocol):
-    """What the front asks of the journal. Any thread; nothing here waits for a disk."""
+    """What the front asks of the journal. It may be asked in any thread, and never waits for a disk."""
 
     def accept(self, accepted: AcceptedRequest) -> Future[None]:
-        """Done when it is written; then the request may begin. JournalError (it must not begin) or FencedError.
+        """Returns what is done when the request is written; then it may begin. It raises JournalError (it must not
+        begin) or FencedError.
 
         Who gives up waiting says so with `end`.
         """
         ...
 
     def receipt(self, reply_id: str) -> int:
-        """Stands for all tokens of it that were handed on so far; to be asked before `end`."""
+        """Returns what stands for all tokens of it that were handed on so far; to be asked before `end`."""
         ...
 
     def has_written(self, receipt: int) -> bool:
-        """Whether all of that is in the journal now."""
+        """Says whether all of that is in the journal now."""
         ...
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
-        """Nothing more comes for it; it is deleted, or kept for the retention time with what it failed by. Written
-        within a second. One that was kept is deleted before its time."""
+        """Hears that nothing more comes for it: it is deleted, or kept for the retention time with what it failed by.
+        That is written within a second. One that was kept is deleted before its time."""
         ...
 
     def flush(self) -> Future[bool]:
-        """Write what `end` left to be written; False if the disk does not take it. Raises FencedError."""
+        """Writes what `end` left to be written; False if the disk does not take it. Raises FencedError."""
         ...
 
     def trouble(self) -> str | None:
-        """Why no request can be accepted now, as a sentence; None while nothing is wrong."""
+        """Says why no request can be accepted now; None while nothing is wrong."""
         ...
 
 
 class NoJournal:
-    """JOURNAL=off: nothing outlives the process."""
+    """The journal of JOURNAL=off: nothing outlives the process."""
 
     def accept(self, accepted: AcceptedRequest) -> Future[None]:
-        """Nothing is kept."""
+        """Keeps nothing."""
         return _done(None)
 
     def receipt(self, reply_id: str) -> int:
-        """Of nothing."""
+        """Stands for nothing."""
         return 0
 
     def has_written(self, receipt: int) -> bool:
-        """Nothing was."""
+        """Says that nothing was."""
         return False
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
-        """Nothing was kept."""
+        """Has nothing to delete."""
 
     def flush(self) -> Future[bool]:
-        """Nothing is left to be written."""
+        """Has nothing left to write."""
         return _done(True)
 
     def trouble(self) -> str | None:
-        """Nothing can be wrong."""
+        """Knows of none."""
         return None
 
 
 def encode_step(record: StepRecord) -> bytes:
-    """One row of the log."""
+    """Returns one row of the log."""
     tokens = [(choice, position, *token_fields(token)) for choice, position, token in record.tokens]
     packed: bytes = msgpack.packb((tokens, record.placements, record.failures, record.ends))
     return packed
 
 
 def decode_step(data: bytes) -> StepRecord:
-    """Raises ValueError if it is not what `encode_step` makes."""
+    """Reads a row of the log. Raises ValueError if it is not what `encode_step` makes."""
     try:
         tokens, placements, failures, ends = msgpack.unpackb(data, use_list=False)
         return StepRecord(
@@ -190,13 +192,13 @@ def decode_step(data: bytes) -> StepRecord:
 
 
 def encode_tokens(tokens: Sequence[GeneratedToken]) -> bytes:
-    """A run of one choice's tokens."""
+    """Packs a run of one choice's tokens."""
     packed: bytes = msgpack.packb([token_fields(token) for token in tokens])
     return packed
 
 
 def decode_tokens(data: bytes) -> list[GeneratedToken]:
-    """Raises ValueError if it is not what `encode_tokens` makes."""
+    """Unpacks a run. Raises ValueError if it is not what `encode_tokens` makes."""
     try:
         return [_token(fields) for fields in msgpack.unpackb(data, use_list=False)]
     except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -204,7 +206,8 @@ def decode_tokens(data: bytes) -> list[GeneratedToken]:
 
 
 def count_tokens(data: bytes) -> int:
-    """How many tokens `encode_tokens` was given, by the first bytes alone. Raises ValueError if it does not say."""
+    """Says how many tokens `encode_tokens` was given, by the first bytes alone. Raises ValueError if they do not
+    say."""
     # msgpack's three forms of an array: 0x9n; 0xdc and 2 bytes; 0xdd and 4 bytes.
     kind = data[0] if data else 0
     if kind & 0xF0 == 0x90:
@@ -216,7 +219,7 @@ def count_tokens(data: bytes) -> int:
 
 
 def token_fields(token: GeneratedToken) -> tuple[Any, ...]:
-    """A token as plain values; those that are mostly empty come last and are left out then."""
+    """Returns a token as plain values; those that are mostly empty come last and are left out then."""
     if token.recovery is not None or token.degraded:
         counts = token.recovery
         recovery = None if counts is None else (counts.recoveries, counts.replayed_tokens, counts.retried_calls)
@@ -235,7 +238,7 @@ def _token(fields: Sequence[Any]) -> GeneratedToken:
 
 
 def restored_error(code: str, message: str) -> MoemeshError:
-    """An error as it was told before the restart, with the same status."""
+    """Returns an error as it was told before the restart, with the same status."""
     if code == OverloadedError.code:
         return OverloadedError(message, _RETRY_AFTER_S)
     for error in (InvalidRequestError, ContextLengthError):

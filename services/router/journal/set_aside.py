@@ -27,21 +27,21 @@ log = structlog.get_logger(__name__)
 
 _SIZE = 512
 _NAME = 8
-"""Offset of the name. Byte 0 has its length, and is written last."""
+"""The offset of the name. Byte 0 has its length, and is written last."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MAX_NAME_BYTES = 250
 MAX_KEPT = 100
-"""Requests that are kept aside; the oldest go first."""
+"""So many requests are kept aside; the oldest go first."""
 
 
 def attention_path(state_dir: Path) -> Path:
-    """In shared memory where there is any, by the state folder: a disk that hangs must not stop who writes to it."""
+    """Returns a path in shared memory where there is any: a disk that hangs must not stop who writes to it."""
     name = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:16]
     return _SHARED_MEMORY / f"moemesh-{os.getuid()}-{name}" if _SHARED_MEMORY.is_dir() else state_dir / "attention"
 
 
 class Attention:
-    """Call it with the name of the request whose turn it is; the empty string: nobody's."""
+    """Call it with the name of the request whose turn it is; the empty string means nobody's."""
 
     def __init__(self, path: Path, ending: Path) -> None:
         """What a router before this one has left must be read first.
@@ -55,7 +55,7 @@ class Attention:
         self.look_after()
 
     def __call__(self, name: str) -> None:
-        """In the mesh thread only."""
+        """Belongs to the mesh thread."""
         memory = self._memory
         memory[0] = 0
         if name:
@@ -64,7 +64,7 @@ class Attention:
             memory[0] = len(data)
 
     def note_break(self) -> None:
-        """The router ends by an error of its own."""
+        """Writes down that the router ends by an error of its own."""
         handled = bytes(self._memory[_NAME : _NAME + self._memory[0]]).decode(errors="replace")
         try:
             write_whole(self._ending, json.dumps({"handled": handled}))
@@ -72,7 +72,7 @@ class Attention:
             log.error("ending_not_written", path=str(self._ending), reason=str(error))
 
     def look_after(self) -> None:
-        """Make the file again if somebody has removed it; without one, only a router that breaks leaves a word."""
+        """Makes the file again if somebody has removed it; without one, only a router that breaks leaves a word."""
         if self._is_lost or (self._memory_is_a_file and self._path.exists()):
             return
         try:
@@ -82,7 +82,7 @@ class Attention:
             log.warning("attention_lost", path=str(self._path), reason=str(error))
 
     def close(self) -> None:
-        """The router ends, and not by a request."""
+        """Removes the file: the router ends, and not by a request."""
         if self._memory_is_a_file:
             self._path.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ class Attention:
 
 
 def read_ending(path: Path, ending: Path) -> Ending:
-    """What the router before this one has left; nothing, if it left nothing that can be read."""
+    """Returns what the router before this one has left; nothing, if it left nothing that can be read."""
     try:
         return Ending(str(json.loads(ending.read_text())["handled"]), is_broken=True)
     except (OSError, ValueError, KeyError, TypeError):
@@ -116,7 +116,7 @@ def _read_name(path: Path) -> str:
 
 
 class SetAside:
-    """The folder. Read once, at the start."""
+    """The folder of requests that were set aside. It is read once, at the start."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -136,11 +136,12 @@ class SetAside:
             raise SetAsideError(message)
 
     def has(self, request: JournalledRequest) -> bool:
-        """Whether it is kept here."""
+        """Says whether the request is kept here."""
         return (request.accepted.tenant, request.accepted.reply_id) in self._reasons
 
     def keep(self, request: JournalledRequest, reason: str) -> None:
-        """Answer for it from now on, and write it down. Raises OSError: then the next router does not know."""
+        """Answers for the request from now on, and writes it down. Raises OSError: then the next router does not
+        know."""
         accepted = request.accepted
         message = f"request {accepted.reply_id}: {reason}; its state is kept on disk, and it is not gone on with"
         names = [name for name in (accepted.reply_id, accepted.client_request_id, accepted.idempotency_key) if name]
@@ -179,8 +180,8 @@ def without_culprits(
     journalled: Sequence[JournalledRequest],
     forget: Callable[[str], None],
 ) -> tuple[list[JournalledRequest], SetAside]:
-    """What is gone on with. Requests that end the router are set aside, and forgotten by the journal through `forget`,
-    which gets their reply ids.
+    """Returns what is gone on with. Requests that end the router are set aside, and forgotten by the journal through
+    `forget`, which gets their reply ids.
 
     What the disk does not take is said, and judged again at the next start.
     """
@@ -233,7 +234,7 @@ def _num_tokens(request: JournalledRequest) -> int:
 
 
 def _read_record(path: Path) -> Record:
-    """None of it where it is not there or not what was written: at worst three more ends are counted."""
+    """Reads the record; nothing of it where it is not what was written: at worst three more ends are counted."""
     try:
         kept = json.loads(path.read_text())
         ends, unnamed = (

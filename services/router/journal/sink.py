@@ -17,19 +17,19 @@ LOOK_INTERVAL_S = 0.5
 
 
 class JournalFirst:
-    """A sink that hands on what the journal has taken. Raises FencedError, and hands on nothing then."""
+    """Hands on what the journal has written. Raises FencedError, and hands on nothing then."""
 
     def __init__(self, journal: Journal, sink: Sink) -> None:
         self._journal = journal
         self._sink = sink
 
     def __call__(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
-        """In the mesh thread; they are handed on in the disk's, as a rule."""
+        """Runs in the mesh thread; outcomes are handed on in the disk's, as a rule."""
         self._journal.append(outcomes, partial(self._sink, outcomes))
 
 
 class Housekeeping:
-    """What the mesh thread sees to between steps. Cheap enough for every turn, and waits for no disk."""
+    """Does what the mesh thread sees to between steps. It is cheap enough for every turn, and waits for no disk."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Housekeeping:
         self._has_looked = False
 
     def __call__(self) -> None:
-        """In the mesh thread. Raises FencedError."""
+        """Runs in the mesh thread. Raises FencedError."""
         self._check_disk()
         now_s = self._clock()
         if now_s >= self._next_look_s and not self._is_looking:

@@ -20,11 +20,11 @@ from common.processes.folder_lock import FolderLock, lock_folder
 MAX_TERM = (1 << 31) - 1
 """Numbers of steps have the term above their lower 32 bits, and must stay positive in 64."""
 _NOWHERE = (0, 0)
-"""Identity of a file that is not there or cannot be looked at."""
+"""The identity of a file that is not there or cannot be looked at."""
 
 
 class StateFolder:
-    """Open with `open_state_folder`; hold until the process ends."""
+    """Open it with `open_state_folder`, and hold it until the process ends."""
 
     def __init__(self, path: Path, term: RouterTerm, lock: FolderLock) -> None:
         self.path = path
@@ -32,13 +32,13 @@ class StateFolder:
         self._lock = lock
         self._url = ""
         self._seen = _identity(self._term_path)
-        """Of the term's file, when it had this router's term; the same of the address."""
+        """The identity of the term's file, when it had this router's term; the other is that of the address."""
         self._seen_url = _NOWHERE
         self._failure = ""
 
     def check_term(self) -> None:
-        """One `stat` while nothing has changed. Raises FencedError if another router has taken the folder since: the
-        lock ends with the process that holds it, but a folder may have been copied, or the lock's file removed."""
+        """Raises FencedError if another router has the folder since: the lock ends with the process that holds it, but
+        a folder may have been copied, or the lock's file removed. It costs one `stat` while nothing has changed."""
         seen = _identity(self._term_path)
         if seen == self._seen:
             return
@@ -52,9 +52,9 @@ class StateFolder:
             self._seen = seen
 
     def look_after(self, tell: Callable[[str], None] = lambda sentence: None) -> None:
-        """Check the term, and make the files again that are gone or damaged; `tell` is given a sentence about it, or
-        about why it cannot be. A few `stat`s while nothing has changed. Raises FencedError if another router has the
-        folder."""
+        """Checks the term, and makes the files again that are gone or damaged; `tell` is given a sentence about it, or
+        about why it cannot be. It costs a few `stat`s while nothing has changed. Raises FencedError if another router
+        has the folder."""
         try:
             made_again = [name for name, keep in self._keepers() if keep()]
         except OSError as error:
@@ -98,7 +98,7 @@ class StateFolder:
         )
 
     def close(self) -> None:
-        """Let another router have it."""
+        """Lets another router have it."""
         with contextlib.suppress(OSError, ValueError):
             if self._url and self._url_path.read_text() == self._url:  # else another router has the folder
                 self._url_path.unlink()
@@ -126,7 +126,7 @@ class StateFolder:
                 write_whole(self._term_path, json.dumps({"term": term}))
 
     def _term_on_disk(self) -> int:
-        """0 where there is none that can be read: while this router lives, it is the one that knows."""
+        """Returns 0 where there is none that can be read: while this router lives, it is the one that knows."""
         try:
             return _read_term(self._term_path)
         except (ConfigurationError, OSError):
@@ -149,7 +149,7 @@ class StateFolder:
 
 
 def open_state_folder(path: Path) -> StateFolder:
-    """Lock the folder and take the next term. Raises ConfigurationError if another router runs on it, or it cannot be
+    """Locks the folder and draws the next term. Raises ConfigurationError if another router runs on it, or it cannot be
     written to."""
     lock = lock_folder(path, "router")
     try:

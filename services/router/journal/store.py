@@ -48,13 +48,13 @@ from services.router.journal.records import (
 )
 
 MAX_ROWS = 400
-"""In one statement, of two values each: a SQLite may be built to take 999 and no more. A disk that was full leaves far
-more to write."""
+"""One statement has so many, of two values each: a SQLite may be built to accept 999 and no more. A disk that was full
+leaves far more to write."""
 
 
 @dataclass(slots=True)
 class LogBuffer:
-    """What stands in the log and not yet in the other tables."""
+    """Holds what stands in the log and not yet in the other tables."""
 
     tokens: dict[int, tuple[int, list[GeneratedToken]]] = field(default_factory=dict)
     """choice -> (position of the first, tokens)."""
@@ -63,7 +63,7 @@ class LogBuffer:
     ends: dict[int, tuple[float, bool]] = field(default_factory=dict)
 
     def add(self, record: StepRecord) -> None:
-        """A step was written to the log."""
+        """Adds a step that was written to the log."""
         for choice, position, token in record.tokens:
             self.tokens.setdefault(choice, (position, []))[1].append(token)
         self.placements.update(record.placements)
@@ -71,7 +71,7 @@ class LogBuffer:
         self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
 
     def copy(self) -> LogBuffer:
-        """One that may be added to."""
+        """Returns one that may be added to."""
         return LogBuffer(
             {choice: (first, list(tokens)) for choice, (first, tokens) in self.tokens.items()},
             dict(self.placements),
@@ -88,7 +88,7 @@ Run = tuple[int, int, bytes]
 
 
 class JournalStore:
-    """Open with `open_store`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
+    """Open it with `open_store`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path, model: str, is_synchronous: bool) -> None:
         self._connection = connection
@@ -98,17 +98,18 @@ class JournalStore:
         self._left_as = look_at(path)
 
     def is_in_place(self) -> bool:
-        """Whether the files are as the last write left them: a process goes on writing into a file that was removed,
-        and never hears of it. Four `stat` at most."""
+        """Says whether the files are as the last write left them: a process goes on writing into a file that was
+        removed, and never hears of it. It costs four `stat` at most."""
         return look_at(self._path) == self._left_as
 
     def insert_request(self, number: int, accepted: AcceptedRequest) -> None:
-        """Committed when it returns."""
+        """Inserts a request, which is committed when this returns."""
         with self._noted():
             self._connection.execute(_insert("requests", NUM_REQUEST_COLUMNS), seal(_request_row(number, accepted)))
 
     def append_steps(self, steps: Sequence[bytes]) -> None:
-        """One transaction, and few statements: each one lets another thread have the interpreter for a while."""
+        """Appends in one transaction, and few statements: each one lets another thread have the interpreter for a
+        while."""
         if len(steps) <= MAX_ROWS:
             with self._noted():
                 _insert_steps(self._connection, steps)  # a step as it comes: one statement is a transaction
@@ -118,7 +119,7 @@ class JournalStore:
                 _insert_steps(connection, steps[first : first + MAX_ROWS])
 
     def compact(self, buffer: LogBuffer, expired: Iterable[int]) -> list[Run]:
-        """Empty the log, whose content is `buffer`; delete what ended and is not kept, and the expired requests.
+        """Empties the log, whose content is `buffer`; deletes what ended and is not kept, and the expired requests.
 
         Returns the runs of tokens that were written.
         """
@@ -137,7 +138,7 @@ class JournalStore:
         return runs
 
     def rewrite(self, requests: Sequence[LedgerRequest], buffer: LogBuffer) -> list[Run]:
-        """A new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
+        """Makes a new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
 
         Returns the runs of tokens of `buffer`. A file that somebody else has put there is moved aside.
         """
@@ -173,7 +174,7 @@ class JournalStore:
             self._left_as = now
 
     def read(self) -> tuple[dict[int, JournalledRequest], LogBuffer]:
-        """Every request by its number, in the order of their acceptance; and what the log holds.
+        """Returns every request by its number, in the order of their acceptance, and what the log holds.
 
         Raises ValueError if a row is not what was written.
         """
@@ -204,7 +205,7 @@ class JournalStore:
         return dict(sorted(requests.items())), buffer
 
     def _rows(self, table: str, columns: str, order: str = "") -> Iterator[Any]:
-        """Ascending. Raises ValueError for a row that is not what was written."""
+        """Yields the rows of a table, ascending. Raises ValueError for one that is not what was written."""
         for *row, checksum in self._connection.execute(
             f"SELECT {columns}, checksum FROM {table} ORDER BY {order or columns}"
         ):
@@ -213,7 +214,7 @@ class JournalStore:
             yield row
 
     def close(self) -> None:
-        """Merge the WAL into the file."""
+        """Merges the WAL into the file."""
         self._connection.close()
 
     @contextmanager
@@ -229,7 +230,7 @@ class JournalStore:
 
 
 def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
-    """`model`: what the tokens depend on; a journal that holds requests of another one is refused.
+    """Opens the file. `model` is what the tokens depend on; a journal that holds requests of another one is refused.
 
     Raises ConfigurationError, which says what to do.
     """
@@ -250,7 +251,7 @@ def _runs(buffer: LogBuffer, dropped: Iterable[int]) -> list[Run]:
 
 
 def _rows_of(requests: Sequence[LedgerRequest], runs: Sequence[Run]) -> dict[str, Sequence[Sequence[Any]]]:
-    """By table; `runs` are those that the requests do not have yet."""
+    """Returns rows by table; `runs` are those that the requests do not have yet."""
     choices = [choice for request in requests for choice in request.choices]
     return {
         "requests": [_request_row(request.number, request.accepted) for request in requests],
@@ -279,7 +280,7 @@ def _insert(table: str, num_values: int) -> str:
 
 
 def seal(row: Sequence[Any]) -> tuple[Any, ...]:
-    """A row with its checksum behind it, as a signed integer of 64 bits."""
+    """Returns a row with its checksum behind it, as a signed integer of 64 bits."""
     return (*row, xxhash.xxh3_64_intdigest(msgpack.packb(list(row))) - (1 << 63))
 
 
@@ -302,7 +303,7 @@ def _request_row(number: int, accepted: AcceptedRequest) -> tuple[Any, ...]:
 
 
 def _accepted(row: Sequence[Any]) -> AcceptedRequest:
-    """`row`: as `REQUEST_COLUMNS` behind the number."""
+    """Reads `row`, which is as `REQUEST_COLUMNS` behind the number."""
     values: dict[str, Any] = dict(zip(REQUEST_COLUMNS.split(", ")[1:], row, strict=True))
     values["is_resumable"] = bool(values["is_resumable"])
     values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))

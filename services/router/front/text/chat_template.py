@@ -110,7 +110,8 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
     ) -> None:
-        """`special_tokens`: `bos_token`, `eos_token`, ...; raises CheckpointError if the template does not compile."""
+        """`special_tokens` are `bos_token`, `eos_token`, ... Raises CheckpointError if the template does not
+        compile."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -133,8 +134,8 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
-        """The prompt's text, up to where the assistant's turn begins. Raises InvalidRequestError with what the template
-        says against the messages. With `now`, a request that is rendered again later has the same text."""
+        """Returns the prompt's text, up to where the assistant's turn begins. Raises InvalidRequestError with what the
+        template says against the messages. With `now`, a request that is rendered again later has the same text."""
         known = [self._known(message) for message in messages]
         arguments = {**({} if now is None else {"strftime_now": now.strftime}), **template_arguments}
         best: tuple[int, str] | None = None
@@ -157,7 +158,7 @@ class ChatTemplate:
         return best[1]
 
     def _render_form(self, known: Sequence[Message], arguments: Mapping[str, Any], form: SilentForm) -> tuple[str, int]:
-        """The text, and how many calls of tools it does not show. Raises what the template raises."""
+        """Returns the text, and how many calls of tools it does not show. Raises what the template raises."""
         text_roles: frozenset[str] = frozenset()
         while True:
             prepared = PreparedMessages(known, text_roles, self._part_roles, form)
@@ -186,7 +187,7 @@ class ChatTemplate:
         return self._template.render(values)
 
     def _known(self, message: Message) -> Message:
-        """Without null fields, and in names that the template knows."""
+        """Returns the message without null fields, and in names that the template knows."""
         known = {name: value for name, value in message.items() if value is not None}
         reasoning = known.get("reasoning_content")
         if reasoning is not None:
@@ -196,13 +197,13 @@ class ChatTemplate:
         return known
 
     def _accepts_parts_alone(self, role: str) -> bool:
-        """True if what the role says is lost as a string and comes out as a list of parts."""
+        """Is True if what the role says is lost as a string and comes out as a list of parts."""
         as_text = PreparedMessages(_PROBED[role], frozenset(), frozenset())
         as_parts = PreparedMessages(_PROBED[role], frozenset(), frozenset({role}))
         return not self._shows_probe(as_text) and self._shows_probe(as_parts)
 
     def _accepts_lists(self, role: str) -> bool:
-        """True if a list of parts comes out as the text of them all, wherever else a list may not be taken."""
+        """Is True if a list of parts comes out as the text of them all, wherever else a list may not be accepted."""
         parts = [{"type": "text", "text": _PROBE}, {"type": "text", "text": "c"}]
         messages = [{**message, "content": parts} if message["role"] == role else message for message in _PROBED[role]]
         prepared = PreparedMessages(messages, frozenset(), self._part_roles)
@@ -220,9 +221,9 @@ class SilentForm:
     """How an assistant that says nothing, and perhaps calls tools, is told to a template."""
 
     content: Mapping[str, str | None]
-    """In place of what it does not say."""
+    """It stands in place of what the assistant does not say."""
     are_arguments_text: bool = False
-    """Arguments of calls as JSON text; else as objects, as transformers documents it."""
+    """Arguments of calls are JSON text; else they are objects, as transformers documents it."""
 
 
 SILENT_FORMS = tuple(
@@ -231,11 +232,11 @@ SILENT_FORMS = tuple(
     # Without content as transformers hands such a message over; some templates join it to other text, or ask for null.
     for content in ({}, {"content": ""}, {"content": None})
 )
-"""In the order in which they are tried."""
+"""They are tried in this order."""
 
 
 class Watch:
-    """What a template does with the parts of one message."""
+    """Notes what a template does with the parts of one message."""
 
     __slots__ = ("is_written_out", "unread")
 
@@ -245,7 +246,7 @@ class Watch:
 
     @property
     def is_accepted(self) -> bool:
-        """True if the parts were read as parts, every one of them."""
+        """Is True if the parts were read as parts, every one of them."""
         return not self.is_written_out and not self.unread
 
 
@@ -322,7 +323,7 @@ class _WatchedFunction(dict[str, Any]):
 
 
 def note_written_out(value: object) -> None:
-    """`value` is about to be written as JSON, with all that is in it."""
+    """Hears that `value` is about to be written as JSON, with all that is in it."""
     if isinstance(value, (_WatchedPart, _WatchedParts)):
         value._watch.is_written_out = True
     elif isinstance(value, _WatchedFunction):
@@ -336,7 +337,7 @@ def note_written_out(value: object) -> None:
 
 
 class PreparedMessages:
-    """Messages for one rendering, and what the template did with their parts."""
+    """Holds the messages for one rendering, and what the template did with their parts."""
 
     def __init__(
         self,
@@ -345,22 +346,22 @@ class PreparedMessages:
         part_roles: frozenset[str],
         silent_form: SilentForm = SILENT_FORMS[0],
     ) -> None:
-        """`text_roles`: whose parts become one text; `part_roles`: those that take no strings, but parts alone."""
+        """Parts of `text_roles` become one text; `part_roles` accept no strings, but parts alone."""
         self._watches: list[tuple[str, Watch]] = []
         self._functions: list[_WatchedFunction] = []
         formed = [self._in_form(message, silent_form) for message in messages]
         self.messages = [self._prepare(message, text_roles, part_roles) for message in formed]
 
     def watched_roles(self) -> list[str]:
-        """Of messages that were given as a list, in order."""
+        """Returns the roles of messages that were given as a list, in order."""
         return list(dict.fromkeys(role for role, _ in self._watches))
 
     def refusing_roles(self) -> list[str]:
-        """Those of them whose lists the template did not take."""
+        """Returns those of them whose lists the template did not accept."""
         return list(dict.fromkeys(role for role, watch in self._watches if not watch.is_accepted))
 
     def num_hidden_calls(self) -> int:
-        """Calls of tools that the template did not show."""
+        """Counts the calls of tools that the template did not show."""
         return sum(not function._is_shown for function in self._functions)
 
     def _in_form(self, message: Message, form: SilentForm) -> Message:
@@ -391,7 +392,7 @@ class PreparedMessages:
 
 
 def join_parts(parts: Iterable[TextPart]) -> str:
-    """A line each, as vLLM and llama.cpp have it."""
+    """Joins parts, a line each, as vLLM and llama.cpp do."""
     return "\n".join(part["text"] for part in parts)
 
 
