@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import structlog
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from common.config import Settings
@@ -40,7 +42,7 @@ from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.disk_thread import Disk, DiskThread, finish_within
 from services.router.journal.journal import Journal, JournalCollector, JournalSettings, open_journal
 from services.router.journal.records import JournalledRequest
-from services.router.journal.set_aside import Attention, attention_path, without_culprits
+from services.router.journal.set_aside import Attention, SetAside, attention_path, without_culprits
 from services.router.journal.sink import Housekeeping, JournalFirst
 from services.router.journal.state_folder import StateFolder, open_state_folder
 from services.router.mesh.engine import MeshEngine, TokenMailbox
@@ -48,7 +50,7 @@ from services.router.mesh.loop import LoopSettings, MeshLoop
 from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import Placer, ProcessPlacer
 from services.router.mesh.sockets import MeshClient
-from services.router.mesh.steps import Sink, StepFlow
+from services.router.mesh.steps import StepFlow
 from services.router.scheduling.blame import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -82,13 +84,129 @@ async def serve(settings: Settings) -> None:
     should_stop = StopFlag()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     model = read_model(settings)
-    if model.config.dtype == "float16" and model.dtype == "bfloat16":
-        log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
-    for remark in model.remarks:
-        log.warning("checkpoint_remark", detail=remark)
     tokenizer = TextTokenizer.from_directory(model.directory)
-    if tokenizer.defaults.not_applied:
-        log.warning("defaults_not_applied", file="generation_config.json", keys=tokenizer.defaults.not_applied)
+    _log_checkpoint(model, tokenizer)
+    storage = _open_storage(settings, model)
+    listener = _listen(settings)
+    links = _open_links(settings, storage)
+    mailbox = TokenMailbox(asyncio.get_running_loop())
+    placer = ProcessPlacer(links.client.wake, log)
+    mesh = _mesh_loop(settings, model, storage, links, mailbox, placer)
+    context_tokens = _context_tokens(settings, model)
+    _log_context(settings, model, context_tokens)
+    takes_over = storage.state.term > 1
+    engine = MeshEngine(
+        mesh, mailbox, context_tokens, time.monotonic, max_waiting=settings.max_waiting, takes_over=takes_over
+    )
+    registry = _registry(mesh, storage.journal)
+    origins = _origins(settings, listener)
+    front = _front_settings(settings, model)
+    app = create_app(engine, tokenizer, front, registry, journal=storage.journal, origins=origins)
+    requests: RequestRegistry = app.state.requests
+    requests.set_aside = storage.set_aside
+    server = _server(settings, app, lambda: engine.readiness().ready, registry)
+    host, port = listener.getsockname()[:2]
+    storage.state.publish_url(f"{http_url(host, port)}\n", _tell_of_folder)
+    log.info("listening", host=host, port=port, term=storage.state.term, model=model.served_name, dtype=model.dtype)
+    placer.start()
+    requests.restore(storage.journalled)
+    going_on = asyncio.create_task(requests.go_on())
+    relief = asyncio.create_task(MemoryRelief().run())
+    thread = _MeshThread(mesh, server, storage)
+    try:
+        # Who connects meanwhile waits in the listener's queue, and finds its request.
+        await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
+        # Only now: stages that are back hand their cache to requests that are in line.
+        thread.start()
+        if storage.journalled:
+            log.info("requests_restored", number=len(storage.journalled), are_all_in_line=going_on.done())
+        if not should_stop():
+            await server.serve(sockets=[listener])
+    finally:
+        thread.stop()
+        placer.close()
+        for task in (going_on, relief):
+            task.cancel()
+        await asyncio.gather(going_on, relief, return_exceptions=True)
+        await requests.close()
+        if not storage.close(links):
+            log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
+    if thread.failure is not None:
+        raise thread.failure
+    storage.attention.close()
+    log.info("stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class _Links:
+    """What the mesh thread speaks to nodes by."""
+
+    transport: Transport
+    addresses: NodeAddresses
+    client: MeshClient
+
+    def close(self) -> None:
+        """Socket files are removed with their sockets."""
+        self.client.close()
+        self.transport.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """What the router has in its state folder, and who works there."""
+
+    state: StateFolder
+    disk: DiskThread
+    journal: Journal | None
+    journalled: list[JournalledRequest]
+    """What a router before this one has left, but for requests that were set aside."""
+    set_aside: SetAside
+    attention: Attention
+
+    def close(self, links: _Links) -> bool:
+        """Writes what is left, then closes the links, whose socket files are on a disk too. Returns False if it is not
+        done in time."""
+        if self.journal is not None:
+            self.journal.close()
+        self.disk.submit(self.state.close)
+        return self.disk.close(CLOSE_WITHIN_S) and finish_within(links.close, CLOSE_WITHIN_S)
+
+
+class _MeshThread:
+    """Runs the mesh. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
+
+    def __init__(self, mesh: MeshLoop, server: FrontServer, storage: _Storage) -> None:
+        self.failure: BaseException | None = None
+        """What it broke by."""
+        self._mesh = mesh
+        self._server = server
+        self._storage = storage
+        self._thread = threading.Thread(target=self._run, name="mesh", daemon=True)
+
+    def start(self) -> None:
+        """Call it once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits for the end of its turn, but not for ever."""
+        self._mesh.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        try:
+            self._mesh.run()
+        except BaseException as error:
+            if isinstance(error, FencedError):
+                log.error("router_fenced", reason=error.message)
+            else:
+                log.critical("mesh_thread_broke", exc_info=error)
+                self._storage.disk.submit(self._storage.attention.note_break)
+            self.failure = error
+            self._server.should_exit = True
+
+
+def _open_storage(settings: Settings, model: Model) -> _Storage:
     state = open_state_folder(settings.state_dir)
     disk = DiskThread()
     journal, journalled = _open_journal(settings, model, state, disk)
@@ -96,121 +214,7 @@ async def serve(settings: Settings) -> None:
     # Only once what a router before this one left there was read.
     attention = Attention(attention_path(state.path), state.path / "ending.json")
     disk.start()
-    listener = _listen(settings)
-    transport = open_transport(settings, log)
-    mailbox = TokenMailbox(asyncio.get_running_loop())
-    addresses = find_addresses(settings, NodeId("router"))
-    client = MeshClient(transport, addresses, state.term, log, disk.submit)
-    sink = mailbox if journal is None else JournalFirst(journal, mailbox)
-    tell_of_folder = partial(_tell_of_folder, log)
-    look_after_state = partial(state.look_after, tell_of_folder)
-    housekeeping = Housekeeping(
-        look_after_state, disk, disk.check, journal, partial(_look_after_own, transport, attention)
-    )
-    placer = ProcessPlacer(client.wake, log)
-    mesh = _mesh_loop(
-        settings,
-        model,
-        client,
-        addresses,
-        state.term,
-        sink,
-        housekeeping,
-        journal,
-        partial(state.outgrow, on_disk=disk.submit),
-        placer,
-        attention,
-    )
-    registry = CollectorRegistry()
-    if journal is not None:
-        registry.register(JournalCollector(journal.counts))
-    for collector in (
-        MeshCollector(lambda: mesh.status),
-        ProcessCollector(registry=None),
-        PlatformCollector(registry=None),
-    ):
-        registry.register(collector)
-    context_tokens = _context_tokens(settings, model)
-    _log_context(settings, model, context_tokens)
-    engine = MeshEngine(
-        mesh,
-        mailbox,
-        context_tokens,
-        time.monotonic,
-        max_waiting=settings.max_waiting,
-        takes_over=state.term > 1,
-    )
-    front = FrontSettings(
-        served_name=model.served_name,
-        max_body_bytes=settings.max_body_bytes,
-        system_fingerprint=f"{model.fingerprint[:12]}-{model.dtype}",
-        resume_grace_s=settings.resume_grace_ms / 1000,
-        retention_s=settings.journal_retention_s,
-        max_kept_requests=settings.journal_max_requests,
-        max_kept_bytes=settings.journal_max_bytes,
-    )
-    app = create_app(engine, tokenizer, front, registry, journal=journal, origins=_origins(settings, listener))
-    requests: RequestRegistry = app.state.requests
-    requests.set_aside = set_aside
-    limits = ConnectionLimits(
-        keep_alive_s=settings.keep_alive_s,
-        # Clients get a third: the rest is for nodes (five for each), the journal, and what is being refused or closed.
-        max_connections=max(1, min(settings.max_connections, descriptor_limit() // 3)),
-    )
-    server = FrontServer(
-        app,
-        requests.release,
-        requests.give_up,
-        lambda: engine.readiness().ready,
-        limits,
-        ConnectionMetrics(registry),
-        app.state.refuse_connection,
-    )
-    failure: list[BaseException] = []
-    thread = threading.Thread(target=_run_mesh, args=(mesh, server, failure, attention, disk), name="mesh", daemon=True)
-    host, port = listener.getsockname()[:2]
-    state.publish_url(f"{http_url(host, port)}\n", tell_of_folder)
-    log.info("listening", host=host, port=port, term=state.term, model=model.served_name, dtype=model.dtype)
-    placer.start()
-    requests.restore(journalled)
-    going_on = asyncio.create_task(requests.go_on())
-    relief = asyncio.create_task(MemoryRelief().run())
-    try:
-        # Who connects meanwhile waits in the listener's queue, and finds its request.
-        await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
-        # Only now: stages that are back hand their cache to requests that are in line.
-        thread.start()
-        if journalled:
-            log.info("requests_restored", number=len(journalled), are_all_in_line=going_on.done())
-        if not should_stop():
-            await server.serve(sockets=[listener])
-    finally:
-        mesh.stop()
-        if thread.is_alive():
-            thread.join(timeout=5)
-        placer.close()
-        for task in (going_on, relief):
-            task.cancel()
-        await asyncio.gather(going_on, relief, return_exceptions=True)
-        await requests.close()
-        if journal is not None:
-            journal.close()
-        disk.submit(state.close)
-        # Socket files are removed with their sockets.
-        is_closed = disk.close(CLOSE_WITHIN_S) and finish_within(
-            partial(_close_links, client, transport), CLOSE_WITHIN_S
-        )
-        if not is_closed:
-            log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
-    if failure:
-        raise failure[0]
-    attention.close()
-    log.info("stopped")
-
-
-def _close_links(client: MeshClient, transport: Transport) -> None:
-    client.close()
-    transport.close()
+    return _Storage(state, disk, journal, journalled, set_aside, attention)
 
 
 def _open_journal(
@@ -232,36 +236,64 @@ def _forget(journal: Journal | None, reply_id: str) -> None:
     journal.end(reply_id, is_kept=False)
 
 
-def _tell_of_folder(log: structlog.stdlib.BoundLogger, sentence: str) -> None:
+def _open_links(settings: Settings, storage: _Storage) -> _Links:
+    transport = open_transport(settings, log)
+    addresses = find_addresses(settings, NodeId("router"))
+    client = MeshClient(transport, addresses, storage.state.term, log, storage.disk.submit)
+    return _Links(transport, addresses, client)
+
+
+def _tell_of_folder(sentence: str) -> None:
     log.warning("state_folder", reason=sentence)
 
 
-def _look_after_own(transport: Transport, attention: Attention) -> None:
-    """Runs in the mesh thread."""
-    transport.look_after_files(time.monotonic())
-    attention.look_after()
+def _log_checkpoint(model: Model, tokenizer: TextTokenizer) -> None:
+    if model.config.dtype == "float16" and model.dtype == "bfloat16":
+        log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
+    for remark in model.remarks:
+        log.warning("checkpoint_remark", detail=remark)
+    if tokenizer.defaults.not_applied:
+        log.warning("defaults_not_applied", file="generation_config.json", keys=tokenizer.defaults.not_applied)
 
 
-def _run_mesh(
-    mesh: MeshLoop,
-    server: FrontServer,
-    failure: list[BaseException],
-    attention: Attention,
-    disk: Disk,
-) -> None:
-    """Runs in the mesh thread. If that breaks, the process must end: a router that answers HTTP and no request helps
-    nobody."""
-    try:
-        mesh.run()
-    except FencedError as error:
-        log.error("router_fenced", reason=error.message)
-        failure.append(error)
-        server.should_exit = True
-    except BaseException as error:
-        log.critical("mesh_thread_broke", exc_info=error)
-        disk.submit(attention.note_break)
-        failure.append(error)
-        server.should_exit = True
+def _registry(mesh: MeshLoop, journal: Journal | None) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    if journal is not None:
+        registry.register(JournalCollector(journal.counts))
+    for collector in (
+        MeshCollector(lambda: mesh.status),
+        ProcessCollector(registry=None),
+        PlatformCollector(registry=None),
+    ):
+        registry.register(collector)
+    return registry
+
+
+def _front_settings(settings: Settings, model: Model) -> FrontSettings:
+    return FrontSettings(
+        served_name=model.served_name,
+        max_body_bytes=settings.max_body_bytes,
+        system_fingerprint=f"{model.fingerprint[:12]}-{model.dtype}",
+        resume_grace_s=settings.resume_grace_ms / 1000,
+        retention_s=settings.journal_retention_s,
+        max_kept_requests=settings.journal_max_requests,
+        max_kept_bytes=settings.journal_max_bytes,
+    )
+
+
+def _server(
+    settings: Settings, app: FastAPI, may_finish: Callable[[], bool], registry: CollectorRegistry
+) -> FrontServer:
+    requests: RequestRegistry = app.state.requests
+    limits = ConnectionLimits(
+        keep_alive_s=settings.keep_alive_s,
+        # Clients get a third: the rest is for nodes (five for each), the journal, and what is being refused or closed.
+        max_connections=max(1, min(settings.max_connections, descriptor_limit() // 3)),
+    )
+    metrics = ConnectionMetrics(registry)
+    return FrontServer(
+        app, requests.release, requests.give_up, may_finish, limits, metrics, app.state.refuse_connection
+    )
 
 
 def _context_tokens(settings: Settings, model: Model) -> int:
@@ -307,19 +339,48 @@ def _origins(settings: Settings, listener: socket.socket) -> OriginPolicy:
 
 
 def _mesh_loop(
-    settings: Settings,
-    model: Model,
-    client: MeshClient,
-    addresses: NodeAddresses,
-    term: int,
-    sink: Sink,
-    housekeeping: Callable[[], None],
-    journal: Journal | None,
-    outgrow: Callable[[int], None] = lambda term: None,
-    placer: Placer | None = None,
-    attend: Attend = lambda name: None,
+    settings: Settings, model: Model, storage: _Storage, links: _Links, mailbox: TokenMailbox, placer: Placer
 ) -> MeshLoop:
-    shape = MeshShape(
+    client, term, journal = links.client, storage.state.term, storage.journal
+    scheduler = _scheduler(settings, term, storage.attention)
+    step_deadline_s = settings.step_deadline_ms / 1000
+    flow = StepFlow(
+        client,
+        scheduler,
+        term,
+        step_deadline_s,
+        model.config.vocab_size,
+        mailbox if journal is None else JournalFirst(journal, mailbox),
+        log,
+        *([journal.note_placement] if journal is not None else []),
+    )
+    return MeshLoop(
+        model.config,
+        LoopSettings(_welcome(settings, model, links), model.fingerprint),
+        client,
+        scheduler,
+        flow,
+        _stage_roles(settings, model, links.addresses, client.results.endpoints, term),
+        ExpertRoles(model.config, _shape(settings, model), settings.experts),
+        Membership(MembershipSettings.of_mesh(step_deadline_s, settings.heartbeat_interval_ms / 1000)),
+        log,
+        housekeeping=_housekeeping(storage, links.transport),
+        outgrow=partial(storage.state.outgrow, on_disk=storage.disk.submit),
+        placer=placer,
+    )
+
+
+def _housekeeping(storage: _Storage, transport: Transport) -> Housekeeping:
+    def look_after_own() -> None:
+        transport.look_after_files(time.monotonic())
+        storage.attention.look_after()
+
+    look_after_folder = partial(storage.state.look_after, _tell_of_folder)
+    return Housekeeping(look_after_folder, storage.disk, storage.disk.check, storage.journal, look_after_own)
+
+
+def _shape(settings: Settings, model: Model) -> MeshShape:
+    return MeshShape(
         pp=settings.pp,
         spares=settings.spares,
         copies=settings.copies,
@@ -328,27 +389,27 @@ def _mesh_loop(
         block_tokens=BLOCK_TOKENS,
         kv_cache_tokens=settings.kv_cache_tokens,
     )
-    scheduler = Scheduler(
-        SchedulerSettings(
-            block_tokens=BLOCK_TOKENS,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_sequences=settings.max_batch_sequences,
-            prefill_chunk_tokens=settings.prefill_chunk_tokens,
-            max_waiting=settings.max_waiting,
-            min_decode_share=settings.micro_batch_sequences,
-            micro_batches_per_pipeline=settings.micro_batches or None,
-            max_outage_s=settings.outage_deadline_ms / 1000,
-            # A step that takes its whole time, and then a pipeline that is gone for as long as one may be.
-            max_stalled_s=(settings.step_deadline_ms + settings.outage_deadline_ms) / 1000,
-            pipeline_policy=settings.pipeline_policy,
-        ),
-        first_number=term << TERM_SHIFT,
-        attend=attend,
+
+
+def _scheduler(settings: Settings, term: int, attend: Attend) -> Scheduler:
+    scheduling = SchedulerSettings(
+        block_tokens=BLOCK_TOKENS,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_sequences=settings.max_batch_sequences,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        max_waiting=settings.max_waiting,
+        min_decode_share=settings.micro_batch_sequences,
+        micro_batches_per_pipeline=settings.micro_batches or None,
+        max_outage_s=settings.outage_deadline_ms / 1000,
+        # A step that takes its whole time, and then a pipeline that is gone for as long as one may be.
+        max_stalled_s=(settings.step_deadline_ms + settings.outage_deadline_ms) / 1000,
+        pipeline_policy=settings.pipeline_policy,
     )
-    step_deadline_s = settings.step_deadline_ms / 1000
-    heartbeat_interval_s = settings.heartbeat_interval_ms / 1000
-    membership = Membership(MembershipSettings.of_mesh(step_deadline_s, heartbeat_interval_s))
-    welcome = Welcome(
+    return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend)
+
+
+def _welcome(settings: Settings, model: Model, links: _Links) -> Welcome:
+    return Welcome(
         heartbeat_interval_ms=settings.heartbeat_interval_ms,
         dtype=model.dtype,
         combine=settings.combine,
@@ -357,39 +418,23 @@ def _mesh_loop(
         call_deadline_ms=settings.call_deadline_ms,
         expert_loss=settings.expert_loss,
         degrade_after_ms=settings.degrade_after_ms,
-        pulse=addresses.advertised(client.pulses.endpoints),
-        pulse_ipc_token=addresses.folder_token,
+        pulse=links.addresses.advertised(links.client.pulses.endpoints),
+        pulse_ipc_token=links.addresses.folder_token,
     )
-    return MeshLoop(
+
+
+def _stage_roles(
+    settings: Settings, model: Model, addresses: NodeAddresses, results: tuple[str, ...], term: int
+) -> StageRoles:
+    """`results`: where the router listens for the results of steps."""
+    return StageRoles(
         model.config,
-        LoopSettings(welcome, model.fingerprint),
-        client,
-        scheduler,
-        StepFlow(
-            client,
-            scheduler,
-            term,
-            step_deadline_s,
-            model.config.vocab_size,
-            sink,
-            log,
-            *([journal.note_placement] if journal is not None else []),
-        ),
-        StageRoles(
-            model.config,
-            shape,
-            addresses.advertised(client.results.endpoints),
-            addresses.folder_token,
-            recovery=settings.recovery,
-            adopts=term > 1,
-            first_generation=term << TERM_SHIFT,
-        ),
-        ExpertRoles(model.config, shape, settings.experts),
-        membership,
-        log,
-        housekeeping=housekeeping,
-        outgrow=outgrow,
-        placer=placer,
+        _shape(settings, model),
+        addresses.advertised(results),
+        addresses.folder_token,
+        recovery=settings.recovery,
+        adopts=term > 1,
+        first_generation=term << TERM_SHIFT,
     )
 
 

@@ -26,10 +26,8 @@ from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
-from services.router.journal.sink import Housekeeping
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _listen, _log_context, _mesh_loop, _origins, http_url
-from tests.support.front.disks import PromptDisk
+from services.router.service import _context_tokens, _listen, _log_context, _origins, _stage_roles, http_url
 from tests.support.router.mesh_shapes import node, small_model
 
 
@@ -127,31 +125,15 @@ def test_a_context_that_cannot_be_had_is_said(
     assert because is None or logs[0]["detail"].startswith(because)
 
 
-class NoSockets:
-    """In place of MeshClient: only what the roles are told of it."""
-
-    class results:
-        endpoints = ("tcp://router:9",)
-
-    class pulses:
-        endpoints = ("tcp://router:10",)
-
-
 def roles_in(term: int, tmp_path: Path) -> StageRoles:
     """Of the router that has this term."""
-    anything: Any = None
-    client: Any = NoSockets()
-    mesh = _mesh_loop(
+    return _stage_roles(
         Settings(model="m", kv_cache_tokens=1024),
         Model(tmp_path, small_model(), "print", "float32", 512, "m"),
-        client,
         NodeAddresses("tcp://router:1", "", ""),
+        ("tcp://router:9",),
         term,
-        anything,
-        Housekeeping(lambda: None, PromptDisk(), lambda: None, None),
-        None,
     )
-    return mesh._stages
 
 
 def assign(roles: StageRoles) -> list[Tell]:
