@@ -83,7 +83,7 @@ class LiveRequest:
     def __init__(
         self,
         planned: PlannedRequest,
-        identity: ClientIdentity,
+        is_resumable: bool,
         engine: Engine,
         tokenizer: TextTokenizer,
         metrics: FrontMetrics,
@@ -91,7 +91,7 @@ class LiveRequest:
         on_end: Callable[[LiveRequest], None],
     ) -> None:
         self.planned = planned
-        self.identity = identity
+        self.is_resumable = is_resumable
         self.choices = [LiveChoice(choice, tokenizer) for choice in planned.choices]
         self.error: Exception | None = None
         self.has_ended = False

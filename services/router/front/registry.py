@@ -69,14 +69,6 @@ class KnownRequest:
     waking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
-    def identity(self) -> ClientIdentity:
-        """Returns whose it is."""
-        accepted = self.accepted
-        return ClientIdentity(
-            accepted.tenant, accepted.client_request_id, accepted.idempotency_key, accepted.is_resumable
-        )
-
-    @property
     def ended_s(self) -> float | None:
         """Returns the wall clock at its end; None if it has not ended."""
         return None if self.resting is None else self.resting.ended_s
@@ -433,7 +425,13 @@ class RequestRegistry:
 
     def _live(self, entry: KnownRequest, planned: PlannedRequest) -> LiveRequest:
         live = LiveRequest(
-            planned, entry.identity, self._engine, self._tokenizer, self._metrics, self._clock, on_end=self._note_end
+            planned,
+            entry.accepted.is_resumable,
+            self._engine,
+            self._tokenizer,
+            self._metrics,
+            self._clock,
+            on_end=self._note_end,
         )
         live.receipt = entry.receipt
         return live

@@ -340,7 +340,7 @@ class ReplySender:
 
     def _reply(self, reader: ReplyReader, events: list[list[ChoiceEvent]]) -> JsonObject:
         planned = reader.live.planned
-        is_extended = reader.live.identity.is_resumable or planned.fields.includes_usage
+        is_extended = reader.live.is_resumable or planned.fields.includes_usage
         return whole_reply(
             planned,
             create_form(planned, self._vocabulary),

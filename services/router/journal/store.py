@@ -285,21 +285,10 @@ def seal(row: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _request_row(number: int, accepted: AcceptedRequest) -> tuple[Any, ...]:
-    return (
-        number,
-        accepted.reply_id,
-        accepted.created_s,
-        accepted.accepted_s,
-        accepted.route,
-        accepted.tenant,
-        accepted.client_request_id,
-        accepted.idempotency_key,
-        accepted.body_hash,
-        accepted.body,
-        accepted.seed,
-        int(accepted.is_resumable),
-        json.dumps(accepted.choice_ids),
-    )
+    values = {name: getattr(accepted, name) for name in REQUEST_COLUMNS.split(", ")[1:]}
+    values["is_resumable"] = int(accepted.is_resumable)
+    values["choice_ids"] = json.dumps(accepted.choice_ids)
+    return (number, *values.values())
 
 
 def _accepted(row: Sequence[Any]) -> AcceptedRequest:

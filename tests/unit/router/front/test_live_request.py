@@ -165,7 +165,7 @@ def test_a_restored_choice_is_taken_out_of_the_mesh_however_early_it_is_cancelle
         generation = await start(FakeEngine(), tokenizer, 2)
         live = LiveRequest(
             generation.live.planned,
-            generation.live.identity,
+            False,
             engine,
             tokenizer,
             FrontMetrics(CollectorRegistry()),
