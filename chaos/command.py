@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from chaos.experiment import Experiment, ExperimentError, read_experiment
+from chaos.faults.base import allowed_values
 from chaos.faults.catalog import FAULTS
 from chaos.record.history import History, HistoryError, read_history
 from chaos.record.operations import Reference
@@ -50,9 +51,11 @@ class Options:
 
 
 def _print_faults() -> None:
-    for name, make in sorted(FAULTS.items()):
-        described = (sys.modules[make.__module__].__doc__ or "").partition("\n\n")[0]
+    for name, fault in sorted(FAULTS.items()):
+        described = (sys.modules[fault.__module__].__doc__ or "").partition("\n\n")[0]
         print(f"{name:16} {' '.join(described.split())}")
+        for parameter, annotation in fault.parameters().items():
+            print(f"{'':16} {parameter}={getattr(fault, parameter)}: {allowed_values(annotation)}.")
 
 
 @app.command()

@@ -127,7 +127,7 @@ class Timeline(_Strict):
         planned = make_timeline(0, [entry.allowed for entry in self.faults], self.rules)
         for fault in planned:
             try:
-                FAULTS[fault.kind](fault.parameters)
+                FAULTS[fault.kind].from_suite(fault.parameters)
             except ValueError as error:
                 raise ValueError(f"faults: parameters of {fault.kind}: {error}") from error
         return self

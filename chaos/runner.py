@@ -184,7 +184,7 @@ class Run:
         return offered
 
     async def _reason_against(self, planned: PlannedFault) -> str:
-        fault = FAULTS[planned.kind](planned.parameters)
+        fault = FAULTS[planned.kind].from_suite(planned.parameters)
         lacking = fault.needs - self.target.features
         if lacking:
             return f"the target has no {', '.join(sorted(lacking))}"
@@ -216,7 +216,7 @@ class Run:
     async def _apply(self, planned: PlannedFault, observer: Observer) -> bool:
         if reason := await self._reason_against(planned):
             return self._skip(planned, reason, is_expected=True)
-        fault = FAULTS[planned.kind](planned.parameters)
+        fault = FAULTS[planned.kind].from_suite(planned.parameters)
         nodes, roles = await observer.look_at_nodes(), await observer.look_at_roles()
         draw = random.Random(f"{self.seed}/victims/{planned.number}")
         keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}

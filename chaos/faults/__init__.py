@@ -1,1 +1,1 @@
-"""One fault a file: what it does to nodes, and how that is undone."""
+"""Each file here is one fault: what it does to nodes, and how that is undone."""

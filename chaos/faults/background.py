@@ -1,44 +1,58 @@
-"""Work of a fault that goes on while others are hurt: one thread, which ends when it is told to or by itself."""
+"""What faults have whose work goes on while others are hurt: one thread, which ends by itself or when it is told to."""
 
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.target import TargetError
+from chaos.faults.base import Fault
+from chaos.target import Target, TargetError
+
+STOP_TIMEOUT_S = 60.0
 
 
-@dataclass(slots=True)
-class BackgroundWork:
-    """At most one thread at a time. What it raises comes out of `finish`."""
+@dataclass
+class BackgroundFault(Fault):
+    """`apply` begins the work; `heal` waits for its end and raises what it raised."""
 
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-    _error: TargetError | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+    _thread: threading.Thread | None = field(default=None, init=False, repr=False)
+    _error: TargetError | None = field(default=None, init=False, repr=False)
 
-    def begin(self, work: Callable[[threading.Event], None]) -> None:
-        """Runs `work` in a thread; it looks at the event between its steps."""
+    @property
+    @abstractmethod
+    def patience_s(self) -> float:
+        """Healing waits so long for the work to end by itself before it tells it to stop."""
+
+    def heal(self, target: Target) -> None:
+        """Ends the work and undoes what it has done. Raises TargetError also if the work does not stop."""
+        try:
+            self._finish()
+        finally:
+            super().heal(target)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        """Runs `work` in a thread. It must look at `_stopped` wherever it waits."""
 
         def run() -> None:
             try:
-                work(self._stop)
+                work()
             except TargetError as error:
                 self._error = error
 
-        self._stop.clear()
+        self._stopped.clear()
         self._error = None
         self._thread = threading.Thread(target=run, name="chaos-fault", daemon=True)
         self._thread.start()
 
-    def finish(self, patience_s: float, stop_timeout_s: float = 60.0) -> None:
-        """Waits so long for its own end, then tells it to stop, and waits for that. Raises what it raised, and
-        TargetError if it does not stop."""
+    def _finish(self) -> None:
         if self._thread is None:
             return
-        self._thread.join(patience_s)
-        self._stop.set()
-        self._thread.join(stop_timeout_s)
+        self._thread.join(self.patience_s)
+        self._stopped.set()
+        self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():
             raise TargetError("a fault's work did not stop")
         self._thread = None

@@ -1,38 +1,89 @@
-"""The contract of a fault.
-
-`apply` hurts, `heal` undoes it and is safe to call at any time, also twice and also when nothing was applied; the
-runner heals everything at the start of a run, after each fault's time, and at the end. A fault keeps what it must undo.
-"""
+"""What all faults have: a name, what they need, parameters with the values that these may have, and healing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from chaos.target import Node, Target
+from chaos.targets.host_commands import missing
+from chaos.undo import UndoList
 
 
-class Fault(Protocol):
-    """One kind of damage with its parameters."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A number may be from `low` to `high`. Whether it must be a whole one is said by the type of the parameter."""
 
-    name: str
-    """As suites and reports write it, for example `kill`."""
-    needs: frozenset[str]
-    """Features that the target must have; a target without them skips the fault, and the report says so."""
+    low: float
+    high: float
+
+
+@dataclass
+class Fault(ABC):
+    """One kind of damage. Each subclass with a `name` is in the catalog under it, without being entered anywhere.
+
+    A public field is a parameter that suites may set. Its default holds where they do not, and its annotation says
+    what it may be: `Annotated[float, Range(0.1, 60)]`, `Annotated[int, Range(1, 100)]` or `Literal["from", "to"]`.
+    """
+
+    name: ClassVar[str]
+    """This is what suites and reports write, for example `kill`; the file has the same name."""
+    needs: ClassVar[frozenset[str]] = frozenset({"processes"})
+    """The target must have these features. One without them skips the fault, and the report says so."""
+    programs: ClassVar[tuple[str, ...]] = ()
+    """These are run in the network namespace of a node, as root."""
+    _undo: UndoList = field(default_factory=UndoList, init=False, repr=False)
+
+    @classmethod
+    def from_suite(cls, values: Mapping[str, Any]) -> Self:
+        """Makes the fault. Raises ValueError that names the parameter which is not known or not as it must be."""
+        if unknown := values.keys() - cls.parameters().keys():
+            raise ValueError(f"{', '.join(sorted(map(str, unknown)))}: not known here")
+        return cls(**values)
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Returns the annotation of each parameter by its name."""
+        annotations = get_type_hints(cls, include_extras=True)
+        return {parameter.name: annotations[parameter.name] for parameter in fields(cls) if parameter.init}
+
+    def __post_init__(self) -> None:
+        for name, annotation in self.parameters().items():
+            value = getattr(self, name)
+            if not _is_allowed(value, annotation):
+                raise ValueError(f"{name}={value!r} must be {allowed_values(annotation)}")
 
     def unavailable(self, target: Target) -> str:
-        """Why this machine cannot do it (a missing program, a kernel without a module), as a sentence; empty if it
-        can."""
-        ...
+        """Returns a sentence that says why this machine cannot do it, or nothing if it can."""
+        return missing(*self.programs) if self.programs else ""
 
+    @abstractmethod
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        """Hurt the victims now; returns at once. Raises TargetError if it cannot."""
-        ...
+        """Hurts the victims now and returns at once. Raises TargetError if it cannot.
+
+        What must be undone goes into `_undo` right after it was done, or before, where that may stop half-way.
+        """
 
     def heal(self, target: Target) -> None:
-        """Undo everything that this object has done."""
-        ...
+        """Undoes all that this object has done. It may be called at any time, also twice, also without `apply`."""
+        self._undo.run()
 
 
-FaultMaker = Callable[[Mapping[str, Any]], Fault]
-"""From the parameters of a suite's YAML; raises ValueError that names the parameter and what would be right."""
+def allowed_values(annotation: Any) -> str:
+    """Returns what a parameter with this annotation must be, in words."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(get_args(annotation))}"
+    sort, limits = annotation.__origin__, annotation.__metadata__[0]
+    if sort is int:
+        return f"a whole number from {limits.low} to {limits.high}"
+    return f"a number from {limits.low:g} to {limits.high:g}"
+
+
+def _is_allowed(value: Any, annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    sort, limits = annotation.__origin__, annotation.__metadata__[0]
+    sorts = int if sort is int else int | float
+    return isinstance(value, sorts) and not isinstance(value, bool) and bool(limits.low <= value <= limits.high)

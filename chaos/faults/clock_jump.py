@@ -1,34 +1,31 @@
-"""The wall clock of a node jumps. Only for processes that were started under libfaketime, which reads a file for it;
-their monotonic clock stays: no kernel makes that jump."""
+"""The wall clock of a node jumps. This works only for processes that were started under libfaketime, which reads the
+offset from a file; their monotonic clock stays, since no kernel makes that jump."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
+from chaos.faults.base import Fault, Range
 from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import run
 from chaos.targets.process_environment import environment_of, path_seen_by
-from chaos.undo import UndoList
 
 LIBRARY = "faketime/libfaketime.so.1"
 FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 _NO_OFFSET = "+0"
 
 
-class ClockJump:
-    """By `offset_s`, forwards or backwards. Processes that share one file jump together."""
+@dataclass
+class ClockJump(Fault):
+    """The clock goes forward by `offset_s`, or back where that is negative. Processes with one file jump together."""
 
     name = "clock_jump"
-    needs = frozenset({"processes"})
-
-    def __init__(self, offset_s: float) -> None:
-        self.offset_s = offset_s
-        self._undo = UndoList()
+    offset_s: Annotated[float, Range(-1e9, 1e9)] = 3600
 
     def unavailable(self, target: Target) -> str:
         return next((reason for node in target.nodes() if (reason := _refusal(node))), "")
@@ -40,9 +37,6 @@ class ClockJump:
             path = path_seen_by(victim, environment_of(victim)["FAKETIME_TIMESTAMP_FILE"]).resolve()
             self._undo.add(path.write_text, _NO_OFFSET)
             path.write_text(f"{self.offset_s:+g}")
-
-    def heal(self, target: Target) -> None:
-        self._undo.run()
 
 
 def _refusal(node: Node) -> str:
@@ -56,7 +50,10 @@ def _refusal(node: Node) -> str:
 
 
 def faketime_environment(offset_file: Path) -> dict[str, str]:
-    """What a mesh must be started with for this fault. Raises TargetError where libfaketime is missing or of no use."""
+    """Returns the settings that a mesh must be started with for this fault.
+
+    Raises TargetError where libfaketime is missing or of no use.
+    """
     library = next((path for folder in FOLDERS if os.path.exists(path := f"{folder}/{LIBRARY}")), "")
     if not library:
         raise TargetError("libfaketime is not installed")
@@ -74,11 +71,3 @@ def faketime_environment(offset_file: Path) -> dict[str, str]:
     except TargetError as error:
         raise TargetError(f"this build of libfaketime breaks Python's sleep: {error}") from None
     return environment
-
-
-def make_clock_jump(parameters: Mapping[str, Any]) -> ClockJump:
-    """`offset_s`, negative: back."""
-    given = Parameters(parameters)
-    fault = ClockJump(given.number("offset_s", 3600.0, -1e9, 1e9))
-    given.done()
-    return fault

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
+from chaos.faults.base import Fault, Range
 from chaos.target import Node, Target
 from chaos.targets.cgroups import group_of, unavailable
-from chaos.undo import UndoList
 
 PERIOD_US = 20_000
 
 
-class CpuQuota:
-    """`percent` of one CPU for each victim, in slices of PERIOD_US."""
+@dataclass
+class CpuQuota(Fault):
+    """Each victim gets `percent` of one CPU, in slices of PERIOD_US."""
 
     name = "cpu_quota"
-    needs = frozenset({"processes"})
-
-    def __init__(self, percent: float) -> None:
-        self.percent = percent
-        self._undo = UndoList()
+    percent: Annotated[float, Range(5, 10_000)] = 20
 
     def unavailable(self, target: Target) -> str:
         return unavailable("cpu")
@@ -36,14 +33,3 @@ class CpuQuota:
                 limits = [("cpu.cfs_period_us", str(PERIOD_US)), ("cpu.cfs_quota_us", quota_us)]
             for name, value in limits:
                 self._undo.add(group.restore, name, group.write(name, value))
-
-    def heal(self, target: Target) -> None:
-        self._undo.run()
-
-
-def make_cpu_quota(parameters: Mapping[str, Any]) -> CpuQuota:
-    """`percent` of one CPU."""
-    given = Parameters(parameters)
-    fault = CpuQuota(given.number("percent", 20.0, 5.0, 10_000.0))
-    given.done()
-    return fault

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Direction = Literal["in", "out"]
-CUTS = ("off", "pair", "one_way", "one_way_back", "halves")
+CutKind = Literal["off", "pair", "one_way", "one_way_back", "halves"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,7 +69,7 @@ def make_cut(kind: str, victims: Sequence[str], everybody: Sequence[str]) -> lis
         if kind == "pair":
             return pair(first, second)
         return one_way(first, second) if kind == "one_way" else one_way(second, first)
-    raise ValueError(f"cut {kind!r}: one of {', '.join(CUTS)} is known")
+    raise ValueError(f"cut {kind!r}: one of {', '.join(get_args(CutKind))} is known")
 
 
 def with_addresses(refusals: Iterable[Refusal], addresses: dict[str, tuple[str, ...]]) -> list[AddressRefusal]:

@@ -1,55 +1,40 @@
-"""Latency on what a node sends and what it is sent: netem where the kernel has it (then on what it sends, twice as
-much: the same for a question and its answer), else the proxy."""
+"""What a node sends and what it is sent comes late. The proxy does that where links lead through it. Else netem does,
+where the kernel has it, only on what the node sends and for twice as long: the same for a question and its answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
-from chaos.proxy.link_rules import around
-from chaos.proxy.proxy import link_proxy
+from chaos.faults.base import Range
+from chaos.faults.network import NetworkFault
+from chaos.proxy.link_rules import LinkRule, around
 from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace, missing
+from chaos.targets.host_commands import NetworkNamespace
 from chaos.targets.queue_discipline import has_netem, replace_discipline
-from chaos.undo import UndoList
 
 
-class Delay:
-    """`delay_ms` each way, for each victim."""
+@dataclass
+class Delay(NetworkFault):
+    """All that comes to a victim or leaves it is `delay_ms` late, each way."""
 
     name = "delay"
-    needs: frozenset[str] = frozenset()
+    programs = ("nsenter", "tc", "ip", "unshare")
+    delay_ms: Annotated[float, Range(0.1, 60_000)] = 50
 
-    def __init__(self, delay_ms: float) -> None:
-        self.delay_ms = delay_ms
-        self._undo = UndoList()
+    def uses_proxy(self, target: Target) -> bool:
+        return "proxy" in target.features
 
     def unavailable(self, target: Target) -> str:
-        if "proxy" in target.features:
-            return ""
-        if "netns" not in target.features:
-            return "a delay needs links through a proxy, or network namespaces and netem"
-        return missing("nsenter", "tc", "ip", "unshare") or ("" if has_netem() else "this kernel has no netem")
+        if reason := super().unavailable(target):
+            return reason
+        return "" if self.uses_proxy(target) or has_netem() else "this kernel has no netem"
 
-    def apply(self, target: Target, victims: Sequence[Node]) -> None:
+    def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
+        return [rule for victim in victims for rule in around(victim.name, delay_ms=self.delay_ms)]
+
+    def apply_in_namespaces(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:
-            if "proxy" in target.features:
-                proxy, rules = link_proxy(target), around(victim.name, delay_ms=self.delay_ms)
-                self._undo.add(proxy.remove, rules)
-                proxy.add(rules)
-            else:
-                replace_discipline(
-                    NetworkNamespace(victim.pid), self._undo, "netem", "delay", f"{2 * self.delay_ms:.1f}ms"
-                )
-
-    def heal(self, target: Target) -> None:
-        self._undo.run()
-
-
-def make_delay(parameters: Mapping[str, Any]) -> Delay:
-    """`delay_ms` each way."""
-    given = Parameters(parameters)
-    fault = Delay(given.number("delay_ms", 50.0, 0.1, 60_000.0))
-    given.done()
-    return fault
+            namespace = NetworkNamespace(victim.pid)
+            replace_discipline(namespace, self._undo, "netem", "delay", f"{2 * self.delay_ms:.1f}ms")

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
+from chaos.faults.base import Fault, Range
 from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import run
 from chaos.targets.process_environment import environment_of, path_seen_by
-from chaos.undo import UndoList
 
 MAX_BYTES = 1 << 30
 FILLER = "chaos-disk-full"
 
 
-class DiskFull:
-    """The file system that holds STATE_DIR of each victim, to the last byte or with `left_kib` left."""
+@dataclass
+class DiskFull(Fault):
+    """The file system that holds STATE_DIR of each victim is filled until `left_kib` are left."""
 
     name = "disk_full"
-    needs = frozenset({"processes"})
-
-    def __init__(self, left_kib: int) -> None:
-        self.left_kib = left_kib
-        self._undo = UndoList()
+    left_kib: Annotated[int, Range(0, 1 << 20)] = 0
 
     def unavailable(self, target: Target) -> str:
         routers = [node for node in target.nodes() if node.kind == "router"]
@@ -50,17 +47,14 @@ class DiskFull:
             self._undo.add(_remove, handle)
             fill(handle, self.left_kib << 10)
 
-    def heal(self, target: Target) -> None:
-        self._undo.run()
-
 
 def state_folder(node: Node) -> Path:
-    """Where the process keeps its state, as this process reaches it."""
+    """Returns the folder in which the process keeps its state, as this process reaches it."""
     return path_seen_by(node, environment_of(node).get("STATE_DIR") or "state")
 
 
 def refusal(folder: Path) -> str:
-    """Why the file system of a folder is not filled, as a sentence; empty if it may be."""
+    """Returns a sentence that says why the file system of a folder is not filled, or nothing if it may be."""
     try:
         status = os.statvfs(folder)
     except OSError as error:
@@ -72,7 +66,7 @@ def refusal(folder: Path) -> str:
 
 
 def fill(folder: int, left_bytes: int) -> None:
-    """Take all space but so much with one file, in ever smaller steps. `folder` is an open folder."""
+    """Takes all space but so much with one file, in ever smaller steps. `folder` is an open folder."""
     handle = os.open(FILLER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, dir_fd=folder)
     try:
         for step in (1 << 20, 1 << 12, 1 << 9):
@@ -89,7 +83,7 @@ def fill(folder: int, left_bytes: int) -> None:
 
 @contextmanager
 def small_disk(folder: Path, size_mib: int = 64) -> Iterator[Path]:
-    """The folder on a file system of its own in memory while the block runs. Needs root. Raises TargetError."""
+    """Puts the folder on a file system of its own in memory while the block runs. Needs root. Raises TargetError."""
     folder.mkdir(parents=True, exist_ok=True)
     run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "moemesh-chaos", str(folder)])
     try:
@@ -104,18 +98,6 @@ def _free_bytes(folder: int) -> int:
 
 
 def _remove(folder: int) -> None:
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(FILLER, dir_fd=folder)
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise TargetError(f"{FILLER}: {error.strerror}") from None
-    finally:
-        os.close(folder)
-
-
-def make_disk_full(parameters: Mapping[str, Any]) -> DiskFull:
-    """`left_kib`: what is left free."""
-    given = Parameters(parameters)
-    fault = DiskFull(given.whole("left_kib", 0, 0, 1 << 20))
-    given.done()
-    return fault
+    os.close(folder)

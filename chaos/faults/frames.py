@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
-from chaos.proxy.link_rules import FrameRule, around
-from chaos.proxy.proxy import link_proxy
-from chaos.proxy.zmtp_frames import DAMAGES
+from chaos.faults.base import Range
+from chaos.faults.network import ProxyFault
+from chaos.proxy.link_rules import FrameRule, LinkRule, around
+from chaos.proxy.zmtp_frames import Damage
 from chaos.target import Node, Target
-from chaos.undo import UndoList
 
 
-class Frames:
-    """Each message with a probability, as a seeded generator says for each direction of a link."""
+@dataclass
+class Frames(ProxyFault):
+    """Each message is damaged with a probability of `percent`, drawn from `seed` for each direction of a link."""
 
     name = "frames"
-    needs = frozenset({"proxy"})
+    kind: Damage = "corrupt"
+    percent: Annotated[float, Range(0.01, 100)] = 5
+    seed: Annotated[int, Range(0, 2**31)] = 0
 
-    def __init__(self, kind: str, percent: float, seed: int) -> None:
-        self.rule = FrameRule(kind, percent / 100, seed)
-        self._undo = UndoList()
-
-    def unavailable(self, target: Target) -> str:
-        return ""
-
-    def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        proxy = link_proxy(target)
-        rules = [rule for victim in victims for rule in around(victim.name, frames=self.rule)]
-        self._undo.add(proxy.remove, rules)
-        proxy.add(rules)
-
-    def heal(self, target: Target) -> None:
-        self._undo.run()
-
-
-def make_frames(parameters: Mapping[str, Any]) -> Frames:
-    """`kind`: corrupt, truncate, replay, reorder, lose; `percent` of messages; `seed`."""
-    given = Parameters(parameters)
-    kind = given.one_of("kind", "corrupt", DAMAGES)
-    fault = Frames(kind, given.number("percent", 5.0, 0.01, 100.0), given.whole("seed", 0, 0, 2**31))
-    given.done()
-    return fault
+    def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
+        frames = FrameRule(self.kind, self.percent / 100, self.seed)
+        return [rule for victim in victims for rule in around(victim.name, frames=frames)]

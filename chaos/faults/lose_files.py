@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import shutil
 import signal
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from chaos.faults.background import BackgroundWork
+from chaos.faults.background import BackgroundFault
+from chaos.faults.base import Range
 from chaos.faults.disk_full import state_folder
-from chaos.faults.parameters import Parameters
 from chaos.target import Node, Target, TargetError
 from common.wire.endpoints import ipc_folder
 
 OWN_FILES = ("mesh.lock", "router.lock", "router.json", "http.url")
 
 
-@dataclass(slots=True)
-class LoseFiles:
-    """`what`: the `sockets`, or their `folder`, or `all` files but logs and journal. `kill_after_s`: 0 kills nobody."""
+Lost = Literal["sockets", "folder", "all"]
 
-    what: str
-    kill_after_s: float
-    name: str = "lose_files"
-    needs: frozenset[str] = frozenset({"processes"})
-    _work: BackgroundWork = field(default_factory=BackgroundWork)
+
+@dataclass
+class LoseFiles(BackgroundFault):
+    """The `sockets` go, or their `folder` too, or `all` files but logs and journal. The mesh makes them again itself.
+
+    Its victims are killed `kill_after_s` later; 0 kills nobody.
+    """
+
+    name = "lose_files"
+    what: Lost = "sockets"
+    kill_after_s: Annotated[float, Range(0, 60)] = 2
+
+    @property
+    def patience_s(self) -> float:
+        return self.kill_after_s + 1
 
     def unavailable(self, target: Target) -> str:
         try:
@@ -44,30 +51,26 @@ class LoseFiles:
         for victim in victims:
             remove(socket_folder(victim), state_folder(victim), self.what)
         if self.kill_after_s:
-            self._work.begin(lambda stopped: self._kill(target, victims, stopped))
+            self._begin(lambda: self._kill(target, victims))
 
-    def heal(self, target: Target) -> None:
-        """What was removed is the mesh's own business; only the kill is waited for."""
-        self._work.finish(patience_s=self.kill_after_s + 1)
-
-    def _kill(self, target: Target, victims: Sequence[Node], stopped: threading.Event) -> None:
-        if not stopped.wait(self.kill_after_s):
+    def _kill(self, target: Target, victims: Sequence[Node]) -> None:
+        if not self._stopped.wait(self.kill_after_s):
             for victim in victims:
                 target.signal(victim, signal.SIGKILL)
 
 
 def socket_folder(node: Node) -> Path:
-    """Where sockets of a mesh lie whose links are files, as this process reaches it. Raises TargetError."""
+    """Returns where the sockets of a mesh lie whose links are files, as this process reaches it. Raises TargetError."""
     return ipc_folder(state_folder(node))
 
 
 def sockets_in(folder: Path) -> list[Path]:
-    """None where there is no such folder."""
+    """Returns the sockets of a folder, or none where there is no such folder."""
     return sorted(path for path in folder.glob("*") if path.is_socket())
 
 
-def remove(sockets: Path, state: Path, what: str) -> None:
-    """Raises TargetError for what cannot be removed."""
+def remove(sockets: Path, state: Path, what: Lost) -> None:
+    """Removes what `LoseFiles.what` says. Raises TargetError for what cannot be removed."""
     try:
         for path in sockets_in(sockets):
             path.unlink(missing_ok=True)
@@ -78,13 +81,3 @@ def remove(sockets: Path, state: Path, what: str) -> None:
                 (state / name).unlink(missing_ok=True)
     except OSError as error:
         raise TargetError(f"{error.filename}: {error.strerror}") from None
-
-
-def make_lose_files(parameters: Mapping[str, Any]) -> LoseFiles:
-    """`what`: `sockets`, `folder` or `all`. `kill_after_s`: until the victims are killed, 0 for never."""
-    given = Parameters(parameters)
-    fault = LoseFiles(
-        given.one_of("what", "sockets", ("sockets", "folder", "all")), given.number("kill_after_s", 2.0, 0.0, 60.0)
-    )
-    given.done()
-    return fault

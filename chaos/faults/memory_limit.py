@@ -1,4 +1,4 @@
-"""Out of memory: the kernel kills the node, as it does when a neighbour in the same container has taken all.
+"""A node has no memory left: the kernel kills it, as it does when a neighbour in the same container has taken all.
 
 The node's control group is limited to a little more than it uses, and a process of ours that the kernel never chooses
 takes that up. A lower limit alone would do it only in control groups of version 2.
@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from chaos.faults.parameters import Parameters
+from chaos.faults.base import Fault, Range
 from chaos.target import Node, Target, TargetError
 from chaos.targets.cgroups import ControlGroup, group_of, unavailable
-from chaos.undo import UndoList
 
 _EATER = """
 import os, sys, time
@@ -32,16 +32,13 @@ while os.getppid() == parent:
 WITHIN_S = 20.0
 
 
-class MemoryLimit:
-    """Of each victim: its use now and `headroom_mib`. The process is killed within seconds; what restarts it starts it
-    without a limit."""
+@dataclass
+class MemoryLimit(Fault):
+    """Each victim may have what it uses now and `headroom_mib`. The process is killed within seconds; what restarts it
+    starts it without a limit."""
 
     name = "memory_limit"
-    needs = frozenset({"processes"})
-
-    def __init__(self, headroom_mib: int) -> None:
-        self.headroom_mib = headroom_mib
-        self._undo = UndoList()
+    headroom_mib: Annotated[int, Range(1, 4096)] = 8
 
     def unavailable(self, target: Target) -> str:
         return unavailable("memory") or ("" if os.geteuid() == 0 else "only root may keep a process from being chosen")
@@ -49,21 +46,13 @@ class MemoryLimit:
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:
             group = group_of(victim, "memory", self._undo)
-            limit, used = (
-                ("memory.max", "memory.current")
-                if group.is_version_2
-                else (
-                    "memory.limit_in_bytes",
-                    "memory.usage_in_bytes",
-                )
-            )
-            used_bytes = int(group.read(used))
+            if group.is_version_2:
+                limit, used_bytes = "memory.max", int(group.read("memory.current"))
+            else:
+                limit, used_bytes = "memory.limit_in_bytes", int(group.read("memory.usage_in_bytes"))
             before = group.write(limit, str(used_bytes + (self.headroom_mib << 20)))
-            self._undo.add(group.restore, limit, "-1" if limit == "memory.limit_in_bytes" else before)
+            self._undo.add(group.restore, limit, before if group.is_version_2 else "-1")
             self._eat(group, victim)
-
-    def heal(self, target: Target) -> None:
-        self._undo.run()
 
     def _eat(self, group: ControlGroup, victim: Node) -> None:
         eater = subprocess.Popen(
@@ -77,7 +66,7 @@ class MemoryLimit:
 
 
 def _end_after(eater: subprocess.Popen[bytes], pid: int) -> None:
-    """The eater goes when its victim has gone, or has not gone in time: the next process must find memory."""
+    """Ends the eater when its victim has gone, or has not gone in time: the next process must find memory."""
     deadline_s = time.monotonic() + WITHIN_S
     while _lives(pid) and eater.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.002)
@@ -97,11 +86,3 @@ def _lives(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-
-
-def make_memory_limit(parameters: Mapping[str, Any]) -> MemoryLimit:
-    """`headroom_mib` above what is used."""
-    given = Parameters(parameters)
-    fault = MemoryLimit(given.whole("headroom_mib", 8, 1, 4096))
-    given.done()
-    return fault

@@ -1,65 +1,53 @@
-"""Every victim is restarted in order, one after another, each when the one before serves again."""
+"""All victims are restarted one after another, each when the one before serves again."""
 
 from __future__ import annotations
 
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from chaos.faults.background import BackgroundWork
-from chaos.faults.parameters import Parameters
+from chaos.faults.background import BackgroundFault
+from chaos.faults.base import Range
 from chaos.target import Node, Target, TargetError
 
 
-@dataclass(slots=True)
-class RollingRestart:
-    """`pause_s`: between a node's return and the next one's turn. `within_s`: for all of it; healing waits for it."""
+@dataclass
+class RollingRestart(BackgroundFault):
+    """Each victim gets `timeout_s` to leave in order; `pause_s` after its return it is the next one's turn. All of it
+    must be done `within_s`, and healing waits for it."""
 
-    pause_s: float
-    timeout_s: float
-    within_s: float
-    clock: Callable[[], float] = time.monotonic
-    name: str = "rolling_restart"
-    needs: frozenset[str] = frozenset({"processes"})
-    _down: list[str] = field(default_factory=list)
-    _work: BackgroundWork = field(default_factory=BackgroundWork)
+    name = "rolling_restart"
+    pause_s: Annotated[float, Range(0, 600)] = 5
+    timeout_s: Annotated[float, Range(1, 120)] = 20
+    within_s: Annotated[float, Range(1, 3600)] = 300
 
-    def unavailable(self, target: Target) -> str:
-        return ""
+    @property
+    def patience_s(self) -> float:
+        return self.within_s
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        order = tuple(victims)
-        self._work.begin(lambda stopped: self._restart_all(target, order, stopped))
+        self._begin(lambda: self._restart_all(target, victims))
 
-    def heal(self, target: Target) -> None:
-        try:
-            self._work.finish(patience_s=self.within_s)
-        finally:
-            while self._down:
-                target.start(self._down.pop())
-
-    def _restart_all(self, target: Target, order: Sequence[Node], stopped: threading.Event) -> None:
-        deadline_s = self.clock() + self.within_s
-        for node in order:
-            if stopped.is_set():
+    def _restart_all(self, target: Target, victims: Sequence[Node]) -> None:
+        deadline_s = time.monotonic() + self.within_s
+        for node in victims:
+            if self._stopped.is_set():
                 return
-            self._down.append(node.name)
+            self._undo.add(target.start, node.name)
             target.stop(node, self.timeout_s)
-            target.start(node.name)
-            self._down.remove(node.name)
+            self._undo.run()
             while not is_back(target, node):
-                if self.clock() > deadline_s:
+                if time.monotonic() > deadline_s:
                     raise TargetError(f"{node.name} did not come back; the restart of the others was given up")
-                if stopped.wait(0.2):
+                if self._stopped.wait(0.2):
                     return
-            stopped.wait(self.pause_s)
+            self._stopped.wait(self.pause_s)
 
 
 def is_back(target: Target, node: Node) -> bool:
-    """Whether a new process of this name runs and the mesh says that it is ready."""
+    """Returns whether a new process of this name runs and the mesh says that it is ready."""
     if not any(other.name == node.name and other.pid != node.pid for other in target.nodes()):
         return False
     try:
@@ -67,15 +55,3 @@ def is_back(target: Target, node: Node) -> bool:
             return bool(reply.status == 200)
     except OSError:
         return False
-
-
-def make_rolling_restart(parameters: Mapping[str, Any]) -> RollingRestart:
-    """`pause_s` 0 to 600, `timeout_s` 1 to 120, `within_s` 1 to 3600."""
-    taken = Parameters(parameters)
-    made = RollingRestart(
-        taken.number("pause_s", 5.0, 0, 600),
-        taken.number("timeout_s", 20.0, 1, 120),
-        taken.number("within_s", 300.0, 1, 3600),
-    )
-    taken.done()
-    return made

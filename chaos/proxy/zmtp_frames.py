@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 GREETING_BYTES = 64
 _MORE, _LONG, _COMMAND = 1, 2, 4
@@ -141,7 +142,8 @@ def truncate(message: Message, draw: random.Random) -> Message:
     return (*message[:place], message[place][:kept], *message[place + 1 :])
 
 
-DAMAGES = ("corrupt", "truncate", "replay", "reorder", "lose")
+Damage = Literal["corrupt", "truncate", "replay", "reorder", "lose"]
+DAMAGES = get_args(Damage)
 
 
 class FrameDamage:

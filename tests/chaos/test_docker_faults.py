@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
-from chaos.faults.bandwidth import make_bandwidth
+from chaos.faults.bandwidth import Bandwidth
 from chaos.faults.base import Fault
-from chaos.faults.cpu_quota import make_cpu_quota
-from chaos.faults.cut import make_cut_fault
-from chaos.faults.disk_full import make_disk_full
-from chaos.faults.freeze import make_freeze
-from chaos.faults.link_down import make_link_down
-from chaos.faults.loss import make_loss
-from chaos.faults.memory_limit import make_memory_limit
+from chaos.faults.cpu_quota import CpuQuota
+from chaos.faults.cut import Cut
+from chaos.faults.disk_full import DiskFull
+from chaos.faults.freeze import Freeze
+from chaos.faults.link_down import LinkDown
+from chaos.faults.loss import Loss
+from chaos.faults.memory_limit import MemoryLimit
 from chaos.target import Node
 from chaos.targets.cgroups import ControlGroup, group_of
 from chaos.targets.docker_target import DockerTarget
@@ -108,7 +108,7 @@ def test_scaling_adds_new_names_and_the_newest_end_first(mesh: ComposeMesh, targ
 
 def test_a_node_that_is_off_reaches_nobody_until_it_is_healed(target: DockerTarget) -> None:
     victim, other, router = node_of(target, "expert"), node_of(target, "expert", 1), node_of(target, "router")
-    fault = usable(make_cut_fault({"kind": "off"}), target)
+    fault = usable(Cut(kind="off"), target)
     assert reaches(victim, router)
     fault.apply(target, [victim])
     try:
@@ -125,7 +125,7 @@ def test_a_node_that_is_off_reaches_nobody_until_it_is_healed(target: DockerTarg
 
 def test_a_cut_pair_still_reaches_the_router(target: DockerTarget) -> None:
     stage, expert, router = node_of(target, "stage"), node_of(target, "expert"), node_of(target, "router")
-    fault = usable(make_cut_fault({"kind": "pair"}), target)
+    fault = usable(Cut(kind="pair"), target)
     fault.apply(target, [stage, expert])
     try:
         assert not reaches(stage, expert)
@@ -139,7 +139,7 @@ def test_a_cut_pair_still_reaches_the_router(target: DockerTarget) -> None:
 
 def test_one_way_means_that_the_second_hears_nothing_and_the_first_hears_the_second(target: DockerTarget) -> None:
     speaker, listener = node_of(target, "expert"), node_of(target, "stage")
-    fault = usable(make_cut_fault({"kind": "one_way"}), target)
+    fault = usable(Cut(kind="one_way"), target)
     fault.apply(target, [speaker, listener])
     try:
         assert packets_arrived(speaker, listener, 20) == 0
@@ -151,7 +151,7 @@ def test_one_way_means_that_the_second_hears_nothing_and_the_first_hears_the_sec
 
 def test_a_rule_that_went_with_its_container_is_no_error_when_healing(target: DockerTarget) -> None:
     victim = node_of(target, "expert")
-    fault = usable(make_cut_fault({"kind": "off"}), target)
+    fault = usable(Cut(kind="off"), target)
     fault.apply(target, [victim])
     target.signal(victim, signal.SIGKILL)
     wait_for("the engine starts it again", lambda: len(target.nodes()) == 5 and victim not in target.nodes())
@@ -161,7 +161,7 @@ def test_a_rule_that_went_with_its_container_is_no_error_when_healing(target: Do
 
 def test_a_link_goes_down_and_comes_up_with_its_routes(target: DockerTarget) -> None:
     victim, router = node_of(target, "stage"), node_of(target, "router")
-    fault = usable(make_link_down({}), target)
+    fault = usable(LinkDown(), target)
     namespace = NetworkNamespace(victim.pid)
     routes = namespace.run("ip", "route", "show")
     fault.apply(target, [victim])
@@ -175,7 +175,7 @@ def test_a_link_goes_down_and_comes_up_with_its_routes(target: DockerTarget) -> 
 
 def test_a_share_of_the_packets_is_lost_each_way(target: DockerTarget) -> None:
     victim, router = node_of(target, "expert"), node_of(target, "router")
-    fault = usable(make_loss({"percent": 25}), target)
+    fault = usable(Loss(percent=25), target)
     fault.apply(target, [victim])
     try:
         assert 110 < packets_arrived(victim, router, 200) < 185
@@ -187,7 +187,7 @@ def test_a_share_of_the_packets_is_lost_each_way(target: DockerTarget) -> None:
 
 def test_a_slow_line_takes_its_time(target: DockerTarget) -> None:
     victim, router = node_of(target, "expert"), node_of(target, "router")
-    fault = usable(make_bandwidth({"kbit_per_s": 800}), target)
+    fault = usable(Bandwidth(kbit_per_s=800), target)
     fault.apply(target, [victim])
     try:
         assert seconds_to_send(victim, router, 200_000) > 1.2
@@ -198,7 +198,7 @@ def test_a_slow_line_takes_its_time(target: DockerTarget) -> None:
 
 def test_a_quota_holds_in_the_container_and_ends(target: DockerTarget) -> None:
     victim = node_of(target, "expert")
-    fault = usable(make_cpu_quota({"percent": 10}), target)
+    fault = usable(CpuQuota(percent=10), target)
     group = group_of(victim, "cpu", UndoList())
     spin = "import time; [None for _ in iter(lambda: time.process_time() < 0.2, False)]"
 
@@ -219,7 +219,7 @@ def test_a_quota_holds_in_the_container_and_ends(target: DockerTarget) -> None:
 
 def test_out_of_memory_the_kernel_ends_the_node_and_the_engine_starts_it_without_a_limit(target: DockerTarget) -> None:
     victim = node_of(target, "expert")
-    fault = usable(make_memory_limit({}), target)
+    fault = usable(MemoryLimit(), target)
     fault.apply(target, [victim])
     try:
         wait_for("it was killed", lambda: victim not in target.nodes())
@@ -232,7 +232,7 @@ def test_out_of_memory_the_kernel_ends_the_node_and_the_engine_starts_it_without
 
 def test_a_frozen_container_does_nothing_until_it_is_healed(target: DockerTarget) -> None:
     victim = node_of(target, "expert")
-    fault = usable(make_freeze({}), target)
+    fault = usable(Freeze(), target)
     fault.apply(target, [victim])
     try:
         shown = subprocess.run(["docker", "inspect", victim.name], check=True, capture_output=True, text=True).stdout
@@ -248,7 +248,7 @@ def test_a_frozen_container_does_nothing_until_it_is_healed(target: DockerTarget
 
 
 def test_the_disk_of_the_host_is_not_filled(target: DockerTarget) -> None:
-    assert "only one of at most" in make_disk_full({}).unavailable(target)
+    assert "only one of at most" in DiskFull().unavailable(target)
 
 
 def throttled(group: ControlGroup) -> int:

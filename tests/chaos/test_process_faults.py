@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.faults.clock_jump import faketime_environment, make_clock_jump
-from chaos.faults.cpu_quota import make_cpu_quota
-from chaos.faults.disk_full import FILLER, make_disk_full, small_disk
-from chaos.faults.memory_limit import make_memory_limit
+from chaos.faults.clock_jump import ClockJump, faketime_environment
+from chaos.faults.cpu_quota import CpuQuota
+from chaos.faults.disk_full import FILLER, DiskFull, small_disk
+from chaos.faults.memory_limit import MemoryLimit
 from chaos.target import TargetError
 from chaos.targets.host_commands import NetworkNamespace, missing
 from tests.chaos.plain_target import SPIN, PlainTarget, plain_target
@@ -49,7 +49,7 @@ def groups(pid: int) -> str:
 @needs_root
 def test_a_quota_bounds_cpu_time_and_healing_gives_the_process_back(target: PlainTarget, tmp_path: Path) -> None:
     node = target.run("stage-0", "stage", "while True: pass", {}, tmp_path)
-    fault = make_cpu_quota({"percent": 10.0})
+    fault = CpuQuota(percent=10.0)
     if reason := fault.unavailable(target):
         pytest.skip(reason)
     before = groups(node.pid)
@@ -71,7 +71,7 @@ def test_a_quota_bounds_cpu_time_and_healing_gives_the_process_back(target: Plai
 def test_out_of_memory_the_kernel_kills_the_node_and_nobody_else(target: PlainTarget, tmp_path: Path) -> None:
     node = target.run("expert-0", "expert", HOLD_MEMORY, {}, tmp_path)
     other = target.run("expert-1", "expert", HOLD_MEMORY, {}, tmp_path)
-    fault = make_memory_limit({})
+    fault = MemoryLimit()
     if reason := fault.unavailable(target):
         pytest.skip(reason)
     process = target.processes[node.name][1]
@@ -88,7 +88,7 @@ def test_out_of_memory_the_kernel_kills_the_node_and_nobody_else(target: PlainTa
 def test_a_full_disk_refuses_writes_until_it_is_healed(target: PlainTarget, tmp_path: Path) -> None:
     with small_disk(tmp_path / "state", size_mib=4) as folder:
         node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, Path("/"))
-        fault = make_disk_full({})
+        fault = DiskFull()
         wait_for("the process has started", lambda: fault.unavailable(target) == "")
         (folder / "journal").write_bytes(b"before")
         fault.apply(target, [node])
@@ -106,7 +106,7 @@ def test_a_full_disk_refuses_writes_until_it_is_healed(target: PlainTarget, tmp_
 def test_a_disk_can_be_left_with_a_little(target: PlainTarget, tmp_path: Path) -> None:
     with small_disk(tmp_path / "state", size_mib=4) as folder:
         node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, Path("/"))
-        fault = make_disk_full({"left_kib": 64})
+        fault = DiskFull(left_kib=64)
         wait_for("the process has started", lambda: fault.unavailable(target) == "")
         fault.apply(target, [node])
         try:
@@ -122,7 +122,7 @@ def test_a_large_disk_is_never_filled(target: PlainTarget) -> None:
     if status.f_blocks * status.f_frsize <= 1 << 30:
         pytest.skip("the disk of this checkout is a small one")
     node = target.run("router-0", "router", SPIN, {"STATE_DIR": str(folder)}, folder)
-    fault = make_disk_full({})
+    fault = DiskFull()
     wait_for("the reason", lambda: "only one of at most" in fault.unavailable(target))
     with pytest.raises(TargetError, match="only one of at most"):
         fault.apply(target, [node])
@@ -147,7 +147,7 @@ def test_a_clock_jumps_and_comes_back(target: PlainTarget, tmp_path: Path) -> No
             return float("nan")
 
     wait_for("the clock is right at first", lambda: abs(offset_s()) < 5)
-    fault = make_clock_jump({"offset_s": 3600})
+    fault = ClockJump(offset_s=3600)
     assert fault.unavailable(target) == ""
     fault.apply(target, [node])
     wait_for("the clock has jumped", lambda: abs(offset_s() - 3600) < 5)
@@ -158,7 +158,7 @@ def test_a_clock_jumps_and_comes_back(target: PlainTarget, tmp_path: Path) -> No
 
 def test_a_clock_that_cannot_jump_says_why(target: PlainTarget, tmp_path: Path) -> None:
     target.run("router-0", "router", SPIN, {"LD_PRELOAD": ""}, tmp_path)
-    fault = make_clock_jump({})
+    fault = ClockJump()
     wait_for("the reason", lambda: fault.unavailable(target) == "router-0 was not started under libfaketime")
 
 

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from chaos.faults.base import Fault
-from chaos.faults.cut import make_cut_fault
-from chaos.faults.delay import make_delay
-from chaos.faults.frames import make_frames
-from chaos.faults.half_close import make_half_close
-from chaos.faults.stall import make_stall
+from chaos.faults.cut import Cut
+from chaos.faults.delay import Delay
+from chaos.faults.frames import Frames
+from chaos.faults.half_close import HalfClose
+from chaos.faults.stall import Stall
 from chaos.proxy.proxy import LinkProxy, link_proxy
 from chaos.target import Node, Target
 from chaos.targets.docker_target import DockerTarget
@@ -87,7 +87,7 @@ def test_every_kind_of_link_goes_through_and_both_its_ends_are_known(local: Prox
 @pytest.mark.slow
 def test_a_delayed_expert_slows_the_answer_and_changes_nothing(local: ProxiedLocalTarget) -> None:
     before, _ = ask(local)
-    fault = make_delay({"delay_ms": 40})
+    fault = Delay(delay_ms=40)
     assert fault.unavailable(local) == ""
     fault.apply(local, [node for node in local.nodes() if node.kind == "expert"])
     try:
@@ -103,10 +103,10 @@ def test_a_delayed_expert_slows_the_answer_and_changes_nothing(local: ProxiedLoc
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: make_stall({"direction": "from"}), id="stall"),
-        pytest.param(lambda: make_cut_fault({"kind": "off"}), id="cut"),
-        pytest.param(lambda: make_half_close({}), id="half_close"),
-        pytest.param(lambda: make_frames({"kind": "replay", "percent": 50}), id="frames"),
+        pytest.param(lambda: Stall(direction="from"), id="stall"),
+        pytest.param(lambda: Cut(kind="off"), id="cut"),
+        pytest.param(lambda: HalfClose(), id="half_close"),
+        pytest.param(lambda: Frames(kind="replay", percent=50), id="frames"),
     ],
 )
 def test_after_a_hurt_link_is_healed_the_answer_is_the_same(
@@ -149,7 +149,7 @@ def test_containers_find_the_proxy_and_are_known_by_their_names(containers: Dock
 @pytest.mark.timeout(1800)
 def test_a_delay_between_containers_changes_nothing_but_the_time(containers: DockerTarget) -> None:
     before, _ = ask(containers)
-    fault = make_delay({"delay_ms": 40})
+    fault = Delay(delay_ms=40)
     fault.apply(containers, [node for node in containers.nodes() if node.kind == "expert"])
     try:
         after, seconds = ask(containers)

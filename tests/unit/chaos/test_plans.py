@@ -136,7 +136,7 @@ def test_plans_of_all_suites_are_those_of_former_builds(suite: str, seed: int) -
     found = []
     # A target without a feature leaves out the kinds that need it, and so has a plan of its own.
     for features in ({"processes"}, {"processes", "proxy"}, {"processes", "containers", "netns"}):
-        offered = [entry.allowed for entry in entries if FAULTS[entry.kind]({}).needs <= features]
+        offered = [entry.allowed for entry in entries if FAULTS[entry.kind].needs <= features]
         found.append(sha256("\n".join(plan(experiment, seed, offered))) if offered else "-")
     found.append(sha256("\n".join(plan(experiment, seed, [entry.allowed for entry in entries]))))
     assert found == PLANS[suite, seed].split()

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.faults.catalog import FAULTS
-from chaos.faults.lose_files import OWN_FILES, remove
+from chaos.faults.lose_files import OWN_FILES, LoseFiles, Lost, remove
 from chaos.target import Node
 from tests.support.chaos.target import ListedTarget
 from tests.support.processes.waiting import wait_until
@@ -57,14 +56,14 @@ def left(state: Path) -> set[str]:
         ("all", {"journal.sqlite3"}),
     ],
 )
-def test_what_is_named_is_removed_and_the_journal_never(what: str, is_left: set[str], state: Path) -> None:
+def test_what_is_named_is_removed_and_the_journal_never(what: Lost, is_left: set[str], state: Path) -> None:
     for _ in range(2):  # for a second victim there may be nothing left
         remove(state / "ipc", state, what)
         assert left(state) == is_left
 
 
 def test_files_go_at_once_and_victims_are_killed_after_their_time(state: Path, victim: Node) -> None:
-    target, fault = ListedTarget(), FAULTS["lose_files"]({"kill_after_s": 0.2})
+    target, fault = ListedTarget(), LoseFiles(kill_after_s=0.2)
     target.running = {victim.name: victim}
     assert fault.unavailable(target) == ""
     fault.apply(target, [victim])
@@ -78,7 +77,7 @@ def test_files_go_at_once_and_victims_are_killed_after_their_time(state: Path, v
 
 
 def test_nobody_is_killed_where_the_time_is_0(state: Path, victim: Node) -> None:
-    target, fault = ListedTarget(), FAULTS["lose_files"]({"kill_after_s": 0})
+    target, fault = ListedTarget(), LoseFiles(kill_after_s=0)
     fault.apply(target, [victim])
     fault.heal(target)
     assert target.done == []
