@@ -1,4 +1,4 @@
-"""`python -m chaos run ...`."""
+"""Runs the harness: `python -m chaos run ...`."""
 
 from __future__ import annotations
 

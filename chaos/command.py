@@ -17,13 +17,12 @@ from chaos.experiment import Experiment, ExperimentError, read_experiment
 from chaos.faults.base import allowed_values
 from chaos.faults.catalog import FAULTS
 from chaos.record.history import History, HistoryError, read_history
-from chaos.record.operations import Reference
+from chaos.record.reference import Reference, StoredReferenceError, read_reference, write_reference
 from chaos.record.requests import requests_sha256
 from chaos.runner import CannotRunError, Run
 from chaos.target import Target, TargetError
 from chaos.targets.catalog import TargetRequest, make_target
 from chaos.verdicts.judgement import judge
-from chaos.verdicts.reference_file import StoredReferenceError, read_reference, write_reference
 from chaos.verdicts.report import COULD_NOT_RUN, EXIT_STATUS, Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh under load; was anything lost?")
@@ -31,7 +30,7 @@ OUTPUT = Path("chaos-report")
 
 
 class Timing(StrEnum):
-    """What verdicts on times are for."""
+    """Whether verdicts on times decide the exit status."""
 
     JUDGE = "judge"
     REPORT = "report"
@@ -39,7 +38,7 @@ class Timing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of one run."""
+    """What a person has asked of one run."""
 
     target: str
     suite: str
@@ -105,7 +104,7 @@ def judge_again(
 
 
 def run_suite(options: Options) -> int:
-    """The exit status. Messages for people go to stderr, the verdicts to stdout."""
+    """Returns the exit status. Messages for people go to stderr, the verdicts to stdout."""
     try:
         experiment = read_experiment(options.suite)
         options.output.mkdir(parents=True, exist_ok=True)
@@ -140,7 +139,7 @@ def _run_on(target: Target, options: Options, experiment: Experiment, history: H
 
 
 async def _execute(made: Run) -> None:
-    """SIGTERM ends a run as Ctrl-C does: healed."""
+    """Lets SIGTERM end a run as Ctrl-C does: healed."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -148,7 +147,7 @@ async def _execute(made: Run) -> None:
 
 
 def _oracle(made: Run, path: Path | None) -> Reference | None:
-    """A stored reference, which the undisturbed answers of this run must agree with, or None where there is none."""
+    """Returns the stored reference, with which this run's undisturbed answers must agree, or None without one."""
     if path is None:
         return None
     fingerprint = requests_sha256(made.requests, made.model)
@@ -170,7 +169,7 @@ def _report(
     reference: Reference | None,
     judges_timing: bool,
 ) -> int:
-    report = Report(history.events, judge(history.events, experiment.bounds.bounds(sees_processes), reference))
+    report = Report(history.events, judge(history.events, experiment.bounds, reference, sees_processes))
     output.mkdir(parents=True, exist_ok=True)
     report.write(output)
     for verdict in report.judgement.verdicts:

@@ -28,28 +28,29 @@ from chaos.record.history import (
     PhaseBegan,
     RunBegan,
 )
-from chaos.record.load import ClientSettings, Load, StreamingClient, http_client
+from chaos.record.load import ClientLoad, ClientSettings, StreamingClient, http_client
 from chaos.record.observer import Observer, Progress
-from chaos.record.operations import Reference, read_operations, reference_of
+from chaos.record.operations import read_operations
+from chaos.record.reference import Reference, reference_of
 from chaos.record.requests import ChaosRequest, draw_requests
 from chaos.target import Target, TargetError
 from chaos.timeline import AllowedFault, PlannedFault, TimelineRules, make_timeline, overlapping_groups
 from chaos.victims import choose_victims
 
 SILENCE_S = 30.0
-"""The server comments every few seconds in a pause; a connection that says nothing for so long is broken."""
+"""The server comments every few seconds in a pause; a connection that says nothing for this long is broken."""
 BETWEEN_OVERLAPPING_S = 0.4
 WORK_WITHIN_S = 10.0
-"""How long a fault waits for most streams to be in mid-answer."""
+"""A fault waits at most this long for most streams to be in mid-answer."""
 
 
 class CannotRunError(Exception):
-    """The run could not be made; nothing is known about the mesh. Says what was missing."""
+    """The run could not be made, and nothing is known about the mesh. It says what was missing."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One use each. `history` grows while `execute` runs, and is worth reading also when it raises."""
+    """One run, made once. `history` grows while `execute` runs, and is worth reading also when it raises."""
 
     experiment: Experiment
     target: Target
@@ -57,11 +58,11 @@ class Run:
     seed: int
     history: History
     clock: Callable[[], float]
-    """Seconds since the run began."""
+    """It tells the seconds since the run began."""
     began_unix_s: float
     say: Callable[[str], None]
     transport: httpx.AsyncBaseTransport | None = None
-    """In place of the network."""
+    """Tests have it in place of the network."""
     sees_processes: bool = False
     requests: list[ChaosRequest] = field(default_factory=list)
     model: str = ""
@@ -70,7 +71,7 @@ class Run:
     _last_victims: tuple[str, ...] = ()
 
     async def execute(self) -> None:
-        """All phases. Raises CannotRunError. Everything that was hurt is healed when it returns or raises."""
+        """Runs all phases. Raises CannotRunError. All that was hurt is healed when it returns or raises."""
         load = self.experiment.load
         async with (
             http_client(load.streams, SILENCE_S, self.transport) as http,
@@ -78,13 +79,13 @@ class Run:
         ):
             observer = Observer(ask, self.target, self._record, self.clock)
             await self._reach_steady_state(observer)
-            self.requests = draw_requests(self.seed, load.requests, load.shape, await self._takes_penalties(ask))
+            self.requests = draw_requests(self.seed, load.requests, load.shape, await self._accepts_penalties(ask))
             settings = ClientSettings(load.resumable, load.reattach_within_s, load.request_deadline_s)
             client = StreamingClient(http, self.target.url, self.model, settings, self._record, self.clock)
             label = uuid.uuid4().hex[:12]
-            await self._run_undisturbed(Load(client, self.requests, load.streams, f"{label}-reference"))
-            await self._take_baseline(observer)
-            await self._run_faults(observer, Load(client, self.requests, load.streams, label))
+            await self._run_undisturbed(ClientLoad(client, self.requests, load.streams, f"{label}-reference"))
+            await self._begin_baseline(observer)
+            await self._run_faults(observer, ClientLoad(client, self.requests, load.streams, label))
             await self._end(observer)
 
     def _record(self, event: Event) -> None:
@@ -109,7 +110,7 @@ class Run:
         self._record(began)
         self._begin("steady")
 
-    async def _takes_penalties(self, http: httpx.AsyncClient) -> bool:
+    async def _accepts_penalties(self, http: httpx.AsyncClient) -> bool:
         body = {"model": self.model, "prompt": "a", "max_tokens": 1, "presence_penalty": 0.5}
         try:
             reply = await http.post(f"{self.target.url}/v1/completions", json=body, timeout=60)
@@ -117,7 +118,7 @@ class Run:
             raise CannotRunError(f"{self.target.url} does not answer a request: {error}") from error
         return reply.status_code == 200
 
-    async def _run_undisturbed(self, load: Load) -> None:
+    async def _run_undisturbed(self, load: ClientLoad) -> None:
         self._begin("reference")
         await load.run_once()
         operations = [o for o in read_operations(self.history.events) if o.phase == "reference"]
@@ -130,14 +131,14 @@ class Run:
         """The answers of the undisturbed phase."""
         return reference_of(read_operations(self.history.events))
 
-    async def _take_baseline(self, observer: Observer) -> None:
+    async def _begin_baseline(self, observer: Observer) -> None:
         self._begin("baseline")
         await observer.wait_quiet(self.experiment.rollback.quiet_within_s)
-        await observer.take_baseline()
+        await observer.set_baseline()
         self.sees_processes = observer.sample_processes() > 0
         observer.record_metrics()
 
-    async def _run_faults(self, observer: Observer, load: Load) -> None:
+    async def _run_faults(self, observer: Observer, load: ClientLoad) -> None:
         self._begin("faults")
         watching = asyncio.create_task(observer.watch())
         began_s = self.clock()
@@ -163,7 +164,7 @@ class Run:
         await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)
 
     async def _wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
-        """Or until the timeout; the record tells which."""
+        """Waits until it is so, or until the timeout; the record tells which."""
         deadline_s = self.clock() + timeout_s
         for _ in itertools.count():
             if is_so() or self.clock() > deadline_s:
@@ -171,16 +172,18 @@ class Run:
             await asyncio.sleep(0.01)
 
     async def _offered_faults(self) -> list[AllowedFault]:
-        """What can be done to this target from here. What cannot is left out, and named once: as many faults as the
-        suite says come all the same, of the kinds that are left."""
+        """Returns what can be done to this target from here, and names once what cannot.
+
+        As many faults as the suite says come all the same, of the kinds that are left.
+        """
         offered: list[AllowedFault] = []
         for number, entry in enumerate(self.experiment.timeline.faults):
-            (example,) = make_timeline(self.seed, [entry.allowed], TimelineRules(1, (0.0, 0.0)))
+            (example,) = make_timeline(self.seed, [entry], TimelineRules(1, (0.0, 0.0)))
             reason = await self._reason_against(example)
             if reason:
                 self._skip(replace(example, number=-1 - number), reason, is_expected=True)
             else:
-                offered.append(entry.allowed)
+                offered.append(entry)
         return offered
 
     async def _reason_against(self, planned: PlannedFault) -> str:
@@ -201,7 +204,7 @@ class Run:
                 await self._settle(group, observer)
 
     async def _hurt(self, group: Sequence[PlannedFault], observer: Observer) -> bool:
-        """Apply a fault and those that overlap it, and heal each after its time. Whether any was applied."""
+        """Applies a fault and those that overlap it, heals each after its time, and returns whether any was applied."""
         healing_s: list[tuple[float, PlannedFault]] = []
         for position, planned in enumerate(group):
             if position:
@@ -253,21 +256,21 @@ class Run:
             self._record(FaultHealed(self.clock(), planned.number))
 
     def _heal_all(self) -> None:
-        """In the loop's own thread: nothing may come between."""
+        """Heals everything in the loop's own thread: nothing may come between."""
         while self._open_faults:
             planned, fault = self._open_faults.pop()
             self._try_to_heal(fault)
             self._record(FaultHealed(self.clock(), planned.number))
 
     def _try_to_heal(self, fault: Fault) -> None:
-        """Raises nothing: what cannot be healed is said, and shows in the verdict that the mesh is not whole."""
+        """Says what cannot be healed and raises nothing: the verdict that the mesh is not whole will show it."""
         try:
             fault.heal(self.target)
         except TargetError as error:
             self.say(f"{self.clock():7.1f} s  healing of {fault.name}: {error}")
 
     async def _settle(self, group: Sequence[PlannedFault], observer: Observer) -> None:
-        """Until the mesh is whole and all streams go on; the next fault should hit work in flight."""
+        """Waits until the mesh is whole and all streams go on: the next fault should hit work in flight."""
         within_s = self.experiment.timeline.settle_within_s
         whole_s = await observer.wait_whole(self.clock(), within_s)
         if whole_s is None:

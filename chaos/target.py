@@ -1,6 +1,6 @@
 """What the harness asks of a mesh that it may hurt: who runs there, and the few things that can be done to them.
 
-Two targets fill this: processes under the supervisor of `make run`, and containers by compose label.
+Two targets do it: processes under the supervisor of `make run`, and containers by compose label.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ class Node:
     """One process of the mesh as it runs now. A restart makes another `pid`, the name stays."""
 
     name: str
-    """`stage-0` or the container's name; unique in the mesh."""
+    """It is `stage-0` or the container's name, and unique in the mesh."""
     kind: str
     """One of NODE_KINDS."""
     pid: int
-    """On the host; of the process itself, not of an init above it."""
+    """The process itself has it on the host, not an init above it."""
     container: str = ""
-    """Container id; empty on the local target."""
+    """The id of the container; empty on the local target."""
     host: str = ""
-    """Which played host it runs on; empty where none are played, and for who runs beside them."""
+    """The played host that it runs on; empty where none are played, and for who runs beside them."""
 
 
 class Target(Protocol):
@@ -32,12 +32,12 @@ class Target(Protocol):
 
     @property
     def url(self) -> str:
-        """Base URL of the public HTTP API; the same over restarts of the router."""
+        """The base URL of the public HTTP API; it is the same over restarts of the router."""
         ...
 
     @property
     def features(self) -> frozenset[str]:
-        """What this target allows, by word.
+        """What this target allows.
 
         `processes`: signals. `containers`: docker API and cgroups. `netns`: a network namespace of its own for each
         node (iptables, tc). `proxy`: links that go over TCP and can be led through one. `hosts`: hosts that can
@@ -46,23 +46,23 @@ class Target(Protocol):
         ...
 
     def nodes(self) -> list[Node]:
-        """Everybody who runs now, by name."""
+        """Returns everybody who runs now, by name."""
         ...
 
     def signal(self, node: Node, number: int) -> None:
-        """Send a signal from the host; a process that is gone already is no error."""
+        """Sends a signal from the host; a process that is gone already is no error."""
         ...
 
     def stop(self, node: Node, timeout_s: float) -> None:
-        """End it in an orderly way (SIGTERM, then SIGKILL after the timeout) and leave it ended."""
+        """Ends it in an orderly way (SIGTERM, then SIGKILL after the timeout) and leaves it ended."""
         ...
 
     def start(self, name: str) -> None:
-        """Bring a stopped node back, as a new process of the same name."""
+        """Brings a stopped node back, as a new process of the same name."""
         ...
 
     def scale(self, kind: str, count: int) -> None:
-        """Have so many processes of a kind (stage, expert); new ones get new names, the newest end first."""
+        """Starts or ends processes of a kind (stage, expert) until there are `count`; the newest end first."""
         ...
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from chaos.victims import VictimRule
+
+Seconds = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedFault:
     """One entry of a suite. A parameter may be a value, `{"between": [low, high]}` or `{"one_of": [...]}`."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
     kind: str
-    weight: float
-    victims: VictimRule
-    heal_after_s: tuple[float, float]
-    """Shortest and longest time until it is undone; drawn between them."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    victims: VictimRule = field(default_factory=VictimRule)
+    heal_after_s: tuple[Seconds, Seconds] = (0.0, 0.0)
+    """The time until it is undone is drawn between these."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -28,30 +34,33 @@ class PlannedFault:
 
     number: int
     at_s: float
-    """Since the faults began, at the earliest: the runner waits until the mesh is whole again after the one before,
-    unless the two overlap."""
+    """The time since the faults began, at the earliest: the runner waits until the mesh is whole again after the one
+    before, unless the two overlap."""
     kind: str
     victims: VictimRule
     parameters: dict[str, Any]
     heal_after_s: float
     overlaps: bool
-    """Whether it comes while the one before still hurts."""
+    """It comes while the one before still hurts."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimelineRules:
-    """How many, how close."""
+    """How many faults there are, and how close they come."""
 
     count: int
     spacing_s: tuple[float, float]
-    """Shortest and longest time from one fault (or overlapping pair) to the next."""
+    """The time from one fault (or overlapping pair) to the next is drawn between these."""
     overlap: float = 0.0
-    """The share of faults, in [0, 1], that come while the one before still hurts."""
+    """This share of faults, in [0, 1], comes while the one before still hurts."""
 
 
 def make_timeline(seed: int, allowed: Sequence[AllowedFault], rules: TimelineRules) -> list[PlannedFault]:
-    """`rules.count` faults in the order of time. Every allowed kind comes once before drawing is free, where the count
-    allows it: a short suite should not miss a kind by chance. Raises ValueError where nothing is allowed."""
+    """Draws `rules.count` faults in the order of time. Raises ValueError where nothing is allowed.
+
+    Every allowed kind comes once, where the count allows it, and the rest is drawn freely: a short suite should not
+    miss a kind by chance.
+    """
     if not allowed:
         raise ValueError("a timeline needs at least one allowed fault")
     draw = random.Random(f"{seed}/timeline")
@@ -77,7 +86,7 @@ def make_timeline(seed: int, allowed: Sequence[AllowedFault], rules: TimelineRul
 
 
 def overlapping_groups(planned: Sequence[PlannedFault]) -> list[list[PlannedFault]]:
-    """Faults that hurt at the same time, together; in the order of time."""
+    """Groups faults that hurt at the same time; in the order of time."""
     groups: list[list[PlannedFault]] = []
     for fault in planned:
         if fault.overlaps and groups:

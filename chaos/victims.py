@@ -5,30 +5,37 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field
 
 from chaos.record.roles import Role
 from chaos.target import NODE_KINDS, Node
 
 NO_ROLES: Mapping[str, Role] = {}
-RULES = ("random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host")
+NodeKind = Literal["router", "stage", "expert"]
+Rule = Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host"]
+RULES = get_args(Rule)
 
 
 @dataclass(frozen=True, slots=True)
 class VictimRule:
-    """One of RULES. `random` and `all` take `kind`; `random` takes `count`; `named` takes `names`.
+    """Who a suite wants to be hurt. `random` and `all` are of a `kind`; `random` has a `count`, `named` has `names`.
 
-    `same`: those of the fault before, by name (flapping over restarts). `pair`: one node of each of two kinds where
-    there are two kinds besides the router, else two nodes. `nobody`: for faults that hurt the mesh as a whole.
-    `host`: all who run on one played host, a random one.
+    `same` means those of the fault before, by name (flapping over restarts). `pair` means one node of each of two kinds
+    where there are two kinds besides the router, else two nodes. `nobody` is for faults that hurt the mesh as a whole.
+    `host` means all who run on one played host, a random one.
     """
 
-    rule: str = "random"
-    kind: str = ""
-    """One of NODE_KINDS; empty means any of them."""
-    count: int = 1
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    rule: Rule = "random"
+    kind: NodeKind | Literal[""] = ""
+    """Without it any kind is meant."""
+    count: Annotated[int, Field(ge=1)] = 1
     names: tuple[str, ...] = ()
-    role: str = ""
-    """One of ROLES, for `random` and `all`; empty means any. Where nobody's role is known, it asks for nothing."""
+    role: Literal["", "holder", "mirror", "expert", "spare"] = ""
+    """It counts for `random` and `all`; without it any role is meant, and also where nobody's role is known."""
 
     def __str__(self) -> str:
         what = f"{self.kind or 'node'} ({self.role})" if self.role else self.kind or "node"
@@ -51,10 +58,10 @@ def choose_victims(
     keep: Mapping[str, int],
     roles: Mapping[str, Role] = NO_ROLES,
 ) -> list[Node]:
-    """The victims, by name. Empty where the rule finds nobody that may be hurt.
+    """Chooses the victims, in the order of their names; none where the rule finds nobody that may be hurt.
 
-    `before`: names of the victims of the fault before. `keep`: how many of a kind must stay unhurt. `roles`: what each
-    is for, by name.
+    `before` names the victims of the fault before, `keep` says how many of a kind must stay unhurt, and `roles` what
+    each node is for, by its name.
     """
     ordered = sorted(nodes, key=lambda node: node.name)
     of_role = [node for node in ordered if not (rule.role and roles) or _has(roles.get(node.name), rule.role)]
@@ -100,7 +107,7 @@ def _pair(nodes: Sequence[Node], draw: random.Random) -> list[Node]:
 
 
 def _spare(chosen: Sequence[Node], nodes: Sequence[Node], keep: Mapping[str, int]) -> list[Node]:
-    """Without those that would leave too few of their kind unhurt."""
+    """Returns those who may be hurt and leave enough of their kind unhurt."""
     victims: list[Node] = []
     for node in chosen:
         unhurt = sum(1 for other in nodes if other.kind == node.kind) - sum(1 for v in victims if v.kind == node.kind)

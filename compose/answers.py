@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from chaos.record.answer import DONE
-from chaos.record.sse import EventParser, split_lines
+from chaos.record.sse import DONE, EventParser, split_lines
 from common.errors import MoemeshError
 from compose.router_client import open_client
 
@@ -101,7 +100,7 @@ class _ResumableStream:
         with contextlib.closing(reply):
             parser = EventParser(self._last_event_id)
             for line in split_lines(reply.iter_bytes()):
-                event = parser.take(line)
+                event = parser.add(line)
                 if event is None:
                     continue
                 self._last_event_id = event.event_id

@@ -24,7 +24,7 @@ class BackgroundFault(Fault):
     @property
     @abstractmethod
     def patience_s(self) -> float:
-        """Healing waits so long for the work to end by itself before it tells it to stop."""
+        """Healing waits this long for the work to end by itself, and then tells it to stop."""
 
     def heal(self, target: Target) -> None:
         """Ends the work and undoes what it has done. Raises TargetError also if the work does not stop."""

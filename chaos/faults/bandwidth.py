@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
-from chaos.faults.network import NetworkFault
+from chaos.faults.network import NetworkFault, replace_discipline
 from chaos.proxy.link_rules import LinkRule, around
 from chaos.target import Node, Target
 from chaos.targets.host_commands import NetworkNamespace
-from chaos.targets.queue_discipline import replace_discipline
 
 QUEUE_MS = 400
 BURST_BYTES = 16_384

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
+from chaos.faults.processes import environment_of, path_seen_by
 from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import run
-from chaos.targets.process_environment import environment_of, path_seen_by
 
 LIBRARY = "faketime/libfaketime.so.1"
 FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")

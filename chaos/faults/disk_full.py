@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
+from chaos.faults.processes import state_folder
 from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import run
-from chaos.targets.process_environment import environment_of, path_seen_by
 
 MAX_BYTES = 1 << 30
 FILLER = "chaos-disk-full"
@@ -46,11 +46,6 @@ class DiskFull(Fault):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             self._undo.add(_remove, handle)
             fill(handle, self.left_kib << 10)
-
-
-def state_folder(node: Node) -> Path:
-    """Returns the folder in which the process keeps its state, as this process reaches it."""
-    return path_seen_by(node, environment_of(node).get("STATE_DIR") or "state")
 
 
 def refusal(folder: Path) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chaos.faults.base import Fault
-from chaos.proxy.proxy import link_proxy
+from chaos.proxy.link_proxy import link_proxy
 from chaos.target import Node, Target, TargetError
 
 

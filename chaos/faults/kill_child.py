@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chaos.faults.base import Fault
+from chaos.faults.processes import children, descendants
 from chaos.target import Node, Target, TargetError
 
 
@@ -43,20 +44,3 @@ def newest_children(victims: Sequence[Node]) -> list[int]:
             raise TargetError(f"{victim.name} has no child process; choose a kind that starts some")
         found.append(max(pids))
     return found
-
-
-def descendants(pid: int) -> list[int]:
-    """Returns the pids of a process's children, their children and so on."""
-    below = children(pid)
-    return below + [descendant for child in below for descendant in descendants(child)]
-
-
-def children(pid: int) -> list[int]:
-    """Returns the pids of a process's children, the newest last; none where it is gone or not ours to see."""
-    found: list[int] = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += [int(child) for child in (task / "children").read_text().split()]
-    except OSError:
-        return []
-    return sorted(found)

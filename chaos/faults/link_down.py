@@ -10,7 +10,7 @@ from chaos.targets.host_commands import NetworkNamespace
 
 
 class LinkDown(Fault):
-    """All interfaces of each victim go down but loopback."""
+    """All interfaces of each victim but loopback go down."""
 
     name = "link_down"
     needs = frozenset({"netns"})

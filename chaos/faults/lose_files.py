@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from chaos.faults.background import BackgroundFault
 from chaos.faults.base import Range
-from chaos.faults.disk_full import state_folder
+from chaos.faults.processes import state_folder
 from chaos.target import Node, Target, TargetError
 from common.wire.endpoints import ipc_folder
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from chaos.faults.base import Fault
+from chaos.proxy.link_proxy import link_proxy
 from chaos.proxy.link_rules import LinkRule
-from chaos.proxy.proxy import link_proxy
-from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace, missing
+from chaos.target import Node, Target, TargetError
+from chaos.targets.host_commands import NetworkNamespace, missing, run
 from chaos.undo import UndoList
 
 
@@ -39,7 +39,7 @@ class NetworkFault(ProxyFault):
         """Does what `rules` do with the programs of this machine. Raises TargetError."""
 
     def uses_proxy(self, target: Target) -> bool:
-        """Whether it is done by the proxy."""
+        """Returns whether it is done by the proxy."""
         return "netns" not in target.features
 
     def unavailable(self, target: Target) -> str:
@@ -58,3 +58,22 @@ def add_packet_rule(namespace: NetworkNamespace, undo: UndoList, chain: str, *ru
     """Puts a rule first in a chain of a node's packet filter; undoing takes it out if the namespace is still there."""
     namespace.run("iptables", "-w", "-I", chain, "1", *rule)
     undo.add(namespace.run_if_there, "iptables", "-w", "-D", chain, *rule)
+
+
+def replace_discipline(namespace: NetworkNamespace, undo: UndoList, *discipline: str) -> None:
+    """Has all interfaces of a node but loopback send by another queue discipline, until it is undone.
+
+    A discipline that was set before is not known and not put back.
+    """
+    for interface in namespace.interfaces():
+        namespace.run("tc", "qdisc", "replace", "dev", interface, "root", *discipline)
+        undo.add(namespace.run_if_there, "tc", "qdisc", "del", "dev", interface, "root")
+
+
+def has_netem() -> bool:
+    """Returns whether this kernel can delay packets; that is tried in a namespace which ends with the trial."""
+    try:
+        run(["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"])
+    except TargetError:
+        return False
+    return True

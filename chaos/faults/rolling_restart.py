@@ -16,7 +16,7 @@ from chaos.target import Node, Target, TargetError
 @dataclass
 class RollingRestart(BackgroundFault):
     """Each victim gets `timeout_s` to leave in order; `pause_s` after its return it is the next one's turn. All of it
-    must be done `within_s`, and healing waits for it."""
+    must be done within `within_s`, and healing waits for that."""
 
     name = "rolling_restart"
     pause_s: Annotated[float, Range(0, 600)] = 5

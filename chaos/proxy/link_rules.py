@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ANYBODY = ""
-"""In place of a node's name."""
+"""This in place of a node's name means any node."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameRule:
-    """Messages are damaged, each with this probability; see `zmtp_frames.DAMAGES`."""
+    """Messages are damaged, each with this probability; see `zmtp_frames.FrameDamage`."""
 
     kind: str
     probability: float
@@ -20,25 +20,25 @@ class FrameRule:
 
 @dataclass(frozen=True, slots=True)
 class LinkRule:
-    """Holds for bytes from `source` to `destination`, whoever of them opened the connection."""
+    """It holds for bytes from `source` to `destination`, whoever of them opened the connection."""
 
     source: str = ANYBODY
     destination: str = ANYBODY
     delay_ms: float = 0.0
     bytes_per_s: float = 0.0
-    """0: no limit."""
+    """0 means no limit."""
     is_stalled: bool = False
     """Nothing arrives, nothing is lost: what was on its way arrives when the rule is gone."""
     frames: FrameRule | None = None
 
     def holds_for(self, source: str, destination: str) -> bool:
-        """Whether it speaks of this direction."""
+        """Returns whether it speaks of this direction."""
         return self.source in (ANYBODY, source) and self.destination in (ANYBODY, destination)
 
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """All rules for one direction together."""
+    """What all rules for one direction come to together."""
 
     delay_ms: float = 0.0
     bytes_per_s: float = 0.0
@@ -47,7 +47,7 @@ class Treatment:
 
 
 def treatment(rules: Iterable[LinkRule], source: str, destination: str) -> Treatment:
-    """Delays add up, the smallest bandwidth counts, one stall is enough, damages follow each other."""
+    """Combines rules: delays add up, the smallest bandwidth counts, one stall is enough, damages follow each other."""
     found = [rule for rule in rules if rule.holds_for(source, destination)]
     return Treatment(
         delay_ms=sum(rule.delay_ms for rule in found),
@@ -58,5 +58,5 @@ def treatment(rules: Iterable[LinkRule], source: str, destination: str) -> Treat
 
 
 def around(node: str, **what: object) -> list[LinkRule]:
-    """The same rule for all that comes to a node and all that leaves it; `what`: fields of LinkRule."""
+    """Returns the same rule for all that comes to a node and all that leaves it; `what` are fields of LinkRule."""
     return [LinkRule(source=node, **what), LinkRule(destination=node, **what)]  # type: ignore[arg-type]

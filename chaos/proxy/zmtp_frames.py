@@ -28,7 +28,7 @@ class Passage:
     """A piece of the stream that ends where a message or command ends: never damaged bytes, or one whole message."""
 
     raw: bytes
-    """As it came."""
+    """Its bytes as they came."""
     message: Message = ()
     """Its frames; empty for a greeting or command."""
 
@@ -49,7 +49,7 @@ class ZmtpStream:
         self._payloads: list[tuple[int, int]] = []
 
     def feed(self, data: bytes) -> list[Passage]:
-        """The passages that these bytes complete, in order; their `raw` joined is the stream so far."""
+        """Returns the passages that these bytes complete, in order; their `raw` joined is the stream so far."""
         self._pending += data
         passages = []
         while (passage := self._next()) is not None:
@@ -57,15 +57,15 @@ class ZmtpStream:
         return passages
 
     def rest(self) -> bytes:
-        """What waits unfinished; the end of a connection may come in the middle of a frame."""
+        """Returns what waits unfinished; the end of a connection may come in the middle of a frame."""
         return bytes(self._pending)
 
     def _next(self) -> Passage | None:
         if self._is_foreign:
-            return Passage(self._take(len(self._pending))) if self._pending else None
+            return Passage(self._pop(len(self._pending))) if self._pending else None
         if self._greeting_left and self._pending:
             # In pieces, as it comes: a side sends the rest of its greeting only when it has seen the other's beginning.
-            piece = self._take(min(self._greeting_left, len(self._pending)))
+            piece = self._pop(min(self._greeting_left, len(self._pending)))
             self._greeting_left -= len(piece)
             return Passage(piece)
         while (frame := self._frame_at(self._scanned)) is not None:
@@ -79,16 +79,16 @@ class ZmtpStream:
             if flags & _COMMAND:
                 # Between the frames of one message there is none; where a peer does it all the same, it goes along.
                 if not self._payloads:
-                    return Passage(self._take(stop))
+                    return Passage(self._pop(stop))
                 continue
             self._payloads.append((start, stop))
             if not flags & _MORE:
                 message = tuple(bytes(self._pending[first:last]) for first, last in self._payloads)
-                return Passage(self._take(stop), message)
+                return Passage(self._pop(stop), message)
         return None
 
     def _frame_at(self, position: int) -> tuple[int, int, int] | None:
-        """Flags and `[start, stop)` of the payload of the frame there; None while its head is not complete."""
+        """Returns flags and `[start, stop)` of the payload of the frame there, or None while its head is incomplete."""
         if position >= len(self._pending):
             return None
         flags = self._pending[position]
@@ -101,16 +101,16 @@ class ZmtpStream:
             return None
         return flags, position + 2, position + 2 + self._pending[position + 1]
 
-    def _take(self, count: int) -> bytes:
-        taken = bytes(self._pending[:count])
+    def _pop(self, count: int) -> bytes:
+        popped = bytes(self._pending[:count])
         del self._pending[:count]
         self._scanned = 0
         self._payloads = []
-        return taken
+        return popped
 
 
 def write_message(message: Message) -> bytes:
-    """The frames of a message (at least one) as bytes."""
+    """Returns the frames of a message (at least one) as bytes."""
     pieces = []
     for place, payload in enumerate(message):
         flags = _MORE if place < len(message) - 1 else 0
@@ -122,7 +122,7 @@ def write_message(message: Message) -> bytes:
 
 
 def corrupt(message: Message, draw: random.Random) -> Message:
-    """One bit of one frame flipped; a message of empty frames only stays as it is."""
+    """Flips one bit of one frame; a message of empty frames only stays as it is."""
     places = [place for place, payload in enumerate(message) if payload]
     if not places:
         return message
@@ -133,7 +133,7 @@ def corrupt(message: Message, draw: random.Random) -> Message:
 
 
 def truncate(message: Message, draw: random.Random) -> Message:
-    """The end of the last frame that has bytes cut off, 1 byte to all; the connection itself stays in order."""
+    """Cuts the end off the last frame that has bytes, 1 byte to all; the connection itself stays in order."""
     places = [place for place, payload in enumerate(message) if payload]
     if not places:
         return message
@@ -164,7 +164,7 @@ class FrameDamage:
         self._held: Message | None = None
 
     def pass_on(self, message: Message) -> list[Message]:
-        """What goes on in place of this message, in order; nothing while it is held back."""
+        """Returns what goes on in place of this message, in order; nothing while it is held back."""
         if self._held is not None:
             held, self._held = self._held, None
             return [message, held]
@@ -182,6 +182,6 @@ class FrameDamage:
         return []
 
     def release(self) -> list[Message]:
-        """What is held back still, when the damage ends."""
+        """Returns what is still held back when the damage ends."""
         held, self._held = self._held, None
         return [] if held is None else [held]

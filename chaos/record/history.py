@@ -15,13 +15,13 @@ from chaos.target import Node
 
 
 def logprob_bits(logprob: float) -> str:
-    """The 64 bits of a log-probability as 16 hexadecimal digits: equal text is equality in every bit."""
+    """Returns the 64 bits of a log-probability as 16 hexadecimal digits: equal text is equality in every bit."""
     return struct.pack(">d", logprob).hex()
 
 
 @dataclass(frozen=True, slots=True)
 class RunBegan:
-    """The first line: what makes the run repeatable."""
+    """The first line: it has what makes the run repeatable."""
 
     at_s: float
     suite: str
@@ -33,7 +33,7 @@ class RunBegan:
 
 @dataclass(frozen=True, slots=True)
 class PhaseBegan:
-    """`steady`, `reference`, `baseline`, `faults`, `finish`, `quiet`, `end`."""
+    """A phase begins: `steady`, `reference`, `baseline`, `faults`, `finish`, `quiet` or `end`."""
 
     at_s: float
     phase: str
@@ -49,14 +49,14 @@ class Asked:
     request: str
     body_sha256: str
     kind: str
-    """`greedy`, `seeded`, and what it has besides: `stop`, `n=2`, `penalties`."""
+    """It is `greedy` or `seeded`, and what it has besides: `stop`, `n=2`, `penalties`."""
     num_choices: int
     max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What one server-sent event brought for one choice; `offset` counts the tokens that this client had before it."""
+    """One server-sent event brought this for one choice; `offset` counts the tokens that the client had before it."""
 
     at_s: float
     operation: str
@@ -67,7 +67,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class ConnectionBroken:
     """A connection ended in mid-answer, or could not be opened."""
 
     at_s: float
@@ -76,7 +76,7 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RequestRefused:
     """The server did not take the operation now (429, 503) and nothing of it had begun; the client asks again."""
 
     at_s: float
@@ -96,7 +96,7 @@ class Reattached:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceFinished:
-    """A choice's finish reason, and the hash of all of its text."""
+    """A choice is over: its finish reason, and the hash of all of its text."""
 
     at_s: float
     operation: str
@@ -107,7 +107,7 @@ class ChoiceFinished:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer is whole. `usage`: the last chunk's, with whatever the server tells of recoveries."""
+    """The answer is whole. `usage` is the last chunk's, with whatever the server tells of recoveries."""
 
     at_s: float
     operation: str
@@ -115,8 +115,8 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """The operation ended with an error: the server's own, or `connection_lost`, `not_resumable`, `ended_early`."""
+class RequestFailed:
+    """The operation ended with an error: the server's own, or `connection_lost`, `not_resumable` or `ended_early`."""
 
     at_s: float
     operation: str
@@ -136,9 +136,9 @@ class Abandoned:
 
 @dataclass(frozen=True, slots=True)
 class FaultApplied:
-    """`victims` are the processes as they were when they were hurt; `alive` those of them that lived then.
+    """A fault was put on. `victims` are the processes as they were then; `alive` names those of them that lived.
 
-    `roles`: what each of the victims was for, in their order; empty where nobody says so.
+    `roles` says what each of the victims was for, in their order; it is empty where that is not known.
     """
 
     at_s: float
@@ -160,7 +160,7 @@ class FaultHealed:
 
 @dataclass(frozen=True, slots=True)
 class MeshWhole:
-    """After a fault: ready, with as many nodes, pipelines and copies as before the faults began."""
+    """The mesh is ready after a fault, with as many nodes, pipelines and copies as before the faults began."""
 
     at_s: float
     fault: int
@@ -168,11 +168,14 @@ class MeshWhole:
 
 @dataclass(frozen=True, slots=True)
 class FaultSkipped:
-    """It could not be done. `is_expected`: this target or machine does not offer it; else nobody was there to hurt."""
+    """A fault could not be put on.
+
+    It is expected where the target or machine does not offer it; else nobody was there to hurt.
+    """
 
     at_s: float
     fault: int
-    """Its number; below 0 for a suite's entry of which none was drawn, -1 for the first of them."""
+    """Its number, or one below 0 for a suite's entry of which none was drawn: -1 for the first entry."""
     kind: str
     reason: str
     is_expected: bool
@@ -180,22 +183,22 @@ class FaultSkipped:
 
 @dataclass(frozen=True, slots=True)
 class NodesSeen:
-    """Who runs; written when it changes."""
+    """These nodes run; it is written when that changes."""
 
     at_s: float
     nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsSample:
-    """Sums over labels of the samples that verdicts look at; absent where /metrics did not answer or lacks it."""
+class MetricsSeen:
+    """What /metrics said, as sums over labels; empty where it did not answer."""
 
     at_s: float
     values: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessSample:
+class ProcessSeen:
     """One process as the kernel sees it."""
 
     at_s: float
@@ -212,20 +215,20 @@ Event = (
     | PhaseBegan
     | Asked
     | Tokens
-    | Broken
-    | Refused
+    | ConnectionBroken
+    | RequestRefused
     | Reattached
     | ChoiceFinished
     | Ended
-    | Failed
+    | RequestFailed
     | Abandoned
     | FaultApplied
     | FaultHealed
     | MeshWhole
     | FaultSkipped
     | NodesSeen
-    | MetricsSample
-    | ProcessSample
+    | MetricsSeen
+    | ProcessSeen
 )
 
 _KINDS: dict[str, type[Event]] = {
@@ -233,26 +236,26 @@ _KINDS: dict[str, type[Event]] = {
     "phase_began": PhaseBegan,
     "asked": Asked,
     "tokens": Tokens,
-    "broken": Broken,
-    "refused": Refused,
+    "broken": ConnectionBroken,
+    "refused": RequestRefused,
     "reattached": Reattached,
     "choice_finished": ChoiceFinished,
     "ended": Ended,
-    "failed": Failed,
+    "failed": RequestFailed,
     "abandoned": Abandoned,
     "fault_applied": FaultApplied,
     "fault_healed": FaultHealed,
     "mesh_whole": MeshWhole,
     "fault_skipped": FaultSkipped,
     "nodes_seen": NodesSeen,
-    "metrics_sample": MetricsSample,
-    "process_sample": ProcessSample,
+    "metrics_sample": MetricsSeen,
+    "process_sample": ProcessSeen,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class HistoryError(Exception):
-    """A line of a history cannot be read; names the line."""
+    """A line of a history cannot be read. It names the line."""
 
 
 @dataclass(slots=True)
@@ -263,19 +266,19 @@ class History:
     sink: Callable[[str], object] | None = None
 
     def add(self, event: Event) -> None:
-        """Append one event."""
+        """Appends one event."""
         self.events.append(event)
         if self.sink is not None:
             self.sink(encode_event(event))
 
 
 def encode_event(event: Event) -> str:
-    """One line of JSON with its line end."""
+    """Returns one line of JSON with its line end."""
     return json.dumps({"event": _NAMES[type(event)], **asdict(event)}, separators=(",", ":")) + "\n"
 
 
 def decode_event(line: str) -> Event:
-    """The event of a line. Raises HistoryError where it is none."""
+    """Returns the event of a line. Raises HistoryError where it is none."""
     try:
         values = json.loads(line)
         kind = _KINDS[values.pop("event")]
@@ -291,7 +294,7 @@ def decode_event(line: str) -> Event:
 
 
 def read_history(lines: Iterable[str]) -> History:
-    """A whole history. Raises HistoryError with the number of the line that cannot be read."""
+    """Reads a whole history. Raises HistoryError with the number of the line that cannot be read."""
     return History(list(_numbered(lines)))
 
 

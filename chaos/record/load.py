@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
-from chaos.record.answer import Answer
-from chaos.record.history import Abandoned, Asked, Broken, Event, Reattached, Refused
+from chaos.record.history import (
+    Abandoned,
+    Asked,
+    ChoiceFinished,
+    ConnectionBroken,
+    Ended,
+    Event,
+    Reattached,
+    RequestFailed,
+    RequestRefused,
+    Tokens,
+    logprob_bits,
+)
 from chaos.record.requests import ChaosRequest
-from chaos.record.sse import EventParser, split_lines_async
+from chaos.record.sse import DONE, EventParser, ServerEvent, split_lines_async
 
 REQUEST_ID_HEADER = "Moemesh-Request-Id"
 RETRY_PAUSE_S = 0.1
@@ -27,7 +40,7 @@ class ClientSettings:
 
     resumable: bool
     reattach_within_s: float
-    """After a break, for the stream to go on; and for a busy or absent server to take a request."""
+    """After a break, the stream must go on within it; so must a busy or absent server accept a request."""
     request_deadline_s: float
 
 
@@ -37,7 +50,7 @@ class BrokenStreamError(Exception):
 
 @dataclass(slots=True)
 class StreamingClient:
-    """Asks for one completion after another. `record` gets everything that it sees."""
+    """It asks for one completion after another. `record` gets everything that it sees."""
 
     http: httpx.AsyncClient
     url: str
@@ -47,20 +60,20 @@ class StreamingClient:
     clock: Callable[[], float]
 
     async def ask(self, operation: str, stream: int, request: ChaosRequest) -> None:
-        """One operation from asking to its end, whatever the end is. Never raises what the server may cause."""
+        """Runs one operation from asking to its end, whatever the end is. Raises nothing that the server may cause."""
         self.record(
             Asked(
-                self.clock(),
-                operation,
-                stream,
-                request.name,
-                request.body_sha256(self.model),
-                request.kind,
-                request.num_choices,
-                request.max_tokens,
+                at_s=self.clock(),
+                operation=operation,
+                stream=stream,
+                request=request.name,
+                body_sha256=request.body_sha256(self.model),
+                kind=request.kind,
+                num_choices=request.num_choices,
+                max_tokens=request.max_tokens,
             )
         )
-        answer = Answer(operation, request.num_choices, self.record, self.clock)
+        answer = AnswerRecorder(operation, request.num_choices, self.record, self.clock)
         asked_s = self.clock()
         try:
             async with asyncio.timeout(self.settings.request_deadline_s):
@@ -70,7 +83,7 @@ class StreamingClient:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             answer.fail("unreadable", f"the server sent what cannot be read: {error}")
 
-    async def _read_to_the_end(self, answer: Answer, request: ChaosRequest) -> None:
+    async def _read_to_the_end(self, answer: AnswerRecorder, request: ChaosRequest) -> None:
         connection = _Connection(self, answer, request)
         broke_s: float | None = None
         while not answer.is_over:
@@ -78,13 +91,13 @@ class StreamingClient:
                 await connection.read()
             except (httpx.TransportError, BrokenStreamError) as error:
                 reason = f"{type(error).__name__}: {error}"
-                self.record(Broken(self.clock(), answer.operation, reason))
+                self.record(ConnectionBroken(self.clock(), answer.operation, reason))
                 broke_s = self.clock() if broke_s is None or connection.has_progressed else broke_s
                 if connection.has_headers and not connection.request_id:
                     answer.fail("connection_lost", f"{reason}; the server keeps no streams")
                     return
             except _BusyError as busy:
-                self.record(Refused(self.clock(), answer.operation, busy.status, busy.message))
+                self.record(RequestRefused(self.clock(), answer.operation, busy.status, busy.message))
                 broke_s = self.clock() if broke_s is None else broke_s
             connection.has_progressed = False
             if not answer.is_over:
@@ -101,22 +114,93 @@ class _BusyError(Exception):
 
 
 @dataclass(slots=True)
+class AnswerRecorder:
+    """One answer as its client puts it together, over as many connections as it takes; all of it goes into the record.
+
+    Offsets count what this client has got.
+    """
+
+    operation: str
+    num_choices: int
+    record: Callable[[Event], None]
+    clock: Callable[[], float]
+    last_event_id: str = ""
+    """The id of the last event that came; a new connection goes on after it."""
+    is_over: bool = False
+    _counts: list[int] = field(default_factory=list)
+    _texts: list[Any] = field(default_factory=list)
+    _finished: set[int] = field(default_factory=set)
+    _usage: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._counts = [0] * self.num_choices
+        self._texts = [hashlib.sha256() for _ in range(self.num_choices)]
+
+    def add(self, event: ServerEvent) -> None:
+        """Records a chunk, an error, or the end."""
+        if self.is_over:
+            return
+        if event.data == DONE:
+            self._end()
+        else:
+            self._add_chunk(json.loads(event.data))
+        self.last_event_id = event.event_id
+
+    def fail(self, code: str, message: str, status: int = 0) -> None:
+        """Records that the answer is over without its rest."""
+        self.is_over = True
+        self.record(RequestFailed(self.clock(), self.operation, code, message, status))
+
+    def _add_chunk(self, chunk: dict[str, Any]) -> None:
+        if "error" in chunk:
+            error = chunk["error"]
+            self.fail(str(error.get("code") or error.get("type")), str(error.get("message")))
+            return
+        self._usage |= chunk.get("usage") or {}
+        for name in chunk.keys() & {"moemesh"}:
+            self._usage[name] = chunk[name]
+        for choice in chunk.get("choices", ()):
+            self._add_choice(choice)
+
+    def _add_choice(self, choice: dict[str, Any]) -> None:
+        index = int(choice["index"])
+        token_ids = tuple(choice.get("token_ids") or ())
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
+        self._texts[index].update((choice.get("text") or "").encode())
+        if token_ids:
+            bits = tuple(logprob_bits(float(value)) for value in logprobs)
+            self.record(Tokens(self.clock(), self.operation, index, self._counts[index], token_ids, bits))
+            self._counts[index] += len(token_ids)
+        if choice.get("finish_reason"):
+            self._finished.add(index)
+            text = self._texts[index].hexdigest()
+            self.record(ChoiceFinished(self.clock(), self.operation, index, choice["finish_reason"], text))
+
+    def _end(self) -> None:
+        if len(self._finished) < self.num_choices:
+            self.fail("ended_early", f"[DONE], and {self.num_choices - len(self._finished)} choices have no end")
+            return
+        self.is_over = True
+        self.record(Ended(self.clock(), self.operation, self._usage))
+
+
+@dataclass(slots=True)
 class _Connection:
-    """The connections of one answer, one after another."""
+    """One connection of an answer after another."""
 
     client: StreamingClient
-    answer: Answer
+    answer: AnswerRecorder
     request: ChaosRequest
     request_id: str = ""
     has_headers: bool = False
-    """An answer had begun: asking anew would begin another one."""
+    """The answer has begun: asking anew would begin another one."""
     has_progressed: bool = False
 
     async def read(self) -> None:
-        """Until the answer is over. Raises httpx.TransportError, BrokenStreamError, _BusyError."""
+        """Reads until the answer is over. Raises httpx.TransportError, BrokenStreamError, _BusyError."""
         async with self._open() as response:
             if response.is_error:
-                await self._take_refusal(response)
+                await self._receive_refusal(response)
                 return
             if self.has_headers:
                 self.client.record(Reattached(self.client.clock(), self.answer.operation, self.answer.last_event_id))
@@ -124,10 +208,10 @@ class _Connection:
             self.request_id = response.headers.get(REQUEST_ID_HEADER, self.request_id)
             parser = EventParser(self.answer.last_event_id)
             async for line in split_lines_async(response.aiter_bytes()):
-                event = parser.take(line)
+                event = parser.add(line)
                 if event is not None:
                     self.has_progressed = True
-                    self.answer.take(event)
+                    self.answer.add(event)
         if not self.answer.is_over:
             raise BrokenStreamError("the connection was closed in mid-answer")
 
@@ -147,7 +231,7 @@ class _Connection:
         async with client.http.stream("POST", f"{client.url}/v1/completions", json=body, headers=headers) as response:
             yield response
 
-    async def _take_refusal(self, response: httpx.Response) -> None:
+    async def _receive_refusal(self, response: httpx.Response) -> None:
         message = _sentence(await response.aread())
         if response.status_code in BUSY_STATUSES:
             if self.has_headers:
@@ -166,20 +250,20 @@ def _sentence(body: bytes) -> str:
 
 
 @dataclass(slots=True)
-class Load:
-    """Streams that ask their requests in turn. `run_once`: each request one time; `run`: until `stop`."""
+class ClientLoad:
+    """Streams that ask their requests in turn: each request once (`run_once`), or from `start` until `stop`."""
 
     client: StreamingClient
     requests: Sequence[ChaosRequest]
     num_streams: int
     label: str
-    """In front of operations' names: they are idempotency keys, and a server may remember those of an earlier run."""
+    """Operations' names begin with it: they are idempotency keys, and a server may remember those of an earlier run."""
     _stopped: bool = False
     _count: int = 0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def run_once(self) -> None:
-        """All requests, as many at a time as there are streams."""
+        """Asks each request once, as many at a time as there are streams."""
         waiting = list(self.requests)
 
         async def work(stream: int) -> None:
@@ -189,15 +273,15 @@ class Load:
         await asyncio.gather(*(work(stream) for stream in range(self.num_streams)))
 
     def start(self) -> None:
-        """Begin on all streams."""
+        """Begins on all streams."""
         self.tasks = [asyncio.create_task(self._repeat(stream)) for stream in range(self.num_streams)]
 
     def stop(self) -> None:
-        """Ask nothing more; what is asked goes on."""
+        """Asks nothing more; what is asked goes on."""
         self._stopped = True
 
     async def join(self, timeout_s: float) -> None:
-        """Until all streams have ended. What is still under way then is cut off, and has no end in the record."""
+        """Waits until all streams have ended. What is late is cut off and has no end in the record."""
         if self.tasks:
             _, late = await asyncio.wait(self.tasks, timeout=timeout_s)
             for task in late:
@@ -223,7 +307,7 @@ class Load:
 def http_client(
     num_streams: int, silence_s: float, transport: httpx.AsyncBaseTransport | None = None
 ) -> httpx.AsyncClient:
-    """Connections for so many streams; one that says nothing for `silence_s`, not even a comment, is broken."""
+    """Makes a client with connections for all streams; one that brings not even a comment for `silence_s` is broken."""
     timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=silence_s)
     limits = httpx.Limits(max_connections=num_streams + 8, max_keepalive_connections=num_streams)
     return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, transport=transport)

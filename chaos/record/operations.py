@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from chaos.record.history import (
     Abandoned,
     Asked,
-    Broken,
     ChoiceFinished,
+    ConnectionBroken,
     Ended,
     Event,
-    Failed,
     PhaseBegan,
     Reattached,
-    Refused,
+    RequestFailed,
+    RequestRefused,
     Tokens,
 )
 
 
 @dataclass(slots=True)
 class ChoiceRecord:
-    """What came for one choice, in the order in which it came."""
+    """All that came for one choice, in the order in which it came."""
 
     token_ids: list[int] = field(default_factory=list)
     logprob_bits: list[str] = field(default_factory=list)
@@ -44,17 +44,17 @@ class Operation:
     asked_s: float
     choices: list[ChoiceRecord]
     arrivals_s: list[float] = field(default_factory=list)
-    """Of events that brought tokens, whatever their choice."""
+    """When events came that brought tokens, whatever their choice."""
     ended_s: float | None = None
     how: str = "hung"
-    """`ended`, `failed`, `abandoned`; `hung` while none of them has come."""
+    """It is `ended`, `failed` or `abandoned`, or `hung` while none of them has come."""
     failure: str = ""
     num_breaks: int = 0
     num_reattached: int = 0
     num_refused: int = 0
     num_tokens: int = 0
     max_tokens: int = 0
-    """Of each choice, as asked for."""
+    """The most tokens of each choice, as asked for."""
     usage: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,18 +62,18 @@ class Operation:
         return self.how == "ended"
 
     def was_streaming(self, at_s: float) -> bool:
-        """Whether it had got tokens by then and was to get more."""
+        """Returns whether it had got tokens by then and was to get more."""
         began = bool(self.arrivals_s) and self.arrivals_s[0] <= at_s
         return began and (self.ended_s is None or self.ended_s > at_s)
 
     def gaps(self) -> Iterator[tuple[float, float]]:
-        """(from, to) of each time without tokens, after the first token; the last one is until its end."""
+        """Yields (from, to) of each time without tokens, after the first token; the last one is until its end."""
         moments = [*self.arrivals_s, self.ended_s] if self.ended_s is not None else self.arrivals_s
         return ((earlier, later) for earlier, later in itertools.pairwise(moments) if later is not None)
 
 
 def read_operations(events: Iterable[Event]) -> list[Operation]:
-    """All operations, in the order of asking."""
+    """Puts all operations together, in the order of asking."""
     found: dict[str, Operation] = {}
     phase = ""
     for event in events:
@@ -83,25 +83,25 @@ def read_operations(events: Iterable[Event]) -> list[Operation]:
             case Asked():
                 choices = [ChoiceRecord() for _ in range(event.num_choices)]
                 found[event.operation] = Operation(
-                    event.operation,
-                    phase,
-                    event.stream,
-                    event.request,
-                    event.kind,
-                    event.at_s,
-                    choices,
+                    name=event.operation,
+                    phase=phase,
+                    stream=event.stream,
+                    request=event.request,
+                    kind=event.kind,
+                    asked_s=event.at_s,
+                    choices=choices,
                     max_tokens=event.max_tokens,
                 )
-            case Tokens() | ChoiceFinished() | Broken() | Refused() | Reattached():
-                _take(found[event.operation], event)
-            case Ended() | Failed() | Abandoned():
+            case Tokens() | ChoiceFinished() | ConnectionBroken() | RequestRefused() | Reattached():
+                _add(found[event.operation], event)
+            case Ended() | RequestFailed() | Abandoned():
                 _end(found[event.operation], event)
             case _:
                 pass
     return list(found.values())
 
 
-def _take(operation: Operation, event: Tokens | ChoiceFinished | Broken | Refused | Reattached) -> None:
+def _add(operation: Operation, event: Tokens | ChoiceFinished | ConnectionBroken | RequestRefused | Reattached) -> None:
     match event:
         case Tokens():
             choice = operation.choices[event.choice]
@@ -112,48 +112,22 @@ def _take(operation: Operation, event: Tokens | ChoiceFinished | Broken | Refuse
         case ChoiceFinished():
             choice = operation.choices[event.choice]
             choice.reason, choice.text_sha256 = event.reason, event.text_sha256
-        case Broken():
+        case ConnectionBroken():
             operation.num_breaks += 1
-        case Refused():
+        case RequestRefused():
             operation.num_refused += 1
         case Reattached():
             operation.num_reattached += 1
 
 
-def _end(operation: Operation, event: Ended | Failed | Abandoned) -> None:
+def _end(operation: Operation, event: Ended | RequestFailed | Abandoned) -> None:
     operation.ended_s = event.at_s
     match event:
         case Ended():
             operation.how, operation.usage = "ended", event.usage
-        case Failed():
+        case RequestFailed():
             operation.how = "failed"
             operation.failure = f"{event.code}: {event.message}"
         case Abandoned():
             operation.how = "abandoned"
             operation.failure = f"neither an end nor an error within {event.waited_s:.0f} s"
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectedChoice:
-    """What a choice is without faults."""
-
-    token_ids: tuple[int, ...]
-    logprob_bits: tuple[str, ...]
-    reason: str
-    text_sha256: str
-
-
-Reference = Mapping[str, tuple[ExpectedChoice, ...]]
-"""By the request's name: its choices in order."""
-
-
-def reference_of(operations: Iterable[Operation]) -> dict[str, tuple[ExpectedChoice, ...]]:
-    """From the operations that were asked in the phase `reference` and are whole."""
-    return {
-        operation.request: tuple(
-            ExpectedChoice(tuple(c.token_ids), tuple(c.logprob_bits), c.reason, c.text_sha256)
-            for c in operation.choices
-        )
-        for operation in operations
-        if operation.phase == "reference" and operation.is_whole
-    }

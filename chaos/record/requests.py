@@ -1,4 +1,4 @@
-"""What the clients of a run ask, drawn from its seed: the same seed asks the same."""
+"""What the clients of a run ask is drawn from its seed: the same seed asks the same."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ChaosRequest:
     """Of the body, without the model's name."""
 
     def body(self, model: str) -> dict[str, Any]:
-        """As POST /v1/completions takes it, streamed, with token ids and log-probabilities."""
+        """Returns the body of POST /v1/completions, streamed, with token ids and log-probabilities."""
         return {
             "model": model,
             **self.fields,
@@ -51,7 +51,7 @@ class ChaosRequest:
         }
 
     def body_sha256(self, model: str) -> str:
-        """Of the body with sorted keys."""
+        """Returns the hash of the body with sorted keys."""
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -64,7 +64,7 @@ class ChaosRequest:
 
 
 def draw_requests(seed: int, count: int, shape: RequestShape, with_penalties: bool) -> list[ChaosRequest]:
-    """`count` requests. `with_penalties`: whether the server takes them; without, the others stay the same."""
+    """Draws `count` requests. Without penalties, which a server may refuse, all else stays the same."""
     return [_draw(seed, number, shape, with_penalties) for number in range(count)]
 
 
@@ -100,5 +100,5 @@ def _draw(seed: int, number: int, shape: RequestShape, with_penalties: bool) -> 
 
 
 def requests_sha256(requests: Sequence[ChaosRequest], model: str) -> str:
-    """Names what was asked: a reference belongs to it."""
+    """Returns the hash of all that is asked: a reference belongs to it."""
     return hashlib.sha256("".join(request.body_sha256(model) for request in requests).encode()).hexdigest()

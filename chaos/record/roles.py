@@ -1,4 +1,4 @@
-"""What each node is for at the moment of a fault, from the router's own account of it. Pure."""
+"""What each node is for at the moment of a fault, by the router's own account. Pure."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 from chaos.target import Node
 
 ROLES = ("holder", "mirror", "expert", "spare")
-"""`holder` of a pipeline slot; `mirror` of one; `expert` with shards; `spare`: nothing depends on it."""
+"""A `holder` has a pipeline slot, a `mirror` copies one, an `expert` has shards; nothing depends on a `spare`."""
 CONTAINER_NAME_LENGTH = 12
 """A container calls itself by so much of its id, unless somebody has named it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Of one node."""
+    """The role of one node."""
 
     word: str
     """One of ROLES."""
     place: str = ""
-    """The slot, for people."""
+    """The slot that it holds or copies, for people."""
 
     def __str__(self) -> str:
         return f"{self.word} of {self.place}" if self.place else self.word
 
 
 def read_roles(document: Any, nodes: Sequence[Node]) -> dict[str, Role]:
-    """By the name of the node. `document`: the answer to GET /mesh, or anything else: then nobody's role is known."""
+    """Reads the answer to GET /mesh and returns roles by the name of the node. Of another document there are none."""
     entries = document.get("nodes") if isinstance(document, Mapping) else None
     found: dict[str, Role] = {}
     for entry in entries if isinstance(entries, list) else ():
@@ -39,7 +39,7 @@ def read_roles(document: Any, nodes: Sequence[Node]) -> dict[str, Role]:
 
 
 def _find(process: str, nodes: Sequence[Node]) -> Node | None:
-    """The node that calls itself HOST/PID: by pid where it sees the host's pids, else by its container."""
+    """Returns the node that calls itself HOST/PID: by pid where it sees the host's pids, else by its container."""
     host, _, pid = process.rpartition("/")
     for node in nodes:
         if node.container:

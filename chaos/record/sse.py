@@ -18,6 +18,8 @@ class ServerEvent:
     event_id: str
 
 
+DONE = "[DONE]"
+"""The data of the event that ends a stream of this API."""
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -30,8 +32,8 @@ class LineSplitter:
     _swallows_lf: bool = False
     """The last line ended with a CR: an LF that follows belongs to it."""
 
-    def take(self, piece: bytes) -> list[str]:
-        """The lines that this piece completes, without their ends. What no end follows is no line."""
+    def split(self, piece: bytes) -> list[str]:
+        """Returns the lines that this piece completes, without their ends. What no end follows is no line."""
         if self._swallows_lf and piece:
             piece = piece.removeprefix(b"\n")
             self._swallows_lf = False
@@ -42,29 +44,29 @@ class LineSplitter:
 
 
 def split_lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    """All lines of a stream, each as soon as it is whole."""
+    """Yields all lines of a stream, each as soon as it is whole."""
     splitter = LineSplitter()
     for piece in pieces:
-        yield from splitter.take(piece)
+        yield from splitter.split(piece)
 
 
 async def split_lines_async(pieces: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """As `split_lines`."""
+    """Does as `split_lines` does."""
     splitter = LineSplitter()
     async for piece in pieces:
-        for line in splitter.take(piece):
+        for line in splitter.split(piece):
             yield line
 
 
 @dataclass(slots=True)
 class EventParser:
-    """Takes lines without their ends; comments are dropped."""
+    """Puts events together from lines without their ends; comments are dropped."""
 
     event_id: str = ""
     _data: list[str] = field(default_factory=list)
 
-    def take(self, line: str) -> ServerEvent | None:
-        """The event that this line completes."""
+    def add(self, line: str) -> ServerEvent | None:
+        """Returns the event that this line completes."""
         if not line:
             event = ServerEvent("\n".join(self._data), self.event_id) if self._data else None
             self._data = []

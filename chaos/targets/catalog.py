@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from chaos.target import Target, TargetError
+from chaos.target import Node, Target, TargetError
 from chaos.targets.docker_target import DockerTarget, project_at
 from chaos.targets.hosts_target import HostsTarget
-from chaos.targets.local_target import LocalTarget
-from chaos.targets.proxied_local_target import ProxiedLocalTarget
-from chaos.targets.remote_target import RemoteTarget
+from chaos.targets.local_target import LocalTarget, ProxiedLocalTarget
 
 DEFAULT_PROJECT = "moemesh"
 
@@ -26,18 +26,52 @@ class TargetRequest:
     against: str
     """Base URL of a deployment that runs already; empty: the target finds or starts one itself."""
     logs: Path
-    """Where a target that was started for the run leaves its logs."""
+    """A target that is started for the run leaves its logs in this folder."""
     links: str = "direct"
-    """`proxy`: a mesh that is started for the run has its links through the harness's proxy."""
+    """With `proxy` a mesh that is started for the run has its links through the harness's proxy."""
     num_hosts: int = 0
-    """Such a mesh runs on so many hosts that the harness plays; 0: on this machine alone."""
+    """The number of hosts that the harness plays for such a mesh; with 0 it runs on this machine alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteTarget:
+    """A deployment of which only the address is known: there are load and verdicts, and all faults are skipped."""
+
+    url: str
+    features: frozenset[str] = frozenset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+    def nodes(self) -> list[Node]:
+        return []
+
+    def signal(self, node: Node, number: int) -> None:
+        raise self._refusal(node.name)
+
+    def stop(self, node: Node, timeout_s: float) -> None:
+        raise self._refusal(node.name)
+
+    def start(self, name: str) -> None:
+        raise self._refusal(name)
+
+    def scale(self, kind: str, count: int) -> None:
+        raise self._refusal(kind)
+
+    def _refusal(self, name: str) -> TargetError:
+        return TargetError(f"{name} cannot be reached: only {self.url} is known of this deployment")
 
 
 TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
 
 
 def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
-    """A mesh of its own; with `against` none is started, and nothing can be hurt."""
+    """Makes a mesh of its own; with `against` none is started, and nothing can be hurt."""
     if request.against:
         return RemoteTarget(request.against.rstrip("/"))
     if request.num_hosts:
@@ -47,7 +81,7 @@ def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
 
 
 def make_docker(request: TargetRequest) -> AbstractContextManager[Target]:
-    """The compose project at the URL, else that of COMPOSE_PROJECT_NAME, else the one of compose.yaml, as it runs."""
+    """Finds the compose project at the URL, else that of COMPOSE_PROJECT_NAME, else the one of compose.yaml."""
     if request.against:
         return DockerTarget(project_at(request.against))
     return DockerTarget(os.environ.get("COMPOSE_PROJECT_NAME") or DEFAULT_PROJECT)
@@ -57,7 +91,7 @@ TARGETS: Mapping[str, TargetMaker] = {"docker": make_docker, "local": make_local
 
 
 def make_target(name: str, request: TargetRequest) -> AbstractContextManager[Target]:
-    """Raises TargetError that names what there is."""
+    """Makes the target of that name. Raises TargetError that names those that there are."""
     if name not in TARGETS:
         raise TargetError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
     return TARGETS[name](request)

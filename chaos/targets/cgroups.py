@@ -17,7 +17,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def group_path(text: str, controller: str) -> str:
-    """The group of a process for a controller, from the text of /proc/PID/cgroup; version 2 has one for all ("")."""
+    """Returns the group of a process for a controller, from the text of /proc/PID/cgroup; version 2 has one for all."""
     rows = [line.split(":", 2) for line in text.splitlines()]
     for _, controllers, path in rows:
         if controller in controllers.split(","):
@@ -27,20 +27,20 @@ def group_path(text: str, controller: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ControlGroup:
-    """A folder under /sys/fs/cgroup."""
+    """One group: a folder under /sys/fs/cgroup."""
 
     folder: Path
     is_version_2: bool
 
     def read(self, name: str) -> str:
-        """What stands in one of its files. Raises TargetError."""
+        """Returns what stands in one of its files. Raises TargetError."""
         try:
             return (self.folder / name).read_text().strip()
         except OSError as error:
             raise TargetError(f"{self.folder / name}: {error.strerror}") from None
 
     def write(self, name: str, value: str) -> str:
-        """Set a limit; the one before. Raises TargetError."""
+        """Sets a limit and returns the one before. Raises TargetError."""
         before = self.read(name)
         try:
             (self.folder / name).write_text(value)
@@ -49,12 +49,12 @@ class ControlGroup:
         return before
 
     def restore(self, name: str, value: str) -> None:
-        """Undo `write`; a group that went with its container has nothing to undo."""
+        """Undoes `write`; a group that went with its container has nothing to undo."""
         if self.folder.exists():
             self.write(name, value)
 
     def enter(self, pid: int) -> None:
-        """Move a process here. Raises TargetError, also when the process is gone."""
+        """Moves a process here. Raises TargetError, also when the process is gone."""
         try:
             (self.folder / "cgroup.procs").write_text(str(pid))
         except OSError as error:
@@ -62,7 +62,7 @@ class ControlGroup:
 
 
 def unavailable(controller: str, root: Path = ROOT) -> str:
-    """Why limits of this kind (`cpu`, `memory`) cannot be set here, as a sentence."""
+    """Returns why limits of this kind (`cpu`, `memory`) cannot be set here, or "" if they can."""
     if (root / "cgroup.controllers").exists():
         if controller not in (root / "cgroup.controllers").read_text().split():
             return f"the {controller} controller of control groups is not there"
@@ -75,7 +75,7 @@ def unavailable(controller: str, root: Path = ROOT) -> str:
 
 
 def group_of(node: Node, controller: str, undo: UndoList, root: Path = ROOT) -> ControlGroup:
-    """A group in which only this node's processes are; undoing gives a local process back. Raises TargetError."""
+    """Returns a group with only this node's processes; undoing gives a local process back. Raises TargetError."""
     is_version_2 = (root / "cgroup.controllers").exists()
     top = root if is_version_2 else root / controller
     try:

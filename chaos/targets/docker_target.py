@@ -10,18 +10,19 @@ proxy there while it runs, and become a mesh only then.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 import docker
-from docker.errors import APIError, DockerException, NotFound
+from docker.errors import DockerException, NotFound
 
-from chaos.proxy.proxy import LinkProxy
+from chaos.proxy.link_proxy import LinkProxy
 from chaos.target import NODE_KINDS, Node, TargetError
-from chaos.targets.container_names import ContainerAddress, ContainerNames
 from chaos.targets.host_commands import run
 
 _LABEL = "com.docker.compose"
@@ -30,7 +31,7 @@ COMPOSE_TIMEOUT_S = 120.0
 
 
 class DockerTarget:
-    """One compose project. A context manager; leaving it leaves the containers as they are.
+    """One compose project. Leaving the context leaves the containers as they are.
 
     Raises TargetError when there is no engine, and on entering when the project does not run.
     """
@@ -70,7 +71,7 @@ class DockerTarget:
 
     @property
     def url(self) -> str:
-        """From the port that the router's container publishes; the same while that container is stopped."""
+        """Tells the port that the router's container publishes; it is the same while that container is stopped."""
         if not self._url:
             self._url = self._find_url()
         return self._url
@@ -84,7 +85,7 @@ class DockerTarget:
         raise TargetError(f"the compose project {self.project!r} has no router that publishes a port")
 
     def nodes(self) -> list[Node]:
-        """Containers whose process runs; one that is starting or ending just now is left out."""
+        """Returns the containers whose process runs; one that is starting or ending just now is left out."""
         found = []
         for kind in NODE_KINDS:
             for container in self._containers(kind):
@@ -94,20 +95,20 @@ class DockerTarget:
         return sorted(found, key=lambda node: node.name)
 
     def signal(self, node: Node, number: int) -> None:
-        """From the host; a process that is gone is no error."""
+        """Sends it from the host; a process that is gone is no error."""
         with suppress(ProcessLookupError):
             os.kill(node.pid, number)
 
     def stop(self, node: Node, timeout_s: float) -> None:
-        """As `docker stop`: it is not started again by the engine."""
+        """Does what `docker stop` does: the engine does not start it again."""
         self._call(node.name, "stop", timeout=max(1, round(timeout_s)))
 
     def start(self, name: str) -> None:
-        """As `docker start`: the same container with a new process."""
+        """Does what `docker start` does: the same container has a new process."""
         self._call(name, "start")
 
     def scale(self, kind: str, count: int) -> None:
-        """By Compose, with the files and the settings that the running containers have; returns when they are up."""
+        """Has Compose do it, with the files and settings of the running containers; returns when they are up."""
         if kind not in ("stage", "expert"):
             raise TargetError(f"{kind} cannot be scaled: only stage and expert can")
         containers = self._containers(kind, is_running_only=False)
@@ -121,11 +122,11 @@ class DockerTarget:
         run(command, environment=os.environ | self._settings(containers[0]), timeout_s=COMPOSE_TIMEOUT_S)
 
     def pause(self, node: Node) -> None:
-        """As `docker pause`: all of the container's processes are frozen, its sockets stay."""
+        """Does what `docker pause` does: all of the container's processes are frozen, its sockets stay."""
         self._call(node.name, "pause")
 
     def unpause(self, node: Node) -> None:
-        """Undo `pause`; a container that is not paused is no error."""
+        """Undoes `pause`; a container that is not paused is no error."""
         with suppress(NotFound):
             container = self.client.containers.get(node.name)
             if container.status == "paused":
@@ -163,12 +164,51 @@ class DockerTarget:
             getattr(self.client.containers.get(name), action)(**arguments)
         except NotFound:
             raise TargetError(f"there is no container {name}") from None
-        except (APIError, DockerException) as error:
+        except DockerException as error:
             raise TargetError(f"{action} of {name}: {error}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class ContainerAddress:
+    """The names and addresses of one container."""
+
+    name: str
+    service: str
+    """Other containers call it so."""
+    addresses: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class ContainerNames:
+    """Who is behind an address of a compose network: containers keep name and address over restarts.
+
+    The engine is asked again only about what is not known: it takes long for a link that comes up.
+    """
+
+    look_up: Callable[[], Sequence[ContainerAddress]]
+    _known: list[ContainerAddress] = field(default_factory=list)
+
+    def name_at(self, host: str, port: int) -> str:
+        """Returns the container's name, or "" if there is none at this address."""
+        return next((entry.name for entry in self._matching(lambda entry: host in entry.addresses)), "")
+
+    def address_of(self, host: str) -> str:
+        """Returns the address that a service's name stands for; other names and addresses stay as they are."""
+        if host.replace(".", "").isdigit():
+            return host
+        found = self._matching(lambda entry: entry.service == host and bool(entry.addresses))
+        return found[0].addresses[0] if found else host
+
+    def _matching(self, fits: Callable[[ContainerAddress], bool]) -> list[ContainerAddress]:
+        found = [entry for entry in self._known if fits(entry)]
+        if not found:
+            self._known = list(self.look_up())
+            found = [entry for entry in self._known if fits(entry)]
+        return found
+
+
 def project_at(url: str) -> str:
-    """The compose project whose router publishes this URL's port. Raises TargetError."""
+    """Returns the compose project whose router publishes this URL's port. Raises TargetError."""
     port = str(urlsplit(url).port or 80)
     try:
         client = docker.from_env()
@@ -184,14 +224,16 @@ def project_at(url: str) -> str:
 
 
 def environment_of_container(container: Any) -> dict[str, str]:
-    """What its process is started with."""
+    """Returns the settings that its process is started with."""
     pairs = [entry.partition("=") for entry in container.attrs["Config"]["Env"] or ()]
     return {name: value for name, _, value in pairs}
 
 
 def process_of_container(init: int, proc: Path = Path("/proc")) -> int:
-    """The service's own process: the child of the container's init, or, without an init, the first process itself.
-    0 if there is none now."""
+    """Returns the service's own process: the child of the container's init or, without an init, the first process.
+
+    It is 0 if there is none now.
+    """
     if not init:
         return 0
     try:

@@ -17,7 +17,7 @@ COMMAND_TIMEOUT_S = 20.0
 def run(
     words: Sequence[str], environment: Mapping[str, str] | None = None, timeout_s: float = COMMAND_TIMEOUT_S
 ) -> str:
-    """Output of a program. Raises TargetError with what it said."""
+    """Runs a program and returns its output. Raises TargetError with what it said."""
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     except FileNotFoundError:
@@ -30,7 +30,7 @@ def run(
 
 
 def missing(*programs: str) -> str:
-    """A sentence that names what keeps this process from another's namespaces and programs; empty if nothing does."""
+    """Returns what keeps this process from running these programs in another's namespace, or "" if nothing does."""
     if os.geteuid() != 0:
         return "only root may enter a node's network namespace"
     absent = [program for program in programs if shutil.which(program) is None]
@@ -48,31 +48,31 @@ class NetworkNamespace:
 
     @property
     def exists(self) -> bool:
-        """Whether the process still lives in it."""
+        """It is true while the process lives in it."""
         return _identity(self.pid) == self.identity
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the harness's own: then it must not be hurt."""
+        """It is true of the harness's own, which must not be hurt."""
         return self.identity == _identity(os.getpid())
 
     def run(self, *words: str) -> str:
-        """Output of a program that runs in it. Raises TargetError."""
+        """Runs a program in it and returns its output. Raises TargetError."""
         if self.is_own:
             raise TargetError(f"process {self.pid} has no network namespace of its own")
         return run(["nsenter", "-t", str(self.pid), "-n", *words])
 
     def run_if_there(self, *words: str) -> str:
-        """The same to undo something: nothing is to be done once the process, and with it the namespace, has gone."""
+        """Runs a program that undoes something, unless the process and with it the namespace have gone."""
         return self.run(*words) if self.exists else ""
 
     def addresses(self) -> tuple[str, ...]:
-        """IPv4 addresses, without loopback."""
+        """Returns its IPv4 addresses, without loopback."""
         links = self._show("-4", "address", "show")
         return tuple(str(entry["local"]) for link in links if not _is_loopback(link) for entry in link["addr_info"])
 
     def interfaces(self) -> tuple[str, ...]:
-        """Names, without loopback."""
+        """Returns the names of its interfaces, without loopback."""
         return tuple(str(link["ifname"]) for link in self._show("link", "show") if not _is_loopback(link))
 
     def _show(self, *words: str) -> list[dict[str, Any]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
 
-from chaos.target import Node, TargetError
+from chaos.target import Node
 from chaos.targets.local_target import LocalTarget, free_port
 from chaos.targets.on_host import NAMESPACE_VARIABLE
 from chaos.targets.played_hosts import PlayedHosts
 
+SERVICES = ("stage", "expert")
+MAX_NODES_OF_A_KIND = 64
 _NODE = re.compile(r"(?:stage|expert)-(\d+)")
 
 
-@dataclass(slots=True)
+@dataclass
 class HostsTarget(LocalTarget):
-    """As LocalTarget, with links over TCP between `num_hosts` hosts, each of which can be lost.
+    """As LocalTarget, but with links over TCP between `num_hosts` hosts, each of which can be lost.
 
     Stage and expert number n are on host n modulo `num_hosts`; each host has a state folder of its own, so that no
     two share Unix sockets.
@@ -28,56 +29,32 @@ class HostsTarget(LocalTarget):
     features: frozenset[str] = field(default=frozenset({"processes", "hosts"}))
     hosts: PlayedHosts | None = None
 
-    def __enter__(self) -> Self:
-        self.hosts = PlayedHosts(self.num_hosts).__enter__()
-        control = f"tcp://{self.hosts.own_address}:{free_port()}"
-        self.settings = {**self.settings, "CONTROL": control, "ADVERTISE_HOST": self.hosts.own_address}
-        services = ("stage", "expert")
-        self.modules = {
-            **self.modules,
-            **{name: f"chaos.targets.on_host {self.modules.get(name, f'services.{name}')}" for name in services},
-        }
-        try:
-            LocalTarget.__enter__(self)
-        except TargetError:
-            self.hosts.__exit__(None, None, None)
-            raise
-        return self
+    def enter_surroundings(self, stack: ExitStack) -> Mapping[str, str]:
+        self.hosts = stack.enter_context(PlayedHosts(self.num_hosts))
+        address = self.hosts.own_address
+        return {"CONTROL": f"tcp://{address}:{free_port()}", "ADVERTISE_HOST": address}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            LocalTarget.__exit__(self, kind, error, trace)
-        finally:
-            if self.hosts is not None:
-                self.hosts.__exit__(kind, error, trace)
-
-    def nodes(self) -> list[Node]:
-        return [replace(node, host=self._host_of(node.name)) for node in LocalTarget.nodes(self)]
+    def modules_run(self) -> Mapping[str, str]:
+        modules = {service: self.modules.get(service, f"services.{service}") for service in SERVICES}
+        return {**self.modules, **{name: f"chaos.targets.on_host {module}" for name, module in modules.items()}}
 
     def places(self) -> Mapping[str, Mapping[str, str]]:
-        """Settings of each node that a suite may ask for, by its name."""
-        hosts = self.hosts
-        if hosts is None or self.state_dir is None:
-            return {}
-        names = (f"{kind}-{number}" for kind in ("stage", "expert") for number in range(64))
-        found: dict[str, Mapping[str, str]] = {}
-        for name in names:
-            number = _number(name) % self.num_hosts
-            found[name] = {
-                "HOST_LABEL": f"host-{number}",
-                "STATE_DIR": str(self.state_dir / f"host-{number}"),
-                "ADVERTISE_HOST": hosts.address(number),
-                NAMESPACE_VARIABLE: hosts.namespace(number),
-            }
-        return found
+        names = (f"{service}-{number}" for service in SERVICES for number in range(MAX_NODES_OF_A_KIND))
+        return {name: self._place(int(self._host_of(name))) for name in names}
+
+    def nodes(self) -> list[Node]:
+        return [replace(node, host=self._host_of(node.name)) for node in super().nodes()]
+
+    def _place(self, number: int) -> Mapping[str, str]:
+        assert self.hosts is not None, "places are asked for while the mesh is started"
+        assert self.state_dir is not None, "places are asked for while the mesh is started"
+        return {
+            "HOST_LABEL": f"host-{number}",
+            "STATE_DIR": str(self.state_dir / f"host-{number}"),
+            "ADVERTISE_HOST": self.hosts.address(number),
+            NAMESPACE_VARIABLE: self.hosts.namespace(number),
+        }
 
     def _host_of(self, name: str) -> str:
-        return str(_number(name) % self.num_hosts) if _NODE.fullmatch(name) else ""
-
-
-def _number(name: str) -> int:
-    found = _NODE.fullmatch(name)
-    assert found is not None, f"{name} is a stage or an expert"
-    return int(found[1])
+        found = _NODE.fullmatch(name)
+        return str(int(found[1]) % self.num_hosts) if found else ""

@@ -1,4 +1,4 @@
-"""A module run on a played host: `python -m chaos.targets.on_host MODULE [ARGUMENT ...]`, as `python -m MODULE` is.
+"""Runs a module on a played host: `python -m chaos.targets.on_host MODULE [ARGUMENT ...]`.
 
 CHAOS_NAMESPACE names the network namespace that the process enters first. Without it the process stays where it is.
 """
@@ -18,7 +18,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 def enter_namespace(path: Path) -> None:
-    """Move this process, which has one thread, into a network namespace. Raises OSError."""
+    """Moves this process, which has one thread, into a network namespace. Raises OSError."""
     library = ctypes.CDLL(None, use_errno=True)
     with path.open("rb") as namespace:
         if library.setns(namespace.fileno(), _CLONE_NEWNET) != 0:

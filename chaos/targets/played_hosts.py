@@ -23,7 +23,7 @@ _MAX_HOSTS = 200
 
 
 class PlayedHosts:
-    """`count` hosts, numbered from 0, and this machine, which reaches them. A context manager."""
+    """Entering makes `count` hosts, numbered from 0, which this machine reaches; leaving removes them."""
 
     def __init__(self, count: int) -> None:
         if not 1 <= count <= _MAX_HOSTS:
@@ -52,23 +52,23 @@ class PlayedHosts:
 
     @property
     def own_address(self) -> str:
-        """This machine's, as the hosts reach it."""
+        """Hosts reach this machine at it."""
         return f"{self._network}.{_OWN_HOST_NUMBER}"
 
     def address(self, number: int) -> str:
-        """A host's, as the others reach it."""
+        """Returns the address at which the others reach a host."""
         return f"{self._network}.{number + 1}"
 
     def namespace(self, number: int) -> str:
-        """The name of a host's network namespace."""
+        """Returns the name of a host's network namespace."""
         return f"{PREFIX}-{os.getpid()}-host-{number}"
 
     def unplug(self, number: int) -> None:
-        """From now on nothing from this host arrives anywhere, and nothing arrives at it: its power is gone."""
+        """Takes a host's link away: nothing from it arrives anywhere, and nothing arrives at it."""
         run(["ip", "-n", self._switch, "link", "set", f"host{number}", "down"])
 
     def plug_in(self, number: int) -> None:
-        """Undo `unplug`; a host that has its link keeps it."""
+        """Undoes `unplug`; a host that has its link keeps it."""
         run(["ip", "-n", self._switch, "link", "set", f"host{number}", "up"])
 
     def _make(self) -> None:
@@ -97,7 +97,7 @@ def _configure(namespace: str, *commands: str) -> None:
 
 
 def remove_left_over(folder: Path = NAMESPACES) -> None:
-    """Delete namespaces of harnesses that were killed."""
+    """Deletes namespaces of harnesses that were killed."""
     for path in folder.glob(f"{PREFIX}-*") if folder.is_dir() else ():
         pid = path.name.removeprefix(f"{PREFIX}-").partition("-")[0]
         if not Path("/proc", pid).exists():
@@ -105,9 +105,11 @@ def remove_left_over(folder: Path = NAMESPACES) -> None:
 
 
 def free_network(addresses: str) -> str:
-    """The first three numbers of a /24 that no link of this machine is in, from the text of `ip -j -4 address show`.
+    """Returns the first three numbers of a /24 that no link of this machine is in.
 
-    Raises TargetError.
+    `addresses` is the text of `ip -j -4 address show`.
+
+    Raises TargetError where all are in use.
     """
     used = {str(entry["local"]).rpartition(".")[0] for link in json.loads(addresses) for entry in link["addr_info"]}
     for number in range(256):
@@ -117,7 +119,7 @@ def free_network(addresses: str) -> str:
 
 
 def hosts_of(target: Target) -> PlayedHosts:
-    """A target's played hosts. Raises TargetError where it has none."""
+    """Returns a target's played hosts. Raises TargetError where it has none."""
     hosts = getattr(target, "hosts", None)
     if not isinstance(hosts, PlayedHosts):
         raise TargetError("this target plays no hosts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ from chaos.verdicts.verdict import percentile
 NOTICEABLE_S = 0.05
 """A gap that is longer than the usual longest by less than this is no stall."""
 NOTICED_WITHIN_S = 2.0
-"""A stall that begins later than this after a fault is of something else: of a node that comes back, for example."""
+"""A stall that begins later than this after a fault has another cause: a node that comes back, for example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +31,33 @@ class FaultOutcome:
     healed_s: float | None
     whole_s: float | None
     until_s: float
-    """Until here what is seen is put down to this fault."""
+    """What is seen until then is put down to this fault."""
     num_streams: int
-    """Streams that were getting tokens when it came."""
+    """It counts the streams that were getting tokens when the fault came."""
     num_alive: int
     gap_p50_s: float
     gap_p99_s: float
-    """Over the answers that were under way between then and the mesh being whole: the longest time without a token,
-    less the usual longest one."""
+    """The longest time without a token, less the usual longest one, over the answers that were under way until the
+    mesh was whole."""
     gap_max_s: float
     tokens_again_s: float
     """From the fault until the last of the streams that stalled at once got a token again; 0 if none did."""
     doubts: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
-    """Of the victims, in their order; empty where nobody says so."""
+    """What each of the victims was for, in their order; empty where that is not known."""
     is_alone: bool = True
-    """Whether it hurt one node at most, and no other fault was being recovered from meanwhile."""
+    """It hurt one node at most, and no other fault was being recovered from meanwhile."""
     tpot_p99_s: float = 0.0
-    """Seconds a token of those answers that were under way until the mesh was whole, each as a whole."""
+    """Seconds a token of the same answers, each as a whole."""
 
     @property
     def has_hit(self) -> bool:
-        """Whether the record shows that it hit work in flight."""
+        """It is true where the record shows that work in flight was hit."""
         return not self.doubts
 
     @property
     def recovery_s(self) -> float | None:
-        """From healing until the mesh was whole; None if it never was."""
+        """The time from healing until the mesh was whole; None if it never was."""
         return None if self.whole_s is None or self.healed_s is None else max(0.0, self.whole_s - self.healed_s)
 
     @property
@@ -72,7 +72,7 @@ class FaultOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Tokens a second while faults hurt or were being recovered from, and while not."""
+    """Tokens a second inside fault windows, while faults hurt or were being recovered from, and outside."""
 
     inside: float
     outside: float
@@ -87,13 +87,13 @@ class _Times:
 
 
 def usual_gap_s(operations: Sequence[Operation]) -> float:
-    """The median over undisturbed answers of the longest time between two tokens; 0 if there are none."""
+    """Returns the median over undisturbed answers of the longest time between two tokens; 0 if there are none."""
     longest = [max((later - earlier for earlier, later in o.gaps()), default=0.0) for o in operations if o.is_whole]
     return median(longest) if longest else 0.0
 
 
 def tpot_p99_s(operations: Sequence[Operation]) -> float:
-    """The 99th percentile of seconds a token after the first, over answers with half of their tokens; 0 without any.
+    """Returns the p99 of seconds a token after the first, over answers with half of their tokens; 0 without any.
 
     In an answer of five tokens one gap is the time a token: gaps are for the stalls to judge.
     """
@@ -110,7 +110,7 @@ def _end_of(operation: Operation) -> float:
 
 
 def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usual_s: float) -> list[FaultOutcome]:
-    """`operations`: those asked under faults; `usual_s`: the gap that is usual without any."""
+    """Says of each fault what it did. `operations` were asked under faults; a gap of `usual_s` is usual without any."""
     applied = [event for event in events if isinstance(event, FaultApplied)]
     times = _Times()
     for event in events:
@@ -131,7 +131,7 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
 
 
 def _next_after(fault: FaultApplied, applied: Sequence[FaultApplied], times: _Times, end_s: float) -> float:
-    """When the next fault came that did not overlap this one."""
+    """Returns when the next fault came that did not overlap this one."""
     healed_s = times.healed.get(fault.fault, end_s)
     later = [other.at_s for other in applied if other.at_s > max(fault.at_s, healed_s)]
     return min(later, default=end_s)
@@ -146,30 +146,20 @@ def _outcome(
     is_alone: bool,
 ) -> FaultOutcome:
     healed_s, whole_s = times.healed.get(fault.fault), times.whole.get(fault.fault)
-    # A stream may still wait when the nodes are all there again.
-    until_s = next_s
     active = [o for o in operations if o.was_streaming(fault.at_s)]
     # Also those that began later: a rolling restart lasts longer than an answer.
-    busy_until_s = max(fault.at_s, whole_s if whole_s is not None else until_s)
+    busy_until_s = max(fault.at_s, whole_s if whole_s is not None else next_s)
     beside = [o for o in operations if o.arrivals_s and o.arrivals_s[0] <= busy_until_s and _end_of(o) > fault.at_s]
-    gaps: list[float] = []
-    at_once: list[float] = []
-    again_s = fault.at_s
-    for operation in beside:
-        touching = _gaps_between(operation, fault.at_s, until_s)
-        gaps.append(max(0.0, max((end_s - begin_s for begin_s, end_s in touching), default=0.0) - usual_s))
-        if operation.was_streaming(fault.at_s):
-            at_once.append(gaps[-1])
-        for begin_s, end_s in touching:
-            if begin_s < fault.at_s + NOTICED_WITHIN_S and end_s - begin_s > usual_s + NOTICEABLE_S:
-                again_s = max(again_s, end_s)
-    doubts = []
-    if not active:
-        doubts.append("no stream was getting tokens when it came")
-    if not fault.alive and fault.victims:
-        doubts.append("none of its victims lived when it came")
-    if fault.roles and set(fault.roles) == {"spare"}:
-        doubts.append("its victims were spares, which have no part in any answer")
+    # Until the next fault: a stream may still wait when the nodes are all there again.
+    touching = [_gaps_between(operation, fault.at_s, next_s) for operation in beside]
+    gaps = [max(0.0, max((end_s - begin_s for begin_s, end_s in pauses), default=0.0) - usual_s) for pauses in touching]
+    at_once = [gap for operation, gap in zip(beside, gaps, strict=True) if operation.was_streaming(fault.at_s)]
+    stalls_until_s = [
+        end_s
+        for pauses in touching
+        for begin_s, end_s in pauses
+        if begin_s < fault.at_s + NOTICED_WITHIN_S and end_s - begin_s > usual_s + NOTICEABLE_S
+    ]
     return FaultOutcome(
         number=fault.fault,
         kind=fault.kind,
@@ -178,23 +168,32 @@ def _outcome(
         applied_s=fault.at_s,
         healed_s=healed_s,
         whole_s=whole_s,
-        until_s=until_s,
+        until_s=next_s,
         num_streams=len(active),
         num_alive=len(fault.alive),
         gap_p50_s=percentile(gaps, 0.5),
         # Where many answers came and went beside it, those that it hit at once must not be lost among them.
         gap_p99_s=max(percentile(gaps, 0.99), percentile(at_once, 0.99)),
         gap_max_s=max(gaps, default=0.0),
-        tokens_again_s=again_s - fault.at_s,
-        doubts=tuple(doubts),
+        tokens_again_s=max(stalls_until_s, default=fault.at_s) - fault.at_s,
+        doubts=tuple(_doubts(fault, len(active))),
         roles=fault.roles,
         is_alone=is_alone,
         tpot_p99_s=tpot_p99_s(beside),
     )
 
 
+def _doubts(fault: FaultApplied, num_active: int) -> Iterator[str]:
+    if not num_active:
+        yield "no stream was getting tokens when it came"
+    if not fault.alive and fault.victims:
+        yield "none of its victims lived when it came"
+    if fault.roles and set(fault.roles) == {"spare"}:
+        yield "its victims were spares, which have no part in any answer"
+
+
 def _gaps_between(operation: Operation, since_s: float, until_s: float) -> list[tuple[float, float]]:
-    """Times without tokens that touch a window. One that goes on after it is the next window's: it ends here."""
+    """Returns times without tokens that touch a window, until its end: what comes after is the next window's."""
     gaps = list(operation.gaps())
     if operation.ended_s is None:
         gaps.append((operation.arrivals_s[-1], until_s))  # it waits still
@@ -202,12 +201,12 @@ def _gaps_between(operation: Operation, since_s: float, until_s: float) -> list[
 
 
 def skipped(events: Sequence[Event]) -> list[FaultSkipped]:
-    """Faults that were planned and not applied."""
+    """Returns the faults that were planned and not applied."""
     return [event for event in events if isinstance(event, FaultSkipped)]
 
 
 def throughput(events: Sequence[Event], outcomes: Sequence[FaultOutcome], since_s: float, until_s: float) -> Throughput:
-    """Between two times. A fault's window ends when it is healed, the mesh is whole and all streams go on."""
+    """Counts between two times. A fault's window ends when it is healed, the mesh is whole and all streams go on."""
     windows = _merge(sorted((o.applied_s, min(until_s, _window_end(o))) for o in outcomes))
     inside_s = sum(end - begin for begin, end in windows)
     num_inside = num_all = 0

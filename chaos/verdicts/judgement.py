@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from chaos.record.history import Event, FaultSkipped, NodesSeen, PhaseBegan
-from chaos.record.operations import Operation, Reference, read_operations, reference_of
+from chaos.record.operations import Operation, read_operations
+from chaos.record.reference import Reference, reference_of
 from chaos.verdicts.fault_outcomes import (
     FaultOutcome,
     Throughput,
@@ -16,11 +20,13 @@ from chaos.verdicts.fault_outcomes import (
     tpot_p99_s,
     usual_gap_s,
 )
-from chaos.verdicts.leaks import LeakBounds, leak_verdicts
+from chaos.verdicts.leaks import CHECKED, Count, LeakBounds, leak_verdicts
 from chaos.verdicts.token_verdicts import digest_with_faults, digest_without_faults, end_verdicts, token_verdicts
 from chaos.verdicts.verdict import State, Verdict, percentile, verdict_of, worst
 
 DEFAULT = "default"
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +36,26 @@ class Bounds:
     Stalls are held against `kill/stage` where one node was hurt at a time, else against `kill` or `default`.
     """
 
-    stall_s: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 10.0})
-    """For the 99th percentile over streams of the longest extra gap between tokens."""
-    recovery_s: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 60.0})
-    """From healing until the mesh is whole."""
-    first_token_s: float = 60.0
-    max_refused: int | None = 0
-    tpot_ratio: Mapping[str, float] = field(default_factory=dict)
-    """Of the answers beside a fault, the p99 of seconds a token over that of the undisturbed ones; kinds that are not
-    named are not asked."""
-    throughput_share: float | None = None
+    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
+
+    stall_s: Mapping[str, Positive] = field(default_factory=lambda: {DEFAULT: 10.0})
+    """It bounds the 99th percentile over streams of the longest extra gap between tokens."""
+    recovery_s: Mapping[str, Positive] = field(default_factory=lambda: {DEFAULT: 60.0})
+    """It bounds the time from healing until the mesh is whole."""
+    first_token_s: Positive = 60.0
+    max_refused: Count | None = 0
+    tpot_ratio: Mapping[str, Positive] = field(default_factory=dict)
+    """It bounds the p99 of seconds a token of the answers beside a fault over that of the undisturbed ones, for the
+    kinds that are named."""
+    throughput_share: Share | None = None
     """Tokens a second inside fault windows must be at least this share of those outside; None does not ask."""
     harmless: tuple[str, ...] = ("cpu_hog",)
-    """Kinds during which no process may be replaced."""
+    """No process may be replaced during faults of these kinds."""
     leaks: LeakBounds = field(default_factory=LeakBounds)
-    sees_processes: bool = True
 
 
 TIMED = frozenset({"stalls", "tpot", "first_tokens", "recovery", "throughput"})
-"""Verdicts that measure time."""
+"""These verdicts measure time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +77,17 @@ class Judgement:
 
     @property
     def untimed_state(self) -> State:
-        """Without what depends on how fast and how busy the machine is."""
+        """The state without what depends on how fast and how busy the machine is."""
         return worst(verdict.state for verdict in self.verdicts if verdict.name not in TIMED)
 
 
-def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None = None) -> Judgement:
-    """`reference`: the answers without faults; without it those of the history's own undisturbed phase."""
+def judge(
+    events: Sequence[Event], bounds: Bounds, reference: Reference | None = None, sees_processes: bool = True
+) -> Judgement:
+    """Judges a history. Without a `reference` its own undisturbed phase has the answers that are right.
+
+    Nothing is said of processes where the target cannot see them.
+    """
     operations = read_operations(events)
     expected = reference if reference is not None else reference_of(operations)
     disturbed = [o for o in operations if o.phase == "faults"]
@@ -95,7 +107,7 @@ def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None =
         _first_token_verdict(disturbed, bounds.first_token_s),
         _recovery_verdict(outcomes, bounds.recovery_s),
         _throughput_verdict(speed, outcomes, bounds.throughput_share),
-        *leak_verdicts(events, bounds.leaks, bounds.sees_processes),
+        *leak_verdicts(events, bounds.leaks, sees_processes),
     ]
     if any(outcome.kind in bounds.harmless for outcome in outcomes):
         verdicts.append(_false_deaths_verdict(events, outcomes, bounds.harmless))
@@ -112,7 +124,7 @@ def judge(events: Sequence[Event], bounds: Bounds, reference: Reference | None =
 
 
 def bound_for(bounds: Mapping[str, float], kind: str, victim_kinds: Sequence[str]) -> float:
-    """The bound of a fault: the largest of its victims' kinds, else the kind's, else the default."""
+    """Returns the bound of a fault: the largest of its victims' kinds, else the kind's, else the default."""
     exact = [bounds[f"{kind}/{victim}"] for victim in victim_kinds if f"{kind}/{victim}" in bounds]
     if exact and len(exact) == len(victim_kinds):
         return max(exact)
@@ -120,7 +132,7 @@ def bound_for(bounds: Mapping[str, float], kind: str, victim_kinds: Sequence[str
 
 
 def _load_time(events: Sequence[Event], disturbed: Sequence[Operation]) -> tuple[float, float]:
-    """From the first token under faults until the clients were told to ask no more."""
+    """Returns when the first token under faults came and when the clients were told to ask no more."""
     since_s = min((o.arrivals_s[0] for o in disturbed if o.arrivals_s), default=0.0)
     finish = [event.at_s for event in events if isinstance(event, PhaseBegan) and event.phase == "finish"]
     return since_s, max(since_s, min(finish, default=since_s))
@@ -216,17 +228,14 @@ def _false_deaths_verdict(
     for outcome in outcomes:
         if outcome.kind not in harmless:
             continue
-        before = [event for event in seen if event.at_s <= outcome.applied_s]
         until_s = outcome.healed_s if outcome.healed_s is not None else outcome.until_s
-        during = [event for event in seen if outcome.applied_s < event.at_s <= until_s]
-        hurt = {
-            node.name
-            for other in outcomes
-            if other.number != outcome.number and outcome.applied_s <= other.applied_s <= until_s
-            for node in other.victims
-        }
-        known = {(node.name, node.pid) for node in before[-1].nodes if node.name not in hurt} if before else set()
-        for event in during:
+        beside = [o for o in outcomes if o is not outcome and outcome.applied_s <= o.applied_s <= until_s]
+        hurt = {node.name for other in beside for node in other.victims}
+        before = [event.nodes for event in seen if event.at_s <= outcome.applied_s]
+        known = {(node.name, node.pid) for node in (before[-1] if before else ()) if node.name not in hurt}
+        for event in seen:
+            if not outcome.applied_s < event.at_s <= until_s:
+                continue
             gone = sorted(name for name, pid in known - {(node.name, node.pid) for node in event.nodes})
             if gone:
                 damage.append(f"{outcome.title}: {', '.join(gone)} ended or was replaced, and nothing had hurt it")

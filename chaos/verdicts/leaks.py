@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from chaos.record.history import Event, MetricsSample, PhaseBegan, ProcessSample
+from pydantic import Field
+
+from chaos.record.history import Event, MetricsSeen, PhaseBegan, ProcessSeen
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 BACK_TO_ZERO = (
@@ -14,23 +17,31 @@ BACK_TO_ZERO = (
     "moemesh_steps_in_flight",
     "moemesh_tokens_reserved",
 )
-"""Must be 0 when nobody asks. One that a build does not have is not looked at, but for the first two."""
+"""They must be 0 when nobody asks. One that a build does not have is not looked at, but for the first two."""
 REQUIRED = BACK_TO_ZERO[:2]
+CHECKED: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""What people write is checked by it: no unknown field, no number that is none."""
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class LeakBounds:
-    """How far a process may be above the baseline, which is taken after the undisturbed requests."""
+    """How far a process may be above the baseline, which is that after the undisturbed requests."""
 
-    rss_share: float = 0.35
-    rss_bytes: int = 96 * 2**20
+    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
+
+    rss_share: NotNegative = 0.35
+    rss_mib: Count = 96
     """Growth up to either of them is no leak: allocators keep what they have had."""
-    files: int = 16
-    sockets: int = 16
+    files: Count = 16
+    sockets: Count = 16
 
 
 def leak_verdicts(events: Sequence[Event], bounds: LeakBounds, sees_processes: bool) -> list[Verdict]:
-    """`sees_processes`: whether this target's processes can be looked at; if they cannot, nothing is said of them."""
+    """Judges the mesh, and its processes where the target lets us look at them."""
     verdicts = [_mesh_verdict(events)]
     if sees_processes:
         verdicts.append(_process_verdict(events, bounds))
@@ -38,7 +49,7 @@ def leak_verdicts(events: Sequence[Event], bounds: LeakBounds, sees_processes: b
 
 
 def _mesh_verdict(events: Sequence[Event]) -> Verdict:
-    samples = [event for event in _of_phase(events, "end") if isinstance(event, MetricsSample)]
+    samples = [event for event in _of_phase(events, "end") if isinstance(event, MetricsSeen)]
     if not samples or not samples[-1].values:
         return verdict_of("leaks_mesh", [], ["/metrics did not answer after the run"], "")
     last = samples[-1].values
@@ -71,7 +82,7 @@ def _process_verdict(events: Sequence[Event], bounds: LeakBounds) -> Verdict:
             continue
         rss = max(sample.rss_bytes for sample in before)
         growth = max(growth, now.rss_bytes - rss)
-        if now.rss_bytes > rss + max(bounds.rss_bytes, bounds.rss_share * rss):
+        if now.rss_bytes > rss + max(bounds.rss_mib << 20, bounds.rss_share * rss):
             damage.append(f"{name}: {now.rss_bytes / 2**20:.0f} MiB, {rss / 2**20:.0f} before the faults")
         for what, value, limit, known in (
             ("open files", now.num_files, bounds.files, max(sample.num_files for sample in before)),
@@ -92,5 +103,5 @@ def _of_phase(events: Iterable[Event], phase: str) -> Iterable[Event]:
             yield event
 
 
-def _latest(events: Iterable[Event]) -> dict[str, ProcessSample]:
-    return {event.name: event for event in events if isinstance(event, ProcessSample)}
+def _latest(events: Iterable[Event]) -> dict[str, ProcessSeen]:
+    return {event.name: event for event in events if isinstance(event, ProcessSeen)}

@@ -36,7 +36,7 @@ class Report:
         return f"{began.suite} on {began.target}, seed {began.seed}: {self.judgement.state}"
 
     def write(self, folder: Path) -> None:
-        """report.md, report.html, timeline.png, report.json and junit.xml."""
+        """Writes report.md, report.html, timeline.png, report.json and junit.xml."""
         # Matplotlib takes a second to import; nobody who only asks for help should wait for it.
         from chaos.verdicts.timeline_picture import timeline_png
 
@@ -48,7 +48,7 @@ class Report:
         (folder / "junit.xml").write_text(self.junit(), encoding="utf-8")
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(heading, columns, rows) of everything that a page shows."""
+        """Returns (heading, columns, rows) of everything that a page shows."""
         judgement = self.judgement
         verdicts = [[v.name, v.state.value, "; ".join(v.evidence) or v.sentence] for v in judgement.verdicts]
         faults = [_fault_row(outcome) for outcome in judgement.outcomes]
@@ -56,29 +56,15 @@ class Report:
         figures.append(["usual_longest_gap_s", f"{judgement.usual_gap_s:.6g}"])
         figures.append(["usual_tpot_p99_ms", f"{judgement.usual_tpot_s * 1000:.6g}"])
         left_out = [[str(s.fault) if s.fault >= 0 else "all", s.kind, s.reason] for s in judgement.skipped]
-        columns = [
-            "fault",
-            "at s",
-            "kind",
-            "victims",
-            "roles",
-            "streams",
-            "extra gap p50 s",
-            "p99 s",
-            "tokens again s",
-            "tpot p99 ms",
-            "whole s",
-            "doubts",
-        ]
         return [
             ("Verdicts", ["invariant", "verdict", "why"], verdicts),
-            ("Faults", columns, faults),
+            ("Faults", _FAULT_COLUMNS, faults),
             ("Left out", ["fault", "kind", "why"], left_out),
             ("Figures", ["figure", "value"], figures),
         ]
 
     def markdown(self) -> str:
-        """Ends with the hashes."""
+        """Returns the report for a terminal; it ends with the hashes."""
         parts = [f"# {self.title}", "", f"Model {self.began.model}.", "", "![timeline](timeline.png)", ""]
         for heading, columns, rows in self.tables():
             if rows:
@@ -87,7 +73,7 @@ class Report:
         return "\n".join([*parts, *self._hash_lines(), ""])
 
     def page(self, picture: bytes) -> str:
-        """One file that needs nothing else."""
+        """Returns the report as one page that needs nothing else."""
         encoded = base64.b64encode(picture).decode()
         parts = [
             "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -104,7 +90,7 @@ class Report:
         return "\n".join(parts)
 
     def json(self) -> str:
-        """Verdicts, faults and figures with their names."""
+        """Returns verdicts, faults and figures with their names."""
         judgement = self.judgement
         document = {
             **{name: value for name, value in asdict(self.began).items() if name != "at_s"},
@@ -121,7 +107,7 @@ class Report:
         return json.dumps(document, indent=2) + "\n"
 
     def junit(self) -> str:
-        """A test case for each invariant: broken is a failure, unknown an error."""
+        """Returns a test case for each verdict: broken is a failure, unknown an error."""
         verdicts = self.judgement.verdicts
         suite = ElementTree.Element(
             "testsuite",
@@ -150,6 +136,22 @@ _STYLE = (
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left;vertical-align:top}"
     ".held{background:#dff0d8}.broken{background:#f2c4c0}.unknown{background:#fbe9bf}"
 )
+
+
+_FAULT_COLUMNS = [
+    "fault",
+    "at s",
+    "kind",
+    "victims",
+    "roles",
+    "streams",
+    "extra gap p50 s",
+    "p99 s",
+    "tokens again s",
+    "tpot p99 ms",
+    "whole s",
+    "doubts",
+]
 
 
 def _fault_row(outcome: FaultOutcome) -> list[str]:

@@ -1,4 +1,7 @@
-"""A run over time as a PNG: tokens a second, requests in flight, faults as bands, each recovery beside its fault."""
+"""A run over time as a PNG: tokens a second, requests in flight, faults as bands, each recovery beside its fault.
+
+It is a file of its own since it imports matplotlib, which takes a second.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ MAX_LABELS = 60
 
 
 def tokens_per_second(events: Sequence[Event], end_s: float) -> list[float]:
-    """By bins of BIN_S from 0 on."""
+    """Returns them by bins of BIN_S from 0 on."""
     bins = [0.0] * (int(end_s / BIN_S) + 1)
     for event in events:
         if isinstance(event, Tokens) and 0 <= event.at_s <= end_s:
@@ -27,7 +30,7 @@ def tokens_per_second(events: Sequence[Event], end_s: float) -> list[float]:
 
 
 def requests_in_flight(operations: Sequence[Operation], end_s: float) -> list[tuple[float, int]]:
-    """(time, number from then on), in the order of time."""
+    """Returns (time, number from then on), in the order of time."""
     changes = [(operation.asked_s, 1) for operation in operations]
     changes += [(operation.ended_s, -1) for operation in operations if operation.ended_s is not None]
     points, number = [(0.0, 0)], 0
@@ -38,7 +41,7 @@ def requests_in_flight(operations: Sequence[Operation], end_s: float) -> list[tu
 
 
 def timeline_png(events: Sequence[Event], outcomes: Sequence[FaultOutcome], title: str) -> bytes:
-    """The picture."""
+    """Draws the picture."""
     end_s = max((event.at_s for event in events), default=1.0)
     figure = Figure(figsize=(min(40.0, max(11.0, end_s / 12)), 6.5), layout="constrained")
     speed, flight = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

@@ -8,13 +8,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from chaos.record.operations import ChoiceRecord, ExpectedChoice, Operation, Reference
+from chaos.record.operations import ChoiceRecord, Operation
+from chaos.record.reference import ExpectedChoice, Reference
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 
 @dataclass(slots=True)
 class TokenDamage:
-    """What is wrong with the answers, by kind, a sentence each."""
+    """All that is wrong with the answers, by kind, a sentence each."""
 
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
@@ -24,7 +25,7 @@ class TokenDamage:
 
 
 def token_verdicts(operations: Sequence[Operation], reference: Reference) -> list[Verdict]:
-    """`operations`: those asked under faults. Without a single whole answer that can be compared all is unknown."""
+    """Judges what was asked under faults. Without a single whole answer that can be compared all is unknown."""
     damage = TokenDamage()
     num_tokens = num_whole = 0
     doubts = []
@@ -69,7 +70,7 @@ def _compare(where: str, got: ChoiceRecord, wanted: ExpectedChoice, is_whole: bo
 
 
 def _classify(where: str, got: Sequence[int], expected: Sequence[int], damage: TokenDamage) -> None:
-    """The shortest story that makes `got` out of `expected`."""
+    """Tells the shortest story that makes `got` out of `expected`."""
     matcher = difflib.SequenceMatcher(None, expected, got, autojunk=False)
     for tag, from_expected, to_expected, from_got, to_got in matcher.get_opcodes():
         if tag == "delete":
@@ -95,7 +96,7 @@ def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def end_verdicts(operations: Sequence[Operation], max_refused: int | None) -> list[Verdict]:
-    """Errors, hung requests, and refusals of requests that had not begun (`max_refused`: None allows any number)."""
+    """Judges errors, hung requests, and refusals of new requests; `max_refused` None allows any number of these."""
     asked = [] if operations else ["nothing was asked under faults"]
     errors = [f"{o.name}: {o.failure}" for o in operations if o.how == "failed"]
     hung = [f"{o.name}: {o.failure or 'had not ended when the run ended'}" for o in operations if _is_hung(o)]
@@ -125,13 +126,15 @@ def _is_hung(operation: Operation) -> bool:
 
 
 def digest_with_faults(operations: Iterable[Operation]) -> str:
-    """SHA-256 over all token ids that came under faults, operation by operation."""
+    """Returns SHA-256 over all token ids that came under faults, operation by operation."""
     return _digest((o.name, [tuple(c.token_ids) for c in o.choices]) for o in operations)
 
 
 def digest_without_faults(operations: Iterable[Operation], reference: Reference) -> str:
-    """The same over what should have come: equal to the other if and only if every token is right and every answer
-    whole."""
+    """Returns SHA-256 over what should have come.
+
+    It is equal to `digest_with_faults` if and only if every token is right and every answer whole.
+    """
     return _digest((o.name, [c.token_ids for c in reference.get(o.request, ())]) for o in operations)
 
 

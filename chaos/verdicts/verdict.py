@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 MAX_EVIDENCE = 12
-"""Pieces of evidence that a verdict carries; the history has the rest."""
+"""A verdict carries no more pieces of evidence than these; the history has the rest."""
 
 
 class State(StrEnum):
-    """`unknown` is said whenever the record does not show that the check could have failed."""
+    """What a check found; `unknown` means that the record does not show that it could have failed."""
 
     HELD = "held"
     BROKEN = "broken"
@@ -20,7 +20,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One invariant's outcome. `figures` are numbers with their unit in the name."""
+    """The outcome of one check. `figures` are numbers with their unit in the name."""
 
     name: str
     state: State
@@ -36,28 +36,22 @@ def verdict_of(
     held: str,
     figures: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """Broken if there is damage, else unknown if there is a doubt, else held, which `held` says in a sentence."""
-    figures = figures or {}
-    if damage:
-        more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
-        return Verdict(name, State.BROKEN, damage[0] + more, tuple(damage[:MAX_EVIDENCE]), figures)
-    if doubts:
-        more = f" and {len(doubts) - 1} more" if len(doubts) > 1 else ""
-        return Verdict(name, State.UNKNOWN, doubts[0] + more, tuple(doubts[:MAX_EVIDENCE]), figures)
-    return Verdict(name, State.HELD, held, (), figures)
+    """Says broken if there is damage, else unknown if there is a doubt, else held, with `held` as its sentence."""
+    for state, evidence in ((State.BROKEN, damage), (State.UNKNOWN, doubts)):
+        if evidence:
+            more = f" and {len(evidence) - 1} more" if len(evidence) > 1 else ""
+            return Verdict(name, state, evidence[0] + more, tuple(evidence[:MAX_EVIDENCE]), figures or {})
+    return Verdict(name, State.HELD, held, (), figures or {})
 
 
 def worst(states: Iterable[State]) -> State:
-    """Broken before unknown before held; of none: unknown."""
-    seen = set(states)
-    for state in (State.BROKEN, State.UNKNOWN, State.HELD):
-        if state in seen:
-            return state
-    return State.UNKNOWN
+    """Returns the worst of them: broken, then unknown, then held. Of none it is unknown."""
+    order = (State.BROKEN, State.UNKNOWN, State.HELD)
+    return min(states, key=order.index, default=State.UNKNOWN)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank: the smallest value that at least this share of all values does not exceed; 0 of none."""
+    """Returns the smallest value that at least this share of all values does not exceed (nearest rank); 0 of none."""
     if not values:
         return 0.0
     ordered = sorted(values)

@@ -54,7 +54,6 @@ MAX_FILES = 12
 CATALOGS = ("chaos/faults", "compose/demo/tasks", "tests/benchmarks")
 """Folders of like things, of which there may be as many as there are."""
 AWAIT_MERGES = (
-    "chaos/targets",
     "common/compute",
     "compose",
     "compose/demo",

@@ -18,8 +18,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "co
 OF_OTHER_TIMES = ("CHANGELOG.md", "docs/log.md")
 """What these say of files is true of the day on which it was written."""
 STILL_LONG = (
-    "docs/chaos-network.md",
-    "docs/chaos.md",
     "docs/gpu.md",
     "docs/tensor-parallelism.md",
 )

@@ -13,7 +13,7 @@ import pytest
 
 from chaos.experiment import Experiment, parse_experiment
 from chaos.record.history import History
-from chaos.record.operations import Reference
+from chaos.record.reference import Reference
 from chaos.runner import Run
 from chaos.targets.local_target import LocalTarget
 from chaos.verdicts.judgement import Judgement, judge
@@ -100,7 +100,7 @@ def run(case: Case, model: Path, logs: Path, modules: Mapping[str, str], count: 
 
 
 def judged(case: Case, history: History, reference: Reference) -> Judgement:
-    return judge(history.events, experiment(case, 2).bounds.bounds(sees_processes=True), reference)
+    return judge(history.events, experiment(case, 2).bounds, reference)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from chaos.proxy.link_proxy import Link, LinkProxy, RuleBook
 from chaos.proxy.link_rules import FrameRule, LinkRule, around
-from chaos.proxy.pipe import RuleBook
-from chaos.proxy.proxy import Link, LinkProxy
 from common.errors import ProtocolError
 from common.messages import Header, Leave
 from common.wire.socket_limits import SocketLimits

@@ -14,10 +14,10 @@ from chaos.faults.delay import Delay
 from chaos.faults.frames import Frames
 from chaos.faults.half_close import HalfClose
 from chaos.faults.stall import Stall
-from chaos.proxy.proxy import LinkProxy, link_proxy
+from chaos.proxy.link_proxy import LinkProxy, link_proxy
 from chaos.target import Node, Target
 from chaos.targets.docker_target import DockerTarget
-from chaos.targets.proxied_local_target import ProxiedLocalTarget
+from chaos.targets.local_target import ProxiedLocalTarget
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.compose.compose_mesh import BUILD_TIMEOUT_S, ComposeMesh, free_port
 from tests.support.served.mesh_client import Answer, Ask, mesh_client

@@ -14,10 +14,10 @@ from chaos.record.history import (
     FaultApplied,
     FaultHealed,
     MeshWhole,
-    MetricsSample,
+    MetricsSeen,
     NodesSeen,
     PhaseBegan,
-    ProcessSample,
+    ProcessSeen,
     RunBegan,
     Tokens,
     logprob_bits,
@@ -61,7 +61,7 @@ def answer(name: str, request: int, begin_s: float, num_choices: int = 1) -> lis
 
 def processes(at_s: float) -> list[Event]:
     """All nodes as they are when all is well."""
-    return [ProcessSample(at_s, node.name, node.kind, node.pid, 300 * 2**20, 20, 10) for node in NODES]
+    return [ProcessSeen(at_s, node.name, node.kind, node.pid, 300 * 2**20, 20, 10) for node in NODES]
 
 
 def good_history(num_requests: int = 4) -> list[Event]:
@@ -83,7 +83,7 @@ def good_history(num_requests: int = 4) -> list[Event]:
         PhaseBegan(FAULTS_BEGIN_S + 3, "finish"),
         PhaseBegan(FAULTS_BEGIN_S + 4, "quiet"),
         PhaseBegan(FAULTS_BEGIN_S + 5, "end"),
-        MetricsSample(FAULTS_BEGIN_S + 5, dict(QUIET)),
+        MetricsSeen(FAULTS_BEGIN_S + 5, dict(QUIET)),
         *processes(FAULTS_BEGIN_S + 5),
     ]
 

@@ -49,7 +49,7 @@ def make_run(mesh: FakeMesh, target: ListedTarget, chosen: Experiment, seed: int
 
 
 def judged(run: Run) -> Judgement:
-    return judge(run.history.events, run.experiment.bounds.bounds(sees_processes=False))
+    return judge(run.history.events, run.experiment.bounds, sees_processes=False)
 
 
 def state_of(judgement: Judgement, name: str) -> State:

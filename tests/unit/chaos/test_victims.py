@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from chaos.record.roles import Role
 from chaos.target import Node
-from chaos.victims import RULES, VictimRule, choose_victims
+from chaos.victims import RULES, NodeKind, Rule, VictimRule, choose_victims
 
 MESH = [
     Node("router-0", "router", 1),
@@ -66,7 +67,9 @@ def test_as_many_as_must_stay_are_left() -> None:
 
 
 @given(st.sampled_from(RULES), st.sampled_from(["", "stage", "expert"]), st.integers(), st.integers(0, 3))
-def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(rule: str, kind: str, seed: int, kept: int) -> None:
+def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(
+    rule: Rule, kind: NodeKind, seed: int, kept: int
+) -> None:
     chosen = VictimRule(rule, kind, 2, ("expert-1",))
     shuffled = random.Random(seed).sample(MESH, len(MESH))
     first = choose_victims(chosen, MESH, random.Random(seed), ["stage-0"], {"expert": kept})
@@ -75,8 +78,9 @@ def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(rule: str, k
 
 
 def test_an_unknown_rule_is_named() -> None:
+    unknown: Any = "most"
     with pytest.raises(ValueError, match="no such victim rule: most; there are random"):
-        names(VictimRule("most"))
+        names(VictimRule(unknown))
 
 
 def test_the_victims_of_a_lost_host_are_all_who_run_on_it() -> None:

@@ -15,7 +15,7 @@ from chaos.faults.base import Fault
 from chaos.faults.catalog import FAULTS, faults_in
 from tests.support.chaos.target import ListedTarget
 
-BUILT_ON = {"__init__", "base", "background", "catalog", "network"}
+BUILT_ON = {"__init__", "base", "background", "catalog", "network", "processes"}
 NEW_FAULT = '''
 """The room of a node becomes hot."""
 
@@ -71,3 +71,12 @@ def test_each_file_of_the_folder_is_one_fault_of_its_name() -> None:
         assert fault.__module__ == f"chaos.faults.{name}"
         assert issubclass(fault, Fault)
         assert fault.name == name
+
+
+def test_the_page_of_faults_has_each_of_them_with_its_parameters_and_no_other() -> None:
+    page = (Path(__file__).resolve().parents[4] / "docs" / "chaos-network.md").read_text(encoding="utf-8")
+    listed = page.partition("\n### Of processes")[2].partition("\nA rule, limit or file")[0]
+    entries = {entry.partition("`")[0]: entry for entry in listed.split("\n- `")[1:]}
+    assert set(entries) == set(FAULTS)
+    for name, fault in FAULTS.items():
+        assert [parameter for parameter in fault.parameters() if f"`{parameter}`" not in entries[name]] == []

@@ -12,7 +12,7 @@ import pytest
 
 from chaos.faults import rolling_restart
 from chaos.faults.catalog import FAULTS
-from chaos.faults.kill_child import children
+from chaos.faults.processes import children
 from chaos.target import Node, TargetError
 from tests.support.chaos.target import ListedTarget
 from tests.support.processes.waiting import wait_until

@@ -13,21 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.record.answer import Answer
 from chaos.record.history import (
     Abandoned,
     Asked,
-    Broken,
     ChoiceFinished,
+    ConnectionBroken,
     Ended,
     Event,
-    Failed,
     Reattached,
-    Refused,
+    RequestFailed,
+    RequestRefused,
     Tokens,
     logprob_bits,
 )
-from chaos.record.load import ClientSettings, Load, StreamingClient
+from chaos.record.load import AnswerRecorder, ClientLoad, ClientSettings, StreamingClient
 from chaos.record.requests import ChaosRequest
 from chaos.record.sse import EventParser, ServerEvent, split_lines
 
@@ -140,7 +139,7 @@ def test_a_whole_answer_is_its_tokens_with_offsets_and_bits_and_its_end() -> Non
 def test_a_broken_stream_goes_on_after_the_last_event_that_came() -> None:
     server = Server(breaks(chunk(0), chunk(1), request_id="r7"), whole(chunk(2), END))
     record = ask(server)
-    assert kinds(record) == [Tokens, Tokens, Broken, Reattached, Tokens, ChoiceFinished, Ended]
+    assert kinds(record) == [Tokens, Tokens, ConnectionBroken, Reattached, Tokens, ChoiceFinished, Ended]
     assert tokens(record) == [100, 101, 102]
     again = server.asked[1]
     assert (again.method, again.url.path, again.headers["Last-Event-ID"]) == ("GET", "/v1/requests/r7/events", "0:2")
@@ -153,70 +152,80 @@ def test_a_server_that_repeats_tokens_after_a_break_is_seen_to_do_so() -> None:
 
 def test_a_break_is_an_error_where_the_server_keeps_no_streams() -> None:
     record = ask(Server(breaks(chunk(0))))
-    assert kinds(record) == [Tokens, Broken, Failed]
-    assert isinstance(record[-1], Failed)
+    assert kinds(record) == [Tokens, ConnectionBroken, RequestFailed]
+    assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "connection_lost"
 
 
 @pytest.mark.parametrize("number", [404, 410])
 def test_a_server_that_has_forgotten_the_stream_has_lost_it(number: int) -> None:
     record = ask(Server(breaks(chunk(0), request_id="r7"), status(number, "unknown request")))
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
     assert (record[-1].code, record[-1].status) == ("not_resumable", number)
 
 
 def test_a_router_that_is_away_is_asked_again_until_it_is_back() -> None:
     server = Server(breaks(chunk(0), request_id="r7"), unreachable, status(503), whole(chunk(1), chunk(2), END))
     record = ask(server)
-    assert kinds(record) == [Tokens, Broken, Broken, Broken, Reattached, Tokens, Tokens, ChoiceFinished, Ended]
+    assert kinds(record) == [
+        Tokens,
+        ConnectionBroken,
+        ConnectionBroken,
+        ConnectionBroken,
+        Reattached,
+        Tokens,
+        Tokens,
+        ChoiceFinished,
+        Ended,
+    ]
 
 
 def test_a_post_that_never_got_an_answer_is_sent_again_with_the_same_key() -> None:
     server = Server(unreachable, whole(chunk(0), chunk(1), chunk(2), END))
     record = ask(server)
-    assert kinds(record) == [Broken, Tokens, Tokens, Tokens, ChoiceFinished, Ended]
+    assert kinds(record) == [ConnectionBroken, Tokens, Tokens, Tokens, ChoiceFinished, Ended]
     assert [request.method for request in server.asked] == ["POST", "POST"]
     assert len({request.headers["Idempotency-Key"] for request in server.asked}) == 1
 
 
 def test_a_busy_server_is_a_refusal_and_not_an_error_while_patience_lasts() -> None:
     record = ask(Server(status(503), status(429), whole(chunk(0), chunk(1), chunk(2), END)))
-    assert kinds(record)[:2] == [Refused, Refused]
+    assert kinds(record)[:2] == [RequestRefused, RequestRefused]
     assert isinstance(record[-1], Ended)
     record = ask(Server(status(503)), reattach=5)
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
 
 
 def test_a_server_that_does_not_come_back_has_lost_the_request() -> None:
     record = ask(Server(breaks(chunk(0), request_id="r7"), unreachable), reattach=5)
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "connection_lost"
 
 
 def test_other_refusals_are_errors() -> None:
     record = ask(Server(status(400, "wrong field")))
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
     assert (record[-1].code, record[-1].message) == ("http_400", "wrong field")
 
 
 def test_an_error_event_is_the_servers_own_code() -> None:
     error = b'data: {"error":{"message":"stage-1 is gone","type":"server_error","code":"node_lost"}}\n\n'
     record = ask(Server(whole(chunk(0), error, b"data: [DONE]\n\n")))
-    assert kinds(record) == [Tokens, Failed]
-    assert isinstance(record[-1], Failed)
+    assert kinds(record) == [Tokens, RequestFailed]
+    assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "node_lost"
 
 
 def test_an_end_before_all_choices_have_ended_is_an_error() -> None:
     record = ask(Server(whole(chunk(0), b"data: [DONE]\n\n")))
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "ended_early"
 
 
 @pytest.mark.parametrize("garbage", [b"data: {\n\n", b"data: []\n\n", b'data: {"choices":[{}]}\n\n'])
 def test_what_cannot_be_read_is_an_error_of_its_own(garbage: bytes) -> None:
     record = ask(Server(whole(chunk(0), garbage)))
-    assert isinstance(record[-1], Failed)
+    assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "unreadable"
 
 
@@ -235,10 +244,10 @@ def test_streams_ask_until_they_are_stopped_and_every_operation_has_its_own_name
                 http, "http://mesh", "tiny", ClientSettings(True, 5, 5), record.append, lambda: 0.0
             )
             requests = [ChaosRequest(f"request-{n}", "greedy", REQUEST.fields) for n in range(3)]
-            await Load(client, requests, 2, "once").run_once()
+            await ClientLoad(client, requests, 2, "once").run_once()
             once = [e.request for e in record if isinstance(e, Asked)]
             assert sorted(once) == ["request-0", "request-1", "request-2"]
-            load = Load(client, requests, 3, "run")
+            load = ClientLoad(client, requests, 3, "run")
             load.start()
             await asyncio.sleep(0.1)
             load.stop()
@@ -252,7 +261,7 @@ def test_streams_ask_until_they_are_stopped_and_every_operation_has_its_own_name
 
 def parse(*lines: str) -> list[ServerEvent]:
     parser = EventParser()
-    return [event for line in lines if (event := parser.take(line)) is not None]
+    return [event for line in lines if (event := parser.add(line)) is not None]
 
 
 def test_events_carry_the_last_id_and_comments_are_nothing() -> None:
@@ -286,7 +295,7 @@ def test_an_answer_may_hold_any_character() -> None:
 
 def test_nothing_is_taken_after_the_end() -> None:
     record: list[Any] = []
-    answer = Answer("op", 1, record.append, lambda: 0.0)
+    answer = AnswerRecorder("op", 1, record.append, lambda: 0.0)
     for data in (chunk(2).decode().split("data: ")[1].strip(), "[DONE]", "[DONE]"):
-        answer.take(ServerEvent(data, ""))
+        answer.add(ServerEvent(data, ""))
     assert [type(event) for event in record] == [Tokens, ChoiceFinished, Ended]

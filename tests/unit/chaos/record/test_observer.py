@@ -16,12 +16,9 @@ from hypothesis import strategies as st
 
 from chaos.record import observer as observer_module
 from chaos.record.history import Asked, Ended, Event, NodesSeen, Tokens
-from chaos.record.metrics_text import is_whole, sum_metrics
-from chaos.record.observer import Observer, Progress
-from chaos.record.process_table import sample_process
+from chaos.record.observer import Observer, Progress, is_whole, sample_process, sum_metrics
 from chaos.target import Node, TargetError
-from chaos.targets.catalog import TargetRequest, make_target
-from chaos.targets.remote_target import RemoteTarget
+from chaos.targets.catalog import RemoteTarget, TargetRequest, make_target
 from tests.support.chaos.server import FakeMesh
 from tests.support.chaos.target import ListedTarget
 
@@ -78,7 +75,7 @@ def test_a_lost_node_makes_the_mesh_not_whole_until_it_is_back(monkeypatch: pyte
     async def run() -> None:
         async with httpx.AsyncClient(transport=mesh.transport) as http:
             seen = Observer(http, target, record.append, lambda: now[0])
-            await seen.take_baseline()
+            await seen.set_baseline()
             assert seen.whole_since_s == 0.0
             target.stop(target.named("expert-0")[0], 1.0)
             now[0] = 5.0

@@ -13,17 +13,18 @@ from chaos.record.history import (
     ChoiceFinished,
     Ended,
     Event,
-    Failed,
     FaultApplied,
     MeshWhole,
-    MetricsSample,
+    MetricsSeen,
     NodesSeen,
     PhaseBegan,
-    ProcessSample,
-    Refused,
+    ProcessSeen,
+    RequestFailed,
+    RequestRefused,
     Tokens,
 )
-from chaos.record.operations import ExpectedChoice, read_operations, reference_of
+from chaos.record.operations import read_operations
+from chaos.record.reference import ExpectedChoice, reference_of
 from chaos.target import Node
 from chaos.verdicts.fault_outcomes import Throughput
 from chaos.verdicts.judgement import TIMED, Bounds, Judgement, bound_for, judge
@@ -99,7 +100,9 @@ def another_text(events: list[Event]) -> list[Event]:
 
 def failed(events: list[Event]) -> list[Event]:
     return alter(
-        events, Ended, lambda e: Failed(e.at_s, e.operation, "node_lost", "gone") if e.operation == "run-0" else e
+        events,
+        Ended,
+        lambda e: RequestFailed(e.at_s, e.operation, "node_lost", "gone") if e.operation == "run-0" else e,
     )
 
 
@@ -112,7 +115,7 @@ def without_an_end(events: list[Event]) -> list[Event]:
 
 
 def refused(events: list[Event]) -> list[Event]:
-    return [*events, Refused(FAULT_S, "run-0", 503, "not ready")]
+    return [*events, RequestRefused(FAULT_S, "run-0", 503, "not ready")]
 
 
 def stalled(events: list[Event]) -> list[Event]:
@@ -128,19 +131,19 @@ def whole_too_late(events: list[Event]) -> list[Event]:
 
 
 def a_block_is_not_free(events: list[Event]) -> list[Event]:
-    return alter(events, MetricsSample, lambda e: replace(e, values=QUIET | {"moemesh_kv_blocks_free": 63.0}))
+    return alter(events, MetricsSeen, lambda e: replace(e, values=QUIET | {"moemesh_kv_blocks_free": 63.0}))
 
 
 def a_request_runs(events: list[Event]) -> list[Event]:
-    return alter(events, MetricsSample, lambda e: replace(e, values=QUIET | {"moemesh_requests_running": 1.0}))
+    return alter(events, MetricsSeen, lambda e: replace(e, values=QUIET | {"moemesh_requests_running": 1.0}))
 
 
 def at_the_end(**more: int) -> Damage:
-    def change(event: ProcessSample) -> ProcessSample:
+    def change(event: ProcessSeen) -> ProcessSeen:
         is_it = event.name == "stage-0" and event.at_s > FAULTS_BEGIN_S
         return replace(event, **{n: getattr(event, n) + v for n, v in more.items()}) if is_it else event
 
-    return lambda events: alter(events, ProcessSample, change)
+    return lambda events: alter(events, ProcessSeen, change)
 
 
 PLANTED: dict[str, tuple[Damage, set[str]]] = {
@@ -181,7 +184,9 @@ def test_the_hashes_differ_when_tokens_do(plant: Damage) -> None:
 
 def test_the_same_damage_without_faults_is_not_blamed_on_faults() -> None:
     events = alter(
-        good_history(), Ended, lambda e: Failed(e.at_s, e.operation, "x", "y") if e.operation == "reference-0" else e
+        good_history(),
+        Ended,
+        lambda e: RequestFailed(e.at_s, e.operation, "x", "y") if e.operation == "reference-0" else e,
     )
     judgement = judge(events, Bounds())
     assert states(judgement)["errors"] is State.HELD
@@ -206,16 +211,16 @@ def test_without_answers_nothing_is_known() -> None:
     assert {found[n] for n in ("tokens_lost", "logprobs", "errors", "hung", "first_tokens")} == {State.UNKNOWN}
 
 
-@pytest.mark.parametrize("missing", [MetricsSample, ProcessSample])
+@pytest.mark.parametrize("missing", [MetricsSeen, ProcessSeen])
 def test_leaks_are_unknown_where_nobody_looked(missing: type[Event]) -> None:
     events = [e for e in good_history() if not isinstance(e, missing)]
-    name = "leaks_mesh" if missing is MetricsSample else "leaks_processes"
+    name = "leaks_mesh" if missing is MetricsSeen else "leaks_processes"
     assert states(judge(events, Bounds()))[name] is State.UNKNOWN
-    assert "leaks_processes" not in states(judge(events, Bounds(sees_processes=False)))
+    assert "leaks_processes" not in states(judge(events, Bounds(), sees_processes=False))
 
 
 def test_a_mesh_whose_metrics_are_not_these_is_not_known_to_have_no_leak() -> None:
-    events = alter(good_history(), MetricsSample, lambda e: replace(e, values={"moemesh_ready": 1.0}))
+    events = alter(good_history(), MetricsSeen, lambda e: replace(e, values={"moemesh_ready": 1.0}))
     assert states(judge(events, Bounds()))["leaks_mesh"] is State.UNKNOWN
 
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from chaos.command import app
 from chaos.record.history import Event, FaultApplied, MeshWhole, RunBegan, encode_event
-from chaos.record.operations import read_operations, reference_of
+from chaos.record.operations import read_operations
+from chaos.record.reference import StoredReferenceError, read_reference, reference_of, write_reference
 from chaos.record.requests import RequestShape, draw_requests
 from chaos.verdicts.fault_outcomes import fault_outcomes
 from chaos.verdicts.judgement import Bounds, judge
-from chaos.verdicts.reference_file import StoredReferenceError, read_reference, write_reference
 from chaos.verdicts.report import Report
 from chaos.verdicts.timeline_picture import BIN_S, requests_in_flight, tokens_per_second
 from tests.support.chaos.histories import FAULTS_BEGIN_S, alter, alter_tokens, good_history

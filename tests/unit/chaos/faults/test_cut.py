@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chaos.faults.cuts import AddressRefusal, Refusal, flows, make_cut, with_addresses
+from chaos.faults.cut import AddressRefusal, Refusal, flows, make_cut, with_addresses
 
 NODES = ["expert-0", "expert-1", "router-0", "stage-0", "stage-1"]
 

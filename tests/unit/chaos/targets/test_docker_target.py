@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from chaos.targets.container_names import ContainerAddress, ContainerNames
+from chaos.targets.docker_target import ContainerAddress, ContainerNames
 
 ROUTER = ContainerAddress("mesh-router-1", "router", ("10.0.0.2",))
 EXPERT = ContainerAddress("mesh-expert-1", "expert", ("10.0.0.3",))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import socket
 
-from chaos.targets.socket_owner import SocketOwners, inodes_of_port
+from chaos.targets.local_target import SocketOwners, inodes_of_port
 
 TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0 100 0 0 10 0

@@ -17,18 +17,148 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from chaos.proxy.link_rules import LinkRule
-from chaos.proxy.pipe import Pipe, RuleBook
+from chaos.proxy.link_rules import FrameRule, LinkRule, Treatment, treatment
+from chaos.proxy.zmtp_frames import FrameDamage, Message, Passage, ZmtpStream, write_message
 from chaos.target import Target, TargetError
 
 Identify = Callable[[str, int], str]
-"""Host and port of one end -> name of the node there; empty if unknown."""
+"""It names the node at a host and port, or "" if it is unknown."""
 Resolve = Callable[[str], str]
-"""Host name as a node says it -> one that this process can connect to."""
+"""It turns a host name as a node says it into one that this process can connect to."""
 _Result = TypeVar("_Result")
 _PORT = struct.Struct(">H")
 _GRANTED, _UNREACHABLE = b"\5\0\0\1\0\0\0\0\0\0", b"\5\5\0\1\0\0\0\0\0\0"
 CALL_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
+CHUNK_BYTES = 1 << 18
+QUEUED_PASSAGES = 256
+"""A stalled direction reads no more than these: then the sender's own buffers fill, as they would on a dead net."""
+
+
+class RuleBook:
+    """The rules that hold now. It belongs to the proxy's loop."""
+
+    def __init__(self) -> None:
+        self.rules: list[LinkRule] = []
+        self.version = 0
+        self.num_damaged = 0
+        self._changed = asyncio.Event()
+
+    def add(self, rules: Sequence[LinkRule]) -> None:
+        """Adds rules, which hold from now on."""
+        self._change([*self.rules, *rules])
+
+    def remove(self, rules: Sequence[LinkRule]) -> None:
+        """Removes each rule once; one that does not hold is no error."""
+        left = list(self.rules)
+        for rule in rules:
+            if rule in left:
+                left.remove(rule)
+        self._change(left)
+
+    async def wait_until_open(self, one: str, other: str) -> None:
+        """Waits until neither direction between the two is stalled."""
+        await self.wait_until_flowing(one, other)
+        await self.wait_until_flowing(other, one)
+
+    async def wait_until_flowing(self, source: str, destination: str) -> None:
+        """Waits until that direction is not stalled."""
+        while treatment(self.rules, source, destination).is_stalled:
+            await self._changed.wait()
+
+    def _change(self, rules: list[LinkRule]) -> None:
+        self.rules = rules
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Pipe:
+    """One direction of a link: what comes in goes on late, slowly, damaged or not at all."""
+
+    def __init__(self, book: RuleBook, source: str, destination: str) -> None:
+        self._book = book
+        self._ends = (source, destination)
+        self._treatment = Treatment()
+        self._version = -1
+        self._stream = ZmtpStream()
+        self._damages: dict[FrameRule, FrameDamage] = {}
+        self._queue: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(QUEUED_PASSAGES)
+        self._writer: asyncio.StreamWriter | None = None
+        self._is_muted = False
+        self._keeps_end = False
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carries bytes until the stream has ended and all of it has been written."""
+        self._writer = writer
+        reading = asyncio.create_task(self._read(reader))
+        try:
+            await self._write(writer)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        if self._keeps_end:
+            await asyncio.Event().wait()  # the end is kept from the other side until that side ends by itself
+
+    def mute(self) -> None:
+        """Keeps everything from the receiver from now on, even the end."""
+        self._is_muted = self._keeps_end = True
+
+    def end_stream(self) -> None:
+        """Shows the receiver the end of the stream; what is still sent to it is lost."""
+        if self._writer is not None and not self._writer.is_closing() and not self._is_muted:
+            self._writer.write_eof()
+        self._is_muted = True
+
+    # ---- inside
+
+    def _now(self) -> Treatment:
+        if self._version != self._book.version:
+            self._version = self._book.version
+            self._treatment = treatment(self._book.rules, *self._ends)
+        return self._treatment
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await reader.read(CHUNK_BYTES):
+                due_s = loop.time() + self._now().delay_ms / 1000
+                going_on = b"".join(self._treat(passage) for passage in self._stream.feed(data))
+                if going_on:
+                    await self._queue.put((due_s, going_on))
+        except ConnectionError:
+            self._stream = ZmtpStream()  # a reset is an end too, and what was unfinished is lost with it
+        await self._queue.put((loop.time(), self._stream.rest()))
+        await self._queue.put(None)
+
+    def _treat(self, passage: Passage) -> bytes:
+        rules = self._now().frames
+        ended = [rule for rule in self._damages if rule not in rules]
+        held = [message for rule in ended for message in self._damages.pop(rule).release()]
+        before = b"".join(write_message(message) for message in held)
+        if not passage.message or not rules:
+            return before + passage.raw
+        messages: list[Message] = [passage.message]
+        for rule in rules:
+            damage = self._damages.setdefault(rule, FrameDamage(rule.kind, rule.probability, rule.seed))
+            already = damage.num_damaged
+            messages = [result for message in messages for result in damage.pass_on(message)]
+            self._book.num_damaged += damage.num_damaged - already
+        return before + b"".join(write_message(message) for message in messages)
+
+    async def _write(self, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        while (item := await self._queue.get()) is not None:
+            due_s, data = item
+            if (wait_s := due_s - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
+            if (bytes_per_s := self._now().bytes_per_s) > 0:
+                await asyncio.sleep(len(data) / bytes_per_s)
+            await self._book.wait_until_flowing(*self._ends)
+            if self._is_muted:
+                continue
+            writer.write(data)
+            await writer.drain()
+        await self._book.wait_until_flowing(*self._ends)
 
 
 class Link:
@@ -45,7 +175,7 @@ class Link:
         near: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         far: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
-        """Until one side ends and what it sent before has arrived; then both are closed."""
+        """Carries bytes until one side ends and what it sent before has arrived; then both are closed."""
         ways = [
             asyncio.create_task(self.there.carry(near[0], far[1])),
             asyncio.create_task(self.back.carry(far[0], near[1])),
@@ -64,28 +194,28 @@ class Link:
 
 
 class LinkProxy:
-    """A context manager; its thread ends with it. All methods may be called from any thread."""
+    """Entering starts the proxy in a thread, leaving ends it. All methods may be called from any thread."""
 
     def __init__(
         self, identify: Identify, host: str = "127.0.0.1", port: int = 0, resolve: Resolve = lambda host: host
     ) -> None:
         self.host = host
         self.port = port
-        """0 until it listens: then the port that the system chose."""
+        """It is 0 until the proxy listens, and then the port that the system chose."""
         self._is_listening = False
         self._identify = identify
         self._resolve = resolve
         self._book = RuleBook()
         self._links: set[Link] = set()
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
-        """Of all connections, also of those that are closed and still have something to write."""
+        """These are of all connections, also of those that are closed and still have something to write."""
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._stop = asyncio.Event()
 
     @property
     def address(self) -> str:
-        """What `SOCKS_PROXY` is set to for the nodes."""
+        """`SOCKS_PROXY` is set to it for the nodes."""
         return f"{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
@@ -104,23 +234,23 @@ class LinkProxy:
             self._thread.join(CLOSE_TIMEOUT_S)
 
     def add(self, rules: Sequence[LinkRule]) -> None:
-        """From now on they hold, also for links that are open."""
+        """Adds rules; from now on they hold, also for links that are open."""
         self._call(lambda: self._book.add(rules))
 
     def remove(self, rules: Sequence[LinkRule]) -> None:
-        """Undo `add`; rules that do not hold are no error."""
+        """Undoes `add`; rules that do not hold are no error."""
         self._call(lambda: self._book.remove(rules))
 
     def links(self) -> list[tuple[str, str]]:
-        """(who opened it, to whom) of every open link."""
+        """Returns (who opened it, to whom) of every open link."""
         return self._call(lambda: sorted(link.ends for link in self._links))
 
     def num_damaged(self) -> int:
-        """Messages damaged by frame rules since the start: whether a fault has hit anything."""
+        """Returns how many messages frame rules have damaged since the start: whether a fault has hit anything."""
         return self._call(lambda: self._book.num_damaged)
 
     def half_close(self, node: str) -> int:
-        """On every link of the node its peers see an end of stream, and the node does not; how many links that were."""
+        """Ends every link of a node for its peers and not for itself. Returns how many links that were."""
 
         def close() -> int:
             hurt = [link for link in self._links if node in link.ends]
@@ -157,7 +287,7 @@ class LinkProxy:
         tasks: set[asyncio.Task[None]] = set()
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._take(reader, writer))
+            task = asyncio.create_task(self._serve_connection(reader, writer))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
@@ -177,7 +307,7 @@ class LinkProxy:
             writer.transport.abort()  # a close would wait for a receiver that takes nothing
         await asyncio.sleep(0)
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         # A side that goes away is no error of the proxy; the other side is told by the close.
         with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -209,7 +339,7 @@ class LinkProxy:
 
 
 async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, int]:
-    """Host and port that a SOCKS5 client (RFC 1928, no authentication) wants. Raises OSError if it is none."""
+    """Returns host and port that a SOCKS5 client (RFC 1928, no authentication) wants. Raises OSError if it is none."""
     version, num_methods = await reader.readexactly(2)
     if version != 5:
         raise ConnectionError(f"not SOCKS5 but version {version}")
@@ -228,7 +358,7 @@ async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 
 def link_proxy(target: Target) -> LinkProxy:
-    """The proxy that a target's links go through. Raises TargetError if they go through none."""
+    """Returns the proxy that a target's links go through. Raises TargetError if they go through none."""
     proxy = getattr(target, "proxy", None)
     if not isinstance(proxy, LinkProxy):
         raise TargetError("the links of this mesh go through no proxy: start it with one")
