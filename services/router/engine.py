@@ -122,21 +122,20 @@ class RecoveryCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratedToken:
-    """One sampled token, in order. The last one of a choice has a finish reason."""
+class Token:
+    """One token of a choice: as the last stage sampled it, and once the scheduler has it, with what it knows of it."""
 
     token_id: int
-    logprob: float | None
-    """Natural log of the model's own probability (before penalties, temperature and filters); None if not asked for."""
-    top_logprobs: tuple[tuple[int, float], ...]
+    logprob: float | None = None
+    """Natural log of the model's own probability, before penalties, temperature and filters; None if not asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token id, logprob), best first; empty if not asked for."""
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | None = None
+    """The last token of a choice has one."""
     degraded: bool = False
-    """Says whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something
-    else."""
+    """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
     recovery: RecoveryCounts | None = None
-    """It is on a choice's last token at least; a stop string ends it at a token of which the mesh does not know
-    that."""
+    """A choice's last token has it at least; a stop string ends it at a token of which the mesh does not know that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Returns the tokens of one choice that are still missing, as they are made.
 
         Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator

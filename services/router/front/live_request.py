@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError, NotReadyError, UnknownRequestError
-from services.router.engine import Engine, GeneratedToken, RecoveryCounts
+from services.router.engine import Engine, RecoveryCounts, Token
 from services.router.front.metrics import FrontMetrics
 from services.router.front.planning import PlannedRequest
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
@@ -43,7 +43,7 @@ class LiveChoice:
 
     def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
         self.planned = planned
-        self.tokens: list[GeneratedToken] = []
+        self.tokens: list[Token] = []
         self.is_over = False
         self.is_cut = False
         """It is over with the tokens that it has, none of which is a last one."""
@@ -51,7 +51,7 @@ class LiveChoice:
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
         self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
 
-    def accept(self, token: GeneratedToken) -> None:
+    def accept(self, token: Token) -> None:
         """Adds the next token; there is none after the last."""
         assert not self.is_over
         self.tokens.append(token)
@@ -72,7 +72,7 @@ class LiveChoice:
                 self.accept(token)
         self._request = self._request.restored([token.token_id for token in self.tokens], record.sequence_id)
 
-    def generate(self, engine: Engine) -> AsyncIterator[GeneratedToken]:
+    def generate(self, engine: Engine) -> AsyncIterator[Token]:
         """Ask the mesh for the tokens that are still missing."""
         return engine.generate(self._request)
 
@@ -183,7 +183,7 @@ class LiveRequest:
         """Wait until the mesh has been told of all that is over."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[GeneratedToken]) -> None:
+    async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[Token]) -> None:
         last_s: float | None = None
         self._begun.add(choice)
         try:
@@ -244,7 +244,7 @@ class _Closable(Protocol):
     async def aclose(self) -> None: ...
 
 
-async def _close(tokens: AsyncIterator[GeneratedToken]) -> None:
+async def _close(tokens: AsyncIterator[Token]) -> None:
     """Cancels in the mesh if tokens are still to come."""
     if isinstance(tokens, _Closable):
         await tokens.aclose()

@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from common.errors import ConfigurationError, FencedError, JournalError, MoemeshError
 from common.ids import RequestId, SequenceId
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged
 from services.router.journal.queue import JournalQueue, WaitingRequest, WaitingStep, settle
@@ -109,7 +109,7 @@ class Journal:
 
     def append(
         self,
-        outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]],
+        outcomes: Sequence[tuple[RequestId, Token | MoemeshError]],
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes the outcomes of a step. `then` hands them on: once they are written, or it is known that the disk does

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import FencedError, MoemeshError
 from common.ids import RequestId, SequenceId
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.records import MAX_CHOICES, AcceptedRequest, JournalledRequest, StepRecord
 
 
@@ -197,9 +197,7 @@ class JournalQueue:
         with self.lock:
             self.accepting.append(WaitingRequest(self.ledger.accept(accepted), future))
 
-    def append(
-        self, outcomes: Sequence[tuple[RequestId, GeneratedToken | MoemeshError]], then: Callable[[], None]
-    ) -> None:
+    def append(self, outcomes: Sequence[tuple[RequestId, Token | MoemeshError]], then: Callable[[], None]) -> None:
         """Adds one step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
         with self.lock:
             number = self.last_step + 1
@@ -254,14 +252,14 @@ class JournalQueue:
             return 0 if request is None else min(request.last_step, self._delivered_step)
 
     def _add_outcome(
-        self, record: StepRecord, number: int, request_id: RequestId, outcome: GeneratedToken | MoemeshError
+        self, record: StepRecord, number: int, request_id: RequestId, outcome: Token | MoemeshError
     ) -> None:
         found = self.ledger.open_choice(request_id)
         if found is None:
             return
         request, choice = found
         request.last_step = number
-        if isinstance(outcome, GeneratedToken):
+        if isinstance(outcome, Token):
             record.tokens.append((choice.number, choice.num_tokens, outcome))
             choice.num_tokens += 1
         else:

@@ -14,7 +14,7 @@ import msgpack
 
 from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, OverloadedError, error_from_wire
 from common.ids import RequestId, SequenceId
-from services.router.engine import FinishReason, GeneratedToken, RecoveryCounts
+from services.router.engine import FinishReason, RecoveryCounts, Token
 
 MAX_CHOICES = 1 << 16
 """A choice's number in the journal is its request's number times this, plus its index."""
@@ -57,13 +57,13 @@ class JournalledChoice:
 
     runs: list[tuple[int, bytes]] = field(default_factory=list)
     """(position of the first, packed tokens), without a hole."""
-    fresh: list[GeneratedToken] = field(default_factory=list)
+    fresh: list[Token] = field(default_factory=list)
     """The tokens after the last run."""
     sequence_id: SequenceId | None = None
     error: MoemeshError | None = None
 
     @property
-    def tokens(self) -> list[GeneratedToken]:
+    def tokens(self) -> list[Token]:
         """Returns all of them. Raises ValueError if a run is not what was written."""
         return [token for _, data in self.runs for token in decode_tokens(data)] + self.fresh
 
@@ -97,7 +97,7 @@ class JournalledRequest:
 class StepRecord:
     """Everything that is written in one group commit. Choices and requests are told by their numbers in the journal."""
 
-    tokens: list[tuple[int, int, GeneratedToken]] = field(default_factory=list)
+    tokens: list[tuple[int, int, Token]] = field(default_factory=list)
     """(choice, position, token)."""
     placements: list[tuple[int, int]] = field(default_factory=list)
     """(choice, sequence id)."""
@@ -191,13 +191,13 @@ def decode_step(data: bytes) -> StepRecord:
         raise ValueError(f"a step of the journal cannot be read: {error}") from error
 
 
-def encode_tokens(tokens: Sequence[GeneratedToken]) -> bytes:
+def encode_tokens(tokens: Sequence[Token]) -> bytes:
     """Packs a run of one choice's tokens."""
     packed: bytes = msgpack.packb([token_fields(token) for token in tokens])
     return packed
 
 
-def decode_tokens(data: bytes) -> list[GeneratedToken]:
+def decode_tokens(data: bytes) -> list[Token]:
     """Unpacks a run. Raises ValueError if it is not what `encode_tokens` makes."""
     try:
         return [_token(fields) for fields in msgpack.unpackb(data, use_list=False)]
@@ -218,7 +218,7 @@ def count_tokens(data: bytes) -> int:
     return int.from_bytes(data[1 : 1 + width], "big")
 
 
-def token_fields(token: GeneratedToken) -> tuple[Any, ...]:
+def token_fields(token: Token) -> tuple[Any, ...]:
     """Returns a token as plain values; those that are mostly empty come last and are left out then."""
     if token.recovery is not None or token.degraded:
         counts = token.recovery
@@ -229,12 +229,12 @@ def token_fields(token: GeneratedToken) -> tuple[Any, ...]:
     return token.token_id, token.logprob, token.top_logprobs
 
 
-def _token(fields: Sequence[Any]) -> GeneratedToken:
+def _token(fields: Sequence[Any]) -> Token:
     token_id, logprob, top, *rest = fields
     finish_reason = FinishReason(rest[0]) if rest and rest[0] is not None else None
     recovery = RecoveryCounts(*rest[1]) if len(rest) > 1 and rest[1] is not None else None
     degraded = len(rest) > 2 and bool(rest[2])
-    return GeneratedToken(token_id, logprob, top, finish_reason, degraded, recovery)
+    return Token(token_id, logprob, top, finish_reason, degraded, recovery)
 
 
 def restored_error(code: str, message: str) -> MoemeshError:

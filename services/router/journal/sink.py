@@ -8,7 +8,7 @@ from functools import partial
 
 from common.errors import MoemeshError
 from common.ids import RequestId
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.journal import Journal
 from services.router.mesh.steps import Sink
@@ -23,7 +23,7 @@ class JournalFirst:
         self._journal = journal
         self._sink = sink
 
-    def __call__(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
+    def __call__(self, outcomes: list[tuple[RequestId, Token | MoemeshError]]) -> None:
         """Runs in the mesh thread; outcomes are handed on in the disk's, as a rule."""
         self._journal.append(outcomes, partial(self._sink, outcomes))
 

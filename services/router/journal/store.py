@@ -23,7 +23,7 @@ import msgpack
 import xxhash
 
 from common.ids import RequestId, SequenceId
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.files import (
     NUM_REQUEST_COLUMNS,
     REQUEST_COLUMNS,
@@ -56,7 +56,7 @@ leaves far more to write."""
 class LogBuffer:
     """Holds what stands in the log and not yet in the other tables."""
 
-    tokens: dict[int, tuple[int, list[GeneratedToken]]] = field(default_factory=dict)
+    tokens: dict[int, tuple[int, list[Token]]] = field(default_factory=dict)
     """choice -> (position of the first, tokens)."""
     placements: dict[int, int] = field(default_factory=dict)
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -313,9 +313,7 @@ def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, 
         choice.runs.append((first, data))
 
 
-def _extend_fresh(
-    requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[GeneratedToken]
-) -> None:
+def _extend_fresh(requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[Token]) -> None:
     choice = _choice(requests, number)
     if choice is not None and first == choice.num_tokens:
         choice.fresh += tokens

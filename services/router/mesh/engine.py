@@ -9,12 +9,12 @@ from typing import Any
 from common.errors import MoemeshError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import judge_age
-from services.router.engine import GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import GenerationRequest, Readiness, Token
 from services.router.mesh.loop import MeshLoop
 from services.router.mesh.view import describe_mesh
 from services.router.scheduling.admission import retry_after_s
 
-Outcome = GeneratedToken | MoemeshError
+Outcome = Token | MoemeshError
 NOT_READY_GRACE_S = 10.0
 """While the mesh recovers, requests wait; once it has been down for so long, the door says so at once."""
 
@@ -48,7 +48,7 @@ class TokenMailbox:
                 queue.put_nowait(outcome)
 
 
-class SubmittedChoice(AsyncIterator[GeneratedToken]):
+class SubmittedChoice(AsyncIterator[Token]):
     """A choice that is in the mesh from the moment this is made, also if nobody ever asks it for a token.
 
     No generator: closing one that was not begun runs none of it, and the choice would run on.
@@ -63,7 +63,7 @@ class SubmittedChoice(AsyncIterator[GeneratedToken]):
         self._mesh = mesh
         self._has_ended = False
 
-    async def __anext__(self) -> GeneratedToken:
+    async def __anext__(self) -> Token:
         """The next token. Raises what the mesh says of the choice, and StopAsyncIteration after the last token."""
         if self._has_ended:
             raise StopAsyncIteration
@@ -138,7 +138,7 @@ class MeshEngine:
                 retry_after_s(num_waiting, status.completions_per_s),
             )
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Tokens as they come; see the protocol.
 
         The request is in line when this returns: the stages of a restored one may be back a moment later, and only who

@@ -10,8 +10,9 @@ from common.errors import ProtocolError
 from common.ids import SequenceId
 from common.messages import Header, Step, StepResult
 from common.wire.array import array_to_frame, frame_to_array
+from services.router.engine import Token
 from services.router.mesh.step_adjustments import adjusted_rows, bias_rows, count_rows, penalty_rows
-from services.router.scheduling.step_plan import SampledToken, StepPlan
+from services.router.scheduling.step_plan import StepPlan
 
 
 def step_message(plan: StepPlan) -> Step:
@@ -79,7 +80,7 @@ def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
     )
 
 
-def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, SampledToken]:
+def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, Token]:
     """What the last stage drew, by sequence. Raises ProtocolError if it is not what the plan asks for."""
     ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
     count = len(ids)
@@ -102,12 +103,12 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
     degraded = np.zeros(count, dtype=np.uint8)
     if result.degraded.shape != (0,):
         degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded")
-    sampled: dict[SequenceId, SampledToken] = {}
+    sampled: dict[SequenceId, Token] = {}
     for row, sequence_id in enumerate(ids):
         num_top = wanted[sequence_id]
         if num_top is None:
-            sampled[sequence_id] = SampledToken(tokens[row], None, (), bool(degraded[row]))
+            sampled[sequence_id] = Token(tokens[row], degraded=bool(degraded[row]))
             continue
         top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
-        sampled[sequence_id] = SampledToken(tokens[row], float(logprobs[row]), tuple(top), bool(degraded[row]))
+        sampled[sequence_id] = Token(tokens[row], float(logprobs[row]), tuple(top), degraded=bool(degraded[row]))
     return sampled

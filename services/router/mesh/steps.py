@@ -18,7 +18,7 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from common.messages import StepResult
 from common.topology import NodeDescription
 from services.router.control.actions import OpenPipeline
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.status import HopTotals
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
@@ -29,7 +29,7 @@ from services.router.scheduling.step_plan import RequestFailure, StepPlan, Token
 class Sink(Protocol):
     """Where the outcome of requests goes; called in the mesh thread, must return at once."""
 
-    def __call__(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None: ...
+    def __call__(self, outcomes: list[tuple[RequestId, Token | MoemeshError]]) -> None: ...
 
 
 @dataclass(slots=True)

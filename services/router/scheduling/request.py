@@ -8,13 +8,12 @@ WAITING -> RUNNING -> FINISHED
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, RecoveryCounts
+from services.router.engine import FinishReason, GenerationRequest, RecoveryCounts, Token
 from services.router.scheduling.pace import RequestPace
-from services.router.scheduling.step_plan import SampledToken
 from services.router.scheduling.token_counts import count_tokens
 
 MAX_KV_HISTORY = 64
@@ -204,7 +203,7 @@ class Request:
         self.kv_history.clear()
         self.tell_anew()
 
-    def take_token(self, sampled: SampledToken) -> GeneratedToken:
+    def take_token(self, sampled: Token) -> Token:
         """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""
         if self.state is not RequestState.RUNNING:
             raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
@@ -219,13 +218,10 @@ class Request:
         if finish_reason is not None:
             self.state = RequestState.FINISHED
         recovery = RecoveryCounts(self.num_recoveries, self.num_replayed_tokens, self.num_retried_calls)
-        return GeneratedToken(
-            sampled.token_id,
-            sampled.logprob,
-            sampled.top,
-            finish_reason,
-            sampled.degraded,
-            recovery if finish_reason is not None or recovery != UNDISTURBED else None,
+        return replace(
+            sampled,
+            finish_reason=finish_reason,
+            recovery=recovery if finish_reason is not None or recovery != UNDISTURBED else None,
         )
 
     def cancel(self) -> None:

@@ -18,7 +18,7 @@ from common.errors import (
 )
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
-from services.router.engine import GenerationRequest
+from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.adopting import adopt_held, adopted_marks
 from services.router.scheduling.blame import Attend, Blame
@@ -31,7 +31,7 @@ from services.router.scheduling.request import Request, RequestState
 from services.router.scheduling.schedules import PipelineSchedules
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
-from services.router.scheduling.step_plan import RequestFailure, SampledToken, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
 from services.router.scheduling.waiting_line import WaitingLine
 
 
@@ -216,7 +216,7 @@ class Scheduler:
         pipeline: PipelineId,
         generation: Generation,
         attempt: int,
-        sampled: Mapping[SequenceId, SampledToken],
+        sampled: Mapping[SequenceId, Token],
         now_s: float,
         retried_calls: int = 0,
     ) -> list[TokenOutput]:
@@ -249,7 +249,7 @@ class Scheduler:
         self._failures += self._repair.end_broken(now_s)
         return outputs
 
-    def _take_token(self, request: Request, sampled: SampledToken, now_s: float) -> TokenOutput:
+    def _take_token(self, request: Request, sampled: Token, now_s: float) -> TokenOutput:
         output = TokenOutput(request.request_id, request.take_token(sampled))
         self.counters.tokens_generated += 1
         if output.token.finish_reason is not None:

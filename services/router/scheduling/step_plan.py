@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common.errors import MoemeshError
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
-from services.router.engine import GeneratedToken, SamplingParameters
+from services.router.engine import SamplingParameters, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +63,11 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the last stage drew for one sequence."""
-
-    token_id: int
-    logprob: float | None
-    """Natural log of the model's own probability; None if not asked for."""
-    top: tuple[tuple[int, float], ...]
-    """(token id, logprob), best first; empty if not asked for."""
-    degraded: bool = False
-    """Whether the step went on without an expert that this sequence's tokens wanted."""
-
-
-@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One token to journal and deliver; with a finish reason it is the request's last."""
 
     request_id: RequestId
-    token: GeneratedToken
+    token: Token
 
 
 @dataclass(frozen=True, slots=True)

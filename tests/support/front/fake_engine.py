@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import FinishReason, GenerationRequest, Readiness, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Goes on in the script after as many tokens as there are, and through no pause before them."""
         if request.is_restored:
             self.resumed.append(request)
         return self._run(request, len(request.generated_token_ids))
 
-    async def _run(self, request: GenerationRequest, num_given: int) -> AsyncIterator[GeneratedToken]:
+    async def _run(self, request: GenerationRequest, num_given: int) -> AsyncIterator[Token]:
         self.asked.append(request)
         self._news.set()
         complete = False
@@ -107,7 +107,7 @@ class FakeEngine:
                 self.cancelled.append(request)
                 self.on_cancel()
 
-    def _token(self, request: GenerationRequest, token_id: int, num_tokens: int) -> GeneratedToken:
+    def _token(self, request: GenerationRequest, token_id: int, num_tokens: int) -> Token:
         sampling = request.sampling
         finish_reason = None
         if token_id in sampling.stop_token_ids:
@@ -115,6 +115,6 @@ class FakeEngine:
         elif num_tokens == sampling.max_tokens:
             finish_reason = FinishReason.LENGTH
         if sampling.num_top_logprobs is None:
-            return GeneratedToken(token_id, None, (), finish_reason)
+            return Token(token_id, None, (), finish_reason)
         top = self.alternatives[: sampling.num_top_logprobs]
-        return GeneratedToken(token_id, self.logprob, top, finish_reason)
+        return Token(token_id, self.logprob, top, finish_reason)

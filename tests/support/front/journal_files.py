@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from common.ids import RequestId
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.journal import Journal
 from services.router.journal.records import JournalledRequest
 from tests.support.front.journals import open_at, token
@@ -23,7 +23,7 @@ def reopened(path: Path) -> list[JournalledRequest]:
     return requests
 
 
-def bits(tokens: list[GeneratedToken]) -> list[tuple[int, bytes | None, bytes]]:
+def bits(tokens: list[Token]) -> list[tuple[int, bytes | None, bytes]]:
     def packed(value: float) -> bytes:
         return struct.pack("<d", value)
 

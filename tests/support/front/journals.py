@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.ids import RequestId
-from services.router.engine import FinishReason, GeneratedToken
+from services.router.engine import FinishReason, Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.journal import Journal, JournalSettings, open_journal
 from services.router.journal.records import AcceptedRequest, JournalledRequest
@@ -36,10 +36,10 @@ def accepted(name: str, num_choices: int = 1, **changes: Any) -> AcceptedRequest
     return AcceptedRequest(**(fields | changes))
 
 
-def token(number: int, finish_reason: FinishReason | None = None) -> GeneratedToken:
+def token(number: int, finish_reason: FinishReason | None = None) -> Token:
     """Its log-probabilities follow from its number."""
     logprob = AWKWARD[number % len(AWKWARD)]
-    return GeneratedToken(number, logprob, ((number + 1, logprob), (number + 2, -3.5)), finish_reason)
+    return Token(number, logprob, ((number + 1, logprob), (number + 2, -3.5)), finish_reason)
 
 
 def open_at(

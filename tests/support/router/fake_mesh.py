@@ -35,7 +35,7 @@ from common.wire.transport import LinkEvent
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.stage_roles import StageRoles
-from services.router.engine import GeneratedToken, GenerationRequest, SamplingParameters
+from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.loop import LoopSettings, MeshLoop
 from services.router.mesh.placer import Placer
 from services.router.mesh.steps import StepFlow
@@ -204,7 +204,7 @@ class FakeMesh:
         """`adopts`: nodes may hold slots of a router before this one."""
         self.now_s = 1000.0
         self.client = FakeClient()
-        self.outcomes: dict[str, list[GeneratedToken | MoemeshError]] = {}
+        self.outcomes: dict[str, list[Token | MoemeshError]] = {}
         config, shape = config or small_model(), small_mesh(**mesh)
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
@@ -234,7 +234,7 @@ class FakeMesh:
         self.kv_marks: dict[str, int] = {}
         """What nodes say of their memory, where it is not empty."""
 
-    def _sink(self, outcomes: list[tuple[RequestId, GeneratedToken | MoemeshError]]) -> None:
+    def _sink(self, outcomes: list[tuple[RequestId, Token | MoemeshError]]) -> None:
         for request_id, outcome in outcomes:
             self.outcomes.setdefault(request_id, []).append(outcome)
 
@@ -321,7 +321,7 @@ class FakeMesh:
 
     def tokens(self, name: str) -> list[int]:
         """What a request has got."""
-        return [outcome.token_id for outcome in self.outcomes.get(name, []) if isinstance(outcome, GeneratedToken)]
+        return [outcome.token_id for outcome in self.outcomes.get(name, []) if isinstance(outcome, Token)]
 
     def errors(self, name: str) -> list[MoemeshError]:
         """How it failed."""

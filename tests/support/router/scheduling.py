@@ -1,9 +1,10 @@
 """A scheduler, requests for it, and its plans in a few letters."""
 
 from common.ids import Generation, PipelineId
+from services.router.engine import Token
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import SampledToken, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import StepPlan, TokenOutput
 from tests.support.router.simulated_pipeline import build_request
 
 P0, P1 = PipelineId(0), PipelineId(1)
@@ -27,7 +28,7 @@ def only_plan(scheduler: Scheduler, now_s: float = 0.0) -> StepPlan:
 
 
 def complete(scheduler: Scheduler, plan: StepPlan, token_id: int = 1, now_s: float = 0.0) -> list[TokenOutput]:
-    sampled = {chunk.sequence_id: SampledToken(token_id, None, ()) for chunk in plan.chunks if chunk.samples}
+    sampled = {chunk.sequence_id: Token(token_id) for chunk in plan.chunks if chunk.samples}
     outputs = scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s)
     scheduler.check_invariants()
     return outputs

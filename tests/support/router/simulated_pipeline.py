@@ -18,9 +18,9 @@ import numpy as np
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.topology import LayerRange
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
-from services.router.engine import GenerationRequest, SamplingParameters
+from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
-from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.router.scheduling.token_counts import count_tokens
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.slot.step_watermark import StepMarks
@@ -244,13 +244,13 @@ class SimulatedPipeline:
             self._arrive(1, plan)
         return True
 
-    def answer(self, plan: StepPlan) -> dict[SequenceId, SampledToken]:
+    def answer(self, plan: StepPlan) -> dict[SequenceId, Token]:
         """The last stage is done with the step."""
         while self.advance(plan):
             pass
         del self._has_left[plan.step]
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        sampled = {chunk.sequence_id: SampledToken(self._sample(chunk), None, ()) for chunk in sampling}
+        sampled = {chunk.sequence_id: Token(self._sample(chunk)) for chunk in sampling}
         self._check_adjustments(plan, sampling)
         self._adjustments.count(sampled, [token.token_id for token in sampled.values()])
         return sampled

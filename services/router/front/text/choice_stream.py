@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest
+from services.router.engine import FinishReason, GenerationRequest, Token
 from services.router.front.text.stop_strings import StopString, StopStringMatcher
 from services.router.front.text.tokenizer import TextTokenizer
 
@@ -91,7 +91,7 @@ class ChoiceStream:
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
 
-    def push(self, token: GeneratedToken) -> ChoiceEvent | None:
+    def push(self, token: Token) -> ChoiceEvent | None:
         """Returns the event that this token makes, if it makes one. There is none after a finish reason."""
         assert self.finish_reason is None
         self.num_tokens += 1
@@ -129,12 +129,12 @@ class ChoiceStream:
         self._pending_logprobs.clear()
         return event
 
-    def _text_of(self, token: GeneratedToken) -> str:
+    def _text_of(self, token: Token) -> str:
         """Returns what the token adds to the text, with all that was held back if it is the last one."""
         text = self._detokenizer.push(token.token_id) if self._shows(token) else ""
         return text if token.finish_reason is None else text + self._detokenizer.flush()
 
-    def _shows(self, token: GeneratedToken) -> bool:
+    def _shows(self, token: Token) -> bool:
         is_ending = token.finish_reason is FinishReason.STOP and token.token_id in self._ending_ids
         return not is_ending and not self._vocabulary.is_skipped(token.token_id)
 

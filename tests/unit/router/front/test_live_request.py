@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
-from services.router.engine import GeneratedToken, GenerationRequest
+from services.router.engine import GenerationRequest, Token
 from services.router.front.intake import COMPLETIONS, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
@@ -115,7 +115,7 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
     class SlowToCancel(FakeEngine):
         closed = False
 
-        async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+        async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
             try:
                 async for token in super().generate(request):
                     yield token
@@ -139,16 +139,16 @@ class SubmittingEngine(FakeEngine):
         super().__init__()
         self.running: set[str] = set()
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         self.running.add(request.request_id)
         return Unanswered(lambda: self.running.remove(request.request_id))
 
 
-class Unanswered(AsyncIterator[GeneratedToken]):
+class Unanswered(AsyncIterator[Token]):
     def __init__(self, on_close: Callable[[], None]) -> None:
         self._on_close = on_close
 
-    async def __anext__(self) -> GeneratedToken:
+    async def __anext__(self) -> Token:
         await asyncio.Event().wait()
         raise StopAsyncIteration
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.errors import JournalError, SetAsideError
-from services.router.engine import FinishReason, GeneratedToken
+from services.router.engine import FinishReason, Token
 from services.router.front.text.tokenizer import TextTokenizer
 from tests.support.front.fake_engine import Pause, Step
 from tests.support.front.journalling_front import (
@@ -262,8 +262,8 @@ def test_tokens_behind_a_stop_string_are_not_taken_after_a_restart(tokenizer: Te
         server.start("POST", COMPLETIONS, RESUMABLE, stream=True, prompt="hi", stop="brown")
         await server.engine.wait_asked(1)
         (request,) = server.engine.asked
-        server.journal.append([(request.request_id, GeneratedToken(each, None, (), None)) for each in said])
-        server.journal.append([(request.request_id, GeneratedToken(EOS, None, (), FinishReason.STOP))])
+        server.journal.append([(request.request_id, Token(each)) for each in said])
+        server.journal.append([(request.request_id, Token(EOS, None, (), FinishReason.STOP))])
         server = await server.restarted([])
         state = (await server.state()).json()
         assert (state["state"], state["reply"]["choices"][0]["text"]) == ("finished", "quick ")

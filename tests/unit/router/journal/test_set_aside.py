@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import SetAsideError
-from services.router.engine import GeneratedToken
+from services.router.engine import Token
 from services.router.journal.culprits import Ending, Record, Unfinished, judge
 from services.router.journal.records import JournalledChoice, JournalledRequest
 from services.router.journal.set_aside import (
@@ -31,7 +31,7 @@ A, B, C = (Unfinished(name, (f"{name}-0", f"{name}-1"), 5) for name in "abc")
 def journalled(name: str, num_tokens: int = 3, ended_s: float | None = None) -> JournalledRequest:
     choice = JournalledChoice()
     for number in range(num_tokens):
-        choice.fresh.append(GeneratedToken(number, None, (), None))
+        choice.fresh.append(Token(number))
     return JournalledRequest(accepted(name, client_request_id=f"own-{name}"), (choice,), ended_s, 1)
 
 

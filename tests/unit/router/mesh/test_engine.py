@@ -12,7 +12,7 @@ import pytest
 from common.errors import MoemeshError, NodeLostError, NotReadyError, OverloadedError
 from common.ids import RequestId
 from services.router.control.readiness import STALE_S
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, Readiness
+from services.router.engine import FinishReason, GenerationRequest, Readiness, Token
 from services.router.mesh.engine import NOT_READY_GRACE_S, MeshEngine, TokenMailbox
 from services.router.mesh.status import MeshStatus
 from tests.support.router.fake_mesh import build_request
@@ -35,8 +35,8 @@ class Mesh:
         self.cancelled.append(request_id)
 
 
-def token(number: int, finish: FinishReason | None = None) -> GeneratedToken:
-    return GeneratedToken(number, None, (), finish)
+def token(number: int, finish: FinishReason | None = None) -> Token:
+    return Token(number, None, (), finish)
 
 
 def engine_of(mesh: Mesh, mailbox: TokenMailbox, now_s: float = 100.0) -> MeshEngine:

@@ -28,7 +28,7 @@ from common.topology import NodeKind
 from common.wire.array import array_to_frame
 from services.router.control.experts.draining import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
-from services.router.engine import FinishReason, GeneratedToken
+from services.router.engine import FinishReason, Token
 from tests.support.router.fake_mesh import (
     WELCOME,
     FakeMesh,
@@ -166,7 +166,7 @@ def test_a_request_gets_its_tokens_and_its_end(mesh: FakeMesh) -> None:
     mesh.settle()
     assert mesh.tokens("r") == reference_tokens(request)
     last = mesh.outcomes["r"][-1]
-    assert isinstance(last, GeneratedToken)
+    assert isinstance(last, Token)
     assert last.finish_reason is FinishReason.LENGTH
     assert mesh.scheduler.is_idle
 

@@ -9,10 +9,11 @@ import pytest
 from common.ids import Generation, PipelineId
 from common.messages import Header
 from common.wire.codec import encode
+from services.router.engine import Token
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import SampledToken, StepPlan
+from services.router.scheduling.step_plan import StepPlan
 from tests.support.router.simulated_pipeline import build_request
 
 P0 = PipelineId(0)
@@ -25,7 +26,7 @@ def step_bytes(plan: StepPlan) -> int:
 
 
 def answer(scheduler: Scheduler, plan: StepPlan) -> None:
-    sampled = {chunk.sequence_id: SampledToken(7, None, ()) for chunk in plan.chunks if chunk.samples}
+    sampled = {chunk.sequence_id: Token(7) for chunk in plan.chunks if chunk.samples}
     scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
 
 

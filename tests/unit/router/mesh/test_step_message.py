@@ -15,9 +15,9 @@ from common.ids import Generation, PipelineId, SequenceId, StepId
 from common.messages import Header, StepResult, TensorFrame
 from common.wire.array import array_to_frame
 from common.wire.codec import decode, encode
-from services.router.engine import SamplingParameters
+from services.router.engine import SamplingParameters, Token
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message
-from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
 GREEDY = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset())
 DRAWN = SamplingParameters(10, 0.7, 0.9, 40, 2**63 - 1, 2, frozenset({5}))
@@ -113,9 +113,9 @@ def test_tokens_come_back_by_sequence_in_any_order() -> None:
     )
     answer = result([4, 1, 3], [11, 12, 13], [[(1, -0.5), (2, -1.0)], [(3, -0.5)], [(4, -0.25), (5, -2.0), (6, -3.0)]])
     assert sampled_tokens(answer, step, 100) == {
-        1: SampledToken(12, None, ()),
-        3: SampledToken(13, -6.0, ((4, -0.25), (5, -2.0))),
-        4: SampledToken(11, -8.0, ()),
+        1: Token(12),
+        3: Token(13, -6.0, ((4, -0.25), (5, -2.0))),
+        4: Token(11, -8.0, ()),
     }
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 
 from common.ids import PipelineId, SequenceId, StepId
-from services.router.engine import FinishReason
+from services.router.engine import FinishReason, Token
 from services.router.scheduling.request import Request, RequestState
-from services.router.scheduling.step_plan import SampledToken
 from tests.support.router.simulated_pipeline import build_request
 
 
@@ -15,8 +14,8 @@ def waiting_request(prompt_length: int = 4, max_tokens: int = 3, stop: int | Non
     return Request(generation_request, arrival=1, arrived_s=0.0, queued_s=0.0)
 
 
-def sampled(token_id: int) -> SampledToken:
-    return SampledToken(token_id, -0.5, ((token_id, -0.5),))
+def sampled(token_id: int) -> Token:
+    return Token(token_id, -0.5, ((token_id, -0.5),))
 
 
 def test_last_token_finishes_by_length() -> None:

@@ -7,7 +7,7 @@ from common.errors import (
     NotReadyError,
 )
 from common.ids import Generation
-from services.router.scheduling.step_plan import SampledToken
+from services.router.engine import Token
 from tests.support.router.scheduling import P0, add, complete, lengths_in, make_scheduler, names_in, only_plan
 
 # Failing
@@ -109,7 +109,7 @@ def test_missing_token_counts_as_a_failed_step_of_that_request() -> None:
     scheduler = make_scheduler(max_failed_steps=0)
     add(scheduler, "a", "b")
     plan = only_plan(scheduler)
-    sampled = {plan.chunks[1].sequence_id: SampledToken(3, None, ())}
+    sampled = {plan.chunks[1].sequence_id: Token(3)}
     outputs = scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
     assert [output.request_id for output in outputs] == ["b"]
     (failure,) = scheduler.take_failures()

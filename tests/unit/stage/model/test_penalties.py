@@ -15,10 +15,10 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from common.messages import Step
-from services.router.engine import GenerationRequest, SamplingParameters
+from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.request import Request
-from services.router.scheduling.step_plan import SampledToken, ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.model.micro_batch import BlockTables, read_micro_batch
 from services.stage.model.penalties import adjusted_logits, without_unlikely
@@ -164,7 +164,7 @@ def test_a_sequence_recomputed_from_its_tokens_so_far_draws_the_same_next_ones(
         tokens = request.token_ids(0, request.num_tokens)
         step = next_step(request, tells=kept is None)
         drawn = draw(step, logits_of(1, hash((tokens, salt)) % 2**31), kept)
-        request.take_token(SampledToken(int(drawn.token_ids[0]), float(drawn.logprobs[0]), ()))
+        request.take_token(Token(int(drawn.token_ids[0]), float(drawn.logprobs[0]), ()))
 
     unending = replace(sampling, stop_token_ids=frozenset())
     lived, kept = request_of(unending, prompt, []), KeptAdjustments()

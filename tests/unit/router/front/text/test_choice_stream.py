@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from common.ids import RequestId
-from services.router.engine import FinishReason, GeneratedToken, GenerationRequest, SamplingParameters
+from services.router.engine import FinishReason, GenerationRequest, SamplingParameters, Token
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice, merge_events
 from services.router.front.text.stop_strings import StopString
 from services.router.front.text.tokenizer import TextTokenizer
@@ -29,7 +29,7 @@ def push_all(
     events = []
     for position, token_id in enumerate(token_ids, start=1):
         reason = last if position == len(token_ids) else None
-        event = stream.push(GeneratedToken(token_id, logprob, (), reason))
+        event = stream.push(Token(token_id, logprob, (), reason))
         if event is not None:
             events.append(event)
         if stream.finish_reason is not None:
