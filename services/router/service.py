@@ -103,7 +103,7 @@ async def serve(settings: Settings) -> None:
     front = _front_settings(settings, model)
     app = create_app(engine, tokenizer, front, registry, journal=storage.journal, origins=origins)
     requests: RequestRegistry = app.state.requests
-    requests.set_aside = storage.set_aside
+    requests.refuse_set_aside = storage.set_aside.refuse
     server = _server(settings, app, lambda: engine.readiness().ready, registry)
     host, port = listener.getsockname()[:2]
     storage.state.publish_url(f"{http_url(host, port)}\n", _tell_of_folder)

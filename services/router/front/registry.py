@@ -35,7 +35,6 @@ from services.router.front.metrics import FrontMetrics
 from services.router.front.planning import PlannedRequest, ReplyIdentity
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.culprits import NothingSetAside, SetAsideLookup
 from services.router.journal.records import (
     AcceptedRequest,
     JournalledChoice,
@@ -190,8 +189,8 @@ class RequestRegistry:
         self._known = KnownRequests()
         self._cancelling: set[asyncio.Task[None]] = set()
         self._is_stopping = False
-        self.set_aside: SetAsideLookup = NothingSetAside()
-        """Whoever runs this says what was set aside of it."""
+        self.refuse_set_aside: Callable[[str, str], None] = lambda tenant, name: None
+        """Raises SetAsideError if this tenant's request of that name was set aside. Whoever runs this knows."""
 
     # ---- finding
 
@@ -200,7 +199,7 @@ class RequestRegistry:
         UnknownRequestError and SetAsideError."""
         entry = self._known.find(tenant, request_id)
         if entry is None:
-            self.set_aside.refuse(tenant, request_id)
+            self.refuse_set_aside(tenant, request_id)
             raise UnknownRequestError(f"there is no request `{request_id}` here, or none any more", "id")
         return await self._awake(entry)
 
@@ -209,7 +208,7 @@ class RequestRegistry:
         SetAsideError."""
         entry = self._known.find_by_key(identity)
         if entry is None:
-            self.set_aside.refuse(identity.tenant, identity.idempotency_key or "")
+            self.refuse_set_aside(identity.tenant, identity.idempotency_key or "")
             return None
         if entry.accepted.body_hash != body_hash:
             raise IdempotencyError(

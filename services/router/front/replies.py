@@ -6,9 +6,10 @@ A streamed token costs one small string join: everything around it is encoded on
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from common.errors import MoemeshError, RequestError
 from services.router.engine import FinishReason, RecoveryCounts
@@ -76,39 +77,38 @@ def error_event(error: Exception) -> bytes:
     return b"data: " + encode_json(error_body(error)) + b"\n\n"
 
 
-class ReplyForm(Protocol):
+class ReplyForm(ABC):
     """What differs between completions and chats."""
 
     whole_object: str
     chunk_object: str
 
+    def __init__(self, vocabulary: Vocabulary, with_logprobs: bool) -> None:
+        self._vocabulary = vocabulary
+        self._with_logprobs = with_logprobs
+
+    @abstractmethod
     def whole_choice(self, event: ChoiceEvent) -> JsonObject:
         """Returns the choice of a reply that is not streamed; `event` holds all of it."""
-        ...
 
     def opening_choices(self, num_choices: int) -> list[JsonObject]:
-        """Returns the chunks that come before the first token."""
-        ...
+        """Returns the chunks that come before the first token: none."""
+        return []
 
+    @abstractmethod
     def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
-        """Returns the chunks of an event; with `is_one` never more than one, so that nobody can have got half of
-        them."""
-        ...
+        """Returns the chunks of an event; with `is_one` never more, so that nobody can have got half of them."""
 
+    @abstractmethod
     def text_affixes(self, index: int) -> tuple[str, str]:
         """Returns the JSON before and after the text, in the choice of a chunk that holds text and nothing else."""
-        ...
 
 
-class CompletionForm:
+class CompletionForm(ReplyForm):
     """The form of /v1/completions."""
 
     whole_object = "text_completion"
     chunk_object = "text_completion"
-
-    def __init__(self, vocabulary: Vocabulary, with_logprobs: bool) -> None:
-        self._vocabulary = vocabulary
-        self._with_logprobs = with_logprobs
 
     def whole_choice(self, event: ChoiceEvent) -> JsonObject:
         return {
@@ -117,9 +117,6 @@ class CompletionForm:
             "logprobs": self._logprobs(event.logprobs) if self._with_logprobs else None,
             "finish_reason": event.finish_reason,
         }
-
-    def opening_choices(self, num_choices: int) -> list[JsonObject]:
-        return []
 
     def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
         return [self.whole_choice(event)]
@@ -150,15 +147,11 @@ class CompletionForm:
         return text if self._vocabulary.is_text(token_id) else f"bytes:{text}"
 
 
-class ChatForm:
+class ChatForm(ReplyForm):
     """The form of /v1/chat/completions."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-
-    def __init__(self, vocabulary: Vocabulary, with_logprobs: bool) -> None:
-        self._vocabulary = vocabulary
-        self._with_logprobs = with_logprobs
 
     def whole_choice(self, event: ChoiceEvent) -> JsonObject:
         return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 MAX_ENDS = 3
 """Ends in a row after which a request is set aside."""
@@ -55,21 +54,6 @@ class Judgement:
     """It is kept for the next start."""
     set_aside: Mapping[str, str]
     """Maps a reply id to the reason, as a sentence for its client."""
-
-
-class SetAsideLookup(Protocol):
-    """What the front asks of the requests that were set aside."""
-
-    def refuse(self, tenant: str, name: str) -> None:
-        """Raises SetAsideError if this tenant's request of that id, own id or idempotency key was set aside."""
-        ...
-
-
-class NothingSetAside:
-    """Without a journal nothing outlives the router that it ends."""
-
-    def refuse(self, tenant: str, name: str) -> None:
-        """Refuses nothing."""
 
 
 def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> Judgement:

@@ -130,7 +130,7 @@ class SetAside:
                 log.warning("set_aside_unreadable", path=str(path), reason=str(error))
 
     def refuse(self, tenant: str, name: str) -> None:
-        """See `culprits.SetAsideLookup`."""
+        """Raises SetAsideError if this tenant's request of that id, own id or idempotency key was set aside."""
         message = self._reasons.get((tenant, name))
         if message is not None:
             raise SetAsideError(message)
