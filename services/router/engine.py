@@ -91,7 +91,7 @@ class GenerationRequest:
     request_id: RequestId
     """Unique; the front makes it, for example `cmpl-…-0`."""
     prompt_token_ids: tuple[int, ...]
-    """At least one."""
+    """There is at least one."""
     sampling: SamplingParameters
     choice: int
     """Index of the choice; part of the sampling key, so that choices with one seed differ."""
@@ -133,7 +133,7 @@ class Token:
     finish_reason: FinishReason | None = None
     """The last token of a choice has one."""
     degraded: bool = False
-    """Whether its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
+    """Its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
     recovery: RecoveryCounts | None = None
     """A choice's last token has it at least; a stop string ends it at a token of which the mesh does not know that."""
 

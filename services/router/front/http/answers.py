@@ -64,14 +64,14 @@ class ConnectionLimits:
     """What one connection may take, and how many of them there may be."""
 
     keep_alive_s: float = 75.0
-    """Between two requests. It is longer than the minute that proxies and clients commonly keep theirs: who closes last
-    loses no request to a connection that the other end has just closed."""
+    """It runs between two requests. It is longer than the minute that proxies and clients commonly keep theirs: who
+    closes last loses no request to a connection that the other end has just closed."""
     head_s: float = 10.0
-    """From the connection, or from the first byte of a later request, to the end of the request's head."""
+    """It runs from the connection, or from the first byte of a later request, to the end of the request's head."""
     body_silence_s: float = 30.0
-    """Between two pieces of a body."""
+    """It runs between two pieces of a body."""
     body_s: float = 120.0
-    """For a whole body."""
+    """It runs for a whole body."""
     write_silence_s: float = 30.0
     """In so much time a client reads `min_read_bytes` of what waits for it, or all of it."""
     min_read_bytes: int = 16 * 1024
@@ -83,7 +83,7 @@ class ConnectionLimits:
     min_idle_s: float = 0.5
     """A connection keeps its place for so long: what a client has just asked may not be read yet."""
     refusal_s: float = REFUSAL_S
-    """For the head of a request that is to be refused."""
+    """It runs for the head of a request that is to be refused."""
 
 
 def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:

@@ -33,7 +33,7 @@ class OriginPolicy:
     """What an operator allows. `*` in either allows all."""
 
     origins: frozenset[str] = frozenset()
-    """As browsers send them: `https://chat.example`, `http://localhost:3000`, `null`."""
+    """They stand here as browsers send them: `https://chat.example`, `http://localhost:3000`, `null`."""
     hosts: frozenset[str] = frozenset()
     """Names without a port, beside those of loopback. If there are any, no other name is served, wherever it
     listens."""

@@ -181,7 +181,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    """As in vLLM: with `include_usage`, every chunk tells the usage of its choice so far."""
+    """With `include_usage`, every chunk tells the usage of its choice so far, as in vLLM."""
 
 
 class GenerationFields(Strict):
@@ -194,15 +194,15 @@ class GenerationFields(Strict):
     top_k: int | None = Field(default=None, ge=-1)
     """0 and -1 turn it off."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """As in vLLM: tokens less likely than this times the likeliest one are left out."""
+    """Tokens less likely than this times the likeliest one are left out, as in vLLM."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    """This and `presence_penalty` as in OpenAI's API: over the tokens generated so far."""
+    """This and `presence_penalty` look at the tokens generated so far, as in OpenAI's API."""
     repetition_penalty: float | None = Field(default=None, gt=0)
-    """As in transformers and vLLM: over prompt and generated tokens; 1 is off."""
+    """It looks at prompt and generated tokens, as in transformers and vLLM; 1 is off."""
     logit_bias: LogitBias = None
     min_tokens: int | None = Field(default=None, ge=0)
-    """As in vLLM: nothing but `max_tokens` ends a choice before it has so many tokens."""
+    """Nothing but `max_tokens` ends a choice before it has so many tokens, as in vLLM."""
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
@@ -212,7 +212,7 @@ class GenerationFields(Strict):
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    """As in vLLM: choices carry `token_ids`, and the first of a prompt its `prompt_token_ids`."""
+    """Choices carry `token_ids`, and the first of a prompt its `prompt_token_ids`, as in vLLM."""
     user: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
