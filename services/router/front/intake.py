@@ -39,6 +39,7 @@ class RequestIntake:
         max_context_tokens: Callable[[], int],
         draw_seed: Callable[[], int],
     ) -> None:
+        self.tokenizer = tokenizer
         self._settings = settings
         self._planner = RequestPlanner(tokenizer, settings, max_context_tokens, draw_seed)
         self._told_unused: set[str] = set()

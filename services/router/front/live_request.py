@@ -32,12 +32,6 @@ class ClientIdentity:
     is_resumable: bool
 
 
-class Listener(Protocol):
-    """Is told that there is something new to read."""
-
-    def wake(self) -> None: ...
-
-
 class LiveChoice:
     """Holds the tokens of one choice, and knows whether more are to come."""
 
@@ -101,7 +95,7 @@ class LiveRequest:
         """A router before this one has begun it, and this one goes on."""
         self.receipt = 0
         """The journal's receipt for all its tokens, once it has ended."""
-        self.listeners: set[Listener] = set()
+        self.listeners: set[ReplyReader] = set()
         self._engine = engine
         self._metrics = metrics
         self._clock = clock

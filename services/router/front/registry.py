@@ -34,7 +34,6 @@ from services.router.front.live_request import ClientIdentity, LiveRequest, Repl
 from services.router.front.metrics import FrontMetrics
 from services.router.front.planning import PlannedRequest, ReplyIdentity
 from services.router.front.settings import FrontSettings
-from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.records import (
     AcceptedRequest,
     JournalledChoice,
@@ -167,7 +166,6 @@ class RequestRegistry:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: TextTokenizer,
         journal: RequestJournal,
         intake: RequestIntake,
         metrics: FrontMetrics,
@@ -177,7 +175,7 @@ class RequestRegistry:
         wall_clock: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._tokenizer = intake.tokenizer
         self._journal = journal
         self._intake = intake
         self._metrics = metrics

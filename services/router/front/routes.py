@@ -92,9 +92,7 @@ def create_app(
     kept = NoJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
     intake = RequestIntake(tokenizer, settings, lambda: engine.max_context_tokens, draw_seed)
-    requests = RequestRegistry(
-        engine, tokenizer, kept, intake, metrics, settings=settings, clock=clock, wall_clock=wall_clock
-    )
+    requests = RequestRegistry(engine, kept, intake, metrics, settings=settings, clock=clock, wall_clock=wall_clock)
     sender = ReplySender(tokenizer.vocabulary, requests.is_durable, settings.keep_alive_interval_s)
     generation = GenerationRoutes(requests, intake, sender, metrics, settings, wall_clock)
     operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))

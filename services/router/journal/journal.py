@@ -172,11 +172,6 @@ class Journal:
 
     # ---- what is read
 
-    @property
-    def is_durable(self) -> bool:
-        """Says whether everything that was handed in so far is written."""
-        return not self._queue.backlog and not self._writer.is_lost
-
     def trouble(self) -> str | None:
         """See RequestJournal."""
         if self._is_stuck:

@@ -12,6 +12,11 @@ from services.router.journal.records import JournalledRequest
 from tests.support.front.journals import open_at, token
 
 
+def is_durable(journal: Journal) -> bool:
+    """Whether everything that was handed in so far is written."""
+    return not journal._queue.backlog and not journal._writer.is_lost
+
+
 def compact(journal: Journal) -> None:
     journal._next_fold_s = 0.0
     journal.tick()
@@ -45,7 +50,7 @@ def limit_pages(journal: Journal, num_pages: int) -> None:
 def fill(journal: Journal, request_id: str, first: int = 0, limit: int = 5000) -> int:
     """Append until the disk takes no more; how many tokens were handed in."""
     number = first
-    while journal.is_durable:
+    while is_durable(journal):
         assert number < limit
         journal.append([(RequestId(request_id), token(number))])
         number += 1

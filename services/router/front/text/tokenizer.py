@@ -71,10 +71,6 @@ class TextTokenizer:
             read_checkpoint_defaults(directory, [token_id for token_id in ends if token_id is not None]),
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        return "default" in self._chat_templates
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of a plain prompt; releases the interpreter's lock while it works."""
         # `encode` would keep the lock, and with it the event loop, for the whole of a long prompt.

@@ -12,7 +12,7 @@ import pytest
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.disk_thread import DiskThread
 from tests.support.front.fake_engine import Pause, Step
-from tests.support.front.journal_files import compact, limit_pages, reopened
+from tests.support.front.journal_files import compact, is_durable, limit_pages, reopened
 from tests.support.front.journalling_front import (
     COMPLETIONS,
     EOS,
@@ -93,7 +93,7 @@ def test_a_deletion_that_the_disk_does_not_take_is_an_error_and_may_be_asked_aga
         server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
         await wait_for_tokens(server, 1)
         limit_pages(server.journal, 1)
-        while server.journal.is_durable:
+        while is_durable(server.journal):
             server.journal.append([(server.engine.asked[0].request_id, token(5)) for _ in range(200)])
         answer = await server.ask("DELETE", "/v1/requests/mine")
         assert (answer.status, answer.json()["error"]["code"]) == (503, "journal_unavailable")

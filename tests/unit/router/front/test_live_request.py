@@ -43,7 +43,7 @@ async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int =
     settings, metrics = FrontSettings("tiny"), FrontMetrics(CollectorRegistry())
     intake = RequestIntake(tokenizer, settings, lambda: engine.max_context_tokens, lambda: 1)
     registry = RequestRegistry(
-        engine, tokenizer, NoJournal(), intake, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
+        engine, NoJournal(), intake, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
     )
     fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
     body = json.dumps(fields).encode()

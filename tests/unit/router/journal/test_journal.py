@@ -25,7 +25,7 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import FinishReason, RecoveryCounts
 from services.router.journal.journal import COMPACT_INTERVAL_S, RETRY_INTERVAL_S
 from services.router.journal.store import MAX_ROWS
-from tests.support.front.journal_files import bits, compact, fill, limit_pages, reopened
+from tests.support.front.journal_files import bits, compact, fill, is_durable, limit_pages, reopened
 from tests.support.front.journals import AWKWARD, accepted, open_at, token
 
 
@@ -219,7 +219,7 @@ def test_on_a_full_disk_new_requests_are_refused_and_running_ones_go_on_until_th
     limit_pages(journal, 100_000)
     now_s += RETRY_INTERVAL_S
     journal.append([(RequestId("a-0"), token(number))])
-    assert journal.is_durable
+    assert is_durable(journal)
     assert journal.counts().is_writing
     journal.accept(accepted("c")).result(0)
     journal.close()
@@ -254,7 +254,7 @@ def test_after_a_long_outage_of_the_disk_everything_is_written_at_once(
     limit_pages(journal, 100_000)
     now_s += RETRY_INTERVAL_S
     journal.accept(accepted("c")).result(0)
-    assert journal.is_durable
+    assert is_durable(journal)
     journal.close()
     a, _ = reopened(path)
     assert a.choices[0].tokens == [token(each) for each in range(number)]
@@ -266,7 +266,7 @@ def test_a_request_that_could_not_be_written_is_not_there_after_a_restart(tmp_pa
     limit_pages(journal, 7)
     with pytest.raises(JournalError):
         journal.accept(accepted("a", body=b"x" * 100_000)).result(0)
-    assert journal.is_durable, "nothing that runs is missing"
+    assert is_durable(journal), "nothing that runs is missing"
     journal.append([(RequestId("a-0"), token(1))])
     journal.close()
     assert reopened(path) == []
@@ -289,7 +289,7 @@ def test_a_fold_that_finds_no_room_loses_nothing(tmp_path: Path) -> None:
     limit_pages(journal, 100_000)
     now_s += 2 * COMPACT_INTERVAL_S
     journal.tick()
-    assert journal.is_durable
+    assert is_durable(journal)
     journal.close()
     (a,) = reopened(path)
     for choice in a.choices:

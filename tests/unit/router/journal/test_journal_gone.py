@@ -17,7 +17,7 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import FinishReason
 from services.router.journal.journal import Journal
 from services.router.journal.records import JournalledRequest
-from tests.support.front.journal_files import compact, reopened
+from tests.support.front.journal_files import compact, is_durable, reopened
 from tests.support.front.journals import accepted, open_at, token
 
 
@@ -155,7 +155,7 @@ def test_files_that_are_gone_are_seen_at_the_next_commit_and_rewritten(
     assert said(left_by_a_kill(harmed, tmp_path / "copies")) == said(left_by_a_kill(calm, tmp_path / "copies"))
     assert [journal.counts().rewrites for journal in journals] == [1, 0]
     for journal in journals:
-        assert journal.is_durable
+        assert is_durable(journal)
         journal.close()
     assert said(reopened(harmed)) == said(reopened(calm))
 
@@ -266,7 +266,7 @@ def test_whatever_is_put_there_again_and_again_is_moved_aside_each_time(tmp_path
     for harm in [*WAYS[-4:], *WAYS[-4:], write_over_it, put_a_folder_in_its_place, write_over_it]:
         harm(path)
         compact(journal)
-        assert journal.is_durable, harm.__name__
+        assert is_durable(journal), harm.__name__
         assert [request.accepted.reply_id for request in left_by_a_kill(path, tmp_path / "copies")] == ["a", "b", "d"]
     journal.close()
 
