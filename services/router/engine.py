@@ -58,8 +58,7 @@ class SamplingParameters:
         return num_generated < self.min_tokens and bool(self.stop_token_ids)
 
     def adjusts(self, num_generated: int) -> bool:
-        """Says whether the next token's logits are not the model's own, or some of them are left out by their
-        number."""
+        """Says whether the next token's logits are not the model's own, or some are left out by their number."""
         return bool(self.min_p or self.logit_bias or self.counts_tokens or self.is_early(num_generated))
 
     @cached_property

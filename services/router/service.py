@@ -302,8 +302,7 @@ def _context_tokens(settings: Settings, model: Model) -> int:
 
 
 def _log_context(settings: Settings, model: Model, context_tokens: int) -> None:
-    """Says so of a context that was asked for and cannot be had; `/v1/models` shows what there is as
-    `max_model_len`."""
+    """Says so of a context that was asked for and cannot be had; /v1/models shows what there is."""
     wished = settings.max_context_tokens or model.config.context_tokens
     if wished <= context_tokens:
         return

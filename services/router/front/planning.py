@@ -64,8 +64,7 @@ class PlannedRequest:
 
 
 class _Room:
-    """Bounds one request by the context. A new one that does not fit is refused; an accepted one keeps why as
-    `misfit`."""
+    """Bounds one request by the context. A new one that does not fit is refused; an accepted one keeps its `misfit`."""
 
     def __init__(self, context_tokens: int, parameter: str, max_tokens: int, *, is_new: bool) -> None:
         self._context_tokens = context_tokens

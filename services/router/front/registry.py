@@ -52,8 +52,7 @@ class KnownRequest:
     accepted: AcceptedRequest
     is_kept: bool
     number: int
-    """It ascends with acceptance: of two with one name the newer counts, in whichever order a restart brings them
-    back."""
+    """It ascends with acceptance: of two with one name the newer counts, in whichever order they come back."""
     num_bytes: int
     """What it counts for in the bounds."""
     live: LiveRequest | None = None
@@ -286,8 +285,7 @@ class RequestRegistry:
                     self._known.forget_key(entry)
 
     async def go_on(self) -> None:
-        """Goes on with everything that was restored and has not ended, first with what stages may still have a cache
-        of."""
+        """Goes on with all that was restored and has not ended, first with what stages may have a cache of."""
         waiting = [entry for entry in self._known.all() if entry.is_unfinished]
         for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
             try:
@@ -386,8 +384,7 @@ class RequestRegistry:
                 entry.live.release()
 
     def give_up(self) -> None:
-        """The router ends, and with it what does not go on without its client: those are told, and no router goes
-        on."""
+        """The router ends, and with it what does not go on without its client: no router goes on with those."""
         for entry in self._known.all():
             if not entry.is_kept and entry.live is not None:
                 entry.live.fail(

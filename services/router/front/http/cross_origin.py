@@ -35,14 +35,12 @@ class OriginPolicy:
     origins: frozenset[str] = frozenset()
     """They stand here as browsers send them: `https://chat.example`, `http://localhost:3000`, `null`."""
     hosts: frozenset[str] = frozenset()
-    """Names without a port, beside those of loopback. If there are any, no other name is served, wherever it
-    listens."""
+    """Names without a port, beside those of loopback. If there are any, no other name is served anywhere."""
     is_loopback: bool = False
     """The server is reached at loopback only: nobody who means it calls it by another name."""
 
     def check(self, headers: Mapping[str, str]) -> None:
-        """Raises ForbiddenError for a request that no client of this server's users sends. Headers are in lower
-        case."""
+        """Raises ForbiddenError for a request that no client of this server's users sends; names in lower case."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if (self.is_loopback or self.hosts) and host and not self._serves(host_name(host)):
             raise ForbiddenError(

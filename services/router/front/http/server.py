@@ -239,8 +239,7 @@ class FrontProtocol(HttpToolsProtocol):
             refuse_unread(self.transport)
 
     def _is_idle(self) -> bool:
-        """Says whether nothing is asked of it: it is between two requests, or before the end of the first one's
-        head."""
+        """Says whether nothing is asked of it, between two requests or before the end of the first head."""
         if self._awaits_body or self._is_answering() or self._is_one_too_many:
             return False
         return self.loop.time() - self._idle_since_s >= self.limits.min_idle_s
@@ -295,8 +294,7 @@ class FrontProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _is_answering(self) -> bool:
-        """Says whether an answer is under way, or will be once the mesh has one: of this request, or of one before
-        it."""
+        """Says whether an answer is under way, or will be once the mesh has one, to this request or an earlier one."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False
@@ -313,8 +311,7 @@ class FrontProtocol(HttpToolsProtocol):
 
 
 def _worth(connection: FrontProtocol) -> tuple[bool, float]:
-    """Orders idle connections; the least goes first. One whose last answer is still on its way goes after the
-    others."""
+    """Orders idle connections; the least goes first. One whose last answer is still on its way goes last."""
     return connection.transport.get_write_buffer_size() > 0, connection._idle_since_s
 
 
@@ -381,8 +378,7 @@ class FrontServer(uvicorn.Server):
         self._may_finish = may_finish
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn. It sets the length of the queue, which asyncio would make as short as what it accepts at
-        once."""
+        """See uvicorn. It sets the length of the queue, which asyncio makes as short as what it accepts at once."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUED)  # asyncio has one number for this and for how many it takes at once
