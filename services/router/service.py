@@ -51,7 +51,7 @@ from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import Placer, ProcessPlacer
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.steps import StepFlow
-from services.router.scheduling.blame import Attend
+from services.router.scheduling.request import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.served_model import Model, read_model

@@ -57,9 +57,6 @@ AWAIT_MERGES = (
     "common/compute",
     "compose",
     "compose/demo",
-    "services/router/control",
-    "services/router/mesh",
-    "services/router/scheduling",
     "services/stage/model",
     "services/stage/ranks",
 )

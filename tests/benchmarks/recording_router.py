@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.node.silence import SilenceSettings, SilenceWatch
 from services.router.__main__ import main
-from services.router.mesh import witnesses
+from services.router.mesh import sockets as witnesses
 
 
 class RecordingWatch(SilenceWatch):

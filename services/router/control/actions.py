@@ -1,11 +1,13 @@
-"""What the control logic asks of the mesh thread: plain values, carried out in order."""
+"""What the control logic asks of the mesh thread: plain values, carried out in order; and what stages are told."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.ids import Generation, NodeId, PipelineId
-from common.messages import Header, Message
+from common.ids import Generation, LeaseTerm, NodeId, PipelineId
+from common.messages import AssignMirror, AssignStage, Header, Message, Unassign
+from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.adoption import HeldCache
 
 
@@ -58,3 +60,52 @@ class ClosePipeline:
 
 
 Action = Tell | OpenPipeline | SuspendPipeline | ClosePipeline
+
+
+class RoleMessages:
+    """Makes what stages are told of their roles. One count numbers it all, generations of pipelines too: of two roles a
+    node knows the newer one, in whatever order they come."""
+
+    def __init__(self, layers: Sequence[LayerRange], results: tuple[tuple[str, ...], str], last_number: int) -> None:
+        """`layers` of all slots; `results`: endpoints and ipc token of the router's socket for results."""
+        self._layers = layers
+        self._results = results
+        self._last_number = last_number
+
+    def draw_number(self) -> int:
+        """The next one."""
+        self._last_number += 1
+        return self._last_number
+
+    def assign(
+        self,
+        slot: StageSlot,
+        holders: Sequence[NodeDescription],
+        lease_term: LeaseTerm,
+        num_blocks: int,
+        generation: Generation,
+    ) -> Tell:
+        """To the slot's holder; `holders` of all slots of its pipeline."""
+        downstream = self._results
+        if slot.index < len(holders) - 1:
+            following = holders[slot.index + 1]
+            downstream = following.endpoints, following.ipc_token
+        message = AssignStage(*_place(slot, self._layers), lease_term, num_blocks, *downstream)
+        return Tell(holders[slot.index].node_id, message, Header(generation=generation))
+
+    def unassign(self, node_id: NodeId, lease_term: int) -> Tell:
+        """It is a spare."""
+        return Tell(node_id, Unassign(lease_term), Header(generation=self.draw_number()))
+
+
+def assign_mirror(
+    slot: StageSlot, layers: Sequence[LayerRange], lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription
+) -> AssignMirror:
+    """The same for whoever is to follow the slot's holder."""
+    return AssignMirror(*_place(slot, layers), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
+
+
+def _place(slot: StageSlot, layers: Sequence[LayerRange]) -> tuple[int, int, int, int, int]:
+    """Pipeline, slot, slots, first and stop layer: the first fields of both messages."""
+    own = layers[slot.index]
+    return slot.pipeline, slot.index, len(layers), own.start, own.stop

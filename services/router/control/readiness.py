@@ -17,7 +17,6 @@ from common.ids import NodeId, PipelineId
 from common.messages import Heartbeat
 from common.wire.array import BoolArray
 from services.router.control.membership import NodeState
-from services.router.control.redundancy import NOTHING_MISSING, Redundancy
 from services.router.engine import Readiness
 
 CANARY_UNANSWERED_S = 1.5
@@ -26,6 +25,32 @@ SILENT_S = 1.6
 """Without work a node has nothing to do but send heartbeats (every 0.25 s by default)."""
 STALE_S = 1.5
 """A status is published every 0.1 s; one that is so old means that the mesh thread hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redundancy:
+    """Counts, as they are now."""
+
+    complete_mirrors: int = 0
+    """Slots whose mirror could take over at once."""
+    missing_mirrors: int = 0
+    """Slots that should have one and have not."""
+    missing_copies: int = 0
+    """Safety copies of expert shards that are wished for and have no room or no node."""
+    copies_to_load: int = 0
+    """Those that have a place and are not loaded yet."""
+
+    def warnings(self) -> tuple[str, ...]:
+        """Each thing that there should be twice and is not, as a sentence."""
+        said = (
+            (self.missing_mirrors, "slots of pipelines have no mirror that could take over"),
+            (self.missing_copies, "safety copies of expert shards have no room or no node"),
+            (self.copies_to_load, "safety copies of expert shards are not loaded yet"),
+        )
+        return tuple(f"{count} {what}" for count, what in said if count)
+
+
+NOTHING_MISSING = Redundancy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,23 @@
-"""Which stage node holds which pipeline slot. Slots are stable: nobody is moved without need."""
+"""Which stage node holds which pipeline slot, among those that have its weights and room for them. Pure.
+
+Slots are stable: nobody is moved without need.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from common.checkpoint.model_config import ModelConfig
 from common.errors import ConfigurationError
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.topology import LayerRange, StageSlot
+from common.topology import LayerRange, NodeDescription, StageSlot
+from services.router.control.mirror_roles import Nodes
+from services.router.control.sizes import MeshShape, too_small
+
+Misfits = dict[tuple[NodeId, int], str]
+"""Nodes that have no room for a slot, with its index, and how much is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,3 +295,122 @@ def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_
     pipelines = "1 pipeline" if num_pipelines == 1 else f"{num_pipelines} pipelines"
     sentence = f"{num_nodes} stage nodes: {pipelines} of {pp}, {num_free} spare"
     return (sentence if num_free >= spares else f"{sentence} of the {spares} wanted") + missing
+
+
+class RolePlanning:
+    """Plans until nobody is named for a slot that it has no room for. Nothing is told before that."""
+
+    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange]) -> None:
+        self._config = config
+        self._shape = shape
+        self._layers = layers
+        self.unable = Unable()
+
+    def plan(
+        self,
+        nodes: Nodes,
+        current: Mapping[StageSlot, NodeId],
+        mirrors: Mapping[StageSlot, NodeId],
+        *,
+        keeps_surplus: bool,
+        only_holders: bool,
+    ) -> tuple[RolePlan, Misfits]:
+        """The plan, and who is too small for a slot that it could have got. `only_holders`: for those of `current`."""
+        misfits: Misfits = {}
+        while True:
+            observed = [
+                stage
+                for stage in self._observe(nodes, misfits)
+                if not only_holders or stage.node_id in current.values()
+            ]
+            pp, spares = self._shape.pp, self._shape.spares
+            plan = plan_roles(observed, current, pp, spares, mirrors, keeps_surplus=keeps_surplus)
+            found: Misfits = {}
+            for pipeline, holders in plan.pipelines.items():
+                found |= self.misfits(pipeline, holders, nodes, current)
+            misfits |= found
+            if not found and not self.unable.forgive({*plan.lacking, *(hole.index for hole in plan.holes)}):
+                return plan, misfits
+
+    def misfits(
+        self,
+        pipeline: PipelineId,
+        holders: Sequence[NodeId | None],
+        nodes: Nodes,
+        current: Mapping[StageSlot, NodeId],
+    ) -> Misfits:
+        """Of those who do not hold their slots yet."""
+        new = {
+            index: node_id
+            for index, node_id in enumerate(holders)
+            if node_id is not None and current.get(StageSlot(pipeline, SlotIndex(index))) != node_id
+        }
+        capacities = {index: nodes[node_id][0].capacity_bytes for index, node_id in new.items()}
+        lacking = too_small(self._config, self._shape, self._layers, capacities)
+        return {(new[index], index): reason for index, reason in lacking.items()}
+
+    def _observe(self, nodes: Nodes, misfits: Misfits) -> list[ObservedStage]:
+        """Without those who are too small for all slots."""
+        observed: list[ObservedStage] = []
+        for node_id, (description, order) in nodes.items():
+            unable = self.unable.of(node_id)
+            left_out = {index for name, index in misfits if name == node_id}.union(unable)
+            slots = loadable_slots(description, self._layers, left_out)
+            if slots is None or slots or description.part is not None or unable:
+                observed.append(ObservedStage(node_id, description.numeric_class, order, slots, description.host_label))
+        return observed
+
+
+class Unable:
+    """By node, the indexes of such slots. Its disk may have failed: where nobody else is left, it is asked again."""
+
+    def __init__(self) -> None:
+        self._slots: dict[NodeId, set[int]] = {}
+        self._refused: dict[NodeId, int] = {}
+
+    def note(self, node_id: NodeId, index: int, number: int) -> bool:
+        """It could not take the role of this number; False: that was said before."""
+        is_news = self._refused.get(node_id) != number
+        self._refused[node_id] = number
+        if is_news:
+            self._slots.setdefault(node_id, set()).add(index)
+        return is_news
+
+    def of(self, node_id: NodeId) -> Collection[int]:
+        """What it is not asked to take."""
+        return self._slots.get(node_id, ())
+
+    def forgive(self, indexes: Collection[int]) -> bool:
+        """Nobody else can take these. False: nobody was left out of them."""
+        forgiven = [slots for slots in self._slots.values() if not slots.isdisjoint(indexes)]
+        for slots in forgiven:
+            slots.difference_update(indexes)
+        return bool(forgiven)
+
+    def forget(self, node_id: NodeId) -> None:
+        """It is gone; one that has refused nothing is no error."""
+        self._slots.pop(node_id, None)
+        self._refused.pop(node_id, None)
+
+
+def loadable_slots(
+    node: NodeDescription, layers: Sequence[LayerRange], no_room: Set[int] = frozenset()
+) -> frozenset[int] | None:
+    """Indexes of the slots whose weights a stage node sees, by each slot's layers, but those that it has no room for.
+
+    None: all slots.
+    """
+    if node.part is None and not no_room:
+        return None
+    return frozenset(slot for slot, span in enumerate(layers) if slot not in no_room and node.can_load_layers(span))
+
+
+def describe_unfilled(slots: Iterable[int], layers: Sequence[LayerRange], nodes: Iterable[NodeDescription]) -> str:
+    """Why slots stay empty although nodes are free, as the end of a sentence; "" for none."""
+    living = list(nodes)
+    found = ""
+    for slot in slots:
+        is_seen = any(node.can_load_layers(layers[slot]) for node in living)
+        who = "nobody else has" if is_seen else "nobody has"
+        found += f"; {who} the weights of layers [{layers[slot].start}, {layers[slot].stop})"
+    return found

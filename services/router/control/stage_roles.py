@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from common.checkpoint.model_config import ModelConfig
 from common.ids import Generation, LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.messages import StageReady
 from common.topology import NodeDescription, StageSlot
-from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline
-from services.router.control.adoption import Adoption, HeldSlot
-from services.router.control.eligibility import describe_unfilled
-from services.router.control.mirror_roles import MirrorReport, MirrorRoles, Nodes
-from services.router.control.mirrors import MirroredSlot
-from services.router.control.pipeline_state import Pipeline
-from services.router.control.role_messages import RoleMessages
-from services.router.control.role_planning import RolePlanning
-from services.router.control.roles import RolePlan
+from services.router.control.actions import Action, ClosePipeline, OpenPipeline, RoleMessages, SuspendPipeline
+from services.router.control.adoption import Adoption, HeldCache, HeldSlot
+from services.router.control.mirror_roles import MirroredSlot, MirrorReport, MirrorRoles, Nodes
+from services.router.control.roles import RolePlan, RolePlanning, describe_unfilled
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
-from services.router.control.surplus import Surplus
+
+GIVE_UP_S = 20.0
+"""A process that was killed is back by then; one that was taken away on purpose is not."""
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """One pipeline's holders in one generation."""
+
+    generation: Generation
+    holders: tuple[NodeId | None, ...]
+    """None: a hole."""
+    num_blocks: int
+    marks: dict[int, int] = field(default_factory=dict)
+    """By slot that is ready in this generation: up to which step its paged memory is good."""
+    is_open: bool = False
+    has_pool: bool = False
+    """The scheduler keeps its requests' blocks, also while it is not open."""
+    held: HeldCache | None = None
+    """From a router before this one, until it opens."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Every slot has a holder."""
+        return None not in self.holders
+
+    @property
+    def has_cache(self) -> bool:
+        """Requests have cache here, or had some under a router before this one."""
+        return self.has_pool or self.held is not None
+
+    def has_all_of(self, sequence_id: int) -> bool:
+        """Whether it goes on with a sequence as soon as it opens: those who reported it hold all slots still."""
+        held = self.held
+        if held is None or not self.is_whole:
+            return False
+        return sequence_id in held.sequences and len(held.last_steps) == len(self.holders)
 
 
 class StageRoles:
@@ -384,3 +416,25 @@ class StageRoles:
             if None not in adopted.holders:
                 actions += self._assign(adopted.pipeline, adopted.holders)
         return actions
+
+
+class Surplus:
+    """More pipelines than floor((n - SPARES) / PP), and since when."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self.is_there = False
+
+    def see(self, num_pipelines: int) -> None:
+        """So many are beyond the rule now."""
+        self.is_there = num_pipelines > 0
+        if not self.is_there:
+            self._since_s = None
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether it has lasted. Ask again and again while `is_there`; the first time begins the wait."""
+        if not self.is_there:
+            return False
+        if self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s >= GIVE_UP_S

@@ -11,7 +11,7 @@ from common.ids import RequestId
 from services.router.control.readiness import judge_age
 from services.router.engine import GenerationRequest, Readiness, Token
 from services.router.mesh.loop import MeshLoop
-from services.router.mesh.view import describe_mesh
+from services.router.mesh.status import describe_mesh
 from services.router.scheduling.admission import retry_after_s
 
 Outcome = Token | MoemeshError

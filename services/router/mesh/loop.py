@@ -33,28 +33,28 @@ from common.messages import (
 from common.topology import NodeDescription, NodeKind, StageState
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
 from services.router.control.adoption import Arrival
-from services.router.control.beliefs import Beliefs
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.lost_steps import LostSteps
-from services.router.control.membership import ChangeReason, Membership, MembershipChange, NodeState
-from services.router.control.mirror_roles import MirrorReport
-from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
-from services.router.control.registration import (
+from services.router.control.membership import (
+    ChangeReason,
     DeclaredDead,
+    Membership,
+    MembershipChange,
+    NodeState,
     check_hello,
     differing_classes,
     not_linked,
     refuse_other_device,
 )
-from services.router.control.retelling import Refusals
+from services.router.control.mirror_roles import MirrorReport
+from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
+from services.router.control.retelling import Beliefs, Refusals
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
-from services.router.mesh.evidence import mesh_evidence, node_statuses
 from services.router.mesh.placer import InlinePlacer, Placer
-from services.router.mesh.sockets import MeshClient
-from services.router.mesh.status import MeshStatus
+from services.router.mesh.sockets import MeshClient, Witnesses
+from services.router.mesh.status import MeshStatus, mesh_evidence, node_statuses
 from services.router.mesh.steps import StepFlow
-from services.router.mesh.witnesses import Witnesses
 from services.router.scheduling.scheduler import Scheduler
 
 CONTROL_BUDGET_S, COMMANDS_BUDGET_S = 0.001, 0.002

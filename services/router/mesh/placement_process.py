@@ -5,13 +5,23 @@ Requests come on stdin, answers go to stdout. It ends when the router does, whos
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import signal
+import struct
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
+import msgpack
+import numpy as np
+
+from common.ids import NodeId
 from common.processes.child_process import end_with_parent
-from services.router.control.experts.placing import answer_request
-from services.router.mesh.placement_codec import LENGTH, decode_request, encode_answer
+from services.router.control.experts.placement import ExpertNodeCapacity
+from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
+
+LENGTH: Final = struct.Struct("<Q")
+"""Before every message on the pipes."""
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -20,6 +30,56 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         request = decode_request(requests.read(LENGTH.unpack(head)[0]))
         answers.write(encode_answer(answer_request(request)))
         answers.flush()
+
+
+def encode_request(request: PlacementRequest) -> bytes:
+    """With its length."""
+    nodes = [
+        dataclasses.asdict(node) | {"experts": None if node.experts is None else sorted(node.experts)}
+        for node in request.nodes
+    ]
+    fields = _fields(request) | {"nodes": nodes, "ready": request.ready.tobytes(), "told": request.told.tobytes()}
+    return _with_length(fields)
+
+
+def decode_request(body: bytes) -> PlacementRequest:
+    """Without its length."""
+    fields = _unpack(body)
+    holders = tuple(map(NodeId, fields["holders"]))
+    row_bytes = -(-math.prod(fields["shape"]) // 8)
+    for name in ("ready", "told"):
+        fields[name] = np.frombuffer(fields[name], dtype=np.uint8).reshape(len(holders), row_bytes)
+    nodes = tuple(
+        ExpertNodeCapacity(**node | {"experts": None if node["experts"] is None else frozenset(node["experts"])})
+        for node in fields["nodes"]
+    )
+    return PlacementRequest(**fields | {"holders": holders, "nodes": nodes})
+
+
+def encode_answer(answer: PlacementAnswer) -> bytes:
+    """With its length."""
+    return _with_length(_fields(answer) | {"owners": answer.owners.tobytes(), "shape": answer.owners.shape})
+
+
+def decode_answer(body: bytes) -> PlacementAnswer:
+    """Without its length."""
+    fields = _unpack(body)
+    owners = np.frombuffer(fields["owners"], dtype=np.int32).reshape(fields.pop("shape"))
+    return PlacementAnswer(**fields | {"owners": owners, "node_ids": tuple(map(NodeId, fields["node_ids"]))})
+
+
+def _fields(message: PlacementRequest | PlacementAnswer) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+
+
+def _with_length(fields: dict[str, Any]) -> bytes:
+    body: bytes = msgpack.packb(fields)
+    return LENGTH.pack(len(body)) + body
+
+
+def _unpack(body: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
+    return fields
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request, keep_what_is_held
-from services.router.mesh.placement_codec import LENGTH, decode_answer, encode_request
+from services.router.mesh.placement_process import LENGTH, decode_answer, encode_request
 
 ANSWER_LIMIT_S = 60.0
 STILL_S = 3.0

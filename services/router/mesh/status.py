@@ -1,17 +1,22 @@
-"""What the mesh thread publishes for other threads: immutable, a new one several times a second."""
+"""What the mesh thread publishes: gathered from nodes, roles and steps, judged, and shown at GET /mesh. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from common.ids import Generation, PipelineId
+from common.ids import Generation, NodeId, PipelineId
 from common.messages import Heartbeat
-from common.topology import NodeDescription, NodeKind, StageSlot
-from services.router.control.membership import NodeState
-from services.router.control.redundancy import NOTHING_MISSING, Redundancy
+from common.topology import CheckpointPart, NodeDescription, NodeKind, StageSlot
+from services.router.control.experts.expert_roles import ExpertRoles
+from services.router.control.membership import Membership, NodeState
+from services.router.control.readiness import NOTHING_MISSING, MeshEvidence, PipelineEvidence, ProgressWatch, Redundancy
+from services.router.control.stage_roles import StageRoles
 from services.router.engine import Readiness
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
+
+JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +126,124 @@ class MeshStatus:
             placement_version=0,
             generations={},
         )
+
+
+def mesh_evidence(
+    membership: Membership,
+    progress: ProgressWatch,
+    stages: StageRoles,
+    experts: ExpertRoles,
+    scheduler: SchedulerSnapshot,
+) -> MeshEvidence:
+    """All living nodes, and the pipelines that roles and scheduler both hold open."""
+    holders = {
+        pipeline: tuple(node_id for node_id in roles.holders if node_id is not None)
+        for pipeline, roles in stages.pipelines.items()
+        if roles.is_open
+    }
+    return MeshEvidence(
+        nodes={node_id: progress.evidence(node_id, state) for node_id, state in membership.living().items()},
+        pipelines=tuple(
+            PipelineEvidence(
+                pipeline=seen.pipeline,
+                holders=holders[seen.pipeline],
+                step=seen.awaited_step,
+                token=seen.awaited_token,
+                canary_sent_s=seen.canary_sent_s,
+                last_work_s=seen.last_work_s,
+                has_answered=seen.has_answered,
+            )
+            for seen in scheduler.pipelines
+            if seen.pipeline in holders
+        ),
+        stages_detail=stages.detail,
+        is_served=experts.is_served,
+        shards=experts.ready,
+        num_shards=experts.num_shards,
+        experts_detail=experts.detail,
+        redundancy=Redundancy(
+            stages.mirrors.num_complete,
+            stages.mirrors.num_missing,
+            experts.missing_copies,
+            experts.num_copies_to_load,
+        ),
+    )
+
+
+def node_statuses(
+    nodes: Mapping[NodeId, NodeDescription],
+    membership: Membership,
+    heartbeats: Mapping[NodeId, Heartbeat],
+    stages: StageRoles,
+    experts: ExpertRoles,
+) -> tuple[NodeStatus, ...]:
+    """All registered nodes, by id."""
+    mirrored = {node_id: slot for slot, node_id in stages.mirrors.nodes.items()}
+    return tuple(
+        NodeStatus(
+            node,
+            membership.state_of(node_id),
+            heartbeats.get(node_id),
+            stages.slot_of(node_id),
+            mirrored.get(node_id),
+            experts.num_held(node_id),
+        )
+        for node_id, node in sorted(nodes.items())
+    )
+
+
+def describe_mesh(status: MeshStatus, readiness: Readiness) -> JsonObject:
+    """`nodes` by id, with what each is for now, and `pipelines`. A part that dies is missing within a second."""
+    generations = status.generations
+    return {
+        "ready": readiness.ready,
+        "detail": readiness.detail,
+        "warnings": list(readiness.warnings),
+        "placement_version": status.placement_version,
+        "missing_copies": status.redundancy.missing_copies,
+        "pipelines": [
+            {"pipeline": pipeline, "generation": generations[pipeline], "open": pipeline in status.num_blocks}
+            for pipeline in sorted(generations)
+        ],
+        "nodes": [_node(node) for node in status.nodes],
+    }
+
+
+def _node(node: NodeStatus) -> JsonObject:
+    own, beat = node.description, node.heartbeat
+    return {
+        "node": own.node_id,
+        "kind": own.kind.value,
+        "role": _role(node),
+        "slot": _place(node.slot or node.mirrored),
+        "state": node.state.value,
+        "process": own.process,
+        "host": own.host_label,
+        "numeric_class": own.numeric_class,
+        "capacity_bytes": own.capacity_bytes,
+        "part": _part(own.part),
+        "shards": node.num_shards if own.kind is NodeKind.EXPERT else None,
+        "busy_seconds": beat.busy_seconds if beat else None,
+        "rows": beat.rows if beat else None,
+        "queued": beat.queued if beat else None,
+    }
+
+
+def _role(node: NodeStatus) -> str:
+    """`holder` of a slot, its `mirror`, `expert` with shards, or `spare`."""
+    if node.slot is not None:
+        return "holder"
+    if node.mirrored is not None:
+        return "mirror"
+    return "expert" if node.num_shards else "spare"
+
+
+def _part(part: CheckpointPart | None) -> JsonObject | None:
+    """What it can load; None: everything."""
+    if part is None:
+        return None
+    return {"layers": None if part.layers is None else list(part.layers), "experts": sorted(part.experts)}
+
+
+def _place(slot: StageSlot | None) -> JsonObject | None:
+    return None if slot is None else {"pipeline": slot.pipeline, "index": slot.index}

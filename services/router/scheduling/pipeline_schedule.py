@@ -1,27 +1,28 @@
-"""One pipeline: its block pool, the requests that run on it, and its steps in flight.
+"""One pipeline: its block pool, the requests that run on it, and its steps in flight; and all pipelines together.
 
-When a slot is lost it is suspended: steps in flight are void, requests keep their blocks. It is resumed in a new
-generation, and what the new holder lacks is *replayed*: prefill in steps of their own, in which only its slot computes.
+When a slot is lost, the pipeline is suspended: steps in flight are void, requests keep their blocks. It is resumed in a
+new generation, and what the new holder lacks is *replayed*: prefill in steps of their own, in which only its slot
+computes.
 
-Plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the oldest
-always gets on, and admission has made sure that it fits the pool alone.
+A pipeline plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the
+oldest always gets on, and admission has made sure that it fits the pool alone.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.ids import Generation, PipelineId, SequenceId, StepId
-from services.router.control.adoption import HeldSequence
+from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
-from services.router.scheduling.blame import Blame
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.router.scheduling.pace import StepPace
 from services.router.scheduling.pipeline_selection import PipelineLoad
-from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.request import Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
@@ -397,3 +398,139 @@ def _isolated(picked: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
     """A request whose last step failed goes alone, so that one that breaks its steps takes no others along."""
     suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
     return picked if suspect is None else [suspect]
+
+
+class PipelineSchedules:
+    """A pipeline is in `open`, in `suspended` or nowhere."""
+
+    def __init__(self, settings: SchedulerSettings, blame: Blame) -> None:
+        self._settings = settings
+        self._blame = blame
+        self.open: dict[PipelineId, PipelineSchedule] = {}
+        self.suspended: dict[PipelineId, PipelineSchedule] = {}
+        """Pipelines that wait for a holder; their requests keep their blocks."""
+        self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
+        """Of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
+        self._last_taken_off_s = -math.inf
+
+    @property
+    def all(self) -> list[PipelineSchedule]:
+        """Open and suspended ones."""
+        return [*self.open.values(), *self.suspended.values()]
+
+    @property
+    def pool_sizes(self) -> list[int]:
+        """Blocks of each open one."""
+        return [schedule.allocator.num_blocks for schedule in self.open.values()]
+
+    @property
+    def none_open_since_s(self) -> float | None:
+        """When the last open one was suspended or closed (minus infinity: none has been open); None while one is."""
+        return None if self.open else self._last_taken_off_s
+
+    def of(self, pipeline: PipelineId) -> PipelineSchedule:
+        """The open or suspended one. KeyError if there is none."""
+        return self.open.get(pipeline) or self.suspended[pipeline]
+
+    def suspended_since_s(self, request: Request) -> float | None:
+        """Since when the pipeline that a request runs on waits for a holder; None: it does not."""
+        schedule = self.suspended.get(request.pipeline) if request.pipeline is not None else None
+        return schedule.suspended_s if schedule is not None else None
+
+    def land(
+        self,
+        step: StepId,
+        pipeline: PipelineId,
+        generation: Generation,
+        attempt: int,
+        now_s: float,
+        *,
+        has_failed: bool = False,
+    ) -> StepInFlight | None:
+        """The step is answered. None if it is not in flight in that generation and attempt."""
+        schedule = self.open.get(pipeline)
+        in_flight = schedule.in_flight.get(step) if schedule is not None else None
+        if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
+            return schedule.land(step, now_s, has_failed=has_failed)
+        return None
+
+    def is_of_another_size(self, pipeline: PipelineId, num_blocks: int, num_slots: int) -> bool:
+        """Whether a suspended one cannot go on like this."""
+        schedule = self.suspended.get(pipeline)
+        return schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots)
+
+    def begin(self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int) -> PipelineSchedule:
+        """Open the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
+        schedule = self.suspended.pop(pipeline, None)
+        if schedule is None:
+            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self._settings, self._blame)
+            schedule.held_releases.extend(self._untold_releases.pop(pipeline, []))
+        self.open[pipeline] = schedule
+        return schedule
+
+    def suspend(self, pipeline: PipelineId, now_s: float) -> None:
+        """It takes no steps until `begin`. One that is not open stays as it is."""
+        schedule = self._take_off(pipeline, now_s)
+        if schedule is not None:
+            schedule.suspend(now_s)
+            self.suspended[pipeline] = schedule
+
+    def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
+        """Forget it; who ran there, without cache, by arrival."""
+        schedule = self._take_off(pipeline, now_s) or self.suspended.pop(pipeline, None)
+        if schedule is None:
+            return []
+        requests = schedule.abandon()
+        self._untold_releases[pipeline] = schedule.held_releases
+        return requests
+
+    def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
+        """Forget one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
+        told anyway, when it opens again."""
+        schedule = self._take_off(pipeline, now_s) or self.suspended.pop(pipeline)
+        told = [*schedule.held_releases, *sequence_ids]
+        for step in schedule.in_flight.values():
+            told += step.plan.released
+            told += (chunk.sequence_id for chunk in step.plan.chunks)
+        self._untold_releases[pipeline] = list(dict.fromkeys(told))
+
+    def _take_off(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
+        """It is open no longer; None if it was not."""
+        schedule = self.open.pop(pipeline, None)
+        if schedule is not None:
+            self._last_taken_off_s = now_s
+        return schedule
+
+
+def adopt_held(
+    schedule: PipelineSchedule,
+    held: HeldCache,
+    waiting: Sequence[Request],
+    adopted_step: StepId,
+    blame: Blame,
+    now_s: float,
+) -> list[Request]:
+    """Who of the line runs on this pipeline from now on. What nobody claims is released on the stages.
+
+    `adopted_step`: what is adopted counts as computed by this step, which nobody ever sees. It comes after all steps of
+    routers before and ahead of all of this one, so that no mark of former times stands for it.
+    """
+    owners = {request.held_sequence_id: request for request in waiting if request.held_sequence_id is not None}
+    schedule.held_releases.extend(SequenceId(number) for number in held.released)
+    adopted: list[Request] = []
+    for number, sequence in held.sequences.items():
+        request = owners.get(SequenceId(number))
+        is_adopted = False
+        if request is not None:
+            with blame.handling(request):
+                is_adopted = schedule.adopt(request, sequence, SequenceId(number), adopted_step, now_s)
+        if request is not None and is_adopted:
+            adopted.append(request)
+        else:
+            schedule.held_releases.append(SequenceId(number))
+    return adopted
+
+
+def adopted_marks(held: HeldCache, kv_marks: Sequence[int], adopted_step: StepId) -> list[int]:
+    """By slot, up to which step its holder's cache is good, where those who reported `held` have what was adopted."""
+    return [adopted_step if held.is_held_by(slot, kv_mark) else 0 for slot, kv_mark in enumerate(kv_marks)]

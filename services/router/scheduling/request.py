@@ -1,4 +1,4 @@
-"""One request's life as a state machine.
+"""One request's life as a state machine, and whose turn it is when something raises.
 
 WAITING -> RUNNING -> FINISHED
    ^  |       | |---> CANCELLED (also from WAITING)
@@ -8,19 +8,22 @@ WAITING -> RUNNING -> FINISHED
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from types import TracebackType
+
+import numpy as np
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GenerationRequest, RecoveryCounts, Token
 from services.router.scheduling.pace import RequestPace
-from services.router.scheduling.token_counts import count_tokens
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
-
-
 UNDISTURBED = RecoveryCounts(0, 0, 0)
+Attend = Callable[[str], None]
+"""Told whose turn it is, before anything is done for it; the empty string once nobody's is."""
 
 
 class RequestState(StrEnum):
@@ -236,3 +239,74 @@ class Request:
         if self.state not in allowed:
             raise ValueError(f"request {self.request_id} is {self.state} and cannot become {state}")
         self.state = state
+
+
+class Blame:
+    """Keeps the requests whose handling raised, until their owner ends them."""
+
+    def __init__(self, attend: Attend = lambda name: None) -> None:
+        self.attend = attend
+        self._broken: dict[Request, Exception] = {}
+        self._handled: list[Request] = []
+        """Innermost last: one may be handled for the sake of another, who needs its blocks."""
+
+    def handling(self, request: Request) -> Handling:
+        """A context in which an exception is kept with the request and goes no further. What ends the process is
+        passed on, and the request stays the one that was attended to."""
+        return Handling(self, request)
+
+    def has(self, request: Request) -> bool:
+        """Whether its handling raised: its owner ends it in a moment, and nothing more is to be done for it."""
+        return request in self._broken
+
+    def take(self) -> list[tuple[Request, Exception]]:
+        """Requests whose handling raised since the last call, with the first that each of them raised."""
+        broken, self._broken = self._broken, {}
+        return list(broken.items())
+
+    def begin(self, request: Request) -> None:
+        """It is its turn."""
+        self._handled.append(request)
+        self.attend(request.request_id)
+
+    def end(self, request: Request, error: BaseException | None) -> bool:
+        """Its turn is over; whether the error is dealt with."""
+        if error is not None and not isinstance(error, Exception):
+            return False
+        self._handled.pop()
+        self.attend(self._handled[-1].request_id if self._handled else "")
+        if error is not None:
+            self._broken.setdefault(request, error)
+        return True
+
+
+class Handling:
+    """See `Blame.handling`. A class, since a generator would cost more than what it guards."""
+
+    __slots__ = ("_blame", "_request")
+
+    def __init__(self, blame: Blame, request: Request) -> None:
+        self._blame, self._request = blame, request
+
+    def __enter__(self) -> None:
+        self._blame.begin(self._request)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        return self._blame.end(self._request, error)
+
+
+def count_tokens(prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> bytes:
+    """int32 [*, 3]: token id, times generated, 1 if in the prompt; one row a token that has come up, ascending.
+
+    `prompt_token_ids`: empty where no penalty looks at the prompt.
+    """
+    generated, times = np.unique(np.array(generated_token_ids, dtype=np.int32), return_counts=True)
+    prompt = np.unique(np.array(prompt_token_ids, dtype=np.int32))
+    token_ids = np.union1d(generated, prompt)
+    rows = np.zeros((len(token_ids), 3), dtype=np.int32)
+    rows[:, 0] = token_ids
+    rows[np.searchsorted(token_ids, generated), 1] = times
+    rows[np.searchsorted(token_ids, prompt), 2] = 1
+    return rows.tobytes()

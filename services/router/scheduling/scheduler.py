@@ -19,16 +19,10 @@ from common.errors import (
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest, Token
-from services.router.scheduling.admission import Admission, CompletionRate, lateness
-from services.router.scheduling.adopting import adopt_held, adopted_marks
-from services.router.scheduling.blame import Attend, Blame
-from services.router.scheduling.deadlines import is_late
-from services.router.scheduling.invariants import check_scheduler
-from services.router.scheduling.line import Line
+from services.router.scheduling.admission import Admission, CompletionRate, Line, lateness
+from services.router.scheduling.pipeline_schedule import PipelineSchedule, PipelineSchedules, adopt_held, adopted_marks
 from services.router.scheduling.pipeline_selection import PipelineSelection
-from services.router.scheduling.repair import Repair
-from services.router.scheduling.request import Request, RequestState
-from services.router.scheduling.schedules import PipelineSchedules
+from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
@@ -377,3 +371,141 @@ class Scheduler:
         del self._requests[request.request_id]
         self._admission.release(request.generation_request)
         self._line.leave(request.generation_request)
+
+
+class Repair:
+    """Works on what the scheduler owns, and trusts none of it."""
+
+    def __init__(
+        self,
+        requests: dict[RequestId, Request],
+        waiting: WaitingLine,
+        schedules: PipelineSchedules,
+        admission: Admission,
+        line: Line,
+        blame: Blame,
+        counters: SchedulerCounters,
+        settings: SchedulerSettings,
+    ) -> None:
+        self._requests = requests
+        self._waiting = waiting
+        self._schedules = schedules
+        self._admission = admission
+        self._line = line
+        self._blame = blame
+        self._counters = counters
+        self._settings = settings
+        self._renewals: list[PipelineId] = []
+
+    def take_renewals(self) -> list[PipelineId]:
+        """Pipelines that have started over since the last call: they need a new generation."""
+        renewals, self._renewals = self._renewals, []
+        return renewals
+
+    def end_broken(self, now_s: float) -> list[RequestFailure]:
+        """Requests whose handling raised fail, and with them nothing else. A pipeline whose blocks do not add up after
+        that starts over: what ran there is computed again."""
+        broken = self._blame.take()
+        if not broken:
+            return []
+        failures = [self._end(request, cause) for request, cause in broken]
+        for schedule in self._schedules.all:
+            try:
+                schedule.check_invariants()
+            except Exception:  # whatever was left half done
+                self.start_over(schedule.pipeline, now_s)
+        self._waiting.requests[:] = sorted(
+            (request for request in self._requests.values() if request.state is RequestState.WAITING),
+            key=lambda request: request.arrival,
+        )
+        self._admission.recount(request.generation_request for request in self._requests.values())
+        return [failure for failure in failures if failure is not None]
+
+    def _end(self, request: Request, cause: Exception) -> RequestFailure | None:
+        """It may be half in one place and half in another: whatever of it is left is looked for, not assumed."""
+        for schedule in self._schedules.all:
+            if request in schedule.running:
+                try:
+                    schedule.withdraw(request)
+                except Exception:  # the pipeline's own check sees what it still holds
+                    schedule.running = [other for other in schedule.running if other is not request]
+        if self._requests.pop(request.request_id, None) is None and request.state is not RequestState.FINISHED:
+            return None  # its client was gone
+        self._line.leave(request.generation_request)
+        request.state = RequestState.FAILED
+        self._counters.requests_failed += 1
+        error = ExecutionError(
+            f"the router failed while it handled request {request.request_id} ({type(cause).__name__}: {cause}); "
+            "other requests go on"
+        )
+        return RequestFailure(request.request_id, error, cause)
+
+    def charge_all(self, pipeline: PipelineId, cause: Exception) -> None:
+        """Planning raised, and not over one request: each that runs there has one try less, so that it ends."""
+        for request in self._schedules.of(pipeline).running:
+            request.num_failed_steps += 1
+            if request.num_failed_steps > self._settings.max_failed_steps:
+                with self._blame.handling(request):
+                    raise cause
+
+    def start_over(self, pipeline: PipelineId, now_s: float) -> None:
+        """Nothing of its blocks and steps is gone on with."""
+        requests = [request for request in self._requests.values() if request.pipeline == pipeline]
+        sequence_ids = [request.sequence_id for request in requests if request.sequence_id is not None]
+        self._schedules.discard(pipeline, sequence_ids, now_s)
+        self._renewals.append(pipeline)
+        for request in requests:
+            self._counters.tokens_recomputed += request.num_computed_tokens
+            request.num_recoveries += 1
+            request.start_over(now_s)
+            self._waiting.insert(request)
+
+
+def is_late(
+    request: Request,
+    settings: SchedulerSettings,
+    now_s: float,
+    none_open_since_s: float | None,
+    suspended_since_s: float | None,
+) -> bool:
+    """Whether it has lived, waited its turn, waited for an answer, or been without a pipeline for too long.
+
+    `none_open_since_s`: None while a pipeline is open. `suspended_since_s`: since when its own waits for a holder.
+    """
+    if now_s - request.arrived_s > settings.max_request_s:
+        return True
+    due_since_s = request.pace.due_since_s
+    is_awaited = request.state is not RequestState.WAITING or request.num_failed_steps > 0
+    # Over all steps that failed meanwhile: each of them may have had its whole time.
+    if is_awaited and due_since_s is not None and now_s - due_since_s > settings.max_stalled_s:
+        return True
+    if request.state is not RequestState.WAITING:
+        return suspended_since_s is not None and now_s - suspended_since_s > settings.max_outage_s
+    if now_s - request.queued_s > settings.max_queue_s:
+        return True
+    if none_open_since_s is None or request.waits_for_start:
+        return False
+    # What it had waited for its turn before is no part of the outage.
+    return now_s - max(request.queued_s, none_open_since_s) > settings.max_outage_s
+
+
+def check_scheduler(
+    requests: Sequence[Request],
+    waiting: Sequence[Request],
+    schedules: Sequence[PipelineSchedule],
+    reserved_tokens: int,
+) -> None:
+    """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
+    placed = list(waiting)
+    for schedule in schedules:
+        schedule.check_invariants()
+        placed += schedule.running
+    assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
+    assert {id(request) for request in placed} == set(map(id, requests)), "a request is lost"
+    for request in waiting:
+        assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
+        assert not request.block_table, f"{request.request_id} waits and holds blocks"
+        assert request.step is None, f"{request.request_id} waits and is in flight"
+    arrivals = [request.arrival for request in waiting]
+    assert arrivals == sorted(arrivals), "the line is out of order"
+    assert reserved_tokens == sum(request.max_num_tokens for request in placed), "reserved tokens do not add up"

@@ -20,7 +20,7 @@ from common.wire.array import array_to_frame
 from common.wire.tensor import tensor_to_frame
 from services.expert.calls import check_call
 from services.expert.shard_store import ShardStore
-from services.router.control.planner import balance_layers
+from services.router.control.sizes import balance_layers
 from services.router.engine import SamplingParameters
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan

@@ -20,8 +20,8 @@ from common.topology import LayerRange
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
+from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
-from services.router.scheduling.token_counts import count_tokens
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.slot.step_watermark import StepMarks
 

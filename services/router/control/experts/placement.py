@@ -7,7 +7,7 @@ far as its quota goes. Order: which copy comes first, so that first copies are e
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,8 +16,6 @@ from typing import NoReturn
 from common.errors import CapacityError, ConfigurationError
 from common.ids import NodeId
 from common.topology import ShardId
-from services.router.control.experts.placement_quotas import level, level_groups, spread
-from services.router.control.experts.primaries import order_copies
 from services.router.control.matching import fill, place_each
 
 
@@ -346,3 +344,129 @@ class _Placing:
         ordered = order_copies({shard: sorted(owners) for shard, owners in self.owners.items()}, len(self.nodes))
         owners = {shard: tuple(self.nodes[index].node_id for index in indexes) for shard, indexes in ordered.items()}
         return Placement(owners, sum(self.wanted_copies - len(indexes) for indexes in ordered.values()))
+
+
+def level(total: int, caps: Sequence[int], favour: Sequence[int]) -> list[int]:
+    """`total` over bins of size `caps`, as even as they allow (all of them full if it is too much).
+
+    What does not divide goes one each to the bins with the most `favour`, then to the first.
+    """
+    return level_groups(total, [caps], [favour], group_limit=sum(caps))[0]
+
+
+def level_groups(
+    total: int, caps: Sequence[Sequence[int]], favour: Sequence[Sequence[int]], group_limit: int
+) -> list[list[int]]:
+    """As `level`, over groups of bins of which each takes `group_limit` at most. Indexed by [group][bin]."""
+
+    def poured(height: int) -> int:
+        return sum(min(group_limit, sum(min(cap, height) for cap in group)) for group in caps)
+
+    low, high = 0, max((cap for group in caps for cap in group), default=0)
+    while low < high:  # the greatest height that does not take more than there is
+        middle = (low + high + 1) // 2
+        if poured(middle) <= total:
+            low = middle
+        else:
+            high = middle - 1
+    quotas: list[list[int]] = []
+    for group, group_favour in zip(caps, favour, strict=True):
+        quota = [min(cap, low) for cap in group]
+        quotas.append(quota if sum(quota) <= group_limit else level(group_limit, group, group_favour))
+    left = total - sum(map(sum, quotas))
+    order = sorted(
+        (-favour[g][b], g, b) for g, group in enumerate(caps) for b, cap in enumerate(group) if cap > quotas[g][b]
+    )
+    for _, g, b in order:
+        if left > 0 and sum(quotas[g]) < group_limit:
+            quotas[g][b] += 1
+            left -= 1
+    return quotas
+
+
+def spread(
+    rows: Sequence[int], columns: Sequence[int], weights: Sequence[int], current: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """A table of whole numbers with these sums, each entry row * weight / sum(weights) rounded down or up.
+
+    sum(rows) == sum(columns); each column is about its weight's part of that. With `weights` equal to `columns` such a
+    table exists always (the shares themselves are a flow of the rounding network); else an entry may have to be one
+    more. Of the entries that may be rounded up, those whose `current` value is above the share go first.
+    """
+    total = max(1, sum(weights))
+    table = [[row * weight // total for weight in weights] for row in rows]
+    limits = [[int(row * weight % total > 0) for weight in weights] for row in rows]
+    needed = [row - sum(entries) for row, entries in zip(rows, table, strict=True)]
+    room = [column - sum(entries[c] for entries in table) for c, column in enumerate(columns)]
+    extra = [[0] * len(columns) for _ in rows]
+    for r in range(len(rows)):
+        for c in range(len(columns)):
+            if current[r][c] > table[r][c] and limits[r][c] and needed[r] > 0 and room[c] > 0:
+                extra[r][c] = 1
+                needed[r] -= 1
+                room[c] -= 1
+    fill(extra, needed, room, limits)
+    fill(extra, needed, room, [[limit + 1 for limit in row] for row in limits])
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(table, extra, strict=True)]
+
+
+def order_copies(owners: Mapping[ShardId, Sequence[int]], num_nodes: int) -> dict[ShardId, list[int]]:
+    """Owners of each shard (node indexes), the primary first, the others by how often they stand at that place."""
+    totals = [0] * num_nodes
+    ordered: dict[ShardId, list[int]] = {}
+    for _, group in groupby(sorted(owners), key=lambda shard: shard.layer):
+        layer = list(group)
+        primaries = _even_primaries([owners[shard] for shard in layer], totals)
+        for shard, primary in zip(layer, primaries, strict=True):
+            totals[primary] += 1
+            ordered[shard] = [primary]
+    for place in range(1, max((len(nodes) for nodes in owners.values()), default=0)):
+        counts = [0] * num_nodes
+        for shard, chosen in ordered.items():
+            left = [node for node in owners[shard] if node not in chosen]
+            if len(chosen) == place and left:
+                pick = min(left, key=lambda node: (counts[node], node))
+                counts[pick] += 1
+                chosen.append(pick)
+    return ordered
+
+
+def _even_primaries(owners: Sequence[Sequence[int]], totals: Sequence[int]) -> list[int]:
+    """One owner for each shard of a layer. `totals` (of the layers before) decides between equals."""
+    counts = [0] * len(totals)
+    primaries: list[int] = []
+    for nodes in owners:
+        pick = min(nodes, key=lambda node: (counts[node], totals[node], node))
+        counts[pick] += 1
+        primaries.append(pick)
+    while _shift_one(owners, primaries, counts, totals):
+        pass  # each shift lowers the sum of squares (or, between equals, that of the totals), so this ends
+    return primaries
+
+
+def _shift_one(owners: Sequence[Sequence[int]], primaries: list[int], counts: list[int], totals: Sequence[int]) -> bool:
+    """Move one first copy from a fuller to an emptier node, along a chain of shards that both ends of a link own."""
+    first_copies: list[list[int]] = [[] for _ in counts]
+    for shard, primary in enumerate(primaries):
+        first_copies[primary].append(shard)
+    for start in sorted(range(len(counts)), key=lambda node: (-counts[node], -totals[node], node)):
+        came_from: dict[int, int] = {}  # node -> the shard that moves to it
+        queue = deque([start])
+        seen = {start}
+        while queue:
+            node = queue.popleft()
+            gain = counts[start] - counts[node]
+            if gain > 1 or (gain == 1 and totals[start] > totals[node]):
+                counts[start] -= 1
+                counts[node] += 1
+                while node != start:
+                    shard = came_from[node]
+                    primaries[shard], node = node, primaries[shard]
+                return True
+            for shard in first_copies[node]:
+                for other in owners[shard]:
+                    if other not in seen:
+                        seen.add(other)
+                        came_from[other] = shard
+                        queue.append(other)
+    return False

@@ -6,8 +6,18 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.topology import LayerRange, StageSlot
-from services.router.control.roles import ObservedStage, RolePlan, layers_of, plan_roles
+from common.topology import CheckpointPart, LayerRange, StageSlot
+from services.router.control.roles import (
+    ObservedStage,
+    RolePlan,
+    describe_unfilled,
+    layers_of,
+    loadable_slots,
+    plan_roles,
+)
+from tests.support.router.mesh_shapes import node
+
+LAYERS = [LayerRange(0, 3), LayerRange(3, 5), LayerRange(5, 7)]
 
 
 def slot(pipeline: int, index: int) -> StageSlot:
@@ -226,3 +236,26 @@ def test_a_complete_mirror_takes_its_slot_whatever_its_host() -> None:
     before = {slot(0, 1): NodeId("a2"), slot(1, 0): NodeId("b1"), slot(1, 1): NodeId("b2")}
     plan = plan_roles(on_hosts("a2 b1 b2 a3 b3"), before, 2, 0, {slot(0, 0): NodeId("b3")})
     assert plan.pipelines[PipelineId(0)] == ("b3", "a2")
+
+
+@pytest.mark.parametrize(
+    ("seen", "slots"),
+    [((0, 3), {0}), ((0, 7), {0, 1, 2}), ((0, 6), {0, 1}), ((1, 7), {1, 2}), ((3, 4), set()), (None, set())],
+    ids=str,
+)
+def test_a_node_can_hold_slots_that_lie_in_what_it_sees(seen: tuple[int, int] | None, slots: set[int]) -> None:
+    part = CheckpointPart(LayerRange(*seen) if seen is not None else None)
+    assert loadable_slots(node("a", part=part), LAYERS) == frozenset(slots)
+
+
+def test_who_sees_the_whole_can_hold_every_slot_but_those_that_are_too_large() -> None:
+    assert loadable_slots(node("a"), LAYERS) is None
+    assert loadable_slots(node("a"), LAYERS, {1}) == frozenset({0, 2})
+
+
+def test_each_slot_that_stays_empty_is_named_by_its_layers_and_by_who_could() -> None:
+    nodes = [node("a", part=CheckpointPart(LayerRange(0, 5)))]
+    assert describe_unfilled([], LAYERS, nodes) == ""
+    assert describe_unfilled([1, 2], LAYERS, nodes) == (
+        "; nobody else has the weights of layers [3, 5); nobody has the weights of layers [5, 7)"
+    )

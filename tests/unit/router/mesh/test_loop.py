@@ -26,7 +26,7 @@ from common.messages import (
 )
 from common.topology import NodeKind
 from common.wire.array import array_to_frame
-from services.router.control.experts.draining import DRAIN_QUIET_S
+from services.router.control.experts.expert_roles import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
 from services.router.engine import FinishReason, Token
 from tests.support.router.fake_mesh import (

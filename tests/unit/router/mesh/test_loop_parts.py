@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.messages import AssignStage
 from common.topology import CheckpointPart, NodeKind
-from services.router.mesh.view import describe_mesh
+from services.router.mesh.status import describe_mesh
 from tests.support.router.fake_mesh import FakeMesh, build_request, reference_tokens, said_to
 from tests.support.router.mesh_shapes import EXPERTS
 

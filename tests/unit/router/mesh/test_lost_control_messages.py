@@ -26,7 +26,7 @@ from common.messages import (
     Unassign,
 )
 from common.topology import NodeKind
-from services.router.control.surplus import GIVE_UP_S
+from services.router.control.stage_roles import GIVE_UP_S
 from tests.support.router.believing_mesh import BelievingMesh, faithful
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS
 

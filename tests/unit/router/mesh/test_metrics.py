@@ -12,7 +12,7 @@ from common.ids import Generation, PipelineId
 from common.messages import Heartbeat
 from common.topology import NodeKind
 from services.router.control.membership import NodeState
-from services.router.control.redundancy import Redundancy
+from services.router.control.readiness import Redundancy
 from services.router.engine import Readiness
 from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.status import HopTotals, MeshStatus, NodeStatus

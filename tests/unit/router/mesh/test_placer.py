@@ -23,7 +23,7 @@ from common.ids import NodeId
 from services.router.control.experts.placement import ExpertNodeCapacity
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request, pack
 from services.router.mesh import placer
-from services.router.mesh.placement_codec import LENGTH, decode_answer, decode_request, encode_answer, encode_request
+from services.router.mesh.placement_process import LENGTH, decode_answer, decode_request, encode_answer, encode_request
 from services.router.mesh.placer import ProcessPlacer
 from tests.support.processes.waiting import wait_until
 

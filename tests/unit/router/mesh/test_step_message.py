@@ -17,10 +17,13 @@ from common.wire.array import array_to_frame
 from common.wire.codec import decode, encode
 from services.router.engine import SamplingParameters, Token
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message
+from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
 GREEDY = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset())
 DRAWN = SamplingParameters(10, 0.7, 0.9, 40, 2**63 - 1, 2, frozenset({5}))
+PLAIN = SamplingParameters(10, 0.0, 1.0, 0, 3, None, frozenset({5, 6}))
+INF = float("inf")
 
 
 def chunk(
@@ -165,3 +168,66 @@ def test_sequences_that_went_on_without_an_expert_are_marked() -> None:
     wrong = replace(marked, degraded=array_to_frame(np.array([1], dtype=np.uint8)))
     with pytest.raises(ProtocolError, match="degraded"):
         sampled_tokens(wrong, step, 20)
+
+
+def adjusted(
+    sampling: SamplingParameters,
+    num_generated: int = 0,
+    counts: bytes = b"",
+    samples: bool = True,
+    tells: bool = True,
+) -> Any:
+    return ScheduledChunk(SequenceId(1), (1,), 0, 0, (1,), samples, sampling, 0, num_generated, tells, counts)
+
+
+def rows(frame: TensorFrame) -> list[list[float]]:
+    values: list[list[float]] = np.frombuffer(frame.data, dtype=frame.dtype).reshape(frame.shape).tolist()
+    return values
+
+
+def message(*chunks: ScheduledChunk) -> Any:
+    return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), 0, chunks, ()))
+
+
+def test_rows_without_penalties_cost_nothing() -> None:
+    step = message(adjusted(PLAIN), adjusted(PLAIN, 4))
+    assert (step.penalties.shape, step.token_counts.shape, step.biases.shape) == ((0, 5), (0, 4), (0, 3))
+
+
+def test_each_row_says_its_own_and_rows_are_counted_over_those_that_sample() -> None:
+    counts = count_tokens([4], [9, 9])
+    asking = replace(PLAIN, repetition_penalty=1.5, presence_penalty=0.25)
+    step = message(
+        adjusted(asking, samples=False),
+        adjusted(replace(PLAIN, min_p=0.1)),
+        adjusted(PLAIN),
+        adjusted(asking, 2, counts),
+    )
+    assert rows(step.penalties) == [[0, 0.1, 0, 0, 1], [2, 0, 0.25, 0, 1.5]]
+    assert rows(step.token_counts) == [[2, 4, 0, 1], [2, 9, 2, 0]]
+    assert rows(step.adjusted) == [[0, 0, 1], [2, 2, 1]]
+
+
+def test_a_row_that_goes_on_says_only_how_far_it_is() -> None:
+    asking = replace(PLAIN, repetition_penalty=1.5, logit_bias=((5, 1.0),))
+    step = message(adjusted(PLAIN, 3, tells=False), adjusted(asking, 3, tells=False))
+    assert rows(step.adjusted) == [[1, 3, 0]]
+    assert (step.penalties.shape, step.token_counts.shape, step.biases.shape) == ((0, 5), (0, 4), (0, 3))
+
+
+def test_stop_tokens_are_forbidden_until_min_tokens_are_there() -> None:
+    asking = replace(PLAIN, min_tokens=2, logit_bias=((5, 1.0), (8, -3.0)))
+    assert sorted(rows(message(adjusted(PLAIN), adjusted(asking, 1)).biases)) == [
+        [1, 5, -INF],
+        [1, 6, -INF],
+        [1, 8, -3],
+    ]
+    assert rows(message(adjusted(PLAIN), adjusted(asking, 2)).biases) == [[1, 5, 1], [1, 8, -3]]
+
+
+def test_a_table_of_stop_tokens_is_made_once_for_all_choices_and_steps() -> None:
+    asking = replace(PLAIN, min_tokens=3)
+    first, again = message(adjusted(asking)), message(adjusted(asking, 1), adjusted(asking, 2))
+    assert asking.early_bias_table is asking.early_bias_table
+    assert sorted(rows(first.biases)) == [[0, 5, -INF], [0, 6, -INF]]
+    assert sorted(rows(again.biases)) == [[row, token_id, -INF] for row in (0, 1) for token_id in (5, 6)]

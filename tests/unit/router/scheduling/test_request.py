@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.ids import PipelineId, SequenceId, StepId
 from services.router.engine import FinishReason, Token
-from services.router.scheduling.request import Request, RequestState
+from services.router.scheduling.request import Request, RequestState, count_tokens
 from tests.support.router.simulated_pipeline import build_request
+
+TOKENS = st.lists(st.integers(0, 300), max_size=400)
 
 
 def waiting_request(prompt_length: int = 4, max_tokens: int = 3, stop: int | None = None) -> Request:
@@ -81,3 +88,12 @@ def test_end_is_final(end: str) -> None:
             transition()
     with pytest.raises(ValueError, match="takes no token"):
         request.take_token(sampled(1))
+
+
+@given(TOKENS, TOKENS)
+def test_each_token_stands_there_once_with_how_often_it_was_generated(prompt: list[int], generated: list[int]) -> None:
+    rows = np.frombuffer(count_tokens(prompt, generated), dtype=np.int32).reshape(-1, 3).tolist()
+    times = Counter(generated)
+    wanted = {token_id: (times[token_id], int(token_id in prompt)) for token_id in {*prompt, *generated}}
+    assert {token_id: (count, in_prompt) for token_id, count, in_prompt in rows} == wanted
+    assert len(rows) == len(wanted)

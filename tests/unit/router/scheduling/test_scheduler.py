@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from common.errors import (
@@ -12,14 +14,14 @@ from common.errors import (
     NotReadyError,
     OverloadedError,
 )
-from common.ids import Generation, RequestId, SequenceId
+from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from tests.support.router.scheduling import P0, P1, add, complete, lengths_in, make_scheduler, names_in, only_plan
 from tests.support.router.simulated_pipeline import build_request
 
+
 # Chunks and budgets
-
-
 def test_long_prompt_is_prefilled_in_chunks_and_sampled_once_at_its_end() -> None:
     scheduler = make_scheduler(prefill_chunk_tokens=6)
     add(scheduler, "a", prompt_length=15)
@@ -71,8 +73,6 @@ def test_last_token_of_all_is_not_computed() -> None:
 
 
 # Micro-batches
-
-
 def test_decodes_are_shared_out_over_the_micro_batches() -> None:
     scheduler = make_scheduler(num_slots=3)
     add(scheduler, *"abcdefg", prompt_length=1)
@@ -104,8 +104,6 @@ def test_answers_may_come_out_of_order() -> None:
 
 
 # Several pipelines
-
-
 def test_requests_are_dealt_out_over_pipelines() -> None:
     scheduler = make_scheduler()
     scheduler.open_pipeline(P1, Generation(1), 100, 1, now_s=0.0)
@@ -164,8 +162,6 @@ def test_pipeline_opens_only_in_a_newer_generation() -> None:
 
 
 # Preemption
-
-
 def test_youngest_is_preempted_and_keeps_its_place_in_line() -> None:
     scheduler = make_scheduler(num_blocks=4)
     add(scheduler, "a", "b", prompt_length=7, max_tokens=8)  # two blocks each: full
@@ -219,8 +215,6 @@ def test_preempted_request_comes_back_under_another_sequence_id() -> None:
 
 
 # Cancelling
-
-
 def test_the_wait_for_a_first_place_is_counted_once_a_request() -> None:
     scheduler = make_scheduler(num_blocks=2)
     add(scheduler, "a", max_tokens=4)
@@ -268,8 +262,6 @@ def test_id_of_an_ended_request_can_be_used_again() -> None:
 
 
 # Releases
-
-
 def test_release_waits_for_the_next_step() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", "b", max_tokens=1)
@@ -293,8 +285,6 @@ def test_too_many_held_releases_go_in_a_step_of_their_own() -> None:
 
 
 # The door and deadlines
-
-
 def test_request_larger_than_every_pool_is_refused() -> None:
     scheduler = make_scheduler(num_blocks=3)
     add(scheduler, "a", prompt_length=6, max_tokens=6)
@@ -385,3 +375,34 @@ def test_snapshot_tells_what_is_in_flight() -> None:
 def test_setting_below_one_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         SchedulerSettings(**{field: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ends", [Scheduler.suspend_pipeline, Scheduler.close_pipeline])
+def test_time_in_line_before_an_outage_does_not_count_as_outage(
+    ends: Callable[[Scheduler, PipelineId, float], None],
+) -> None:
+    scheduler = make_scheduler(max_batch_sequences=1, num_blocks=4, max_outage_s=30.0, max_queue_s=600.0)
+    add(scheduler, "a", "b", prompt_length=12, max_tokens=4)
+    only_plan(scheduler)
+    assert scheduler.schedule(61.0) == []
+    assert scheduler.snapshot().num_waiting == 1
+    ends(scheduler, P0, 61.0)
+    scheduler.schedule(61.05)
+    scheduler.open_pipeline(P0, Generation(2), 4, 1, now_s=61.1)
+    only_plan(scheduler, 61.1)
+    assert scheduler.take_failures() == [], "nobody was without a pipeline for long"
+    ends(scheduler, P0, 100.0)
+    scheduler.close_pipeline(PipelineId(7), 120.0)  # one that was not open: the outage is as old as before
+    scheduler.schedule(130.0)
+    assert scheduler.take_failures() == []
+    scheduler.schedule(130.1)
+    assert [failure.request_id for failure in scheduler.take_failures()] == ["a", "b"]
+
+
+def test_time_in_line_has_its_end_in_an_outage_too() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_outage_s=30.0, max_queue_s=600.0)
+    add(scheduler, "a", "b", prompt_length=12, max_tokens=4)
+    only_plan(scheduler)
+    scheduler.suspend_pipeline(P0, 590.0)
+    scheduler.schedule(600.1)
+    assert [failure.request_id for failure in scheduler.take_failures()] == ["b"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import ProtocolError
 from common.messages import Step, TensorFrame
 from common.wire.array import array_to_frame
-from services.router.scheduling.token_counts import count_tokens
+from services.router.scheduling.request import count_tokens
 from services.stage.model.logit_adjustments import CountedTokens, KeptAdjustments, LogitAdjustments
 from services.stage.model.penalties import adjusted_logits, without_unlikely
 

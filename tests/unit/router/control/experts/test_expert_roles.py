@@ -5,10 +5,17 @@ from __future__ import annotations
 from common.ids import Incarnation, NodeId
 from common.messages import PublishPlacement
 from services.router.control.actions import Action, Tell
-from services.router.control.experts.draining import DRAIN_QUIET_S
-from services.router.control.experts.expert_roles import REPORT_INTERVAL_S, SETTLE_S
+from services.router.control.experts.expert_roles import (
+    DRAIN_DEADLINE_S,
+    DRAIN_QUIET_S,
+    REPORT_INTERVAL_S,
+    SETTLE_S,
+    Draining,
+)
 from tests.support.router.expert_shards import ALL, expert, published, roles_of, row_of, seeing, settle, told
 from tests.support.router.mesh_shapes import LAYERS
+
+A, B = NodeId("a"), NodeId("b")
 
 
 def test_the_first_placement_waits_for_the_nodes_that_are_expected() -> None:
@@ -130,8 +137,6 @@ def test_reports_of_strangers_change_nothing() -> None:
 
 
 # ---- nodes that see a part of the checkpoint
-
-
 def test_a_node_is_told_to_hold_only_experts_whose_weights_it_sees() -> None:
     roles = roles_of(num_expected=3)
     actions = [roles.join(seeing(*own), 0.0) for own in (("a", 0, 1), ("b", 1, 2), ("c", 0, 2))]
@@ -183,8 +188,6 @@ def test_a_leaving_node_is_asked_for_what_it_alone_sees_and_not_waited_for() -> 
 
 
 # ---- placements that take their time
-
-
 def test_a_loss_is_answered_before_a_new_placement_has_come() -> None:
     roles = roles_of(num_expected=3)
     actions: list[Action] = []
@@ -254,3 +257,42 @@ def test_a_node_that_comes_back_with_its_shards_unloads_nothing_before_the_place
     assert wanted == {"a": ALL}
     assert told(roles.deliver()) == {}
     assert {len(owners) for owners in published(roles).values()} == {2}
+
+
+def draining(*nodes: NodeId, since_s: float = 10.0) -> Draining:
+    made = Draining()
+    for node_id in nodes:
+        made.begin(node_id, since_s)
+    return made
+
+
+def test_it_stays_as_long_as_it_is_asked_and_goes_a_moment_after() -> None:
+    leaving = draining(A)
+    assert leaving.may_go({A, B}, False, 11.0) == []
+    assert leaving.may_go({B}, False, 12.0) == [], "its last calls are under way"
+    assert leaving.may_go({B}, False, 12.0 + DRAIN_QUIET_S) == [A]
+
+
+def test_one_that_is_asked_again_waits_again() -> None:
+    leaving = draining(A)
+    leaving.may_go(set(), False, 11.0)
+    assert leaving.may_go({A}, False, 11.1) == []
+    assert leaving.may_go(set(), False, 11.0 + DRAIN_QUIET_S) == []
+
+
+def test_where_nobody_can_take_over_nothing_is_waited_for() -> None:
+    assert draining(A, B).may_go({A, B}, True, 10.0) == [A, B]
+
+
+def test_the_wait_has_an_end_and_asking_again_does_not_move_it() -> None:
+    leaving = draining(A)
+    leaving.begin(A, 10.0 + DRAIN_DEADLINE_S / 2)
+    assert leaving.may_go({A}, False, 10.0 + 0.99 * DRAIN_DEADLINE_S) == []
+    assert leaving.may_go({A}, False, 10.0 + DRAIN_DEADLINE_S) == [A]
+
+
+def test_one_that_is_gone_is_not_named_again() -> None:
+    leaving = draining(A)
+    leaving.end(A)
+    assert A not in leaving
+    assert leaving.may_go(set(), True, 99.0) == []

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from common.errors import CapacityError, ConfigurationError
 from common.ids import NodeId
 from common.topology import ShardId
-from services.router.control.experts.placement import ExpertNodeCapacity, Placement, place_shards
+from services.router.control.experts.placement import (
+    ExpertNodeCapacity,
+    Placement,
+    level,
+    level_groups,
+    order_copies,
+    place_shards,
+    spread,
+)
 
 PLENTY = 10**12
 
@@ -250,3 +258,69 @@ def test_whatever_is_given_limits_hold(
         for shard, owners in placement.owners.items():
             if len(owners) < copies:
                 assert all(free[n] < shard_bytes[shard] for n in limit_of if n not in owners), "a copy had room"
+
+
+def test_level_is_as_even_as_sizes_allow() -> None:
+    assert level(10, [2, 9, 9], [0, 0, 0]) == [2, 4, 4]
+    assert level(100, [2, 9, 9], [0, 0, 0]) == [2, 9, 9]
+    assert level(0, [2, 9], [0, 0]) == [0, 0]
+
+
+def test_what_does_not_divide_goes_to_the_favoured() -> None:
+    assert level(7, [9, 9, 9], [0, 5, 0]) == [2, 3, 2]
+
+
+def test_group_takes_no_more_than_its_limit() -> None:
+    assert level_groups(12, [[9, 9, 9], [9]], [[0, 0, 0], [0]], group_limit=6) == [[2, 2, 2], [6]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 60), st.lists(st.integers(0, 15), min_size=1, max_size=6))
+def test_level_pours_all_that_fits(total: int, caps: list[int]) -> None:
+    quotas = level(total, caps, [0] * len(caps))
+    assert sum(quotas) == min(total, sum(caps))
+    assert all(0 <= quota <= cap for quota, cap in zip(quotas, caps, strict=True))
+    highest = max(quotas)
+    assert all(quota >= highest - 1 or quota == cap for quota, cap in zip(quotas, caps, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.lists(st.integers(0, 9), min_size=20, max_size=20),
+)
+def test_spread_keeps_both_sums_and_rounds_every_share(table: list[list[int]], current: list[int]) -> None:
+    rows, columns = [sum(row) for row in table], [sum(column) for column in zip(*table, strict=True)]
+    held = [current[4 * r : 4 * r + 4] for r in range(len(rows))]
+    result = spread(rows, columns, columns, held)
+    assert [sum(row) for row in result] == rows
+    assert [sum(column) for column in zip(*result, strict=True)] == columns
+    for row, counts in zip(rows, result, strict=True):
+        for column, count in zip(columns, counts, strict=True):
+            share = row * column / max(1, sum(rows))
+            assert share - 1 < count < share + 1
+
+
+def test_first_copies_move_along_a_chain_to_be_even() -> None:
+    """Greedy alone would leave node 2 with none: its only shard looks as good on node 1."""
+    owners = {ShardId(0, 0, 0): [1, 2], ShardId(0, 1, 0): [0, 1], ShardId(0, 2, 0): [0]}
+    primaries = [nodes[0] for nodes in order_copies(owners, 3).values()]
+    assert sorted(primaries) == [0, 1, 2]
+
+
+def test_totals_even_out_over_layers() -> None:
+    owners = {ShardId(layer, 0, 0): [0, 1] for layer in range(6)}
+    assert Counter(nodes[0] for nodes in order_copies(owners, 2).values()) == {0: 3, 1: 3}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=20))
+def test_owners_stay_the_same_and_no_single_swap_would_be_more_even(owner_sets: list[set[int]]) -> None:
+    owners = {ShardId(number % 2, number, 0): sorted(nodes) for number, nodes in enumerate(owner_sets)}
+    ordered = order_copies(owners, 5)
+    assert {shard: sorted(nodes) for shard, nodes in ordered.items()} == owners
+    for layer in range(2):
+        counts = Counter(nodes[0] for shard, nodes in ordered.items() if shard.layer == layer)
+        for shard, nodes in ordered.items():
+            if shard.layer == layer:
+                assert all(counts[nodes[0]] - counts[other] <= 1 for other in nodes[1:])

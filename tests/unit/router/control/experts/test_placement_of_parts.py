@@ -14,6 +14,7 @@ from common.ids import NodeId
 from common.topology import ShardId
 from compose.part_plan import deal_experts
 from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
+from services.router.control.experts.placing import describe_unseen, unseen_experts
 
 PLENTY = 10**6
 
@@ -153,3 +154,18 @@ def test_every_shard_has_an_owner_that_sees_it_if_any_arrangement_allows_it(
         assert able.issuperset(owners)
         if len(owners) < copies:
             assert all(not free[name] for name in able.difference(owners)), "a copy had room"
+
+
+def test_experts_are_unseen_where_all_nodes_see_parts_and_none_sees_them() -> None:
+    parts = [frozenset({0, 2}), frozenset({2, 3})]
+    assert unseen_experts(parts, 6) == (1, 4, 5)
+    assert unseen_experts([*parts, None], 6) == ()
+    assert unseen_experts([], 6) == (), "without nodes nothing is said of weights"
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [((3,), "expert 3"), ((3, 5), "experts 3, 5"), (tuple(range(11)), "experts 0, 1, 2, 3, 4, 5, 6, 7 and 3 more")],
+)
+def test_experts_that_nobody_sees_are_named_as_far_as_they_are_few(experts: tuple[int, ...], words: str) -> None:
+    assert describe_unseen(experts) == f"no expert node has the weights of {words}"

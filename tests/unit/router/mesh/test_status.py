@@ -10,8 +10,7 @@ from common.messages import Heartbeat
 from common.topology import NodeKind, StageSlot
 from services.router.control.membership import NodeState
 from services.router.engine import Readiness
-from services.router.mesh.status import MeshStatus, NodeStatus
-from services.router.mesh.view import describe_mesh
+from services.router.mesh.status import MeshStatus, NodeStatus, describe_mesh
 from tests.support.router.mesh_shapes import node
 
 BEAT = Heartbeat(1.5, 4, 40, 3, 2, 1000, 600, 0.75, 6, 1)

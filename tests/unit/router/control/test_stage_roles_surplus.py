@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from common.ids import NodeId, PipelineId
+from dataclasses import replace
+
+import pytest
+
+from common.ids import Generation, NodeId, PipelineId
 from common.messages import AssignMirror, Unassign
 from services.router.control.actions import ClosePipeline, Tell
-from services.router.control.stage_roles import StageRoles
-from services.router.control.surplus import GIVE_UP_S, Surplus
+from services.router.control.adoption import HeldCache, HeldSequence
+from services.router.control.stage_roles import GIVE_UP_S, Pipeline, StageRoles, Surplus
 from tests.support.router.mesh_shapes import node
 from tests.support.router.stage_reports import mirror_of, opened, report, roles_of
+
+A, B = NodeId("a"), NodeId("b")
+HELD = HeldCache({7: HeldSequence((1,), 4)}, (), {0: 50, 1: 50})
 
 
 def two_pipelines_and_two_mirrors() -> StageRoles:
@@ -80,3 +87,20 @@ def test_a_pipeline_with_a_hole_is_given_up_before_an_open_one() -> None:
     assert roles.pipelines.keys() == {1}, "the one that is open stays"
     assert {name: message.pipeline for name, message in mirror_of(actions).items()} == {"b": 1}
     assert (roles.num_open, roles.waits) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "sequence_id", "has_all"),
+    [
+        (Pipeline(Generation(1), (A, B), 32, held=HELD), 7, True),
+        (Pipeline(Generation(1), (A, B), 32, held=HELD), 8, False),
+        (Pipeline(Generation(1), (A, B), 32, held=replace(HELD, last_steps={0: 50})), 7, False),
+        (Pipeline(Generation(1), (A, None), 32, held=HELD), 7, False),
+        (Pipeline(Generation(1), (A, B), 32), 7, False),
+    ],
+    ids=["whole", "another sequence", "a slot did not report", "a reporter is gone", "nothing held"],
+)
+def test_a_sequence_is_worth_waiting_for_where_everybody_who_reported_it_is_there(
+    pipeline: Pipeline, sequence_id: int, has_all: bool
+) -> None:
+    assert pipeline.has_all_of(sequence_id) is has_all

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutionError
 from common.ids import Generation, PipelineId, RequestId, SequenceId
-from services.router.scheduling.blame import Blame
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
-from services.router.scheduling.request import Request
+from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.ids import LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.topology import StageSlot
-from services.router.control.mirrors import MirroredSlot, MirrorPair, Spare, choose_mirrors
+from services.router.control.mirror_roles import MirroredSlot, MirrorPair, Spare, choose_mirrors
 
 
 def held(index: int, host: str, *, numeric_class: str = "cpu", is_leaving: bool = False) -> MirroredSlot:

@@ -7,7 +7,7 @@ from common.messages import AssignShards
 from common.topology import ShardId
 from common.wire.array import frame_to_array
 from services.router.control.actions import Tell
-from services.router.control.experts.draining import DRAIN_QUIET_S
+from services.router.control.experts.expert_roles import DRAIN_QUIET_S
 from tests.support.router.expert_shards import ALL, expert, published, ready_roles, roles_of, settle, told
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS
 
