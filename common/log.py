@@ -1,17 +1,22 @@
-"""structlog set-up: one JSON line an event on stderr, with the service's name in each.
+"""The log of a process: one JSON line an event on stderr, with the service's name in each.
 
-A module that logs has a logger of its own: `log = structlog.get_logger(__name__)`.
+A module that logs has a logger of its own: `log = structlog.get_logger(__name__)`. The lines may go to a file or pipe
+that does not take them: a disk that hangs, a reader that has stopped. So a thread of its own writes them, and only that
+one waits.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import queue
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import structlog
-
-from common.log_stream import LogStream
 
 
 def configure_log(service: str, level: str, stream: TextIO | LogStream | None = None) -> structlog.stdlib.BoundLogger:
@@ -38,3 +43,93 @@ def configure_log(service: str, level: str, stream: TextIO | LogStream | None = 
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger()
     return logger
+
+
+MAX_PIECES = 20_000
+"""A line has two, itself and its end. What comes while so many wait is counted and dropped."""
+
+
+class LogStream:
+    """What `print` needs of a file. `write` never waits."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        """`write` may wait as long as it likes, and raise OSError."""
+        self._write = write
+        self._pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._num_dropped = 0
+        """Lines."""
+        self._is_end_dropped = False
+        self._writer_pid = 0
+        """Of the process that the thread runs in: it begins with the first line, and a fork has none of its own."""
+
+    def write(self, text: str) -> int:
+        """Hand it in. `print` hands in a line, then its end: either both are dropped or none."""
+        if self._writer_pid != os.getpid() and not self._begin():
+            self._try(text)
+        elif text == "\n":
+            if not self._is_end_dropped:
+                self._pieces.put(text)
+            self._is_end_dropped = False
+        elif self._pieces.qsize() < MAX_PIECES:
+            self._pieces.put(text)
+        else:
+            self._num_dropped += 1
+            self._is_end_dropped = True
+        return len(text)
+
+    def flush(self) -> None:
+        """The thread does that after each line."""
+
+    def drain(self, within_s: float) -> bool:
+        """Until everything that was handed in is written; False if it is not in that time."""
+        if self._writer_pid != os.getpid():
+            return True  # nothing was
+        is_written = threading.Event()
+        self._pieces.put(is_written)
+        return is_written.wait(within_s)
+
+    def _begin(self) -> bool:
+        """Have a thread. False where there may be none: then lines are written by whoever has them, and wait."""
+        pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
+        try:
+            threading.Thread(target=self._run, args=(pieces,), name="log", daemon=True).start()
+        except RuntimeError:
+            return False
+        self._pieces, self._writer_pid = pieces, os.getpid()
+        return True
+
+    def _run(self, waiting: queue.SimpleQueue[str | threading.Event]) -> None:
+        while True:
+            pieces = [waiting.get()]
+            while not waiting.empty():
+                pieces.append(waiting.get())
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+            if self._num_dropped and text.endswith("\n"):
+                number, self._num_dropped = self._num_dropped, 0
+                text += json.dumps({"event": "log_lines_dropped", "level": "warning", "number": number}) + "\n"
+            self._try(text)
+            for piece in pieces:
+                if isinstance(piece, threading.Event):
+                    piece.set()
+
+    def _try(self, text: str) -> None:
+        try:
+            if text:
+                self._write(text)
+        except OSError:
+            return  # nobody reads it any more, or the disk is full: there is nowhere to say so
+
+
+def unbuffered(stream: TextIO) -> Callable[[str], object]:
+    """Writes to a stream past its buffer, whose lock would be held while the disk is waited for."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # a stand-in without a file
+        return stream.write
+
+    def write(text: str) -> None:
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write

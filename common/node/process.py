@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,14 +16,16 @@ from typing import NoReturn
 
 import structlog
 
-from common.checkpoint.part import SeenCheckpoint, refuse_useless_part
+from common.checkpoint.directory import resolve_model
+from common.checkpoint.model_config import ModelConfig, read_model_config
+from common.checkpoint.part import SeenCheckpoint, refuse_useless_part, see_checkpoint
 from common.config import Settings, setting_names
 from common.errors import MoemeshError, NodeLostError, ProtocolError
-from common.log import configure_log
-from common.log_stream import LogStream, unbuffered
+from common.log import LogStream, configure_log, unbuffered
 from common.misspelt_settings import misspelt_settings
 from common.node.control_link import ControlLink, bind_lifeline, draw_identity, find_addresses
-from common.node.descriptors import raise_descriptor_limit
+from common.node.loader_thread import LoaderThread
+from common.processes.memory import offered_bytes
 from common.topology import NodeDescription, NodeKind
 from common.wire.socket_files import LostFile
 from common.wire.socket_limits import SocketLimits
@@ -169,3 +172,49 @@ def end_process(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
+
+
+class NodeResources:
+    """What outlives an incarnation of a node: what does not change, and the wish to stop.
+
+    It is made once a process, without torch. Kernels and weights are the node's own to keep.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: structlog.stdlib.BoundLogger,
+        free_bytes: Callable[[ModelConfig], int] = lambda config: offered_bytes(),
+    ) -> None:
+        """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
+        be served."""
+        self.should_stop = StopFlag()
+        self.log = log
+        self.checkpoint = resolve_model(settings.model)
+        self.config = read_model_config(self.checkpoint)
+        # Once: what an incarnation holds does not make the next one smaller.
+        capacity_bytes = settings.capacity_bytes or free_bytes(self.config)
+        self.settings = settings.model_copy(update={"capacity_bytes": capacity_bytes})
+        self.seen = see_checkpoint(self.checkpoint, self.config)
+        self.loader = LoaderThread()
+        self.router_term = 0
+        """The highest one heard: a router that was fenced stays so."""
+
+
+MAX_DESCRIPTORS = 1 << 16
+"""More than any mesh of this kind needs; without a bound a container's limit of a billion would be asked for."""
+
+
+def raise_descriptor_limit() -> None:
+    """As far as the system lets a process by itself: a shell's usual 1,024 are for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # a sandbox may forbid it; what there is must do then
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptor_limit() -> int:
+    """What this process may have open at once."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft

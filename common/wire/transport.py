@@ -12,6 +12,7 @@ import contextlib
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -24,7 +25,6 @@ from zmq.utils.monitor import recv_monitor_message
 from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
 from common.messages import Header, Message
 from common.wire.codec import decode, encode
-from common.wire.echo import Echo
 from common.wire.socket_files import DiskCanary, LostFile, SocketFile
 from common.wire.socket_limits import SocketLimits
 
@@ -325,3 +325,34 @@ def _bind_again(raw: zmq.Socket[bytes], endpoint: str) -> None:
 
 def _size(frames: Sequence[bytes | memoryview]) -> int:
     return sum(len(frame) for frame in frames)
+
+
+class Echo:
+    """Sends whatever comes in over one connection back over it, on threads that do nothing else, until `close`.
+
+    Whoever sends something learns how long this process takes to answer when its main thread computes, holds the
+    interpreter or waits: the loop that answers is libzmq's own (`zmq_proxy`), which runs without the interpreter, and
+    its context has an I/O thread to itself. What is silent here is stopped, cut off, or on a host that has no time for
+    it.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], raw: zmq.Socket[bytes], endpoint: str) -> None:
+        """`context` has no other socket; both belong to the echo from now on."""
+        self.endpoint = endpoint
+        self._context = context
+        self._raw = raw
+        self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it; returns when it has ended."""
+        self._context.term()  # waits for the socket, which only the thread may close
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            zmq.proxy(self._raw, self._raw)
+        except zmq.ContextTerminated:
+            return
+        finally:
+            self._raw.close(linger=0)

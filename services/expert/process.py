@@ -9,8 +9,7 @@ from common.compute.cuda import open_device
 from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
-from common.node.process import describe_node, open_transport, run_lives
-from common.node.resources import NodeResources
+from common.node.process import NodeResources, describe_node, open_transport, run_lives
 from common.topology import NodeKind
 from common.wire.transport import RoutingSocket
 from services.expert.service import ExpertService

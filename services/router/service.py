@@ -23,8 +23,7 @@ from common.errors import ConfigurationError, FencedError
 from common.ids import NodeId
 from common.messages import Welcome
 from common.node.control_link import NodeAddresses, find_addresses
-from common.node.descriptors import descriptor_limit
-from common.node.process import StopFlag, open_transport
+from common.node.process import StopFlag, descriptor_limit, open_transport
 from common.wire.codec import ITEM_BYTES
 from common.wire.transport import Transport
 from services.router.control.experts.expert_roles import ExpertRoles

@@ -16,7 +16,6 @@ OWN = ("common", "services", "compose", "chaos", "tests")
 PURE_PACKAGES = ("services.router.scheduling", "services.router.control")
 PURE_MODULES = (
     "common.checkpoint.model_config",
-    "common.checkpoint.model_refusals",
     "common.checkpoint.rope_config",
     "common.errors",
     "common.ids",
@@ -54,7 +53,6 @@ MAX_FILES = 12
 CATALOGS = ("chaos/faults", "compose/demo/tasks", "tests/benchmarks")
 """Folders of like things, of which there may be as many as there are."""
 AWAIT_MERGES = (
-    "common/compute",
     "compose",
     "compose/demo",
     "services/stage/model",
@@ -142,14 +140,12 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
         "common.topology": ("common.ids",),
         "common.wire.codec": ("common.ids", "common.errors", "common.messages"),
         "common.wire.socket_files": (),
-        "common.wire.echo": (),
         "common.wire.socket_limits": (),
         "common.wire.transport": (
             "common.ids",
             "common.errors",
             "common.messages",
             "common.wire.codec",
-            "common.wire.echo",
             "common.wire.socket_files",
             "common.wire.socket_limits",
         ),

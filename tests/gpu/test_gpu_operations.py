@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from common.compute.cuda import CudaDevice
-from common.compute.device_linear import ROWS
 from common.compute.gated_ffn import GatedExpert
-from common.compute.linear import PackedLinear
+from common.compute.linear import DEVICE_ROWS, PackedLinear
 from common.compute.rms_norm import rms_norm
 from common.compute.row_reduction import folded_softmax, folded_sum
 from common.compute.torch_elementwise import exponential, silu
@@ -28,7 +27,7 @@ from services.stage.model.paged_attention import (
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 300
-COUNTS = (1, 2, 3, 8, 17, ROWS - 1, ROWS, ROWS + 1, 130, MOST)
+COUNTS = (1, 2, 3, 8, 17, DEVICE_ROWS - 1, DEVICE_ROWS, DEVICE_ROWS + 1, 130, MOST)
 SIZES = ((1, 1), (65, 33), (96, 1024), (1536, 4096), (4096, 1536), (70, 4096), (257, 513), (32000, 512))
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
@@ -62,9 +61,9 @@ def test_linear(gpu: CudaDevice, dtype: torch.dtype, n: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_place_within_a_product_is_nothing_to_it(gpu: CudaDevice, dtype: torch.dtype) -> None:
     linear = PackedLinear(random(1536, 2048, dtype=dtype).to(gpu.place), kernels=None)
-    x = random(ROWS, 2048, dtype=dtype, seed=1).to(gpu.place)
+    x = random(DEVICE_ROWS, 2048, dtype=dtype, seed=1).to(gpu.place)
     together = linear(x)
-    for shift in range(1, ROWS):
+    for shift in range(1, DEVICE_ROWS):
         assert torch.equal(linear(x.roll(shift, 0)), together.roll(shift, 0)), shift
 
 

@@ -1,6 +1,6 @@
 """Paged attention where no native kernels are, on a CPU or a device: the same fold over KV tiles, in torch.
 
-As in common/compute/torch_linear.py every product has one fixed shape, TOKENS tokens against one tile each, so that a
+As in common/compute/linear.py every product has one fixed shape, TOKENS tokens against one tile each, so that a
 token's bits do not depend on who shares the call.
 """
 

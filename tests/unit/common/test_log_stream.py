@@ -13,8 +13,7 @@ import time
 import pytest
 import structlog
 
-from common.log import configure_log
-from common.log_stream import MAX_PIECES, LogStream, unbuffered
+from common.log import MAX_PIECES, LogStream, configure_log, unbuffered
 
 
 def test_lines_come_whole_and_in_order() -> None:

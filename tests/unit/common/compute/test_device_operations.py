@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.compute.device_linear import ROWS, DeviceLinear
 from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
-from common.compute.linear import PackedLinear
+from common.compute.linear import DEVICE_ROWS, DeviceLinear, PackedLinear
 from common.compute.rms_norm import add_rms_norm, rms_norm
 from common.compute.rotary import apply_rotary
 from common.compute.row_reduction import folded_softmax, folded_sum, mean_of_squares
@@ -19,7 +18,7 @@ from tests.support.nodes.simulated_gpu import PLACE, hidden_waits, simulated_gpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 150
-COUNTS = (1, 2, 17, ROWS, ROWS + 1, MOST)
+COUNTS = (1, 2, 17, DEVICE_ROWS, DEVICE_ROWS + 1, MOST)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

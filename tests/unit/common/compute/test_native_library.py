@@ -14,12 +14,13 @@ import pytest
 import structlog
 
 from common.compute import native_library
-from common.compute.cache_folder import compiler_turn, default_cache_folder
 from common.compute.native_library import (
     INSTRUCTION_SETS,
     bits_variant,
     compile_cached,
     compile_to,
+    compiler_turn,
+    default_cache_folder,
     find_compiler,
     library_name,
     load_native_kernels,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.compute.staging import (
+from common.compute.device import (
     ALIGNMENT_BYTES,
     HANG_S,
     LOOK_S,

@@ -12,10 +12,10 @@ import pytest
 def test_a_process_raises_its_own_limit_as_far_as_it_may_and_needs(soft: int, hard: int, after: int) -> None:
     script = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
-        "from common.node import descriptors\n"
-        "descriptors.WANTED = 300\n"
-        "descriptors.raise_descriptor_limit()\n"
-        "print(descriptors.descriptor_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[1])"
+        "from common.node import process\n"
+        "process.MAX_DESCRIPTORS = 300\n"
+        "process.raise_descriptor_limit()\n"
+        "print(process.descriptor_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[1])"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.split() == [str(after), str(hard)]

@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _stop_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes' own handlers stay out of the test's process."""
-    monkeypatch.setattr("common.node.resources.StopFlag", lambda: lambda: False)
+    monkeypatch.setattr("common.node.process.StopFlag", lambda: lambda: False)
 
 
 class Weights:

@@ -16,8 +16,7 @@ import pytest
 
 from common.processes import fork_server
 from common.processes.fork_child import MAX_MESSAGE_BYTES
-from common.processes.fork_server import ForkedProcess, ForkServer, ImportsUnderWayError
-from common.processes.local_starter import LocalStarter
+from common.processes.fork_server import ForkedProcess, ForkServer, ImportsUnderWayError, LocalStarter
 from tests.support.processes.process_table import is_alive
 from tests.support.processes.waiting import wait_until
 

@@ -12,8 +12,7 @@ import pytest
 
 from common.errors import ConfigurationError, DeadlineError, NodeLostError
 from common.processes.folder_lock import lock_folder
-from common.processes.fork_server import ImportsUnderWayError
-from common.processes.local_starter import LocalStarter
+from common.processes.fork_server import ImportsUnderWayError, LocalStarter
 from common.processes.supervisor import (
     KILLED_S,
     LOOK_INTERVAL_S,
