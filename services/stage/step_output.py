@@ -1,22 +1,23 @@
 """What a stage sends on when a step is through. No sockets.
 
-T tokens, D model width, S sequences that sample a token.
+T tokens, D model width, Q sequences of a micro-batch, S of them that sample a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.messages import NO_ARRAY, Step, StepResult
+from common.messages import NO_ARRAY, Step, StepResult, TensorFrame
 from common.node.control_link import HeldState
-from common.wire.array import BoolArray, array_to_frame
+from common.wire.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
 from common.wire.tensor import tensor_to_frame
-from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.model.executor import Finished
+from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.sampling import sample
 from services.stage.slot.slot import Slot
 
@@ -93,3 +94,23 @@ def describe_held(slot: Slot | None) -> HeldState:
         sequences=array_to_frame(sequences),
         blocks=array_to_frame(blocks),
     )
+
+
+def degraded_sequences(step: Step, batch: MicroBatch, degraded_rows: Collection[int]) -> BoolArray:
+    """[Q]: what the step says of the stages before, and the sequences of these token rows.
+
+    Raises ProtocolError if the step has another number of flags than sequences.
+    """
+    num_sequences = batch.block_tables.shape[0]
+    degraded = np.zeros(num_sequences, dtype=np.bool_)
+    if step.degraded.shape != (0,):
+        before: Uint8Array = frame_to_array(step.degraded, "uint8", (num_sequences,), "Step.degraded")
+        degraded |= before != 0
+    if degraded_rows:
+        degraded[batch.row_sequence.numpy()[sorted(degraded_rows)]] = True
+    return degraded
+
+
+def flags_frame(flags: BoolArray) -> TensorFrame:
+    """uint8 of the same length, or nothing where no flag is set."""
+    return array_to_frame(flags.astype(np.uint8)) if flags.any() else NO_ARRAY

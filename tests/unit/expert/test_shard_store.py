@@ -14,8 +14,7 @@ from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.native_library import NativeKernels
 from common.errors import CheckpointError, ExecutionError
 from common.topology import ShardId
-from services.expert.shard_probe import ProbeAnswer
-from services.expert.shard_store import ShardStore
+from services.expert.shard_store import ProbeAnswer, ShardStore
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SHARDED, QWEN3, Recipe, write_checkpoint
 from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 

@@ -11,8 +11,8 @@ import torch
 from common.errors import ProtocolError
 from common.messages import NO_ARRAY, Step
 from common.wire.array import array_to_frame
-from services.stage.degradation import degraded_sequences, flags_frame
 from services.stage.model.micro_batch import BlockTables, MicroBatch, read_micro_batch
+from services.stage.step_output import degraded_sequences, flags_frame
 
 
 def batch() -> tuple[Step, MicroBatch]:
