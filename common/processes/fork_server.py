@@ -189,7 +189,7 @@ class ForkServer:
                 except OSError:
                     self._give_up()
                     return
-                self._take(message)
+                self._handle(message)
 
     def close(self) -> None:
         """End it, and all that it has forked and that still runs."""
@@ -223,10 +223,10 @@ class ForkServer:
                 process = ForkedProcess(self, message["forked"], descriptors[0])
                 self._running[process.pid] = process
                 return process
-            self._take(message)
+            self._handle(message)
         raise TimeoutError(f"the process that forks did not answer within {REPLY_S:.0f} s")
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         if "ended" in message:
             process = self._running.pop(message["ended"], None)
             if process is not None:

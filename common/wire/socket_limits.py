@@ -23,7 +23,7 @@ class SocketLimits:
     Silence closes a connection after 3 to 3.5 s, on either side. Shorter, and a link that loses a third of its packets
     breaks every few seconds, although each message arrives after one or two resends; each such break costs a pipeline
     generation. Who is stopped or cut off is seen earlier: nodes by the router (`common/node/silence.py`), expert nodes
-    by what they owe (`services/stage/experts/outliers.py`).
+    by what they owe (`services/stage/experts/hedging.py`).
     """
     handshake_timeout_ms: int = 1000
     """A stopped process's kernel accepts connections; without this limit a new one would wait for it 30 s."""

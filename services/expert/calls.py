@@ -87,7 +87,7 @@ class CallQueue:
         self._calls = kept
         return num_dropped
 
-    def take_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
+    def pop_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
         """All calls of the next layer, and how many calls were dropped since nobody waits for them any more."""
         live = deque(c for c in self._calls if not c.header.time_left_ms or now_s < _expires_s(c))
         expired = len(self._calls) - len(live)
@@ -113,7 +113,7 @@ class LayerAnswer:
     order: Tensor | None
     """Of the computed rows among those that were asked for; None: the same."""
 
-    def take(self) -> list[Tensor]:
+    def collect(self) -> list[Tensor]:
         """Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights;
         they are the host's business, where a sum has one order. Waits for the device."""
         (computed,) = self.download.take()

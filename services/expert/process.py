@@ -13,7 +13,7 @@ from common.node.process import NodeResources, describe_node, open_transport, ru
 from common.topology import NodeKind
 from common.wire.transport import RoutingSocket
 from services.expert.service import ExpertService
-from services.expert.shard_loader import HeldShards, ShardKeeper
+from services.expert.shard_loader import HeldShards, ShardLoader
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
@@ -52,7 +52,7 @@ class ExpertProcess:
             )
             node.control.router_term = own.router_term
             log = own.log.bind(node=node.control.description.node_id)
-            shards = ShardKeeper(
+            shards = ShardLoader(
                 own.config,
                 own.checkpoint,
                 self._kernels,
@@ -62,7 +62,7 @@ class ExpertProcess:
                 loader=own.loader,
                 device=self._device,
             )
-            self._held = None  # the keeper lets shards go that are not wanted any more
+            self._held = None  # the loader lets shards go that are not wanted any more
             service = ExpertService(own.config, shards, node.control, sockets[0], log)
             try:
                 service.run(own.should_stop)

@@ -29,7 +29,7 @@ from common.node.control_link import ControlLink
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, RoutingSocket
 from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
-from services.expert.shard_loader import ShardKeeper
+from services.expert.shard_loader import ShardLoader
 
 POLL_MS = 50
 LEAVE_DEADLINE_S = 15.0
@@ -38,7 +38,7 @@ MAX_UNDER_WAY = 2
 
 
 @dataclass(slots=True)
-class Counters:
+class ExpertCounters:
     """What heartbeats carry."""
 
     busy_seconds: float = 0.0
@@ -55,7 +55,7 @@ class ExpertService:
     def __init__(
         self,
         config: ModelConfig,
-        shards: ShardKeeper,
+        shards: ShardLoader,
         control: ControlLink,
         calls: RoutingSocket,
         log: structlog.stdlib.BoundLogger,
@@ -70,7 +70,7 @@ class ExpertService:
         self._queue = CallQueue()
         self._under_way: deque[LayerAnswer] = deque()
         self._last_done_s = 0.0
-        self._counters = Counters()
+        self._counters = ExpertCounters()
         control.describe_held = shards.describe_held
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -91,9 +91,9 @@ class ExpertService:
                     break
             poller.poll(0 if self._has_work else (5 if self._shards.is_loading else POLL_MS))
             now_s = self._clock()
-            self._take_control(now_s)
+            self._receive_control(now_s)
             self._shards.poll(now_s)
-            self._take_calls(now_s)
+            self._receive_calls(now_s)
             self._begin_layer(now_s)
             self._answer_done()
             self._control.beat(now_s, self._load)
@@ -104,7 +104,7 @@ class ExpertService:
 
     # ---- control
 
-    def _take_control(self, now_s: float) -> None:
+    def _receive_control(self, now_s: float) -> None:
         for message, header in self._control.receive(now_s):
             try:
                 if not isinstance(message, AssignShards):
@@ -117,7 +117,7 @@ class ExpertService:
 
     # ---- calls
 
-    def _take_calls(self, now_s: float) -> None:
+    def _receive_calls(self, now_s: float) -> None:
         while (received := self._socket.receive()) is not None:
             identity, message, header = received
             if isinstance(message, CancelCall):
@@ -138,7 +138,7 @@ class ExpertService:
         """Let the calls that have waited longest be computed. On a processor they are done when this returns."""
         if not len(self._queue) or self._shards.store is None or len(self._under_way) >= MAX_UNDER_WAY:
             return
-        calls, expired = self._queue.take_layer(now_s)
+        calls, expired = self._queue.pop_layer(now_s)
         self._counters.dropped += expired
         if not calls:
             return
@@ -158,7 +158,7 @@ class ExpertService:
                 if not answer.download.is_ready():
                     return
                 with torch.inference_mode():
-                    rows = answer.take()
+                    rows = answer.collect()
             except (MoemeshError, ValueError, RuntimeError) as error:
                 self._under_way.popleft()
                 self._fail_calls(answer.calls, error)

@@ -35,7 +35,7 @@ RETRY_S = 5.0
 
 
 @dataclass(slots=True)
-class Assignment:
+class ShardAssignment:
     """What the router wants held, and how far that is."""
 
     version: int
@@ -58,7 +58,7 @@ class HeldShards(NamedTuple):
     dtype: torch.dtype
 
 
-class ShardKeeper:
+class ShardLoader:
     """Holds what the newest assignment wants. The owner calls `poll` in each round of its loop."""
 
     def __init__(
@@ -87,7 +87,9 @@ class ShardKeeper:
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
         self._open_at_s = 0.0
-        self._assignment = Assignment(version=0, reported=True)  # nothing is wanted or let go before the router says so
+        self._assignment = ShardAssignment(
+            version=0, reported=True
+        )  # nothing is wanted or let go before the router says so
         self._num_reports = 0
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
         self.store: ShardStore | None = held.store if held is not None else None
@@ -117,10 +119,10 @@ class ShardKeeper:
         if stamp == newest:
             self._assignment.reported, self._assignment.next_report_s = False, 0.0
         elif stamp > newest:
-            self._take(message, router_term)
+            self._replace_assignment(message, router_term)
         return stamp >= newest
 
-    def _take(self, message: AssignShards, router_term: int) -> None:
+    def _replace_assignment(self, message: AssignShards, router_term: int) -> None:
         num_slices, dtype = self._control.settings.num_slices, DTYPES[self._control.settings.dtype]
         shape = (self._config.num_layers, self._config.num_experts, num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
@@ -132,7 +134,7 @@ class ShardKeeper:
         absent = wanted.difference(self.store)
         urgent = {shard for shard in absent if bitmap[shard] > 1}
         missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
-        self._assignment = Assignment(message.version, router_term, wanted, missing, urgent)
+        self._assignment = ShardAssignment(message.version, router_term, wanted, missing, urgent)
         self._drop_unwanted(self.store)
         self._log.info(
             "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)

@@ -24,9 +24,9 @@ from services.stage.ranks.memory_needs import num_memories
 from services.stage.ranks.open_collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
-from services.stage.slot.mirror_link import MirrorLink
+from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import LoadedLayers
-from services.stage.slot.stage_worker import SlotKeeper
+from services.stage.slot.stage_worker import StageWorker
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
@@ -118,7 +118,7 @@ class StageProcess:
             )
             node.control.router_term = own.router_term
             log = own.log.bind(node=node.control.description.node_id)
-            keeper = SlotKeeper(
+            worker = StageWorker(
                 own.config,
                 own.checkpoint,
                 self._num_positions,
@@ -131,10 +131,10 @@ class StageProcess:
                 self.ranks,
                 device=self._device,
             )
-            self._loaded = None  # the keeper lets the layers go when it gets others
+            self._loaded = None  # the worker lets the layers go when it gets others
             experts = ExpertClient(ExpertNodes(transport, node.ipc_token, own.config.num_experts, log), log)
             mirror_link = MirrorLink(transport, node.ipc_token, log)
-            service = StageService(own.config, keeper, experts, node.control, sockets[0], mirror_link, log)
+            service = StageService(own.config, worker, experts, node.control, sockets[0], mirror_link, log)
             try:
                 service.run(own.should_stop)
             except RuntimeError as error:
@@ -142,7 +142,7 @@ class StageProcess:
                 raise
             finally:
                 own.router_term = node.control.router_term
-                self._loaded = keeper.loaded
-                keeper.close()
+                self._loaded = worker.loaded
+                worker.close()
         finally:
             transport.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -32,15 +32,14 @@ from common.node.control_link import ControlLink, HeldState
 from common.wire.array import frame_to_array
 from common.wire.tensor import DTYPES, frame_to_tensor
 from common.wire.transport import Full, MessageSocket
-from services.stage.experts.client import ExpertClient
-from services.stage.model.executor import Finished, WantsExperts
+from services.stage.experts.client import CallDone, ExpertClient
+from services.stage.model.executor import Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.slot.mirror_intake import MirrorIntake
-from services.stage.slot.mirror_link import MirrorLink
-from services.stage.slot.slot import Refused, Slot, Taken
-from services.stage.slot.stage_worker import SlotKeeper
-from services.stage.stage_heartbeat import Counters, describe_stage
+from services.stage.slot.mirror_receiver import MirrorIntake
+from services.stage.slot.mirror_sender import MirrorLink
+from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
+from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import describe_held, passed_on, relayed
 
 POLL_MS = 50
@@ -55,7 +54,7 @@ class StageService:
     def __init__(
         self,
         config: ModelConfig,
-        keeper: SlotKeeper,
+        worker: StageWorker,
         experts: ExpertClient,
         control: ControlLink,
         steps: MessageSocket,
@@ -64,7 +63,7 @@ class StageService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._keeper = keeper
+        self._worker = worker
         self._experts = experts
         self._control = control
         self._steps = steps
@@ -72,11 +71,13 @@ class StageService:
         self._log = log
         self._clock = clock
         self._last_registered_s = clock()
-        self._mirror_intake = MirrorIntake(keeper, control, log)
+        self._mirror_intake = MirrorIntake(control, log)
         control.describe_held = self._describe_held
+        self._waiting: dict[int, tuple[Executor, RunningBatch]] = {}
+        """Batches that wait for their experts, by number of the call."""
         self._unsent: deque[tuple[Message, Header, float]] = deque()
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
-        self._counters = Counters()
+        self._counters = StageCounters()
         self._role_number = 0
         """Of the role that is followed now; 0: none."""
         self._newest_role_number = 0
@@ -93,23 +94,22 @@ class StageService:
                 leave_by_s = leave_by_s or self._begin_leaving(now_s)
                 if now_s >= leave_by_s or not self._control.registered:
                     break
-            slot = self._keeper.slot
+            slot = self._worker.slot
             has_work = slot is not None and (slot.executor.has_work or self._mirror_link.wants_to_send)
             self._poller.poll(0 if has_work else self._experts.wait_ms(now_s, POLL_MS))
             now_s = self._clock()
-            self._take_control(now_s)
-            self._answer_assignment(self._keeper.poll())
-            self._keeper.grow()
-            if not self._keeper.waits_for_quiet:
-                self._take_steps(now_s)
-            self._mirror_intake.acknowledge()
-            self._experts.receive(now_s)
-            self._experts.check_deadlines(now_s)
+            self._receive_control(now_s)
+            self._answer_assignment(self._worker.poll())
+            self._worker.grow()
+            if not self._worker.waits_for_quiet:
+                self._receive_steps(now_s)
+            self._mirror_intake.acknowledge(self._worker.mirror)
+            self._end_calls(now_s)
             if self._experts.connect_unopened(now_s):
                 self._watch_sockets()
             self._send_unsent(now_s)
             self._feed_mirror(now_s)
-            slot = self._keeper.slot
+            slot = self._worker.slot
             if slot is not None and slot.executor.has_work:
                 self._run_one(slot)
             self._forget_after_long_silence(now_s)
@@ -121,14 +121,14 @@ class StageService:
     def _describe_held(self) -> HeldState:
         """What goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all steps of
         before, none is taken that could give a block to another sequence."""
-        if self._keeper.slot is not None:
-            self._keeper.slot.takes_steps = False
-        return describe_held(self._keeper.slot)
+        if self._worker.slot is not None:
+            self._worker.slot.takes_steps = False
+        return describe_held(self._worker.slot)
 
     def _forget_after_long_silence(self, now_s: float) -> None:
         if self._control.registered:
             self._last_registered_s = now_s
-        elif now_s - self._last_registered_s > KEEP_STATE_S and self._keeper.slot is not None:
+        elif now_s - self._last_registered_s > KEEP_STATE_S and self._worker.slot is not None:
             self._log.warning("state_forgotten", reason=f"no router for {KEEP_STATE_S:.0f} s")
             self._become_spare()
             self._newest_role_number = 0
@@ -138,15 +138,15 @@ class StageService:
         self._control.leave("stopped")
         return now_s + LEAVE_DEADLINE_S
 
-    def _take_control(self, now_s: float) -> None:
+    def _receive_control(self, now_s: float) -> None:
         for message, header in self._control.receive(now_s):
             try:
                 if isinstance(message, AssignStage | AssignMirror | Unassign):
-                    self._take_role(message, header, now_s)
+                    self._follow_role(message, header, now_s)
                 elif isinstance(message, MirrorTo):
                     self._mirror_to(message, header)
                 elif isinstance(message, PublishPlacement):
-                    self._take_placement(message, header, now_s)
+                    self._apply_placement(message, header, now_s)
                 else:
                     raise ProtocolError(f"a stage does not take {type(message).__name__}")
             except LIFE_ENDING_ERRORS:
@@ -155,7 +155,7 @@ class StageService:
                 self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
                 self._control.fail(error, header)
 
-    def _take_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
+    def _follow_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
         """The newest role counts, whenever older ones come; told again, it changes nothing: heartbeats say what became
         of it."""
         number = header.generation
@@ -170,16 +170,16 @@ class StageService:
             self._assign(message, header, now_s)
 
     def _assign(self, message: AssignStage | AssignMirror, header: Header, now_s: float) -> None:
-        if self._keeper.slot is not None:
-            self._keeper.slot.takes_steps = False  # those that wait are void; they must not touch block tables either
+        if self._worker.slot is not None:
+            self._worker.slot.takes_steps = False  # those that wait are void; they must not touch block tables either
         # Rows that wait in the socket are part of what is taken over.
-        self._take_steps(now_s)
+        self._receive_steps(now_s)
         self._forget_steps()
         self._check_block_tokens()
         self._tell_experts_settings()
-        former = self._keeper.slot
-        outcome = self._keeper.assign(message, header, self._dtype)
-        slot = self._keeper.slot
+        former = self._worker.slot
+        outcome = self._worker.assign(message, header, self._dtype)
+        slot = self._worker.slot
         # Under the same lease, too, a pool of another size is other memory: what the mirror lacks was of the former.
         if (
             former is None
@@ -192,7 +192,7 @@ class StageService:
         self._watch_sockets()
 
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:
-        slot = self._keeper.slot
+        slot = self._worker.slot
         if slot is None or slot.role.lease_term != message.lease_term:
             self._counters.dropped += 1  # of a lease before this one
         elif self._mirror_link.obey(message, header):
@@ -205,16 +205,16 @@ class StageService:
         self._experts.degrade_after_s = settings.degrade_after_ms / 1000 if settings.expert_loss == "degrade" else None
         self._experts.nodes.expect(settings.num_slices)
 
-    def _take_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
+    def _apply_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
         self._tell_experts_settings()
         settings = self._control.settings
-        if self._experts.take_placement(message, header.router_term, settings.num_slices, now_s):
+        if self._experts.apply_placement(message, header.router_term, settings.num_slices, now_s):
             self._watch_sockets()
 
-    def _answer_assignment(self, outcome: Taken | Refused | None) -> None:
-        if isinstance(outcome, Taken):
+    def _answer_assignment(self, outcome: RoleTaken | RoleRefused | None) -> None:
+        if isinstance(outcome, RoleTaken):
             self._control.send(outcome.ready, outcome.header)
-        elif isinstance(outcome, Refused):
+        elif isinstance(outcome, RoleRefused):
             self._control.fail(outcome.error, outcome.header)
 
     def _check_block_tokens(self) -> None:
@@ -226,25 +226,26 @@ class StageService:
         self._role_number = 0
         self._forget_steps()
         self._mirror_link.stop()
-        self._keeper.forget()
+        self._worker.forget()
         self._watch_sockets()
 
     def _forget_steps(self) -> None:
         self._experts.abandon()
+        self._waiting.clear()
         self._unsent.clear()
 
     # ---- steps
 
-    def _take_steps(self, now_s: float) -> None:
+    def _receive_steps(self, now_s: float) -> None:
         while (received := self._steps.receive()) is not None:
             message, header = received
             if isinstance(message, MirrorRows | MirrorBlocks):
-                self._mirror_intake.take(message, header)
+                self._mirror_intake.apply(self._worker.mirror, message, header)
                 continue
             if isinstance(message, MirrorAck):
                 self._mirror_link.acknowledged(message, header)
                 continue
-            slot = self._keeper.slot
+            slot = self._worker.slot
             stamp = (header.router_term, header.generation)
             if slot is None or not isinstance(message, Step) or not slot.takes(stamp):
                 self._counters.dropped += 1
@@ -256,7 +257,7 @@ class StageService:
                 self._break_step(error, header)
 
     def _feed_mirror(self, now_s: float) -> None:
-        slot = self._keeper.slot
+        slot = self._worker.slot
         if slot is not None and self._mirror_link.pump(slot.held, now_s):
             self._watch_sockets()
 
@@ -313,24 +314,21 @@ class StageService:
         self._counters.busy_seconds += self._clock() - began_s
 
     def _call_experts(self, slot: Slot, outcome: WantsExperts) -> None:
-        running = outcome.running
-
-        def failed(error: MoemeshError) -> None:
-            slot.executor.drop(running)
-            self._fail_step(error, running.header)
-
         now_s = self._clock()
-        deadline_s = min(running.deadline_s, now_s + self._control.settings.call_deadline_ms / 1000)
-        self._experts.start(
-            outcome.call,
-            running.header,
-            now_s,
-            deadline_s,
-            on_done=lambda answer: slot.executor.resume(running, answer),
-            on_failed=failed,
-            on_degraded=running.degraded_rows.update,
-            on_retried=running.count_retried,
-        )
+        deadline_s = min(outcome.running.deadline_s, now_s + self._control.settings.call_deadline_ms / 1000)
+        number = self._experts.start(outcome.call, outcome.running.header, now_s, deadline_s)
+        self._waiting[number] = (slot.executor, outcome.running)
+
+    def _end_calls(self, now_s: float) -> None:
+        for ended in self._experts.poll(now_s):
+            executor, running = self._waiting.pop(ended.number)
+            if isinstance(ended, CallDone):
+                running.degraded_rows |= ended.degraded_rows
+                running.num_retried_calls += ended.num_retried
+                executor.resume(running, ended.answer)
+            else:
+                executor.drop(running)
+                self._fail_step(ended.error, running.header)
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
         running, held = finished.running, slot.held
@@ -350,7 +348,7 @@ class StageService:
 
     def _send_unsent(self, now_s: float) -> None:
         """In order; a downstream that is not connected yet gets them when it is, until their deadline."""
-        slot = self._keeper.slot
+        slot = self._worker.slot
         while self._unsent and slot is not None:
             message, header, deadline_s = self._unsent[0]
             if now_s >= deadline_s:
@@ -394,5 +392,56 @@ class StageService:
     def _load(self) -> Heartbeat:
         counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)
         number, term = self._role_number, self._control.router_term
-        heartbeat = describe_stage(counters, self._keeper, self._experts, self._mirror_link, number, term)
+        heartbeat = describe_stage(counters, self._worker, self._experts, self._mirror_link, number, term)
         return replace(heartbeat, queued=heartbeat.queued + len(self._unsent))  # what waits for its link is not lost
+
+
+@dataclass(slots=True)
+class StageCounters:
+    """What the loop itself counts, since start."""
+
+    busy_seconds: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    dropped: int = 0
+    """Messages of an old term, generation, lease or role."""
+
+
+def describe_stage(
+    counters: StageCounters,
+    worker: StageWorker,
+    experts: ExpertClient,
+    mirror_link: MirrorLink,
+    role_number: int,
+    router_term: int,
+) -> Heartbeat:
+    """`role_number` of the last role that it was told, 0 for none; `router_term` of the router that it listens to."""
+    slot, mirror = worker.slot, worker.mirror
+    return Heartbeat(
+        busy_seconds=counters.busy_seconds,
+        steps=counters.steps,
+        rows=counters.rows,
+        queued=slot.executor.num_running if slot is not None else 0,
+        dropped=counters.dropped + experts.late_answers,
+        bytes_sent=worker.bytes_sent + experts.nodes.bytes_sent + mirror_link.bytes_sent,
+        hop_bytes=experts.nodes.bytes_sent,
+        hop_seconds=experts.wait_seconds,
+        hops=experts.answered,
+        resent=experts.resent_calls,
+        hedged=experts.hedged_calls,
+        hedge_wins=experts.hedge_wins,
+        late=experts.late_answers,
+        suspicions=experts.num_suspicions,
+        degraded_rows=experts.degraded_rows,
+        other_class_rows=experts.other_class_rows,
+        rank_degree=worker.rank_degree,
+        reduce_seconds=worker.reduces[0],
+        reduces=worker.reduces[1],
+        role_number=role_number,
+        role_state=worker.state_of(role_number),
+        lease_term=worker.lease_term,
+        kv_mark=slot.held.marks.mark if slot is not None else 0,
+        broken_stream=mirror.broken_stream if mirror is not None else 0,
+        feed_number=mirror_link.feed_number,
+        placement_version=experts.nodes.version_of(router_term),
+    )

@@ -30,7 +30,6 @@ PURE_MODULES = (
     "services.router.mesh.status",
     "services.router.mesh.step_message",
     "services.stage.experts.dispatch",
-    "services.stage.experts.replica_selection",
     "services.stage.model.micro_batch",
     "services.stage.model.tp_shard",
 )

@@ -12,6 +12,7 @@ ceiling with nothing wrong. Then the budget is what keeps a general slowdown fro
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -90,13 +91,142 @@ class HedgeBudget:
         """A call was sent that is no hedge."""
         self._tokens = min(HEDGE_BURST, self._tokens + HEDGES_PER_CALL)
 
-    def take(self) -> bool:
-        """Whether one more hedge may be sent now."""
+    def spend(self) -> bool:
+        """Whether one more hedge may be sent now; it is counted."""
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
         return True
 
-    def give_back(self) -> None:
-        """The hedge could not be sent."""
+    def refund(self) -> None:
+        """Undoes `spend`: the hedge could not be sent."""
         self._tokens = min(HEDGE_BURST, self._tokens + 1.0)
+
+
+SUSPECT_AFTER_LOSSES = 3
+DOUBT_LAPSES_S = 5.0
+"""Should the answer that would tell that a node is back be lost with something else, it is tried again after this."""
+FREE_STRIKES = 2
+"""A pause or a burst of load makes a strike or two; only more of them make a slow node."""
+FIRST_PENALTY_S = 0.25
+LONGEST_PENALTY_S = 4.0
+FORGIVEN_AFTER_ANSWERS = 20
+"""In time, one after the other."""
+
+
+@dataclass(slots=True)
+class _Standing:
+    """How one node stands. Untouched as long as it answers in time."""
+
+    doubted_s: float | None = None
+    """When the doubt began; None: no doubt."""
+    heard: bool = True
+    """Whether it has said anything since."""
+    not_before_s: float = 0.0
+    losses_in_a_row: int = 0
+    is_suspect: bool = False
+    strikes: int = 0
+    """Times that a doubt began, until it is forgiven."""
+    answers_in_a_row: int = 0
+
+
+class OutlierDetector:
+    """Which expert nodes a stage keeps away from, by how they answer it. Nodes go by this stage's number of them.
+
+    Three steps. A node that lost a hedge (a copy that was asked later answered first) is *in doubt* until it says
+    anything: new rows go to other copies, and its late calls are hedged without asking the budget. One that lost
+    several in a row, or lets one call lie while others answer, is *suspect*: what it owes is asked of others at once.
+    One that comes back and is late again, time after time, is slow rather than stopped: its doubts last longer and
+    longer, until it has answered in time for a while. Nobody is ever locked out: where no other copy is usable, one in
+    doubt is asked.
+    """
+
+    def __init__(self) -> None:
+        self._standings: dict[int, _Standing] = {}
+        self.num_suspicions = 0
+
+    def heard(self, node: int, now_s: float) -> None:
+        """It said something, however late: it lives, and doubts may end."""
+        standing = self._standings.get(node)
+        if standing is None:
+            return
+        standing.heard, standing.losses_in_a_row, standing.is_suspect = True, 0, False
+        self._end_doubt(standing, now_s)
+
+    def answered_in_time(self, node: int) -> None:
+        """An answer of it was used."""
+        standing = self._standings.get(node)
+        if standing is None:
+            return
+        standing.answers_in_a_row += 1
+        if standing.answers_in_a_row >= FORGIVEN_AFTER_ANSWERS and standing.doubted_s is None:
+            del self._standings[node]
+
+    def lost(self, node: int, now_s: float) -> bool:
+        """A copy that was asked later answered first. True if the node has become suspect by it."""
+        standing = self._standings.setdefault(node, _Standing())
+        self._begin_doubt(standing, now_s)
+        standing.losses_in_a_row += 1
+        return standing.losses_in_a_row >= SUSPECT_AFTER_LOSSES and self._suspect(standing)
+
+    def silent(self, node: int, now_s: float) -> bool:
+        """A call has lain there too long while others answered. True if it has become suspect by it."""
+        standing = self._standings.setdefault(node, _Standing())
+        self._begin_doubt(standing, now_s)
+        return self._suspect(standing)
+
+    def forget(self, node: int) -> None:
+        """Its connection is new, or gone for good: nothing of before counts."""
+        self._standings.pop(node, None)
+
+    def is_doubted(self, node: int, now_s: float) -> bool:
+        """Whether others are to be asked instead."""
+        standing = self._standings.get(node)
+        if standing is None or standing.doubted_s is None:
+            return False
+        self._end_doubt(standing, now_s)
+        return standing.doubted_s is not None
+
+    def doubted(self, now_s: float) -> set[int]:
+        """All such nodes."""
+        return {node for node in self._standings if self.is_doubted(node, now_s)}
+
+    def is_suspect(self, node: int, now_s: float) -> bool:
+        """Whether it is taken to hang: whatever it owes is to be asked of others, as soon as one can be asked."""
+        return self.is_doubted(node, now_s) and self._standings[node].is_suspect
+
+    def suspects(self, now_s: float) -> set[int]:
+        """All such nodes."""
+        return {node for node in self._standings if self.is_suspect(node, now_s)}
+
+    def is_struck(self, node: int) -> bool:
+        """Whether it was in doubt lately: hedges of its calls need no budget."""
+        return node in self._standings
+
+    def _begin_doubt(self, standing: _Standing, now_s: float) -> None:
+        standing.answers_in_a_row = 0
+        standing.heard = False
+        if standing.doubted_s is None:
+            standing.strikes += 1
+            standing.doubted_s = now_s
+            standing.not_before_s = now_s + _penalty_s(standing.strikes)
+
+    def _end_doubt(self, standing: _Standing, now_s: float) -> None:
+        if standing.doubted_s is None:
+            return
+        lapsed = now_s >= standing.doubted_s + DOUBT_LAPSES_S
+        if lapsed or (standing.heard and now_s >= standing.not_before_s):
+            standing.doubted_s, standing.is_suspect, standing.losses_in_a_row = None, False, 0
+
+    def _suspect(self, standing: _Standing) -> bool:
+        if standing.is_suspect:
+            return False
+        standing.is_suspect = True
+        self.num_suspicions += 1
+        return True
+
+
+def _penalty_s(strikes: int) -> float:
+    if strikes <= FREE_STRIKES:
+        return 0.0
+    return float(min(LONGEST_PENALTY_S, FIRST_PENALTY_S * 2.0 ** (strikes - FREE_STRIKES - 1)))

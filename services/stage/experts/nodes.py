@@ -104,7 +104,9 @@ class ExpertNodes:
         if self._stamp == (0, 0):
             self.num_slices = num_slices
 
-    def take_placement(self, placement: PublishPlacement, router_term: int, num_slices: int) -> list[ExpertNode] | None:
+    def apply_placement(
+        self, placement: PublishPlacement, router_term: int, num_slices: int
+    ) -> list[ExpertNode] | None:
         """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement, or this
         one again.
 
@@ -139,7 +141,7 @@ class ExpertNodes:
             del self._nodes[node.number]
         self._placement, self._unopened = placement, set()
         self._current = [node or self._connect(placement, index) for index, node in enumerate(kept)]
-        self._take_classes(placement, owners.shape[1])
+        self._note_classes(placement, owners.shape[1])
         self._number_owners(owners)
         return list(gone.values())
 
@@ -160,7 +162,7 @@ class ExpertNodes:
         self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
         self._copies = {}
 
-    def _take_classes(self, placement: PublishPlacement, num_layers: int) -> None:
+    def _note_classes(self, placement: PublishPlacement, num_layers: int) -> None:
         self._first_classes, sole = placement.first_classes, set(placement.numeric_classes)
         now = placement.first_classes or (tuple(sole) * num_layers if len(sole) == 1 else ())
         for layer in sorted(self._copies):  # those that were asked for

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from common.errors import MoemeshError
 from common.messages import Header
 from common.wire.array import BoolArray, Float64Array, Int64Array
 from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum
@@ -41,25 +39,24 @@ class _Pause:
 class PendingCall:
     """What is asked, of whom, and what has come back. A pair may be asked of several nodes; it is taken once."""
 
+    number: int
     call: ExpertCall
     header: Header
     deadline_s: float
     num_slices: int
     sum: ExactSum | PartialSum
     started_s: float
-    on_done: Callable[[Tensor], None]
-    on_failed: Callable[[MoemeshError], None]
-    on_degraded: Callable[[Int64Array], None]
-    """Told of the token rows that do without an expert, before `on_done`."""
-    on_retried: Callable[[], None]
-    """Told each time that somebody else is asked too, or instead."""
+    degraded_rows: set[int] = field(default_factory=set)
+    """Token rows that do without an expert."""
+    num_retried: int = 0
+    """How often somebody else was asked too, or instead."""
     parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
     pauses: dict[int, _Pause] = field(default_factory=dict)
     """Nodes that did not take this call: each is asked again after a pause that grows."""
     last_refusal: str = ""
     """What the last of them said."""
-    homeless_since_s: float | None = None
+    unassigned_since_s: float | None = None
     """Since when there are pairs that no usable node holds; None: there are none."""
     look_again_s: float = float("inf")
     """Before that there is nothing to hedge."""
@@ -121,8 +118,8 @@ class PendingCall:
         mask[pairs] = True
         return {part.rows.node for part in self.parts.values() if mask[part.rows.pairs].any()}
 
-    def take(self, part: AskedPart, rows: Tensor) -> None:
-        """Use what is new in an answer to a part that is no longer among `parts`."""
+    def accept(self, part: AskedPart, rows: Tensor) -> None:
+        """Uses what is new in an answer to a part that is no longer among `parts`."""
         pairs = part.rows.pairs
         self.sum.add(part.rows, rows, self.missing[pairs])
         self.missing[pairs] = False
@@ -137,11 +134,13 @@ class PendingCall:
             if not (left.any() if some else left.all())
         ]
 
-    def leave_out(self, pairs: Int64Array) -> Int64Array:
-        """Go on without these pairs (combine mode `exact` only). The token rows that this concerns, ascending."""
+    def leave_out(self, pairs: Int64Array) -> int:
+        """Goes on without these pairs (combine mode `exact` only). Returns how many token rows that concerns."""
         assert isinstance(self.sum, ExactSum)
         self.missing[self.sum.leave_out(pairs)] = False
-        return np.unique(pairs // (self.call.experts.shape[1] * self.num_slices))
+        rows = np.unique(pairs // (self.call.experts.shape[1] * self.num_slices)).tolist()
+        self.degraded_rows.update(rows)
+        return len(rows)
 
     def header_now(self, now_s: float) -> Header:
         """The step's counters with this call's layer and the time that is left."""

@@ -36,10 +36,6 @@ class RunningBatch:
     num_retried_calls: int = 0
     """Expert calls that were asked of another copy too, or instead."""
 
-    def count_retried(self) -> None:
-        """One more."""
-        self.num_retried_calls += 1
-
 
 @dataclass(frozen=True, slots=True)
 class WantsExperts:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import structlog
 import torch
 
 from common.errors import ProtocolError
-from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorRows
+from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorReady, MirrorRows
+from common.node.control_link import ControlLink
 from common.wire.tensor import frame_to_tensor
-from common.wire.transport import Full, MessageSocket
+from common.wire.transport import Full, LinkEvent, MessageSocket
 from services.stage.model.kv_cache import Blocks, PagedMemory, Rows
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 
@@ -45,8 +47,8 @@ class Mirror:
         """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
         return (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
 
-    def take(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
-        """Apply one message. True if the copy has become complete with it.
+    def apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+        """Applies one message. True if the copy has become complete with it.
 
         Raises ProtocolError where the stream has a gap or does not fit: the copy is then worth nothing.
         """
@@ -114,3 +116,50 @@ class Mirror:
         if len(block_ids):
             self.memory.put_blocks(block_ids, blocks)
             self.written_blocks.update(block_ids.tolist())
+
+
+class MirrorIntake:
+    """What a spare does with the rows of the slot that it mirrors.
+
+    Rows come in, and the router hears when the copy becomes complete or worthless.
+    """
+
+    def __init__(self, control: ControlLink, log: structlog.stdlib.BoundLogger) -> None:
+        self._control = control
+        self._log = log
+        self.dropped = 0
+        """Messages of a holder that was replaced, of an attempt that was given up, or for nobody."""
+
+    def apply(self, mirror: Mirror | None, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+        """Applies one message. A stream that does not fit begins anew: the router is told."""
+        if mirror is None or not mirror.follows(message, header) or header.attempt < mirror.attempt:
+            self.dropped += 1
+            return
+        if mirror.is_spoilt and header.attempt == mirror.attempt:
+            return
+        try:
+            has_become_complete = mirror.apply(message, header)
+        except ProtocolError as error:
+            self._log.error("mirror_spoilt", reason=str(error))
+            mirror.broken_stream, mirror.is_complete = header.attempt, False
+            self._report(mirror)
+            return
+        if has_become_complete:
+            self._log.info("mirror_complete", pipeline=mirror.role.pipeline, slot=mirror.role.slot, mark=mirror.mark)
+            self._report(mirror)
+
+    def acknowledge(self, mirror: Mirror | None) -> None:
+        """Acknowledges what could not be acknowledged when it was applied; for each round of the loop.
+
+        Over a new connection that is also what may have been lost with the one before.
+        """
+        if mirror is None:
+            return
+        if LinkEvent.CONNECTED in mirror.socket.link_events():
+            mirror.acknowledged = 0
+        mirror.acknowledge()
+
+    def _report(self, mirror: Mirror) -> None:
+        role = mirror.role
+        report = MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete, mirror.broken_stream)
+        self._control.send(report, Header(generation=mirror.number))

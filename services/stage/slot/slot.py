@@ -19,7 +19,7 @@ from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.model.micro_batch import BlockTables
 from services.stage.ranks.group import RankLoad
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.step_watermark import StepWatermark
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class HeldMemory:
     tag: MemoryTag
     memory: PagedMemory
     tables: BlockTables
-    marks: StepMarks
+    marks: StepWatermark
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class RoleTaken:
     """The slot is loaded, tested and connected; or it is mirrored from now on."""
 
     ready: StageReady | MirrorReady
@@ -110,7 +110,7 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RoleRefused:
     """The slot cannot be taken."""
 
     error: MoemeshError

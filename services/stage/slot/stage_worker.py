@@ -41,18 +41,18 @@ from services.stage.slot.slot import (
     LoadedLayers,
     Loading,
     MemoryTag,
-    Refused,
+    RoleRefused,
+    RoleTaken,
     Slot,
-    Taken,
     role_of,
 )
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.step_watermark import StepWatermark
 
 LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
 """What a damaged checkpoint or too little memory may raise."""
 
 
-class SlotKeeper:
+class StageWorker:
     """At most one slot at a time. The newest assignment wins, also over one that is still loading."""
 
     def __init__(
@@ -128,7 +128,9 @@ class SlotKeeper:
         """Seconds that this rank has spent in putting parts together, and how often it did."""
         return (0.0, 0) if self._ranks is None else self._ranks.conductor.reduces
 
-    def assign(self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype) -> Taken | Refused | None:
+    def assign(
+        self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype
+    ) -> RoleTaken | RoleRefused | None:
         """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
 
         Raises ProtocolError for layers that are not.
@@ -163,7 +165,7 @@ class SlotKeeper:
         future = self._loader.submit(self._load, role, dtype, ranks_load)
         return Loading(message, header, layers, dtype, future, ranks_load)
 
-    def poll(self) -> Taken | Refused | None:
+    def poll(self) -> RoleTaken | RoleRefused | None:
         """What became of the assignment that was loading; None while there is nothing new.
 
         Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
@@ -283,7 +285,7 @@ class SlotKeeper:
             return
         mirror.close()
         if self._held is not None and mirror.is_complete:
-            self._held.marks = StepMarks(mirror.mark)
+            self._held.marks = StepWatermark(mirror.mark)
             self._held.tables.inherit(mirror.written_blocks)
 
     def _drop_memory(self) -> None:
@@ -314,13 +316,15 @@ class SlotKeeper:
             model = self._ranks.put_on(model, ranks_load)
         return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
 
-    def _enter(self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers) -> Taken | Refused:
+    def _enter(
+        self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers
+    ) -> RoleTaken | RoleRefused:
         try:
             self._end_mirror()
             held = self._keep_or_allocate(message, loaded)
             if isinstance(message, AssignMirror):
                 return self._follow(message, header, held)
-            return self._take_slot(message, header, loaded, held)
+            return self._serve_slot(message, header, loaded, held)
         except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
@@ -345,22 +349,22 @@ class SlotKeeper:
             with_log=message.slot < message.num_slots - 1,
             allocate_kv=self._allocate_kv if self._ranks is None else self._ranks.allocate_kv,
         )
-        self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepMarks())
+        self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepWatermark())
         return self._held
 
     def _allocate_kv(self, shape: KvShape) -> KvStore:
         return LocalKv.allocate(shape, self._kernels, self._device)
 
-    def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> Taken:
+    def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> RoleTaken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
-        held.marks, held.tables = StepMarks(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
+        held.marks, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
         self.mirror = Mirror(message, header.router_term, held.memory, socket, header.generation)
         self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
-        return Taken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
+        return RoleTaken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
 
-    def _take_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> Taken:
+    def _serve_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> RoleTaken:
         role = role_of(message, header)
         executor = Executor(loaded.model, held.memory)
         executor.self_test()
@@ -386,9 +390,9 @@ class SlotKeeper:
             held.memory.num_bytes,
             held.marks.mark,
         )
-        return Taken(ready, Header(generation=role.generation))
+        return RoleTaken(ready, Header(generation=role.generation))
 
-    def _refuse(self, error: Exception, header: Header) -> Refused:
+    def _refuse(self, error: Exception, header: Header) -> RoleRefused:
         refusal = refusal_to_load(error)
         self._log.error("slot_not_taken", reason=str(refusal))
-        return Refused(refusal, header)
+        return RoleRefused(refusal, header)

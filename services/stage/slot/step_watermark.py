@@ -11,7 +11,7 @@ from __future__ import annotations
 from common.errors import ProtocolError
 
 
-class StepMarks:
+class StepWatermark:
     """Steps of one slot, over all generations: their numbers are unique and ascend. A chain lasts for a generation."""
 
     def __init__(self, mark: int = 0) -> None:

@@ -11,4 +11,4 @@ from services.expert.shard_store import ShardStore
 
 def answer_calls(calls: list[WaitingCall], store: ShardStore, device: Device = HOST) -> list[Tensor]:
     """Each call's answer, see LayerAnswer."""
-    return begin_answer(calls, store, device, began_s=0.0).take()
+    return begin_answer(calls, store, device, began_s=0.0).collect()

@@ -16,7 +16,7 @@ from common.wire.array import Int32Array, array_to_frame
 from common.wire.tensor import frame_to_tensor, tensor_to_frame
 from common.wire.transport import LinkEvent
 from services.router.control.experts.first_classes import FirstClasses
-from services.stage.experts.client import ExpertClient
+from services.stage.experts.client import CallDone, ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.model.decoder import ExpertCall
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
@@ -48,6 +48,8 @@ class Stage:
         self.placement = placement({}, 0)
         """The last one."""
         self.num_retried = 0
+        self.names: dict[int, str] = {}
+        """Of the calls that have not ended."""
 
     def place(self, holdings: Holdings, *, connect: bool = True, version: int | None = None) -> bool:
         """Publish who holds which experts (of every layer), first node first choice."""
@@ -62,29 +64,30 @@ class Stage:
         return took
 
     def take(self, message: PublishPlacement, router_term: int = 1) -> bool:
-        return self.client.take_placement(message, router_term, 1, self.now_s)
+        return self.client.apply_placement(message, router_term, 1, self.now_s)
 
     def socket(self, node: str) -> MemorySocket:
         return self.transport.sockets[f"to {node}"]
 
     def link(self, node: str, event: LinkEvent = LinkEvent.CONNECTED) -> None:
         self.socket(node).events.append(event)
-        self.client.receive(self.now_s)
+        self.poll()
 
     def start(self, call: ExpertCall, name: str = "call", within_s: float = 10.0) -> None:
-        self.client.start(
-            call,
-            Header(step=5, generation=2, attempt=1, trace="0/5"),
-            self.now_s,
-            self.now_s + within_s,
-            on_done=lambda answer: self.sums.append((name, answer)),
-            on_failed=lambda error: self.failures.append((name, error)),
-            on_degraded=lambda tokens: self.degraded.extend(tokens.tolist()),
-            on_retried=self._count_retried,
-        )
+        header = Header(step=5, generation=2, attempt=1, trace="0/5")
+        number = self.client.start(call, header, self.now_s, self.now_s + within_s)
+        self.names[number] = name
 
-    def _count_retried(self) -> None:
-        self.num_retried += 1
+    def poll(self, now_s: float | None = None) -> None:
+        """At this time, or now; what has ended is noted."""
+        for ended in self.client.poll(self.now_s if now_s is None else now_s):
+            name = self.names.pop(ended.number)
+            if isinstance(ended, CallDone):
+                self.sums.append((name, ended.answer))
+                self.degraded.extend(sorted(ended.degraded_rows))
+                self.num_retried += ended.num_retried
+            else:
+                self.failures.append((name, ended.error))
 
     def asked(self, node: str) -> list[Dispatch]:
         """Calls that have come to a node since the last look; `cancelled` keeps what was taken back."""
@@ -99,12 +102,12 @@ class Stage:
         until_s = self.now_s + seconds
         while self.now_s < until_s:
             self.now_s = min(until_s, self.now_s + 0.005)
-            self.client.check_deadlines(self.now_s)
+            self.poll()
 
     def answer(self, node: str, *messages: Any) -> None:
         for message in messages:
             self.socket(node).say(answer_to(message) if isinstance(message, Dispatch) else message)
-        self.client.receive(self.now_s)
+        self.poll()
 
     def answer_all(self) -> None:
         for name, socket in self.transport.sockets.items():

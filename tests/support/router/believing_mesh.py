@@ -45,7 +45,7 @@ def faithful(name: str, message: Message) -> list[float]:
 
 @dataclass
 class Believer:
-    """A node as far as control goes: the rules of `StageService` and `ShardKeeper`, without sockets and tensors."""
+    """A node as far as control goes: the rules of `StageService` and `ShardLoader`, without sockets and tensors."""
 
     description: NodeDescription
     said: list[tuple[Message, Header]] = field(default_factory=list)

@@ -3,7 +3,7 @@
 Two stages a pipeline, each of which gets steps and is done with them in whatever order. A block that is given out while
 an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
 replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
-with what it has. Marks are kept by the stages' own `StepMarks`.
+with what it has. Marks are kept by the stages' own `StepWatermark`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from services.router.mesh.step_message import step_message
 from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.stage.model.logit_adjustments import KeptAdjustments
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.step_watermark import StepWatermark
 
 VOCABULARY_SIZE = 97
 
@@ -93,7 +93,7 @@ class SimulatedStage:
     """A slot's holder: place -> token, and up to which step everything is there."""
 
     cache: dict[int, int] = field(default_factory=dict)
-    marks: StepMarks = field(default_factory=lambda: StepMarks())  # looked up late: a test plants another
+    marks: StepWatermark = field(default_factory=lambda: StepWatermark())  # looked up late: a test plants another
     computed: dict[SequenceId, int] = field(default_factory=dict)
     """Positions that it says it has of each sequence."""
     mirror: SimulatedMirror | None = None
@@ -186,7 +186,7 @@ class SimulatedPipeline:
             holder = self._stages[stage]
             mirror = holder.mirror if mirrored and holder.has_been_complete else None
             holder.cache = {} if mirror is None else mirror.cache
-            holder.marks = StepMarks(0 if mirror is None else mirror.mark)
+            holder.marks = StepWatermark(0 if mirror is None else mirror.mark)
             holder.mirror, holder.has_been_complete = None, False
             holder.computed.clear()
         for holder in self._stages:

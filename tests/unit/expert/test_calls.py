@@ -171,7 +171,7 @@ def test_the_layer_of_the_oldest_call_goes_next_with_all_that_wait_for_it(store:
     for number, layer in enumerate((1, 0, 1, 0)):
         queue.add(check(dispatch(hidden_of(1), [(0, 0, 0)], number=number), store, layer))
     assert len(queue) == 4
-    taken = [[call.number for call in queue.take_layer(0.0)[0]] for _ in range(3)]
+    taken = [[call.number for call in queue.pop_layer(0.0)[0]] for _ in range(3)]
     assert taken == [[0, 2], [1, 3], []]
 
 
@@ -181,10 +181,10 @@ def test_a_call_for_which_nobody_waits_any_more_is_dropped_and_counted(store: Sh
     queue.add(check(message, store, 0, 1.0, time_left_ms=500))
     queue.add(check(message, store, 1, 1.0, time_left_ms=501))
     queue.add(check(message, store, 1, 0.0))
-    calls, expired = queue.take_layer(1.5)
+    calls, expired = queue.pop_layer(1.5)
     assert (len(calls), expired) == (2, 1), "0 ms left means no limit"
     queue.add(check(message, store, 0, 1.0, time_left_ms=1))
-    assert queue.take_layer(2.0) == ([], 1)
+    assert queue.pop_layer(2.0) == ([], 1)
     assert len(queue) == 0
 
 
@@ -194,7 +194,7 @@ def test_a_call_that_is_taken_back_is_dropped_while_it_waits(store: ShardStore) 
         message = dispatch(hidden_of(1), [(0, 0, 0)], number=number)
         queue.add(check_call(identity, message, Header(layer=0), 0.0, store, SHAPE))
     assert queue.cancel(b"s", (1, 7)) == 1, "of that stage only; one that is not here is no error"
-    calls, _ = queue.take_layer(0.0)
+    calls, _ = queue.pop_layer(0.0)
     assert [(call.identity, call.number) for call in calls] == [(b"s", 2), (b"t", 1)]
     assert queue.cancel(b"s", (2,)) == 0, "it is being computed"
 

@@ -22,7 +22,7 @@ from common.errors import CheckpointError, DeadlineError, DeviceError
 from common.messages import AssignShards, ShardsReady
 from common.topology import ShardId
 from common.wire.array import array_to_frame, frame_to_array
-from services.expert.shard_loader import RETRY_S, HeldShards, ShardKeeper
+from services.expert.shard_loader import RETRY_S, HeldShards, ShardLoader
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
@@ -32,7 +32,7 @@ __all__ = ["one_torch_thread"]
 X, Y = ShardId(1, 3, 0), ShardId(1, 4, 0)
 
 
-class Keeper(ShardKeeper):
+class Loader(ShardLoader):
     """With a clock that is moved by hand, and assignments by shards."""
 
     def __init__(self, directory: Path, held: HeldShards | None = None) -> None:
@@ -93,22 +93,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def keeper(directory: Path) -> Iterator[Keeper]:
-    made = Keeper(directory)
+def loader(directory: Path) -> Iterator[Loader]:
+    made = Loader(directory)
     yield made
     made.close()
 
 
-def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(keeper: Keeper, directory: Path) -> None:
-    keeper.want(1, X, Y)
-    keeper.finish()
-    kept = keeper.hand_over()
+def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(loader: Loader, directory: Path) -> None:
+    loader.want(1, X, Y)
+    loader.finish()
+    kept = loader.hand_over()
     assert kept is not None
     before = kept.store.find(X)
-    following = Keeper(directory, kept)
+    following = Loader(directory, kept)
     following.turn()
     assert following.reports == [], "nothing is let go before the router has said what it wants"
-    shape = (keeper.config.num_layers, keeper.config.num_experts, kept.store.num_slices)
+    shape = (loader.config.num_layers, loader.config.num_experts, kept.store.num_slices)
     assert int(frame_to_array(following.describe_held().shards, "uint8", shape, "shards").sum()) == 2
     following.want(1, X)
     assert following.finish().version == 1
@@ -119,13 +119,13 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(keeper
 
 
 def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants_it_now(
-    keeper: Keeper, directory: Path
+    loader: Loader, directory: Path
 ) -> None:
-    keeper.want(1, X)
-    keeper.finish()
-    kept = keeper.hand_over()
+    loader.want(1, X)
+    loader.finish()
+    kept = loader.hand_over()
     assert kept is not None
-    following = Keeper(directory, kept)
+    following = Loader(directory, kept)
     following.want(1, X)
     kept.store.load(CheckpointWeights(directory, torch.float32), Y)  # ends after the assignment
     following.finish()
@@ -133,113 +133,113 @@ def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants
     following.close()
 
 
-def test_what_is_wanted_is_loaded_and_what_is_not_is_dropped(keeper: Keeper) -> None:
-    keeper.want(1, X, Y)
-    assert keeper.finish().version == 1
-    assert keeper.held == {X, Y}
-    keeper.control.sent.clear()
-    keeper.want(2, Y)
-    assert keeper.finish().version == 2
-    assert keeper.held == {Y}
+def test_what_is_wanted_is_loaded_and_what_is_not_is_dropped(loader: Loader) -> None:
+    loader.want(1, X, Y)
+    assert loader.finish().version == 1
+    assert loader.held == {X, Y}
+    loader.control.sent.clear()
+    loader.want(2, Y)
+    assert loader.finish().version == 2
+    assert loader.held == {Y}
 
 
 def test_a_shard_that_was_dropped_and_is_wanted_again_before_its_load_was_looked_at_is_loaded_again(
-    keeper: Keeper,
+    loader: Loader,
 ) -> None:
-    keeper.want(1, X, Y)
-    keeper.begin_loading()
-    keeper.wait_loaded()
-    keeper.want(2, Y)
-    keeper.want(3, X, Y)
-    report = keeper.finish()
+    loader.want(1, X, Y)
+    loader.begin_loading()
+    loader.wait_loaded()
+    loader.want(2, Y)
+    loader.want(3, X, Y)
+    report = loader.finish()
     assert report.version == 3
-    assert keeper.held == {X, Y}
+    assert loader.held == {X, Y}
 
 
 @pytest.mark.parametrize("changed", [{"num_slices": 2}, {"dtype": "bfloat16"}], ids=str)
 def test_what_was_loading_into_a_store_that_was_given_up_is_loaded_into_the_new_one(
-    keeper: Keeper, changed: dict[str, Any]
+    loader: Loader, changed: dict[str, Any]
 ) -> None:
-    keeper.want(1, X, Y)
-    keeper.begin_loading()
-    keeper.control.settings = replace(keeper.control.settings, **changed)
-    keeper.want(2, X, Y)
-    assert keeper.finish().version == 2
-    assert keeper.held == {X, Y}
+    loader.want(1, X, Y)
+    loader.begin_loading()
+    loader.control.settings = replace(loader.control.settings, **changed)
+    loader.want(2, X, Y)
+    assert loader.finish().version == 2
+    assert loader.held == {X, Y}
 
 
 def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(store: ShardStore, weights: Any, shard: ShardId) -> None:
         raise CheckpointError("the disk is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardStore, "load", load)
-        keeper.want(1, X)
-        keeper.begin_loading()
-        keeper.wait_loaded()
-    keeper.want(2, Y)
-    before_s = keeper.now_s
-    assert keeper.finish().version == 2
-    assert keeper.now_s - before_s < RETRY_S
-    assert keeper.control.failures == ["the disk is gone"]
-    assert keeper.held == {Y}
+        loader.want(1, X)
+        loader.begin_loading()
+        loader.wait_loaded()
+    loader.want(2, Y)
+    before_s = loader.now_s
+    assert loader.finish().version == 2
+    assert loader.now_s - before_s < RETRY_S
+    assert loader.control.failures == ["the disk is gone"]
+    assert loader.held == {Y}
 
 
 def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(directory: Path, dtype: Any, device: Any) -> CheckpointWeights:
         raise CheckpointError("model.safetensors cannot be read: [Errno 5] Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr("services.expert.shard_loader.CheckpointWeights", fail)
-        keeper.want(1, X)
-        keeper.until(lambda: bool(keeper.control.failures))
-    assert not any(report.complete for report in keeper.reports)
-    failed_s = keeper.now_s
-    assert keeper.finish().version == 1
-    assert keeper.held == {X}
-    assert keeper.now_s - failed_s >= RETRY_S
-    assert len(keeper.control.failures) == 1
+        loader.want(1, X)
+        loader.until(lambda: bool(loader.control.failures))
+    assert not any(report.complete for report in loader.reports)
+    failed_s = loader.now_s
+    assert loader.finish().version == 1
+    assert loader.held == {X}
+    assert loader.now_s - failed_s >= RETRY_S
+    assert len(loader.control.failures) == 1
 
 
-def test_a_load_that_hangs_ends_the_node(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_hangs_ends_the_node(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(ShardStore, "load", lambda store, weights, shard: release.wait(timeout=60))
-    monkeypatch.setattr(keeper._loader, "_cpu_seconds", lambda thread: 0.5)
-    keeper.want(1, X)
-    keeper.begin_loading()
+    monkeypatch.setattr(loader._loader, "_cpu_seconds", lambda thread: 0.5)
+    loader.want(1, X)
+    loader.begin_loading()
     with pytest.raises(DeadlineError, match="the disk of the checkpoint hangs"):
-        keeper.until(lambda: False)
+        loader.until(lambda: False)
     release.set()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.sets(st.sampled_from([X, Y])), st.sampled_from(["turn", "wait"])), max_size=12))
 def test_whatever_comes_while_shards_load_a_complete_report_is_true(directory: Path, events: list[Any]) -> None:
-    keeper = Keeper(directory)
+    loader = Loader(directory)
     wanted: set[ShardId] = set()
     version = 1
-    keeper.want(version)
+    loader.want(version)
     for event in events:
         if event == "turn":
-            keeper.turn()
+            loader.turn()
         elif event == "wait":
-            keeper.wait_loaded()
+            loader.wait_loaded()
         else:
             version, wanted = version + 1, event
-            keeper.want(version, *wanted)
-        if keeper.reports and keeper.reports[-1].complete and keeper.reports[-1].version == version:
-            assert keeper.held == wanted
-    keeper.until(lambda: any(report.complete and report.version == version for report in keeper.reports))
-    assert keeper.held == wanted
-    keeper.close()
+            loader.want(version, *wanted)
+        if loader.reports and loader.reports[-1].complete and loader.reports[-1].version == version:
+            assert loader.held == wanted
+    loader.until(lambda: any(report.complete and report.version == version for report in loader.reports))
+    assert loader.held == wanted
+    loader.close()
 
 
 def test_a_shard_that_does_not_fit_the_gpu_is_reported_and_a_lost_gpu_ends_the_process(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(error: Exception) -> None:
         def load(*arguments: Any) -> None:
@@ -248,9 +248,9 @@ def test_a_shard_that_does_not_fit_the_gpu_is_reported_and_a_lost_gpu_ends_the_p
         monkeypatch.setattr(ShardStore, "load", load)
 
     fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-    keeper.want(1, X)
-    keeper.until(lambda: bool(keeper.control.failures))
-    assert keeper.control.failures[0].startswith("the GPU has no room for it, set CAPACITY_BYTES lower: CUDA out of")
+    loader.want(1, X)
+    loader.until(lambda: bool(loader.control.failures))
+    assert loader.control.failures[0].startswith("the GPU has no room for it, set CAPACITY_BYTES lower: CUDA out of")
     fail(RuntimeError("CUDA error: unspecified launch failure"))
     with pytest.raises(DeviceError, match="the GPU has failed"):
-        keeper.until(lambda: False)
+        loader.until(lambda: False)

@@ -30,9 +30,8 @@ from services.stage import service
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.service import KEEP_STATE_S, LEAVE_DEADLINE_S, StageService
-from services.stage.slot.mirror_link import MirrorLink
-from services.stage.slot.mirror_sender import BACKFILL_BLOCKS
-from services.stage.slot.stage_worker import SlotKeeper
+from services.stage.slot.mirror_sender import BACKFILL_BLOCKS, MirrorLink
+from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.listening_router import ListeningRouter
@@ -57,18 +56,18 @@ class Stage(StageService):
         steps: Any = self.upstream
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         config = read_model_config(directory)
-        self.keeper = SlotKeeper(config, directory, 64, None, transport, "", log)
+        self.worker = StageWorker(config, directory, 64, None, transport, "", log)
         experts = ExpertClient(ExpertNodes(transport, "", config.num_experts, log), log)
         super().__init__(
-            config, self.keeper, experts, control, steps, MirrorLink(transport, "", log), log, lambda: 100.0
+            config, self.worker, experts, control, steps, MirrorLink(transport, "", log), log, lambda: 100.0
         )
 
     def hear(self, message: Message, generation: int = 0) -> None:
         self.control.asked.append((message, Header(generation=generation)))
-        self._take_control(100.0)
-        if self.keeper._loading is not None:
-            self.keeper._loading.future.exception(timeout=60)
-        self._answer_assignment(self.keeper.poll())
+        self._receive_control(100.0)
+        if self.worker._loading is not None:
+            self.worker._loading.future.exception(timeout=60)
+        self._answer_assignment(self.worker.poll())
 
     def get_step(self, message: Step, generation: int, number: int) -> None:
         """One more of this generation comes from upstream; nothing else."""
@@ -81,8 +80,8 @@ class Stage(StageService):
     @property
     def held_sequences(self) -> dict[int, list[int]]:
         """Blocks by sequence, as they are now."""
-        assert self.keeper.slot is not None
-        return {number: table.tolist() for number, table in self.keeper.slot.held.tables._tables.items()}
+        assert self.worker.slot is not None
+        return {number: table.tolist() for number, table in self.worker.slot.held.tables._tables.items()}
 
     def take_slot(self, message: AssignStage, generation: int) -> None:
         self.control.sent.clear()
@@ -92,8 +91,8 @@ class Stage(StageService):
 
     def follow(self, num_used_blocks: int) -> MemorySocket:
         """Have a mirror that has got the first few of these blocks; the socket to it."""
-        assert self.keeper.slot is not None
-        self.keeper.slot.held.tables._tables[1] = torch.arange(num_used_blocks, dtype=torch.int32).numpy()
+        assert self.worker.slot is not None
+        self.worker.slot.held.tables._tables[1] = torch.arange(num_used_blocks, dtype=torch.int32).numpy()
         self.hear(FEED, FEED_NUMBER)
         socket = self.transport.sockets["mirror stage-9"]
         socket.events.append(LinkEvent.CONNECTED)
@@ -113,7 +112,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage(directory: Path) -> Iterator[Stage]:
     made = Stage(directory)
     yield made
-    made.keeper.close()
+    made.worker.close()
 
 
 def test_a_mirror_is_not_filled_from_memory_that_is_no_more(stage: Stage) -> None:
@@ -137,22 +136,22 @@ def test_a_back_fill_goes_on_in_a_new_generation_of_the_same_memory(stage: Stage
 def test_from_a_hello_to_the_next_assignment_no_step_is_taken(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 1)
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     reported = stage.control.describe_held()
     assert frame_to_array(reported.sequences, "int64", (1, 3), "sequences")[0, 0] == 7
     # The router that was replaced gives the block to another sequence; the step was still on its way.
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     assert stage.held_sequences == {7: [3]}, "what was reported is there"
     assert stage._counters.dropped == 1
-    assert stage.keeper.slot is not None
-    assert stage.keeper.slot.executor.num_running == 1
+    assert stage.worker.slot is not None
+    assert stage.worker.slot.executor.num_running == 1
 
 
 def test_steps_that_wait_when_the_assignment_comes_do_not_touch_what_was_reported(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 1)
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
     stage.take_slot(ASSIGN, 2)
     assert stage.held_sequences == {7: [3]}
@@ -163,7 +162,7 @@ def test_steps_are_taken_again_after_the_assignment(stage: Stage) -> None:
     stage.control.describe_held()
     stage.take_slot(ASSIGN, 2)
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 2, 12)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     assert stage.held_sequences == {7: [3]}
     assert stage._counters.dropped == 0
 
@@ -178,20 +177,20 @@ def test_a_step_at_which_reading_breaks_costs_that_step_and_not_the_stage(
     with monkeypatch.context() as patch:
         patch.setattr(service, "read_micro_batch", breaks)
         stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
-        stage._take_steps(100.0)
+        stage._receive_steps(100.0)
     assert stage.control.failures == ["computing failed: a number that nobody thought of"]
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 11)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     assert stage.held_sequences == {8: [4]}
 
 
 def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 1)
-    slot = stage.keeper.slot
+    slot = stage.worker.slot
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
-    stage._take_steps(100.0)
+    stage._receive_steps(100.0)
     stage.hear(ASSIGN, 1)
-    assert stage.keeper.slot is slot
+    assert stage.worker.slot is slot
     assert slot is not None
     assert slot.executor.num_running == 1
     assert stage._counters.dropped == 0
@@ -200,9 +199,9 @@ def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> No
 @pytest.mark.parametrize("late", [ASSIGN, replace(FOLLOW, lease_term=9), Unassign(9)], ids=lambda m: type(m).__name__)
 def test_a_role_that_comes_after_a_newer_one_changes_nothing(stage: Stage, late: Message) -> None:
     stage.take_slot(replace(ASSIGN, lease_term=2), 5)
-    slot = stage.keeper.slot
+    slot = stage.worker.slot
     stage.hear(late, 4)
-    assert stage.keeper.slot is slot
+    assert stage.worker.slot is slot
     assert stage._counters.dropped == 1
 
 
@@ -216,8 +215,8 @@ def test_a_heartbeat_says_what_the_stage_believes(stage: Stage) -> None:
     stage.hear(FOLLOW, 8)
     said = stage._load()
     assert (said.role_number, said.role_state, said.feed_number) == (8, StageState.FILLING, 0)
-    assert stage.keeper.mirror is not None
-    stage.keeper.mirror.is_complete = True
+    assert stage.worker.mirror is not None
+    stage.worker.mirror.is_complete = True
     assert stage._load().role_state == StageState.COMPLETE
     stage.hear(Unassign(1), 9)
     assert (stage._load().role_number, stage._load().role_state) == (0, StageState.SPARE)
@@ -256,9 +255,9 @@ def test_what_is_held_without_a_router_is_kept_for_its_time_and_no_longer(stage:
     stage._forget_after_long_silence(200.0)
     stage.control.registered = False
     stage._forget_after_long_silence(200.0 + KEEP_STATE_S)
-    assert stage.keeper.slot is not None, "K and V may belong to requests that a restarted router goes on with"
+    assert stage.worker.slot is not None, "K and V may belong to requests that a restarted router goes on with"
     stage._forget_after_long_silence(200.1 + KEEP_STATE_S)
-    assert stage.keeper.slot is None
+    assert stage.worker.slot is None
 
 
 def test_a_stage_that_nobody_lets_go_goes_at_the_end_of_its_patience(stage: Stage) -> None:

@@ -10,7 +10,7 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.step_watermark import StepWatermark
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -133,7 +133,7 @@ def test_a_mirror_that_takes_over_while_steps_overtake_each_other_never_reads_ca
     run(moves)
 
 
-class MarkOfTheNewest(StepMarks):
+class MarkOfTheNewest(StepWatermark):
     """As if steps came in ascending order."""
 
     def finish(self, step: int) -> None:
@@ -147,6 +147,6 @@ def test_marks_that_take_arrival_for_order_read_cache_that_is_not_there(monkeypa
     earlier one is answered, and its rows do not."""
     moves = [("w", 0, 1, 0), ("w", 0, 1, 0), ("f", 1, 0, 1), ("a", 1, 1, 0), ("a", 1, 0, 0), ("t", 1, 0, 0)]
     run(moves)
-    monkeypatch.setattr("tests.support.router.simulated_pipeline.StepMarks", MarkOfTheNewest)
+    monkeypatch.setattr("tests.support.router.simulated_pipeline.StepWatermark", MarkOfTheNewest)
     with pytest.raises(AssertionError, match=r"caches differ|never written"):
         run(moves)

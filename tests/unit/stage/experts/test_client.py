@@ -55,7 +55,7 @@ def test_a_call_is_asked_once_and_its_sum_comes_with_the_last_answer() -> None:
     assert stage.client.answered == 1
 
 
-def test_the_callbacks_never_come_from_within_start() -> None:
+def test_a_call_never_ends_within_start() -> None:
     stage = Stage()
     stage.place({"a": ALL})
     stage.socket("a").takes_messages = False
@@ -159,7 +159,7 @@ def test_a_node_that_a_placement_drops_loses_its_rows_to_the_others() -> None:
 def test_a_call_that_begins_before_the_first_placement_waits_for_it(combine: str) -> None:
     stage = Stage(combine)
     stage.start(CALL)
-    stage.client.check_deadlines(0.5)
+    stage.poll(0.5)
     assert (stage.sums, stage.failures) == ([], [])
     stage.place({"a": (0, 1), "b": (2, 3)})
     stage.answer_all()
@@ -169,7 +169,7 @@ def test_a_call_that_begins_before_the_first_placement_waits_for_it(combine: str
 def test_without_a_placement_a_call_fails_at_its_deadline() -> None:
     stage = Stage()
     stage.start(CALL, within_s=1.0)
-    stage.client.check_deadlines(1.0)
+    stage.poll(1.0)
     ((_, error),) = stage.failures
     assert str(error) == "layer 1: no answer in time from a node that holds the layer's experts"
 
@@ -187,9 +187,9 @@ def test_a_call_whose_time_is_up_fails_with_the_names_of_those_who_owe_it() -> N
     stage.start(CALL, within_s=1.0)
     late = stage.asked("b")
     stage.answer("a", *stage.asked("a"))
-    stage.client.check_deadlines(0.99)
+    stage.poll(0.99)
     assert stage.failures == []
-    stage.client.check_deadlines(1.0)
+    stage.poll(1.0)
     ((_, error),) = stage.failures
     assert isinstance(error, DeadlineError)
     assert str(error) == "layer 1: no answer in time from b"
@@ -197,16 +197,16 @@ def test_a_call_whose_time_is_up_fails_with_the_names_of_those_who_owe_it() -> N
     stage.answer("b", *late)
     assert stage.client.late_answers == 1
     assert stage.sums == []
-    stage.client.check_deadlines(9.0)
+    stage.poll(9.0)
     assert len(stage.failures) == 1
 
 
-def test_a_homeless_call_fails_at_its_deadline_too() -> None:
+def test_an_unassigned_call_fails_at_its_deadline_too() -> None:
     stage = Stage()
     stage.place({"a": (0, 1, 2)})
     stage.start(CALL, within_s=1.0)
     assert pairs_of(stage.asked("a")) == 6, "what has a holder is asked, the rest waits"
-    stage.client.check_deadlines(1.0)
+    stage.poll(1.0)
     assert isinstance(stage.failures[0][1], DeadlineError)
     stage.place({"a": ALL})
     assert stage.asked("a") == []
@@ -312,7 +312,7 @@ def test_an_answer_is_taken_once() -> None:
     assert stage.sums == []
 
 
-def test_what_is_abandoned_never_calls_back() -> None:
+def test_what_is_abandoned_never_ends() -> None:
     stage = Stage()
     stage.place({"a": ALL})
     stage.start(CALL)
@@ -320,7 +320,7 @@ def test_what_is_abandoned_never_calls_back() -> None:
     stage.start(make_call([[0]]), within_s=0.5)
     stage.client.abandon()
     stage.answer("a", *asked, *stage.asked("a"))
-    stage.client.check_deadlines(100.0)
+    stage.poll(100.0)
     stage.link("a", LinkEvent.CLOSED)
     stage.link("a")
     assert (stage.sums, stage.failures) == ([], [])
@@ -386,7 +386,7 @@ def test_a_shard_that_only_an_unreachable_node_holds_waits_like_any_other() -> N
     stage = Stage()
     stage.take(placement({"far": ALL}, 1, endpoints=("ipc:///elsewhere",)))
     stage.start(CALL, within_s=1.0)
-    stage.client.check_deadlines(1.0)
+    stage.poll(1.0)
     assert isinstance(stage.failures[0][1], DeadlineError)
 
 

@@ -8,8 +8,7 @@ import torch
 from common.messages import Dispatch
 from common.wire.transport import LinkEvent
 from services.stage.experts.client import LOOK_AGAIN_S
-from services.stage.experts.hedging import CEILING_S, HEDGE_BURST, LONGEST_SILENCE_S
-from services.stage.experts.outliers import DOUBT_LAPSES_S
+from services.stage.experts.hedging import CEILING_S, DOUBT_LAPSES_S, HEDGE_BURST, LONGEST_SILENCE_S
 from services.stage.experts.pending_call import LONGEST_PAUSE_S
 from tests.support.nodes.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, refusal, wanted
 from tests.support.nodes.kernels import one_torch_thread
@@ -157,7 +156,7 @@ def test_a_node_that_is_suspect_loses_all_that_it_owes_at_once_and_beyond_the_bu
 
 def test_a_node_that_is_silent_while_others_answer_is_found_without_a_budget_for_hedges() -> None:
     stage = stage_of(a=ALL, b=ALL)
-    while stage.client._ledger.budget.take():
+    while stage.client._in_flight.budget.spend():
         pass
     stage.start(CALL)
     stage.asked("a")
@@ -180,7 +179,7 @@ def suspect_without_a_copy() -> tuple[Stage, str, list[str]]:
         stage.answer(name, *asked[name])
         stage.socket(name).takes_messages = False
     stage.now_s += 0.01
-    stage.client.receive(stage.now_s)
+    stage.poll()
     for node in stage.client.nodes:
         node.heard_s = stage.now_s if node.node_id != hanging else 0.0
     stage.pass_time(LONGEST_SILENCE_S)
@@ -202,7 +201,7 @@ def test_a_copy_in_doubt_is_asked_instead_of_a_suspect_where_there_is_no_other()
     stage, hanging, others = suspect_without_a_copy()
     for node in stage.client.nodes:
         if node.node_id != hanging:
-            stage.client._ledger.suspicions.lost(node.number, stage.now_s)
+            stage.client._in_flight.outliers.lost(node.number, stage.now_s)
             stage.socket(node.node_id).takes_messages = True
     stage.pass_time(0.05)
     for name in others:
@@ -227,7 +226,7 @@ def test_a_suspect_that_alone_holds_a_shard_is_asked_all_the_same() -> None:
     stage.start(make_call([[0, 1]]))
     stage.asked("a")
     stage.asked("b")
-    stage.client._ledger.suspicions.silent(0, stage.now_s)
+    stage.client._in_flight.outliers.silent(0, stage.now_s)
     stage.start(make_call([[2, 3]]), "only a")
     assert pairs_of(stage.asked("a")) == 2
 
@@ -253,7 +252,7 @@ def test_what_a_suspect_owes_is_asked_of_a_third_node_at_once_where_the_second_o
     stage.start(call)
     first = next(name for name in "abc" if stage.asked(name))
     number = next(node.number for node in stage.client.nodes if node.node_id == first)
-    stage.client._ledger.suspicions.silent(number, stage.now_s)
+    stage.client._in_flight.outliers.silent(number, stage.now_s)
     stage.pass_time(CEILING_S + 0.01)
     hedges = {name: stage.asked(name) for name in "abc" if name != first}
     second = next(name for name, messages in hedges.items() if messages)
@@ -272,7 +271,7 @@ def test_a_stage_that_was_stopped_itself_first_reads_what_has_come() -> None:
     stage.start(CALL)
     waiting = stage.asked("a"), stage.asked("b")
     stage.now_s += 3.0
-    stage.client.check_deadlines(stage.now_s)
+    stage.poll()
     assert stage.client.hedged_calls == 0
     stage.answer("a", *waiting[0])
     stage.answer("b", *waiting[1])

@@ -55,7 +55,7 @@ class Calls(RuleBasedStateMachine):
             if not socket.is_closed:
                 refuses = data.draw(st.integers(0, 4)) == 0
                 socket.say(refusal(message) if refuses else answer_to(message))
-                self.stage.client.receive(self.stage.now_s)
+                self.stage.poll()
 
     def collect(self) -> None:
         for socket in self.stage.transport.sockets.values():
@@ -84,7 +84,7 @@ class Calls(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.0, 3.0))
     def time(self, seconds: float) -> None:
         self.stage.now_s += seconds
-        self.stage.client.check_deadlines(self.stage.now_s)
+        self.stage.poll()
 
     @rule(milliseconds=st.integers(5, 300))
     def loop(self, milliseconds: int) -> None:
@@ -96,9 +96,9 @@ class Calls(RuleBasedStateMachine):
 
     def no_suspect_keeps_what_a_copy_can_be_asked_for(self) -> None:
         client, now_s = self.stage.client, self.stage.now_s
-        suspects = client._ledger.suspicions.suspects(now_s)
+        suspects = client._in_flight.outliers.suspects(now_s)
         deaf = {n.number for n in client.nodes if not self.stage.socket(n.node_id).takes_messages}
-        for pending in client._ledger.open_calls:
+        for pending in client._in_flight.open_calls:
             left = pending.missing.copy()
             for part in pending.parts.values():
                 if part.rows.node not in suspects:
@@ -137,7 +137,7 @@ class Calls(RuleBasedStateMachine):
     def what_nodes_owe_is_what_was_asked_of_them(self) -> None:
         client = self.stage.client
         owed = {node.number: 0 for node in client.nodes}
-        for number, pending in client._ledger._in_flight.items():
+        for number, pending in client._in_flight._messages.items():
             rows = pending.parts[number].rows
             owed[rows.node] += rows.pairs.size
         assert owed == client.nodes.outstanding_rows
@@ -154,13 +154,13 @@ class Calls(RuleBasedStateMachine):
                 if not socket.is_closed:
                     socket.say(answer_to(message))
             self.unanswered.clear()
-            self.stage.client.receive(self.stage.now_s)
-        self.stage.client.check_deadlines(self.stage.now_s + 100.0)
+            self.stage.poll()
+        self.stage.poll(self.stage.now_s + 100.0)
         self.every_call_ends_at_most_once_and_right()
         assert self.open() == []
         assert set(self.stage.outstanding.values()) <= {0}
-        assert not self.stage.client._ledger._in_flight
-        assert not self.stage.client._ledger._open
+        assert not self.stage.client._in_flight._messages
+        assert not self.stage.client._in_flight._open
 
 
 class PartialCalls(Calls):

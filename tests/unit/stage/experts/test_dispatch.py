@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import NodeLostError
-from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum, pair_weights, split_pairs
-from services.stage.experts.replica_selection import WEIGHT_READ_ROWS, choose_copies
+from services.stage.experts.dispatch import (
+    WEIGHT_READ_ROWS,
+    ExactSum,
+    NodeRows,
+    PartialSum,
+    choose_copies,
+    pair_weights,
+    split_pairs,
+)
 from services.stage.model.decoder import ExpertCall
 from tests.support.nodes.kernels import one_torch_thread
 

@@ -76,7 +76,7 @@ def test_a_general_slowdown_cannot_add_more_than_a_small_share_of_calls() -> Non
     hedges = 0
     for _ in range(num_calls):
         budget.earn()
-        hedges += budget.take()
+        hedges += budget.spend()
     assert hedges <= HEDGE_BURST + HEDGES_PER_CALL * num_calls
     assert hedges >= HEDGES_PER_CALL * num_calls
 
@@ -85,4 +85,4 @@ def test_quiet_times_save_up_no_more_than_a_burst() -> None:
     budget = HedgeBudget()
     for _ in range(10_000):
         budget.earn()
-    assert sum(budget.take() for _ in range(100)) == HEDGE_BURST
+    assert sum(budget.spend() for _ in range(100)) == HEDGE_BURST

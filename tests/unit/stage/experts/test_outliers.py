@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 
-from services.stage.experts.outliers import (
+from services.stage.experts.hedging import (
     DOUBT_LAPSES_S,
     FORGIVEN_AFTER_ANSWERS,
     FREE_STRIKES,
     LONGEST_PENALTY_S,
     SUSPECT_AFTER_LOSSES,
-    Suspicions,
+    OutlierDetector,
 )
 
 NODE, OTHER = 3, 4
 
 
 def test_a_node_that_answers_in_time_is_never_in_doubt() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     for number in range(50):
         suspicions.heard(NODE, float(number))
         suspicions.answered_in_time(NODE)
@@ -26,7 +26,7 @@ def test_a_node_that_answers_in_time_is_never_in_doubt() -> None:
 
 
 def test_one_that_lost_a_hedge_is_in_doubt_until_it_says_anything() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     assert not suspicions.lost(NODE, 1.0), "one loss is no suspicion"
     assert suspicions.doubted(1.5) == {NODE}
     suspicions.heard(NODE, 1.6)
@@ -35,14 +35,14 @@ def test_one_that_lost_a_hedge_is_in_doubt_until_it_says_anything() -> None:
 
 
 def test_one_that_loses_several_in_a_row_becomes_suspect_once() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     outcomes = [suspicions.lost(NODE, 1.0) for _ in range(SUSPECT_AFTER_LOSSES + 2)]
     assert outcomes == [False] * (SUSPECT_AFTER_LOSSES - 1) + [True, False, False]
     assert suspicions.num_suspicions == 1
 
 
 def test_losses_with_a_sign_of_life_between_them_are_not_in_a_row() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     for number in range(5 * SUSPECT_AFTER_LOSSES):
         assert not suspicions.lost(NODE, float(number))
         suspicions.heard(NODE, number + 0.5)
@@ -50,7 +50,7 @@ def test_losses_with_a_sign_of_life_between_them_are_not_in_a_row() -> None:
 
 
 def test_one_that_is_silent_while_others_answer_is_suspect_until_it_speaks() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     assert suspicions.silent(NODE, 2.0)
     assert not suspicions.silent(NODE, 2.1), "once"
     assert suspicions.is_doubted(NODE, 2.1)
@@ -60,14 +60,14 @@ def test_one_that_is_silent_while_others_answer_is_suspect_until_it_speaks() -> 
 
 
 def test_others_are_not_concerned() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     suspicions.silent(NODE, 2.0)
     assert not suspicions.is_doubted(OTHER, 2.0)
     assert not suspicions.is_struck(OTHER)
 
 
 def test_a_node_that_is_late_time_after_time_is_kept_away_from_for_longer_and_longer() -> None:
-    suspicions, now_s, waits = Suspicions(), 0.0, []
+    suspicions, now_s, waits = OutlierDetector(), 0.0, []
     for _ in range(FREE_STRIKES + 8):
         suspicions.lost(NODE, now_s)
         since_s = now_s
@@ -81,7 +81,7 @@ def test_a_node_that_is_late_time_after_time_is_kept_away_from_for_longer_and_lo
 
 
 def test_it_is_forgiven_after_it_has_answered_in_time_for_a_while() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     for _ in range(FREE_STRIKES):
         suspicions.lost(NODE, 0.0)
         suspicions.heard(NODE, 0.0)
@@ -93,14 +93,14 @@ def test_it_is_forgiven_after_it_has_answered_in_time_for_a_while() -> None:
 
 
 def test_a_doubt_that_nothing_ends_lapses() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     suspicions.silent(NODE, 1.0)
     assert suspicions.is_doubted(NODE, 1.0 + 0.99 * DOUBT_LAPSES_S)
     assert not suspicions.is_doubted(NODE, 1.0 + DOUBT_LAPSES_S)
 
 
 def test_a_new_connection_starts_clean() -> None:
-    suspicions = Suspicions()
+    suspicions = OutlierDetector()
     suspicions.silent(NODE, 1.0)
     suspicions.forget(NODE)
     assert not suspicions.is_doubted(NODE, 1.0)

@@ -12,8 +12,8 @@ import torch
 
 from common.errors import RankLostError
 from common.messages import AssignStage, Header
-from services.stage.slot.slot import Refused, Slot, Taken
-from services.stage.slot.stage_worker import SlotKeeper
+from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
+from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.memory_transport import MemoryTransport
 from tests.support.nodes.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
@@ -30,10 +30,10 @@ def ranks(tmp_path: Path) -> Iterator[ThreadRanks]:
 
 
 @contextmanager
-def keeper_of(ranks: ThreadRanks, free_bytes: int = PLENTY) -> Iterator[SlotKeeper]:
+def keeper_of(ranks: ThreadRanks, free_bytes: int = PLENTY) -> Iterator[StageWorker]:
     transport: Any = MemoryTransport()
     log: Any = ranks.log
-    keeper = SlotKeeper(
+    keeper = StageWorker(
         ranks.config,
         ranks.checkpoint,
         NUM_POSITIONS,
@@ -48,11 +48,11 @@ def keeper_of(ranks: ThreadRanks, free_bytes: int = PLENTY) -> Iterator[SlotKeep
     keeper.close()
 
 
-def take_slot(keeper: SlotKeeper) -> Slot:
+def take_slot(keeper: StageWorker) -> Slot:
     """All layers, in one slot."""
     assignment = AssignStage(0, 0, 1, 0, 5, 1, 3, ("tcp://router:1",), "")
     assert keeper.assign(assignment, Header(generation=1), torch.float32) is None
-    answers: list[Taken | Refused] = []
+    answers: list[RoleTaken | RoleRefused] = []
 
     def answered() -> bool:
         answer = keeper.poll()
@@ -61,7 +61,7 @@ def take_slot(keeper: SlotKeeper) -> Slot:
         return bool(answers)
 
     wait_until(answered, 30, "the layers", interval_s=0.001)
-    assert isinstance(answers[0], Taken), answers[0]
+    assert isinstance(answers[0], RoleTaken), answers[0]
     assert keeper.slot is not None
     return keeper.slot
 

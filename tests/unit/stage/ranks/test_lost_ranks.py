@@ -18,7 +18,7 @@ from services.stage.ranks import group as group_module
 from services.stage.ranks import worker as worker_module
 from services.stage.ranks.worker import Follower
 from services.stage.ranks.worker_memory import FollowerMemory
-from services.stage.slot.stage_worker import SlotKeeper
+from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.rank_threads import NUM_POSITIONS, rank_threads
 from tests.support.processes.waiting import wait_until
@@ -52,7 +52,7 @@ def num_alive(parts: list[weakref.ref[Any]]) -> int:
     return sum(part() is not None for part in parts)
 
 
-def grow_until(keeper: SlotKeeper, what: str, holds: Any) -> None:
+def grow_until(keeper: StageWorker, what: str, holds: Any) -> None:
     def look() -> bool:
         keeper.poll()
         keeper.grow()

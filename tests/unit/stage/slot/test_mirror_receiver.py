@@ -80,7 +80,7 @@ class Pair:
 
     def deliver(self) -> None:
         while self.wire.waiting:
-            self.mirror.take(*self.wire.waiting.pop(0))
+            self.mirror.apply(*self.wire.waiting.pop(0))
         while self.back.waiting:
             message, _ = self.back.waiting.pop(0)
             assert isinstance(message, MirrorAck)
@@ -262,7 +262,7 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     pair.wire.waiting.clear()
     pair.write([40])
     with pytest.raises(ProtocolError, match=r"MirrorRows\.positions names a place outside"):
-        pair.mirror.take(pair.wire.waiting[0][0], header)
+        pair.mirror.apply(pair.wire.waiting[0][0], header)
     pair = Pair()
     pair.sender.begin([19])
     pair.fill()
@@ -270,7 +270,7 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     assert isinstance(message, MirrorBlocks)
     pair.mirror.memory = allocate_paged_memory(2, 1, (2, 4), 8, torch.float32, with_log=True)
     with pytest.raises(ProtocolError, match=r"MirrorBlocks\.blocks names a block outside"):
-        pair.mirror.take(message, header)
+        pair.mirror.apply(message, header)
 
 
 def test_a_mirror_that_does_not_keep_up_is_given_up() -> None:

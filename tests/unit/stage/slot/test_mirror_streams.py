@@ -12,11 +12,9 @@ from common.errors import SocketError
 from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
 from common.wire.transport import LinkEvent
 from services.stage.model.micro_batch import BlockTables
-from services.stage.slot.mirror_intake import MirrorIntake
-from services.stage.slot.mirror_link import MirrorLink
-from services.stage.slot.mirror_receiver import Mirror
-from services.stage.slot.mirror_sender import MAX_BACKFILL_AHEAD_MESSAGES, MirrorSender
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.mirror_receiver import Mirror, MirrorIntake
+from services.stage.slot.mirror_sender import MAX_BACKFILL_AHEAD_MESSAGES, MirrorLink, MirrorSender
+from services.stage.slot.step_watermark import StepWatermark
 from tests.unit.stage.slot.test_mirror_receiver import ROLE, TERM, Wire, memory
 
 LOG: Any = structlog.get_logger()
@@ -31,7 +29,7 @@ class Spare:
         self.mirror = Mirror(ROLE, TERM, memory(), back)
         self.said: list[MirrorReady] = []
         this: Any = self
-        self.intake = MirrorIntake(this, this, LOG)
+        self.intake = MirrorIntake(this, LOG)
 
     def send(self, message: MirrorReady, header: Header) -> None:
         self.said.append(message)
@@ -53,7 +51,7 @@ def test_the_end_of_a_stream_that_was_given_up_is_no_gap_in_the_one_after_it() -
     first_old, late_old = old.waiting
     first_new, second_new = new.waiting
     for arriving in (first_old, first_new, late_old, second_new):
-        spare.intake.take(*arriving)
+        spare.intake.apply(spare.mirror, *arriving)
     assert (spare.mirror.is_spoilt, spare.mirror.is_complete, spare.mirror.mark) == (False, True, 2)
     assert spare.intake.dropped == 1
     assert [ready.is_complete for ready in spare.said] == [True, True]
@@ -100,12 +98,12 @@ def test_an_acknowledgement_that_was_lost_with_its_connection_is_said_again_over
     """The holder may send no more before it has it."""
     spare, wire = Spare(), Wire()
     sender_to(wire, 1).send_blocks(memory(), 1)
-    spare.intake.take(*wire.waiting.pop())
+    spare.intake.apply(spare.mirror, *wire.waiting.pop())
     assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
-    spare.intake.acknowledge()
+    spare.intake.acknowledge(spare.mirror)
     assert not spare.back.waiting
     spare.back.events = [LinkEvent.CLOSED, LinkEvent.CONNECTED]
-    spare.intake.acknowledge()
+    spare.intake.acknowledge(spare.mirror)
     assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
 
 
@@ -147,7 +145,7 @@ def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neith
         raise RuntimeError("can't allocate memory")
 
     transport: Any = Transport()
-    held: Any = type("Held", (), {"memory": memory(), "marks": StepMarks(5), "tables": BlockTables(32, 4)})
+    held: Any = type("Held", (), {"memory": memory(), "marks": StepWatermark(5), "tables": BlockTables(32, 4)})
     link = MirrorLink(transport, "", LOG)
     link.obey(MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host"), Header(TERM, 1))
     sender = link._sender

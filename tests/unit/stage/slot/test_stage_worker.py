@@ -19,8 +19,8 @@ from services.stage.model.kv_cache import PagedMemory, allocate_paged_memory
 from services.stage.model.loading import load_stage
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import MirrorSender
-from services.stage.slot.slot import LoadedLayers, Refused, Taken
-from services.stage.slot.stage_worker import SlotKeeper
+from services.stage.slot.slot import LoadedLayers, RoleRefused, RoleTaken
+from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
@@ -37,7 +37,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), QWEN3)
 
 
-class Keeper(SlotKeeper):
+class Worker(StageWorker):
     def __init__(self, directory: Path, loaded: LoadedLayers | None = None) -> None:
         self.transport = MemoryTransport()
         transport: Any = self.transport
@@ -47,7 +47,7 @@ class Keeper(SlotKeeper):
     def take(self, message: AssignStage, generation: int = 1, dtype: torch.dtype = torch.float32) -> Any:
         return self.assign(message, Header(generation=generation), dtype)
 
-    def finish(self) -> Taken | Refused | None:
+    def finish(self) -> RoleTaken | RoleRefused | None:
         """Wait for the loader."""
         if self._loading is not None:
             self._loading.future.exception(timeout=60)
@@ -62,8 +62,8 @@ class Keeper(SlotKeeper):
 
 
 @pytest.fixture
-def keeper(directory: Path) -> Any:
-    made = Keeper(directory)
+def worker(directory: Path) -> Any:
+    made = Worker(directory)
     yield made
     made.close()
 
@@ -81,82 +81,82 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def test_a_slot_is_taken_once_its_layers_are_loaded(keeper: Keeper) -> None:
-    assert keeper.poll() is None
-    assert keeper.take(ASSIGN, 3) is None
-    outcome = keeper.finish()
-    assert isinstance(outcome, Taken)
+def test_a_slot_is_taken_once_its_layers_are_loaded(worker: Worker) -> None:
+    assert worker.poll() is None
+    assert worker.take(ASSIGN, 3) is None
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleTaken)
     assert outcome.header.generation == 3
     assert isinstance(outcome.ready, StageReady)
     assert (outcome.ready.pipeline, outcome.ready.slot, outcome.ready.lease_term) == (0, 0, 1)
     assert outcome.ready.weight_bytes > 0
     kv_values, log_values = 2 * 2 * QWEN3.kv_heads * QWEN3.head_width, QWEN3.width
     assert outcome.ready.kv_bytes == (4 + 1) * 32 * (kv_values + log_values) * 4, "and a block for self-tests"
-    assert keeper.slot is not None
-    assert keeper.slot.role.is_first
-    assert keeper.downstream.endpoints == ("tcp://next:1",)
-    assert keeper.poll() is None
+    assert worker.slot is not None
+    assert worker.slot.role.is_first
+    assert worker.downstream.endpoints == ("tcp://next:1",)
+    assert worker.poll() is None
 
 
 def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled(
-    keeper: Keeper, loads: list[Any]
+    worker: Worker, loads: list[Any]
 ) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    assert keeper.slot is not None
-    former, socket = keeper.slot, keeper.downstream
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    assert worker.slot is not None
+    former, socket = worker.slot, worker.downstream
     former.held.marks.begin(17, 0)
     former.held.memory.caches[0].keys.fill_(3.0)
     socket.bytes_sent = 100
-    outcome = keeper.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
-    assert isinstance(outcome, Taken)
+    outcome = worker.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
+    assert isinstance(outcome, RoleTaken)
     assert isinstance(outcome.ready, StageReady)
     assert outcome.header.generation == 2
     assert outcome.ready.kv_mark == 17, "what was under way then is void, and all before it is there"
     assert socket.is_closed
-    assert keeper.downstream.endpoints == ("tcp://other:1",)
-    assert keeper.slot.model is former.model
-    assert keeper.slot.held is former.held
-    router_blocks = keeper.slot.held.memory.caches[0].keys[: ASSIGN.num_blocks]
+    assert worker.downstream.endpoints == ("tcp://other:1",)
+    assert worker.slot.model is former.model
+    assert worker.slot.held is former.held
+    router_blocks = worker.slot.held.memory.caches[0].keys[: ASSIGN.num_blocks]
     assert bool((router_blocks == 3.0).all()), "the self-test writes elsewhere"
-    assert keeper.bytes_sent == 100
+    assert worker.bytes_sent == 100
     assert len(loads) == 1
 
 
 @pytest.mark.parametrize("other", [replace(ASSIGN, num_blocks=5), replace(ASSIGN, pipeline=1)])
-def test_memory_of_another_slot_or_size_is_of_no_use(keeper: Keeper, other: AssignStage) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    assert keeper.slot is not None
-    keeper.slot.held.marks.begin(17, 0)
-    outcome = keeper.take(other, 2)
-    assert isinstance(outcome, Taken)
+def test_memory_of_another_slot_or_size_is_of_no_use(worker: Worker, other: AssignStage) -> None:
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    assert worker.slot is not None
+    worker.slot.held.marks.begin(17, 0)
+    outcome = worker.take(other, 2)
+    assert isinstance(outcome, RoleTaken)
     assert isinstance(outcome.ready, StageReady)
     assert outcome.ready.kv_mark == 0
 
 
-def test_a_mirror_takes_over_with_what_it_has_copied(keeper: Keeper) -> None:
-    assert keeper.assign(FOLLOW, Header(), torch.float32) is None
-    outcome = keeper.finish()
-    assert isinstance(outcome, Taken)
+def test_a_mirror_takes_over_with_what_it_has_copied(worker: Worker) -> None:
+    assert worker.assign(FOLLOW, Header(), torch.float32) is None
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleTaken)
     assert outcome.ready == MirrorReady(0, 0, 1, False)
-    assert keeper.slot is None
-    assert keeper.mirror is not None
-    keeper.mirror.is_complete, keeper.mirror.mark = True, 41
-    taken = keeper.take(replace(ASSIGN, lease_term=2), 2)
-    assert isinstance(taken, Taken)
+    assert worker.slot is None
+    assert worker.mirror is not None
+    worker.mirror.is_complete, worker.mirror.mark = True, 41
+    taken = worker.take(replace(ASSIGN, lease_term=2), 2)
+    assert isinstance(taken, RoleTaken)
     assert isinstance(taken.ready, StageReady)
     assert taken.ready.kv_mark == 41
-    assert keeper.mirror is None
+    assert worker.mirror is None
 
 
-def test_a_mirror_that_is_not_complete_takes_over_with_nothing(keeper: Keeper) -> None:
-    keeper.assign(FOLLOW, Header(), torch.float32)
-    keeper.finish()
-    assert keeper.mirror is not None
-    keeper.mirror.mark = 41
-    taken = keeper.take(replace(ASSIGN, lease_term=2), 2)
-    assert isinstance(taken, Taken)
+def test_a_mirror_that_is_not_complete_takes_over_with_nothing(worker: Worker) -> None:
+    worker.assign(FOLLOW, Header(), torch.float32)
+    worker.finish()
+    assert worker.mirror is not None
+    worker.mirror.mark = 41
+    taken = worker.take(replace(ASSIGN, lease_term=2), 2)
+    assert isinstance(taken, RoleTaken)
     assert isinstance(taken.ready, StageReady)
     assert taken.ready.kv_mark == 0
 
@@ -176,24 +176,24 @@ def copy(source: PagedMemory, used_blocks: list[int], mirror: Mirror, rows: list
         sender.send_blocks(source, mark=41)
     sender.send_rows(source, torch.tensor(rows, dtype=torch.int64), mark=42)
     for message in wire.waiting:
-        mirror.take(*message)
+        mirror.apply(*message)
 
 
 def test_the_mirror_of_a_former_mirror_gets_all_that_was_copied_before_any_step_has_told_whose_it_is(
-    keeper: Keeper,
+    worker: Worker,
 ) -> None:
     first = memory_of_another_holder()
     for cache in first.caches:
         cache.keys[[0, 2]] = 1.0
         cache.values[[0, 2]] = 2.0
         cache.keys[1, :, :, 5] = 3.0
-    keeper.assign(FOLLOW, Header(), torch.float32)
-    keeper.finish()
-    assert keeper.mirror is not None
-    copy(first, [0, 2], keeper.mirror, rows=[32 + 5])
-    keeper.take(replace(ASSIGN, lease_term=2), 2)
-    assert keeper.slot is not None
-    held, back = keeper.slot.held, Wire()
+    worker.assign(FOLLOW, Header(), torch.float32)
+    worker.finish()
+    assert worker.mirror is not None
+    copy(first, [0, 2], worker.mirror, rows=[32 + 5])
+    worker.take(replace(ASSIGN, lease_term=2), 2)
+    assert worker.slot is not None
+    held, back = worker.slot.held, Wire()
     given: Any = back
     second = Mirror(FOLLOW, 0, memory_of_another_holder(), given)
     copy(held.memory, held.tables.used_blocks(), second, rows=[])
@@ -203,86 +203,86 @@ def test_the_mirror_of_a_former_mirror_gets_all_that_was_copied_before_any_step_
         assert torch.equal(cache.values[: ASSIGN.num_blocks], copied.values[: ASSIGN.num_blocks])
 
 
-def test_a_copy_that_was_not_complete_is_not_copied_on(keeper: Keeper) -> None:
-    keeper.assign(FOLLOW, Header(), torch.float32)
-    keeper.finish()
-    assert keeper.mirror is not None
-    keeper.mirror.written_blocks.add(2)
-    keeper.take(replace(ASSIGN, lease_term=2), 2)
-    assert keeper.slot is not None
-    assert keeper.slot.held.tables.used_blocks() == []
+def test_a_copy_that_was_not_complete_is_not_copied_on(worker: Worker) -> None:
+    worker.assign(FOLLOW, Header(), torch.float32)
+    worker.finish()
+    assert worker.mirror is not None
+    worker.mirror.written_blocks.add(2)
+    worker.take(replace(ASSIGN, lease_term=2), 2)
+    assert worker.slot is not None
+    assert worker.slot.held.tables.used_blocks() == []
 
 
-def test_a_former_holder_that_mirrors_its_slot_knows_of_none_of_its_sequences_any_more(keeper: Keeper) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    assert keeper.slot is not None
-    keeper.slot.held.tables.apply(step([(7, 0, 5, 0, 1, 0)], [3]))
-    assert isinstance(keeper.assign(FOLLOW, Header(), torch.float32), Taken)
-    keeper.take(replace(ASSIGN, lease_term=2), 2)
-    assert len(keeper.slot.held.tables) == 0
+def test_a_former_holder_that_mirrors_its_slot_knows_of_none_of_its_sequences_any_more(worker: Worker) -> None:
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    assert worker.slot is not None
+    worker.slot.held.tables.apply(step([(7, 0, 5, 0, 1, 0)], [3]))
+    assert isinstance(worker.assign(FOLLOW, Header(), torch.float32), RoleTaken)
+    worker.take(replace(ASSIGN, lease_term=2), 2)
+    assert len(worker.slot.held.tables) == 0
 
 
-def test_a_new_generation_while_the_same_layers_load_does_not_load_them_again(keeper: Keeper, loads: list[Any]) -> None:
+def test_a_new_generation_while_the_same_layers_load_does_not_load_them_again(worker: Worker, loads: list[Any]) -> None:
     for generation in (1, 2, 3):
-        assert keeper.take(replace(ASSIGN, lease_term=generation), generation) is None
-    outcome = keeper.finish()
-    assert isinstance(outcome, Taken)
+        assert worker.take(replace(ASSIGN, lease_term=generation), generation) is None
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleTaken)
     assert (outcome.header.generation, outcome.ready.lease_term) == (3, 3)
     assert loads == [(0, 2)]
 
 
-def test_other_layers_replace_those_that_are_loading(keeper: Keeper, loads: list[Any]) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.take(replace(ASSIGN, slot=1, first_layer=2, stop_layer=5), 2)
-    outcome = keeper.finish()
-    assert isinstance(outcome, Taken)
+def test_other_layers_replace_those_that_are_loading(worker: Worker, loads: list[Any]) -> None:
+    worker.take(ASSIGN, 1)
+    worker.take(replace(ASSIGN, slot=1, first_layer=2, stop_layer=5), 2)
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleTaken)
     assert outcome.header.generation == 2
-    assert keeper.slot is not None
-    assert keeper.slot.role.layers == (2, 5)
-    assert keeper.slot.role.is_last
+    assert worker.slot is not None
+    assert worker.slot.role.layers == (2, 5)
+    assert worker.slot.role.is_last
 
 
 def test_another_incarnation_has_the_layers_of_the_one_before_and_none_of_its_cache(
-    keeper: Keeper, directory: Path, loads: list[Any]
+    worker: Worker, directory: Path, loads: list[Any]
 ) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    assert keeper.slot is not None
-    keeper.slot.held.marks.begin(7, 0)
-    keeper.slot.held.marks.finish(7)
-    following = Keeper(directory, keeper.loaded)
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    assert worker.slot is not None
+    worker.slot.held.marks.begin(7, 0)
+    worker.slot.held.marks.finish(7)
+    following = Worker(directory, worker.loaded)
     outcome = following.take(ASSIGN, 2)
-    assert isinstance(outcome, Taken)
+    assert isinstance(outcome, RoleTaken)
     assert isinstance(outcome.ready, StageReady)
     assert outcome.ready.kv_mark == 0
     assert loads == [(0, 2)], "read once"
     following.close()
 
 
-def test_another_dtype_is_another_load(keeper: Keeper, loads: list[Any]) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    assert keeper.take(ASSIGN, 2, torch.bfloat16) is None
-    assert isinstance(keeper.finish(), Taken)
+def test_another_dtype_is_another_load(worker: Worker, loads: list[Any]) -> None:
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    assert worker.take(ASSIGN, 2, torch.bfloat16) is None
+    assert isinstance(worker.finish(), RoleTaken)
     assert len(loads) == 2
-    assert keeper.slot is not None
-    assert keeper.slot.model.layers[0].input_norm.dtype == torch.bfloat16
+    assert worker.slot is not None
+    assert worker.slot.model.layers[0].input_norm.dtype == torch.bfloat16
 
 
 def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s, release = [100.0], threading.Event()
-    keeper._loader = LoaderThread(lambda: now_s[0], lambda thread: 0.5)
+    worker._loader = LoaderThread(lambda: now_s[0], lambda thread: 0.5)
     monkeypatch.setattr("services.stage.slot.stage_worker.load_stage", lambda *given: release.wait(timeout=60))
-    keeper.take(ASSIGN, 1)
-    keeper.leave()
+    worker.take(ASSIGN, 1)
+    worker.leave()
 
     def look_for(seconds: float) -> None:
         for _ in range(round(seconds)):
             now_s[0] += 1.0
-            assert keeper.poll() is None
+            assert worker.poll() is None
 
     look_for(STUCK_S - 1)
     with pytest.raises(DeadlineError, match="the disk of the checkpoint hangs"):
@@ -290,23 +290,23 @@ def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(
     release.set()
 
 
-def test_whoever_is_let_go_while_it_loads_takes_nothing(keeper: Keeper) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.leave()
-    assert keeper.finish() is None
-    assert keeper.slot is None
-    keeper.take(ASSIGN, 2)
-    assert isinstance(keeper.finish(), Taken)
+def test_whoever_is_let_go_while_it_loads_takes_nothing(worker: Worker) -> None:
+    worker.take(ASSIGN, 1)
+    worker.leave()
+    assert worker.finish() is None
+    assert worker.slot is None
+    worker.take(ASSIGN, 2)
+    assert isinstance(worker.finish(), RoleTaken)
 
 
-def test_leaving_closes_the_link_downstream(keeper: Keeper) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
-    socket = keeper.downstream
-    keeper.leave()
+def test_leaving_closes_the_link_downstream(worker: Worker) -> None:
+    worker.take(ASSIGN, 1)
+    worker.finish()
+    socket = worker.downstream
+    worker.leave()
     assert socket.is_closed
-    assert keeper.slot is None
-    assert isinstance(keeper.take(ASSIGN, 2), Taken), "the weights have stayed"
+    assert worker.slot is None
+    assert isinstance(worker.take(ASSIGN, 2), RoleTaken), "the weights have stayed"
 
 
 @pytest.mark.parametrize(
@@ -322,58 +322,58 @@ def test_leaving_closes_the_link_downstream(keeper: Keeper) -> None:
     ids=str,
 )
 def test_an_assignment_that_makes_no_sense_is_refused_and_changes_nothing(
-    keeper: Keeper, changes: dict[str, int]
+    worker: Worker, changes: dict[str, int]
 ) -> None:
-    keeper.take(ASSIGN, 1)
-    keeper.finish()
+    worker.take(ASSIGN, 1)
+    worker.finish()
     with pytest.raises(ProtocolError):
-        keeper.take(replace(ASSIGN, **changes), 2)  # type: ignore[arg-type]
-    assert keeper.slot is not None
-    assert keeper.slot.role.generation == 1
+        worker.take(replace(ASSIGN, **changes), 2)  # type: ignore[arg-type]
+    assert worker.slot is not None
+    assert worker.slot.role.generation == 1
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_reason_and_may_be_tried_again(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
         raise MemoryError("not enough")
 
     with monkeypatch.context() as patched:
         patched.setattr("services.stage.slot.stage_worker.load_stage", broken)
-        keeper.take(ASSIGN, 4)
-        outcome = keeper.finish()
-    assert isinstance(outcome, Refused)
+        worker.take(ASSIGN, 4)
+        outcome = worker.finish()
+    assert isinstance(outcome, RoleRefused)
     assert isinstance(outcome.error, MoemeshError)
     assert "not enough" in str(outcome.error)
     assert outcome.header.generation == 4
-    assert keeper.slot is None
-    keeper.take(ASSIGN, 5)
-    assert isinstance(keeper.finish(), Taken)
+    assert worker.slot is None
+    worker.take(ASSIGN, 5)
+    assert isinstance(worker.finish(), RoleTaken)
 
 
-def test_a_downstream_that_cannot_be_reached_is_refused(keeper: Keeper) -> None:
-    keeper.take(replace(ASSIGN, downstream=("ipc:///elsewhere",)), 1)
-    outcome = keeper.finish()
-    assert isinstance(outcome, Refused)
+def test_a_downstream_that_cannot_be_reached_is_refused(worker: Worker) -> None:
+    worker.take(replace(ASSIGN, downstream=("ipc:///elsewhere",)), 1)
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleRefused)
     assert "tcp" in str(outcome.error)
-    assert isinstance(keeper.take(ASSIGN, 2), Taken)
+    assert isinstance(worker.take(ASSIGN, 2), RoleTaken)
 
 
 def test_a_slot_that_does_not_fit_the_gpu_is_refused_and_one_on_a_lost_gpu_ends_the_process(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(error: Exception) -> None:
         def load(*arguments: Any) -> Any:
             raise error
 
         monkeypatch.setattr("services.stage.slot.stage_worker.load_stage", load)
-        keeper.take(ASSIGN)
+        worker.take(ASSIGN)
 
     fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-    outcome = keeper.finish()
-    assert isinstance(outcome, Refused)
+    outcome = worker.finish()
+    assert isinstance(outcome, RoleRefused)
     assert isinstance(outcome.error, CapacityError)
     assert "the GPU has no room for it, set CAPACITY_BYTES lower: CUDA out of memory" in str(outcome.error)
     fail(RuntimeError("CUDA error: unspecified launch failure"))
     with pytest.raises(DeviceError, match="the GPU has failed: CUDA error: unspecified launch failure"):
-        keeper.finish()
+        worker.finish()

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from services.stage.slot.step_watermark import StepMarks
+from services.stage.slot.step_watermark import StepWatermark
 
 
-def begun(*steps: int) -> StepMarks:
+def begun(*steps: int) -> StepWatermark:
     """Steps of one chain, all of which have come."""
-    marks = StepMarks()
+    marks = StepWatermark()
     for previous, step in zip((0, *steps), steps, strict=False):
         marks.begin(step, previous)
     return marks
@@ -29,7 +29,7 @@ def test_the_mark_follows_the_chain_as_far_as_it_is_finished() -> None:
 
 
 def test_a_step_that_has_not_come_is_not_covered_by_one_that_overtook_it() -> None:
-    marks = StepMarks()
+    marks = StepWatermark()
     marks.begin(11, 10)
     marks.finish(11)
     assert marks.mark == 0
@@ -70,7 +70,7 @@ def test_a_step_that_cannot_follow_the_one_that_it_names_is_refused(step: int, p
 def test_every_step_up_to_the_mark_has_come_and_is_finished_in_whatever_order_they_do(
     gaps: list[list[int]], random: object
 ) -> None:
-    marks, number = StepMarks(), 0
+    marks, number = StepWatermark(), 0
     for generation in gaps:
         sent: list[int] = []
         for gap in generation:
