@@ -9,16 +9,16 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 import structlog
 
 from common.checkpoint.directory import resolve_model
 from common.checkpoint.model_config import ModelConfig, read_model_config
-from common.checkpoint.part import SeenCheckpoint, refuse_useless_part, see_checkpoint
+from common.checkpoint.part import refuse_useless_part, see_checkpoint
 from common.config import Settings, setting_names
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import LogStream, configure_log, unbuffered
@@ -30,18 +30,9 @@ from common.topology import NodeDescription, NodeKind
 from common.wire.socket_files import LostFile
 from common.wire.socket_limits import SocketLimits
 from common.wire.tcp_addresses import control_host, speaks_ipv6
-from common.wire.transport import RoutingSocket, Transport
+from common.wire.transport import MessageSocket, RoutingSocket, Transport
 
-
-@dataclass(frozen=True, slots=True)
-class NodeProcess:
-    """The outside of a node: everything but its work."""
-
-    transport: Transport
-    control: ControlLink
-    lifeline: RoutingSocket
-    data_endpoints: tuple[str, ...]
-    ipc_token: str
+DataSocket = TypeVar("DataSocket", MessageSocket, RoutingSocket)
 
 
 class StopFlag:
@@ -57,6 +48,33 @@ class StopFlag:
 
     def _stop(self, number: int, frame: object) -> None:
         self._stopping = True
+
+
+class NodeResources:
+    """What outlives an incarnation of a node: what does not change, and the wish to stop.
+
+    It is made once a process, without torch. Kernels and weights are the node's own to keep.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: structlog.stdlib.BoundLogger,
+        free_bytes: Callable[[ModelConfig], int] = lambda config: offered_bytes(),
+    ) -> None:
+        """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
+        be served."""
+        self.should_stop = StopFlag()
+        self.log = log
+        self.checkpoint = resolve_model(settings.model)
+        self.config = read_model_config(self.checkpoint)
+        # Once: what an incarnation holds does not make the next one smaller.
+        capacity_bytes = settings.capacity_bytes or free_bytes(self.config)
+        self.settings = settings.model_copy(update={"capacity_bytes": capacity_bytes})
+        self.seen = see_checkpoint(self.checkpoint, self.config)
+        self.loader = LoaderThread()
+        self.router_term = 0
+        """The highest one heard: a router that was fenced stays so."""
 
 
 def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
@@ -83,50 +101,76 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
     return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
 
 
-def describe_node(
+@dataclass(frozen=True, slots=True)
+class NodeProcess(Generic[DataSocket]):
+    """The outside of a node in one incarnation: everything but its work."""
+
+    transport: Transport
+    control: ControlLink
+    lifeline: RoutingSocket
+    data: DataSocket
+    """Where others bring their work."""
+    ipc_token: str
+    log: structlog.stdlib.BoundLogger
+    """That names the node."""
+
+
+@contextlib.contextmanager
+def open_node(
     kind: NodeKind,
-    settings: Settings,
-    seen: SeenCheckpoint,
+    own: NodeResources,
+    numeric_class: str,
+    open_data: Callable[[Transport, str], DataSocket],
+) -> Iterator[NodeProcess[DataSocket]]:
+    """One incarnation: its sockets are closed in the end, and the router's term is kept for the next one.
+
+    `open_data` makes the data socket, bound to the address that it is given.
+    """
+    refuse_useless_part(own.seen.part, kind, own.settings.model)
+    transport = open_transport(own.settings, own.log)
+    try:
+        node = _bind_node(kind, own, numeric_class, transport, open_data)
+        node.control.router_term = own.router_term
+        try:
+            yield node
+        finally:
+            own.router_term = node.control.router_term
+    finally:
+        transport.close()
+
+
+def _bind_node(
+    kind: NodeKind,
+    own: NodeResources,
     numeric_class: str,
     transport: Transport,
-    bind_data: Callable[[str], tuple[str, ...]],
-    log: structlog.stdlib.BoundLogger,
-) -> NodeProcess:
-    """Bind the sockets and open the control link. `bind_data` binds the data socket to an address and says where.
-
-    `settings` names the capacity, and `seen` the checkpoint as it was when this process read it first.
-    """
-    refuse_useless_part(seen.part, kind, settings.model)
+    open_data: Callable[[Transport, str], DataSocket],
+) -> NodeProcess[DataSocket]:
     node_id, incarnation = draw_identity(kind)
-    addresses = find_addresses(settings, node_id)
+    addresses = find_addresses(own.settings, node_id)
     lifeline = bind_lifeline(transport, addresses)
-    data_endpoints = addresses.advertised(bind_data(addresses.bind_pattern.format(socket="data")))
+    data = open_data(transport, addresses.bind_pattern.format(socket="data"))
     description = NodeDescription(
         node_id=node_id,
         incarnation=incarnation,
         kind=kind,
-        capacity_bytes=settings.capacity_bytes,
-        host_label=settings.host_label or machine_label(),
+        capacity_bytes=own.settings.capacity_bytes,
+        host_label=own.settings.host_label or machine_label(),
         numeric_class=numeric_class,
-        fingerprint=seen.fingerprint,
-        endpoints=data_endpoints,
+        fingerprint=own.seen.fingerprint,
+        endpoints=addresses.advertised(data.endpoints),
         lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,
         process=f"{socket.gethostname()}/{os.getpid()}",
-        part=seen.part,
+        part=own.seen.part,
     )
 
     def tell_silence(silent_s: float, is_connected: bool) -> None:
         what = "says nothing" if is_connected else "is not there; CONTROL must name it"
-        log.warning("no_router", reason=f"the router at {addresses.control} {what}", silent_s=round(silent_s))
+        own.log.warning("no_router", reason=f"the router at {addresses.control} {what}", silent_s=round(silent_s))
 
-    return NodeProcess(
-        transport=transport,
-        control=ControlLink(transport, addresses, description, tell_silence),
-        lifeline=lifeline,
-        data_endpoints=data_endpoints,
-        ipc_token=addresses.folder_token,
-    )
+    control = ControlLink(transport, addresses, description, tell_silence)
+    return NodeProcess(transport, control, lifeline, data, addresses.folder_token, own.log.bind(node=node_id))
 
 
 LOG_WITHIN_S = 1.0
@@ -172,33 +216,6 @@ def end_process(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
-
-
-class NodeResources:
-    """What outlives an incarnation of a node: what does not change, and the wish to stop.
-
-    It is made once a process, without torch. Kernels and weights are the node's own to keep.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        log: structlog.stdlib.BoundLogger,
-        free_bytes: Callable[[ModelConfig], int] = lambda config: offered_bytes(),
-    ) -> None:
-        """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
-        be served."""
-        self.should_stop = StopFlag()
-        self.log = log
-        self.checkpoint = resolve_model(settings.model)
-        self.config = read_model_config(self.checkpoint)
-        # Once: what an incarnation holds does not make the next one smaller.
-        capacity_bytes = settings.capacity_bytes or free_bytes(self.config)
-        self.settings = settings.model_copy(update={"capacity_bytes": capacity_bytes})
-        self.seen = see_checkpoint(self.checkpoint, self.config)
-        self.loader = LoaderThread()
-        self.router_term = 0
-        """The highest one heard: a router that was fenced stays so."""
 
 
 MAX_DESCRIPTORS = 1 << 16

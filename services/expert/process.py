@@ -9,9 +9,8 @@ from common.compute.cuda import open_device
 from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
-from common.node.process import NodeResources, describe_node, open_transport, run_lives
+from common.node.process import NodeResources, open_node, run_lives
 from common.topology import NodeKind
-from common.wire.transport import RoutingSocket
 from services.expert.service import ExpertService
 from services.expert.shard_loader import HeldShards, ShardLoader
 
@@ -39,39 +38,25 @@ class ExpertProcess:
     def live(self) -> None:
         """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
         own = self._resources
-        transport = open_transport(own.settings, own.log)
-        sockets: list[RoutingSocket] = []
-
-        def bind_data(pattern: str) -> tuple[str, ...]:
-            sockets.append(transport.router("calls", [pattern]))
-            return sockets[0].endpoints
-
-        try:
-            node = describe_node(
-                NodeKind.EXPERT, own.settings, own.seen, self._numeric_class, transport, bind_data, own.log
-            )
-            node.control.router_term = own.router_term
-            log = own.log.bind(node=node.control.description.node_id)
+        with open_node(
+            NodeKind.EXPERT, own, self._numeric_class, lambda transport, address: transport.router("calls", [address])
+        ) as node:
             shards = ShardLoader(
                 own.config,
                 own.checkpoint,
                 self._kernels,
                 node.control,
-                log,
+                node.log,
                 held=self._held,
                 loader=own.loader,
                 device=self._device,
             )
             self._held = None  # the loader lets shards go that are not wanted any more
-            service = ExpertService(own.config, shards, node.control, sockets[0], log)
             try:
-                service.run(own.should_stop)
+                ExpertService(own.config, shards, node.control, node.data, node.log).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_device_failed(error)
                 raise
             finally:
-                own.router_term = node.control.router_term
                 self._held = shards.hand_over()
                 shards.close()
-        finally:
-            transport.close()

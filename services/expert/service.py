@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -26,20 +26,19 @@ from common.messages import (
     Message,
 )
 from common.node.control_link import ControlLink
+from common.node.loop import POLL_MS, NodeLoop
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, RoutingSocket
 from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
 from services.expert.shard_loader import ShardLoader
 
-POLL_MS = 50
-LEAVE_DEADLINE_S = 15.0
 MAX_UNDER_WAY = 2
 """Layers that a device computes or copies: one is on its way back while the next is computed."""
 
 
 @dataclass(slots=True)
 class ExpertCounters:
-    """What heartbeats carry."""
+    """What the loop counts since start, for heartbeats."""
 
     busy_seconds: float = 0.0
     calls: int = 0
@@ -49,8 +48,8 @@ class ExpertCounters:
     queue_seconds: float = 0.0
 
 
-class ExpertService:
-    """One expert node. `run` returns when `should_stop` says so and the router lets it go."""
+class ExpertService(NodeLoop):
+    """One expert node."""
 
     def __init__(
         self,
@@ -61,59 +60,37 @@ class ExpertService:
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(control, log, clock)
         self._config = config
         self._shards = shards
-        self._control = control
         self._socket = calls
-        self._log = log
-        self._clock = clock
         self._queue = CallQueue()
         self._under_way: deque[LayerAnswer] = deque()
         self._last_done_s = 0.0
         self._counters = ExpertCounters()
         control.describe_held = shards.describe_held
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises the router's refusal of this node, and DeadlineError where a load hangs."""
-        poller = zmq.Poller()
-        for socket in (self._control.socket.raw, self._control.socket.monitor, self._socket.raw):
-            if socket is not None:
-                poller.register(socket, zmq.POLLIN)
-        leave_by_s: float | None = None
-        while not self._control.leave_acknowledged or self._has_work:
-            now_s = self._clock()
-            if should_stop():
-                if leave_by_s is None:
-                    self._log.info("leaving")
-                    self._control.leave("stopped")
-                    leave_by_s = now_s + LEAVE_DEADLINE_S
-                if now_s >= leave_by_s or not self._control.registered:
-                    break
-            poller.poll(0 if self._has_work else (5 if self._shards.is_loading else POLL_MS))
-            now_s = self._clock()
-            self._receive_control(now_s)
-            self._shards.poll(now_s)
-            self._receive_calls(now_s)
-            self._begin_layer(now_s)
-            self._answer_done()
-            self._control.beat(now_s, self._load)
-
     @property
-    def _has_work(self) -> bool:
+    def _has_to_finish(self) -> bool:
         return bool(len(self._queue) or self._under_way)
 
-    # ---- control
+    def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
+        return (self._socket.raw,)
 
-    def _receive_control(self, now_s: float) -> None:
-        for message, header in self._control.receive(now_s):
-            try:
-                if not isinstance(message, AssignShards):
-                    raise ProtocolError(f"an expert node does not take {type(message).__name__}")
-                if not self._shards.assign(message, header.router_term):
-                    self._counters.dropped += 1
-            except MoemeshError as error:
-                self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
-                self._control.fail(error, header)
+    def _wait_ms(self, now_s: float) -> int:
+        return 0 if self._has_to_finish else (5 if self._shards.is_loading else POLL_MS)
+
+    def _work(self, now_s: float) -> None:
+        self._shards.poll(now_s)
+        self._receive_calls(now_s)
+        self._begin_layer(now_s)
+        self._answer_done()
+
+    def _obey(self, message: Message, header: Header, now_s: float) -> None:
+        if not isinstance(message, AssignShards):
+            raise ProtocolError(f"an expert node does not take {type(message).__name__}")
+        if not self._shards.assign(message, header.router_term):
+            self._counters.dropped += 1
 
     # ---- calls
 

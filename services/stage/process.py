@@ -13,10 +13,9 @@ from common.compute.device_errors import raise_if_device_failed
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
-from common.node.process import NodeResources, describe_node, open_transport, run_lives
+from common.node.process import NodeResources, open_node, run_lives
 from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
-from common.wire.transport import MessageSocket
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.ranks.group import GroupSettings, RankGroup
@@ -105,44 +104,34 @@ class StageProcess:
             self.ranks.reform(own.should_stop)
             if self._loaded is not None and self._loaded.ranks_load != self.ranks.in_use:
                 self._loaded = None  # cut for other ranks
-        transport = open_transport(own.settings, own.log)
-        sockets: list[MessageSocket] = []
-
-        def bind_data(pattern: str) -> tuple[str, ...]:
-            sockets.append(transport.pull("steps", [pattern]))
-            return sockets[0].endpoints
-
-        try:
-            node = describe_node(
-                NodeKind.STAGE, own.settings, own.seen, self._numeric_class, transport, bind_data, own.log
-            )
-            node.control.router_term = own.router_term
-            log = own.log.bind(node=node.control.description.node_id)
+        with open_node(
+            NodeKind.STAGE, own, self._numeric_class, lambda transport, address: transport.pull("steps", [address])
+        ) as node:
             worker = StageWorker(
                 own.config,
                 own.checkpoint,
                 self._num_positions,
                 self._kernels,
-                transport,
+                node.transport,
                 node.ipc_token,
-                log,
+                node.log,
                 self._loaded,
                 own.loader,
                 self.ranks,
                 device=self._device,
             )
             self._loaded = None  # the worker lets the layers go when it gets others
-            experts = ExpertClient(ExpertNodes(transport, node.ipc_token, own.config.num_experts, log), log)
-            mirror_link = MirrorLink(transport, node.ipc_token, log)
-            service = StageService(own.config, worker, experts, node.control, sockets[0], mirror_link, log)
+            experts = ExpertClient(
+                ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log), node.log
+            )
+            mirror_link = MirrorLink(node.transport, node.ipc_token, node.log)
             try:
-                service.run(own.should_stop)
+                StageService(own.config, worker, experts, node.control, node.data, mirror_link, node.log).run(
+                    own.should_stop
+                )
             except RuntimeError as error:
                 raise_if_device_failed(error)
                 raise
             finally:
-                own.router_term = node.control.router_term
                 self._loaded = worker.loaded
                 worker.close()
-        finally:
-            transport.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -29,6 +29,7 @@ from common.messages import (
     Unassign,
 )
 from common.node.control_link import ControlLink, HeldState
+from common.node.loop import POLL_MS, NodeLoop
 from common.wire.array import frame_to_array
 from common.wire.tensor import DTYPES, frame_to_tensor
 from common.wire.transport import Full, MessageSocket
@@ -42,14 +43,12 @@ from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import describe_held, passed_on, relayed
 
-POLL_MS = 50
-LEAVE_DEADLINE_S = 15.0
 KEEP_STATE_S = 300.0
 """Without a router: K and V may belong to requests that a restarted one goes on with."""
 
 
-class StageService:
-    """One stage. `run` returns when `should_stop` says so and the router lets it go."""
+class StageService(NodeLoop):
+    """One stage."""
 
     def __init__(
         self,
@@ -62,14 +61,12 @@ class StageService:
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(control, log, clock)
         self._config = config
         self._worker = worker
         self._experts = experts
-        self._control = control
         self._steps = steps
         self._mirror_link = mirror_link
-        self._log = log
-        self._clock = clock
         self._last_registered_s = clock()
         self._mirror_intake = MirrorIntake(control, log)
         control.describe_held = self._describe_held
@@ -82,39 +79,30 @@ class StageService:
         """Of the role that is followed now; 0: none."""
         self._newest_role_number = 0
         """Of all that this stage was told, which may come late, or twice."""
-        self._poller = zmq.Poller()
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Serve until told to stop. Raises the router's refusal of this node, and DeadlineError where a load hangs."""
-        self._watch_sockets()
-        leave_by_s: float | None = None
-        while not self._control.leave_acknowledged:
-            now_s = self._clock()
-            if should_stop():
-                leave_by_s = leave_by_s or self._begin_leaving(now_s)
-                if now_s >= leave_by_s or not self._control.registered:
-                    break
-            slot = self._worker.slot
-            has_work = slot is not None and (slot.executor.has_work or self._mirror_link.wants_to_send)
-            self._poller.poll(0 if has_work else self._experts.wait_ms(now_s, POLL_MS))
-            now_s = self._clock()
-            self._receive_control(now_s)
-            self._answer_assignment(self._worker.poll())
-            self._worker.grow()
-            if not self._worker.waits_for_quiet:
-                self._receive_steps(now_s)
-            self._mirror_intake.acknowledge(self._worker.mirror)
-            self._end_calls(now_s)
-            if self._experts.connect_unopened(now_s):
-                self._watch_sockets()
-            self._send_unsent(now_s)
-            self._feed_mirror(now_s)
-            slot = self._worker.slot
-            if slot is not None and slot.executor.has_work:
-                self._run_one(slot)
-            self._forget_after_long_silence(now_s)
-            self._control.beat(now_s, self._load)
-        self._mirror_link.stop()
+    def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
+        return (self._steps.raw, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets())
+
+    def _wait_ms(self, now_s: float) -> int:
+        slot = self._worker.slot
+        has_work = slot is not None and (slot.executor.has_work or self._mirror_link.wants_to_send)
+        return 0 if has_work else self._experts.wait_ms(now_s, POLL_MS)
+
+    def _work(self, now_s: float) -> None:
+        self._answer_assignment(self._worker.poll())
+        self._worker.grow()
+        if not self._worker.waits_for_quiet:
+            self._receive_steps(now_s)
+        self._mirror_intake.acknowledge(self._worker.mirror)
+        self._end_calls(now_s)
+        if self._experts.connect_unopened(now_s):
+            self._watch_sockets()
+        self._send_unsent(now_s)
+        self._feed_mirror(now_s)
+        slot = self._worker.slot
+        if slot is not None and slot.executor.has_work:
+            self._run_one(slot)
+        self._forget_after_long_silence(now_s)
 
     # ---- control
 
@@ -133,27 +121,15 @@ class StageService:
             self._become_spare()
             self._newest_role_number = 0
 
-    def _begin_leaving(self, now_s: float) -> float:
-        self._log.info("leaving")
-        self._control.leave("stopped")
-        return now_s + LEAVE_DEADLINE_S
-
-    def _receive_control(self, now_s: float) -> None:
-        for message, header in self._control.receive(now_s):
-            try:
-                if isinstance(message, AssignStage | AssignMirror | Unassign):
-                    self._follow_role(message, header, now_s)
-                elif isinstance(message, MirrorTo):
-                    self._mirror_to(message, header)
-                elif isinstance(message, PublishPlacement):
-                    self._apply_placement(message, header, now_s)
-                else:
-                    raise ProtocolError(f"a stage does not take {type(message).__name__}")
-            except LIFE_ENDING_ERRORS:
-                raise
-            except MoemeshError as error:
-                self._log.error("control_message_refused", kind=type(message).__name__, reason=str(error))
-                self._control.fail(error, header)
+    def _obey(self, message: Message, header: Header, now_s: float) -> None:
+        if isinstance(message, AssignStage | AssignMirror | Unassign):
+            self._follow_role(message, header, now_s)
+        elif isinstance(message, MirrorTo):
+            self._mirror_to(message, header)
+        elif isinstance(message, PublishPlacement):
+            self._apply_placement(message, header, now_s)
+        else:
+            raise ProtocolError(f"a stage does not take {type(message).__name__}")
 
     def _follow_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
         """The newest role counts, whenever older ones come; told again, it changes nothing: heartbeats say what became
@@ -381,13 +357,6 @@ class StageService:
     @property
     def _dtype(self) -> torch.dtype:
         return DTYPES[self._control.settings.dtype]
-
-    def _watch_sockets(self) -> None:
-        self._poller = zmq.Poller()
-        own = [self._control.socket.raw, self._control.socket.monitor, self._steps.raw]
-        for socket in (*own, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets()):
-            if socket is not None:
-                self._poller.register(socket, zmq.POLLIN)
 
     def _load(self) -> Heartbeat:
         counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)

@@ -67,7 +67,7 @@ def test_on_the_host_a_layer_is_answered_at_once(directory: Path) -> None:
     service._answer_done()
     (answer,) = answers.sent
     assert isinstance(answer, ExpertRows)
-    assert not service._has_work
+    assert not service._has_to_finish
 
 
 def test_a_device_gets_the_next_layer_while_the_one_before_comes_back(directory: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_device_gets_the_next_layer_while_the_one_before_comes_back(directory:
         assert service._load().queued == 4
         for _ in range(5):
             service._answer_done()
-        assert not service._has_work
+        assert not service._has_to_finish
     rows = [answer for answer in answers.sent if isinstance(answer, ExpertRows)]
     assert [answer.call for answer in rows] == [1, 3, 2, 4]
     for answer, wanted in zip(rows, expected, strict=True):

@@ -23,13 +23,14 @@ from common.messages import (
     Step,
     Unassign,
 )
+from common.node.loop import LEAVE_DEADLINE_S
 from common.topology import StageState
 from common.wire.array import frame_to_array
 from common.wire.transport import LinkEvent
 from services.stage import service
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
-from services.stage.service import KEEP_STATE_S, LEAVE_DEADLINE_S, StageService
+from services.stage.service import KEEP_STATE_S, StageService
 from services.stage.slot.mirror_sender import BACKFILL_BLOCKS, MirrorLink
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
