@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,23 +17,48 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from chaos.command import app as chaos_app
+from common.checkpoint.directory import resolve_model
+from common.checkpoint.model_config import read_model_config
+from common.checkpoint.part import describe_part
 from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
 from common.processes.supervisor import LocalMesh
 from compose.answers import served_model, stream_answer, stream_pieces
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
-from compose.people import console, say, say_error, table_console
-from compose.preflight import check_before_start
 from compose.router_client import named_url, open_client, why_not_answered
-from compose.shard_command import shard
+from compose.shard_checkpoint import WrittenPart, shard_checkpoint
+from services.router.control.sizes import plan_layers
+from services.stage.model.tp_shard import check_degree
+
+PIPE_WIDTH = 1000
+"""Of a table that no terminal shows: nothing is folded, for programs that look for lines."""
+
+console = Console(stderr=True)
+
+
+def say(sentence: str) -> None:
+    """Tells people a whole sentence on stderr, as it is: a pipe has no width, and brackets are no markup."""
+    console.print(Text(sentence), soft_wrap=True)
+
+
+def say_error(sentence: str) -> None:
+    """Tells people why a command cannot go on."""
+    console.print(Text.assemble(("moemesh:", "red"), " ", sentence), soft_wrap=True)
+
+
+def table_console() -> Console:
+    """For tables on stdout."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A mesh of processes that serves a MoE model.")
 app.add_typer(chaos_app, name="chaos")
-app.command()(shard)
 
 READY_TIMEOUT_S = 600.0
 NO_ROUTER_S = 5.0
@@ -290,6 +316,46 @@ def _ask_example(client: httpx.Client) -> None:
 def main() -> None:
     """Entry point of the `moemesh` script."""
     app()
+
+
+def check_before_start(settings: Settings) -> None:
+    """Raises MoemeshError that names the setting. A model that has to be fetched first is left to the processes."""
+    if not Path(os.path.expanduser(settings.model)).is_dir():
+        return
+    config = read_model_config(resolve_model(settings.model))
+    plan_layers(config, settings.pp)
+    if settings.tp > 1:
+        check_degree(config, settings.tp)
+
+
+DEFAULT_COPIES = 2
+
+
+@app.command()
+def shard(
+    model: Annotated[str, typer.Option(envvar="MODEL", help="checkpoint directory or hub name")],
+    output: Annotated[Path, typer.Option(help="folder for the parts, new or empty")],
+    pp: Annotated[int, typer.Option(envvar="PP", min=1, help="layer ranges, one folder each")] = 2,
+    experts: Annotated[int, typer.Option(envvar="EXPERTS", min=1, help="folders with experts")] = 2,
+    copies: Annotated[
+        int | None,
+        typer.Option(envvar="COPIES", min=1, help="folders that hold each expert; default: 2 where possible"),
+    ] = None,
+) -> None:
+    """Cut a checkpoint into folders for the router, each stage and each expert node. Any of them can be a MODEL."""
+    try:
+        written = shard_checkpoint(
+            model, output, pp, experts, copies or min(DEFAULT_COPIES, experts), lambda part: _say_begin(part, output)
+        )
+    except MoemeshError as error:
+        say_error(str(error))
+        raise typer.Exit(1) from None
+    for part in written:
+        print(f"{output / part.name}: {describe_part(part.part)}, {part.num_bytes} bytes")
+
+
+def _say_begin(part: WrittenPart, output: Path) -> None:
+    say(f"writing {output / part.name}")
 
 
 if __name__ == "__main__":

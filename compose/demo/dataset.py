@@ -8,7 +8,7 @@ from random import Random
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from compose.demo.held_out import Split
 from compose.demo.tasks.task import Exchange, Task
@@ -132,3 +132,28 @@ def training_batches(
     batches = maker.batches(maker.pool(random, long_chats), tokens_per_batch)
     random.shuffle(batches)
     yield from batches
+
+
+_TOKENS_PER_BATCH = 8192
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: nn.Module, maker: ChatMaker, tasks: Sequence[Task], chats_per_task: int, seed: int
+) -> dict[str, float]:
+    """Returns the share of held-out questions, task by task, that greedy decoding would answer word for word.
+
+    Nothing is generated: greedy decoding gives an answer if each of its tokens wins.
+    """
+    model.eval()
+    accuracy = {}
+    for task in tasks:
+        chats = maker.held_out(task, Random(f"{seed} {task.name}"), chats_per_task)
+        num_right = 0
+        for batch in maker.batches(chats, _TOKENS_PER_BATCH):
+            logits, _, _ = model(batch.ids)
+            is_right = (logits.argmax(dim=-1).view_as(batch.ids) == batch.targets) | (batch.targets == NO_TARGET)
+            num_right += int(is_right.all(dim=-1).sum())
+        accuracy[task.name] = num_right / chats_per_task
+    model.train()
+    return accuracy

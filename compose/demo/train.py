@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 
-from compose.demo.accuracy import held_out_accuracy
-from compose.demo.dataset import NO_TARGET, Batch, ChatMaker, training_batches
-from compose.demo.loss_plot import plot_loss
+from compose.demo.dataset import NO_TARGET, Batch, ChatMaker, held_out_accuracy, training_batches
 from compose.demo.model import DemoModel, DemoSizes
 from compose.demo.optimizer import build_optimizers, scheduled_rate
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
@@ -173,6 +173,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training.run(bar)
     plot_loss(parsed.directory / "log.jsonl", parsed.directory / "loss.png")
     return 0
+
+
+SMOOTHED_OVER_STEPS = 25
+
+
+def plot_loss(log: Path, image: Path) -> None:
+    """Reads the log lines of `train` and writes a PNG. Raises OSError where one of both cannot be."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure, (losses, accuracies) = pyplot.subplots(2, 1, figsize=(9, 9), sharex=True)
+    for task in sorted({task for entry in entries for task in entry["tasks"]}):
+        points = [(entry["tokens"] / 1e6, entry["tasks"][task]) for entry in entries if task in entry["tasks"]]
+        x, y = np.array(points).T
+        window = min(SMOOTHED_OVER_STEPS, len(y))
+        losses.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid"), label=task, linewidth=1)
+        measured = [entry for entry in entries if "accuracy" in entry]
+        accuracies.plot(
+            [entry["tokens"] / 1e6 for entry in measured], [100 * entry["accuracy"][task] for entry in measured]
+        )
+    losses.set(ylabel="loss of an answer token (nats)", yscale="log")
+    losses.legend(fontsize=7, ncols=3)
+    accuracies.set(ylabel="held-out answers right (%)", xlabel="million tokens")
+    figure.tight_layout()
+    figure.savefig(image, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

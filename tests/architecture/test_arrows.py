@@ -52,8 +52,6 @@ MAX_FILES = 12
 CATALOGS = ("chaos/faults", "compose/demo/tasks", "tests/benchmarks")
 """Folders of like things, of which there may be as many as there are."""
 AWAIT_MERGES = (
-    "compose",
-    "compose/demo",
     "services/stage/model",
     "services/stage/ranks",
 )

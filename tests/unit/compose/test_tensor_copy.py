@@ -14,7 +14,7 @@ from common.checkpoint.model_config import read_model_config
 from common.checkpoint.tensor_names import check_tensors
 from common.errors import CheckpointError
 from common.topology import CheckpointPart, LayerRange
-from compose.tensor_copy import NamedTensor, tensors_of, write_tensors
+from compose.shard_checkpoint import NamedTensor, tensors_of, write_tensors
 from tests.support.checkpoints.fused_experts import fuse_experts
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint.model_config import read_model_config
-from compose.demo.export import export
+from compose.demo.export import LIMITS, export, model_card
 from compose.demo.model import DemoModel, DemoSizes
-from compose.demo.model_card import LIMITS, model_card
 from compose.demo.routing_report import most_telling_layer
 from compose.demo.tasks.catalog import TASKS
 from compose.demo.tokenizer import build_tokenizer
