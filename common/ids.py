@@ -19,9 +19,6 @@ LeaseTerm = NewType("LeaseTerm", int)
 Generation = NewType("Generation", int)
 """Of a pipeline: grows when any of its slots changes hands."""
 
-PlacementVersion = NewType("PlacementVersion", int)
-"""Of the expert placement; advisory: an expert that holds a shard answers whichever version the caller saw."""
-
 PipelineId = NewType("PipelineId", int)
 SlotIndex = NewType("SlotIndex", int)
 StepId = NewType("StepId", int)

@@ -44,6 +44,19 @@ class ShardId(NamedTuple):
     slice_index: int
 
 
+class SlotReport(NamedTuple):
+    """What a stage says of the slot that it holds from a router before this one: `Hello.held_slot`."""
+
+    pipeline: int
+    slot: int
+    num_slots: int
+    first_layer: int
+    stop_layer: int
+    lease_term: int
+    num_blocks: int
+    last_step: int
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointPart:
     """What a folder has of a checkpoint that it does not have all of."""
@@ -102,10 +115,6 @@ class NodeDescription:
             return True
         own = self.part.layers
         return own is not None and own.start <= layers.start and layers.stop <= own.stop
-
-    def can_load_expert(self, expert: int) -> bool:
-        """Whether it sees an expert's weights."""
-        return self.part is None or expert in self.part.experts
 
 
 @dataclass(frozen=True, slots=True)

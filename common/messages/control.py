@@ -23,10 +23,9 @@ class Hello:
     ipc_token: str
     process: str = ""
     held_slot: tuple[int, ...] = ()
-    """What a stage holds from a router before this one: pipeline, slot, slots of the pipeline, first layer, stop layer,
-    lease term, KV blocks, last step. Empty: nothing."""
+    """What a stage holds from a router before this one, as `topology.SlotReport` names it. Empty: nothing."""
     held_sequences: TensorFrame = NO_ARRAY
-    """int64 [N, 3]: sequence id, positions whose K and V are there, blocks."""
+    """int64 [N, 3], `records.HELD_SEQUENCE`: sequence id, positions whose K and V are there, blocks."""
     held_blocks: TensorFrame = NO_ARRAY
     """int32 [*]: KV block ids, in order of `held_sequences`."""
     held_shards: TensorFrame = NO_ARRAY

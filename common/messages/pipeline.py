@@ -19,15 +19,17 @@ class Step:
     hidden: TensorFrame
     """int32 [T] token ids towards the first stage; model dtype [T, D] hidden states between stages."""
     sequences: TensorFrame
-    """int64 [Q, 6]: sequence id, start position, tokens, blocks known before, new blocks, 1 if it samples."""
+    """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, 1 if
+    it samples."""
     new_blocks: TensorFrame
     """int32 [sum of new blocks]: KV block ids, in order of the sequences."""
     released: TensorFrame
     """int64 [*]: sequences whose state can be dropped before this step."""
     sampling: TensorFrame
-    """float64 [S, 4]: temperature (0 greedy), top_p, top_k (0 off), number of top logprobs (-1: no logprobs)."""
+    """float64 [S, 4], `records.SAMPLING`: temperature (0 greedy), top_p, top_k (0 off), number of top logprobs (-1: no
+    logprobs)."""
     seeds: TensorFrame
-    """int64 [S, 2]: request seed, choice."""
+    """int64 [S, 2], `records.SEED`: request seed, choice."""
     computing_slots: tuple[int, ...] = ()
     """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
     do nothing. Empty: an ordinary step, all compute."""

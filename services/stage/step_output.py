@@ -14,7 +14,9 @@ from torch import Tensor
 
 from common.messages import NO_ARRAY, Step, StepResult, TensorFrame
 from common.node.control_link import HeldState
+from common.topology import SlotReport
 from common.wire.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
+from common.wire.records import HELD_SEQUENCE, records_to_frame
 from common.wire.tensor import tensor_to_frame
 from services.stage.model.executor import Finished
 from services.stage.model.micro_batch import MicroBatch
@@ -81,17 +83,17 @@ def describe_held(slot: Slot | None) -> HeldState:
     role, tag = slot.role, slot.held.tag
     sequences, blocks = slot.held.tables.held()
     return HeldState(
-        slot=(
-            tag.pipeline,
-            tag.slot,
-            tag.num_slots,
-            role.layers.start,
-            role.layers.stop,
-            role.lease_term,
-            tag.num_blocks,
-            slot.held.marks.newest,
+        slot=SlotReport(
+            pipeline=tag.pipeline,
+            slot=tag.slot,
+            num_slots=tag.num_slots,
+            first_layer=role.layers.start,
+            stop_layer=role.layers.stop,
+            lease_term=role.lease_term,
+            num_blocks=tag.num_blocks,
+            last_step=slot.held.marks.newest,
         ),
-        sequences=array_to_frame(sequences),
+        sequences=records_to_frame(sequences, HELD_SEQUENCE),
         blocks=array_to_frame(blocks),
     )
 

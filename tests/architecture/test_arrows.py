@@ -25,6 +25,7 @@ PURE_MODULES = (
     "common.topology",
     "common.wire.array",
     "common.wire.codec",
+    "common.wire.records",
     "services.expert.grouping",
     "services.router.engine",
     "services.router.mesh.status",

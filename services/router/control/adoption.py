@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from common.errors import ProtocolError
 from common.ids import NodeId, PipelineId, SlotIndex
 from common.messages import Hello, TensorFrame
-from common.topology import LayerRange, NodeKind, StageSlot
+from common.topology import LayerRange, NodeKind, SlotReport, StageSlot
 from common.wire.array import BoolArray, frame_to_array
+from common.wire.records import HELD_SEQUENCE, frame_to_records
 
 MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
@@ -195,23 +196,29 @@ def read_held_slot(hello: Hello) -> HeldSlot | None:
     """What a stage says of itself; None if it holds nothing. Raises ProtocolError that names the field."""
     if not hello.held_slot:
         return None
-    if len(hello.held_slot) != 8:
-        raise ProtocolError(f"Hello.held_slot has {len(hello.held_slot)} numbers, 8 are needed")
-    pipeline, slot, num_slots, first, stop, lease_term, num_blocks, last_step = hello.held_slot
-    if pipeline >= MAX_PIPELINES or not slot < num_slots or not first < stop or num_blocks < 1:
+    if len(hello.held_slot) != len(SlotReport._fields):
+        raise ProtocolError(f"Hello.held_slot has {len(hello.held_slot)} numbers, {len(SlotReport._fields)} are needed")
+    said = SlotReport(*hello.held_slot)
+    is_slot = said.pipeline < MAX_PIPELINES and said.slot < said.num_slots and said.first_layer < said.stop_layer
+    if not is_slot or said.num_blocks < 1:
         raise ProtocolError(f"Hello.held_slot {hello.held_slot} is no slot")
-    rows = frame_to_array(hello.held_sequences, "int64", (None, 3), "Hello.held_sequences")
+    rows = frame_to_records(hello.held_sequences, HELD_SEQUENCE, None, "Hello.held_sequences")
     blocks = frame_to_array(hello.held_blocks, "int32", (None,), "Hello.held_blocks")
-    if rows.size and (rows.min() < 0 or int(rows[:, 2].sum()) != blocks.size):
-        raise ProtocolError(f"Hello.held_blocks has {blocks.size} blocks, its sequences announce {rows[:, 2].sum()}")
-    if blocks.size and not 0 <= blocks.min() <= blocks.max() < num_blocks:
-        raise ProtocolError(f"Hello.held_blocks names a block outside [0, {num_blocks})")
+    num_announced = int(rows["num_blocks"].sum())
+    is_negative = any((rows[name] < 0).any() for name in HELD_SEQUENCE.fields or ())
+    if rows.size and (is_negative or num_announced != blocks.size):
+        raise ProtocolError(f"Hello.held_blocks has {blocks.size} blocks, its sequences announce {num_announced}")
+    if blocks.size and not 0 <= blocks.min() <= blocks.max() < said.num_blocks:
+        raise ProtocolError(f"Hello.held_blocks names a block outside [0, {said.num_blocks})")
     ids, taken = blocks.tolist(), 0
     sequences: dict[int, HeldSequence] = {}
     for sequence_id, num_computed, count in rows.tolist():
         sequences[sequence_id] = HeldSequence(tuple(ids[taken : taken + count]), num_computed)
         taken += count
-    return HeldSlot(pipeline, slot, num_slots, LayerRange(first, stop), lease_term, num_blocks, last_step, sequences)
+    layers = LayerRange(said.first_layer, said.stop_layer)
+    return HeldSlot(
+        said.pipeline, said.slot, said.num_slots, layers, said.lease_term, said.num_blocks, said.last_step, sequences
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,13 @@ from common.errors import ProtocolError
 from common.ids import SequenceId
 from common.messages import Header, Step, StepResult
 from common.wire.array import Float64Array, Int32Array, Int64Array, array_to_frame, frame_to_array
+from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, records_to_frame
 from services.router.engine import Token
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
 def step_message(plan: StepPlan) -> Step:
-    """A plan as the first stage takes it. Column meanings are those of `Step`."""
+    """A plan as the first stage takes it."""
     sampled = [chunk for chunk in plan.chunks if chunk.samples]
     sequences = [
         (
@@ -47,11 +48,11 @@ def step_message(plan: StepPlan) -> Step:
     seeds = [(chunk.sampling.seed, chunk.choice) for chunk in sampled]
     return Step(
         hidden=array_to_frame(np.array(token_ids, dtype=np.int32)),
-        sequences=array_to_frame(np.array(sequences, dtype=np.int64).reshape(-1, 6)),
+        sequences=records_to_frame(sequences, STEP_SEQUENCE),
         new_blocks=array_to_frame(np.array(new_blocks, dtype=np.int32)),
         released=array_to_frame(np.array(plan.released, dtype=np.int64)),
-        sampling=array_to_frame(np.array(sampling, dtype=np.float64).reshape(-1, 4)),
-        seeds=array_to_frame(np.array(seeds, dtype=np.int64).reshape(-1, 2)),
+        sampling=records_to_frame(sampling, SAMPLING),
+        seeds=records_to_frame(seeds, SEED),
         computing_slots=plan.computing_slots,
         penalties=array_to_frame(penalty_rows(sampled)),
         token_counts=array_to_frame(count_rows(sampled)),

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import ProtocolError
 from common.messages import Step
 from common.wire.array import Float64Array, Int32Array, Int64Array, frame_to_array
+from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, Records, frame_to_records
 from services.stage.model.logit_adjustments import KeptAdjustments, LogitAdjustments
 
 MAX_TOP_LOGPROBS = 1024
@@ -85,9 +86,8 @@ class BlockTables:
 
     def computed(self, step: Step) -> None:
         """A step is through: its sequences have K and V up to the ends of its chunks."""
-        for sequence_id, start, num_tokens, *_ in frame_to_array(
-            step.sequences, "int64", (None, 6), "Step.sequences"
-        ).tolist():
+        sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
+        for sequence_id, start, num_tokens, *_ in sequences.tolist():
             if sequence_id in self._tables:
                 self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
 
@@ -100,32 +100,31 @@ class BlockTables:
         """Blocks of all sequences, known or not."""
         return [*self._inherited, *(block for table in self._tables.values() for block in table.tolist())]
 
-    def held(self) -> tuple[Int64Array, Int32Array]:
-        """What a router that has forgotten is told: [N, 3] sequence id, positions computed, blocks; and the blocks."""
+    def held(self) -> tuple[list[tuple[int, int, int]], Int32Array]:
+        """Returns what a router that has forgotten is told: the records of HELD_SEQUENCE, and the blocks."""
         rows = [(number, self._computed.get(number, 0), table.size) for number, table in self._tables.items()]
         tables = [*self._tables.values(), np.zeros(0, dtype=np.int32)]
-        return np.array(rows, dtype=np.int64).reshape(-1, 3), np.concatenate(tables).astype(np.int32)
+        return rows, np.concatenate(tables).astype(np.int32)
 
-    def apply(self, step: Step) -> tuple[Int64Array, list[Int32Array]]:
-        """Take in a step's releases and new blocks; its sequence columns [Q, 6] and the tables, in order.
+    def apply(self, step: Step) -> tuple[Records, list[Int32Array]]:
+        """Applies a step's releases and new blocks. Returns its sequences [Q], STEP_SEQUENCE, and their tables.
 
         Raises ProtocolError when the deltas do not continue what is known here: the router then sends it anew.
         """
         for sequence_id in frame_to_array(step.released, "int64", (None,), "Step.released").tolist():
             self._tables.pop(sequence_id, None)
             self._computed.pop(sequence_id, None)
-        columns: Int64Array = frame_to_array(step.sequences, "int64", (None, 6), "Step.sequences")
+        sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         new_blocks: Int32Array = frame_to_array(step.new_blocks, "int32", (None,), "Step.new_blocks")
-        if columns.size and columns[:, 1:].min() < 0:
+        if any((sequences[name] < 0).any() for name in STEP_SEQUENCE.fields or () if name != "sequence_id"):
             raise ProtocolError("Step.sequences holds a negative number")
-        if int(columns[:, 4].sum()) != new_blocks.size:
-            raise ProtocolError(
-                f"Step.new_blocks has {new_blocks.size} ids, its sequences announce {columns[:, 4].sum()}"
-            )
+        num_announced = int(sequences["num_new_blocks"].sum())
+        if num_announced != new_blocks.size:
+            raise ProtocolError(f"Step.new_blocks has {new_blocks.size} ids, its sequences announce {num_announced}")
         if new_blocks.size and not (0 <= new_blocks.min() and new_blocks.max() < self.num_blocks):
             raise ProtocolError(f"Step.new_blocks names a block outside [0, {self.num_blocks})")
         tables, taken = [], 0
-        for sequence_id, start, num_tokens, num_known, num_new, _ in columns.tolist():
+        for sequence_id, start, num_tokens, num_known, num_new, _ in sequences.tolist():
             table = self._tables.get(sequence_id)
             if num_known == 0:
                 table = new_blocks[taken : taken + num_new]
@@ -145,7 +144,7 @@ class BlockTables:
             tables.append(table)
         # Each has an owner that is known now: with it the block is released too.
         self._inherited.difference_update(new_blocks.tolist())
-        return columns, tables
+        return sequences, tables
 
 
 def read_micro_batch(
@@ -155,30 +154,30 @@ def read_micro_batch(
 
     `adjustments`: what the last stage keeps of sequences' penalties and biases; others do not look at them.
     """
-    columns, block_tables = tables.apply(step)
-    num_tokens = int(columns[:, 2].sum())
+    sequences, block_tables = tables.apply(step)
+    num_tokens = int(sequences["num_tokens"].sum())
     if num_tokens != hidden.shape[0]:
         raise ProtocolError(f"Step.hidden has {hidden.shape[0]} rows, its sequences announce {num_tokens}")
-    return _lay_out(step, hidden, columns, block_tables, tables.block_tokens, adjustments)
+    return _lay_out(step, hidden, sequences, block_tables, tables.block_tokens, adjustments)
 
 
 def read_positions(step: Step, tables: BlockTables) -> Tensor:
     """int64 [T]: where in paged memory a step's tokens stand, for a stage that does not compute it. Raises
     ProtocolError."""
-    columns, block_tables = tables.apply(step)
-    nothing = torch.zeros((int(columns[:, 2].sum()), 0))
-    return _lay_out(step, nothing, columns, block_tables, tables.block_tokens).slots
+    sequences, block_tables = tables.apply(step)
+    nothing = torch.zeros((int(sequences["num_tokens"].sum()), 0))
+    return _lay_out(step, nothing, sequences, block_tables, tables.block_tokens).slots
 
 
 def _lay_out(
     step: Step,
     hidden: Tensor,
-    columns: Int64Array,
+    sequences: Records,
     block_tables: list[Int32Array],
     block_tokens: int,
     adjustments: KeptAdjustments | None = None,
 ) -> MicroBatch:
-    starts, counts = columns[:, 1], columns[:, 2]
+    starts, counts = sequences["start"], sequences["num_tokens"]
     num_tokens = hidden.shape[0]
     padded = np.zeros((len(block_tables), max((t.size for t in block_tables), default=0)), dtype=np.int32)
     for row, table in enumerate(block_tables):
@@ -188,7 +187,7 @@ def _lay_out(
     positions = np.arange(num_tokens) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
     blocks = padded[row_sequence, positions // block_tokens].astype(np.int64)
     slots = blocks * block_tokens + positions % block_tokens
-    samples = columns[:, 5] != 0
+    samples = sequences["samples"] != 0
     return MicroBatch(
         hidden=hidden,
         positions=torch.from_numpy(positions.astype(np.int32)),
@@ -196,29 +195,29 @@ def _lay_out(
         block_tables=torch.from_numpy(padded),
         slots=torch.from_numpy(slots),
         sampling_rows=torch.from_numpy(ends[samples] - 1),
-        sampling=_sampling_columns(step, columns[samples], adjustments),
+        sampling=_sampling_columns(step, sequences[samples], adjustments),
     )
 
 
-def _sampling_columns(step: Step, columns: Int64Array, kept: KeptAdjustments | None) -> SamplingColumns:
-    sampling: Float64Array = frame_to_array(step.sampling, "float64", (len(columns), 4), "Step.sampling")
-    seeds: Int64Array = frame_to_array(step.seeds, "int64", (len(columns), 2), "Step.seeds")
+def _sampling_columns(step: Step, sequences: Records, kept: KeptAdjustments | None) -> SamplingColumns:
+    sampling = frame_to_records(step.sampling, SAMPLING, len(sequences), "Step.sampling")
+    seeds = frame_to_records(step.seeds, SEED, len(sequences), "Step.seeds")
     if (
-        not np.isfinite(sampling).all()
-        or (sampling[:, 2] >= 1 << 31).any()
-        or (sampling[:, 3] > MAX_TOP_LOGPROBS).any()
+        not all(np.isfinite(sampling[name]).all() for name in SAMPLING.fields or ())
+        or (sampling["top_k"] >= 1 << 31).any()
+        or (sampling["num_top_logprobs"] > MAX_TOP_LOGPROBS).any()
     ):
         raise ProtocolError(
             f"Step.sampling holds a number that is not finite, or asks for over {MAX_TOP_LOGPROBS} logprobs"
         )
     return SamplingColumns(
-        sequence_ids=columns[:, 0],
-        positions=columns[:, 1] + columns[:, 2],
-        temperatures=sampling[:, 0],
-        top_ps=sampling[:, 1],
-        top_ks=sampling[:, 2].astype(np.int64),
-        num_top_logprobs=sampling[:, 3].astype(np.int64),
-        seeds=seeds[:, 0],
-        choices=seeds[:, 1],
-        adjustments=None if kept is None else kept.apply(step, columns[:, 0]),
+        sequence_ids=sequences["sequence_id"],
+        positions=sequences["start"] + sequences["num_tokens"],
+        temperatures=sampling["temperature"],
+        top_ps=sampling["top_p"],
+        top_ks=sampling["top_k"].astype(np.int64),
+        num_top_logprobs=sampling["num_top_logprobs"].astype(np.int64),
+        seeds=seeds["seed"],
+        choices=seeds["choice"],
+        adjustments=None if kept is None else kept.apply(step, sequences["sequence_id"]),
     )

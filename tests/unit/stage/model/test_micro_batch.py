@@ -120,14 +120,14 @@ def test_a_router_that_has_forgotten_is_told_tables_and_what_is_computed() -> No
     first = step([(7, 0, 3, 0, 1, 0)], [3])
     read(first, known)
     sequences, blocks = known.held()
-    assert (sequences.tolist(), blocks.tolist()) == ([[7, 0, 1]], [3])
+    assert (sequences, blocks.tolist()) == ([(7, 0, 1)], [3])
     known.computed(first)
     read(step([(7, 3, 5, 1, 1, 0), (8, 0, 2, 0, 1, 0)], [1, 2]), known)
     sequences, blocks = known.held()
-    assert (sequences.tolist(), blocks.tolist()) == ([[7, 3, 2], [8, 0, 1]], [3, 1, 2])
+    assert (sequences, blocks.tolist()) == ([(7, 3, 2), (8, 0, 1)], [3, 1, 2])
     assert known.used_blocks() == [3, 1, 2]
     read(step([], [], released=[7]), known)
-    assert known.held()[0].tolist() == [[8, 0, 1]]
+    assert known.held()[0] == [(8, 0, 1)]
 
 
 def test_a_table_that_is_told_from_its_first_block_on_replaces_what_was_known() -> None:

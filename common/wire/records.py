@@ -1,0 +1,58 @@
+"""Names for the columns of tensors that travel with messages, and numpy records in place of numbered columns.
+
+On the wire such a tensor is [N, columns] of one dtype; here it is [N] records. The order of the names is that of the
+columns. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from common.messages import TensorFrame
+from common.wire.array import array_to_frame, frame_to_array
+
+Records = npt.NDArray[np.void]
+
+STEP_SEQUENCE: Final = np.dtype(
+    [
+        ("sequence_id", np.int64),
+        ("start", np.int64),
+        ("num_tokens", np.int64),
+        ("num_known_blocks", np.int64),
+        ("num_new_blocks", np.int64),
+        ("samples", np.int64),
+    ]
+)
+"""Of `Step.sequences`."""
+SAMPLING: Final = np.dtype(
+    [
+        ("temperature", np.float64),
+        ("top_p", np.float64),
+        ("top_k", np.float64),
+        ("num_top_logprobs", np.float64),
+    ]
+)
+"""Of `Step.sampling`."""
+SEED: Final = np.dtype([("seed", np.int64), ("choice", np.int64)])
+"""Of `Step.seeds`."""
+HELD_SEQUENCE: Final = np.dtype([("sequence_id", np.int64), ("num_positions", np.int64), ("num_blocks", np.int64)])
+"""Of `Hello.held_sequences`."""
+
+
+def records_to_frame(rows: Sequence[tuple[Any, ...]], record: np.dtype[np.void]) -> TensorFrame:
+    """A frame [N, columns] of records, each a tuple in the order of its names."""
+    return array_to_frame(np.array(rows, dtype=record).view(record[0]).reshape(len(rows), _num_columns(record)))
+
+
+def frame_to_records(frame: TensorFrame, record: np.dtype[np.void], num_records: int | None, name: str) -> Records:
+    """The frame as records [N] over the received bytes (read-only). Raises ProtocolError that names the field."""
+    columns = frame_to_array(frame, record[0].name, (num_records, _num_columns(record)), name)
+    return columns.view(record).reshape(len(columns))
+
+
+def _num_columns(record: np.dtype[np.void]) -> int:
+    return len(record.names or ())
