@@ -29,6 +29,9 @@ class Silence:
     at_s: float
     link: str
     seconds: float
+    """Without an echo."""
+    unanswered_s: float
+    """Without an echo or an answer: what is judged."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ class RuleOutcome:
 def read_trace(lines: Iterable[str]) -> list[Silence]:
     """Lines of `recording_router`."""
     found = [line.split() for line in lines]
-    return [Silence(float(at), link, float(seconds)) for at, link, seconds in found]
+    return [Silence(float(at), link, float(seconds), float(unanswered)) for at, link, seconds, unanswered in found]
 
 
 def constant_rule(trace: Sequence[Silence], threshold_s: float) -> RuleOutcome:
     """Every link after the same time."""
-    count = sum(silence.seconds > threshold_s for silence in trace)
+    count = sum(silence.unanswered_s > threshold_s for silence in trace)
     name = f"constant {threshold_s:g} s"
     return RuleOutcome(name, count, count / _hours(trace), threshold_s, threshold_s, 1.0)
 
@@ -71,7 +74,7 @@ def adaptive_rule(trace: Sequence[Silence], patience: Patience) -> RuleOutcome:
         explained_s = patience.explained_s(counts[silence.link], longest.value_s)
         if explained_s is not None:
             allowed_s.append(explained_s)
-            deaths += silence.seconds > explained_s
+            deaths += silence.unanswered_s > explained_s
         longest.add(silence.at_s, silence.seconds)
     allowed_s.sort()
     return RuleOutcome(
@@ -121,7 +124,7 @@ def main() -> int:
     if arguments.json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:
-        longest_s = sorted((silence.seconds for silence in trace), reverse=True)[:10]
+        longest_s = sorted((silence.unanswered_s for silence in trace), reverse=True)[:10]
         print(f"{len(trace)} silences in {_hours(trace):.2f} hours; the longest: {longest_s}\n")
         print(as_table(outcomes))
     return 0
