@@ -150,27 +150,27 @@ class Settings(BaseSettings):
 
     @property
     def allowed_origins(self) -> frozenset[str]:
-        """CORS_ORIGINS as a set."""
+        """Returns CORS_ORIGINS as a set."""
         return frozenset(_listed(self.cors_origins))
 
     @property
     def allowed_host_names(self) -> frozenset[str]:
-        """ALLOWED_HOSTS as a set."""
+        """Returns ALLOWED_HOSTS as a set."""
         return frozenset(_listed(self.allowed_hosts))
 
     @property
     def stage_processes(self) -> int:
-        """How many stage processes a supervisor starts."""
+        """Returns how many stage processes a supervisor starts."""
         return self.stages or self.pp + self.spares
 
 
 def setting_names() -> frozenset[str]:
-    """Of all environment variables that mean something here."""
+    """Returns the names of all environment variables that mean something here."""
     return frozenset({name.upper() for name in Settings.model_fields} | {"MOEMESH_CACHE", "MOEMESH_URL"})
 
 
 def _listed(text: str) -> list[str]:
-    """What stands between commas, in lower case; an address may end in a slash."""
+    """Returns what stands between commas, in lower case; an address may end in a slash."""
     return [entry.strip().lower().removesuffix("/") for entry in text.split(",") if entry.strip()]
 
 

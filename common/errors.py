@@ -45,7 +45,7 @@ class MoemeshError(Exception):
 
     @property
     def message(self) -> str:
-        """The sentence for people: names the field or thing and what would be right."""
+        """Returns the sentence for people: names the field or thing and what would be right."""
         return str(self)
 
 
@@ -246,5 +246,5 @@ ERRORS_BY_CODE: dict[str, type[MoemeshError]] = {error.code: error for error in 
 
 
 def error_from_wire(code: str, message: str) -> MoemeshError:
-    """The error that a peer's `Failed` stands for; an unknown code (a newer peer) becomes ExecutionError."""
+    """Returns the error that a peer's `Failed` stands for; an unknown code (a newer peer) becomes ExecutionError."""
     return ERRORS_BY_CODE.get(code, ExecutionError)(message)

@@ -20,8 +20,8 @@ import structlog
 
 
 def configure_log(service: str, level: str, stream: TextIO | LogStream | None = None) -> structlog.stdlib.BoundLogger:
-    """Set up logging of this process; returns a logger of its own. A level that does not exist is taken for `info`: the
-    settings that are read next name it. `stream`: instead of stderr."""
+    """Sets up logging of this process; returns a logger of its own. A level that does not exist is taken for `info`:
+    the settings that are read next name it. `stream`: instead of stderr."""
     threshold = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
     file: Any = sys.stderr if stream is None else stream
     logging.basicConfig(stream=file, level=logging.WARNING, format="%(message)s")
@@ -63,7 +63,7 @@ class LogStream:
         """Of the process that the thread runs in: it begins with the first line, and a fork has none of its own."""
 
     def write(self, text: str) -> int:
-        """Hand it in. `print` hands in a line, then its end: either both are dropped or none."""
+        """Hands it in. `print` hands in a line, then its end: either both are dropped or none."""
         if self._writer_pid != os.getpid() and not self._begin():
             self._try(text)
         elif text == "\n":
@@ -81,7 +81,7 @@ class LogStream:
         """The thread does that after each line."""
 
     def drain(self, within_s: float) -> bool:
-        """Until everything that was handed in is written; False if it is not in that time."""
+        """Waits until everything that was handed in is written; False if it is not in that time."""
         if self._writer_pid != os.getpid():
             return True  # nothing was
         is_written = threading.Event()
@@ -89,7 +89,7 @@ class LogStream:
         return is_written.wait(within_s)
 
     def _begin(self) -> bool:
-        """Have a thread. False where there may be none: then lines are written by whoever has them, and wait."""
+        """Begins a thread. False where there may be none: then lines are written by whoever has them, and wait."""
         pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
         try:
             threading.Thread(target=self._run, args=(pieces,), name="log", daemon=True).start()

@@ -11,9 +11,8 @@ OTHERS = frozenset({"MODELS", "HOSTS", "PORTS", "DEVICES", "RPORT", "LPORT", "XH
 
 
 def misspelt_settings(environment: Mapping[str, str], settings: Collection[str]) -> list[str]:
-    """A sentence for each variable that is one edit from the name of a setting: a letter that is missing, too many,
-    another one, or two that are swapped. `settings`: their names in capitals.
-    """
+    """Returns a sentence for each variable that is one edit from the name of a setting: a letter that is missing, too
+    many, another one, or two that are swapped. `settings`: their names in capitals."""
     sentences = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
@@ -30,7 +29,8 @@ def misspelt_settings(environment: Mapping[str, str], settings: Collection[str])
 
 
 def is_one_edit(given: str, wanted: str) -> bool:
-    """Whether one letter less, more or other, or two neighbours that are swapped, make one word of the other."""
+    """Returns whether one letter less, more or other, or two neighbours that are swapped, make one word of the
+    other."""
     if abs(len(given) - len(wanted)) > 1 or given == wanted:
         return False
     start = next(

@@ -96,7 +96,7 @@ class NodeDescription:
 
     @property
     def summary(self) -> dict[str, str | int]:
-        """What a log says of a node that has joined."""
+        """Returns what a log says of a node that has joined."""
         return {
             "kind": self.kind,
             "host": self.host_label,
@@ -106,11 +106,11 @@ class NodeDescription:
 
     @property
     def device_kind(self) -> str:
-        """`cpu` or `cuda`: the first part of the numeric class."""
+        """Returns `cpu` or `cuda`: the first part of the numeric class."""
         return self.numeric_class.partition("/")[0]
 
     def can_load_layers(self, layers: LayerRange) -> bool:
-        """Whether it sees the weights of a slot with these layers."""
+        """Returns whether it sees the weights of a slot with these layers."""
         if self.part is None:
             return True
         own = self.part.layers
@@ -137,10 +137,10 @@ class StageRole:
 
     @property
     def is_first(self) -> bool:
-        """Embeds tokens."""
+        """Whether it embeds tokens."""
         return self.slot.index == 0
 
     @property
     def is_last(self) -> bool:
-        """Norms, projects to the vocabulary and samples."""
+        """Whether it norms, projects to the vocabulary and samples."""
         return self.slot.index == self.num_slots - 1

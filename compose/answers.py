@@ -20,7 +20,7 @@ RESUME_PATIENCE_S = 30.0
 
 
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
-    """Pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
+    """Yields the pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
     with open_client(url, httpx.Timeout(10, read=300)) as client:
         model = served_model(client)
@@ -34,7 +34,7 @@ def stream_answer(url: str, question: str, max_tokens: int, temperature: float) 
 
 
 def served_model(client: httpx.Client) -> str:
-    """The name of the model. Raises as `stream_pieces`."""
+    """Returns the name of the model. Raises as `stream_pieces`."""
     reply = client.get("/v1/models")
     if reply.status_code != 200:
         raise MoemeshError(_sentence(reply))
@@ -42,7 +42,8 @@ def served_model(client: httpx.Client) -> str:
 
 
 def _sentence(reply: httpx.Response) -> str:
-    """What the server says is wrong; whatever else answers here (a proxy, another program) says it by its status."""
+    """Returns what the server says is wrong; whatever else answers here (a proxy, another program) says it by its
+    status."""
     try:
         return str(json.loads(reply.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -50,7 +51,7 @@ def _sentence(reply: httpx.Response) -> str:
 
 
 def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:
-    """Text of a streamed reply, piece by piece; comes back for the rest where the connection breaks.
+    """Yields the text of a streamed reply, piece by piece; comes back for the rest where the connection breaks.
 
     Raises httpx.HTTPError once that has failed for long, or MoemeshError with the server's sentence.
     """
@@ -86,17 +87,17 @@ class _ResumableStream:
         self.is_done = False
 
     def begin(self) -> httpx.Response:
-        """Ask. Nothing is asked twice: if this fails, it fails."""
+        """Asks. Nothing is asked twice: if this fails, it fails."""
         headers = {"Moemesh-Resumable": "1", "X-Request-Id": self._request_id}
         return self._open(self._client.build_request("POST", self._path, json=self._body, headers=headers))
 
     def come_back(self) -> httpx.Response:
-        """Ask for what comes after the last event that was read."""
+        """Asks for what comes after the last event that was read."""
         headers = {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
         return self._open(self._client.build_request("GET", f"/v1/requests/{self._request_id}/events", headers=headers))
 
     def pieces(self, reply: httpx.Response) -> Iterator[str]:
-        """Of one connection, until it ends or breaks."""
+        """Yields those of one connection, until it ends or breaks."""
         with contextlib.closing(reply):
             parser = EventParser(self._last_event_id)
             for line in split_lines(reply.iter_bytes()):

@@ -53,7 +53,7 @@ def say_error(sentence: str) -> None:
 
 
 def table_console() -> Console:
-    """For tables on stdout."""
+    """Returns a console for tables on stdout."""
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
@@ -156,7 +156,7 @@ def status(url: UrlOption = "") -> None:
 
 
 def _router_url(given: str) -> str:
-    """Of the router that is meant: the one that was named, or that runs here."""
+    """Returns the address of the router that is meant: the one that was named, or that runs here."""
     if given:
         return named_url(given)
     with contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ def _print_nodes(mesh: dict[str, Any]) -> None:
 
 
 def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """MODEL, and without it the demo model under its name."""
+    """Returns MODEL, and without it the demo model under its name."""
     if environment.get("MODEL"):
         return {"MODEL": environment["MODEL"]}
     say("MODEL is not set: serving the demo model; ask it what it can do")
@@ -214,7 +214,7 @@ def _model_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _wait_for_signal() -> None:
-    """The end of it is a KeyboardInterrupt."""
+    """Waits; the end of it is a KeyboardInterrupt."""
     threading.Event().wait()
 
 

@@ -33,7 +33,8 @@ READY_BEFORE = Path("/tmp/moemesh-was-ready")
 
 
 def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT_MOUNT) -> dict[str, str]:
-    """The environment with MODEL as this container sees it, and a served name that does not depend on the mount."""
+    """Returns the environment with MODEL as this container sees it, and a served name that does not depend on the
+    mount."""
     model = environment.get("MODEL", "")
     result = dict(environment)
     if not model:
@@ -78,8 +79,8 @@ def prepare(environment: Mapping[str, str]) -> str:
 
 
 def is_healthy(port: str, ready_before: Path = READY_BEFORE) -> bool:
-    """Whether the mesh is ready for the first time (`docker compose up --wait` waits for that); from then on, whether
-    the router answers: it is not ill where nodes are missing, and must not be replaced for it."""
+    """Returns whether the mesh is ready for the first time (`docker compose up --wait` waits for that); from then on,
+    whether the router answers: it is not ill where nodes are missing, and must not be replaced for it."""
     if ready_before.exists():
         return router_answers(port, "/health")
     if not router_answers(port, "/ready"):
@@ -89,7 +90,7 @@ def is_healthy(port: str, ready_before: Path = READY_BEFORE) -> bool:
 
 
 def router_answers(port: str, path: str) -> bool:
-    """Whether GET answers 200 within its time limit."""
+    """Returns whether GET answers 200 within its time limit."""
     try:
         with open_local(f"http://127.0.0.1:{port}{path}", HEALTH_TIMEOUT_S) as response:
             return bool(response.status == 200)

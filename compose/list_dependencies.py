@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def dependencies(pyproject: str, extras: Sequence[str]) -> list[str]:
-    """The requirements of these extras, or without any those of the project itself. An unknown extra: KeyError."""
+    """Returns the requirements of these extras, or without any those of the project itself. An unknown extra:
+    KeyError."""
     project = tomllib.loads(pyproject)["project"]
     if not extras:
         return list(project["dependencies"])

@@ -14,8 +14,8 @@ _ROUTE = re.compile(r"/v1(/(chat/)?completions|/models)?$")
 
 
 def named_url(given: str) -> str:
-    """Where the router is, of what a person wrote: `http://` goes without saying, an IPv6 address may stand without
-    brackets, and `/v1` is what SDKs need."""
+    """Returns where the router is, of what a person wrote: `http://` goes without saying, an IPv6 address may stand
+    without brackets, and `/v1` is what SDKs need."""
     given = given.strip()
     if _is_ipv6(given):
         given = f"[{given}]"
@@ -44,7 +44,7 @@ def open_client(url: str, timeout: httpx.Timeout | float) -> httpx.Client:
 
 
 def why_not_answered(error: Exception) -> str:
-    """A sentence; where nothing listens with what to start."""
+    """Returns a sentence; where nothing listens with what to start."""
     if isinstance(error.__cause__, ssl.SSLError) or "[SSL" in str(error):
         return f"what answers there does not speak TLS as https:// asks for ({error}); a router is asked by http://"
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):

@@ -96,7 +96,7 @@ def shard_checkpoint(
 
 
 def _make_workplace(output: Path, num_bytes: int) -> Path:
-    """A folder beside `output`, on a disk with room for everything."""
+    """Returns a folder beside `output`, on a disk with room for everything."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output} is not empty: it must be a new or an empty folder")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class NamedTensor:
 
 
 def tensors_of(config: ModelConfig, index: Mapping[str, StoredTensor], part: CheckpointPart) -> list[NamedTensor]:
-    """What a part needs of a whole checkpoint that `check_tensors` has found complete.
+    """Returns what a part needs of a whole checkpoint that `check_tensors` has found complete.
 
     Experts that are stored as one come out one by one, as every node can read them.
     """
@@ -208,7 +208,7 @@ def _item_bytes(tensor: NamedTensor) -> int:
 
 
 def _cut_out(config: ModelConfig, index: Mapping[str, StoredTensor], layer: int, expert: int) -> list[NamedTensor]:
-    """Gate, up and down of one expert; each is one run of bytes in what is stored as one."""
+    """Returns gate, up and down of one expert; each is one run of bytes in what is stored as one."""
     (gate_up_name, _), (down_name, _) = fused_expert_tensors(config, layer)
     gate_up = _nth_of(config.num_experts, expert, index[gate_up_name])
     pieces = (_nth_of(2, 0, gate_up), _nth_of(2, 1, gate_up), _nth_of(config.num_experts, expert, index[down_name]))

@@ -98,7 +98,7 @@ def write_tiny_checkpoint(directory: Path, family: Family = Family.QWEN3_MOE, se
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether every file of a tiny checkpoint is there."""
+    """Returns whether every file of a tiny checkpoint is there."""
     return all((directory / name).is_file() for name in FILES)
 
 
@@ -199,7 +199,7 @@ def _speakable_tokens(tokenizer: Tokenizer, vocabulary: int) -> npt.NDArray[np.b
 def _random_weights(
     family: Family, sizes: TinySizes, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Every tensor under its Hugging Face name, float32, scaled so that the logits have spread."""
+    """Returns every tensor under its Hugging Face name, float32, scaled so that the logits have spread."""
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
         return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)

@@ -14,13 +14,14 @@ _MAX_SIZE = (1 << 31) - 1
 
 
 def shown(value: object) -> str:
-    """As a refusal shows it: what is damaged may be very long."""
+    """Returns a value as a refusal shows it: what is damaged may be very long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
 def whole_number(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A size. null counts as absent, as transformers writes it; raises CheckpointError where there is no default."""
+    """Returns a size. null counts as absent, as transformers writes it; raises CheckpointError where there is no
+    default."""
     value = raw.get(key)
     if value is None:
         value = default
@@ -41,7 +42,7 @@ def flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def items(raw: Mapping[str, Any], key: str) -> list[Any]:
-    """Of a list; none where it is absent. Raises CheckpointError for what is no list."""
+    """Returns the items of a list; none where it is absent. Raises CheckpointError for what is no list."""
     value = raw.get(key)
     if value is not None and not isinstance(value, list):
         raise CheckpointError(f"config.json: {key} must be a list, not {shown(value)}")

@@ -55,7 +55,7 @@ class WeightFiles:
 
 
 def resolve_model(model: str) -> Path:
-    """The directory that MODEL names: itself, or the local snapshot of a hub name (downloaded once).
+    """Returns the directory that MODEL names: itself, or the local snapshot of a hub name (downloaded once).
 
     Raises ConfigurationError when it is neither.
     """
@@ -78,23 +78,24 @@ def resolve_model(model: str) -> Path:
 
 
 def served_name(model: str, directory: Path) -> str:
-    """The directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
+    """Returns the directory's name, or a hub name as it is (its snapshot lies in a folder named by a hash)."""
     return directory.name if _expanded(model).is_dir() else model
 
 
 def _expanded(path: str) -> Path:
-    """With the home directory in place of `~`; as it is where the user has none (Path.expanduser raises there)."""
+    """Returns the path with the home directory in place of `~`; as it is where the user has none (Path.expanduser
+    raises there)."""
     return Path(os.path.expanduser(path))
 
 
 def read_tensor_index(directory: Path) -> Mapping[str, StoredTensor]:
-    """Every tensor of the checkpoint by name: of one that is in several files the last, in the order of their names, as
-    transformers reads it. Raises CheckpointError that names the file and what is wrong."""
+    """Returns every tensor of the checkpoint by name: of one that is in several files the last, in the order of their
+    names, as transformers reads it. Raises CheckpointError that names the file and what is wrong."""
     return {name: stored for file in find_weight_files(directory).read for name, stored in _tensors_of(file)}
 
 
 def tensors_in_several_files(directory: Path) -> list[str]:
-    """Their names, in order. Raises CheckpointError as `read_tensor_index`."""
+    """Returns their names, in order. Raises CheckpointError as `read_tensor_index`."""
     counts = Counter(name for file in find_weight_files(directory).read for name, _ in _tensors_of(file))
     return sorted(name for name, count in counts.items() if count > 1)
 
@@ -111,8 +112,8 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def fingerprint(directory: Path, *, has_weights: bool = True) -> str:
-    """Equal for equal checkpoints: config, names, shapes and samples of every file's bytes (not all of them: a large
-    checkpoint would take minutes). Of a folder that is to have no weights, the config."""
+    """Returns a word that is equal for equal checkpoints: config, names, shapes and samples of every file's bytes (not
+    all of them: a large checkpoint would take minutes). Of a folder that is to have no weights, the config."""
     digest = hashlib.sha256()
     digest.update(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
     for file in find_weight_files(directory).read if has_weights else ():
@@ -133,7 +134,7 @@ def _sample_positions(size: int) -> Iterator[int]:
 
 
 def find_weight_files(directory: Path) -> WeightFiles:
-    """Which files hold the weights. Raises CheckpointError that names the file and what is wrong."""
+    """Returns which files hold the weights. Raises CheckpointError that names the file and what is wrong."""
     try:
         return _find_weight_files(directory)
     except OSError as error:  # a disk that fails does not say that a file is missing
@@ -183,7 +184,8 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file (its format: 8 bytes length, header, data), and where the data begins."""
+    """Returns the JSON header of a safetensors file (its format: 8 bytes length, header, data), and where the data
+    begins."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -221,7 +223,7 @@ def _is_tensor_entry(entry: Any) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError that names the file."""
+    """Returns a JSON object. Raises CheckpointError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         broken = _half_character(value)
@@ -239,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _half_character(value: Any, place: str = "") -> str | None:
-    r"""Where a text of a JSON value has one: JSON can write it (`"\ud800"`), and nobody can encode it."""
+    r"""Returns where a text of a JSON value has one: JSON can write it (`"\ud800"`), and nobody can encode it."""
     if isinstance(value, str):
         try:
             value.encode()

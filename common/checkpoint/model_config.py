@@ -67,7 +67,8 @@ class ModelConfig:
 
     @property
     def context_tokens(self) -> int:
-        """Longest sequence that the model is made for: `max_position_embeddings`, or more by its rope scaling."""
+        """Returns the longest sequence that the model is made for: `max_position_embeddings`, or more by its rope
+        scaling."""
         return self.rope.context_tokens(self.max_position_embeddings)
 
     @property
@@ -76,26 +77,26 @@ class ModelConfig:
         return tuple(layer for layer, is_moe in enumerate(self.moe_layers) if is_moe)
 
     def attention_parameters(self) -> int:
-        """Weights of one layer's attention and norms."""
+        """Returns the number of weights of one layer's attention and norms."""
         projections = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return projections + 2 * self.hidden_size
 
     def layer_parameters_on_stage(self, layer: int) -> int:
-        """Weights of one layer that live on a stage: all but the experts."""
+        """Returns the number of weights of one layer that live on a stage: all but the experts."""
         if self.moe_layers[layer]:
             return self.attention_parameters() + self.num_experts * self.hidden_size
         return self.attention_parameters() + 3 * self.hidden_size * self.dense_intermediate_size
 
     def expert_parameters(self) -> int:
-        """Weights of one expert of one layer."""
+        """Returns the number of weights of one expert of one layer."""
         return 3 * self.hidden_size * self.expert_intermediate_size
 
     def embedding_parameters(self) -> int:
-        """Weights of the embedding, or of an untied lm_head."""
+        """Returns the number of weights of the embedding, or of an untied lm_head."""
         return self.vocab_size * self.hidden_size
 
     def kv_values_per_token(self) -> int:
-        """K and V numbers that one layer keeps for one token."""
+        """Returns how many K and V numbers one layer keeps for one token."""
         return 2 * self.num_kv_heads * self.head_dim
 
 
@@ -166,7 +167,7 @@ _FAMILIES: dict[str, _Family] = {
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Read `config.json` of a checkpoint directory.
+    """Reads `config.json` of a checkpoint directory.
 
     Raises CheckpointError (missing, damaged, a size that makes no sense) or UnsupportedModelError (names the feature).
     """
@@ -185,7 +186,7 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The description of the decoder that a parsed `config.json` stands for. Raises as `read_model_config`."""
+    """Returns the description of the decoder that a parsed `config.json` stands for. Raises as `read_model_config`."""
     model_type = raw.get("model_type")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
@@ -255,7 +256,7 @@ def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
 
 
 def _num_experts(raw: Mapping[str, Any]) -> int:
-    """By either of its names: transformers knows both in both families."""
+    """Reads it by either of its names: transformers knows both in both families."""
     named = {key: whole_number(raw, key) for key in ("num_local_experts", "num_experts") if key in raw}
     if len(set(named.values())) > 1:
         raise CheckpointError(f"config.json: num_local_experts and num_experts differ: {named}")
@@ -350,13 +351,13 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
 
 
 def refuse_attention_bias(raw: Mapping[str, Any], model_type: str) -> None:
-    """For a family whose attention has no biases."""
+    """Raises for a family whose attention has no biases."""
     if raw.get("attention_bias"):
         raise UnsupportedModelError(f"config.json: attention_bias is not supported with model_type {model_type!r}")
 
 
 def refuse_dense_layers(raw: Mapping[str, Any], model_type: str) -> None:
-    """For a family in which every layer has experts."""
+    """Raises for a family in which every layer has experts."""
     for key, neutral in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1, None))):
         if raw.get(key) not in neutral:
             raise UnsupportedModelError(

@@ -35,7 +35,7 @@ class SeenCheckpoint:
 
 
 def see_checkpoint(directory: Path, config: ModelConfig) -> SeenCheckpoint:
-    """A part, or the whole; `config` is the one that lies there.
+    """Returns a part, or the whole; `config` is the one that lies there.
 
     Raises CheckpointError for a part that lacks a tensor (by its name) or is not as it was written.
     """
@@ -96,7 +96,7 @@ def refuse_useless_part(part: CheckpointPart | None, kind: NodeKind | None, mode
 
 
 def describe_part(part: CheckpointPart) -> str:
-    """In words."""
+    """Returns it in words."""
     found = [f"layers [{part.layers.start}, {part.layers.stop})"] if part.layers is not None else []
     found += [f"experts {', '.join(map(str, sorted(part.experts)))}"] if part.experts else []
     return " and ".join(found) or "no weights"

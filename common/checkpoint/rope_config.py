@@ -128,7 +128,7 @@ def _parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    """A number, or the default where it is absent, null or zero (which transformers takes for absent)."""
+    """Returns a number, or the default where it is absent, null or zero (which transformers takes for absent)."""
     value = values.get(key)
     if value is None or (value == 0 and type(value) in (int, float)):
         return default
@@ -154,5 +154,5 @@ def _number(parameters: Mapping[str, Any], key: str, kind: str) -> float:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    """A number that a float holds; JSON has whole numbers of any length."""
+    """Returns a number that a float holds; JSON has whole numbers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

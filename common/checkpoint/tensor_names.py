@@ -56,12 +56,12 @@ def unused_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> li
 
 
 def embedding_name(config: ModelConfig, index: Container[str]) -> str:
-    """The tensor that makes hidden states of tokens. Of a tied pair it is the one that is there."""
+    """Returns the tensor that makes hidden states of tokens. Of a tied pair it is the one that is there."""
     return LM_HEAD if config.tie_word_embeddings and EMBEDDING not in index and LM_HEAD in index else EMBEDDING
 
 
 def lm_head_name(config: ModelConfig, index: Container[str]) -> str:
-    """The tensor that makes logits of hidden states: a stored one counts, whatever the config says of tying.
+    """Returns the tensor that makes logits of hidden states: a stored one counts, whatever the config says of tying.
 
     transformers ties only where the two do not differ, and then it makes no difference which of them is read.
     """
@@ -85,8 +85,8 @@ def expected_tensors(
 
 
 def stage_tensors(config: ModelConfig, index: Mapping[str, StoredTensor], layers: LayerRange) -> NamedShapes:
-    """What the stages that hold these layers need: all but experts. With the first layer goes the embedding, with the
-    last one what makes logits of hidden states."""
+    """Returns what the stages that hold these layers need: all but experts. With the first layer goes the embedding,
+    with the last one what makes logits of hidden states."""
     hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
     is_first, is_last = layers.start == 0, layers.stop == config.num_layers
     ends = [embedding_name(config, index)] if is_first else []
@@ -108,7 +108,7 @@ def stage_tensors(config: ModelConfig, index: Mapping[str, StoredTensor], layers
 
 
 def expert_tensors(config: ModelConfig, layer: int, experts: Iterable[int]) -> NamedShapes:
-    """Of experts that are stored one by one: gate, up and down of each."""
+    """Returns those of experts that are stored one by one: gate, up and down of each."""
     names, width, hidden = config.expert_names, config.expert_intermediate_size, config.hidden_size
     for expert in experts:
         yield f"model.layers.{layer}.{names.gate.format(expert=expert)}", (width, hidden)
@@ -117,14 +117,14 @@ def expert_tensors(config: ModelConfig, layer: int, experts: Iterable[int]) -> N
 
 
 def fused_expert_tensors(config: ModelConfig, layer: int) -> NamedShapes:
-    """Of a layer whose experts are stored as one: gate rows before up rows, and down."""
+    """Returns those of a layer whose experts are stored as one: gate rows before up rows, and down."""
     names, width, hidden = config.expert_names, config.expert_intermediate_size, config.hidden_size
     yield f"model.layers.{layer}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
     yield f"model.layers.{layer}.{names.fused_down}", (config.num_experts, hidden, width)
 
 
 def is_fused(config: ModelConfig, index: Mapping[str, StoredTensor], layer: int, expert: int) -> bool:
-    """Whether a layer's experts, of which this is one, are stored as one."""
+    """Returns whether a layer's experts, of which this is one, are stored as one."""
     names, prefix = config.expert_names, f"model.layers.{layer}"
     is_alone = f"{prefix}.{names.gate.format(expert=expert)}" in index
     return not is_alone and f"{prefix}.{names.fused_gate_up}" in index

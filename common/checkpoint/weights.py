@@ -43,7 +43,8 @@ class CheckpointWeights:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> torch.Tensor:
-        """A tensor, or part of it, in the compute dtype and on the device (a fresh copy, never a view of the map).
+        """Returns a tensor, or part of it, in the compute dtype and on the device (a fresh copy, never a view of the
+        map).
 
         `shape` is what the config says the whole tensor must have. `index` takes one entry of the first axis of a
         three-axis tensor; `rows` and `columns` cut the last two axes. Raises CheckpointError that names the tensor.

@@ -54,12 +54,12 @@ class CudaDevice(StagedDevice):
         torch.cuda.empty_cache()
 
     def offered_bytes(self) -> int:
-        """80% of what is free on the GPU, or this process's part of it."""
+        """Returns 80% of what is free on the GPU, or of this process's part of it."""
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.place)
         return offered_device_bytes(free_bytes, total_bytes, self._num_processes)
 
     def numeric_class(self, variant: str) -> str:
-        """The GPU's model, torch and CUDA."""
+        """Returns the GPU's model, torch and CUDA."""
         found = torch.cuda.get_device_properties(self.place)
         return cuda_numeric_class(
             variant,
@@ -72,7 +72,7 @@ class CudaDevice(StagedDevice):
 
 
 def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> Device:
-    """The device that DEVICE names, ready for work. Raises ConfigurationError with what torch says against it.
+    """Returns the device that DEVICE names, ready for work. Raises ConfigurationError with what torch says against it.
 
     `auto` is cuda where there is a GPU. `num_processes` share it, each with so many ranks that go round the GPUs.
     """
@@ -95,13 +95,13 @@ def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> 
 
 
 def count_gpus() -> int:
-    """That torch sees on this host, or is shown."""
+    """Returns how many torch sees on this host, or is shown."""
     return torch.cuda.device_count()
 
 
 def places_of_ranks(first: torch.device, num_ranks: int, num_gpus: int) -> list[str]:
-    """Where each rank of a stage computes: on the first one's GPU and those after it, and round again; or all on the
-    host. As DEVICE would say it."""
+    """Returns where each rank of a stage computes: on the first one's GPU and those after it, and round again; or all
+    on the host. As DEVICE would say it."""
     if first.type == "cpu":
         return ["cpu"] * num_ranks
     return [f"cuda:{((first.index or 0) + rank) % num_gpus}" for rank in range(num_ranks)]

@@ -36,7 +36,7 @@ class Marker(Protocol):
         """Here: after all that was asked of the device so far."""
 
     def is_reached(self) -> bool:
-        """Whether all before it is done. Also before the first `record`."""
+        """Returns whether all before it is done. Also before the first `record`."""
 
 
 class NoMarker:
@@ -46,7 +46,7 @@ class NoMarker:
         """Nothing is under way."""
 
     def is_reached(self) -> bool:
-        """Always."""
+        """Returns True."""
         return True
 
 
@@ -78,11 +78,11 @@ class StagingBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """That it has now."""
+        """Returns how many it has now."""
         return 0 if self._memory is None else self._memory.numel()
 
     def take(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] to be filled; what was in it is gone. Waits as `wait` does."""
+        """Returns uint8 [num_bytes] to be filled; what was in it is gone. Waits as `wait` does."""
         self.wait()
         if self._memory is None or self._memory.numel() < num_bytes:
             size = max(MIN_BYTES, 1 << (num_bytes - 1).bit_length())
@@ -91,12 +91,12 @@ class StagingBuffer:
         return self._memory[:num_bytes]
 
     def mark(self) -> None:
-        """A copy from or to it is under way."""
+        """Notes that a copy from or to it is under way."""
         self._marker.record()
         self._marked_s = self._clock()
 
     def is_done(self) -> bool:
-        """Whether that copy is. Raises DeviceError after HANG_S, and whatever the device reports."""
+        """Returns whether that copy is. Raises DeviceError after HANG_S, and whatever the device reports."""
         if self._marker.is_reached():
             return True
         if self._clock() - self._marked_s > HANG_S:
@@ -104,7 +104,7 @@ class StagingBuffer:
         return False
 
     def wait(self) -> None:
-        """Until that copy is done. Raises as `is_done` does."""
+        """Waits until that copy is done. Raises as `is_done` does."""
         if self.is_done():
             return
         began_s = looked_s = self._clock()
@@ -117,7 +117,7 @@ class StagingBuffer:
 
 
 def lay_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each tensor begins when they lie one after another, and how many bytes that takes."""
+    """Returns where each tensor begins when they lie one after another, and how many bytes that takes."""
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
@@ -126,7 +126,7 @@ def lay_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def view_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """The part of `memory` uint8 [bytes] at an offset as a tensor of `like`'s shape and dtype."""
+    """Returns the part of `memory` uint8 [bytes] at an offset as a tensor of `like`'s shape and dtype."""
     return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -143,10 +143,11 @@ class Download(Protocol):
     """Tensors on their way from a device to the host."""
 
     def is_ready(self) -> bool:
-        """Whether they are there. Raises DeviceError for a device that hangs, RuntimeError for what failed before."""
+        """Returns whether they are there. Raises DeviceError for a device that hangs, RuntimeError for what failed
+        before."""
 
     def take(self) -> tuple[Tensor, ...]:
-        """Them, as new ones of the host; waits until they are there. Once."""
+        """Returns them, as new ones of the host; waits until they are there. Once."""
 
     def give_up(self) -> None:
         """Nobody takes them any more. Also after `take`."""
@@ -160,33 +161,33 @@ class Device(Protocol):
 
     @property
     def place(self) -> torch.device:
-        """Of weights, caches and whatever is computed from them."""
+        """Returns the place of weights, caches and whatever is computed from them."""
 
     @property
     def is_host(self) -> bool:
-        """Whether messages and weights are in the same memory."""
+        """Returns whether messages and weights are in the same memory."""
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Host tensors as they are on the device. The host goes on at once, and may reuse the given ones."""
+        """Returns host tensors as they are on the device. The host goes on at once, and may reuse the given ones."""
 
     def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Device tensors as new ones of the host, whole when this returns: the one place where the host waits.
+        """Returns device tensors as new ones of the host, whole when this returns: the one place where the host waits.
 
         Raises DeviceError for a device that hangs, RuntimeError for what failed before.
         """
 
     def begin_download(self, *tensors: Tensor) -> Download:
-        """The same without waiting. Of no tensor, it is there when the device has done all that was asked so far. Until
-        they are taken nothing may write to them."""
+        """Does the same without waiting. Of no tensor, it is there when the device has done all that was asked so far.
+        Until they are taken nothing may write to them."""
 
     def release(self) -> None:
         """What was given up here is free for other processes that use the device."""
 
     def offered_bytes(self) -> int:
-        """How much memory a node may offer."""
+        """Returns how much memory a node may offer."""
 
     def numeric_class(self, variant: str) -> str:
-        """What decides the bits here, as one word. `variant`: what computes, kernels or torch."""
+        """Returns what decides the bits here, as one word. `variant`: what computes, kernels or torch."""
 
 
 class HostDevice:
@@ -201,26 +202,26 @@ class HostDevice:
         self.while_waiting: Callable[[float], None] = _do_nothing
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """They are there."""
+        """Returns them as they are: they are there."""
         return tensors
 
     def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """They are there."""
+        """Returns them as they are: they are there."""
         return tensors
 
     def begin_download(self, *tensors: Tensor) -> Download:
-        """They are there."""
+        """Returns them as they are: they are there."""
         return ReadyDownload(tensors)
 
     def release(self) -> None:
         """It is free at once."""
 
     def offered_bytes(self) -> int:
-        """80% of what is free."""
+        """Returns 80% of what is free."""
         return offered_bytes() // self._num_processes
 
     def numeric_class(self, variant: str) -> str:
-        """Kernels, instruction set, build of torch."""
+        """Returns kernels, instruction set and build of torch."""
         return numeric_class("cpu", variant)
 
 
@@ -302,16 +303,16 @@ class StagedDevice:
 
     @property
     def place(self) -> torch.device:
-        """Of weights, caches and whatever is computed from them."""
+        """Returns the place of weights, caches and whatever is computed from them."""
         return self._place
 
     @property
     def staging_bytes(self) -> int:
-        """Of all buffers that nothing is on its way to."""
+        """Returns the bytes of all buffers that nothing is on its way to."""
         return sum(buffer.num_bytes for buffer in (*self._uploads, *self._downloads))
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """One copy for all of them: a device begins a large copy no later than a small one."""
+        """Makes one copy for all of them: a device begins a large copy no later than a small one."""
         offsets, num_bytes = lay_out(tensors)
         staging = self._uploads[self._num_uploads % NUM_UPLOADS]
         self._num_uploads += 1
@@ -324,11 +325,11 @@ class StagedDevice:
         return tuple(view_at(there, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True))
 
     def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """All copies first, then one wait."""
+        """Begins all copies first, and then waits once."""
         return self.begin_download(*tensors).take()
 
     def begin_download(self, *tensors: Tensor) -> Download:
-        """Into a buffer of its own, beside what the device computes next."""
+        """Copies into a buffer of its own, beside what the device computes next."""
         offsets, num_bytes = lay_out(tensors)
         buffer = self._downloads.pop() if self._downloads else self._new_buffer()
         memory = buffer.take(num_bytes)
@@ -349,9 +350,9 @@ class StagedDevice:
         """It is free at once."""
 
     def offered_bytes(self) -> int:
-        """Without a device's own measure, the host's."""
+        """Returns the host's, without a measure of the device's own."""
         return offered_bytes()
 
     def numeric_class(self, variant: str) -> str:
-        """The class of the processor that does the device's work."""
+        """Returns the class of the processor that does the device's work."""
         return numeric_class("cpu", variant)

@@ -24,7 +24,7 @@ def raise_if_device_failed(error: BaseException) -> None:
 
 
 def refusal_to_load(error: Exception) -> MoemeshError:
-    """What is answered when weights or a cache could not be put in place; want of memory is a CapacityError.
+    """Returns what is answered when weights or a cache could not be put in place; want of memory is a CapacityError.
 
     Raises DeviceError where the accelerator is lost.
     """

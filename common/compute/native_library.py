@@ -103,7 +103,8 @@ def load_native_kernels(
     cpu_flags: frozenset[str] | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> NativeKernels | None:
-    """The kernels for this processor; None, with the reason logged, where there is no prebuilt library and no compiler.
+    """Returns the kernels for this processor; None, with the reason logged, where there is no prebuilt library and no
+    compiler.
 
     `threads`: how many threads one call may use; it changes no bits.
     `cache_folder`: where compiled libraries are kept; default the variable MOEMESH_CACHE, else ~/.cache/moemesh.
@@ -133,12 +134,12 @@ def load_native_kernels(
 
 
 def read_cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """The processor's feature flags as Linux names them; empty where they cannot be read."""
+    """Returns the processor's feature flags as Linux names them; empty where they cannot be read."""
     return frozenset(_read_cpuinfo(cpuinfo, "flags", "Features").split())
 
 
 def bits_variant(variant: str, cpuinfo: Path = CPUINFO) -> str:
-    """What decides the bits of kernels of this variant.
+    """Returns what decides the bits of kernels of this variant.
 
     The order in which `vdpbf16ps` adds the two products of a pair, and what becomes of denormals, is the processor's:
     until two vendors are shown to agree, each is a class of its own.
@@ -149,7 +150,7 @@ def bits_variant(variant: str, cpuinfo: Path = CPUINFO) -> str:
 
 
 def _read_cpuinfo(cpuinfo: Path, *names: str) -> str:
-    """The first value under one of these names; "" where there is none."""
+    """Returns the first value under one of these names; "" where there is none."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -162,12 +163,12 @@ def _read_cpuinfo(cpuinfo: Path, *names: str) -> str:
 
 
 def usable_instruction_sets(cpu_flags: frozenset[str]) -> list[InstructionSet]:
-    """The sets that a processor with these flags can run, best first."""
+    """Returns the sets that a processor with these flags can run, best first."""
     return [one for one in INSTRUCTION_SETS if one.machine == platform.machine() and one.cpu_flags <= cpu_flags]
 
 
 def library_name(instruction_set: InstructionSet) -> str:
-    """The file name of a prebuilt variant; the hash of the source keeps a stale one from being loaded."""
+    """Returns the file name of a prebuilt variant; the hash of the source keeps a stale one from being loaded."""
     return f"kernels-{instruction_set.name}-{source_hash()[:12]}.so"
 
 
@@ -186,7 +187,8 @@ def find_compiler(environment: Mapping[str, str]) -> str | None:
 
 
 def compile_cached(instruction_set: InstructionSet, compiler: str, folder: Path) -> Path:
-    """The compiled library, from the folder if it is there. Raises OSError or SubprocessError if it cannot be made."""
+    """Returns the compiled library, from the folder if it is there. Raises OSError or SubprocessError if it cannot be
+    made."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     key = hashlib.sha256(version)
     key.update(" ".join((compiler, *COMMON_FLAGS, *instruction_set.compiler_flags)).encode())
@@ -314,7 +316,7 @@ def default_cache_folder(environment: Mapping[str, str]) -> Path:
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Whether files can be made in it, once those of its parents that are missing are there."""
+    """Returns whether files can be made in it, once those of its parents that are missing are there."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return os.access(there, os.W_OK | os.X_OK)
 

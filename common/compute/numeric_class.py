@@ -18,8 +18,8 @@ def cuda_numeric_class(
     torch_version: str,
     cuda_version: str | None,
 ) -> str:
-    """What computes, a GPU's model, compute capability and number of processors (a library chooses its algorithm by
-    them, and a part of a GPU has fewer), torch and CUDA. Which GPU of a host it is changes no bits."""
+    """Returns what computes, a GPU's model, compute capability and number of processors (a library chooses its
+    algorithm by them, and a part of a GPU has fewer), torch and CUDA. Which GPU of a host it is changes no bits."""
     hardware = f"{name}/sm{capability[0]}{capability[1]}x{num_processors}"
     return _word("cuda", variant, hardware, torch_version, f"cuda{cuda_version}")
 

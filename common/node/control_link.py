@@ -77,7 +77,7 @@ class NodeAddresses:
 
 
 def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
-    """ipc when the control endpoint is ipc (one host, one folder), tcp on the node's own address otherwise."""
+    """Returns ipc when the control endpoint is ipc (one host, one folder), tcp on the node's own address otherwise."""
     control = settings.control
     if not control or control.startswith("ipc://"):
         folder = ipc_folder(settings.state_dir)
@@ -108,7 +108,7 @@ def find_addresses(settings: Settings, node_id: NodeId) -> NodeAddresses:
 
 
 def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:
-    """A new incarnation, and the name that people see for it."""
+    """Returns a new incarnation, and the name that people see for it."""
     incarnation = secrets.randbits(62) + 1
     return NodeId(f"{kind.value}-{incarnation:016x}"), Incarnation(incarnation)
 
@@ -158,18 +158,18 @@ class ControlLink:
 
     @property
     def registered(self) -> bool:
-        """Whether the router that is connected now has taken this node in."""
+        """Returns whether the router that is connected now has taken this node in."""
         return self._connected and self._is_welcome
 
     @property
     def settings(self) -> Welcome:
-        """What the router said last, also while it is away. Raises NotReadyError before the first welcome."""
+        """Returns what the router said last, also while it is away. Raises NotReadyError before the first welcome."""
         if self._settings is None:
             raise NotReadyError("no router has welcomed this node yet")
         return self._settings
 
     def receive(self, now_s: float) -> list[tuple[Message, Header]]:
-        """What the router asks; hello, welcome and heartbeats are dealt with here.
+        """Returns what the router asks; hello, welcome and heartbeats are dealt with here.
 
         Raises the router's refusal (wrong checkpoint, wrong version) as the error that it carries, and NodeLostError
         where this incarnation is over: declared dead, or it may have been by a router that is gone.
@@ -281,5 +281,5 @@ class ControlLink:
 
 
 def bind_lifeline(transport: Transport, addresses: NodeAddresses) -> RoutingSocket:
-    """The socket whose closing tells the router that this process has ended."""
+    """Returns the socket whose closing tells the router that this process has ended."""
     return transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])

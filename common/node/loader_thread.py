@@ -44,7 +44,7 @@ class LoaderThread:
         self._stuck_s = 0.0
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Do this after what was submitted before."""
+        """Does this after what was submitted before."""
         future: Future[Result] = Future()
         self._in_hand.append(future)
         self._tasks.put(_Task(future, work, arguments))
@@ -104,7 +104,7 @@ class _Task:
 
 
 def thread_cpu_seconds(thread: threading.Thread) -> float | None:
-    """CPU time of a thread that runs, since it began; None where the system does not tell it."""
+    """Returns the CPU time of a thread that runs, since it began; None where the system does not tell it."""
     if sys.platform != "linux" or thread.ident is None:
         return None
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))

@@ -51,7 +51,7 @@ class NodeLoop(ABC):
 
     @property
     def _has_to_finish(self) -> bool:
-        """Whether there is work that the node ends also after the router has let it go."""
+        """Returns whether there is work that the node ends also after the router has let it go."""
         return False
 
     @abstractmethod

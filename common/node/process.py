@@ -78,12 +78,13 @@ class NodeResources:
 
 
 def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
-    """The same for all processes of one running kernel, in containers too: copies on it are lost together."""
+    """Returns a word that is the same for all processes of one running kernel, in containers too: copies on it are lost
+    together."""
     return boot_id.read_text().strip()[:13] if boot_id.exists() else socket.gethostname()
 
 
 def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
-    """A transport that logs damaged messages, and socket files that somebody has removed."""
+    """Returns a transport that logs damaged messages, and socket files that somebody has removed."""
 
     def damaged(name: str, error: ProtocolError) -> None:
         log.error("damaged_message", socket=name, reason=str(error))
@@ -122,7 +123,7 @@ def open_node(
     numeric_class: str,
     open_data: Callable[[Transport, str], DataSocket],
 ) -> Iterator[NodeProcess[DataSocket]]:
-    """One incarnation: its sockets are closed in the end, and the router's term is kept for the next one.
+    """Opens one incarnation: its sockets are closed in the end, and the router's term is kept for the next one.
 
     `open_data` makes the data socket, bound to the address that it is given.
     """
@@ -223,7 +224,8 @@ MAX_DESCRIPTORS = 1 << 16
 
 
 def raise_descriptor_limit() -> None:
-    """As far as the system lets a process by itself: a shell's usual 1,024 are for programs that use `select`."""
+    """Raises the limit as far as the system lets a process by itself: a shell's usual 1,024 are for programs that use
+    `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -232,6 +234,6 @@ def raise_descriptor_limit() -> None:
 
 
 def descriptor_limit() -> int:
-    """What this process may have open at once."""
+    """Returns what this process may have open at once."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft

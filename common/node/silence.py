@@ -46,7 +46,8 @@ class Patience:
             raise ConfigurationError("factor and min_echoes must be at least 1")
 
     def explained_s(self, num_echoes: int, shown_s: float, is_late: bool = False) -> float | None:
-        """How long a link may be silent that has shown this; None: it is not judged. `is_late`: the observer is."""
+        """Returns how long a link may be silent that has shown this; None: it is not judged. `is_late`: the observer
+        is."""
         if is_late:
             return LATE_FACTOR * self.longest_s if self.beyond_longest else None
         wanted_s = max(self.shortest_s, self.factor * shown_s)
@@ -110,7 +111,7 @@ class RecentLongest:
 
     @property
     def value_s(self) -> float:
-        """0 where nothing was added."""
+        """Returns 0 where nothing was added."""
         return max((seconds for _, seconds in self._parts), default=0.0)
 
 
@@ -143,7 +144,8 @@ class SilenceWatch:
         """When each link last ended a late silence; those that are gone since then are witnesses, too."""
 
     def turn(self, now_s: float) -> bool:
-        """The observer's loop turns. Whether everybody is to be pinged now, with the number `last_ping`."""
+        """Notes that the observer's loop turns. Returns whether everybody is to be pinged now, with the number
+        `last_ping`."""
         if self._turned_s is not None:
             turn_s = max(0.0, now_s - self._turned_s)
             self._awake_s += min(turn_s, self._settings.longest_turn_s)
@@ -157,7 +159,8 @@ class SilenceWatch:
         return True
 
     def echoed(self, link: str, ping: int) -> float | None:
-        """A ping came back. The silence that this has ended, 0 where the link was not behind; None: an old one."""
+        """Notes that a ping came back. Returns the silence that this has ended, 0 where the link was not behind; None:
+        an old one."""
         if not 0 < ping <= self.last_ping:
             return None
         known = self._links.get(link)
@@ -214,17 +217,18 @@ class SilenceWatch:
         return num_late >= max(self._settings.late_links, len(self._links) / 2)
 
     def silence_s(self, link: str) -> float:
-        """For how long it has been behind and has answered nothing; 0 for one that is not known."""
+        """Returns for how long it has been behind and has answered nothing; 0 for one that is not known."""
         known = self._links.get(link)
         return 0.0 if known is None else self._silence_s(known)
 
     def explained_s(self, link: str, patience: Patience) -> float | None:
-        """How long it may be; None: it is not judged."""
+        """Returns how long it may be; None: it is not judged."""
         known = self._links.get(link)
         return None if known is None else patience.explained_s(known.num_echoes, known.shown.value_s, self.is_late)
 
     def silent(self, links: Collection[str], patience: Patience) -> list[str]:
-        """Those of these that are silent for longer than is explained; nobody while the observer may be cut off."""
+        """Returns those of these that are silent for longer than is explained; nobody while the observer may be cut
+        off."""
         if self.is_alone:
             return []
         return [

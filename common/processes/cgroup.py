@@ -73,7 +73,7 @@ def group_folders(cgroup: str, mountinfo: str) -> list[tuple[PurePosixPath, Memo
 
 
 def memory_groups(proc: Path = Path("/proc"), root: Path = Path("/")) -> list[MemoryGroup]:
-    """Those with a limit, the innermost of each version first. None where the system has no control groups.
+    """Returns those with a limit, the innermost of each version first. None where the system has no control groups.
 
     `root`: where paths of mounts begin.
     """
@@ -88,7 +88,7 @@ def memory_groups(proc: Path = Path("/proc"), root: Path = Path("/")) -> list[Me
 
 
 def count_memory_kills(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
-    """How many processes of this process's own groups the kernel has ended for want of memory, so far."""
+    """Returns how many processes of this process's own groups the kernel has ended for want of memory, so far."""
     return sum(_entry(folder / files.kills, "oom_kill") for folder, files in _folders(proc, root))
 
 
@@ -139,7 +139,7 @@ def _unescape(field: str) -> str:
 
 
 def _number(path: Path) -> int:
-    """UNLIMITED_BYTES for `max`, and where there is no such file."""
+    """Returns UNLIMITED_BYTES for `max`, and where there is no such file."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -148,7 +148,7 @@ def _number(path: Path) -> int:
 
 
 def _entry(path: Path, name: str) -> int:
-    """0 where there is none."""
+    """Returns 0 where there is none."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -9,7 +9,7 @@ from common.processes.cgroup import MemoryGroup
 
 
 def describe_exit(status: int, said: str, memory_kills: int, groups: Sequence[MemoryGroup]) -> str:
-    """What became of it, and why as far as that can be known.
+    """Returns what became of it, and why as far as that can be known.
 
     `status`: as `ChildProcess.poll` has it. `said`: the last line of its log, which is the reason only where it has
     ended by itself. `memory_kills`: processes that the kernel has ended for want of memory here since it started.
@@ -28,7 +28,7 @@ def describe_exit(status: int, said: str, memory_kills: int, groups: Sequence[Me
 
 
 def last_sentence(log: str) -> str:
-    """What a log ends with: the sentence for people where there is one."""
+    """Returns what a log ends with: the sentence for people where there is one."""
     lines = [line for line in log.splitlines() if line.strip()]
     plain = [line for line in lines if line.startswith("moemesh ")]
     return (plain or lines or ["(it wrote no log)"])[-1][:1000]

@@ -22,39 +22,39 @@ class ChildProcess(Protocol):
 
     @property
     def pid(self) -> int:
-        """Of the operating system."""
+        """Returns the number that the operating system knows it by."""
 
     @property
     def returncode(self) -> int | None:
-        """What `poll` or `wait` has found last."""
+        """Returns what `poll` or `wait` has found last."""
 
     def poll(self) -> int | None:
-        """Exit status, or minus the signal that ended it; None while it runs."""
+        """Returns the exit status, or minus the signal that ended it; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Until it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Waits until it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
 
     def send_signal(self, sig: int) -> None:
-        """Nothing where it has ended."""
+        """Sends a signal, or nothing where it has ended."""
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """`python -m module arguments`, whatever lies in the folder that it is started from: -P keeps that folder, which
-    may have packages of the same names, out of the path of imports."""
+    """Returns `python -m module arguments`, whatever lies in the folder that it is started from: -P keeps that folder,
+    which may have packages of the same names, out of the path of imports."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def module_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """For `module_command`: with this project's own packages before all others."""
+    """Returns the environment for `module_command`: with this project's own packages before all others."""
     others = environment.get("PYTHONPATH")
     return {**environment, "PYTHONPATH": os.pathsep.join([str(_PACKAGES), *([others] if others else [])])}
 
 
 def end_with_parent(parent: int) -> None:
-    """In the child: SIGKILL when its parent ends, however it ends (a paused one hears no other)."""
+    """Asks, in the child, for SIGKILL when its parent ends, however it ends (a paused one hears no other)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -62,6 +62,6 @@ def end_with_parent(parent: int) -> None:
 
 
 def name_process(name: str) -> None:
-    """What `top` and `ps -o comm` show, where the system can."""
+    """Sets what `top` and `ps -o comm` show, where the system can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:_NAME_BYTES])

@@ -210,7 +210,7 @@ class ForkServer:
         return self._link
 
     def _read_reply(self, link: socket.socket) -> ForkedProcess | str:
-        """What was forked, or why nothing was."""
+        """Returns what was forked, or why nothing was."""
         deadline_s = time.monotonic() + REPLY_S
         while _has_message(link, max(0.0, deadline_s - time.monotonic())):
             message, descriptors = _receive(link)
@@ -330,7 +330,7 @@ class LocalStarter:
 
     @property
     def is_hopeless(self) -> bool:
-        """The imports have failed again and again; `log_path` says why."""
+        """Returns whether the imports have failed again and again; `log_path` says why."""
         return any(forks.failures_in_a_row >= HOPELESS_AFTER for forks in self._forks.values())
 
     def close(self) -> None:

@@ -118,7 +118,7 @@ class LocalMesh:
 
     @property
     def url(self) -> str:
-        """Where the router answers HTTP. Raises NodeLostError while it does not listen."""
+        """Returns where the router answers HTTP. Raises NodeLostError while it does not listen."""
         try:
             return (self.state_dir / "http.url").read_text().strip()
         except FileNotFoundError:
@@ -200,12 +200,12 @@ class LocalMesh:
         self._end(leaving, timeout_s)
 
     def kinds(self) -> dict[str, str]:
-        """What each place in the mesh is for, by name: router, stage or expert."""
+        """Returns what each place in the mesh is for, by name: router, stage or expert."""
         with self._lock:
             return {name: child.module.removeprefix("services.") for name, child in self.children.items()}
 
     def processes(self) -> list[tuple[str, int]]:
-        """Name and pid of every process that runs now."""
+        """Returns name and pid of every process that runs now."""
         with self._lock:
             return [
                 (child.name, child.process.pid)
@@ -214,11 +214,11 @@ class LocalMesh:
             ]
 
     def logs(self, name: str) -> Path:
-        """A process's log file; a restarted process goes on in it."""
+        """Returns a process's log file; a restarted process goes on in it."""
         return self.state_dir / "logs" / f"{name}.log"
 
     def wait_ready(self, timeout_s: float, on_progress: Callable[[str], None] | None = None) -> None:
-        """Until /ready says yes. Raises DeadlineError (what is missing) or NodeLostError (cannot start)."""
+        """Waits until /ready says yes. Raises DeadlineError (what is missing) or NodeLostError (cannot start)."""
         last = "starting"
 
         def probe() -> bool:

@@ -22,7 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def array_to_frame(array: npt.NDArray[Any]) -> TensorFrame:
-    """A frame over the array's own memory: do not write to it until it is sent."""
+    """Returns a frame over the array's own memory: do not write to it until it is sent."""
     contiguous = np.ascontiguousarray(array)
     data = contiguous.reshape(-1).view(np.uint8).data if contiguous.size else b""
     # The shape is the array's own: numpy makes a contiguous scalar one of shape [1].
@@ -30,7 +30,7 @@ def array_to_frame(array: npt.NDArray[Any]) -> TensorFrame:
 
 
 def frame_to_array(frame: TensorFrame, dtype: str, shape: tuple[int | None, ...], name: str) -> npt.NDArray[Any]:
-    """The frame as an array over the received bytes (read-only).
+    """Returns the frame as an array over the received bytes (read-only).
 
     `shape` states what is expected; None stands for any size. Raises ProtocolError that names the field.
     """
@@ -41,5 +41,5 @@ def frame_to_array(frame: TensorFrame, dtype: str, shape: tuple[int | None, ...]
 
 
 def shape_matches(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    """Whether a shape has the wanted rank and sizes; None matches any size."""
+    """Returns whether a shape has the wanted rank and sizes; None matches any size."""
     return len(shape) == len(wanted) and all(w is None or w == size for size, w in zip(shape, wanted, strict=True))

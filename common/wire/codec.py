@@ -77,7 +77,7 @@ _NUMBERS: Final[dict[type[Message], int]] = {kind: number for number, kind in _K
 
 
 def _plan(kind: type[Any]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Scalar fields with the name of their type, and tensor fields, in the order of the dataclass."""
+    """Returns scalar fields with the name of their type, and tensor fields, in the order of the dataclass."""
     names = {int: "int", float: "float", str: "str", bool: "bool", tuple[str, ...]: "strs", tuple[int, ...]: "ints"}
     hints = get_type_hints(kind)
     scalars, tensors = [], []
@@ -90,7 +90,7 @@ def _plan(kind: type[Any]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]
 
 
 def _defaults(kind: type[Any]) -> dict[str, Any]:
-    """Values of the fields that a message of the version before may lack, in the order of the dataclass."""
+    """Returns the values of the fields that a message of the version before may lack, in the order of the dataclass."""
     fields = dataclasses.fields(kind)
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
@@ -101,7 +101,8 @@ _HEADER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Header)
 
 
 def encode(message: Message, header: Header) -> list[bytes | memoryview]:
-    """Frames of a message. Tensor frames are the message's own buffers: do not write to them until they are sent."""
+    """Returns the frames of a message. Tensor frames are the message's own buffers: do not write to them until they are
+    sent."""
     kind = type(message)
     scalars, tensors = _PLANS[kind]
     frames: list[bytes | memoryview] = [getattr(message, name).data for name in tensors]
@@ -118,7 +119,8 @@ def encode(message: Message, header: Header) -> list[bytes | memoryview]:
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
-    """The message that the frames (without routing frames) stand for. Raises ProtocolError, and nothing else."""
+    """Returns the message that the frames (without routing frames) stand for. Raises ProtocolError, and nothing
+    else."""
     if not 1 <= len(frames) <= 1 + MAX_FRAMES:
         raise ProtocolError(f"a message has 1 to {1 + MAX_FRAMES} frames, not {len(frames)}")
     first = memoryview(frames[0])

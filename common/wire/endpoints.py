@@ -18,7 +18,7 @@ _SEPARATOR = "\0"
 
 
 def choose_endpoint(endpoints: Sequence[str], peer_ipc_token: str, own_ipc_token: str) -> str:
-    """The best of a peer's endpoints. Raises ConfigurationError when none can be reached from here."""
+    """Returns the best of a peer's endpoints. Raises ConfigurationError when none can be reached from here."""
     same_host = share_folder(peer_ipc_token, own_ipc_token)
     for endpoint in endpoints:
         if endpoint.startswith("tcp://") or (endpoint.startswith("ipc://") and same_host):
@@ -34,12 +34,13 @@ def join_endpoints(endpoints: Sequence[str]) -> str:
 
 
 def split_endpoints(joined: str) -> list[str]:
-    """What `join_endpoints` joined."""
+    """Returns what `join_endpoints` joined."""
     return joined.split(_SEPARATOR) if joined else []
 
 
 def ipc_folder(state_dir: Path) -> Path:
-    """Folder for socket files of one mesh: in its state folder, or, where that path is too long, a short stand-in."""
+    """Returns the folder for socket files of one mesh: in its state folder, or, where that path is too long, a short
+    stand-in."""
     folder = state_dir.resolve() / "ipc"
     if len(os.fsencode(folder)) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES:
         digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
@@ -48,7 +49,7 @@ def ipc_folder(state_dir: Path) -> Path:
 
 
 def remove_socket_files(folder: Path, node_id: str, endpoints: Sequence[str]) -> None:
-    """What a process that is gone leaves of its own in the mesh's folder. Raises OSError.
+    """Removes what a process that is gone leaves of its own in the mesh's folder. Raises OSError.
 
     Endpoints are what that node said: only sockets in this folder that bear its name are touched.
     """
@@ -78,5 +79,5 @@ def ipc_token(folder: Path, mount_namespace: Path = Path("/proc/self/ns/mnt")) -
 
 
 def share_folder(token: str, other_token: str) -> bool:
-    """Whether two processes with these tokens see the same folder: one proof in common is enough."""
+    """Returns whether two processes with these tokens see the same folder: one proof in common is enough."""
     return not set(token.split()).isdisjoint(other_token.split())

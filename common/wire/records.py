@@ -44,12 +44,13 @@ HELD_SEQUENCE: Final = np.dtype([("sequence_id", np.int64), ("num_positions", np
 
 
 def records_to_frame(rows: Sequence[tuple[Any, ...]], record: np.dtype[np.void]) -> TensorFrame:
-    """A frame [N, columns] of records, each a tuple in the order of its names."""
+    """Returns a frame [N, columns] of records, each a tuple in the order of its names."""
     return array_to_frame(np.array(rows, dtype=record).view(record[0]).reshape(len(rows), _num_columns(record)))
 
 
 def frame_to_records(frame: TensorFrame, record: np.dtype[np.void], num_records: int | None, name: str) -> Records:
-    """The frame as records [N] over the received bytes (read-only). Raises ProtocolError that names the field."""
+    """Returns the frame as records [N] over the received bytes (read-only). Raises ProtocolError that names the
+    field."""
     columns = frame_to_array(frame, record[0].name, (num_records, _num_columns(record)), name)
     return columns.view(record).reshape(len(columns))
 

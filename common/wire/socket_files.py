@@ -44,7 +44,7 @@ class SocketFile:
         self._failure = ""
 
     def is_due(self, now_s: float) -> bool:
-        """Whether it is time for a look."""
+        """Returns whether it is time for a look."""
         return now_s >= self._next_look_s
 
     def look(self, now_s: float, *, at_once: bool = False) -> LostFile | None:
@@ -95,8 +95,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _is_listened_on(path: Path) -> bool:
-    """Whether a connection to the path finds anybody; a backlog that is full is somebody, too. Raises OSError where
-    there is no socket to ask with."""
+    """Returns whether a connection to the path finds anybody; a backlog that is full is somebody, too. Raises OSError
+    where there is no socket to ask with."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -117,8 +117,8 @@ class DiskCanary:
         self._asking: threading.Thread | None = None
 
     def lives(self, within_s: float) -> bool:
-        """Whether the disk answers in that time. One that did not is not waited for again until it has. False, too,
-        where it cannot be asked."""
+        """Returns whether the disk answers in that time. One that did not is not waited for again until it has. False,
+        too, where it cannot be asked."""
         if self._asking is None:
             asking = threading.Thread(target=self._touch, name="canary", daemon=True)
             try:

@@ -16,7 +16,7 @@ Resolve = Callable[[str], Sequence[str]]
 
 
 def control_host(control: str) -> str:
-    """The host of CONTROL, without brackets. Raises ConfigurationError."""
+    """Returns the host of CONTROL, without brackets. Raises ConfigurationError."""
     match = _ENDPOINT.fullmatch(control)
     host = (match["in_brackets"] or match["plain"]) if match else ""
     if match is None or (match["in_brackets"] and not is_ipv6(host)):
@@ -26,7 +26,7 @@ def control_host(control: str) -> str:
 
 
 def advertised_host(name: str) -> str:
-    """ADVERTISE_HOST without brackets. Raises ConfigurationError for what is no name and no address."""
+    """Returns ADVERTISE_HOST without brackets. Raises ConfigurationError for what is no name and no address."""
     has_brackets = name.startswith("[") and name.endswith("]")
     host = name[1:-1] if has_brackets else name
     if not is_ipv6(host) and (has_brackets or re.fullmatch(r"[^\[\]\s:/]+", host) is None):
@@ -35,12 +35,12 @@ def advertised_host(name: str) -> str:
 
 
 def bracketed(host: str) -> str:
-    """As it stands in an endpoint."""
+    """Returns it as it stands in an endpoint."""
     return f"[{host}]" if ":" in host else host
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether it is an IPv6 address, with or without the name of an interface behind `%`."""
+    """Returns whether it is an IPv6 address, with or without the name of an interface behind `%`."""
     try:
         return isinstance(ipaddress.ip_address(host), ipaddress.IPv6Address)
     except ValueError:
@@ -48,12 +48,12 @@ def is_ipv6(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether it stands for all addresses of this host."""
+    """Returns whether it stands for all addresses of this host."""
     return host in _WILDCARDS
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach it."""
+    """Returns whether only this host can reach it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -61,12 +61,13 @@ def is_loopback(host: str) -> bool:
 
 
 def resolve(host: str) -> Sequence[str]:
-    """By the system. Raises OSError."""
+    """Asks the system. Raises OSError."""
     return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
 
 
 def speaks_ipv6(host: str, resolve: Resolve = resolve) -> bool:
-    """Whether a mesh whose router has this address needs IPv6: an address of that kind, or a name that has no other.
+    """Returns whether a mesh whose router has this address needs IPv6: an address of that kind, or a name that has no
+    other.
 
     A name that cannot be looked up now is taken for one of IPv4; that its router is not there is told later.
     """

@@ -23,8 +23,8 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def tensor_to_frame(tensor: torch.Tensor) -> TensorFrame:
-    """A frame over the tensor's own memory (copied only if it is not dense or not on the CPU); do not write to it
-    until it is sent."""
+    """Returns a frame over the tensor's own memory (copied only if it is not dense or not on the CPU); do not write to
+    it until it is sent."""
     dense = tensor.detach().cpu().contiguous()
     # numpy has no bfloat16: the bytes travel as they are, whatever they mean.
     data = dense.view(-1).view(torch.uint8).numpy().data if dense.numel() else b""
@@ -32,7 +32,7 @@ def tensor_to_frame(tensor: torch.Tensor) -> TensorFrame:
 
 
 def frame_to_tensor(frame: TensorFrame, dtype: torch.dtype, shape: tuple[int | None, ...], name: str) -> torch.Tensor:
-    """The frame as a tensor over the received bytes; treat it as read-only.
+    """Returns the frame as a tensor over the received bytes; treat it as read-only.
 
     `shape` states what is expected; None stands for any size. Raises ProtocolError that names the field.
     """

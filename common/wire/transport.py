@@ -85,19 +85,19 @@ class Transport:
         self._echo: Echo | None = None
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
-        """Bound PULL: steps from whoever is upstream."""
+        """Opens a bound PULL: steps from whoever is upstream."""
         return self._bound(zmq.PULL, name, endpoints)
 
     def push(self, name: str, endpoint: str) -> MessageSocket:
-        """Connected PUSH to one peer."""
+        """Opens a connected PUSH to one peer."""
         return self._connected(zmq.PUSH, name, endpoint)
 
     def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
-        """Connected DEALER to one peer's ROUTER."""
+        """Opens a connected DEALER to one peer's ROUTER."""
         return self._connected(zmq.DEALER, name, endpoint, identity)
 
     def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
-        """Bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
+        """Opens a bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
         raw = self._raw(zmq.ROUTER, name, endpoints)
         raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -197,7 +197,7 @@ class Transport:
         return raw
 
     def _bind(self, name: str, raw: zmq.Socket[bytes], endpoints: Sequence[str]) -> tuple[str, ...]:
-        """Bind to all; a port of `*` becomes the one that was given. Raises ConfigurationError with the address."""
+        """Binds to all; a port of `*` becomes the one that was given. Raises ConfigurationError with the address."""
         bound = []
         for endpoint in endpoints:
             try:
@@ -246,7 +246,8 @@ class MessageSocket:
         self.bytes_sent += _size(frames)
 
     def receive(self) -> tuple[Message, Header] | None:
-        """The next message, or None when nothing waits. Damaged ones are reported to the transport and skipped."""
+        """Returns the next message, or None when nothing waits. Damaged ones are reported to the transport and
+        skipped."""
         while True:
             try:
                 frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)
@@ -258,7 +259,7 @@ class MessageSocket:
                 self._transport.on_damaged(self.name, error)
 
     def link_events(self) -> list[LinkEvent]:
-        """What the monitor saw since the last call; only for sockets that connect."""
+        """Returns what the monitor saw since the last call; only for sockets that connect."""
         events: list[LinkEvent] = []
         while self.monitor is not None and self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
@@ -296,7 +297,7 @@ class RoutingSocket:
         self.bytes_sent += _size(frames)
 
     def receive(self) -> tuple[bytes, Message, Header] | None:
-        """The next message with its sender's identity, or None. Damaged ones are reported and skipped."""
+        """Returns the next message with its sender's identity, or None. Damaged ones are reported and skipped."""
         while True:
             try:
                 frames = self.raw.recv_multipart(flags=zmq.DONTWAIT, copy=False)

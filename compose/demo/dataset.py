@@ -62,7 +62,7 @@ class ChatMaker:
         )
 
     def pool(self, random: Random, with_long_chats: bool) -> list[Chat]:
-        """A pool of training chats."""
+        """Returns a pool of training chats."""
         chats = [self._draw_chat(random, random.choice(TURNS)) for _ in range(POOL_CHATS)]
         if with_long_chats:
             chats += [self._draw_long_chat(random) for _ in range(LONG_CHATS_A_POOL)]
@@ -86,7 +86,7 @@ class ChatMaker:
         return Chat(ids, targets, tasks)
 
     def batches(self, chats: Sequence[Chat], tokens_per_batch: int) -> list[Batch]:
-        """All chats, shortest first. Chats of like length share a batch, so little is filled up."""
+        """Returns all chats, shortest first. Chats of like length share a batch, so little is filled up."""
         by_length = sorted(chats, key=lambda chat: len(chat.ids))
         batches: list[Batch] = []
         start = 0
@@ -127,7 +127,8 @@ class ChatMaker:
 def training_batches(
     maker: ChatMaker, seed: int, pool: int, tokens_per_batch: int, long_chats: bool
 ) -> Iterator[Batch]:
-    """The batches of pool number `pool`, in random order: the same for the same arguments, so a run can be resumed."""
+    """Returns the batches of pool number `pool`, in random order: the same for the same arguments, so a run can be
+    resumed."""
     random = Random(f"{seed} pool {pool}")
     batches = maker.batches(maker.pool(random, long_chats), tokens_per_batch)
     random.shuffle(batches)

@@ -71,7 +71,7 @@ class Answer:
 
 
 def draw_questions(num_per_task: int, num_earlier: int, seed: int) -> list[Question]:
-    """The same questions for the same arguments. All turns, also the earlier ones, are held out."""
+    """Returns the same questions for the same arguments. All turns, also the earlier ones, are held out."""
     random = Random(f"{seed} evaluation {num_earlier}")
     return [
         Question(
@@ -85,7 +85,7 @@ def draw_questions(num_per_task: int, num_earlier: int, seed: int) -> list[Quest
 
 
 def ask(client: httpx.Client, model: str, question: Question) -> Answer:
-    """One answer, greedily. Raises httpx.HTTPError."""
+    """Returns one answer, greedily. Raises httpx.HTTPError."""
     body = {
         "model": model,
         "messages": question.messages(),
@@ -101,7 +101,7 @@ def ask(client: httpx.Client, model: str, question: Question) -> Answer:
 
 
 def ask_all(url: str, questions: Sequence[Question], progress: Progress, title: str) -> list[Answer]:
-    """All answers in order, several questions at a time."""
+    """Returns all answers in order, several questions at a time."""
     row = progress.add_task(title, total=len(questions))
     with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(CLIENTS) as pool:
         model = client.get("/v1/models").json()["data"][0]["id"]

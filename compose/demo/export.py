@@ -70,7 +70,8 @@ def named_tensors(model: DemoModel) -> dict[str, Tensor]:
 
 
 def model_config(sizes: DemoSizes, eos_token_id: int) -> dict[str, Any]:
-    """The content of `config.json`. Weights are stored in bfloat16 and computed in float32: they are tiny anyway."""
+    """Returns the content of `config.json`. Weights are stored in bfloat16 and computed in float32: they are tiny
+    anyway."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -106,7 +107,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_run(run: Path) -> tuple[DemoModel, int]:
-    """The model of a training run, rounded to bfloat16 as it will be stored, and the tokens that it saw."""
+    """Returns the model of a training run, rounded to bfloat16 as it will be stored, and the tokens that it saw."""
     state = torch.load(run / "progress.pt", weights_only=True)
     model = DemoModel(DemoSizes(**state["sizes"]), seed=0)
     model.load_state_dict(state["model"])

@@ -19,7 +19,8 @@ class Split(StrEnum):
     HELD_OUT = "held_out"
 
     def allows_content(self, keys: Iterable[str]) -> bool:
-        """Whether numbers or words with these keys may occur. Content without keys (a table) is in both splits."""
+        """Returns whether numbers or words with these keys may occur. Content without keys (a table) is in both
+        splits."""
         return all((hash_percent(key) < CONTENT_SHARE_PERCENT) == (self is Split.HELD_OUT) for key in keys)
 
 

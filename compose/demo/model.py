@@ -84,7 +84,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(sizes.experts, sizes.width, sizes.expert_width))
 
     def forward(self, x_nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows' new values [N, D], the gate's probabilities [N, E], and the experts taken [N, K]."""
+        """Returns the rows' new values [N, D], the gate's probabilities [N, E], and the experts taken [N, K]."""
         num_chosen = self.sizes.experts_per_token
         probabilities = functional.linear(x_nd, self.gate).float().softmax(dim=-1)
         weights, chosen = probabilities.topk(num_chosen, dim=-1)
@@ -135,7 +135,7 @@ class DemoModel(nn.Module):
         self._initialise(torch.Generator().manual_seed(seed))
 
     def typed_layers(self) -> Iterator[Layer]:
-        """The layers in order, typed."""
+        """Returns the layers in order, typed."""
         for layer in self.layers:
             assert isinstance(layer, Layer)
             yield layer

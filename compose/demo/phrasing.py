@@ -15,7 +15,8 @@ _ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
 
 
 def expand(*grammars: str) -> tuple[str, ...]:
-    """Every sentence of grammars such as `[What is|Compute] {left} [plus|+] {right}?`; slots in braces stay open."""
+    """Returns every sentence of grammars such as `[What is|Compute] {left} [plus|+] {right}?`; slots in braces stay
+    open."""
     return tuple(sentence for grammar in grammars for sentence in _expand_one(grammar))
 
 
@@ -28,7 +29,7 @@ def _expand_one(grammar: str) -> Iterable[str]:
 
 @cache
 def of_split(phrasings: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The phrasings of one group that belong to a split: about one in seven is held out, and at least one.
+    """Returns the phrasings of one group that belong to a split: about one in seven is held out, and at least one.
 
     Only a sentence whose words all stand in sentences that remain is held out: nobody understands a word never heard.
     """

@@ -41,7 +41,7 @@ def expert_shares(model: DemoModel, maker: ChatMaker, chats_per_task: int, seed:
 
 
 def markdown(shares: Tensor, layer: int) -> str:
-    """One layer's table: tasks down, experts across, in percent."""
+    """Returns one layer's table: tasks down, experts across, in percent."""
     num_experts = shares.shape[-1]
     lines = [f"| task | {' | '.join(map(str, range(num_experts)))} |", "| --- |" + " ---: |" * num_experts]
     for task, row in zip(TASKS, shares[:, layer].tolist(), strict=True):
@@ -50,7 +50,7 @@ def markdown(shares: Tensor, layer: int) -> str:
 
 
 def most_telling_layer(shares: Tensor) -> int:
-    """The layer whose shares differ most from task to task."""
+    """Returns the layer whose shares differ most from task to task."""
     spread = (shares - shares.mean(dim=0, keepdim=True)).abs().sum(dim=(0, 2))
     return int(spread.argmax())
 

@@ -61,7 +61,7 @@ def _forms(word: str) -> tuple[str, ...]:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that exists."""
+    """Returns the id of a token that exists."""
     number = tokenizer.token_to_id(token)
     if number is None:
         raise ValueError(f"{token!r} is no token")
@@ -69,7 +69,7 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def tokenizer_config(context_tokens: int) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`."""
+    """Returns the content of `tokenizer_config.json`."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_tokens,

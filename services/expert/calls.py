@@ -77,18 +77,18 @@ class CallQueue:
         return len(self._calls)
 
     def add(self, call: WaitingCall) -> None:
-        """Queue a call; bounded by the callers' credits (one call a micro-batch in flight and layer)."""
+        """Queues a call; bounded by the callers' credits (one call a micro-batch in flight and layer)."""
         self._calls.append(call)
 
     def cancel(self, identity: bytes, numbers: Collection[int]) -> int:
-        """Drop calls that their stage takes back; how many were still here."""
+        """Drops calls that their stage takes back. Returns how many were still here."""
         kept = deque(call for call in self._calls if call.identity != identity or call.number not in numbers)
         num_dropped = len(self._calls) - len(kept)
         self._calls = kept
         return num_dropped
 
     def pop_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
-        """All calls of the next layer, and how many calls were dropped since nobody waits for them any more."""
+        """Returns all calls of the next layer, and how many calls were dropped since nobody waits for them any more."""
         live = deque(c for c in self._calls if not c.header.time_left_ms or now_s < _expires_s(c))
         expired = len(self._calls) - len(live)
         if not live:
@@ -114,8 +114,8 @@ class LayerAnswer:
     """Of the computed rows among those that were asked for; None: the same."""
 
     def collect(self) -> list[Tensor]:
-        """Each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent weights;
-        they are the host's business, where a sum has one order. Waits for the device."""
+        """Returns each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent
+        weights; they are the host's business, where a sum has one order. Waits for the device."""
         (computed,) = self.download.take()
         rows = computed
         if self.order is not None:
@@ -129,7 +129,8 @@ class LayerAnswer:
 
 
 def begin_answer(calls: list[WaitingCall], store: ShardStore, device: Device, began_s: float) -> LayerAnswer:
-    """One grouped FFN over all rows of one layer's calls, on the device that has the shards. Raises NotReadyError."""
+    """Begins one grouped FFN over all rows of one layer's calls, on the device that has the shards. Raises
+    NotReadyError."""
     layer, num_slices = calls[0].header.layer, store.num_slices
     grouping = group_rows([call.routing for call in calls], num_slices)
     experts = [_held(store, ShardId(layer, *divmod(key, num_slices))) for key in grouping.keys]

@@ -26,12 +26,12 @@ class Grouping:
 
     @property
     def is_sorted(self) -> bool:
-        """Whether the rows already stood in order, as those of a single call do."""
+        """Returns whether the rows already stood in order, as those of a single call do."""
         return bool((self.order[1:] > self.order[:-1]).all())
 
 
 def group_rows(routings: Sequence[Int32Array], num_slices: int) -> Grouping:
-    """Group the rows of calls by shard; `routings` are their [3, R_i] arrays (row, expert, slice)."""
+    """Groups the rows of calls by shard; `routings` are their [3, R_i] arrays (row, expert, slice)."""
     keys = np.concatenate([routing[1].astype(np.int64) * num_slices + routing[2] for routing in routings])
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

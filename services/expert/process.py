@@ -16,7 +16,7 @@ from services.expert.shard_loader import HeldShards, ShardLoader
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-    """Register and serve until told to stop. Raises MoemeshError."""
+    """Registers and serves until told to stop. Raises MoemeshError."""
     expert = ExpertProcess(settings, log)
     run_lives(expert.live, log)
     log.info("stopped")
@@ -36,7 +36,7 @@ class ExpertProcess:
         self._held: HeldShards | None = None
 
     def live(self) -> None:
-        """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
+        """Lives through one incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
         own = self._resources
         with open_node(
             NodeKind.EXPERT, own, self._numeric_class, lambda transport, address: transport.router("calls", [address])

@@ -99,21 +99,21 @@ class ShardLoader:
 
     @property
     def is_loading(self) -> bool:
-        """Whether the loader has something in hand."""
+        """Returns whether the loader has something in hand."""
         return self._opening is not None or bool(self._loading)
 
     @property
     def version(self) -> int:
-        """Of what this router has assigned; 0: nothing yet."""
+        """Returns the version of what this router has assigned; 0: nothing yet."""
         return self._assignment.version if self._assignment.router_term == self._control.router_term else 0
 
     @property
     def num_reports(self) -> int:
-        """Reports made so far, which may have been lost."""
+        """Returns the number of reports made so far, which may have been lost."""
         return self._num_reports
 
     def assign(self, message: AssignShards, router_term: int) -> bool:
-        """Hold these shards from now on; told again, say once more what is held. False for an older assignment, which
+        """Holds these shards from now on; told again, says once more what is held. False for an older assignment, which
         changes nothing. Raises ProtocolError, NotReadyError."""
         stamp, newest = (router_term, message.version), (self._assignment.router_term, self._assignment.version)
         if stamp == newest:
@@ -141,7 +141,7 @@ class ShardLoader:
         )
 
     def poll(self, now_s: float) -> None:
-        """One shard after another, in the loader's thread, so that calls for the others are answered meanwhile.
+        """Loads one shard after another, in the loader's thread, so that calls for the others are answered meanwhile.
 
         Raises DeadlineError for a disk that hangs: the router waits for this node's shards, and others could load them.
         """
@@ -164,19 +164,20 @@ class ShardLoader:
             assignment.reported = self._report(self.store, complete) and complete
 
     def describe_held(self) -> HeldState:
-        """For a router that may have been restarted."""
+        """Returns what a router that may have been restarted is told."""
         return HeldState() if self.store is None else HeldState(shards=self._bitmap(self.store))
 
     def hand_over(self) -> HeldShards | None:
-        """For an incarnation after this one."""
+        """Returns what an incarnation after this one goes on with."""
         return HeldShards(self.store, self.dtype) if self.store is not None else None
 
     def close(self) -> None:
-        """Give up what is loading."""
+        """Gives up what is loading."""
         self._loader.give_up()
 
     def _open_weights(self, now_s: float) -> CheckpointWeights | None:
-        """None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or fail."""
+        """Returns None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or
+        fail."""
         if self._weights is None and self._opening is None and now_s >= self._open_at_s:
             self._opening = self._loader.submit(CheckpointWeights, self._checkpoint, self.dtype, self.device.place)
         elif self._opening is not None and self._opening.done():

@@ -45,16 +45,16 @@ class ShardStore:
 
     @property
     def weight_bytes(self) -> int:
-        """As stored in the checkpoint."""
+        """Returns the bytes as stored in the checkpoint."""
         return sum(self._bytes.values())
 
     def find(self, shard: ShardId) -> GatedExpert | None:
-        """The shard's weights, or None if it is not held."""
+        """Returns the shard's weights, or None if it is not held."""
         return self._shards.get(shard)
 
     def load(self, weights: CheckpointWeights, shard: ShardId) -> None:
-        """Read one shard and let it answer the probe. Raises CheckpointError if it is missing, misshapen or not finite,
-        and ExecutionError where the kernels answer otherwise than torch."""
+        """Reads one shard and lets it answer the probe. Raises CheckpointError if it is missing, misshapen or not
+        finite, and ExecutionError where the kernels answer otherwise than torch."""
         before = weights.bytes_read
         gate, up, down = self._read(weights, shard)
         expert = GatedExpert(gate, up, down, kernels=self._kernels)
@@ -66,17 +66,17 @@ class ShardStore:
         self._shards[shard] = expert
 
     def probe(self, shard: ShardId) -> ProbeAnswer:
-        """What a shard that is held answered."""
+        """Returns what a shard that is held answered."""
         return self._probes[shard]
 
     def drop(self, shard: ShardId) -> None:
-        """Let a shard go; one that is not held is no error."""
+        """Lets a shard go; one that is not held is no error."""
         self._shards.pop(shard, None)
         self._bytes.pop(shard, None)
         self._probes.pop(shard, None)
 
     def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down."""
+        """Reads gate, up and down."""
         config, names = self._config, self._config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         cut = slice(width * shard.slice_index // self.num_slices, width * (shard.slice_index + 1) // self.num_slices)
@@ -93,7 +93,7 @@ class ShardStore:
     def _read_fused(
         self, weights: CheckpointWeights, shard: ShardId, prefix: str, cut: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """All experts of a layer in one tensor: gate rows before up rows."""
+        """Returns all experts of a layer in one tensor: gate rows before up rows."""
         config, names = self._config, self._config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         gate_up_name, gate_up_shape = f"{prefix}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
@@ -123,12 +123,12 @@ class ProbeAnswer(NamedTuple):
 
 
 def probe_rows(width: int) -> Tensor:
-    """float32 [PROBE_ROWS, width]: of about the size of normed rows, and exact in bfloat16."""
+    """Returns float32 [PROBE_ROWS, width]: of about the size of normed rows, and exact in bfloat16."""
     return _pattern(PROBE_ROWS, width) / 64.0
 
 
 def torch_answer(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The gated feed-forward network as torch computes it."""
+    """Returns the gated feed-forward network as torch computes it."""
     return linear(silu(linear(rows, gate)) * linear(rows, up), down)
 
 
@@ -148,7 +148,7 @@ def check_answer(answer: Tensor, by_torch: Tensor, shard: ShardId) -> None:
 
 
 def summarise(answer: Tensor) -> ProbeAnswer:
-    """Of an answer [PROBE_ROWS, D] on the host."""
+    """Summarises an answer [PROBE_ROWS, D] on the host."""
     contiguous = answer.contiguous()
     digest = zlib.crc32(contiguous.view(torch.uint8).numpy().tobytes()) & 0x7FFFFFFF
     numbers = contiguous.double()
@@ -158,7 +158,7 @@ def summarise(answer: Tensor) -> ProbeAnswer:
 
 
 def _pattern(rows: int, columns: int) -> Tensor:
-    """float32 whole numbers in [-128, 128) without visible order."""
+    """Returns float32 whole numbers in [-128, 128) without visible order."""
     places = torch.arange(rows * columns, dtype=torch.int64).reshape(rows, columns)
     mixed = (places * 2654435761 + 12345) % (1 << 32)
     return ((mixed >> 13) % 256 - 128).to(torch.float32)

@@ -29,7 +29,7 @@ from services.stage.slot.stage_worker import StageWorker
 
 
 def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
-    """Register and serve until told to stop. Raises MoemeshError."""
+    """Registers and serves until told to stop. Raises MoemeshError."""
     forks = fork_server_of_ranks() if settings.tp > 1 else None  # before there are threads and sockets
     stage = StageProcess(settings, forks, log)
     try:
@@ -79,7 +79,7 @@ class StageProcess:
             )
 
     def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
-        """What all ranks have together."""
+        """Returns what all ranks have together."""
         times = 1 if self._device.is_host else num_memories(num_ranks, config.num_kv_heads)
         return self._device.offered_bytes() * times
 
@@ -98,7 +98,7 @@ class StageProcess:
         return choose_collectives(settings.tp_collectives, is_on_host=self._device.is_host, have_own_gpus=have_own_gpus)
 
     def live(self) -> None:
-        """One incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
+        """Lives through one incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
         own = self._resources
         if self.ranks is not None:
             self.ranks.reform(own.should_stop)

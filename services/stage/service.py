@@ -107,8 +107,8 @@ class StageService(NodeLoop):
     # ---- control
 
     def _describe_held(self) -> HeldState:
-        """What goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all steps of
-        before, none is taken that could give a block to another sequence."""
+        """Returns what goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all
+        steps of before, none is taken that could give a block to another sequence."""
         if self._worker.slot is not None:
             self._worker.slot.takes_steps = False
         return describe_held(self._worker.slot)
@@ -132,7 +132,7 @@ class StageService(NodeLoop):
             raise ProtocolError(f"a stage does not take {type(message).__name__}")
 
     def _follow_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
-        """The newest role counts, whenever older ones come; told again, it changes nothing: heartbeats say what became
+        """Follows the newest role, whenever older ones come; told again, it changes nothing: heartbeats say what became
         of it."""
         number = header.generation
         if number <= self._newest_role_number:
@@ -175,7 +175,7 @@ class StageService(NodeLoop):
             self._watch_sockets()
 
     def _tell_experts_settings(self) -> None:
-        """The mesh's, which calls need also before the first placement."""
+        """Hands over the mesh's settings, which calls need also before the first placement."""
         settings = self._control.settings
         self._experts.combine = settings.combine
         self._experts.degrade_after_s = settings.degrade_after_ms / 1000 if settings.expert_loss == "degrade" else None
@@ -263,8 +263,8 @@ class StageService(NodeLoop):
         slot.executor.add(step, header, deadline_s, batch)
 
     def _relay(self, slot: Slot, step: Step, header: Header, deadline_s: float) -> None:
-        """A replay step that is for other slots: what was sent on for its tokens is sent on again, if a later one
-        computes."""
+        """Relays a replay step that is for other slots: what was sent on for its tokens is sent on again, if a later
+        one computes."""
         positions = read_positions(step, slot.held.tables)
         slot.adjustments.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
         slot.held.marks.finish(header.step)
@@ -323,7 +323,7 @@ class StageService(NodeLoop):
         self._send_unsent(self._clock())
 
     def _send_unsent(self, now_s: float) -> None:
-        """In order; a downstream that is not connected yet gets them when it is, until their deadline."""
+        """Sends in order; a downstream that is not connected yet gets them when it is, until their deadline."""
         slot = self._worker.slot
         while self._unsent and slot is not None:
             message, header, deadline_s = self._unsent[0]
@@ -384,7 +384,8 @@ def describe_stage(
     role_number: int,
     router_term: int,
 ) -> Heartbeat:
-    """`role_number` of the last role that it was told, 0 for none; `router_term` of the router that it listens to."""
+    """Says what this stage has done and believes. `role_number`: of the last role that it was told, 0 for none;
+    `router_term` of the router that it listens to."""
     slot, mirror = worker.slot, worker.mirror
     return Heartbeat(
         busy_seconds=counters.busy_seconds,

@@ -34,8 +34,8 @@ EMPTY_RESULT = StepResult(
 
 
 def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
-    """What comes after this stage has computed a step: hidden states, sampled tokens, or, at the end of a replay,
-    nothing but the step itself."""
+    """Returns what comes after this stage has computed a step: hidden states, sampled tokens, or, at the end of a
+    replay, nothing but the step itself."""
     running = finished.running
     degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
     retried = running.step.retried_calls + running.num_retried_calls
@@ -46,7 +46,8 @@ def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
 
 
 def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
-    """A replay step that is for other slots. A later one that computes gets what was sent on for its tokens [T]."""
+    """Passes on a replay step that is for other slots. A later one that computes gets what was sent on for its tokens
+    [T]."""
     if slot.role.is_last:
         return EMPTY_RESULT
     logged = tensor_to_frame(slot.held.memory.logged(positions)) if _is_awaited(slot, step) else NO_ARRAY
@@ -54,7 +55,7 @@ def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
 
 
 def _is_awaited(slot: Slot, step: Step) -> bool:
-    """Whether a later slot computes this step."""
+    """Returns whether a later slot computes this step."""
     return not step.computing_slots or max(step.computing_slots) > slot.role.slot.index
 
 
@@ -77,7 +78,7 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
 
 
 def describe_held(slot: Slot | None) -> HeldState:
-    """What a router that has been restarted is told with the hello."""
+    """Returns what a router that has been restarted is told with the hello."""
     if slot is None:
         return HeldState()
     role, tag = slot.role, slot.held.tag
@@ -99,7 +100,7 @@ def describe_held(slot: Slot | None) -> HeldState:
 
 
 def degraded_sequences(step: Step, batch: MicroBatch, degraded_rows: Collection[int]) -> BoolArray:
-    """[Q]: what the step says of the stages before, and the sequences of these token rows.
+    """Returns [Q]: what the step says of the stages before, and the sequences of these token rows.
 
     Raises ProtocolError if the step has another number of flags than sequences.
     """
@@ -114,5 +115,5 @@ def degraded_sequences(step: Step, batch: MicroBatch, degraded_rows: Collection[
 
 
 def flags_frame(flags: BoolArray) -> TensorFrame:
-    """uint8 of the same length, or nothing where no flag is set."""
+    """Returns uint8 of the same length, or nothing where no flag is set."""
     return array_to_frame(flags.astype(np.uint8)) if flags.any() else NO_ARRAY

@@ -50,7 +50,7 @@ class Task:
     """Whether the words of its phrasings are read letter by letter, like words that nobody foresaw."""
 
     def draw(self, random: Random, split: Split) -> Exchange:
-        """A random exchange of that split: numbers, words and phrasing all belong to it."""
+        """Returns a random exchange of that split: numbers, words and phrasing all belong to it."""
         content = self.draw_content(random, split)
         while not split.allows_content(content.keys):
             content = self.draw_content(random, split)
@@ -59,7 +59,7 @@ class Task:
         return Exchange(self.name, question, content.answer, phrasing, content.keys)
 
     def is_right(self, expected: str, answer: str) -> bool:
-        """Whether an answer says the same as the expected one."""
+        """Returns whether an answer says the same as the expected one."""
         return self.read(answer) == self.read(expected)
 
 
@@ -75,5 +75,5 @@ def read_list(answer: str) -> tuple[str, ...]:
 
 
 def read_text(answer: str) -> str:
-    """The whole answer, but for spaces around it."""
+    """Returns the whole answer, but for spaces around it."""
     return answer.strip()

@@ -49,12 +49,12 @@ _CONSONANTS = "bcdfghjklmnprstvwbcdglmnprstbdlmnrstxzqk"
 
 
 def word_key(word: str) -> str:
-    """What the split is decided by."""
+    """Returns what the split is decided by."""
     return f"word {word}"
 
 
 def draw_word(random: Random, split: Split, max_letters: int) -> str:
-    """A word of 3 to `max_letters` letters of that split; held-out ones are English, as people ask."""
+    """Returns a word of 3 to `max_letters` letters of that split; held-out ones are English, as people ask."""
     while True:
         if split is Split.HELD_OUT or random.random() < ENGLISH_SHARE:
             word = random.choice(ENGLISH)

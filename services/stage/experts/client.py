@@ -388,7 +388,7 @@ class ExpertClient:
     # ---- being late
 
     def _hedge_late(self, pending: PendingCall, now_s: float) -> None:
-        """Ask further copies for what is late, within the budget, and see who is silent while others answer.
+        """Asks further copies for what is late, within the budget, and sees who is silent while others answer.
 
         What could not be asked of anybody now is looked at again: a copy may be free of doubt or of its pause then.
         """
@@ -407,7 +407,7 @@ class ExpertClient:
         pending.look_again_s = max(asked_s + delay_s, now_s + LOOK_AGAIN_S)
 
     def _suspect(self, node: int, now_s: float) -> None:
-        """A node hangs: whatever it owes is asked of others now."""
+        """Notes that a node hangs: whatever it owes is asked of others now."""
         self._log.warning("expert_suspect", node=self._name(node))
         for pending, number in self._in_flight.owed_by(node):
             part = pending.parts[number]
@@ -422,7 +422,7 @@ class ExpertClient:
         return now_s - pending.unassigned_since_s >= self.degrade_after_s and pending.sum.takes_some_pairs
 
     def _degrade(self, pending: PendingCall, now_s: float) -> None:
-        """Go on without what nobody holds."""
+        """Goes on without what nobody holds."""
         num_rows = pending.leave_out(pending.uncovered())
         pending.unassigned_since_s = None
         self.degraded_rows += num_rows
@@ -513,7 +513,7 @@ class ExpertClient:
             self._reclaim(node, now_s)
 
     def _reclaim(self, node: ExpertNode, now_s: float) -> None:
-        """What a lost node owed goes to other copies; if it answers after all, the answer is late."""
+        """Gives what a lost node owed to other copies; if it answers after all, the answer is late."""
         node.probe, node.probe_after_s = 0, 0.0
         self._in_flight.outliers.forget(node.number)
         for pending, number in self._in_flight.owed_by(node.number):

@@ -40,7 +40,7 @@ def split_pairs(
     holders: Sequence[Sequence[int]],
     outstanding_rows: Mapping[int, int],
 ) -> list[NodeRows]:
-    """Deal a call's pairs (None: all) out to nodes. Raises NodeLostError if a shard has no usable copy."""
+    """Deals a call's pairs (None: all) out to nodes. Raises NodeLostError if a shard has no usable copy."""
     experts = call.experts.numpy().reshape(-1)
     num_choices = call.experts.shape[1]
     if pairs is None:
@@ -59,7 +59,7 @@ def split_pairs(
 
 
 def _runs(keys: Int64Array) -> tuple[list[int], list[int]]:
-    """Distinct values of a sorted array, and how often each occurs."""
+    """Returns the distinct values of a sorted array, and how often each occurs."""
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     counts = np.diff(np.append(starts, keys.size))
     return keys[starts].tolist(), counts.tolist()
@@ -89,14 +89,14 @@ class ExactSum:
         self._left_out: Tensor | None = None
 
     def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
-        """Take in a node's rows [R, D], in the order of its pairs; with `fresh` [R] only those that are set."""
+        """Takes in a node's rows [R, D], in the order of its pairs; with `fresh` [R] only those that are set."""
         if fresh is None or fresh.all():
             self._rows[torch.from_numpy(part.pairs)] = rows
         else:
             self._rows[torch.from_numpy(part.pairs[fresh])] = rows[torch.from_numpy(fresh)]
 
     def leave_out(self, pairs: Int64Array) -> Int64Array:
-        """Do without these pairs. A slice alone is worth nothing: its whole expert is left out for that token.
+        """Does without these pairs. A slice alone is worth nothing: its whole expert is left out for that token.
 
         Returns all pairs [R'] that are not needed any more, ascending.
         """
@@ -110,7 +110,7 @@ class ExactSum:
         return gone
 
     def total(self) -> Tensor:
-        """[T, D] in the model's dtype."""
+        """Returns [T, D] in the model's dtype."""
         rows = self._rows.view(self._shape)
         weights = self._call.weights if self._left_out is None else _renormalised(self._call.weights, self._left_out)
         total = None
@@ -125,7 +125,7 @@ class ExactSum:
 
 
 def _renormalised(weights: Tensor, left_out: Tensor) -> Tensor:
-    """float32 [T, K]: what is left of each token's weights, scaled so that their sum is what it was.
+    """Returns float32 [T, K]: what is left of each token's weights, scaled so that their sum is what it was.
 
     A token with no expert left gets zero; its residual goes on alone.
     """
@@ -148,19 +148,19 @@ class PartialSum:
         self._parts: list[tuple[NodeRows, Tensor]] = []
 
     def add(self, part: NodeRows, rows: Tensor, fresh: BoolArray | None = None) -> None:
-        """Take in a node's weighted sums [T_n, D] float32; all of its pairs must be new."""
+        """Takes in a node's weighted sums [T_n, D] float32; all of its pairs must be new."""
         assert fresh is None or fresh.all()
         self._parts.append((part, rows))
 
     def total(self) -> Tensor:
-        """[T, D] in the model's dtype; nodes are added in order of their number."""
+        """Returns [T, D] in the model's dtype; nodes are added in order of their number."""
         for part, rows in sorted(self._parts, key=lambda entry: (entry[0].node, int(entry[0].pairs[0]))):
             self._sum[torch.from_numpy(part.tokens)] += rows
         return self._sum.to(self._dtype)
 
 
 def pair_weights(call: ExpertCall, part: NodeRows, num_slices: int) -> npt.NDArray[Any]:
-    """float32 [R]: gate weight of each of a node's pairs."""
+    """Returns float32 [R]: the gate weight of each of a node's pairs."""
     weights: npt.NDArray[Any] = call.weights.numpy().reshape(-1)[part.pairs // num_slices]
     return weights
 

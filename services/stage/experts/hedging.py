@@ -44,16 +44,17 @@ class ReplyTimes:
         self._layers: dict[int, _Window] = {}
 
     def add(self, layer: int, seconds: float) -> None:
-        """A call was answered, or given up after so long."""
+        """Notes that a call was answered, or given up after so long."""
         self._all_layers.add(seconds)
         self._layers.setdefault(layer, _Window()).add(seconds)
 
     def delay_s(self, layer: int) -> float:
-        """How long a call of this layer may be unanswered before a copy is asked, in [FLOOR_S, CEILING_S]."""
+        """Returns how long a call of this layer may be unanswered before a copy is asked, in [FLOOR_S, CEILING_S]."""
         return min(CEILING_S, max(FLOOR_S, DELAY_FACTOR * self._quantile_s(layer)))
 
     def silence_s(self, layer: int) -> float:
-        """How long a call of this layer may lie at one node, while others answer, before it is taken to hang."""
+        """Returns how long a call of this layer may lie at one node, while others answer, before it is taken to
+        hang."""
         return min(LONGEST_SILENCE_S, max(SHORTEST_SILENCE_S, SILENCE_FACTOR * self._quantile_s(layer)))
 
     def _quantile_s(self, layer: int) -> float:
@@ -88,11 +89,11 @@ class HedgeBudget:
         self._tokens = HEDGE_BURST
 
     def earn(self) -> None:
-        """A call was sent that is no hedge."""
+        """Notes that a call was sent that is no hedge."""
         self._tokens = min(HEDGE_BURST, self._tokens + HEDGES_PER_CALL)
 
     def spend(self) -> bool:
-        """Whether one more hedge may be sent now; it is counted."""
+        """Returns whether one more hedge may be sent now; it is counted."""
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
@@ -146,7 +147,7 @@ class OutlierDetector:
         self.num_suspicions = 0
 
     def heard(self, node: int, now_s: float) -> None:
-        """It said something, however late: it lives, and doubts may end."""
+        """Notes that it said something, however late: it lives, and doubts may end."""
         standing = self._standings.get(node)
         if standing is None:
             return
@@ -154,7 +155,7 @@ class OutlierDetector:
         self._end_doubt(standing, now_s)
 
     def answered_in_time(self, node: int) -> None:
-        """An answer of it was used."""
+        """Notes that an answer of it was used."""
         standing = self._standings.get(node)
         if standing is None:
             return
@@ -163,24 +164,24 @@ class OutlierDetector:
             del self._standings[node]
 
     def lost(self, node: int, now_s: float) -> bool:
-        """A copy that was asked later answered first. True if the node has become suspect by it."""
+        """Notes that a copy that was asked later answered first. True if the node has become suspect by it."""
         standing = self._standings.setdefault(node, _Standing())
         self._begin_doubt(standing, now_s)
         standing.losses_in_a_row += 1
         return standing.losses_in_a_row >= SUSPECT_AFTER_LOSSES and self._suspect(standing)
 
     def silent(self, node: int, now_s: float) -> bool:
-        """A call has lain there too long while others answered. True if it has become suspect by it."""
+        """Notes that a call has lain there too long while others answered. True if it has become suspect by it."""
         standing = self._standings.setdefault(node, _Standing())
         self._begin_doubt(standing, now_s)
         return self._suspect(standing)
 
     def forget(self, node: int) -> None:
-        """Its connection is new, or gone for good: nothing of before counts."""
+        """Forgets a node whose connection is new, or gone for good: nothing of before counts."""
         self._standings.pop(node, None)
 
     def is_doubted(self, node: int, now_s: float) -> bool:
-        """Whether others are to be asked instead."""
+        """Returns whether others are to be asked instead."""
         standing = self._standings.get(node)
         if standing is None or standing.doubted_s is None:
             return False
@@ -188,19 +189,20 @@ class OutlierDetector:
         return standing.doubted_s is not None
 
     def doubted(self, now_s: float) -> set[int]:
-        """All such nodes."""
+        """Returns all such nodes."""
         return {node for node in self._standings if self.is_doubted(node, now_s)}
 
     def is_suspect(self, node: int, now_s: float) -> bool:
-        """Whether it is taken to hang: whatever it owes is to be asked of others, as soon as one can be asked."""
+        """Returns whether it is taken to hang: whatever it owes is to be asked of others, as soon as one can be
+        asked."""
         return self.is_doubted(node, now_s) and self._standings[node].is_suspect
 
     def suspects(self, now_s: float) -> set[int]:
-        """All such nodes."""
+        """Returns all such nodes."""
         return {node for node in self._standings if self.is_suspect(node, now_s)}
 
     def is_struck(self, node: int) -> bool:
-        """Whether it was in doubt lately: hedges of its calls need no budget."""
+        """Returns whether it was in doubt lately: hedges of its calls need no budget."""
         return node in self._standings
 
     def _begin_doubt(self, standing: _Standing, now_s: float) -> None:

@@ -82,33 +82,34 @@ class ExpertNodes:
 
     @property
     def bytes_sent(self) -> int:
-        """To all nodes since start."""
+        """Returns what was sent to all nodes since start."""
         return self._bytes_to_lost_nodes + sum(node.socket.bytes_sent for node in self._nodes.values())
 
     @property
     def outstanding_rows(self) -> dict[int, int]:
-        """What each node still owes."""
+        """Returns what each node still owes."""
         return {node.number: node.outstanding_rows for node in self._nodes.values()}
 
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:
-        """Data and monitor sockets of all nodes."""
+        """Returns the data and monitor sockets of all nodes."""
         sockets = [node.socket.raw for node in self._nodes.values()]
         return sockets + [n.socket.monitor for n in self._nodes.values() if n.socket.monitor is not None]
 
     def version_of(self, router_term: int) -> int:
-        """Of the placement that this router has published; 0: none of its has come."""
+        """Returns the version of the placement that this router has published; 0: none of its has come."""
         return self._stamp[1] if self._stamp[0] == router_term else 0
 
     def expect(self, num_slices: int) -> None:
-        """So many an expert, as long as no placement has told: calls that begin before wait for their copies."""
+        """Expects so many slices an expert, as long as no placement has told: calls that begin before wait for their
+        copies."""
         if self._stamp == (0, 0):
             self.num_slices = num_slices
 
     def apply_placement(
         self, placement: PublishPlacement, router_term: int, num_slices: int
     ) -> list[ExpertNode] | None:
-        """Connect to nodes that are new; those that are gone are closed and returned. None: an older placement, or this
-        one again.
+        """Connects to nodes that are new; those that are gone are closed and returned. None: an older placement, or
+        this one again.
 
         Versions begin anew with every router, so they are compared after its term. A node that cannot be reached from
         here is left out: the others still can. Raises ProtocolError for a placement that makes no sense.
@@ -146,7 +147,7 @@ class ExpertNodes:
         return list(gone.values())
 
     def connect_unopened(self) -> bool:
-        """Try nodes again for which there was no socket. True if the sockets have changed."""
+        """Tries nodes again for which there was no socket. True if the sockets have changed."""
         if self._placement is None or not self._unopened:
             return False
         unopened, self._unopened = self._unopened, set()
@@ -172,8 +173,8 @@ class ExpertNodes:
         self._classes_before = now or self._classes_before
 
     def holders(self, layer: int, avoided: Set[int]) -> list[list[int]]:
-        """Connected nodes with a copy, by shard key of a layer, without those to avoid; none before a placement is
-        known. Raises ExecutionError for a layer that the placement lacks."""
+        """Returns the connected nodes with a copy, by shard key of a layer, without those to avoid; none before a
+        placement is known. Raises ExecutionError for a layer that the placement lacks."""
         if self._stamp == (0, 0):
             return [[]] * (self._num_experts * self.num_slices)
         copies = self._copies_by_key(layer)
@@ -183,7 +184,8 @@ class ExpertNodes:
         return [[number for number in holders if number in usable] for holders in copies]
 
     def first_class(self, layer: int) -> str | None:
-        """The numeric class that answers the calls of a layer, so that their bits do not change with who has time.
+        """Returns the numeric class that answers the calls of a layer, so that their bits do not change with who has
+        time.
 
         The router chooses it, the same for all stages. None: all nodes have one class, or nobody has held anything of
         the layer.
@@ -223,7 +225,7 @@ class ExpertNodes:
 
 
 def _read_owners(placement: PublishPlacement) -> Int32Array:
-    """[C, L, E, S]: 1 + node by place in the list of copies, 0 for none, also of a router that says it by node.
+    """Returns [C, L, E, S]: 1 + node by place in the list of copies, 0 for none, also of a router that says it by node.
 
     Raises ProtocolError for shapes that do not fit and nodes that are not named.
     """

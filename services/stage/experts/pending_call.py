@@ -72,23 +72,23 @@ class PendingCall:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every pair has come back or is left out."""
+        """Returns whether every pair has come back or is left out."""
         return not self.missing.any()
 
     def keys(self, pairs: Int64Array) -> Int64Array:
-        """Shard key of each pair."""
+        """Returns the shard key of each pair."""
         experts: Int64Array = self.call.experts.numpy().reshape(-1)
         return experts[pairs // self.num_slices] * self.num_slices + pairs % self.num_slices
 
     def uncovered(self) -> Int64Array:
-        """Pairs that are missing and that nobody owes."""
+        """Returns the pairs that are missing and that nobody owes."""
         mask = self.missing.copy()
         for part in self.parts.values():
             mask[part.rows.pairs] = False
         return np.flatnonzero(mask)
 
     def overdue(self, part: AskedPart, before_s: float) -> Int64Array:
-        """Pairs of a part that are missing, and that nobody was asked for after `before_s`."""
+        """Returns the pairs of a part that are missing, and that nobody was asked for after `before_s`."""
         pairs = part.rows.pairs
         return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
 
@@ -103,17 +103,17 @@ class PendingCall:
         self.look_again_s = 0.0
 
     def pause(self, node: int, now_s: float) -> None:
-        """A node did not take this call: others are to be asked, and this one again after a while."""
+        """Notes that a node did not take this call: others are to be asked, and this one again after a while."""
         pause = self.pauses.setdefault(node, _Pause())
         pause.until_s = now_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**pause.times)
         pause.times += 1
 
     def pausing(self, now_s: float) -> set[int]:
-        """Nodes that are not to be asked yet."""
+        """Returns the nodes that are not to be asked yet."""
         return {node for node, pause in self.pauses.items() if now_s < pause.until_s}
 
     def owed_by(self, pairs: Int64Array) -> set[int]:
-        """Nodes that owe any of these pairs."""
+        """Returns the nodes that owe any of these pairs."""
         mask = np.zeros(self.missing.size, dtype=np.bool_)
         mask[pairs] = True
         return {part.rows.node for part in self.parts.values() if mask[part.rows.pairs].any()}
@@ -125,7 +125,7 @@ class PendingCall:
         self.missing[pairs] = False
 
     def pointless(self) -> list[int]:
-        """Messages whose answers cannot be used any more, since others answered."""
+        """Returns the messages whose answers cannot be used any more, since others answered."""
         some = self.sum.takes_some_pairs
         return [
             number
@@ -143,7 +143,7 @@ class PendingCall:
         return len(rows)
 
     def header_now(self, now_s: float) -> Header:
-        """The step's counters with this call's layer and the time that is left."""
+        """Returns the step's counters with this call's layer and the time that is left."""
         step = self.header
         return Header(
             router_term=step.router_term,

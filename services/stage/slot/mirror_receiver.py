@@ -40,11 +40,11 @@ class Mirror:
 
     @property
     def is_spoilt(self) -> bool:
-        """The stream that is taken now is broken: it must begin anew."""
+        """Returns whether the stream that is taken now is broken: it must begin anew."""
         return self.broken_stream == self.attempt > 0
 
     def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
-        """Whether it comes from the slot's holder, and not from one that was replaced and woke up."""
+        """Returns whether it comes from the slot's holder, and not from one that was replaced and woke up."""
         return (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
 
     def apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
@@ -70,7 +70,7 @@ class Mirror:
         return self.is_complete and not was_complete
 
     def acknowledge(self) -> None:
-        """Say what was applied, unless that was said. Its holder may wait for it before it sends more."""
+        """Says what was applied, unless that was said. Its holder may wait for it before it sends more."""
         if self.is_spoilt or self.acknowledged == self.last_sequence_number:
             return
         try:
@@ -80,7 +80,7 @@ class Mirror:
         self.acknowledged = self.last_sequence_number
 
     def close(self) -> None:
-        """Follow nobody any more."""
+        """Follows nobody any more."""
         self.socket.close()
 
     def _put_rows(self, message: MirrorRows) -> None:

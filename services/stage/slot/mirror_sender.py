@@ -50,22 +50,22 @@ class MirrorLink:
 
     @property
     def bytes_sent(self) -> int:
-        """To all mirrors since start."""
+        """Returns what was sent to all mirrors since start."""
         current = self._sender.socket.bytes_sent if self._sender is not None else 0
         return self._bytes_to_former_mirrors + current
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether a back-fill is under way."""
+        """Returns whether a back-fill is under way."""
         return self._sender is not None and self._sender.wants_to_send
 
     def poll_sockets(self) -> list[zmq.Socket[bytes]]:
-        """That tell when the mirror is connected."""
+        """Returns those that tell when the mirror is connected."""
         monitor = self._sender.socket.monitor if self._sender is not None else None
         return [monitor] if monitor is not None else []
 
     def obey(self, wanted: MirrorTo, header: Header) -> bool:
-        """Feed this node, from the beginning, or nobody. True if sockets have changed: what is obeyed already, or came
+        """Feeds this node, from the beginning, or nobody. True if sockets have changed: what is obeyed already, or came
         later than what replaced it, changes nothing. Raises ConfigurationError for an address that is none."""
         number = header.generation
         if number < self._newest_number or (number == self.feed_number and self._wanted is not None):
@@ -79,24 +79,26 @@ class MirrorLink:
         return True
 
     def stop(self) -> None:
-        """Feed nobody any more."""
+        """Feeds nobody any more."""
         self._wanted, self._restart_at_s, self.feed_number = None, None, 0
         self._close_sender()
 
     def acknowledged(self, message: MirrorAck, header: Header) -> None:
-        """The mirror has applied what was sent. Of an attempt before this one, it says nothing of what is sent now."""
+        """Notes that the mirror has applied what was sent. Of an attempt before this one, it says nothing of what is
+        sent now."""
         sender = self._sender
         if sender is not None and (message.lease_term, header.attempt) == (sender.lease_term, sender.attempt):
             sender.acknowledged(message.applied)
 
     def send_rows(self, held: HeldMemory, positions: Tensor) -> None:
-        """What a step has written."""
+        """Sends what a step has written."""
         if self._sender is not None:
             with self._at_its_own_cost(self._sender), torch.inference_mode():
                 self._sender.send_rows(held.memory, positions, held.marks.mark)
 
     def pump(self, held: HeldMemory, now_s: float) -> bool:
-        """Take link events, go on with the back-fill, begin anew when it is time. True if sockets have changed."""
+        """Takes in link events, goes on with the back-fill, begins again when it is time. True if sockets have
+        changed."""
         if self._restart_at_s is not None and self._wanted is not None and now_s >= self._restart_at_s:
             self._restart_at_s = None
             if not self._connect(*self._wanted):
@@ -135,7 +137,7 @@ class MirrorLink:
             sender.is_broken = True
 
     def _connect(self, wanted: MirrorTo, router_term: int) -> bool:
-        """False where there is no socket for it now."""
+        """Returns False where there is no socket for it now."""
         try:
             endpoint = choose_endpoint(wanted.endpoints, wanted.ipc_token, self._ipc_token)
             socket = self._transport.push(f"mirror {wanted.node_id}", endpoint)
@@ -190,20 +192,21 @@ class MirrorSender:
         self._num_sent = 0
 
     def begin(self, used_blocks: Iterable[int]) -> None:
-        """The mirror is connected. What is in blocks now is back-filled; what is written from now on is sent."""
+        """Begins, as the mirror is connected. What is in blocks now is back-filled; what is written from now on is
+        sent."""
         self.connected = True
         self._to_fill = deque(sorted(set(used_blocks)))
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether it is time for `send_blocks`. Not while the mirror has enough to take in."""
+        """Returns whether it is time for `send_blocks`. Not while the mirror has enough to take in."""
         if self._is_filled or self.is_broken or not self.connected:
             return False
         has_room = self._bytes_outstanding <= MAX_BACKFILL_AHEAD_BYTES
         return has_room and len(self._unacknowledged) < MAX_BACKFILL_AHEAD_MESSAGES
 
     def send_rows(self, memory: PagedMemory, positions: Tensor, mark: int) -> None:
-        """What a step has written at `positions` [T]."""
+        """Sends what a step has written at `positions` [T]."""
         if self.is_broken or not self.connected:
             return
         rows = memory.rows(positions)
@@ -218,7 +221,7 @@ class MirrorSender:
         self._send(message, rows.keys.nbytes + rows.values.nbytes + rows.hidden.nbytes)
 
     def send_blocks(self, memory: PagedMemory, mark: int) -> None:
-        """The next few blocks of the back-fill; the last message says so, also where there is no block at all."""
+        """Sends the next few blocks of the back-fill; the last message says so, also where there is no block at all."""
         ids = [self._to_fill.popleft() for _ in range(min(BACKFILL_BLOCKS, len(self._to_fill)))]
         block_ids = torch.tensor(ids, dtype=torch.int64)
         blocks = memory.blocks(block_ids)
@@ -235,12 +238,12 @@ class MirrorSender:
         self._send(message, blocks.keys.nbytes + blocks.values.nbytes + blocks.hidden.nbytes)
 
     def acknowledged(self, applied: int) -> None:
-        """The mirror has applied everything up to this sequence number."""
+        """Notes that the mirror has applied everything up to this sequence number."""
         while self._unacknowledged and self._unacknowledged[0][0] <= applied:
             self._bytes_outstanding -= self._unacknowledged.popleft()[1]
 
     def look(self, now_s: float) -> None:
-        """Give a mirror up that has left the same message unacknowledged for too long."""
+        """Gives a mirror up that has left the same message unacknowledged for too long."""
         oldest = self._unacknowledged[0][0] if self._unacknowledged else 0
         if oldest != self._waits_for:
             self._waits_for, self._waits_since_s = oldest, now_s
@@ -248,7 +251,7 @@ class MirrorSender:
             self.is_broken = True
 
     def close(self) -> None:
-        """To nobody any more."""
+        """Closes the socket."""
         self.socket.close()
 
     def _send(self, message: Message, num_bytes: int) -> None:

@@ -97,7 +97,7 @@ class Slot:
     """Not between a hello, which says what is held here, and the assignment that follows it."""
 
     def takes(self, stamp: tuple[int, int]) -> bool:
-        """Whether a step of this router's term and generation is one for this slot."""
+        """Returns whether a step of this router's term and generation is one for this slot."""
         return self.takes_steps and stamp == (self.router_term, self.role.generation)
 
 
@@ -118,7 +118,7 @@ class RoleRefused:
 
 
 def role_of(message: AssignStage | AssignMirror, header: Header) -> StageRole:
-    """The role that an assignment stands for."""
+    """Returns the role that an assignment stands for."""
     return StageRole(
         slot=StageSlot(PipelineId(message.pipeline), SlotIndex(message.slot)),
         layers=LayerRange(message.first_layer, message.stop_layer),

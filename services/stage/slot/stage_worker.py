@@ -95,11 +95,11 @@ class StageWorker:
 
     @property
     def bytes_sent(self) -> int:
-        """Downstream, since start."""
+        """Returns what went downstream since start."""
         return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
 
     def state_of(self, number: int) -> StageState:
-        """How far this stage is with the role of this number, the last one that it was told; 0: none."""
+        """Returns how far this stage is with the role of this number, the last one that it was told; 0: none."""
         if not number:
             return StageState.SPARE
         if self.slot is not None and self.slot.role.generation == number:
@@ -111,7 +111,7 @@ class StageWorker:
 
     @property
     def lease_term(self) -> int:
-        """Of the slot that is held, mirrored or loaded for; 0: of none."""
+        """Returns the term of the slot that is held, mirrored or loaded for; 0: of none."""
         if self.slot is not None:
             return self.slot.role.lease_term
         if self.mirror is not None:
@@ -120,18 +120,18 @@ class StageWorker:
 
     @property
     def rank_degree(self) -> int:
-        """Ranks that work on the slot's layers."""
+        """Returns how many ranks work on the slot's layers."""
         return 1 if self._ranks is None else self._ranks.degree
 
     @property
     def reduces(self) -> tuple[float, int]:
-        """Seconds that this rank has spent in putting parts together, and how often it did."""
+        """Returns the seconds that this rank has spent in putting parts together, and how often it did."""
         return (0.0, 0) if self._ranks is None else self._ranks.conductor.reduces
 
     def assign(
         self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype
     ) -> RoleTaken | RoleRefused | None:
-        """Take or mirror a slot; None: its layers are being loaded, ask `poll`.
+        """Takes or mirrors a slot; None: its layers are being loaded, ask `poll`.
 
         Raises ProtocolError for layers that are not.
         """
@@ -166,7 +166,7 @@ class StageWorker:
         return Loading(message, header, layers, dtype, future, ranks_load)
 
     def poll(self) -> RoleTaken | RoleRefused | None:
-        """What became of the assignment that was loading; None while there is nothing new.
+        """Returns what became of the assignment that was loading; None while there is nothing new.
 
         Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
         """
@@ -191,11 +191,12 @@ class StageWorker:
 
     @property
     def waits_for_quiet(self) -> bool:
-        """Whether the stage can go back to its full degree once no step is under way: no further one may begin."""
+        """Returns whether the stage can go back to its full degree once no step is under way: no further one may
+        begin."""
         return self._growing is not None and self._growing.is_loaded
 
     def grow(self) -> None:
-        """Go back to the full degree, where ranks have come back: load beside the work, change over between steps."""
+        """Goes back to the full degree, where ranks have come back: load beside the work, change over between steps."""
         ranks, slot = self._ranks, self.slot
         if ranks is None or slot is None or self._loading is not None:
             return
@@ -267,19 +268,19 @@ class StageWorker:
             self._ranks.use(loaded.ranks_load, loaded.num_bytes)
 
     def leave(self) -> None:
-        """Forget steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
+        """Forgets steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
         self._loading = None
         self._close_slot()
         self._end_mirror()
 
     def forget(self) -> None:
-        """Leave, and give the memory up too."""
+        """Leaves, and gives up the memory too."""
         self.leave()
         self._growing = None
         self._drop_memory()
 
     def _end_mirror(self) -> None:
-        """Keep what was copied, as far as it is good; who mirrors this memory next must get all of it."""
+        """Keeps what was copied, as far as it is good; who mirrors this memory next must get all of it."""
         mirror, self.mirror = self.mirror, None
         if mirror is None:
             return
@@ -301,12 +302,12 @@ class StageWorker:
             self.slot = None
 
     def close(self) -> None:
-        """Give up what is loading."""
+        """Gives up what is loading."""
         self.leave()
         self._loader.give_up()
 
     def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
-        """In the loader's thread."""
+        """Loads, in the loader's thread."""
         weights = CheckpointWeights(self._checkpoint, dtype, self._device.place)
         cut = WHOLE if ranks_load is None else ranks_load.cut
         model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
@@ -331,7 +332,7 @@ class StageWorker:
             return self._refuse(error, header)
 
     def _keep_or_allocate(self, message: AssignStage | AssignMirror, loaded: LoadedLayers) -> HeldMemory:
-        """The memory of this very slot as it is, or a new one."""
+        """Returns the memory of this very slot as it is, or a new one."""
         tag = MemoryTag(
             message.pipeline, message.slot, message.num_slots, loaded.layers, message.num_blocks, loaded.dtype
         )

@@ -25,7 +25,8 @@ class StepWatermark:
         self._finished: set[int] = set()
 
     def begin(self, step: int, previous: int) -> None:
-        """It has come; `previous` is the one that the router sent before it in this generation, 0 for the first.
+        """Notes that a step has come; `previous` is the one that the router sent before it in this generation, 0 for
+        the first.
 
         Raises ProtocolError where that cannot be: nothing may be concluded from such a chain.
         """
@@ -38,7 +39,8 @@ class StepWatermark:
         self._followers[previous] = step
 
     def finish(self, step: int) -> None:
-        """What it had to write is written. One that is not known is no error: a new generation dropped it."""
+        """Notes that what a step had to write is written. One that is not known is no error: a new generation dropped
+        it."""
         if step in self._followers.values():
             self._finished.add(step)
         while (follower := self._followers.get(self._chain_end)) in self._finished:
@@ -47,8 +49,8 @@ class StepWatermark:
             self._chain_end = self.mark = follower
 
     def begin_generation(self) -> None:
-        """What is under way, here or elsewhere, will never be answered, so nobody counts on it; what was answered has
-        come and was finished. So everything that ever counts is done up to the newest."""
+        """Begins another generation: what is under way, here or elsewhere, will never be answered, so nobody counts on
+        it; what was answered has come and was finished. So everything that ever counts is done up to the newest."""
         self._followers.clear()
         self._finished.clear()
         self._chain_end = 0
