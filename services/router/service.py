@@ -45,7 +45,7 @@ from services.router.journal.set_aside import Attention, SetAside, attention_pat
 from services.router.journal.sink import Housekeeping, JournalFirst
 from services.router.journal.state_folder import StateFolder, open_state_folder
 from services.router.mesh.engine import MeshEngine, TokenMailbox
-from services.router.mesh.loop import LoopSettings, MeshLoop
+from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import Placer, ProcessPlacer
 from services.router.mesh.sockets import MeshClient
@@ -345,7 +345,6 @@ def _mesh_loop(
     flow = StepFlow(
         client,
         scheduler,
-        term,
         step_deadline_s,
         model.config.vocab_size,
         mailbox if journal is None else JournalFirst(journal, mailbox),
@@ -353,18 +352,20 @@ def _mesh_loop(
         *([journal.note_placement] if journal is not None else []),
     )
     return MeshLoop(
-        model.config,
-        LoopSettings(_welcome(settings, model, links), model.fingerprint),
+        MeshTerms(model.config, model.fingerprint, _welcome(settings, model, links)),
         client,
-        scheduler,
         flow,
-        _stage_roles(settings, model, links.addresses, client.results.endpoints, term),
-        ExpertRoles(model.config, _shape(settings, model), settings.experts),
+        MeshRoles(
+            _stage_roles(settings, model, links.addresses, client.results.endpoints, term),
+            ExpertRoles(model.config, _shape(settings, model), settings.experts),
+            placer,
+        ),
         Membership(MembershipSettings.of_mesh(step_deadline_s, settings.heartbeat_interval_ms / 1000)),
         log,
-        housekeeping=_housekeeping(storage, links.transport),
-        outgrow=partial(storage.state.outgrow, on_disk=storage.disk.submit),
-        placer=placer,
+        LoopHooks(
+            housekeeping=_housekeeping(storage, links.transport),
+            outgrow=partial(storage.state.outgrow, on_disk=storage.disk.submit),
+        ),
     )
 
 

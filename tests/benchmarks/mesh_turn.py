@@ -42,7 +42,7 @@ class WirePlacer:
     def begin(self, request: PlacementRequest) -> None:
         self.requests.append(request)
 
-    def take(self) -> PlacementAnswer | None:
+    def pop_answer(self) -> PlacementAnswer | None:
         return self.answers.popleft() if self.answers else None
 
     def work(self) -> None:

@@ -93,7 +93,7 @@ class Adoption:
         self._block_tokens = block_tokens
         self._claims: dict[StageSlot, tuple[NodeId, HeldSlot]] = {}
         self._deadline_s: float | None = None
-        self._taken: set[PipelineId] = set()
+        self._adopted: set[PipelineId] = set()
         self._known_sequences: set[int] = set()
         """Of pipelines that were taken over: what these hold is known, however little it is worth."""
         self._losers: dict[NodeId, int] = {}
@@ -118,7 +118,7 @@ class Adoption:
         if held is None:
             return
         fits = held.num_slots == len(self._layers) and held.layers == self._layers[held.slot]
-        if not fits or not sees_weights or not self.is_pending or held.pipeline in self._taken:
+        if not fits or not sees_weights or not self.is_pending or held.pipeline in self._adopted:
             self._losers[node_id] = held.lease_term
             return
         slot = StageSlot(PipelineId(held.pipeline), SlotIndex(held.slot))
@@ -136,7 +136,7 @@ class Adoption:
             if node_id is not None:
                 self._losers[node_id] = lease_term
 
-    def take_losers(self) -> dict[NodeId, int]:
+    def pop_losers(self) -> dict[NodeId, int]:
         """Who has to forget a slot that others hold, and under which lease term it claimed it; each of them once."""
         losers, self._losers = self._losers, {}
         return losers
@@ -150,14 +150,14 @@ class Adoption:
         """Whether it waits for its slot."""
         return any(claim[0] == node_id for claim in self._claims.values())
 
-    def take(self, now_s: float) -> list[AdoptedPipeline]:
+    def pop_complete(self, now_s: float) -> list[AdoptedPipeline]:
         """What is taken over now: pipelines whose holders are all back; when the time is up, whatever is claimed."""
         if not self.is_pending or self._deadline_s is None:
             return []
         all_new = not self._num_old and self._num_new >= len(self._layers)
         self.is_pending = now_s < self._deadline_s - (ADOPT_S - NEW_S if all_new else 0.0)
         claimed = sorted({slot.pipeline for slot in self._claims})
-        return [self._take(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
+        return [self._pop(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
 
     def may_know(self, sequence_id: int) -> bool:
         """Whether somebody who holds this sequence may still come back."""
@@ -167,10 +167,10 @@ class Adoption:
         """Whether it is worth while to wait for an adopted pipeline to open."""
         return self._deadline_s is not None and now_s < self._deadline_s + OPEN_S
 
-    def _take(self, pipeline: PipelineId) -> AdoptedPipeline:
+    def _pop(self, pipeline: PipelineId) -> AdoptedPipeline:
         by_slot = [self._claims.pop(slot, None) for slot in self._slots(pipeline)]
         reports = [claim[1] for claim in by_slot if claim is not None]
-        self._taken.add(pipeline)
+        self._adopted.add(pipeline)
         self._known_sequences.update(*(report.sequences for report in reports))
         agreed = len({report.num_blocks for report in reports}) == 1
         return AdoptedPipeline(
@@ -210,11 +210,11 @@ def read_held_slot(hello: Hello) -> HeldSlot | None:
         raise ProtocolError(f"Hello.held_blocks has {blocks.size} blocks, its sequences announce {num_announced}")
     if blocks.size and not 0 <= blocks.min() <= blocks.max() < said.num_blocks:
         raise ProtocolError(f"Hello.held_blocks names a block outside [0, {said.num_blocks})")
-    ids, taken = blocks.tolist(), 0
+    ids, start = blocks.tolist(), 0
     sequences: dict[int, HeldSequence] = {}
     for sequence_id, num_computed, count in rows.tolist():
-        sequences[sequence_id] = HeldSequence(tuple(ids[taken : taken + count]), num_computed)
-        taken += count
+        sequences[sequence_id] = HeldSequence(tuple(ids[start : start + count]), num_computed)
+        start += count
     layers = LayerRange(said.first_layer, said.stop_layer)
     return HeldSlot(
         said.pipeline, said.slot, said.num_slots, layers, said.lease_term, said.num_blocks, said.last_step, sequences
@@ -246,15 +246,15 @@ def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:
     known = [report.sequences for report in reports]
     everything = sorted(set().union(*known)) if known else []
     kept: dict[int, HeldSequence] = {}
-    taken: set[int] = set()
+    named: set[int] = set()
     for sequence_id in everything:
         held = [sequences[sequence_id] for sequences in known if sequence_id in sequences]
         longest = max((entry.block_ids for entry in held), key=len)
         num_computed = min(entry.num_computed for entry in held)
         agree = all(longest[: len(entry.block_ids)] == entry.block_ids for entry in held)
         covered = num_computed <= len(longest) * block_tokens
-        if len(held) == len(reports) and agree and covered and taken.isdisjoint(longest) and num_computed:
+        if len(held) == len(reports) and agree and covered and named.isdisjoint(longest) and num_computed:
             kept[sequence_id] = HeldSequence(longest, num_computed)
-            taken.update(longest)
+            named.update(longest)
     released = tuple(number for number in everything if number not in kept)
     return HeldCache(kept, released, {report.slot: report.last_step for report in reports})

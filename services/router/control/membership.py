@@ -213,22 +213,6 @@ class Membership:
             changes += self._judge(node_id, self._members[node_id], now_s)
         return changes
 
-    def next_tick_s(self) -> float | None:
-        """When `tick` may next find something, if nothing is heard until then; None without members."""
-        settings = self._settings
-        times_s: list[float] = []
-        for member in self._members.values():
-            is_alive = member.state is NodeState.ALIVE
-            times_s.append(member.heard_s + (settings.silent_suspect_s if is_alive else settings.silent_dead_s))
-            if member.is_busy:
-                wait_s = settings.progress_suspect_s if is_alive else settings.progress_dead_s
-                times_s.append(member.progressed_s + wait_s)
-            if member.joined_s is not None:
-                times_s.append(member.joined_s + settings.lifeline_open_s)
-            if member.closed_s is not None:
-                times_s.append(member.closed_s + self._grace_s)
-        return min(times_s, default=None)
-
     def state_of(self, node_id: NodeId) -> NodeState:
         """DEAD for a node that is not known."""
         member = self._members.get(node_id)

@@ -253,7 +253,7 @@ class MirrorRoles:
                 actions.append(self._assign(wanted.slot, pair, nodes))
         return actions
 
-    def take_report(self, node_id: NodeId, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
+    def apply_report(self, node_id: NodeId, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
         """A mirror is loaded (its primary is told to begin), complete, or its stream broke (its primary begins anew).
 
         None: it is not what its number stands for any more, or says nothing new.

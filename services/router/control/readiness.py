@@ -128,7 +128,7 @@ def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
     return Readiness(True, detail, warnings=evidence.redundancy.warnings())
 
 
-def takes_requests(evidence: MeshEvidence, now_s: float) -> bool:
+def accepts_requests(evidence: MeshEvidence, now_s: float) -> bool:
     """Whether a new request would get tokens, perhaps of another pipeline than one on which requests are stuck."""
     return not _missing(evidence, now_s)
 

@@ -119,7 +119,7 @@ class Beliefs:
         self._experts = experts
         self._retelling = Retelling()
 
-    def take(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> Consequences:
+    def compare(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> Consequences:
         """Of a node that is registered."""
         if kind is NodeKind.EXPERT:
             found, news = [self._shards(node_id, said)], list[Action]()
@@ -137,10 +137,12 @@ class Beliefs:
         slot = self._stages.slot_of(node_id)
         if said.role_state == StageState.HOLDING and slot is not None:
             ready = StageReady(slot.pipeline, slot.index, said.lease_term, 0, 0, said.kv_mark)
-            return self._stages.take_ready(node_id, ready, said.role_number)
+            return self._stages.apply_ready(node_id, ready, said.role_number)
         if said.role_state in (StageState.FILLING, StageState.COMPLETE):
             is_complete = said.role_state == StageState.COMPLETE
-            return self._stages.take_mirror(node_id, MirrorReport(said.role_number, is_complete, said.broken_stream))
+            return self._stages.apply_mirror_report(
+                node_id, MirrorReport(said.role_number, is_complete, said.broken_stream)
+            )
         return []
 
     def _role(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:

@@ -64,11 +64,6 @@ class RolePlan:
         return {pipeline: tuple(holders.values()) for pipeline, holders in found.items()}
 
 
-def layers_of(slot: StageSlot, layer_ranges: Sequence[LayerRange]) -> LayerRange:
-    """The slot's layers; `layer_ranges` has one range a slot and is the same for every pipeline."""
-    return layer_ranges[slot.index]
-
-
 def plan_roles(
     stage_nodes: Sequence[ObservedStage],
     current: Mapping[StageSlot, NodeId],

@@ -142,7 +142,7 @@ class StageRoles:
     def _forget_old_claims(self) -> list[Action]:
         """Who was replaced is told before it gets another role: else it claims the slot at each router's restart."""
         actions: list[Action] = []
-        for node_id, lease_term in self.adoption.take_losers().items():
+        for node_id, lease_term in self.adoption.pop_losers().items():
             if self.slot_of(node_id) is None:
                 self.mirrors.release(node_id)
                 actions.append(self.messages.unassign(node_id, lease_term))
@@ -201,7 +201,7 @@ class StageRoles:
             return []
         return self._assign(pipeline_id, pipeline.holders)
 
-    def take_ready(self, node_id: NodeId, message: StageReady, generation: int) -> list[Action]:
+    def apply_ready(self, node_id: NodeId, message: StageReady, generation: int) -> list[Action]:
         """A stage is ready for a slot; the pipeline opens with the last of them. Stale reports change nothing."""
         pipeline = self._pipelines.get(PipelineId(message.pipeline))
         if pipeline is None or pipeline.generation != generation or pipeline.is_open or not pipeline.is_whole:
@@ -225,12 +225,12 @@ class StageRoles:
         )
         return [opened, *self._move_on(), *self._mirror()]
 
-    def take_mirror(self, node_id: NodeId, report: MirrorReport) -> list[Action]:
+    def apply_mirror_report(self, node_id: NodeId, report: MirrorReport) -> list[Action]:
         """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
-        actions = self.mirrors.take_report(node_id, report, self._nodes)
+        actions = self.mirrors.apply_report(node_id, report, self._nodes)
         return [] if actions is None else actions + self._mirror()
 
-    def take_refusal(self, node_id: NodeId, number: int) -> list[Action]:
+    def apply_refusal(self, node_id: NodeId, number: int) -> list[Action]:
         """A node could not take the role of this number. Another one that is free gets it; told again it is no news."""
         if self.mirrors.fail(node_id, number):
             return self._mirror()
@@ -283,7 +283,7 @@ class StageRoles:
             actions += [ClosePipeline(pipeline_id)] if pipeline.has_pool else []
         actions += self._let_go(plan, current)
         for pipeline_id, holders in wanted.items():
-            actions += self._take_over(pipeline_id, holders)
+            actions += self._give_slots(pipeline_id, holders)
         return actions + self._move_on() + self._mirror()
 
     def _holders(self) -> dict[StageSlot, NodeId]:
@@ -301,7 +301,7 @@ class StageRoles:
             if node_id in plan.spares
         ]
 
-    def _take_over(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
+    def _give_slots(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """A pipeline's holders are these now."""
         before = self._pipelines.get(pipeline_id)
         if before is not None and before.holders == holders:
@@ -402,7 +402,7 @@ class StageRoles:
     def _adopt(self, now_s: float) -> list[Action]:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
-        for adopted in self.adoption.take(now_s):
+        for adopted in self.adoption.pop_complete(now_s):
             if self._planning.misfits(
                 adopted.pipeline, adopted.holders, self._nodes, self._holders()
             ):  # with another DTYPE than before, say

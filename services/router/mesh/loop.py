@@ -47,15 +47,14 @@ from services.router.control.membership import (
     refuse_other_device,
 )
 from services.router.control.mirror_roles import MirrorReport
-from services.router.control.readiness import MeshEvidence, ProgressWatch, judge, takes_requests
+from services.router.control.readiness import MeshEvidence, ProgressWatch, accepts_requests, judge
 from services.router.control.retelling import Beliefs, Refusals
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
-from services.router.mesh.placer import InlinePlacer, Placer
+from services.router.mesh.placer import Placer
 from services.router.mesh.sockets import MeshClient, Witnesses
 from services.router.mesh.status import MeshStatus, mesh_evidence, node_statuses
 from services.router.mesh.steps import StepFlow
-from services.router.scheduling.scheduler import Scheduler
 
 CONTROL_BUDGET_S, COMMANDS_BUDGET_S = 0.001, 0.002
 """Of one turn: where all nodes speak at once, or a client brings hundreds of requests, tokens go out in between."""
@@ -63,11 +62,32 @@ STATUS_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class LoopSettings:
+class MeshTerms:
     """What every node is told, and must have."""
 
-    welcome: Welcome
+    config: ModelConfig
     fingerprint: str
+    welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class MeshRoles:
+    """Who does what: slots of stages, shards of experts, and who computes where shards go."""
+
+    stages: StageRoles
+    experts: ExpertRoles
+    placer: Placer
+
+
+@dataclass(frozen=True, slots=True)
+class LoopHooks:
+    """What the loop asks of its process. What they raise ends it."""
+
+    clock: Callable[[], float] = time.monotonic
+    housekeeping: Callable[[], None] = lambda: None
+    """Called every turn; cheap."""
+    outgrow: Callable[[int], None] = lambda term: None
+    """Called with the router's term that a node has obeyed."""
 
 
 class MeshLoop:
@@ -75,35 +95,22 @@ class MeshLoop:
 
     def __init__(
         self,
-        config: ModelConfig,
-        settings: LoopSettings,
+        terms: MeshTerms,
         client: MeshClient,
-        scheduler: Scheduler,
         flow: StepFlow,
-        stages: StageRoles,
-        experts: ExpertRoles,
+        roles: MeshRoles,
         membership: Membership,
         log: structlog.stdlib.BoundLogger,
-        clock: Callable[[], float] = time.monotonic,
-        housekeeping: Callable[[], None] = lambda: None,
-        outgrow: Callable[[int], None] = lambda term: None,
-        placer: Placer | None = None,
+        hooks: LoopHooks,
     ) -> None:
-        """`housekeeping` is called every turn, cheap, and `outgrow` with the router's term that a node has obeyed; what
-        they raise ends the loop. `placer`: who computes placements; None: this thread."""
-        self._config = config
-        self._settings = settings
+        self._terms = terms
         self._client = client
-        self._scheduler = scheduler
-        self._stages = stages
-        self._experts = experts
+        self._scheduler = flow.scheduler
+        self._stages, self._experts, self._placer = roles.stages, roles.experts, roles.placer
         self._membership = membership
         self._flow = flow
         self._log = log
-        self._clock = clock
-        self._housekeeping = housekeeping
-        self._outgrow = outgrow
-        self._placer = placer or InlinePlacer()
+        self._clock, self._housekeeping, self._outgrow = hooks.clock, hooks.housekeeping, hooks.outgrow
         self._commands: deque[GenerationRequest | RequestId] = deque()
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._arriving: dict[NodeId, Arrival] = {}  # nodes without a role, since the link to them does not stand
@@ -111,7 +118,7 @@ class MeshLoop:
         self._progress = ProgressWatch()
         self._witnesses = Witnesses(client, membership, log)
         self._declared_dead = DeclaredDead()
-        self._beliefs = Beliefs(stages, experts)
+        self._beliefs = Beliefs(roles.stages, roles.experts)
         self._leaving: set[NodeId] = set()  # nodes that wait for leave
         self._last_failure = ""
         self._refusals = Refusals()
@@ -146,14 +153,14 @@ class MeshLoop:
             now_s = self._clock()
             self._membership.turn(now_s)
             self._housekeeping()
-            self._take_commands(now_s)
-            self._take_control(now_s)
+            self._apply_commands(now_s)
+            self._receive_control(now_s)
             self._look_at_links(now_s)
             self._apply_changes(self._membership.tick(now_s), now_s)
             self._place_shards(now_s)
             if self._stages.waits:
                 self._act(self._stages.tick(now_s), now_s)
-            self._renew(self._flow.take_results(now_s), now_s)
+            self._renew(self._flow.receive_results(now_s), now_s)
             self._renew(self._flow.check_deadlines(now_s), now_s)
             self._renew(self._refusals.due(self._stages.pipelines, now_s), now_s)
             self._let_leavers_go(now_s)
@@ -161,7 +168,7 @@ class MeshLoop:
             self._renew(self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s)), now_s)
             self._publish_status(now_s)
 
-    def _take_commands(self, now_s: float) -> None:
+    def _apply_commands(self, now_s: float) -> None:
         """All that is restored comes at once: only who is in line gets the cache of stages that are back."""
         until_s = self._clock() + COMMANDS_BUDGET_S
         while self._commands and (_is_restored(self._commands[0]) or self._clock() <= until_s):
@@ -176,7 +183,7 @@ class MeshLoop:
 
     # ---- control
 
-    def _take_control(self, now_s: float) -> None:
+    def _receive_control(self, now_s: float) -> None:
         until_s = self._clock() + CONTROL_BUDGET_S
         while self._clock() <= until_s and (received := self._client.receive_control()) is not None:
             node_id, message, header = received
@@ -206,14 +213,14 @@ class MeshLoop:
             )
             self._apply_changes(changes, now_s)
             if node_id in self._nodes:
-                self._take_belief(node_id, description.kind, message, now_s)
+                self._compare_beliefs(node_id, description.kind, message, now_s)
         elif isinstance(message, StageReady):
             self._log.info("stage_ready", node=node_id, pipeline=message.pipeline, slot=message.slot)
-            self._act(self._stages.take_ready(node_id, message, header.generation), now_s)
+            self._act(self._stages.apply_ready(node_id, message, header.generation), now_s)
         elif isinstance(message, MirrorReady):
             self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
             report = MirrorReport(header.generation, message.is_complete, message.broken_stream)
-            self._act(self._stages.take_mirror(node_id, report), now_s)
+            self._act(self._stages.apply_mirror_report(node_id, report), now_s)
         elif isinstance(message, ShardsReady):
             self._act(self._experts.read_report(node_id, message), now_s)
         elif isinstance(message, Leave):
@@ -223,7 +230,7 @@ class MeshLoop:
         else:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
-    def _take_belief(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> None:
+    def _compare_beliefs(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> None:
         """What was lost on the way, in either direction, comes with a heartbeat or is told again."""
         if said.is_leaving and node_id not in self._leaving:
             self._drain(node_id, "stopped", now_s)
@@ -231,19 +238,19 @@ class MeshLoop:
             return
         if said.role_state == StageState.REFUSED:
             self._note_refusal(node_id, said.role_number, now_s)
-        consequences = self._beliefs.take(node_id, kind, said, now_s)
+        consequences = self._beliefs.compare(node_id, kind, said, now_s)
         self._act(consequences.news, now_s)
         for topic, actions in consequences.again.items():
             self._log.info("told_again", node=node_id, topic=topic)
             self._act(actions, now_s)
 
     def _note_refusal(self, node_id: NodeId, number: int, now_s: float) -> None:
-        self._act(self._stages.take_refusal(node_id, number), now_s)
+        self._act(self._stages.apply_refusal(node_id, number), now_s)
         if (pipeline := self._stages.waits_for(node_id, number)) is not None:
             self._refusals.note(pipeline, number, now_s)
 
     def _register(self, node_id: NodeId, hello: Hello, obeyed_term: int, now_s: float) -> None:
-        description = check_hello(hello, node_id, self._settings.fingerprint, self._config)
+        description = check_hello(hello, node_id, self._terms.fingerprint, self._terms.config)
         self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
         # Now: what is wrong with it costs this node alone.
@@ -257,7 +264,7 @@ class MeshLoop:
             raise NodeLostError(f"{node_id} was declared dead: it must come back as another incarnation")
         self._nodes[node_id] = description
         self._progress.join(node_id, now_s)
-        self._client.tell(node_id, self._settings.welcome)
+        self._client.tell(node_id, self._terms.welcome)
         self._log.info("node_joined", node=node_id, **description.summary)
         if classes := differing_classes(self._nodes.values(), description.kind):
             self._log.warning("numeric_classes_differ", kind=description.kind, classes=classes)
@@ -310,7 +317,7 @@ class MeshLoop:
         self._client.tell(node_id, LeaveAcknowledged())
 
     def _look_at_links(self, now_s: float) -> None:
-        for pipeline, sent_s in self._flow.take_answered().items():
+        for pipeline, sent_s in self._flow.pop_answered().items():
             self._witnesses.answered(filter(None, self._stages.pipelines[pipeline].holders), now_s - sent_s)
         self._apply_changes(self._witnesses.look(now_s, self._nodes, self._stages.mirrors.replaceable), now_s)
         for node_id in [node_id for node_id in self._arriving if self._membership.has_stood(node_id)]:
@@ -360,13 +367,13 @@ class MeshLoop:
     def _publish_news(self, now_s: float) -> None:
         if self._experts.has_news:
             stages = [node.node_id for node in self._nodes.values() if node.kind is NodeKind.STAGE]
-            self._act(self._experts.take_news(stages), now_s)
+            self._act(self._experts.pop_news(stages), now_s)
 
     def _place_shards(self, now_s: float) -> None:
-        if (request := self._experts.take_request(now_s)) is not None:
+        if (request := self._experts.pop_request(now_s)) is not None:
             self._placer.begin(request)
-        while (answer := self._placer.take()) is not None:
-            self._experts.take_answer(answer)
+        while (answer := self._placer.pop_answer()) is not None:
+            self._experts.accept_answer(answer)
         self._act(self._experts.tick(now_s), now_s)
 
     # ---- what others see
@@ -382,7 +389,7 @@ class MeshLoop:
         self.status = MeshStatus(
             readiness=self._readiness(evidence, now_s),
             published_s=now_s,
-            served_s=now_s if takes_requests(evidence, now_s) else self.status.served_s,
+            served_s=now_s if accepts_requests(evidence, now_s) else self.status.served_s,
             nodes=nodes,
             scheduler=scheduler,
             completions_per_s=self._scheduler.completions_per_s(now_s),

@@ -57,7 +57,7 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
         ),
         ("moemesh_preemptions", "Requests sent back to the queue for want of KV blocks", counters.preemptions),
         ("moemesh_failed_steps", "Steps that a stage could not do", counters.failed_steps),
-        ("moemesh_dropped_results", "Results of an old generation or attempt", counters.dropped_results),
+        ("moemesh_dropped_results", "Results of steps that are not in flight", counters.dropped_results),
     ):
         yield CounterMetricFamily(name, text, value)
 

@@ -37,7 +37,7 @@ class Placer(Protocol):
     def begin(self, request: PlacementRequest) -> None:
         """Compute this next; does not wait."""
 
-    def take(self) -> PlacementAnswer | None:
+    def pop_answer(self) -> PlacementAnswer | None:
         """An answer that is there; None: none yet."""
 
 
@@ -51,7 +51,7 @@ class InlinePlacer:
         """See Placer."""
         self._answers.append(answer_request(request))
 
-    def take(self) -> PlacementAnswer | None:
+    def pop_answer(self) -> PlacementAnswer | None:
         """See Placer."""
         return self._answers.popleft() if self._answers else None
 
@@ -70,7 +70,7 @@ class ProcessPlacer:
         command: Sequence[str] = _COMMAND,
         answer_limit_s: float = ANSWER_LIMIT_S,
     ) -> None:
-        """`on_answer` is called in another thread when `take` has something."""
+        """`on_answer` is called in another thread when `pop_answer` has something."""
         self._on_answer = on_answer
         self._log = log
         self._command = command
@@ -97,7 +97,7 @@ class ProcessPlacer:
         """See Placer."""
         self._requests.put(request)
 
-    def take(self) -> PlacementAnswer | None:
+    def pop_answer(self) -> PlacementAnswer | None:
         """See Placer."""
         return self._answers.popleft() if self._answers else None
 
@@ -135,7 +135,7 @@ class ProcessPlacer:
         process = self._process or self._launch()
         assert process.stdin is not None
         assert process.stdout is not None
-        patience = Patience(self._answer_limit_s, partial(process_cpu_seconds, process.pid))
+        patience = ProcessPatience(self._answer_limit_s, partial(process_cpu_seconds, process.pid))
         _write(process.stdin.fileno(), encode_request(request), patience)
         (size,) = LENGTH.unpack(_read(process.stdout.fileno(), LENGTH.size, patience))
         return decode_answer(_read(process.stdout.fileno(), size, patience))
@@ -165,7 +165,7 @@ class ProcessPlacer:
                     pipe.close()
 
 
-class Patience:
+class ProcessPatience:
     """How long a process is waited for: one that computes, until the limit; one that stands still, much shorter."""
 
     def __init__(self, limit_s: float, cpu_seconds: Callable[[], float | None]) -> None:
@@ -200,14 +200,14 @@ def process_cpu_seconds(pid: int) -> float | None:
         return None
 
 
-def _write(descriptor: int, data: bytes, patience: Patience) -> None:
+def _write(descriptor: int, data: bytes, patience: ProcessPatience) -> None:
     view = memoryview(data)
     while view:
         patience.wait(descriptor, select.POLLOUT)
         view = view[os.write(descriptor, view) :]
 
 
-def _read(descriptor: int, size: int, patience: Patience) -> bytes:
+def _read(descriptor: int, size: int, patience: ProcessPatience) -> bytes:
     data = bytearray()
     while len(data) < size:
         patience.wait(descriptor, select.POLLIN)

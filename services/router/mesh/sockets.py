@@ -55,7 +55,7 @@ class MeshClient:
         self._transport = transport
         self._ipc_token = addresses.folder_token
         self._folder = addresses.folder
-        self._router_term = router_term
+        self.router_term = router_term
         self._log = log
         self._on_disk = on_disk
         self.control = transport.router("control", [addresses.control])
@@ -103,7 +103,7 @@ class MeshClient:
         if isinstance(message, Failed):
             self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
         try:
-            self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self._router_term))
+            self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self.router_term))
         except Full:
             return False
         return True

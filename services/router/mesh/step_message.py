@@ -78,7 +78,6 @@ def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
     return Header(
         router_term=router_term,
         generation=plan.generation,
-        attempt=plan.attempt,
         step=plan.step,
         time_left_ms=time_left_ms,
         trace=f"{plan.pipeline}/{plan.step}",

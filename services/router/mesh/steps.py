@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -22,24 +21,15 @@ from services.router.engine import Token
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.status import HopTotals
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
+from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
-from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import RequestFailure, TokenOutput
 
 
 class Sink(Protocol):
     """Where the outcome of requests goes; called in the mesh thread, must return at once."""
 
     def __call__(self, outcomes: list[tuple[RequestId, Token | MoemeshError]]) -> None: ...
-
-
-@dataclass(slots=True)
-class StepInFlight:
-    """A step that was planned and has not come back."""
-
-    plan: StepPlan
-    deadline_s: float
-    sent_s: float | None = None
-    """None while the first stage has not taken it."""
 
 
 class UnsendableError(ExecutionError):
@@ -53,7 +43,6 @@ class StepFlow:
         self,
         client: MeshClient,
         scheduler: Scheduler,
-        router_term: int,
         step_deadline_s: float,
         vocab_size: int,
         sink: Sink,
@@ -62,13 +51,11 @@ class StepFlow:
     ) -> None:
         self._note_placement = note_placement
         self._client = client
-        self._scheduler = scheduler
-        self._router_term = router_term
+        self.scheduler = scheduler
         self._step_deadline_s = step_deadline_s
         self._vocab_size = vocab_size
         self._sink = sink
         self._log = log
-        self._steps: dict[StepId, StepInFlight] = {}
         self._unsent: dict[PipelineId, deque[StepInFlight]] = {}
         self._answered_s: dict[PipelineId, float] = {}
         self.totals = HopTotals()
@@ -83,7 +70,7 @@ class StepFlow:
             self.suspend(action.pipeline, now_s)
             return error
         self._unsent[action.pipeline] = deque()
-        self._scheduler.open_pipeline(
+        self.scheduler.open_pipeline(
             action.pipeline,
             action.generation,
             action.num_blocks,
@@ -98,18 +85,17 @@ class StepFlow:
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
         """What was under way there is void; its requests wait for the pipeline, with their blocks."""
         self._drop_steps(pipeline)
-        self._scheduler.suspend_pipeline(pipeline, now_s)
+        self.scheduler.suspend_pipeline(pipeline, now_s)
 
     def close(self, pipeline: PipelineId, now_s: float) -> None:
         """What was under way there is void; its requests wait for another place."""
         self._drop_steps(pipeline)
-        self._scheduler.close_pipeline(pipeline, now_s)
+        self.scheduler.close_pipeline(pipeline, now_s)
 
     def _drop_steps(self, pipeline: PipelineId) -> None:
         self._client.close_pipeline(pipeline)
         self._unsent.pop(pipeline, None)
         self._answered_s.pop(pipeline, None)  # by others, perhaps, than those who hold the slots next
-        self._steps = {number: step for number, step in self._steps.items() if step.plan.pipeline != pipeline}
 
     def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
         """Send what the scheduler decides; what a first stage does not take yet goes with the next call.
@@ -117,15 +103,14 @@ class StepFlow:
         `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
         those with a step that fits no message: stages would wait for it, since the next one names it.
         """
-        for plan in self._scheduler.schedule(now_s, is_awaited) + self._scheduler.plan_canaries(now_s):
-            step = StepInFlight(plan, now_s + self._step_deadline_s)
-            self._steps[plan.step] = step
-            self._unsent[plan.pipeline].append(step)
-        for request_id, sequence_id in self._scheduler.take_placements():
+        for plan in self.scheduler.schedule(now_s, is_awaited) + self.scheduler.plan_canaries(now_s):
+            if (step := self.scheduler.step(plan.step)) is not None:
+                self._unsent[plan.pipeline].append(step)
+        for request_id, sequence_id in self.scheduler.pop_placements():
             self._note_placement(request_id, sequence_id)
         broken = self._send_waiting(now_s)
-        self.report(self._scheduler.take_failures())
-        given_up = self._scheduler.take_renewals()
+        self.report(self.scheduler.pop_failures())
+        given_up = self.scheduler.pop_renewals()
         for pipeline in given_up:
             self._drop_steps(pipeline)
         return broken + given_up
@@ -143,8 +128,8 @@ class StepFlow:
 
     def _send(self, pipeline: PipelineId, step: StepInFlight, now_s: float) -> bool:
         """False if the first stage does not take it yet. Raises UnsendableError."""
-        left_ms = max(1, int((step.deadline_s - now_s) * 1000))
-        header = step_header(step.plan, self._router_term, left_ms)
+        left_ms = max(1, int((step.planned_s + self._step_deadline_s - now_s) * 1000))
+        header = step_header(step.plan, self._client.router_term, left_ms)
         try:
             message = step_message(step.plan)
         except Exception as error:  # one request's numbers do not fit it
@@ -154,18 +139,17 @@ class StepFlow:
         step.sent_s = now_s
         return True
 
-    def take_results(self, now_s: float) -> list[PipelineId]:
+    def receive_results(self, now_s: float) -> list[PipelineId]:
         """Take in sampled tokens and hand them on, all of this call at once."""
         outputs: list[TokenOutput] = []
         broken: list[PipelineId] = []
         while (received := self._client.results.receive()) is not None:
             message, header = received
-            step = self._steps.get(StepId(header.step))
-            stamp = (header.router_term, header.generation, header.attempt)
+            step, stamp = self.scheduler.step(StepId(header.step)), (header.router_term, header.generation)
             if (
                 step is None
                 or not isinstance(message, StepResult)
-                or stamp != (self._router_term, step.plan.generation, step.plan.attempt)
+                or stamp != (self._client.router_term, step.plan.generation)
             ):
                 self.totals.dropped += 1
                 continue
@@ -176,27 +160,24 @@ class StepFlow:
                 broken.append(self._fail(step, known, now_s))
                 continue
             plan = step.plan
-            del self._steps[plan.step]
             if not plan.computing_slots and step.sent_s is not None:
                 self._answered_s[plan.pipeline] = max(step.sent_s, self._answered_s.get(plan.pipeline, step.sent_s))
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.steps += 1
                 self.totals.step_seconds += now_s - (step.sent_s or now_s)
-            outputs += self._scheduler.complete(
-                plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s, message.retried_calls
-            )
+            outputs += self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
         if outputs:
             self._sink([(output.request_id, output.token) for output in outputs])
         return broken
 
-    def take_answered(self) -> dict[PipelineId, float]:
+    def pop_answered(self) -> dict[PipelineId, float]:
         """When the newest step was sent that has come back since this was last asked, and that all stages computed."""
         answered_s, self._answered_s = self._answered_s, {}
         return answered_s
 
     def fail_step(self, number: StepId, generation: int, error: MoemeshError, now_s: float) -> list[PipelineId]:
         """A stage could not do a step. One that is not in flight in this generation is no news."""
-        step = self._steps.get(number)
+        step = self.scheduler.step(number)
         if step is None or step.plan.generation != generation:
             return []
         return [self._fail(step, error, now_s)]
@@ -214,7 +195,7 @@ class StepFlow:
 
     def check_deadlines(self, now_s: float) -> list[PipelineId]:
         """Fail steps whose time is up."""
-        late = [step for step in self._steps.values() if now_s >= step.deadline_s]
+        late = [step for step in self.scheduler.steps_in_flight if now_s >= step.planned_s + self._step_deadline_s]
         return [
             self._fail(step, DeadlineError(f"pipeline {step.plan.pipeline} did not answer a step in time"), now_s)
             for step in late
@@ -237,10 +218,7 @@ class StepFlow:
 
     def _fail(self, step: StepInFlight, error: MoemeshError, now_s: float) -> PipelineId:
         plan = step.plan
-        del self._steps[plan.step]
         self._log.error("step_failed", step=plan.step, pipeline=plan.pipeline, code=error.code, reason=str(error))
         culprits = unsendable_sequences(plan) if step.sent_s is None else {}
-        self.report(
-            self._scheduler.fail_step(plan.step, plan.pipeline, plan.generation, plan.attempt, error, now_s, culprits)
-        )
+        self.report(self.scheduler.fail_step(plan.step, error, now_s, culprits))
         return plan.pipeline

@@ -162,7 +162,7 @@ def group_of(request: GenerationRequest) -> str:
 @dataclass(slots=True)
 class _Group:
     number: int
-    num_taken: int = 0
+    num_entered: int = 0
     num_inside: int = 0
 
 
@@ -174,7 +174,7 @@ class Line:
         self._num_groups = 0
         self._num_arrived = 0
 
-    def take_place(self, request: GenerationRequest) -> int:
+    def enter(self, request: GenerationRequest) -> int:
         """For a request that is let in."""
         name = group_of(request)
         if name not in self._groups:
@@ -182,8 +182,8 @@ class Line:
             self._groups[name] = _Group(self._num_groups)
         group = self._groups[name]
         self._num_arrived += 1
-        place = group.number + group.num_taken << PLACE_SHIFT | self._num_arrived
-        group.num_taken += 1
+        place = group.number + group.num_entered << PLACE_SHIFT | self._num_arrived
+        group.num_entered += 1
         group.num_inside += 1
         return place
 

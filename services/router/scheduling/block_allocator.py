@@ -36,7 +36,7 @@ class BlockAllocator:
             self._reference_counts[block_id] = 1
         return block_ids
 
-    def take(self, block_ids: Iterable[int]) -> bool:
+    def claim(self, block_ids: Iterable[int]) -> bool:
         """These very blocks, one reference each; False, and nothing taken, if one is held, named twice or not there."""
         wanted = list(block_ids)
         free = set(self._free)

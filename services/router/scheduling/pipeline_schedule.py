@@ -26,18 +26,18 @@ from services.router.scheduling.request import Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
-FIRST_ATTEMPT = 0
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInFlight:
-    """A step that was sent and has not been answered. `requests` go with the plan's chunks."""
+    """A step that was planned and has not been answered. `requests` go with the plan's chunks."""
 
     plan: StepPlan
     requests: tuple[Request, ...]
-    sent_s: float
+    planned_s: float
     is_canary: bool = False
-    """It carries nothing, and was sent to see whether it is answered."""
+    """It carries nothing, and was planned to see whether it is answered."""
+    sent_s: float | None = None
+    """When the first stage took it; None: it has not taken it yet. Whoever sends it notes this here."""
 
 
 class PipelineSchedule:
@@ -129,7 +129,6 @@ class PipelineSchedule:
             step,
             self.pipeline,
             self.generation,
-            FIRST_ATTEMPT,
             tuple(chunks),
             tuple(self.held_releases),
             self.replay_slots if chunks and self._has_just_replayed else (),
@@ -147,7 +146,7 @@ class PipelineSchedule:
     def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
         """A step that carries nothing: its answer shows that every stage still passes steps on."""
         released, previous = tuple(self.held_releases), self._link(step)
-        plan = StepPlan(step, self.pipeline, self.generation, FIRST_ATTEMPT, (), released, previous_step=previous)
+        plan = StepPlan(step, self.pipeline, self.generation, (), released, previous_step=previous)
         self.held_releases.clear()
         self.in_flight[step] = StepInFlight(plan, (), now_s, is_canary=True)
         return plan
@@ -248,22 +247,21 @@ class PipelineSchedule:
 
     # Coming back
 
-    def land(self, step: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
-        """The step is over: its requests are free for another. None if it is not in flight here."""
-        in_flight = self.in_flight.pop(step, None)
-        if in_flight is not None:
-            self.last_step = max(self.last_step, step)
-            self.last_answer_s = now_s
-            self.has_answered |= not has_failed
-            if not in_flight.is_canary:
-                self.last_work_s = now_s
-            if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
-                self.last_success_s = now_s
-                self._step_durations_s.append(now_s - in_flight.sent_s)
-                self.pace.note(in_flight.plan.num_tokens, now_s - in_flight.sent_s)
-            for request in in_flight.requests:
-                request.pace.is_disturbed |= has_failed
-                self._set_down(request)
+    def land(self, step: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight:
+        """The step, which is in flight here, is over: its requests are free for another."""
+        in_flight = self.in_flight.pop(step)
+        self.last_step = max(self.last_step, step)
+        self.last_answer_s = now_s
+        self.has_answered |= not has_failed
+        if not in_flight.is_canary:
+            self.last_work_s = now_s
+        if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
+            self.last_success_s = now_s
+            self._step_durations_s.append(now_s - in_flight.planned_s)
+            self.pace.note(in_flight.plan.num_tokens, now_s - in_flight.planned_s)
+        for request in in_flight.requests:
+            request.pace.is_disturbed |= has_failed
+            self._set_down(request)
         return in_flight
 
     def _set_down(self, request: Request) -> None:
@@ -325,7 +323,7 @@ class PipelineSchedule:
         False if its blocks are not free.
         """
         num_computed = min(held.num_computed, request.num_tokens - 1)
-        if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.take(held.block_ids):
+        if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
             return False
         self.admit(request, sequence_id, now_s)
         request.block_table = list(held.block_ids)
@@ -411,7 +409,7 @@ class PipelineSchedules:
         """Pipelines that wait for a holder; their requests keep their blocks."""
         self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
         """Of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
-        self._last_taken_off_s = -math.inf
+        self._last_removed_s = -math.inf
 
     @property
     def all(self) -> list[PipelineSchedule]:
@@ -426,7 +424,7 @@ class PipelineSchedules:
     @property
     def none_open_since_s(self) -> float | None:
         """When the last open one was suspended or closed (minus infinity: none has been open); None while one is."""
-        return None if self.open else self._last_taken_off_s
+        return None if self.open else self._last_removed_s
 
     def of(self, pipeline: PipelineId) -> PipelineSchedule:
         """The open or suspended one. KeyError if there is none."""
@@ -437,22 +435,21 @@ class PipelineSchedules:
         schedule = self.suspended.get(request.pipeline) if request.pipeline is not None else None
         return schedule.suspended_s if schedule is not None else None
 
-    def land(
-        self,
-        step: StepId,
-        pipeline: PipelineId,
-        generation: Generation,
-        attempt: int,
-        now_s: float,
-        *,
-        has_failed: bool = False,
-    ) -> StepInFlight | None:
-        """The step is answered. None if it is not in flight in that generation and attempt."""
-        schedule = self.open.get(pipeline)
-        in_flight = schedule.in_flight.get(step) if schedule is not None else None
-        if schedule and in_flight and (schedule.generation, in_flight.plan.attempt) == (generation, attempt):
-            return schedule.land(step, now_s, has_failed=has_failed)
-        return None
+    @property
+    def steps_in_flight(self) -> list[StepInFlight]:
+        """The unanswered steps of open pipelines, in the order in which they were planned."""
+        steps = [step for schedule in self.open.values() for step in schedule.in_flight.values()]
+        return sorted(steps, key=lambda step: step.plan.step)
+
+    def step(self, number: StepId) -> StepInFlight | None:
+        """The step of this number; None if it is not in flight in an open pipeline."""
+        steps = (schedule.in_flight.get(number) for schedule in self.open.values())
+        return next((step for step in steps if step is not None), None)
+
+    def land(self, number: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
+        """The step is answered. None if it is not in flight: another generation has begun since it was planned."""
+        step = self.step(number)
+        return None if step is None else self.open[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
 
     def is_of_another_size(self, pipeline: PipelineId, num_blocks: int, num_slots: int) -> bool:
         """Whether a suspended one cannot go on like this."""
@@ -470,14 +467,14 @@ class PipelineSchedules:
 
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
         """It takes no steps until `begin`. One that is not open stays as it is."""
-        schedule = self._take_off(pipeline, now_s)
+        schedule = self._remove_open(pipeline, now_s)
         if schedule is not None:
             schedule.suspend(now_s)
             self.suspended[pipeline] = schedule
 
     def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
         """Forget it; who ran there, without cache, by arrival."""
-        schedule = self._take_off(pipeline, now_s) or self.suspended.pop(pipeline, None)
+        schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline, None)
         if schedule is None:
             return []
         requests = schedule.abandon()
@@ -487,18 +484,18 @@ class PipelineSchedules:
     def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
         """Forget one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
         told anyway, when it opens again."""
-        schedule = self._take_off(pipeline, now_s) or self.suspended.pop(pipeline)
+        schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline)
         told = [*schedule.held_releases, *sequence_ids]
         for step in schedule.in_flight.values():
             told += step.plan.released
             told += (chunk.sequence_id for chunk in step.plan.chunks)
         self._untold_releases[pipeline] = list(dict.fromkeys(told))
 
-    def _take_off(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
+    def _remove_open(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
         """It is open no longer; None if it was not."""
         schedule = self.open.pop(pipeline, None)
         if schedule is not None:
-            self._last_taken_off_s = now_s
+            self._last_removed_s = now_s
         return schedule
 
 

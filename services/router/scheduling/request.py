@@ -206,7 +206,7 @@ class Request:
         self.kv_history.clear()
         self.tell_anew()
 
-    def take_token(self, sampled: Token) -> Token:
+    def accept_token(self, sampled: Token) -> Token:
         """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""
         if self.state is not RequestState.RUNNING:
             raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
@@ -259,7 +259,7 @@ class Blame:
         """Whether its handling raised: its owner ends it in a moment, and nothing more is to be done for it."""
         return request in self._broken
 
-    def take(self) -> list[tuple[Request, Exception]]:
+    def pop_broken(self) -> list[tuple[Request, Exception]]:
         """Requests whose handling raised since the last call, with the first that each of them raised."""
         broken, self._broken = self._broken, {}
         return list(broken.items())

@@ -20,7 +20,13 @@ from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, Line, lateness
-from services.router.scheduling.pipeline_schedule import PipelineSchedule, PipelineSchedules, adopt_held, adopted_marks
+from services.router.scheduling.pipeline_schedule import (
+    PipelineSchedule,
+    PipelineSchedules,
+    StepInFlight,
+    adopt_held,
+    adopted_marks,
+)
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
@@ -48,17 +54,8 @@ class Scheduler:
         self._blame = Blame(attend)
         self._schedules = PipelineSchedules(settings, self._blame)
         self._waiting = WaitingLine(self._schedules, self._selection, self._blame, self.counters, first_number)
-        self._repair = Repair(
-            self._requests,
-            self._waiting,
-            self._schedules,
-            self._admission,
-            self._line,
-            self._blame,
-            self.counters,
-            settings,
-        )
         self._failures: list[RequestFailure] = []
+        self._renewals: list[PipelineId] = []
         self._step_numbers = count(first_number + 1)
         self._next_step = StepId(0)
 
@@ -86,7 +83,7 @@ class Scheduler:
             self.counters.requests_admitted += 1
         admitted = Request(
             request,
-            arrival=self._line.take_place(request),
+            arrival=self._line.enter(request),
             arrived_s=now_s,
             queued_s=now_s,
             generated_token_ids=list(request.generated_token_ids),
@@ -144,25 +141,25 @@ class Scheduler:
         schedule.resume(generation, kv_marks)
         schedule.last_answer_s = schedule.last_work_s = now_s
         self._selection.note_opening(pipeline, now_s)
-        self._failures += self._repair.end_broken(now_s)
+        self._end_broken(now_s)
 
     def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
         self._schedules.suspend(pipeline, now_s)
-        self._failures += self._repair.end_broken(now_s)
+        self._end_broken(now_s)
 
     def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
         """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
         for request in self._schedules.close(pipeline, now_s):
             self._waiting.requeue(request, now_s)
-        self._failures += self._repair.end_broken(now_s)
+        self._end_broken(now_s)
 
     # Steps
 
     def schedule(
         self, now_s: float, is_awaited: Callable[[SequenceId], bool] = lambda sequence_id: False
     ) -> list[StepPlan]:
-        """All micro-batches that may be sent now. Ask `take_failures` afterwards: deadlines are looked at here.
+        """All micro-batches that may be sent now. Ask `pop_failures` afterwards: deadlines are looked at here.
 
         `is_awaited`: whether a restored request, by the sequence that it was, is to wait for the pipeline that has its
         cache.
@@ -175,9 +172,9 @@ class Scheduler:
             try:
                 plans += self._plan_steps(pipeline, now_s)
             except Exception as error:  # nobody's in particular, but the mesh has more than this pipeline
-                self._repair.charge_all(pipeline, error)
-                self._repair.start_over(pipeline, now_s)
-        self._failures += self._repair.end_broken(now_s)
+                self._charge_all(pipeline, error)
+                self._start_over(pipeline, now_s)
+        self._end_broken(now_s)
         return [plan for plan in plans if plan.pipeline in self._schedules.open]
 
     def _plan_steps(self, pipeline: PipelineId, now_s: float) -> list[StepPlan]:
@@ -207,9 +204,6 @@ class Scheduler:
     def complete(
         self,
         step: StepId,
-        pipeline: PipelineId,
-        generation: Generation,
-        attempt: int,
         sampled: Mapping[SequenceId, Token],
         now_s: float,
         retried_calls: int = 0,
@@ -218,7 +212,7 @@ class Scheduler:
 
         A token that is missing from `sampled` counts as a failed step for its request alone.
         """
-        in_flight = self._schedules.land(step, pipeline, generation, attempt, now_s)
+        in_flight = self._schedules.land(step, now_s)
         if in_flight is None:
             self.counters.dropped_results += 1
             return []
@@ -230,7 +224,7 @@ class Scheduler:
                 request.num_retried_calls += retried_calls
                 if chunk.samples and chunk.sequence_id not in sampled:
                     error = ExecutionError(
-                        f"pipeline {pipeline} answered step {step} without a token for {request.request_id}"
+                        f"pipeline {request.pipeline} answered step {step} without a token for {request.request_id}"
                     )
                     self._failures.extend(self._retry(request, error, now_s))
                 elif in_flight.plan.computing_slots:
@@ -239,12 +233,12 @@ class Scheduler:
                 else:
                     request.note_computed(step, len(chunk.token_ids), now_s)
                     if chunk.samples:
-                        outputs.append(self._take_token(request, sampled[chunk.sequence_id], now_s))
-        self._failures += self._repair.end_broken(now_s)
+                        outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
+        self._end_broken(now_s)
         return outputs
 
-    def _take_token(self, request: Request, sampled: Token, now_s: float) -> TokenOutput:
-        output = TokenOutput(request.request_id, request.take_token(sampled))
+    def _accept_token(self, request: Request, sampled: Token, now_s: float) -> TokenOutput:
+        output = TokenOutput(request.request_id, request.accept_token(sampled))
         self.counters.tokens_generated += 1
         if output.token.finish_reason is not None:
             self._withdraw(request)
@@ -256,9 +250,6 @@ class Scheduler:
     def fail_step(
         self,
         step: StepId,
-        pipeline: PipelineId,
-        generation: Generation,
-        attempt: int,
         error: MoemeshError,
         now_s: float,
         culprits: Mapping[SequenceId, Exception] = MappingProxyType({}),
@@ -267,13 +258,13 @@ class Scheduler:
 
         `culprits`: sequences that are known to have made it fail, with what they raised; their requests end here.
         """
-        in_flight = self._schedules.land(step, pipeline, generation, attempt, now_s, has_failed=True)
+        in_flight = self._schedules.land(step, now_s, has_failed=True)
         if in_flight is None:
             self.counters.dropped_results += 1
             return []
         self.counters.failed_steps += 1
         # Not every stage may have been told; one that has does nothing the second time.
-        self._schedules.of(pipeline).held_releases.extend(in_flight.plan.released)
+        self._schedules.of(in_flight.plan.pipeline).held_releases.extend(in_flight.plan.released)
         failures: list[RequestFailure] = []
         for request in in_flight.requests:
             if request.state is RequestState.RUNNING and not self._blame.has(request):
@@ -281,30 +272,34 @@ class Scheduler:
                     if request.sequence_id is not None and request.sequence_id in culprits:
                         raise culprits[request.sequence_id]
                     failures.extend(self._retry(request, error, now_s))
-        self._failures += self._repair.end_broken(now_s)
+        self._end_broken(now_s)
         return failures
 
-    def take_failures(self) -> list[RequestFailure]:
+    def pop_failures(self) -> list[RequestFailure]:
         """Requests that failed outside `fail_step` since the last call: their time was up, or a token was missing."""
         failures, self._failures = self._failures, []
         return failures
 
-    def take_renewals(self) -> list[PipelineId]:
+    def pop_renewals(self) -> list[PipelineId]:
         """Pipelines that were given up since the last call, since their blocks did not add up: what ran there waits
         again. Each needs a new generation; its steps in flight are void."""
-        return self._repair.take_renewals()
+        renewals, self._renewals = self._renewals, []
+        return renewals
 
-    def take_placements(self) -> list[tuple[RequestId, SequenceId]]:
+    def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
         """Under which numbers requests run that were placed since the last call: stages know them by these."""
-        return self._waiting.take_placements()
+        return self._waiting.pop_placements()
 
     # Being observed
 
     @property
-    def is_idle(self) -> bool:
-        """Nothing waits, runs or is in flight, but for canaries."""
-        steps = [step for schedule in self._schedules.open.values() for step in schedule.in_flight.values()]
-        return not self._requests and all(step.is_canary for step in steps)
+    def steps_in_flight(self) -> list[StepInFlight]:
+        """Steps that were planned and are not answered, in the order in which they were planned."""
+        return self._schedules.steps_in_flight
+
+    def step(self, number: StepId) -> StepInFlight | None:
+        """The step of this number; None if it is not in flight, for one because its pipeline has a new generation."""
+        return self._schedules.step(number)
 
     def completions_per_s(self, now_s: float) -> float:
         """How fast the line goes forward."""
@@ -372,56 +367,28 @@ class Scheduler:
         self._admission.release(request.generation_request)
         self._line.leave(request.generation_request)
 
+    # After an error of our own
 
-class Repair:
-    """Works on what the scheduler owns, and trusts none of it."""
-
-    def __init__(
-        self,
-        requests: dict[RequestId, Request],
-        waiting: WaitingLine,
-        schedules: PipelineSchedules,
-        admission: Admission,
-        line: Line,
-        blame: Blame,
-        counters: SchedulerCounters,
-        settings: SchedulerSettings,
-    ) -> None:
-        self._requests = requests
-        self._waiting = waiting
-        self._schedules = schedules
-        self._admission = admission
-        self._line = line
-        self._blame = blame
-        self._counters = counters
-        self._settings = settings
-        self._renewals: list[PipelineId] = []
-
-    def take_renewals(self) -> list[PipelineId]:
-        """Pipelines that have started over since the last call: they need a new generation."""
-        renewals, self._renewals = self._renewals, []
-        return renewals
-
-    def end_broken(self, now_s: float) -> list[RequestFailure]:
+    def _end_broken(self, now_s: float) -> None:
         """Requests whose handling raised fail, and with them nothing else. A pipeline whose blocks do not add up after
-        that starts over: what ran there is computed again."""
-        broken = self._blame.take()
+        that starts over: what ran there is computed again. Nothing of what is there is trusted here."""
+        broken = self._blame.pop_broken()
         if not broken:
-            return []
-        failures = [self._end(request, cause) for request, cause in broken]
+            return
+        failures = [self._end_one(request, cause) for request, cause in broken]
         for schedule in self._schedules.all:
             try:
                 schedule.check_invariants()
             except Exception:  # whatever was left half done
-                self.start_over(schedule.pipeline, now_s)
+                self._start_over(schedule.pipeline, now_s)
         self._waiting.requests[:] = sorted(
             (request for request in self._requests.values() if request.state is RequestState.WAITING),
             key=lambda request: request.arrival,
         )
         self._admission.recount(request.generation_request for request in self._requests.values())
-        return [failure for failure in failures if failure is not None]
+        self._failures += [failure for failure in failures if failure is not None]
 
-    def _end(self, request: Request, cause: Exception) -> RequestFailure | None:
+    def _end_one(self, request: Request, cause: Exception) -> RequestFailure | None:
         """It may be half in one place and half in another: whatever of it is left is looked for, not assumed."""
         for schedule in self._schedules.all:
             if request in schedule.running:
@@ -433,29 +400,29 @@ class Repair:
             return None  # its client was gone
         self._line.leave(request.generation_request)
         request.state = RequestState.FAILED
-        self._counters.requests_failed += 1
+        self.counters.requests_failed += 1
         error = ExecutionError(
             f"the router failed while it handled request {request.request_id} ({type(cause).__name__}: {cause}); "
             "other requests go on"
         )
         return RequestFailure(request.request_id, error, cause)
 
-    def charge_all(self, pipeline: PipelineId, cause: Exception) -> None:
+    def _charge_all(self, pipeline: PipelineId, cause: Exception) -> None:
         """Planning raised, and not over one request: each that runs there has one try less, so that it ends."""
         for request in self._schedules.of(pipeline).running:
             request.num_failed_steps += 1
-            if request.num_failed_steps > self._settings.max_failed_steps:
+            if request.num_failed_steps > self.settings.max_failed_steps:
                 with self._blame.handling(request):
                     raise cause
 
-    def start_over(self, pipeline: PipelineId, now_s: float) -> None:
+    def _start_over(self, pipeline: PipelineId, now_s: float) -> None:
         """Nothing of its blocks and steps is gone on with."""
         requests = [request for request in self._requests.values() if request.pipeline == pipeline]
         sequence_ids = [request.sequence_id for request in requests if request.sequence_id is not None]
         self._schedules.discard(pipeline, sequence_ids, now_s)
         self._renewals.append(pipeline)
         for request in requests:
-            self._counters.tokens_recomputed += request.num_computed_tokens
+            self.counters.tokens_recomputed += request.num_computed_tokens
             request.num_recoveries += 1
             request.start_over(now_s)
             self._waiting.insert(request)

@@ -54,7 +54,7 @@ class SchedulerCounters:
     preemptions: int = 0
     failed_steps: int = 0
     dropped_results: int = 0
-    """Answers of an unknown step, another generation or another attempt."""
+    """Answers of a step that is not in flight."""
     waits: WaitTimes = field(default_factory=WaitTimes)
 
     def copy(self) -> SchedulerCounters:
@@ -71,11 +71,8 @@ class PipelineSnapshot:
     load: PipelineLoad
     num_free_blocks: int
     num_steps_in_flight: int
-    num_tokens_in_flight: int
-    oldest_step_sent_s: float | None
-    """When the longest unanswered step, but for canaries, was sent; None if none is in flight."""
     canary_sent_s: float | None
-    """The same of canaries."""
+    """When the longest unanswered canary was sent; None if none is in flight."""
     last_work_s: float
     """When a step that was no canary was last answered, or when the pipeline opened."""
     has_answered: bool
@@ -108,12 +105,10 @@ def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
         load=schedule.load(),
         num_free_blocks=schedule.allocator.num_free,
         num_steps_in_flight=sum(not step.is_canary for step in in_flight),
-        num_tokens_in_flight=sum(step.plan.num_tokens for step in in_flight),
-        oldest_step_sent_s=min((step.sent_s for step in in_flight if not step.is_canary), default=None),
-        canary_sent_s=min((step.sent_s for step in in_flight if step.is_canary), default=None),
+        canary_sent_s=min((step.planned_s for step in in_flight if step.is_canary), default=None),
         last_work_s=schedule.last_work_s,
         has_answered=schedule.has_answered,
-        awaited_step=most_overdue([awaited(step.sent_s, usual_s) for step in in_flight if not step.is_canary]),
+        awaited_step=most_overdue([awaited(step.planned_s, usual_s) for step in in_flight if not step.is_canary]),
         awaited_token=most_overdue(
             [awaited(_waits_since_s(request, schedule), request.pace.usual_s, usual_s) for request in schedule.running]
         ),

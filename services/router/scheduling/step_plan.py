@@ -33,11 +33,6 @@ class ScheduledChunk:
     """int32 [*, 3]: token id, times generated, 1 if in the prompt; of a chunk that tells them, with a penalty.
     It says all that the last stage must know of the past, so that a recomputed request draws the same token."""
 
-    @property
-    def sampling_position(self) -> int:
-        """Position of the token that is sampled; part of the sampling key."""
-        return self.start_position + len(self.token_ids)
-
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -46,7 +41,6 @@ class StepPlan:
     step: StepId
     pipeline: PipelineId
     generation: Generation
-    attempt: int
     chunks: tuple[ScheduledChunk, ...]
     """By arrival; empty only where the step does nothing but release."""
     released: tuple[SequenceId, ...]

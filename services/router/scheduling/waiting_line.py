@@ -40,7 +40,7 @@ class WaitingLine:
         """How many wait, as far as a newcomer's door is concerned; None: one of a request that is not here yet."""
         return num_ahead((request.generation_request for request in self.requests), newcomer, max_waiting)
 
-    def take_placements(self) -> list[tuple[RequestId, SequenceId]]:
+    def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
         """Who was placed since the last call, under which number."""
         placements, self._placements = self._placements, []
         return placements

@@ -143,7 +143,6 @@ class LocalPipeline:
                 StepId(1),
                 PipelineId(0),
                 Generation(1),
-                0,
                 tuple(self._scheduled(chunk) for chunk in chunks),
                 tuple(SequenceId(sequence) for sequence in released),
             )

@@ -76,7 +76,7 @@ class Believer:
         elif isinstance(message, LeaveAcknowledged):
             self.is_gone = True
         elif isinstance(message, AssignStage | AssignMirror | Unassign):
-            self._take_role(message, header.generation)
+            self._apply_role(message, header.generation)
         elif isinstance(message, MirrorTo):
             self._obey_feed(message, header.generation)
         elif isinstance(message, PublishPlacement):
@@ -87,7 +87,7 @@ class Believer:
             self.num_reports += 1
             self.said.append((ShardsReady(message.version, True, message.shards, 1, self.num_reports), Header()))
 
-    def _take_role(self, message: AssignStage | AssignMirror | Unassign, number: int) -> None:
+    def _apply_role(self, message: AssignStage | AssignMirror | Unassign, number: int) -> None:
         if number <= self.newest_number:
             return
         self.newest_number = number

@@ -49,20 +49,20 @@ class PromptRoles:
         self.state.lose(node_id)
         return self.tick(now_s)
 
-    def take_report(self, node_id: NodeId, held: frozenset[ShardId]) -> list[Action]:
-        self.state.take_report(node_id, row_of(held))
+    def apply_report(self, node_id: NodeId, held: frozenset[ShardId]) -> list[Action]:
+        self.state.apply_report(node_id, row_of(held))
         return self.tick(self.now_s + 2 * REPORT_INTERVAL_S)
 
     def tick(self, now_s: float) -> list[Action]:
         self.now_s = max(self.now_s, now_s)
-        if (request := self.state.take_request(self.now_s)) is not None:
+        if (request := self.state.pop_request(self.now_s)) is not None:
             self.requests.append(request)
         return self.deliver() if self.is_prompt else self.state.tick(self.now_s)
 
     def deliver(self) -> list[Action]:
         """The placements that were asked for have been computed."""
         for request in self.requests:
-            self.state.take_answer(answer_request(request))
+            self.state.accept_answer(answer_request(request))
         self.requests.clear()
         return self.state.tick(self.now_s)
 
@@ -105,7 +105,7 @@ def published(roles: PromptRoles) -> dict[ShardId, list[str]]:
 def settle(roles: PromptRoles, actions: list[Action]) -> None:
     """All nodes load what they are told and say so, until nobody is told anything."""
     while wanted := told(actions):
-        actions = [action for name, held in wanted.items() for action in roles.take_report(NodeId(name), held)]
+        actions = [action for name, held in wanted.items() for action in roles.apply_report(NodeId(name), held)]
 
 
 def seeing(name: str, *experts: int) -> NodeDescription:

@@ -36,8 +36,8 @@ from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, SamplingParameters, Token
-from services.router.mesh.loop import LoopSettings, MeshLoop
-from services.router.mesh.placer import Placer
+from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
+from services.router.mesh.placer import InlinePlacer, Placer
 from services.router.mesh.steps import StepFlow
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -111,6 +111,8 @@ def result_of(sampled: list[tuple[int, int]]) -> StepResult:
 
 class FakeClient:
     """In place of MeshClient."""
+
+    router_term = TERM
 
     def __init__(self) -> None:
         self.inbox: deque[tuple[NodeId, Message, Header]] = deque()
@@ -213,17 +215,13 @@ class FakeMesh:
         self.experts = ExpertRoles(config, shape, 1)
         self.membership = Membership(MembershipSettings())
         self.loop = MeshLoop(
-            config,
-            LoopSettings(WELCOME, "print"),
+            MeshTerms(config, "print", WELCOME),
             client,
-            self.scheduler,
-            StepFlow(client, self.scheduler, TERM, STEP_DEADLINE_S, VOCABULARY, self._sink, log),
-            self.stages,
-            self.experts,
+            StepFlow(client, self.scheduler, STEP_DEADLINE_S, VOCABULARY, self._sink, log),
+            MeshRoles(self.stages, self.experts, placer or InlinePlacer()),
             self.membership,
             log,
-            lambda: self.now_s,
-            placer=placer,
+            LoopHooks(lambda: self.now_s),
         )
         self.client.after_wait = self.loop.stop
         self.mirrors_fill = False

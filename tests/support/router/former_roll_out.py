@@ -15,7 +15,7 @@ from services.router.control.experts.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
+class ShardAssignment:
     """What the nodes are to hold next, and where calls may go now."""
 
     shards: Mapping[NodeId, frozenset[ShardId]]
@@ -36,7 +36,7 @@ def former_assignment(
     current: Mapping[NodeId, frozenset[ShardId]],
     capacity_bytes: Mapping[NodeId, int] | None = None,
     shard_bytes: int | Mapping[ShardId, int] = 1,
-) -> Assignment:
+) -> ShardAssignment:
     """The next step towards `target`. Call it again with each report; it ends with the target itself.
 
     `ready` is what nodes have loaded and tested, `current` what they were told last (both of living nodes only).
@@ -78,7 +78,7 @@ def former_assignment(
                 held[node].add(shard)
                 room -= size_of({shard})
 
-    return Assignment(
+    return ShardAssignment(
         shards={node: frozenset(held[node]) for node in living},
         owners={shard: _owners_now(shard, target, ready, held) for shard in sorted(target.owners)},
         is_complete=all(ready.get(node, frozenset()) == wanted.get(node, frozenset()) for node in {*living, *wanted}),
@@ -111,7 +111,7 @@ def next_assignment(
     current: Mapping[NodeId, frozenset[ShardId]],
     capacity_bytes: Mapping[NodeId, int] | None = None,
     shard_bytes: int = 1,
-) -> Assignment:
+) -> ShardAssignment:
     """Today's."""
     living = sorted({*ready, *current})
     shards = sorted({*target.owners}.union(*ready.values(), *current.values()))
@@ -149,4 +149,4 @@ def next_assignment(
     }
     wanted = target.shards_of()
     is_complete = all(ready.get(name, frozenset()) == wanted.get(name, frozenset()) for name in {*living, *wanted})
-    return Assignment(held, owners_now, is_complete)
+    return ShardAssignment(held, owners_now, is_complete)

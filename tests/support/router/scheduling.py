@@ -29,9 +29,15 @@ def only_plan(scheduler: Scheduler, now_s: float = 0.0) -> StepPlan:
 
 def complete(scheduler: Scheduler, plan: StepPlan, token_id: int = 1, now_s: float = 0.0) -> list[TokenOutput]:
     sampled = {chunk.sequence_id: Token(token_id) for chunk in plan.chunks if chunk.samples}
-    outputs = scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, now_s)
+    outputs = scheduler.complete(plan.step, sampled, now_s)
     scheduler.check_invariants()
     return outputs
+
+
+def is_idle(scheduler: Scheduler) -> bool:
+    """Nothing waits, runs or is in flight, but for canaries."""
+    seen = scheduler.snapshot()
+    return not (seen.num_waiting or seen.num_running) and all(step.is_canary for step in scheduler.steps_in_flight)
 
 
 def names_in(plan: StepPlan) -> list[str]:

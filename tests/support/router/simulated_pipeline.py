@@ -106,6 +106,11 @@ class SimulatedStage:
             self.mirror.stream.append((self.marks.mark, rows))
 
 
+def end_of(chunk: ScheduledChunk) -> int:
+    """The position after its last token, where a token that is sampled stands."""
+    return chunk.start_position + len(chunk.token_ids)
+
+
 class SimulatedPipeline:
     """The stages of one pipeline in one generation."""
 
@@ -231,14 +236,14 @@ class SimulatedPipeline:
             for chunk in plan.chunks:
                 rows |= self._write(self._stages[stage].cache, chunk)
                 computed = self._stages[stage].computed
-                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), chunk.sampling_position)
+                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), end_of(chunk))
         self._stages[stage].marks.finish(plan.step)
         if not plan.computing_slots or stage in plan.computing_slots:
             self._stages[stage].send_to_mirror(rows)
         if stage == 0:
             if plan.computing_slots == (1,):
                 for chunk in plan.chunks:
-                    slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+                    slots = self._slots(chunk, chunk.start_position, end_of(chunk))
                     logged = [self._stages[0].cache[slot] for slot in slots]
                     assert logged == list(chunk.token_ids), "the log says something else"
             self._arrive(1, plan)
@@ -259,7 +264,7 @@ class SimulatedPipeline:
         """What the last stage keeps is what somebody who is told the whole past would have."""
         told = self._adjustments.apply(step_message(plan), np.array([chunk.sequence_id for chunk in sampling]))
         for row, chunk in enumerate(sampling):
-            tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, chunk.sampling_position)]
+            tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, end_of(chunk))]
             prompt, generated = np.split(np.array(tokens), [len(tokens) - chunk.num_generated])
             wanted = chunk.sampling
             counted = prompt.tolist() if wanted.counts_prompt else []
@@ -289,13 +294,13 @@ class SimulatedPipeline:
         return [table[position // size] * size + position % size for position in range(start, stop)]
 
     def _write(self, cache: dict[int, int], chunk: ScheduledChunk) -> dict[int, int]:
-        slots = self._slots(chunk, chunk.start_position, chunk.sampling_position)
+        slots = self._slots(chunk, chunk.start_position, end_of(chunk))
         rows = dict(zip(slots, chunk.token_ids, strict=True))
         cache.update(rows)
         return rows
 
     def _sample(self, chunk: ScheduledChunk) -> int:
-        slots = self._slots(chunk, 0, chunk.sampling_position)
+        slots = self._slots(chunk, 0, end_of(chunk))
         tokens = [self._stages[1].cache.get(slot) for slot in slots]
         assert tokens == [self._stages[0].cache.get(slot) for slot in slots], "the stages' caches differ"
         assert None not in tokens, "a place was never written to"

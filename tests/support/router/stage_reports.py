@@ -36,7 +36,7 @@ def report(roles: StageRoles, actions: list[Action]) -> list[Action]:
     """All who were told a slot are ready for it."""
     answers: list[Action] = []
     for node_id, (message, generation) in told(actions).items():
-        answers += roles.take_ready(NodeId(node_id), ready(message), generation)
+        answers += roles.apply_ready(NodeId(node_id), ready(message), generation)
     return answers
 
 
@@ -64,4 +64,4 @@ def mirrored(roles: StageRoles, actions: list[Action]) -> None:
     """All who were told to mirror are complete."""
     for name, (_, number) in mirrors_told(actions).items():
         for is_complete in (False, True):
-            roles.take_mirror(NodeId(name), MirrorReport(number, is_complete))
+            roles.apply_mirror_report(NodeId(name), MirrorReport(number, is_complete))

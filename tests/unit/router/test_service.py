@@ -148,7 +148,7 @@ def report(roles: StageRoles, told: list[Tell]) -> list[Action]:
     for action in told:
         assert isinstance(action.message, AssignStage)
         ready = StageReady(action.message.pipeline, action.message.slot, action.message.lease_term, 1, 1)
-        answers += roles.take_ready(action.node_id, ready, action.header.generation)
+        answers += roles.apply_ready(action.node_id, ready, action.header.generation)
     return answers
 
 

@@ -1,7 +1,7 @@
 """Which expert node is to hold which shards, as nodes come, load and go. Pure: returns actions, sends nothing.
 
 What happens is only noted; `tick` then answers everything that has happened since the last one at once. A placement is
-computed elsewhere (`take_request`, `take_answer`): for a large model it takes a second. Until it has come, the one
+computed elsewhere (`pop_request`, `accept_answer`): for a large model it takes a second. Until it has come, the one
 before goes on without the nodes that are gone, and before the first one what nodes hold is served.
 
 P shards in the order of (layer, expert, slice), N nodes in the order of their ids.
@@ -24,7 +24,7 @@ from common.wire.endpoints import join_endpoints
 from services.router.control.actions import Action, Tell
 from services.router.control.experts.first_classes import FirstClasses
 from services.router.control.experts.placing import PlacementAim, PlacementAnswer, PlacementRequest
-from services.router.control.experts.roll_out import NOBODY, Assignment, Target, next_assignment
+from services.router.control.experts.roll_out import NOBODY, PlacementTarget, ShardAssignment, next_assignment
 from services.router.control.experts.shard_probes import Disagreement, ShardProbes
 from services.router.control.sizes import MeshShape, shard_bytes
 
@@ -58,9 +58,9 @@ class ExpertRoles:
         self._told_versions: dict[NodeId, int] = {}
         self._report_numbers: dict[NodeId, int] = {}
         """Of each node's newest report."""
-        self._target: Target | None = None
+        self._target: PlacementTarget | None = None
         """For the nodes that live; None: to be made anew."""
-        self._assignment: Assignment | None = None
+        self._assignment: ShardAssignment | None = None
         self._asked: tuple[NodeId, ...] = ()
         """The nodes of `_assignment`."""
         self._publication: PublishPlacement | None = None
@@ -78,7 +78,7 @@ class ExpertRoles:
         self._draining = Draining()
         self._probes = ShardProbes(self._table_shape)
         self.has_news = False
-        """Whether what may be asked has changed since `take_news`."""
+        """Whether what may be asked has changed since `pop_news`."""
 
     @property
     def version(self) -> int:
@@ -146,7 +146,7 @@ class ExpertRoles:
             self._probes.forget(node_id)
             self._change()
 
-    def take_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
+    def apply_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
         """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
         says nothing."""
         if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
@@ -159,7 +159,7 @@ class ExpertRoles:
         held = self.read_shards(message.shards, "ShardsReady.shards")
         found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else []
         if all(one.node_id != node_id for one in found):
-            self.take_report(node_id, held, message.number)
+            self.apply_report(node_id, held, message.number)
         return [self._refuse(one) for one in found]
 
     def _refuse(self, found: Disagreement) -> Action:
@@ -212,16 +212,16 @@ class ExpertRoles:
         self._rolled_s = now_s
         return self._roll_on()
 
-    def take_request(self, now_s: float) -> PlacementRequest | None:
+    def pop_request(self, now_s: float) -> PlacementRequest | None:
         """What is to be placed now; None: nothing, or the last request is not answered yet."""
         if not self._has_settled(now_s):
             return None
         nodes = [node for node_id, node in self._nodes.items() if node_id not in self._draining]
-        return self._aim.take_request(nodes, self._ready, self._told)
+        return self._aim.pop_request(nodes, self._ready, self._told)
 
-    def take_answer(self, answer: PlacementAnswer) -> None:
-        """What `take_request` asked for."""
-        if self._aim.take_answer(answer):
+    def accept_answer(self, answer: PlacementAnswer) -> None:
+        """What `pop_request` asked for."""
+        if self._aim.accept_answer(answer):
             self._target, self._has_changed = None, True
 
     def publish_to(self, stages: list[NodeId]) -> list[Action]:
@@ -241,7 +241,7 @@ class ExpertRoles:
         """Tell a node what it is to hold; it reports then, also what it has said before."""
         return [self._assign(node_id)]
 
-    def take_news(self, stages: list[NodeId]) -> list[Action]:
+    def pop_news(self, stages: list[NodeId]) -> list[Action]:
         """Publish to all stages what has changed."""
         self.has_news = False
         return self.publish_to(stages)
@@ -294,7 +294,7 @@ class ExpertRoles:
         frame = array_to_frame(bitmap.reshape(self._table_shape))
         return Tell(node_id, AssignShards(self._told_versions[node_id], frame), Header())
 
-    def _publish(self, assignment: Assignment) -> PublishPlacement:
+    def _publish(self, assignment: ShardAssignment) -> PublishPlacement:
         described = [self._nodes[node_id] for node_id in self._asked]
         return PublishPlacement(
             version=self._version,

@@ -15,7 +15,7 @@ from common.ids import NodeId
 from common.topology import NodeDescription, ShardId
 from common.wire.array import BoolArray, Int32Array, Int64Array, Uint8Array
 from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
-from services.router.control.experts.roll_out import NOBODY, Target, aim
+from services.router.control.experts.roll_out import NOBODY, PlacementTarget, aim
 
 MAX_NAMED = 8
 MAX_STALE_ANSWERS = 2
@@ -187,7 +187,7 @@ class PlacementAim:
         self._state_version += 1
         self._must_place = True
 
-    def take_request(
+    def pop_request(
         self, nodes: list[NodeDescription], ready: Mapping[NodeId, BoolArray], told: Mapping[NodeId, BoolArray]
     ) -> PlacementRequest | None:
         """What is to be placed now, on `nodes`; None: nothing, or the last request is not answered yet."""
@@ -207,7 +207,7 @@ class PlacementAim:
             told=pack([told.get(node_id, ready[node_id]) for node_id in holders], self._is_named.size),
         )
 
-    def take_answer(self, answer: PlacementAnswer) -> bool:
+    def accept_answer(self, answer: PlacementAnswer) -> bool:
         """False for one that is passed over."""
         if answer.version == self._requested:
             self._requested = None
@@ -218,7 +218,7 @@ class PlacementAim:
         self.answer = answer
         return True
 
-    def target(self, ready: Mapping[NodeId, BoolArray]) -> Target:
+    def target(self, ready: Mapping[NodeId, BoolArray]) -> PlacementTarget:
         """For the nodes of `ready`, who live; before the first placement, that they keep what they have."""
         nodes = sorted(ready)
         if self.answer is None:

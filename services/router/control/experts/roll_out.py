@@ -17,7 +17,7 @@ NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PlacementTarget:
     """Where shards are to be in the end."""
 
     owners: Int64Array
@@ -32,7 +32,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
+class ShardAssignment:
     """What the nodes are to hold next, and where calls may go now."""
 
     shards: BoolArray
@@ -44,18 +44,18 @@ class Assignment:
     """[P]: shards that nobody can serve now."""
 
 
-def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, is_settled: bool) -> Target:
+def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, is_settled: bool) -> PlacementTarget:
     """The target with these owners [C, P]."""
     goals = np.zeros((num_nodes, owners.shape[1]), dtype=np.bool_)
     for nodes in owners:
         shards = np.flatnonzero(nodes != NOBODY)
         goals[nodes[shards], shards] = True
-    return Target(owners, goals, is_named, is_settled)
+    return PlacementTarget(owners, goals, is_named, is_settled)
 
 
 def next_assignment(
-    target: Target, ready: BoolArray, told: Sequence[BoolArray], room_shards: Int64Array | None
-) -> Assignment:
+    target: PlacementTarget, ready: BoolArray, told: Sequence[BoolArray], room_shards: Int64Array | None
+) -> ShardAssignment:
     """The next step towards `target`. Call it again with each report; it ends with the target itself.
 
     `ready` [N, P] is what nodes have loaded and tested, `told` [P] by node what they were told last, `room_shards` [N]
@@ -80,7 +80,7 @@ def next_assignment(
     owners = _ask_order(ready & held, target)
     owners[:, ~target.is_named] = 0
     is_served = owners[0] > 0 if len(owners) else np.zeros_like(target.is_named)
-    return Assignment(held, owners, target.is_named & ~is_served)
+    return ShardAssignment(held, owners, target.is_named & ~is_served)
 
 
 def _count_rows(table: BoolArray) -> Int64Array:
@@ -109,7 +109,7 @@ def _exchange(
         held[node, wanted[order][: max(0, int(room[node]) + going.size)]] = True
 
 
-def _ask_order(usable: BoolArray, target: Target) -> Int32Array:
+def _ask_order(usable: BoolArray, target: PlacementTarget) -> Int32Array:
     """Owners first, in their order; then those who hold a shard that they are not to keep, by their ids."""
     further = usable > target.goals
     others = np.flatnonzero(further.any(axis=1)).tolist()

@@ -72,16 +72,16 @@ class ShardProbes:
         self._answers.pop(node_id, None)
 
     def compare(self, node: NodeDescription, report: ShardsReady) -> list[Disagreement]:
-        """As `take`, of a report; nodes of an older version say nothing. Raises ProtocolError with the field's name."""
+        """As `judge`, of a report; nodes of an older version say nothing. Raises ProtocolError that names the field."""
         if report.digests.shape == NO_ARRAY.shape:
             return []
         digests: Int32Array = frame_to_array(report.digests, "int32", self._table_shape, "ShardsReady.digests")
         projections: Float32Array = frame_to_array(
             report.projections, "float32", self._table_shape, "ShardsReady.projections"
         )
-        return self.take(node.node_id, node.numeric_class, digests.reshape(-1), projections.reshape(-1))
+        return self.judge(node.node_id, node.numeric_class, digests.reshape(-1), projections.reshape(-1))
 
-    def take(
+    def judge(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
     ) -> list[Disagreement]:
         """A node's answers, [P] each; everybody who is found wrong by them. Who was stays a witness for others that say

@@ -129,19 +129,19 @@ def adoption() -> Adoption:
 def test_a_pipeline_is_taken_over_once_all_its_holders_are_back_and_another_one_after_it() -> None:
     waiting = adoption()
     waiting.claim(NodeId("a"), holder(0, 0), 10.0)
-    assert waiting.take(10.0) == []
+    assert waiting.pop_complete(10.0) == []
     waiting.claim(NodeId("b"), holder(0, 1), 10.0)
     waiting.claim(NodeId("d"), holder(1, 1), 10.03)
-    (first,) = waiting.take(10.03)
+    (first,) = waiting.pop_complete(10.03)
     assert (first.pipeline, first.holders, first.lease_terms) == (0, ("a", "b"), (7, 7))
     assert waiting.is_pending
     assert (waiting.has_claim(NodeId("a")), waiting.has_claim(NodeId("d"))) == (False, True)
     assert (waiting.may_know(10), waiting.may_know(11)) == (False, True)
     waiting.claim(NodeId("c"), holder(1, 0), 10.06)
     waiting.claim(NodeId("e"), holder(0, 0), 10.06)
-    (second,) = waiting.take(10.06)
+    (second,) = waiting.pop_complete(10.06)
     assert (second.pipeline, second.holders) == (1, ("c", "d"))
-    assert waiting.take(10.0 + ADOPT_S) == [], "a slot that was given back is not claimed again"
+    assert waiting.pop_complete(10.0 + ADOPT_S) == [], "a slot that was given back is not claimed again"
     assert not waiting.is_pending
 
 
@@ -152,22 +152,22 @@ def test_of_two_who_claim_a_slot_the_one_that_came_further_in_it_gets_it(order: 
     for name, held in claims if order == "stale first" else reversed(claims):
         waiting.claim(NodeId(name), held, 10.0)
     waiting.claim(NodeId("b"), holder(0, 1), 10.0)
-    (taken,) = waiting.take(10.0)
+    (taken,) = waiting.pop_complete(10.0)
     assert taken.holders == ("true", "b")
     assert not waiting.has_claim(NodeId("stale"))
-    assert waiting.take_losers() == {"stale": 7}
-    assert waiting.take_losers() == {}
+    assert waiting.pop_losers() == {"stale": 7}
+    assert waiting.pop_losers() == {}
 
 
 def test_a_holder_far_behind_the_others_of_its_pipeline_may_have_been_replaced_so_its_successor_is_waited_for() -> None:
     waiting = adoption()
     waiting.claim(NodeId("a"), replace(holder(0, 0), last_step=51 + MAX_STEPS_APART), 10.0)
     waiting.claim(NodeId("stale"), holder(0, 1), 10.0)
-    assert waiting.take(10.0) == []
+    assert waiting.pop_complete(10.0) == []
     waiting.claim(NodeId("true"), replace(holder(0, 1), last_step=51 + MAX_STEPS_APART), 10.5)
-    (taken,) = waiting.take(10.5)
+    (taken,) = waiting.pop_complete(10.5)
     assert taken.holders == ("a", "true")
-    assert waiting.take_losers() == {"stale": 7}
+    assert waiting.pop_losers() == {"stale": 7}
 
 
 def test_where_everything_was_started_anew_nobody_is_waited_for() -> None:
@@ -175,9 +175,9 @@ def test_where_everything_was_started_anew_nobody_is_waited_for() -> None:
     for name in "ab":
         waiting.see_process(is_new=True)
         waiting.claim(NodeId(name), None, 10.0)
-    assert waiting.take(10.0 + NEW_S - 0.01) == []
+    assert waiting.pop_complete(10.0 + NEW_S - 0.01) == []
     assert waiting.is_pending
-    assert waiting.take(10.0 + NEW_S) == []
+    assert waiting.pop_complete(10.0 + NEW_S) == []
     assert not waiting.is_pending
 
 
@@ -189,7 +189,7 @@ def test_holders_are_waited_for_where_one_process_has_outlived_the_router_or_too
     for number, is_new in enumerate(seen):
         waiting.see_process(is_new)
         waiting.claim(NodeId(f"{number}"), None, 10.0)
-    waiting.take(10.0 + ADOPT_S - 0.01)
+    waiting.pop_complete(10.0 + ADOPT_S - 0.01)
     assert waiting.is_pending
 
 
@@ -198,21 +198,21 @@ def test_a_claim_that_is_too_late_or_of_another_shape_loses() -> None:
     waiting.claim(NodeId("other shape"), replace(holder(0, 0), num_slots=3), 10.0)
     waiting.claim(NodeId("gone again"), replace(holder(0, 0), num_slots=3), 10.0)
     waiting.withdraw(NodeId("gone again"))
-    waiting.take(10.0 + ADOPT_S)
+    waiting.pop_complete(10.0 + ADOPT_S)
     waiting.claim(NodeId("late"), replace(holder(0, 0), lease_term=8), 12.0)
-    assert waiting.take_losers() == {"other shape": 7, "late": 8}
+    assert waiting.pop_losers() == {"other shape": 7, "late": 8}
 
 
 def test_when_the_time_is_up_a_pipeline_is_taken_over_with_a_hole_and_nobody_is_waited_for() -> None:
     waiting = adoption()
-    assert waiting.take(99.0) == [], "the time runs from the first node that registers"
+    assert waiting.pop_complete(99.0) == [], "the time runs from the first node that registers"
     waiting.claim(NodeId("s"), None, 10.0)
     waiting.claim(NodeId("b"), holder(0, 1), 11.0)
     waiting.claim(NodeId("d"), holder(1, 1), 11.0)
     waiting.withdraw(NodeId("d"))
-    assert waiting.take(9.99 + ADOPT_S) == []
-    (taken,) = waiting.take(10.0 + ADOPT_S)
+    assert waiting.pop_complete(9.99 + ADOPT_S) == []
+    (taken,) = waiting.pop_complete(10.0 + ADOPT_S)
     assert (taken.holders, taken.lease_terms) == ((None, "b"), (0, 7))
     assert not waiting.may_know(11)
     waiting.claim(NodeId("c"), holder(1, 0), 12.0)
-    assert waiting.take(12.0) == []
+    assert waiting.pop_complete(12.0) == []

@@ -22,9 +22,9 @@ from services.router.control.readiness import (
     NodeEvidence,
     PipelineEvidence,
     ProgressWatch,
+    accepts_requests,
     judge,
     judge_age,
-    takes_requests,
 )
 from services.router.engine import Readiness
 
@@ -87,7 +87,7 @@ def test_a_pipeline_through_which_nothing_has_come_yet_does_not_count() -> None:
     """Its holders live and are reached; whether they reach each other only an answer shows."""
     seen = with_pipeline(has_answered=False)
     assert judge(seen, NOW_S).missing == ("pipeline 0: nothing has come through its links yet",)
-    assert not takes_requests(seen, NOW_S)
+    assert not accepts_requests(seen, NOW_S)
 
 
 def test_a_holder_that_is_not_known_any_more_is_missing() -> None:
@@ -134,8 +134,8 @@ def test_a_request_that_is_stuck_is_a_no_although_another_pipeline_takes_new_one
     other = replace(PIPELINE, pipeline=PipelineId(1))
     seen = evidence(pipelines=(replace(PIPELINE, token=overdue(3)), other))
     assert judge(seen, NOW_S).missing == ("pipeline 0: a request that runs has been without a token for 3.0 s",)
-    assert takes_requests(seen, NOW_S)
-    assert not takes_requests(evidence(pipelines=(replace(PIPELINE, token=overdue(3)),)), NOW_S)
+    assert accepts_requests(seen, NOW_S)
+    assert not accepts_requests(evidence(pipelines=(replace(PIPELINE, token=overdue(3)),)), NOW_S)
 
 
 @pytest.mark.parametrize("names", [(A,), (X, Y)], ids=["stage", "experts"])

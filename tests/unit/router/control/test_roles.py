@@ -11,7 +11,6 @@ from services.router.control.roles import (
     ObservedStage,
     RolePlan,
     describe_unfilled,
-    layers_of,
     loadable_slots,
     plan_roles,
 )
@@ -144,11 +143,6 @@ def test_slots_of_another_shape_are_not_kept() -> None:
 def test_impossible_settings_are_refused(pp: int, spares: int) -> None:
     with pytest.raises(ConfigurationError):
         plan_roles([], {}, pp, spares)
-
-
-def test_layers_are_those_of_the_slot_in_every_pipeline() -> None:
-    layer_ranges = [LayerRange(0, 3), LayerRange(3, 7)]
-    assert layers_of(slot(0, 1), layer_ranges) == layers_of(slot(5, 1), layer_ranges) == LayerRange(3, 7)
 
 
 @settings(max_examples=200, deadline=None)

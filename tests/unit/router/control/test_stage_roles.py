@@ -45,11 +45,11 @@ def test_it_opens_with_the_last_of_its_slots_and_once() -> None:
     roles = roles_of()
     roles.join(node("a"))
     (a, generation), (b, _) = told(roles.join(node("b"))).values()
-    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
-    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
-    (action,) = roles.take_ready(NodeId("a"), ready(a), generation)
+    assert roles.apply_ready(NodeId("b"), ready(b), generation) == []
+    assert roles.apply_ready(NodeId("b"), ready(b), generation) == []
+    (action,) = roles.apply_ready(NodeId("a"), ready(a), generation)
     assert action == OpenPipeline(PipelineId(0), Generation(generation), NodeId("a"), 32, 2, (7, 7))
-    assert roles.take_ready(NodeId("a"), ready(a), generation) == []
+    assert roles.apply_ready(NodeId("a"), ready(a), generation) == []
     assert roles.num_open == 1
 
 
@@ -57,16 +57,16 @@ def test_reports_of_another_generation_slot_or_node_change_nothing() -> None:
     roles = roles_of()
     roles.join(node("a"))
     (a, generation), (b, _) = told(roles.join(node("b"))).values()
-    roles.take_ready(NodeId("a"), ready(a), generation)
+    roles.apply_ready(NodeId("a"), ready(a), generation)
     for name, message, of in (
         ("b", b, generation - 1),
         ("b", b, generation + 1),
         ("a", b, generation),
         ("c", b, generation),
     ):
-        assert roles.take_ready(NodeId(name), ready(message), of) == []
+        assert roles.apply_ready(NodeId(name), ready(message), of) == []
     for pipeline, slot in ((0, 2), (0, 2**40), (1, 1)):
-        assert roles.take_ready(NodeId("b"), StageReady(pipeline, slot, 1, 1, 1), generation) == []
+        assert roles.apply_ready(NodeId("b"), StageReady(pipeline, slot, 1, 1, 1), generation) == []
     assert roles.num_open == 0
 
 
@@ -104,9 +104,9 @@ def test_a_pipeline_does_not_open_with_a_hole_that_came_while_another_was_filled
     roles.lose(NodeId("a"))
     assignments = told(roles.join(node("c")))
     (b, generation), (c, _) = assignments["b"], assignments["c"]
-    assert roles.take_ready(NodeId("b"), ready(b), generation) == []
+    assert roles.apply_ready(NodeId("b"), ready(b), generation) == []
     assert roles.lose(NodeId("b")) == []
-    assert roles.take_ready(NodeId("c"), ready(c), generation) == []
+    assert roles.apply_ready(NodeId("c"), ready(c), generation) == []
     assert (roles.num_open, roles.num_suspended) == (0, 1)
     answers = report(roles, roles.join(node("d")))
     assert [type(action) for action in answers] == [OpenPipeline]
@@ -131,11 +131,11 @@ def test_spares_mirror_the_slots_of_an_open_pipeline_one_each() -> None:
     assert {name: message.slot for name, (message, _) in follows.items()} == {"c": 0, "d": 1}
     assert follows["d"][0].primary == ("tcp://b:1",)
     number = follows["d"][1]
-    (tell,) = roles.take_mirror(NodeId("d"), MirrorReport(number, False))
+    (tell,) = roles.apply_mirror_report(NodeId("d"), MirrorReport(number, False))
     assert isinstance(tell, Tell)
     assert (tell.node_id, tell.message) == ("b", MirrorTo(1, "d", ("tcp://d:1",), "token of d"))
-    assert roles.take_mirror(NodeId("d"), MirrorReport(number, True)) == []
-    assert roles.take_mirror(NodeId("c"), MirrorReport(number, True)) == [], "it was told another role"
+    assert roles.apply_mirror_report(NodeId("d"), MirrorReport(number, True)) == []
+    assert roles.apply_mirror_report(NodeId("c"), MirrorReport(number, True)) == [], "it was told another role"
 
 
 def test_a_mirror_takes_the_slot_that_it_follows_also_beside_an_open_pipeline() -> None:
@@ -296,12 +296,12 @@ def test_the_mirror_that_shares_a_host_goes_on_until_its_successor_elsewhere_has
     assert (roles.mirrors.node_of(slot), roles.mirrors.num_complete) == ("a2", 1)
     _, number = mirrors_told(roles.join(on_host("b1")))["b1"]
     assert roles.mirrors.node_of(slot) == "a2"
-    actions = roles.take_mirror(NodeId("b1"), MirrorReport(number, False))
+    actions = roles.apply_mirror_report(NodeId("b1"), MirrorReport(number, False))
     assert [
         (a.node_id, a.message.node_id) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
     ] == [("a1", "b1")]
     assert roles.mirrors.nodes[slot] == "b1"
-    roles.take_mirror(NodeId("b1"), MirrorReport(number, True))
+    roles.apply_mirror_report(NodeId("b1"), MirrorReport(number, True))
     assert roles.mirrors.node_of(slot) == "b1"
 
 
@@ -310,7 +310,7 @@ def test_a_successor_that_cannot_load_leaves_the_pair_as_it_was() -> None:
     slot = StageSlot(PipelineId(0), SlotIndex(0))
     mirrored(roles, opened_on(roles, "a1", "a2"))
     _, number = mirrors_told(roles.join(on_host("b1")))["b1"]
-    roles.take_refusal(NodeId("b1"), number)
+    roles.apply_refusal(NodeId("b1"), number)
     assert roles.mirrors.node_of(slot) == "a2"
     assert mirror_of(roles.join(on_host("a3"))) == {}
 
@@ -337,14 +337,14 @@ def test_a_slot_that_its_new_holder_cannot_take_goes_to_a_spare_that_may() -> No
     roles = roles_of(pp=1, spares=2)
     opened_on(roles, "a1", "a2", "a3")
     ((first, (_, generation)),) = told(roles.lose(NodeId("a1"))).items()
-    actions = roles.take_refusal(NodeId(first), generation)
+    actions = roles.apply_refusal(NodeId(first), generation)
     ((second, (assigned, _)),) = told(actions).items()
     assert {first, second} == {"a2", "a3"}
     assert assigned.lease_term == 3
     assert [
         action.node_id for action in actions if isinstance(action, Tell) and isinstance(action.message, Unassign)
     ] == [first]
-    assert roles.take_refusal(NodeId(first), generation) == [], "told again it is no news"
+    assert roles.apply_refusal(NodeId(first), generation) == [], "told again it is no news"
 
 
 def test_a_slot_that_nobody_could_take_stays_with_the_last_of_them_and_is_tried_by_all_again() -> None:
@@ -356,8 +356,8 @@ def test_a_slot_that_nobody_could_take_stays_with_the_last_of_them_and_is_tried_
         (holder,) = roles.pipelines[PipelineId(0)].holders
         assert holder is not None
         asked = roles.pipelines[PipelineId(0)].generation
-        ((other, (_, generation)),) = told(roles.take_refusal(holder, asked)).items()
-        assert roles.take_refusal(NodeId(other), generation) == [], "nobody is left: it is asked again, but later"
+        ((other, (_, generation)),) = told(roles.apply_refusal(holder, asked)).items()
+        assert roles.apply_refusal(NodeId(other), generation) == [], "nobody is left: it is asked again, but later"
         assert roles.waits_for(NodeId(other), generation) == PipelineId(0)
         tried += [holder, other]
         roles.renew(PipelineId(0))
@@ -369,7 +369,7 @@ def test_who_could_not_take_a_slot_gets_it_when_nobody_else_is_left() -> None:
     opened_on(roles, "a1", "a2")
     roles.renew(PipelineId(0))
     generation = roles.pipelines[PipelineId(0)].generation
-    assert list(told(roles.take_refusal(NodeId("a1"), generation))) == ["a2"]
+    assert list(told(roles.apply_refusal(NodeId("a1"), generation))) == ["a2"]
     assert list(told(roles.lose(NodeId("a2")))) == ["a1"]
 
 
@@ -378,8 +378,8 @@ def test_another_spare_follows_a_slot_whose_mirror_could_not_load_it() -> None:
     told = mirrors_told(opened_on(roles, "a1", "a2"))
     ((name, (_, number)),) = told.items()
     assert mirrors_told(roles.join(on_host("a3"))) == {}, "it is idle"
-    assert list(mirrors_told(roles.take_refusal(NodeId(name), number))) == ["a3"]
-    assert roles.take_refusal(NodeId(name), number) == [], "told again it is no news"
+    assert list(mirrors_told(roles.apply_refusal(NodeId(name), number))) == ["a3"]
+    assert roles.apply_refusal(NodeId(name), number) == [], "told again it is no news"
 
 
 def test_the_only_spare_that_could_not_load_a_mirror_is_asked_again_less_and_less_often_until_it_can() -> None:
@@ -387,21 +387,21 @@ def test_the_only_spare_that_could_not_load_a_mirror_is_asked_again_less_and_les
     ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
     now_s = 100.0
     for wait_s in (RETRY_S, 2 * RETRY_S):
-        assert roles.take_refusal(NodeId(name), number) == [], "there is nobody else"
+        assert roles.apply_refusal(NodeId(name), number) == [], "there is nobody else"
         assert (roles.waits, roles.mirrors.num_missing) == (True, 1)
         assert roles.tick(now_s) == roles.tick(now_s + wait_s - 0.1) == []
         now_s += wait_s
         ((again, (_, number)),) = mirrors_told(roles.tick(now_s)).items()
         assert (again, roles.waits) == (name, False)
-    roles.take_mirror(NodeId(name), MirrorReport(number, False))
-    roles.take_mirror(NodeId(name), MirrorReport(number, True))
+    roles.apply_mirror_report(NodeId(name), MirrorReport(number, False))
+    roles.apply_mirror_report(NodeId(name), MirrorReport(number, True))
     assert roles.mirrors.num_missing == 0
 
 
 def test_what_a_spare_could_not_load_is_forgotten_with_it() -> None:
     roles = roles_of(pp=1, spares=1)
     ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
-    roles.take_refusal(NodeId(name), number)
+    roles.apply_refusal(NodeId(name), number)
     roles.lose(NodeId(name))
     assert not roles.waits
 

@@ -72,13 +72,13 @@ class Stages(RuleBasedStateMachine):
             elif isinstance(action.message, Unassign):
                 self.believed[action.node_id] = None
             else:
-                self.take_assignment(action)
+                self.apply_assignment(action)
                 assigned.add(action.header.generation)
         if assigned:
             assert min(assigned) > self.last_generation
             self.last_generation = max(assigned)
 
-    def take_assignment(self, action: Tell) -> None:
+    def apply_assignment(self, action: Tell) -> None:
         message = action.message
         assert isinstance(message, AssignStage)
         assert action.node_id in self.believed, "only the living are told anything"
@@ -106,7 +106,7 @@ class Stages(RuleBasedStateMachine):
     def mirror(self, number: int, is_complete: bool) -> None:
         if self.mirrors:
             name, role_number = self.mirrors[number % len(self.mirrors)]
-            self.carry_out(self.roles.take_mirror(NodeId(name), MirrorReport(role_number, is_complete)))
+            self.carry_out(self.roles.apply_mirror_report(NodeId(name), MirrorReport(role_number, is_complete)))
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
@@ -126,7 +126,7 @@ class Stages(RuleBasedStateMachine):
             if not age:
                 self.reported.add((slot.pipeline, slot.index, generation))
             message = StageReady(slot.pipeline, slot.index, term, 1, 1)
-            self.carry_out(self.roles.take_ready(NodeId(name), message, generation - age))
+            self.carry_out(self.roles.apply_ready(NodeId(name), message, generation - age))
 
     @rule(name=st.sampled_from(NAMES), repeats=st.integers(1, 2))
     def refuse(self, name: str, repeats: int) -> None:
@@ -134,13 +134,13 @@ class Stages(RuleBasedStateMachine):
         belief = self.believed.get(name)
         if belief is not None:
             for _ in range(repeats):
-                self.carry_out(self.roles.take_refusal(NodeId(name), belief[2]))
+                self.carry_out(self.roles.apply_refusal(NodeId(name), belief[2]))
 
     @rule(number=st.integers(0, 50))
     def refuse_to_mirror(self, number: int) -> None:
         if self.mirrors:
             name, role_number = self.mirrors[number % len(self.mirrors)]
-            self.carry_out(self.roles.take_refusal(NodeId(name), role_number))
+            self.carry_out(self.roles.apply_refusal(NodeId(name), role_number))
 
     @invariant()
     def nobody_holds_two_slots_and_no_slot_has_two_holders(self) -> None:

@@ -40,6 +40,7 @@ from tests.support.router.fake_mesh import (
     said_to,
 )
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS, node
+from tests.support.router.scheduling import is_idle
 
 IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 FIRST = PipelineId(0)
@@ -168,7 +169,7 @@ def test_a_request_gets_its_tokens_and_its_end(mesh: FakeMesh) -> None:
     last = mesh.outcomes["r"][-1]
     assert isinstance(last, Token)
     assert last.finish_reason is FinishReason.LENGTH
-    assert mesh.scheduler.is_idle
+    assert is_idle(mesh.scheduler)
 
 
 def test_a_request_that_cannot_be_taken_is_refused_at_once(mesh: FakeMesh) -> None:
@@ -196,7 +197,7 @@ def test_a_cancelled_request_gets_nothing_more(mesh: FakeMesh) -> None:
     mesh.settle()
     assert len(mesh.tokens("r")) == count
     assert mesh.errors("r") == []
-    assert mesh.scheduler.is_idle
+    assert is_idle(mesh.scheduler)
 
 
 def test_a_spare_takes_a_lost_stages_slot_and_no_token_is_lost_or_doubled() -> None:

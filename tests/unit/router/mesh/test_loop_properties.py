@@ -13,6 +13,7 @@ from common.messages import Failed, Leave
 from common.topology import NodeKind
 from common.wire.transport import LinkEvent
 from tests.support.router.fake_mesh import FakeMesh, build_request, hello_of, reference_tokens
+from tests.support.router.scheduling import is_idle
 
 
 class Mesh(RuleBasedStateMachine):
@@ -141,7 +142,7 @@ class Mesh(RuleBasedStateMachine):
         for name, request in self.requests.items():
             if name not in self.cancelled and not self.mesh.errors(name):
                 assert self.mesh.tokens(name) == reference_tokens(request)
-        assert self.mesh.scheduler.is_idle
+        assert is_idle(self.mesh.scheduler)
 
 
 TestMesh = Mesh.TestCase

@@ -40,7 +40,7 @@ def mesh() -> FakeMesh:
     return ready_mesh()
 
 
-def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:
+def test_results_of_another_term_generation_or_step_are_dropped_and_counted(mesh: FakeMesh) -> None:
     mesh.loop.submit(build_request("r"))
     mesh.turn()
     stages = mesh.client.pipelines[FIRST]
@@ -49,13 +49,12 @@ def test_results_of_another_term_generation_attempt_or_step_are_dropped_and_coun
     for changed in (
         replace(header, router_term=TERM - 1),
         replace(header, generation=header.generation + 1),
-        replace(header, attempt=header.attempt + 1),
         replace(header, step=header.step + 100),
     ):
         mesh.client.answers.append((result, changed))
     mesh.client.answers.append((Leave("?"), header))
     mesh.turn(0.2)
-    assert mesh.loop.status.hops.dropped == before + 5
+    assert mesh.loop.status.hops.dropped == before + 4
     assert mesh.tokens("r") == []
     mesh.client.answers.append((result, header))
     mesh.turn()
@@ -256,7 +255,7 @@ def test_a_request_that_fits_no_message_fails_and_those_in_its_step_go_on(mesh: 
 
 @pytest.mark.parametrize(
     ("owner", "method"),
-    [(Request, "token_ids"), (Request, "take_token"), (PipelineSchedule, "_give_back"), (PipelineSchedule, "admit")],
+    [(Request, "token_ids"), (Request, "accept_token"), (PipelineSchedule, "_give_back"), (PipelineSchedule, "admit")],
 )
 def test_an_error_while_a_request_is_handled_ends_it_and_not_the_mesh(
     mesh: FakeMesh, owner: type, method: str, monkeypatch: pytest.MonkeyPatch

@@ -55,7 +55,7 @@ class Placing:
         self.has_answer.clear()
         self.placer.begin(request)
         assert self.has_answer.wait(30.0)
-        return self.placer.take()
+        return self.placer.pop_answer()
 
     @property
     def events(self) -> list[str]:
@@ -87,7 +87,7 @@ def is_same(answer: PlacementAnswer | None, request: PlacementRequest) -> bool:
 def test_another_process_gives_the_answers_that_this_one_would_give(placing: Placing) -> None:
     for request in (request_of(3), request_of(1, version=8), request_of(2, capacity_bytes=50)):
         assert is_same(placing.answer(request), request)
-    assert placing.placer.take() is None
+    assert placing.placer.pop_answer() is None
 
 
 def test_a_process_that_is_killed_is_replaced_and_asked_again(placing: Placing) -> None:
@@ -173,7 +173,7 @@ def test_a_process_that_gets_processor_time_is_waited_for_until_the_limit(
     with os.fdopen(reader), os.fdopen(writer, "wb"):
         raises = pytest.raises(TimeoutError, match=reason) if reason else contextlib.nullcontext()
         with raises:
-            placer.Patience(limit_s, cpu_seconds).wait(reader, select.POLLIN)
+            placer.ProcessPatience(limit_s, cpu_seconds).wait(reader, select.POLLIN)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")

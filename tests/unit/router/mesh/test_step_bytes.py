@@ -27,7 +27,7 @@ def step_bytes(plan: StepPlan) -> int:
 
 def answer(scheduler: Scheduler, plan: StepPlan) -> None:
     sampled = {chunk.sequence_id: Token(7) for chunk in plan.chunks if chunk.samples}
-    scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
+    scheduler.complete(plan.step, sampled, 0.0)
 
 
 def sizes_after_the_first(changes: dict[str, object], num_steps: int = 20) -> list[int]:

@@ -44,7 +44,7 @@ def chunk(
 
 def plan(*chunks: ScheduledChunk, released: tuple[int, ...] = ()) -> StepPlan:
     return StepPlan(
-        StepId(9), PipelineId(2), Generation(5), 1, tuple(chunks), tuple(SequenceId(sequence) for sequence in released)
+        StepId(9), PipelineId(2), Generation(5), tuple(chunks), tuple(SequenceId(sequence) for sequence in released)
     )
 
 
@@ -87,7 +87,7 @@ def test_a_step_without_chunks_has_all_its_columns() -> None:
 
 def test_the_header_fences_the_step() -> None:
     header = step_header(plan(chunk(1)), 3, 1500)
-    assert header == Header(router_term=3, generation=5, attempt=1, step=9, time_left_ms=1500, trace="2/9")
+    assert header == Header(router_term=3, generation=5, step=9, time_left_ms=1500, trace="2/9")
 
 
 @settings(deadline=None)
@@ -186,7 +186,7 @@ def rows(frame: TensorFrame) -> list[list[float]]:
 
 
 def message(*chunks: ScheduledChunk) -> Any:
-    return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), 0, chunks, ()))
+    return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), chunks, ()))
 
 
 def test_rows_without_penalties_cost_nothing() -> None:

@@ -17,7 +17,7 @@ from services.router.scheduling.admission import (
 )
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.router.scheduling import add, complete, make_scheduler, names_in
+from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in
 from tests.support.router.simulated_pipeline import build_request
 
 
@@ -124,15 +124,15 @@ def run(scheduler: Scheduler, num_rounds: int) -> list[str]:
 
 def test_requests_of_one_choice_stand_in_the_order_of_their_arrival() -> None:
     line = Line()
-    places = [line.take_place(build_request(name, 1, 1)) for name in "abc"]
+    places = [line.enter(build_request(name, 1, 1)) for name in "abc"]
     assert places == sorted(set(places))
 
 
 def test_each_further_choice_lets_one_later_request_pass() -> None:
     line = Line()
-    many = [line.take_place(choice("m", index)) for index in range(10)]
+    many = [line.enter(choice("m", index)) for index in range(10)]
     for later in range(1, 5):
-        place = line.take_place(build_request(f"later{later}", 1, 1))
+        place = line.enter(build_request(f"later{later}", 1, 1))
         assert sum(place > other for other in many) == later + 1
     assert [place >> PLACE_SHIFT for place in many] == list(range(1, 11))
 
@@ -164,7 +164,7 @@ def test_a_request_has_all_places_while_nobody_else_wants_any_and_all_its_choice
     for _ in range(200):
         for plan in scheduler.schedule(0.0):
             complete(scheduler, plan)
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
     assert scheduler.counters.requests_finished == 32
 
 

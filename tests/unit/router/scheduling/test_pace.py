@@ -12,7 +12,7 @@ from services.router.control.readiness import Awaited
 from services.router.scheduling.pace import SLOW_FACTOR, UNANSWERED_S, RequestPace, StepPace, awaited
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.router.scheduling import P0, add, complete, make_scheduler, only_plan
+from tests.support.router.scheduling import P0, add, complete, is_idle, make_scheduler, only_plan
 
 LATE = DeadlineError("pipeline 0 did not answer a step in time")
 
@@ -23,7 +23,7 @@ def token_of(scheduler: Scheduler) -> Awaited | None:
 
 def fail(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
     """By its deadline; the pipeline gets a new generation with its caches as they were."""
-    scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, LATE, now_s)
+    scheduler.fail_step(plan.step, LATE, now_s)
     scheduler.suspend_pipeline(P0, now_s)
     scheduler.open_pipeline(P0, Generation(plan.generation + 1), 100, 1, now_s, kv_marks=(10**6,))
 
@@ -95,7 +95,7 @@ def test_a_request_in_line_for_its_first_step_is_not_stuck_while_others_get_on()
     scheduler = make_scheduler(max_batch_tokens=4, prefill_chunk_tokens=4)
     add(scheduler, *"abcdef", prompt_length=40, max_tokens=2)
     now_s = 0.0
-    while not scheduler.is_idle:
+    while not is_idle(scheduler):
         now_s = decode(scheduler, 1, 1.0, now_s)
         assert is_silence_explained(scheduler, now_s)
     assert now_s > 40, "the last one waited for its turn for that long"

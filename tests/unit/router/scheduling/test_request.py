@@ -28,7 +28,7 @@ def sampled(token_id: int) -> Token:
 def test_last_token_finishes_by_length() -> None:
     request = waiting_request(max_tokens=2)
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    first, last = request.take_token(sampled(7)), request.take_token(sampled(8))
+    first, last = request.accept_token(sampled(7)), request.accept_token(sampled(8))
     assert (first.finish_reason, last.finish_reason) == (None, FinishReason.LENGTH)
     assert (last.token_id, last.logprob, last.top_logprobs) == (8, -0.5, ((8, -0.5),))
     assert request.state is RequestState.FINISHED
@@ -37,20 +37,20 @@ def test_last_token_finishes_by_length() -> None:
 def test_stop_token_finishes_and_is_handed_on() -> None:
     request = waiting_request(stop=9)
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    token = request.take_token(sampled(9))
+    token = request.accept_token(sampled(9))
     assert (token.token_id, token.finish_reason) == (9, FinishReason.STOP)
 
 
 def test_stop_token_at_the_limit_is_a_stop() -> None:
     request = waiting_request(max_tokens=1, stop=9)
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    assert request.take_token(sampled(9)).finish_reason is FinishReason.STOP
+    assert request.accept_token(sampled(9)).finish_reason is FinishReason.STOP
 
 
 def test_requeued_request_keeps_tokens_and_place_and_loses_its_cache() -> None:
     request = waiting_request()
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    request.take_token(sampled(7))
+    request.accept_token(sampled(7))
     request.num_computed_tokens = 4
     request.requeue(5.0)
     assert (request.state, request.generated_token_ids, request.arrival) == (RequestState.WAITING, [7], 1)
@@ -71,8 +71,8 @@ def test_request_that_still_holds_something_cannot_be_requeued() -> None:
 def test_tokens_run_over_from_the_prompt_into_the_generated() -> None:
     request = waiting_request(prompt_length=4)
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    request.take_token(sampled(50))
-    request.take_token(sampled(51))
+    request.accept_token(sampled(50))
+    request.accept_token(sampled(51))
     prompt = request.generation_request.prompt_token_ids
     assert request.token_ids(2, 5) == (*prompt[2:], 50)
     assert request.token_ids(5, 6) == (51,)
@@ -87,7 +87,7 @@ def test_end_is_final(end: str) -> None:
         with pytest.raises(ValueError, match="cannot become"):
             transition()
     with pytest.raises(ValueError, match="takes no token"):
-        request.take_token(sampled(1))
+        request.accept_token(sampled(1))
 
 
 @given(TOKENS, TOKENS)

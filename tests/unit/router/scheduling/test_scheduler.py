@@ -14,11 +14,21 @@ from common.errors import (
     NotReadyError,
     OverloadedError,
 )
-from common.ids import Generation, PipelineId, RequestId, SequenceId
+from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from tests.support.router.scheduling import P0, P1, add, complete, lengths_in, make_scheduler, names_in, only_plan
-from tests.support.router.simulated_pipeline import build_request
+from tests.support.router.scheduling import (
+    P0,
+    P1,
+    add,
+    complete,
+    is_idle,
+    lengths_in,
+    make_scheduler,
+    names_in,
+    only_plan,
+)
+from tests.support.router.simulated_pipeline import build_request, end_of
 
 
 # Chunks and budgets
@@ -37,7 +47,7 @@ def test_long_prompt_is_prefilled_in_chunks_and_sampled_once_at_its_end() -> Non
     assert [output.request_id for output in outputs] == ["a"]
     (decode,) = only_plan(scheduler).chunks
     assert (decode.token_ids, decode.start_position, decode.new_block_ids, decode.num_generated) == ((1,), 15, (), 1)
-    assert decode.sampling_position == 16
+    assert end_of(decode) == 16
 
 
 def test_decodes_come_before_prefill_chunks_in_the_budget() -> None:
@@ -69,7 +79,7 @@ def test_last_token_of_all_is_not_computed() -> None:
     complete(scheduler, only_plan(scheduler))
     assert complete(scheduler, only_plan(scheduler))[0].token.finish_reason == "length"
     assert scheduler.schedule(0.0) == []
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 # Micro-batches
@@ -139,7 +149,7 @@ def test_closed_pipeline_gives_its_requests_back_to_the_head_of_the_line() -> No
     assert plan.released == (1, 2), "their former cache"
 
 
-def test_answers_of_an_old_generation_step_or_attempt_are_counted_and_dropped() -> None:
+def test_answers_of_steps_that_are_not_in_flight_are_counted_and_dropped() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a")
     old = only_plan(scheduler)
@@ -147,10 +157,9 @@ def test_answers_of_an_old_generation_step_or_attempt_are_counted_and_dropped() 
     new = only_plan(scheduler)
     assert complete(scheduler, old) == []
     error = ExecutionError("late")
-    assert scheduler.fail_step(old.step, P0, old.generation, old.attempt, error, 0.0) == []
-    assert scheduler.complete(new.step, P0, new.generation, new.attempt + 1, {}, 0.0) == []
-    assert scheduler.complete(new.step, P1, new.generation, new.attempt, {}, 0.0) == []
-    assert scheduler.counters.dropped_results == 4
+    assert scheduler.fail_step(old.step, error, 0.0) == []
+    assert scheduler.complete(StepId(new.step + 100), {}, 0.0) == []
+    assert scheduler.counters.dropped_results == 3
     assert len(complete(scheduler, new)) == 1
     assert complete(scheduler, new) == []  # the same answer twice
 
@@ -175,7 +184,7 @@ def test_youngest_is_preempted_and_keeps_its_place_in_line() -> None:
     assert plan.released == (sequence_of_b,)
     assert scheduler.snapshot().num_waiting == 2
     seen = []
-    while not scheduler.is_idle:
+    while not is_idle(scheduler):
         complete(scheduler, plan)
         plans = scheduler.schedule(0.0)
         if plans:
@@ -195,9 +204,9 @@ def test_who_gave_blocks_up_for_a_chunk_is_not_in_the_same_step() -> None:
             assert {chunk.sequence_id for chunk in plan.chunks}.isdisjoint(plan.released)
             victims = max(victims, len(plan.released))
             complete(scheduler, plan)
-        if scheduler.is_idle:
+        if is_idle(scheduler):
             break
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
     assert scheduler.counters.preemptions
     assert victims == 2
 
@@ -206,7 +215,7 @@ def test_preempted_request_comes_back_under_another_sequence_id() -> None:
     scheduler = make_scheduler(num_blocks=4)
     add(scheduler, "a", "b", prompt_length=7, max_tokens=8)
     ids: dict[str, set[SequenceId]] = {"a": set(), "b": set()}
-    while not scheduler.is_idle:
+    while not is_idle(scheduler):
         for plan in scheduler.schedule(0.0):
             for name, chunk in zip(names_in(plan), plan.chunks, strict=True):
                 ids[name].add(chunk.sequence_id)
@@ -236,7 +245,7 @@ def test_cancelled_waiting_request_is_gone() -> None:
     assert scheduler.cancel(RequestId("a"))
     assert not scheduler.cancel(RequestId("a"))
     assert scheduler.schedule(0.0) == []
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 def test_blocks_of_a_request_cancelled_in_flight_are_free_when_the_step_lands() -> None:
@@ -248,7 +257,7 @@ def test_blocks_of_a_request_cancelled_in_flight_are_free_when_the_step_lands() 
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 9
     assert complete(scheduler, plan) == []
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 10
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 def test_id_of_an_ended_request_can_be_used_again() -> None:
@@ -279,9 +288,9 @@ def test_too_many_held_releases_go_in_a_step_of_their_own() -> None:
     plan = only_plan(scheduler)
     assert plan.chunks == ()
     assert len(plan.released) == 2
-    assert not scheduler.is_idle
+    assert not is_idle(scheduler)
     assert complete(scheduler, plan) == []
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 # The door and deadlines
@@ -310,9 +319,9 @@ def test_waiting_too_long_ends_in_an_error_that_says_why(num_blocks: int | None,
     if num_blocks == 2:
         scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=0.0)
     scheduler.schedule(1.0)
-    assert scheduler.take_failures() == []
+    assert scheduler.pop_failures() == []
     scheduler.schedule(11.0)
-    failures = scheduler.take_failures()
+    failures = scheduler.pop_failures()
     assert [failure.request_id for failure in failures] == (["b"] if num_blocks == 5 else ["a", "b"])
     assert {type(failure.error) for failure in failures} == {error}
 
@@ -322,10 +331,10 @@ def test_running_too_long_ends_in_an_error() -> None:
     add(scheduler, "a")
     plan = only_plan(scheduler)
     assert scheduler.schedule(11.0) == []
-    (failure,) = scheduler.take_failures()
+    (failure,) = scheduler.pop_failures()
     assert isinstance(failure.error, DeadlineError)
     assert complete(scheduler, plan) == []
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 def test_waiting_too_long_for_an_answer_ends_in_an_error_however_many_steps_failed_meanwhile() -> None:
@@ -337,12 +346,10 @@ def test_waiting_too_long_for_an_answer_ends_in_an_error_however_many_steps_fail
     for now_s in range(1, 30):
         for plan in scheduler.schedule(float(now_s)):
             if now_s < 12:  # first nothing is answered, later it is
-                scheduler.fail_step(
-                    plan.step, plan.pipeline, plan.generation, plan.attempt, DeadlineError("late"), now_s + 0.5
-                )
+                scheduler.fail_step(plan.step, DeadlineError("late"), now_s + 0.5)
             else:
                 complete(scheduler, plan, now_s=float(now_s))
-        for failure in scheduler.take_failures():
+        for failure in scheduler.pop_failures():
             assert isinstance(failure.error, DeadlineError)
             assert 10.0 < now_s <= 12.0
             failures.append(failure.request_id)
@@ -355,8 +362,8 @@ def test_a_long_answer_that_goes_on_is_never_too_long_without_one() -> None:
     for now_s in range(0, 270, 9):
         for plan in scheduler.schedule(float(now_s)):
             complete(scheduler, plan, now_s=float(now_s) + 8.5)
-        assert scheduler.take_failures() == []
-    assert scheduler.is_idle
+        assert scheduler.pop_failures() == []
+    assert is_idle(scheduler)
 
 
 def test_snapshot_tells_what_is_in_flight() -> None:
@@ -367,8 +374,9 @@ def test_snapshot_tells_what_is_in_flight() -> None:
     snapshot = scheduler.snapshot()
     assert (snapshot.num_waiting, snapshot.num_running, snapshot.reserved_tokens) == (1, 2, 42)
     (pipeline,) = snapshot.pipelines
-    assert (pipeline.num_free_blocks, pipeline.num_steps_in_flight, pipeline.num_tokens_in_flight) == (8, 1, 8)
-    assert pipeline.oldest_step_sent_s == 2.0
+    assert (pipeline.num_free_blocks, pipeline.num_steps_in_flight) == (8, 1)
+    (step,) = scheduler.steps_in_flight
+    assert (step.plan.num_tokens, step.planned_s, step.sent_s) == (8, 2.0, None)
 
 
 @pytest.mark.parametrize("field", ["block_tokens", "max_batch_tokens", "max_waiting", "micro_batches_per_pipeline"])
@@ -390,13 +398,13 @@ def test_time_in_line_before_an_outage_does_not_count_as_outage(
     scheduler.schedule(61.05)
     scheduler.open_pipeline(P0, Generation(2), 4, 1, now_s=61.1)
     only_plan(scheduler, 61.1)
-    assert scheduler.take_failures() == [], "nobody was without a pipeline for long"
+    assert scheduler.pop_failures() == [], "nobody was without a pipeline for long"
     ends(scheduler, P0, 100.0)
     scheduler.close_pipeline(PipelineId(7), 120.0)  # one that was not open: the outage is as old as before
     scheduler.schedule(130.0)
-    assert scheduler.take_failures() == []
+    assert scheduler.pop_failures() == []
     scheduler.schedule(130.1)
-    assert [failure.request_id for failure in scheduler.take_failures()] == ["a", "b"]
+    assert [failure.request_id for failure in scheduler.pop_failures()] == ["a", "b"]
 
 
 def test_time_in_line_has_its_end_in_an_outage_too() -> None:
@@ -405,4 +413,4 @@ def test_time_in_line_has_its_end_in_an_outage_too() -> None:
     only_plan(scheduler)
     scheduler.suspend_pipeline(P0, 590.0)
     scheduler.schedule(600.1)
-    assert [failure.request_id for failure in scheduler.take_failures()] == ["b"]
+    assert [failure.request_id for failure in scheduler.pop_failures()] == ["b"]

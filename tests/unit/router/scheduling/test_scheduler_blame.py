@@ -18,7 +18,7 @@ from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan
-from tests.support.router.scheduling import add, complete, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in, only_plan
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -29,7 +29,7 @@ PLACES: list[tuple[type, str]] = [
     (Request, "token_ids"),
     (Request, "note_computed"),
     (Request, "note_replayed"),
-    (Request, "take_token"),
+    (Request, "accept_token"),
     (Request, "covered_by"),
     (PipelineSchedule, "admit"),
     (PipelineSchedule, "can_ever_hold"),
@@ -87,19 +87,19 @@ class Mesh:
     def turn(self) -> bool:
         """One round; whether there is more to do."""
         plans = self.scheduler.schedule(0.0)
-        self.failures += self.scheduler.take_failures()
+        self.failures += self.scheduler.pop_failures()
         self.scheduler.check_invariants()
-        if self.scheduler.take_renewals():
+        if self.scheduler.pop_renewals():
             self.open()
             return True
-        self.placed.update(self.scheduler.take_placements())
+        self.placed.update(self.scheduler.pop_placements())
         for plan in plans:
             self.stages.send(plan)
         self.in_flight += plans
         if self.in_flight:
             plan = self.in_flight.pop(0)
             sampled = self.stages.answer(plan)
-            for output in self.scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0):
+            for output in self.scheduler.complete(plan.step, sampled, 0.0):
                 self.tokens.setdefault(output.request_id, []).append(output.token.token_id)
             self.scheduler.check_invariants()
             return True
@@ -142,8 +142,8 @@ def test_an_error_anywhere_costs_the_request_that_it_is_about_and_nobody_else_a_
                 mesh = restarted(mesh)
             if not mesh.turn() and number > max(suspended_at, restarted_at, closed_at):
                 break
-        mesh.failures += mesh.scheduler.take_failures()
-    assert mesh.scheduler.is_idle
+        mesh.failures += mesh.scheduler.pop_failures()
+    assert is_idle(mesh.scheduler)
     assert mesh.scheduler.snapshot().reserved_tokens == 0
     for request in REQUESTS:
         if request.request_id != CULPRIT:
@@ -177,10 +177,10 @@ def test_an_error_that_is_nobodys_in_particular_ends_who_runs_there_after_a_few_
     with mock.patch.object(PipelineSchedule, "_candidates", side_effect=KeyError("simulated")):
         for generation in range(2, 6):
             assert scheduler.schedule(0.0) == []
-            assert scheduler.take_renewals() == [P0]
+            assert scheduler.pop_renewals() == [P0]
             scheduler.check_invariants()
             scheduler.open_pipeline(P0, Generation(generation), 100, 1, 0.0)
-    (failure,) = scheduler.take_failures()
+    (failure,) = scheduler.pop_failures()
     assert failure.request_id == "a"
     add(scheduler, "b")
     assert names_in(only_plan(scheduler)) == ["b"]
@@ -191,11 +191,9 @@ def test_a_step_that_fits_no_message_costs_the_request_that_does_not_fit() -> No
     add(scheduler, "a", "b", "c")
     plan = only_plan(scheduler)
     culprit = plan.chunks[1].sequence_id
-    failures = scheduler.fail_step(
-        plan.step, P0, plan.generation, plan.attempt, ExecutionError("no"), 0.0, {culprit: OverflowError("too large")}
-    )
+    failures = scheduler.fail_step(plan.step, ExecutionError("no"), 0.0, {culprit: OverflowError("too large")})
     assert failures == []
-    (failure,) = scheduler.take_failures()
+    (failure,) = scheduler.pop_failures()
     assert failure.request_id == "b"
     seen = set()
     for _ in range(3):
@@ -228,5 +226,5 @@ def test_one_who_is_handled_for_another_is_to_blame_for_what_is_raised_meanwhile
             raise KeyError("b")
         assert blame.has(b)
         assert not blame.has(a)
-    assert [request.request_id for request, _ in blame.take()] == ["b"]
-    assert not blame.take()
+    assert [request.request_id for request, _ in blame.pop_broken()] == ["b"]
+    assert not blame.pop_broken()

@@ -8,7 +8,7 @@ from common.errors import (
 )
 from common.ids import Generation
 from services.router.engine import Token
-from tests.support.router.scheduling import P0, add, complete, lengths_in, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import P0, add, complete, is_idle, lengths_in, make_scheduler, names_in, only_plan
 
 # Failing
 
@@ -21,7 +21,7 @@ def test_releases_of_a_failed_step_are_told_again_since_not_every_stage_may_have
     complete(scheduler, first)
     plan = only_plan(scheduler)
     assert plan.released == (first.chunks[0].sequence_id,)
-    scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+    scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
     scheduler.suspend_pipeline(P0, 0.0)
     scheduler.open_pipeline(P0, Generation(2), 100, 1, 0.0, kv_marks=(first.step,))
     assert only_plan(scheduler).released == plan.released
@@ -32,11 +32,11 @@ def test_failed_step_is_done_again_and_after_a_second_failure_all_is_recomputed(
     add(scheduler, "a")
     complete(scheduler, only_plan(scheduler), token_id=5)
     failed = only_plan(scheduler)
-    assert scheduler.fail_step(failed.step, P0, failed.generation, failed.attempt, ExecutionError("x"), 0.0) == []
+    assert scheduler.fail_step(failed.step, ExecutionError("x"), 0.0) == []
     plan = only_plan(scheduler)
     assert lengths_in(plan) == [1]
     assert plan.chunks[0].block_offset == 0, "nobody knows which blocks the stages were told"
-    assert scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0) == []
+    assert scheduler.fail_step(plan.step, ExecutionError("x"), 0.0) == []
     plan = only_plan(scheduler)
     assert lengths_in(plan) == [5]
     assert plan.released == (failed.chunks[0].sequence_id,)
@@ -49,9 +49,9 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
     error = ExecutionError("poisoned")
     for attempt in range(4):
         plan = only_plan(scheduler)
-        failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+        failures = scheduler.fail_step(plan.step, error, 0.0)
         assert [failure.error for failure in failures] == ([error] if attempt == 3 else [])
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
 
 
@@ -70,11 +70,11 @@ def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
     only_plan(scheduler)
     scheduler.close_pipeline(P0, now_s=10.0)
     assert scheduler.schedule(40.0) == []
-    assert scheduler.take_failures() == []
+    assert scheduler.pop_failures() == []
     assert scheduler.schedule(40.1) == []
-    (failure,) = scheduler.take_failures()
+    (failure,) = scheduler.pop_failures()
     assert isinstance(failure.error, NotReadyError)
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
@@ -82,12 +82,12 @@ def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
     add(scheduler, "a", "b", "c", max_tokens=2)
     ended: list[str] = []
     for _ in range(20):
-        if scheduler.is_idle:
+        if is_idle(scheduler):
             break
         plan = only_plan(scheduler)
         if "b" in names_in(plan):
             error = ExecutionError("poisoned")
-            failures = scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, error, 0.0)
+            failures = scheduler.fail_step(plan.step, error, 0.0)
             ended += [f"{failure.request_id} failed" for failure in failures]
         else:
             outputs = complete(scheduler, plan)
@@ -101,7 +101,7 @@ def test_new_token_forgives_failed_steps() -> None:
     for _ in range(3):
         for _ in range(3):
             plan = only_plan(scheduler)
-            assert not scheduler.fail_step(plan.step, P0, plan.generation, plan.attempt, ExecutionError("x"), 0.0)
+            assert not scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
         complete(scheduler, only_plan(scheduler))
 
 
@@ -110,8 +110,8 @@ def test_missing_token_counts_as_a_failed_step_of_that_request() -> None:
     add(scheduler, "a", "b")
     plan = only_plan(scheduler)
     sampled = {plan.chunks[1].sequence_id: Token(3)}
-    outputs = scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0)
+    outputs = scheduler.complete(plan.step, sampled, 0.0)
     assert [output.request_id for output in outputs] == ["b"]
-    (failure,) = scheduler.take_failures()
+    (failure,) = scheduler.pop_failures()
     assert (failure.request_id, type(failure.error)) == ("a", ExecutionError)
-    assert scheduler.take_failures() == []
+    assert scheduler.pop_failures() == []

@@ -14,6 +14,7 @@ from services.router.engine import FinishReason, GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
+from tests.support.router.scheduling import is_idle
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 PIPELINES = [PipelineId(0), PipelineId(1)]
@@ -99,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if output.token.finish_reason is not None:
                 self.finish_reasons[output.request_id] = output.token.finish_reason
 
-    def take_failures(self, failures: list[RequestFailure]) -> None:
+    def count_failures(self, failures: list[RequestFailure]) -> None:
         for failure in failures:
             assert failure.request_id not in self.failed, "a request fails twice"
             self.failed[failure.request_id] = failure
@@ -111,13 +112,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.chunks or plan.released, "a step does nothing"
             self.stages[plan.pipeline].deliver(plan)
             self.in_flight.append(plan)
-        self.take_failures(self.scheduler.take_failures())
+        self.count_failures(self.scheduler.pop_failures())
 
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages[plan.pipeline].answer(plan)
-        self.deliver(
-            self.scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, sampled, self.now_s)
-        )
+        self.deliver(self.scheduler.complete(plan.step, sampled, self.now_s))
 
     @rule(prompt_length=st.integers(1, 20), max_tokens=st.integers(1, 12), stops=st.booleans())
     def add(self, prompt_length: int, max_tokens: int, stops: bool) -> None:
@@ -176,16 +175,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         plan = self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1)))
         error = ExecutionError("simulated")
-        self.take_failures(
-            self.scheduler.fail_step(plan.step, plan.pipeline, plan.generation, plan.attempt, error, self.now_s)
-        )
+        self.count_failures(self.scheduler.fail_step(plan.step, error, self.now_s))
 
     @precondition(lambda self: self.stale)
     @rule(data=st.data())
     def answer_late(self, data: st.DataObject) -> None:
         plan = data.draw(st.sampled_from(self.stale))
         dropped = self.scheduler.counters.dropped_results
-        assert not self.scheduler.complete(plan.step, plan.pipeline, plan.generation, plan.attempt, {}, self.now_s)
+        assert not self.scheduler.complete(plan.step, {}, self.now_s)
         assert self.scheduler.counters.dropped_results == dropped + 1
 
     @rule(pipeline=st.sampled_from(PIPELINES))
@@ -263,13 +260,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.close(waiting)  # or its requests would wait for it, as they should
         self.open(PIPELINES[0], 32)
         for _ in range(5000):
-            if self.scheduler.is_idle:
+            if is_idle(self.scheduler):
                 break
             self.send_plans()
             assert self.in_flight, "work waits and nothing is sent: a livelock"
             self.answer(self.in_flight.pop(0))
             self.scheduler.check_invariants()
-        assert self.scheduler.is_idle
+        assert is_idle(self.scheduler)
         self.send_plans()  # releases that are too many to be held
         for request_id, request in self.requests.items():
             if request_id in self.cancelled or request_id in self.failed:

@@ -9,8 +9,8 @@ from common.ids import Generation, SequenceId
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from tests.support.router.scheduling import P0, P1, add, complete, make_scheduler, names_in, only_plan
-from tests.support.router.simulated_pipeline import build_request
+from tests.support.router.scheduling import P0, P1, add, complete, is_idle, make_scheduler, names_in, only_plan
+from tests.support.router.simulated_pipeline import build_request, end_of
 
 
 def test_restored_request_goes_on_after_its_tokens() -> None:
@@ -21,12 +21,12 @@ def test_restored_request_goes_on_after_its_tokens() -> None:
     plan = only_plan(scheduler)
     (chunk,) = plan.chunks
     assert chunk.token_ids == (*request.prompt_token_ids, 7, 8, 9)
-    assert (chunk.sampling_position, chunk.num_generated) == (7, 3)
+    assert (end_of(chunk), chunk.num_generated) == (7, 3)
     (fourth,) = complete(scheduler, plan)
     assert fourth.token.finish_reason is None
     (last,) = complete(scheduler, only_plan(scheduler))
     assert last.token.finish_reason == "length"
-    assert scheduler.is_idle
+    assert is_idle(scheduler)
 
 
 def test_restored_requests_are_refused_by_nothing_and_come_before_new_ones() -> None:
@@ -48,9 +48,9 @@ def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may
         only_plan(scheduler)
         scheduler.close_pipeline(P0, now_s=0.0)
     scheduler.schedule(now_s=50.0)
-    assert bool(scheduler.take_failures()) == (outage == "after it")
+    assert bool(scheduler.pop_failures()) == (outage == "after it")
     scheduler.schedule(now_s=101.0)
-    assert scheduler.is_idle, "every wait has an end"
+    assert is_idle(scheduler), "every wait has an end"
 
 
 TERM = 1 << 32
@@ -71,7 +71,7 @@ def adopting_scheduler(held_by: dict[int, int], kv_marks: tuple[int, int]) -> Sc
 def replayed(scheduler: Scheduler) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Which slots compute in the next step, and which positions."""
     plan = only_plan(scheduler)
-    return plan.computing_slots, [(chunk.start_position, chunk.sampling_position) for chunk in plan.chunks]
+    return plan.computing_slots, [(chunk.start_position, end_of(chunk)) for chunk in plan.chunks]
 
 
 def test_an_adopted_request_goes_on_where_every_slot_has_reported_and_kept_its_memory() -> None:

@@ -13,6 +13,7 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
+from tests.support.router.scheduling import is_idle
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -68,14 +69,14 @@ class Life:
             self.stages.send(plan)  # which refuses chunks of sequences that were released
             self.in_flight.append(plan)
         self.most_victims = max(self.most_victims, self.scheduler.counters.preemptions - before)
-        self.journal.sequence_ids.update(self.scheduler.take_placements())
+        self.journal.sequence_ids.update(self.scheduler.pop_placements())
         self.scheduler.check_invariants()
 
     def answer(self) -> None:
         """The oldest step comes back."""
         plan = self.in_flight.pop(0)
         sampled = self.stages.answer(plan)
-        for output in self.scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0):
+        for output in self.scheduler.complete(plan.step, sampled, 0.0):
             self.journal.tokens[output.request_id].append(output.token.token_id)
         self.scheduler.check_invariants()
 
@@ -86,7 +87,7 @@ class Life:
             if not self.in_flight:
                 break
             self.answer()
-        assert self.scheduler.is_idle, "work waits and nothing is sent"
+        assert is_idle(self.scheduler), "work waits and nothing is sent"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

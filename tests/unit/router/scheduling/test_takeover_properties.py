@@ -11,6 +11,7 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
 from services.stage.slot.step_watermark import StepWatermark
+from tests.support.router.scheduling import is_idle
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -52,12 +53,12 @@ class Mesh:
         for plan in self.scheduler.schedule(0.0):
             self.stages.deliver(plan)
             self.in_flight.append(plan)
-        self.sequences.update(self.scheduler.take_placements())
+        self.sequences.update(self.scheduler.pop_placements())
 
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages.answer(plan)
         self.in_flight.remove(plan)
-        for output in self.scheduler.complete(plan.step, P0, plan.generation, plan.attempt, sampled, 0.0):
+        for output in self.scheduler.complete(plan.step, sampled, 0.0):
             self.tokens[output.request_id].append(output.token.token_id)
         self.send()
 
@@ -113,7 +114,7 @@ class Mesh:
         for _ in range(2000):
             if self.in_flight:
                 self.answer(self.in_flight[0])
-        assert self.scheduler.is_idle
+        assert is_idle(self.scheduler)
         for request in self.requests:
             assert self.tokens[request.request_id] == reference_tokens(request)
 

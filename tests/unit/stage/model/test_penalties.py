@@ -72,7 +72,7 @@ def next_step(*requests: Request, tells: bool = True) -> Step:
         )
         for number, request in enumerate(requests)
     ]
-    return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), 0, tuple(chunks), ()))
+    return step_message(StepPlan(StepId(1), PipelineId(0), Generation(1), tuple(chunks), ()))
 
 
 def draw(step: Step, logits: Tensor, kept: KeptAdjustments | None = None) -> SampledTokens:
@@ -164,7 +164,7 @@ def test_a_sequence_recomputed_from_its_tokens_so_far_draws_the_same_next_ones(
         tokens = request.token_ids(0, request.num_tokens)
         step = next_step(request, tells=kept is None)
         drawn = draw(step, logits_of(1, hash((tokens, salt)) % 2**31), kept)
-        request.take_token(Token(int(drawn.token_ids[0]), float(drawn.logprobs[0]), ()))
+        request.accept_token(Token(int(drawn.token_ids[0]), float(drawn.logprobs[0]), ()))
 
     unending = replace(sampling, stop_token_ids=frozenset())
     lived, kept = request_of(unending, prompt, []), KeptAdjustments()

@@ -42,10 +42,10 @@ def test_it_is_served_once_every_shard_is_loaded_somewhere() -> None:
     wanted = told(roles.join(expert("b"), 0.0))
     assert wanted["a"] | wanted["b"] == ALL
     assert not wanted["a"] & wanted["b"]
-    roles.take_report(NodeId("a"), wanted["a"])
+    roles.apply_report(NodeId("a"), wanted["a"])
     assert not roles.is_served
     assert published(roles) == {shard: ["a"] if shard in wanted["a"] else [] for shard in ALL}
-    roles.take_report(NodeId("b"), wanted["b"])
+    roles.apply_report(NodeId("b"), wanted["b"])
     assert roles.is_served
     assert roles.detail == "12 of 12 expert shards loaded"
 
@@ -55,12 +55,12 @@ def test_stages_are_told_when_something_changed_and_not_otherwise() -> None:
     assert not roles.has_news
     settle(roles, roles.join(expert("a"), 0.0))
     assert roles.has_news
-    (action,) = roles.take_news([NodeId("s")])
+    (action,) = roles.pop_news([NodeId("s")])
     assert isinstance(action, Tell)
     assert isinstance(action.message, PublishPlacement)
     assert action.message.version == roles.version
     assert not roles.has_news
-    roles.take_report(NodeId("a"), ALL)
+    roles.apply_report(NodeId("a"), ALL)
     assert not roles.has_news
     version = roles.version
     settle(roles, roles.join(expert("b"), 0.0))
@@ -132,7 +132,7 @@ def test_a_reconnection_moves_no_shard() -> None:
 def test_reports_of_strangers_change_nothing() -> None:
     roles = roles_of(num_expected=1)
     settle(roles, roles.join(expert("a"), 0.0))
-    assert roles.take_report(NodeId("z"), ALL) == []
+    assert roles.apply_report(NodeId("z"), ALL) == []
     assert all(owners == ["a"] for owners in published(roles).values())
 
 
@@ -240,7 +240,7 @@ def test_reports_that_come_close_together_are_answered_together() -> None:
     roles = roles_of(num_expected=1, copies=1)
     wanted = told(roles.join(expert("a"), 1.0))["a"]
     for count in range(1, len(wanted) + 1):
-        roles.state.take_report(NodeId("a"), row_of(sorted(wanted)[:count]))
+        roles.state.apply_report(NodeId("a"), row_of(sorted(wanted)[:count]))
         assert roles.tick(1.0 + REPORT_INTERVAL_S / 2) == []
     assert not roles.is_served
     roles.tick(1.0 + 2 * REPORT_INTERVAL_S)

@@ -20,7 +20,7 @@ def test_what_a_leaving_node_holds_alone_is_loaded_elsewhere_while_it_is_still_a
     assert wanted == {"b": ALL}, "the leaving node is told nothing: it keeps what it has"
     assert published(roles) == before
     assert roles.may_go(2.0) == []
-    roles.take_report(NodeId("b"), ALL)
+    roles.apply_report(NodeId("b"), ALL)
     assert roles.has_news
     assert published(roles) == {shard: ["b"] for shard in ALL}
     assert roles.is_served

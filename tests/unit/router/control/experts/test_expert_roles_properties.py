@@ -70,7 +70,7 @@ class Experts(RuleBasedStateMachine):
     def report(self, name: str) -> None:
         if name in self.held:
             self.reported[name] = self.held[name]
-            self.carry_out(self.roles.take_report(NodeId(name), self.held[name]))
+            self.carry_out(self.roles.apply_report(NodeId(name), self.held[name]))
 
     @rule(seconds=st.floats(0.0, 2 * SETTLE_S))
     def time(self, seconds: float) -> None:

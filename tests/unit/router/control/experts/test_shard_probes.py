@@ -31,70 +31,70 @@ def probes() -> ShardProbes:
 
 def test_nodes_of_one_class_must_agree_to_the_bit() -> None:
     known = probes()
-    assert known.take(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
-    assert known.take(B, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
-    assert known.take(C, "amd", answers(5, 9, 8), along(0.1, 0.2, 0.3)) == [Disagreement(C, A, 1, 2, True)]
+    assert known.judge(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
+    assert known.judge(B, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
+    assert known.judge(C, "amd", answers(5, 9, 8), along(0.1, 0.2, 0.3)) == [Disagreement(C, A, 1, 2, True)]
 
 
 def test_what_only_one_of_them_holds_is_not_compared() -> None:
     known = probes()
-    assert known.take(A, "amd", answers(5, 0, 7), along(0.1, 0.0, 0.3)) == []
-    assert known.take(B, "amd", answers(0, 6, 7), along(0.0, 0.2, 0.3)) == []
+    assert known.judge(A, "amd", answers(5, 0, 7), along(0.1, 0.0, 0.3)) == []
+    assert known.judge(B, "amd", answers(0, 6, 7), along(0.0, 0.2, 0.3)) == []
 
 
 def test_nodes_of_other_classes_must_agree_nearly() -> None:
     known = probes()
-    known.take(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3))
-    assert known.take(B, "intel", answers(1, 2, 3), along(0.1 + TOLERANCE / 2, 0.2, 0.3)) == []
-    assert known.take(C, "arm", answers(1, 2, 3), along(0.1, 0.2, -0.9)) == [Disagreement(C, A, 2, 1, False)]
-    assert known.take(C, "arm", answers(1, 2, 3), along(0.1, 0.2, float("nan"))) != []
+    known.judge(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3))
+    assert known.judge(B, "intel", answers(1, 2, 3), along(0.1 + TOLERANCE / 2, 0.2, 0.3)) == []
+    assert known.judge(C, "arm", answers(1, 2, 3), along(0.1, 0.2, -0.9)) == [Disagreement(C, A, 2, 1, False)]
+    assert known.judge(C, "arm", answers(1, 2, 3), along(0.1, 0.2, float("nan"))) != []
 
 
 def test_who_has_more_others_on_its_side_is_believed() -> None:
     known = probes()
-    known.take(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
-    assert known.take(B, "amd", answers(9, 0, 0), along(0.7, 0.0, 0.0)) == [Disagreement(B, A, 0, 1, True)]
+    known.judge(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
+    assert known.judge(B, "amd", answers(9, 0, 0), along(0.7, 0.0, 0.0)) == [Disagreement(B, A, 0, 1, True)]
     # Two that were placed side by side with it say the same as B: now A stands alone.
     known = probes()
-    known.take(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
-    known.take(B, "intel", answers(1, 0, 0), along(0.17, 0.0, 0.0))
-    known.take(C, "intel", answers(1, 0, 0), along(0.17, 0.0, 0.0))
-    assert known.take(D, "amd", answers(9, 0, 0), along(0.2, 0.0, 0.0)) == [Disagreement(A, D, 0, 1, True)]
+    known.judge(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
+    known.judge(B, "intel", answers(1, 0, 0), along(0.17, 0.0, 0.0))
+    known.judge(C, "intel", answers(1, 0, 0), along(0.17, 0.0, 0.0))
+    assert known.judge(D, "amd", answers(9, 0, 0), along(0.2, 0.0, 0.0)) == [Disagreement(A, D, 0, 1, True)]
 
 
 def test_of_three_that_start_together_two_outvote_a_wrong_one_that_was_the_first() -> None:
     known = probes()
-    assert known.take(A, "amd", answers(9, 9, 9), along(0.9, 0.9, 0.9)) == []
-    assert known.take(B, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == [Disagreement(B, A, 0, 3, True)]
-    assert known.take(C, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == [Disagreement(A, C, 0, 3, True)]
+    assert known.judge(A, "amd", answers(9, 9, 9), along(0.9, 0.9, 0.9)) == []
+    assert known.judge(B, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == [Disagreement(B, A, 0, 3, True)]
+    assert known.judge(C, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == [Disagreement(A, C, 0, 3, True)]
     known.forget(A)
     known.forget(B)
-    assert known.take(D, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
+    assert known.judge(D, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3)) == []
 
 
 def test_all_who_are_found_wrong_by_one_report_are_refused_and_not_the_first_of_them_alone() -> None:
     known, (e,) = probes(), (NodeId("e"),)
     for wrong in (A, B):
-        known.take(wrong, "amd", answers(9, 9, 9), along(0.9, 0.9, 0.9))
+        known.judge(wrong, "amd", answers(9, 9, 9), along(0.9, 0.9, 0.9))
     for early in (C, D):
         right = answers(5, 6, 7), along(0.1, 0.2, 0.3)
-        assert known.take(early, "amd", *right) == [Disagreement(early, A, 0, 3, True)], "as many say otherwise"
-    assert known.take(e, "amd", *right) == [Disagreement(A, e, 0, 3, True), Disagreement(B, e, 0, 3, True)]
+        assert known.judge(early, "amd", *right) == [Disagreement(early, A, 0, 3, True)], "as many say otherwise"
+    assert known.judge(e, "amd", *right) == [Disagreement(A, e, 0, 3, True), Disagreement(B, e, 0, 3, True)]
 
 
 def test_who_was_found_wrong_contradicts_nobody_and_is_found_wrong_again() -> None:
     known = probes()
-    known.take(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
-    assert known.take(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == [Disagreement(B, A, 0, 1, True)]
-    assert known.take(C, "amd", answers(0, 6, 0), along(0.0, 0.2, 0.0)) == [], "B says something else"
-    assert known.take(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == [Disagreement(B, A, 0, 1, True)]
+    known.judge(A, "amd", answers(5, 0, 0), along(0.1, 0.0, 0.0))
+    assert known.judge(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == [Disagreement(B, A, 0, 1, True)]
+    assert known.judge(C, "amd", answers(0, 6, 0), along(0.0, 0.2, 0.0)) == [], "B says something else"
+    assert known.judge(B, "amd", answers(9, 8, 0), along(0.7, 0.4, 0.0)) == [Disagreement(B, A, 0, 1, True)]
 
 
 def test_a_node_that_is_gone_contradicts_nobody() -> None:
     known = probes()
-    known.take(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3))
+    known.judge(A, "amd", answers(5, 6, 7), along(0.1, 0.2, 0.3))
     known.forget(A)
-    assert known.take(B, "amd", answers(1, 2, 3), along(0.9, 0.2, 0.3)) == []
+    assert known.judge(B, "amd", answers(1, 2, 3), along(0.9, 0.2, 0.3)) == []
 
 
 # ---- in the roles
