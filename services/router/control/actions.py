@@ -36,7 +36,7 @@ class OpenPipeline:
 
     @property
     def summary(self) -> dict[str, int | tuple[int, ...]]:
-        """What a log says of it."""
+        """Returns what a log says of it."""
         return {
             "pipeline": self.pipeline,
             "generation": self.generation,
@@ -73,7 +73,7 @@ class RoleMessages:
         self._last_number = last_number
 
     def draw_number(self) -> int:
-        """The next one."""
+        """Returns the next number."""
         self._last_number += 1
         return self._last_number
 
@@ -85,7 +85,7 @@ class RoleMessages:
         num_blocks: int,
         generation: Generation,
     ) -> Tell:
-        """To the slot's holder; `holders` of all slots of its pipeline."""
+        """Tells a slot's holder its role. `holders`: of all slots of its pipeline."""
         downstream = self._results
         if slot.index < len(holders) - 1:
             following = holders[slot.index + 1]
@@ -94,18 +94,18 @@ class RoleMessages:
         return Tell(holders[slot.index].node_id, message, Header(generation=generation))
 
     def unassign(self, node_id: NodeId, lease_term: int) -> Tell:
-        """It is a spare."""
+        """Tells a node that it is a spare."""
         return Tell(node_id, Unassign(lease_term), Header(generation=self.draw_number()))
 
 
 def assign_mirror(
     slot: StageSlot, layers: Sequence[LayerRange], lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription
 ) -> AssignMirror:
-    """The same for whoever is to follow the slot's holder."""
+    """Makes the message to whoever is to follow the slot's holder."""
     return AssignMirror(*_place(slot, layers), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
 
 
 def _place(slot: StageSlot, layers: Sequence[LayerRange]) -> tuple[int, int, int, int, int]:
-    """Pipeline, slot, slots, first and stop layer: the first fields of both messages."""
+    """Returns pipeline, slot, slots, first and stop layer: the first fields of both messages."""
     own = layers[slot.index]
     return slot.pipeline, slot.index, len(layers), own.start, own.stop

@@ -59,7 +59,7 @@ class HeldCache:
     """By slot whose holder has reported and has it still: its last step then."""
 
     def is_held_by(self, slot: int, kv_mark: int) -> bool:
-        """Whether a slot's holder, whose memory is good up to step `kv_mark`, has all of it.
+        """Returns whether a slot's holder, whose memory is good up to step `kv_mark`, has all of it.
 
         One that did not report has not, whatever its mark. A mark says nothing of steps that overtook an older one, and
         nothing of blocks that were given to another sequence after the report.
@@ -67,7 +67,7 @@ class HeldCache:
         return slot in self.last_steps and max(self.last_steps[slot], 1) <= kv_mark
 
     def kept_by(self, slots: Set[int]) -> HeldCache:
-        """The same, where only these slots' holders are those who reported."""
+        """Returns the same, where only these slots' holders are those who reported."""
         return replace(self, last_steps={slot: step for slot, step in self.last_steps.items() if slot in slots})
 
 
@@ -137,7 +137,7 @@ class Adoption:
                 self._losers[node_id] = lease_term
 
     def pop_losers(self) -> dict[NodeId, int]:
-        """Who has to forget a slot that others hold, and under which lease term it claimed it; each of them once."""
+        """Returns who must forget a slot that others hold, with the lease term of the claim; each of them once."""
         losers, self._losers = self._losers, {}
         return losers
 
@@ -147,11 +147,11 @@ class Adoption:
         self._losers.pop(node_id, None)
 
     def has_claim(self, node_id: NodeId) -> bool:
-        """Whether it waits for its slot."""
+        """Returns whether it waits for its slot."""
         return any(claim[0] == node_id for claim in self._claims.values())
 
     def pop_complete(self, now_s: float) -> list[AdoptedPipeline]:
-        """What is taken over now: pipelines whose holders are all back; when the time is up, whatever is claimed."""
+        """Returns pipelines whose holders are all back; when the time is up, whatever is claimed."""
         if not self.is_pending or self._deadline_s is None:
             return []
         all_new = not self._num_old and self._num_new >= len(self._layers)
@@ -160,11 +160,11 @@ class Adoption:
         return [self._pop(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
 
     def may_know(self, sequence_id: int) -> bool:
-        """Whether somebody who holds this sequence may still come back."""
+        """Returns whether somebody who holds this sequence may still come back."""
         return self.is_pending and sequence_id not in self._known_sequences
 
     def waits_for_opening(self, now_s: float) -> bool:
-        """Whether it is worth while to wait for an adopted pipeline to open."""
+        """Returns whether it is worth while to wait for an adopted pipeline to open."""
         return self._deadline_s is not None and now_s < self._deadline_s + OPEN_S
 
     def _pop(self, pipeline: PipelineId) -> AdoptedPipeline:
@@ -182,7 +182,7 @@ class Adoption:
         )
 
     def _is_complete(self, pipeline: PipelineId) -> bool:
-        """Whether everybody is back, and nobody looks like a holder that was replaced."""
+        """Returns whether everybody is back, and nobody looks like a holder that was replaced."""
         if not all(slot in self._claims for slot in self._slots(pipeline)):
             return False
         last_steps = [self._claims[slot][1].last_step for slot in self._slots(pipeline)]
@@ -193,7 +193,7 @@ class Adoption:
 
 
 def read_held_slot(hello: Hello) -> HeldSlot | None:
-    """What a stage says of itself; None if it holds nothing. Raises ProtocolError that names the field."""
+    """Reads what a stage says of itself; None if it holds nothing. Raises ProtocolError that names the field."""
     if not hello.held_slot:
         return None
     if len(hello.held_slot) != len(SlotReport._fields):
@@ -230,14 +230,14 @@ class Arrival:
 
     @classmethod
     def read(cls, kind: NodeKind, hello: Hello, read_shards: Callable[[TensorFrame], BoolArray | None]) -> Arrival:
-        """Of a node of this kind. Raises ProtocolError with the name of the field."""
+        """Reads what a node of this kind says. Raises ProtocolError with the name of the field."""
         if kind is NodeKind.STAGE:
             return cls(slot=read_held_slot(hello))
         return cls(shards=read_shards(hello.held_shards))
 
 
 def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:
-    """What can be gone on with: sequences that every reporting slot has, as far as all have computed them.
+    """Returns what can be gone on with: sequences that every reporting slot has, as far as all have computed them.
 
     Tables may differ in length, since a step reaches one stage before the next; where they differ in content, or two
     sequences name one block, nothing of them is of use.

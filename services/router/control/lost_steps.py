@@ -38,8 +38,8 @@ class LostSteps:
         self._renewed: dict[PipelineId, _Renewed] = {}
 
     def look(self, evidence: MeshEvidence, unsent: Collection[PipelineId], now_s: float) -> list[PipelineId]:
-        """Pipelines that have lost a step and need a new generation. `unsent`: those with a step that the first stage
-        has not taken yet, so the router has it."""
+        """Returns pipelines that have lost a step and need a new generation. `unsent`: those with a step that the first
+        stage has not taken yet, so the router has it."""
         lost = []
         for pipeline in evidence.pipelines:
             awaited = self._awaited(pipeline)

@@ -136,7 +136,7 @@ class Membership:
         """Said by or of an incarnation that is unknown, dead or replaced."""
 
     def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
-        """A hello. The same again is a heartbeat; another incarnation replaces the one before; a dead one stays so."""
+        """It said hello. Said again it is a heartbeat; another incarnation replaces the last; a dead one stays so."""
         if (node_id, incarnation) in self._dead:
             self.stale_observations += 1
             return []
@@ -207,24 +207,24 @@ class Membership:
             member.closed_s = None if member.closed_s is None else member.closed_s + away_s
 
     def tick(self, now_s: float) -> list[MembershipChange]:
-        """What time alone has changed, by node id."""
+        """Returns what time alone has changed, by node id."""
         changes: list[MembershipChange] = []
         for node_id in sorted(self._members):
             changes += self._judge(node_id, self._members[node_id], now_s)
         return changes
 
     def state_of(self, node_id: NodeId) -> NodeState:
-        """DEAD for a node that is not known."""
+        """Returns DEAD for a node that is not known."""
         member = self._members.get(node_id)
         return NodeState.DEAD if member is None else member.state
 
     def has_stood(self, node_id: NodeId) -> bool:
-        """Whether there has been a connection to it since it joined."""
+        """Returns whether there has been a connection to it since it joined."""
         member = self._members.get(node_id)
         return member is not None and member.joined_s is None
 
     def living(self) -> dict[NodeId, NodeState]:
-        """Nodes that are alive or suspect, by id."""
+        """Returns nodes that are alive or suspect, by id."""
         return {node_id: self._members[node_id].state for node_id in sorted(self._members)}
 
     @property
@@ -250,7 +250,7 @@ class Membership:
         return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]
 
     def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:
-        """The state that the observations allow now; worst witness first."""
+        """Returns the state that the observations allow now; worst witness first."""
         settings = self._settings
         silent_s = now_s - member.heard_s
         stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
@@ -277,7 +277,7 @@ class Membership:
 
 
 def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelConfig) -> NodeDescription:
-    """What the node says of itself. Raises ProtocolError, or CheckpointError if it sees other weights."""
+    """Reads what the node says of itself. Raises ProtocolError, or CheckpointError if it sees other weights."""
     if hello.node_id != sender:
         raise ProtocolError(f"Hello.node_id {hello.node_id!r} is not the sender {sender!r}")
     if hello.node_kind not in tuple(NodeKind):
@@ -304,7 +304,7 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelCon
 
 
 def _read_part(hello: Hello, config: ModelConfig) -> CheckpointPart | None:
-    """What the node can load; None: everything."""
+    """Reads what the node can load; None: everything."""
     layers, experts = hello.part_layers, hello.part_experts
     if not layers and not experts:
         return None
@@ -330,13 +330,13 @@ def refuse_other_device(node: NodeDescription, others: Iterable[NodeDescription]
 
 
 def differing_classes(nodes: Iterable[NodeDescription], kind: NodeKind) -> list[str]:
-    """Numeric classes of the nodes of one kind, if there is more than one: results may differ in their last bits."""
+    """Returns the numeric classes of one kind of nodes if they differ: results may differ in their last bits."""
     classes = sorted({node.numeric_class for node in nodes if node.kind is kind})
     return classes if len(classes) > 1 else []
 
 
 def not_linked(nodes: Iterable[NodeDescription]) -> list[str]:
-    """What to say of nodes that have said hello and that the router has no connection to."""
+    """Returns what to say of nodes that have said hello and that the router has no connection to."""
     return [f"the router is not connected to {node.node_id} at {', '.join(node.lifeline)}" for node in nodes]
 
 
@@ -369,7 +369,7 @@ class DeclaredDead:
             del self._let_go[next(iter(self._let_go))]
 
     def was_let_go(self, node_id: NodeId) -> bool:
-        """Whether it left with leave; if it speaks again it was not heard."""
+        """Returns whether it left with leave; if it speaks again it was not heard."""
         return node_id in self._let_go
 
     def refuse(self, node_id: NodeId) -> None:

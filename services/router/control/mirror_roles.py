@@ -67,7 +67,7 @@ class MirroredSlot:
 def valid_pairs(
     pairs: Mapping[StageSlot, MirrorPair], slots: Sequence[MirroredSlot], spares: Sequence[NodeId]
 ) -> dict[StageSlot, MirrorPair]:
-    """Pairs whose mirror is still a spare and whose slot is held as it was when they were made."""
+    """Returns pairs whose mirror is still a spare and whose slot is held as it was when they were made."""
     now = {wanted.slot: wanted for wanted in slots}
     return {
         slot: pair
@@ -95,7 +95,7 @@ def choose_mirrors(
     spares: Sequence[Spare],
     fits: Callable[[NodeId, MirroredSlot], bool],
 ) -> dict[StageSlot, NodeId]:
-    """New mirrors, by slot, of spares that mirror nobody yet. `spares` in the order in which they are to be taken.
+    """Finds new mirrors, by slot, among spares that mirror nobody yet. They are taken in the order of `spares`.
 
     A mirror is of its slot's numeric class: another one would change bits after a takeover. Slots whose holder leaves
     come first. Then as many as can be get a mirror on another host than their holder's, and what spares are left go to
@@ -124,7 +124,7 @@ def _match(
     *,
     on_other_host: bool,
 ) -> dict[StageSlot, NodeId]:
-    """As many pairs as can be, the first slots and the first spares before others."""
+    """Returns as many pairs as can be, the first slots and the first spares before others."""
     able = [
         [
             spare.numeric_class == slot.numeric_class
@@ -182,36 +182,36 @@ class MirrorRoles:
 
     @property
     def nodes(self) -> dict[StageSlot, NodeId]:
-        """Each slot's mirror, however far it is."""
+        """Returns each slot's mirror, however far it is."""
         return {slot: pair.node_id for slot, pair in self._pairs.items()}
 
     @property
     def num_complete(self) -> int:
-        """Mirrors that could take over at once."""
+        """Counts mirrors that could take over at once."""
         return sum(pair.state is MirrorState.COMPLETE for pair in self._pairs.values())
 
     @property
     def num_missing(self) -> int:
-        """Slots that could have a mirror that takes over at once, with the spares that SPARES asks for or that there
-        are, and have none."""
+        """Counts slots that could have a mirror that takes over at once, with the spares that SPARES asks for or that
+        there are, and have none."""
         expected = min(len(self._wanted), max(self._shape.spares, self._num_spares))
         return max(0, expected - sum(self.is_complete(slot) for slot in self._wanted))
 
     def node_of(self, slot: StageSlot) -> NodeId | None:
-        """The slot's mirror, if its copy is complete."""
+        """Returns the slot's mirror, if its copy is complete."""
         pair = self._pairs.get(slot)
         return pair.node_id if pair is not None and pair.state is MirrorState.COMPLETE else None
 
     def has_pair(self, slot: StageSlot) -> bool:
-        """Whether anybody follows the slot."""
+        """Returns whether anybody follows the slot."""
         return slot in self._pairs
 
     def is_complete(self, slot: StageSlot) -> bool:
-        """Whether its mirror could take over at once."""
+        """Returns whether its mirror could take over at once."""
         return self.node_of(slot) is not None
 
     def replaceable(self, silent: Set[NodeId]) -> list[NodeId]:
-        """Who of these holds a slot that its mirror, which is not silent, could take over at once."""
+        """Returns who of these holds a slot that its mirror, which is not silent, could take over at once."""
         return sorted(
             pair.primary
             for pair in self._pairs.values()
@@ -279,7 +279,7 @@ class MirrorRoles:
         return [self._feed(pair, nodes)]
 
     def number_of(self, node_id: NodeId) -> int | None:
-        """Of the role of a node that mirrors a slot; None for others."""
+        """Returns the number of the role of a node that mirrors a slot; None for others."""
         pairs = [*self._pairs.values(), *self._successors.values()]
         return next((pair.number for pair in pairs if pair.node_id == node_id), None)
 
@@ -292,7 +292,7 @@ class MirrorRoles:
         ]
 
     def feed_number_of(self, slot: StageSlot) -> int:
-        """Of what the slot's holder was told to feed; 0: nobody."""
+        """Returns the number of what the slot's holder was told to feed; 0: nobody."""
         pair = self._pairs.get(slot)
         return 0 if pair is None else pair.feed_number
 
@@ -337,12 +337,12 @@ class MirrorRoles:
 
     @property
     def has_failed(self) -> bool:
-        """Whether `forgives` may have something to say."""
+        """Returns whether `forgives` may have something to say."""
         return bool(self._failed)
 
     def forgives(self, now_s: float) -> bool:
-        """Whether those who could not load are to be asked again now. Ask again and again while `has_failed`; the first
-        time begins the wait."""
+        """Returns whether those who could not load are to be asked again now. Ask again and again while `has_failed`;
+        the first time begins the wait."""
         if not self._failed:
             return False
         if self._retry_at_s is None:

@@ -41,7 +41,7 @@ class Redundancy:
     """Those that have a place and are not loaded yet."""
 
     def warnings(self) -> tuple[str, ...]:
-        """Each thing that there should be twice and is not, as a sentence."""
+        """Returns each thing that there should be twice and is not, as a sentence."""
         said = (
             (self.missing_mirrors, "slots of pipelines have no mirror that could take over"),
             (self.missing_copies, "safety copies of expert shards have no room or no node"),
@@ -77,7 +77,7 @@ class Awaited:
     """Whether there was anything to take that from. Else progress of the stages explains more."""
 
     def is_overdue(self, progressed_s: float, now_s: float) -> bool:
-        """`progressed_s`: when a stage last reported work done."""
+        """Returns whether it should have come by now. `progressed_s`: when a stage last reported work done."""
         since_s = self.since_s if self.is_measured else max(self.since_s, progressed_s)
         return now_s - since_s > self.explained_s
 
@@ -118,7 +118,7 @@ class MeshEvidence:
 
 
 def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
-    """Ready, or everything that is missing. A running request that is stuck is a no, whatever other pipelines do."""
+    """Says that the mesh is ready, or all that is missing. A request that is stuck is a no, whatever else goes on."""
     missing = _missing(evidence, now_s)
     if not missing:
         missing = [stuck for pipeline in evidence.pipelines if (stuck := _stuck(pipeline, evidence, now_s))]
@@ -129,12 +129,12 @@ def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
 
 
 def accepts_requests(evidence: MeshEvidence, now_s: float) -> bool:
-    """Whether a new request would get tokens, perhaps of another pipeline than one on which requests are stuck."""
+    """Returns whether a new request would get tokens, perhaps of another pipeline than one that is stuck."""
     return not _missing(evidence, now_s)
 
 
 def judge_age(readiness: Readiness, published_s: float | None, now_s: float) -> Readiness:
-    """What a status still says that was published some time ago. None: the mesh thread has not looked yet."""
+    """Returns what a status still says that was published some time ago. None: the mesh thread has not looked yet."""
     if published_s is None or now_s - published_s <= STALE_S:
         return readiness
     missing = f"the mesh thread has been silent for {now_s - published_s:.1f} s"
@@ -172,12 +172,12 @@ class ProgressWatch:
         self._counts.pop(node_id, None)
 
     def evidence(self, node_id: NodeId, state: NodeState) -> NodeEvidence:
-        """Of a node that has joined."""
+        """Returns what is seen of a node that has joined."""
         return replace(self._heard[node_id], state=state)
 
 
 def _missing(evidence: MeshEvidence, now_s: float) -> list[str]:
-    """What keeps every pipeline from making tokens."""
+    """Returns what keeps every pipeline from making tokens."""
     missing = _missing_shards(evidence, _quiet_since_s(evidence), now_s)
     reasons = _reasons(evidence, now_s)
     if not reasons:
@@ -197,7 +197,7 @@ def _num_answering(evidence: MeshEvidence, now_s: float) -> int:
 
 
 def _quiet_since_s(evidence: MeshEvidence) -> float | None:
-    """When the last work was answered; None while there is some. A busy node may be too busy for heartbeats."""
+    """Returns when the last work was answered; None while there is some. A busy node may be too busy for heartbeats."""
     if any(pipeline.step is not None for pipeline in evidence.pipelines):
         return None
     return max((pipeline.last_work_s for pipeline in evidence.pipelines), default=None)
@@ -223,7 +223,7 @@ def _missing_shards(evidence: MeshEvidence, quiet_since_s: float | None, now_s: 
 
 
 def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: float | None, now_s: float) -> str:
-    """Why this pipeline can make no token now; "" if it can."""
+    """Returns why this pipeline can make no token now; "" if it can."""
     nodes = evidence.nodes
     mute = [n for n in pipeline.holders if not _answers(nodes.get(n), quiet_since_s, now_s)]
     if mute:
@@ -239,7 +239,7 @@ def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: 
 
 
 def _stuck(pipeline: PipelineEvidence, evidence: MeshEvidence, now_s: float) -> str:
-    """A running request that gets no further; "" if there is none. Of a pipeline with a dead stage that is no news."""
+    """Names a running request that gets no further; "" if there is none, or where a stage is dead anyway."""
     if not evidence.nodes.keys() >= set(pipeline.holders) or pipeline.token is None:
         return ""
     if not pipeline.token.is_overdue(_progressed_s(pipeline, evidence.nodes), now_s):

@@ -61,7 +61,7 @@ class Retelling:
         self._open: dict[NodeId, dict[Topic, _Open]] = {}
 
     def due(self, node_id: NodeId, found: Iterable[Misbelief], now_s: float) -> dict[Topic, list[Action]]:
-        """What to tell a node again now. `found`: all that its newest heartbeat shows."""
+        """Returns what to tell a node again now. `found`: all that its newest heartbeat shows."""
         before, after = self._open.pop(node_id, {}), dict[Topic, _Open]()
         due: dict[Topic, list[Action]] = {}
         for one in found:
@@ -94,7 +94,7 @@ class Refusals:
             self._waiting[pipeline] = generation, now_s + RETRY_S
 
     def due(self, pipelines: Mapping[PipelineId, Pipeline], now_s: float) -> list[PipelineId]:
-        """Whom to assign anew now: not those that have other holders by now."""
+        """Returns whom to assign anew now: not those that have other holders by now."""
         due = {pipeline: generation for pipeline, (generation, at_s) in self._waiting.items() if now_s >= at_s}
         for pipeline in due:
             del self._waiting[pipeline]
@@ -120,7 +120,7 @@ class Beliefs:
         self._retelling = Retelling()
 
     def compare(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> Consequences:
-        """Of a node that is registered."""
+        """Compares the heartbeat of a node that is registered."""
         if kind is NodeKind.EXPERT:
             found, news = [self._shards(node_id, said)], list[Action]()
         else:

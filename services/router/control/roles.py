@@ -34,7 +34,7 @@ class ObservedStage:
     """What fails together with it."""
 
     def can_hold(self, slot: StageSlot) -> bool:
-        """Whether it sees the slot's weights."""
+        """Returns whether it sees the slot's weights."""
         return self.slots is None or slot.index in self.slots
 
 
@@ -57,7 +57,7 @@ class RolePlan:
 
     @property
     def pipelines(self) -> dict[PipelineId, tuple[NodeId | None, ...]]:
-        """Holders by slot; None for a hole."""
+        """Returns holders by slot; None for a hole."""
         found: dict[PipelineId, dict[int, NodeId | None]] = {}
         for slot in sorted([*self.assignments, *self.holes], key=_slot_order):
             found.setdefault(slot.pipeline, {})[slot.index] = self.assignments.get(slot)
@@ -73,7 +73,7 @@ def plan_roles(
     *,
     keeps_surplus: bool = True,
 ) -> RolePlan:
-    """Slots for n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
+    """Gives slots to n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
 
     `current` may name dead nodes; those slots are holes, and a hole stays one until somebody is free for it: its mirror
     before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
@@ -141,7 +141,7 @@ def _slots(pipeline: PipelineId, pp: int) -> list[StageSlot]:
 def _living_holders(
     current: Mapping[StageSlot, NodeId], nodes: Mapping[NodeId, ObservedStage], pp: int
 ) -> dict[StageSlot, NodeId]:
-    """Slots of this shape whose holder lives; a node that is named twice keeps its first slot."""
+    """Returns slots of this shape whose holder lives; a node that is named twice keeps its first slot."""
     held: dict[StageSlot, NodeId] = {}
     seen: set[NodeId] = set()
     for slot in sorted(current, key=_slot_order):
@@ -209,7 +209,7 @@ def _slots_by_host(
     free: Sequence[ObservedStage],
     nodes: Mapping[NodeId, ObservedStage],
 ) -> Counter[str]:
-    """How many of a pipeline's slots each host can hold: those that it holds, and as many more as it has nodes."""
+    """Counts the slots of a pipeline that each host can hold: those it holds, and as many more as it has nodes."""
     held = Counter(nodes[assignments[slot]].host_label for slot in slots if slot in assignments)
     unheld = len(slots) - held.total()
     return held + Counter({label: min(unheld, n) for label, n in Counter(node.host_label for node in free).items()})
@@ -244,7 +244,7 @@ def _pass_on(
 
 
 def _can_fill(slots: Sequence[StageSlot], able: Sequence[ObservedStage]) -> bool:
-    """Whether these nodes can hold all of these slots at once."""
+    """Returns whether these nodes can hold all of these slots at once."""
     held: dict[StageSlot, NodeId] = {}
     free, nodes = list(able), {node.node_id: node for node in able}
     return all(_pass_on(slot, [*held], held, free, nodes) for slot in slots)
@@ -275,7 +275,7 @@ def _give(
     assignments: dict[StageSlot, NodeId],
     nodes: Mapping[NodeId, ObservedStage],
 ) -> bool:
-    """Whether the taker could use any of the giver's nodes."""
+    """Returns whether the taker could use any of the giver's nodes."""
     giving = {slot: nodes[assignments.pop(slot)] for slot in _slots(giver, pp) if slot in assignments}
     left = list(giving.values())
     _fill_holes(taker, pp, assignments, left, nodes, {})
@@ -310,7 +310,8 @@ class RolePlanning:
         keeps_surplus: bool,
         only_holders: bool,
     ) -> tuple[RolePlan, Misfits]:
-        """The plan, and who is too small for a slot that it could have got. `only_holders`: for those of `current`."""
+        """Returns the plan, and who is too small for a slot that it could get. `only_holders`: for those of
+        `current`."""
         misfits: Misfits = {}
         while True:
             observed = [
@@ -334,7 +335,7 @@ class RolePlanning:
         nodes: Nodes,
         current: Mapping[StageSlot, NodeId],
     ) -> Misfits:
-        """Of those who do not hold their slots yet."""
+        """Returns who of those who do not hold their slots yet has no room for them."""
         new = {
             index: node_id
             for index, node_id in enumerate(holders)
@@ -345,7 +346,7 @@ class RolePlanning:
         return {(new[index], index): reason for index, reason in lacking.items()}
 
     def _observe(self, nodes: Nodes, misfits: Misfits) -> list[ObservedStage]:
-        """Without those who are too small for all slots."""
+        """Returns nodes, without those who are too small for all slots."""
         observed: list[ObservedStage] = []
         for node_id, (description, order) in nodes.items():
             unable = self.unable.of(node_id)
@@ -372,7 +373,7 @@ class Unable:
         return is_news
 
     def of(self, node_id: NodeId) -> Collection[int]:
-        """What it is not asked to take."""
+        """Returns what it is not asked to take."""
         return self._slots.get(node_id, ())
 
     def forgive(self, indexes: Collection[int]) -> bool:
@@ -391,7 +392,7 @@ class Unable:
 def loadable_slots(
     node: NodeDescription, layers: Sequence[LayerRange], no_room: Set[int] = frozenset()
 ) -> frozenset[int] | None:
-    """Indexes of the slots whose weights a stage node sees, by each slot's layers, but those that it has no room for.
+    """Returns the slots whose layers a stage node sees, by index, but those that it has no room for.
 
     None: all slots.
     """
@@ -401,7 +402,7 @@ def loadable_slots(
 
 
 def describe_unfilled(slots: Iterable[int], layers: Sequence[LayerRange], nodes: Iterable[NodeDescription]) -> str:
-    """Why slots stay empty although nodes are free, as the end of a sentence; "" for none."""
+    """Returns why slots stay empty although nodes are free, as the end of a sentence; "" for none."""
     living = list(nodes)
     found = ""
     for slot in slots:

@@ -29,7 +29,7 @@ class MeshShape:
 
 
 def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
-    """Layer ranges of a pipeline's `pp` slots, balanced by the weights that one token reads.
+    """Finds the layer ranges of a pipeline's `pp` slots, balanced by the weights that one token reads.
 
     A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads
     one row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
@@ -46,14 +46,14 @@ def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
 
 
 def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
-    """Weights that the holder of a slot keeps in memory."""
+    """Counts the bytes of weights that the holder of a slot keeps."""
     parameters = sum(config.layer_parameters_on_stage(layer) for layer in range(layers.start, layers.stop))
     parameters += config.embedding_parameters() * ((slot == 0) + (slot == shape.pp - 1))
     return parameters * shape.item_bytes
 
 
 def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
-    """Weights of the widest slice of one expert of one layer. Raises ConfigurationError for slices of no width."""
+    """Counts the bytes of an expert's widest slice in one layer. Raises ConfigurationError for no width at all."""
     if shape.num_slices > config.expert_intermediate_size:
         raise ConfigurationError(
             f"EXPERT_SLICES={shape.num_slices}: the experts of this model are {config.expert_intermediate_size} wide"
@@ -63,14 +63,14 @@ def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
 
 
 def block_bytes_of(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
-    """Paged memory of one block on the holder of a slot: K and V, and the activation log on all but the last."""
+    """Counts the bytes of a block on a slot's holder: K and V, and the activation log on all but the last."""
     values = (layers.stop - layers.start) * config.kv_values_per_token()
     values += config.hidden_size if slot < shape.pp - 1 else 0
     return values * shape.block_tokens * shape.item_bytes
 
 
 def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Sequence[int]) -> int:
-    """KV blocks of a pipeline whose slots offer these capacities. Raises CapacityError with the numbers."""
+    """Counts the KV blocks of a pipeline whose slots offer these capacities. Raises CapacityError with the numbers."""
     wished = -(-shape.kv_cache_tokens // shape.block_tokens)
     blocks = wished
     for slot, (span, capacity) in enumerate(zip(layers, capacities, strict=True)):
@@ -89,7 +89,7 @@ def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRan
 def too_small(
     config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Mapping[int, int]
 ) -> dict[int, str]:
-    """Slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""
+    """Finds slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""
     found: dict[int, str] = {}
     for slot, capacity_bytes in capacities.items():
         others = [sys.maxsize] * len(layers)
@@ -104,7 +104,7 @@ def too_small(
 def balance_layers(
     layer_costs: Sequence[float], first_extra: float, last_extra: float, num_stages: int
 ) -> list[LayerRange]:
-    """Contiguous ranges, one a stage, each of at least one layer, that minimise the most expensive stage.
+    """Finds contiguous ranges, one a stage, each of at least one layer, that minimise the most expensive stage.
 
     `first_extra` (embedding) and `last_extra` (final norm, lm_head) are added to the first and the last stage; all
     costs are in one unit and not negative. Among the plans with the same maximum, the most even one (least sum of
@@ -124,7 +124,7 @@ def balance_layers(
         return cost + (first_extra if stage == 0 else 0.0) + (last_extra if stage == num_stages - 1 else 0.0)
 
     def stops(stage: int, start: int) -> range:
-        """Where a stage may end: each later one needs a layer, and the last takes all that is left."""
+        """Returns where a stage may end: each later one needs a layer, and the last takes all that is left."""
         num_later = num_stages - 1 - stage
         return range(num_layers if num_later == 0 else start + 1, num_layers - num_later + 1)
 

@@ -46,7 +46,7 @@ class Pipeline:
         return self.has_pool or self.held is not None
 
     def has_all_of(self, sequence_id: int) -> bool:
-        """Whether it goes on with a sequence as soon as it opens: those who reported it hold all slots still."""
+        """Returns whether it goes on with a sequence once it opens: those who reported it still hold all slots."""
         held = self.held
         if held is None or not self.is_whole:
             return False
@@ -90,21 +90,21 @@ class StageRoles:
 
     @property
     def pipelines(self) -> Mapping[PipelineId, Pipeline]:
-        """As they are now."""
+        """Returns pipelines as they are now."""
         return self._pipelines
 
     @property
     def num_open(self) -> int:
-        """Pipelines that take steps."""
+        """Counts pipelines that take steps."""
         return sum(pipeline.is_open for pipeline in self._pipelines.values())
 
     @property
     def num_suspended(self) -> int:
-        """Pipelines that wait for a holder with their requests' blocks."""
+        """Counts pipelines that wait for a holder with their requests' blocks."""
         return sum(pipeline.has_pool and not pipeline.is_open for pipeline in self._pipelines.values())
 
     def slot_of(self, node_id: NodeId) -> StageSlot | None:
-        """The slot that a node holds, or None for a spare."""
+        """Returns the slot that a node holds, or None for a spare."""
         for pipeline_id, pipeline in self._pipelines.items():
             if node_id in pipeline.holders:
                 return StageSlot(pipeline_id, SlotIndex(pipeline.holders.index(node_id)))
@@ -123,7 +123,7 @@ class StageRoles:
         return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
     def tick(self, now_s: float) -> list[Action]:
-        """Roles that time alone decides: a restarted router does not give a slot away before its holder is back, a
+        """Decides what depends on time alone: a restarted router does not give a slot away before its holder is back, a
         pipeline too many is given up once it is clear that its spares will not come back, and a spare that could not
         load what it was to mirror is asked again."""
         if self.adoption.is_pending:
@@ -150,7 +150,7 @@ class StageRoles:
 
     @property
     def waits(self) -> bool:
-        """Whether `tick` may have something to do."""
+        """Returns whether `tick` may have something to do."""
         return self.adoption.is_pending or self._surplus.is_there or self.mirrors.has_failed
 
     def lose(self, node_id: NodeId) -> list[Action]:
@@ -168,7 +168,7 @@ class StageRoles:
         return self._mirror()
 
     def may_leave(self, node_id: NodeId) -> bool:
-        """Whether nothing is gained by waiting: no cache is lost with it, its mirror is complete, or there is none."""
+        """Returns whether waiting gains nothing: no cache is lost with it, or no mirror is being filled."""
         if self._nodes.keys() <= self._draining:
             return True  # the whole mesh ends
         slot = self.slot_of(node_id)
@@ -181,7 +181,7 @@ class StageRoles:
         return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
 
     def is_awaited(self, sequence_id: int, now_s: float) -> bool:
-        """Whether a pipeline that has yet to open holds this sequence of a router before this one, or perhaps does."""
+        """Returns whether a pipeline that has yet to open holds, or may hold, this sequence of an earlier router."""
         if self.adoption.may_know(sequence_id):
             return True
         is_held = any(pipeline.has_all_of(sequence_id) for pipeline in self._pipelines.values())
@@ -189,7 +189,7 @@ class StageRoles:
 
     @property
     def leaving(self) -> list[NodeId]:
-        """Nodes that wait for leave and may have it."""
+        """Returns nodes that wait for leave and may have it."""
         return sorted(node_id for node_id in self._draining if self.may_leave(node_id))
 
     # What nodes report
@@ -240,18 +240,18 @@ class StageRoles:
         return self._replan()
 
     def waits_for(self, node_id: NodeId, number: int) -> PipelineId | None:
-        """The pipeline that cannot open before this node has taken the role of this number, if there is one."""
+        """Returns the pipeline that cannot open before this node has taken the role of this number, if there is one."""
         slot = self.slot_of(node_id)
         return slot.pipeline if slot is not None and self._pipelines[slot.pipeline].generation == number else None
 
     @property
     def nodes(self) -> Nodes:
-        """Living ones with their join order."""
+        """Returns living nodes with their join order."""
         return self._nodes
 
     @property
     def are_settled(self) -> bool:
-        """Whether who has no role is a spare: else it may yet be given back what it holds."""
+        """Returns whether who has no role is a spare: else it may yet be given back what it holds."""
         return not self.adoption.is_pending
 
     def assign(self, slot: StageSlot) -> Action:
@@ -263,7 +263,7 @@ class StageRoles:
     # Planning
 
     def _replan(self, *, keeps_surplus: bool = True) -> list[Action]:
-        """Roles for all nodes."""
+        """Gives roles to all nodes."""
         current = self._holders()
         plan, misfits = self._planning.plan(
             self._nodes,
@@ -315,7 +315,7 @@ class StageRoles:
         return [SuspendPipeline(pipeline_id)] if was_open else []
 
     def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
-        """A new generation. A slot that changes hands gets a new lease term."""
+        """Begins a new generation. A slot that changes hands gets a new lease term."""
         before = self._pipelines.get(pipeline_id)
         nodes = [node_id for node_id in holders if node_id is not None]
         capacities = [self._nodes[node_id][0].capacity_bytes for node_id in nodes]
@@ -341,7 +341,7 @@ class StageRoles:
         return actions
 
     def _should_move(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> bool:
-        """Whether requests are better off elsewhere than waiting for a new holder that knows nothing."""
+        """Returns whether requests are better off elsewhere than waiting for a new holder that knows nothing."""
         if before.holders == holders or self._recovery == "replay":
             return False
         if self._recovery == "move":
@@ -350,7 +350,7 @@ class StageRoles:
         return is_elsewhere_open and len(self._unbroken(pipeline_id, before, holders)) < len(holders)
 
     def _unbroken(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> set[int]:
-        """Slots that go on with all of their memory: their holder stays, or its complete mirror follows it."""
+        """Returns slots that go on with all of their memory: their holder stays, or its complete mirror follows it."""
         return {
             index
             for index, node_id in enumerate(holders)
@@ -432,7 +432,7 @@ class Surplus:
             self._since_s = None
 
     def is_due(self, now_s: float) -> bool:
-        """Whether it has lasted. Ask again and again while `is_there`; the first time begins the wait."""
+        """Returns whether it has lasted. Ask again and again while `is_there`; the first time begins the wait."""
         if not self.is_there:
             return False
         if self._since_s is None:

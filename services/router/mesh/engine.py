@@ -27,7 +27,7 @@ class TokenMailbox:
         self._queues: dict[RequestId, asyncio.Queue[Outcome]] = {}
 
     def open(self, request_id: RequestId) -> asyncio.Queue[Outcome]:
-        """In the event loop: a queue for a request's outcomes."""
+        """Opens a queue for a request's outcomes; in the event loop."""
         queue: asyncio.Queue[Outcome] = asyncio.Queue()
         self._queues[request_id] = queue
         return queue
@@ -64,7 +64,7 @@ class SubmittedChoice(AsyncIterator[Token]):
         self._has_ended = False
 
     async def __anext__(self) -> Token:
-        """The next token. Raises what the mesh says of the choice, and StopAsyncIteration after the last token."""
+        """Returns the next token. Raises what the mesh says, and StopAsyncIteration after the last token."""
         if self._has_ended:
             raise StopAsyncIteration
         try:
@@ -114,16 +114,16 @@ class MeshEngine:
 
     @property
     def max_context_tokens(self) -> int:
-        """Prompt plus completion."""
+        """Returns how many tokens prompt and completion may have together."""
         return self._max_context_tokens
 
     def readiness(self) -> Readiness:
-        """From the last status of the mesh thread, if it is fresh."""
+        """Reads the last status of the mesh thread, if it is fresh."""
         status = self._mesh.status
         return judge_age(status.readiness, status.published_s, self._clock())
 
     def describe_mesh(self) -> dict[str, Any]:
-        """Of the same status."""
+        """Describes the same status."""
         return describe_mesh(self._mesh.status, self.readiness())
 
     def check_room(self, num_choices: int) -> None:
@@ -139,7 +139,7 @@ class MeshEngine:
             )
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Tokens as they come; see the protocol.
+        """Yields tokens as they come; see the protocol.
 
         The request is in line when this returns: the stages of a restored one may be back a moment later, and only who
         is in line gets his cache.

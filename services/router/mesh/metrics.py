@@ -26,7 +26,7 @@ class MeshCollector(Collector):
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """All families; see docs/metrics.md for what each means."""
+        """Yields all families; see docs/metrics.md for what each means."""
         status = self._status()
         yield from _requests(status)
         yield from _pipelines(status)

@@ -33,7 +33,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def encode_request(request: PlacementRequest) -> bytes:
-    """With its length."""
+    """Returns the message with its length before it."""
     nodes = [
         dataclasses.asdict(node) | {"experts": None if node.experts is None else sorted(node.experts)}
         for node in request.nodes
@@ -43,7 +43,7 @@ def encode_request(request: PlacementRequest) -> bytes:
 
 
 def decode_request(body: bytes) -> PlacementRequest:
-    """Without its length."""
+    """Reads the message without its length."""
     fields = _unpack(body)
     holders = tuple(map(NodeId, fields["holders"]))
     row_bytes = -(-math.prod(fields["shape"]) // 8)
@@ -57,12 +57,12 @@ def decode_request(body: bytes) -> PlacementRequest:
 
 
 def encode_answer(answer: PlacementAnswer) -> bytes:
-    """With its length."""
+    """Returns the message with its length before it."""
     return _with_length(_fields(answer) | {"owners": answer.owners.tobytes(), "shape": answer.owners.shape})
 
 
 def decode_answer(body: bytes) -> PlacementAnswer:
-    """Without its length."""
+    """Reads the message without its length."""
     fields = _unpack(body)
     owners = np.frombuffer(fields["owners"], dtype=np.int32).reshape(fields.pop("shape"))
     return PlacementAnswer(**fields | {"owners": owners, "node_ids": tuple(map(NodeId, fields["node_ids"]))})

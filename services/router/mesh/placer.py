@@ -38,7 +38,7 @@ class Placer(Protocol):
         """Compute this next; does not wait."""
 
     def pop_answer(self) -> PlacementAnswer | None:
-        """An answer that is there; None: none yet."""
+        """Returns an answer that is there; None: none yet."""
 
 
 class InlinePlacer:
@@ -191,7 +191,7 @@ class ProcessPatience:
 
 
 def process_cpu_seconds(pid: int) -> float | None:
-    """CPU time of a process since it began; None where the system does not tell it."""
+    """Returns CPU time of a process since it began; None where the system does not tell it."""
     if sys.platform != "linux":
         return None
     try:

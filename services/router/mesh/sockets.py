@@ -74,7 +74,7 @@ class MeshClient:
 
     @property
     def step_bytes_sent(self) -> int:
-        """Of steps, to all first stages since start."""
+        """Counts the bytes of steps to all first stages since start."""
         return self._closed_bytes_sent + sum(socket.bytes_sent for socket in self._pipelines.values())
 
     def wake(self) -> None:
@@ -91,7 +91,7 @@ class MeshClient:
                 os.read(self._wake_reader, 65536)
 
     def receive_control(self) -> tuple[NodeId, Message, Header] | None:
-        """The next control message with its sender."""
+        """Returns the next control message with its sender."""
         received = self.control.receive()
         if received is None:
             return None
@@ -124,7 +124,7 @@ class MeshClient:
                     raise
 
     def echoes(self) -> list[tuple[NodeId, int]]:
-        """Nodes that have echoed since the last call, with the numbers of the pings."""
+        """Returns nodes that have echoed since the last call, with the numbers of the pings."""
         found: list[tuple[NodeId, int]] = []
         while True:
             try:
@@ -164,7 +164,7 @@ class MeshClient:
             self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
-        """Lifelines that opened or closed since the last call; REFUSED where nobody listens any more."""
+        """Returns lifelines that opened or closed since the last call; REFUSED where nobody listens any more."""
         events = [
             (node_id, event) for node_id, lifeline in list(self._lifelines.items()) for event in lifeline.link_events()
         ]
@@ -193,7 +193,7 @@ class MeshClient:
             socket.close()
 
     def send_step(self, pipeline: PipelineId, message: Message, header: Header) -> bool:
-        """False if the first stage does not take it (not connected yet, or gone): send it again."""
+        """Returns False if the first stage does not take it (not connected yet, or gone): send it again."""
         try:
             self._pipelines[pipeline].send(message, header)
         except Full:
@@ -214,7 +214,7 @@ class MeshClient:
 
 
 def refused(endpoints: Iterable[str], within_s: float = WITHIN_S) -> set[str]:
-    """Of these (`ipc://PATH` or `tcp://ADDRESS:PORT`), those where a connection is refused: nobody listens.
+    """Returns, of these (`ipc://PATH` or `tcp://ADDRESS:PORT`), those where a connection is refused: nobody listens.
 
     Whoever listened there has ended, or has closed its sockets: its process need not be waited for. All else proves
     nothing: a connection that stands, one that gets no answer in time, a path that is gone, an address that is a name.
@@ -281,7 +281,7 @@ class Witnesses:
 
     @property
     def wait_ms(self) -> int:
-        """How long the loop may wait for a socket to say something."""
+        """Returns how long the loop may wait for a socket to say something."""
         return SUSPENSE_MS if self._is_suspense else WAIT_MS
 
     def look(
@@ -290,8 +290,8 @@ class Witnesses:
         nodes: Mapping[NodeId, NodeDescription],
         replaceable: Callable[[Set[NodeId]], Sequence[NodeId]],
     ) -> list[MembershipChange]:
-        """What has changed by them. `replaceable`: of nodes that are silent, those in whose place somebody goes on at
-        once. There a wrong death costs little, and a right one saves much."""
+        """Returns what has changed by them. `replaceable`: of nodes that are silent, those in whose place somebody goes
+        on at once. There a wrong death costs little, and a right one saves much."""
         changes: list[MembershipChange] = []
         opened, closed = self._membership.lifeline_opened, self._membership.lifeline_closed
         witnesses = {LinkEvent.CONNECTED: opened, LinkEvent.CLOSED: closed}

@@ -84,7 +84,7 @@ class HopTotals:
             self.cancelled_calls += last.late
 
     def snapshot(self, nodes: tuple[NodeStatus, ...]) -> HopTotals:
-        """The totals with what living nodes last reported."""
+        """Returns the totals with what living nodes last reported."""
         total = replace(self)
         for node in nodes:
             total.keep(node.description, node.heartbeat)
@@ -114,7 +114,7 @@ class MeshStatus:
 
     @staticmethod
     def starting(detail: str) -> MeshStatus:
-        """Before the mesh thread has looked once."""
+        """Returns what is shown before the mesh thread has looked once."""
         return MeshStatus(
             readiness=Readiness(False, detail),
             published_s=None,
@@ -135,7 +135,7 @@ def mesh_evidence(
     experts: ExpertRoles,
     scheduler: SchedulerSnapshot,
 ) -> MeshEvidence:
-    """All living nodes, and the pipelines that roles and scheduler both hold open."""
+    """Returns all living nodes, and the pipelines that roles and scheduler both hold open."""
     holders = {
         pipeline: tuple(node_id for node_id in roles.holders if node_id is not None)
         for pipeline, roles in stages.pipelines.items()
@@ -177,7 +177,7 @@ def node_statuses(
     stages: StageRoles,
     experts: ExpertRoles,
 ) -> tuple[NodeStatus, ...]:
-    """All registered nodes, by id."""
+    """Returns all registered nodes, by id."""
     mirrored = {node_id: slot for slot, node_id in stages.mirrors.nodes.items()}
     return tuple(
         NodeStatus(
@@ -193,7 +193,7 @@ def node_statuses(
 
 
 def describe_mesh(status: MeshStatus, readiness: Readiness) -> JsonObject:
-    """`nodes` by id, with what each is for now, and `pipelines`. A part that dies is missing within a second."""
+    """Returns `nodes` by id, with what each is for, and `pipelines`. What dies is missing within a second."""
     generations = status.generations
     return {
         "ready": readiness.ready,
@@ -230,7 +230,7 @@ def _node(node: NodeStatus) -> JsonObject:
 
 
 def _role(node: NodeStatus) -> str:
-    """`holder` of a slot, its `mirror`, `expert` with shards, or `spare`."""
+    """Returns `holder` of a slot, its `mirror`, `expert` with shards, or `spare`."""
     if node.slot is not None:
         return "holder"
     if node.mirrored is not None:
@@ -239,7 +239,7 @@ def _role(node: NodeStatus) -> str:
 
 
 def _part(part: CheckpointPart | None) -> JsonObject | None:
-    """What it can load; None: everything."""
+    """Returns what it can load; None: everything."""
     if part is None:
         return None
     return {"layers": None if part.layers is None else list(part.layers), "experts": sorted(part.experts)}

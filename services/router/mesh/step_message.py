@@ -21,7 +21,7 @@ from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
 def step_message(plan: StepPlan) -> Step:
-    """A plan as the first stage takes it."""
+    """Makes a plan a message, as the first stage takes it."""
     sampled = [chunk for chunk in plan.chunks if chunk.samples]
     sequences = [
         (
@@ -63,7 +63,7 @@ def step_message(plan: StepPlan) -> Step:
 
 
 def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
-    """Sequences of a plan that are in no message what they should be, not even alone; with what they raise."""
+    """Finds sequences of a plan that are in no message what they should be, not even alone; with what they raise."""
     culprits: dict[SequenceId, Exception] = {}
     for chunk in plan.chunks:
         try:
@@ -74,7 +74,7 @@ def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
 
 
 def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
-    """The counters that fence a step."""
+    """Makes the header with the counters that fence a step."""
     return Header(
         router_term=router_term,
         generation=plan.generation,
@@ -85,7 +85,7 @@ def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
 
 
 def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, Token]:
-    """What the last stage drew, by sequence. Raises ProtocolError if it is not what the plan asks for."""
+    """Reads what the last stage drew, by sequence. Raises ProtocolError if it is not what the plan asks for."""
     ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
     count = len(ids)
     tokens = frame_to_array(result.token_ids, "int32", (count,), "StepResult.token_ids").tolist()
@@ -119,7 +119,7 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
 
 
 def adjusted_rows(sampled: Sequence[ScheduledChunk]) -> Int64Array:
-    """`Step.adjusted`: int64 [*, 3], of the chunks that sample."""
+    """Returns `Step.adjusted`: int64 [*, 3], of the chunks that sample."""
     rows = [
         (row, chunk.num_generated, int(chunk.tells_adjustments))
         for row, chunk in enumerate(sampled)
@@ -129,7 +129,7 @@ def adjusted_rows(sampled: Sequence[ScheduledChunk]) -> Int64Array:
 
 
 def penalty_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
-    """`Step.penalties`: float64 [*, 5]."""
+    """Returns `Step.penalties`: float64 [*, 5]."""
     rows = [
         (row, sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
         for row, chunk in enumerate(sampled)
@@ -139,7 +139,7 @@ def penalty_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
 
 
 def count_rows(sampled: Sequence[ScheduledChunk]) -> Int32Array:
-    """`Step.token_counts`: int32 [*, 4]."""
+    """Returns `Step.token_counts`: int32 [*, 4]."""
     parts = []
     for row, chunk in enumerate(sampled):
         if chunk.tells_adjustments and chunk.token_counts:
@@ -149,7 +149,7 @@ def count_rows(sampled: Sequence[ScheduledChunk]) -> Int32Array:
 
 
 def bias_rows(sampled: Sequence[ScheduledChunk]) -> Float64Array:
-    """`Step.biases`: float64 [*, 3]; while a choice is too short to end, its stop tokens stand there with -inf."""
+    """Returns `Step.biases`: float64 [*, 3]; stop tokens of a choice that is too short to end have -inf."""
     parts = []
     for row, chunk in enumerate(sampled):
         sampling = chunk.sampling

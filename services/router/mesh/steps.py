@@ -116,7 +116,7 @@ class StepFlow:
         return broken + given_up
 
     def _send_waiting(self, now_s: float) -> list[PipelineId]:
-        """Pipelines with a step that fits no message."""
+        """Returns pipelines with a step that fits no message."""
         broken: list[PipelineId] = []
         for pipeline, waiting in self._unsent.items():
             try:
@@ -127,7 +127,7 @@ class StepFlow:
         return broken
 
     def _send(self, pipeline: PipelineId, step: StepInFlight, now_s: float) -> bool:
-        """False if the first stage does not take it yet. Raises UnsendableError."""
+        """Returns False if the first stage does not take it yet. Raises UnsendableError."""
         left_ms = max(1, int((step.planned_s + self._step_deadline_s - now_s) * 1000))
         header = step_header(step.plan, self._client.router_term, left_ms)
         try:
@@ -171,7 +171,7 @@ class StepFlow:
         return broken
 
     def pop_answered(self) -> dict[PipelineId, float]:
-        """When the newest step was sent that has come back since this was last asked, and that all stages computed."""
+        """Returns when the newest step was sent that all stages computed and that has come back since the last call."""
         answered_s, self._answered_s = self._answered_s, {}
         return answered_s
 
@@ -184,11 +184,11 @@ class StepFlow:
 
     @property
     def unsent(self) -> set[PipelineId]:
-        """Pipelines with a step that their first stage has not taken yet."""
+        """Returns pipelines with a step that their first stage has not taken yet."""
         return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
 
     def give_up(self, lost: list[PipelineId]) -> list[PipelineId]:
-        """Pipelines with a step that nobody has: its requests are not to blame, so nothing fails."""
+        """Returns pipelines with a step that nobody has: its requests are not to blame, so nothing fails."""
         for pipeline in lost:
             self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
         return lost

@@ -35,7 +35,7 @@ RESERVED_SHARE = 0.75
 
 
 def num_blocks_for(num_tokens: int, block_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+    """Returns how many blocks hold so many tokens."""
     return -(-num_tokens // block_tokens)
 
 
@@ -50,14 +50,14 @@ class CompletionRate:
         self._times_s.append(now_s)
 
     def per_s(self, now_s: float) -> float:
-        """0.0 while fewer than two have ended. The time since the latest counts, so that a standstill shows."""
+        """Returns 0.0 while fewer than two have ended. The time since the latest counts, so that a standstill shows."""
         if len(self._times_s) < 2:
             return 0.0
         return (len(self._times_s) - 1) / max(now_s - self._times_s[0], 1e-3)
 
 
 def retry_after_s(num_waiting: int, completions_per_s: float) -> int:
-    """Seconds in which the line ahead would be served, in [1, MAX_RETRY_AFTER_S]."""
+    """Returns in how many seconds the line ahead would be served, in [1, MAX_RETRY_AFTER_S]."""
     if num_waiting == 0:
         return 1
     if completions_per_s * MAX_RETRY_AFTER_S <= num_waiting:
@@ -66,7 +66,7 @@ def retry_after_s(num_waiting: int, completions_per_s: float) -> int:
 
 
 def lateness(request: GenerationRequest, age_s: float, pool_blocks: Sequence[int], block_tokens: int) -> MeshError:
-    """Why a request took too long, as well as the blocks of the open pipelines tell."""
+    """Returns why a request took too long, as well as the blocks of the open pipelines tell."""
     num_blocks = num_blocks_for(len(request.prompt_token_ids) + request.sampling.max_tokens, block_tokens)
     if not pool_blocks:
         return NotReadyError(f"the request took {age_s:.0f} s and no pipeline is open")
@@ -155,7 +155,7 @@ class Admission:
 
 
 def group_of(request: GenerationRequest) -> str:
-    """The name of its HTTP request, or its own."""
+    """Returns the name of its HTTP request, or its own."""
     return request.group or request.request_id
 
 
@@ -175,7 +175,7 @@ class Line:
         self._num_arrived = 0
 
     def enter(self, request: GenerationRequest) -> int:
-        """For a request that is let in."""
+        """Gives a place to a request that is let in."""
         name = group_of(request)
         if name not in self._groups:
             self._num_groups += 1
@@ -197,7 +197,7 @@ class Line:
 
 
 def num_ahead(waiting: Iterable[GenerationRequest], newcomer: GenerationRequest | None, max_waiting: int) -> int:
-    """How many wait, as far as the newcomer's door is concerned: of its own request all, of any other one its share."""
+    """Counts who waits, as far as a newcomer is concerned: all of its own request, of any other one its share."""
     share = max(1, max_waiting // WAITING_SHARE)
     by_group = Counter(group_of(request) for request in waiting)
     own = by_group.pop(group_of(newcomer), 0) if newcomer is not None else 0

@@ -22,11 +22,11 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Counts the blocks that nobody holds."""
         return len(self._free)
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """`count` blocks with one reference each, ascending; None, and nothing taken, if there are not that many."""
+        """Returns `count` blocks with one reference each, ascending; None, and nothing, if there are not so many."""
         if count < 0:
             raise ValueError(f"cannot allocate {count} blocks")
         if count > len(self._free):
@@ -37,7 +37,7 @@ class BlockAllocator:
         return block_ids
 
     def claim(self, block_ids: Iterable[int]) -> bool:
-        """These very blocks, one reference each; False, and nothing taken, if one is held, named twice or not there."""
+        """Takes these very blocks, one reference each; False, and none, if one is held, named twice or not there."""
         wanted = list(block_ids)
         free = set(self._free)
         if len(set(wanted)) != len(wanted) or not free.issuperset(wanted):
@@ -66,7 +66,7 @@ class BlockAllocator:
                 heapq.heappush(self._free, block_id)
 
     def reference_count(self, block_id: int) -> int:
-        """How many hold this block; ValueError outside the pool."""
+        """Returns how many hold this block; ValueError outside the pool."""
         if not 0 <= block_id < self.num_blocks:
             raise ValueError(f"block {block_id} is outside the pool of {self.num_blocks} blocks")
         return self._reference_counts[block_id]

@@ -32,7 +32,7 @@ class StepPace:
         self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(seconds)
 
     def usual_s(self, num_tokens: int) -> float | None:
-        """The median of steps of this size; None: nothing has been measured.
+        """Returns the median of steps of this size; None: nothing has been measured.
 
         Of a size that has not been seen it is at most that of a smaller one, as many times as it is larger: steps share
         the reading of the weights. A larger one bounds it without that.
@@ -77,16 +77,16 @@ class RequestPace:
 
     @property
     def usual_s(self) -> float:
-        """The median of recent gaps; 0: none."""
+        """Returns the median of recent gaps; 0: none."""
         return statistics.median_low(self.gaps_s) if self.gaps_s else 0.0
 
 
 def awaited(since_s: float, *usual_s: float | None) -> Awaited:
-    """Something that has not come since then, where the slowest of these explains a while of it."""
+    """Describes what has not come since then, where the slowest of these explains a while of it."""
     known_s = [seconds for seconds in usual_s if seconds]
     return Awaited(since_s, max(UNANSWERED_S, SLOW_FACTOR * max(known_s, default=0.0)), bool(known_s))
 
 
 def most_overdue(waits: list[Awaited]) -> Awaited | None:
-    """Whose explanation ends first; None of none."""
+    """Returns whose explanation ends first; None of none."""
     return min(waits, key=lambda wait: wait.since_s + wait.explained_s, default=None)

@@ -89,7 +89,7 @@ class PipelineSchedule:
     # Taking requests in
 
     def can_ever_hold(self, request: Request) -> bool:
-        """Whether the whole pool would do."""
+        """Returns whether the whole pool would do."""
         return num_blocks_for(request.max_num_tokens, self._settings.block_tokens) <= self.allocator.num_blocks
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
@@ -100,7 +100,7 @@ class PipelineSchedule:
     # Planning
 
     def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
-        """The next micro-batch, or None if none may or need be sent; and who was preempted for it, youngest first."""
+        """Plans the next micro-batch, None if none may or need be sent. Returns who was preempted for it, too."""
         preempted: list[Request] = []
         if len(self.in_flight) >= self.max_micro_batches:
             return None, preempted
@@ -139,12 +139,12 @@ class PipelineSchedule:
         return plan, preempted
 
     def is_canary_due(self, now_s: float) -> bool:
-        """Whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
+        """Returns whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
         is_due = not self.has_answered or now_s - self.last_answer_s >= self._settings.canary_interval_s
         return is_due and not self.in_flight
 
     def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
-        """A step that carries nothing: its answer shows that every stage still passes steps on."""
+        """Plans a step that carries nothing: its answer shows that every stage still passes steps on."""
         released, previous = tuple(self.held_releases), self._link(step)
         plan = StepPlan(step, self.pipeline, self.generation, (), released, previous_step=previous)
         self.held_releases.clear()
@@ -152,12 +152,12 @@ class PipelineSchedule:
         return plan
 
     def _link(self, step: StepId) -> int:
-        """The step planned before this one, which becomes the newest of this generation's chain."""
+        """Returns the step planned before this one, which becomes the newest of this generation's chain."""
         previous, self._last_planned = self._last_planned, step
         return previous
 
     def _candidates(self) -> list[tuple[Request, int]]:
-        """Who is to be in the next step with how many tokens, by arrival.
+        """Returns who is to be in the next step with how many tokens, by arrival.
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
         that took them all would leave the other stages idle. Few decoding ones stay together, though.
@@ -184,7 +184,7 @@ class PipelineSchedule:
         return _isolated(sorted(picked, key=lambda pick: pick[0].arrival))
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
-        """The chunk, with blocks for it; shorter than asked, or None, if blocks lack and nobody younger gives any."""
+        """Plans a chunk, with blocks for it; a shorter one, or None, if blocks lack and nobody younger gives any."""
         start = request.num_computed_tokens
         num_known_blocks = len(request.block_table)
         while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
@@ -204,7 +204,7 @@ class PipelineSchedule:
         return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
 
     def _replay_candidates(self) -> list[tuple[Request, int]]:
-        """Who is replayed next with how many tokens, by arrival; as many tokens as a step may have."""
+        """Returns who is replayed next with how many tokens, by arrival; as many tokens as a step may have."""
         num_tokens_left = self._settings.max_batch_tokens
         picked: list[tuple[Request, int]] = []
         for request in self.running:
@@ -218,7 +218,8 @@ class PipelineSchedule:
         return self._chunk(request, request.replay_position, num_tokens, samples=False)
 
     def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool) -> ScheduledChunk:
-        """Tokens from `start` on, with the part of the block table that the stages do not know yet."""
+        """Makes a chunk of the tokens from `start` on, with the part of the block table that the stages do not know
+        yet."""
         assert request.sequence_id is not None, "a running request has a sequence id"
         num_told, request.num_told_blocks = request.num_told_blocks, len(request.block_table)
         tells_adjustments = samples and request.tells_adjustments()
@@ -237,7 +238,7 @@ class PipelineSchedule:
         )
 
     def _youngest_after(self, request: Request) -> Request | None:
-        """Who gives its blocks up: the youngest that holds any and is in no step in flight, if it is younger."""
+        """Returns who gives its blocks up: the youngest that holds any and is in no step, if it is younger."""
         for other in reversed(self.running):
             if other.arrival <= request.arrival:
                 return None
@@ -311,7 +312,7 @@ class PipelineSchedule:
         self.has_answered = False  # a generation has links of its own
 
     def _covered(self, request: Request, slot: int, mark: int) -> int:
-        """Positions of a request that a slot's holder has."""
+        """Counts positions of a request that a slot's holder has."""
         if request.is_replaying and slot in self.replay_slots:
             # Interrupted again: who has all that was answered has what was replayed so far.
             return request.replay_position if mark >= self.last_step else 0
@@ -355,7 +356,7 @@ class PipelineSchedule:
     # Being observed
 
     def load(self) -> PipelineLoad:
-        """For the choice of a pipeline."""
+        """Returns what the choice of a pipeline looks at."""
         durations_s = sorted(self._step_durations_s)
         return PipelineLoad(
             pipeline=self.pipeline,
@@ -388,7 +389,7 @@ class PipelineSchedule:
             assert covered >= request.num_computed_tokens, f"{request.request_id} has more cache than blocks"
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Returns how many blocks hold so many tokens."""
         return num_blocks_for(num_tokens, self._settings.block_tokens)
 
 
@@ -413,36 +414,36 @@ class PipelineSchedules:
 
     @property
     def all(self) -> list[PipelineSchedule]:
-        """Open and suspended ones."""
+        """Returns open and suspended ones."""
         return [*self.open.values(), *self.suspended.values()]
 
     @property
     def pool_sizes(self) -> list[int]:
-        """Blocks of each open one."""
+        """Returns how many blocks each open one has."""
         return [schedule.allocator.num_blocks for schedule in self.open.values()]
 
     @property
     def none_open_since_s(self) -> float | None:
-        """When the last open one was suspended or closed (minus infinity: none has been open); None while one is."""
+        """Returns when the last open one was suspended or closed, minus infinity for never; None while one is open."""
         return None if self.open else self._last_removed_s
 
     def of(self, pipeline: PipelineId) -> PipelineSchedule:
-        """The open or suspended one. KeyError if there is none."""
+        """Returns the open or suspended one. KeyError if there is none."""
         return self.open.get(pipeline) or self.suspended[pipeline]
 
     def suspended_since_s(self, request: Request) -> float | None:
-        """Since when the pipeline that a request runs on waits for a holder; None: it does not."""
+        """Returns since when the pipeline that a request runs on waits for a holder; None: it does not."""
         schedule = self.suspended.get(request.pipeline) if request.pipeline is not None else None
         return schedule.suspended_s if schedule is not None else None
 
     @property
     def steps_in_flight(self) -> list[StepInFlight]:
-        """The unanswered steps of open pipelines, in the order in which they were planned."""
+        """Returns the unanswered steps of open pipelines, in the order in which they were planned."""
         steps = [step for schedule in self.open.values() for step in schedule.in_flight.values()]
         return sorted(steps, key=lambda step: step.plan.step)
 
     def step(self, number: StepId) -> StepInFlight | None:
-        """The step of this number; None if it is not in flight in an open pipeline."""
+        """Returns the step of this number; None if it is not in flight in an open pipeline."""
         steps = (schedule.in_flight.get(number) for schedule in self.open.values())
         return next((step for step in steps if step is not None), None)
 
@@ -452,7 +453,7 @@ class PipelineSchedules:
         return None if step is None else self.open[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
 
     def is_of_another_size(self, pipeline: PipelineId, num_blocks: int, num_slots: int) -> bool:
-        """Whether a suspended one cannot go on like this."""
+        """Returns whether a suspended one cannot go on like this."""
         schedule = self.suspended.get(pipeline)
         return schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots)
 
@@ -473,7 +474,7 @@ class PipelineSchedules:
             self.suspended[pipeline] = schedule
 
     def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
-        """Forget it; who ran there, without cache, by arrival."""
+        """Forget it. Returns who ran there, without cache, by arrival."""
         schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline, None)
         if schedule is None:
             return []
@@ -492,7 +493,7 @@ class PipelineSchedules:
         self._untold_releases[pipeline] = list(dict.fromkeys(told))
 
     def _remove_open(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
-        """It is open no longer; None if it was not."""
+        """It is open no longer. Returns None if it was not."""
         schedule = self.open.pop(pipeline, None)
         if schedule is not None:
             self._last_removed_s = now_s
@@ -507,7 +508,7 @@ def adopt_held(
     blame: Blame,
     now_s: float,
 ) -> list[Request]:
-    """Who of the line runs on this pipeline from now on. What nobody claims is released on the stages.
+    """Lets requests of the line run on this pipeline, and returns them. What nobody claims is released on the stages.
 
     `adopted_step`: what is adopted counts as computed by this step, which nobody ever sees. It comes after all steps of
     routers before and ahead of all of this one, so that no mark of former times stands for it.
@@ -529,5 +530,5 @@ def adopt_held(
 
 
 def adopted_marks(held: HeldCache, kv_marks: Sequence[int], adopted_step: StepId) -> list[int]:
-    """By slot, up to which step its holder's cache is good, where those who reported `held` have what was adopted."""
+    """Returns a mark by slot: whoever reported `held` and has it still has what was adopted, others nothing."""
     return [adopted_step if held.is_held_by(slot, kv_mark) else 0 for slot, kv_mark in enumerate(kv_marks)]

@@ -33,7 +33,7 @@ def _least_in_flight(loads: Sequence[PipelineLoad]) -> list[float]:
 
 
 def _weighted(loads: Sequence[PipelineLoad]) -> list[float]:
-    """Queue 0.4, utilisation 0.3, p99 0.3. Queue and p99 are relative to the worst, so that units cancel."""
+    """Adds queue (0.4), utilisation (0.3) and p99 (0.3). Queue and p99 are relative to the worst: units cancel."""
     longest_queue = max(1, *(load.num_queued_tokens for load in loads))
     slowest_s = max(1e-9, *(load.p99_step_s for load in loads))
     return [
@@ -68,7 +68,7 @@ class FlapBreaker:
             self._cool_until_s[pipeline] = now_s + self._cooling_s
 
     def is_cooling(self, pipeline: PipelineId, now_s: float) -> bool:
-        """Whether new requests should go elsewhere."""
+        """Returns whether new requests should go elsewhere."""
         return now_s < self._cool_until_s.get(pipeline, now_s)
 
 
@@ -87,12 +87,12 @@ class PipelineSelection:
         self._breaker.note_opening(pipeline, now_s)
 
     def usable(self, pipelines: Sequence[PipelineId], now_s: float) -> list[PipelineId]:
-        """Those that are not cooling off; all of them if all are: a mesh with one pipeline must go on trying it."""
+        """Returns those that are not cooling off; if all are, all of them: a lone pipeline must be tried again."""
         steady = [pipeline for pipeline in pipelines if not self._breaker.is_cooling(pipeline, now_s)]
         return steady or list(pipelines)
 
     def choose(self, loads: Sequence[PipelineLoad]) -> PipelineId | None:
-        """The pipeline that takes the next request; None if every one is at its cap."""
+        """Returns the pipeline that takes the next request; None if every one is at its cap."""
         candidates = [load for load in loads if load.num_running < load.max_running]
         if not candidates:
             return None

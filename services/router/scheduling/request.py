@@ -90,22 +90,22 @@ class Request:
 
     @property
     def request_id(self) -> RequestId:
-        """The front's name for it."""
+        """Returns the front's name for it."""
         return self.generation_request.request_id
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
+        """Counts prompt and generated tokens."""
         return len(self.generation_request.prompt_token_ids) + len(self.generated_token_ids)
 
     @property
     def max_num_tokens(self) -> int:
-        """Prompt and all the tokens that it may generate: what admission reserves."""
+        """Counts prompt and all the tokens that it may generate: what admission reserves."""
         return len(self.generation_request.prompt_token_ids) + self.generation_request.sampling.max_tokens
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Known tokens that are not in the cache yet; at least 1 while it lives."""
+        """Counts known tokens that are not in the cache yet; at least 1 while it lives."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
@@ -124,7 +124,7 @@ class Request:
         return self.replay_position < self.replay_stop
 
     def covered_by(self, mark: int) -> int:
-        """Positions that a cache which is good up to step `mark` holds."""
+        """Counts positions that a cache which is good up to step `mark` holds."""
         return max((stop for step, stop in self.kv_history if step <= mark), default=0)
 
     def note_computed(self, step: int, num_tokens: int, now_s: float) -> None:
@@ -156,20 +156,20 @@ class Request:
         self.num_told_blocks, self._told_early = 0, None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens at positions [start, stop). A decode step does not touch the prompt."""
+        """Returns tokens at positions [start, stop). A decode step does not touch the prompt."""
         prompt = self.generation_request.prompt_token_ids
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
 
     def tells_adjustments(self) -> bool:
-        """Whether the last stage must be told of its penalties and biases before it samples now; it counts as told."""
+        """Returns whether the last stage must be told of its penalties and biases now; it then counts as told."""
         sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids)
         is_early = sampling.is_early(num_generated)
         was_told, self._told_early = self._told_early, is_early
         return sampling.adjusts(num_generated) and was_told != is_early
 
     def token_counts(self) -> bytes:
-        """For `ScheduledChunk.token_counts`: what the penalties of the next token look at."""
+        """Returns what the penalties of the next token look at, as `ScheduledChunk.token_counts` has it."""
         sampling = self.generation_request.sampling
         if not sampling.counts_tokens:
             return b""
@@ -207,7 +207,7 @@ class Request:
         self.tell_anew()
 
     def accept_token(self, sampled: Token) -> Token:
-        """The next token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token counts, but is no text."""
+        """Appends a token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token is no text."""
         if self.state is not RequestState.RUNNING:
             raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
         self.generated_token_ids.append(sampled.token_id)
@@ -251,16 +251,16 @@ class Blame:
         """Innermost last: one may be handled for the sake of another, who needs its blocks."""
 
     def handling(self, request: Request) -> Handling:
-        """A context in which an exception is kept with the request and goes no further. What ends the process is
-        passed on, and the request stays the one that was attended to."""
+        """Returns a context in which an exception is kept with the request and goes no further. What ends the process
+        is passed on, and the request stays the one that was attended to."""
         return Handling(self, request)
 
     def has(self, request: Request) -> bool:
-        """Whether its handling raised: its owner ends it in a moment, and nothing more is to be done for it."""
+        """Returns whether its handling raised: its owner ends it in a moment, and nothing more is to be done for it."""
         return request in self._broken
 
     def pop_broken(self) -> list[tuple[Request, Exception]]:
-        """Requests whose handling raised since the last call, with the first that each of them raised."""
+        """Returns requests whose handling raised since the last call, with the first that each of them raised."""
         broken, self._broken = self._broken, {}
         return list(broken.items())
 
@@ -270,7 +270,7 @@ class Blame:
         self.attend(request.request_id)
 
     def end(self, request: Request, error: BaseException | None) -> bool:
-        """Its turn is over; whether the error is dealt with."""
+        """Its turn is over. Returns whether the error is dealt with."""
         if error is not None and not isinstance(error, Exception):
             return False
         self._handled.pop()
@@ -298,7 +298,8 @@ class Handling:
 
 
 def count_tokens(prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> bytes:
-    """int32 [*, 3]: token id, times generated, 1 if in the prompt; one row a token that has come up, ascending.
+    """Returns int32 [*, 3]: token id, times generated, 1 if in the prompt; a row for each token that came up,
+    ascending.
 
     `prompt_token_ids`: empty where no penalty looks at the prompt.
     """

@@ -159,7 +159,7 @@ class Scheduler:
     def schedule(
         self, now_s: float, is_awaited: Callable[[SequenceId], bool] = lambda sequence_id: False
     ) -> list[StepPlan]:
-        """All micro-batches that may be sent now. Ask `pop_failures` afterwards: deadlines are looked at here.
+        """Plans all micro-batches that may be sent now. Ask `pop_failures` afterwards: deadlines are looked at here.
 
         `is_awaited`: whether a restored request, by the sequence that it was, is to wait for the pipeline that has its
         cache.
@@ -193,7 +193,7 @@ class Scheduler:
             plans.append(plan)
 
     def plan_canaries(self, now_s: float) -> list[StepPlan]:
-        """Steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
+        """Plans steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
         plans: list[StepPlan] = []
         for pipeline in sorted(self._schedules.open):
             schedule = self._schedules.open[pipeline]
@@ -276,37 +276,37 @@ class Scheduler:
         return failures
 
     def pop_failures(self) -> list[RequestFailure]:
-        """Requests that failed outside `fail_step` since the last call: their time was up, or a token was missing."""
+        """Returns who failed outside `fail_step` since the last call: time was up, or a token was missing."""
         failures, self._failures = self._failures, []
         return failures
 
     def pop_renewals(self) -> list[PipelineId]:
-        """Pipelines that were given up since the last call, since their blocks did not add up: what ran there waits
-        again. Each needs a new generation; its steps in flight are void."""
+        """Returns pipelines that were given up since the last call, since their blocks did not add up: what ran there
+        waits again. Each needs a new generation; its steps in flight are void."""
         renewals, self._renewals = self._renewals, []
         return renewals
 
     def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
-        """Under which numbers requests run that were placed since the last call: stages know them by these."""
+        """Returns under which numbers requests run that were placed since the last call: stages know them by these."""
         return self._waiting.pop_placements()
 
     # Being observed
 
     @property
     def steps_in_flight(self) -> list[StepInFlight]:
-        """Steps that were planned and are not answered, in the order in which they were planned."""
+        """Returns steps that were planned and are not answered, in the order in which they were planned."""
         return self._schedules.steps_in_flight
 
     def step(self, number: StepId) -> StepInFlight | None:
-        """The step of this number; None if it is not in flight, for one because its pipeline has a new generation."""
+        """Returns the step of this number; None if it is not in flight any more, or never was."""
         return self._schedules.step(number)
 
     def completions_per_s(self, now_s: float) -> float:
-        """How fast the line goes forward."""
+        """Returns how fast the line goes forward."""
         return self._completion_rate.per_s(now_s)
 
     def snapshot(self) -> SchedulerSnapshot:
-        """A copy of what metrics and the status page show."""
+        """Returns a copy of what metrics and the status page show."""
         return SchedulerSnapshot(
             num_waiting=len(self._waiting.requests),
             num_ahead=self._waiting.num_ahead(None, self.settings.max_waiting),
@@ -435,7 +435,7 @@ def is_late(
     none_open_since_s: float | None,
     suspended_since_s: float | None,
 ) -> bool:
-    """Whether it has lived, waited its turn, waited for an answer, or been without a pipeline for too long.
+    """Returns whether it has lived, waited its turn, waited for an answer, or been without a pipeline for too long.
 
     `none_open_since_s`: None while a pipeline is open. `suspended_since_s`: since when its own waits for a holder.
     """

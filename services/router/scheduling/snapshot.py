@@ -30,7 +30,7 @@ class WaitTimes:
         self.total_s += wait_s
 
     def copy(self) -> WaitTimes:
-        """For another thread."""
+        """Returns a copy for another thread."""
         return WaitTimes(list(self.counts), self.total_s)
 
 
@@ -58,7 +58,7 @@ class SchedulerCounters:
     waits: WaitTimes = field(default_factory=WaitTimes)
 
     def copy(self) -> SchedulerCounters:
-        """For another thread."""
+        """Returns a copy for another thread."""
         return replace(self, waits=self.waits.copy())
 
 
@@ -97,7 +97,7 @@ class SchedulerSnapshot:
 
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
-    """What there is to see of it now."""
+    """Returns what there is to see of it now."""
     in_flight, usual_s = schedule.in_flight.values(), _usual_step_s(schedule)
     return PipelineSnapshot(
         pipeline=schedule.pipeline,
@@ -116,13 +116,13 @@ def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
 
 
 def _usual_step_s(schedule: PipelineSchedule) -> float | None:
-    """Of the slowest in flight; where none is, of one token."""
+    """Returns how long the slowest step in flight usually takes; where none is, a step of one token."""
     sizes = [step.plan.num_tokens for step in schedule.in_flight.values() if step.plan.chunks] or [1]
     return max((seconds for size in sizes if (seconds := schedule.pace.usual_s(size)) is not None), default=None)
 
 
 def _waits_since_s(request: Request, schedule: PipelineSchedule) -> float:
-    """Since when a running request is to get further."""
+    """Returns since when a running request is to get further."""
     pace = request.pace
     if pace.due_since_s is not None:
         return pace.due_since_s

@@ -52,7 +52,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the stages compute."""
+        """Counts tokens that the stages compute."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 

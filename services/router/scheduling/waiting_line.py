@@ -37,11 +37,11 @@ class WaitingLine:
         self._sequence_numbers = count(first_number + 1)
 
     def num_ahead(self, newcomer: GenerationRequest | None, max_waiting: int) -> int:
-        """How many wait, as far as a newcomer's door is concerned; None: one of a request that is not here yet."""
+        """Counts who waits, as far as a newcomer is concerned; None: one of a request that is not here yet."""
         return num_ahead((request.generation_request for request in self.requests), newcomer, max_waiting)
 
     def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
-        """Who was placed since the last call, under which number."""
+        """Returns who was placed since the last call, under which number."""
         placements, self._placements = self._placements, []
         return placements
 
@@ -103,13 +103,13 @@ class WaitingLine:
 
 
 def has_room(schedule: PipelineSchedule, request: Request) -> bool:
-    """Whether its prefill fits beside those under way. Decoding on may still preempt somebody later."""
+    """Returns whether its prefill fits beside those under way. Decoding on may still preempt somebody later."""
     num_left = schedule.allocator.num_free - _num_promised(schedule, schedule.running)
     return _fits(schedule, request, len(schedule.running), num_left)
 
 
 def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]:
-    """Who gives place and blocks up so that it has room, youngest first; nobody if that would not do.
+    """Returns who gives place and blocks up so that it has room, youngest first; nobody if that would not do.
 
     Only those behind it in line, whose HTTP request has others that run here, and who are in no step in flight: one
     request may have all places while nobody else wants any.
@@ -134,7 +134,7 @@ def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]
 
 
 def _fits(schedule: PipelineSchedule, request: Request, num_running: int, num_left: int) -> bool:
-    """`num_left`: free blocks that are promised to nobody."""
+    """Returns whether it fits. `num_left`: free blocks that are promised to nobody."""
     if num_running >= schedule.max_running or not schedule.can_ever_hold(request):
         return False
     # A little is left for those that decode, so that a joiner is not preempted at once.
@@ -143,7 +143,7 @@ def _fits(schedule: PipelineSchedule, request: Request, num_running: int, num_le
 
 
 def _num_promised(schedule: PipelineSchedule, requests: Sequence[Request]) -> int:
-    """Blocks that their prefills will still take."""
+    """Counts blocks that their prefills will still take."""
     return sum(
         schedule.num_blocks_for(other.num_tokens) - len(other.block_table)
         for other in requests

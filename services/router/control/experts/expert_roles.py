@@ -82,27 +82,27 @@ class ExpertRoles:
 
     @property
     def version(self) -> int:
-        """Of what was published last; 0: nothing was."""
+        """Returns the version of what was published last; 0: nothing was."""
         return self._version
 
     @property
     def is_served(self) -> bool:
-        """Whether every shard has a node that can be asked."""
+        """Returns whether every shard has a node that can be asked."""
         return self._assignment is not None and not self._num_orphans
 
     @property
     def missing_copies(self) -> int:
-        """Safety copies that are wished for and have no room or no node."""
+        """Counts safety copies that are wished for and have no room or no node."""
         return self._aim.answer.missing_copies if self._aim.answer is not None else 0
 
     @property
     def problem(self) -> str:
-        """Why not every shard can be placed, as a sentence; empty if it can."""
+        """Returns why not every shard can be placed, as a sentence; empty if it can."""
         return self._aim.answer.problem if self._aim.answer is not None else ""
 
     @property
     def detail(self) -> str:
-        """What is served, as a sentence."""
+        """Returns what is served, as a sentence."""
         if self.problem:
             return self.problem
         if self._assignment is None:
@@ -111,11 +111,11 @@ class ExpertRoles:
 
     @property
     def ready(self) -> Mapping[NodeId, BoolArray]:
-        """[P] by node: what it holds, by its own report."""
+        """Returns [P] by node: what it holds, by its own report."""
         return self._ready
 
     def num_held(self, node_id: NodeId) -> int:
-        """How many shards a node holds; 0 for one that is not known."""
+        """Returns how many shards a node holds; 0 for one that is not known."""
         held = self._ready.get(node_id)
         return 0 if held is None else int(np.count_nonzero(held))
 
@@ -154,8 +154,8 @@ class ExpertRoles:
             self._has_reports = True
 
     def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
-        """What a node says it holds, unless its answers to the probe contradict those of others: whoever is found wrong
-        is told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
+        """Applies what a node says it holds, unless its answers to the probe contradict those of others: whoever is
+        found wrong is told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
         held = self.read_shards(message.shards, "ShardsReady.shards")
         found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else []
         if all(one.node_id != node_id for one in found):
@@ -169,16 +169,16 @@ class ExpertRoles:
         return Tell(found.node_id, Failed(CheckpointError.code, reason), Header())
 
     def read_shards(self, frame: TensorFrame, name: str) -> BoolArray:
-        """[P]: the shards that a message names. Raises ProtocolError with the name of the field."""
+        """Reads [P], the shards that a message names. Raises ProtocolError with the name of the field."""
         held: BoolArray = frame_to_array(frame, "uint8", self._table_shape, name).reshape(-1) != 0
         return held
 
     def read_held(self, frame: TensorFrame) -> BoolArray | None:
-        """What a node has from a router before this one; of no use where that one cut experts otherwise."""
+        """Returns what a node has from a router before this one; of no use where that one cut experts otherwise."""
         return self.read_shards(frame, "Hello.held_shards") if frame.shape == self._table_shape else None
 
     def may_go(self, now_s: float) -> list[NodeId]:
-        """Nodes that wanted to stop and that nobody needs, or that cannot be waited for any longer: `lose` them."""
+        """Returns nodes that want to stop and that nobody needs, or that cannot wait any longer: `lose` them."""
         if not self._draining:
             return []
         answer = self._aim.answer
@@ -186,7 +186,7 @@ class ExpertRoles:
         return self._draining.may_go(self._needed(), is_hopeless, now_s)
 
     def _needed(self) -> set[NodeId]:
-        """Who is asked for something that others could take over; nobody can take over what nobody else sees."""
+        """Returns who is asked for something that others could take over: they cannot where they do not see it."""
         if self._assignment is None:
             return set()
         owners = self._assignment.owners.reshape(-1, *self._table_shape)
@@ -213,7 +213,7 @@ class ExpertRoles:
         return self._roll_on()
 
     def pop_request(self, now_s: float) -> PlacementRequest | None:
-        """What is to be placed now; None: nothing, or the last request is not answered yet."""
+        """Returns what is to be placed now; None: nothing, or the last request is not answered yet."""
         if not self._has_settled(now_s):
             return None
         nodes = [node for node_id, node in self._nodes.items() if node_id not in self._draining]
@@ -225,14 +225,14 @@ class ExpertRoles:
             self._target, self._has_changed = None, True
 
     def publish_to(self, stages: list[NodeId]) -> list[Action]:
-        """The placement as it is, for stages that have just joined."""
+        """Returns the placement as it is, for stages that have just joined."""
         if self._publication is None:
             return []
         return [Tell(node_id, self._publication, Header()) for node_id in stages]
 
     def told(self, node_id: NodeId) -> tuple[int, int] | None:
-        """Version of what a node was told to hold, and number of its newest report; None where that is nothing, or of
-        no interest, since it leaves."""
+        """Returns the version of what a node was told to hold, and the number of its newest report; None where that is
+        nothing, or of no interest, since it leaves."""
         if node_id not in self._told or node_id in self._draining:
             return None
         return self._told_versions[node_id], self._report_numbers.get(node_id, 0)
@@ -339,7 +339,7 @@ class Draining:
         self._leaving.pop(node_id, None)
 
     def may_go(self, asked: set[NodeId], is_hopeless: bool, now_s: float) -> list[NodeId]:
-        """Who need not be waited for any more, by id.
+        """Returns who need not be waited for any more, by id.
 
         `asked` are the nodes that calls are sent to. `is_hopeless`: those who stay cannot take everything over, so that
         waiting longer changes nothing.

@@ -22,7 +22,7 @@ class FirstClasses:
         """By layer; "" where nobody has held anything yet. Empty: nothing was chosen so far."""
 
     def choose(self, owners: Int32Array, numeric_classes: Sequence[str]) -> tuple[str, ...]:
-        """By layer, "" where nobody holds anything; empty where all nodes have one class.
+        """Returns a class by layer, "" where nobody holds anything; nothing at all where all nodes have one class.
 
         `owners` [C, L, K]: 1 + a node's place in `numeric_classes`, 0 for none. A layer keeps its class as long as that
         holds every shard of it that anybody holds; else it gets one that does. Where none does it keeps its class too,

@@ -41,7 +41,7 @@ class Placement:
     """Copies that were asked for and for which there is no room (or no further node)."""
 
     def shards_of(self) -> dict[NodeId, frozenset[ShardId]]:
-        """The same by node; nodes without shards are left out."""
+        """Returns the same by node; nodes without shards are left out."""
         shards: dict[NodeId, set[ShardId]] = {}
         for shard, owners in self.owners.items():
             for node_id in owners:
@@ -56,8 +56,8 @@ def place_shards(
     copies: int,
     current: Mapping[NodeId, frozenset[ShardId]],
 ) -> Placement:
-    """Owners for every shard: one each, then up to `copies`, on different hosts where there are any, no node twice, and
-    nobody who does not see its weights.
+    """Finds owners for every shard: one each, then up to `copies`, on different hosts where there are any, no node
+    twice, and nobody who does not see its weights.
 
     Even within one shard for each layer and in all, as far as capacities and hosts go (a host that is alone against
     several takes a copy of everything: safety first). `current` is what nodes hold now (nodes that are gone may be
@@ -160,7 +160,7 @@ class _Placing:
             self._match_layer(shards, layer_totals[layer], node_quotas, copies_a_host)
 
     def _layer_totals(self, total: int) -> list[int]:
-        """Copies that each layer gets: first one of every shard, then the others evenly."""
+        """Returns how many copies each layer gets: first one of every shard, then the others evenly."""
         sizes = [len(layer) for layer in self.layers]
         first = level(total, sizes, [0] * len(sizes))
         more = level(total - sum(first), [size * (self.copies - 1) for size in sizes], [0] * len(sizes))
@@ -271,7 +271,7 @@ class _Placing:
                         self._rearrange()
 
     def _best_node_for(self, shard: ShardId) -> int | None:
-        """A node with room: on a host without it, then the least loaded one."""
+        """Returns a node with room: on a host without it, then the least loaded one."""
         owners = self.owners[shard]
         hosts = {self.host_of[owner] for owner in owners}
         candidates = [
@@ -282,7 +282,7 @@ class _Placing:
         return min(candidates)[3] if candidates else None
 
     def _make_room_for(self, shard: ShardId) -> int | None:
-        """A node that gives up further copies of other shards for a shard that nobody holds."""
+        """Returns a node that gives up further copies of other shards for a shard that nobody holds."""
         for index in (index for index in range(len(self.nodes)) if self._may_hold(index, shard)):
             spare = sorted(
                 (other for other, owners in self.owners.items() if index in owners and len(owners) > 1),
@@ -347,7 +347,7 @@ class _Placing:
 
 
 def level(total: int, caps: Sequence[int], favour: Sequence[int]) -> list[int]:
-    """`total` over bins of size `caps`, as even as they allow (all of them full if it is too much).
+    """Returns `total` over bins of size `caps`, as even as they allow (all of them full if it is too much).
 
     What does not divide goes one each to the bins with the most `favour`, then to the first.
     """
@@ -357,7 +357,7 @@ def level(total: int, caps: Sequence[int], favour: Sequence[int]) -> list[int]:
 def level_groups(
     total: int, caps: Sequence[Sequence[int]], favour: Sequence[Sequence[int]], group_limit: int
 ) -> list[list[int]]:
-    """As `level`, over groups of bins of which each takes `group_limit` at most. Indexed by [group][bin]."""
+    """Does as `level`, over groups of bins of which each takes `group_limit` at most. Indexed by [group][bin]."""
 
     def poured(height: int) -> int:
         return sum(min(group_limit, sum(min(cap, height) for cap in group)) for group in caps)
@@ -387,7 +387,7 @@ def level_groups(
 def spread(
     rows: Sequence[int], columns: Sequence[int], weights: Sequence[int], current: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """A table of whole numbers with these sums, each entry row * weight / sum(weights) rounded down or up.
+    """Returns a table of whole numbers with these sums, each entry row * weight / sum(weights) rounded down or up.
 
     sum(rows) == sum(columns); each column is about its weight's part of that. With `weights` equal to `columns` such a
     table exists always (the shares themselves are a flow of the rounding network); else an entry may have to be one
@@ -411,7 +411,7 @@ def spread(
 
 
 def order_copies(owners: Mapping[ShardId, Sequence[int]], num_nodes: int) -> dict[ShardId, list[int]]:
-    """Owners of each shard (node indexes), the primary first, the others by how often they stand at that place."""
+    """Returns the owners of each shard, the primary first, the others by how often they stand at that place."""
     totals = [0] * num_nodes
     ordered: dict[ShardId, list[int]] = {}
     for _, group in groupby(sorted(owners), key=lambda shard: shard.layer):
@@ -432,7 +432,7 @@ def order_copies(owners: Mapping[ShardId, Sequence[int]], num_nodes: int) -> dic
 
 
 def _even_primaries(owners: Sequence[Sequence[int]], totals: Sequence[int]) -> list[int]:
-    """One owner for each shard of a layer. `totals` (of the layers before) decides between equals."""
+    """Returns one owner for each shard of a layer. `totals` (of the layers before) decides between equals."""
     counts = [0] * len(totals)
     primaries: list[int] = []
     for nodes in owners:

@@ -100,7 +100,7 @@ def keep_what_is_held(request: PlacementRequest, problem: str, unseen: tuple[int
 
 
 def pack(rows: list[BoolArray], num_shards: int) -> Uint8Array:
-    """Rows [P] as bits."""
+    """Packs rows [P] as bits."""
     return np.packbits(np.array(rows, dtype=np.bool_).reshape(len(rows), num_shards), axis=1)
 
 
@@ -109,7 +109,7 @@ def _unpack(bits: Uint8Array, num_shards: int) -> BoolArray:
 
 
 def who_holds(ready: Sequence[BoolArray], num_shards: int) -> Int64Array:
-    """[C, P]: the nodes that hold each shard by their own report, in their order; NOBODY beyond them."""
+    """Returns [C, P]: the nodes that hold each shard by their own report, in their order; NOBODY beyond them."""
     depth = max(1, int(sum((row.astype(np.int32) for row in ready), np.zeros(num_shards, np.int32)).max(initial=0)))
     owners = np.full((depth, num_shards), NOBODY, dtype=np.int64)
     filled = np.zeros(num_shards, dtype=np.int64)
@@ -121,7 +121,7 @@ def who_holds(ready: Sequence[BoolArray], num_shards: int) -> Int64Array:
 
 
 def unseen_experts(seen: Iterable[frozenset[int] | None], num_experts: int) -> tuple[int, ...]:
-    """Experts whose weights no node sees; none where there are no nodes at all. `seen` by node; None: all."""
+    """Returns experts whose weights no node sees; none where there are no nodes at all. `seen` by node; None: all."""
     parts = list(seen)
     if not parts or None in parts:
         return ()
@@ -129,7 +129,7 @@ def unseen_experts(seen: Iterable[frozenset[int] | None], num_experts: int) -> t
 
 
 def describe_unseen(experts: Sequence[int]) -> str:
-    """As a sentence."""
+    """Says so as a sentence."""
     named = ", ".join(map(str, experts[:MAX_NAMED]))
     more = f" and {len(experts) - MAX_NAMED} more" if len(experts) > MAX_NAMED else ""
     return f"no expert node has the weights of {'expert' if len(experts) == 1 else 'experts'} {named}{more}"
@@ -179,7 +179,7 @@ class PlacementAim:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether a placement is wanted for which nobody could be asked yet."""
+        """Returns whether a placement is wanted for which nobody could be asked yet."""
         return self._must_place and self._requested is None
 
     def change(self) -> None:
@@ -190,7 +190,7 @@ class PlacementAim:
     def pop_request(
         self, nodes: list[NodeDescription], ready: Mapping[NodeId, BoolArray], told: Mapping[NodeId, BoolArray]
     ) -> PlacementRequest | None:
-        """What is to be placed now, on `nodes`; None: nothing, or the last request is not answered yet."""
+        """Returns what is to be placed now, on `nodes`; None: nothing, or the last request is not answered yet."""
         if not self._must_place or self._requested is not None:
             return None
         self._must_place, self._requested = False, self._state_version
@@ -208,7 +208,7 @@ class PlacementAim:
         )
 
     def accept_answer(self, answer: PlacementAnswer) -> bool:
-        """False for one that is passed over."""
+        """Returns False for one that is passed over."""
         if answer.version == self._requested:
             self._requested = None
         if answer.version != self._state_version and self._num_stale < MAX_STALE_ANSWERS:
@@ -219,7 +219,7 @@ class PlacementAim:
         return True
 
     def target(self, ready: Mapping[NodeId, BoolArray]) -> PlacementTarget:
-        """For the nodes of `ready`, who live; before the first placement, that they keep what they have."""
+        """Returns where the living nodes, those of `ready`, are led; before the first placement they keep all."""
         nodes = sorted(ready)
         if self.answer is None:
             owners = who_holds([ready[node_id] for node_id in nodes], self._is_named.size)

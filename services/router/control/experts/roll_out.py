@@ -45,7 +45,7 @@ class ShardAssignment:
 
 
 def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, is_settled: bool) -> PlacementTarget:
-    """The target with these owners [C, P]."""
+    """Returns the target with these owners [C, P]."""
     goals = np.zeros((num_nodes, owners.shape[1]), dtype=np.bool_)
     for nodes in owners:
         shards = np.flatnonzero(nodes != NOBODY)
@@ -56,7 +56,7 @@ def aim(owners: Int64Array, num_nodes: int, is_named: BoolArray, is_settled: boo
 def next_assignment(
     target: PlacementTarget, ready: BoolArray, told: Sequence[BoolArray], room_shards: Int64Array | None
 ) -> ShardAssignment:
-    """The next step towards `target`. Call it again with each report; it ends with the target itself.
+    """Returns the next step towards `target`. Call it again with each report; it ends with the target itself.
 
     `ready` [N, P] is what nodes have loaded and tested, `told` [P] by node what they were told last, `room_shards` [N]
     how many each has room for (None: for all). A node unloads a shard when all nodes that shall own it are ready, or,
@@ -110,7 +110,7 @@ def _exchange(
 
 
 def _ask_order(usable: BoolArray, target: PlacementTarget) -> Int32Array:
-    """Owners first, in their order; then those who hold a shard that they are not to keep, by their ids."""
+    """Returns owners first, in their order; then those who hold a shard that they are not to keep, by their ids."""
     further = usable > target.goals
     others = np.flatnonzero(further.any(axis=1)).tolist()
     order = np.zeros((len(target.owners) + len(others), usable.shape[1]), dtype=np.int32)

@@ -37,7 +37,7 @@ class Disagreement:
     is_same_class: bool
 
     def describe(self, nodes: Mapping[NodeId, NodeDescription], table_shape: tuple[int, int, int]) -> str:
-        """For the node that is not to be asked, and for people."""
+        """Says it to the node that is not to be asked, and to people."""
         layer, expert, piece = (int(place) for place in np.unravel_index(self.shard, table_shape))
         kind = "the same numeric class" if self.is_same_class else "another numeric class"
         prints = f"{nodes[self.node_id].fingerprint} and {nodes[self.other].fingerprint}"
@@ -72,7 +72,7 @@ class ShardProbes:
         self._answers.pop(node_id, None)
 
     def compare(self, node: NodeDescription, report: ShardsReady) -> list[Disagreement]:
-        """As `judge`, of a report; nodes of an older version say nothing. Raises ProtocolError that names the field."""
+        """Judges a report; nodes of an older version say nothing. Raises ProtocolError that names the field."""
         if report.digests.shape == NO_ARRAY.shape:
             return []
         digests: Int32Array = frame_to_array(report.digests, "int32", self._table_shape, "ShardsReady.digests")
@@ -84,8 +84,9 @@ class ShardProbes:
     def judge(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
     ) -> list[Disagreement]:
-        """A node's answers, [P] each; everybody who is found wrong by them. Who was stays a witness for others that say
-        the same, until it is forgotten: of three nodes that start together the wrong one may have been the first."""
+        """Judges a node's answers, [P] each. Returns everybody who is found wrong by them. Who was stays a witness for
+        others that say the same, until it is forgotten: of three nodes that start together the wrong one may have been
+        the first."""
         before = self._answers.get(node_id)
         self._answers[node_id] = _Answers(numeric_class, digests, projections)
         # Dozens of nodes report several times a second while they load: what was compared before is left out.
@@ -100,7 +101,7 @@ class ShardProbes:
         return found
 
     def _disagreement(self, node_id: NodeId, fresh: Int64Array) -> Disagreement | None:
-        """Over some of these shards, with one of those who have not been found wrong."""
+        """Finds one over some of these shards, with one of those who have not been found wrong."""
         new = self._answers[node_id]
         others = {name: known for name, known in self._answers.items() if name != node_id}
         differing = {
@@ -122,7 +123,7 @@ class ShardProbes:
 
 
 def _differing(one: _Answers, other: _Answers, shards: Int64Array) -> Int64Array:
-    """Those of the shards, which the one holds, that the other holds too and answers otherwise, ascending."""
+    """Returns those of the shards, which the one holds, that the other holds too and answers otherwise, ascending."""
     shards = shards[other.digests[shards] != 0]
     is_other: BoolArray = one.digests[shards] != other.digests[shards]
     if one.numeric_class != other.numeric_class:
