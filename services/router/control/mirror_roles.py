@@ -79,22 +79,13 @@ def valid_pairs(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Spare:
-    """A stage node without a slot."""
-
-    node_id: NodeId
-    numeric_class: str
-    host_label: str
-
-
 def choose_mirrors(
     slots: Sequence[MirroredSlot],
     pairs: Mapping[StageSlot, MirrorPair],
     successors: Mapping[StageSlot, MirrorPair],
-    spares: Sequence[Spare],
-    fits: Callable[[NodeId, MirroredSlot], bool],
-) -> dict[StageSlot, NodeId]:
+    spares: Sequence[NodeDescription],
+    fits: Callable[[NodeDescription, MirroredSlot], bool],
+) -> dict[StageSlot, NodeDescription]:
     """Finds new mirrors, by slot, among spares that mirror nobody yet. They are taken in the order of `spares`.
 
     A mirror is of its slot's numeric class: another one would change bits after a takeover. Slots whose holder leaves
@@ -108,28 +99,28 @@ def choose_mirrors(
     alone = [slot for slot in wanted if slot.slot not in pairs]
     leaving = [slot for slot in alone if slot.is_leaving]
     on_one_host = [s for s in wanted if s.slot in pairs and pairs[s.slot].shares_host and s.slot not in successors]
-    chosen: dict[StageSlot, NodeId] = {}
+    chosen: dict[StageSlot, NodeDescription] = {}
     # A successor before a mirror on one host: the spare that it sets free may be elsewhere for the slot that has none.
     for of, on_other_host in ((leaving, True), (leaving, False), (alone, True), (on_one_host, True), (alone, False)):
         found = _match([slot for slot in of if slot.slot not in chosen], idle, fits, on_other_host=on_other_host)
         chosen |= found
-        idle = [spare for spare in idle if spare.node_id not in found.values()]
+        idle = [spare for spare in idle if spare not in found.values()]
     return chosen
 
 
 def _match(
     slots: Sequence[MirroredSlot],
-    idle: Sequence[Spare],
-    fits: Callable[[NodeId, MirroredSlot], bool],
+    idle: Sequence[NodeDescription],
+    fits: Callable[[NodeDescription, MirroredSlot], bool],
     *,
     on_other_host: bool,
-) -> dict[StageSlot, NodeId]:
+) -> dict[StageSlot, NodeDescription]:
     """Returns as many pairs as can be, the first slots and the first spares before others."""
     able = [
         [
             spare.numeric_class == slot.numeric_class
             and not (on_other_host and spare.host_label == slot.host_label)
-            and fits(spare.node_id, slot)
+            and fits(spare, slot)
             for spare in idle
         ]
         for slot in slots
@@ -138,7 +129,7 @@ def _match(
     limits = [[int(is_able) for is_able in row] for row in able]
     fill(held, [1] * len(slots), [1] * len(idle), limits, lambda _, number: number)
     return {
-        slot.slot: idle[number].node_id
+        slot.slot: idle[number]
         for slot, row in zip(slots, held, strict=True)
         for number, count in enumerate(row)
         if count
@@ -236,19 +227,12 @@ class MirrorRoles:
         ]
         # Who sees least first: who sees everything can follow any slot that is left. Equals stay in join order.
         in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._layers))
-        by_id = {spare.node_id: spare for spare in spares}
-        chosen = choose_mirrors(
-            slots,
-            self._pairs,
-            self._successors,
-            [Spare(spare.node_id, spare.numeric_class, spare.host_label) for spare in in_line],
-            lambda node_id, slot: self._fits(by_id[node_id], slot),
-        )
+        chosen = choose_mirrors(slots, self._pairs, self._successors, in_line, self._fits)
         for wanted in slots:
             if wanted.slot in chosen:
-                node_id, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
-                shares_host = by_id[node_id].host_label == wanted.host_label
-                pair = MirrorPair(node_id, wanted.holder, *terms, shares_host, self._draw_number())
+                mirror, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
+                shares_host = mirror.host_label == wanted.host_label
+                pair = MirrorPair(mirror.node_id, wanted.holder, *terms, shares_host, self._draw_number())
                 (self._successors if wanted.slot in self._pairs else self._pairs)[wanted.slot] = pair
                 actions.append(self._assign(wanted.slot, pair, nodes))
         return actions

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.ids import LeaseTerm, NodeId, PipelineId, SlotIndex
-from common.topology import StageSlot
-from services.router.control.mirror_roles import MirroredSlot, MirrorPair, Spare, choose_mirrors
+from common.topology import NodeDescription, StageSlot
+from services.router.control.mirror_roles import MirroredSlot, MirrorPair, choose_mirrors
+from tests.support.router.mesh_shapes import node
 
 
 def held(index: int, host: str, *, numeric_class: str = "cpu", is_leaving: bool = False) -> MirroredSlot:
@@ -23,19 +24,19 @@ def pair(of: MirroredSlot, node_id: str, host: str) -> MirrorPair:
     return MirrorPair(NodeId(node_id), of.holder, of.lease_term, of.num_blocks, host == of.host_label)
 
 
-def spares(names: str, numeric_class: str = "cpu") -> list[Spare]:
+def spares(names: str, numeric_class: str = "cpu") -> list[NodeDescription]:
     """`a1 b1`: a host's letter and a number, in the order in which they are taken."""
-    return [Spare(NodeId(name), numeric_class, name[0]) for name in names.split()]
+    return [node(name, numeric_class=numeric_class, host_label=name[0]) for name in names.split()]
 
 
 def chosen(
     slots: Sequence[MirroredSlot],
-    idle: Sequence[Spare],
+    idle: Sequence[NodeDescription],
     pairs: dict[StageSlot, MirrorPair] | None = None,
     successors: dict[StageSlot, MirrorPair] | None = None,
 ) -> dict[int, str]:
     found = choose_mirrors(slots, pairs or {}, successors or {}, idle, lambda _, __: True)
-    return {slot.index: node_id for slot, node_id in found.items()}
+    return {slot.index: spare.node_id for slot, spare in found.items()}
 
 
 def test_a_mirror_is_on_another_host_than_its_holder_although_an_earlier_spare_shares_it() -> None:
@@ -81,7 +82,7 @@ HOSTS = st.sampled_from("abcd")
 @given(st.lists(HOSTS, max_size=5), st.lists(HOSTS, max_size=6))
 def test_no_choice_has_more_mirrors_nor_more_of_them_on_other_hosts(holders: list[str], of_spares: list[str]) -> None:
     slots = [held(index, host) for index, host in enumerate(holders)]
-    idle = [Spare(NodeId(str(number)), "cpu", host) for number, host in enumerate(of_spares)]
+    idle = [node(str(number), host_label=host) for number, host in enumerate(of_spares)]
     found = chosen(slots, idle)
     assert len(set(found.values())) == len(found) == min(len(slots), len(idle))
     num_elsewhere = sum(of_spares[int(node_id)] != holders[index] for index, node_id in found.items())
