@@ -124,14 +124,14 @@ def run_suite(options: Options) -> int:
 def _run_on(target: Target, options: Options, experiment: Experiment, history: History) -> int:
     started_s = time.monotonic()
     made = Run(
-        experiment,
-        target,
-        options.target if not options.against else f"{options.target} ({options.against})",
-        options.seed,
-        history,
-        lambda: time.monotonic() - started_s,
-        time.time(),
-        lambda line: print(line, file=sys.stderr, flush=True),
+        experiment=experiment,
+        target=target,
+        target_name=options.target if not options.against else f"{options.target} ({options.against})",
+        seed=options.seed,
+        history=history,
+        clock=lambda: time.monotonic() - started_s,
+        began_unix_s=time.time(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     asyncio.run(_execute(made))
     reference = _oracle(made, options.reference)

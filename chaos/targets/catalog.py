@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from chaos.target import Node, Target, TargetError
 from chaos.targets.docker_target import DockerTarget, project_at
@@ -40,14 +38,6 @@ class RemoteTarget:
     url: str
     features: frozenset[str] = frozenset()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return
-
     def nodes(self) -> list[Node]:
         return []
 
@@ -73,7 +63,7 @@ TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
 def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
     """Makes a mesh of its own; with `against` none is started, and nothing can be hurt."""
     if request.against:
-        return RemoteTarget(request.against.rstrip("/"))
+        return nullcontext(RemoteTarget(request.against.rstrip("/")))
     if request.num_hosts:
         return HostsTarget(request.settings, request.logs, num_hosts=request.num_hosts)
     made = ProxiedLocalTarget if request.links == "proxy" else LocalTarget

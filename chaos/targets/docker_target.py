@@ -53,14 +53,11 @@ class DockerTarget:
             raise TargetError(f"no router of the compose project {self.project!r} runs: `docker compose up -d --wait`")
         address = environment_of_container(routers[0]).get("SOCKS_PROXY", "")
         if address:
-            self._start_proxy(address)
+            names = ContainerNames(self._addresses)
+            host, _, port = address.rpartition(":")
+            self.proxy = LinkProxy(names.name_at, host, int(port), names.address_of).__enter__()
+            self.features |= {"proxy"}
         return self
-
-    def _start_proxy(self, address: str) -> None:
-        names = ContainerNames(self._addresses)
-        host, _, port = address.rpartition(":")
-        self.proxy = LinkProxy(names.name_at, host, int(port), names.address_of).__enter__()
-        self.features |= {"proxy"}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -152,14 +152,10 @@ def _outcome(
     beside = [o for o in operations if o.arrivals_s and o.arrivals_s[0] <= busy_until_s and _end_of(o) > fault.at_s]
     # Until the next fault: a stream may still wait when the nodes are all there again.
     touching = [_gaps_between(operation, fault.at_s, next_s) for operation in beside]
-    gaps = [max(0.0, max((end_s - begin_s for begin_s, end_s in pauses), default=0.0) - usual_s) for pauses in touching]
+    gaps = [max([0.0, *(end_s - begin_s - usual_s for begin_s, end_s in pauses)]) for pauses in touching]
     at_once = [gap for operation, gap in zip(beside, gaps, strict=True) if operation.was_streaming(fault.at_s)]
-    stalls_until_s = [
-        end_s
-        for pauses in touching
-        for begin_s, end_s in pauses
-        if begin_s < fault.at_s + NOTICED_WITHIN_S and end_s - begin_s > usual_s + NOTICEABLE_S
-    ]
+    at_first = [gap for pauses in touching for gap in pauses if gap[0] < fault.at_s + NOTICED_WITHIN_S]
+    again_s = [end_s for begin_s, end_s in at_first if end_s - begin_s > usual_s + NOTICEABLE_S]
     return FaultOutcome(
         number=fault.fault,
         kind=fault.kind,
@@ -175,7 +171,7 @@ def _outcome(
         # Where many answers came and went beside it, those that it hit at once must not be lost among them.
         gap_p99_s=max(percentile(gaps, 0.99), percentile(at_once, 0.99)),
         gap_max_s=max(gaps, default=0.0),
-        tokens_again_s=max(stalls_until_s, default=fault.at_s) - fault.at_s,
+        tokens_again_s=max(again_s, default=fault.at_s) - fault.at_s,
         doubts=tuple(_doubts(fault, len(active))),
         roles=fault.roles,
         is_alone=is_alone,
