@@ -246,7 +246,7 @@ class StageService(NodeLoop):
             raise ProtocolError(f"{missing} steps before step {header.step} did not arrive whole")
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
-        slot.held.marks.begin(header.step, step.previous_step)
+        slot.held.watermark.begin(header.step, step.previous_step)
         deadline_s = now_s + header.time_left_ms / 1000
         if step.computing_slots and slot.role.slot.index not in step.computing_slots:
             self._relay(slot, step, header, deadline_s)
@@ -267,7 +267,7 @@ class StageService(NodeLoop):
         one computes."""
         positions = read_positions(step, slot.held.tables)
         slot.adjustments.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
-        slot.held.marks.finish(header.step)
+        slot.held.watermark.finish(header.step)
         self._send_on(relayed(slot, step, positions), header, deadline_s)
 
     def _run_one(self, slot: Slot) -> None:
@@ -313,7 +313,7 @@ class StageService(NodeLoop):
         with torch.inference_mode():
             held.memory.log_hidden(running.batch.slots, finished.hidden)
         held.tables.computed(running.step)
-        held.marks.finish(running.header.step)
+        held.watermark.finish(running.header.step)
         self._send_on(passed_on(slot, finished), running.header, running.deadline_s)
         # After the step itself: the mirror may lag by a step, the client should not.
         self._mirror_link.send_rows(held, running.batch.slots)
@@ -410,7 +410,7 @@ def describe_stage(
         role_number=role_number,
         role_state=worker.state_of(role_number),
         lease_term=worker.lease_term,
-        kv_mark=slot.held.marks.mark if slot is not None else 0,
+        kv_mark=slot.held.watermark.mark if slot is not None else 0,
         broken_stream=mirror.broken_stream if mirror is not None else 0,
         feed_number=mirror_link.feed_number,
         placement_version=experts.nodes.version_of(router_term),

@@ -92,7 +92,7 @@ def describe_held(slot: Slot | None) -> HeldState:
             stop_layer=role.layers.stop,
             lease_term=role.lease_term,
             num_blocks=tag.num_blocks,
-            last_step=slot.held.marks.newest,
+            last_step=slot.held.watermark.newest,
         ),
         sequences=records_to_frame(sequences, HELD_SEQUENCE),
         blocks=array_to_frame(blocks),

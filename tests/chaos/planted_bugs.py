@@ -132,11 +132,11 @@ def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
     return planted
 
 
-def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
+def count_hedge_twice(accept: Callable[..., None]) -> Callable[..., None]:
     """What a hedge answers counts twice in the sum."""
 
     def planted(self: Any, part: Any, rows: Any) -> None:
-        take(self, part, rows + rows if part.is_hedge else rows)
+        accept(self, part, rows + rows if part.is_hedge else rows)
 
     return planted
 
@@ -252,7 +252,7 @@ BUGS = {
     "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
     "files_left_lost": PlantedBug("router", "common.wire.transport", "Transport", "look_after_files", leave_files_lost),
     "hedge_counted_twice": PlantedBug(
-        "stage", "services.stage.experts.pending_call", "PendingCall", "take", count_hedge_twice
+        "stage", "services.stage.experts.pending_call", "PendingCall", "accept", count_hedge_twice
     ),
 }
 

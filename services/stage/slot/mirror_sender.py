@@ -94,7 +94,7 @@ class MirrorLink:
         """Sends what a step has written."""
         if self._sender is not None:
             with self._at_its_own_cost(self._sender), torch.inference_mode():
-                self._sender.send_rows(held.memory, positions, held.marks.mark)
+                self._sender.send_rows(held.memory, positions, held.watermark.mark)
 
     def pump(self, held: HeldMemory, now_s: float) -> bool:
         """Takes in link events, goes on with the back-fill, begins again when it is time. True if sockets have
@@ -115,7 +115,7 @@ class MirrorLink:
         sender.look(now_s)
         if sender.wants_to_send:
             with self._at_its_own_cost(sender), torch.inference_mode():
-                sender.send_blocks(held.memory, held.marks.mark)
+                sender.send_blocks(held.memory, held.watermark.mark)
         if sender.is_broken:
             self._log.warning("mirror_lags", lease_term=sender.lease_term)
             self._close_sender()

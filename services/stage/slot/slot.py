@@ -54,7 +54,7 @@ class HeldMemory:
     tag: MemoryTag
     memory: PagedMemory
     tables: BlockTables
-    marks: StepWatermark
+    watermark: StepWatermark
 
 
 @dataclass(frozen=True, slots=True)

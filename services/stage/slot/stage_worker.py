@@ -286,7 +286,7 @@ class StageWorker:
             return
         mirror.close()
         if self._held is not None and mirror.is_complete:
-            self._held.marks = StepWatermark(mirror.mark)
+            self._held.watermark = StepWatermark(mirror.mark)
             self._held.tables.inherit(mirror.written_blocks)
 
     def _drop_memory(self) -> None:
@@ -338,7 +338,7 @@ class StageWorker:
         )
         held = self._held
         if held is not None and held.tag == tag:
-            held.marks.begin_generation()
+            held.watermark.begin_generation()
             return held
         self._held = None
         memory = allocate_paged_memory(
@@ -358,7 +358,7 @@ class StageWorker:
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> RoleTaken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
-        held.marks, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
+        held.watermark, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
         self.mirror = Mirror(message, header.router_term, held.memory, socket, header.generation)
@@ -381,7 +381,7 @@ class StageWorker:
             lease_term=role.lease_term,
             mapped_bytes=loaded.bytes_read,
             kv_bytes=held.memory.num_bytes,
-            kv_mark=held.marks.mark,
+            kv_mark=held.watermark.mark,
         )
         ready = StageReady(
             message.pipeline,
@@ -389,7 +389,7 @@ class StageWorker:
             message.lease_term,
             loaded.bytes_read,
             held.memory.num_bytes,
-            held.marks.mark,
+            held.watermark.mark,
         )
         return RoleTaken(ready, Header(generation=role.generation))
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neith
         raise RuntimeError("can't allocate memory")
 
     transport: Any = Transport()
-    held: Any = type("Held", (), {"memory": memory(), "marks": StepWatermark(5), "tables": BlockTables(32, 4)})
+    held: Any = type("Held", (), {"memory": memory(), "watermark": StepWatermark(5), "tables": BlockTables(32, 4)})
     link = MirrorLink(transport, "", LOG)
     link.obey(MirrorTo(ROLE.lease_term, "spare", ("tcp://127.0.0.1:1",), "other host"), Header(TERM, 1))
     sender = link._sender

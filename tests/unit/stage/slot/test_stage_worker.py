@@ -105,7 +105,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     worker.finish()
     assert worker.slot is not None
     former, socket = worker.slot, worker.downstream
-    former.held.marks.begin(17, 0)
+    former.held.watermark.begin(17, 0)
     former.held.memory.caches[0].keys.fill_(3.0)
     socket.bytes_sent = 100
     outcome = worker.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
@@ -128,7 +128,7 @@ def test_memory_of_another_slot_or_size_is_of_no_use(worker: Worker, other: Assi
     worker.take(ASSIGN, 1)
     worker.finish()
     assert worker.slot is not None
-    worker.slot.held.marks.begin(17, 0)
+    worker.slot.held.watermark.begin(17, 0)
     outcome = worker.take(other, 2)
     assert isinstance(outcome, RoleTaken)
     assert isinstance(outcome.ready, StageReady)
@@ -249,8 +249,8 @@ def test_another_incarnation_has_the_layers_of_the_one_before_and_none_of_its_ca
     worker.take(ASSIGN, 1)
     worker.finish()
     assert worker.slot is not None
-    worker.slot.held.marks.begin(7, 0)
-    worker.slot.held.marks.finish(7)
+    worker.slot.held.watermark.begin(7, 0)
+    worker.slot.held.watermark.finish(7)
     following = Worker(directory, worker.loaded)
     outcome = following.take(ASSIGN, 2)
     assert isinstance(outcome, RoleTaken)
