@@ -59,7 +59,7 @@ TIMED = frozenset({"stalls", "tpot", "first_tokens", "recovery", "throughput"})
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RunJudgement:
     """All verdicts of a run and the figures behind them."""
 
     verdicts: tuple[Verdict, ...]
@@ -83,7 +83,7 @@ class Judgement:
 
 def judge(
     events: Sequence[Event], bounds: Bounds, reference: Reference | None = None, sees_processes: bool = True
-) -> Judgement:
+) -> RunJudgement:
     """Judges a history. Without a `reference` its own undisturbed phase has the answers that are right.
 
     Nothing is said of processes where the target cannot see them.
@@ -111,7 +111,7 @@ def judge(
     ]
     if any(outcome.kind in bounds.harmless for outcome in outcomes):
         verdicts.append(_false_deaths_verdict(events, outcomes, bounds.harmless))
-    return Judgement(
+    return RunJudgement(
         verdicts=tuple(verdicts),
         outcomes=tuple(outcomes),
         skipped=tuple(missed),

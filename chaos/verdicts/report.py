@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from chaos.record.history import Event, RunBegan
 from chaos.verdicts.fault_outcomes import FaultOutcome
-from chaos.verdicts.judgement import Judgement
+from chaos.verdicts.judgement import RunJudgement
 from chaos.verdicts.verdict import State
 
 EXIT_STATUS = {State.HELD: 0, State.BROKEN: 1, State.UNKNOWN: 3}
@@ -24,7 +24,7 @@ class Report:
     """One judged run. `events` are those that were judged."""
 
     events: Sequence[Event]
-    judgement: Judgement
+    judgement: RunJudgement
 
     @property
     def began(self) -> RunBegan:

@@ -16,7 +16,7 @@ from chaos.record.history import History
 from chaos.record.reference import Reference
 from chaos.runner import Run
 from chaos.targets.local_target import LocalTarget
-from chaos.verdicts.judgement import Judgement, judge
+from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.chaos.planted_bugs import BUGS, module_of
@@ -99,7 +99,7 @@ def run(case: Case, model: Path, logs: Path, modules: Mapping[str, str], count: 
     return history, made
 
 
-def judged(case: Case, history: History, reference: Reference) -> Judgement:
+def judged(case: Case, history: History, reference: Reference) -> RunJudgement:
     return judge(history.events, experiment(case, 2).bounds, reference)
 
 

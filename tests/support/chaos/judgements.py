@@ -5,11 +5,11 @@ from __future__ import annotations
 from chaos.record.history import (
     Event,
 )
-from chaos.verdicts.judgement import Bounds, Judgement, judge
+from chaos.verdicts.judgement import Bounds, RunJudgement, judge
 from chaos.verdicts.verdict import State
 
 
-def states(judgement: Judgement) -> dict[str, State]:
+def states(judgement: RunJudgement) -> dict[str, State]:
     return {verdict.name: verdict.state for verdict in judgement.verdicts}
 
 

@@ -13,7 +13,7 @@ from chaos.experiment import Experiment, parse_experiment
 from chaos.record import observer
 from chaos.record.history import FaultApplied, FaultSkipped, History, PhaseBegan
 from chaos.runner import CannotRunError, Run
-from chaos.verdicts.judgement import Judgement, judge
+from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
 from tests.support.chaos.server import FakeMesh
 from tests.support.chaos.target import ListedTarget
@@ -48,11 +48,11 @@ def make_run(mesh: FakeMesh, target: ListedTarget, chosen: Experiment, seed: int
     return Run(chosen, target, "listed", seed, History(), clock, 0.0, lambda line: None, mesh.transport)
 
 
-def judged(run: Run) -> Judgement:
+def judged(run: Run) -> RunJudgement:
     return judge(run.history.events, run.experiment.bounds, sees_processes=False)
 
 
-def state_of(judgement: Judgement, name: str) -> State:
+def state_of(judgement: RunJudgement, name: str) -> State:
     return next(verdict.state for verdict in judgement.verdicts if verdict.name == name)
 
 

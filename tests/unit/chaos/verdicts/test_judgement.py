@@ -27,7 +27,7 @@ from chaos.record.operations import read_operations
 from chaos.record.reference import ExpectedChoice, reference_of
 from chaos.target import Node
 from chaos.verdicts.fault_outcomes import Throughput
-from chaos.verdicts.judgement import TIMED, Bounds, Judgement, bound_for, judge
+from chaos.verdicts.judgement import TIMED, Bounds, RunJudgement, bound_for, judge
 from chaos.verdicts.verdict import State, Verdict, percentile, worst
 from tests.support.chaos.histories import (
     FAULT_S,
@@ -276,9 +276,9 @@ def test_the_worst_state_counts() -> None:
 def test_times_can_be_left_out_of_the_outcome_and_nothing_else_can() -> None:
     verdicts = [Verdict(name, State.HELD, "") for name in sorted(TIMED)] + [Verdict("tokens_lost", State.HELD, "")]
 
-    def judged(**broken: State) -> Judgement:
+    def judged(**broken: State) -> RunJudgement:
         changed = tuple(replace(verdict, state=broken.get(verdict.name, verdict.state)) for verdict in verdicts)
-        return Judgement(changed, (), (), Throughput(0, 0, 0, 0), 0.0, 0.0, "", "")
+        return RunJudgement(changed, (), (), Throughput(0, 0, 0, 0), 0.0, 0.0, "", "")
 
     late = judged(stalls=State.BROKEN)
     assert (late.state, late.untimed_state) == (State.BROKEN, State.HELD)
