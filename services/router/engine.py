@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -149,6 +149,18 @@ class Readiness:
     """Redundancy that is missing, as sentences: nothing is wrong yet, but the next loss would cost more."""
 
 
+class TokenStream(AsyncIterable[Token], Protocol):
+    """Gives out the tokens of one choice as they are made.
+
+    Raises MoemeshError leaves: OverloadedError at the first token, MeshError leaves at any.
+    """
+
+    async def aclose(self) -> None:
+        """Cancels the choice in the mesh, unless it has ended: its KV blocks are free within a step. To cancel the task
+        that waits for a token does the same."""
+        ...
+
+
 class Engine(Protocol):
     """What the front asks of the mesh."""
 
@@ -159,12 +171,8 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Returns the tokens of one choice that are still missing, as they are made.
-
-        Raises MoemeshError leaves (OverloadedError at the first token, MeshError leaves at any). Closing the iterator
-        (aclose, or cancelling the task) cancels the request in the mesh: its KV blocks are free within a step.
-        """
+    def generate(self, request: GenerationRequest) -> TokenStream:
+        """Returns the tokens of one choice that are still missing."""
         ...
 
     def readiness(self) -> Readiness:

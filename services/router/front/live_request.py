@@ -7,17 +7,16 @@ out the events that the client has already.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, runtime_checkable
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError, NotReadyError, UnknownRequestError
-from services.router.engine import Engine, RecoveryCounts, Token
+from services.router.engine import Engine, RecoveryCounts, Token, TokenStream
 from services.router.front.metrics import FrontMetrics
 from services.router.front.planning import PlannedRequest
 from services.router.front.text.choice_stream import ChoiceEvent, ChoiceStream, PlannedChoice
-from services.router.front.text.tokenizer import TextTokenizer
+from services.router.front.text.detokenizer import Vocabulary
 from services.router.journal.records import JournalledChoice
 
 
@@ -35,15 +34,15 @@ class ClientIdentity:
 class LiveChoice:
     """Holds the tokens of one choice, and knows whether more are to come."""
 
-    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer) -> None:
+    def __init__(self, planned: PlannedChoice, vocabulary: Vocabulary) -> None:
         self.planned = planned
         self.tokens: list[Token] = []
         self.is_over = False
         self.is_cut = False
         """It is over with the tokens that it has, none of which is a last one."""
-        self._request = planned.request
+        self.request = planned.request
         # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
-        self._watch = ChoiceStream(planned, tokenizer) if planned.stop_strings else None
+        self._watch = ChoiceStream(planned, vocabulary) if planned.stop_strings else None
 
     def accept(self, token: Token) -> None:
         """Adds the next token; there is none after the last."""
@@ -64,11 +63,7 @@ class LiveChoice:
         for token in record.tokens:
             if not self.is_over:  # the mesh may have made some behind a stop string
                 self.accept(token)
-        self._request = self._request.restored([token.token_id for token in self.tokens], record.sequence_id)
-
-    def generate(self, engine: Engine) -> AsyncIterator[Token]:
-        """Ask the mesh for the tokens that are still missing."""
-        return engine.generate(self._request)
+        self.request = self.request.restored([token.token_id for token in self.tokens], record.sequence_id)
 
 
 class LiveRequest:
@@ -79,14 +74,14 @@ class LiveRequest:
         planned: PlannedRequest,
         is_resumable: bool,
         engine: Engine,
-        tokenizer: TextTokenizer,
+        vocabulary: Vocabulary,
         metrics: FrontMetrics,
         clock: Callable[[], float],
         on_end: Callable[[LiveRequest], None],
     ) -> None:
         self.planned = planned
         self.is_resumable = is_resumable
-        self.choices = [LiveChoice(choice, tokenizer) for choice in planned.choices]
+        self.choices = [LiveChoice(choice, vocabulary) for choice in planned.choices]
         self.error: Exception | None = None
         self.has_ended = False
         self.is_released = False
@@ -125,7 +120,7 @@ class LiveRequest:
         """Ask the mesh for all choices that are not over."""
         for choice in self.choices:
             if not choice.is_over:
-                self._tasks[choice] = asyncio.create_task(self._pump(choice, choice.generate(self._engine)))
+                self._tasks[choice] = asyncio.create_task(self._pump(choice, self._engine.generate(choice.request)))
         self._end_if_complete()
 
     def restore(self, journalled: Sequence[JournalledChoice], was_over: bool, counts_as_recovery: bool = True) -> None:
@@ -177,7 +172,7 @@ class LiveRequest:
         """Wait until the mesh has been told of all that is over."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _pump(self, choice: LiveChoice, tokens: AsyncIterator[Token]) -> None:
+    async def _pump(self, choice: LiveChoice, tokens: TokenStream) -> None:
         last_s: float | None = None
         self._begun.add(choice)
         try:
@@ -196,7 +191,7 @@ class LiveRequest:
                 self.error = error
                 self._end()
         finally:
-            await _close(tokens)
+            await tokens.aclose()  # it is cancelled in the mesh if tokens are still to come
 
     def _end_if_complete(self) -> None:
         if not self.has_ended and all(choice.is_over for choice in self.choices):
@@ -233,17 +228,6 @@ class LiveRequest:
         return now_s
 
 
-@runtime_checkable
-class _Closable(Protocol):
-    async def aclose(self) -> None: ...
-
-
-async def _close(tokens: AsyncIterator[Token]) -> None:
-    """Cancels in the mesh if tokens are still to come."""
-    if isinstance(tokens, _Closable):
-        await tokens.aclose()
-
-
 class RouterStoppingError(NotReadyError):
     """The router ends, and the request goes on after its restart: the client may ask again."""
 
@@ -257,7 +241,7 @@ class ReplyReader:
     def __init__(
         self,
         live: LiveRequest,
-        tokenizer: TextTokenizer,
+        vocabulary: Vocabulary,
         received: Sequence[int],
         on_leave: Callable[[ReplyReader], Awaitable[None]],
     ) -> None:
@@ -266,7 +250,7 @@ class ReplyReader:
         self.received = tuple(received)
         wants_ids = live.planned.fields.return_token_ids is True
         self._streams = [
-            ChoiceStream(choice.planned, tokenizer, is_event_each_token=wants_ids) for choice in live.choices
+            ChoiceStream(choice.planned, vocabulary, is_event_each_token=wants_ids) for choice in live.choices
         ]
         self._on_leave = on_leave
         self._waiting: asyncio.Future[None] | None = None

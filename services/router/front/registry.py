@@ -174,7 +174,7 @@ class RequestRegistry:
         wall_clock: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._tokenizer = intake.tokenizer
+        self._vocabulary = intake.tokenizer.vocabulary
         self._journal = journal
         self._intake = intake
         self._metrics = metrics
@@ -343,7 +343,7 @@ class RequestRegistry:
         entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
-        return ReplyReader(live, self._tokenizer, received or (0,) * len(live.choices), self._leave)
+        return ReplyReader(live, self._vocabulary, received or (0,) * len(live.choices), self._leave)
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
@@ -422,7 +422,7 @@ class RequestRegistry:
             planned,
             entry.accepted.is_resumable,
             self._engine,
-            self._tokenizer,
+            self._vocabulary,
             self._metrics,
             self._clock,
             on_end=self._note_end,

@@ -138,7 +138,7 @@ class MeshEngine:
                 retry_after_s(num_waiting, status.completions_per_s),
             )
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+    def generate(self, request: GenerationRequest) -> SubmittedChoice:
         """Yields tokens as they come; see the protocol.
 
         The request is in line when this returns: the stages of a restored one may be back a moment later, and only who

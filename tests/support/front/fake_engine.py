@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.router.engine import FinishReason, GenerationRequest, Readiness, Token
+from services.router.engine import FinishReason, GenerationRequest, Readiness, Token, TokenStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+    def generate(self, request: GenerationRequest) -> TokenStream:
         """Goes on in the script after as many tokens as there are, and through no pause before them."""
         if request.is_restored:
             self.resumed.append(request)
         return self._run(request, len(request.generated_token_ids))
 
-    async def _run(self, request: GenerationRequest, num_given: int) -> AsyncIterator[Token]:
+    async def _run(self, request: GenerationRequest, num_given: int) -> AsyncGenerator[Token]:
         self.asked.append(request)
         self._news.set()
         complete = False

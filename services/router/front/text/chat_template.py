@@ -13,7 +13,7 @@ is null, or want their arguments as text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -95,7 +95,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    note_written_out(value)
+    _note_written_out(value)
     # Jinja's own filter escapes HTML characters, which models were not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -107,9 +107,7 @@ def _is_silent(message: Message) -> bool:
 class ChatTemplate:
     """A compiled template with the special tokens that it may write."""
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
-    ) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are `bos_token`, `eos_token`, ... Raises CheckpointError if the template does not
         compile."""
         environment = ImmutableSandboxedEnvironment(
@@ -117,7 +115,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.globals["dict"] = _TemplateDict()
         environment.globals["namespace"] = _TemplateNamespace
         try:
@@ -134,8 +132,8 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
-        """Returns the prompt's text, up to where the assistant's turn begins. Raises InvalidRequestError with what the
-        template says against the messages. With `now`, a request that is rendered again later has the same text."""
+        """Returns the prompt's text, up to where the assistant's turn begins. With `now`, a request that is rendered
+        again later has the same text. Raises InvalidRequestError with what the template says against the messages."""
         known = [self._known(message) for message in messages]
         arguments = {**({} if now is None else {"strftime_now": now.strftime}), **template_arguments}
         best: tuple[int, str] | None = None
@@ -235,105 +233,72 @@ SILENT_FORMS = tuple(
 """They are tried in this order."""
 
 
-class Watch:
-    """Notes what a template does with the parts of one message."""
-
-    __slots__ = ("is_written_out", "unread")
-
-    def __init__(self, num_parts: int) -> None:
-        self.is_written_out = False
-        self.unread = set(range(num_parts))
-
-    @property
-    def is_accepted(self) -> bool:
-        """Is True if the parts were read as parts, every one of them."""
-        return not self.is_written_out and not self.unread
-
-
 # Templates reach no name that begins with an underscore, so what is noted is out of their sight.
-class _WatchedPart(dict[str, Any]):
-    """A text part whose readers are noted."""
+class _Watched(dict[str, Any]):
+    """An object of a message that notes which of its values a template reads, and whether it is written out whole."""
 
-    def __init__(self, part: TextPart, watch: Watch, number: int) -> None:
-        super().__init__(part)
-        self._watch = watch
-        self._number = number
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._read: set[str] = set()
+        self._is_written_out = False
 
     def __getitem__(self, key: str) -> Any:
-        self._note(key)
+        self._read.add(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self._note(key)
+        self._read.add(key)
         return super().get(key, default)
 
     def __repr__(self) -> str:
-        self._watch.is_written_out = True
-        return super().__repr__()
-
-    __str__ = __repr__
-
-    def _note(self, key: str) -> None:
-        if key == "text":
-            self._watch.unread.discard(self._number)
-
-
-class _WatchedParts(list[_WatchedPart]):
-    """A list of parts; who writes it out is noted."""
-
-    def __init__(self, parts: Sequence[TextPart], watch: Watch) -> None:
-        super().__init__(_WatchedPart(part, watch, number) for number, part in enumerate(parts))
-        self._watch = watch
-
-    def __repr__(self) -> str:
-        self._watch.is_written_out = True
+        self._is_written_out = True
         return super().__repr__()
 
     __str__ = __repr__
 
 
-class _WatchedFunction(dict[str, Any]):
-    """What a call names; a template that shows the call reads it, or writes all of it out."""
-
-    def __init__(self, function: Mapping[str, Any]) -> None:
-        super().__init__(function)
-        self._is_shown = False
-
-    def __getitem__(self, key: str) -> Any:
-        self._note(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._note(key)
-        return super().get(key, default)
+class _WatchedFunction(_Watched):
+    """What a call names; a template that shows the call reads its name, or writes all of it out."""
 
     def items(self) -> Any:
-        self._is_shown = True
+        self._is_written_out = True
         return super().items()
 
+    @property
+    def _is_shown(self) -> bool:
+        return self._is_written_out or "name" in self._read
+
+
+class _WatchedParts(list[_Watched]):
+    """The text parts of a message, which note what a template does with them."""
+
+    def __init__(self, parts: Iterable[TextPart]) -> None:
+        super().__init__(map(_Watched, parts))
+        self._is_written_out = False
+
     def __repr__(self) -> str:
-        self._is_shown = True
+        self._is_written_out = True
         return super().__repr__()
 
     __str__ = __repr__
 
-    def _note(self, key: str) -> None:
-        if key == "name":
-            self._is_shown = True
+    @property
+    def _are_accepted(self) -> bool:
+        """Says whether they were read as parts, every one of them."""
+        is_written_out = self._is_written_out or any(part._is_written_out for part in self)
+        return not is_written_out and all("text" in part._read for part in self)
 
 
-def note_written_out(value: object) -> None:
+def _note_written_out(value: object) -> None:
     """Hears that `value` is about to be written as JSON, with all that is in it."""
-    if isinstance(value, (_WatchedPart, _WatchedParts)):
-        value._watch.is_written_out = True
-    elif isinstance(value, _WatchedFunction):
-        value._is_shown = True
+    if isinstance(value, (_Watched, _WatchedParts)):
+        value._is_written_out = True
     elif isinstance(value, Mapping):
         for inner in value.values():
-            note_written_out(inner)
+            _note_written_out(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            note_written_out(inner)
+            _note_written_out(inner)
 
 
 class PreparedMessages:
@@ -347,18 +312,19 @@ class PreparedMessages:
         silent_form: SilentForm = SILENT_FORMS[0],
     ) -> None:
         """Parts of `text_roles` become one text; `part_roles` accept no strings, but parts alone."""
-        self._watches: list[tuple[str, Watch]] = []
+        self._lists: list[tuple[str, _WatchedParts]] = []
+        """(role, parts) of each message that was given as a list."""
         self._functions: list[_WatchedFunction] = []
         formed = [self._in_form(message, silent_form) for message in messages]
         self.messages = [self._prepare(message, text_roles, part_roles) for message in formed]
 
     def watched_roles(self) -> list[str]:
         """Returns the roles of messages that were given as a list, in order."""
-        return list(dict.fromkeys(role for role, _ in self._watches))
+        return list(dict.fromkeys(role for role, _ in self._lists))
 
     def refusing_roles(self) -> list[str]:
         """Returns those of them whose lists the template did not accept."""
-        return list(dict.fromkeys(role for role, watch in self._watches if not watch.is_accepted))
+        return list(dict.fromkeys(role for role, parts in self._lists if not parts._are_accepted))
 
     def num_hidden_calls(self) -> int:
         """Counts the calls of tools that the template did not show."""
@@ -384,16 +350,11 @@ class PreparedMessages:
             return message
         parts = [_part(part) if isinstance(part, str) else _without_nulls(part) for part in content]
         if role in text_roles:
-            text = join_parts(parts)
+            text = "\n".join(part["text"] for part in parts)  # a line each, as vLLM and llama.cpp do
             return {**message, "content": [_part(text)] if role in part_roles else text}
-        watch = Watch(len(parts))
-        self._watches.append((role, watch))
-        return {**message, "content": _WatchedParts(parts, watch)}
-
-
-def join_parts(parts: Iterable[TextPart]) -> str:
-    """Joins parts, a line each, as vLLM and llama.cpp do."""
-    return "\n".join(part["text"] for part in parts)
+        watched = _WatchedParts(parts)
+        self._lists.append((role, watched))
+        return {**message, "content": watched}
 
 
 def _function(function: Mapping[str, Any], are_arguments_text: bool) -> Mapping[str, Any]:

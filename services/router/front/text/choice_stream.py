@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.router.engine import FinishReason, GenerationRequest, Token
+from services.router.front.text.detokenizer import Vocabulary, create_detokenizer
 from services.router.front.text.stop_strings import StopString, StopStringMatcher
-from services.router.front.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,13 @@ class PlannedChoice:
 class ChoiceStream:
     """Turns the tokens of one choice into events: detokenizer, stop strings and log-probabilities."""
 
-    def __init__(self, planned: PlannedChoice, tokenizer: TextTokenizer, *, is_event_each_token: bool = False) -> None:
+    def __init__(self, planned: PlannedChoice, vocabulary: Vocabulary, *, is_event_each_token: bool = False) -> None:
         """`is_event_each_token`: for a client that asked for token ids, a token is news also where it makes no text."""
         self._index = planned.index
         self._ending_ids = planned.request.sampling.stop_token_ids
         self._min_tokens = planned.request.sampling.min_tokens
-        self._vocabulary = tokenizer.vocabulary
-        self._detokenizer = tokenizer.create_detokenizer(planned.request.prompt_token_ids)
+        self._vocabulary = vocabulary
+        self._detokenizer = create_detokenizer(vocabulary, planned.request.prompt_token_ids)
         self._stop_matcher = StopStringMatcher(planned.stop_strings) if planned.stop_strings else None
         self._is_event_each_token = is_event_each_token
         self._pending_text = planned.echoed_text

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
-from enum import Enum
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -62,21 +61,14 @@ panics_are_errors = _PanicsAreErrors()
 """A context in which a panic becomes an ExecutionError."""
 
 
-class DecoderKind(Enum):
-    """Says how text comes out of tokens."""
-
-    BYTE_LEVEL = "byte level"
-    OTHER = "other"
-
-
 class Vocabulary:
     """Says what single tokens stand for. Answers are kept, since the same few thousand tokens make most of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        decoders = _decoders(json.loads(tokenizer.to_str(pretty=False)).get("decoder"))
+        decoders = parts_of(json.loads(tokenizer.to_str(pretty=False)).get("decoder"), "decoders")
         kinds = [decoder["type"] for decoder in decoders]
-        self.decoder_kind = DecoderKind.BYTE_LEVEL if kinds == ["ByteLevel"] else DecoderKind.OTHER
+        self.is_byte_level = kinds == ["ByteLevel"]
         self.has_byte_fallback = "ByteFallback" in kinds
         self._is_metaspace = "Metaspace" in kinds or any(
             decoder["type"] == "Replace" and decoder.get("pattern") == {"String": "\u2581"} for decoder in decoders
@@ -133,7 +125,7 @@ class Vocabulary:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
-        if self.decoder_kind is DecoderKind.BYTE_LEVEL:
+        if self.is_byte_level:
             # The decoder itself falls back to the token's own characters if one of them stands for no byte.
             values = [self._byte_of_character.get(character) for character in token]
             return token.encode() if None in values else bytes(value for value in values if value is not None)
@@ -142,13 +134,13 @@ class Vocabulary:
         return (token.replace("\u2581", " ") if self._is_metaspace else token).encode()
 
 
-def _decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the decoder's parts in order."""
-    if decoder is None:
+def parts_of(component: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """Returns the parts of a component of tokenizer.json in order; one that has several has them under `name`."""
+    if component is None:
         return []
-    if decoder["type"] == "Sequence":
-        return [part for child in decoder["decoders"] for part in _decoders(child)]
-    return [decoder]
+    if component["type"] == "Sequence":
+        return [part for inner in component[name] for part in parts_of(inner, name)]
+    return [component]
 
 
 def _fallback_bytes(tokenizer: Tokenizer) -> dict[int, int]:
@@ -185,8 +177,7 @@ class Detokenizer(Protocol):
 
 def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
     """Returns one that suits the vocabulary's decoder, ready for what follows the prompt."""
-    is_byte_level = vocabulary.decoder_kind is DecoderKind.BYTE_LEVEL
-    detokenizer = ByteLevelDetokenizer(vocabulary) if is_byte_level else WindowDetokenizer(vocabulary)
+    detokenizer = ByteLevelDetokenizer(vocabulary) if vocabulary.is_byte_level else WindowDetokenizer(vocabulary)
     for token_id in _last_tokens(vocabulary, prompt_token_ids):
         detokenizer.push(token_id)
     return detokenizer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class StopString:
-    """A stop string with its table of fallbacks, which costs a pass over it: one for all choices and readers."""
+    """A stop string as an automaton. Its table costs a pass over it, so all choices and readers share one."""
 
     __slots__ = ("fallback", "text")
 
@@ -27,31 +27,11 @@ class StopString:
                 length += 1
             self.fallback[position] = length
 
-
-class _Automaton:
-    """Walks one stop string along the text."""
-
-    __slots__ = ("_fallback", "_stop", "matched")
-
-    def __init__(self, stop: StopString) -> None:
-        self._stop = stop.text
-        self._fallback = stop.fallback
-        self.matched = 0
-        """The length of the longest suffix of the text so far that is a prefix of the stop string."""
-
-    def step(self, character: str) -> bool:
-        """Is True if `character` completes the stop string."""
-        matched = self.matched
-        while matched and self._stop[matched] != character:
-            matched = self._fallback[matched - 1]
-        if self._stop[matched] == character:
-            matched += 1
-        self.matched = matched
-        return matched == len(self._stop)
-
-    def pass_over(self) -> None:
-        """Passes over the stop string that was completed: it does not count, and another may overlap it."""
-        self.matched = self._fallback[-1]
+    def step(self, matched: int, character: str) -> int:
+        """Returns how many characters match after this one, where `matched`, which are not all, did before it."""
+        while matched and self.text[matched] != character:
+            matched = self.fallback[matched - 1]
+        return matched + (self.text[matched] == character)
 
 
 class StopStringMatcher:
@@ -62,7 +42,9 @@ class StopStringMatcher:
 
     def __init__(self, stop_strings: Sequence[StopString]) -> None:
         """`stop_strings` is not empty."""
-        self._automata = [_Automaton(stop) for stop in stop_strings]
+        self._stop_strings = stop_strings
+        self._matched = [0] * len(stop_strings)
+        """The length of the longest suffix of the text so far that is a prefix of each stop string."""
         self._held = ""
         self.stopped = False
 
@@ -74,21 +56,19 @@ class StopStringMatcher:
         assert not self.stopped
         for position, character in enumerate(text):
             longest = 0
-            for automaton in self._automata:
-                if not automaton.step(character):
-                    continue
-                if may_stop:
-                    longest = max(longest, automaton.matched)
-                else:
-                    automaton.pass_over()
+            for number, stop in enumerate(self._stop_strings):
+                matched = stop.step(self._matched[number], character)
+                if matched == len(stop.text):
+                    longest = max(longest, matched if may_stop else 0)
+                    matched = stop.fallback[-1]  # one that does not count may overlap one that does
+                self._matched[number] = matched
             if longest:
                 self.stopped = True
                 visible = (self._held + text[: position + 1])[:-longest]
                 self._held = ""
                 return visible
         self._held += text
-        num_held = max(automaton.matched for automaton in self._automata)
-        visible = self._held[: len(self._held) - num_held]
+        visible = self._held[: len(self._held) - max(self._matched)]
         self._held = self._held[len(visible) :]
         return visible
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from services.router.front.text.detokenizer import parts_of
+
 _COMPOSED_CHARACTERS = 4
 """Most characters that normalization form C makes one of: no canonical decomposition is longer (Unicode, UAX 15)."""
 
@@ -21,8 +23,8 @@ class TokenBound:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         parts: Mapping[str, Any] = json.loads(tokenizer.to_str(pretty=False))
-        normalizers = _parts(parts["normalizer"], "normalizers")
-        splitters = _parts(parts["pre_tokenizer"], "pretokenizers")
+        normalizers = parts_of(parts["normalizer"], "normalizers")
+        splitters = parts_of(parts["pre_tokenizer"], "pretokenizers")
         self._is_known = (
             all(map(_normalizes_without_loss, normalizers))
             and all(map(_splits_without_loss, splitters))
@@ -44,14 +46,6 @@ class TokenBound:
         # Nothing composes in ASCII.
         shrinking = 1 if text.isascii() else self._shrinking
         return -(-len(text) // (self._characters_a_token * shrinking))
-
-
-def _parts(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        return [inner for each in part[name] for inner in _parts(each, name)]
-    return [part]
 
 
 def _normalizes_without_loss(part: Mapping[str, Any]) -> bool:

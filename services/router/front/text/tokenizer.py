@@ -22,7 +22,6 @@ from common.errors import CheckpointError, InvalidRequestError
 from services.router.front.text.chat_template import ChatTemplate, Message
 from services.router.front.text.checkpoint_file import CheckpointDefaults, CheckpointFile, read_checkpoint_defaults
 from services.router.front.text.detokenizer import (
-    Detokenizer,
     Vocabulary,
     begun_character,
     create_detokenizer,
@@ -103,10 +102,6 @@ class TextTokenizer:
         with panics_are_errors:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def create_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
-        """Returns one for a choice whose text follows the prompt's."""
-        return create_detokenizer(self.vocabulary, prompt_token_ids)
-
     def echo(self, prompt_token_ids: Sequence[int]) -> str:
         """Returns a prompt as text to which the text of a choice can be added: without a last character that has only
         begun."""
@@ -115,7 +110,7 @@ class TextTokenizer:
             # The library would take whole characters before these for faults as well.
             return self.decode(prompt_token_ids[: -len(begun)], skip_special_tokens=False)
         text = self.decode(prompt_token_ids, skip_special_tokens=False)
-        return text.removesuffix(self.create_detokenizer(prompt_token_ids).flush())
+        return text.removesuffix(create_detokenizer(self.vocabulary, prompt_token_ids).flush())
 
 
 def _complete(tokenizer: Tokenizer, config: CheckpointFile, tokens: SpecialTokens) -> None:

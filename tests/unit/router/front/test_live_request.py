@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
-from services.router.engine import GenerationRequest, Token
+from services.router.engine import GenerationRequest, Token, TokenStream
 from services.router.front.intake import COMPLETIONS, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
@@ -115,7 +115,7 @@ def test_leaving_lets_a_stopped_choice_close_in_the_mesh(tokenizer: TextTokenize
     class SlowToCancel(FakeEngine):
         closed = False
 
-        async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Token]:
             try:
                 async for token in super().generate(request):
                     yield token
@@ -139,7 +139,7 @@ class SubmittingEngine(FakeEngine):
         super().__init__()
         self.running: set[str] = set()
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+    def generate(self, request: GenerationRequest) -> TokenStream:
         self.running.add(request.request_id)
         return Unanswered(lambda: self.running.remove(request.request_id))
 
@@ -167,7 +167,7 @@ def test_a_restored_choice_is_taken_out_of_the_mesh_however_early_it_is_cancelle
             generation.live.planned,
             False,
             engine,
-            tokenizer,
+            tokenizer.vocabulary,
             FrontMetrics(CollectorRegistry()),
             lambda: 0.0,
             lambda live: None,

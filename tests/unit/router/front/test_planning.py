@@ -130,7 +130,7 @@ def test_the_table_of_a_stop_string_is_built_once_for_all_choices_of_a_request(t
     assert [stop.text for stop in planned.choices[0].stop_strings] == ["a", "b"]
     assert len({id(stop) for choice in planned.choices for stop in choice.stop_strings}) == 2
     matchers = [StopStringMatcher(planned.choices[0].stop_strings) for _ in range(2)]
-    assert matchers[0]._automata[0]._fallback is matchers[1]._automata[0]._fallback
+    assert matchers[0]._stop_strings[0].fallback is matchers[1]._stop_strings[0].fallback
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:

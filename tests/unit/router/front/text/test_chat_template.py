@@ -89,8 +89,8 @@ def test_template_that_does_not_compile_is_named_at_start() -> None:
 
 
 def test_now_is_the_clock_that_was_given() -> None:
-    template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, now=lambda: datetime(2026, 3, 1))
-    assert template.render(MESSAGES, {}) == "01 Mar 2026"
+    template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {})
+    assert template.render(MESSAGES, {}, datetime(2026, 3, 1)) == "01 Mar 2026"
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]

@@ -20,7 +20,7 @@ def stream_of(
     sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, ending_ids)
     request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
     planned = PlannedChoice(0, request, tuple(map(StopString, stop_strings)), echoed_text)
-    return ChoiceStream(planned, tokenizer, is_event_each_token=is_event_each_token)
+    return ChoiceStream(planned, tokenizer.vocabulary, is_event_each_token=is_event_each_token)
 
 
 def push_all(
@@ -66,7 +66,7 @@ def test_a_stop_token_of_the_client_is_no_text_either(tokenizer: TextTokenizer) 
     token_ids = tokenizer.encode("fox jumps")
     sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, frozenset({token_ids[-1]}))
     request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
-    stream = ChoiceStream(PlannedChoice(0, request, (), ""), tokenizer)
+    stream = ChoiceStream(PlannedChoice(0, request, (), ""), tokenizer.vocabulary)
     events = push_all(stream, token_ids, FinishReason.STOP)
     assert text_of(events) == tokenizer.decode(token_ids[:-1])
 
@@ -137,6 +137,6 @@ def test_stop_strings_do_not_count_before_min_tokens(tokenizer: TextTokenizer) -
     for min_tokens, wanted in ((0, ""), (fox, "fox ")):
         sampling = SamplingParameters(99, 1.0, 1.0, 0, 1, None, frozenset({EOS}), min_tokens=min_tokens)
         request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
-        stream = ChoiceStream(PlannedChoice(0, request, (StopString("fox"),), ""), tokenizer)
+        stream = ChoiceStream(PlannedChoice(0, request, (StopString("fox"),), ""), tokenizer.vocabulary)
         assert text_of(push_all(stream, token_ids, FinishReason.LENGTH)) == wanted
         assert stream.finish_reason is FinishReason.STOP

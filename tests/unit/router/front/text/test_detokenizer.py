@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from common.errors import ExecutionError
 from services.router.front.text.detokenizer import (
     ByteLevelDetokenizer,
-    DecoderKind,
     Vocabulary,
     WindowDetokenizer,
     create_detokenizer,
@@ -42,8 +41,8 @@ def test_bytes_of_the_tokens_of_a_text_are_the_texts(tokenizer: Tokenizer) -> No
 
 
 def test_kind_is_read_off_the_decoder() -> None:
-    assert Vocabulary(byte_level_tokenizer()).decoder_kind is DecoderKind.BYTE_LEVEL
-    assert Vocabulary(byte_fallback_tokenizer()).decoder_kind is DecoderKind.OTHER
+    assert Vocabulary(byte_level_tokenizer()).is_byte_level
+    assert not Vocabulary(byte_fallback_tokenizer()).is_byte_level
 
 
 def test_only_special_tokens_and_ids_without_a_token_are_skipped() -> None:
