@@ -103,6 +103,7 @@ async def serve(settings: Settings) -> None:
     app = create_app(engine, tokenizer, front, registry, journal=storage.journal, origins=origins)
     requests: RequestRegistry = app.state.requests
     requests.refuse_set_aside = storage.set_aside.refuse
+    requests.attend_restored = storage.attention.restoring
     server = _server(settings, app, lambda: engine.readiness().ready, registry)
     host, port = listener.getsockname()[:2]
     storage.state.publish_url(f"{http_url(host, port)}\n", _tell_of_folder)

@@ -13,14 +13,14 @@ from common.errors import NodeLostError
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from tests.support.served.served_mesh import ServedMesh, served_mesh
 
-CULPRIT = 77
+IN_THE_MESH, IN_THE_FRONT = 77, 78
 WITHIN_S = 90
 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("culprit")) / "tiny")
-    modules = {"router": f"tests.support.processes.dying_router {CULPRIT}"}
+    modules = {"router": f"tests.support.processes.dying_router {IN_THE_MESH} {IN_THE_FRONT}"}
     with served_mesh(model, {"PP": "1", "EXPERTS": "1", "COPIES": "1"}, modules=modules) as served:
         yield served
 
@@ -33,16 +33,18 @@ def ask(mesh: ServedMesh, method: str, path: str, **arguments: object) -> httpx.
         return None
 
 
-def test_a_request_that_kills_three_routers_is_set_aside_and_the_others_go_on(mesh: ServedMesh) -> None:
+@pytest.mark.parametrize("culprit", [IN_THE_MESH, IN_THE_FRONT])
+def test_a_request_that_kills_three_routers_is_set_aside_and_the_others_go_on(mesh: ServedMesh, culprit: int) -> None:
+    """In the front it is not the first end that counts, over a new token, but those over tokens of the journal."""
     before = dict(mesh.local.processes())["router-0"]
-    body = {"model": "tiny", "prompt": [CULPRIT, 5], "max_tokens": 5, "ignore_eos": True}
-    headers = {"Moemesh-Resumable": "1", "X-Request-Id": "mine"}
+    body = {"model": "tiny", "prompt": [culprit, 5], "max_tokens": 5, "ignore_eos": True}
+    headers = {"Moemesh-Resumable": "1", "X-Request-Id": f"mine-{culprit}"}
     assert ask(mesh, "POST", "/v1/completions", json=body, headers=headers) is None
     until_s = time.monotonic() + WITHIN_S
     told = None
     while told is None or told.status_code != 500:
         assert time.monotonic() < until_s, told and told.text
-        told = ask(mesh, "GET", "/v1/requests/mine")
+        told = ask(mesh, "GET", f"/v1/requests/mine-{culprit}")
         time.sleep(0.1)
     assert told.json()["error"]["code"] == "request_set_aside"
     assert "3 times in a row" in told.json()["error"]["message"]

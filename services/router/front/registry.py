@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -188,6 +188,8 @@ class RequestRegistry:
         self._is_stopping = False
         self.refuse_set_aside: Callable[[str, str], None] = lambda tenant, name: None
         """Raises SetAsideError if this tenant's request of that name was set aside. Whoever runs this knows."""
+        self.attend_restored: Callable[[str], None] = lambda choice_id: None
+        """It is told which request is about to be gone on with, by its first choice; the empty string once none is."""
 
     # ---- finding
 
@@ -288,10 +290,12 @@ class RequestRegistry:
         """Goes on with all that was restored and has not ended, first with what stages may have a cache of."""
         waiting = [entry for entry in self._known.all() if entry.is_unfinished]
         for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
+            self.attend_restored(entry.accepted.choice_ids[0])
             try:
-                await self._awake(entry)
-            except UnknownRequestError:
-                continue  # the log has the reason
+                with suppress(UnknownRequestError):  # the log has the reason
+                    await self._awake(entry)
+            finally:
+                self.attend_restored("")
             await asyncio.sleep(0)  # whoever asks meanwhile is answered
 
     async def _written(self, accepted: AcceptedRequest) -> None:

@@ -1,8 +1,9 @@
 """Which requests end the router, judged from how routers before this one have ended. Pure.
 
-A router says whose turn it is before it does anything for a request (`set_aside.py`). If it ends while it is one's
-turn, and so three times in a row without a token in between, that request is set aside. So chance does not count: a
-router that is killed from outside is seldom killed in those microseconds, and hardly three times over one request.
+A router says whose turn it is before it does anything for a request (`set_aside.py`), in the mesh thread and where it
+restores what the journal has. If it ends while it is one's turn, and so three times in a row without a token in
+between, that request is set aside. So chance does not count: a router that is killed from outside is seldom killed in
+those moments, and hardly three times over one request.
 An error that no request can be named for is held against all that were there and got no token since the last one. From
 the third time on the younger half of those goes: who gets on, or has only just come, is not to blame.
 """
@@ -21,7 +22,9 @@ class Ending:
     """Says how the router before this one ended."""
 
     handled: str = ""
-    """The request id whose turn it was; empty if it was nobody's."""
+    """The request id whose turn it was in the mesh thread; empty if it was nobody's."""
+    restored: str = ""
+    """The request id that was being restored; empty if none was."""
     is_broken: bool = False
     """It ended by an error of its own, and not from outside."""
 
@@ -58,12 +61,16 @@ class Judgement:
 
 def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> Judgement:
     """Judges how the last router ended. `unfinished` is in the order of acceptance."""
-    culprit = next((request for request in unfinished if ending.handled in request.choice_ids), None)
+    culprit = _named(ending.handled, unfinished) or _named(ending.restored, unfinished)
     if culprit is not None:
         return _judge_one(record, culprit, unfinished)
     if not ending.is_broken:
         return Judgement(Record(), {})
     return _judge_all(record, unfinished)
+
+
+def _named(choice_id: str, unfinished: Sequence[Unfinished]) -> Unfinished | None:
+    return next((request for request in unfinished if choice_id in request.choice_ids), None)
 
 
 def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:

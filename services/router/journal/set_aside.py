@@ -1,9 +1,10 @@
 """Whose turn it is, where a killed router leaves it; and requests that were set aside, kept in the state folder.
 
-Whose turn it is stands in a file of shared memory: writing to it costs no system call and waits for no disk, and it is
-there after the process was killed, in whatever way. A router that breaks writes the same to `STATE_DIR/ending.json`.
-`STATE_DIR/ends.json` counts over starts. `STATE_DIR/set-aside/` has one file a request that is not gone on with:
-whoever asks for it is told, and people find there what it takes to see why.
+Whose turn it is, in the mesh thread and where requests are restored, stands in a file of shared memory: writing to it
+costs no system call and waits for no disk, and it is there after the process was killed, in whatever way. A router that
+breaks writes the same to `STATE_DIR/ending.json`. `STATE_DIR/ends.json` counts over starts. `STATE_DIR/set-aside/` has
+one file a request that is not gone on with: whoever asks for it is told, and people find there what it takes to see
+why.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from services.router.journal.records import JournalledRequest
 
 log = structlog.get_logger(__name__)
 
-_SIZE = 512
+_SLOT_BYTES = 512
+_HANDLED, _RESTORED = 0, _SLOT_BYTES
+"""Where the slot of the mesh thread begins, and that of the event loop, which restores."""
+_SIZE = 2 * _SLOT_BYTES
 _NAME = 8
-"""The offset of the name. Byte 0 has its length, and is written last."""
+"""The offset of the name in a slot. Byte 0 of the slot has its length, and is written last."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MAX_NAME_BYTES = 250
 MAX_KEPT = 100
@@ -41,7 +46,7 @@ def attention_path(state_dir: Path) -> Path:
 
 
 class Attention:
-    """Call it with the name of the request whose turn it is; the empty string means nobody's."""
+    """Call it with the id of the request whose turn it is in the mesh thread; the empty string means nobody's."""
 
     def __init__(self, path: Path, ending: Path) -> None:
         """What a router before this one has left must be read first.
@@ -56,18 +61,24 @@ class Attention:
 
     def __call__(self, name: str) -> None:
         """Belongs to the mesh thread."""
+        self._note(_HANDLED, name)
+
+    def restoring(self, name: str) -> None:
+        """Notes which request is being restored, if any. Belongs to the event loop."""
+        self._note(_RESTORED, name)
+
+    def _note(self, slot: int, name: str) -> None:
         memory = self._memory
-        memory[0] = 0
+        memory[slot] = 0
         if name:
             data = name.encode(errors="replace")[:_MAX_NAME_BYTES]
-            memory[_NAME : _NAME + len(data)] = data
-            memory[0] = len(data)
+            memory[slot + _NAME : slot + _NAME + len(data)] = data
+            memory[slot] = len(data)
 
     def note_break(self) -> None:
         """Writes down that the router ends by an error of its own."""
-        handled = bytes(self._memory[_NAME : _NAME + self._memory[0]]).decode(errors="replace")
         try:
-            write_whole(self._ending, json.dumps({"handled": handled}))
+            write_whole(self._ending, json.dumps({"handled": _name_in(self._memory[:], _HANDLED)}))
         except OSError as error:
             log.error("ending_not_written", path=str(self._ending), reason=str(error))
 
@@ -101,18 +112,17 @@ class Attention:
 
 def read_ending(path: Path, ending: Path) -> Ending:
     """Returns what the router before this one has left; nothing, if it left nothing that can be read."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return Ending(str(json.loads(ending.read_text())["handled"]), is_broken=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return Ending(_read_name(path))  # it did not break: it was killed, or ended in order
-
-
-def _read_name(path: Path) -> str:
-    try:
+    try:  # it did not break: it was killed, or ended in order
         data = path.read_bytes()
     except OSError:
-        return ""
-    return data[_NAME : _NAME + data[0]].decode(errors="replace") if len(data) == _SIZE else ""
+        return Ending()
+    return Ending(_name_in(data, _HANDLED), _name_in(data, _RESTORED)) if len(data) == _SIZE else Ending()
+
+
+def _name_in(data: bytes, slot: int) -> str:
+    return data[slot + _NAME : slot + _NAME + data[slot]].decode(errors="replace")
 
 
 class SetAside:

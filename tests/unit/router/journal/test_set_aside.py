@@ -50,6 +50,15 @@ def test_who_is_handled_at_three_ends_in_a_row_is_set_aside() -> None:
     assert judgement.record == Record()
 
 
+def test_who_is_being_restored_at_three_ends_in_a_row_is_set_aside_unless_it_was_anothers_turn() -> None:
+    record = Record()
+    for ending in (Ending(restored="b-0"), Ending("a-0", restored="b-0"), Ending(restored="b-0")):
+        judgement = judge(record, ending, [A, B])
+        assert not judgement.set_aside
+        record = judgement.record
+    assert list(judge(record, Ending(restored="b-0"), [A, B]).set_aside) == ["b"]
+
+
 def test_who_gets_further_in_between_is_not_to_blame() -> None:
     record = Record()
     for num_tokens in range(5, 15):
@@ -118,7 +127,9 @@ from services.router.journal.set_aside import Attention
 attention = Attention(Path(sys.argv[1]), Path(sys.argv[1] + ".ending"))
 attention("first")
 attention("")
-attention("cmpl-7-0")
+attention.restoring("cmpl-9-0")
+if sys.argv[2] != "restore": attention.restoring("")
+if sys.argv[2] != "restore": attention("cmpl-7-0")
 if sys.argv[2] == "exit": os._exit(3)
 if sys.argv[2] == "break": attention.note_break()
 if sys.argv[2] == "over": attention("")
@@ -131,7 +142,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     [
         ("kill", Ending("cmpl-7-0")),
         ("exit", Ending("cmpl-7-0")),
-        ("break", Ending("cmpl-7-0", True)),
+        ("restore", Ending(restored="cmpl-9-0")),
+        ("break", Ending("cmpl-7-0", is_broken=True)),
         ("over", Ending()),
     ],
 )
@@ -148,7 +160,7 @@ def test_whose_turn_it_was_is_there_after_the_process_was_killed(tmp_path: Path,
     assert read_ending(path, broken) == Ending(), "a new router begins without"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100, b"\xff" * 512])
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100, b"\xff" * 512, b"\xff" * 1024])
 def test_a_note_that_is_not_there_or_no_note_names_nobody_who_lives(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "attention"
     if content is not None:
