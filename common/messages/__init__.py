@@ -11,6 +11,7 @@ from common.messages.control import (
     AssignMirror,
     AssignShards,
     AssignStage,
+    ExpertHeartbeat,
     Failed,
     Heartbeat,
     Hello,
@@ -20,6 +21,7 @@ from common.messages.control import (
     MirrorTo,
     PublishPlacement,
     ShardsReady,
+    StageHeartbeat,
     StageReady,
     Unassign,
     Welcome,
@@ -36,6 +38,7 @@ __all__ = [
     "AssignStage",
     "CancelCall",
     "Dispatch",
+    "ExpertHeartbeat",
     "ExpertRows",
     "Failed",
     "Header",
@@ -51,6 +54,7 @@ __all__ = [
     "MirrorTo",
     "PublishPlacement",
     "ShardsReady",
+    "StageHeartbeat",
     "StageReady",
     "Step",
     "StepResult",
@@ -71,7 +75,8 @@ Message = (
     | AssignShards
     | ShardsReady
     | PublishPlacement
-    | Heartbeat
+    | StageHeartbeat
+    | ExpertHeartbeat
     | Leave
     | LeaveAcknowledged
     | Failed

@@ -179,10 +179,7 @@ class PublishPlacement:
     """Each node's endpoints, as `join_endpoints` joins them."""
     ipc_tokens: tuple[str, ...]
     numeric_classes: tuple[str, ...]
-    copies: TensorFrame = NO_ARRAY
-    """Of a router of version 3, instead of `owners`: uint8 [nodes, L, E, S]: 0 not there, else 1 + place in the shard's
-    ordered list of copies."""
-    owners: TensorFrame = NO_ARRAY
+    owners: TensorFrame
     """int32 [C, L, E, S]: by place in a shard's ordered list of copies, 1 + the node's place in `node_ids`; 0: none."""
     first_classes: tuple[str, ...] = ()
     """By layer: the numeric class whose nodes are asked, those of another one only for what it has no copy of that
@@ -191,68 +188,93 @@ class PublishPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Node -> router: I am here, this is what I have done, and this is what I believe to be. Not answered; what the
-    node believes and should not, or should and does not, it is told again."""
+    """What the heartbeats of all nodes say. Not answered; what a node believes and should not, or should and does not,
+    it is told again. Counts are since the start of the node."""
 
-    busy_seconds: float
-    """Time spent computing since start."""
-    steps: int
-    """Steps (stage) or expert calls (expert node) answered since start."""
-    rows: int
-    """Token rows (stage) or expert rows (expert node) computed since start."""
-    queued: int
+    busy_seconds: float = 0.0
+    """Time spent computing."""
+    steps: int = 0
+    """Steps (stage) or expert calls (expert node) answered."""
+    rows: int = 0
+    """Token rows (stage) or expert rows (expert node) computed."""
+    queued: int = 0
     """Waiting now."""
-    dropped: int
-    """Messages of an old term, generation or attempt dropped since start. Expert node: also calls that nobody waited
-    for any more."""
-    bytes_sent: int
-    """On all data sockets since start."""
-    hop_bytes: int
-    """Stage: sent towards expert nodes since start. Expert node: sent as answers."""
-    hop_seconds: float
-    """Stage: from an expert call to its whole sum, over all calls since start. Expert node: time queued."""
-    hops: int
-    """Calls in `hop_seconds`."""
-    resent: int
-    """Stage: expert calls repeated on another copy since start."""
-    hedged: int = 0
-    """Stage: expert calls asked of a further copy since start, because the first one was late."""
-    hedge_wins: int = 0
-    """Stage: those of them that answered first."""
-    late: int = 0
-    """Stage: answers of expert nodes that were not used any more. Expert node: calls that were taken back in time."""
-    suspicions: int = 0
-    """Stage: how often an expert node was taken to hang."""
-    degraded_rows: int = 0
-    """Stage: token rows of a layer that went on without one of their experts."""
-    rank_degree: int = 1
-    """Stage: ranks that work together now."""
-    reduce_seconds: float = 0.0
-    """Stage: spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
-    reduces: int = 0
-    """How often."""
-    other_class_rows: int = 0
-    """Stage: token rows of a layer asked of an expert node of another numeric class than the layer's first one."""
-    role_number: int = 0
-    """Stage: number (generation) of the AssignStage or AssignMirror that it follows; 0: it is a spare."""
-    role_state: str = ""
-    """Stage: how far it is with that, as `StageState` has it."""
-    lease_term: int = 0
-    """Stage: of the slot that it holds or mirrors; 0: none."""
-    kv_mark: int = 0
-    """Stage that holds a slot: as in StageReady."""
-    broken_stream: int = 0
-    """Mirror: as in MirrorReady."""
-    feed_number: int = 0
-    """Stage: number of the MirrorTo that it follows; 0: it feeds no mirror."""
-    placement_version: int = 0
-    """Stage: of the placement that it has of this router; 0: it has none."""
-    shards_version: int = 0
-    """Expert node: of the AssignShards that it has of this router; 0: it has none."""
-    shards_reports: int = 0
-    """Expert node: number of its last ShardsReady."""
+    dropped: int = 0
+    """Messages of an old term, generation or attempt. Expert node: also calls that nobody waited for any more."""
     is_leaving: bool = False
     """It has sent Leave and waits."""
+
+    @property
+    def work_done(self) -> tuple[int, ...]:
+        """Returns counts that stand still where a node does not go on."""
+        return self.steps, self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class StageHeartbeat(Heartbeat):
+    """Stage -> router: I am here, this is what I have done, and this is what I believe to be."""
+
+    calls: int = 0
+    """Expert calls whose whole sum has come."""
+    call_seconds: float = 0.0
+    """From each of these to its sum."""
+    call_bytes: int = 0
+    """Sent towards expert nodes."""
+    resent: int = 0
+    """Expert calls repeated on another copy."""
+    hedged: int = 0
+    """Expert calls asked of a further copy, because the first one was late."""
+    hedge_wins: int = 0
+    """Those of them that answered first."""
+    late_answers: int = 0
+    """Answers of expert nodes that were not used any more."""
+    suspicions: int = 0
+    """How often an expert node was taken to hang."""
+    degraded_rows: int = 0
+    """Token rows of a layer that went on without one of their experts."""
+    other_class_rows: int = 0
+    """Token rows of a layer asked of an expert node of another numeric class than the layer's first one."""
+    rank_degree: int = 1
+    """Ranks that work together now."""
+    reduce_seconds: float = 0.0
+    """Spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
+    reduces: int = 0
+    """How often."""
+    role_number: int = 0
+    """Number (generation) of the AssignStage or AssignMirror that it follows; 0: it is a spare."""
+    role_state: str = ""
+    """How far it is with that, as `StageState` has it."""
+    lease_term: int = 0
+    """Of the slot that it holds or mirrors; 0: none."""
+    kv_mark: int = 0
+    """Of a holder: as in StageReady."""
+    broken_stream: int = 0
+    """Of a mirror: as in MirrorReady."""
+    feed_number: int = 0
+    """Number of the MirrorTo that it follows; 0: it feeds no mirror."""
+    placement_version: int = 0
+    """Of the placement that it has of this router; 0: it has none."""
+
+    @property
+    def work_done(self) -> tuple[int, ...]:
+        """Returns the expert calls, too: a step may have many."""
+        return self.steps, self.rows, self.calls
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertHeartbeat(Heartbeat):
+    """Expert node -> router: I am here, this is what I have done, and this is what I believe to hold."""
+
+    queue_seconds: float = 0.0
+    """From the arrival of each call that was answered to the start of its FFN."""
+    answer_bytes: int = 0
+    """Sent as answers."""
+    cancelled: int = 0
+    """Calls that were taken back in time."""
+    shards_version: int = 0
+    """Of the AssignShards that it has of this router; 0: it has none."""
+    shards_reports: int = 0
+    """Number of its last ShardsReady."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,14 @@ from common.errors import (
 from common.ids import Incarnation, NodeId
 from common.messages import (
     NO_ARRAY,
+    ExpertHeartbeat,
     Failed,
     Header,
-    Heartbeat,
     Hello,
     Leave,
     LeaveAcknowledged,
     Message,
+    StageHeartbeat,
     TensorFrame,
     Welcome,
 )
@@ -214,7 +215,7 @@ class ControlLink:
         """Tell the router that what it asked cannot be done."""
         self.send(Failed(error.code, error.message), header)
 
-    def beat(self, now_s: float, load: Callable[[], Heartbeat]) -> None:
+    def beat(self, now_s: float, load: Callable[[], StageHeartbeat | ExpertHeartbeat]) -> None:
         """Send a heartbeat when one is due."""
         if self.registered and now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self.settings.heartbeat_interval_ms / 1000

@@ -10,7 +10,7 @@ import structlog
 import zmq
 
 from common.errors import LIFE_ENDING_ERRORS, MoemeshError
-from common.messages import Header, Heartbeat, Message
+from common.messages import ExpertHeartbeat, Header, Message, StageHeartbeat
 from common.node.control_link import ControlLink
 
 POLL_MS = 50
@@ -71,7 +71,7 @@ class NodeLoop(ABC):
         """Takes one turn of the node's own work."""
 
     @abstractmethod
-    def _load(self) -> Heartbeat:
+    def _load(self) -> StageHeartbeat | ExpertHeartbeat:
         """Returns what a heartbeat says."""
 
     def _watch_sockets(self) -> None:

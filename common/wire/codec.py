@@ -25,8 +25,8 @@ from common import messages
 from common.errors import ProtocolError
 from common.messages import Header, Message, TensorFrame
 
-PROTOCOL_VERSION: Final = 4
-OLDEST_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 5
+OLDEST_VERSION: Final = 4
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
@@ -57,13 +57,14 @@ _KINDS: Final[dict[int, type[Message]]] = {
     6: messages.AssignShards,
     7: messages.ShardsReady,
     8: messages.PublishPlacement,
-    9: messages.Heartbeat,
     10: messages.Leave,
     11: messages.LeaveAcknowledged,
     12: messages.Failed,
     13: messages.AssignMirror,
     14: messages.MirrorReady,
     15: messages.MirrorTo,
+    16: messages.StageHeartbeat,
+    17: messages.ExpertHeartbeat,
     20: messages.Step,
     21: messages.StepResult,
     22: messages.MirrorRows,

@@ -19,10 +19,10 @@ from common.messages import (
     AssignShards,
     CancelCall,
     Dispatch,
+    ExpertHeartbeat,
     ExpertRows,
     Failed,
     Header,
-    Heartbeat,
     Message,
 )
 from common.node.control_link import ControlLink
@@ -167,20 +167,17 @@ class ExpertService(NodeLoop):
         except Full:
             self._counters.dropped += 1  # the stage is gone: nobody waits for this answer
 
-    def _load(self) -> Heartbeat:
+    def _load(self) -> ExpertHeartbeat:
         counters = self._counters
-        return Heartbeat(
+        return ExpertHeartbeat(
             busy_seconds=counters.busy_seconds,
             steps=counters.calls,
             rows=counters.rows,
             queued=len(self._queue) + sum(len(answer.calls) for answer in self._under_way),
             dropped=counters.dropped,
-            bytes_sent=self._socket.bytes_sent,
-            hop_bytes=self._socket.bytes_sent,
-            hop_seconds=counters.queue_seconds,
-            hops=counters.calls,
-            resent=0,
-            late=counters.cancelled,
+            queue_seconds=counters.queue_seconds,
+            answer_bytes=self._socket.bytes_sent,
+            cancelled=counters.cancelled,
             shards_version=self._shards.version,
             shards_reports=self._shards.num_reports,
         )

@@ -18,13 +18,13 @@ from common.messages import (
     AssignMirror,
     AssignStage,
     Header,
-    Heartbeat,
     Message,
     MirrorAck,
     MirrorBlocks,
     MirrorRows,
     MirrorTo,
     PublishPlacement,
+    StageHeartbeat,
     Step,
     Unassign,
 )
@@ -358,7 +358,7 @@ class StageService(NodeLoop):
     def _dtype(self) -> torch.dtype:
         return DTYPES[self._control.settings.dtype]
 
-    def _load(self) -> Heartbeat:
+    def _load(self) -> StageHeartbeat:
         counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)
         number, term = self._role_number, self._control.router_term
         heartbeat = describe_stage(counters, self._worker, self._experts, self._mirror_link, number, term)
@@ -383,24 +383,23 @@ def describe_stage(
     mirror_link: MirrorLink,
     role_number: int,
     router_term: int,
-) -> Heartbeat:
+) -> StageHeartbeat:
     """Says what this stage has done and believes. `role_number`: of the last role that it was told, 0 for none;
     `router_term` of the router that it listens to."""
     slot, mirror = worker.slot, worker.mirror
-    return Heartbeat(
+    return StageHeartbeat(
         busy_seconds=counters.busy_seconds,
         steps=counters.steps,
         rows=counters.rows,
         queued=slot.executor.num_running if slot is not None else 0,
         dropped=counters.dropped + experts.late_answers,
-        bytes_sent=worker.bytes_sent + experts.nodes.bytes_sent + mirror_link.bytes_sent,
-        hop_bytes=experts.nodes.bytes_sent,
-        hop_seconds=experts.wait_seconds,
-        hops=experts.answered,
+        calls=experts.answered,
+        call_seconds=experts.wait_seconds,
+        call_bytes=experts.nodes.bytes_sent,
         resent=experts.resent_calls,
         hedged=experts.hedged_calls,
         hedge_wins=experts.hedge_wins,
-        late=experts.late_answers,
+        late_answers=experts.late_answers,
         suspicions=experts.num_suspicions,
         degraded_rows=experts.degraded_rows,
         other_class_rows=experts.other_class_rows,

@@ -18,7 +18,16 @@ import numpy as np
 
 from common.checkpoint.model_config import ModelConfig
 from common.ids import Incarnation, NodeId
-from common.messages import AssignShards, Header, Heartbeat, Leave, Message, PublishPlacement, ShardsReady
+from common.messages import (
+    AssignShards,
+    ExpertHeartbeat,
+    Header,
+    Leave,
+    Message,
+    PublishPlacement,
+    ShardsReady,
+    StageHeartbeat,
+)
 from common.topology import NodeDescription, NodeKind
 from common.wire import codec
 from common.wire.array import array_to_frame, frame_to_array
@@ -27,7 +36,6 @@ from services.router.control.experts.placing import PlacementAnswer, PlacementRe
 from tests.support.router.fake_mesh import FakeClient, FakeMesh, hello_of
 from tests.support.router.mesh_shapes import SHARD_BYTES, node, small_model
 
-QUIET = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
 PLACEMENT = "a placement, elsewhere"
 
 
@@ -110,7 +118,8 @@ class LargeMesh:
         self.mesh.now_s += 0.06
         self.num_turns += 1
         for name in [*self.wanted, *self.stages][self.num_turns % 8 :: 8]:
-            self.say(name, replace(QUIET, **self.believed.get(name, {})))
+            kind = StageHeartbeat if name in self.stages else ExpertHeartbeat
+            self.say(name, kind(**self.believed.get(name, {})))
         self.run_turn(what)
         while self.mesh.client.inbox:
             self.run_turn(what)

@@ -155,7 +155,7 @@ class ProgressWatch:
 
     def note(self, node_id: NodeId, heartbeat: Heartbeat, now_s: float) -> None:
         """A heartbeat of a node that has joined. Busy seconds are no progress: a retry keeps busy, too."""
-        before, counts = self._heard[node_id], (heartbeat.steps, heartbeat.rows, heartbeat.hops)
+        before, counts = self._heard[node_id], heartbeat.work_done
         has_progressed = counts != self._counts[node_id]
         idle_since_s = now_s if has_progressed or before.idle_since_s is None else before.idle_since_s
         self._heard[node_id] = NodeEvidence(

@@ -13,8 +13,8 @@ from enum import StrEnum
 from functools import partial
 
 from common.ids import NodeId, PipelineId
-from common.messages import Heartbeat, StageReady
-from common.topology import NodeKind, StageState
+from common.messages import ExpertHeartbeat, StageHeartbeat, StageReady
+from common.topology import StageState
 from services.router.control.actions import Action
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.mirror_roles import MirrorReport
@@ -119,9 +119,9 @@ class Beliefs:
         self._experts = experts
         self._retelling = Retelling()
 
-    def compare(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> Consequences:
+    def compare(self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float) -> Consequences:
         """Compares the heartbeat of a node that is registered."""
-        if kind is NodeKind.EXPERT:
+        if isinstance(said, ExpertHeartbeat):
             found, news = [self._shards(node_id, said)], list[Action]()
         else:
             news = self._report(node_id, said)
@@ -133,7 +133,7 @@ class Beliefs:
         """It is gone."""
         self._retelling.forget(node_id)
 
-    def _report(self, node_id: NodeId, said: Heartbeat) -> list[Action]:
+    def _report(self, node_id: NodeId, said: StageHeartbeat) -> list[Action]:
         slot = self._stages.slot_of(node_id)
         if said.role_state == StageState.HOLDING and slot is not None:
             ready = StageReady(slot.pipeline, slot.index, said.lease_term, 0, 0, said.kv_mark)
@@ -145,7 +145,7 @@ class Beliefs:
             )
         return []
 
-    def _role(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
+    def _role(self, node_id: NodeId, said: StageHeartbeat) -> Misbelief | None:
         stages = self._stages
         slot, mirrored = stages.slot_of(node_id), stages.mirrors.number_of(node_id)
         if slot is not None:
@@ -161,7 +161,7 @@ class Beliefs:
         unassign = stages.messages.unassign
         return Misbelief(Topic.ROLE, (0, said.role_number), lambda: [unassign(node_id, said.lease_term)])
 
-    def _feed(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
+    def _feed(self, node_id: NodeId, said: StageHeartbeat) -> Misbelief | None:
         slot = self._stages.slot_of(node_id)
         if slot is None or said.role_state != StageState.HOLDING:
             return None
@@ -169,13 +169,13 @@ class Beliefs:
         again = partial(self._stages.mirrors.feed_again, slot, node_id, said.lease_term, self._stages.nodes)
         return None if said.feed_number == number else Misbelief(Topic.FEED, (number,), again)
 
-    def _placement(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
+    def _placement(self, node_id: NodeId, said: StageHeartbeat) -> Misbelief | None:
         version = self._experts.version
         if not version or said.placement_version == version:
             return None
         return Misbelief(Topic.PLACEMENT, (version,), partial(self._experts.publish_to, [node_id]))
 
-    def _shards(self, node_id: NodeId, said: Heartbeat) -> Misbelief | None:
+    def _shards(self, node_id: NodeId, said: ExpertHeartbeat) -> Misbelief | None:
         told = self._experts.told(node_id)
         if told is None or (said.shards_version == told[0] and said.shards_reports <= told[1]):
             return None

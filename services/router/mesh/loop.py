@@ -18,6 +18,7 @@ from common.checkpoint.model_config import ModelConfig
 from common.errors import FencedError, MoemeshError, NodeLostError, ProtocolError, error_from_wire
 from common.ids import NodeId, PipelineId, RequestId, StepId
 from common.messages import (
+    ExpertHeartbeat,
     Failed,
     Header,
     Heartbeat,
@@ -27,6 +28,7 @@ from common.messages import (
     Message,
     MirrorReady,
     ShardsReady,
+    StageHeartbeat,
     StageReady,
     Welcome,
 )
@@ -213,7 +215,7 @@ class MeshLoop:
             )
             self._apply_changes(changes, now_s)
             if node_id in self._nodes:
-                self._compare_beliefs(node_id, description.kind, message, now_s)
+                self._compare_beliefs(node_id, message, now_s)
         elif isinstance(message, StageReady):
             self._log.info("stage_ready", node=node_id, pipeline=message.pipeline, slot=message.slot)
             self._act(self._stages.apply_ready(node_id, message, header.generation), now_s)
@@ -230,15 +232,15 @@ class MeshLoop:
         else:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
-    def _compare_beliefs(self, node_id: NodeId, kind: NodeKind, said: Heartbeat, now_s: float) -> None:
+    def _compare_beliefs(self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float) -> None:
         """What was lost on the way, in either direction, comes with a heartbeat or is told again."""
         if said.is_leaving and node_id not in self._leaving:
             self._drain(node_id, "stopped", now_s)
         if node_id not in self._nodes.keys() - self._arriving.keys():  # it has no role that it could be wrong about
             return
-        if said.role_state == StageState.REFUSED:
+        if isinstance(said, StageHeartbeat) and said.role_state == StageState.REFUSED:
             self._note_refusal(node_id, said.role_number, now_s)
-        consequences = self._beliefs.compare(node_id, kind, said, now_s)
+        consequences = self._beliefs.compare(node_id, said, now_s)
         self._act(consequences.news, now_s)
         for topic, actions in consequences.again.items():
             self._log.info("told_again", node=node_id, topic=topic)
@@ -340,7 +342,7 @@ class MeshLoop:
             self._beliefs.forget(change.node_id)
             self._leaving.discard(change.node_id)
             self._witnesses.forget(change.node_id)
-            self._flow.totals.keep(description, self._heartbeats.pop(change.node_id, None))
+            self._flow.totals.keep(self._heartbeats.pop(change.node_id, None))
             self._arriving.pop(change.node_id, None)
             self._act(self._stages.lose(change.node_id), now_s)
             self._experts.lose(change.node_id)

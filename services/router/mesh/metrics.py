@@ -14,7 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from common.topology import NodeKind
+from common.messages import StageHeartbeat
 from services.router.mesh.status import MeshStatus
 from services.router.scheduling.snapshot import WAIT_BOUNDS_S, WaitTimes
 
@@ -151,7 +151,7 @@ def _nodes(status: MeshStatus) -> Iterator[Metric]:
             busy.add_metric([name, kind], node.heartbeat.busy_seconds)
             rows.add_metric([name, kind], node.heartbeat.rows)
             queued.add_metric([name, kind], node.heartbeat.queued)
-            if node.description.kind is NodeKind.STAGE:
+            if isinstance(node.heartbeat, StageHeartbeat):
                 ranks.add_metric([name], node.heartbeat.rank_degree)
     for (kind, state), number in numbers.items():
         count.add_metric([kind, state], number)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.ids import Generation, NodeId, PipelineId
-from common.messages import Heartbeat
+from common.messages import ExpertHeartbeat, Heartbeat, StageHeartbeat
 from common.topology import CheckpointPart, NodeDescription, NodeKind, StageSlot
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, NodeState
@@ -59,35 +59,35 @@ class HopTotals:
     other_class_rows: int = 0
     dropped: int = 0
 
-    def keep(self, node: NodeDescription | None, last: Heartbeat | None) -> None:
+    def keep(self, last: Heartbeat | None) -> None:
         """Add a node's counts for good: it is gone."""
-        if node is None or last is None:
+        if last is None:
             return
         self.dropped += last.dropped
-        self.resent_calls += last.resent
-        if node.kind is NodeKind.STAGE:
-            self.expert_calls += last.hops
-            self.expert_call_seconds += last.hop_seconds
-            self.expert_call_bytes += last.hop_bytes
+        if isinstance(last, StageHeartbeat):
+            self.expert_calls += last.calls
+            self.expert_call_seconds += last.call_seconds
+            self.expert_call_bytes += last.call_bytes
+            self.resent_calls += last.resent
             self.hedges += last.hedged
             self.hedge_wins += last.hedge_wins
-            self.late_answers += last.late
+            self.late_answers += last.late_answers
             self.suspicions += last.suspicions
             self.degraded_rows += last.degraded_rows
             self.other_class_rows += last.other_class_rows
             self.reduce_seconds += last.reduce_seconds
             self.reduces += last.reduces
-        else:
-            self.expert_answers += last.hops
-            self.expert_queue_seconds += last.hop_seconds
-            self.expert_answer_bytes += last.hop_bytes
-            self.cancelled_calls += last.late
+        elif isinstance(last, ExpertHeartbeat):
+            self.expert_answers += last.steps
+            self.expert_queue_seconds += last.queue_seconds
+            self.expert_answer_bytes += last.answer_bytes
+            self.cancelled_calls += last.cancelled
 
     def snapshot(self, nodes: tuple[NodeStatus, ...]) -> HopTotals:
         """Returns the totals with what living nodes last reported."""
         total = replace(self)
         for node in nodes:
-            total.keep(node.description, node.heartbeat)
+            total.keep(node.heartbeat)
         return total
 
 

@@ -11,7 +11,7 @@ import structlog
 import zmq
 
 from common.errors import ConfigurationError, ExecutionError, ProtocolError, SocketError
-from common.messages import NO_ARRAY, PublishPlacement
+from common.messages import PublishPlacement
 from common.wire.array import Int32Array, Int64Array, frame_to_array
 from common.wire.endpoints import choose_endpoint, split_endpoints
 from common.wire.transport import MessageSocket, Transport
@@ -225,20 +225,12 @@ class ExpertNodes:
 
 
 def _read_owners(placement: PublishPlacement) -> Int32Array:
-    """Returns [C, L, E, S]: 1 + node by place in the list of copies, 0 for none, also of a router that says it by node.
+    """Returns [C, L, E, S]: 1 + node by place in the list of copies, 0 for none.
 
-    Raises ProtocolError for shapes that do not fit and nodes that are not named.
+    Raises ProtocolError for another number of axes, and for nodes that are not named.
     """
-    num_nodes = len(placement.node_ids)
-    if placement.owners.shape != NO_ARRAY.shape:
-        shape = (None, None, None, None)
-        owners: Int32Array = frame_to_array(placement.owners, "int32", shape, "PublishPlacement.owners")
-        if owners.size and not 0 <= int(owners.min()) <= int(owners.max()) <= num_nodes:
-            raise ProtocolError(f"PublishPlacement.owners names a node outside [0, {num_nodes}]")
-        return owners
-    copies = frame_to_array(placement.copies, "uint8", (num_nodes, None, None, None), "PublishPlacement.copies")
-    owners = np.zeros((int(copies.max(initial=0)), *copies.shape[1:]), dtype=np.int32)
-    for number, places in enumerate(copies):
-        held = np.nonzero(places)
-        owners[(places[held].astype(np.int64) - 1, *held)] = 1 + number
+    num_nodes, shape = len(placement.node_ids), (None, None, None, None)
+    owners: Int32Array = frame_to_array(placement.owners, "int32", shape, "PublishPlacement.owners")
+    if owners.size and not 0 <= int(owners.min()) <= int(owners.max()) <= num_nodes:
+        raise ProtocolError(f"PublishPlacement.owners names a node outside [0, {num_nodes}]")
     return owners

@@ -46,13 +46,6 @@ class MirrorLink:
         self._newest_number = 0
         self._sender: MirrorSender | None = None
         self._restart_at_s: float | None = None
-        self._bytes_to_former_mirrors = 0
-
-    @property
-    def bytes_sent(self) -> int:
-        """Returns what was sent to all mirrors since start."""
-        current = self._sender.socket.bytes_sent if self._sender is not None else 0
-        return self._bytes_to_former_mirrors + current
 
     @property
     def wants_to_send(self) -> bool:
@@ -152,7 +145,6 @@ class MirrorLink:
 
     def _close_sender(self) -> None:
         if self._sender is not None:
-            self._bytes_to_former_mirrors += self._sender.socket.bytes_sent
             self._sender.close()
             self._sender = None
 

@@ -88,15 +88,9 @@ class StageWorker:
         """The layers of the slot that is or was held, or None while others are loaded."""
         self._held: HeldMemory | None = None
         self._loading: Loading | None = None
-        self._bytes_to_former_downstreams = 0
         self.slot: Slot | None = None
         self.mirror: Mirror | None = None
         """Where this node follows another's slot."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """Returns what went downstream since start."""
-        return self._bytes_to_former_downstreams + (self.slot.downstream.bytes_sent if self.slot is not None else 0)
 
     def state_of(self, number: int) -> StageState:
         """Returns how far this stage is with the role of this number, the last one that it was told; 0: none."""
@@ -297,7 +291,6 @@ class StageWorker:
 
     def _close_slot(self) -> None:
         if self.slot is not None:
-            self._bytes_to_former_downstreams += self.slot.downstream.bytes_sent
             self.slot.downstream.close()
             self.slot = None
 

@@ -120,10 +120,6 @@ class Stage:
 
 
 def placement(holdings: Holdings, version: int, **changes: Any) -> PublishPlacement:
-    copies = np.zeros((len(holdings), LAYERS, EXPERTS, 1), dtype=np.uint8)
-    for place, experts in enumerate(holdings.values()):
-        for expert in experts:
-            copies[place, :, expert, 0] = 1 + place
     fields: dict[str, Any] = {
         "version": version,
         "node_ids": tuple(holdings),
@@ -131,7 +127,7 @@ def placement(holdings: Holdings, version: int, **changes: Any) -> PublishPlacem
         "endpoints": tuple(f"tcp://{node}:1" for node in holdings),
         "ipc_tokens": ("",) * len(holdings),
         "numeric_classes": ("cpu",) * len(holdings),
-        "copies": array_to_frame(copies),
+        "owners": array_to_frame(owners_of(holdings)[..., np.newaxis]),
     }
     # The same node keeps its incarnation from one placement to the next.
     fields["incarnations"] = tuple(1 + sum(map(ord, node)) for node in holdings)

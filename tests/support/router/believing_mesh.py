@@ -13,8 +13,8 @@ from common.messages import (
     AssignMirror,
     AssignShards,
     AssignStage,
+    ExpertHeartbeat,
     Header,
-    Heartbeat,
     Leave,
     LeaveAcknowledged,
     Message,
@@ -22,6 +22,7 @@ from common.messages import (
     MirrorTo,
     PublishPlacement,
     ShardsReady,
+    StageHeartbeat,
     StageReady,
     TensorFrame,
     Unassign,
@@ -127,17 +128,18 @@ class Believer:
         report = MirrorReady(self.role.pipeline, self.role.slot, self.role.lease_term, is_complete)
         self.said.append((report, Header(generation=self.role_number)))
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> StageHeartbeat | ExpertHeartbeat:
         """What it believes."""
-        return Heartbeat(
-            *(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0),
+        if self.description.kind is NodeKind.EXPERT:
+            return ExpertHeartbeat(
+                shards_version=self.shards_version, shards_reports=self.num_reports, is_leaving=self.is_leaving
+            )
+        return StageHeartbeat(
             role_number=self.role_number,
             role_state=self.state,
             lease_term=self.role.lease_term if self.role is not None else 0,
             feed_number=self.feed_number,
             placement_version=self.placement.version if self.placement is not None else 0,
-            shards_version=self.shards_version,
-            shards_reports=self.num_reports,
             is_leaving=self.is_leaving,
         )
 

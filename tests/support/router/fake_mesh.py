@@ -18,12 +18,13 @@ from common.messages import (
     AssignMirror,
     AssignShards,
     AssignStage,
+    ExpertHeartbeat,
     Header,
-    Heartbeat,
     Hello,
     Message,
     MirrorReady,
     ShardsReady,
+    StageHeartbeat,
     StageReady,
     Step,
     StepResult,
@@ -292,8 +293,9 @@ class FakeMesh:
 
     def beat(self, queued: int = 0) -> None:
         """Heartbeats of all who live, with so much work in hand."""
-        for name in self.alive:
-            self.say(name, Heartbeat(0.0, 0, 0, queued, 0, 0, 0, 0.0, 0, 0))
+        for name, description in self.alive.items():
+            kind = StageHeartbeat if description.kind is NodeKind.STAGE else ExpertHeartbeat
+            self.say(name, kind(queued=queued))
 
     def answer(self, count: int = 1000) -> None:
         """Let the pipelines answer so many of the steps that they have computed."""

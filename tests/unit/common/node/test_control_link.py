@@ -17,10 +17,10 @@ from common.messages import (
     AssignStage,
     Failed,
     Header,
-    Heartbeat,
     Hello,
     Leave,
     LeaveAcknowledged,
+    StageHeartbeat,
     Unassign,
     Welcome,
 )
@@ -38,7 +38,7 @@ from common.wire.transport import LinkEvent
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
 
 WELCOME = Welcome(250, "float32", "exact", 32, 1, 20_000)
-BEAT = Heartbeat(0.5, 1, 2, 0, 0, 10, 5, 0.25, 1, 0)
+BEAT = StageHeartbeat(0.5, steps=1, rows=2, calls=1, call_seconds=0.25, call_bytes=5)
 ASSIGN = AssignStage(0, 0, 1, 0, 5, 1, 10, ("tcp://a:1",), "")
 
 

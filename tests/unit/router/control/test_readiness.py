@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.ids import NodeId, PipelineId
-from common.messages import Heartbeat
+from common.messages import StageHeartbeat
 from services.router.control.membership import NodeState
 from services.router.control.readiness import (
     CANARY_UNANSWERED_S,
@@ -174,14 +174,14 @@ def test_the_first_look_is_awaited_and_an_old_one_believed_no_longer() -> None:
 
 
 def test_progress_is_more_work_done_not_more_heartbeats() -> None:
-    watch, beat = ProgressWatch(), Heartbeat(0.0, 5, 50, 0, 0, 0, 0, 0.0, 0, 0)
+    watch, beat = ProgressWatch(), StageHeartbeat(steps=5, rows=50)
     watch.join(A, 1.0)
     watch.note(A, beat, 2.0)
     watch.note(A, replace(beat, busy_seconds=9.0, resent=3), 3.0)
     assert watch.evidence(A, NodeState.ALIVE) == NodeEvidence(NodeState.ALIVE, 3.0, 2.0, 2.0)
     watch.note(A, replace(beat, queued=1), 4.0)
     assert watch.evidence(A, NodeState.ALIVE).idle_since_s is None
-    for field in ("steps", "rows", "hops"):
+    for field in ("steps", "rows", "calls"):
         change: dict[str, Any] = {field: 99}
         beat = replace(beat, **change)
         watch.note(A, beat, 4.0)

@@ -11,13 +11,14 @@ from common.ids import NodeId, PipelineId, RequestId
 from common.messages import (
     AssignShards,
     AssignStage,
+    ExpertHeartbeat,
     Failed,
     Header,
-    Heartbeat,
     Leave,
     LeaveAcknowledged,
     PublishPlacement,
     ShardsReady,
+    StageHeartbeat,
     StageReady,
     Step,
     TensorFrame,
@@ -42,7 +43,7 @@ from tests.support.router.fake_mesh import (
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS, node
 from tests.support.router.scheduling import is_idle
 
-IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
+IDLE = StageHeartbeat()
 FIRST = PipelineId(0)
 
 
@@ -234,7 +235,7 @@ def test_without_a_spare_requests_wait_for_a_new_node(mesh: FakeMesh) -> None:
 def test_a_silent_node_is_taken_for_dead_after_its_time_and_told_so_when_it_speaks(mesh: FakeMesh) -> None:
     for _ in range(11):
         mesh.say("a", IDLE)
-        mesh.say("x", IDLE)
+        mesh.say("x", ExpertHeartbeat())
         mesh.turn(1.0)
     assert {status.description.node_id for status in mesh.loop.status.nodes} == {"a", "x"}
     mesh.say("b", IDLE)
@@ -276,7 +277,7 @@ def test_a_node_that_leaves_is_let_go_after_the_stages_know() -> None:
     order = [(to, type(message)) for seconds in (0.0, DRAIN_QUIET_S) for to, message, _ in mesh.turn(seconds)]
     assert order.index(("a", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
     assert order.index(("b", PublishPlacement)) < order.index(("x", LeaveAcknowledged))
-    mesh.say("x", IDLE)
+    mesh.say("x", ExpertHeartbeat())
     assert kinds(said_to("x", mesh.turn())) == [LeaveAcknowledged], "it was not heard, or this was under way: no life"
     assert mesh.loop.status.readiness.ready
 
@@ -369,7 +370,7 @@ def test_losing_an_expert_tells_the_stages_and_its_copies_serve_on() -> None:
 
 
 def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:
-    mesh.say("a", Heartbeat(1.0, 3, 5, 0, 7, 100, 50, 0.25, 4, 2))
+    mesh.say("a", StageHeartbeat(1.0, 3, 5, dropped=7, calls=4, call_seconds=0.25, call_bytes=50, resent=2))
     mesh.turn(0.2)
     before = mesh.loop.status.hops
     assert (before.expert_calls, before.expert_call_bytes, before.resent_calls, before.dropped) == (4, 50, 2, 7)

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import FencedError
 from common.ids import PipelineId
-from common.messages import NO_ARRAY, AssignStage, Failed, Header, Heartbeat, Leave, LeaveAcknowledged, Welcome
+from common.messages import NO_ARRAY, AssignStage, Failed, Header, Leave, LeaveAcknowledged, StageHeartbeat, Welcome
 from common.topology import NodeKind, StageState
 from common.wire.array import array_to_frame
 from tests.support.router.fake_mesh import (
@@ -25,7 +25,7 @@ from tests.support.router.fake_mesh import (
 )
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS, node
 
-IDLE = Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0)
+IDLE = StageHeartbeat()
 FIRST = PipelineId(0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.ids import NodeId
-from common.messages import Failed, Heartbeat
+from common.messages import Failed, StageHeartbeat
 from common.wire.transport import LinkEvent
 from services.router.control.membership import NodeState
 from tests.support.router.fake_mesh import FakeMesh, build_request, kinds, reference_tokens, said_to
@@ -73,7 +73,7 @@ def test_a_holder_that_was_taken_for_dead_by_its_pulse_is_told_so_when_it_speaks
     mesh = mirrored_mesh()
     mesh.client.mute.add("a")
     run(mesh, 0.5)
-    mesh.say("a", Heartbeat(0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0))
+    mesh.say("a", StageHeartbeat())
     assert Failed in kinds(said_to("a", mesh.turn()))
 
 

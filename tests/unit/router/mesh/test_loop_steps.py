@@ -12,8 +12,8 @@ from common.ids import PipelineId
 from common.messages import (
     AssignStage,
     Failed,
-    Heartbeat,
     Leave,
+    StageHeartbeat,
 )
 from common.wire.transport import LinkEvent
 from services.router.scheduling.admission import Admission
@@ -237,7 +237,7 @@ def test_ready_is_false_within_two_seconds_of_the_last_token_after_any_number_of
     for number in range(60):
         mesh.beat()
         # The first stage does its part of every step, and says so.
-        mesh.say("a", Heartbeat(0.0, number, number, 0, 0, 0, 0, 0.0, number, 0))
+        mesh.say("a", StageHeartbeat(steps=number, rows=number, calls=number))
         mesh.turn(0.2)
         polls.append(mesh.loop.status.readiness.ready)
     assert not any(polls[10:]), "no token came, neither before the deadline nor after it"

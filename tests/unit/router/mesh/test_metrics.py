@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.ids import Generation, PipelineId
-from common.messages import Heartbeat
+from common.messages import ExpertHeartbeat, StageHeartbeat
 from common.topology import NodeKind
 from services.router.control.membership import NodeState
 from services.router.control.readiness import Redundancy
@@ -19,7 +19,8 @@ from services.router.mesh.status import HopTotals, MeshStatus, NodeStatus
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, WaitTimes
 from tests.support.router.mesh_shapes import node
 
-BEAT = Heartbeat(1.5, 4, 40, 3, 2, 1000, 600, 0.75, 6, 1)
+BEAT = StageHeartbeat(1.5, 4, 40, 3, 2, calls=6, call_seconds=0.75, call_bytes=600, resent=2)
+EXPERT_BEAT = ExpertHeartbeat(1.5, 5, 40, 3, 2, queue_seconds=0.25, answer_bytes=400)
 
 
 def scraped(status: MeshStatus) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -49,7 +50,7 @@ def test_every_number_is_where_its_name_says() -> None:
         scheduler=SchedulerSnapshot(3, 2, 100, (), counters),
         nodes=(
             NodeStatus(stage, NodeState.ALIVE, BEAT, None),
-            NodeStatus(expert, NodeState.SUSPECT, replace(BEAT, queued=9), None),
+            NodeStatus(expert, NodeState.SUSPECT, replace(EXPERT_BEAT, queued=9), None),
             NodeStatus(node("t"), NodeState.ALIVE, None, None),
         ),
         num_blocks={PipelineId(0): 30, PipelineId(1): 12},
@@ -103,32 +104,33 @@ def test_names_of_counters_and_no_others_end_in_total() -> None:
 
 def test_what_the_dead_have_counted_stays_counted_and_the_living_are_not_counted_twice() -> None:
     totals = HopTotals(steps=1)
-    totals.keep(node("s"), BEAT)
-    totals.keep(node("e", NodeKind.EXPERT), BEAT)
-    totals.keep(None, BEAT)
-    totals.keep(node("t"), None)
-    assert (totals.expert_calls, totals.expert_answers, totals.resent_calls, totals.dropped) == (6, 6, 2, 4)
+    totals.keep(BEAT)
+    totals.keep(EXPERT_BEAT)
+    totals.keep(None)
+    assert (totals.expert_calls, totals.expert_call_seconds, totals.expert_call_bytes) == (6, 0.75, 600)
+    assert (totals.expert_answers, totals.expert_queue_seconds, totals.expert_answer_bytes) == (5, 0.25, 400)
+    assert (totals.resent_calls, totals.dropped) == (2, 4)
     living = (NodeStatus(node("u"), NodeState.ALIVE, BEAT, None),)
     assert totals.snapshot(living).expert_calls == 12
     assert totals.snapshot(living).expert_calls == 12
     assert totals.expert_calls == 6
 
 
-def test_what_stages_and_expert_nodes_count_under_one_name_is_kept_apart() -> None:
+def test_what_stages_and_expert_nodes_count_of_their_calls_has_a_metric_each() -> None:
     totals = HopTotals()
     beat = replace(
         BEAT,
         hedged=5,
         hedge_wins=3,
-        late=2,
+        late_answers=2,
         suspicions=1,
         degraded_rows=8,
         rank_degree=2,
         reduce_seconds=1.5,
         reduces=30,
     )
-    totals.keep(node("s"), beat)
-    totals.keep(node("e", NodeKind.EXPERT), replace(BEAT, late=4))
+    totals.keep(beat)
+    totals.keep(replace(EXPERT_BEAT, cancelled=4))
     values = scraped(replace(MeshStatus.starting(""), hops=totals))
     assert values[("moemesh_expert_hedges_total", ())] == 5
     assert values[("moemesh_expert_hedge_wins_total", ())] == 3

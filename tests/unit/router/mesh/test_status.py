@@ -6,14 +6,14 @@ import json
 from dataclasses import replace
 
 from common.ids import Generation, PipelineId, SlotIndex
-from common.messages import Heartbeat
+from common.messages import StageHeartbeat
 from common.topology import NodeKind, StageSlot
 from services.router.control.membership import NodeState
 from services.router.engine import Readiness
 from services.router.mesh.status import MeshStatus, NodeStatus, describe_mesh
 from tests.support.router.mesh_shapes import node
 
-BEAT = Heartbeat(1.5, 4, 40, 3, 2, 1000, 600, 0.75, 6, 1)
+BEAT = StageHeartbeat(steps=4, rows=40, queued=3)
 SLOT = StageSlot(PipelineId(0), SlotIndex(1))
 
 

@@ -352,9 +352,10 @@ def test_a_node_that_stays_keeps_its_socket_and_a_new_incarnation_gets_one() -> 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"copies": array_to_frame(np.ones((1, LAYERS, EXPERTS, 2), dtype=np.uint8))},
-        {"copies": array_to_frame(np.ones((2, LAYERS, EXPERTS, 1), dtype=np.uint8))},
-        {"copies": array_to_frame(np.ones((1, LAYERS, EXPERTS, 1), dtype=np.int32))},
+        {"owners": array_to_frame(np.ones((1, LAYERS, EXPERTS, 2), dtype=np.int32))},
+        {"owners": array_to_frame(np.ones((LAYERS, EXPERTS, 1), dtype=np.int32))},
+        {"owners": array_to_frame(np.ones((1, LAYERS, EXPERTS, 1), dtype=np.uint8))},
+        {"owners": array_to_frame(np.full((1, LAYERS, EXPERTS, 1), 2, dtype=np.int32))},
         {"incarnations": ()},
         {"endpoints": ()},
         {"ipc_tokens": ("", "")},
