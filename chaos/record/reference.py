@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from chaos.record.operations import Operation
+from chaos.record.operations import ChoiceRecord, Operation
 
-
-@dataclass(frozen=True, slots=True)
-class ExpectedChoice:
-    """What a choice must be: what it is without faults."""
-
-    token_ids: tuple[int, ...]
-    logprob_bits: tuple[str, ...]
-    reason: str
-    text_sha256: str
-
-
-Reference = Mapping[str, tuple[ExpectedChoice, ...]]
+Reference = Mapping[str, Sequence[ChoiceRecord]]
 """The choices of each request in order, by its name."""
 
 
@@ -28,16 +18,9 @@ class StoredReferenceError(Exception):
     """The file is none, or is of other requests. It names the file."""
 
 
-def reference_of(operations: Iterable[Operation]) -> dict[str, tuple[ExpectedChoice, ...]]:
+def reference_of(operations: Iterable[Operation]) -> dict[str, list[ChoiceRecord]]:
     """Returns the answers to what was asked in the phase `reference`, as far as they are whole."""
-    return {
-        operation.request: tuple(
-            ExpectedChoice(tuple(c.token_ids), tuple(c.logprob_bits), c.reason, c.text_sha256)
-            for c in operation.choices
-        )
-        for operation in operations
-        if operation.phase == "reference" and operation.is_whole
-    }
+    return {o.request: o.choices for o in operations if o.phase == "reference" and o.is_whole}
 
 
 def write_reference(path: Path, fingerprint: str, reference: Reference) -> None:
@@ -46,12 +29,12 @@ def write_reference(path: Path, fingerprint: str, reference: Reference) -> None:
     path.write_text(json.dumps({"fingerprint": fingerprint, "answers": answers}) + "\n", encoding="utf-8")
 
 
-def read_reference(path: Path, fingerprint: str) -> dict[str, tuple[ExpectedChoice, ...]]:
+def read_reference(path: Path, fingerprint: str) -> dict[str, list[ChoiceRecord]]:
     """Reads answers. Raises StoredReferenceError if the file cannot be read or was made for something else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found, answers = document["fingerprint"], document["answers"]
-        reference = {name: tuple(_choice(choice) for choice in choices) for name, choices in answers.items()}
+        reference = {name: [_choice(choice) for choice in choices] for name, choices in answers.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoredReferenceError(f"{path} is no reference: {error}") from error
     if found != fingerprint:
@@ -59,5 +42,5 @@ def read_reference(path: Path, fingerprint: str) -> dict[str, tuple[ExpectedChoi
     return reference
 
 
-def _choice(fields: dict[str, object]) -> ExpectedChoice:
-    return ExpectedChoice(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # type: ignore[arg-type]
+def _choice(stored: Mapping[str, Any]) -> ChoiceRecord:
+    return ChoiceRecord(stored["token_ids"], stored["logprob_bits"], stored["reason"], stored["text_sha256"])

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from chaos.record.operations import ChoiceRecord, Operation
-from chaos.record.reference import ExpectedChoice, Reference
+from chaos.record.reference import Reference
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 
@@ -51,8 +51,8 @@ def token_verdicts(operations: Sequence[Operation], reference: Reference) -> lis
     ]
 
 
-def _compare(where: str, got: ChoiceRecord, wanted: ExpectedChoice, is_whole: bool, damage: TokenDamage) -> None:
-    tokens = tuple(got.token_ids)
+def _compare(where: str, got: ChoiceRecord, wanted: ChoiceRecord, is_whole: bool, damage: TokenDamage) -> None:
+    tokens = got.token_ids
     # An answer that broke off may be short; what it has must still be the beginning.
     expected = wanted.token_ids if is_whole else wanted.token_ids[: len(tokens)]
     if tokens != expected:
@@ -60,7 +60,7 @@ def _compare(where: str, got: ChoiceRecord, wanted: ExpectedChoice, is_whole: bo
     same = _common_length(tokens, wanted.token_ids)
     for offset in range(same):
         bits = got.logprob_bits[offset : offset + 1]
-        if bits != list(wanted.logprob_bits[offset : offset + 1]):
+        if bits != wanted.logprob_bits[offset : offset + 1]:
             damage.logprobs.append(f"{where}: token {offset} has {bits}, not {wanted.logprob_bits[offset]}")
             break
     if is_whole and got.reason != wanted.reason:
@@ -127,7 +127,7 @@ def _is_hung(operation: Operation) -> bool:
 
 def digest_with_faults(operations: Iterable[Operation]) -> str:
     """Returns SHA-256 over all token ids that came under faults, operation by operation."""
-    return _digest((o.name, [tuple(c.token_ids) for c in o.choices]) for o in operations)
+    return _digest((o.name, [c.token_ids for c in o.choices]) for o in operations)
 
 
 def digest_without_faults(operations: Iterable[Operation], reference: Reference) -> str:
@@ -138,7 +138,7 @@ def digest_without_faults(operations: Iterable[Operation], reference: Reference)
     return _digest((o.name, [c.token_ids for c in reference.get(o.request, ())]) for o in operations)
 
 
-def _digest(answers: Iterable[tuple[str, Sequence[tuple[int, ...]]]]) -> str:
+def _digest(answers: Iterable[tuple[str, Sequence[Sequence[int]]]]) -> str:
     sha256 = hashlib.sha256()
     for name, choices in sorted(answers):
         for index, token_ids in enumerate(choices):

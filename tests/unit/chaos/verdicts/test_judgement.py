@@ -23,8 +23,8 @@ from chaos.record.history import (
     RequestRefused,
     Tokens,
 )
-from chaos.record.operations import read_operations
-from chaos.record.reference import ExpectedChoice, reference_of
+from chaos.record.operations import ChoiceRecord, read_operations
+from chaos.record.reference import reference_of
 from chaos.target import Node
 from chaos.verdicts.fault_outcomes import Throughput
 from chaos.verdicts.judgement import TIMED, Bounds, RunJudgement, bound_for, judge
@@ -247,7 +247,7 @@ def test_throughput_inside_fault_windows_is_compared_when_asked_for() -> None:
 def test_a_stored_reference_is_the_oracle_where_there_is_one() -> None:
     events = good_history()
     other = {
-        name: tuple(ExpectedChoice((1,), ("",), "length", "") for _ in range(1 + n % 2))
+        name: [ChoiceRecord([1], [""], "length", "") for _ in range(1 + n % 2)]
         for n, name in enumerate(sorted(reference_of(read_operations(events))))
     }
     assert states(judge(events, Bounds(), other))["tokens_changed"] is State.BROKEN
