@@ -20,10 +20,16 @@ def logprob_bits(logprob: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class RunBegan:
-    """The first line: it has what makes the run repeatable."""
+class Event:
+    """Anything that is written down; `at_s` is when it was seen."""
 
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunBegan(Event):
+    """The first line: it has what makes the run repeatable."""
+
     suite: str
     seed: int
     target: str
@@ -32,18 +38,16 @@ class RunBegan:
 
 
 @dataclass(frozen=True, slots=True)
-class PhaseBegan:
+class PhaseBegan(Event):
     """A phase begins: `steady`, `reference`, `baseline`, `faults`, `finish`, `quiet` or `end`."""
 
-    at_s: float
     phase: str
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Event):
     """A client begins one operation. `operation` is unique in the run; `request` names what is asked."""
 
-    at_s: float
     operation: str
     stream: int
     request: str
@@ -55,10 +59,9 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(Event):
     """One server-sent event brought this for one choice; `offset` counts the tokens that the client had before it."""
 
-    at_s: float
     operation: str
     choice: int
     offset: int
@@ -67,38 +70,34 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectionBroken:
+class ConnectionBroken(Event):
     """A connection ended in mid-answer, or could not be opened."""
 
-    at_s: float
     operation: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRefused:
+class RequestRefused(Event):
     """The server did not take the operation now (429, 503) and nothing of it had begun; the client asks again."""
 
-    at_s: float
     operation: str
     status: int
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class Reattached:
+class Reattached(Event):
     """The client has the rest of its answer on a new connection."""
 
-    at_s: float
     operation: str
     last_event_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class ChoiceFinished:
+class ChoiceFinished(Event):
     """A choice is over: its finish reason, and the hash of all of its text."""
 
-    at_s: float
     operation: str
     choice: int
     reason: str
@@ -106,19 +105,17 @@ class ChoiceFinished:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Event):
     """The answer is whole. `usage` is the last chunk's, with whatever the server tells of recoveries."""
 
-    at_s: float
     operation: str
     usage: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class RequestFailed:
+class RequestFailed(Event):
     """The operation ended with an error: the server's own, or `connection_lost`, `not_resumable` or `ended_early`."""
 
-    at_s: float
     operation: str
     code: str
     message: str
@@ -126,22 +123,20 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned:
+class Abandoned(Event):
     """The client gave up: neither an end nor an error came within its deadline."""
 
-    at_s: float
     operation: str
     waited_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class FaultApplied:
+class FaultApplied(Event):
     """A fault was put on. `victims` are the processes as they were then; `alive` names those of them that lived.
 
     `roles` says what each of the victims was for, in their order; it is empty where that is not known.
     """
 
-    at_s: float
     fault: int
     kind: str
     victims: tuple[Node, ...]
@@ -151,29 +146,26 @@ class FaultApplied:
 
 
 @dataclass(frozen=True, slots=True)
-class FaultHealed:
+class FaultHealed(Event):
     """What was done to the mesh is undone; the mesh may still be recovering."""
 
-    at_s: float
     fault: int
 
 
 @dataclass(frozen=True, slots=True)
-class MeshWhole:
+class MeshWhole(Event):
     """The mesh is ready after a fault, with as many nodes, pipelines and copies as before the faults began."""
 
-    at_s: float
     fault: int
 
 
 @dataclass(frozen=True, slots=True)
-class FaultSkipped:
+class FaultSkipped(Event):
     """A fault could not be put on.
 
     It is expected where the target or machine does not offer it; else nobody was there to hurt.
     """
 
-    at_s: float
     fault: int
     """Its number, or one below 0 for a suite's entry of which none was drawn: -1 for the first entry."""
     kind: str
@@ -182,26 +174,23 @@ class FaultSkipped:
 
 
 @dataclass(frozen=True, slots=True)
-class NodesSeen:
+class NodesSeen(Event):
     """These nodes run; it is written when that changes."""
 
-    at_s: float
     nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsSeen:
+class MetricsSeen(Event):
     """What /metrics said, as sums over labels; empty where it did not answer."""
 
-    at_s: float
     values: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessSeen:
+class ProcessSeen(Event):
     """One process as the kernel sees it."""
 
-    at_s: float
     name: str
     kind: str
     pid: int
@@ -210,28 +199,7 @@ class ProcessSeen:
     num_sockets: int
 
 
-Event = (
-    RunBegan
-    | PhaseBegan
-    | Asked
-    | Tokens
-    | ConnectionBroken
-    | RequestRefused
-    | Reattached
-    | ChoiceFinished
-    | Ended
-    | RequestFailed
-    | Abandoned
-    | FaultApplied
-    | FaultHealed
-    | MeshWhole
-    | FaultSkipped
-    | NodesSeen
-    | MetricsSeen
-    | ProcessSeen
-)
-
-_KINDS: dict[str, type[Event]] = {
+KINDS: dict[str, type[Event]] = {
     "run_began": RunBegan,
     "phase_began": PhaseBegan,
     "asked": Asked,
@@ -251,7 +219,8 @@ _KINDS: dict[str, type[Event]] = {
     "metrics_sample": MetricsSeen,
     "process_sample": ProcessSeen,
 }
-_NAMES = {kind: name for name, kind in _KINDS.items()}
+"""The kinds of events, by the name that a line has for them."""
+_NAMES = {kind: name for name, kind in KINDS.items()}
 
 
 class HistoryError(Exception):
@@ -281,7 +250,7 @@ def decode_event(line: str) -> Event:
     """Returns the event of a line. Raises HistoryError where it is none."""
     try:
         values = json.loads(line)
-        kind = _KINDS[values.pop("event")]
+        kind = KINDS[values.pop("event")]
         names = {item.name for item in fields(kind)}
         if values.keys() - names or {item.name for item in fields(kind) if item.default is MISSING} - values.keys():
             raise HistoryError(f"not the fields of {kind.__name__}: {line[:200]!r}")
