@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from chaos.faults.catalog import FAULTS
-from chaos.record.requests import RequestShape
+from chaos.record.requests import SuiteLoad
+from chaos.suite_fields import Count, Positive, Section
 from chaos.target import NODE_KINDS
-from chaos.timeline import AllowedFault, Seconds, TimelineRules, make_timeline
-from chaos.verdicts.judgement import DEFAULT, Bounds, Positive, Share
+from chaos.timeline import AllowedFault, TimelineRules, make_timeline
+from chaos.verdicts.judgement import DEFAULT, Bounds
 from chaos.victims import NodeKind
 
 SUITES = Path(__file__).parent / "suites"
@@ -23,47 +24,12 @@ class ExperimentError(Exception):
     """A suite cannot be used. It names the field and what would be right."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SteadyState(_Strict):
+class SteadyState(Section):
     """What must hold before anything is hurt, and how long the run waits for it."""
 
     ready_within_s: Positive = 180.0
     streams_within_s: Positive = 60.0
     """How long the run waits until every stream has got tokens."""
-
-
-class SuiteLoad(_Strict):
-    """Streaming clients, each of which asks one request after another until the timeline has ended."""
-
-    streams: Annotated[int, Field(ge=1, le=1024)] = 16
-    requests: Annotated[int, Field(ge=1, le=4096)] = 16
-    """The number of different requests, which the clients ask in turn."""
-    max_tokens: Annotated[int, Field(ge=1)] = 512
-    prompt_words: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (8, 48)
-    greedy: Share = 0.5
-    stop: Share = 0.2
-    two_choices: Share = 0.2
-    penalties: Share = 0.2
-    resumable: bool = True
-    """Clients ask for streams that they can re-attach to."""
-    reattach_within_s: Positive = 60.0
-    request_deadline_s: Positive = 300.0
-    """A client that has neither an end nor an error by then gives up, and the request counts as hung."""
-
-    @model_validator(mode="after")
-    def _words_in_order(self) -> Self:
-        if self.prompt_words[0] > self.prompt_words[1]:
-            raise ValueError("prompt_words: the first is the fewest, the second the most")
-        return self
-
-    @property
-    def shape(self) -> RequestShape:
-        return RequestShape(
-            self.max_tokens, self.prompt_words, self.greedy, self.stop, self.two_choices, self.penalties
-        )
 
 
 def _of_known_kind(fault: AllowedFault) -> AllowedFault:
@@ -74,15 +40,12 @@ def _of_known_kind(fault: AllowedFault) -> AllowedFault:
     return fault
 
 
-class Timeline(_Strict):
-    """How many faults there are, how close they come, and who must always be left."""
+class Timeline(TimelineRules):
+    """Which faults come, how the run waits between them, and who must always be left."""
 
-    count: Annotated[int, Field(ge=1)]
-    spacing_s: tuple[Seconds, Seconds] = (1.0, 4.0)
-    overlap: Share = 0.0
     settle_within_s: Positive = 90.0
     """How long the next fault waits for the mesh to be whole; after that it comes all the same."""
-    keep: dict[NodeKind, Annotated[int, Field(ge=0)]] = {}
+    keep: dict[NodeKind, Count] = Field(default_factory=dict)
     """How many of a kind are always left unhurt: with 1 expert the last copy stays."""
     faults: Annotated[tuple[Annotated[AllowedFault, AfterValidator(_of_known_kind)], ...], Field(min_length=1)]
 
@@ -91,17 +54,13 @@ class Timeline(_Strict):
         if self.spacing_s[0] > self.spacing_s[1]:
             raise ValueError("spacing_s: the first is the shortest, the second the longest")
         # All parameters that may be drawn cannot be tried, but those of one timeline can.
-        planned = make_timeline(0, self.faults, self.rules)
+        planned = make_timeline(0, self.faults, self)
         for fault in planned:
             try:
                 FAULTS[fault.kind].from_suite(fault.parameters)
             except ValueError as error:
                 raise ValueError(f"faults: parameters of {fault.kind}: {error}") from error
         return self
-
-    @property
-    def rules(self) -> TimelineRules:
-        return TimelineRules(self.count, self.spacing_s, self.overlap)
 
 
 def _with_known_keys(bounds: Bounds) -> Bounds:
@@ -117,7 +76,7 @@ def _with_known_keys(bounds: Bounds) -> Bounds:
     return bounds
 
 
-class Rollback(_Strict):
+class Rollback(Section):
     """What the run waits for when the faults are over; healing itself is not a choice."""
 
     finish_within_s: Positive = 120.0
@@ -126,12 +85,12 @@ class Rollback(_Strict):
     """How long it waits for the mesh to give back what they held."""
 
 
-class Experiment(_Strict):
+class Experiment(Section):
     """A whole suite."""
 
     name: str
     description: str = ""
-    mesh: dict[str, str | int] = {}
+    mesh: dict[str, str | int] = Field(default_factory=dict)
     """A target that is started for the run gets these settings, by their environment's names."""
     links: Literal["direct", "proxy"] = "direct"
     """With `proxy` such a mesh has its links through the harness's proxy, which faults of links need."""

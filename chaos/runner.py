@@ -28,7 +28,7 @@ from chaos.record.history import (
     PhaseBegan,
     RunBegan,
 )
-from chaos.record.load import ClientLoad, ClientSettings, StreamingClient, http_client
+from chaos.record.load import ClientLoad, StreamingClient, http_client
 from chaos.record.observer import Observer, Progress
 from chaos.record.operations import read_operations
 from chaos.record.reference import Reference, reference_of
@@ -79,9 +79,8 @@ class Run:
         ):
             observer = Observer(ask, self.target, self._record, self.clock)
             await self._reach_steady_state(observer)
-            self.requests = draw_requests(self.seed, load.requests, load.shape, await self._accepts_penalties(ask))
-            settings = ClientSettings(load.resumable, load.reattach_within_s, load.request_deadline_s)
-            client = StreamingClient(http, self.target.url, self.model, settings, self._record, self.clock)
+            self.requests = draw_requests(self.seed, load, await self._accepts_penalties(ask))
+            client = StreamingClient(http, self.target.url, self.model, load, self._record, self.clock)
             label = uuid.uuid4().hex[:12]
             await self._run_undisturbed(ClientLoad(client, self.requests, load.streams, f"{label}-reference"))
             await self._begin_baseline(observer)
@@ -178,7 +177,7 @@ class Run:
         """
         offered: list[AllowedFault] = []
         for number, entry in enumerate(self.experiment.timeline.faults):
-            (example,) = make_timeline(self.seed, [entry], TimelineRules(1, (0.0, 0.0)))
+            (example,) = make_timeline(self.seed, [entry], TimelineRules(count=1))
             reason = await self._reason_against(example)
             if reason:
                 self._skip(replace(example, number=-1 - number), reason, is_expected=True)
@@ -195,7 +194,7 @@ class Run:
 
     async def _apply_timeline(self, observer: Observer) -> None:
         offered = await self._offered_faults()
-        planned = make_timeline(self.seed, offered, self.experiment.timeline.rules) if offered else []
+        planned = make_timeline(self.seed, offered, self.experiment.timeline) if offered else []
         before_s = 0.0
         for group in overlapping_groups(planned):
             await asyncio.sleep(group[0].at_s - before_s)

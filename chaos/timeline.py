@@ -5,25 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
-
+from chaos.suite_fields import CHECKED, AtLeastOne, NotNegative, Positive, Section, Share
 from chaos.victims import VictimRule
-
-Seconds = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedFault:
     """One entry of a suite. A parameter may be a value, `{"between": [low, high]}` or `{"one_of": [...]}`."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
 
     kind: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Positive = 1.0
     victims: VictimRule = field(default_factory=VictimRule)
-    heal_after_s: tuple[Seconds, Seconds] = (0.0, 0.0)
+    heal_after_s: tuple[NotNegative, NotNegative] = (0.0, 0.0)
     """The time until it is undone is drawn between these."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,14 +41,13 @@ class PlannedFault:
     """It comes while the one before still hurts."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimelineRules:
+class TimelineRules(Section):
     """How many faults there are, and how close they come."""
 
-    count: int
-    spacing_s: tuple[float, float]
+    count: AtLeastOne
+    spacing_s: tuple[NotNegative, NotNegative] = (1.0, 4.0)
     """The time from one fault (or overlapping pair) to the next is drawn between these."""
-    overlap: float = 0.0
+    overlap: Share = 0.0
     """This share of faults, in [0, 1], comes while the one before still hurts."""
 
 

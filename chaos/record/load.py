@@ -25,23 +25,13 @@ from chaos.record.history import (
     Tokens,
     logprob_bits,
 )
-from chaos.record.requests import ChaosRequest
+from chaos.record.requests import ChaosRequest, SuiteLoad
 from chaos.record.sse import DONE, EventParser, ServerEvent, split_lines_async
 
 REQUEST_ID_HEADER = "Moemesh-Request-Id"
 RETRY_PAUSE_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 BUSY_STATUSES = (429, 503)
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """How patient the clients are."""
-
-    resumable: bool
-    reattach_within_s: float
-    """After a break, the stream must go on within it; so must a busy or absent server accept a request."""
-    request_deadline_s: float
 
 
 class BrokenStreamError(Exception):
@@ -55,7 +45,7 @@ class StreamingClient:
     http: httpx.AsyncClient
     url: str
     model: str
-    settings: ClientSettings
+    settings: SuiteLoad
     record: Callable[[Event], None]
     clock: Callable[[], float]
 

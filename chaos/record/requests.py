@@ -7,7 +7,11 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from chaos.suite_fields import AtLeastOne, Positive, Section, Share
 
 WORDS = (
     "mesh stage expert router token layer cache block copy shard slot step stream request answer process socket "
@@ -17,17 +21,34 @@ WORDS = (
 STOP_PAIRS = ("qz", "xj", "zq", "th", "he", "er")
 
 
-@dataclass(frozen=True, slots=True)
-class RequestShape:
-    """What drawn requests may be. Fractions are shares of all requests, in [0, 1]."""
+class SuiteLoad(Section):
+    """Streaming clients, each of which asks one request after another until the timeline has ended.
 
-    max_tokens: int
-    prompt_words: tuple[int, int]
+    Kinds of requests are given by their shares of all requests.
+    """
+
+    streams: Annotated[int, Field(ge=1, le=1024)] = 16
+    requests: Annotated[int, Field(ge=1, le=4096)] = 16
+    """The number of different requests, which the clients ask in turn."""
+    max_tokens: AtLeastOne = 512
+    prompt_words: tuple[AtLeastOne, AtLeastOne] = (8, 48)
     """Fewest and most words of a prompt."""
-    greedy: float
-    stop: float
-    two_choices: float
-    penalties: float
+    greedy: Share = 0.5
+    stop: Share = 0.2
+    two_choices: Share = 0.2
+    penalties: Share = 0.2
+    resumable: bool = True
+    """Clients ask for streams that they can re-attach to."""
+    reattach_within_s: Positive = 60.0
+    """After a break, the stream must go on within it; so must a busy or absent server accept a request."""
+    request_deadline_s: Positive = 300.0
+    """A client that has neither an end nor an error by then gives up, and the request counts as hung."""
+
+    @model_validator(mode="after")
+    def _words_in_order(self) -> Self:
+        if self.prompt_words[0] > self.prompt_words[1]:
+            raise ValueError("prompt_words: the first is the fewest, the second the most")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +84,37 @@ class ChaosRequest:
         return int(self.fields["max_tokens"])
 
 
-def draw_requests(seed: int, count: int, shape: RequestShape, with_penalties: bool) -> list[ChaosRequest]:
-    """Draws `count` requests. Without penalties, which a server may refuse, all else stays the same."""
-    return [_draw(seed, number, shape, with_penalties) for number in range(count)]
+def draw_requests(seed: int, load: SuiteLoad, with_penalties: bool) -> list[ChaosRequest]:
+    """Draws all requests. Without penalties, which a server may refuse, all else stays the same."""
+    return [_draw(seed, number, load, with_penalties) for number in range(load.requests)]
 
 
-def _draw(seed: int, number: int, shape: RequestShape, with_penalties: bool) -> ChaosRequest:
+def _draw(seed: int, number: int, load: SuiteLoad, with_penalties: bool) -> ChaosRequest:
     draw = random.Random(f"{seed}/request/{number}")
-    num_words = draw.randint(*shape.prompt_words)
+    num_words = draw.randint(*load.prompt_words)
     fields: dict[str, Any] = {
         # The number in front keeps the prompts apart from the first block on.
         "prompt": f"{number} " + " ".join(draw.choice(WORDS) for _ in range(num_words)),
-        "max_tokens": shape.max_tokens,
+        "max_tokens": load.max_tokens,
         "ignore_eos": True,
     }
     labels = []
     request_seed = draw.randrange(2**31)
-    if draw.random() < shape.greedy:
+    if draw.random() < load.greedy:
         labels.append("greedy")
         fields["temperature"] = 0.0
     else:
         labels.append("seeded")
         fields |= {"temperature": 1.0, "seed": request_seed}
     stop = draw.sample(STOP_PAIRS, 2)
-    if draw.random() < shape.stop:
+    if draw.random() < load.stop:
         labels.append("stop")
         fields["stop"] = stop
-    if draw.random() < shape.two_choices and "seed" in fields:
+    if draw.random() < load.two_choices and "seed" in fields:
         labels.append("n=2")
         fields["n"] = 2
     penalties = {"presence_penalty": round(draw.uniform(0.1, 1.0), 2), "frequency_penalty": 0.2}
-    if draw.random() < shape.penalties and with_penalties:
+    if draw.random() < load.penalties and with_penalties:
         labels.append("penalties")
         fields |= penalties
     return ChaosRequest(f"request-{number}", ", ".join(labels), fields)

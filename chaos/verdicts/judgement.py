@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
-
-from pydantic import Field
+from typing import Any, ClassVar
 
 from chaos.record.history import Event, FaultSkipped, NodesSeen, PhaseBegan
 from chaos.record.operations import Operation, read_operations
 from chaos.record.reference import Reference, reference_of
+from chaos.suite_fields import CHECKED, Count, Positive, Share
 from chaos.verdicts.fault_outcomes import (
     FaultOutcome,
     Throughput,
@@ -20,13 +19,11 @@ from chaos.verdicts.fault_outcomes import (
     tpot_p99_s,
     usual_gap_s,
 )
-from chaos.verdicts.leaks import CHECKED, Count, LeakBounds, leak_verdicts
+from chaos.verdicts.leaks import LeakBounds, leak_verdicts
 from chaos.verdicts.token_verdicts import digest_with_faults, digest_without_faults, end_verdicts, token_verdicts
 from chaos.verdicts.verdict import State, Verdict, percentile, verdict_of, worst
 
 DEFAULT = "default"
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True)

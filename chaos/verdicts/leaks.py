@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
-
-from pydantic import Field
+from typing import Any, ClassVar
 
 from chaos.record.history import Event, MetricsSeen, PhaseBegan, ProcessSeen
+from chaos.suite_fields import CHECKED, Count, NotNegative
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 BACK_TO_ZERO = (
@@ -19,12 +18,6 @@ BACK_TO_ZERO = (
 )
 """They must be 0 when nobody asks. One that a build does not have is not looked at, but for the first two."""
 REQUIRED = BACK_TO_ZERO[:2]
-CHECKED: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
-"""What people write is checked by it: no unknown field, no number that is none."""
-
-
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def plan(experiment: Experiment, seed: int, allowed: Sequence[AllowedFault]) -> 
     """One line a fault, with the victims that it has in MESH."""
     keep = {str(kind): count for kind, count in experiment.timeline.keep.items()}
     before: tuple[str, ...] = ()
-    for fault in make_timeline(seed, allowed, experiment.timeline.rules):
+    for fault in make_timeline(seed, allowed, experiment.timeline):
         draw = random.Random(f"{seed}/victims/{fault.number}")
         victims = choose_victims(fault.victims, MESH, draw, before, keep, ROLES)
         before = tuple(node.name for node in victims) or before
@@ -147,7 +147,7 @@ def test_requests_are_those_of_former_builds(suite: str, seed: int) -> None:
     load = read_experiment(suite).load
     found = []
     for with_penalties in (True, False):
-        requests = draw_requests(seed, load.requests, load.shape, with_penalties)
+        requests = draw_requests(seed, load, with_penalties)
         lines = [json.dumps([r.name, r.kind, r.body_sha256("demo")]) for r in requests]
         found.append(sha256("\n".join(lines)))
     assert found == REQUESTS[suite, seed].split()

@@ -20,9 +20,9 @@ FLAP = AllowedFault(
 ALLOWED = [KILL, PAUSE, AGAIN, FLAP]
 RULES = st.builds(
     TimelineRules,
-    st.integers(1, 60),
-    st.tuples(st.floats(0, 1), st.floats(1, 4)),
-    st.floats(0, 1),
+    count=st.integers(1, 60),
+    spacing_s=st.tuples(st.floats(0, 1), st.floats(1, 4)),
+    overlap=st.floats(0, 1),
 )
 
 
@@ -32,7 +32,7 @@ def test_the_same_seed_gives_the_same_faults(seed: int, rules: TimelineRules) ->
 
 
 def test_another_seed_gives_others() -> None:
-    rules = TimelineRules(20, (1.0, 2.0))
+    rules = TimelineRules(count=20, spacing_s=(1.0, 2.0))
     assert make_timeline(1, ALLOWED, rules) != make_timeline(2, ALLOWED, rules)
 
 
@@ -51,14 +51,14 @@ def test_faults_keep_their_distance_unless_they_overlap(seed: int, rules: Timeli
 
 @given(st.integers(), st.integers(4, 40))
 def test_every_kind_comes_once_where_there_is_room_and_none_before_whom_it_repeats(seed: int, count: int) -> None:
-    planned = make_timeline(seed, ALLOWED, TimelineRules(count, (0.0, 1.0)))
+    planned = make_timeline(seed, ALLOWED, TimelineRules(count=count, spacing_s=(0.0, 1.0)))
     assert {(fault.kind, fault.victims.rule) for fault in planned} == {(a.kind, a.victims.rule) for a in ALLOWED}
     assert planned[0].victims.rule != "same"
 
 
 @given(st.integers())
 def test_drawn_parameters_and_times_stay_in_their_ranges(seed: int) -> None:
-    for fault in make_timeline(seed, ALLOWED, TimelineRules(12, (0.0, 1.0))):
+    for fault in make_timeline(seed, ALLOWED, TimelineRules(count=12, spacing_s=(0.0, 1.0))):
         if fault.kind == "flap":
             assert fault.parameters["times"] in (2, 3, 4, 5)
             assert 0.1 <= fault.parameters["off_s"] <= 1.5
@@ -68,14 +68,14 @@ def test_drawn_parameters_and_times_stay_in_their_ranges(seed: int) -> None:
 
 
 def test_weights_count() -> None:
-    planned = make_timeline(3, [KILL, PAUSE], TimelineRules(600, (0.0, 1.0)))
+    planned = make_timeline(3, [KILL, PAUSE], TimelineRules(count=600, spacing_s=(0.0, 1.0)))
     share = sum(fault.kind == "kill" for fault in planned) / 600
     assert share == pytest.approx(5 / 6, abs=0.06)
 
 
 def test_no_overlap_without_asking_for_it_and_groups_hold_those_that_do() -> None:
-    assert not any(f.overlaps for f in make_timeline(1, ALLOWED, TimelineRules(50, (0.0, 1.0))))
-    planned = make_timeline(1, ALLOWED, TimelineRules(50, (0.0, 1.0), 1.0))
+    assert not any(f.overlaps for f in make_timeline(1, ALLOWED, TimelineRules(count=50, spacing_s=(0.0, 1.0))))
+    planned = make_timeline(1, ALLOWED, TimelineRules(count=50, spacing_s=(0.0, 1.0), overlap=1.0))
     groups = overlapping_groups(planned)
     assert [len(group) for group in groups] == [2] * 25
     assert [fault for group in groups for fault in group] == planned
@@ -85,9 +85,9 @@ def test_no_overlap_without_asking_for_it_and_groups_hold_those_that_do() -> Non
 def test_a_choice_that_is_none_is_refused(value: object) -> None:
     wrong = AllowedFault("flap", 1.0, VictimRule(), (0.0, 0.0), {"times": value})
     with pytest.raises(ValueError, match="takes two numbers"):
-        make_timeline(0, [wrong], TimelineRules(1, (0.0, 1.0)))
+        make_timeline(0, [wrong], TimelineRules(count=1, spacing_s=(0.0, 1.0)))
 
 
 def test_nothing_allowed_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        make_timeline(0, [], TimelineRules(1, (0.0, 1.0)))
+        make_timeline(0, [], TimelineRules(count=1, spacing_s=(0.0, 1.0)))

@@ -26,8 +26,8 @@ from chaos.record.history import (
     Tokens,
     logprob_bits,
 )
-from chaos.record.load import AnswerRecorder, ClientLoad, ClientSettings, StreamingClient
-from chaos.record.requests import ChaosRequest
+from chaos.record.load import AnswerRecorder, ClientLoad, StreamingClient
+from chaos.record.requests import ChaosRequest, SuiteLoad
 from chaos.record.sse import EventParser, ServerEvent, split_lines
 
 REQUEST = ChaosRequest("request-0", "greedy", {"prompt": "a", "max_tokens": 3})
@@ -101,13 +101,13 @@ def unreachable(request: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("refused")
 
 
-def ask(server: Server, **settings: float) -> list[Event]:
+def ask(server: Server, reattach_s: float = 30, deadline_s: float = 30) -> list[Event]:
     record: list[Event] = []
     ticks = itertools.count()
 
     async def run() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(server)) as http:
-            chosen = ClientSettings(True, settings.get("reattach", 30), settings.get("deadline", 30))
+            chosen = SuiteLoad(reattach_within_s=reattach_s, request_deadline_s=deadline_s)
             client = StreamingClient(http, "http://mesh", "tiny", chosen, record.append, lambda: float(next(ticks)))
             await client.ask("op-1", 0, REQUEST)
 
@@ -192,12 +192,12 @@ def test_a_busy_server_is_a_refusal_and_not_an_error_while_patience_lasts() -> N
     record = ask(Server(status(503), status(429), whole(chunk(0), chunk(1), chunk(2), END)))
     assert kinds(record)[:2] == [RequestRefused, RequestRefused]
     assert isinstance(record[-1], Ended)
-    record = ask(Server(status(503)), reattach=5)
+    record = ask(Server(status(503)), reattach_s=5)
     assert isinstance(record[-1], RequestFailed)
 
 
 def test_a_server_that_does_not_come_back_has_lost_the_request() -> None:
-    record = ask(Server(breaks(chunk(0), request_id="r7"), unreachable), reattach=5)
+    record = ask(Server(breaks(chunk(0), request_id="r7"), unreachable), reattach_s=5)
     assert isinstance(record[-1], RequestFailed)
     assert record[-1].code == "connection_lost"
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_read_is_an_error_of_its_own(garbage: bytes) -> None:
 
 
 def test_a_stream_of_comments_only_is_given_up_at_the_deadline() -> None:
-    record = ask(Server(lambda request: httpx.Response(200, stream=Silent())), deadline=0.1)
+    record = ask(Server(lambda request: httpx.Response(200, stream=Silent())), deadline_s=0.1)
     assert kinds(record) == [Abandoned]
 
 
@@ -240,9 +240,7 @@ def test_streams_ask_until_they_are_stopped_and_every_operation_has_its_own_name
 
     async def run() -> None:
         async with httpx.AsyncClient(transport=httpx.MockTransport(server)) as http:
-            client = StreamingClient(
-                http, "http://mesh", "tiny", ClientSettings(True, 5, 5), record.append, lambda: 0.0
-            )
+            client = StreamingClient(http, "http://mesh", "tiny", SuiteLoad(), record.append, lambda: 0.0)
             requests = [ChaosRequest(f"request-{n}", "greedy", REQUEST.fields) for n in range(3)]
             await ClientLoad(client, requests, 2, "once").run_once()
             once = [e.request for e in record if isinstance(e, Asked)]

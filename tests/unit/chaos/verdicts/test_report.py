@@ -14,7 +14,7 @@ from chaos.command import app
 from chaos.record.history import Event, FaultApplied, MeshWhole, RunBegan, encode_event
 from chaos.record.operations import read_operations
 from chaos.record.reference import StoredReferenceError, read_reference, reference_of, write_reference
-from chaos.record.requests import RequestShape, draw_requests
+from chaos.record.requests import SuiteLoad, draw_requests
 from chaos.verdicts.fault_outcomes import fault_outcomes
 from chaos.verdicts.judgement import Bounds, judge
 from chaos.verdicts.report import Report
@@ -134,10 +134,10 @@ def test_a_stored_reference_is_for_its_requests_only(tmp_path: Path) -> None:
 
 
 def test_requests_follow_from_the_seed_and_stay_what_they_are_without_penalties() -> None:
-    shape = RequestShape(64, (4, 9), 0.5, 0.3, 0.5, 0.5)
-    one, again, other = (draw_requests(seed, 40, shape, True) for seed in (1, 1, 2))
+    load = SuiteLoad(requests=40, prompt_words=(4, 9), stop=0.3, two_choices=0.5, penalties=0.5)
+    one, again, other = (draw_requests(seed, load, True) for seed in (1, 1, 2))
     assert one == again != other
-    plain = draw_requests(1, 40, shape, False)
+    plain = draw_requests(1, load, False)
     for with_penalties, without in zip(one, plain, strict=True):
         left = {k: v for k, v in with_penalties.fields.items() if not k.endswith("_penalty")}
         assert left == without.fields

@@ -1,0 +1,21 @@
+"""What a field of a suite may hold, and how its sections are checked: no unknown field, no number that is none."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+CHECKED: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""The `__pydantic_config__` of a section that is a dataclass."""
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of a suite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
