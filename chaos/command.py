@@ -6,7 +6,6 @@ import asyncio
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,7 @@ from chaos.record.requests import requests_sha256
 from chaos.runner import CannotRunError, Run
 from chaos.target import Target, TargetError
 from chaos.targets.catalog import TargetRequest, make_target
-from chaos.verdicts.judgement import judge
+from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.report import COULD_NOT_RUN, EXIT_STATUS, Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh under load; was anything lost?")
@@ -36,20 +35,9 @@ class Timing(StrEnum):
     REPORT = "report"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a person has asked of one run."""
-
-    target: str
-    suite: str
-    seed: int
-    against: str
-    output: Path
-    reference: Path | None
-    judges_timing: bool = True
-
-
-def _print_faults() -> None:
+@app.command("faults")
+def print_faults() -> None:
+    """Print each kind of fault with its parameters: what they are without a word, and what they may be."""
     for name, fault in sorted(FAULTS.items()):
         described = (sys.modules[fault.__module__].__doc__ or "").partition("\n\n")[0]
         print(f"{name:16} {' '.join(described.split())}")
@@ -68,13 +56,27 @@ def run(
     timing: Annotated[
         Timing, typer.Option(help="whether stalls and other times count, or are only reported (a busy machine)")
     ] = Timing.JUDGE,
-    list_faults: Annotated[bool, typer.Option("--list-faults", help="show the kinds of faults and end")] = False,
 ) -> None:
     """Exit status 0: all held; 1: something is broken; 2: could not run; 3: not known."""
-    if list_faults:
-        _print_faults()
-        return
-    raise typer.Exit(run_suite(Options(target, suite, seed, against, output, reference, timing is Timing.JUDGE)))
+    try:
+        experiment = read_experiment(suite)
+        output.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(value) for name, value in experiment.mesh.items()}
+        request = TargetRequest(settings, against, output / "logs", experiment.links, experiment.hosts)
+        with (
+            (output / "history.jsonl").open("w", encoding="utf-8", buffering=1) as lines,
+            make_target(target, request) as hurt,
+        ):
+            name = f"{target} ({against})" if against else target
+            made = _run_on(hurt, name, experiment, seed, History(sink=lines.write))
+            oracle = _oracle(made, reference)
+            judgement = judge(made.history.events, experiment.bounds, oracle, made.sees_processes)
+            _report(made.history, judgement, output)
+    except (ExperimentError, TargetError, CannotRunError, StoredReferenceError, OSError) as error:
+        raise _refusal(error) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise _refusal("stopped; everything is healed, and nothing is judged") from None
+    raise typer.Exit(EXIT_STATUS[judgement.state if timing is Timing.JUDGE else judgement.untimed_state])
 
 
 @app.command()
@@ -84,7 +86,7 @@ def settings(suite: str) -> None:
         for name, value in read_experiment(suite).mesh.items():
             print(f"{name}={value}")
     except ExperimentError as error:
-        raise typer.Exit(_complain(error)) from None
+        raise _refusal(error) from None
 
 
 @app.command("judge")
@@ -96,46 +98,30 @@ def judge_again(
     """Judge the history.jsonl of an earlier run once more, for example by other bounds."""
     try:
         with history.open(encoding="utf-8") as lines:
-            events = read_history(lines).events
+            read = read_history(lines)
         experiment = read_experiment(suite)
     except (OSError, HistoryError, ExperimentError) as error:
-        raise typer.Exit(_complain(error)) from None
-    raise typer.Exit(_report(History(events), experiment, True, output, None, True))
+        raise _refusal(error) from None
+    judgement = judge(read.events, experiment.bounds)
+    _report(read, judgement, output)
+    raise typer.Exit(EXIT_STATUS[judgement.state])
 
 
-def run_suite(options: Options) -> int:
-    """Returns the exit status. Messages for people go to stderr, the verdicts to stdout."""
-    try:
-        experiment = read_experiment(options.suite)
-        options.output.mkdir(parents=True, exist_ok=True)
-        settings = {name: str(value) for name, value in experiment.mesh.items()}
-        request = TargetRequest(settings, options.against, options.output / "logs", experiment.links, experiment.hosts)
-        with (
-            (options.output / "history.jsonl").open("w", encoding="utf-8", buffering=1) as lines,
-            make_target(options.target, request) as target,
-        ):
-            return _run_on(target, options, experiment, History(sink=lines.write))
-    except (ExperimentError, TargetError, CannotRunError, StoredReferenceError, OSError) as error:
-        return _complain(error)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        return _complain("stopped; everything is healed, and nothing is judged")
-
-
-def _run_on(target: Target, options: Options, experiment: Experiment, history: History) -> int:
+def _run_on(target: Target, name: str, experiment: Experiment, seed: int, history: History) -> Run:
+    """Makes a run and returns it when it is over. Messages for people go to stderr, the verdicts to stdout."""
     started_s = time.monotonic()
     made = Run(
         experiment=experiment,
         target=target,
-        target_name=options.target if not options.against else f"{options.target} ({options.against})",
-        seed=options.seed,
+        target_name=name,
+        seed=seed,
         history=history,
         clock=lambda: time.monotonic() - started_s,
         began_unix_s=time.time(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     asyncio.run(_execute(made))
-    reference = _oracle(made, options.reference)
-    return _report(history, experiment, made.sees_processes, options.output, reference, options.judges_timing)
+    return made
 
 
 async def _execute(made: Run) -> None:
@@ -161,23 +147,15 @@ def _oracle(made: Run, path: Path | None) -> Reference | None:
     return stored
 
 
-def _report(
-    history: History,
-    experiment: Experiment,
-    sees_processes: bool,
-    output: Path,
-    reference: Reference | None,
-    judges_timing: bool,
-) -> int:
-    report = Report(history.events, judge(history.events, experiment.bounds, reference, sees_processes))
+def _report(history: History, judgement: RunJudgement, output: Path) -> None:
+    report = Report(history.events, judgement)
     output.mkdir(parents=True, exist_ok=True)
     report.write(output)
-    for verdict in report.judgement.verdicts:
+    for verdict in judgement.verdicts:
         print(f"{verdict.state.value:8} {verdict.name:16} {verdict.sentence}")
     print(f"{report.title}; {output / 'report.html'}")
-    return EXIT_STATUS[report.judgement.state if judges_timing else report.judgement.untimed_state]
 
 
-def _complain(error: object) -> int:
+def _refusal(error: object) -> typer.Exit:
     print(f"moemesh chaos: {error}", file=sys.stderr)
-    return COULD_NOT_RUN
+    return typer.Exit(COULD_NOT_RUN)

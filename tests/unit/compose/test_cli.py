@@ -352,7 +352,7 @@ def test_the_router_that_is_asked_is_the_one_named_or_the_one_that_runs_here(
 
 
 def test_chaos_is_part_of_the_command_and_an_unknown_suite_ends_with_2(tmp_path: Path) -> None:
-    listed = CliRunner().invoke(app, ["chaos", "run", "--list-faults"])
+    listed = CliRunner().invoke(app, ["chaos", "faults"])
     assert listed.exit_code == 0
     assert "kill" in listed.output
     sentences = listed.output.strip().splitlines()

@@ -93,7 +93,7 @@ def test_what_cannot_run_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_kinds_of_faults_are_listed_with_a_sentence_each() -> None:
-    done = CliRunner().invoke(app, ["run", "--list-faults"])
+    done = CliRunner().invoke(app, ["faults"])
     assert done.exit_code == 0
     assert "kill             A node is killed by SIGKILL" in done.output
 
