@@ -33,12 +33,11 @@ class Cut(NetworkFault):
 
     def apply_in_namespaces(self, target: Target, victims: Sequence[Node]) -> None:
         nodes = target.nodes()
-        refusals = self._refusals(victims, nodes)
         namespaces = {node.name: NetworkNamespace(node.pid) for node in nodes}
         addresses = {name: namespace.addresses() for name, namespace in namespaces.items()}
-        for refusal in with_addresses(refusals, addresses):
+        for refusal in self._refusals(victims, nodes):
             chain, flag = ("INPUT", "-s") if refusal.direction == "in" else ("OUTPUT", "-d")
-            for address in refusal.peer_addresses:
+            for address in addresses[refusal.peer]:
                 add_packet_rule(namespaces[refusal.node], self._undo, chain, flag, address, "-j", "DROP")
 
     def _refusals(self, victims: Sequence[Node], nodes: Sequence[Node]) -> list[Refusal]:
@@ -57,74 +56,37 @@ class Refusal:
     direction: Direction
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AddressRefusal:
-    """A refusal as a packet filter understands it."""
-
-    node: str
-    peer_addresses: tuple[str, ...]
-    direction: Direction
-
-
-def off(node: str, everybody: Iterable[str]) -> list[Refusal]:
-    """Cuts one node off from all others of the mesh, in both directions; this is done at the node itself."""
-    return [refusal for peer in sorted(set(everybody) - {node}) for refusal in pair(node, peer)]
-
-
-def pair(node: str, peer: str) -> list[Refusal]:
-    """Cuts two nodes off from each other; they reach everybody else."""
-    _check_differ(node, peer)
-    return [Refusal(node, peer, "in"), Refusal(node, peer, "out")]
-
-
-def one_way(speaker: str, listener: str) -> list[Refusal]:
-    """Keeps the listener from hearing the speaker, who hears the listener."""
-    _check_differ(speaker, listener)
-    return [Refusal(listener, speaker, "in")]
-
-
-def halves(ones: Sequence[str], others: Sequence[str]) -> list[Refusal]:
-    """Cuts two groups off from each other. Raises ValueError if one is empty or a node is in both."""
-    if not ones or not others:
-        raise ValueError("both halves need a node")
-    return [refusal for node in ones for peer in others for refusal in pair(node, peer)]
-
-
 def make_cut(kind: str, victims: Sequence[str], everybody: Sequence[str]) -> list[Refusal]:
     """Returns the cut that a suite names, for its victims. Raises ValueError.
 
     `off` is for each of them; `halves` cuts them from the rest. `pair`, `one_way` (the first speaks, the second does
-    not hear) and `one_way_back` (the other way round) need two.
+    not hear) and `one_way_back` (the other way round) need two. It is done at the victims themselves: healing them
+    heals all.
     """
     if kind == "off":
-        return sorted({refusal for victim in victims for refusal in off(victim, everybody)})
+        pairs = [(victim, peer) for victim in victims for peer in everybody if peer != victim]
+        return sorted({refusal for pair in pairs for refusal in _both_ways(*pair)})
     if kind == "halves":
-        return halves(victims, [name for name in everybody if name not in victims])
+        others = [name for name in everybody if name not in victims]
+        if not victims or not others:
+            raise ValueError("both halves need a node")
+        return [refusal for victim in victims for peer in others for refusal in _both_ways(victim, peer)]
     if kind not in get_args(CutKind):
         raise ValueError(f"cut {kind!r}: one of {', '.join(get_args(CutKind))} is known")
     if len(victims) != 2:
         raise ValueError(f"cut {kind} is between 2 nodes, not {len(victims)}")
     first, second = victims
+    if first == second:
+        raise ValueError(f"{first} cannot be cut from itself")
     if kind == "pair":
-        return pair(first, second)
-    return one_way(first, second) if kind == "one_way" else one_way(second, first)
+        return _both_ways(first, second)
+    return [Refusal(second, first, "in") if kind == "one_way" else Refusal(first, second, "in")]
 
 
-def with_addresses(refusals: Iterable[Refusal], addresses: dict[str, tuple[str, ...]]) -> list[AddressRefusal]:
-    """Puts the addresses of a node's peers together, for each direction; peers without an address are left out."""
-    found: dict[tuple[str, Direction], set[str]] = {}
-    for refusal in refusals:
-        found.setdefault((refusal.node, refusal.direction), set()).update(addresses.get(refusal.peer, ()))
-    return sorted(
-        AddressRefusal(node, tuple(sorted(peers)), direction) for (node, direction), peers in found.items() if peers
-    )
+def _both_ways(node: str, peer: str) -> list[Refusal]:
+    return [Refusal(node, peer, "in"), Refusal(node, peer, "out")]
 
 
 def flows(refusals: Iterable[Refusal]) -> set[tuple[str, str]]:
     """Returns the (from, to) pairs whose bytes do not arrive."""
     return {(r.peer, r.node) if r.direction == "in" else (r.node, r.peer) for r in refusals}
-
-
-def _check_differ(node: str, peer: str) -> None:
-    if node == peer:
-        raise ValueError(f"{node} cannot be cut from itself")

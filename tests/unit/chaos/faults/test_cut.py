@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chaos.faults.cut import AddressRefusal, Refusal, flows, make_cut, with_addresses
+from chaos.faults import cut
+from chaos.faults.cut import flows, make_cut
+from tests.support.chaos.target import ListedTarget
 
 NODES = ["expert-0", "expert-1", "router-0", "stage-0", "stage-1"]
 
@@ -44,7 +46,33 @@ def test_a_cut_that_makes_no_sense_is_refused(kind: str, victims: list[str]) -> 
         make_cut(kind, victims, NODES)
 
 
-def test_addresses_of_one_node_and_direction_come_together_and_unknown_peers_are_left_out() -> None:
-    refusals = [Refusal("a", "b", "in"), Refusal("a", "c", "in"), Refusal("a", "d", "in"), Refusal("a", "d", "out")]
-    addresses = {"b": ("10.0.0.2",), "c": ("10.0.0.3", "10.1.0.3")}
-    assert with_addresses(refusals, addresses) == [AddressRefusal("a", ("10.0.0.2", "10.0.0.3", "10.1.0.3"), "in")]
+class Namespace:
+    """A stand-in: stage-0 has two addresses, stage-1 has none."""
+
+    def __init__(self, pid: int) -> None:
+        self.name = next(name for name, node in TARGET.running.items() if node.pid == pid)
+
+    def addresses(self) -> tuple[str, ...]:
+        return {"expert-0": ("10.0.0.2",), "stage-0": ("10.0.0.3", "10.1.0.3")}.get(self.name, ())
+
+    def run(self, *words: str) -> None:
+        SAID.append(" ".join([self.name, *words[2:]]))
+
+    run_if_there = run
+
+
+TARGET = ListedTarget(features=frozenset({"netns"}))
+SAID: list[str] = []
+
+
+def test_packets_of_each_address_of_a_peer_are_dropped_at_the_victim_until_it_is_healed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cut, "NetworkNamespace", Namespace)
+    fault = cut.Cut("off")
+    fault.apply(TARGET, TARGET.named("expert-0"))
+    rules = [f"{way} 10.{number}.0.3 -j DROP" for number in (0, 1) for way in ("INPUT 1 -s", "OUTPUT 1 -d")]
+    assert sorted(SAID) == sorted(f"expert-0 -I {rule}" for rule in rules)
+    SAID.clear()
+    fault.heal(TARGET)
+    assert sorted(SAID) == sorted(f"expert-0 -D {rule.replace(' 1 ', ' ')}" for rule in rules)
