@@ -10,8 +10,8 @@ from pathlib import Path
 
 from chaos.target import Node, Target, TargetError
 from chaos.targets.docker_target import DockerTarget, project_at
-from chaos.targets.hosts_target import HostsTarget
 from chaos.targets.local_target import LocalTarget, ProxiedLocalTarget
+from chaos.targets.played_hosts import HostsTarget
 
 DEFAULT_PROJECT = "moemesh"
 

@@ -11,8 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from chaos.targets.played_hosts import NAMESPACES
-
+NAMESPACES = Path("/run/netns")
 NAMESPACE_VARIABLE = "CHAOS_NAMESPACE"
 _CLONE_NEWNET = 0x40000000
 

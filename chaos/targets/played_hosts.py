@@ -1,4 +1,5 @@
-"""Hosts played by network namespaces of this machine, on one bridge, so that one can be lost as a whole.
+"""Hosts played by network namespaces of this machine, on one bridge, so that one can be lost as a whole, and a mesh on
+them: stages and experts in the namespaces, the router on this machine itself.
 
 The bridge lies in a namespace of its own: in this machine's, its packet filter would decide what hosts may say. Needs
 root and `ip`. Traffic goes to these namespaces and nowhere else.
@@ -9,15 +10,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from chaos.target import Target, TargetError
+from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import missing, run
+from chaos.targets.local_target import LocalTarget, free_port
+from chaos.targets.on_host import NAMESPACE_VARIABLE, NAMESPACES
 
 PREFIX = "moemesh-chaos"
-NAMESPACES = Path("/run/netns")
+SERVICES = ("stage", "expert")
+MAX_NODES_OF_A_KIND = 64
+_NODE = re.compile(r"(?:stage|expert)-(\d+)")
 _OWN_HOST_NUMBER = 254
 _MAX_HOSTS = 200
 
@@ -116,6 +125,49 @@ def free_network(addresses: str) -> str:
         if (network := f"10.213.{number}") not in used:
             return network
     raise TargetError("no network of 10.213.0.0/16 is free for played hosts")
+
+
+@dataclass
+class HostsTarget(LocalTarget):
+    """As LocalTarget, but with links over TCP between `num_hosts` hosts, each of which can be lost.
+
+    Stage and expert number n are on host n modulo `num_hosts`; each host has a state folder of its own, so that no
+    two share Unix sockets.
+    """
+
+    num_hosts: int = 3
+    features: frozenset[str] = field(default=frozenset({"processes", "hosts"}))
+    hosts: PlayedHosts | None = None
+
+    def enter_surroundings(self, stack: ExitStack) -> Mapping[str, str]:
+        self.hosts = stack.enter_context(PlayedHosts(self.num_hosts))
+        address = self.hosts.own_address
+        return {"CONTROL": f"tcp://{address}:{free_port()}", "ADVERTISE_HOST": address}
+
+    def modules_run(self) -> Mapping[str, str]:
+        modules = {service: self.modules.get(service, f"services.{service}") for service in SERVICES}
+        return {**self.modules, **{name: f"chaos.targets.on_host {module}" for name, module in modules.items()}}
+
+    def places(self) -> Mapping[str, Mapping[str, str]]:
+        names = (f"{service}-{number}" for service in SERVICES for number in range(MAX_NODES_OF_A_KIND))
+        return {name: self._place(int(self._host_of(name))) for name in names}
+
+    def nodes(self) -> list[Node]:
+        return [replace(node, host=self._host_of(node.name)) for node in super().nodes()]
+
+    def _place(self, number: int) -> Mapping[str, str]:
+        assert self.hosts is not None, "places are asked for while the mesh is started"
+        assert self.state_dir is not None, "places are asked for while the mesh is started"
+        return {
+            "HOST_LABEL": f"host-{number}",
+            "STATE_DIR": str(self.state_dir / f"host-{number}"),
+            "ADVERTISE_HOST": self.hosts.address(number),
+            NAMESPACE_VARIABLE: self.hosts.namespace(number),
+        }
+
+    def _host_of(self, name: str) -> str:
+        found = _NODE.fullmatch(name)
+        return str(int(found[1]) % self.num_hosts) if found else ""
 
 
 def hosts_of(target: Target) -> PlayedHosts:

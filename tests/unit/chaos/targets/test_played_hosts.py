@@ -10,8 +10,7 @@ import pytest
 from chaos.faults.host_loss import HostLoss
 from chaos.target import Node, TargetError
 from chaos.targets import local_target, played_hosts
-from chaos.targets.hosts_target import HostsTarget
-from chaos.targets.played_hosts import PlayedHosts, free_network
+from chaos.targets.played_hosts import HostsTarget, PlayedHosts, free_network
 from tests.unit.chaos.targets.test_local_target import StandIn
 
 
