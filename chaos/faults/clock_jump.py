@@ -3,20 +3,14 @@ offset from a file; their monotonic clock stays, since no kernel makes that jump
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
 from chaos.faults.processes import environment_of, path_seen_by
 from chaos.target import Node, Target, TargetError
-from chaos.targets.host_commands import run
 
-LIBRARY = "faketime/libfaketime.so.1"
-FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 _NO_OFFSET = "+0"
 
 
@@ -47,27 +41,3 @@ def _refusal(node: Node) -> str:
     if "libfaketime" in environment.get("LD_PRELOAD", "") and environment.get("FAKETIME_TIMESTAMP_FILE"):
         return ""
     return f"{node.name} was not started under libfaketime"
-
-
-def faketime_environment(offset_file: Path) -> dict[str, str]:
-    """Returns the settings that a mesh must be started with for this fault.
-
-    Raises TargetError where libfaketime is missing or of no use.
-    """
-    library = next((path for folder in FOLDERS if os.path.exists(path := f"{folder}/{LIBRARY}")), "")
-    if not library:
-        raise TargetError("libfaketime is not installed")
-    offset_file.write_text(_NO_OFFSET)
-    environment = {
-        "LD_PRELOAD": library,
-        "FAKETIME_TIMESTAMP_FILE": str(offset_file.resolve()),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    # Some builds (0.9.10) fail every sleep of a Python that sleeps by the monotonic clock.
-    trial = [sys.executable, "-S", "-c", "import time; time.sleep(0.001)"]
-    try:
-        run(trial, environment=os.environ | environment)
-    except TargetError as error:
-        raise TargetError(f"this build of libfaketime breaks Python's sleep: {error}") from None
-    return environment

@@ -1,15 +1,15 @@
 """The disk of the router's state folder is full: a file takes what is left, and goes away when it is healed.
 
 Only a file system of at most MAX_BYTES is filled: a machine must not lose its disk for a test. So the mesh must keep
-its state on a small one: `small_disk` for local processes, the overlay compose/compose.chaos.yaml for containers.
+its state on a small one: containers get it from the overlay compose/compose.chaos.yaml.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,6 @@ from typing import Annotated
 from chaos.faults.base import Fault, Range
 from chaos.faults.processes import state_folder
 from chaos.target import Node, Target, TargetError
-from chaos.targets.host_commands import run
 
 MAX_BYTES = 1 << 30
 FILLER = "chaos-disk-full"
@@ -74,17 +73,6 @@ def fill(folder: int, left_bytes: int) -> None:
                     break
     finally:
         os.close(handle)
-
-
-@contextmanager
-def small_disk(folder: Path, size_mib: int = 64) -> Iterator[Path]:
-    """Puts the folder on a file system of its own in memory while the block runs. Needs root. Raises TargetError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "moemesh-chaos", str(folder)])
-    try:
-        yield folder
-    finally:
-        run(["umount", str(folder)])
 
 
 def _free_bytes(folder: int) -> int:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from chaos.faults.clock_jump import ClockJump, faketime_environment
+from chaos.faults.clock_jump import ClockJump
 from chaos.faults.cpu_quota import CpuQuota
-from chaos.faults.disk_full import FILLER, DiskFull, small_disk
+from chaos.faults.disk_full import FILLER, DiskFull
 from chaos.faults.memory_limit import MemoryLimit
 from chaos.target import TargetError
-from chaos.targets.host_commands import NetworkNamespace, missing
+from chaos.targets.host_commands import NetworkNamespace, missing, run
 from tests.chaos.plain_target import SPIN, PlainTarget, plain_target
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 HOLD_MEMORY = "import time; held = bytearray(b'x' * (40 << 20)); time.sleep(600)"
 WITHIN_S = 15.0
+LIBRARY = "faketime/libfaketime.so.1"
+FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 
 
 @pytest.fixture
@@ -84,6 +88,17 @@ def test_out_of_memory_the_kernel_kills_the_node_and_nobody_else(target: PlainTa
     assert not list(Path("/sys/fs/cgroup").glob("*/moemesh-chaos-*"))
 
 
+@contextmanager
+def small_disk(folder: Path, size_mib: int = 64) -> Iterator[Path]:
+    """Puts the folder on a file system of its own in memory while the block runs. Needs root. Raises TargetError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "moemesh-chaos", str(folder)])
+    try:
+        yield folder
+    finally:
+        run(["umount", str(folder)])
+
+
 @needs_root
 def test_a_full_disk_refuses_writes_until_it_is_healed(target: PlainTarget, tmp_path: Path) -> None:
     with small_disk(tmp_path / "state", size_mib=4) as folder:
@@ -128,6 +143,30 @@ def test_a_large_disk_is_never_filled(target: PlainTarget) -> None:
         fault.apply(target, [node])
     fault.heal(target)
     assert not (folder / FILLER).exists()
+
+
+def faketime_environment(offset_file: Path) -> dict[str, str]:
+    """Returns the settings that a mesh must be started with for this fault.
+
+    Raises TargetError where libfaketime is missing or of no use.
+    """
+    library = next((path for folder in FOLDERS if os.path.exists(path := f"{folder}/{LIBRARY}")), "")
+    if not library:
+        raise TargetError("libfaketime is not installed")
+    offset_file.write_text("+0")
+    environment = {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(offset_file.resolve()),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    # Some builds (0.9.10) fail every sleep of a Python that sleeps by the monotonic clock.
+    trial = [sys.executable, "-S", "-c", "import time; time.sleep(0.001)"]
+    try:
+        run(trial, environment=os.environ | environment)
+    except TargetError as error:
+        raise TargetError(f"this build of libfaketime breaks Python's sleep: {error}") from None
+    return environment
 
 
 def test_a_clock_jumps_and_comes_back(target: PlainTarget, tmp_path: Path) -> None:
