@@ -152,7 +152,6 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
     for module in modules():
         if module.name in allowed:
             imported = {name for name in module.imports_any("common") if name in names} - {"common"}
-            imported = {name for name in imported if not name.startswith("common.messages.")}  # parts of one thing
             assert imported <= set(allowed[module.name]), module.name
 
 

@@ -1,10 +1,203 @@
-"""Node <-> router, control."""
+"""Every message of the mesh, grouped by link. A kind that asks is an imperative, one that tells is not.
+
+The codec (`common/wire/codec.py`) turns these to frames and back; field types are limited to what it checks: int,
+float, str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step, time left and trace are in
+`Header`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.messages.frames import NO_ARRAY, TensorFrame
+# ---- what every message is made of: arrays beside the header, and the header
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFrame:
+    """A dense row-major array beside the header; the bytes are not copied on their way to the socket."""
+
+    dtype: str
+    """`float32`, `bfloat16`, `float16`, `int64`, `int32`, `uint8` or `float64`."""
+    shape: tuple[int, ...]
+    data: memoryview | bytes
+    """Contiguous; its length is the product of the shape times the item size."""
+
+
+NO_ARRAY = TensorFrame("uint8", (0,), b"")
+"""Where a message has nothing to say in a tensor field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What every message carries besides its own fields; zero where it does not apply."""
+
+    router_term: int = 0
+    generation: int = 0
+    attempt: int = 0
+    step: int = 0
+    layer: int = 0
+    sequence_number: int = 0
+    """Counts the messages of one socket from 1; a stage that sees a gap reports it."""
+    time_left_ms: int = 0
+    """How long the sender will wait from now on; restamped at every hop, so clocks need not agree. 0: no limit."""
+    trace: str = ""
+
+
+# ---- router -> first stage -> ... -> last stage -> router: the pipeline
+
+NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
+NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
+NO_BIASES = TensorFrame("float64", (0, 3), b"")
+NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
+
+    hidden: TensorFrame
+    """int32 [T] token ids towards the first stage; model dtype [T, D] hidden states between stages."""
+    sequences: TensorFrame
+    """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, 1 if
+    it samples."""
+    new_blocks: TensorFrame
+    """int32 [sum of new blocks]: KV block ids, in order of the sequences."""
+    released: TensorFrame
+    """int64 [*]: sequences whose state can be dropped before this step."""
+    sampling: TensorFrame
+    """float64 [S, 4], `records.SAMPLING`: temperature (0 greedy), top_p, top_k (0 off), number of top logprobs (-1: no
+    logprobs)."""
+    seeds: TensorFrame
+    """int64 [S, 2], `records.SEED`: request seed, choice."""
+    computing_slots: tuple[int, ...] = ()
+    """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
+    do nothing. Empty: an ordinary step, all compute."""
+    penalties: TensorFrame = NO_PENALTIES
+    """float64 [*, 5]: row in [0, S), min_p, presence, frequency and repetition penalty; of rows that are told anew and
+    have any."""
+    token_counts: TensorFrame = NO_TOKEN_COUNTS
+    """int32 [*, 4]: row in [0, S), token id, times generated, 1 if in the prompt: what penalties look at; of rows that
+    are told anew. The last stage counts on by itself."""
+    biases: TensorFrame = NO_BIASES
+    """float64 [*, 3]: row in [0, S), token id, what is added to its logit; -inf: must not be drawn; of rows that are
+    told anew."""
+    degraded: TensorFrame = NO_ARRAY
+    """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
+    retried_calls: int = 0
+    """Expert calls that stages before asked of another copy too, or instead."""
+    previous_step: int = 0
+    """Number of the step that the router sent before this one in the same generation of the pipeline; 0: it is the
+    first. Steps overtake each other, so this alone tells a stage whether all that come before one have come."""
+    adjusted: TensorFrame = NOT_ADJUSTED
+    """int64 [*, 3]: row in [0, S), tokens generated so far, 1 if it is told anew; only rows with a penalty, a min_p or
+    a bias. A row is told anew when its sequence first samples in a generation, and when its biases change; else the
+    last stage goes on with what it keeps, which must have as many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Last stage -> router: the sampled tokens of a step. P is the largest number of top logprobs asked for."""
+
+    sequence_ids: TensorFrame
+    """int64 [S]."""
+    token_ids: TensorFrame
+    """int32 [S]."""
+    logprobs: TensorFrame
+    """float32 [S] of the sampled tokens, before penalties, temperature and filters."""
+    top_token_ids: TensorFrame
+    """int32 [S, P]."""
+    top_logprobs: TensorFrame
+    """float32 [S, P]."""
+    degraded: TensorFrame = NO_ARRAY
+    """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
+    retried_calls: int = 0
+    """Expert calls of all stages that were asked of another copy too, or instead."""
+
+
+# ---- stage <-> expert node
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Stage -> expert node: one layer's rows for that node. Answer in the header's time: ExpertRows or Failed."""
+
+    call: int
+    """The stage's number for this call; echoed in the answer."""
+    hidden: TensorFrame
+    """model dtype [T, D], each token row once."""
+    routing: TensorFrame
+    """int32 [3, R]: row of `hidden`, expert, slice of each routed row; sorted by (expert, slice)."""
+    weights: TensorFrame
+    """float32 [R] gate weights for combine mode `partial`; [0] for `exact`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Expert node -> stage. Exact: model dtype [R, D] as asked. Partial: float32 [T, D], weighted and summed."""
+
+    call: int
+    rows: TensorFrame
+    compute_seconds: float
+    """Time of the grouped FFN that this call was part of."""
+    queue_seconds: float
+    """Time between the call's arrival and the start of its FFN."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    """Stage -> expert node: nobody waits for these calls any more; what still queues is dropped. Not answered."""
+
+    calls: tuple[int, ...]
+    """The stage's numbers; unknown ones are no error."""
+
+
+# ---- stage -> its mirror, in order; acknowledgements come back
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorRows:
+    """Stage -> mirror: what a step wrote. T positions, L layers, H KV heads, W head width, D model width."""
+
+    lease_term: int
+    mark: int
+    """All steps up to this one have been sent whole."""
+    positions: TensorFrame
+    """int64 [T]: block * block size + offset."""
+    keys: TensorFrame
+    """model dtype [L, T, H, W]."""
+    values: TensorFrame
+    """model dtype [L, T, H, W]."""
+    hidden: TensorFrame
+    """model dtype [T, D], for the activation log; [0, D] on the last stage, which has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorBlocks:
+    """Stage -> mirror: whole blocks as they are now, for a mirror that joined late."""
+
+    lease_term: int
+    mark: int
+    is_last: bool
+    """The copy is complete with these."""
+    blocks: TensorFrame
+    """int32 [B]."""
+    keys: TensorFrame
+    """model dtype [L, B, *]: a block's keys as they lie in memory."""
+    values: TensorFrame
+    """model dtype [L, B, *]."""
+    hidden: TensorFrame
+    """model dtype [B, *]; [0, *] on the last stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorAck:
+    """Mirror -> stage: everything up to the message of this sequence number is applied."""
+
+    lease_term: int
+    applied: int
+
+
+# ---- node <-> router, control
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,3 +490,31 @@ class Failed:
     message: str
     call: int = 0
     """Of the Dispatch that failed; 0 otherwise."""
+
+
+Message = (
+    Hello
+    | Welcome
+    | AssignStage
+    | Unassign
+    | StageReady
+    | AssignMirror
+    | MirrorReady
+    | MirrorTo
+    | AssignShards
+    | ShardsReady
+    | PublishPlacement
+    | StageHeartbeat
+    | ExpertHeartbeat
+    | Leave
+    | LeaveAcknowledged
+    | Failed
+    | Step
+    | StepResult
+    | MirrorRows
+    | MirrorBlocks
+    | MirrorAck
+    | Dispatch
+    | ExpertRows
+    | CancelCall
+)
