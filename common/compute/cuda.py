@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from common.compute.device import Device, HostDevice, StagedDevice
+from common.compute.device import Device, Marker, StagedDevice
 from common.compute.numeric_class import cuda_numeric_class
 from common.errors import ConfigurationError
 from common.processes.memory import offered_device_bytes
 
 
-class CudaMarker:
+class CudaMarker(Marker):
     """An event of the current stream."""
 
     def __init__(self) -> None:
@@ -38,8 +38,7 @@ class CudaDevice(StagedDevice):
     def __init__(self, place: torch.device, num_processes: int) -> None:
         """`place` with its index. `num_processes` of this mesh, ranks too, share the GPU. Raises RuntimeError."""
         torch.cuda.set_device(place)
-        super().__init__(place, CudaMarker, is_pinned=True)
-        self._num_processes = num_processes
+        super().__init__(place, CudaMarker, is_pinned=True, num_processes=num_processes)
         self._copies: Any = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -79,7 +78,7 @@ def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> 
     if setting == "auto":
         setting = "cuda" if torch.cuda.is_available() else "cpu"
     if setting == "cpu":
-        return HostDevice(num_processes)
+        return Device(num_processes)
     try:
         place = torch.device(setting)
         torch.zeros(1, device=place)  # what is wrong with driver, build or index shows here

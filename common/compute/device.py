@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,24 +28,14 @@ HANG_S = 30.0
 """A device that has not finished for so long hangs. Its process ends, and another one takes the work."""
 
 
-class Marker(Protocol):
-    """A point in the order of a device's work."""
+class Marker:
+    """A point in the order of a device's work; this one is of what computes while it is called."""
 
     def record(self) -> None:
         """Here: after all that was asked of the device so far."""
 
     def is_reached(self) -> bool:
         """Returns whether all before it is done. Also before the first `record`."""
-
-
-class NoMarker:
-    """Of what computes while it is called."""
-
-    def record(self) -> None:
-        """Nothing is under way."""
-
-    def is_reached(self) -> bool:
-        """Returns True."""
         return True
 
 
@@ -75,11 +64,6 @@ class StagingBuffer:
         self._look = look
         self._marked_s = 0.0
         self._memory: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Returns how many it has now."""
-        return 0 if self._memory is None else self._memory.numel()
 
     def take(self, num_bytes: int) -> Tensor:
         """Returns uint8 [num_bytes] to be filled; what was in it is gone. Waits as `wait` does."""
@@ -139,112 +123,71 @@ def _do_nothing(waited_s: float) -> None:
     """Nobody but the device decides how long it takes."""
 
 
-class Download(Protocol):
-    """Tensors on their way from a device to the host."""
+class Download:
+    """Tensors on their way from a device to the host; these are there."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
 
     def is_ready(self) -> bool:
         """Returns whether they are there. Raises DeviceError for a device that hangs, RuntimeError for what failed
         before."""
+        return True
 
     def take(self) -> tuple[Tensor, ...]:
         """Returns them, as new ones of the host; waits until they are there. Once."""
+        return self._tensors
 
     def give_up(self) -> None:
         """Nobody takes them any more. Also after `take`."""
 
 
-class Device(Protocol):
-    """What nodes need to know of the place where they compute."""
+class Device:
+    """What nodes need to know of the place where they compute. This one is the processor: tensors are there already."""
 
-    while_waiting: Callable[[float], None]
-    """Called again and again, with the seconds so far, while the host waits for the device; it may raise."""
+    place = HOST_MEMORY
+    """Of weights, caches and whatever is computed from them."""
+    is_host = True
+    """Whether messages and weights are in the same memory."""
 
-    @property
-    def place(self) -> torch.device:
-        """Returns the place of weights, caches and whatever is computed from them."""
-
-    @property
-    def is_host(self) -> bool:
-        """Returns whether messages and weights are in the same memory."""
+    def __init__(self, num_processes: int = 1) -> None:
+        """`num_processes` share the host's memory, where nobody has shared it out."""
+        self._num_processes = num_processes
+        self.while_waiting: Callable[[float], None] = _do_nothing
+        """Called again and again, with the seconds so far, while the host waits for the device; it may raise."""
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns host tensors as they are on the device. The host goes on at once, and may reuse the given ones."""
+        return tensors
 
     def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns device tensors as new ones of the host, whole when this returns: the one place where the host waits.
 
         Raises DeviceError for a device that hangs, RuntimeError for what failed before.
         """
+        return self.begin_download(*tensors).take()
 
     def begin_download(self, *tensors: Tensor) -> Download:
         """Does the same without waiting. Of no tensor, it is there when the device has done all that was asked so far.
         Until they are taken nothing may write to them."""
+        return Download(tensors)
 
     def release(self) -> None:
         """What was given up here is free for other processes that use the device."""
 
     def offered_bytes(self) -> int:
-        """Returns how much memory a node may offer."""
-
-    def numeric_class(self, variant: str) -> str:
-        """Returns what decides the bits here, as one word. `variant`: what computes, kernels or torch."""
-
-
-class HostDevice:
-    """The processor."""
-
-    place = HOST_MEMORY
-    is_host = True
-
-    def __init__(self, num_processes: int = 1) -> None:
-        """`num_processes` share the host's memory, where nobody has shared it out."""
-        self._num_processes = num_processes
-        self.while_waiting: Callable[[float], None] = _do_nothing
-
-    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns them as they are: they are there."""
-        return tensors
-
-    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns them as they are: they are there."""
-        return tensors
-
-    def begin_download(self, *tensors: Tensor) -> Download:
-        """Returns them as they are: they are there."""
-        return ReadyDownload(tensors)
-
-    def release(self) -> None:
-        """It is free at once."""
-
-    def offered_bytes(self) -> int:
-        """Returns 80% of what is free."""
+        """Returns how much memory a node may offer: 80% of what is free, or a part of that."""
         return offered_bytes() // self._num_processes
 
     def numeric_class(self, variant: str) -> str:
-        """Returns kernels, instruction set and build of torch."""
+        """Returns what decides the bits here, as one word. `variant`: what computes, kernels or torch."""
         return numeric_class("cpu", variant)
 
 
-HOST = HostDevice()
+HOST = Device()
 
 
-class ReadyDownload:
-    """Of what is on the host."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._tensors = tensors
-
-    def is_ready(self) -> bool:
-        return True
-
-    def take(self) -> tuple[Tensor, ...]:
-        return self._tensors
-
-    def give_up(self) -> None:
-        return None
-
-
-class StagedDownload:
+class StagedDownload(Download):
     """By a staging buffer, which goes back when it is taken or given up."""
 
     def __init__(
@@ -255,8 +198,8 @@ class StagedDownload:
         give_back: Callable[[StagingBuffer], None],
     ) -> None:
         """`sources` are kept: the device would use their memory for what it computes next."""
+        super().__init__(sources)
         self._buffer = buffer
-        self._sources = sources
         self._views = views
         self._give_back = give_back
         self._is_over = False
@@ -274,11 +217,11 @@ class StagedDownload:
     def give_up(self) -> None:
         if not self._is_over:
             self._is_over = True
-            self._sources, self._views = (), []
+            self._tensors, self._views = (), []
             self._give_back(self._buffer)
 
 
-class StagedDevice:
+class StagedDevice(Device):
     """Memory that is reached through staging buffers. Used by one thread; weights are loaded by another, without them.
 
     With `torch.device("cpu")` it does the same copies from plain memory to plain memory: tests run it so.
@@ -287,10 +230,15 @@ class StagedDevice:
     is_host = False
 
     def __init__(
-        self, place: torch.device, new_marker: Callable[[], Marker] = NoMarker, *, is_pinned: bool = False
+        self,
+        place: torch.device,
+        new_marker: Callable[[], Marker] = Marker,
+        *,
+        is_pinned: bool = False,
+        num_processes: int = 1,
     ) -> None:
-        self._place = place
-        self.while_waiting: Callable[[float], None] = _do_nothing
+        super().__init__(num_processes)
+        self.place = place
 
         def new_buffer() -> StagingBuffer:
             return StagingBuffer(new_marker(), is_pinned=is_pinned, look=lambda waited_s: self.while_waiting(waited_s))
@@ -301,16 +249,6 @@ class StagedDevice:
         self._downloads: list[StagingBuffer] = []
         """Those that nothing is taken from any more; what was copied to one may still be under way."""
 
-    @property
-    def place(self) -> torch.device:
-        """Returns the place of weights, caches and whatever is computed from them."""
-        return self._place
-
-    @property
-    def staging_bytes(self) -> int:
-        """Returns the bytes of all buffers that nothing is on its way to."""
-        return sum(buffer.num_bytes for buffer in (*self._uploads, *self._downloads))
-
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Makes one copy for all of them: a device begins a large copy no later than a small one."""
         offsets, num_bytes = lay_out(tensors)
@@ -319,14 +257,10 @@ class StagedDevice:
         memory = staging.take(num_bytes)
         for tensor, offset in zip(tensors, offsets, strict=True):
             view_at(memory, offset, tensor).copy_(tensor)
-        there = torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+        there = torch.empty(num_bytes, dtype=torch.uint8, device=self.place)
         there.copy_(memory, non_blocking=True)
         staging.mark()
         return tuple(view_at(there, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=True))
-
-    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Begins all copies first, and then waits once."""
-        return self.begin_download(*tensors).take()
 
     def begin_download(self, *tensors: Tensor) -> Download:
         """Copies into a buffer of its own, beside what the device computes next."""
@@ -345,14 +279,3 @@ class StagedDevice:
         """What is asked of the device in the body comes after all before it, and is not waited for by what comes after.
         Here there is one order."""
         yield
-
-    def release(self) -> None:
-        """It is free at once."""
-
-    def offered_bytes(self) -> int:
-        """Returns the host's, without a measure of the device's own."""
-        return offered_bytes()
-
-    def numeric_class(self, variant: str) -> str:
-        """Returns the class of the processor that does the device's work."""
-        return numeric_class("cpu", variant)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.compute.device import StagedDevice
+from common.compute.device import Marker, StagedDevice
 
 PLACE = torch.device("cuda", 0)
 WAITING_CALLS = {
@@ -57,7 +57,7 @@ class _Late:
 LATE = _Late()
 
 
-class LateMarker:
+class LateMarker(Marker):
     """Reached once it is looked at a second time: the host is always too early at first."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class LateMarker:
         return True
 
 
-class NeverReached:
+class NeverReached(Marker):
     """Of a device that waits for another one: what a kernel of NCCL is to its GPU when the other rank is gone."""
 
     def record(self) -> None:
