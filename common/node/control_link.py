@@ -181,6 +181,8 @@ class ControlLink:
             self._connected = event is LinkEvent.CONNECTED
             self._is_welcome = False
             self._next_hello_s = 0.0
+            if self._connected:
+                self._forget_unread()
         if self._connected and not self._is_welcome and now_s >= self._next_hello_s:
             self._next_hello_s = now_s + HELLO_INTERVAL_S
             self._refuse_to_join_dead()
@@ -240,6 +242,16 @@ class ControlLink:
         elif now_s - self._silent_since_s >= self._tell_after_s:
             self._tell_after_s *= 2
             self._tell_silence(now_s - self._silent_since_s, self._connected)
+
+    def _forget_unread(self) -> None:
+        """Drops what came over the connection before, whose router may be gone: obeyed after the hello to the next one,
+        it would change what that hello says is held here. What a router still wants, it tells again. Raises its
+        refusal."""
+        while (received := self.socket.receive()) is not None:
+            message, header = received
+            if isinstance(message, Failed) and header.router_term >= self.router_term:
+                raise error_from_wire(message.code, message.message)
+            self.router_term = max(self.router_term, header.router_term)
 
     def _look_after_sockets(self, now_s: float) -> None:
         """Whoever removes socket files, they are made again. But a router that takes a node for dead removes them, too,

@@ -144,6 +144,7 @@ def test_it_beats_at_the_routers_pace_and_only_while_registered(link: Link) -> N
     link.beat(0.0, lambda: BEAT)
     assert link.sent() == []
     link.event(LinkEvent.CONNECTED)
+    link.receive(0.0)
     link.peer.say(WELCOME)
     link.receive(0.0)
     link.peer.take_sent()
@@ -180,6 +181,32 @@ def test_when_the_router_comes_back_it_says_hello_again_at_once(registered: Link
     registered.event(LinkEvent.CONNECTED)
     registered.receive(0.3)
     assert [type(message) for message in registered.sent()] == [Hello]
+
+
+def test_what_waits_of_a_router_that_is_gone_is_not_obeyed_after_the_hello_to_the_next(registered: Link) -> None:
+    registered.event(LinkEvent.CLOSED)
+    registered.event(LinkEvent.CONNECTED)
+    registered.peer.say(WELCOME, Header(router_term=3))
+    registered.peer.say(ASSIGN, Header(router_term=3, generation=8))
+    assert registered.receive(0.3) == []
+    assert [type(message) for message in registered.sent()] == [Hello]
+    assert not registered.registered
+    registered.peer.say(WELCOME, Header(router_term=4))
+    registered.peer.say(ASSIGN, Header(router_term=4, generation=9))
+    assert [header.generation for _, header in registered.receive(0.4)] == [9]
+
+
+def test_a_refusal_that_was_not_read_before_its_router_was_gone_counts_all_the_same(registered: Link) -> None:
+    reconnected = (LinkEvent.CLOSED, LinkEvent.CONNECTED)
+    for event in reconnected:
+        registered.event(event)
+    registered.peer.say(Failed("node_lost", "declared dead"), Header(router_term=2))
+    assert registered.receive(0.3) == [], "that one was fenced before"
+    for event in reconnected:
+        registered.event(event)
+    registered.peer.say(Failed("node_lost", "declared dead"), Header(router_term=3))
+    with pytest.raises(NodeLostError, match="declared dead"):
+        registered.receive(0.4)
 
 
 def test_before_the_first_welcome_there_are_no_settings(link: Link) -> None:
