@@ -9,7 +9,7 @@ wait for one, until its deadline, or is left out where the operator wants that.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,8 @@ class InFlightCalls:
         if self.outliers.is_suspect(part.rows.node, now_s):
             holders = self._holders(pending, avoided | self.outliers.suspects(now_s), now_s)
         else:
-            holders = self._of_class_of(part, pending.call.layer, avoided | self.outliers.doubted(now_s))
+            classes = {self.nodes.first_class(pending.call.layer), self.nodes[part.rows.node].numeric_class}
+            holders = self._holders(pending, avoided | self.outliers.doubted(now_s), now_s, classes)
         parts = self._deal(pending, pairs, holders)
         if not parts or not (is_free or self.budget.spend()):
             return
@@ -141,9 +142,16 @@ class InFlightCalls:
             except Full:
                 self._log.debug("cancel_not_sent", node=node.node_id)  # it will be answered, and dropped as late
 
-    def _holders(self, pending: PendingCall, avoided: set[int], now_s: float) -> Sequence[Sequence[int]]:
-        """Copies that may be asked, by shard key: of each the best there are, see `_ranks`."""
+    def _holders(
+        self, pending: PendingCall, avoided: set[int], now_s: float, classes: Collection[str | None] = (None,)
+    ) -> Sequence[Sequence[int]]:
+        """Returns the copies that may be asked, by shard key: of those of these numeric classes (None: of all) the best
+        there are, see `_ranks`."""
         holders = self.nodes.holders(pending.call.layer, avoided)
+        if None not in classes:
+            holders = [
+                [number for number in copies if self.nodes[number].numeric_class in classes] for copies in holders
+            ]
         ranks = self._ranks(pending.call.layer, now_s)
         return [_best(copies, ranks) for copies in holders] if ranks else holders
 
@@ -165,14 +173,6 @@ class InFlightCalls:
             elif node.number in doubted:
                 ranks[node.number] = 1
         return ranks
-
-    def _of_class_of(self, part: AskedPart, layer: int, avoided: set[int]) -> Sequence[Sequence[int]]:
-        """Copies of the layer's first numeric class, and of the class of the node that was asked."""
-        holders, first = self.nodes.holders(layer, avoided), self.nodes.first_class(layer)
-        if first is None:
-            return holders
-        classes = {first, self.nodes[part.rows.node].numeric_class}
-        return [[number for number in copies if self.nodes[number].numeric_class in classes] for copies in holders]
 
     def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
         """Pairs by node, without those that nobody holds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.messages import Dispatch
+from services.stage.experts.hedging import CEILING_S
 from services.stage.experts.pending_call import FIRST_PAUSE_S
 from tests.support.nodes.expert_client_stage import ALL, CALL, Stage, answer_to, make_call, refusal, wanted
 from tests.support.nodes.kernels import one_torch_thread
@@ -108,3 +109,30 @@ def test_partial_sums_are_probed_with_weights() -> None:
     stage.answer_all()
     assert len(stage.sums) == 2
     assert all(torch.allclose(total, wanted(CALL)) for _, total in stage.sums)
+
+
+def test_what_is_late_is_asked_of_a_proven_copy_before_a_newcomer() -> None:
+    stage = Stage()
+    stage.place({"a": ALL, "b": ALL})
+    stage.start(CALL, "before")
+    stage.answer_all()
+    stage.place({"a": ALL, "b": ALL, "c": ALL})
+    stage.start(CALL, "late")
+    stage.answer("a", *stage.asked("a"))
+    late, probe = stage.asked("b"), stage.asked("c")
+    assert rows_of(late) > 1
+    assert rows_of(probe) == 1
+    stage.pass_time(CEILING_S + 0.01)
+    assert stage.asked("c") == [], "it may be one that answers nothing"
+    stage.answer("a", *stage.asked("a"))
+    assert torch.equal(stage.sums[-1][1], wanted(CALL))
+
+
+def test_what_is_late_is_asked_of_a_newcomer_where_nobody_else_has_a_copy() -> None:
+    stage = joined()
+    stage.start(CALL, "late")
+    stage.answer("b", *map(refusal, stage.asked("b")))
+    assert rows_of(stage.asked("a")) == CALL.experts.numel()
+    stage.pass_time(CEILING_S + 0.01)
+    stage.answer("b", *stage.asked("b"))
+    assert torch.equal(stage.sums[-1][1], wanted(CALL))
