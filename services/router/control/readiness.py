@@ -15,7 +15,7 @@ import numpy as np
 
 from common.ids import NodeId, PipelineId
 from common.messages import Heartbeat
-from common.wire.array import BoolArray
+from services.router.control.experts.shard_bits import ShardBits, count
 from services.router.control.membership import NodeState
 from services.router.engine import Readiness
 
@@ -110,8 +110,8 @@ class MeshEvidence:
     """What stage nodes there are, as a sentence."""
     is_served: bool
     """Every shard has a node that has loaded it and is not dead."""
-    shards: Mapping[NodeId, BoolArray]
-    """[P] by expert node: which shards it has loaded."""
+    shards: Mapping[NodeId, ShardBits]
+    """[W] by expert node: which shards it has loaded."""
     num_shards: int
     experts_detail: str
     redundancy: Redundancy = NOTHING_MISSING
@@ -216,7 +216,7 @@ def _missing_shards(evidence: MeshEvidence, quiet_since_s: float | None, now_s: 
     if not mute:
         return []
     served = [held for node_id, held in evidence.shards.items() if node_id not in mute]
-    num_unserved = evidence.num_shards - (int(np.logical_or.reduce(served).sum()) if served else 0)
+    num_unserved = evidence.num_shards - (int(count(np.bitwise_or.reduce(served))) if served else 0)
     if not num_unserved:
         return []
     return [f"{num_unserved} of {evidence.num_shards} expert shards are held only by {', '.join(mute)}: no answer"]

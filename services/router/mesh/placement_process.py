@@ -19,6 +19,7 @@ from common.ids import NodeId
 from common.processes.child_process import end_with_parent
 from services.router.control.experts.placement import ExpertNodeCapacity
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
+from services.router.control.experts.shard_bits import num_words
 
 LENGTH: Final = struct.Struct("<Q")
 """Before every message on the pipes."""
@@ -46,9 +47,9 @@ def decode_request(body: bytes) -> PlacementRequest:
     """Reads the message without its length."""
     fields = _unpack(body)
     holders = tuple(map(NodeId, fields["holders"]))
-    row_bytes = -(-math.prod(fields["shape"]) // 8)
+    row_words = num_words(math.prod(fields["shape"]))
     for name in ("ready", "told"):
-        fields[name] = np.frombuffer(fields[name], dtype=np.uint8).reshape(len(holders), row_bytes)
+        fields[name] = np.frombuffer(fields[name], dtype=np.uint64).reshape(len(holders), row_words)
     nodes = tuple(
         ExpertNodeCapacity(**node | {"experts": None if node["experts"] is None else frozenset(node["experts"])})
         for node in fields["nodes"]

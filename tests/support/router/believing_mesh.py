@@ -30,6 +30,7 @@ from common.messages import (
 )
 from common.topology import NodeDescription, NodeKind, StageState
 from common.wire.transport import LinkEvent
+from services.router.control.experts.shard_bits import pack
 from tests.support.router.fake_mesh import FakeMesh, Sent, hello_of
 from tests.support.router.mesh_shapes import node
 
@@ -274,7 +275,7 @@ class BelievingMesh(FakeMesh):
                 held, told = self.experts.ready.get(NodeId(name)), self.experts._told.get(NodeId(name))
                 if held is None or believer.shards is None:
                     yield f"{name} was told nothing"
-                elif not np.array_equal(held, self.experts.read_shards(believer.shards, "held")):
+                elif not np.array_equal(held, pack(self.experts.read_shards(believer.shards, "held"))):
                     yield f"{name} holds something else than the router believes"
                 elif told is None or not np.array_equal(held, told):
                     yield f"{name} was told to hold something else"

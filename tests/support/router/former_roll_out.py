@@ -12,6 +12,7 @@ from common.topology import ShardId
 from common.wire.array import BoolArray
 from services.router.control.experts import roll_out
 from services.router.control.experts.placement import Placement
+from services.router.control.experts.shard_bits import NOBODY, pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def next_assignment(
         return rows
 
     depth = max((len(owners) for owners in target.owners.values()), default=0)
-    places = np.full((depth, len(shards)), roll_out.NOBODY, dtype=np.int64)
+    places = np.full((depth, len(shards)), NOBODY, dtype=np.int32)
     is_settled = all(name in living for owners in target.owners.values() for name in owners)
     for shard, owners in target.owners.items():
         for place, name in enumerate(owners):
@@ -135,10 +136,10 @@ def next_assignment(
     if capacity_bytes is not None:
         room = np.array([capacity_bytes[name] // shard_bytes for name in living], dtype=np.int64)
     aimed = roll_out.aim(places, len(living), is_named, is_settled)
-    step = roll_out.next_assignment(aimed, table(ready), list(table(current)), room)
+    step = roll_out.next_assignment(aimed, pack(table(ready)), pack(table(current)), room)
     held = {
         name: frozenset(shards[number] for number in np.flatnonzero(row).tolist())
-        for name, row in zip(living, step.shards, strict=True)
+        for name, row in zip(living, unpack(step.shards, len(shards)), strict=True)
     }
     owners_now = {
         shard: tuple(living[number - 1] for number in step.owners[:, numbers[shard]].tolist() if number)

@@ -9,7 +9,7 @@ P shards in the order of (layer, expert, slice), N nodes in the order of their i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,8 @@ from common.wire.endpoints import join_endpoints
 from services.router.control.actions import Action, Tell
 from services.router.control.experts.first_classes import FirstClasses
 from services.router.control.experts.placing import PlacementAim, PlacementAnswer, PlacementRequest
-from services.router.control.experts.roll_out import NOBODY, PlacementTarget, ShardAssignment, next_assignment
+from services.router.control.experts.roll_out import PlacementTarget, ShardAssignment, next_assignment
+from services.router.control.experts.shard_bits import ShardBits, count, pack, stack, unpack
 from services.router.control.experts.shard_probes import Disagreement, ShardProbes
 from services.router.control.sizes import MeshShape, shard_bytes
 
@@ -53,8 +54,9 @@ class ExpertRoles:
         self._shard_bytes = shard_bytes(config, shape)
         self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
         self._nodes: dict[NodeId, NodeDescription] = {}
-        self._ready: dict[NodeId, BoolArray] = {}
-        self._told: dict[NodeId, BoolArray] = {}
+        self._nothing = pack(np.zeros_like(self._is_named))
+        self._ready: dict[NodeId, ShardBits] = {}
+        self._told: dict[NodeId, ShardBits] = {}
         self._told_versions: dict[NodeId, int] = {}
         self._report_numbers: dict[NodeId, int] = {}
         """Of each node's newest report."""
@@ -110,14 +112,13 @@ class ExpertRoles:
         return f"{self.num_shards - self._num_orphans} of {self.num_shards} expert shards loaded"
 
     @property
-    def ready(self) -> Mapping[NodeId, BoolArray]:
-        """Returns [P] by node: what it holds, by its own report."""
+    def ready(self) -> Mapping[NodeId, ShardBits]:
+        """Returns [W] by node: what it holds, by its own report."""
         return self._ready
 
     def num_held(self, node_id: NodeId) -> int:
         """Returns how many shards a node holds; 0 for one that is not known."""
-        held = self._ready.get(node_id)
-        return 0 if held is None else int(np.count_nonzero(held))
+        return int(count(self._ready.get(node_id, self._nothing)))
 
     # ---- what happens
 
@@ -125,7 +126,7 @@ class ExpertRoles:
         """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
         process would have another id. `held` [P]: what it has from a router before this one."""
         self._nodes[description.node_id] = description
-        self._ready.setdefault(description.node_id, held if held is not None else np.zeros_like(self._is_named))
+        self._ready.setdefault(description.node_id, self._nothing if held is None else pack(held))
         self._told.pop(description.node_id, None)
         self._last_joined_s = now_s
         self._change()
@@ -150,7 +151,7 @@ class ExpertRoles:
         """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
         says nothing."""
         if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
-            self._ready[node_id], self._report_numbers[node_id] = held, number
+            self._ready[node_id], self._report_numbers[node_id] = pack(held), number
             self._has_reports = True
 
     def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
@@ -163,7 +164,7 @@ class ExpertRoles:
         return [self._refuse(one) for one in found]
 
     def _refuse(self, found: Disagreement) -> Action:
-        self._ready[found.node_id], self._has_changed = np.zeros_like(self._is_named), True
+        self._ready[found.node_id], self._has_changed = self._nothing, True
         self._report_numbers.pop(found.node_id, None)  # who is not reached by this is asked and told once more
         reason = found.describe(self._nodes, self._table_shape)
         return Tell(found.node_id, Failed(CheckpointError.code, reason), Header())
@@ -257,17 +258,16 @@ class ExpertRoles:
         self._target = self._target or self._aim.target(self._ready)
         nodes = tuple(sorted(self._nodes))
         before, asked_before = self._assignment, self._asked
-        nothing = np.zeros_like(self._is_named)
+        told = stack([self._told.get(node_id, self._nothing) for node_id in nodes], self._is_named.size)
         now = next_assignment(
             self._target,
-            np.array([self._ready[node_id] for node_id in nodes], dtype=np.bool_).reshape(len(nodes), nothing.size),
-            [self._told.get(node_id, nothing) for node_id in nodes],
+            stack([self._ready[node_id] for node_id in nodes], self._is_named.size),
+            told,
             np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
         )
         self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
-        wanted = np.count_nonzero(self._target.owners != NOBODY, axis=0)
-        self.num_copies_to_load = int(np.maximum(wanted - np.count_nonzero(now.owners, axis=0), 0).sum())
-        actions = self._tell(nodes, now.shards)
+        self.num_copies_to_load = int(np.maximum(self._target.num_owners - now.num_owners, 0).sum())
+        actions = self._tell(nodes, now.shards, (told != now.shards).any(axis=1))
         is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
         if actions or not is_same:
             self._version += 1
@@ -275,19 +275,18 @@ class ExpertRoles:
             self._publication = self._publish(now)
         return actions
 
-    def _tell(self, nodes: tuple[NodeId, ...], wanted: Iterable[BoolArray]) -> list[Action]:
+    def _tell(self, nodes: tuple[NodeId, ...], wanted: ShardBits, is_other: BoolArray) -> list[Action]:
+        """`is_other` [N]: who was told something else last."""
         actions: list[Action] = []
-        for node_id, shards in zip(nodes, wanted, strict=True):
+        for node_id, shards, is_news in zip(nodes, wanted, is_other.tolist(), strict=True):
             # One that leaves keeps what it has, so that calls that are under way to it are answered.
-            told = self._told.get(node_id)
-            if node_id in self._draining or (told is not None and np.array_equal(told, shards)):
-                continue
-            self._told[node_id], self._told_versions[node_id] = shards, self._version + 1
-            actions.append(self._assign(node_id))
+            if node_id not in self._draining and (is_news or node_id not in self._told):
+                self._told[node_id], self._told_versions[node_id] = shards, self._version + 1
+                actions.append(self._assign(node_id))
         return actions
 
     def _assign(self, node_id: NodeId) -> Action:
-        shards = self._told[node_id]
+        shards = unpack(self._told[node_id], self._is_named.size)
         bitmap: Uint8Array = shards.view(np.uint8)
         if self._assignment is not None and self._num_orphans:
             bitmap = bitmap + (shards & self._assignment.orphans)

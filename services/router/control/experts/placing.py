@@ -13,9 +13,10 @@ import numpy as np
 from common.errors import CapacityError
 from common.ids import NodeId
 from common.topology import NodeDescription, ShardId
-from common.wire.array import BoolArray, Int32Array, Int64Array, Uint8Array
+from common.wire.array import BoolArray, Int32Array
 from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
-from services.router.control.experts.roll_out import NOBODY, PlacementTarget, aim
+from services.router.control.experts.roll_out import PlacementTarget, aim
+from services.router.control.experts.shard_bits import NOBODY, ShardBits, by_shard, pairs, stack, unpack
 
 MAX_NAMED = 8
 MAX_STALE_ANSWERS = 2
@@ -36,10 +37,10 @@ class PlacementRequest:
     """Those that may be given shards."""
     holders: tuple[NodeId, ...]
     """Those that have some, or may have, in the order of their ids."""
-    ready: Uint8Array
-    """[H, P / 8]: what they hold, in bits."""
-    told: Uint8Array
-    """[H, P / 8]: what they were told to hold, in bits."""
+    ready: ShardBits
+    """[H, W]: what they hold."""
+    told: ShardBits
+    """[H, W]: what they were told to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def answer_request(request: PlacementRequest) -> PlacementAnswer:
         for expert in range(num_experts)
         for piece in range(num_slices)
     ]
-    told = _unpack(request.told, num_layers * num_experts * num_slices)
+    told = unpack(request.told, num_layers * num_experts * num_slices)
     unseen = unseen_experts([node.experts for node in request.nodes], num_experts)
     seen = [shard for shard in places if shard.expert not in unseen]
     current = {
@@ -94,30 +95,8 @@ def keep_what_is_held(request: PlacementRequest, problem: str, unseen: tuple[int
     node_ids = tuple(sorted({*request.holders, *(node.node_id for node in request.nodes)}))
     rows = np.array([0, *(1 + node_ids.index(node_id) for node_id in request.holders)], dtype=np.int32)
     num_layers, num_experts, num_slices = request.shape
-    ready = _unpack(request.ready, num_layers * num_experts * num_slices)
-    owners = rows[who_holds(list(ready), ready.shape[1]) + 1]
+    owners = rows[by_shard(*pairs(request.ready), num_layers * num_experts * num_slices) + 1]
     return PlacementAnswer(request.version, node_ids, owners, 0, unseen, has_room=False, problem=problem)
-
-
-def pack(rows: list[BoolArray], num_shards: int) -> Uint8Array:
-    """Packs rows [P] as bits."""
-    return np.packbits(np.array(rows, dtype=np.bool_).reshape(len(rows), num_shards), axis=1)
-
-
-def _unpack(bits: Uint8Array, num_shards: int) -> BoolArray:
-    return np.unpackbits(bits, axis=1, count=num_shards).astype(np.bool_)
-
-
-def who_holds(ready: Sequence[BoolArray], num_shards: int) -> Int64Array:
-    """Returns [C, P]: the nodes that hold each shard by their own report, in their order; NOBODY beyond them."""
-    depth = max(1, int(sum((row.astype(np.int32) for row in ready), np.zeros(num_shards, np.int32)).max(initial=0)))
-    owners = np.full((depth, num_shards), NOBODY, dtype=np.int64)
-    filled = np.zeros(num_shards, dtype=np.int64)
-    for node, row in enumerate(ready):
-        shards = np.flatnonzero(row)
-        owners[filled[shards], shards] = node
-        filled[shards] += 1
-    return owners
 
 
 def unseen_experts(seen: Iterable[frozenset[int] | None], num_experts: int) -> tuple[int, ...]:
@@ -188,7 +167,7 @@ class PlacementAim:
         self._must_place = True
 
     def pop_request(
-        self, nodes: list[NodeDescription], ready: Mapping[NodeId, BoolArray], told: Mapping[NodeId, BoolArray]
+        self, nodes: list[NodeDescription], ready: Mapping[NodeId, ShardBits], told: Mapping[NodeId, ShardBits]
     ) -> PlacementRequest | None:
         """Returns what is to be placed now, on `nodes`; None: nothing, or the last request is not answered yet."""
         if not self._must_place or self._requested is not None:
@@ -203,8 +182,8 @@ class PlacementAim:
             copies=self._copies,
             nodes=tuple(map(_capacity, nodes)),
             holders=tuple(holders),
-            ready=pack([ready[node_id] for node_id in holders], self._is_named.size),
-            told=pack([told.get(node_id, ready[node_id]) for node_id in holders], self._is_named.size),
+            ready=stack([ready[node_id] for node_id in holders], self._is_named.size),
+            told=stack([told.get(node_id, ready[node_id]) for node_id in holders], self._is_named.size),
         )
 
     def accept_answer(self, answer: PlacementAnswer) -> bool:
@@ -218,14 +197,14 @@ class PlacementAim:
         self.answer = answer
         return True
 
-    def target(self, ready: Mapping[NodeId, BoolArray]) -> PlacementTarget:
+    def target(self, ready: Mapping[NodeId, ShardBits]) -> PlacementTarget:
         """Returns where the living nodes, those of `ready`, are led; before the first placement they keep all."""
         nodes = sorted(ready)
         if self.answer is None:
-            owners = who_holds([ready[node_id] for node_id in nodes], self._is_named.size)
-            return aim(owners, len(nodes), self._is_named, is_settled=False)
+            held = stack([ready[node_id] for node_id in nodes], self._is_named.size)
+            return aim(by_shard(*pairs(held), self._is_named.size), len(nodes), self._is_named, is_settled=False)
         numbers = {node_id: number for number, node_id in enumerate(nodes)}
-        rows = np.array([NOBODY, *(numbers.get(node_id, NOBODY) for node_id in self.answer.node_ids)])
+        rows = np.array([NOBODY, *(numbers.get(node_id, NOBODY) for node_id in self.answer.node_ids)], dtype=np.int32)
         owners = rows[self.answer.owners]
         return aim(owners, len(nodes), self._is_named, self.answer.version == self._state_version)
 

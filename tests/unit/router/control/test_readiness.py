@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.ids import NodeId, PipelineId
 from common.messages import StageHeartbeat
+from services.router.control.experts.shard_bits import pack
 from services.router.control.membership import NodeState
 from services.router.control.readiness import (
     CANARY_UNANSWERED_S,
@@ -41,7 +42,7 @@ def evidence(**changes: Any) -> MeshEvidence:
         pipelines=(PIPELINE,),
         stages_detail="2 stage nodes",
         is_served=True,
-        shards=dict.fromkeys((X, Y), np.array([True, True])),
+        shards=dict.fromkeys((X, Y), pack(np.array([True, True]))),
         num_shards=2,
         experts_detail="2 of 2 expert shards loaded",
     )
@@ -72,7 +73,7 @@ def test_one_copy_on_a_node_that_lives_is_enough() -> None:
     assert judge(one_suspect, NOW_S).ready
     both = judge(with_node(evidence(), X, Y, state=NodeState.SUSPECT), NOW_S)
     assert both.missing == ("2 of 2 expert shards are held only by x, y: no answer",)
-    split = replace(one_suspect, shards={X: np.array([True, False]), Y: np.array([False, True])})
+    split = replace(one_suspect, shards={X: pack(np.array([True, False])), Y: pack(np.array([False, True]))})
     assert judge(split, NOW_S).missing == ("1 of 2 expert shards are held only by x: no answer",)
 
 

@@ -21,7 +21,8 @@ import structlog
 
 from common.ids import NodeId
 from services.router.control.experts.placement import ExpertNodeCapacity
-from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request, pack
+from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
+from services.router.control.experts.shard_bits import pack
 from services.router.mesh import placer
 from services.router.mesh.placement_process import LENGTH, decode_answer, decode_request, encode_answer, encode_request
 from services.router.mesh.placer import ProcessPlacer
@@ -71,7 +72,7 @@ def placing() -> Iterator[Placing]:
 
 def request_of(num_nodes: int, version: int = 7, capacity_bytes: int = 1000) -> PlacementRequest:
     nodes = [ExpertNodeCapacity(NodeId(f"n{i}"), f"h{i}", capacity_bytes, "cpu") for i in range(num_nodes)]
-    nothing = pack([np.zeros(12, dtype=np.bool_) for _ in nodes], 12)
+    nothing = pack(np.zeros((len(nodes), 12), dtype=np.bool_))
     ids = tuple(node.node_id for node in nodes)
     return PlacementRequest(version, (3, 4, 1), (0, 1, 2), 10, 2, tuple(nodes), ids, nothing, nothing)
 
@@ -121,7 +122,7 @@ def test_a_placement_that_cannot_be_computed_costs_what_would_have_moved_and_not
     placing = Placing(command=("/no/such",))
     held = np.zeros(12, dtype=np.bool_)
     held[3] = True
-    request = replace(request_of(2), ready=pack([held, np.zeros(12, dtype=np.bool_)], 12))
+    request = replace(request_of(2), ready=pack(np.array([held, np.zeros(12, dtype=np.bool_)])))
     object.__setattr__(request, "copies", 0)
     answer = placing.answer(request)
     assert answer is not None
