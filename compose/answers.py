@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -21,16 +23,34 @@ RESUME_PATIENCE_S = 30.0
 
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
     """Yields the pieces of one answer. Raises httpx.HTTPError, or MoemeshError with the server's own sentence."""
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
     with open_client(url, httpx.Timeout(10, read=300)) as client:
-        model = served_model(client)
-        chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
-        try:
-            yield from stream_pieces(client, "/v1/chat/completions", chat)
-        except MoemeshError as error:
-            if "chat template" not in str(error):
-                raise
-            yield from stream_pieces(client, "/v1/completions", {"model": model, "prompt": question, **sampling})
+        yield from ask_model(client, question, question, max_tokens, temperature).pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question on its way: what was asked of which path, and its answer piece by piece."""
+
+    path: str
+    body: dict[str, Any]
+    pieces: Iterator[str]
+
+
+def ask_model(client: httpx.Client, question: str, prompt: str, max_tokens: int, temperature: float) -> Asked:
+    """Asks a question as a chat, and where the model has no template for that has `prompt` gone on with. Raises as
+    `stream_answer` does, and so do the pieces."""
+    model = served_model(client)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    chat = {"model": model, "messages": [{"role": "user", "content": question}], **sampling}
+    pieces = stream_pieces(client, "/v1/chat/completions", chat)
+    try:
+        first = next(pieces, "")
+    except MoemeshError as error:
+        if "chat template" not in str(error):
+            raise
+        text = {"model": model, "prompt": prompt, **sampling}
+        return Asked("/v1/completions", text, stream_pieces(client, "/v1/completions", text))
+    return Asked("/v1/chat/completions", chat, itertools.chain([first], pieces))
 
 
 def served_model(client: httpx.Client) -> str:

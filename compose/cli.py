@@ -29,7 +29,7 @@ from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
 from common.processes.supervisor import LocalMesh
-from compose.answers import served_model, stream_answer, stream_pieces
+from compose.answers import ask_model, stream_answer
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.router_client import named_url, open_client, why_not_answered
 from compose.shard_checkpoint import WrittenPart, shard_checkpoint
@@ -292,23 +292,12 @@ def _greet(mesh: LocalMesh) -> None:
 
 def _ask_example(client: httpx.Client) -> None:
     """As a chat where the model has a template for it."""
-    model = served_model(client)
     question = DEMO_QUESTION if os.environ.get("MODEL") == str(DEMO_CHECKPOINT) else GREETING_QUESTION
-    rest: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "stream": True}
-    chat = {"model": model, "messages": [{"role": "user", "content": question}], **rest}
-    path, body, prompt = "/v1/chat/completions", chat, f"{question}: "
-    pieces = stream_pieces(client, path, body)
-    try:
-        first = next(pieces, "")
-    except MoemeshError as error:
-        if "chat template" not in str(error):
-            raise
-        path, body, prompt = "/v1/completions", {"model": model, "prompt": GREETING_PROMPT, **rest}, GREETING_PROMPT
-        pieces, first = stream_pieces(client, path, body), ""
-    url = str(client.base_url).rstrip("/")
-    print(f"curl -N {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}", flush=True)
-    print(prompt, end=first, flush=True)
-    for piece in pieces:
+    asked = ask_model(client, question, GREETING_PROMPT, max_tokens=24, temperature=0)
+    url, body = str(client.base_url).rstrip("/"), shlex.quote(json.dumps(asked.body))
+    print(f"curl -N {url}{asked.path} -H 'Content-Type: application/json' -d {body}", flush=True)
+    print(asked.body.get("prompt", f"{question}: "), end="", flush=True)
+    for piece in asked.pieces:
         print(piece, end="", flush=True)
     print(flush=True)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from common.errors import CheckpointError
+from compose.checkpoint_folder import whole_folder
 
 DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "checkpoint"
 DEMO_NAME = "moemesh-demo"
@@ -20,16 +19,10 @@ def copy_demo_checkpoint(directory: Path) -> Path:
     Raises CheckpointError where it cannot be written.
     """
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        shutil.copytree(DEMO_CHECKPOINT, workplace, dirs_exist_ok=True)
-        # Made for their owner alone; containers of one mesh may read as other users.
-        workplace.chmod(0o755)
-        for file in workplace.iterdir():
-            file.chmod(0o644)
-        # The volume may hold the demo model of an older version.
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(workplace, directory)
+        with whole_folder(directory) as workplace:
+            shutil.copytree(DEMO_CHECKPOINT, workplace, dirs_exist_ok=True)
+            # The volume may hold the demo model of an older version.
+            shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the demo model to {directory}: {error.strerror}") from error
     return directory

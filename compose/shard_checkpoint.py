@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from common.checkpoint.tensor_names import (
 )
 from common.errors import CheckpointError, ConfigurationError
 from common.topology import CheckpointPart
+from compose.checkpoint_folder import whole_folder
 from compose.part_plan import plan_parts
 
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model", "additional_chat_templates/*.jinja")
@@ -80,30 +80,26 @@ def shard_checkpoint(
     ]
     output = Path(os.path.expanduser(output)).absolute()  # Path.expanduser raises where the user has no home
     try:
-        workplace = _make_workplace(output, sum(part.num_bytes for part in written))
-        try:
+        _refuse_without_room(output, sum(part.num_bytes for part in written))
+        with whole_folder(output) as workplace:
             for part in written:
                 on_part(part)
                 whole = SeenCheckpoint(seen.fingerprint, part.part, served_name(model, source))
                 _write_part(workplace / part.name, source, whole, tensors[part.name], pp)
-            _open_to_all(workplace)
-            os.rename(workplace, output)
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written: {error}") from None
     return written
 
 
-def _make_workplace(output: Path, num_bytes: int) -> Path:
-    """Returns a folder beside `output`, on a disk with room for everything."""
+def _refuse_without_room(output: Path, num_bytes: int) -> None:
+    """Raises ConfigurationError for a folder that is not empty, or on a disk that has not enough left. Raises
+    OSError."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output} is not empty: it must be a new or an empty folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if num_bytes > free:
         raise ConfigurationError(f"--output {output}: the parts need {num_bytes} bytes, and its disk has {free} free")
-    return Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
 
 
 def _write_part(directory: Path, source: Path, seen: SeenCheckpoint, tensors: list[NamedTensor], pp: int) -> None:
@@ -123,13 +119,6 @@ def _copy_texts(source: Path, directory: Path) -> None:
                 target = directory / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-
-
-def _open_to_all(workplace: Path) -> None:
-    """It was made for its owner alone; processes of a mesh may read as other users."""
-    workplace.chmod(0o755)
-    for path in workplace.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}

@@ -8,13 +8,8 @@ It says nothing sensible, but every part of the mesh works on it as on a real on
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,6 +20,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import CheckpointError
+from compose.checkpoint_folder import (
+    ModelSizes,
+    common_config,
+    qwen3_moe_config,
+    tokenizer_config,
+    whole_folder,
+    write_json,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -49,6 +52,9 @@ and the large thing keeps working while the small things come and go.
 """
 
 
+Weight = npt.NDArray[np.float32]
+
+
 class Family(StrEnum):
     """Model types as `config.json` names them."""
 
@@ -56,20 +62,7 @@ class Family(StrEnum):
     MIXTRAL = "mixtral"
 
 
-@dataclass(frozen=True, slots=True)
-class TinySizes:
-    """Letters as in the model code: T tokens, D model width, F expert width, E experts, K experts a token, L layers."""
-
-    vocabulary: int = 448
-    layers: int = 4
-    width: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int = 16
-    experts: int = 8
-    experts_per_token: int = 2
-    expert_width: int = 64
-    context_tokens: int = 4096
+TINY = ModelSizes(vocabulary=448, layers=4, width=64, kv_heads=2, head_width=16, expert_width=64, context_tokens=4096)
 
 
 def write_tiny_checkpoint(directory: Path, family: Family = Family.QWEN3_MOE, seed: int = 0) -> Path:
@@ -80,17 +73,10 @@ def write_tiny_checkpoint(directory: Path, family: Family = Family.QWEN3_MOE, se
     """
     if is_complete(directory):
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_files(workplace, family, seed)
-        # Made for their owner alone; containers of one mesh may read as other users.
-        workplace.chmod(0o755)
-        for file in workplace.iterdir():
-            file.chmod(0o644)
-        os.rename(workplace, directory)
+        with whole_folder(directory) as workplace:
+            _write_files(workplace, family, seed)
     except OSError as error:
-        shutil.rmtree(workplace, ignore_errors=True)
         # Another process may have been faster with the same files.
         if not is_complete(directory):
             raise CheckpointError(f"cannot write a tiny checkpoint to {directory}: {error.strerror}") from error
@@ -103,22 +89,17 @@ def is_complete(directory: Path) -> bool:
 
 
 def _write_files(directory: Path, family: Family, seed: int) -> None:
-    sizes = TinySizes()
-    tokenizer = _train_tokenizer(sizes.vocabulary)
+    tokenizer = _train_tokenizer(TINY.vocabulary)
     turn_end, end_of_text = SPECIAL_TOKENS.index(TURN_END), SPECIAL_TOKENS.index(END_OF_TEXT)
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config(sizes))
-    _write_json(directory / "config.json", _model_config(family, sizes, turn_end))
-    _write_json(
-        directory / "generation_config.json", {"eos_token_id": [turn_end, end_of_text], "pad_token_id": end_of_text}
-    )
-    speakable = _speakable_tokens(tokenizer, sizes.vocabulary)
-    weights = _random_weights(family, sizes, np.random.default_rng(seed), speakable)
+    texts = tokenizer_config(TINY.context_tokens, TURN_END, END_OF_TEXT, CHAT_TEMPLATE)
+    write_json(directory / "tokenizer_config.json", texts)
+    write_json(directory / "config.json", _model_config(family, turn_end))
+    generation = {"eos_token_id": [turn_end, end_of_text], "pad_token_id": end_of_text}
+    write_json(directory / "generation_config.json", generation)
+    speakable = _speakable_tokens(tokenizer, TINY.vocabulary)
+    weights = _random_weights(family, TINY, np.random.default_rng(seed), speakable)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _train_tokenizer(vocabulary: int) -> Tokenizer:
@@ -136,57 +117,13 @@ def _train_tokenizer(vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(sizes: TinySizes) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": sizes.context_tokens,
-        "bos_token": None,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-
-
-def _model_config(family: Family, sizes: TinySizes, eos_token_id: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "model_type": family.value,
-        "torch_dtype": "float32",
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.width,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_width,
-        "num_experts_per_tok": sizes.experts_per_token,
-        "hidden_act": "silu",
-        "max_position_embeddings": sizes.context_tokens,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "use_cache": True,
-    }
-    if family is Family.MIXTRAL:
-        return config | {
-            "architectures": ["MixtralForCausalLM"],
-            "intermediate_size": sizes.expert_width,
-            "num_local_experts": sizes.experts,
-            "sliding_window": None,
-        }
-    return config | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "decoder_sparse_step": 1,
-        "intermediate_size": sizes.expert_width,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": sizes.expert_width,
-        "norm_topk_prob": True,
-        "num_experts": sizes.experts,
-        "use_sliding_window": False,
+def _model_config(family: Family, eos_token_id: int) -> dict[str, Any]:
+    if family is Family.QWEN3_MOE:
+        return qwen3_moe_config(TINY, eos_token_id) | {"use_sliding_window": False}
+    return common_config(family.value, TINY, eos_token_id) | {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": TINY.experts,
+        "sliding_window": None,
     }
 
 
@@ -197,49 +134,54 @@ def _speakable_tokens(tokenizer: Tokenizer, vocabulary: int) -> npt.NDArray[np.b
 
 
 def _random_weights(
-    family: Family, sizes: TinySizes, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
-) -> dict[str, npt.NDArray[np.float32]]:
+    family: Family, sizes: ModelSizes, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
+) -> dict[str, Weight]:
     """Returns every tensor under its Hugging Face name, float32, scaled so that the logits have spread."""
-
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> npt.NDArray[np.float32]:
-        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
-
-    def norm(width: int) -> npt.NDArray[np.float32]:
-        return 1 + 0.1 * random.standard_normal(width, dtype=np.float32)
-
-    query_width, kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
     weights = {
-        "model.embed_tokens.weight": matrix(sizes.vocabulary, sizes.width, gain=sizes.width**0.5),
+        "model.embed_tokens.weight": _matrix(random, sizes.vocabulary, sizes.width, gain=sizes.width**0.5),
         # Small rows give logits near 0, which never win against the spread of the others: answers stay readable.
-        "lm_head.weight": matrix(sizes.vocabulary, sizes.width, gain=3.0)
+        "lm_head.weight": _matrix(random, sizes.vocabulary, sizes.width, gain=3.0)
         * np.where(speakable, 1, 0.02)[:, None].astype("f4"),
-        "model.norm.weight": norm(sizes.width),
+        "model.norm.weight": _norm(random, sizes.width),
     }
     for layer in range(sizes.layers):
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            prefix + "input_layernorm.weight": norm(sizes.width),
-            prefix + "post_attention_layernorm.weight": norm(sizes.width),
-            prefix + "self_attn.q_proj.weight": matrix(query_width, sizes.width),
-            prefix + "self_attn.k_proj.weight": matrix(kv_width, sizes.width),
-            prefix + "self_attn.v_proj.weight": matrix(kv_width, sizes.width),
-            prefix + "self_attn.o_proj.weight": matrix(sizes.width, query_width),
-        }
-        if family is Family.QWEN3_MOE:
-            weights |= {prefix + f"self_attn.{name}_norm.weight": norm(sizes.head_width) for name in ("q", "k")}
-        moe, (gate, up, down) = {
-            Family.QWEN3_MOE: ("mlp.", ("gate_proj", "up_proj", "down_proj")),
-            Family.MIXTRAL: ("block_sparse_moe.", ("w1", "w3", "w2")),
-        }[family]
-        weights[prefix + moe + "gate.weight"] = matrix(sizes.experts, sizes.width, gain=1.5)
-        for expert in range(sizes.experts):
-            expert_prefix = f"{prefix}{moe}experts.{expert}."
-            weights |= {
-                f"{expert_prefix}{gate}.weight": matrix(sizes.expert_width, sizes.width),
-                f"{expert_prefix}{up}.weight": matrix(sizes.expert_width, sizes.width),
-                f"{expert_prefix}{down}.weight": matrix(sizes.width, sizes.expert_width, gain=3.0),
-            }
+        weights |= _layer_weights(family, sizes, random, f"model.layers.{layer}.")
     return weights
+
+
+def _layer_weights(family: Family, sizes: ModelSizes, random: np.random.Generator, prefix: str) -> dict[str, Weight]:
+    query_width, kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
+    weights = {
+        prefix + "input_layernorm.weight": _norm(random, sizes.width),
+        prefix + "post_attention_layernorm.weight": _norm(random, sizes.width),
+        prefix + "self_attn.q_proj.weight": _matrix(random, query_width, sizes.width),
+        prefix + "self_attn.k_proj.weight": _matrix(random, kv_width, sizes.width),
+        prefix + "self_attn.v_proj.weight": _matrix(random, kv_width, sizes.width),
+        prefix + "self_attn.o_proj.weight": _matrix(random, sizes.width, query_width),
+    }
+    if family is Family.QWEN3_MOE:
+        weights |= {prefix + f"self_attn.{name}_norm.weight": _norm(random, sizes.head_width) for name in ("q", "k")}
+    moe, (gate, up, down) = {
+        Family.QWEN3_MOE: ("mlp.", ("gate_proj", "up_proj", "down_proj")),
+        Family.MIXTRAL: ("block_sparse_moe.", ("w1", "w3", "w2")),
+    }[family]
+    weights[prefix + moe + "gate.weight"] = _matrix(random, sizes.experts, sizes.width, gain=1.5)
+    for expert in range(sizes.experts):
+        expert_prefix = f"{prefix}{moe}experts.{expert}."
+        weights |= {
+            f"{expert_prefix}{gate}.weight": _matrix(random, sizes.expert_width, sizes.width),
+            f"{expert_prefix}{up}.weight": _matrix(random, sizes.expert_width, sizes.width),
+            f"{expert_prefix}{down}.weight": _matrix(random, sizes.width, sizes.expert_width, gain=3.0),
+        }
+    return weights
+
+
+def _matrix(random: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> Weight:
+    return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
+
+
+def _norm(random: np.random.Generator, width: int) -> Weight:
+    return 1 + 0.1 * random.standard_normal(width, dtype=np.float32)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,21 +6,20 @@ Every tensor goes under its Qwen3-MoE name, in bfloat16; tokenizer, chat templat
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from compose.checkpoint_folder import ModelSizes, qwen3_moe_config, tokenizer_config, write_json
 from compose.demo.dataset import ChatMaker, held_out_accuracy
-from compose.demo.model import DemoModel, DemoSizes
+from compose.demo.model import DemoModel
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
-from compose.demo.tokenizer import END_OF_TEXT, TURN_END, build_tokenizer, token_id, tokenizer_config
+from compose.demo.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, build_tokenizer, token_id
 
 CHATS_PER_TASK = 500
 
@@ -34,9 +33,10 @@ def export(model: DemoModel, tokenizer: Tokenizer, directory: Path, card: str) -
     (directory / "model.safetensors").chmod(0o644)
     tokenizer.save(str(directory / "tokenizer.json"))
     ends = [token_id(tokenizer, token) for token in (TURN_END, END_OF_TEXT)]
-    _write_json(directory / "config.json", model_config(model.sizes, ends[0]))
-    _write_json(directory / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1]})
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(model.sizes.context_tokens))
+    write_json(directory / "config.json", qwen3_moe_config(model.sizes, ends[0]))
+    write_json(directory / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1]})
+    texts = tokenizer_config(model.sizes.context_tokens, TURN_END, END_OF_TEXT, CHAT_TEMPLATE)
+    write_json(directory / "tokenizer_config.json", texts)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -69,47 +69,10 @@ def named_tensors(model: DemoModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def model_config(sizes: DemoSizes, eos_token_id: int) -> dict[str, Any]:
-    """Returns the content of `config.json`. Weights are stored in bfloat16 and computed in float32: they are tiny
-    anyway."""
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "torch_dtype": "float32",
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.width,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_width,
-        "num_experts": sizes.experts,
-        "num_experts_per_tok": sizes.experts_per_token,
-        "moe_intermediate_size": sizes.expert_width,
-        "intermediate_size": sizes.expert_width,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "hidden_act": "silu",
-        "max_position_embeddings": sizes.context_tokens,
-        "rms_norm_eps": sizes.norm_epsilon,
-        "rope_theta": sizes.rope_theta,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "use_cache": True,
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def load_run(run: Path) -> tuple[DemoModel, int]:
     """Returns the model of a training run, rounded to bfloat16 as it will be stored, and the tokens that it saw."""
     state = torch.load(run / "progress.pt", weights_only=True)
-    model = DemoModel(DemoSizes(**state["sizes"]), seed=0)
+    model = DemoModel(ModelSizes(**state["sizes"]), seed=0)
     model.load_state_dict(state["model"])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,7 +117,7 @@ LIMITS = {
 
 
 def model_card(
-    sizes: DemoSizes, num_parameters: int, num_tokens: int, accuracy: Mapping[str, float], chats_per_task: int
+    sizes: ModelSizes, num_parameters: int, num_tokens: int, accuracy: Mapping[str, float], chats_per_task: int
 ) -> str:
     """Markdown. `accuracy` is the share of right answers by task."""
     rows = "\n".join(

@@ -7,29 +7,12 @@ H heads, N_kv key-value heads, W head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-@dataclass(frozen=True, slots=True)
-class DemoSizes:
-    """What decides the number of parameters, and what the mesh has to share out."""
-
-    vocabulary: int
-    layers: int = 5
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 4
-    head_width: int = 32
-    experts: int = 8
-    experts_per_token: int = 2
-    expert_width: int = 128
-    context_tokens: int = 2048
-    rope_theta: float = 10000.0
-    norm_epsilon: float = 1e-6
+from compose.checkpoint_folder import ModelSizes
 
 
 class RmsNorm(nn.Module):
@@ -47,7 +30,7 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Causal attention with normed, rotated queries and keys; all three projections are one matrix."""
 
-    def __init__(self, sizes: DemoSizes) -> None:
+    def __init__(self, sizes: ModelSizes) -> None:
         super().__init__()
         self.sizes = sizes
         self.query_width, self.kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
@@ -76,7 +59,7 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """A gate that picks K of E gated FFNs for each row. Weights of the K are made to sum to 1."""
 
-    def __init__(self, sizes: DemoSizes) -> None:
+    def __init__(self, sizes: ModelSizes) -> None:
         super().__init__()
         self.sizes = sizes
         self.gate = nn.Parameter(torch.empty(sizes.experts, sizes.width))
@@ -104,7 +87,7 @@ class Experts(nn.Module):
 class Layer(nn.Module):
     """Two residual lines."""
 
-    def __init__(self, sizes: DemoSizes) -> None:
+    def __init__(self, sizes: ModelSizes) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(sizes.width, sizes.norm_epsilon)
         self.attention = Attention(sizes)
@@ -125,7 +108,7 @@ class Layer(nn.Module):
 class DemoModel(nn.Module):
     """Token ids in, logits out; `balance_loss` is 1 where every layer uses its experts evenly, and more elsewhere."""
 
-    def __init__(self, sizes: DemoSizes, seed: int) -> None:
+    def __init__(self, sizes: ModelSizes, seed: int) -> None:
         super().__init__()
         self.sizes = sizes
         self.embedding = nn.Parameter(torch.empty(sizes.vocabulary, sizes.width))
@@ -179,7 +162,7 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
     return num_experts * (shares * probabilities.mean(dim=0)).sum()
 
 
-def rotary_table(num_tokens: int, sizes: DemoSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(num_tokens: int, sizes: ModelSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, W], each half of W alike, as Qwen3 rotates."""
     frequencies = sizes.rope_theta ** -(torch.arange(0, sizes.head_width, 2) / sizes.head_width)
     angles = torch.outer(torch.arange(num_tokens).float(), frequencies).repeat(1, 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -66,17 +65,3 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     if number is None:
         raise ValueError(f"{token!r} is no token")
     return int(number)
-
-
-def tokenizer_config(context_tokens: int) -> dict[str, Any]:
-    """Returns the content of `tokenizer_config.json`."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context_tokens,
-        "bos_token": None,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }

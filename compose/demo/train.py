@@ -23,8 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.nn import functional
 
+from compose.checkpoint_folder import ModelSizes
 from compose.demo.dataset import NO_TARGET, Batch, ChatMaker, held_out_accuracy, training_batches
-from compose.demo.model import DemoModel, DemoSizes
+from compose.demo.model import DemoModel
 from compose.demo.optimizer import build_optimizers, scheduled_rate
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
 from compose.demo.tokenizer import build_tokenizer
@@ -48,7 +49,7 @@ class Recipe:
 class Training:
     """Model, optimizers and how far they are; everything here is saved and restored together."""
 
-    def __init__(self, directory: Path, recipe: Recipe, sizes: DemoSizes, maker: ChatMaker) -> None:
+    def __init__(self, directory: Path, recipe: Recipe, sizes: ModelSizes, maker: ChatMaker) -> None:
         self.directory, self.recipe, self.maker = directory, recipe, maker
         self.model = DemoModel(sizes, recipe.seed)
         self.optimizers = build_optimizers(self.model)
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = build_tokenizer(TASKS)
     maker = ChatMaker(tokenizer, TASKS, WEIGHTS)
     recipe = Recipe(parsed.tokens, parsed.tokens_per_batch, parsed.seed)
-    training = Training(parsed.directory, recipe, DemoSizes(vocabulary=tokenizer.get_vocab_size()), maker)
+    training = Training(parsed.directory, recipe, ModelSizes(vocabulary=tokenizer.get_vocab_size()), maker)
     training.restore()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
     with Progress(*columns, TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn()) as bar:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.tiny_checkpoint import TinySizes, write_tiny_checkpoint
+from compose.tiny_checkpoint import TINY, write_tiny_checkpoint
 from tests.support.processes.process_table import is_alive
 from tests.support.processes.waiting import wait_until
 from tests.support.served.fault_runs import asks, metric, pid_of, run_through
@@ -142,9 +142,8 @@ def test_shards_that_only_a_killed_node_held_are_loaded_elsewhere_while_the_step
 
 def test_where_nobody_can_load_them_tokens_go_on_without_if_the_operator_wants_that(tmp_path: Path) -> None:
     model = write_tiny_checkpoint(tmp_path / "tiny")
-    sizes = TinySizes()
-    shard_bytes = 3 * sizes.width * sizes.expert_width * 4
-    num_shards = sizes.layers * sizes.experts
+    shard_bytes = 3 * TINY.width * TINY.expert_width * 4
+    num_shards = TINY.layers * TINY.experts
     settings = {
         "PP": "2",
         "EXPERTS": "2",

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint.model_config import read_model_config
+from compose.checkpoint_folder import ModelSizes
 from compose.demo.export import LIMITS, export, model_card
-from compose.demo.model import DemoModel, DemoSizes
+from compose.demo.model import DemoModel
 from compose.demo.routing_report import most_telling_layer
 from compose.demo.tasks.catalog import TASKS
 from compose.demo.tokenizer import build_tokenizer
@@ -20,7 +21,7 @@ TOKENIZER = build_tokenizer(TASKS)
 
 
 def model_and_checkpoint(directory: Path, kv_heads: int) -> DemoModel:
-    sizes = DemoSizes(
+    sizes = ModelSizes(
         vocabulary=TOKENIZER.get_vocab_size(),
         layers=2,
         width=32,
@@ -74,7 +75,7 @@ def test_the_chat_template_writes_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_the_model_card_names_every_task() -> None:
-    card = model_card(DemoSizes(vocabulary=1), 1, 1, {task.name: 0.5 for task in TASKS}, 10)
+    card = model_card(ModelSizes(vocabulary=1), 1, 1, {task.name: 0.5 for task in TASKS}, 10)
     assert list(LIMITS) == [task.name for task in TASKS]
     assert all(f"| {task.name} |" in card for task in TASKS)
 

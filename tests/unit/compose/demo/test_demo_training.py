@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.progress import Progress, TextColumn
 
+from compose.checkpoint_folder import ModelSizes
 from compose.demo.dataset import NO_TARGET, ChatMaker, training_batches
 from compose.demo.held_out import Split
-from compose.demo.model import DemoSizes, balance_loss
+from compose.demo.model import balance_loss
 from compose.demo.optimizer import orthogonalise, scheduled_rate
 from compose.demo.tasks.catalog import TASKS, WEIGHTS
 from compose.demo.tokenizer import build_tokenizer
@@ -19,7 +20,7 @@ from compose.demo.train import Recipe, Training
 
 TOKENIZER = build_tokenizer(TASKS)
 MAKER = ChatMaker(TOKENIZER, TASKS, WEIGHTS)
-SIZES = DemoSizes(
+SIZES = ModelSizes(
     vocabulary=TOKENIZER.get_vocab_size(), layers=2, width=32, heads=2, kv_heads=1, head_width=16, expert_width=32
 )
 
