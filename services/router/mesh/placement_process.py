@@ -26,7 +26,7 @@ LENGTH: Final = struct.Struct("<Q")
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Until the requests end."""
+    """Answers until the requests end."""
     while len(head := requests.read(LENGTH.size)) == LENGTH.size:
         request = decode_request(requests.read(LENGTH.unpack(head)[0]))
         answers.write(encode_answer(answer_request(request)))

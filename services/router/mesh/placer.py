@@ -32,28 +32,13 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 class Placer(Protocol):
-    """Takes a request, has its answer some time later."""
+    """It is given a request, and has its answer some time later."""
 
     def begin(self, request: PlacementRequest) -> None:
-        """Compute this next; does not wait."""
+        """Computes this next, and does not wait for it."""
 
     def pop_answer(self) -> PlacementAnswer | None:
         """Returns an answer that is there; None: none yet."""
-
-
-class InlinePlacer:
-    """Computes at once, in the thread that asks."""
-
-    def __init__(self) -> None:
-        self._answers: deque[PlacementAnswer] = deque()
-
-    def begin(self, request: PlacementRequest) -> None:
-        """See Placer."""
-        self._answers.append(answer_request(request))
-
-    def pop_answer(self) -> PlacementAnswer | None:
-        """See Placer."""
-        return self._answers.popleft() if self._answers else None
 
 
 class ProcessPlacer:
@@ -82,11 +67,11 @@ class ProcessPlacer:
         self._thread = threading.Thread(target=self._run, name="placer", daemon=True)
 
     def start(self) -> None:
-        """Start the process already, so that the first request need not wait for it."""
+        """Starts the process already, so that the first request need not wait for it."""
         self._thread.start()
 
     def close(self) -> None:
-        """End the process; what it was computing is lost."""
+        """Ends the process; what it was computing is lost."""
         self._is_closing = True
         self._requests.put(None)
         if (process := self._process) is not None:
@@ -177,7 +162,7 @@ class ProcessPatience:
         self._still_s = 0.0
 
     def wait(self, descriptor: int, event: int) -> None:
-        """Until it is ready. Raises TimeoutError."""
+        """Waits until it is ready. Raises TimeoutError."""
         poller = select.poll()  # select() takes no descriptor above 1,023
         poller.register(descriptor, event)
         while not poller.poll(LOOK_S * 1000):

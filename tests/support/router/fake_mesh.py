@@ -34,11 +34,12 @@ from common.topology import CheckpointPart, NodeDescription, NodeKind
 from common.wire.array import array_to_frame, frame_to_array
 from common.wire.transport import LinkEvent
 from services.router.control.experts.expert_roles import ExpertRoles
+from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
 from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
-from services.router.mesh.placer import InlinePlacer, Placer
+from services.router.mesh.placer import Placer
 from services.router.mesh.steps import StepFlow
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -108,6 +109,19 @@ def result_of(sampled: list[tuple[int, int]]) -> StepResult:
         array_to_frame(np.zeros((count, 0), dtype=np.int32)),
         array_to_frame(np.zeros((count, 0), dtype=np.float32)),
     )
+
+
+class InlinePlacer:
+    """Computes at once, in the thread that asks."""
+
+    def __init__(self) -> None:
+        self._answers: deque[PlacementAnswer] = deque()
+
+    def begin(self, request: PlacementRequest) -> None:
+        self._answers.append(answer_request(request))
+
+    def pop_answer(self) -> PlacementAnswer | None:
+        return self._answers.popleft() if self._answers else None
 
 
 class FakeClient:
