@@ -11,7 +11,7 @@ from common.messages import ExpertHeartbeat, Heartbeat, StageHeartbeat
 from common.topology import CheckpointPart, NodeDescription, NodeKind, StageSlot
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, NodeState
-from services.router.control.readiness import NOTHING_MISSING, MeshEvidence, PipelineEvidence, ProgressWatch, Redundancy
+from services.router.control.readiness import NOTHING_MISSING, MeshEvidence, ProgressWatch, Redundancy
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import Readiness
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
@@ -144,17 +144,9 @@ def mesh_evidence(
     return MeshEvidence(
         nodes={node_id: progress.evidence(node_id, state) for node_id, state in membership.living().items()},
         pipelines=tuple(
-            PipelineEvidence(
-                pipeline=seen.pipeline,
-                holders=holders[seen.pipeline],
-                step=seen.awaited_step,
-                token=seen.awaited_token,
-                canary_sent_s=seen.canary_sent_s,
-                last_work_s=seen.last_work_s,
-                has_answered=seen.has_answered,
-            )
+            replace(seen.evidence, holders=holders[seen.evidence.pipeline])
             for seen in scheduler.pipelines
-            if seen.pipeline in holders
+            if seen.evidence.pipeline in holders
         ),
         stages_detail=stages.detail,
         is_served=experts.is_served,

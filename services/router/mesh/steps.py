@@ -23,7 +23,7 @@ from services.router.mesh.status import HopTotals
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
 from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
-from services.router.scheduling.step_plan import RequestFailure, TokenOutput
+from services.router.scheduling.step_plan import TokenOutput
 
 
 class Sink(Protocol):
@@ -109,7 +109,7 @@ class StepFlow:
         for request_id, sequence_id in self.scheduler.pop_placements():
             self._note_placement(request_id, sequence_id)
         broken = self._send_waiting(now_s)
-        self.report(self.scheduler.pop_failures())
+        self._report_failures()
         given_up = self.scheduler.pop_renewals()
         for pipeline in given_up:
             self._drop_steps(pipeline)
@@ -201,8 +201,9 @@ class StepFlow:
             for step in late
         ]
 
-    def report(self, failures: list[RequestFailure]) -> None:
-        """Tell the clients of requests that end here."""
+    def _report_failures(self) -> None:
+        """Tells the clients of requests that end here."""
+        failures = self.scheduler.pop_failures()
         for failure in failures:
             if failure.cause is not None:
                 self._log.error("request_broke", request=failure.request_id, exc_info=failure.cause)
@@ -220,5 +221,6 @@ class StepFlow:
         plan = step.plan
         self._log.error("step_failed", step=plan.step, pipeline=plan.pipeline, code=error.code, reason=str(error))
         culprits = unsendable_sequences(plan) if step.sent_s is None else {}
-        self.report(self.scheduler.fail_step(plan.step, error, now_s, culprits))
+        self.scheduler.fail_step(plan.step, error, now_s, culprits)
+        self._report_failures()
         return plan.pipeline

@@ -16,20 +16,55 @@ UNANSWERED_S = 1.5
 """Silence that is never remarkable: a busy machine is late by so much."""
 SLOW_FACTOR = 4.0
 """Where things are slow: so many times the usual."""
+LATEST_STEPS = 128
+"""Of any size, for their 99th percentile."""
 RECENT_STEPS = 16
 """Of one size; their median is not moved by a few stalls."""
 RECENT_GAPS = 8
 
 
-class StepPace:
-    """Seconds that answered steps took, by size: bucket b has steps of [2^(b-1), 2^b) tokens."""
+class PipelinePace:
+    """When steps of one pipeline were answered, and how long those with work took."""
 
     def __init__(self) -> None:
+        self.has_answered = False
+        """Says whether a step has come back since it opened: its links stand, from the router through all stages."""
+        self.last_work_s = 0.0
+        """When a step that was no canary was last answered; at first, when the pipeline opened."""
+        self.last_success_s = 0.0
+        """When work was last answered, in whatever generation; steps that failed were not."""
+        self._last_answer_s = 0.0
+        self._latest_s: deque[float] = deque(maxlen=LATEST_STEPS)
         self._buckets: dict[int, deque[float]] = {}
+        """Seconds by size: bucket b has steps of [2^(b-1), 2^b) tokens."""
 
-    def note(self, num_tokens: int, seconds: float) -> None:
-        """A step was answered."""
-        self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(seconds)
+    def opened(self, now_s: float) -> None:
+        """A generation begins, with links of its own."""
+        self.has_answered = False
+        self._last_answer_s = self.last_work_s = now_s
+
+    def answered(self, now_s: float, *, has_failed: bool, is_canary: bool) -> None:
+        """A step has come back, or it is known that it has failed."""
+        self.has_answered |= not has_failed
+        self._last_answer_s = now_s
+        if not is_canary:
+            self.last_work_s = now_s
+
+    def measured(self, num_tokens: int, planned_s: float, now_s: float) -> None:
+        """A step with work has come back."""
+        self.last_success_s = now_s
+        self._latest_s.append(now_s - planned_s)
+        self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(now_s - planned_s)
+
+    def is_quiet(self, now_s: float, interval_s: float) -> bool:
+        """Returns whether nothing was answered for so long, or since it opened."""
+        return not self.has_answered or now_s - self._last_answer_s >= interval_s
+
+    @property
+    def p99_s(self) -> float:
+        """Returns what nearly all of the latest steps stayed below; 0.0 while there are none."""
+        ascending_s = sorted(self._latest_s)
+        return ascending_s[int(0.99 * (len(ascending_s) - 1))] if ascending_s else 0.0
 
     def usual_s(self, num_tokens: int) -> float | None:
         """Returns the median of steps of this size; None: nothing has been measured.

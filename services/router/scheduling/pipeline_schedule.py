@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.ids import Generation, PipelineId, SequenceId, StepId
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
-from services.router.scheduling.pace import StepPace
+from services.router.scheduling.pace import PipelinePace
 from services.router.scheduling.pipeline_selection import PipelineLoad
 from services.router.scheduling.request import Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
@@ -75,16 +74,7 @@ class PipelineSchedule:
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
         self._blame = blame
-        self._step_durations_s: deque[float] = deque(maxlen=128)
-        self.pace = StepPace()
-        self.has_answered = False
-        """A step has come back: all links from the router through the stages and back stand."""
-        self.last_answer_s = 0.0
-        """When a step was last answered; at first, when the pipeline opened."""
-        self.last_work_s = 0.0
-        """The same, but for canaries."""
-        self.last_success_s = 0.0
-        """When work was last answered, whatever generation it was; steps that failed were not."""
+        self.pace = PipelinePace()
 
     # Taking requests in
 
@@ -108,53 +98,55 @@ class PipelineSchedule:
         ordinary = [] if replays and not self._has_just_replayed else self._candidates()
         # Those that have all of their cache go on between the replays of the others.
         self._has_just_replayed = bool(replays) and not ordinary
-        chunks: list[ScheduledChunk] = []
-        requests: list[Request] = []
+        chunks: dict[Request, ScheduledChunk] = {}
         for request, num_tokens in ordinary or replays:
             if request in preempted or self._blame.has(request):
                 continue  # it gave its blocks to an older one a moment ago; its owner has not put it back in line yet
             with self._blame.handling(request):
                 if self._has_just_replayed:
-                    chunk: ScheduledChunk | None = self._replay_chunk(request, num_tokens)
+                    chunk: ScheduledChunk | None = self._chunk(request, request.replay_position, num_tokens)
                 else:
                     chunk = self._plan_chunk(request, num_tokens, preempted)
                 if chunk is not None:
-                    chunks.append(chunk)
-                    requests.append(request)
+                    chunks[request] = chunk
                     request.step = step
                     request.pace.planned(now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
+        computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
+        return self._plan(step, now_s, chunks, computing_slots), preempted
+
+    def is_canary_due(self, now_s: float) -> bool:
+        """Returns whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
+        return not self.in_flight and self.pace.is_quiet(now_s, self._settings.canary_interval_s)
+
+    def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
+        """Plans a step that carries nothing: its answer shows that every stage still passes steps on."""
+        return self._plan(step, now_s, {}, is_canary=True)
+
+    def _plan(
+        self,
+        step: StepId,
+        now_s: float,
+        chunks: Mapping[Request, ScheduledChunk],
+        computing_slots: tuple[int, ...] = (),
+        *,
+        is_canary: bool = False,
+    ) -> StepPlan:
+        """Makes a step, which is in flight from now on: behind the one before it, with the releases that are held."""
         plan = StepPlan(
             step,
             self.pipeline,
             self.generation,
-            tuple(chunks),
+            tuple(chunks.values()),
             tuple(self.held_releases),
-            self.replay_slots if chunks and self._has_just_replayed else (),
-            self._link(step),
+            computing_slots,
+            self._last_planned,
         )
+        self._last_planned = step
         self.held_releases.clear()
-        self.in_flight[step] = StepInFlight(plan, tuple(requests), now_s)
-        return plan, preempted
-
-    def is_canary_due(self, now_s: float) -> bool:
-        """Returns whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
-        is_due = not self.has_answered or now_s - self.last_answer_s >= self._settings.canary_interval_s
-        return is_due and not self.in_flight
-
-    def plan_canary(self, step: StepId, now_s: float) -> StepPlan:
-        """Plans a step that carries nothing: its answer shows that every stage still passes steps on."""
-        released, previous = tuple(self.held_releases), self._link(step)
-        plan = StepPlan(step, self.pipeline, self.generation, (), released, previous_step=previous)
-        self.held_releases.clear()
-        self.in_flight[step] = StepInFlight(plan, (), now_s, is_canary=True)
+        self.in_flight[step] = StepInFlight(plan, tuple(chunks), now_s, is_canary)
         return plan
-
-    def _link(self, step: StepId) -> int:
-        """Returns the step planned before this one, which becomes the newest of this generation's chain."""
-        previous, self._last_planned = self._last_planned, step
-        return previous
 
     def _candidates(self) -> list[tuple[Request, int]]:
         """Returns who is to be in the next step with how many tokens, by arrival.
@@ -214,10 +206,7 @@ class PipelineSchedule:
                 num_tokens_left -= num_tokens
         return _isolated(picked)
 
-    def _replay_chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
-        return self._chunk(request, request.replay_position, num_tokens, samples=False)
-
-    def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool) -> ScheduledChunk:
+    def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool = False) -> ScheduledChunk:
         """Makes a chunk of the tokens from `start` on, with the part of the block table that the stages do not know
         yet."""
         assert request.sequence_id is not None, "a running request has a sequence id"
@@ -252,14 +241,9 @@ class PipelineSchedule:
         """The step, which is in flight here, is over: its requests are free for another."""
         in_flight = self.in_flight.pop(step)
         self.last_step = max(self.last_step, step)
-        self.last_answer_s = now_s
-        self.has_answered |= not has_failed
-        if not in_flight.is_canary:
-            self.last_work_s = now_s
+        self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
         if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
-            self.last_success_s = now_s
-            self._step_durations_s.append(now_s - in_flight.planned_s)
-            self.pace.note(in_flight.plan.num_tokens, now_s - in_flight.planned_s)
+            self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request)
@@ -293,7 +277,7 @@ class PipelineSchedule:
             request.num_recoveries += 1
             request.pace.is_disturbed = True
 
-    def resume(self, generation: Generation, kv_marks: Sequence[int]) -> None:
+    def resume(self, generation: Generation, kv_marks: Sequence[int], now_s: float) -> None:
         """A new generation. `kv_marks`: by slot, up to which step its holder's cache is good.
 
         Whose cache is not whole on every slot is replayed from where the worst of them ends.
@@ -309,7 +293,7 @@ class PipelineSchedule:
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
         self._last_planned = 0
-        self.has_answered = False  # a generation has links of its own
+        self.pace.opened(now_s)
 
     def _covered(self, request: Request, slot: int, mark: int) -> int:
         """Counts positions of a request that a slot's holder has."""
@@ -357,7 +341,6 @@ class PipelineSchedule:
 
     def load(self) -> PipelineLoad:
         """Returns what the choice of a pipeline looks at."""
-        durations_s = sorted(self._step_durations_s)
         return PipelineLoad(
             pipeline=self.pipeline,
             num_running=len(self.running),
@@ -365,7 +348,7 @@ class PipelineSchedule:
             num_queued_tokens=sum(other.num_remaining_tokens for other in self.running if not other.is_decoding),
             num_used_blocks=self.allocator.num_blocks - self.allocator.num_free,
             num_blocks=self.allocator.num_blocks,
-            p99_step_s=durations_s[int(0.99 * (len(durations_s) - 1))] if durations_s else 0.0,
+            p99_step_s=self.pace.p99_s,
         )
 
     def check_invariants(self) -> None:

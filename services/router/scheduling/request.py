@@ -69,7 +69,6 @@ class Request:
     """Of a request that a router before this one ran: stages may have its cache under this number."""
     num_failed_steps: int = 0
     """Failed steps since its last new token."""
-    num_preemptions: int = 0
     num_recoveries: int = 0
     """Times that a loss of nodes interrupted it."""
     num_replayed_tokens: int = 0
@@ -250,10 +249,30 @@ class Blame:
         self._handled: list[Request] = []
         """Innermost last: one may be handled for the sake of another, who needs its blocks."""
 
-    def handling(self, request: Request) -> Handling:
-        """Returns a context in which an exception is kept with the request and goes no further. What ends the process
-        is passed on, and the request stays the one that was attended to."""
-        return Handling(self, request)
+    def handling(self, request: Request) -> Blame:
+        """Begins the turn of a request, for the `with` statement that this is called in. An exception is kept with the
+        request and goes no further. What ends the process is passed on, and the request stays the one that was attended
+        to."""
+        self._handled.append(request)
+        self.attend(request.request_id)
+        return self
+
+    # Not a generator, which would cost more than what it guards.
+
+    def __enter__(self) -> None:
+        """The turn has begun in `handling`."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Ends the turn. Returns whether the error is dealt with."""
+        if error is not None and not isinstance(error, Exception):
+            return False
+        request = self._handled.pop()
+        self.attend(self._handled[-1].request_id if self._handled else "")
+        if error is not None:
+            self._broken.setdefault(request, error)
+        return True
 
     def has(self, request: Request) -> bool:
         """Returns whether its handling raised: its owner ends it in a moment, and nothing more is to be done for it."""
@@ -263,38 +282,6 @@ class Blame:
         """Returns requests whose handling raised since the last call, with the first that each of them raised."""
         broken, self._broken = self._broken, {}
         return list(broken.items())
-
-    def begin(self, request: Request) -> None:
-        """It is its turn."""
-        self._handled.append(request)
-        self.attend(request.request_id)
-
-    def end(self, request: Request, error: BaseException | None) -> bool:
-        """Its turn is over. Returns whether the error is dealt with."""
-        if error is not None and not isinstance(error, Exception):
-            return False
-        self._handled.pop()
-        self.attend(self._handled[-1].request_id if self._handled else "")
-        if error is not None:
-            self._broken.setdefault(request, error)
-        return True
-
-
-class Handling:
-    """See `Blame.handling`. A class, since a generator would cost more than what it guards."""
-
-    __slots__ = ("_blame", "_request")
-
-    def __init__(self, blame: Blame, request: Request) -> None:
-        self._blame, self._request = blame, request
-
-    def __enter__(self) -> None:
-        self._blame.begin(self._request)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        return self._blame.end(self._request, error)
 
 
 def count_tokens(prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]) -> bytes:

@@ -21,7 +21,6 @@ from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, Line, lateness
 from services.router.scheduling.pipeline_schedule import (
-    PipelineSchedule,
     PipelineSchedules,
     StepInFlight,
     adopt_held,
@@ -80,7 +79,6 @@ class Scheduler:
                 largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
                 completions_per_s=self._completion_rate.per_s(now_s),
             )
-            self.counters.requests_admitted += 1
         admitted = Request(
             request,
             arrival=self._line.enter(request),
@@ -138,8 +136,7 @@ class Scheduler:
             kv_marks = adopted_marks(held, kv_marks, adopted_step)
             self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
             self.counters.requests_adopted += len(adopted)
-        schedule.resume(generation, kv_marks)
-        schedule.last_answer_s = schedule.last_work_s = now_s
+        schedule.resume(generation, kv_marks, now_s)
         self._selection.note_opening(pipeline, now_s)
         self._end_broken(now_s)
 
@@ -182,7 +179,6 @@ class Scheduler:
         while True:
             plan, preempted = self._schedules.open[pipeline].plan_step(self._next_step, now_s)
             for request in preempted:
-                request.num_preemptions += 1
                 self.counters.preemptions += 1
                 self._waiting.requeue(request, now_s)
             if plan is None:
@@ -226,7 +222,7 @@ class Scheduler:
                     error = ExecutionError(
                         f"pipeline {request.pipeline} answered step {step} without a token for {request.request_id}"
                     )
-                    self._failures.extend(self._retry(request, error, now_s))
+                    self._retry(request, error, now_s)
                 elif in_flight.plan.computing_slots:
                     request.note_replayed(step, len(chunk.token_ids), now_s)
                     self.counters.tokens_replayed += len(chunk.token_ids)
@@ -253,30 +249,28 @@ class Scheduler:
         error: MoemeshError,
         now_s: float,
         culprits: Mapping[SequenceId, Exception] = MappingProxyType({}),
-    ) -> list[RequestFailure]:
-        """A stage could not do it. Its requests are recomputed; returns those that have failed too often for that.
+    ) -> None:
+        """A stage could not do it. Its requests are recomputed; those that have failed too often for that end.
 
         `culprits`: sequences that are known to have made it fail, with what they raised; their requests end here.
         """
         in_flight = self._schedules.land(step, now_s, has_failed=True)
         if in_flight is None:
             self.counters.dropped_results += 1
-            return []
+            return
         self.counters.failed_steps += 1
         # Not every stage may have been told; one that has does nothing the second time.
         self._schedules.of(in_flight.plan.pipeline).held_releases.extend(in_flight.plan.released)
-        failures: list[RequestFailure] = []
         for request in in_flight.requests:
             if request.state is RequestState.RUNNING and not self._blame.has(request):
                 with self._blame.handling(request):
                     if request.sequence_id is not None and request.sequence_id in culprits:
                         raise culprits[request.sequence_id]
-                    failures.extend(self._retry(request, error, now_s))
+                    self._retry(request, error, now_s)
         self._end_broken(now_s)
-        return failures
 
     def pop_failures(self) -> list[RequestFailure]:
-        """Returns who failed outside `fail_step` since the last call: time was up, or a token was missing."""
+        """Returns who failed since the last call."""
         failures, self._failures = self._failures, []
         return failures
 
@@ -320,9 +314,21 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
-        check_scheduler(
-            list(self._requests.values()), self._waiting.requests, self._schedules.all, self._admission.reserved_tokens
-        )
+        waiting = self._waiting.requests
+        placed = list(waiting)
+        for schedule in self._schedules.all:
+            schedule.check_invariants()
+            placed += schedule.running
+        assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
+        assert {id(request) for request in placed} == set(map(id, self._requests.values())), "a request is lost"
+        for request in waiting:
+            assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
+            assert not request.block_table, f"{request.request_id} waits and holds blocks"
+            assert request.step is None, f"{request.request_id} waits and is in flight"
+        arrivals = [request.arrival for request in waiting]
+        assert arrivals == sorted(arrivals), "the line is out of order"
+        num_reserved = sum(request.max_num_tokens for request in placed)
+        assert self._admission.reserved_tokens == num_reserved, "reserved tokens do not add up"
 
     # Inside
 
@@ -334,26 +340,25 @@ class Scheduler:
                 with self._blame.handling(request):
                     age_s, pools = now_s - request.arrived_s, self._schedules.pool_sizes
                     error = lateness(request.generation_request, age_s, pools, self.settings.block_tokens)
-                    self._failures.append(self._fail(request, error))
+                    self._fail(request, error)
 
-    def _retry(self, request: Request, error: MoemeshError, now_s: float) -> list[RequestFailure]:
-        """Do the step again; at the next failure recompute the request; fail it once it has had its share."""
+    def _retry(self, request: Request, error: MoemeshError, now_s: float) -> None:
+        """Does the step again; at the next failure recomputes the request; fails it once it has had its share."""
         request.num_failed_steps += 1
         if request.num_failed_steps > self.settings.max_failed_steps:
-            return [self._fail(request, error)]
-        if request.num_failed_steps == 1:
+            self._fail(request, error)
+        elif request.num_failed_steps == 1:
             request.tell_anew()
-            return []
-        self._withdraw(request)
-        self._waiting.requeue(request, now_s)
-        return []
+        else:
+            self._withdraw(request)
+            self._waiting.requeue(request, now_s)
 
-    def _fail(self, request: Request, error: MoemeshError) -> RequestFailure:
+    def _fail(self, request: Request, error: MoemeshError) -> None:
         self._withdraw(request)
         request.fail()
         self._forget(request)
         self.counters.requests_failed += 1
-        return RequestFailure(request.request_id, error)
+        self._failures.append(RequestFailure(request.request_id, error))
 
     def _withdraw(self, request: Request) -> None:
         """Out of the line or off its pipeline."""
@@ -454,25 +459,3 @@ def is_late(
         return False
     # What it had waited for its turn before is no part of the outage.
     return now_s - max(request.queued_s, none_open_since_s) > settings.max_outage_s
-
-
-def check_scheduler(
-    requests: Sequence[Request],
-    waiting: Sequence[Request],
-    schedules: Sequence[PipelineSchedule],
-    reserved_tokens: int,
-) -> None:
-    """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
-    placed = list(waiting)
-    for schedule in schedules:
-        schedule.check_invariants()
-        placed += schedule.running
-    assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
-    assert {id(request) for request in placed} == set(map(id, requests)), "a request is lost"
-    for request in waiting:
-        assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
-        assert not request.block_table, f"{request.request_id} waits and holds blocks"
-        assert request.step is None, f"{request.request_id} waits and is in flight"
-    arrivals = [request.arrival for request in waiting]
-    assert arrivals == sorted(arrivals), "the line is out of order"
-    assert reserved_tokens == sum(request.max_num_tokens for request in placed), "reserved tokens do not add up"

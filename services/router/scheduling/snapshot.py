@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
-from common.ids import Generation, PipelineId
-from services.router.control.readiness import Awaited
+from services.router.control.readiness import PipelineEvidence
 from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.pipeline_selection import PipelineLoad
@@ -38,7 +37,6 @@ class WaitTimes:
 class SchedulerCounters:
     """Since the start; each only grows."""
 
-    requests_admitted: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
@@ -66,21 +64,16 @@ class SchedulerCounters:
 class PipelineSnapshot:
     """One open pipeline, for metrics and the status page."""
 
-    pipeline: PipelineId
-    generation: Generation
+    evidence: PipelineEvidence
+    """What is judged of it, without its holders: roles know those."""
     load: PipelineLoad
-    num_free_blocks: int
     num_steps_in_flight: int
-    canary_sent_s: float | None
-    """When the longest unanswered canary was sent; None if none is in flight."""
-    last_work_s: float
-    """When a step that was no canary was last answered, or when the pipeline opened."""
-    has_answered: bool
-    """Whether any step has come back since it opened for the first time: its links stand."""
-    awaited_step: Awaited | None
-    """Of the steps with work that are unanswered, the one that is overdue first."""
-    awaited_token: Awaited | None
-    """Of the running requests, the one whose next token or part of a prompt is overdue first."""
+    """Steps that are not canaries."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Counts blocks that no sequence holds."""
+        return self.load.num_blocks - self.load.num_used_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +91,21 @@ class SchedulerSnapshot:
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
     """Returns what there is to see of it now."""
-    in_flight, usual_s = schedule.in_flight.values(), _usual_step_s(schedule)
-    return PipelineSnapshot(
+    usual_s = _usual_step_s(schedule)
+    canaries = [step for step in schedule.in_flight.values() if step.is_canary]
+    steps = [step for step in schedule.in_flight.values() if not step.is_canary]
+    evidence = PipelineEvidence(
         pipeline=schedule.pipeline,
-        generation=schedule.generation,
-        load=schedule.load(),
-        num_free_blocks=schedule.allocator.num_free,
-        num_steps_in_flight=sum(not step.is_canary for step in in_flight),
-        canary_sent_s=min((step.planned_s for step in in_flight if step.is_canary), default=None),
-        last_work_s=schedule.last_work_s,
-        has_answered=schedule.has_answered,
-        awaited_step=most_overdue([awaited(step.planned_s, usual_s) for step in in_flight if not step.is_canary]),
-        awaited_token=most_overdue(
+        holders=(),
+        step=most_overdue([awaited(step.planned_s, usual_s) for step in steps]),
+        token=most_overdue(
             [awaited(_waits_since_s(request, schedule), request.pace.usual_s, usual_s) for request in schedule.running]
         ),
+        canary_sent_s=min((step.planned_s for step in canaries), default=None),
+        last_work_s=schedule.pace.last_work_s,
+        has_answered=schedule.pace.has_answered,
     )
+    return PipelineSnapshot(evidence, schedule.load(), len(steps))
 
 
 def _usual_step_s(schedule: PipelineSchedule) -> float | None:
@@ -128,4 +121,4 @@ def _waits_since_s(request: Request, schedule: PipelineSchedule) -> float:
         return pace.due_since_s
     if request.is_decoding and not request.is_replaying:
         return pace.progressed_s  # it is part of every round
-    return max(pace.progressed_s, schedule.last_success_s)  # its turn comes when others get on
+    return max(pace.progressed_s, schedule.pace.last_success_s)  # its turn comes when others get on

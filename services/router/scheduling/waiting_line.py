@@ -94,7 +94,6 @@ class WaitingLine:
             for victim in victims:
                 with self._blame.handling(victim):
                     schedule.withdraw(victim)
-                    victim.num_preemptions += 1
                     self._counters.preemptions += 1
                     self.requeue(victim, now_s)
             if victims and has_room(schedule, request):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from common.errors import DeadlineError
 from common.ids import Generation
 from services.router.control.readiness import Awaited
-from services.router.scheduling.pace import SLOW_FACTOR, UNANSWERED_S, RequestPace, StepPace, awaited
+from services.router.scheduling.pace import SLOW_FACTOR, UNANSWERED_S, PipelinePace, RequestPace, awaited
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
 from tests.support.router.scheduling import P0, add, complete, is_idle, make_scheduler, only_plan
@@ -18,7 +18,7 @@ LATE = DeadlineError("pipeline 0 did not answer a step in time")
 
 
 def token_of(scheduler: Scheduler) -> Awaited | None:
-    return scheduler.snapshot().pipelines[0].awaited_token
+    return scheduler.snapshot().pipelines[0].evidence.token
 
 
 def fail(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
@@ -54,8 +54,8 @@ def test_steps_that_failed_by_their_deadline_are_no_measure_of_how_long_steps_ta
     assert pipeline.load.p99_step_s == pytest.approx(0.05)
     only_plan(scheduler, now_s)
     (pipeline,) = scheduler.snapshot().pipelines
-    assert pipeline.awaited_step is not None
-    assert pipeline.awaited_step.explained_s == UNANSWERED_S
+    assert pipeline.evidence.step is not None
+    assert pipeline.evidence.step.explained_s == UNANSWERED_S
     assert not is_silence_explained(scheduler, now_s + 2.0)
 
 
@@ -123,14 +123,14 @@ def test_before_anything_is_measured_nothing_is_known_of_the_pace() -> None:
 
 
 def test_a_step_of_a_size_that_was_never_seen_may_take_as_many_times_as_long_as_it_is_larger() -> None:
-    pace = StepPace()
+    pace = PipelinePace()
     assert pace.usual_s(512) is None
     for seconds in (0.1, 0.1, 5.0):
-        pace.note(16, seconds)
+        pace.measured(16, 0.0, seconds)
     assert pace.usual_s(20) == 0.1
     assert pace.usual_s(512) == pytest.approx(3.2)
     assert pace.usual_s(1) == 0.1
-    pace.note(512, 0.8)
+    pace.measured(512, 0.0, 0.8)
     assert pace.usual_s(512) == 0.8
 
 

@@ -191,8 +191,7 @@ def test_a_step_that_fits_no_message_costs_the_request_that_does_not_fit() -> No
     add(scheduler, "a", "b", "c")
     plan = only_plan(scheduler)
     culprit = plan.chunks[1].sequence_id
-    failures = scheduler.fail_step(plan.step, ExecutionError("no"), 0.0, {culprit: OverflowError("too large")})
-    assert failures == []
+    scheduler.fail_step(plan.step, ExecutionError("no"), 0.0, {culprit: OverflowError("too large")})
     (failure,) = scheduler.pop_failures()
     assert failure.request_id == "b"
     seen = set()

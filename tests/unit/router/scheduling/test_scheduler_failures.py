@@ -32,11 +32,13 @@ def test_failed_step_is_done_again_and_after_a_second_failure_all_is_recomputed(
     add(scheduler, "a")
     complete(scheduler, only_plan(scheduler), token_id=5)
     failed = only_plan(scheduler)
-    assert scheduler.fail_step(failed.step, ExecutionError("x"), 0.0) == []
+    scheduler.fail_step(failed.step, ExecutionError("x"), 0.0)
+    assert scheduler.pop_failures() == []
     plan = only_plan(scheduler)
     assert lengths_in(plan) == [1]
     assert plan.chunks[0].block_offset == 0, "nobody knows which blocks the stages were told"
-    assert scheduler.fail_step(plan.step, ExecutionError("x"), 0.0) == []
+    scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
+    assert scheduler.pop_failures() == []
     plan = only_plan(scheduler)
     assert lengths_in(plan) == [5]
     assert plan.released == (failed.chunks[0].sequence_id,)
@@ -49,8 +51,8 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
     error = ExecutionError("poisoned")
     for attempt in range(4):
         plan = only_plan(scheduler)
-        failures = scheduler.fail_step(plan.step, error, 0.0)
-        assert [failure.error for failure in failures] == ([error] if attempt == 3 else [])
+        scheduler.fail_step(plan.step, error, 0.0)
+        assert [failure.error for failure in scheduler.pop_failures()] == ([error] if attempt == 3 else [])
     assert is_idle(scheduler)
     assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
 
@@ -86,9 +88,8 @@ def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
             break
         plan = only_plan(scheduler)
         if "b" in names_in(plan):
-            error = ExecutionError("poisoned")
-            failures = scheduler.fail_step(plan.step, error, 0.0)
-            ended += [f"{failure.request_id} failed" for failure in failures]
+            scheduler.fail_step(plan.step, ExecutionError("poisoned"), 0.0)
+            ended += [f"{failure.request_id} failed" for failure in scheduler.pop_failures()]
         else:
             outputs = complete(scheduler, plan)
             ended += [f"{output.request_id} finished" for output in outputs if output.token.finish_reason]
@@ -101,7 +102,8 @@ def test_new_token_forgives_failed_steps() -> None:
     for _ in range(3):
         for _ in range(3):
             plan = only_plan(scheduler)
-            assert not scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
+            scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
+            assert not scheduler.pop_failures()
         complete(scheduler, only_plan(scheduler))
 
 

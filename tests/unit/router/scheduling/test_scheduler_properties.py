@@ -175,7 +175,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         plan = self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1)))
         error = ExecutionError("simulated")
-        self.count_failures(self.scheduler.fail_step(plan.step, error, self.now_s))
+        self.scheduler.fail_step(plan.step, error, self.now_s)
+        self.count_failures(self.scheduler.pop_failures())
 
     @precondition(lambda self: self.stale)
     @rule(data=st.data())
@@ -277,7 +278,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.finish_reasons[request_id] == (FinishReason.STOP if stopped else FinishReason.LENGTH)
         for pipeline in self.scheduler.snapshot().pipelines:
             assert pipeline.num_free_blocks == pipeline.load.num_blocks
-            assert self.stages[pipeline.pipeline].num_known_sequences <= self.settings.max_held_releases
+            assert self.stages[pipeline.load.pipeline].num_known_sequences <= self.settings.max_held_releases
         assert self.scheduler.snapshot().reserved_tokens == 0
 
 
