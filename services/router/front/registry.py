@@ -11,10 +11,10 @@ left, until somebody asks for it or, if it has not ended, until it is its turn t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 import structlog
 
@@ -28,11 +28,10 @@ from common.errors import (
     UnknownRequestError,
 )
 from services.router.engine import Engine
-from services.router.front.intake import RequestIntake
 from services.router.front.kept_bounds import KeptBounds
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import PlannedRequest, ReplyIdentity
+from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner
 from services.router.front.settings import FrontSettings
 from services.router.journal.records import (
     AcceptedRequest,
@@ -166,17 +165,16 @@ class RequestRegistry:
         self,
         engine: Engine,
         journal: RequestJournal,
-        intake: RequestIntake,
+        planner: RequestPlanner,
         metrics: FrontMetrics,
         *,
         settings: FrontSettings,
-        clock: Callable[[], float],
         wall_clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
-        self._vocabulary = intake.tokenizer.vocabulary
         self._journal = journal
-        self._intake = intake
+        self._planner = planner
         self._metrics = metrics
         self._grace_s = settings.resume_grace_s
         self._retention_s = settings.retention_s
@@ -313,9 +311,9 @@ class RequestRegistry:
                 return entry.live
             accepted, resting = entry.accepted, entry.resting
             assert resting is not None, "one or the other"
-            own = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed)
+            identity = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed, is_new=False)
             try:
-                planned = await self._intake.read(accepted.route, accepted.body, partial(_as_before, own))
+                planned = await self._planner.read(accepted.route, accepted.body, identity)
                 live = self._live(entry, planned)
                 if self._known.get(accepted.reply_id) is not entry:
                     raise UnknownRequestError("it was cancelled meanwhile")
@@ -347,7 +345,7 @@ class RequestRegistry:
         entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
-        return ReplyReader(live, self._vocabulary, received or (0,) * len(live.choices), self._leave)
+        return ReplyReader(live, self._planner.tokenizer.vocabulary, received or (0,) * len(live.choices), self._leave)
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
@@ -426,7 +424,7 @@ class RequestRegistry:
             planned,
             entry.accepted.is_resumable,
             self._engine,
-            self._vocabulary,
+            self._planner.tokenizer.vocabulary,
             self._metrics,
             self._clock,
             on_end=self._note_end,
@@ -496,7 +494,3 @@ class RequestRegistry:
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None
-
-
-def _as_before(identity: ReplyIdentity, id_prefix: str) -> ReplyIdentity:
-    return identity

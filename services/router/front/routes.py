@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -36,7 +37,6 @@ from services.router.front.http.exchange import (
     read_body,
     run_while_connected,
 )
-from services.router.front.intake import CHAT, COMPLETIONS, RequestIntake
 from services.router.front.live_request import (
     ClientIdentity,
     LiveRequest,
@@ -45,7 +45,7 @@ from services.router.front.live_request import (
     parse_event_id,
 )
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import ReplyIdentity, draw_seed
+from services.router.front.planning import CHAT, COMPLETIONS, ReplyIdentity, RequestPlanner
 from services.router.front.registry import RequestRegistry
 from services.router.front.replies import (
     DONE_EVENT,
@@ -66,6 +66,7 @@ from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.records import NoJournal, RequestJournal
 
 MAX_KEY_CHARACTERS = 255
+ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
 BODIES_AT_A_TIME = 16
 """So many of the largest size are read and parsed at once."""
 
@@ -77,24 +78,23 @@ def create_app(
     registry: CollectorRegistry,
     *,
     journal: RequestJournal | None = None,
-    clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
-    draw_seed: Callable[[], int] = draw_seed,
+    random_bits: Callable[[int], int] = secrets.randbits,
     origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
 ) -> FastAPI:
     """Returns the application, to be run by an ASGI server. `registry` gets the front's metrics and is what /metrics
     shows.
 
-    `clock` (seconds, monotonic) times tokens; `wall_clock` (Unix seconds) stamps replies; `draw_seed` gives 63 random
-    bits to requests without a seed; `origins` says which web pages may ask. Whoever runs it restores, releases and
-    closes `app.state.requests`; `app.state.refuse_connection` is what answers where there are too many connections.
+    `wall_clock` (Unix seconds) stamps replies; `random_bits` makes seeds for requests without one; `origins` says which
+    web pages may ask. Whoever runs it restores, releases and closes `app.state.requests`;
+    `app.state.refuse_connection` is what answers where there are too many connections.
     """
     kept = NoJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
-    intake = RequestIntake(tokenizer, settings, lambda: engine.max_context_tokens, draw_seed)
-    requests = RequestRegistry(engine, kept, intake, metrics, settings=settings, clock=clock, wall_clock=wall_clock)
+    planner = RequestPlanner(tokenizer, settings, lambda: engine.max_context_tokens)
+    requests = RequestRegistry(engine, kept, planner, metrics, settings=settings, wall_clock=wall_clock)
     sender = ReplySender(tokenizer.vocabulary, requests.is_durable, settings.keep_alive_interval_s)
-    generation = GenerationRoutes(requests, intake, sender, metrics, settings, wall_clock)
+    generation = GenerationRoutes(requests, planner, sender, metrics, settings, wall_clock, random_bits)
     operators = _Operators(engine, kept, settings, metrics, int(wall_clock()))
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
@@ -128,19 +128,21 @@ class GenerationRoutes:
     def __init__(
         self,
         requests: RequestRegistry,
-        intake: RequestIntake,
+        planner: RequestPlanner,
         sender: ReplySender,
         metrics: FrontMetrics,
         settings: FrontSettings,
         wall_clock: Callable[[], float],
+        random_bits: Callable[[int], int],
     ) -> None:
         self._requests = requests
-        self._intake = intake
+        self._planner = planner
         self._sender = sender
         self._metrics = metrics
         self._max_body_bytes = settings.max_body_bytes
         self._bodies = BodyBudget(settings.max_body_bytes * BODIES_AT_A_TIME)
         self._wall_clock = wall_clock
+        self._random_bits = random_bits
         self._key_locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def complete(self, request: Request) -> Response:
@@ -203,7 +205,7 @@ class GenerationRoutes:
         key = identity.idempotency_key
         if key is None:
             return await self._begin(route, body, identity, "", held_body)
-        said = await self._intake.hash(route, body)
+        said = await self._planner.hash(route, body)
         # Two requests with one key at a time: the second one is to find the first.
         lock = self._key_locks.setdefault((identity.tenant, key), asyncio.Lock())
         async with AsyncExitStack() as held:
@@ -227,16 +229,15 @@ class GenerationRoutes:
         held_body: HeldBody,
         held: AsyncExitStack | None = None,
     ) -> Response:
-        planned = await self._intake.read(route, body, self._draw)
+        reply_id = f"{ID_PREFIXES[route]}{uuid.uuid4().hex}"
+        drawn = ReplyIdentity(reply_id, int(self._wall_clock()), self._random_bits(63))
+        planned = await self._planner.read(route, body, drawn)
         live = await self._requests.admit(planned, identity, body, said)
         held_body.release()
         if held is not None:
             await held.aclose()
         # Nothing has waited since: a request that was begun has a reader, or nobody would end it.
         return await self._send(live, planned.fields.stream is True, None)
-
-    def _draw(self, id_prefix: str) -> ReplyIdentity:
-        return ReplyIdentity(f"{id_prefix}{uuid.uuid4().hex}", int(self._wall_clock()), None)
 
     async def _send(
         self, live: LiveRequest, is_stream: bool, received: tuple[int, ...] | None, has_come_back: bool = False

@@ -15,8 +15,6 @@ class FrontSettings:
     """A longer request body is refused with 413 while it is being read."""
     keep_alive_interval_s: float = 5.0
     """An SSE comment goes out after this long without a token, so that proxies do not cut the line."""
-    max_choices: int = 16
-    """The largest `n`."""
     max_sequences: int = 128
     """The largest number of prompts times `n` in one request."""
     thread_above_characters: int = 4096

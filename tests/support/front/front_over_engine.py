@@ -42,7 +42,7 @@ class Server:
             front_settings,
             self.registry,
             wall_clock=lambda: 1000.9,
-            draw_seed=lambda: 7,
+            random_bits=lambda number: 7,
             origins=origins,
         )
 

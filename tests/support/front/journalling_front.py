@@ -70,7 +70,7 @@ class Server:
             CollectorRegistry(),
             journal=self.journal,
             wall_clock=lambda: 1000.9,
-            draw_seed=lambda: 7,
+            random_bits=lambda number: 7,
         )
 
     async def restarted(self, script: list[Step], context_tokens: int = 4096, **changes: Any) -> Server:

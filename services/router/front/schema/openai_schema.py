@@ -255,7 +255,6 @@ class CompletionRequest(GenerationFields):
     """The body of POST /v1/completions."""
 
     route: ClassVar[str] = "completions"
-    id_prefix: ClassVar[str] = "cmpl-"
 
     prompt: Prompt
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -281,7 +280,6 @@ class ChatCompletionRequest(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
     route: ClassVar[str] = "chat"
-    id_prefix: ClassVar[str] = "chatcmpl-"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.errors import NodeLostError
-from services.router.front.intake import body_hash
+from services.router.front.planning import body_hash
 from services.router.front.text.tokenizer import TextTokenizer
 from tests.support.front.asgi_exchange import Exchange
 from tests.support.front.fake_engine import Fault, Pause, Step
@@ -88,7 +88,7 @@ def test_a_long_body_with_a_key_is_hashed_off_the_event_loop(
         seen.append(threading.current_thread().name)
         return loads(body)
 
-    monkeypatch.setattr("services.router.front.intake.json.loads", loads_seen)
+    monkeypatch.setattr("services.router.front.planning.json.loads", loads_seen)
 
     async def main() -> None:
         server = Server(tokenizer, tmp_path / "j", [5, EOS])

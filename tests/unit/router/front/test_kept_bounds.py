@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common.errors import OverloadedError
-from services.router.front.intake import RequestIntake
 from services.router.front.kept_bounds import KeptBounds
+from services.router.front.planning import RequestPlanner
 from services.router.front.text.tokenizer import TextTokenizer
 from tests.support.front.disks import HangingDisk
 from tests.support.front.fake_engine import Fault, Pause, Step
@@ -157,14 +157,14 @@ def test_what_the_journal_does_not_take_holds_no_place(tokenizer: TextTokenizer,
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Reply ids of what is planned from now on."""
     planned: list[str] = []
-    read = RequestIntake.read
+    read = RequestPlanner.read
 
-    async def counted(self: RequestIntake, route: str, body: bytes, identity: Any) -> Any:
+    async def counted(self: RequestPlanner, route: str, body: bytes, identity: Any) -> Any:
         asked = await read(self, route, body, identity)
         planned.append(asked.identity.reply_id)
         return asked
 
-    monkeypatch.setattr(RequestIntake, "read", counted)
+    monkeypatch.setattr(RequestPlanner, "read", counted)
     return planned
 
 

@@ -13,10 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from common.errors import ExecutionError, InvalidRequestError
 from services.router.engine import GenerationRequest, Token, TokenStream
-from services.router.front.intake import COMPLETIONS, RequestIntake
 from services.router.front.live_request import ClientIdentity, LiveRequest, ReplyReader, parse_event_id
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import ReplyIdentity
+from services.router.front.planning import COMPLETIONS, ReplyIdentity, RequestPlanner
 from services.router.front.registry import RequestRegistry
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent
@@ -41,13 +40,13 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int = 1, *stop_strings: str) -> ReplyReader:
     settings, metrics = FrontSettings("tiny"), FrontMetrics(CollectorRegistry())
-    intake = RequestIntake(tokenizer, settings, lambda: engine.max_context_tokens, lambda: 1)
+    planner = RequestPlanner(tokenizer, settings, lambda: engine.max_context_tokens)
     registry = RequestRegistry(
-        engine, NoJournal(), intake, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
+        engine, NoJournal(), planner, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
     )
     fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
     body = json.dumps(fields).encode()
-    planned = await intake.read(COMPLETIONS, body, lambda prefix: ReplyIdentity(f"{prefix}r", 0, None))
+    planned = await planner.read(COMPLETIONS, body, ReplyIdentity("cmpl-r", 0, 1))
     return registry.attach(await registry.admit(planned, ClientIdentity("t", None, None, False), body, ""))
 
 

@@ -22,20 +22,18 @@ MESSAGES = [{"role": "user", "content": "fox"}]
 
 
 def planner(tokenizer: TextTokenizer, **settings: Any) -> RequestPlanner:
-    return RequestPlanner(tokenizer, FrontSettings("m", **settings), lambda: CONTEXT_TOKENS, draw_seed=lambda: 77)
+    return RequestPlanner(tokenizer, FrontSettings("m", **settings), lambda: CONTEXT_TOKENS)
 
 
 def plan(tokenizer: TextTokenizer, settings: dict[str, Any] | None = None, **fields: Any) -> PlannedRequest:
     body = json.dumps({"model": "m", "prompt": "fox"} | fields).encode()
     request = parse_request(body, CompletionRequest)
-    return asyncio.run(
-        planner(tokenizer, **(settings or {})).plan_completion(request, ReplyIdentity("cmpl-1", 0, None))
-    )
+    return asyncio.run(planner(tokenizer, **(settings or {})).plan_completion(request, ReplyIdentity("cmpl-1", 0, 77)))
 
 
 def plan_chat(tokenizer: TextTokenizer, **fields: Any) -> PlannedRequest:
     body = json.dumps({"model": "m", "messages": MESSAGES} | fields).encode()
-    identity = ReplyIdentity("chatcmpl-1", 0, None)
+    identity = ReplyIdentity("chatcmpl-1", 0, 77)
     return asyncio.run(planner(tokenizer).plan_chat(parse_request(body, ChatCompletionRequest), identity))
 
 
@@ -134,7 +132,7 @@ def test_the_table_of_a_stop_string_is_built_once_for_all_choices_of_a_request(t
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:
-    assert plan(tokenizer, prompt=[5, 6]).prompts_token_ids == ((5, 6),)
+    assert plan(tokenizer, prompt=[5, 6]).choices[0].request.prompt_token_ids == (5, 6)
 
 
 def test_echo_is_the_prompts_text(tokenizer: TextTokenizer) -> None:
@@ -147,7 +145,7 @@ def test_echo_is_the_prompts_text(tokenizer: TextTokenizer) -> None:
 @pytest.mark.parametrize("threshold", [0, 10**6])
 def test_a_thread_changes_nothing(tokenizer: TextTokenizer, threshold: int) -> None:
     planned = plan(tokenizer, {"thread_above_characters": threshold}, prompt="quick fox")
-    assert planned.prompts_token_ids == (tuple(tokenizer.encode("quick fox")),)
+    assert planned.choices[0].request.prompt_token_ids == tuple(tokenizer.encode("quick fox"))
 
 
 def test_prompt_and_completion_may_fill_the_context_exactly(tokenizer: TextTokenizer) -> None:
@@ -186,7 +184,7 @@ def test_very_long_texts_are_tokenized_one_at_a_time(tokenizer: TextTokenizer, m
         body = json.dumps({"model": "m", "prompt": "ab " * 100_000}).encode()
         request = parse_request(body, CompletionRequest)
         refused = await asyncio.gather(
-            *(planning.plan_completion(request, ReplyIdentity("cmpl-1", 0, None)) for _ in range(4)),
+            *(planning.plan_completion(request, ReplyIdentity("cmpl-1", 0, 77)) for _ in range(4)),
             return_exceptions=True,
         )
         assert {type(error) for error in refused} == {ContextLengthError}
@@ -229,11 +227,6 @@ def test_what_cannot_be_served_is_refused(
     with pytest.raises(error) as caught:
         plan(tokenizer, **fields)
     assert getattr(caught.value, "parameter", None) == parameter
-
-
-def test_n_may_be_bounded_further(tokenizer: TextTokenizer) -> None:
-    with pytest.raises(InvalidRequestError, match="at most 2"):
-        plan(tokenizer, {"max_choices": 2}, n=3)
 
 
 def test_chat_template_gets_the_clients_variables(tokenizer: TextTokenizer) -> None:

@@ -24,7 +24,7 @@ def encoder(form: ReplyForm, with_usage: bool = False, with_token_ids: bool = Fa
         return_token_ids=with_token_ids,
     )
     choices = (PlannedChoice(0, request, (), ""),)
-    return ChunkEncoder(PlannedRequest(fields, ReplyIdentity("id-1", 5, None), None, choices, ((5,),)), form)
+    return ChunkEncoder(PlannedRequest(fields, ReplyIdentity("id-1", 5, 7), None, choices), form)
 
 
 def decode(data: bytes) -> list[dict[str, Any]]:
