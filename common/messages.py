@@ -137,10 +137,6 @@ class ExpertRows:
 
     call: int
     rows: TensorFrame
-    compute_seconds: float
-    """Time of the grouped FFN that this call was part of."""
-    queue_seconds: float
-    """Time between the call's arrival and the start of its FFN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +278,6 @@ class StageReady:
     pipeline: int
     slot: int
     lease_term: int
-    weight_bytes: int
-    kv_bytes: int
     kv_mark: int = 0
     """The paged memory holds what all steps up to this one have written; 0: it is empty."""
 
@@ -351,7 +345,6 @@ class ShardsReady:
     """Nothing of `version` is missing."""
     shards: TensorFrame
     """uint8 [L, E, S]."""
-    weight_bytes: int
     number: int = 0
     """Counts the reports of this node from 1."""
     digests: TensorFrame = NO_ARRAY

@@ -145,7 +145,7 @@ class ExpertService(NodeLoop):
             self._counters.busy_seconds += done_s - max(answer.began_s, self._last_done_s)
             self._last_done_s = done_s
             for call, own_rows in zip(answer.calls, rows, strict=True):
-                self._send_rows(call, own_rows, done_s - answer.began_s, answer.began_s - call.arrived_s)
+                self._send_rows(call, own_rows, answer.began_s - call.arrived_s)
 
     def _fail_calls(self, calls: list[WaitingCall], error: MoemeshError | ValueError | RuntimeError) -> None:
         raise_if_device_failed(error)
@@ -154,12 +154,11 @@ class ExpertService(NodeLoop):
         for call in calls:
             self._answer(call.identity, Failed(code, str(error), call.number), call.header)
 
-    def _send_rows(self, call: WaitingCall, rows: Tensor, compute_seconds: float, queue_seconds: float) -> None:
+    def _send_rows(self, call: WaitingCall, rows: Tensor, queue_seconds: float) -> None:
         self._counters.calls += 1
         self._counters.rows += call.routing.shape[1]
         self._counters.queue_seconds += queue_seconds
-        answer = ExpertRows(call.number, tensor_to_frame(rows), compute_seconds, max(0.0, queue_seconds))
-        self._answer(call.identity, answer, call.header)
+        self._answer(call.identity, ExpertRows(call.number, tensor_to_frame(rows)), call.header)
 
     def _answer(self, identity: bytes, message: Message, header: Header) -> None:
         try:

@@ -237,7 +237,6 @@ class ShardLoader:
                 self._assignment.version,
                 complete,
                 held,
-                store.weight_bytes,
                 self._num_reports,
                 array_to_frame(digests),
                 array_to_frame(projections),

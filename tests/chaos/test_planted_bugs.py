@@ -93,7 +93,7 @@ def test_a_leaked_block_never_comes_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def answer(call: int, rows: int, value: float) -> ExpertRows:
-    return ExpertRows(call, array_to_frame(np.full((rows, 2), value, dtype=np.float32)), 0.0, 0.0)
+    return ExpertRows(call, array_to_frame(np.full((rows, 2), value, dtype=np.float32)))
 
 
 def question(call: int, rows: int) -> Dispatch:

@@ -102,7 +102,7 @@ def try_to_send(push: MessageSocket, message: ExpertRows) -> bool:
 
 
 def rows(number: int, size: int = 4) -> ExpertRows:
-    return ExpertRows(number, array_to_frame(np.full(size, number, dtype=np.int32)), 0.5, 0.25)
+    return ExpertRows(number, array_to_frame(np.full(size, number, dtype=np.int32)))
 
 
 def test_a_pipeline_carries_messages_in_order_and_counts_them(transport: Transport, address: str) -> None:

@@ -376,14 +376,7 @@ class StageWorker:
             kv_bytes=held.memory.num_bytes,
             kv_mark=held.watermark.mark,
         )
-        ready = StageReady(
-            message.pipeline,
-            message.slot,
-            message.lease_term,
-            loaded.bytes_read,
-            held.memory.num_bytes,
-            held.watermark.mark,
-        )
+        ready = StageReady(message.pipeline, message.slot, message.lease_term, held.watermark.mark)
         return RoleTaken(ready, Header(generation=role.generation))
 
     def _refuse(self, error: Exception, header: Header) -> RoleRefused:

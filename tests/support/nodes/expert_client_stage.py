@@ -173,7 +173,7 @@ def answer_to(message: Dispatch) -> ExpertRows:
     if message.weights.shape != (0,):
         weights = frame_to_tensor(message.weights, torch.float32, (routing.shape[1],), "weights")
         rows = torch.zeros_like(hidden).index_add_(0, routing[0], rows * weights[:, None])
-    return ExpertRows(message.call, tensor_to_frame(rows), 0.0, 0.0)
+    return ExpertRows(message.call, tensor_to_frame(rows))
 
 
 def refusal(message: Dispatch) -> Failed:

@@ -87,7 +87,7 @@ class Believer:
         elif isinstance(message, AssignShards) and message.version >= self.shards_version:
             self.shards, self.shards_version = message.shards, message.version
             self.num_reports += 1
-            self.said.append((ShardsReady(message.version, True, message.shards, 1, self.num_reports), Header()))
+            self.said.append((ShardsReady(message.version, True, message.shards, self.num_reports), Header()))
 
     def _apply_role(self, message: AssignStage | AssignMirror | Unassign, number: int) -> None:
         if number <= self.newest_number:
@@ -103,7 +103,7 @@ class Believer:
             if not is_same_slot:
                 self.feed, self.feed_number = None, 0
             self.state = StageState.HOLDING
-            ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1)
+            ready = StageReady(message.pipeline, message.slot, message.lease_term)
             self.said.append((ready, Header(generation=number)))
         else:
             self.feed, self.feed_number, self.state = None, 0, StageState.FILLING

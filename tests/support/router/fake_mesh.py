@@ -264,13 +264,13 @@ class FakeMesh:
     def _obey(self, name: str, message: Any, header: Header) -> None:
         if name in self.alive and name not in self.unready:
             if isinstance(message, AssignStage):
-                ready = StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, self.kv_marks.get(name, 0))
+                ready = StageReady(message.pipeline, message.slot, message.lease_term, self.kv_marks.get(name, 0))
                 self.say(name, ready, Header(generation=header.generation))
             elif isinstance(message, AssignMirror) and self.mirrors_fill:
                 copied = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete=True)
                 self.say(name, copied, Header(generation=header.generation))
             elif isinstance(message, AssignShards):
-                self.say(name, ShardsReady(message.version, True, message.shards, 1))
+                self.say(name, ShardsReady(message.version, True, message.shards))
 
     def say(self, name: str, message: Message, header: Header | None = None) -> None:
         """Let a node say something on the control link."""

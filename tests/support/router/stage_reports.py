@@ -29,7 +29,7 @@ def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
 
 
 def ready(message: AssignStage) -> StageReady:
-    return StageReady(message.pipeline, message.slot, message.lease_term, 1, 1, 7)
+    return StageReady(message.pipeline, message.slot, message.lease_term, 7)
 
 
 def report(roles: StageRoles, actions: list[Action]) -> list[Action]:

@@ -147,7 +147,7 @@ def report(roles: StageRoles, told: list[Tell]) -> list[Action]:
     answers: list[Action] = []
     for action in told:
         assert isinstance(action.message, AssignStage)
-        ready = StageReady(action.message.pipeline, action.message.slot, action.message.lease_term, 1, 1)
+        ready = StageReady(action.message.pipeline, action.message.slot, action.message.lease_term)
         answers += roles.apply_ready(action.node_id, ready, action.header.generation)
     return answers
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from common.messages import Dispatch, ExpertRows, Failed, Header, Leave, TensorFrame
+from common.messages import Dispatch, ExpertHeartbeat, ExpertRows, Failed, Header, Leave, TensorFrame
 from common.wire.codec import MAX_FRAMES, MAX_HEADER_BYTES, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
 from tests.support.router.message_strategies import KINDS, headers, messages, messages_of
 
-ROWS = ExpertRows(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"), 0.5, 0.25)
+ROWS = ExpertRows(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"))
 
 
 def joined(frames: list[bytes | memoryview]) -> list[bytes]:
@@ -215,9 +215,9 @@ def test_a_whole_number_is_a_whole_number_within_63_bits(field: dict[str, Any]) 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1])
 def test_times_are_finite_floats(number: float) -> None:
-    fields = fields_of(ROWS)
-    with pytest.raises(ProtocolError, match=r"ExpertRows\.compute_seconds"):
-        decode(packed(fields | {"f": fields["f"] | {"compute_seconds": number}}, (bytes(ROWS.rows.data),)))
+    fields = fields_of(ExpertHeartbeat())
+    with pytest.raises(ProtocolError, match=r"ExpertHeartbeat\.queue_seconds"):
+        decode(packed(fields | {"f": fields["f"] | {"queue_seconds": number}}))
 
 
 def test_a_long_trace_is_refused() -> None:
@@ -287,7 +287,7 @@ def test_too_many_frames_and_too_large_headers_are_refused_before_anything_is_re
 
 def test_frames_are_not_copied() -> None:
     data = bytearray(b"\x01\x00\x00\x00")
-    frames = encode(ExpertRows(1, TensorFrame("int32", (1,), memoryview(data)), 0.0, 0.0), Header())
+    frames = encode(ExpertRows(1, TensorFrame("int32", (1,), memoryview(data))), Header())
     message, _ = decode(frames)
     assert isinstance(message, ExpertRows)
     data[0] = 2

@@ -66,7 +66,7 @@ def test_reports_of_another_generation_slot_or_node_change_nothing() -> None:
     ):
         assert roles.apply_ready(NodeId(name), ready(message), of) == []
     for pipeline, slot in ((0, 2), (0, 2**40), (1, 1)):
-        assert roles.apply_ready(NodeId("b"), StageReady(pipeline, slot, 1, 1, 1), generation) == []
+        assert roles.apply_ready(NodeId("b"), StageReady(pipeline, slot, 1), generation) == []
     assert roles.num_open == 0
 
 

@@ -125,7 +125,7 @@ class Stages(RuleBasedStateMachine):
             slot, term, generation = belief
             if not age:
                 self.reported.add((slot.pipeline, slot.index, generation))
-            message = StageReady(slot.pipeline, slot.index, term, 1, 1)
+            message = StageReady(slot.pipeline, slot.index, term)
             self.carry_out(self.roles.apply_ready(NodeId(name), message, generation - age))
 
     @rule(name=st.sampled_from(NAMES), repeats=st.integers(1, 2))

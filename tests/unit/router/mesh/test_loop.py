@@ -266,7 +266,7 @@ def test_a_node_that_is_found_dead_by_its_own_hello_is_lost_to_all_roles(
 
 def test_what_a_stranger_says_is_not_answered(mesh: FakeMesh) -> None:
     mesh.say("nobody", IDLE)
-    mesh.say("nobody", StageReady(0, 0, 1, 1, 1))
+    mesh.say("nobody", StageReady(0, 0, 1))
     assert said_to("nobody", mesh.turn()) == []
 
 
@@ -342,7 +342,7 @@ def test_a_refusal_that_was_overtaken_by_a_new_holder_disturbs_nobody() -> None:
     ],
 )
 def test_a_report_of_another_shape_is_refused_and_changes_nothing(mesh: FakeMesh, frame: TensorFrame) -> None:
-    mesh.say("x", ShardsReady(1, True, frame, 1))
+    mesh.say("x", ShardsReady(1, True, frame))
     (refusal,) = said_to("x", mesh.turn(0.2))
     assert isinstance(refusal, Failed)
     assert refusal.code == "protocol_error"

@@ -282,7 +282,7 @@ def test_rows_of_another_shape_count_as_a_refusal(rows: Tensor) -> None:
     stage.place({"a": ALL})
     stage.start(CALL)
     (message,) = stage.asked("a")
-    stage.answer("a", ExpertRows(message.call, tensor_to_frame(rows), 0.0, 0.0))
+    stage.answer("a", ExpertRows(message.call, tensor_to_frame(rows)))
     assert stage.sums == []
     stage.place({"a": ALL, "b": ALL})
     stage.answer_all()

@@ -104,7 +104,7 @@ def report(digest: int = 1, number: int = 1) -> ShardsReady:
     shape = (LAYERS, EXPERTS, 1)
     digests, projections = np.full(shape, digest, dtype=np.int32), np.full(shape, digest / 100, dtype=np.float32)
     frames = array_to_frame(digests), array_to_frame(projections)
-    return ShardsReady(1, True, array_to_frame(np.ones(shape, dtype=np.uint8)), 1, number, *frames)
+    return ShardsReady(1, True, array_to_frame(np.ones(shape, dtype=np.uint8)), number, *frames)
 
 
 def refusals(actions: list[Action]) -> dict[str, Failed]:
@@ -174,7 +174,7 @@ def test_answers_of_another_shape_are_refused_by_the_field() -> None:
     roles = with_newcomer()
     good = report()
     frame = array_to_frame(np.zeros((1, 2, 3), dtype=np.int32))
-    bad = ShardsReady(1, True, good.shards, 1, 1, frame, good.projections)
+    bad = ShardsReady(1, True, good.shards, 1, frame, good.projections)
     with pytest.raises(ProtocolError, match=r"ShardsReady\.digests"):
         roles.state.read_report(B, bad)
     assert not any(isinstance(action, AssignShards) for action in roles.tick(3.0))
