@@ -103,6 +103,11 @@ class GenerationRequest:
     sequence_id: SequenceId | None = None
     """Its last number on the wire; stages that live may still hold its KV blocks under it."""
 
+    @property
+    def max_num_tokens(self) -> int:
+        """Counts its prompt and all the tokens that it may generate: admission reserves so many."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
     def restored(self, generated_token_ids: Sequence[int], sequence_id: SequenceId | None = None) -> GenerationRequest:
         """Returns the same request as the journal has it, under way when the router ended."""
         return replace(self, is_restored=True, generated_token_ids=tuple(generated_token_ids), sequence_id=sequence_id)

@@ -402,7 +402,10 @@ class MeshLoop:
             redundancy=evidence.redundancy,
             suspended_pipelines=self._stages.num_suspended,
         )
-        self._renew(self._flow.give_up(self._lost_steps.look(evidence, self._flow.unsent, now_s)), now_s)
+        lost = self._lost_steps.look(evidence, self._flow.unsent, now_s)
+        for pipeline in lost:  # its requests are not to blame, so nothing fails
+            self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
+        self._renew(lost, now_s)
 
     def _readiness(self, evidence: MeshEvidence, now_s: float) -> Readiness:
         readiness = judge(evidence, now_s)

@@ -67,7 +67,7 @@ def retry_after_s(num_waiting: int, completions_per_s: float) -> int:
 
 def lateness(request: GenerationRequest, age_s: float, pool_blocks: Sequence[int], block_tokens: int) -> MeshError:
     """Returns why a request took too long, as well as the blocks of the open pipelines tell."""
-    num_blocks = num_blocks_for(len(request.prompt_token_ids) + request.sampling.max_tokens, block_tokens)
+    num_blocks = num_blocks_for(request.max_num_tokens, block_tokens)
     if not pool_blocks:
         return NotReadyError(f"the request took {age_s:.0f} s and no pipeline is open")
     if num_blocks > max(pool_blocks):
@@ -78,82 +78,6 @@ def lateness(request: GenerationRequest, age_s: float, pool_blocks: Sequence[int
     return DeadlineError(f"the request took {age_s:.0f} s, which is too long")
 
 
-class Admission:
-    """The door. What it lets in, it reserves in the same call: two requests cannot both take the last place."""
-
-    def __init__(self, *, max_waiting: int, max_reserved_tokens: int, block_tokens: int) -> None:
-        self._max_waiting = max_waiting
-        self._max_reserved_tokens = max_reserved_tokens
-        self._block_tokens = block_tokens
-        self.reserved_tokens = 0
-        """Prompt and max_tokens of everything that was let in and has not ended."""
-        self._reserved_by_group: Counter[str] = Counter()
-
-    def admit(
-        self, request: GenerationRequest, *, num_waiting: int, largest_pool_blocks: int | None, completions_per_s: float
-    ) -> None:
-        """Reserve the request's tokens, or raise.
-
-        `largest_pool_blocks` is None while no pipeline is open: then any size may wait for one.
-        Raises InvalidRequestError, ContextLengthError (can never fit), OverloadedError (not now).
-        """
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
-        if num_prompt_tokens < 1:
-            raise InvalidRequestError("the prompt has no token; at least 1 is needed", "prompt")
-        if max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens}; at least 1 is needed", "max_tokens")
-        num_tokens = num_prompt_tokens + max_tokens
-        num_blocks = num_blocks_for(num_tokens, self._block_tokens)
-        if largest_pool_blocks is not None and num_blocks > largest_pool_blocks:
-            raise ContextLengthError(
-                f"{num_prompt_tokens} prompt tokens + {max_tokens} max_tokens = {num_tokens} tokens need {num_blocks} "
-                f"cache blocks of {self._block_tokens} tokens; the largest pipeline has {largest_pool_blocks} "
-                f"({largest_pool_blocks * self._block_tokens} tokens)",
-                "max_tokens",
-            )
-        if num_waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{num_waiting} requests are waiting, which is all the queue holds; try again later",
-                retry_after_s(num_waiting, completions_per_s),
-            )
-        if self.reserved_tokens and self.reserved_tokens + num_tokens > self._max_reserved_tokens:
-            raise OverloadedError(
-                f"{self.reserved_tokens} tokens are reserved of {self._max_reserved_tokens}, and this request may need "
-                f"{num_tokens}; try again later",
-                retry_after_s(max(1, num_waiting), completions_per_s),
-            )
-        own_tokens, share = self._reserved_by_group[group_of(request)], int(RESERVED_SHARE * self._max_reserved_tokens)
-        if own_tokens and own_tokens + num_tokens > share:
-            raise InvalidRequestError(
-                f"the choices of one request may have {share} tokens in all (prompts and max_tokens of each); these "
-                f"need more than {own_tokens}: ask for fewer choices or prompts, or for fewer max_tokens",
-                "max_tokens",
-            )
-        self.readmit(request)
-
-    def readmit(self, request: GenerationRequest) -> None:
-        """Reserve the tokens of a request that was let in before a restart."""
-        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        self.reserved_tokens += num_tokens
-        self._reserved_by_group[group_of(request)] += num_tokens
-
-    def recount(self, requests: Iterable[GenerationRequest]) -> None:
-        """These are all that are inside."""
-        self.reserved_tokens = 0
-        self._reserved_by_group.clear()
-        for request in requests:
-            self.readmit(request)
-
-    def release(self, request: GenerationRequest) -> None:
-        """A request that was let in has ended, however."""
-        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        self.reserved_tokens -= num_tokens
-        assert self.reserved_tokens >= 0, "more tokens released than reserved"
-        self._reserved_by_group[group_of(request)] -= num_tokens
-        if not self._reserved_by_group[group_of(request)]:
-            del self._reserved_by_group[group_of(request)]
-
-
 def group_of(request: GenerationRequest) -> str:
     """Returns the name of its HTTP request, or its own."""
     return request.group or request.request_id
@@ -161,39 +85,111 @@ def group_of(request: GenerationRequest) -> str:
 
 @dataclass(slots=True)
 class _Group:
+    """The choices of one HTTP request."""
+
     number: int
     num_entered: int = 0
     num_inside: int = 0
+    reserved_tokens: int = 0
 
 
-class Line:
-    """Gives out places."""
+class Admission:
+    """The door. Whom it lets in, it gives a place in line, and reserves tokens for: two requests cannot both take the
+    last ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_waiting: int, max_reserved_tokens: int, block_tokens: int) -> None:
+        self._max_waiting = max_waiting
+        self._max_reserved_tokens = max_reserved_tokens
+        self._block_tokens = block_tokens
+        self.reserved_tokens = 0
+        """Prompt and max_tokens of everything that was let in and has not ended."""
         self._groups: dict[str, _Group] = {}
+        """Those of which a choice is inside."""
         self._num_groups = 0
         self._num_arrived = 0
 
-    def enter(self, request: GenerationRequest) -> int:
-        """Gives a place to a request that is let in."""
+    def admit(
+        self, request: GenerationRequest, *, num_waiting: int, largest_pool_blocks: int | None, completions_per_s: float
+    ) -> int:
+        """Lets a request in, and returns its place in line; or raises.
+
+        `largest_pool_blocks` is None while no pipeline is open: then any size may wait for one.
+        Raises InvalidRequestError, ContextLengthError (can never fit), OverloadedError (not now).
+        """
+        self._check_size(request, largest_pool_blocks)
+        if num_waiting >= self._max_waiting:
+            raise OverloadedError(
+                f"{num_waiting} requests are waiting, which is all the queue holds; try again later",
+                retry_after_s(num_waiting, completions_per_s),
+            )
+        num_tokens = request.max_num_tokens
+        if self.reserved_tokens and self.reserved_tokens + num_tokens > self._max_reserved_tokens:
+            raise OverloadedError(
+                f"{self.reserved_tokens} tokens are reserved of {self._max_reserved_tokens}, and this request may need "
+                f"{num_tokens}; try again later",
+                retry_after_s(max(1, num_waiting), completions_per_s),
+            )
+        group, share = self._groups.get(group_of(request)), int(RESERVED_SHARE * self._max_reserved_tokens)
+        if group is not None and group.reserved_tokens + num_tokens > share:
+            raise InvalidRequestError(
+                f"the choices of one request may have {share} tokens in all (prompts and max_tokens of each); these "
+                f"need more than {group.reserved_tokens}: ask for fewer choices or prompts, or for fewer max_tokens",
+                "max_tokens",
+            )
+        return self.readmit(request)
+
+    def _check_size(self, request: GenerationRequest, largest_pool_blocks: int | None) -> None:
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+        if num_prompt_tokens < 1:
+            raise InvalidRequestError("the prompt has no token; at least 1 is needed", "prompt")
+        if max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {max_tokens}; at least 1 is needed", "max_tokens")
+        num_blocks = num_blocks_for(request.max_num_tokens, self._block_tokens)
+        if largest_pool_blocks is not None and num_blocks > largest_pool_blocks:
+            raise ContextLengthError(
+                f"{num_prompt_tokens} prompt tokens + {max_tokens} max_tokens = {request.max_num_tokens} tokens need "
+                f"{num_blocks} cache blocks of {self._block_tokens} tokens; the largest pipeline has "
+                f"{largest_pool_blocks} ({largest_pool_blocks * self._block_tokens} tokens)",
+                "max_tokens",
+            )
+
+    def readmit(self, request: GenerationRequest) -> int:
+        """Lets a request in that was inside before a restart. Returns its place in line."""
+        group = self._group(request)
+        self._num_arrived += 1
+        place = group.number + group.num_entered << PLACE_SHIFT | self._num_arrived
+        group.num_entered += 1
+        self._count(request)
+        return place
+
+    def recount(self, requests: Iterable[GenerationRequest]) -> None:
+        """Hears that these are all that are inside."""
+        self.reserved_tokens = 0
+        for group in self._groups.values():
+            group.num_inside = group.reserved_tokens = 0
+        for request in requests:
+            self._count(request)
+        self._groups = {name: group for name, group in self._groups.items() if group.num_inside}
+
+    def release(self, request: GenerationRequest) -> None:
+        """Hears that a request that was let in has ended, however."""
+        self._count(request, -1)
+        assert self.reserved_tokens >= 0, "more tokens released than reserved"
+        if not self._groups[group_of(request)].num_inside:
+            del self._groups[group_of(request)]
+
+    def _group(self, request: GenerationRequest) -> _Group:
         name = group_of(request)
         if name not in self._groups:
             self._num_groups += 1
             self._groups[name] = _Group(self._num_groups)
-        group = self._groups[name]
-        self._num_arrived += 1
-        place = group.number + group.num_entered << PLACE_SHIFT | self._num_arrived
-        group.num_entered += 1
-        group.num_inside += 1
-        return place
+        return self._groups[name]
 
-    def leave(self, request: GenerationRequest) -> None:
-        """It has ended. One that is not here is no error."""
-        group = self._groups.get(group_of(request))
-        if group is not None:
-            group.num_inside -= 1
-            if not group.num_inside:
-                del self._groups[group_of(request)]
+    def _count(self, request: GenerationRequest, times: int = 1) -> None:
+        group = self._group(request)
+        group.num_inside += times
+        group.reserved_tokens += times * request.max_num_tokens
+        self.reserved_tokens += times * request.max_num_tokens
 
 
 def num_ahead(waiting: Iterable[GenerationRequest], newcomer: GenerationRequest | None, max_waiting: int) -> int:

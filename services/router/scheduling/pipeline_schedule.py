@@ -80,7 +80,7 @@ class PipelineSchedule:
 
     def can_ever_hold(self, request: Request) -> bool:
         """Returns whether the whole pool would do."""
-        return num_blocks_for(request.max_num_tokens, self._settings.block_tokens) <= self.allocator.num_blocks
+        return self.num_blocks_for(request.generation_request.max_num_tokens) <= self.allocator.num_blocks
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
         """It runs here from now on."""

@@ -98,11 +98,6 @@ class Request:
         return len(self.generation_request.prompt_token_ids) + len(self.generated_token_ids)
 
     @property
-    def max_num_tokens(self) -> int:
-        """Counts prompt and all the tokens that it may generate: what admission reserves."""
-        return len(self.generation_request.prompt_token_ids) + self.generation_request.sampling.max_tokens
-
-    @property
     def num_remaining_tokens(self) -> int:
         """Counts known tokens that are not in the cache yet; at least 1 while it lives."""
         return self.num_tokens - self.num_computed_tokens

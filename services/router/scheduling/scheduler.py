@@ -8,7 +8,6 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from types import MappingProxyType
 
 from common.errors import (
@@ -19,7 +18,7 @@ from common.errors import (
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest, Token
-from services.router.scheduling.admission import Admission, CompletionRate, Line, lateness
+from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.pipeline_schedule import (
     PipelineSchedules,
     StepInFlight,
@@ -49,14 +48,12 @@ class Scheduler:
         self._selection = PipelineSelection(settings.pipeline_policy)
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
-        self._line = Line()
         self._blame = Blame(attend)
         self._schedules = PipelineSchedules(settings, self._blame)
         self._waiting = WaitingLine(self._schedules, self._selection, self._blame, self.counters, first_number)
         self._failures: list[RequestFailure] = []
         self._renewals: list[PipelineId] = []
-        self._step_numbers = count(first_number + 1)
-        self._next_step = StepId(0)
+        self._last_step = StepId(first_number)
 
     # Requests
 
@@ -71,9 +68,9 @@ class Scheduler:
         if request.is_restored:
             if len(request.generated_token_ids) >= request.sampling.max_tokens:
                 raise InvalidRequestError(f"request {request.request_id} was finished")
-            self._admission.readmit(request)
+            arrival = self._admission.readmit(request)
         else:
-            self._admission.admit(
+            arrival = self._admission.admit(
                 request,
                 num_waiting=self._waiting.num_ahead(request, self.settings.max_waiting),
                 largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
@@ -81,7 +78,7 @@ class Scheduler:
             )
         admitted = Request(
             request,
-            arrival=self._line.enter(request),
+            arrival=arrival,
             arrived_s=now_s,
             queued_s=now_s,
             generated_token_ids=list(request.generated_token_ids),
@@ -131,7 +128,7 @@ class Scheduler:
             self.close_pipeline(pipeline, now_s)
         schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
-            adopted_step = StepId(next(self._step_numbers))
+            adopted_step = self._draw_step()
             adopted = adopt_held(schedule, held, self._waiting.requests, adopted_step, self._blame, now_s)
             kv_marks = adopted_marks(held, kv_marks, adopted_step)
             self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
@@ -163,7 +160,6 @@ class Scheduler:
         """
         self._expire(now_s)
         self._waiting.place(now_s, is_awaited)
-        self._next_step = StepId(next(self._step_numbers))
         plans: list[StepPlan] = []
         for pipeline in sorted(self._schedules.open):
             try:
@@ -177,13 +173,13 @@ class Scheduler:
     def _plan_steps(self, pipeline: PipelineId, now_s: float) -> list[StepPlan]:
         plans: list[StepPlan] = []
         while True:
-            plan, preempted = self._schedules.open[pipeline].plan_step(self._next_step, now_s)
+            plan, preempted = self._schedules.open[pipeline].plan_step(StepId(self._last_step + 1), now_s)
             for request in preempted:
                 self.counters.preemptions += 1
                 self._waiting.requeue(request, now_s)
             if plan is None:
                 return plans
-            self._next_step = StepId(next(self._step_numbers))
+            self._last_step = plan.step
             self.counters.steps_planned += 1
             self.counters.tokens_planned += plan.num_tokens
             plans.append(plan)
@@ -194,7 +190,7 @@ class Scheduler:
         for pipeline in sorted(self._schedules.open):
             schedule = self._schedules.open[pipeline]
             if schedule.is_canary_due(now_s):
-                plans.append(schedule.plan_canary(StepId(next(self._step_numbers)), now_s))
+                plans.append(schedule.plan_canary(self._draw_step(), now_s))
         return plans
 
     def complete(
@@ -327,10 +323,14 @@ class Scheduler:
             assert request.step is None, f"{request.request_id} waits and is in flight"
         arrivals = [request.arrival for request in waiting]
         assert arrivals == sorted(arrivals), "the line is out of order"
-        num_reserved = sum(request.max_num_tokens for request in placed)
+        num_reserved = sum(request.generation_request.max_num_tokens for request in placed)
         assert self._admission.reserved_tokens == num_reserved, "reserved tokens do not add up"
 
     # Inside
+
+    def _draw_step(self) -> StepId:
+        self._last_step = StepId(self._last_step + 1)
+        return self._last_step
 
     def _expire(self, now_s: float) -> None:
         """Every wait has an end."""
@@ -370,7 +370,6 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._admission.release(request.generation_request)
-        self._line.leave(request.generation_request)
 
     # After an error of our own
 
@@ -403,7 +402,6 @@ class Scheduler:
                     schedule.running = [other for other in schedule.running if other is not request]
         if self._requests.pop(request.request_id, None) is None and request.state is not RequestState.FINISHED:
             return None  # its client was gone
-        self._line.leave(request.generation_request)
         request.state = RequestState.FAILED
         self.counters.requests_failed += 1
         error = ExecutionError(

@@ -10,7 +10,6 @@ from services.router.scheduling.admission import (
     PLACE_SHIFT,
     Admission,
     CompletionRate,
-    Line,
     num_ahead,
     num_blocks_for,
     retry_after_s,
@@ -123,16 +122,16 @@ def run(scheduler: Scheduler, num_rounds: int) -> list[str]:
 
 
 def test_requests_of_one_choice_stand_in_the_order_of_their_arrival() -> None:
-    line = Line()
-    places = [line.enter(build_request(name, 1, 1)) for name in "abc"]
+    door = admission()
+    places = [door.readmit(build_request(name, 1, 1)) for name in "abc"]
     assert places == sorted(set(places))
 
 
 def test_each_further_choice_lets_one_later_request_pass() -> None:
-    line = Line()
-    many = [line.enter(choice("m", index)) for index in range(10)]
+    door = admission()
+    many = [door.readmit(choice("m", index)) for index in range(10)]
     for later in range(1, 5):
-        place = line.enter(build_request(f"later{later}", 1, 1))
+        place = door.readmit(build_request(f"later{later}", 1, 1))
         assert sum(place > other for other in many) == later + 1
     assert [place >> PLACE_SHIFT for place in many] == list(range(1, 11))
 
