@@ -38,18 +38,17 @@ from services.router.front.registry import RequestRegistry
 from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.disk_thread import Disk, DiskThread, finish_within
+from services.router.journal.disk_thread import Disk, DiskThread, Housekeeping, finish_within
 from services.router.journal.journal import Journal, JournalCollector, JournalSettings, open_journal
 from services.router.journal.records import JournalledRequest
 from services.router.journal.set_aside import Attention, SetAside, attention_path, without_culprits
-from services.router.journal.sink import Housekeeping, JournalFirst
 from services.router.journal.state_folder import StateFolder, open_state_folder
 from services.router.mesh.engine import MeshEngine, TokenMailbox
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import Placer, ProcessPlacer
 from services.router.mesh.sockets import MeshClient
-from services.router.mesh.steps import StepFlow
+from services.router.mesh.steps import Sink, StepFlow
 from services.router.scheduling.request import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -106,7 +105,7 @@ async def serve(settings: Settings) -> None:
     requests.attend_restored = storage.attention.restoring
     server = _server(settings, app, lambda: engine.readiness().ready, registry)
     host, port = listener.getsockname()[:2]
-    storage.state.publish_url(f"{http_url(host, port)}\n", _tell_of_folder)
+    storage.state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=storage.state.term, model=model.served_name, dtype=model.dtype)
     placer.start()
     requests.restore(storage.journalled)
@@ -243,10 +242,6 @@ def _open_links(settings: Settings, storage: _Storage) -> _Links:
     return _Links(transport, addresses, client)
 
 
-def _tell_of_folder(sentence: str) -> None:
-    log.warning("state_folder", reason=sentence)
-
-
 def _log_checkpoint(model: Model, tokenizer: TextTokenizer) -> None:
     if model.config.dtype == "float16" and model.dtype == "bfloat16":
         log.warning("dtype_narrowed", detail="float16 weights are computed in bfloat16; DTYPE=float32 loses nothing")
@@ -348,7 +343,7 @@ def _mesh_loop(
         scheduler,
         step_deadline_s,
         model.config.vocab_size,
-        mailbox if journal is None else JournalFirst(journal, mailbox),
+        mailbox if journal is None else _journal_first(journal, mailbox),
         log,
         *([journal.note_placement] if journal is not None else []),
     )
@@ -370,13 +365,18 @@ def _mesh_loop(
     )
 
 
+def _journal_first(journal: Journal, sink: Sink) -> Sink:
+    """Returns a sink that hands on what the journal has written, and nothing any more once that raises FencedError."""
+    return lambda outcomes: journal.append(outcomes, partial(sink, outcomes))
+
+
 def _housekeeping(storage: _Storage, transport: Transport) -> Housekeeping:
     def look_after_own() -> None:
         transport.look_after_files(time.monotonic())
         storage.attention.look_after()
 
-    look_after_folder = partial(storage.state.look_after, _tell_of_folder)
-    return Housekeeping(look_after_folder, storage.disk, storage.disk.check, storage.journal, look_after_own)
+    tick_journal = (lambda: None) if storage.journal is None else storage.journal.tick
+    return Housekeeping(storage.disk, storage.state.look_after, look_after_own, tick_journal)
 
 
 def _shape(settings: Settings, model: Model) -> MeshShape:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 Job = Callable[[], None]
+LOOK_INTERVAL_S = 0.5
 
 
 class Disk(Protocol):
@@ -25,12 +26,11 @@ class Disk(Protocol):
         ...
 
     def submit(self, job: Job) -> None:
-        """Run it after those that were handed in before. What it raises ends the router: see `DiskThread.check`."""
+        """Runs it after those that were handed in before. What it raises ends the router: see `check`."""
         ...
 
-    def close(self, within_s: float) -> bool:
-        """Waits until everything that was handed in is done. Returns False if it is not in that time, and goes on
-        alone."""
+    def check(self) -> None:
+        """Raises what the first job that failed has raised."""
         ...
 
 
@@ -45,7 +45,7 @@ class DiskThread:
         self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
 
     def start(self) -> None:
-        """Call it once."""
+        """Starts the thread; to be called once."""
         self._thread.start()
 
     @property
@@ -59,12 +59,13 @@ class DiskThread:
         self._jobs.put(job)
 
     def check(self) -> None:
-        """Raises what the first job that failed has raised."""
+        """See Disk."""
         if self._failure is not None:
             raise self._failure
 
     def close(self, within_s: float) -> bool:
-        """See Disk."""
+        """Waits until everything that was handed in is done. Returns False if it is not in that time, and goes on
+        alone."""
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join(within_s)
@@ -80,8 +81,49 @@ class DiskThread:
             self._begun_s = None
 
 
+class Housekeeping:
+    """Does what the mesh thread sees to between steps. It is cheap enough for every turn, and waits for no disk."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        look_after_folder: Callable[[], None],
+        look_after_own: Callable[[], None] = lambda: None,
+        tick_journal: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`look_after_folder` is done in `disk`, now and then; `look_after_own` after that in the mesh thread, for the
+        files of what belongs to it; `tick_journal` is done in every turn."""
+        self._disk = disk
+        self._look_after_folder = look_after_folder
+        self._look_after_own = look_after_own
+        self._tick_journal = tick_journal
+        self._clock = clock
+        self._next_look_s = 0.0
+        self._is_looking = False
+        self._has_looked = False
+
+    def __call__(self) -> None:
+        """Runs in the mesh thread. Raises FencedError."""
+        self._disk.check()
+        now_s = self._clock()
+        if now_s >= self._next_look_s and not self._is_looking:
+            self._next_look_s = now_s + LOOK_INTERVAL_S
+            self._is_looking = True
+            self._disk.submit(self._look)
+        if self._has_looked:
+            self._has_looked = False
+            self._look_after_own()
+        self._tick_journal()
+
+    def _look(self) -> None:
+        self._look_after_folder()
+        self._has_looked = True
+        self._is_looking = False
+
+
 def finish_within(work: Job, within_s: float) -> bool:
-    """Does it in a thread that nobody waits for any longer than that. Returns False if it is not done by then."""
+    """Does the work in a thread, and waits for it no longer than that. Returns False if it is not done by then."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(within_s)

@@ -190,43 +190,31 @@ def without_culprits(
     journalled: Sequence[JournalledRequest],
     forget: Callable[[str], None],
 ) -> tuple[list[JournalledRequest], SetAside]:
-    """Returns what is gone on with. Requests that end the router are set aside, and forgotten by the journal through
-    `forget`, which gets their reply ids.
+    """Returns the requests that are gone on with. Those that end the router are set aside, and forgotten by the journal
+    through `forget`, which gets their reply ids.
 
     What the disk does not take is said, and judged again at the next start.
     """
     ending = state_dir / "ending.json"
     set_aside = SetAside(state_dir / "set-aside")
-    for request in journalled:
-        if set_aside.has(request):  # a router was killed before its journal had forgotten it
-            forget(request.accepted.reply_id)
-    journalled = [request for request in journalled if not set_aside.has(request)]
-    unfinished = [request for request in journalled if request.ended_s is None]
-    judgement = judge(
-        _read_record(state_dir / "ends.json"),
-        read_ending(attention_path(state_dir), ending),
-        [
-            Unfinished(
-                request.accepted.reply_id,
-                request.accepted.choice_ids,
-                _num_tokens(request),
-            )
-            for request in unfinished
-        ],
-    )
-    record = judgement.record
+    ends = state_dir / "ends.json"
+    requests = {request.accepted.reply_id: request for request in journalled}
+    for reply_id in [reply_id for reply_id, request in requests.items() if set_aside.has(request)]:
+        forget(reply_id)  # a router was killed before its journal had forgotten it
+        del requests[reply_id]
+    unfinished = [_as_judged(request) for request in requests.values() if request.ended_s is None]
+    judgement = judge(_read_record(ends), read_ending(attention_path(state_dir), ending), unfinished)
+    culprits = [(requests.pop(reply_id), reason) for reply_id, reason in judgement.set_aside.items()]
     try:
-        for request in unfinished:
-            reason = judgement.set_aside.get(request.accepted.reply_id)
-            if reason is not None:
-                set_aside.keep(request, reason)
-                forget(request.accepted.reply_id)
+        for request, reason in culprits:
+            set_aside.keep(request, reason)
+            forget(request.accepted.reply_id)
         # After what was set aside: a router that is killed in between judges the same again.
-        write_whole(state_dir / "ends.json", json.dumps({"ends": record.ends, "unnamed": record.unnamed}))
+        write_whole(ends, json.dumps({"ends": judgement.record.ends, "unnamed": judgement.record.unnamed}))
         ending.unlink(missing_ok=True)
     except OSError as error:
         log.error("ends_not_written", folder=str(state_dir), reason=str(error))
-    return [request for request in journalled if request.accepted.reply_id not in judgement.set_aside], set_aside
+    return list(requests.values()), set_aside
 
 
 def _token_ids(request: JournalledRequest) -> list[list[int]]:
@@ -236,11 +224,12 @@ def _token_ids(request: JournalledRequest) -> list[list[int]]:
         return []
 
 
-def _num_tokens(request: JournalledRequest) -> int:
+def _as_judged(request: JournalledRequest) -> Unfinished:
     try:
-        return sum(choice.num_tokens for choice in request.choices)
+        num_tokens = sum(choice.num_tokens for choice in request.choices)
     except ValueError:
-        return 0  # damaged: who goes on with it says so
+        num_tokens = 0  # it is damaged: whoever goes on with it says so
+    return Unfinished(request.accepted.reply_id, request.accepted.choice_ids, num_tokens)
 
 
 def _read_record(path: Path) -> Record:

@@ -12,10 +12,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from common.atomic_write import write_whole
 from common.errors import ConfigurationError, FencedError, ProtocolError
 from common.ids import RouterTerm
 from common.processes.folder_lock import FolderLock, lock_folder
+
+log = structlog.get_logger(__name__)
 
 MAX_TERM = (1 << 31) - 1
 """Numbers of steps have the term above their lower 32 bits, and must stay positive in 64."""
@@ -51,38 +55,41 @@ class StateFolder:
         if term == self.term:
             self._seen = seen
 
-    def look_after(self, tell: Callable[[str], None] = lambda sentence: None) -> None:
-        """Checks the term, and makes the files again that are gone or damaged; `tell` is given a sentence about it, or
-        about why it cannot be. It costs a few `stat`s while nothing has changed. Raises FencedError if another router
-        has the folder."""
+    def look_after(self) -> None:
+        """Checks the term, and makes the files again that are gone or damaged; the log says so, or why it cannot be. It
+        costs a few `stat`s while nothing has changed. Raises FencedError if another router has the folder."""
         try:
             made_again = [name for name, keep in self._keepers() if keep()]
         except OSError as error:
             failure = f"files of STATE_DIR={self.path} are gone and cannot be made again: {error}"
             if failure != self._failure:
-                tell(failure)
+                log.warning("state_folder", reason=failure)
             self._failure = failure
             return
         self._failure = ""
         if made_again:
-            tell(f"{', '.join(made_again)} of STATE_DIR={self.path} had been removed or changed, and was made again")
+            names = ", ".join(made_again)
+            log.warning(
+                "state_folder",
+                reason=f"{names} of STATE_DIR={self.path} had been removed or changed, and was made again",
+            )
 
-    def publish_url(self, url: str, tell: Callable[[str], None] = lambda sentence: None) -> None:
-        """Say where this router answers HTTP, for as long as it holds the folder. Where that cannot be written, `tell`
-        is given a sentence about it, and `look_after` tries again."""
+    def publish_url(self, url: str) -> None:
+        """Writes down where this router answers HTTP, for as long as it holds the folder. Where that cannot be done,
+        the log says so, and `look_after` tries again."""
         self._url = url
         try:
             self._write_url()
         except OSError as error:
-            tell(f"http.url of STATE_DIR={self.path} cannot be written: {error}")
+            log.warning("state_folder", reason=f"http.url of STATE_DIR={self.path} cannot be written: {error}")
 
     def _write_url(self) -> None:
         write_whole(self._url_path, self._url)
         self._seen_url = _identity(self._url_path)
 
     def outgrow(self, term: int, on_disk: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
-        """A node has obeyed a router of this term. Raises FencedError if it is later than this one's. `on_disk` does
-        what touches the folder: who calls this may not wait for it.
+        """Hears that a node has obeyed a router of this term. Raises FencedError if it is later than this one's.
+        `on_disk` does what touches the folder: whoever calls this may not wait for it.
 
         Either that router lives and this one was replaced, or the folder has lost its term: then the next router on it
         begins above all that nodes have heard of, or they would not listen to it.

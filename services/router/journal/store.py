@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,24 +185,38 @@ class JournalStore:
             )
             for number, *row in self._rows("requests", REQUEST_COLUMNS)
         }
-        _place(requests, dict(self._rows("placements", "choice, sequence_id")))
-        failures = self._rows("failures", "choice, code, message")
-        _fail(requests, {choice: (code, message) for choice, code, message in failures})
-        for choice, first, data in self._rows("segments", "choice, first, tokens"):
-            _extend(requests, choice, first, data)
         buffer = LogBuffer()
         for (data,) in self._rows("log", "step", "number"):
             buffer.add(decode_step(data))
-        for choice, (first, tokens) in buffer.tokens.items():
-            _extend_fresh(requests, choice, first, tokens)
-        _place(requests, buffer.placements)
-        _fail(requests, buffer.failures)
+        self._read_choices(requests.values(), buffer)
         for number, (ended_s, is_kept) in buffer.ends.items():
             if number in requests:
                 ended = requests.pop(number)
                 if is_kept:
                     requests[number] = replace(ended, ended_s=ended_s)
         return dict(sorted(requests.items())), buffer
+
+    def _read_choices(self, requests: Iterable[JournalledRequest], buffer: LogBuffer) -> None:
+        """Gives each choice what the tables and the log have of it. What would leave a hole is dropped: the mesh makes
+        the same tokens again."""
+        choices = {
+            request.number * MAX_CHOICES + index: choice
+            for request in requests
+            for index, choice in enumerate(request.choices)
+        }
+        for number, first, data in self._rows("segments", "choice, first, tokens"):
+            if count_tokens(data) and number in choices and first == choices[number].num_tokens:
+                choices[number].runs.append((first, data))
+        placements = dict(self._rows("placements", "choice, sequence_id")) | buffer.placements
+        failures = {choice: failure for choice, *failure in self._rows("failures", "choice, code, message")}
+        for number, choice in choices.items():
+            first, tokens = buffer.tokens.get(number, (0, []))
+            if first == choice.num_tokens:
+                choice.fresh += tokens
+            if number in placements:
+                choice.sequence_id = SequenceId(placements[number])
+            if failure := buffer.failures.get(number) or failures.get(number):
+                choice.error = restored_error(*failure)
 
     def _rows(self, table: str, columns: str, order: str = "") -> Iterator[Any]:
         """Yields the rows of a table, ascending. Raises ValueError for one that is not what was written."""
@@ -297,37 +311,3 @@ def _accepted(row: Sequence[Any]) -> AcceptedRequest:
     values["is_resumable"] = bool(values["is_resumable"])
     values["choice_ids"] = tuple(RequestId(choice_id) for choice_id in json.loads(values["choice_ids"]))
     return AcceptedRequest(**values)
-
-
-def _choice(requests: Mapping[int, JournalledRequest], number: int) -> JournalledChoice | None:
-    request = requests.get(number // MAX_CHOICES)
-    return None if request is None else request.choices[number % MAX_CHOICES]
-
-
-# What would leave a hole is dropped: the mesh makes the same tokens again.
-
-
-def _extend(requests: Mapping[int, JournalledRequest], number: int, first: int, data: bytes) -> None:
-    choice = _choice(requests, number)
-    if count_tokens(data) and choice is not None and first == choice.num_tokens:
-        choice.runs.append((first, data))
-
-
-def _extend_fresh(requests: Mapping[int, JournalledRequest], number: int, first: int, tokens: list[Token]) -> None:
-    choice = _choice(requests, number)
-    if choice is not None and first == choice.num_tokens:
-        choice.fresh += tokens
-
-
-def _place(requests: Mapping[int, JournalledRequest], placements: Mapping[int, int]) -> None:
-    for number, sequence_id in placements.items():
-        choice = _choice(requests, number)
-        if choice is not None:
-            choice.sequence_id = SequenceId(sequence_id)
-
-
-def _fail(requests: Mapping[int, JournalledRequest], failures: Mapping[int, tuple[str, str]]) -> None:
-    for number, (code, message) in failures.items():
-        choice = _choice(requests, number)
-        if choice is not None:
-            choice.error = restored_error(code, message)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
@@ -25,11 +24,8 @@ from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import TokenOutput
 
-
-class Sink(Protocol):
-    """Where the outcome of requests goes; called in the mesh thread, must return at once."""
-
-    def __call__(self, outcomes: list[tuple[RequestId, Token | MoemeshError]]) -> None: ...
+Sink = Callable[[list[tuple[RequestId, Token | MoemeshError]]], None]
+"""Where the outcome of requests goes. It is called in the mesh thread, and must return at once."""
 
 
 class UnsendableError(ExecutionError):
@@ -186,12 +182,6 @@ class StepFlow:
     def unsent(self) -> set[PipelineId]:
         """Returns pipelines with a step that their first stage has not taken yet."""
         return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
-
-    def give_up(self, lost: list[PipelineId]) -> list[PipelineId]:
-        """Returns pipelines with a step that nobody has: its requests are not to blame, so nothing fails."""
-        for pipeline in lost:
-            self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
-        return lost
 
     def check_deadlines(self, now_s: float) -> list[PipelineId]:
         """Fail steps whose time is up."""

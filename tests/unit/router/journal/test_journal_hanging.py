@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from common.errors import FencedError, JournalError
 from common.ids import RequestId
 from services.router.engine import FinishReason
-from services.router.journal.disk_thread import DiskThread, finish_within
+from services.router.journal.disk_thread import DiskThread, Housekeeping, finish_within
 from services.router.journal.journal import STUCK_AFTER_S, Journal
-from services.router.journal.sink import Housekeeping
 from tests.support.front.disks import HangingDisk, PromptDisk
 from tests.support.front.journal_files import is_durable, reopened
 from tests.support.front.journals import accepted, open_at, token
@@ -268,7 +267,7 @@ def test_what_a_job_raises_is_raised_again_in_the_mesh_thread_and_the_next_job_i
     def fenced() -> None:
         raise FencedError("term 5")
 
-    housekeeping = Housekeeping(fenced, disk, disk.check, None)
+    housekeeping = Housekeeping(disk, fenced)
     housekeeping()
     disk.submit(done.set)
     disk.start()
@@ -282,12 +281,7 @@ def test_the_folder_is_looked_after_now_and_then_and_never_twice_at_a_time() -> 
     now_s, looks = [0.0], list[float]()
     disk, sockets = HangingDisk(), list[float]()
     housekeeping = Housekeeping(
-        lambda: looks.append(now_s[0]),
-        disk,
-        lambda: None,
-        None,
-        lambda: sockets.append(now_s[0]),
-        clock=lambda: now_s[0],
+        disk, lambda: looks.append(now_s[0]), lambda: sockets.append(now_s[0]), clock=lambda: now_s[0]
     )
     for tenths in range(50):
         now_s[0] = tenths / 10
@@ -296,7 +290,7 @@ def test_the_folder_is_looked_after_now_and_then_and_never_twice_at_a_time() -> 
     disk.answer()
     housekeeping()
     assert sockets == [4.9]
-    prompt = Housekeeping(lambda: looks.append(now_s[0]), PromptDisk(), lambda: None, None, clock=lambda: now_s[0])
+    prompt = Housekeeping(PromptDisk(), lambda: looks.append(now_s[0]), clock=lambda: now_s[0])
     looks.clear()
     for tenths in range(50):
         now_s[0] = tenths / 10

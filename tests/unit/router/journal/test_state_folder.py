@@ -6,15 +6,26 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import structlog
 
 from common.errors import ConfigurationError, FencedError, ProtocolError
 from services.router.journal import state_folder
 from services.router.journal.state_folder import open_state_folder
+
+Told = list[MutableMapping[str, Any]]
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    """What the log is told."""
+    with structlog.testing.capture_logs() as logged:
+        yield logged
 
 
 def test_the_term_grows_with_every_start(tmp_path: Path) -> None:
@@ -105,21 +116,20 @@ def test_a_term_file_that_is_gone_fences_nobody(tmp_path: Path) -> None:
     folder.close()
 
 
-def test_files_that_somebody_removed_are_made_again_as_they_were_and_it_is_said(tmp_path: Path) -> None:
+def test_files_that_somebody_removed_are_made_again_as_they_were_and_it_is_said(tmp_path: Path, told: Told) -> None:
     folder = open_state_folder(tmp_path / "state")
     folder.publish_url("http://127.0.0.1:8000\n")
-    told: list[str] = []
-    folder.look_after(told.append)
+    folder.look_after()
     assert told == []
     before = {path.name: path.read_text() for path in (tmp_path / "state").iterdir()}
     for lost in (["router.lock"], ["router.json"], ["http.url"], list(before)):
         for name in lost:
             (tmp_path / "state" / name).unlink()
-        folder.look_after(told.append)
+        folder.look_after()
         assert {path.name: path.read_text() for path in (tmp_path / "state").iterdir()} == before
-        assert all(name in told[-1] for name in lost)
+        assert all(name in told[-1]["reason"] for name in lost)
     shutil.rmtree(tmp_path / "state")
-    folder.look_after(told.append)
+    folder.look_after()
     assert {path.name: path.read_text() for path in (tmp_path / "state").iterdir()} == before
     assert len(told) == 5
     folder.close()
@@ -128,7 +138,7 @@ def test_files_that_somebody_removed_are_made_again_as_they_were_and_it_is_said(
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xff", b'{"term": 1}', b'{"term": "x"}', b"[]"])
 def test_files_that_somebody_damages_under_a_router_are_made_again_and_end_nobody(
-    tmp_path: Path, damage: bytes
+    tmp_path: Path, told: Told, damage: bytes
 ) -> None:
     """While a router lives it is the one that knows its term; a restart on the damaged file would be refused."""
     open_state_folder(tmp_path).close()
@@ -139,54 +149,50 @@ def test_files_that_somebody_damages_under_a_router_are_made_again_and_end_nobod
     for name in names:
         (tmp_path / name).write_bytes(damage)
     folder.check_term()
-    told: list[str] = []
-    folder.look_after(told.append)
+    folder.look_after()
     assert {name: (tmp_path / name).read_text() for name in names} == before
     assert len(told) == 1
-    folder.look_after(told.append)
+    folder.look_after()
     assert len(told) == 1
     folder.close()
     assert open_state_folder(tmp_path).term == 3
 
 
-def test_a_router_that_cannot_write_its_address_says_so_serves_and_tries_again(tmp_path: Path) -> None:
+def test_a_router_that_cannot_write_its_address_says_so_serves_and_tries_again(tmp_path: Path, told: Told) -> None:
     (tmp_path / "http.url").mkdir()
     folder = open_state_folder(tmp_path)
-    told: list[str] = []
-    folder.publish_url("http://127.0.0.1:8000\n", told.append)
+    folder.publish_url("http://127.0.0.1:8000\n")
     assert len(told) == 1
-    assert "http.url" in told[0]
+    assert "http.url" in told[0]["reason"]
     (tmp_path / "http.url").rmdir()
-    folder.look_after(told.append)
+    folder.look_after()
     assert (tmp_path / "http.url").read_text() == "http://127.0.0.1:8000\n"
 
 
 @pytest.mark.parametrize("name", ["router.json", "http.url", "router.lock"])
-def test_a_folder_in_the_place_of_a_file_ends_nobody_and_is_told_once(tmp_path: Path, name: str) -> None:
+def test_a_folder_in_the_place_of_a_file_ends_nobody_and_is_told_once(tmp_path: Path, told: Told, name: str) -> None:
     folder = open_state_folder(tmp_path)
     folder.publish_url("http://127.0.0.1:8000\n")
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    told: list[str] = []
     for _ in range(3):
         folder.check_term()
-        folder.look_after(told.append)
+        folder.look_after()
     assert len(told) == 1
-    assert name in told[0]
+    assert name in told[0]["reason"]
     (tmp_path / name).rmdir()
-    folder.look_after(told.append)
+    folder.look_after()
     assert (tmp_path / name).is_file()
     folder.close()
 
 
-def test_a_file_in_the_place_of_the_folder_ends_nobody(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_ends_nobody(tmp_path: Path, told: Told) -> None:
     path = tmp_path / "state"
     folder = open_state_folder(path)
     shutil.rmtree(path)
     path.write_text("")
-    told: list[str] = []
     folder.check_term()
-    folder.look_after(told.append)
+    folder.look_after()
     assert len(told) == 1
     folder.close()
 
@@ -204,18 +210,17 @@ def test_a_router_that_is_outgrown_does_not_wait_for_the_disk(tmp_path: Path) ->
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_once_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = open_state_folder(tmp_path)
     (tmp_path / "router.json").unlink()
-    told: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(state_folder, "write_whole", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
         for _ in range(3):
-            folder.look_after(told.append)
+            folder.look_after()
     assert len(told) == 1
-    assert "Read-only file system" in told[0]
-    folder.look_after(told.append)
+    assert "Read-only file system" in told[0]["reason"]
+    folder.look_after()
     assert (tmp_path / "router.json").exists()
     folder.close()
 
