@@ -98,14 +98,19 @@ class Adoption:
         """Of pipelines that were taken over: what these hold is known, however little it is worth."""
         self._losers: dict[NodeId, int] = {}
         """Nodes that claim what others hold, with the lease terms of their claims."""
-        self._num_new = self._num_old = 0
+        self._new_processes: set[NodeId] = set()
+        """Those that live and had never heard a router when they first said hello to this one."""
+        self._has_old_process = False
         self.is_pending = is_wanted
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
-    def see_process(self, is_new: bool) -> None:
-        """A stage node registered; `is_new`: it has never heard a router."""
-        self._num_new += is_new
-        self._num_old += not is_new
+    def see_process(self, node_id: NodeId, is_new: bool) -> None:
+        """A stage node said hello; `is_new`: it has never heard a router. One whose hello was not answered yet, or whose
+        link broke, says it again: it is the same process, which by then has heard this router."""
+        if is_new:
+            self._new_processes.add(node_id)
+        elif node_id not in self._new_processes:
+            self._has_old_process = True
 
     def claim(self, node_id: NodeId, held: HeldSlot | None, now_s: float, sees_weights: bool = True) -> None:
         """A node registered. What does not fit this mesh, or what the node could not load again (not `sees_weights`),
@@ -145,6 +150,7 @@ class Adoption:
         """It is gone again."""
         self._claims = {slot: claim for slot, claim in self._claims.items() if claim[0] != node_id}
         self._losers.pop(node_id, None)
+        self._new_processes.discard(node_id)
 
     def has_claim(self, node_id: NodeId) -> bool:
         """Returns whether it waits for its slot."""
@@ -154,7 +160,7 @@ class Adoption:
         """Returns pipelines whose holders are all back; when the time is up, whatever is claimed."""
         if not self.is_pending or self._deadline_s is None:
             return []
-        all_new = not self._num_old and self._num_new >= len(self._layers)
+        all_new = not self._has_old_process and len(self._new_processes) >= len(self._layers)
         self.is_pending = now_s < self._deadline_s - (ADOPT_S - NEW_S if all_new else 0.0)
         claimed = sorted({slot.pipeline for slot in self._claims})
         return [self._pop(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]

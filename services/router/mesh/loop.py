@@ -273,7 +273,7 @@ class MeshLoop:
         self._apply_changes([change for change in changes if change.node_id != node_id], now_s)
         self._arriving[node_id] = arrival
         if description.kind is NodeKind.STAGE:
-            self._stages.adoption.see_process(is_new=not (obeyed_term or hello.held_slot))
+            self._stages.adoption.see_process(node_id, is_new=not (obeyed_term or hello.held_slot))
         if self._membership.has_stood(node_id):
             self._give_role(node_id, now_s)
 

@@ -173,7 +173,7 @@ def test_a_holder_far_behind_the_others_of_its_pipeline_may_have_been_replaced_s
 def test_where_everything_was_started_anew_nobody_is_waited_for() -> None:
     waiting = adoption()
     for name in "ab":
-        waiting.see_process(is_new=True)
+        waiting.see_process(NodeId(name), is_new=True)
         waiting.claim(NodeId(name), None, 10.0)
     assert waiting.pop_complete(10.0 + NEW_S - 0.01) == []
     assert waiting.is_pending
@@ -187,8 +187,31 @@ def test_holders_are_waited_for_where_one_process_has_outlived_the_router_or_too
 ) -> None:
     waiting = adoption()
     for number, is_new in enumerate(seen):
-        waiting.see_process(is_new)
+        waiting.see_process(NodeId(f"{number}"), is_new)
         waiting.claim(NodeId(f"{number}"), None, 10.0)
+    waiting.pop_complete(10.0 + ADOPT_S - 0.01)
+    assert waiting.is_pending
+
+
+def test_a_hello_that_is_said_again_is_no_other_process() -> None:
+    waiting = adoption()
+    for _ in range(2):
+        waiting.see_process(NodeId("a"), is_new=True)
+        waiting.claim(NodeId("a"), None, 10.0)
+    waiting.pop_complete(10.0 + ADOPT_S - 0.01)
+    assert waiting.is_pending, "one process is not enough for a pipeline of two"
+    waiting.see_process(NodeId("a"), is_new=False)  # it has heard this router meanwhile, and its link broke
+    waiting.see_process(NodeId("b"), is_new=True)
+    waiting.pop_complete(10.0 + NEW_S)
+    assert not waiting.is_pending, "it has heard no router but this one"
+
+
+def test_a_new_process_that_is_gone_again_does_not_count() -> None:
+    waiting = adoption()
+    for name in "ab":
+        waiting.see_process(NodeId(name), is_new=True)
+        waiting.claim(NodeId(name), None, 10.0)
+    waiting.withdraw(NodeId("a"))
     waiting.pop_complete(10.0 + ADOPT_S - 0.01)
     assert waiting.is_pending
 
