@@ -105,8 +105,8 @@ class Adoption:
         """Whether a holder may still come back for a slot. Until then nobody else gets one."""
 
     def see_process(self, node_id: NodeId, is_new: bool) -> None:
-        """A stage node said hello; `is_new`: it has never heard a router. One whose hello was not answered yet, or whose
-        link broke, says it again: it is the same process, which by then has heard this router."""
+        """A stage node said hello; `is_new`: it has never heard a router. One that was not answered yet, or whose link
+        broke, says hello again: that is the same process, which may have heard this router by then."""
         if is_new:
             self._new_processes.add(node_id)
         elif node_id not in self._new_processes:

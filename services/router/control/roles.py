@@ -90,135 +90,162 @@ def plan_roles(
     """
     if pp < 1 or spares < 0:
         raise ConfigurationError(f"PP is {pp} and SPARES {spares}; at least 1 and 0 are needed")
-    nodes = {node.node_id: node for node in sorted(stage_nodes, key=lambda node: (node.join_order, node.node_id))}
-    assignments = _living_holders(current, nodes, pp)
-    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
-    mirrors = {slot: of for slot, of in (mirrors or {}).items() if slot.index < pp and of in nodes}
-    kept = sorted({slot.pipeline for slot in (*assignments, *mirrors)})
-    for pipeline in kept:
-        _fill_holes(pipeline, pp, assignments, free, nodes, mirrors)
-    _merge_broken(kept, pp, assignments, nodes)
-    kept = sorted({slot.pipeline for slot in assignments})
-    num_wanted = max((len(nodes) - spares) // pp, 1)
+    planner = _Planner(stage_nodes, current, pp)
+    planner.repair({slot: of for slot, of in (mirrors or {}).items() if slot.index < pp and of in planner.nodes})
+    num_wanted = max((len(planner.nodes) - spares) // pp, 1)
     if not keeps_surplus:
-        by_worth = sorted(kept, key=lambda pipeline: any(s not in assignments for s in _slots(pipeline, pp)))
-        for pipeline in by_worth[num_wanted:]:
-            for slot in _slots(pipeline, pp):
-                assignments.pop(slot, None)
-        kept = sorted(by_worth[:num_wanted])
-    free = [node for node in nodes.values() if node.node_id not in set(assignments.values())]
-    lacking: set[int] = set()
-    while len(kept) < num_wanted:
-        pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
-        begun, left = dict(assignments), list(free)
-        _fill_holes(pipeline, pp, begun, left, nodes, {})
-        if missing := [slot.index for slot in _slots(pipeline, pp) if slot not in begun]:
-            lacking.update(missing if left else ())
-            break
-        assignments, free = begun, left
-        kept = sorted([*kept, pipeline])
-    holes = [slot for pipeline in kept for slot in _slots(pipeline, pp) if slot not in assignments]
-    lacking.update(slot.index for slot in holes if free)
-    num_whole = len(kept) - len({slot.pipeline for slot in holes})
-    return RolePlan(
-        assignments={slot: assignments[slot] for slot in sorted(assignments, key=_slot_order)},
-        holes=tuple(holes),
-        spares=tuple(sorted((node.node_id for node in free), key=list(nodes).index)),
-        detail=_detail(len(nodes), num_whole, holes, len(free), pp, spares),
-        num_surplus=max(0, len(kept) - num_wanted),
-        lacking=tuple(sorted(lacking)),
-    )
+        planner.give_up_beyond(num_wanted)
+    return planner.result(num_wanted, spares, planner.begin_up_to(num_wanted))
+
+
+class _Planner:
+    """Who holds what, changed step by step. A list of free nodes says who may be given a slot in one step: whoever gets
+    one is removed from it."""
+
+    def __init__(self, stage_nodes: Sequence[ObservedStage], current: Mapping[StageSlot, NodeId], pp: int) -> None:
+        """Slots of this shape keep their holder if it lives; a node that is named twice keeps its first slot."""
+        self.nodes = {
+            node.node_id: node for node in sorted(stage_nodes, key=lambda node: (node.join_order, node.node_id))
+        }
+        self._pp = pp
+        self._held: dict[StageSlot, NodeId] = {}
+        for slot in sorted(current, key=_slot_order):
+            node = self.nodes.get(current[slot])
+            if slot.index < pp and node is not None and node.can_hold(slot) and node.node_id not in self._held.values():
+                self._held[slot] = node.node_id
+
+    def repair(self, mirrors: Mapping[StageSlot, NodeId]) -> None:
+        """Fill the holes of pipelines that have a holder or a mirror."""
+        kept, free = sorted({slot.pipeline for slot in (*self._held, *mirrors)}), self._free()
+        for pipeline in kept:
+            self._fill_holes(pipeline, free, mirrors)
+        # Nodes of the highest broken pipelines fill holes of the lowest ones, as long as there is one that can.
+        while any(self._give(higher, lower) for lower, higher in self._broken_pairs(kept)):
+            pass
+
+    def give_up_beyond(self, num_wanted: int) -> None:
+        """Set the nodes free of pipelines beyond so many, whole ones last."""
+        by_worth = sorted(self._pipelines(), key=lambda pipeline: bool(self._holes(pipeline)))
+        given_up = by_worth[num_wanted:]
+        self._held = {slot: node_id for slot, node_id in self._held.items() if slot.pipeline not in given_up}
+
+    def begin_up_to(self, num_wanted: int) -> set[int]:
+        """Form pipelines until there are so many. Returns the slots for which nobody free sees the weights."""
+        while len(kept := self._pipelines()) < num_wanted:
+            pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
+            before, free = dict(self._held), self._free()
+            self._fill_holes(pipeline, free, {})
+            if missing := self._holes(pipeline):
+                self._held = before
+                return {slot.index for slot in missing} if free else set()
+        return set()
+
+    def result(self, num_wanted: int, spares: int, lacking: set[int]) -> RolePlan:
+        """`spares`: how many are wished for."""
+        kept, free = self._pipelines(), self._free()
+        holes = [slot for pipeline in kept for slot in self._holes(pipeline)]
+        num_whole = len(kept) - len({slot.pipeline for slot in holes})
+        return RolePlan(
+            assignments={slot: self._held[slot] for slot in sorted(self._held, key=_slot_order)},
+            holes=tuple(holes),
+            spares=tuple(node.node_id for node in free),
+            detail=_detail(len(self.nodes), num_whole, holes, len(free), self._pp, spares),
+            num_surplus=max(0, len(kept) - num_wanted),
+            lacking=tuple(sorted(lacking.union(slot.index for slot in holes if free))),
+        )
+
+    def _slots(self, pipeline: PipelineId) -> list[StageSlot]:
+        return [StageSlot(pipeline, SlotIndex(index)) for index in range(self._pp)]
+
+    def _holes(self, pipeline: PipelineId) -> list[StageSlot]:
+        return [slot for slot in self._slots(pipeline) if slot not in self._held]
+
+    def _holders(self, pipeline: PipelineId) -> dict[StageSlot, ObservedStage]:
+        return {slot: self.nodes[self._held[slot]] for slot in self._slots(pipeline) if slot in self._held}
+
+    def _pipelines(self) -> list[PipelineId]:
+        return sorted({slot.pipeline for slot in self._held})
+
+    def _free(self) -> list[ObservedStage]:
+        """Returns those without a slot, in join order."""
+        holders = set(self._held.values())
+        return [node for node in self.nodes.values() if node.node_id not in holders]
+
+    def _fill_holes(self, pipeline: PipelineId, free: list[ObservedStage], mirrors: Mapping[StageSlot, NodeId]) -> None:
+        """Fill what `free` suffices for."""
+        holes = self._holes(pipeline)
+        wanted = self._class_of(pipeline, free, mirrors)
+        others_mirrors = {node_id for slot, node_id in mirrors.items() if slot not in holes}
+        used_by_others = {self.nodes[of].host_label for slot, of in self._held.items() if slot.pipeline != pipeline}
+        for slot in holes:
+            able, num_here = [node for node in free if node.can_hold(slot)], self._slots_by_host(pipeline, free)
+            worths = [
+                (
+                    node.node_id != mirrors.get(slot),
+                    node.numeric_class != wanted,
+                    node.node_id in others_mirrors,
+                    self._pp if node.slots is None else len(node.slots),
+                    node.host_label in used_by_others,
+                    -num_here[node.host_label],
+                    order,
+                )
+                for order, node in enumerate(able)
+            ]
+            if able:
+                node = able[min(worths)[-1]]
+                free.remove(node)
+                self._held[slot] = node.node_id
+        for hole in [slot for slot in holes if slot not in self._held]:
+            new = [slot for slot in holes if slot in self._held]
+            if not _pass_on(hole, new, self._held, free, self.nodes):
+                _pass_on(hole, list(self._holders(pipeline)), self._held, free, self.nodes)
+
+    def _class_of(
+        self, pipeline: PipelineId, free: Sequence[ObservedStage], mirrors: Mapping[StageSlot, NodeId]
+    ) -> str | None:
+        """Returns the numeric class that most of a pipeline's holders have; where all are gone, most of its mirrors. An
+        empty one takes the class of the first in line whose class can fill it, so that it is of one class."""
+        holders = list(self._holders(pipeline).values())
+        followers = [self.nodes[mirrors[slot]] for slot in self._slots(pipeline) if slot in mirrors]
+        counted = holders or [follower for follower in followers if follower in free]
+        if counted:
+            classes = Counter(node.numeric_class for node in counted)
+            return max(sorted(classes), key=classes.__getitem__)
+        for name in dict.fromkeys(node.numeric_class for node in free):
+            if _can_fill(self._slots(pipeline), [node for node in free if node.numeric_class == name]):
+                return name
+        return None
+
+    def _slots_by_host(self, pipeline: PipelineId, free: Sequence[ObservedStage]) -> Counter[str]:
+        """Counts the slots of a pipeline that each host can hold: those it holds, and as many more as it has nodes."""
+        held = Counter(node.host_label for node in self._holders(pipeline).values())
+        unheld, on_host = self._pp - held.total(), Counter(node.host_label for node in free)
+        return held + Counter({label: min(unheld, num_nodes) for label, num_nodes in on_host.items()})
+
+    def _broken_pairs(self, kept: Sequence[PipelineId]) -> list[tuple[PipelineId, PipelineId]]:
+        """Returns two broken pipelines each, the lower one first: the lowest with the highest before all others."""
+        broken = [p for p in kept if 0 < len(self._holes(p)) < self._pp]
+        return [(lower, higher) for lower in broken for higher in reversed(broken) if lower < higher]
+
+    def _give(self, giver: PipelineId, taker: PipelineId) -> bool:
+        """Returns whether the taker could use any of the giver's nodes."""
+        giving = self._holders(giver)
+        for slot in giving:
+            del self._held[slot]
+        left = list(giving.values())
+        self._fill_holes(taker, left, {})
+        self._held.update({slot: node.node_id for slot, node in giving.items() if node in left})
+        return len(left) < len(giving)
 
 
 def _slot_order(slot: StageSlot) -> tuple[int, int]:
     return slot.pipeline, slot.index
 
 
-def _slots(pipeline: PipelineId, pp: int) -> list[StageSlot]:
-    return [StageSlot(pipeline, SlotIndex(index)) for index in range(pp)]
-
-
-def _living_holders(
-    current: Mapping[StageSlot, NodeId], nodes: Mapping[NodeId, ObservedStage], pp: int
-) -> dict[StageSlot, NodeId]:
-    """Returns slots of this shape whose holder lives; a node that is named twice keeps its first slot."""
-    held: dict[StageSlot, NodeId] = {}
-    seen: set[NodeId] = set()
-    for slot in sorted(current, key=_slot_order):
-        node_id = current[slot]
-        if slot.index < pp and node_id in nodes and node_id not in seen and nodes[node_id].can_hold(slot):
-            held[slot] = node_id
-            seen.add(node_id)
-    return held
-
-
-def _fill_holes(
-    pipeline: PipelineId,
-    pp: int,
-    assignments: dict[StageSlot, NodeId],
-    free: list[ObservedStage],
-    nodes: Mapping[NodeId, ObservedStage],
-    mirrors: Mapping[StageSlot, NodeId],
-) -> None:
-    """Fill what `free` suffices for; takes what it uses from there."""
-    slots = _slots(pipeline, pp)
-    holes = [slot for slot in slots if slot not in assignments]
-    classes = Counter(nodes[assignments[slot]].numeric_class for slot in slots if slot in assignments)
-    if not classes:  # whose holders are all gone goes on with its mirrors
-        followers = [nodes[mirrors[slot]] for slot in holes if slot in mirrors]
-        classes.update(follower.numeric_class for follower in followers if follower in free)
-    if not classes:
-        # An empty pipeline takes the class of the first in line whose class can fill it, so that it is of one class.
-        of_class = {name: [node for node in free if node.numeric_class == name] for name in _classes(free)}
-        classes.update([name for name, able in of_class.items() if _can_fill(slots, able)][:1])
-    wanted = max(sorted(classes), key=classes.__getitem__, default=None)
-    others_mirrors = {node_id for slot, node_id in mirrors.items() if slot not in holes}
-    used_by_others = {nodes[of].host_label for slot, of in assignments.items() if slot.pipeline != pipeline}
-
-    def worth(
-        node: ObservedStage, own_mirror: NodeId | None, num_here: Mapping[str, int]
-    ) -> tuple[bool, bool, bool, int, bool, int]:
-        is_other_class, mirrors_others = node.numeric_class != wanted, node.node_id in others_mirrors
-        num_slots = pp if node.slots is None else len(node.slots)
-        is_shared = node.host_label in used_by_others
-        return (
-            node.node_id != own_mirror,
-            is_other_class,
-            mirrors_others,
-            num_slots,
-            is_shared,
-            -num_here[node.host_label],
-        )
-
-    for slot in holes:
-        able = [node for node in free if node.can_hold(slot)]
-        if able:
-            num_here = _slots_by_host(slots, assignments, free, nodes)
-            # In join order: `min` takes the first of equals.
-            node = min(able, key=lambda node: worth(node, mirrors.get(slot), num_here))
-            free.remove(node)
-            assignments[slot] = node.node_id
-    for hole in [slot for slot in holes if slot not in assignments]:
-        if not _pass_on(hole, [slot for slot in holes if slot in assignments], assignments, free, nodes):
-            _pass_on(hole, [slot for slot in slots if slot in assignments], assignments, free, nodes)
-
-
-def _slots_by_host(
-    slots: Sequence[StageSlot],
-    assignments: Mapping[StageSlot, NodeId],
-    free: Sequence[ObservedStage],
-    nodes: Mapping[NodeId, ObservedStage],
-) -> Counter[str]:
-    """Counts the slots of a pipeline that each host can hold: those it holds, and as many more as it has nodes."""
-    held = Counter(nodes[assignments[slot]].host_label for slot in slots if slot in assignments)
-    unheld = len(slots) - held.total()
-    return held + Counter({label: min(unheld, n) for label, n in Counter(node.host_label for node in free).items()})
-
-
 def _pass_on(
     hole: StageSlot,
     movable: Sequence[StageSlot],
-    assignments: dict[StageSlot, NodeId],
+    held: dict[StageSlot, NodeId],
     free: list[ObservedStage],
     nodes: Mapping[NodeId, ObservedStage],
 ) -> bool:
@@ -233,11 +260,11 @@ def _pass_on(
             free.remove(entering)
             moved = entering.node_id
             while slot != hole:
-                assignments[slot], moved, slot = moved, assignments[slot], goes_to[slot]
-            assignments[hole] = moved
+                held[slot], moved, slot = moved, held[slot], goes_to[slot]
+            held[hole] = moved
             return True
         for other in movable:
-            if other not in goes_to and nodes[assignments[other]].can_hold(slot):
+            if other not in goes_to and nodes[held[other]].can_hold(slot):
                 goes_to[other] = slot
                 queue.append(other)
     return False
@@ -248,39 +275,6 @@ def _can_fill(slots: Sequence[StageSlot], able: Sequence[ObservedStage]) -> bool
     held: dict[StageSlot, NodeId] = {}
     free, nodes = list(able), {node.node_id: node for node in able}
     return all(_pass_on(slot, [*held], held, free, nodes) for slot in slots)
-
-
-def _classes(nodes: Sequence[ObservedStage]) -> list[str]:
-    return list(dict.fromkeys(node.numeric_class for node in nodes))
-
-
-def _merge_broken(
-    kept: Sequence[PipelineId],
-    pp: int,
-    assignments: dict[StageSlot, NodeId],
-    nodes: Mapping[NodeId, ObservedStage],
-) -> None:
-    """Nodes of the highest broken pipelines fill holes of the lowest ones, as long as there is one that can."""
-    while True:
-        broken = [p for p in kept if 0 < sum(slot in assignments for slot in _slots(p, pp)) < pp]
-        pairs = ((lower, higher) for lower in broken for higher in reversed(broken) if lower < higher)
-        if not any(_give(higher, lower, pp, assignments, nodes) for lower, higher in pairs):
-            return
-
-
-def _give(
-    giver: PipelineId,
-    taker: PipelineId,
-    pp: int,
-    assignments: dict[StageSlot, NodeId],
-    nodes: Mapping[NodeId, ObservedStage],
-) -> bool:
-    """Returns whether the taker could use any of the giver's nodes."""
-    giving = {slot: nodes[assignments.pop(slot)] for slot in _slots(giver, pp) if slot in assignments}
-    left = list(giving.values())
-    _fill_holes(taker, pp, assignments, left, nodes, {})
-    assignments.update({slot: node.node_id for slot, node in giving.items() if node in left})
-    return len(left) < len(giving)
 
 
 def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_free: int, pp: int, spares: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 
 from common.checkpoint.model_config import ModelConfig
 from common.errors import CapacityError, ConfigurationError
@@ -117,43 +118,40 @@ def balance_layers(
         )
     if not all(math.isfinite(cost) and cost >= 0 for cost in (*layer_costs, first_extra, last_extra)):
         raise ConfigurationError("layer costs must be finite and not negative")
-    cost_before = [0.0, *accumulate(layer_costs)]
+    extras = [0.0] * num_stages
+    extras[0] += first_extra
+    extras[-1] += last_extra
+    return [LayerRange(start, stop) for start, stop in pairwise((0, *_even_stops(layer_costs, extras)))]
 
-    def stage_cost(stage: int, start: int, stop: int) -> float:
-        cost = cost_before[stop] - cost_before[start]
-        return cost + (first_extra if stage == 0 else 0.0) + (last_extra if stage == num_stages - 1 else 0.0)
 
-    def stops(stage: int, start: int) -> range:
-        """Returns where a stage may end: each later one needs a layer, and the last takes all that is left."""
+def _even_stops(layer_costs: Sequence[float], extras: Sequence[float]) -> tuple[int, ...]:
+    """Returns where each stage ends. `extras`: what each costs beside its layers."""
+    num_layers, num_stages = len(layer_costs), len(extras)
+    before = [0.0, *accumulate(layer_costs)]
+
+    def options(stage: int, start: int) -> Iterator[tuple[int, float]]:
+        """Yields where a stage may end, ascending, with what it costs then: each later one needs a layer, and the last
+        takes all that is left."""
         num_later = num_stages - 1 - stage
-        return range(num_layers if num_later == 0 else start + 1, num_layers - num_later + 1)
+        for stop in range(start + 1 if num_later else num_layers, num_layers - num_later + 1):
+            yield stop, before[stop] - before[start] + extras[stage]
 
-    # Both tables: [stage][start] -> best over the stages from this one on, which cover layers [start, num_layers).
-    # Two passes, because the least maximum and the least sum of squares do not compose in one.
-    maximum = [[math.inf] * (num_layers + 1) for _ in range(num_stages + 1)]
-    maximum[num_stages][num_layers] = 0.0
-    for stage in reversed(range(num_stages)):
-        for start in range(stage, num_layers):
-            for stop in stops(stage, start):
-                worst = max(stage_cost(stage, start, stop), maximum[stage + 1][stop])
-                maximum[stage][start] = min(maximum[stage][start], worst)
-    limit = maximum[0][0]
+    # Best over the stages from this one on. Two passes, because the least maximum and the least sum of squares do not
+    # compose in one.
+    @cache
+    def least_maximum(stage: int, start: int) -> float:
+        if stage == num_stages:
+            return 0.0
+        return min(max(cost, least_maximum(stage + 1, stop)) for stop, cost in options(stage, start))
 
-    squares = [[math.inf] * (num_layers + 1) for _ in range(num_stages + 1)]
-    squares[num_stages][num_layers] = 0.0
-    best_stop = [[0] * num_layers for _ in range(num_stages)]
-    for stage in reversed(range(num_stages)):
-        for start in range(stage, num_layers):
-            for stop in stops(stage, start):  # ascending, so that the lower start of the next stage wins a tie
-                cost = stage_cost(stage, start, stop)
-                total = cost * cost + squares[stage + 1][stop]
-                if cost <= limit and total < squares[stage][start]:
-                    squares[stage][start], best_stop[stage][start] = total, stop
+    @cache
+    def most_even(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
+        """Returns the sum of squares, and the stops, of the lower start of the next stage where two are equal."""
+        if stage == num_stages:
+            return 0.0, ()
+        fitting = [(stop, cost, most_even(stage + 1, stop)) for stop, cost in options(stage, start) if cost <= limit]
+        plans = [(cost * cost + squares, (stop, *stops)) for stop, cost, (squares, stops) in fitting]
+        return min(plans, key=lambda plan: plan[0], default=(math.inf, ()))
 
-    ranges: list[LayerRange] = []
-    start = 0
-    for stage in range(num_stages):
-        stop = best_stop[stage][start]
-        ranges.append(LayerRange(start, stop))
-        start = stop
-    return ranges
+    limit = least_maximum(0, 0)
+    return most_even(0, 0)[1]

@@ -157,10 +157,8 @@ class StageRoles:
         """A stage node is gone or leaves."""
         self._draining.discard(node_id)
         self._planning.unable.forget(node_id)
-        if self._nodes.pop(node_id, None) is None:
-            return []
         self.adoption.withdraw(node_id)
-        return self._replan()
+        return [] if self._nodes.pop(node_id, None) is None else self._replan()
 
     def drain(self, node_id: NodeId) -> list[Action]:
         """A node wants to leave. Ask `may_leave` from now on; until then it serves."""
