@@ -18,10 +18,9 @@ from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
-from services.stage.ranks.group import GroupSettings, RankGroup
+from services.stage.ranks.collectives import CollectivesKind, choose_collectives
+from services.stage.ranks.group import GroupSettings, RankGroup, fork_server_of_ranks, open_group
 from services.stage.ranks.memory_needs import num_memories
-from services.stage.ranks.open_collectives import CollectivesKind, choose_collectives
-from services.stage.ranks.processes import fork_server_of_ranks, open_group
 from services.stage.service import StageService
 from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import LoadedLayers

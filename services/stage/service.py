@@ -309,9 +309,9 @@ class StageService(NodeLoop):
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
         running, held = finished.running, slot.held
         self._counters.steps += 1
-        self._counters.rows += finished.hidden.shape[0]
+        self._counters.rows += running.batch.slots.shape[0]
         with torch.inference_mode():
-            held.memory.log_hidden(running.batch.slots, finished.hidden)
+            held.memory.log_hidden(running.batch.slots, finished.output)
         held.tables.computed(running.step)
         held.watermark.finish(running.header.step)
         self._send_on(passed_on(slot, finished), running.header, running.deadline_s)

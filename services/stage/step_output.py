@@ -42,7 +42,7 @@ def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
     if slot.role.is_last:
         return _sampled(slot, finished, degraded, retried)
     step = replace(running.step, degraded=flags_frame(degraded), retried_calls=retried)
-    return replace(step, hidden=tensor_to_frame(finished.hidden) if _is_awaited(slot, step) else NO_ARRAY)
+    return replace(step, hidden=tensor_to_frame(finished.output) if _is_awaited(slot, step) else NO_ARRAY)
 
 
 def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
@@ -63,8 +63,7 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     batch = finished.running.batch
     assert batch.sampling is not None
     with torch.inference_mode():
-        logits = slot.model.sampled_logits(finished.hidden, batch.sampling_rows)
-        sampled = sample(logits, batch.sampling)
+        sampled = sample(finished.output, batch.sampling)
     slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),

@@ -52,11 +52,6 @@ MAX_LINES = 600
 MAX_FILES = 12
 CATALOGS = ("chaos/faults", "compose/demo/tasks", "tests/benchmarks")
 """Folders of like things, of which there may be as many as there are."""
-AWAIT_MERGES = (
-    "services/stage/model",
-    "services/stage/ranks",
-)
-"""Folders in which a concept still lies in several files. Whoever merges the last of them strikes the folder out."""
 
 
 def of(*packages: str) -> list[Module]:
@@ -189,7 +184,7 @@ def test_a_folder_is_seen_at_a_glance() -> None:
         str(module.path.parent.relative_to(ROOT)) for module in modules() if not module.path.name.startswith("test_")
     )
     crowded = {folder for folder, count in counts.items() if count > MAX_FILES and folder not in CATALOGS}
-    assert sorted(crowded) == sorted(AWAIT_MERGES)
+    assert sorted(crowded) == []
 
 
 @pytest.mark.parametrize("entry", ["services.router.__main__", "compose.cli", "services.router.service"])

@@ -17,11 +17,6 @@ CELL_WORDS = 40
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "compose").rglob("*.md")])
 OF_OTHER_TIMES = ("CHANGELOG.md", "docs/log.md")
 """What these say of files is true of the day on which it was written."""
-STILL_LONG = (
-    "docs/gpu.md",
-    "docs/tensor-parallelism.md",
-)
-"""Pages that wait for their turn; this list only gets shorter."""
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 SOURCE_PATH = re.compile(r"`((?:common|services|compose|chaos|tests|docs)/[\w./-]+|[\w/]+\.py)`")
 READING = re.compile(r"^\d+\. `(?P<path>[\w./]+)` \((?P<lines>\d+) lines\):", re.MULTILINE)
@@ -53,7 +48,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in STILL_LONG], ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_has_short_lines_and_no_essays_in_tables(page: Path) -> None:
     assert [number for number, line in prose(page) if len(line) > WIDTH] == []
     rows = [(number, line) for number, line in prose(page) if line.startswith("|")]

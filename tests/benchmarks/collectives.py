@@ -28,9 +28,9 @@ import zmq
 
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.processes.child_process import end_with_parent
-from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.shared_channel import RankBoard
-from services.stage.ranks.shared_memory import SharedMemory
+from services.stage.model.sharded_linear import Collectives
+from services.stage.ranks.collectives import Barrier, ChannelCollectives
+from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
 from services.stage.ranks.torch_collectives import TorchCollectives, open_store
 from tests.benchmarks.machine import describe_machine
 
@@ -47,30 +47,26 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
     """One rank's work; rank 0 prints microseconds by kind and size as JSON."""
     torch.set_num_threads(1)
     kernels = _kernels()
-    board = RankBoard(memory, SLAB_BYTES, kernels)
+    channel = SharedChannel(memory, SLAB_BYTES, kernels)
 
     def wait(name: str, seat: int, value: int) -> None:
-        if not board.wait(name, seat, value, 0, 30.0):
+        if not channel.wait(name, seat, value, 0, 30.0):
             raise TimeoutError(f"rank {seat} does not come")
 
-    meeting = Meeting(board, tuple(range(ranks)), rank, wait)
-    by_board = BoardCollectives(board, rank, ranks, meeting)
+    by_channel = ChannelCollectives(channel, Barrier(channel, tuple(range(ranks)), rank, 0, wait))
     store = open_store(port)
     if port is None:
-        board.set("turn", 0, store.port)
+        channel.set("turn", 0, store.port)
     by_torch = TorchCollectives(store, rank, ranks)
     link = _link(rank) if rank < 2 else None
     found: dict[str, list[float]] = {}
-    turn = 0
     for _ in range(rounds):
         for num_bytes in SIZES_BYTES:
             for kind in KINDS:
-                call = _call(kind, num_bytes, ranks, by_board, by_torch)
+                call = _call(kind, num_bytes, ranks, by_channel, by_torch)
                 dist.barrier()
                 times_us = found.setdefault(f"{kind}|{num_bytes}", [])
                 for _ in range(max(20, repeats * SIZES_BYTES[0] // num_bytes)):
-                    turn += 1
-                    meeting.begin(turn)
                     began_s = time.perf_counter()
                     call()
                     times_us.append((time.perf_counter() - began_s) * 1e6)
@@ -87,12 +83,14 @@ def measure(ranks: int, rank: int, memory: SharedMemory, port: int | None, repea
         print(json.dumps(found))
 
 
-def _call(kind: str, num_bytes: int, ranks: int, by_board: Collectives, by_torch: Collectives) -> Callable[[], object]:
+def _call(
+    kind: str, num_bytes: int, ranks: int, by_channel: Collectives, by_torch: Collectives
+) -> Callable[[], object]:
     rows, columns = max(1, num_bytes // ROW_BYTES), min(num_bytes, ROW_BYTES) // 4
     whole, part = torch.ones(rows, columns), torch.ones(rows, columns // ranks)
     if kind == "gloo all_reduce alone":
         return lambda: dist.all_reduce(whole)
-    who = by_board if kind.startswith("board") else by_torch
+    who = by_channel if kind.startswith("board") else by_torch
     return (lambda: who.sum(whole)) if kind.endswith("sum") else (lambda: who.all_gather(part))
 
 
@@ -129,8 +127,8 @@ def _kernels() -> NativeKernels:
 
 def run(ranks: int, repeats: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds by kind and size, as rank 0 saw them."""
-    memory = SharedMemory.create(RankBoard.num_bytes(SLAB_BYTES), "bench-ranks")
-    board = RankBoard(memory, SLAB_BYTES, _kernels())
+    memory = SharedMemory.create(SharedChannel.num_bytes(SLAB_BYTES), "bench-ranks")
+    channel = SharedChannel(memory, SLAB_BYTES, _kernels())
     parent = os.getpid()
 
     def start(rank: int, port: int) -> subprocess.Popen[str]:
@@ -144,7 +142,7 @@ def run(ranks: int, repeats: int, rounds: int) -> dict[str, list[float]]:
         )
 
     first = start(0, 0)
-    while not (port := board.get("turn")):
+    while not (port := channel.get("turn")):
         if first.poll() is not None:
             raise SystemExit("rank 0 has ended")
         time.sleep(0.01)

@@ -15,7 +15,7 @@ from common.compute.linear import DEVICE_ROWS, PackedLinear
 from common.compute.rms_norm import rms_norm
 from common.compute.row_reduction import folded_softmax, folded_sum
 from common.compute.torch_elementwise import exponential, silu
-from services.stage.model.gate import Gate
+from services.stage.model.decoder import Gate
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
     LayerKvCache,

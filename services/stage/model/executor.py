@@ -8,6 +8,7 @@ comes back as a value.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import LIFE_ENDING_ERRORS
 from common.messages import Header, Step
-from services.stage.model.decoder import ExpertCall, ForwardPass, OnItsWay, StageModel
+from services.stage.model.decoder import AskedElsewhere, ExpertCall, ForwardPass, OnItsWay, StageModel
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
@@ -50,8 +51,8 @@ class Finished:
     """The batch has left this stage's layers."""
 
     running: RunningBatch
-    hidden: Tensor
-    """[T, D]."""
+    output: Tensor
+    """What leaves the stage: hidden states [T, D], or logits [S, V] of the rows that sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,16 @@ class Broken:
 class Executor:
     """Micro-batches that run on one model and one paged memory."""
 
-    def __init__(self, model: StageModel, memory: PagedMemory) -> None:
+    def __init__(
+        self,
+        model: StageModel,
+        memory: PagedMemory,
+        lead: Callable[[ForwardPass, MicroBatch], ForwardPass] = lambda forward, batch: forward,
+    ) -> None:
+        """`lead`: a forward pass so that it takes along those of the stage's other ranks, where there are any."""
         self._model = model
         self._memory = memory
+        self._lead = lead
         self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
         self._on_device: deque[tuple[RunningBatch, OnItsWay]] = deque()
         """Those whose results are on their way."""
@@ -85,9 +93,12 @@ class Executor:
 
     def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
         """Take in a micro-batch; it runs when its turn comes."""
-        running = RunningBatch(step, header, deadline_s, batch, self._model.forward(batch, self._memory.caches))
+        running = RunningBatch(step, header, deadline_s, batch, self._forward(batch))
         self._running.add(running)
         self._runnable.append((running, None))
+
+    def _forward(self, batch: MicroBatch) -> ForwardPass:
+        return self._lead(self._model.forward(batch, self._memory.caches), batch)
 
     def resume(self, running: RunningBatch, answer: Tensor) -> None:
         """Give a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""
@@ -115,6 +126,7 @@ class Executor:
             return Broken(running, error)
         if isinstance(wanted, ExpertCall):
             return WantsExperts(running, wanted)
+        assert not isinstance(wanted, AskedElsewhere), "this is the rank that asks"
         self._on_device.append((running, wanted))
         return None
 
@@ -134,9 +146,9 @@ class Executor:
         running.forward.close()
 
     def self_test(self) -> None:
-        """One token through all layers, experts answering zero. Raises ValueError if a hidden state is not finite."""
+        """One token through all layers, experts answering zero. Raises ValueError if what comes out is not finite."""
         probe = _probe_batch(self._model, self._memory.num_blocks)
-        forward = self._model.forward(probe, self._memory.caches)
+        forward = self._forward(probe)
         with torch.inference_mode():
             try:
                 answer = None
@@ -144,11 +156,8 @@ class Executor:
                     wanted = forward.send(answer)  # what is on its way is waited for when it is used
                     answer = torch.zeros_like(wanted.hidden) if isinstance(wanted, ExpertCall) else None
             except StopIteration as stop:
-                hidden: Tensor = stop.value
-            outputs = hidden
-            if self._model.lm_head is not None:
-                outputs = self._model.sampled_logits(hidden, torch.zeros(1, dtype=torch.int64))
-        if not bool(torch.isfinite(outputs).all()):
+                output: Tensor = stop.value
+        if not bool(torch.isfinite(output).all()):
             raise ValueError("the self-test gave numbers that are not finite: the checkpoint is damaged")
 
 
@@ -156,7 +165,7 @@ def _probe_batch(model: StageModel, block: int) -> MicroBatch:
     """Token 0 at position 0 in a block that no sequence uses: the memory may hold what must not be lost."""
     hidden = torch.zeros(1, dtype=torch.int64)
     if model.embedding is None:
-        norm = model.layers[0].input_norm
+        norm = model.layers[0].input_norm.weight
         hidden = torch.ones((1, norm.shape[0]), dtype=norm.dtype)
     zero = torch.zeros(1, dtype=torch.int32)
     return MicroBatch(
@@ -165,6 +174,6 @@ def _probe_batch(model: StageModel, block: int) -> MicroBatch:
         row_sequence=zero,
         block_tables=torch.full((1, 1), block, dtype=torch.int32),
         slots=torch.tensor([block * KV_BLOCK_TOKENS]),
-        sampling_rows=torch.zeros(0, dtype=torch.int64),
+        sampling_rows=zero.to(torch.int64),
         sampling=None,
     )

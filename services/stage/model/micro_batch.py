@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,20 +36,8 @@ class MicroBatch:
     """int64 [S]: rows whose hidden state is projected to the vocabulary."""
     sampling: SamplingColumns | None
     """None only in a self-test."""
-    number: int = 0
-    """By which the ranks of this stage know it."""
     host_positions: Tensor | None = None
     """`positions` on the host, where those are on a device: how far attention goes must not wait for it."""
-
-    def rows(self, start: int, stop: int) -> MicroBatch:
-        """Token rows [start, stop) alone, as far as attention is concerned."""
-        return replace(
-            self,
-            positions=self.positions[start:stop],
-            row_sequence=self.row_sequence[start:stop],
-            slots=self.slots[start:stop],
-            host_positions=None if self.host_positions is None else self.host_positions[start:stop],
-        )
 
 
 @dataclass(frozen=True, slots=True)

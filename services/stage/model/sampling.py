@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.stage.model.logit_adjustments import adjusted_logits, without_unlikely
 from services.stage.model.micro_batch import SamplingColumns
-from services.stage.model.penalties import adjusted_logits, without_unlikely
 
 MIN_TEMPERATURE = 1e-30
 """As good as greedy; less would make the logits infinite, and of infinite ones none is the best."""

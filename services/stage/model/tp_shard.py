@@ -1,4 +1,4 @@
-"""Which part of a stage's weights a rank holds. Pure.
+"""Which part of a stage's weights a rank holds (TP: tensor parallelism). Pure.
 
 A rank is to a stage what a thread is to a kernel: it takes some heads and some output columns, and never a part of a
 sum. So the bits of a result do not depend on the degree (`ordered`, docs/numerics.md). In `fast` the second linear of
@@ -23,7 +23,7 @@ Reduce = Literal["ordered", "fast"]
 
 
 @dataclass(frozen=True, slots=True)
-class RankCut:
+class TpShard:
     """What rank `rank` of `degree` has."""
 
     rank: int = 0
@@ -33,11 +33,11 @@ class RankCut:
     """Into which the layers are cut, a multiple of the degree; 0: as many as there are ranks."""
 
     @property
-    def parts(self) -> tuple[RankCut, ...]:
-        """Its parts in order, each as the cut of a rank that has no other."""
+    def parts(self) -> tuple[TpShard, ...]:
+        """Its parts in order, each as the shard of a rank that has no other."""
         degree = self.num_parts or self.degree
         each = degree // self.degree
-        return tuple(RankCut(part, degree, self.reduce) for part in range(self.rank * each, (self.rank + 1) * each))
+        return tuple(TpShard(part, degree, self.reduce) for part in range(self.rank * each, (self.rank + 1) * each))
 
     @property
     def is_whole(self) -> bool:
@@ -64,6 +64,9 @@ class RankCut:
         """This rank's part of an axis of any length, in parts of one size; the last ones may reach beyond its end."""
         part = -(-size // self.degree)
         return slice(self.rank * part, (self.rank + 1) * part)
+
+
+WHOLE = TpShard()
 
 
 def check_degree(config: ModelConfig, degree: int) -> None:

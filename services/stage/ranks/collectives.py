@@ -1,145 +1,186 @@
-"""How ranks put their parts together. One face; the board serves ranks on CPUs of one host, torch.distributed the rest.
+"""How ranks put their parts together: over the shared channel for those of one host, by torch.distributed for the rest.
 
-T rows, C columns of a part, n ranks. Every rank calls the same method with parts of one shape, in the order of rank 0's
-commands.
+T rows, C columns of a part, n ranks. Every rank calls the same method with parts of one shape, in the same order.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from services.stage.ranks.shared_channel import RankBoard, slab_view
+from common.compute.device import HOST, HOST_MEMORY, Device
+from services.stage.model.sharded_linear import Collectives
+from services.stage.ranks.shared_channel import SharedChannel, slab_view
 
-MAX_PHASES = 8
-"""Of one command."""
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+CollectivesKind = Literal["board", "gloo", "nccl"]
+MAX_BARRIERS = 1 << 20
+"""Between two messages of rank 0."""
 
 
-class Collectives(Protocol):
-    """What parallel layers need. Results are valid until the next command."""
-
-    @property
-    def degree(self) -> int:
-        """Ranks that take part."""
-
-    @property
-    def seconds(self) -> float:
-        """That this rank has spent in them; where a device does them in its own time, in asking for them."""
-
-    @property
-    def count(self) -> int:
-        """How many there were."""
-
-    def lay_out(self, x: Tensor) -> None:
-        """Rank 0, before the command: make x ready for `broadcast`."""
-
-    def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Rank 0's x on every rank."""
-
-    def all_gather(self, part: Tensor) -> Tensor:
-        """[T, C] of each rank -> [T, n * C] on every rank, in order of ranks."""
-
-    def gather(self, part: Tensor) -> Tensor | None:
-        """[T, C] of each rank -> [T, n * C] on rank 0, None elsewhere."""
-
-    def sum(self, part: Tensor) -> Tensor | None:
-        """[T, C] of each rank -> their sum [T, C] on rank 0, None elsewhere."""
+class GroupCollectives(Collectives, Protocol):
+    """Those of one group of ranks."""
 
     def close(self) -> None:
         """No more of them. What is under way ends, wherever the others are."""
 
 
-class Meeting:
-    """Phases of a command that its ranks reach together; `begin` each command. A phase is numbered by its command, so
-    that ranks agree which one it is, whatever became of the command before."""
+class Barrier:
+    """What the ranks of a group reach together, again and again. Numbers go on from the message by which the group came
+    to be, so that ranks agree which barrier it is, whatever became of the group before."""
 
     def __init__(
-        self, board: RankBoard, seats: tuple[int, ...], rank: int, wait: Callable[[str, int, int], None]
+        self,
+        channel: SharedChannel,
+        seats: tuple[int, ...],
+        rank: int,
+        turn: int,
+        wait: Callable[[str, int, int], None],
     ) -> None:
-        """`seats` in order of ranks. `wait` for a seat's word to reach a value; it raises what ends the wait."""
-        self._board = board
+        """`seats` in order of ranks, `turn` of that message. `wait` for a seat's word to reach a value; it raises what
+        ends the wait."""
+        self.rank = rank
+        self.degree = len(seats)
+        self._channel = channel
         self._others = tuple(seat for seat in seats if seat != seats[rank])
         self._seat = seats[rank]
         self._wait = wait
-        self._phase = 0
+        self._number = turn * MAX_BARRIERS
 
-    def begin(self, turn: int) -> None:
-        """Phases of this command come now."""
-        self._phase = turn * MAX_PHASES
-
-    def arrive(self) -> None:
-        """What this rank had to write is written."""
-        self._phase += 1
-        self._board.set("arrived", self._seat, self._phase)
-
-    def wait_for_all(self) -> None:
-        """Until the others are as far."""
+    def meet(self) -> None:
+        """What this rank had to write is written; returns when the others are as far."""
+        self._number += 1
+        self._channel.set("arrived", self._seat, self._number)
         for seat in self._others:
-            self._wait("arrived", seat, self._phase)
+            self._wait("arrived", seat, self._number)
 
 
-class BoardCollectives:
-    """Parts are written where they are needed: the slab that ranks write into is the tensor that they read."""
+class ChannelCollectives:
+    """Parts are written where they are needed: the slab that ranks write into is the tensor that they read.
 
-    def __init__(self, board: RankBoard, rank: int, degree: int, meet: Meeting) -> None:
-        self._board = board
-        self._rank = rank
-        self.degree = degree
-        self._meet = meet
-        self.seconds = 0.0
-        self.count = 0
+    Two slabs take turns. Who writes one again has met all others at the other one's barrier, and they were through with
+    this one by then.
+    """
 
-    def lay_out(self, x: Tensor) -> None:
-        slab_view(self._board.input, x.shape, x.dtype).copy_(x)
-
-    def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return slab_view(self._board.input, shape, dtype) if x is None else x
+    def __init__(self, channel: SharedChannel, barrier: Barrier) -> None:
+        self._slabs = channel.slabs
+        self._slab_bytes = channel.slab_bytes
+        self._rank = barrier.rank
+        self._degree = barrier.degree
+        self._barrier = barrier
+        self._count = 0
 
     def all_gather(self, part: Tensor) -> Tensor:
-        began_s = time.perf_counter()
-        whole = self._write(self._board.middle, part)
-        self._meet.arrive()
-        self._meet.wait_for_all()
-        self._count(began_s)
-        return whole
+        return self._by_rows(self._gather, part, part.shape[1] * self._degree)
 
-    def gather(self, part: Tensor) -> Tensor | None:
-        began_s = time.perf_counter()
-        whole = self._write(self._board.output, part)
-        return whole if self._hand_in(began_s) else None
-
-    def sum(self, part: Tensor) -> Tensor | None:
-        began_s = time.perf_counter()
-        parts = slab_view(self._board.output, (self.degree, *part.shape), part.dtype)
-        parts[self._rank] = part
-        if not self._hand_in(began_s):
-            return None
-        total = parts[0].to(torch.float32)
-        for other in range(1, self.degree):
-            total = total + parts[other]
-        return total.to(part.dtype)
+    def sum(self, part: Tensor) -> Tensor:
+        return self._by_rows(self._add, part, part.shape[1])
 
     def close(self) -> None:
         return None
 
-    def _write(self, slab: Tensor, part: Tensor) -> Tensor:
+    def _by_rows(self, collective: Callable[[Tensor], Tensor], part: Tensor, num_columns: int) -> Tensor:
+        """As many rows at a time as a slab holds of all ranks. Bits do not depend on where rows are cut."""
         rows, columns = part.shape
-        whole = slab_view(slab, (rows, columns * self.degree), part.dtype)
-        whole[:, self._rank * columns : (self._rank + 1) * columns] = part
+        at_once = max(1, self._slab_bytes // (columns * self._degree * part.dtype.itemsize))
+        if rows <= at_once:
+            return collective(part)
+        whole = part.new_empty((rows, num_columns))
+        for start in range(0, rows, at_once):
+            piece = slice(start, start + at_once)
+            whole[piece] = collective(part[piece])
         return whole
 
-    def _hand_in(self, began_s: float) -> bool:
-        """Whether this is the rank that gets it."""
-        self._meet.arrive()
-        if self._rank == 0:
-            self._meet.wait_for_all()
-        self._count(began_s)
-        return self._rank == 0
+    def _gather(self, part: Tensor) -> Tensor:
+        rows, columns = part.shape
+        whole = slab_view(self._next_slab(), (rows, columns * self._degree), part.dtype)
+        whole[:, self._rank * columns : (self._rank + 1) * columns] = part
+        self._barrier.meet()
+        return whole
 
-    def _count(self, began_s: float) -> None:
+    def _add(self, part: Tensor) -> Tensor:
+        parts = slab_view(self._next_slab(), (self._degree, *part.shape), part.dtype)
+        parts[self._rank] = part
+        self._barrier.meet()
+        total = parts[0].to(torch.float32)
+        for other in range(1, self._degree):
+            total = total + parts[other]
+        return total.to(part.dtype)
+
+    def _next_slab(self) -> Tensor:
+        self._count += 1
+        return self._slabs[self._count % 2]
+
+
+class TpExchange:
+    """The collectives of a process's layers, for as long as it lives: what is behind them changes with the group."""
+
+    def __init__(self, channel: SharedChannel, kind: CollectivesKind, device: Device = HOST) -> None:
+        self._channel = channel
+        self._kind = kind
+        self._device = device
+        self._staging = HOST if kind == "nccl" else device
+        self._degree = 1
+        self._group: GroupCollectives | None = None
+        self.seconds = 0.0
+        """That this rank has spent in them, without copies from and to a device; where a device does them in its own
+        time, in asking for them."""
+        self.count = 0
+
+    def join(self, barrier: Barrier, store: Store | None, is_lost: Callable[[], bool]) -> None:
+        """Belong to the group of this barrier from now on. All its ranks come here together. Raises RankLostError,
+        DeviceError.
+
+        `store`: the rendezvous, None for the shared channel. `is_lost`: whether one of them is, from any thread.
+        """
+        self.leave()  # should the new ones not come about
+        if store is not None:
+            # It takes a second to import, and most meshes do without.
+            from services.stage.ranks.torch_collectives import TorchCollectives
+
+            place = self._device.place if self._kind == "nccl" else HOST_MEMORY
+            self._group = TorchCollectives(store, barrier.rank, barrier.degree, place, is_lost)
+        elif barrier.degree > 1:
+            self._group = ChannelCollectives(self._channel, barrier)
+        self._degree = barrier.degree
+
+    def leave(self) -> None:
+        """What is under way ends, wherever the others are."""
+        group, self._group, self._degree = self._group, None, 1
+        if group is not None:
+            group.close()
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """[T, C] of each rank -> [T, n * C], in order of ranks. It is valid until the next collective."""
+        if self._group is None:
+            return part
+        if not part.shape[0]:
+            return part.new_empty((0, part.shape[1] * self._degree))
+        return self._timed(self._group.all_gather, part)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """[T, C] of each rank -> their sum [T, C]."""
+        if self._group is None or not part.shape[0]:
+            return part
+        return self._timed(self._group.sum, part)
+
+    def _timed(self, collective: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+        (part,) = self._staging.to_host(part)
+        began_s = time.perf_counter()
+        whole = collective(part)
         self.seconds += time.perf_counter() - began_s
         self.count += 1
+        return self._staging.to_device(whole)[0]
+
+
+def choose_collectives(setting: str, *, is_on_host: bool, have_own_gpus: bool) -> CollectivesKind:
+    """What `auto` stands for. Whoever names one has it; what cannot be is refused where the device is opened."""
+    if setting != "auto":
+        return cast(CollectivesKind, setting)
+    return "nccl" if have_own_gpus and not is_on_host else "board"

@@ -1,56 +1,30 @@
-"""What rank 0 tells the other ranks, all of it in one order. Commands are int64 values on the board.
+"""What rank 0 tells the other ranks, all of it in one order: a command of numbers, and tensors that go with it.
 
-Replies of experts reach a stage in any order, and its micro-batches go on in that order. Only rank 0 knows it: the
-others have no forward pass of their own, they do one part of one layer at a time, as they are told.
+Every rank runs the same forward passes. But answers of experts reach a stage in any order, and its micro-batches go on
+in that order, which only rank 0 sees. So it says which batch begins and which one goes on, and with what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any, get_type_hints
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from common.wire.array import Int64Array
-from services.stage.model.tp_shard import MAX_DEGREE, RankCut
-from services.stage.ranks.shared_channel import COMMAND_VALUES
+from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
+from common.topology import LayerRange, StageRole, StageSlot
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.tp_shard import TpShard
 
-
-class Op(IntEnum):
-    """Kinds of commands, with their values in order."""
-
-    BATCH = 1
-    """number, tokens, sequences, blocks of the longest table, first byte, bytes, number of the oldest batch that is not
-    through. What a micro-batch is, in pieces."""
-    ATTEND = 2
-    """number of the batch, layer (from 0 within the stage), first row, stop row."""
-    FEED = 3
-    """layer, rows. A dense feed-forward layer."""
-    EMBED = 4
-    """rows."""
-    PROJECT = 5
-    """rows. The lm_head."""
-    LOAD = 6
-    """See LoadOrder."""
-    USE = 7
-    """number of the load, port of the rendezvous store (0: none is needed). From now on these weights, these ranks."""
-    MEMORY = 8
-    """process, descriptor, bytes, layers, blocks, dtype. Where K and V are; of ranks with K and V of their own, the
-    window through which they go in and out."""
-    FORGET_MEMORY = 9
-    """Unmap it, and give up K and V of one's own."""
-    FORGET_LOADS = 10
-    """What was loaded and is not in use is given up."""
-    ALLOCATE = 11
-    """number. Zeroed K and V of one's own, for the heads of the part in use."""
-    MOVE_KV = 12
-    """which way (a KvMove), positions or blocks. Between one's own K and V and the window."""
+TENSOR_ALIGNMENT = 8
+_DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32)
 
 
 class KvMove(IntEnum):
-    """What goes through the window, and in which direction."""
+    """What goes through the window of K and V, and in which direction."""
 
     ROWS_OUT = 0
     ROWS_IN = 1
@@ -58,60 +32,159 @@ class KvMove(IntEnum):
     BLOCKS_IN = 3
 
 
-_DTYPES = (torch.float32, torch.bfloat16)
+@dataclass(frozen=True, slots=True)
+class BeginBatch:
+    """A forward pass begins. With it go the `batch_tensors` of its micro-batch."""
 
-
-def code_of(dtype: torch.dtype) -> int:
-    """How a command says it."""
-    return _DTYPES.index(dtype)
-
-
-def dtype_of(code: int) -> torch.dtype:
-    """What a command has said."""
-    return _DTYPES[code]
+    number: int
+    oldest: int
+    """Of the batches that are not through; what is left of those before was dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOrder:
-    """Which weights the ranks are to load beside those that they use."""
+class Resume:
+    """A forward pass goes on. With it goes the answer of its experts, [T, D]."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadShard:
+    """The ranks load weights beside those that they use. With it go the seats of the ranks in order, int64 [degree]."""
 
     number: int
     degree: int
     first_layer: int
     stop_layer: int
-    is_first: int
-    is_last: int
-    dtype: int
-    """By `code_of`."""
-    adds_partial_sums: int
+    slot: int
+    num_slots: int
+    dtype: torch.dtype
+    adds_partial_sums: bool
     num_parts: int
-    """See RankCut."""
-    replaces: int
-    """1: what is in use makes room first."""
+    """See TpShard."""
+    replaces: bool
+    """What is in use makes room first."""
+
+    @property
+    def role(self) -> StageRole:
+        """As far as it matters to what is loaded."""
+        slot = StageSlot(PipelineId(0), SlotIndex(self.slot))
+        layers = LayerRange(self.first_layer, self.stop_layer)
+        return StageRole(slot, layers, LeaseTerm(0), Generation(0), self.num_slots)
+
+    def shard(self, rank: int) -> TpShard:
+        """What a rank is to load."""
+        return TpShard(rank, self.degree, "fast" if self.adds_partial_sums else "ordered", self.num_parts)
 
 
-def encode_load(order: LoadOrder, ranks: Sequence[int]) -> list[int]:
-    """`ranks`: of each seat, -1 for none."""
-    assert len(ranks) <= MAX_DEGREE
-    return [Op.LOAD, *astuple(order), *ranks, *[-1] * (MAX_DEGREE - len(ranks))]
+@dataclass(frozen=True, slots=True)
+class UseShard:
+    """From now on the ranks work with what they have loaded under this number."""
+
+    number: int
+    port: int
+    """Of the rendezvous store; 0: none is needed."""
 
 
-def decode_load(command: Int64Array, seat: int) -> tuple[LoadOrder, int, tuple[int, ...]]:
-    """The order, the rank of a seat (-1: none), and the seats of all ranks, in order."""
-    values = command.tolist()
-    num_values = len(LoadOrder.__slots__)
-    order = LoadOrder(*values[1 : 1 + num_values])
-    ranks = values[1 + num_values : 1 + num_values + MAX_DEGREE]
-    return order, ranks[seat], tuple(ranks.index(rank) for rank in range(order.degree))
+@dataclass(frozen=True, slots=True)
+class OpenMemory:
+    """Where K and V are; of ranks with K and V of their own, the window through which they go in and out."""
+
+    process: int
+    descriptor: int
+    num_bytes: int
+    num_layers: int
+    num_blocks: int
+    dtype: torch.dtype
 
 
-def cut_of(order: LoadOrder, rank: int) -> RankCut:
-    """What a rank is to load."""
-    return RankCut(rank, order.degree, "fast" if order.adds_partial_sums else "ordered", order.num_parts)
+@dataclass(frozen=True, slots=True)
+class ForgetMemory:
+    """The ranks unmap it, and give up K and V of their own."""
 
 
-def write_command(command: Int64Array, values: Sequence[int]) -> None:
-    """Put it on the board; the rest is 0."""
-    padded = np.zeros(COMMAND_VALUES, dtype=np.int64)
-    padded[: len(values)] = values
-    command[:] = padded
+@dataclass(frozen=True, slots=True)
+class ForgetLoads:
+    """What was loaded and is not in use is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateKv:
+    """Each rank gets zeroed K and V of its own, for the heads of the part in use."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveKv:
+    """So many positions or blocks go between a rank's own K and V and the window."""
+
+    way: KvMove
+    count: int
+
+
+Command = BeginBatch | Resume | LoadShard | UseShard | OpenMemory | ForgetMemory | ForgetLoads | AllocateKv | MoveKv
+_KINDS: tuple[type[Command], ...] = (
+    *(BeginBatch, Resume, LoadShard, UseShard, OpenMemory, ForgetMemory, ForgetLoads, AllocateKv, MoveKv),
+)
+_PLANS = {kind: [(field.name, get_type_hints(kind)[field.name]) for field in fields(kind)] for kind in _KINDS}
+
+
+def encode(command: Command, tensors: Sequence[Tensor] = ()) -> tuple[list[int], Tensor]:
+    """A command with the description of its tensors, of one or two dimensions, and their bytes."""
+    kind = type(command)
+    values = [_KINDS.index(kind)]
+    for name, hint in _PLANS[kind]:
+        value = getattr(command, name)
+        values.append(_DTYPES.index(value) if hint is torch.dtype else int(value))
+    for tensor in tensors:
+        shape = tensor.shape
+        values += (_DTYPES.index(tensor.dtype), shape[0], shape[1] if len(shape) == 2 else -1)
+    data = torch.empty(sum(_padded(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+    for place, tensor in zip(_places(data, values[1 + len(_PLANS[kind]) :]), tensors, strict=True):
+        place.copy_(tensor)
+    return values, data
+
+
+def decode(values: Sequence[int], data: Tensor) -> tuple[Command, list[Tensor]]:
+    """What `encode` was given; the tensors are views of the bytes."""
+    kind = _KINDS[values[0]]
+    hints = [hint for _, hint in _PLANS[kind]]
+    given = values[1 : 1 + len(hints)]
+    made: list[Any] = [
+        _DTYPES[value] if hint is torch.dtype else hint(value) for hint, value in zip(hints, given, strict=True)
+    ]
+    return kind(*made), _places(data, values[1 + len(hints) :])
+
+
+def _places(data: Tensor, descriptions: Sequence[int]) -> list[Tensor]:
+    """Tensors one after another, each as three numbers describe it."""
+    places, start = [], 0
+    for dtype, rows, columns in zip(*(iter(descriptions),) * 3, strict=True):
+        num_bytes = _DTYPES[dtype].itemsize * rows * max(columns, 1)
+        shape = (rows,) if columns < 0 else (rows, columns)
+        places.append(data[start : start + num_bytes].view(_DTYPES[dtype]).view(shape))
+        start += _padded(num_bytes)
+    return places
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+
+
+def batch_tensors(batch: MicroBatch) -> tuple[Tensor, ...]:
+    """What the other ranks get to know of a micro-batch."""
+    return (
+        batch.hidden,
+        batch.positions,
+        batch.row_sequence,
+        batch.block_tables,
+        batch.slots,
+        batch.sampling_rows,
+    )
+
+
+def batch_from(tensors: Sequence[Tensor]) -> MicroBatch:
+    """The micro-batch of `batch_tensors`; they sample nothing."""
+    hidden, positions, row_sequence, block_tables, slots, sampling_rows = tensors
+    return MicroBatch(hidden, positions, row_sequence, block_tables, slots, sampling_rows, sampling=None)

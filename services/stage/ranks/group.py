@@ -7,9 +7,11 @@ again by itself; `may_grow` then, and the stage goes back to its full degree bet
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -18,22 +20,21 @@ from torch import Tensor
 
 from common.checkpoint.model_config import ModelConfig
 from common.compute.device import HOST, Device
-from common.compute.native_library import NativeKernels
+from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError, RankLostError
+from common.processes.child_process import ChildProcess
+from common.processes.fork_server import ForkServer
 from common.topology import StageRole
-from services.stage.model.decoder import StageModel
-from services.stage.model.kv_store import KvShape, KvStore
-from services.stage.model.tp_shard import RankCut, Reduce, best_degree
-from services.stage.ranks.collectives import Collectives, Meeting
-from services.stage.ranks.commands import LoadOrder, Op, code_of, cut_of, dtype_of, encode_load
-from services.stage.ranks.group_memory import GroupMemory, OwnKv, SharedKv
-from services.stage.ranks.hang_detector import HOPELESS_S
-from services.stage.ranks.leader import Conductor
-from services.stage.ranks.memory_needs import against_degree
-from services.stage.ranks.open_collectives import CollectivesKind, open_collectives
-from services.stage.ranks.parallel_layers import ParallelStageModel, put_on_ranks
-from services.stage.ranks.shared_channel import RankBoard
-from services.stage.ranks.supervisor import RankStaff, read_sample
+from services.stage.model.kv_cache import KvShape, KvStore
+from services.stage.model.sharded_linear import Sharding
+from services.stage.model.tp_shard import Reduce, best_degree, check_degree
+from services.stage.ranks.collectives import CollectivesKind, TpExchange
+from services.stage.ranks.commands import ForgetLoads, LoadShard, UseShard
+from services.stage.ranks.kv_memory import GroupKv, RankKv
+from services.stage.ranks.leader import RankLeader
+from services.stage.ranks.memory_needs import against_degree, num_memories
+from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
+from services.stage.ranks.supervisor import HOPELESS_S, RankSupervisor, read_sample
 
 START_S = 30.0
 """For all ranks to come when the process starts; with fewer the stage begins smaller."""
@@ -57,24 +58,22 @@ class GroupSettings:
 class RankLoad:
     """Weights that ranks load or have loaded."""
 
-    order: LoadOrder
+    order: LoadShard
     seats: tuple[int, ...]
     """In order of ranks."""
 
-    @property
-    def cut(self) -> RankCut:
-        """Rank 0's."""
-        return cut_of(self.order, 0)
+    sharding: Sharding
+    """Of rank 0."""
 
 
 @dataclass(slots=True)
 class RankGroup:
-    """Made by `StageProcess`. Everything here belongs to the stage's loop, but `staff`, which has a thread."""
+    """Made by `StageProcess`. Everything here belongs to the stage's loop, but `supervisor`, which has a thread."""
 
     settings: GroupSettings
     config: ModelConfig
-    board: RankBoard
-    staff: RankStaff
+    channel: SharedChannel
+    supervisor: RankSupervisor
     log: structlog.stdlib.BoundLogger
     clock: Callable[[], float] = time.monotonic
     kernels: NativeKernels | None = None
@@ -83,10 +82,11 @@ class RankGroup:
     capacity_bytes: int = 0
     """That each rank's device has for weights, K and V; 0: not known, or they share the host's."""
     in_use: RankLoad | None = None
-    conductor: Conductor = field(init=False)
+    _exchange: TpExchange = field(init=False)
+    leader: RankLeader = field(init=False)
     _has_formed: bool = False
     _num_loads: int = 0
-    _memory: GroupMemory = field(init=False)
+    _memory: GroupKv = field(init=False)
     _store: Any = None
     _grow_after_s: float = 0.0
     _weight_bytes: int = 0
@@ -94,11 +94,11 @@ class RankGroup:
     _kv_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.conductor = Conductor(self.board, self.staff)
-        if self.device.is_host:
-            self._memory = SharedKv(self.conductor, self.kernels)
-        else:
-            self._memory = OwnKv(self.board, self.conductor, self.device)
+        self._exchange = TpExchange(self.channel, self.settings.collectives, self.device)
+        self.leader = RankLeader(self.channel, self.supervisor, self._exchange)
+        own = RankKv(self.config, self.kernels, self.device)
+        self._memory = GroupKv(self.channel, self.leader, own, self.device)
+        if not self.device.is_host:
             self.device.while_waiting = lambda waited_s: self.check()
 
     # ---- who is there
@@ -106,12 +106,12 @@ class RankGroup:
     @property
     def degree(self) -> int:
         """At which the ranks work now."""
-        return self.conductor.cut.degree
+        return self.leader.shard.degree
 
     def present(self) -> dict[int, int]:
-        """Process by seat of those that are there and read the board."""
-        processes = {seat: self.staff.process_of(seat) for seat in range(1, self.settings.degree)}
-        return {seat: pid for seat, pid in processes.items() if pid and self.board.get("present", seat) == pid}
+        """Process by seat of those that are there and read the channel."""
+        processes = {seat: self.supervisor.process_of(seat) for seat in range(1, self.settings.degree)}
+        return {seat: pid for seat, pid in processes.items() if pid and self.channel.get("present", seat) == pid}
 
     def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Begin an incarnation with those that are there: all of them when the process has just started."""
@@ -121,18 +121,18 @@ class RankGroup:
             while len(self.present()) < self.settings.degree - 1 and self.clock() < deadline_s and not should_stop():
                 time.sleep(0.02)
         was_lost = not self._attached.items() <= self.present().items()
-        if self.in_use is not None and not was_lost and not self.conductor.is_broken:
+        if self.in_use is not None and not was_lost and not self.leader.is_broken:
             self._memory.forget()
             return  # the incarnation has ended for another reason: ranks and weights are as they were
-        epoch = self.conductor.begin_epoch()
+        epoch = self.leader.begin_epoch()
         settled = {}
         for seat, process in self.present().items():
             if self._settles(seat, process, epoch):
                 settled[seat] = process
             else:
-                self.staff.kill(seat, "it does not hear of a new epoch")
+                self.supervisor.kill(seat, "it does not hear of a new epoch")
         self.in_use = None
-        self.conductor.attach(settled)
+        self.leader.attach(settled)
         self._memory.forget()
         self._wait_for_room(should_stop)
         self.log.info("ranks_formed", present=len(self._attached) + 1, degree=self.best(), wanted=self.settings.degree)
@@ -149,7 +149,7 @@ class RankGroup:
                 self.log.warning("ranks_are_waited_for", reason=refusal, at_most_s=START_S)
             is_told = True
             time.sleep(0.02)
-            self.conductor.attach(self._settled())
+            self.leader.attach(self._settled())
 
     def _against(self, degree: int) -> str:
         held = self._weight_bytes, self._kv_bytes
@@ -159,7 +159,7 @@ class RankGroup:
         """One that computes may take a while to look up."""
         began_s = heard_s = self.clock()
         cpu_s = -1.0
-        while self.board.get("settled", seat) < epoch:
+        while self.channel.get("settled", seat) < epoch:
             now_s = self.clock()
             sample = read_sample(process)
             if sample is not None and sample.cpu_s > cpu_s:
@@ -167,14 +167,14 @@ class RankGroup:
             if now_s - heard_s >= SETTLE_S or now_s - began_s >= HOPELESS_S:
                 return False
             time.sleep(0.001)
-        return self.board.get("settled", seat) == epoch
+        return self.channel.get("settled", seat) == epoch
 
     @property
     def _attached(self) -> dict[int, int]:
-        return self.conductor.attached
+        return self.leader.attached
 
     def best(self) -> int:
-        """The highest degree with those that read commands."""
+        """The highest degree with those that read messages."""
         return self._best_of(1 + len(self._attached))
 
     def _best_of(self, num_ranks: int) -> int:
@@ -182,7 +182,7 @@ class RankGroup:
 
     @property
     def _num_parts(self) -> int:
-        """Into which the layers are cut whatever the degree (see RankCut), 0: into as many as there are ranks."""
+        """Into which the layers are cut whatever the degree (see TpShard), 0: into as many as there are ranks."""
         return 0 if self.device.is_host or self.settings.reduce == "fast" else self.settings.degree
 
     def check(self) -> None:
@@ -191,11 +191,11 @@ class RankGroup:
 
     def _is_any_gone(self, seats: Iterable[int]) -> bool:
         """From any thread."""
-        return any(self.staff.process_of(seat) != self._attached.get(seat) for seat in seats)
+        return any(self.supervisor.process_of(seat) != self._attached.get(seat) for seat in seats)
 
     def _check(self, seats: Iterable[int], waited_s: float = 0.0) -> None:
         for seat in seats:
-            self.staff.check(seat, self._attached.get(seat, 0), waited_s)
+            self.supervisor.check(seat, self._attached.get(seat, 0), waited_s)
 
     def next_degree(self) -> int:
         """The highest with those that are there now."""
@@ -208,19 +208,19 @@ class RankGroup:
         return self.next_degree() > self.degree
 
     def _settled(self) -> dict[int, int]:
-        epoch = self.conductor.epoch
-        return {seat: pid for seat, pid in self.present().items() if self.board.get("settled", seat) == epoch}
+        epoch = self.leader.epoch
+        return {seat: pid for seat, pid in self.present().items() if self.channel.get("settled", seat) == epoch}
 
     def postpone_growth(self, why: str) -> None:
         """It cannot be now. The stage works as it is. Raises RankLostError."""
         self._grow_after_s = self.clock() + GROW_AGAIN_S
         if self._attached:
-            self.conductor.tell((Op.FORGET_LOADS,))
+            self.leader.tell(ForgetLoads())
         self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
-        """Let those that have come meanwhile read commands, and know the memory."""
-        self.conductor.attach(self._settled())
+        """Let those that have come meanwhile read messages, and know the memory."""
+        self.leader.attach(self._settled())
         self._memory.introduce()
 
     # ---- weights
@@ -233,30 +233,29 @@ class RankGroup:
         self._num_loads += 1
         degree = self.best()
         seats = (0, *list(self._attached)[: degree - 1])
-        order = LoadOrder(
+        order = LoadShard(
             number=self._num_loads,
             degree=degree,
             first_layer=role.layers.start,
             stop_layer=role.layers.stop,
-            is_first=int(role.is_first),
-            is_last=int(role.is_last),
-            dtype=code_of(dtype),
-            adds_partial_sums=int(self.settings.reduce == "fast" and degree > 1),
+            slot=role.slot.index,
+            num_slots=role.num_slots,
+            dtype=dtype,
+            adds_partial_sums=self.settings.reduce == "fast" and degree > 1,
             num_parts=self._num_parts or degree,
-            replaces=int(replaces),
+            replaces=replaces,
         )
         if self._attached:
-            ranks = [seats.index(seat) if seat in seats else -1 for seat in range(self.settings.degree)]
-            self.conductor.tell(encode_load(order, ranks))
-        return RankLoad(order, seats)
+            self.leader.tell(order, torch.tensor(seats))
+        return RankLoad(order, seats, Sharding(order.shard(0), self._exchange))
 
     def is_loaded(self, load: RankLoad) -> bool:
         """Whether every other rank has its part. Raises RankLostError, or the error that a rank has said."""
         self._check(load.seats[1:])
         for seat in load.seats[1:]:
-            if self.board.get("failed", seat) == load.order.number:
-                raise self.board.refusal(seat, load.seats.index(seat))
-        return all(self.board.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
+            if self.channel.get("failed", seat) == load.order.number:
+                raise self.channel.refusal(seat, load.seats.index(seat))
+        return all(self.channel.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
 
     def use(self, load: RankLoad, part_bytes: int = 0) -> None:
         """Work with these weights from now on; no micro-batch may be under way. Raises RankLostError.
@@ -265,40 +264,28 @@ class RankGroup:
         """
         if self.in_use == load:
             return
-        port = 0
         kind = self.settings.collectives
         by_torch = kind != "board" and load.order.degree > 1
         if by_torch:
             from services.stage.ranks.torch_collectives import open_store
 
             self._store = open_store()
-            port = self._store.port
         self.in_use = None  # until it is through: ranks that have heard of it do not work as before
         if self._attached:
-            self.conductor.tell((Op.USE, load.order.number, port))
+            self.leader.tell(UseShard(load.order.number, self._store.port if by_torch else 0))
         if by_torch:
             self._wait_for_rendezvous(load)
-
-        def collectives(meeting: Meeting) -> Collectives:
-            return open_collectives(
-                kind,
-                0,
-                load.order.degree,
-                self.board,
-                meeting,
-                self.device,
-                self._store,
-                lambda: self._is_any_gone(load.seats[1:]),
-            )
-
+        others = load.seats[1:]
         try:
-            self.conductor.use(load.cut, load.seats, dtype_of(load.order.dtype), collectives)
+            store = self._store if by_torch else None
+            self.leader.use(load.sharding.shard, load.seats, store, lambda: self._is_any_gone(others))
         except RankLostError as error:
-            if kind == "nccl" and not self._is_any_gone(load.seats[1:]):
+            if kind == "nccl" and not self._is_any_gone(others):
                 raise ConfigurationError(
                     f"NCCL does not join the ranks ({error}); TP_COLLECTIVES=board does without it"
                 ) from None
             raise
+        self._memory.use(load.sharding.shard)
         self.in_use = load
         self._weight_bytes = part_bytes * load.order.degree
         self.log.info(
@@ -320,15 +307,6 @@ class RankGroup:
                 time.sleep(0.005)
             self._check((seat,))
 
-    def put_on(self, model: StageModel, load: RankLoad) -> StageModel | ParallelStageModel:
-        """A model of rank 0's parts with the others' behind it; of a single rank, as it is."""
-        if load.order.degree == 1:
-            return model
-        kv_heads = load.cut.kv_heads(self.config.num_kv_heads)
-        if not self.device.is_host:
-            kv_heads = slice(0, kv_heads.stop - kv_heads.start)
-        return put_on_ranks(model, self.conductor, load.cut, self.config, kv_heads)
-
     # ---- memory
 
     def allocate_kv(self, shape: KvShape) -> KvStore:
@@ -348,4 +326,65 @@ class RankGroup:
 
     def end(self) -> None:
         """Of the process."""
-        self.staff.end()
+        self.supervisor.end()
+
+
+def fork_server_of_ranks() -> ForkServer:
+    """A fork of this process, which must have one thread: ranks begin with what it has imported, torch above all."""
+    forks = ForkServer(["services.stage.ranks.worker"], os.environ)
+    forks.fork_off()
+    return forks
+
+
+def open_group(
+    settings: GroupSettings,
+    config: ModelConfig,
+    checkpoint: Path,
+    num_positions: int,
+    threads: int,
+    capacity_bytes: int,
+    kernels: NativeKernels | None,
+    forks: ForkServer,
+    log: structlog.stdlib.BoundLogger,
+    device: Device,
+    places: Sequence[str],
+) -> RankGroup:
+    """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
+
+    `capacity_bytes`: what the router is told; `kernels`, `device`: rank 0's; `places`: where each rank computes, as
+    DEVICE says it.
+    """
+    check_degree(config, settings.degree)
+    channel_kernels = kernels or load_native_kernels(threads=threads)
+    if channel_kernels is None:
+        raise ConfigurationError(
+            f"TP={settings.degree} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
+        )
+    memory = SharedMemory.create(SharedChannel.num_bytes(SLAB_BYTES), "moemesh-ranks")
+    options = {
+        "channel": memory.descriptor,
+        "bytes": memory.num_bytes,
+        "slab": SLAB_BYTES,
+        "checkpoint": checkpoint,
+        "positions": num_positions,
+        "threads": threads,
+        "collectives": settings.collectives,
+    }
+
+    def spawn(seat: int) -> ChildProcess:
+        given = {**options, "seat": seat, "device": places[seat]}
+        arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        return forks.spawn("services.stage.ranks", arguments, os.environ, {memory.descriptor: memory.descriptor})
+
+    supervisor = RankSupervisor(settings.degree - 1, spawn, log)
+    supervisor.start()
+    return RankGroup(
+        settings,
+        config,
+        SharedChannel(memory, SLAB_BYTES, channel_kernels),
+        supervisor,
+        log,
+        kernels=kernels,
+        device=device,
+        capacity_bytes=0 if device.is_host else capacity_bytes // num_memories(settings.degree, config.num_kv_heads),
+    )

@@ -1,16 +1,17 @@
-"""The board on which rank 0 writes commands and all ranks lay down their parts. One writer a word, numbers only grow.
+"""Memory that all ranks of a stage map: words to wait for, and slabs for tensors. Rank 0 makes it. No file, no name.
+
+One writer a word, and numbers only grow:
 
     epoch                          rank 0: a new one makes everybody drop what is under way
-    turn                           rank 0: number of the newest command
-    taken[s] arrived[s] loaded[s]  seat s: commands read, phases reached, newest load that is done
-    present[s]                     seat s: process id once it has mapped the board; 0 before
+    turn                           rank 0: number of the newest message
+    taken[s] arrived[s] loaded[s]  seat s: messages read, barriers reached, newest load that is done
+    present[s]                     seat s: process id once it has mapped the channel; 0 before
+    attached[s]                    rank 0: process id of who reads messages there, and is waited for
     failed[s]                      seat s: number of a load that failed; its sentence is in the text area
     refused[s]                     seat s: number of an allocation that it has no room for; likewise
     settled[s]                     seat s: the newest epoch that it has seen
-    command                        int64 [COMMAND_VALUES]
-    input, middle, output          one slab each for tensors
 
-A seat is a place on the board, for as long as the stage lives; seat 0 is rank 0. Which rank another seat has, and
+A seat is a place in the channel, for as long as the stage lives; seat 0 is rank 0. Which rank another seat has, and
 whether any, each load says anew.
 
 The ordering of memory comes from the words: what was written before a word was set is seen by who waited for it.
@@ -18,7 +19,11 @@ The ordering of memory comes from the words: what was written before a word was 
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Sequence
+from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,24 +32,73 @@ from torch import Tensor
 from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError, error_from_wire
 from services.stage.model.tp_shard import MAX_DEGREE
-from services.stage.ranks.shared_memory import SharedMemory
 
+ALIGNMENT = 64
 WORD_BYTES = 64
-COMMAND_VALUES = 32
+MESSAGE_VALUES = 64
 TEXT_BYTES = 2048
 SPIN_NS = 20_000
 """A part that is computed beside ours is mostly done by then; longer, and a shared core is taken from who computes."""
-_ROWS = {"epoch": 0, "turn": 1, "taken": 2, "arrived": 2 + MAX_DEGREE, "loaded": 2 + 2 * MAX_DEGREE}
-_ROWS |= {"present": 2 + 3 * MAX_DEGREE, "failed": 2 + 4 * MAX_DEGREE, "settled": 2 + 5 * MAX_DEGREE}
-_ROWS |= {"refused": 2 + 6 * MAX_DEGREE}
-_NUM_WORDS = 2 + 7 * MAX_DEGREE
+_OF_SEATS = ("taken", "arrived", "loaded", "present", "attached", "failed", "refused", "settled")
+_ROWS = {"epoch": 0, "turn": 1} | {name: 2 + number * MAX_DEGREE for number, name in enumerate(_OF_SEATS)}
+_NUM_WORDS = 2 + len(_OF_SEATS) * MAX_DEGREE
 
 
 class EpochOver(Exception):
     """Rank 0 has begun another epoch: what was under way is dropped."""
 
 
-class RankBoard:
+class SharedMemory:
+    """Zeroed bytes, out of which tensors are taken one after another. Tensors keep the mapping alive."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """The descriptor is this object's from now on."""
+        self.descriptor = descriptor
+        self.num_bytes = num_bytes
+        self._map = mmap.mmap(descriptor, num_bytes)
+        self._taken = 0
+
+    @classmethod
+    def create(cls, num_bytes: int, name: str) -> SharedMemory:
+        """`name` is for /proc/PID/maps. Raises OSError where there is not so much memory."""
+        descriptor = os.memfd_create(name)
+        try:
+            os.ftruncate(descriptor, num_bytes)
+            return cls(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def open(cls, process: int, descriptor: int, num_bytes: int) -> SharedMemory:
+        """What another process of the same user has made. Raises OSError if that one is gone."""
+        return cls(os.open(Path("/proc") / str(process) / "fd" / str(descriptor), os.O_RDWR), num_bytes)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor; whoever takes the same shapes in the same order gets the same memory."""
+        size = prod(shape)
+        start = self._taken
+        self._taken += aligned_bytes(shape, dtype)
+        if self._taken > self.num_bytes:
+            raise ValueError(f"{list(shape)} of {dtype} do not fit: {self.num_bytes} bytes of which {start} are taken")
+        if not size:
+            return torch.zeros(tuple(shape), dtype=dtype)
+        with torch.inference_mode(False):  # it is written to in both modes
+            return torch.frombuffer(self._map, dtype=dtype, count=size, offset=start).view(tuple(shape))
+
+    def close(self) -> None:
+        """Let the descriptor go. The bytes go with the last tensor and the last process that has them."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """What `SharedMemory.take` uses up for such a tensor."""
+    return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+class SharedChannel:
     """One process's view of it."""
 
     def __init__(self, memory: SharedMemory, slab_bytes: int, kernels: NativeKernels) -> None:
@@ -54,9 +108,11 @@ class RankBoard:
         words = memory.take((_NUM_WORDS, WORD_BYTES // 8), torch.int64)
         self._words = words.numpy()
         self._address = words.data_ptr()
-        self.command = memory.take((COMMAND_VALUES,), torch.int64).numpy()
+        self._message = memory.take((MESSAGE_VALUES,), torch.int64).numpy()
         self._texts = memory.take((MAX_DEGREE, TEXT_BYTES), torch.uint8).numpy()
-        self.input, self.middle, self.output = (memory.take((slab_bytes,), torch.uint8) for _ in range(3))
+        self._payload = memory.take((slab_bytes,), torch.uint8)
+        self.slabs = tuple(memory.take((slab_bytes,), torch.uint8) for _ in range(2))
+        """For parts that ranks put together, in turns."""
 
     def get(self, name: str, seat: int = 0) -> int:
         """A word as it is now."""
@@ -75,8 +131,20 @@ class RankBoard:
             raise EpochOver
         return bool(outcome == -1)
 
+    def write(self, values: Sequence[int], piece: Tensor, start: int, total: int) -> None:
+        """What rank 0 says with the next turn: numbers, and bytes [start, start + len(piece)) of `total` that go with
+        them. All must have taken what was said before."""
+        count = piece.shape[0]
+        self._message[: 4 + len(values)] = (start, count, total, len(values), *values)
+        self._payload[:count] = piece
+
+    def read(self) -> tuple[list[int], Tensor, int, int]:
+        """What `write` was given. The bytes are those of the channel: they are gone once `taken` is set."""
+        start, count, total, num_values, *values = self._message.tolist()
+        return values[:num_values], self._payload[:count], start, total
+
     def say(self, seat: int, sentence: str) -> None:
-        """For rank 0 to read, with `failed`."""
+        """For rank 0 to read, with `failed` or `refused`."""
         data = sentence.encode(errors="replace")[:TEXT_BYTES]
         self._texts[seat] = 0
         self._texts[seat, : len(data)] = np.frombuffer(data, dtype=np.uint8)
@@ -92,8 +160,8 @@ class RankBoard:
 
     @staticmethod
     def num_bytes(slab_bytes: int) -> int:
-        """Of the whole board."""
-        return _NUM_WORDS * WORD_BYTES + COMMAND_VALUES * 8 + MAX_DEGREE * TEXT_BYTES + 3 * (slab_bytes + WORD_BYTES)
+        """Of the whole channel."""
+        return _NUM_WORDS * WORD_BYTES + MESSAGE_VALUES * 8 + MAX_DEGREE * TEXT_BYTES + 3 * (slab_bytes + ALIGNMENT)
 
     def _at(self, name: str, seat: int) -> int:
         return self._address + (_ROWS[name] + seat) * WORD_BYTES
@@ -101,7 +169,4 @@ class RankBoard:
 
 def slab_view(slab: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The beginning of a slab as a tensor."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return slab[:size].view(dtype).view(tuple(shape))
+    return slab[: prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

@@ -21,7 +21,6 @@ import structlog
 from common.errors import RankLostError
 from common.processes.child_process import ChildProcess
 from common.processes.fork_server import ImportsUnderWayError
-from services.stage.ranks.hang_detector import ProcessSample, Vigil, parse_stat
 
 LOOK_S = 0.05
 STEADY_S = 10.0
@@ -29,6 +28,60 @@ STEADY_S = 10.0
 MAX_DELAY_S = 10.0
 KILLED_S = 2.0
 """For a process to end that was killed."""
+STOPPED_S = 0.4
+"""A debugger or a signal may stop a process for a moment."""
+ASLEEP_S = 1.0
+"""Rank 0 waits and the other sleeps: it has missed a wake-up, or waits for something that does not come."""
+HOPELESS_S = 30.0
+"""Whatever it does, no part of a command takes so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSample:
+    """One look at a process. `state` is the letter of /proc/PID/stat; cpu_s its processor time so far."""
+
+    state: str
+    cpu_s: float
+
+
+class HangDetector:
+    """Whether the process of one rank still computes, from what the kernel says of it. Time is an argument.
+
+    A rank answers within microseconds to seconds, whatever it computes, and a machine may be busy. So time alone proves
+    nothing. A process that is stopped does not go on by itself; one that sleeps, while rank 0 waits for it, and uses no
+    processor time, hangs; one that is runnable waits for a processor, and is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._stopped_since_s: float | None = None
+        self._asleep_since_s: float | None = None
+        self._cpu_s = -1.0
+
+    def trouble(self, sample: ProcessSample, waited_s: float, now_s: float) -> str:
+        """What is wrong with it, or "". `waited_s`: how long rank 0 has waited for it now, 0 where it does not."""
+        if sample.state in "Tt":
+            self._stopped_since_s = now_s if self._stopped_since_s is None else self._stopped_since_s
+        else:
+            self._stopped_since_s = None
+        is_asleep = waited_s > 0 and sample.state == "S" and sample.cpu_s == self._cpu_s
+        self._cpu_s = sample.cpu_s
+        if not is_asleep:
+            self._asleep_since_s = None
+        elif self._asleep_since_s is None:
+            self._asleep_since_s = now_s
+        if self._stopped_since_s is not None and now_s - self._stopped_since_s >= STOPPED_S:
+            return "it is stopped"
+        if self._asleep_since_s is not None and now_s - self._asleep_since_s >= ASLEEP_S:
+            return "it sleeps while it is waited for"
+        if waited_s >= HOPELESS_S:
+            return f"it has not come for {waited_s:.0f} s"
+        return ""
+
+
+def parse_stat(text: str, ticks_per_second: int) -> ProcessSample:
+    """/proc/PID/stat; the name in parentheses may hold anything."""
+    fields = text.rsplit(")", 1)[1].split()
+    return ProcessSample(fields[0], (int(fields[11]) + int(fields[12])) / ticks_per_second)
 
 
 @dataclass(slots=True)
@@ -39,7 +92,7 @@ class Seat:
     started_s: float = 0.0
     start_at_s: float = 0.0
     failures_in_a_row: int = 0
-    vigil: Vigil = field(default_factory=Vigil)
+    detector: HangDetector = field(default_factory=HangDetector)
     waited_s: float = 0.0
     """How long rank 0 has waited for it."""
     trouble: str = ""
@@ -51,7 +104,7 @@ class Seat:
         return self.process is not None and not self.is_killed and self.process.poll() is None
 
 
-class RankStaff:
+class RankSupervisor:
     """Seats 1..n. `check` is what rank 0 calls while it waits; everything else it may call from the same thread."""
 
     def __init__(
@@ -147,7 +200,7 @@ class RankStaff:
         if one.is_killed:
             return
         sample = self._look(process.pid)
-        trouble = one.vigil.trouble(sample, one.waited_s, now_s) if sample is not None else ""
+        trouble = one.detector.trouble(sample, one.waited_s, now_s) if sample is not None else ""
         one.waited_s = 0.0  # until rank 0 says again that it waits
         if trouble:
             self._log.warning("rank_killed", seat=seat, reason=trouble)
@@ -164,7 +217,7 @@ class RankStaff:
             return
         with self._lock:
             one.process, one.is_killed, one.waited_s = process, False, 0.0
-            one.started_s, one.vigil, one.trouble = now_s, Vigil(), ""
+            one.started_s, one.detector, one.trouble = now_s, HangDetector(), ""
             victim = self._kill(seat, "the stage ends") if self._ending.is_set() else None
         _wait_for(victim)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -82,47 +81,19 @@ class TorchCollectives:
             # torch numbers the groups of a process, and looks for the others under that number; it has one in vain.
             dist.distributed_c10d._world.group_count = 0
             raise
-        self._place = place
-        self._rank = rank
-        self.degree = degree
-        self.seconds = 0.0
-        self.count = 0
-
-    def lay_out(self, x: Tensor) -> None:
-        return None
-
-    def broadcast(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        began_s = time.perf_counter()
-        # Zeros: a broadcast that is aborted brings nothing, and token ids are looked up all the same.
-        whole = torch.zeros(shape, dtype=dtype, device=self._place) if x is None else x.contiguous()
-        with _losing_ranks():
-            dist.broadcast(whole, src=0)
-        self._count(began_s)
-        return whole
+        self._degree = degree
 
     def all_gather(self, part: Tensor) -> Tensor:
-        began_s = time.perf_counter()
-        parts = [torch.empty_like(part) for _ in range(self.degree)]
+        parts = [torch.empty_like(part) for _ in range(self._degree)]
         with _losing_ranks():
             dist.all_gather(parts, part.contiguous())
-        self._count(began_s)
         return torch.cat(parts, dim=1)
 
-    def gather(self, part: Tensor) -> Tensor | None:
-        began_s = time.perf_counter()
-        parts = [torch.empty_like(part) for _ in range(self.degree)] if self._rank == 0 else None
-        with _losing_ranks():
-            dist.gather(part.contiguous(), parts, dst=0)
-        self._count(began_s)
-        return torch.cat(parts, dim=1) if parts is not None else None
-
-    def sum(self, part: Tensor) -> Tensor | None:
-        began_s = time.perf_counter()
+    def sum(self, part: Tensor) -> Tensor:
         total = part.contiguous()
         with _losing_ranks():
             dist.all_reduce(total)
-        self._count(began_s)
-        return total if self._rank == 0 else None
+        return total
 
     def close(self) -> None:
         self._is_closed.set()
@@ -139,10 +110,6 @@ class TorchCollectives:
                 if group is not None:
                     group.abort()
                 return
-
-    def _count(self, began_s: float) -> None:
-        self.seconds += time.perf_counter() - began_s
-        self.count += 1
 
 
 @contextlib.contextmanager

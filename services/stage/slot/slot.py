@@ -85,7 +85,6 @@ class Slot:
 
     role: StageRole
     router_term: int
-    model: StageModel
     executor: Executor
     held: HeldMemory
     downstream: MessageSocket

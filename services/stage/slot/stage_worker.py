@@ -24,14 +24,13 @@ from common.processes.memory import offered_bytes
 from common.topology import LayerRange, StageRole, StageState
 from common.wire.endpoints import choose_endpoint
 from common.wire.transport import Transport
-from services.stage.model.device_model import put_on_device
+from services.stage.model.decoder import StageModel
 from services.stage.model.executor import Executor
-from services.stage.model.kv_cache import allocate_paged_memory
-from services.stage.model.kv_store import KvShape, KvStore, LocalKv
+from services.stage.model.kv_cache import KvShape, KvStore, LocalKv, PagedMemory, allocate_paged_memory
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import BlockTables
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.model.part_loading import WHOLE
+from services.stage.model.sharded_linear import ALONE
 from services.stage.ranks.group import RankGroup, RankLoad
 from services.stage.ranks.memory_needs import Free, against_growth
 from services.stage.slot.mirror_receiver import Mirror
@@ -120,7 +119,7 @@ class StageWorker:
     @property
     def reduces(self) -> tuple[float, int]:
         """Returns the seconds that this rank has spent in putting parts together, and how often it did."""
-        return (0.0, 0) if self._ranks is None else self._ranks.conductor.reduces
+        return (0.0, 0) if self._ranks is None else self._ranks.leader.reduces
 
     def assign(
         self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype
@@ -238,8 +237,7 @@ class StageWorker:
         try:
             with torch.inference_mode():
                 self._ranks.change_over(loaded.ranks_load, loaded.num_bytes, used_blocks)
-            slot.model = loaded.model
-            slot.executor = Executor(slot.model, slot.held.memory)
+            slot.executor = self._executor(loaded.model, slot.held.memory)
             slot.executor.self_test()
         except LIFE_ENDING_ERRORS:
             raise
@@ -302,12 +300,9 @@ class StageWorker:
     def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
         """Loads, in the loader's thread."""
         weights = CheckpointWeights(self._checkpoint, dtype, self._device.place)
-        cut = WHOLE if ranks_load is None else ranks_load.cut
-        model = load_stage(weights, self._config, role, self._num_positions, self._kernels, cut)
+        sharding = ALONE if ranks_load is None else ranks_load.sharding
+        model = load_stage(weights, self._config, role, self._num_positions, self._kernels, self._device, sharding)
         weights.close()
-        model = put_on_device(model, self._device)
-        if self._ranks is not None and ranks_load is not None:
-            model = self._ranks.put_on(model, ranks_load)
         return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
 
     def _enter(
@@ -346,6 +341,9 @@ class StageWorker:
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepWatermark())
         return self._held
 
+    def _executor(self, model: StageModel, memory: PagedMemory) -> Executor:
+        return Executor(model, memory) if self._ranks is None else Executor(model, memory, self._ranks.leader.lead)
+
     def _allocate_kv(self, shape: KvShape) -> KvStore:
         return LocalKv.allocate(shape, self._kernels, self._device)
 
@@ -360,11 +358,11 @@ class StageWorker:
 
     def _serve_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> RoleTaken:
         role = role_of(message, header)
-        executor = Executor(loaded.model, held.memory)
+        executor = self._executor(loaded.model, held.memory)
         executor.self_test()
         endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
         downstream = self._transport.push(f"after {role.slot}", endpoint)
-        self.slot = Slot(role, header.router_term, loaded.model, executor, held, downstream)
+        self.slot = Slot(role, header.router_term, executor, held, downstream)
         self._log.info(
             "slot_taken",
             pipeline=message.pipeline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from services.router.mesh.step_message import step_message
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.stage.experts.dispatch import ExactSum, PartialSum, pair_weights, split_pairs
 from services.stage.model.decoder import ExpertCall, StageModel
-from services.stage.model.device_model import put_on_device
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import BlockTables, MicroBatch, read_micro_batch
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, allocate_kv_cache
@@ -65,9 +64,7 @@ class LocalPipeline:
         weights = CheckpointWeights(self.directory, self.dtype, self.device.place)
         ranges = balance_layers([1.0] * self.config.num_layers, 0.0, 0.0, self.pp)
         self.models = [
-            put_on_device(
-                load_stage(weights, self.config, self._role(index, span), self.num_positions, self.kernels), self.device
-            )
+            load_stage(weights, self.config, self._role(index, span), self.num_positions, self.kernels, self.device)
             for index, span in enumerate(ranges)
         ]
         self.caches = [
@@ -89,20 +86,18 @@ class LocalPipeline:
                     self.store.load(weights, ShardId(layer, expert, piece))
         self._free_blocks = list(reversed(range(NUM_BLOCKS)))  # so that no sequence's blocks stand in order
 
-    def hidden(self, chunks: Sequence[Chunk], released: Sequence[int] = ()) -> Tensor:
-        """[T, D] after the last layer, for one micro-batch."""
+    def output(self, chunks: Sequence[Chunk], released: Sequence[int] = ()) -> Tensor:
+        """[T, V]: logits of every token of one micro-batch."""
         step = self.step(chunks, released)
         hidden = torch.tensor([token for chunk in chunks for token in chunk.token_ids], dtype=torch.int64)
         for model, caches, tables in zip(self.models, self.caches, self.tables, strict=True):
-            batch = read_micro_batch(step, hidden, tables)
+            batch = replace(read_micro_batch(step, hidden, tables), sampling_rows=torch.arange(hidden.shape[0]))
             hidden = self.run(model, batch, caches)
         return hidden
 
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
         """[T, V] of every token of the micro-batch."""
-        with torch.inference_mode():
-            hidden = self.hidden(chunks)
-            return self.models[-1].sampled_logits(hidden, torch.arange(hidden.shape[0]))
+        return self.output(chunks)
 
     def run(self, model: StageModel, batch: MicroBatch, caches: list) -> Tensor:  # type: ignore[type-arg]
         """One stage's forward pass."""

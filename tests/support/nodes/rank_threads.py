@@ -1,4 +1,4 @@
-"""The ranks of a stage as threads of the test: the board, the commands and the arithmetic are the real ones."""
+"""The ranks of a stage as threads of the test: the channel, the commands and the arithmetic are the real ones."""
 
 from __future__ import annotations
 
@@ -18,24 +18,21 @@ from common.checkpoint.weights import CheckpointWeights
 from common.compute.device import HOST, Device
 from common.errors import RankLostError
 from common.topology import StageRole
-from services.stage.model.decoder import ExpertCall, StageModel
-from services.stage.model.device_model import put_on_device
-from services.stage.model.kv_store import KvShape, KvStore
+from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
+from services.stage.model.kv_cache import KvShape, KvStore
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
-from services.stage.ranks.commands import cut_of
 from services.stage.ranks.group import GroupSettings, RankGroup
-from services.stage.ranks.shared_channel import RankBoard
-from services.stage.ranks.shared_memory import SharedMemory
-from services.stage.ranks.worker import Follower
+from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
+from services.stage.ranks.worker import RankWorker
 from tests.support.nodes.kernels import kernels_for
 
 NUM_POSITIONS = 512
 
 
-class ThreadStaff:
-    """In place of RankStaff: seats are threads, and a test says which are gone."""
+class ThreadSupervisor:
+    """In place of RankSupervisor: seats are threads, and a test says which are gone."""
 
     def __init__(self) -> None:
         self.gone: set[int] = set()
@@ -61,7 +58,7 @@ class ThreadStaff:
 
 
 class ThreadRanks:
-    """A group and its followers."""
+    """A group and its workers."""
 
     def __init__(
         self,
@@ -76,60 +73,58 @@ class ThreadRanks:
         self.config: ModelConfig = read_model_config(checkpoint)
         kernels = kernels_for("native")
         assert kernels is not None
-        self._board_kernels = kernels
+        self._channel_kernels = kernels
         self._new_device, self._within = new_device, within
         self.device = new_device()
         self.kernels = kernels if self.device.is_host else None
         """To compute with."""
         self.log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-        self.memory = SharedMemory.create(RankBoard.num_bytes(slab_bytes), "test-ranks")
+        self.memory = SharedMemory.create(SharedChannel.num_bytes(slab_bytes), "test-ranks")
         self.slab_bytes = slab_bytes
-        self.staff = ThreadStaff()
+        self.supervisor = ThreadSupervisor()
         self._stopping: dict[int, threading.Event] = {}
         self._process_ids = count(1000)
         self.threads: dict[int, threading.Thread] = {}
-        self.followers: dict[int, Follower] = {}
+        self.workers: dict[int, RankWorker] = {}
         self.errors: list[BaseException] = []
-        staff: Any = self.staff
+        supervisor: Any = self.supervisor
         self.settings = settings
         self.group = RankGroup(
-            settings, self.config, self.board(), staff, self.log, kernels=self.kernels, device=self.device
+            settings, self.config, self.channel(), supervisor, self.log, kernels=self.kernels, device=self.device
         )
         for seat in range(1, settings.degree):
             self.start(seat)
 
-    def board(self) -> RankBoard:
+    def channel(self) -> SharedChannel:
         """Another view of the same memory, as a process of its own has it."""
         memory = SharedMemory.open(os.getpid(), self.memory.descriptor, self.memory.num_bytes)
-        return RankBoard(memory, self.slab_bytes, self._board_kernels)
+        return SharedChannel(memory, self.slab_bytes, self._channel_kernels)
 
     def start(self, seat: int) -> None:
         """Let a seat's rank begin."""
-        board = self.board()
-        follower = Follower(
-            board,
+        worker = RankWorker(
+            self.channel(),
             seat,
-            self.config,
             self.checkpoint,
             NUM_POSITIONS,
+            self.settings.collectives,
             self.kernels,
             self.log,
             self._new_device(),
-            self.settings.collectives,
         )
-        self.followers[seat] = follower
+        self.workers[seat] = worker
         stopping = self._stopping[seat] = threading.Event()
-        self.staff.starts[seat] = next(self._process_ids)
-        follower.join(self.staff.starts[seat])
-        self.staff.gone.discard(seat)
+        self.supervisor.starts[seat] = next(self._process_ids)
+        worker.join(self.supervisor.starts[seat])
+        self.supervisor.gone.discard(seat)
 
         def run() -> None:
             try:
                 with self._within():
-                    follower.run(stopping.is_set)
+                    worker.run(stopping.is_set)
             except BaseException as error:
                 self.errors.append(error)
-                self.staff.gone.add(seat)
+                self.supervisor.gone.add(seat)
 
         self.threads[seat] = threading.Thread(target=run, daemon=True)
         self.threads[seat].start()
@@ -138,17 +133,21 @@ class ThreadRanks:
         """Its process is gone."""
         self._stopping[seat].set()
         self.threads[seat].join(5)
-        self.staff.gone.add(seat)
+        self.supervisor.gone.add(seat)
 
     def model(self, role: StageRole, dtype: torch.dtype) -> StageModel:
         """Load and use a role's layers at the degree that is to be had now."""
         load = self.group.begin_load(role, dtype, replaces=True)
         weights = CheckpointWeights(self.checkpoint, dtype, self.device.place)
-        own = load_stage(weights, self.config, role, NUM_POSITIONS, self.kernels, cut_of(load.order, 0))
+        model = load_stage(weights, self.config, role, NUM_POSITIONS, self.kernels, self.device, load.sharding)
         while not self.group.is_loaded(load):
             pass
         self.group.use(load)
-        return self.group.put_on(put_on_device(own, self.device), load)
+        return model
+
+    def run(self, model: StageModel, batch: MicroBatch, caches: list[LayerKvCache]) -> torch.Tensor:
+        """A forward pass of all ranks."""
+        return finish(self.group.leader.lead(model.forward(batch, caches), batch))
 
     def allocate(self, dtype: torch.dtype, num_blocks: int = 3) -> KvStore:
         """K and V of all layers."""
@@ -184,7 +183,7 @@ def rank_threads(
 
 
 def batch_of(hidden: torch.Tensor, start: int, blocks: list[int]) -> MicroBatch:
-    """One sequence's rows from position `start` on, in these KV blocks."""
+    """One sequence's rows from position `start` on, in these KV blocks; all of them sample."""
     count = hidden.shape[0]
     positions = torch.arange(start, start + count)
     tables = torch.tensor([blocks], dtype=torch.int32)
@@ -194,24 +193,24 @@ def batch_of(hidden: torch.Tensor, start: int, blocks: list[int]) -> MicroBatch:
         row_sequence=torch.zeros(count, dtype=torch.int32),
         block_tables=tables,
         slots=tables[0][positions // KV_BLOCK_TOKENS].to(torch.int64) * KV_BLOCK_TOKENS + positions % KV_BLOCK_TOKENS,
-        sampling_rows=torch.tensor([count - 1]),
+        sampling_rows=torch.arange(count),
         sampling=None,
     )
 
 
-def _answer_of(call: ExpertCall) -> torch.Tensor:
-    return (call.hidden * 0.5 + call.weights.sum(dim=1, keepdim=True)).to(call.hidden.dtype)
+def answer_of(wanted: object) -> torch.Tensor | None:
+    """A fixed function of what experts are asked; None for what is waited for otherwise."""
+    if not isinstance(wanted, ExpertCall):
+        return None
+    return (wanted.hidden * 0.5 + wanted.weights.sum(dim=1, keepdim=True)).to(wanted.hidden.dtype)
 
 
-def run_pass(model: StageModel, batch: MicroBatch, caches: list[LayerKvCache]) -> torch.Tensor:
-    """A forward pass whose experts answer with a fixed function of what they are asked."""
-    forward = model.forward(batch, caches)
+def finish(forward: ForwardPass, answer: torch.Tensor | None = None) -> torch.Tensor:
+    """What a forward pass gives whose experts answer by `answer_of`. `answer`: to what it asked already."""
     with torch.inference_mode():
         try:
-            answer = None
             while True:
-                wanted = forward.send(answer)
-                answer = _answer_of(wanted) if isinstance(wanted, ExpertCall) else None
+                answer = answer_of(forward.send(answer))
         except StopIteration as stop:
-            hidden: torch.Tensor = stop.value
-    return hidden
+            output: torch.Tensor = stop.value
+    return output

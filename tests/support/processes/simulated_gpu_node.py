@@ -31,7 +31,7 @@ def main(service: str) -> int:
     entry = importlib.import_module(f"services.{service}.__main__")
     if not os.environ.get("DEVICE", "").startswith("cuda"):
         return int(entry.main())
-    for module in (process, importlib.import_module("services.stage.ranks.processes")):
+    for module in (process, importlib.import_module("services.stage.ranks.worker")):
         vars(module)["open_device"] = lambda setting, **sharing: NodeDevice()
     if service == "stage":
         vars(process)["count_gpus"] = lambda: 1

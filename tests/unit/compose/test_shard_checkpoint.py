@@ -26,7 +26,6 @@ from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.expert.shard_store import ShardStore
 from services.router.front.text.tokenizer import TextTokenizer
-from services.stage.model.attention import Attention
 from services.stage.model.loading import load_stage
 from tests.support.checkpoints.tiny_checkpoints import QWEN3_TIED_SHARDED_BF16, write_checkpoint
 
@@ -87,10 +86,8 @@ def test_a_stage_loads_from_its_folder_what_it_loads_from_the_whole(model: Path,
             for directory in (model, parts / f"stage-{index}")
         ]
         x = torch.randn((2, config.hidden_size), generator=torch.Generator().manual_seed(3))
-        first, second = (own.layers[0].attention for own in loaded)
-        assert isinstance(first, Attention)
-        assert isinstance(second, Attention)
-        assert torch.equal(first.qkv(x), second.qkv(x))
+        first, second = (own.layers[0].attention.parts[0].qkv for own in loaded)
+        assert torch.equal(first(x), second(x))
         for own in loaded:
             assert (own.embedding is not None, own.lm_head is not None) == (index == 0, index == 1)
 

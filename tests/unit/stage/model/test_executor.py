@@ -14,8 +14,7 @@ from common.errors import DeviceError, RankLostError
 from common.messages import Header
 from services.stage.model.decoder import ExpertCall
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
-from services.stage.model.kv_cache import PagedMemory, allocate_paged_memory
-from services.stage.model.kv_store import KvShape, LocalKv
+from services.stage.model.kv_cache import KvShape, LocalKv, PagedMemory, allocate_paged_memory
 
 
 @dataclass
@@ -78,7 +77,7 @@ def test_a_batch_runs_until_it_wants_experts_and_goes_on_with_their_answer() -> 
     executor.resume(running, torch.full((1, 2), 100.0))
     outcome = executor.run_one()
     assert isinstance(outcome, Finished)
-    assert outcome.hidden.tolist() == [[111.0, 111.0]]
+    assert outcome.output.tolist() == [[111.0, 111.0]]
     assert outcome.running.header == Header(step=1)
     assert (executor.has_work, executor.num_running) == (False, 0)
 

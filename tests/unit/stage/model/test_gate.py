@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from common.compute.linear import PackedLinear
-from services.stage.model.gate import Gate
+from services.stage.model.decoder import Gate
 from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 
 __all__ = ["one_torch_thread"]

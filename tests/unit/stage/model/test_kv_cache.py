@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from common.compute.native_library import NativeKernels, load_native_kernels
-from services.stage.model.kv_cache import PROBE_BLOCKS, PagedMemory, allocate_paged_memory
-from services.stage.model.kv_store import LocalKv
+from services.stage.model.kv_cache import PROBE_BLOCKS, LocalKv, PagedMemory, allocate_paged_memory
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, write_kv
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.simulated_gpu import hidden_waits, simulated_gpu

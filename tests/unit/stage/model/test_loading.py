@@ -19,8 +19,7 @@ from common.compute.gated_ffn import GatedExpert
 from common.errors import CheckpointError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.topology import LayerRange, StageRole, StageSlot
-from services.stage.model.decoder import StageModel
-from services.stage.model.gate import Gate
+from services.stage.model.decoder import Gate, StageModel
 from services.stage.model.loading import load_stage
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,

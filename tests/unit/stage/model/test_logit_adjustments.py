@@ -14,8 +14,13 @@ from common.errors import ProtocolError
 from common.messages import Step, TensorFrame
 from common.wire.array import array_to_frame
 from services.router.scheduling.request import count_tokens
-from services.stage.model.logit_adjustments import CountedTokens, KeptAdjustments, LogitAdjustments
-from services.stage.model.penalties import adjusted_logits, without_unlikely
+from services.stage.model.logit_adjustments import (
+    CountedTokens,
+    KeptAdjustments,
+    LogitAdjustments,
+    adjusted_logits,
+    without_unlikely,
+)
 
 EMPTY = TensorFrame("int64", (0,), b"")
 NAN, INF = float("nan"), float("inf")

@@ -19,9 +19,8 @@ from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.request import Request
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
-from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.model.logit_adjustments import KeptAdjustments, adjusted_logits, without_unlikely
 from services.stage.model.micro_batch import BlockTables, read_micro_batch
-from services.stage.model.penalties import adjusted_logits, without_unlikely
 from services.stage.model.sampling import SampledTokens, sample
 
 VOCABULARY = 40

@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding,
 
 from common.checkpoint.rope_config import read_rope_config
 from common.compute.rotary import apply_rotary
-from services.stage.model.rope import RotaryTable, inverse_frequencies
+from services.stage.model.attention import RotaryTable, inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
-from services.stage.model.tp_shard import MAX_DEGREE, RankCut, best_degree, check_degree
+from services.stage.model.tp_shard import MAX_DEGREE, TpShard, best_degree, check_degree
 from tests.support.router.mesh_shapes import small_model
 
 MODEL = replace(small_model(), num_heads=12, num_kv_heads=4, hidden_size=48, dense_intermediate_size=36)
@@ -18,7 +18,7 @@ DENSE = replace(MODEL, moe_layers=(False, *MODEL.moe_layers[1:]))
 
 @given(degree=st.integers(1, MAX_DEGREE), size=st.integers(1, 200))
 def test_parts_cover_an_axis_once_and_have_one_size(degree: int, size: int) -> None:
-    parts = [RankCut(rank, degree).padded(size) for rank in range(degree)]
+    parts = [TpShard(rank, degree).padded(size) for rank in range(degree)]
     assert [part.start for part in parts] == [0, *[part.stop for part in parts[:-1]]]
     assert parts[-1].stop >= size
     assert len({part.stop - part.start for part in parts}) == 1
@@ -31,7 +31,7 @@ def test_parts_cover_an_axis_once_and_have_one_size(degree: int, size: int) -> N
 def test_ranks_beyond_the_kv_heads_share_them_in_order(
     num_kv_heads: int, degree: int, heads: list[tuple[int, int]]
 ) -> None:
-    cuts = [RankCut(rank, degree).kv_heads(num_kv_heads) for rank in range(degree)]
+    cuts = [TpShard(rank, degree).kv_heads(num_kv_heads) for rank in range(degree)]
     assert [(cut.start, cut.stop) for cut in cuts] == heads
 
 
@@ -60,6 +60,6 @@ def test_the_best_degree_is_the_highest_that_the_model_allows(num_ranks: int, de
 
 
 def test_one_rank_adds_nothing_whatever_the_operator_chose() -> None:
-    assert not RankCut(reduce="fast").adds_partial_sums
-    assert RankCut(1, 2, "fast").adds_partial_sums
-    assert not RankCut(1, 2).adds_partial_sums
+    assert not TpShard(reduce="fast").adds_partial_sums
+    assert TpShard(1, 2, "fast").adds_partial_sums
+    assert not TpShard(1, 2).adds_partial_sums

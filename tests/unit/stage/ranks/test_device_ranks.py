@@ -20,12 +20,14 @@ import torch
 from common.compute.device import Device, StagedDevice
 from common.errors import CapacityError, DeviceError, RankLostError
 from common.node.loader_thread import LoaderThread
-from services.stage.model.kv_store import KvStore, LocalKv
-from services.stage.ranks import worker, worker_memory
-from services.stage.ranks.kv_window import WINDOW_BLOCKS, WINDOW_ROWS
+from services.stage.model.decoder import ExpertCall
+from services.stage.model.kv_cache import KvStore, LocalKv
+from services.stage.model.paged_attention import LayerKvCache
+from services.stage.ranks import worker
+from services.stage.ranks.kv_memory import WINDOW_BLOCKS, WINDOW_ROWS, RankKv
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread  # noqa: F401
-from tests.support.nodes.rank_threads import ThreadRanks, rank_threads
+from tests.support.nodes.rank_threads import ThreadRanks, batch_of, finish, rank_threads
 from tests.support.nodes.simulated_gpu import (
     NeverReached,
     SimulatedDevice,
@@ -34,7 +36,7 @@ from tests.support.nodes.simulated_gpu import (
     within_simulation,
 )
 from tests.support.processes.waiting import wait_until
-from tests.unit.stage.ranks.test_parallel_layers import RECIPES, two_steps, whole_role
+from tests.unit.stage.ranks.test_every_rank import RECIPES, two_steps, whole_role
 
 ALL_BLOCKS = torch.arange(3)
 Result = list[torch.Tensor]
@@ -64,8 +66,8 @@ def computed(ranks: ThreadRanks, dtype: torch.dtype) -> Result:
     """Logits of a prefill and a decode step, and what is in all blocks then."""
     model = ranks.model(whole_role(ranks.config.num_layers), dtype)
     store = ranks.allocate(dtype)
-    logits = two_steps(model, store.caches, ranks.config.vocab_size)
-    return [*ranks.device.to_host(*logits), *store.blocks(ALL_BLOCKS)]
+    logits = two_steps(lambda batch: ranks.run(model, batch, store.caches), ranks.config.vocab_size)
+    return [*logits, *store.blocks(ALL_BLOCKS)]
 
 
 def same(one: Result, other: Result) -> bool:
@@ -104,11 +106,27 @@ def test_on_a_gpu_no_rank_waits_but_where_it_says_so(tmp_path: Path, monkeypatch
         found = computed(ranks, torch.float32)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-        assert all(cache.keys.device.type == "cuda" for cache in ranks.followers[1]._memory.caches)
+        assert all(cache.keys.device.type == "cuda" for cache in ranks.workers[1]._memory.caches)
         ranks.lose(1)
         ranks.group.reform()
         assert same(computed(ranks, torch.float32), found)
         assert hidden_waits() == []
+
+
+def test_a_batch_that_waits_for_its_device_does_not_mend_what_another_one_has_broken(tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        model = ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        caches = ranks.allocate(torch.float32).caches
+        lead = ranks.group.leader.lead
+        waiting, breaking, next_one = (batch_of(torch.arange(3), 0, [block]) for block in range(3))
+        waits = lead(model.forward(waiting, caches), waiting)
+        assert not isinstance(waits.send(None), ExpertCall)
+        with pytest.raises(ValueError, match="do not fit a cache"):
+            finish(lead(model.forward(breaking, [LayerKvCache(caches[0].keys[:, :, :4], caches[0].values)]), breaking))
+        assert isinstance(waits.send(None), ExpertCall)
+        with pytest.raises(RankLostError, match="out of step"):
+            finish(lead(model.forward(next_one, caches), next_one))
+        ranks.group.reform()
 
 
 @pytest.mark.parametrize("degree", [1, 4])
@@ -178,19 +196,19 @@ def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None
 def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
         full = computed(ranks, torch.float32)
-        crowded = ranks.followers[2]._memory
-        allocate: Any = worker_memory.FollowerMemory.allocate
+        crowded = ranks.workers[2]._memory
+        allocate: Any = RankKv.allocate
 
         def allocate_or_not(self: Any) -> None:
             if self is crowded:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             allocate(self)
 
-        monkeypatch.setattr(worker_memory.FollowerMemory, "allocate", allocate_or_not)
+        monkeypatch.setattr(RankKv, "allocate", allocate_or_not)
         with pytest.raises(CapacityError, match=r"rank 2: the GPU has no room for it, .*CUDA out of memory"):
             ranks.allocate(torch.float32)
         monkeypatch.undo()
-        memories = [follower._memory for follower in ranks.followers.values()]
+        memories = [each._memory for each in ranks.workers.values()]
         wait_until(lambda: not any(memory.caches for memory in memories), 10, "that all have given theirs up")
         assert same(computed(ranks, torch.float32), full), "the ranks go on"
 
@@ -218,7 +236,7 @@ def test_a_rank_that_waits_for_its_device_hears_of_a_new_epoch_and_takes_part_in
 ) -> None:
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
         full = computed(ranks, torch.float32)
-        device: Any = ranks.followers[1]._device
+        device: Any = ranks.workers[1]._device
         hanging = device._new_buffer()
         hanging._marker = NeverReached()
         hanging.mark()
@@ -236,7 +254,7 @@ def test_a_rank_that_waits_for_its_device_hears_of_a_new_epoch_and_takes_part_in
             with pytest.raises(RankLostError):
                 stuck.result(10)
         ranks.group.reform()
-        assert ranks.group.conductor.attached.keys() == {1, 2}, "the one that waited has heard of it"
+        assert ranks.group.leader.attached.keys() == {1, 2}, "the one that waited has heard of it"
         assert hanging not in device._downloads
         assert same(computed(ranks, torch.float32), full)
 
@@ -248,9 +266,9 @@ def test_a_rank_whose_device_has_failed_ends(tmp_path: Path, monkeypatch: pytest
 
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
         if where == "load":
-            monkeypatch.setattr(worker, "load_part", fails)
+            monkeypatch.setattr(worker, "load_stage", fails)
         else:
-            monkeypatch.setattr(worker_memory.FollowerMemory, "allocate", fails)
+            monkeypatch.setattr(RankKv, "allocate", fails)
         with pytest.raises(RankLostError, match="seat 1 is gone"):
             computed(ranks, torch.float32)
         (ended_by,) = ranks.errors
@@ -264,13 +282,13 @@ def test_want_of_memory_for_weights_is_said_as_such(tmp_path: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
-        monkeypatch.setattr(worker, "load_part", fails)
+        monkeypatch.setattr(worker, "load_stage", fails)
         with pytest.raises(CapacityError, match=r"rank 1: the GPU has no room for it, set CAPACITY_BYTES lower: CUDA"):
             computed(ranks, torch.float32)
 
 
 def test_what_waits_for_a_device_hears_that_a_rank_is_lost(tmp_path: Path) -> None:
-    """A kernel of NCCL waits for its peer on the device, where no board tells of it."""
+    """A kernel of NCCL waits for its peer on the device, where no channel tells of it."""
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
         computed(ranks, torch.float32)
         ranks.device.while_waiting(0.1)
@@ -295,11 +313,11 @@ def test_a_group_waits_for_the_lost_where_those_that_are_left_have_no_room(tmp_p
 
 
 def test_a_group_that_is_whole_waits_for_nobody(tmp_path: Path) -> None:
-    """However little room there is: a broken command is no lost rank."""
+    """However little room there is: a broken pass is no lost rank."""
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
         full = computed(ranks, torch.float32)
         ranks.group.capacity_bytes = 1
-        ranks.group.conductor._is_broken = True
+        ranks.group.leader._is_broken = True
         began_s = time.monotonic()
         ranks.group.reform()
         assert time.monotonic() - began_s < 5

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from services.stage.ranks.hang_detector import ASLEEP_S, HOPELESS_S, STOPPED_S, ProcessSample, Vigil, parse_stat
+from services.stage.ranks.supervisor import ASLEEP_S, HOPELESS_S, STOPPED_S, HangDetector, ProcessSample, parse_stat
 
 INTERVAL_S = 0.05
 
 
 def first_trouble(state: str, seconds: float, *, waits: bool, cpu_per_s: float = 0.0) -> tuple[str, float]:
     """What was said first of a process that is in one state for so long, and when."""
-    vigil, now_s = Vigil(), 0.0
+    detector, now_s = HangDetector(), 0.0
     while now_s < seconds:
-        trouble = vigil.trouble(ProcessSample(state, now_s * cpu_per_s), now_s if waits else 0.0, now_s)
+        trouble = detector.trouble(ProcessSample(state, now_s * cpu_per_s), now_s if waits else 0.0, now_s)
         if trouble:
             return trouble, now_s
         now_s += INTERVAL_S
@@ -27,10 +27,10 @@ def test_a_stopped_process_is_lost_soon_whether_it_is_waited_for_or_not() -> Non
 
 
 def test_one_that_goes_on_in_time_is_not() -> None:
-    vigil = Vigil()
+    detector = HangDetector()
     for number in range(100):
         state = "T" if number % 8 < 6 else "S"
-        assert not vigil.trouble(ProcessSample(state, 0.0), 0.0, number * INTERVAL_S)
+        assert not detector.trouble(ProcessSample(state, 0.0), 0.0, number * INTERVAL_S)
 
 
 def test_one_that_sleeps_while_it_is_waited_for_hangs() -> None:

@@ -16,8 +16,8 @@ from common.errors import CheckpointError, RankLostError
 from common.messages import AssignStage, Header
 from services.stage.ranks import group as group_module
 from services.stage.ranks import worker as worker_module
-from services.stage.ranks.worker import Follower
-from services.stage.ranks.worker_memory import FollowerMemory
+from services.stage.ranks.kv_memory import RankKv
+from services.stage.ranks.worker import RankWorker
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.rank_threads import NUM_POSITIONS, rank_threads
@@ -35,15 +35,15 @@ def checkpoint(tmp_path: Path) -> Path:
 def watch_parts(monkeypatch: pytest.MonkeyPatch, fails: Any = lambda rank: None) -> list[weakref.ref[Any]]:
     """Parts that other ranks have loaded. `fails(rank)` may raise."""
     parts: list[weakref.ref[Any]] = []
-    load_part: Any = vars(worker_module)["load_part"]
+    load_stage: Any = vars(worker_module)["load_stage"]
 
-    def load(loader: Any, *arguments: Any) -> Any:
-        fails(loader._cut.rank)
-        part = load_part(loader, *arguments)
-        parts.append(weakref.ref(part.attention[0].qkv))
-        return part
+    def load(*arguments: Any) -> Any:
+        fails(arguments[-1].shard.rank)
+        model = load_stage(*arguments)
+        parts.append(weakref.ref(model.layers[0].attention.parts[0].qkv))
+        return model
 
-    monkeypatch.setattr(worker_module, "load_part", load)
+    monkeypatch.setattr(worker_module, "load_stage", load)
     return parts
 
 
@@ -157,13 +157,13 @@ def test_a_disk_error_on_a_rank_is_said_and_does_not_end_it(checkpoint: Path, mo
 def test_memory_that_is_given_up_at_once_was_mapped_by_all_before(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    map_memory: Any = FollowerMemory.map
+    open_memory: Any = RankKv.open
 
-    def late(self: FollowerMemory, command: Any) -> None:
+    def late(self: RankKv, command: Any) -> None:
         time.sleep(0.05)
-        map_memory(self, command)
+        open_memory(self, command)
 
-    monkeypatch.setattr(FollowerMemory, "map", late)
+    monkeypatch.setattr(RankKv, "open", late)
     with rank_threads(checkpoint, 2) as ranks, keeper_of(ranks) as keeper:
         take_slot(keeper)
         ranks.allocate(torch.float32)
@@ -176,13 +176,13 @@ def test_a_rank_that_joins_with_an_epoch_that_is_over_is_used_only_once_it_has_s
         ranks.lose(1)
         ranks.group.reform()
         with keeper_of(ranks) as keeper:
-            late = Follower(ranks.board(), 1, ranks.config, checkpoint, NUM_POSITIONS, ranks.kernels, ranks.log)
+            late = RankWorker(ranks.channel(), 1, checkpoint, NUM_POSITIONS, "board", ranks.kernels, ranks.log)
             ranks.group.in_use = None
             ranks.group.reform()
             take_slot(keeper)
-            ranks.staff.starts[1] = 4242
+            ranks.supervisor.starts[1] = 4242
             late.join(4242)
-            ranks.staff.gone.discard(1)
+            ranks.supervisor.gone.discard(1)
             keeper.grow()
             assert keeper._growing is None
             stopping = threading.Event()

@@ -14,14 +14,14 @@ import pytest
 import structlog
 
 from common.errors import RankLostError
-from services.stage.ranks.supervisor import RankStaff
+from services.stage.ranks.supervisor import RankSupervisor
 from tests.support.processes.waiting import wait_until
 
 
 @pytest.fixture
-def staff() -> Iterator[RankStaff]:
+def supervisor() -> Iterator[RankSupervisor]:
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    made = RankStaff(2, lambda seat: subprocess.Popen(["sleep", "60"]), log)
+    made = RankSupervisor(2, lambda seat: subprocess.Popen(["sleep", "60"]), log)
     made.start()
     wait_until(lambda: all(made.process_of(seat) for seat in (1, 2)), 10, "both processes")
     yield made
@@ -29,45 +29,45 @@ def staff() -> Iterator[RankStaff]:
     wait_until(lambda: not any(made.process_of(seat) for seat in (1, 2)), 10, "their end")
 
 
-def test_a_killed_process_is_seen_at_once_and_started_again(staff: RankStaff) -> None:
-    process = staff.process_of(1)
-    staff.check(1, process, 0.0)
+def test_a_killed_process_is_seen_at_once_and_started_again(supervisor: RankSupervisor) -> None:
+    process = supervisor.process_of(1)
+    supervisor.check(1, process, 0.0)
     os.kill(process, signal.SIGKILL)
-    wait_until(lambda: staff.process_of(1) != process, 1, "that it is gone")
-    wait_until(lambda: staff.process_of(1) not in (0, process), 5, "another one")
-    staff.check(1, staff.process_of(1), 0.0)
-    staff.check(2, staff.process_of(2), 0.0)
+    wait_until(lambda: supervisor.process_of(1) != process, 1, "that it is gone")
+    wait_until(lambda: supervisor.process_of(1) not in (0, process), 5, "another one")
+    supervisor.check(1, supervisor.process_of(1), 0.0)
+    supervisor.check(2, supervisor.process_of(2), 0.0)
     with pytest.raises(RankLostError):
-        staff.check(1, process, 0.0)
+        supervisor.check(1, process, 0.0)
 
 
-def test_a_stopped_process_is_killed_and_started_again(staff: RankStaff) -> None:
-    process = staff.process_of(2)
+def test_a_stopped_process_is_killed_and_started_again(supervisor: RankSupervisor) -> None:
+    process = supervisor.process_of(2)
     os.kill(process, signal.SIGSTOP)
-    wait_until(lambda: staff.process_of(2) not in (0, process), 5, "another one")
+    wait_until(lambda: supervisor.process_of(2) not in (0, process), 5, "another one")
 
 
-def test_one_that_sleeps_while_rank_0_waits_is_killed(staff: RankStaff) -> None:
-    process = staff.process_of(1)
+def test_one_that_sleeps_while_rank_0_waits_is_killed(supervisor: RankSupervisor) -> None:
+    process = supervisor.process_of(1)
     waited_s = 0.0
 
     def wait() -> bool:
         nonlocal waited_s
         waited_s += 0.05
         try:
-            staff.check(1, process, waited_s)
+            supervisor.check(1, process, waited_s)
         except RankLostError:
             return True
-        return staff.process_of(1) != process
+        return supervisor.process_of(1) != process
 
     assert wait_until(wait, 5, "that it is lost") < 3
 
 
-def test_what_is_killed_says_why(staff: RankStaff) -> None:
-    process = staff.process_of(1)
-    staff.kill(1, "it does not hear")
+def test_what_is_killed_says_why(supervisor: RankSupervisor) -> None:
+    process = supervisor.process_of(1)
+    supervisor.kill(1, "it does not hear")
     with pytest.raises(RankLostError, match="seat 1 is gone: it does not hear"):
-        staff.check(1, process, 0.0)
+        supervisor.check(1, process, 0.0)
 
 
 class Undying:
@@ -93,18 +93,18 @@ class Undying:
 def test_one_that_does_not_go_away_when_it_is_killed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.stage.ranks.supervisor.KILLED_S", 1.0)
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    staff = RankStaff(2, lambda seat: Undying(), log)
-    staff.start()
-    wait_until(lambda: staff.process_of(1) == Undying.pid, 10, "the process")
-    killer = threading.Thread(target=staff.kill, args=(1, "it does not hear"))
+    supervisor = RankSupervisor(2, lambda seat: Undying(), log)
+    supervisor.start()
+    wait_until(lambda: supervisor.process_of(1) == Undying.pid, 10, "the process")
+    killer = threading.Thread(target=supervisor.kill, args=(1, "it does not hear"))
     began_s = time.monotonic()
     killer.start()
-    wait_until(lambda: not staff.process_of(1), 1, "that it is of no use")
+    wait_until(lambda: not supervisor.process_of(1), 1, "that it is of no use")
     with pytest.raises(RankLostError, match="it does not hear"):
-        staff.check(1, Undying.pid, 0.0)
+        supervisor.check(1, Undying.pid, 0.0)
     assert time.monotonic() - began_s < 0.5
     killer.join()
-    staff.end()
+    supervisor.end()
 
 
 def test_an_error_over_one_process_does_not_end_the_thread_that_all_are_children_of() -> None:
@@ -117,8 +117,8 @@ def test_an_error_over_one_process_does_not_end_the_thread_that_all_are_children
             raise KeyError("something unforeseen")
         return subprocess.Popen(["sleep", "60"])
 
-    staff = RankStaff(2, spawn, log)
-    staff.start()
-    wait_until(lambda: all(staff.process_of(seat) for seat in (1, 2)), 10, "both processes")
+    supervisor = RankSupervisor(2, spawn, log)
+    supervisor.start()
+    wait_until(lambda: all(supervisor.process_of(seat) for seat in (1, 2)), 10, "both processes")
     assert tries.count(1) == 3
-    staff.end()
+    supervisor.end()

@@ -6,23 +6,19 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from common.errors import DeviceError, RankLostError
-from services.stage.model.tp_shard import RankCut
 from services.stage.ranks import torch_collectives
-from services.stage.ranks.collectives import BoardCollectives, Collectives, Meeting
-from services.stage.ranks.leader import Conductor
-from services.stage.ranks.open_collectives import choose_collectives
-from services.stage.ranks.shared_channel import RankBoard
-from services.stage.ranks.shared_memory import SharedMemory
+from services.stage.ranks.collectives import Barrier, TpExchange, choose_collectives
+from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
 from services.stage.ranks.torch_collectives import TorchCollectives, open_store
 from tests.support.nodes.collective_ranks import assert_collectives, results_of_ranks
 from tests.support.nodes.kernels import kernels_for
-from tests.support.nodes.rank_threads import ThreadStaff
 
 
 def test_each_rank_gets_by_gloo_what_the_collective_promises(tmp_path: Path) -> None:
@@ -84,22 +80,31 @@ def test_auto_is_nccl_where_each_rank_has_a_gpu(setting: str, is_on_host: bool, 
     assert choose_collectives(setting, is_on_host=is_on_host, have_own_gpus=have_own_gpus) == kind
 
 
-def test_a_conductor_whose_new_collectives_do_not_come_about_has_none_that_are_closed() -> None:
-    class Closing(BoardCollectives):
-        closed = 0
+def test_an_exchange_whose_new_group_does_not_come_about_has_none_that_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[int] = []
+
+    class Joined:
+        def __init__(self, store: Any, rank: int, *arguments: Any) -> None:
+            if store == "nobody":
+                raise RankLostError("a rank has not come")
+            self.rank = rank
 
         def close(self) -> None:
-            Closing.closed += 1
+            closed.append(self.rank)
 
-    def lose(meeting: Meeting) -> Collectives:
-        raise RankLostError("a rank has not come")
-
+    monkeypatch.setattr(torch_collectives, "TorchCollectives", Joined)
     kernels = kernels_for("native")
     assert kernels is not None
-    board = RankBoard(SharedMemory.create(RankBoard.num_bytes(1 << 16), "test-conductor"), 1 << 16, kernels)
-    conductor = Conductor(board, ThreadStaff())
-    conductor.use(RankCut(), (0,), torch.float32, lambda meeting: Closing(board, 0, 1, meeting))
+    memory = SharedMemory.create(SharedChannel.num_bytes(1 << 16), "test-exchange")
+    channel = SharedChannel(memory, 1 << 16, kernels)
+    exchange = TpExchange(channel, "gloo")
+    barrier = Barrier(channel, (0, 1), 0, 1, lambda name, seat, value: None)
+    store: Any = "all"
+    exchange.join(barrier, store, lambda: False)
+    nobody: Any = "nobody"
     for _ in range(2):
         with pytest.raises(RankLostError):
-            conductor.use(RankCut(), (0,), torch.float32, lose)
-    assert Closing.closed == 1
+            exchange.join(barrier, nobody, lambda: False)
+    assert closed == [0]

@@ -104,7 +104,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     worker.take(ASSIGN, 1)
     worker.finish()
     assert worker.slot is not None
-    former, socket = worker.slot, worker.downstream
+    former, loaded, socket = worker.slot, worker.loaded, worker.downstream
     former.held.watermark.begin(17, 0)
     former.held.memory.caches[0].keys.fill_(3.0)
     outcome = worker.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
@@ -114,7 +114,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     assert outcome.ready.kv_mark == 17, "what was under way then is void, and all before it is there"
     assert socket.is_closed
     assert worker.downstream.endpoints == ("tcp://other:1",)
-    assert worker.slot.model is former.model
+    assert worker.loaded is loaded
     assert worker.slot.held is former.held
     router_blocks = worker.slot.held.memory.caches[0].keys[: ASSIGN.num_blocks]
     assert bool((router_blocks == 3.0).all()), "the self-test writes elsewhere"
@@ -264,8 +264,8 @@ def test_another_dtype_is_another_load(worker: Worker, loads: list[Any]) -> None
     assert worker.take(ASSIGN, 2, torch.bfloat16) is None
     assert isinstance(worker.finish(), RoleTaken)
     assert len(loads) == 2
-    assert worker.slot is not None
-    assert worker.slot.model.layers[0].input_norm.dtype == torch.bfloat16
+    assert worker.loaded is not None
+    assert worker.loaded.model.layers[0].input_norm.weight.dtype == torch.bfloat16
 
 
 def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ from common.checkpoint.weights import CheckpointWeights
 from common.errors import CheckpointError, RankLostError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.topology import LayerRange, StageRole, StageSlot
-from services.stage.model.decoder import StageModel
 from services.stage.model.loading import load_stage
-from services.stage.model.paged_attention import LayerKvCache, allocate_kv_cache
+from services.stage.model.micro_batch import MicroBatch
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SLIDING_TIED,
     QWEN3,
@@ -24,7 +26,7 @@ from tests.support.checkpoints.tiny_checkpoints import (
     write_checkpoint,
 )
 from tests.support.nodes.kernels import kernels_for, one_torch_thread  # noqa: F401
-from tests.support.nodes.rank_threads import NUM_POSITIONS, ThreadRanks, batch_of, rank_threads, run_pass
+from tests.support.nodes.rank_threads import NUM_POSITIONS, ThreadRanks, answer_of, batch_of, finish, rank_threads
 from tests.support.processes.waiting import wait_until
 
 BLOCKS = [2, 0, 1]
@@ -39,14 +41,10 @@ def whole_role(num_layers: int) -> StageRole:
 Alone = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-def two_steps(model: StageModel, caches: list[LayerKvCache], vocab_size: int) -> list[torch.Tensor]:
+def two_steps(run: Callable[[MicroBatch], torch.Tensor], vocab_size: int) -> list[torch.Tensor]:
     """Logits of a prefill of 49 tokens and of a decode step after it."""
     ids = torch.arange(50, dtype=torch.int64) * 7919 % vocab_size
-    with torch.inference_mode():
-        return [
-            model.logits(run_pass(model, batch_of(part, start, BLOCKS), caches))
-            for part, start in ((ids[:49], 0), (ids[49:], 49))
-        ]
+    return [run(batch_of(part, start, BLOCKS)) for part, start in ((ids[:49], 0), (ids[49:], 49))]
 
 
 def alone(checkpoint: Path, dtype: torch.dtype) -> Alone:
@@ -55,15 +53,19 @@ def alone(checkpoint: Path, dtype: torch.dtype) -> Alone:
     weights, role = CheckpointWeights(checkpoint, dtype), whole_role(config.num_layers)
     model = load_stage(weights, config, role, NUM_POSITIONS, kernels_for("native"))
     caches = allocate_kv_cache(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype)
-    return two_steps(model, caches, config.vocab_size), [cache.keys for cache in caches]
+    logits = two_steps(lambda batch: finish(model.forward(batch, caches)), config.vocab_size)
+    return logits, [cache.keys for cache in caches]
 
 
 def over_ranks(ranks: ThreadRanks, dtype: torch.dtype) -> Alone:
     """The same, of a stage with these ranks."""
     config = ranks.config
     model = ranks.model(whole_role(config.num_layers), dtype)
-    caches = ranks.allocate(dtype).caches
-    return two_steps(model, caches, config.vocab_size), [cache.keys for cache in caches]
+    store = ranks.allocate(dtype)
+    logits = two_steps(lambda batch: ranks.run(model, batch, store.caches), config.vocab_size)
+    keys, _ = store.blocks(torch.arange(3))
+    shape = (config.num_layers, 3, config.num_kv_heads, config.head_dim, KV_BLOCK_TOKENS)
+    return logits, list(keys.view(shape))
 
 
 def assert_same(got: Alone, expected: Alone) -> None:
@@ -82,7 +84,7 @@ def test_degrees_1_2_and_4_give_the_same_bits(recipe: Recipe, tmp_path: Path) ->
             assert ranks.group.degree == degree
 
 
-def test_rows_that_do_not_fit_the_board_together_go_in_pieces(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_a_slab_together_go_in_pieces(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3_DENSE_LAYERS)
     with rank_threads(checkpoint, 2, slab_bytes=4096) as ranks:
         assert_same(over_ranks(ranks, torch.float32), alone(checkpoint, torch.float32))
@@ -124,7 +126,7 @@ def test_those_that_are_left_go_on_at_a_smaller_degree_and_grow_again_when_the_l
         assert group.degree == 4
 
 
-def test_a_rank_that_is_lost_in_mid_command_ends_the_wait_and_the_next_epoch_begins_anew(tmp_path: Path) -> None:
+def test_a_rank_that_is_lost_in_mid_pass_ends_the_wait_and_the_next_epoch_begins_anew(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3)
     expected = alone(checkpoint, torch.float32)
     with rank_threads(checkpoint, 4) as ranks:
@@ -133,13 +135,13 @@ def test_a_rank_that_is_lost_in_mid_command_ends_the_wait_and_the_next_epoch_beg
         caches = ranks.allocate(torch.float32).caches
         ranks.lose(3)
         with pytest.raises(RankLostError):
-            two_steps(model, caches, config.vocab_size)
+            two_steps(lambda batch: ranks.run(model, batch, caches), config.vocab_size)
         ranks.group.reform()
         assert_same(over_ranks(ranks, torch.float32), expected)
         assert ranks.group.degree == 2
 
 
-def test_what_breaks_on_rank_0_in_mid_command_leaves_the_ranks_out_of_step_until_the_next_epoch(
+def test_what_breaks_on_rank_0_in_mid_pass_leaves_the_ranks_out_of_step_until_the_next_epoch(
     tmp_path: Path,
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3)
@@ -150,11 +152,39 @@ def test_what_breaks_on_rank_0_in_mid_command_leaves_the_ranks_out_of_step_until
         caches = ranks.allocate(torch.float32).caches
         wrong = batch_of(torch.zeros(3, dtype=torch.int32), 0, BLOCKS)
         with pytest.raises(ValueError, match="do not fit a cache"):
-            run_pass(model, wrong, [caches[0], LayerKvCache(caches[1].keys[:, :, :4], caches[1].values), *caches[2:]])
+            ranks.run(model, wrong, [caches[0], LayerKvCache(caches[1].keys[:, :, :4], caches[1].values), *caches[2:]])
         with pytest.raises(RankLostError, match="out of step"):
-            two_steps(model, caches, config.vocab_size)
+            two_steps(lambda batch: ranks.run(model, batch, caches), config.vocab_size)
         ranks.group.reform()
         assert_same(over_ranks(ranks, torch.float32), expected)
+
+
+def test_batches_go_on_in_any_order_and_one_that_is_dropped_is_forgotten(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, QWEN3_DENSE_LAYERS)
+    with rank_threads(checkpoint, 2) as ranks, torch.inference_mode():
+        config = ranks.config
+        model = ranks.model(whole_role(config.num_layers), torch.float32)
+        caches = ranks.allocate(torch.float32).caches
+        steps = [batch_of(torch.arange(3) + 40 * block, 0, [block]) for block in range(3)]
+        expected = [ranks.run(model, step, caches) for step in steps[:2]]
+        passes = [ranks.group.leader.lead(model.forward(step, caches), step) for step in steps]
+        dropped = passes.pop()
+        wanted = [forward.send(None) for forward in (*passes, dropped)]
+        dropped.close()
+        outputs: dict[int, torch.Tensor] = {}
+        for number in itertools.cycle((1, 0, 0, 1, 1)):
+            try:
+                wanted[number] = passes[number].send(answer_of(wanted[number]))
+            except StopIteration as stop:
+                outputs[number] = stop.value
+                break
+        other = 1 - number
+        outputs[other] = finish(passes[other], answer_of(wanted[other]))
+        assert torch.equal(ranks.run(model, steps[0], caches), expected[0])
+        assert all(torch.equal(outputs[number], expected[number]) for number in (0, 1))
+        wait_until(
+            lambda: not ranks.workers[1]._forwards, 5, "the end of the last batch, which has said it is the oldest"
+        )
 
 
 def test_another_process_in_the_seat_of_a_lost_one_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -188,7 +218,7 @@ def test_a_step_that_only_releases_sequences_needs_no_rank(tmp_path: Path) -> No
         config = ranks.config
         model = ranks.model(whole_role(config.num_layers), torch.float32)
         caches = ranks.allocate(torch.float32).caches
-        turn = ranks.group.board.get("turn")
-        hidden = run_pass(model, batch_of(torch.zeros(0, dtype=torch.int64), 0, []), caches)
-        assert hidden.shape == (0, config.hidden_size)
-        assert ranks.group.board.get("turn") == turn
+        turn = ranks.group.channel.get("turn")
+        logits = ranks.run(model, batch_of(torch.zeros(0, dtype=torch.int64), 0, []), caches)
+        assert logits.shape == (0, config.vocab_size)
+        assert ranks.group.channel.get("turn") == turn
