@@ -17,6 +17,9 @@ from services.router.control.sizes import MeshShape, block_bytes_of, stage_weigh
 RETRY_S = 5.0
 """After a spare could not load what it was to mirror; twice as long each time, until a mirror is complete again."""
 MAX_RETRY_S = 80.0
+FILL_PATIENCE_S = 60.0
+"""For a mirror to become complete, where another spare could follow the slot: its holder may not reach this one. A copy
+may take longer than that; so each further mirror of the slot gets twice the time of the one before."""
 Nodes = Mapping[NodeId, tuple[NodeDescription, int]]
 """Living stage nodes with their join order."""
 
@@ -46,6 +49,8 @@ class MirrorPair:
     """Of the message that tells the holder to send to it; 0: it has not loaded yet."""
     broken_stream: int = 0
     """The last stream of rows of which the mirror said that it broke."""
+    filling_since_s: float | None = None
+    """None: `gives_up` has not been asked since it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +167,17 @@ class MirrorRoles:
         self._successors: dict[StageSlot, MirrorPair] = {}
         """Who loads a slot's layers on another host in place of a mirror that shares its holder's. Until it has loaded
         them, the pair that there is stays."""
-        self._wanted: tuple[StageSlot, ...] = ()
+        self._wanted: dict[StageSlot, MirroredSlot] = {}
         """Slots that are to have a mirror."""
-        self._num_spares = 0
+        self._spares: Sequence[NodeDescription] = ()
         self._failed: set[tuple[NodeId, StageSlot]] = set()
-        """Who could not load what. It may have had no socket, or its disk may have failed: it is asked again."""
+        """Who could not load what, or was not filled. It may have had no socket, or its disk or a link may have failed:
+        it is asked again."""
         self._retry_at_s: float | None = None
         """None: nobody has asked `forgives` since the last of them failed."""
         self._retry_s = RETRY_S
+        self._fill_patience_s: dict[StageSlot, float] = {}
+        """Of slots one of whose mirrors was given up since one was complete."""
 
     @property
     def nodes(self) -> dict[StageSlot, NodeId]:
@@ -185,7 +193,7 @@ class MirrorRoles:
     def num_missing(self) -> int:
         """Counts slots that could have a mirror that takes over at once, with the spares that SPARES asks for or that
         there are, and have none."""
-        expected = min(len(self._wanted), max(self._shape.spares, self._num_spares))
+        expected = min(len(self._wanted), max(self._shape.spares, len(self._spares)))
         return max(0, expected - sum(self.is_complete(slot) for slot in self._wanted))
 
     def node_of(self, slot: StageSlot) -> NodeId | None:
@@ -211,13 +219,13 @@ class MirrorRoles:
 
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
-        self._wanted, self._num_spares = tuple(held.slot for held in slots if held.is_wanted), len(spares)
+        self._wanted, self._spares = {held.slot: held for held in slots if held.is_wanted}, spares
         self._failed = {(node_id, slot) for node_id, slot in self._failed if node_id in nodes}
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
-        self._pairs = valid_pairs(before, slots, spare_ids)
+        self._pairs = self._not_failed(valid_pairs(before, slots, spare_ids))
         self._successors = {
             slot: pair
-            for slot, pair in valid_pairs(self._successors, slots, spare_ids).items()
+            for slot, pair in self._not_failed(valid_pairs(self._successors, slots, spare_ids)).items()
             if slot in self._pairs and self._pairs[slot].shares_host
         }
         actions: list[Action] = [
@@ -237,6 +245,9 @@ class MirrorRoles:
                 actions.append(self._assign(wanted.slot, pair, nodes))
         return actions
 
+    def _not_failed(self, pairs: Mapping[StageSlot, MirrorPair]) -> dict[StageSlot, MirrorPair]:
+        return {slot: pair for slot, pair in pairs.items() if (pair.node_id, slot) not in self._failed}
+
     def apply_report(self, node_id: NodeId, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
         """A mirror is loaded (its primary is told to begin), complete, or its stream broke (its primary begins anew).
 
@@ -253,7 +264,9 @@ class MirrorRoles:
         if not has_broken and pair.state is state:
             return None
         must_begin = has_broken or pair.state is MirrorState.LOADING
-        self._retry_s = RETRY_S if report.is_complete else self._retry_s
+        if report.is_complete:
+            self._retry_s, pair.filling_since_s = RETRY_S, None
+            self._fill_patience_s.pop(slot, None)
         pair.state, pair.broken_stream = state, max(pair.broken_stream, report.broken_stream)
         if not must_begin:
             return []
@@ -309,15 +322,44 @@ class MirrorRoles:
 
     def fail(self, node_id: NodeId, number: int) -> bool:
         """A spare could not load what it was to mirror, by the role of this number. False: that is no news."""
-        has_failed = False
-        for pairs in (self._pairs, self._successors):
-            for slot, pair in list(pairs.items()):
-                if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
-                    self._failed.add((node_id, slot))
-                    self._retry_at_s = None
-                    del pairs[slot]
-                    has_failed = True
-        return has_failed
+        for slot, pair in [*self._pairs.items(), *self._successors.items()]:
+            if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
+                self._give_up(slot, pair)
+                return True
+        return False
+
+    def _give_up(self, slot: StageSlot, pair: MirrorPair) -> None:
+        """The next plan drops the pair."""
+        self._failed.add((pair.node_id, slot))
+        self._retry_at_s = None
+
+    @property
+    def is_filling(self) -> bool:
+        """Returns whether `gives_up` may have something to say."""
+        return any(pair.state is MirrorState.FILLING for pair in self._pairs.values())
+
+    def gives_up(self, now_s: float) -> bool:
+        """Returns whether a slot is to get another mirror in place of one that has not become complete in its time. Ask
+        again and again while `is_filling`; the first time begins the wait."""
+        for slot, pair in self._pairs.items():
+            if pair.state is not MirrorState.FILLING:
+                continue
+            if pair.filling_since_s is None:
+                pair.filling_since_s = now_s
+            patience_s = self._fill_patience_s.get(slot, FILL_PATIENCE_S)
+            if now_s - pair.filling_since_s >= patience_s and self._has_idle_spare(slot):
+                self._fill_patience_s[slot] = 2 * patience_s
+                self._give_up(slot, pair)
+                return True
+        return False
+
+    def _has_idle_spare(self, slot: StageSlot) -> bool:
+        wanted = self._wanted.get(slot)
+        taken = {pair.node_id for pair in (*self._pairs.values(), *self._successors.values())}
+        return wanted is not None and any(
+            spare.node_id not in taken and spare.numeric_class == wanted.numeric_class and self._fits(spare, wanted)
+            for spare in self._spares
+        )
 
     @property
     def has_failed(self) -> bool:

@@ -11,7 +11,7 @@ from common.ids import Generation, NodeId, PipelineId, SlotIndex
 from common.messages import MirrorTo, StageReady, Unassign
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.mirror_roles import RETRY_S, MirrorReport
+from services.router.control.mirror_roles import FILL_PATIENCE_S, RETRY_S, MirrorReport
 from services.router.control.stage_roles import StageRoles
 from tests.support.router.mesh_shapes import LAYERS, node
 from tests.support.router.stage_reports import (
@@ -404,6 +404,39 @@ def test_what_a_spare_could_not_load_is_forgotten_with_it() -> None:
     roles.apply_refusal(NodeId(name), number)
     roles.lose(NodeId(name))
     assert not roles.waits
+
+
+def test_a_mirror_that_does_not_become_complete_makes_room_for_another_spare_later_each_time() -> None:
+    roles = roles_of(pp=1, spares=2)
+    ((first, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
+    roles.apply_mirror_report(NodeId(first), MirrorReport(number, False))
+    assert (roles.waits, roles.tick(100.0)) == (True, []), "the wait begins"
+    assert roles.tick(100.0 + 2 * FILL_PATIENCE_S) == [], "there is nobody else"
+    roles.join(on_host("a3"))
+    actions = roles.tick(100.0 + 2 * FILL_PATIENCE_S)
+    ((second, (_, number)),) = mirrors_told(actions).items()
+    assert second == "a3"
+    feeds = [
+        (a.node_id, a.message.endpoints) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
+    ]
+    assert feeds == [("a1", ())], "the holder feeds nobody until a3 has loaded"
+    roles.apply_mirror_report(NodeId(second), MirrorReport(number, False))
+    assert roles.tick(300.0) == []
+    assert roles.tick(300.0 + RETRY_S) == [], "a2 may be tried again, but a3 has time"
+    assert roles.tick(300.0 + 2 * FILL_PATIENCE_S - 0.1) == []
+    assert list(mirrors_told(roles.tick(300.0 + 2 * FILL_PATIENCE_S))) == [first]
+
+
+def test_a_mirror_that_is_complete_is_kept_and_has_its_whole_time_when_its_stream_breaks() -> None:
+    roles = roles_of(pp=1, spares=2)
+    ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2", "a3")).items()
+    for report_ in (MirrorReport(number, False), MirrorReport(number, True)):
+        roles.apply_mirror_report(NodeId(name), report_)
+        roles.tick(100.0)
+    assert (roles.waits, roles.tick(100.0 + FILL_PATIENCE_S)) == (False, [])
+    roles.apply_mirror_report(NodeId(name), MirrorReport(number, False, broken_stream=1))
+    assert roles.tick(200.0) == roles.tick(200.0 + FILL_PATIENCE_S - 0.1) == []
+    assert list(mirrors_told(roles.tick(200.0 + FILL_PATIENCE_S))) == ["a3"]
 
 
 def opened_on(roles: StageRoles, *names: str) -> list[Action]:
