@@ -14,10 +14,9 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self, TypeVar
 
-from chaos.proxy.link_rules import FrameRule, LinkRule, Treatment, treatment
+from chaos.proxy.link_rules import FrameRule, LinkRule, combined
 from chaos.proxy.zmtp_frames import FrameDamage, Message, Passage, ZmtpStream, write_message
 from chaos.target import Target, TargetError
 
@@ -40,7 +39,6 @@ class RuleBook:
     def __init__(self) -> None:
         self.rules: list[LinkRule] = []
         self.version = 0
-        self.num_damaged = 0
         self._changed = asyncio.Event()
 
     def add(self, rules: Sequence[LinkRule]) -> None:
@@ -62,7 +60,7 @@ class RuleBook:
 
     async def wait_until_flowing(self, source: str, destination: str) -> None:
         """Waits until that direction is not stalled."""
-        while treatment(self.rules, source, destination).is_stalled:
+        while combined(self.rules, source, destination).is_stalled:
             await self._changed.wait()
 
     def _change(self, rules: list[LinkRule]) -> None:
@@ -78,7 +76,7 @@ class Pipe:
     def __init__(self, book: RuleBook, source: str, destination: str) -> None:
         self._book = book
         self._ends = (source, destination)
-        self._treatment = Treatment()
+        self._rule = LinkRule(source, destination)
         self._version = -1
         self._stream = ZmtpStream()
         self._damages: dict[FrameRule, FrameDamage] = {}
@@ -111,11 +109,11 @@ class Pipe:
 
     # ---- inside
 
-    def _now(self) -> Treatment:
+    def _now(self) -> LinkRule:
         if self._version != self._book.version:
             self._version = self._book.version
-            self._treatment = treatment(self._book.rules, *self._ends)
-        return self._treatment
+            self._rule = combined(self._book.rules, *self._ends)
+        return self._rule
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         loop = asyncio.get_running_loop()
@@ -140,9 +138,7 @@ class Pipe:
         messages: list[Message] = [passage.message]
         for rule in rules:
             damage = self._damages.setdefault(rule, FrameDamage(rule.kind, rule.probability, rule.seed))
-            already = damage.num_damaged
             messages = [result for message in messages for result in damage.pass_on(message)]
-            self._book.num_damaged += damage.num_damaged - already
         return before + b"".join(write_message(message) for message in messages)
 
     async def _write(self, writer: asyncio.StreamWriter) -> None:
@@ -226,9 +222,7 @@ class LinkProxy:
             raise TargetError(f"the proxy cannot listen on {self.address}")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         if self._thread is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
@@ -244,10 +238,6 @@ class LinkProxy:
     def links(self) -> list[tuple[str, str]]:
         """Returns (who opened it, to whom) of every open link."""
         return self._call(lambda: sorted(link.ends for link in self._links))
-
-    def num_damaged(self) -> int:
-        """Returns how many messages frame rules have damaged since the start: whether a fault has hit anything."""
-        return self._call(lambda: self._book.num_damaged)
 
     def half_close(self, node: str) -> int:
         """Ends every link of a node for its peers and not for itself. Returns how many links that were."""

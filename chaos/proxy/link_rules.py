@@ -29,31 +29,26 @@ class LinkRule:
     """0 means no limit."""
     is_stalled: bool = False
     """Nothing arrives, nothing is lost: what was on its way arrives when the rule is gone."""
-    frames: FrameRule | None = None
+    frames: tuple[FrameRule, ...] = ()
 
     def holds_for(self, source: str, destination: str) -> bool:
         """Returns whether it speaks of this direction."""
         return self.source in (ANYBODY, source) and self.destination in (ANYBODY, destination)
 
 
-@dataclass(frozen=True, slots=True)
-class Treatment:
-    """What all rules for one direction come to together."""
+def combined(rules: Iterable[LinkRule], source: str, destination: str) -> LinkRule:
+    """Returns the one rule that all rules for a direction come to together.
 
-    delay_ms: float = 0.0
-    bytes_per_s: float = 0.0
-    is_stalled: bool = False
-    frames: tuple[FrameRule, ...] = ()
-
-
-def treatment(rules: Iterable[LinkRule], source: str, destination: str) -> Treatment:
-    """Combines rules: delays add up, the smallest bandwidth counts, one stall is enough, damages follow each other."""
+    Delays add up, the smallest bandwidth counts, one stall is enough, damages follow each other.
+    """
     found = [rule for rule in rules if rule.holds_for(source, destination)]
-    return Treatment(
+    return LinkRule(
+        source,
+        destination,
         delay_ms=sum(rule.delay_ms for rule in found),
         bytes_per_s=min((rule.bytes_per_s for rule in found if rule.bytes_per_s), default=0.0),
         is_stalled=any(rule.is_stalled for rule in found),
-        frames=tuple(rule.frames for rule in found if rule.frames is not None),
+        frames=tuple(damage for rule in found for damage in rule.frames),
     )
 
 

@@ -159,7 +159,6 @@ class FrameDamage:
             raise ValueError(f"probability {probability}: must be above 0 and at most 1")
         self.kind = kind
         self.probability = probability
-        self.num_damaged = 0
         self._draw = random.Random(seed)
         self._held: Message | None = None
 
@@ -170,7 +169,6 @@ class FrameDamage:
             return [message, held]
         if self._draw.random() >= self.probability:
             return [message]
-        self.num_damaged += 1
         if self.kind == "corrupt":
             return [corrupt(message, self._draw)]
         if self.kind == "truncate":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -59,11 +58,9 @@ class DockerTarget:
             self.features |= {"proxy"}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.proxy is not None:
-            self.proxy.__exit__(kind, error, trace)
+            self.proxy.__exit__()
         self.client.close()
 
     @property

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from chaos.proxy.link_proxy import LinkProxy
@@ -55,9 +54,7 @@ class LocalTarget:
             self._leaving = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._leaving.close()
 
     def enter_surroundings(self, stack: ExitStack) -> Mapping[str, str]:

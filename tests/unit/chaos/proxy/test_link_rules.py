@@ -1,28 +1,28 @@
 from __future__ import annotations
 
-from chaos.proxy.link_rules import FrameRule, LinkRule, Treatment, around, treatment
+from chaos.proxy.link_rules import FrameRule, LinkRule, around, combined
 
 
 def test_no_rule_leaves_bytes_alone() -> None:
-    assert treatment([LinkRule("a", "b", delay_ms=5)], "b", "a") == Treatment()
+    assert combined([LinkRule("a", "b", delay_ms=5)], "b", "a") == LinkRule("b", "a")
 
 
 def test_delays_add_up_and_the_smallest_bandwidth_counts() -> None:
     rules = [LinkRule("a", "b", delay_ms=5), LinkRule("a", delay_ms=2, bytes_per_s=100), LinkRule(bytes_per_s=50)]
-    assert treatment(rules, "a", "b") == Treatment(delay_ms=7, bytes_per_s=50)
+    assert combined(rules, "a", "b") == LinkRule("a", "b", delay_ms=7, bytes_per_s=50)
 
 
 def test_a_bandwidth_without_limit_lifts_no_other_limit() -> None:
-    assert treatment([LinkRule(bytes_per_s=50), LinkRule()], "a", "b").bytes_per_s == 50
+    assert combined([LinkRule(bytes_per_s=50), LinkRule()], "a", "b").bytes_per_s == 50
 
 
 def test_around_a_node_both_directions_are_hurt_and_no_other_link() -> None:
     rules = around("a", is_stalled=True)
-    assert treatment(rules, "a", "b").is_stalled
-    assert treatment(rules, "b", "a").is_stalled
-    assert not treatment(rules, "b", "c").is_stalled
+    assert combined(rules, "a", "b").is_stalled
+    assert combined(rules, "b", "a").is_stalled
+    assert not combined(rules, "b", "c").is_stalled
 
 
 def test_damages_follow_each_other() -> None:
     one, other = FrameRule("corrupt", 0.5, 1), FrameRule("lose", 0.5, 2)
-    assert treatment([LinkRule(frames=one), LinkRule(), LinkRule(frames=other)], "a", "b").frames == (one, other)
+    assert combined([LinkRule(frames=(one,)), LinkRule(), LinkRule(frames=(other,))], "a", "b").frames == (one, other)

@@ -108,7 +108,8 @@ def test_the_same_seed_damages_the_same_messages_in_the_same_way(kind: str) -> N
     for _ in range(2):
         damage = FrameDamage(kind, 0.3, 7)
         runs.append([result for message in sent for result in damage.pass_on(message)])
-        assert 0 < damage.num_damaged < 50
+        assert runs[-1] != sent
+        assert set(runs[-1]) & set(sent)
     assert runs[0] == runs[1] != sent
 
 
