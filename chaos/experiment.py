@@ -12,10 +12,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from chaos.faults.catalog import FAULTS
 from chaos.record.requests import SuiteLoad
 from chaos.suite_fields import Count, Positive, Section
-from chaos.target import NODE_KINDS
+from chaos.target import NODE_KINDS, NodeKind
 from chaos.timeline import AllowedFault, TimelineRules, make_timeline
 from chaos.verdicts.judgement import DEFAULT, Bounds
-from chaos.victims import NodeKind
 
 SUITES = Path(__file__).parent / "suites"
 

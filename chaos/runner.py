@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import uuid
 from collections.abc import Callable, Sequence
@@ -37,8 +36,6 @@ from chaos.target import Target, TargetError
 from chaos.timeline import AllowedFault, PlannedFault, TimelineRules, make_timeline, overlapping_groups
 from chaos.victims import choose_victims
 
-SILENCE_S = 30.0
-"""The server comments every few seconds in a pause; a connection that says nothing for this long is broken."""
 BETWEEN_OVERLAPPING_S = 0.4
 WORK_WITHIN_S = 10.0
 """A fault waits at most this long for most streams to be in mid-answer."""
@@ -67,14 +64,15 @@ class Run:
     requests: list[ChaosRequest] = field(default_factory=list)
     model: str = ""
     _progress: Progress = field(default_factory=Progress)
-    _open_faults: list[tuple[PlannedFault, Fault]] = field(default_factory=list)
+    _open_faults: dict[int, Fault] = field(default_factory=dict)
+    """The faults that are not healed, by their number, in the order in which they came."""
     _last_victims: tuple[str, ...] = ()
 
     async def execute(self) -> None:
         """Runs all phases. Raises CannotRunError. All that was hurt is healed when it returns or raises."""
         load = self.experiment.load
         async with (
-            http_client(load.streams, SILENCE_S, self.transport) as http,
+            http_client(load.streams, self.transport) as http,
             httpx.AsyncClient(timeout=5, trust_env=False, transport=self.transport) as ask,
         ):
             observer = Observer(ask, self.target, self._record, self.clock)
@@ -165,7 +163,7 @@ class Run:
     async def _wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
         """Waits until it is so, or until the timeout; the record tells which."""
         deadline_s = self.clock() + timeout_s
-        for _ in itertools.count():
+        while True:
             if is_so() or self.clock() > deadline_s:
                 return
             await asyncio.sleep(0.01)
@@ -229,7 +227,7 @@ class Run:
         most = max(1, self.experiment.load.streams * 3 // 4)
         await self._wait_until(lambda: self._progress.num_streaming >= most, WORK_WITHIN_S)
         at_s = self.clock()
-        self._open_faults.append((planned, fault))
+        self._open_faults[planned.number] = fault
         try:
             await asyncio.to_thread(fault.apply, self.target, victims)
         except TargetError as error:
@@ -249,17 +247,16 @@ class Run:
         return False
 
     async def _heal(self, planned: PlannedFault) -> None:
-        for entry in [entry for entry in self._open_faults if entry[0] is planned]:
-            await asyncio.to_thread(self._try_to_heal, entry[1])
-            self._open_faults.remove(entry)
-            self._record(FaultHealed(self.clock(), planned.number))
+        await asyncio.to_thread(self._try_to_heal, self._open_faults[planned.number])
+        del self._open_faults[planned.number]
+        self._record(FaultHealed(self.clock(), planned.number))
 
     def _heal_all(self) -> None:
         """Heals everything in the loop's own thread: nothing may come between."""
         while self._open_faults:
-            planned, fault = self._open_faults.pop()
+            number, fault = self._open_faults.popitem()
             self._try_to_heal(fault)
-            self._record(FaultHealed(self.clock(), planned.number))
+            self._record(FaultHealed(self.clock(), number))
 
     def _try_to_heal(self, fault: Fault) -> None:
         """Says what cannot be healed and raises nothing: the verdict that the mesh is not whole will show it."""

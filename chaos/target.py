@@ -6,9 +6,10 @@ Two targets do it: processes under the supervisor of `make run`, and containers 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
-NODE_KINDS = ("router", "stage", "expert")
+NodeKind = Literal["router", "stage", "expert"]
+NODE_KINDS = get_args(NodeKind)
 
 
 @dataclass(frozen=True, slots=True)

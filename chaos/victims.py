@@ -10,10 +10,9 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field
 
 from chaos.record.roles import Role
-from chaos.target import NODE_KINDS, Node
+from chaos.target import NODE_KINDS, Node, NodeKind
 
 NO_ROLES: Mapping[str, Role] = {}
-NodeKind = Literal["router", "stage", "expert"]
 Rule = Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host"]
 RULES = get_args(Rule)
 

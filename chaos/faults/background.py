@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,12 +18,8 @@ class BackgroundFault(Fault):
 
     _stopped: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
+    _patience_s: float = field(default=0.0, init=False, repr=False)
     _error: TargetError | None = field(default=None, init=False, repr=False)
-
-    @property
-    @abstractmethod
-    def patience_s(self) -> float:
-        """Healing waits this long for the work to end by itself, and then tells it to stop."""
 
     def heal(self, target: Target) -> None:
         """Ends the work and undoes what it has done. Raises TargetError also if the work does not stop."""
@@ -33,8 +28,11 @@ class BackgroundFault(Fault):
         finally:
             super().heal(target)
 
-    def _begin(self, work: Callable[[], None]) -> None:
-        """Runs `work` in a thread. It must look at `_stopped` wherever it waits."""
+    def _begin(self, work: Callable[[], None], patience_s: float) -> None:
+        """Runs `work` in a thread. It must look at `_stopped` wherever it waits.
+
+        Healing waits `patience_s` for the work to end by itself, and then tells it to stop.
+        """
 
         def run() -> None:
             try:
@@ -44,13 +42,14 @@ class BackgroundFault(Fault):
 
         self._stopped.clear()
         self._error = None
+        self._patience_s = patience_s
         self._thread = threading.Thread(target=run, name="chaos-fault", daemon=True)
         self._thread.start()
 
     def _finish(self) -> None:
         if self._thread is None:
             return
-        self._thread.join(self.patience_s)
+        self._thread.join(self._patience_s)
         self._stopped.set()
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():

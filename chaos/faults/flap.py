@@ -21,14 +21,12 @@ class Flap(BackgroundFault):
     off_s: Annotated[float, Range(0.01, 60)] = 0.5
     on_s: Annotated[float, Range(0.01, 60)] = 0.5
 
-    @property
-    def patience_s(self) -> float:
-        return self.times * (self.off_s + self.on_s) + 5  # a busy machine is late
-
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:
             self._undo.add(target.signal, victim, signal.SIGCONT)
-        self._begin(lambda: self._flap(target, victims))
+        # A busy machine is late.
+        patience_s = self.times * (self.off_s + self.on_s) + 5
+        self._begin(lambda: self._flap(target, victims), patience_s)
 
     def _flap(self, target: Target, victims: Sequence[Node]) -> None:
         for number, wait_s in ((signal.SIGSTOP, self.off_s), (signal.SIGCONT, self.on_s)) * self.times:

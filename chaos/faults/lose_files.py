@@ -36,10 +36,6 @@ class LoseFiles(BackgroundFault):
     what: Lost = "sockets"
     kill_after_s: Annotated[float, Range(0, 60)] = 2
 
-    @property
-    def patience_s(self) -> float:
-        return self.kill_after_s + 1
-
     def unavailable(self, target: Target) -> str:
         try:
             folders = [socket_folder(node) for node in target.nodes()]
@@ -51,7 +47,7 @@ class LoseFiles(BackgroundFault):
         for victim in victims:
             remove(socket_folder(victim), state_folder(victim), self.what)
         if self.kill_after_s:
-            self._begin(lambda: self._kill(target, victims))
+            self._begin(lambda: self._kill(target, victims), patience_s=self.kill_after_s + 1)
 
     def _kill(self, target: Target, victims: Sequence[Node]) -> None:
         if not self._stopped.wait(self.kill_after_s):

@@ -7,19 +7,19 @@ from pathlib import Path
 from chaos.target import Node, TargetError
 
 
-def environment_of(node: Node, proc: Path = Path("/proc")) -> dict[str, str]:
+def environment_of(node: Node) -> dict[str, str]:
     """Returns the environment that it was started with. Raises TargetError when it is gone or not ours to read."""
     try:
-        entries = (proc / f"{node.pid}/environ").read_bytes().split(b"\0")
+        entries = Path(f"/proc/{node.pid}/environ").read_bytes().split(b"\0")
     except OSError as error:
         raise TargetError(f"the environment of {node.name} cannot be read: {error.strerror}") from None
     pairs = [entry.decode(errors="replace").partition("=") for entry in entries if entry]
     return {name: value for name, _, value in pairs}
 
 
-def path_seen_by(node: Node, path: str, proc: Path = Path("/proc")) -> Path:
+def path_seen_by(node: Node, path: str) -> Path:
     """Returns a path of the process (a relative one: to its folder) as this process reaches it, in containers too."""
-    own = proc / str(node.pid)
+    own = Path(f"/proc/{node.pid}")
     return own / "root" / path.lstrip("/") if path.startswith("/") else own / "cwd" / path
 
 

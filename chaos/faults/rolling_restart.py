@@ -23,12 +23,8 @@ class RollingRestart(BackgroundFault):
     timeout_s: Annotated[float, Range(1, 120)] = 20
     within_s: Annotated[float, Range(1, 3600)] = 300
 
-    @property
-    def patience_s(self) -> float:
-        return self.within_s
-
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        self._begin(lambda: self._restart_all(target, victims))
+        self._begin(lambda: self._restart_all(target, victims), patience_s=self.within_s)
 
     def _restart_all(self, target: Target, victims: Sequence[Node]) -> None:
         deadline_s = time.monotonic() + self.within_s

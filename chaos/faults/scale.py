@@ -24,13 +24,9 @@ class Scale(BackgroundFault):
         if self.change == 0:
             raise ValueError("change=0 changes nothing")
 
-    @property
-    def patience_s(self) -> float:
-        return 60.0
-
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         count = sum(node.kind == self.kind for node in target.nodes())
         if count + self.change < 1:
             raise TargetError(f"{count} processes of kind {self.kind} cannot become {count + self.change}")
         self._undo.add(target.scale, self.kind, count)
-        self._begin(lambda: target.scale(self.kind, count + self.change))
+        self._begin(lambda: target.scale(self.kind, count + self.change), patience_s=60.0)

@@ -19,15 +19,11 @@ class Stop(BackgroundFault):
     comes_back: ClassVar[bool] = False
     timeout_s: Annotated[float, Range(1, 120)] = 20
 
-    @property
-    def patience_s(self) -> float:
-        return self.timeout_s + 10
-
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:
             self._undo.add(target.start, victim.name)
         # Leaving in order takes its time, and streams are watched meanwhile.
-        self._begin(lambda: self._stop_all(target, victims))
+        self._begin(lambda: self._stop_all(target, victims), patience_s=self.timeout_s + 10)
 
     def _stop_all(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:

@@ -31,6 +31,8 @@ from chaos.record.sse import DONE, EventParser, ServerEvent, split_lines_async
 REQUEST_ID_HEADER = "Moemesh-Request-Id"
 RETRY_PAUSE_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
+SILENCE_S = 30.0
+"""The server comments every few seconds in a pause; a connection that says nothing for this long is broken."""
 BUSY_STATUSES = (429, 503)
 
 
@@ -294,10 +296,8 @@ class ClientLoad:
         await self.client.ask(f"{self.label}-{self._count}", stream, request)
 
 
-def http_client(
-    num_streams: int, silence_s: float, transport: httpx.AsyncBaseTransport | None = None
-) -> httpx.AsyncClient:
-    """Makes a client with connections for all streams; one that brings not even a comment for `silence_s` is broken."""
-    timeout = httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S, pool=silence_s)
+def http_client(num_streams: int, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
+    """Makes a client with connections for all streams; one that brings not even a comment for SILENCE_S is broken."""
+    timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_TIMEOUT_S, pool=SILENCE_S)
     limits = httpx.Limits(max_connections=num_streams + 8, max_keepalive_connections=num_streams)
     return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, transport=transport)

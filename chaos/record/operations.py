@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from chaos.record.history import (
     Abandoned,
@@ -38,9 +37,7 @@ class Operation:
 
     name: str
     phase: str
-    stream: int
     request: str
-    kind: str
     asked_s: float
     choices: list[ChoiceRecord]
     arrivals_s: list[float] = field(default_factory=list)
@@ -55,7 +52,6 @@ class Operation:
     num_tokens: int = 0
     max_tokens: int = 0
     """The most tokens of each choice, as asked for."""
-    usage: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -85,9 +81,7 @@ def read_operations(events: Iterable[Event]) -> list[Operation]:
                 found[event.operation] = Operation(
                     name=event.operation,
                     phase=phase,
-                    stream=event.stream,
                     request=event.request,
-                    kind=event.kind,
                     asked_s=event.at_s,
                     choices=choices,
                     max_tokens=event.max_tokens,
@@ -124,7 +118,7 @@ def _end(operation: Operation, event: Ended | RequestFailed | Abandoned) -> None
     operation.ended_s = event.at_s
     match event:
         case Ended():
-            operation.how, operation.usage = "ended", event.usage
+            operation.how = "ended"
         case RequestFailed():
             operation.how = "failed"
             operation.failure = f"{event.code}: {event.message}"

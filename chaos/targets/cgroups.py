@@ -61,23 +61,23 @@ class ControlGroup:
             raise TargetError(f"process {pid} into {self.folder}: {error.strerror}") from None
 
 
-def unavailable(controller: str, root: Path = ROOT) -> str:
+def unavailable(controller: str) -> str:
     """Returns why limits of this kind (`cpu`, `memory`) cannot be set here, or "" if they can."""
-    if (root / "cgroup.controllers").exists():
-        if controller not in (root / "cgroup.controllers").read_text().split():
+    if (ROOT / "cgroup.controllers").exists():
+        if controller not in (ROOT / "cgroup.controllers").read_text().split():
             return f"the {controller} controller of control groups is not there"
-        folder = root
+        folder = ROOT
     else:
-        folder = root / controller
+        folder = ROOT / controller
     if not (folder / "cgroup.procs").exists():
         return f"there are no control groups for {controller}"
     return "" if os.access(folder / "cgroup.procs", os.W_OK) else "control groups cannot be written here"
 
 
-def group_of(node: Node, controller: str, undo: UndoList, root: Path = ROOT) -> ControlGroup:
+def group_of(node: Node, controller: str, undo: UndoList) -> ControlGroup:
     """Returns a group with only this node's processes; undoing gives a local process back. Raises TargetError."""
-    is_version_2 = (root / "cgroup.controllers").exists()
-    top = root if is_version_2 else root / controller
+    is_version_2 = (ROOT / "cgroup.controllers").exists()
+    top = ROOT if is_version_2 else ROOT / controller
     try:
         own = group_path(Path(f"/proc/{node.pid}/cgroup").read_text(), controller)
     except OSError:

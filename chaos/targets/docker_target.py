@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -39,7 +40,6 @@ class DockerTarget:
         self.project = project
         self.features = frozenset({"processes", "containers", "netns"})
         self.proxy: LinkProxy | None = None
-        self._url = ""
         try:
             self.client = docker.from_env()
         except DockerException as error:
@@ -63,14 +63,9 @@ class DockerTarget:
             self.proxy.__exit__()
         self.client.close()
 
-    @property
+    @cached_property
     def url(self) -> str:
-        """Tells the port that the router's container publishes; it is the same while that container is stopped."""
-        if not self._url:
-            self._url = self._find_url()
-        return self._url
-
-    def _find_url(self) -> str:
+        """It has the port that the router's container publishes; it is the same while that container is stopped."""
         for container in self._containers("router"):
             ports = container.attrs["HostConfig"].get("PortBindings") or {}
             for bindings in ports.values():
@@ -223,7 +218,7 @@ def environment_of_container(container: Any) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def process_of_container(init: int, proc: Path = Path("/proc")) -> int:
+def process_of_container(init: int) -> int:
     """Returns the service's own process: the child of the container's init or, without an init, the first process.
 
     It is 0 if there is none now.
@@ -231,8 +226,8 @@ def process_of_container(init: int, proc: Path = Path("/proc")) -> int:
     if not init:
         return 0
     try:
-        words = (proc / f"{init}/cmdline").read_bytes().split(b"\0")
-        children = (proc / f"{init}/task/{init}/children").read_text().split()
+        words = Path(f"/proc/{init}/cmdline").read_bytes().split(b"\0")
+        children = Path(f"/proc/{init}/task/{init}/children").read_text().split()
     except OSError:
         return 0
     if Path(words[0].decode(errors="replace")).name not in ("docker-init", "tini"):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chaos.record.roles import Role
-from chaos.target import Node
-from chaos.victims import RULES, NodeKind, Rule, VictimRule, choose_victims
+from chaos.target import Node, NodeKind
+from chaos.victims import RULES, Rule, VictimRule, choose_victims
 
 MESH = [
     Node("router-0", "router", 1),

@@ -164,7 +164,7 @@ def test_a_stall_of_the_next_fault_is_not_put_down_to_the_one_before() -> None:
 
 def test_a_short_answer_has_no_time_a_token() -> None:
     def operation(num_tokens: int, seconds: float) -> Operation:
-        record = Operation("a", "faults", 0, "request-0", "greedy", 0.0, [ChoiceRecord()], max_tokens=100)
+        record = Operation("a", "faults", "request-0", 0.0, [ChoiceRecord()], max_tokens=100)
         record.arrivals_s, record.num_tokens = [0.0, seconds], num_tokens
         return record
 
