@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
-from chaos.faults.network import NetworkFault, replace_discipline
+from chaos.faults.network import NetworkFault, NetworkNamespace, replace_discipline
 from chaos.proxy.link_rules import LinkRule, around
 from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace
 
 QUEUE_MS = 400
 BURST_BYTES = 16_384

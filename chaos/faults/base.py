@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Any, ClassVar, Literal, ParamSpec, Self, get_args, get_origin, get_type_hints
 
-from chaos.target import Node, Target
+from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import missing
-from chaos.undo import UndoList
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,34 @@ class Range:
 
     low: float
     high: float
+
+
+class UndoList:
+    """What a fault has to take back: steps that are run once each, the last first.
+
+    One that fails does not keep the others from running, and is tried again by the next run.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
+        """Remembers a call: right after what it undoes has been done, or before, where that may stop half-way."""
+        self._steps.append(partial(step, *arguments, **named))
+
+    def run(self) -> None:
+        """Runs all of them. Raises TargetError with the sentences of those that failed."""
+        failures, left = [], []
+        while self._steps:
+            step = self._steps.pop()
+            try:
+                step()
+            except (TargetError, OSError) as error:
+                failures.append(str(error))
+                left.append(step)
+        self._steps = left[::-1]
+        if failures:
+            raise TargetError("not healed: " + "; ".join(failures))
 
 
 @dataclass

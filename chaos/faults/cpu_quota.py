@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
+from chaos.faults.cgroups import group_of, unavailable
 from chaos.target import Node, Target
-from chaos.targets.cgroups import group_of, unavailable
 
 PERIOD_US = 20_000
 

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from chaos.faults.network import NetworkFault, add_packet_rule
+from chaos.faults.network import NetworkFault, NetworkNamespace, add_packet_rule
 from chaos.proxy.link_rules import LinkRule
 from chaos.target import Node, Target, TargetError
-from chaos.targets.host_commands import NetworkNamespace
 
 Direction = Literal["in", "out"]
 CutKind = Literal["off", "pair", "one_way", "one_way_back", "halves"]

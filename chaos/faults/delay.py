@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
-from chaos.faults.network import NetworkFault, has_netem, replace_discipline
+from chaos.faults.network import NetworkFault, NetworkNamespace, replace_discipline
 from chaos.proxy.link_rules import LinkRule, around
-from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace
+from chaos.target import Node, Target, TargetError
+from chaos.targets.host_commands import run
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Delay(NetworkFault):
     def unavailable(self, target: Target) -> str:
         if reason := super().unavailable(target):
             return reason
-        return "" if self.uses_proxy(target) or has_netem() else "this kernel has no netem"
+        return "" if self.uses_proxy(target) or _has_netem() else "this kernel has no netem"
 
     def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
         return [rule for victim in victims for rule in around(victim.name, delay_ms=self.delay_ms)]
@@ -37,3 +37,12 @@ class Delay(NetworkFault):
         for victim in victims:
             namespace = NetworkNamespace(victim.pid)
             replace_discipline(namespace, self._undo, "netem", "delay", f"{2 * self.delay_ms:.1f}ms")
+
+
+def _has_netem() -> bool:
+    """Returns whether this kernel can delay packets; that is tried in a namespace which ends with the trial."""
+    try:
+        run(["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"])
+    except TargetError:
+        return False
+    return True

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chaos.faults.base import Fault
+from chaos.faults.network import NetworkNamespace
 from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace
 
 
 class LinkDown(Fault):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
-from chaos.faults.network import add_packet_rule
+from chaos.faults.network import NetworkNamespace, add_packet_rule
 from chaos.target import Node, Target
-from chaos.targets.host_commands import NetworkNamespace
 
 
 @dataclass

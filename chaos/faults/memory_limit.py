@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
+from chaos.faults.cgroups import ControlGroup, group_of, unavailable
 from chaos.target import Node, Target, TargetError
-from chaos.targets.cgroups import ControlGroup, group_of, unavailable
 
 _EATER = """
 import os, sys, time

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from chaos.faults.network import NetworkNamespace
 from chaos.target import Node
-from chaos.targets.host_commands import NetworkNamespace
 
 _LISTENING = "0A"
 _LOOPBACK = ("0100007F", "0B00007F")

@@ -13,7 +13,8 @@ import docker
 import pytest
 
 from chaos.faults.bandwidth import Bandwidth
-from chaos.faults.base import Fault
+from chaos.faults.base import Fault, UndoList
+from chaos.faults.cgroups import ControlGroup, group_of
 from chaos.faults.cpu_quota import CpuQuota
 from chaos.faults.cut import Cut
 from chaos.faults.disk_full import DiskFull
@@ -21,11 +22,9 @@ from chaos.faults.freeze import Freeze
 from chaos.faults.link_down import LinkDown
 from chaos.faults.loss import Loss
 from chaos.faults.memory_limit import MemoryLimit
+from chaos.faults.network import NetworkNamespace
 from chaos.target import Node
-from chaos.targets.cgroups import ControlGroup, group_of
 from chaos.targets.docker_target import DockerTarget
-from chaos.targets.host_commands import NetworkNamespace
-from chaos.undo import UndoList
 from tests.chaos.probes import packets_arrived, reaches, seconds_to_send
 from tests.compose.compose_mesh import ComposeMesh, compose_mesh
 

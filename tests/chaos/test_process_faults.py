@@ -17,8 +17,9 @@ from chaos.faults.clock_jump import ClockJump
 from chaos.faults.cpu_quota import CpuQuota
 from chaos.faults.disk_full import FILLER, DiskFull
 from chaos.faults.memory_limit import MemoryLimit
+from chaos.faults.network import NetworkNamespace
 from chaos.target import TargetError
-from chaos.targets.host_commands import NetworkNamespace, missing, run
+from chaos.targets.host_commands import missing, run
 from tests.chaos.plain_target import SPIN, PlainTarget, plain_target
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from chaos.faults.base import UndoList
 from chaos.target import TargetError
-from chaos.undo import UndoList
 
 
 def test_steps_are_undone_from_the_last_to_the_first_and_once() -> None:

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from chaos.faults.base import UndoList
 from chaos.target import Node, TargetError
-from chaos.undo import UndoList
 
 ROOT = Path("/sys/fs/cgroup")
 
