@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from chaos.faults.base import Fault
 from chaos.target import Target, TargetError
@@ -12,7 +12,6 @@ from chaos.target import Target, TargetError
 STOP_TIMEOUT_S = 60.0
 
 
-@dataclass
 class BackgroundFault(Fault):
     """`apply` begins the work; `heal` waits for its end and raises what it raised."""
 

@@ -4,7 +4,6 @@ proxy slows what it sends and what it is sent."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
@@ -16,7 +15,6 @@ QUEUE_MS = 400
 BURST_BYTES = 16_384
 
 
-@dataclass
 class Bandwidth(NetworkFault):
     """Each victim has a line of its own with `kbit_per_s`, of 1,000 bits."""
 

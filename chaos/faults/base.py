@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar, Literal, ParamSpec, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, ParamSpec, Self, dataclass_transform, get_args, get_origin, get_type_hints
 
 from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import missing
@@ -50,12 +50,14 @@ class UndoList:
             raise TargetError("not healed: " + "; ".join(failures))
 
 
+@dataclass_transform(field_specifiers=(field,))
 @dataclass
 class Fault(ABC):
     """One kind of damage. Each subclass with a `name` is in the catalog under it, without being entered anywhere.
 
-    A public field is a parameter that suites may set. Its default holds where they do not, and its annotation says
-    what it may be: `Annotated[float, Range(0.1, 60)]`, `Annotated[int, Range(1, 100)]` or `Literal["from", "to"]`.
+    A subclass is a dataclass without saying so. Each public field is a parameter that suites may set. Its default holds
+    where they do not, and its annotation says what it may be: `Annotated[float, Range(0.1, 60)]`, `Annotated[int,
+    Range(1, 100)]` or `Literal["from", "to"]`.
     """
 
     name: ClassVar[str]
@@ -65,6 +67,9 @@ class Fault(ABC):
     programs: ClassVar[tuple[str, ...]] = ()
     """These are run in the network namespace of a node, as root."""
     _undo: UndoList = field(default_factory=UndoList, init=False, repr=False)
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
 
     @classmethod
     def from_suite(cls, values: Mapping[str, Any]) -> Self:

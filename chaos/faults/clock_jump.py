@@ -4,7 +4,6 @@ offset from a file; their monotonic clock stays, since no kernel makes that jump
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
@@ -14,7 +13,6 @@ from chaos.target import Node, Target, TargetError
 _NO_OFFSET = "+0"
 
 
-@dataclass
 class ClockJump(Fault):
     """The clock goes forward by `offset_s`, or back where that is negative. Processes with one file jump together."""
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
@@ -16,7 +15,6 @@ from chaos.target import Node, Target
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))\n"
 
 
-@dataclass
 class CpuHog(Fault):
     """For each CPU of this machine `per_cpu` busy processes run: 1.0 beside a busy mesh is twice what there is."""
 

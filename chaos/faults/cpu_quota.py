@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
@@ -13,7 +12,6 @@ from chaos.target import Node, Target
 PERIOD_US = 20_000
 
 
-@dataclass
 class CpuQuota(Fault):
     """Each victim gets `percent` of one CPU, in slices of PERIOD_US."""
 

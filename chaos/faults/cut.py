@@ -18,7 +18,6 @@ Direction = Literal["in", "out"]
 CutKind = Literal["off", "pair", "one_way", "one_way_back", "halves"]
 
 
-@dataclass
 class Cut(NetworkFault):
     """Who does not reach whom is said by `kind`; see `make_cut`."""
 

@@ -4,7 +4,6 @@ where the kernel has it, only on what the node sends and for twice as long: the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
@@ -14,7 +13,6 @@ from chaos.target import Node, Target, TargetError
 from chaos.targets.host_commands import run
 
 
-@dataclass
 class Delay(NetworkFault):
     """All that comes to a victim or leaves it is `delay_ms` late, each way."""
 

@@ -10,7 +10,6 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,6 @@ MAX_BYTES = 1 << 30
 FILLER = "chaos-disk-full"
 
 
-@dataclass
 class DiskFull(Fault):
     """The file system that holds STATE_DIR of each victim is filled until `left_kib` are left."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.background import BackgroundFault
@@ -12,7 +11,6 @@ from chaos.faults.base import Range
 from chaos.target import Node, Target
 
 
-@dataclass
 class Flap(BackgroundFault):
     """Each victim is paused `times` times for `off_s`, with `on_s` after each pause."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Range
@@ -13,7 +12,6 @@ from chaos.proxy.zmtp_frames import Damage
 from chaos.target import Node, Target
 
 
-@dataclass
 class Frames(ProxyFault):
     """Each message is damaged with a probability of `percent`, drawn from `seed` for each direction of a link."""
 

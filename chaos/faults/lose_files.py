@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +24,6 @@ OWN_FILES = ("mesh.lock", "router.lock", "router.json", "http.url")
 Lost = Literal["sockets", "folder", "all"]
 
 
-@dataclass
 class LoseFiles(BackgroundFault):
     """The `sockets` go, or their `folder` too, or `all` files but logs and journal. The mesh makes them again itself.
 

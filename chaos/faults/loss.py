@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
@@ -11,7 +10,6 @@ from chaos.faults.network import NetworkNamespace, add_packet_rule
 from chaos.target import Node, Target
 
 
-@dataclass
 class Loss(Fault):
     """Of all packets `percent` are lost. The kernel draws which: that part of a run does not repeat with its seed."""
 

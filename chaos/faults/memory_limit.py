@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +31,6 @@ while os.getppid() == parent:
 WITHIN_S = 20.0
 
 
-@dataclass
 class MemoryLimit(Fault):
     """Each victim may have what it uses now and `headroom_mib`. The process is killed within seconds; what restarts it
     starts it without a limit."""

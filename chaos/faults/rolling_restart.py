@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.background import BackgroundFault
@@ -13,7 +12,6 @@ from chaos.faults.base import Range
 from chaos.target import Node, Target, TargetError
 
 
-@dataclass
 class RollingRestart(BackgroundFault):
     """Each victim gets `timeout_s` to leave in order; `pause_s` after its return it is the next one's turn. All of it
     must be done within `within_s`, and healing waits for that."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from chaos.faults.background import BackgroundFault
@@ -11,7 +10,6 @@ from chaos.faults.base import Range
 from chaos.target import Node, Target, TargetError
 
 
-@dataclass
 class Scale(BackgroundFault):
     """There are `change` processes of `kind` more than before, or fewer; the suite's victims do not matter."""
 

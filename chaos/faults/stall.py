@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from chaos.faults.network import ProxyFault
@@ -11,7 +10,6 @@ from chaos.proxy.link_rules import LinkRule
 from chaos.target import Node, Target
 
 
-@dataclass
 class Stall(ProxyFault):
     """What comes `from` each victim is held, or what goes `to` it, or `both`."""
 

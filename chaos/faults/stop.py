@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from chaos.faults.background import BackgroundFault
@@ -11,7 +10,6 @@ from chaos.faults.base import Range
 from chaos.target import Node, Target
 
 
-@dataclass
 class Stop(BackgroundFault):
     """Each victim gets `timeout_s` to leave in order, before SIGKILL."""
 

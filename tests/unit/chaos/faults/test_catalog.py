@@ -19,14 +19,12 @@ BUILT_ON = {"__init__", "base", "background", "catalog", "cgroups", "network", "
 NEW_FAULT = '''
 """The room of a node becomes hot."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from chaos.faults.base import Fault, Range
 from chaos.faults.kill import Kill
 
 
-@dataclass
 class Heat(Fault):
     """It is `degrees` warmer."""
 
