@@ -8,6 +8,12 @@ float, str, bool, tuples of int or str, and TensorFrame. Terms, generation, atte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+PROTOCOL_VERSION: Final = 5
+"""It counts what messages hold: whoever adds a field raises it, and gives the field a default."""
+OLDEST_VERSION: Final = 4
+"""Messages of this version are understood too; they may lack the fields that have a default."""
 
 # ---- what every message is made of: arrays beside the header, and the header
 

@@ -23,10 +23,8 @@ import xxhash
 
 from common import messages
 from common.errors import ProtocolError
-from common.messages import Header, Message, TensorFrame
+from common.messages import OLDEST_VERSION, PROTOCOL_VERSION, Header, Message, TensorFrame
 
-PROTOCOL_VERSION: Final = 5
-OLDEST_VERSION: Final = 4
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31

@@ -14,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from common.messages import Dispatch, ExpertHeartbeat, ExpertRows, Failed, Header, Leave, TensorFrame
-from common.wire.codec import MAX_FRAMES, MAX_HEADER_BYTES, OLDEST_VERSION, PROTOCOL_VERSION, decode, encode
+from common.messages import (
+    OLDEST_VERSION,
+    PROTOCOL_VERSION,
+    Dispatch,
+    ExpertHeartbeat,
+    ExpertRows,
+    Failed,
+    Header,
+    Leave,
+    TensorFrame,
+)
+from common.wire.codec import MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
 from tests.support.router.message_strategies import KINDS, headers, messages, messages_of
 
 ROWS = ExpertRows(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"))
