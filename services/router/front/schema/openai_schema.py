@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Set
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
@@ -295,6 +296,7 @@ class ChatCompletionRequest(GenerationFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+_UNKNOWN_FIELD = "is not a field that this server knows"
 _KNOWN_FIELDS = frozenset({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields})
 Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 
@@ -302,10 +304,11 @@ Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 def parse_request(body: bytes, model: type[Request]) -> Request:
     """Returns the request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
     try:
-        # NaN is let in here, so that the field that it stands in can be named below.
-        fields = from_json(body, allow_inf_nan=True)
+        # Some clients begin a text with a mark that says UTF-8, which readers of JSON may skip (RFC 8259, 8.1). NaN is
+        # let in here, so that the field that it stands in can be named below.
+        fields = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=True)
     except ValueError as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}") from error
+        raise InvalidRequestError(f"the body is not JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object")
     sieve = Sieve(MAX_FIELDS)
@@ -342,11 +345,12 @@ def _sift(fields: Json, model: type[BaseModel], sieve: Sieve) -> Json:
 def _sift_message(message: object, place: str, sieve: Sieve) -> object:
     if not isinstance(message, dict):
         return message
-    message = dict(message)
-    if isinstance(message.get("reasoning"), str) and message.get("reasoning_content") is None:
-        message["reasoning_content"] = message.pop("reasoning")  # vLLM's name for it since
     kept = sieve.sift(
-        message, ChatMessage.model_fields, unused_fields.TAKEN_IN_MESSAGE, unused_fields.NEUTRAL_IN_MESSAGE, place
+        _with_one_reasoning(message, place),
+        ChatMessage.model_fields,
+        unused_fields.TAKEN_IN_MESSAGE,
+        unused_fields.NEUTRAL_IN_MESSAGE,
+        place,
     )
     for name, model, taken in (
         ("content", TextPart, unused_fields.TAKEN_IN_PART),
@@ -355,15 +359,43 @@ def _sift_message(message: object, place: str, sieve: Sieve) -> object:
         items = kept.get(name)
         if isinstance(items, list) and len(items) <= MAX_MESSAGES:
             kept[name] = [
-                sieve.sift(item, model.model_fields, taken, {}, f"{place}{name}[{i}].")
-                if isinstance(item, dict)
-                else item
+                _sift_item(item, model, taken, f"{place}{name}[{i}].", sieve) if isinstance(item, dict) else item
                 for i, item in enumerate(items)
             ]
     for i, call in enumerate(kept["tool_calls"] if isinstance(kept.get("tool_calls"), list) else ()):
         if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            inside = f"{place}tool_calls[{i}].function."
-            call["function"] = sieve.sift(call["function"], CalledFunction.model_fields, frozenset(), {}, inside)
+            taken, inside = unused_fields.TAKEN_IN_FUNCTION, f"{place}tool_calls[{i}].function."
+            call["function"] = _sift_item(call["function"], CalledFunction, taken, inside, sieve)
+    return kept
+
+
+def _with_one_reasoning(message: Json, place: str) -> Json:
+    """Returns the message with its reasoning under one name: vLLM has called it `reasoning` since, and some of its
+    replies carry both. Raises InvalidRequestError if they differ."""
+    reasoning, named_so_before = message.get("reasoning"), message.get("reasoning_content")
+    if not isinstance(reasoning, str):
+        return message
+    if named_so_before not in (None, reasoning):
+        raise InvalidRequestError(
+            f"`{place}reasoning` and `reasoning_content` say different things; give one", f"{place}reasoning"
+        )
+    return {name: value for name, value in message.items() if name != "reasoning"} | {"reasoning_content": reasoning}
+
+
+def _sift_item(item: Json, model: type[BaseModel], taken: Set[str], place: str, sieve: Sieve) -> Json:
+    """Leaves out of a part or a call what changes nothing, nulls in fields that are served too.
+
+    Raises InvalidRequestError for an unknown field. Not for one of an item of another kind: there the kind is wrong,
+    which is said where the items are checked.
+    """
+    kept = {
+        name: value
+        for name, value in sieve.sift(item, model.model_fields, taken, {}, place).items()
+        if value is not None
+    }
+    unknown = next((name for name in kept if name not in model.model_fields), None)
+    if unknown is not None and item.get("type") in (None, "text", "function"):
+        raise InvalidRequestError(f"`{place}{unknown}`: {_UNKNOWN_FIELD}", f"{place}{unknown}")
     return kept
 
 
@@ -394,7 +426,7 @@ def first_error(error: ValidationError, known: frozenset[str]) -> InvalidRequest
         parameter += f"[{part}]" if isinstance(part, int) else f".{part}" if parameter else str(part)
     match first["type"]:
         case "extra_forbidden":
-            message = "is not a field of this route" if parameter in known else "is not a field that this server knows"
+            message = "is not a field of this route" if parameter in known else _UNKNOWN_FIELD
         case "missing":
             message = "is required"
         case "no_content" | "no_calls":

@@ -20,18 +20,22 @@ _WITHOUT_TOOLS = "it does not generate tool calls yet"
 TAKEN = frozenset(
     {
         # whose request it is, and what is kept of it
+        "custom_labels",
         "litellm_metadata",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
+        "rid",
         "safety_identifier",
         "session_id",
         "store",
         "user",
-        # how soon it is answered
+        # how soon it is answered, and where
+        "data_parallel_rank",
         "id_slot",
+        "keep_alive",
         "prediction",
         "priority",
         "provider",
@@ -40,9 +44,13 @@ TAKEN = frozenset(
         # what is cached: it is computed in full here, to the same bits
         "cache_prompt",
         "cache_salt",
+        "extra_key",
         "n_cache_reuse",
+        "use_cache",
         # what else the reply tells
         "include_timings",
+        "perf_metrics_in_response",
+        "return_cached_tokens_details",
         "return_progress",
         "stream_options",  # those of a stream are served
         "timings_per_token",
@@ -88,6 +96,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "custom_params": ({},),
     "detokenize": (True,),
     "documents": ([],),
+    "extra_body": ({},),  # of clients that do not unfold it
     "early_stopping": (False,),
     "guided_choice": ([],),
     "guided_decoding_backend": (),
@@ -99,12 +108,14 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
     "logits_processors": ([],),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "no_stop_trim": (False,),
     "prompt_logprobs": (),
     "regex": ("",),
     "ebnf": ("",),
     "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
     "return_tokens_as_token_ids": (False,),
     "separate_reasoning": (True,),
     "skip_special_tokens": (True,),
@@ -114,7 +125,8 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
-    # llama.cpp, text-generation-inference, OpenRouter and older servers
+    # llama.cpp, text-generation-inference, OpenRouter, Mistral, Fireworks and older servers
+    "context_length_exceeded_behavior": ("error",),
     "details": (False,),
     "decoder_input_details": (False,),
     "do_sample": (True,),
@@ -124,6 +136,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "eta_cutoff": (0,),
     "grammar": ("",),
     "json_schema": ({},),
+    "lora": ([],),
     "min_keep": (0,),
     "mirostat": (0,),
     "mirostat_mode": (0,),
@@ -133,12 +146,18 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
     "options": ({},),
     "penalty_alpha": (0,),
     "plugins": ([],),
+    "post_sampling_probs": (False,),
+    "raw_output": (False,),
     "reasoning": ({},),
     "repeat_penalty": (1,),
+    "response_fields": ([],),
     "return_full_text": (False,),
+    "return_tokens": (False,),
+    "safe_prompt": (False,),
     "smoothing_factor": (0,),
     "tfs": (1,),
     "tfs_z": (1,),
@@ -166,20 +185,34 @@ _REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions
 TAKEN_IN_STREAM_OPTIONS = frozenset({"include_obfuscation"})
 """Events are not padded here."""
 
-TAKEN_IN_MESSAGE = frozenset(
-    {"annotations", "cache_control", "created", "createdAt", "created_at", "id", "metadata", "status", "timestamp"}
-)
+_OF_SDKS = frozenset({"cache_control", "provider_specific_fields"})
+"""What Anthropic's clients say of caching, and what LiteLLM keeps in the messages of replies, which come back."""
+TAKEN_IN_MESSAGE = _OF_SDKS | {
+    "annotations",
+    "created",
+    "createdAt",
+    "created_at",
+    "id",
+    "metadata",
+    "parsed",  # OpenAI's SDK keeps there what it read in `content`
+    "status",
+    "timestamp",
+}
 NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": (),
+    "images": ([],),
     "prefix": (False,),
     "reasoning_details": ([],),
     "refusal": ("",),
+    "thinking_blocks": ([],),
     "type": ("message",),
     "weight": (1,),
 }
-TAKEN_IN_PART = frozenset({"annotations", "cache_control", "id", "index", "metadata"})
-TAKEN_IN_CALL = frozenset({"cache_control", "index"})
+TAKEN_IN_PART = _OF_SDKS | {"annotations", "extras", "id", "index", "metadata"}
+TAKEN_IN_CALL = _OF_SDKS | {"index"}
+TAKEN_IN_FUNCTION = _OF_SDKS | {"parsed_arguments"}
+"""OpenAI's SDK keeps there what it read in `arguments`."""
 
 
 @dataclass(slots=True)

@@ -215,6 +215,7 @@ def test_what_published_clients_send_is_taken() -> None:
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
         {"stop": [f"stop{number}" for number in range(17)]},
         {"logit_bias": None, "logprobs": False, "n": None, "seed": None, "whatever": None},
+        {"rid": "a", "data_parallel_rank": 0, "return_routed_experts": False, "keep_alive": "5m", "extra_body": {}},
     ]
     for fields in both:
         completion(**fields)
@@ -243,7 +244,22 @@ def test_what_published_clients_send_is_taken() -> None:
         ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
         ({"messages": [{"role": "assistant", "content": "a", "prefix": True}]}, "messages[0].prefix"),
         ({"messages": [{"role": "assistant", "content": None, "audio": {"id": "a"}}]}, "messages[0].audio"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "bold": 1}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "bold": 1}]}]},
+            "messages[0].content[0].bold",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL, CALL | {"mood": "b"}]}]},
+            "messages[0].tool_calls[1].mood",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "mood": "b"}}]}]},
+            "messages[0].tool_calls[0].function.mood",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}]},
+            "messages[0].reasoning",
+        ),
     ],
 )
 def test_what_would_change_the_answer_is_refused_wherever_it_stands(fields: dict[str, Any], parameter: str) -> None:
@@ -384,9 +400,18 @@ def test_nulls_ask_for_nothing_however_deep_they_stand() -> None:
         chat(response_format={"type": "json_object", "json_schema": None})
 
 
-def test_reasoning_is_taken_under_either_of_its_names() -> None:
-    for name in ("reasoning", "reasoning_content"):
-        message = {"role": "assistant", "content": "a", name: "because"}
+def test_nulls_ask_for_nothing_in_what_is_served_inside_of_parts_and_calls() -> None:
+    call = {"id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    parts = [{"type": "text", "text": "a", "cache_control": None}]
+    message = chat(messages=[{"role": "assistant", "content": parts, "tool_calls": [call]}]).messages[0]
+    assert message.for_template()["tool_calls"] == [
+        {"id": None, "type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
+
+
+def test_reasoning_is_taken_under_either_of_its_names_and_under_both_where_they_agree() -> None:
+    for names in (["reasoning"], ["reasoning_content"], ["reasoning", "reasoning_content"]):
+        message: dict[str, Any] = {"role": "assistant", "content": "a"} | dict.fromkeys(names, "because")
         assert chat(messages=[message]).messages[0].reasoning_content == "because"
 
 
@@ -410,6 +435,32 @@ def test_what_is_wrong_often_is_refused_at_its_first_place(fields: dict[str, Any
 def test_message_of_a_reply_may_be_sent_back_as_it_came() -> None:
     message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "audio": None}
     assert chat(messages=[*MESSAGES, message, *MESSAGES]).messages[1].content == "a"
+
+
+def test_message_of_a_reply_may_come_back_with_what_an_sdk_keeps_in_it() -> None:
+    """LiteLLM's `provider_specific_fields`, and what OpenAI's helpers for parsing add."""
+    function = CALL["function"] | {"parsed_arguments": {"city": "Bonn"}, "provider_specific_fields": {}}
+    call = CALL | {"function": function, "provider_specific_fields": {"thought_signature": "x"}}
+    message = {
+        "role": "assistant",
+        "content": "a",
+        "provider_specific_fields": {"refusal": None},
+        "images": [],
+        "thinking_blocks": [],
+        "parsed": {"b": 1},
+        "tool_calls": [call],
+    }
+    request = chat(messages=[*MESSAGES, message, *MESSAGES])
+    assert request.messages[1].model_dump()["tool_calls"] == [CALL]
+    assert "messages.provider_specific_fields" in request.unused_fields
+
+
+def test_a_body_may_begin_with_the_mark_of_utf_8() -> None:
+    """Files that Windows programs write do."""
+    body = json.dumps({"model": "m", "prompt": "ä"}, ensure_ascii=False)
+    assert parse_request(body.encode("utf-8-sig"), CompletionRequest).prompt == "ä"
+    with pytest.raises(InvalidRequestError, match="not JSON in UTF-8"):
+        parse_request(body.encode("utf-16"), CompletionRequest)
 
 
 def test_a_developer_is_a_role_of_its_own_and_the_chat_template_decides_what_it_is_called() -> None:
