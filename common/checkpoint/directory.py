@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections import Counter
@@ -24,6 +25,8 @@ _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 WHOLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+_NUMBER_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Of the dtypes that models are read from here."""
 _MAX_HEADER_BYTES = 100_000_000
 """As the safetensors library has it: a damaged length must not fill the memory."""
 _SHOWN_FILES = 3
@@ -200,16 +203,37 @@ def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header is not a JSON object")
-    end = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if not _is_tensor_entry(entry):
-            raise CheckpointError(f"{file}: entry {name} of the header is damaged")
-        end = max(end, entry["data_offsets"][1])
-    if end > size - 8 - length:
-        raise CheckpointError(f"{file} is cut off: {end} bytes of tensors are announced, {size - 8 - length} are there")
+    _check_header(file, header, size - 8 - length)
     return header, 8 + length
+
+
+def _check_header(file: Path, header: Mapping[str, Any], num_bytes: int) -> None:
+    """Raises CheckpointError for what the safetensors library would refuse on the nodes: tensors lie one behind the
+    other, and are all that there is."""
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    damaged = next((name for name, entry in entries.items() if not _is_tensor_entry(entry)), None)
+    if damaged is None and not _is_metadata(header.get("__metadata__")):
+        damaged = "__metadata__"
+    if damaged is not None:
+        raise CheckpointError(f"{file}: entry {damaged} of the header is damaged")
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > num_bytes:
+        raise CheckpointError(f"{file} is cut off: {end} bytes of tensors are announced, {num_bytes} are there")
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start != position:
+            raise CheckpointError(
+                f"{file}: entry {name} of the header is damaged: it begins at {start}, not {position}"
+            )
+        position = stop
+    if position != num_bytes:
+        raise CheckpointError(f"{file}: {num_bytes - position} bytes behind the last tensor belong to none")
+
+
+def _is_metadata(value: Any) -> bool:
+    """`{"format": "pt"}`, or nothing."""
+    return value is None or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
 
 
 def _is_tensor_entry(entry: Any) -> bool:
@@ -219,7 +243,11 @@ def _is_tensor_entry(entry: Any) -> bool:
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        return False
+    num_bytes: int = offsets[1] - offsets[0]
+    number_bytes = _NUMBER_BYTES.get(entry["dtype"])
+    return num_bytes >= 0 if number_bytes is None else num_bytes == math.prod(shape) * number_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:

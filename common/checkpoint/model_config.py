@@ -249,7 +249,9 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
-    value = raw.get("rms_norm_eps", family.default_rms_norm_eps)
+    value = raw.get("rms_norm_eps")
+    if value is None:
+        value = family.default_rms_norm_eps
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise CheckpointError(f"config.json: rms_norm_eps must be a number from 0 to 1, not {shown(value)}")
     return float(value)
@@ -257,7 +259,7 @@ def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
 
 def _num_experts(raw: Mapping[str, Any]) -> int:
     """Reads it by either of its names: transformers knows both in both families."""
-    named = {key: whole_number(raw, key) for key in ("num_local_experts", "num_experts") if key in raw}
+    named = {key: whole_number(raw, key) for key in ("num_local_experts", "num_experts") if raw.get(key) is not None}
     if len(set(named.values())) > 1:
         raise CheckpointError(f"config.json: num_local_experts and num_experts differ: {named}")
     return next(iter(named.values())) if named else whole_number(raw, "num_experts")
@@ -328,8 +330,8 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
     for key in _FACTORS:
         if raw.get(key) not in (None, 1):
             raise UnsupportedModelError(f"config.json: {key} {shown(raw[key])} is not supported; supported is 1")
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
+    activation = raw.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
         raise UnsupportedModelError(
             f"config.json: hidden_act {shown(activation)} is not supported; supported is 'silu'"
         )

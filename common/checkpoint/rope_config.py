@@ -13,6 +13,8 @@ from common.errors import CheckpointError, UnsupportedModelError
 
 _SUPPORTED = ("default", "linear", "llama3", "yarn")
 _MAX_POSITIONS = (1 << 31) - 1
+_MIN_RATE, _MAX_RATE = 1e-6, 1e6
+"""What scales frequencies lies far within; beyond this a config is damaged, and its table would hold no numbers."""
 _MAX_FACTOR = 65_536.0
 """Published factors go up to 160; beyond this a config is damaged, and its context would fill the memory."""
 
@@ -50,7 +52,21 @@ class RopeConfig:
 
 
 def read_rope_config(raw: Mapping[str, Any], default_theta: float, max_position_embeddings: int) -> RopeConfig:
-    """Raises UnsupportedModelError for a kind that is not computed here, CheckpointError for a missing number."""
+    """Raises UnsupportedModelError for a kind that is not computed here, CheckpointError for a number that is missing
+    or makes no sense."""
+    config = _read(raw, default_theta, max_position_embeddings)
+    if config.theta <= 1:
+        raise CheckpointError(f"config.json: rope_theta must be a number above 1, not {config.theta}")
+    for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+        if not _MIN_RATE <= getattr(config, name) <= _MAX_RATE:
+            raise CheckpointError(
+                f"config.json: {name} of rope type {config.kind!r} must be from {_MIN_RATE:g} to {_MAX_RATE:g}, "
+                f"not {getattr(config, name)}"
+            )
+    return config
+
+
+def _read(raw: Mapping[str, Any], default_theta: float, max_position_embeddings: int) -> RopeConfig:
     parameters = _parameters(raw)
     theta = _positive(parameters, "rope_theta", _positive(raw, "rope_theta", default_theta))
     named = (parameters.get("rope_type"), parameters.get("type"), "default")

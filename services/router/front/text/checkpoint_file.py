@@ -145,16 +145,15 @@ def read_checkpoint_defaults(directory: Path, tokenizer_eos_ids: Iterable[int] =
     CheckpointError that names file, key and what would be right.
     """
     config = CheckpointFile.read(directory, "config.json")
-    text_config = config.section("text_config") or config
     generation = CheckpointFile.read(directory, "generation_config.json")
     stated = {key: _sampling_default(generation, key) for key in _SAMPLING_DEFAULTS}
     given = {key: value for key, value in stated.items() if value is not None}
     if "top_k" in given:
         given["top_k"] = max(0, given["top_k"])
-    ends = (part.token_ids("eos_token_id") for part in (generation, text_config, config))
+    ends = (part.token_ids("eos_token_id") for part in (generation, config))
     return CheckpointDefaults(
         eos_token_ids=frozenset(tokenizer_eos_ids).union(*ends),
-        vocabulary_size=text_config.size("vocab_size"),
+        vocabulary_size=config.size("vocab_size"),
         not_applied=tuple(key for key, neutral in _NEUTRAL.items() if _changes_answers(generation, key, neutral)),
         **given,
     )

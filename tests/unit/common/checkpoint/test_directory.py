@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from common.checkpoint.directory import (
     find_weight_files,
@@ -188,12 +189,43 @@ def test_a_file_that_is_cut_off_is_named(kept_bytes: int, tmp_path: Path) -> Non
         {"dtype": "F32", "shape": [1], "data_offsets": None},
         {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]},
         {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "BF16", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]},
+        {"dtype": "I64", "shape": [1], "data_offsets": [4, 0]},
     ],
     ids=str,
 )
 def test_a_damaged_entry_is_named_with_its_file(entry: Any, tmp_path: Path) -> None:
     write_header(tmp_path / "model.safetensors", {"weird.name": entry}, bytes(4))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: entry weird\.name"):
+        read_tensor_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "content_bytes"),
+    [
+        ({"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [0, 4])}, 4),
+        ({"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [8, 12])}, 12),
+        ({"a": ("F32", [1], [0, 4])}, 9),
+        ({"a": ("F32", [1], [0, 4]), "__metadata__": ["pt"]}, 4),
+        ({"a": ("F32", [1], [0, 4]), "__metadata__": {"format": {"name": "pt"}}}, 4),
+    ],
+    ids=str,
+)
+def test_what_the_nodes_would_not_load_is_refused_where_it_is_looked_at(
+    header: dict[str, Any], content_bytes: int, tmp_path: Path
+) -> None:
+    keys = ("dtype", "shape", "data_offsets")
+    entries = {
+        name: dict(zip(keys, entry, strict=True)) if isinstance(entry, tuple) else entry
+        for name, entry in header.items()
+    }
+    file = tmp_path / "model.safetensors"
+    write_header(file, entries, bytes(content_bytes))
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_tensor_index(tmp_path)
 
 

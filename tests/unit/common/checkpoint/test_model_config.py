@@ -132,6 +132,15 @@ def test_what_a_config_leaves_unsaid_is_as_transformers_fills_it_in(base: Any, c
     assert read.head_dim == (getattr(config, "head_dim", None) or 64 // 8)
 
 
+@pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_act", "num_local_experts", "dtype", "rope_theta"])
+@pytest.mark.parametrize("base", [MIXTRAL, QWEN3])
+def test_null_counts_as_absent(base: dict[str, Any], key: str) -> None:
+    without = {name: value for name, value in base.items() if name != key}
+    if key == "num_local_experts":
+        without |= {"num_experts": 6}
+    assert parse_model_config(without | {key: None}) == parse_model_config(without)
+
+
 def test_a_window_that_is_switched_on_and_left_unsaid_is_the_familys_own() -> None:
     raw = QWEN3 | {"use_sliding_window": True}
     assert parse_model_config(raw).sliding_window == Qwen3MoeConfig.from_dict(raw).sliding_window == 4096
@@ -227,12 +236,19 @@ def test_scaling_said_twice_must_be_said_alike() -> None:
         ("tie_word_embeddings", "false"),
         ("rope_theta", "10000"),
         ("rope_theta", float("inf")),
+        ("rope_theta", 1),
+        ("rope_theta", 1e-300),
         ("rope_scaling", "yarn"),
         ("rope_scaling", {"rope_type": "linear"}),
         ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}),
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e308}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "beta_slow": 1e-320}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 1e-300}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e308}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 1e-300}),
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused_by_its_name(base: dict[str, Any], key: str, value: Any) -> None:

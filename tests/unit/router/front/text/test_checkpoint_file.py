@@ -96,8 +96,18 @@ def test_the_files_values_are_right_exactly_where_a_requests_are(key: str, value
 
 def test_null_says_nothing(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "eos_token_id"))
-    write(tmp_path, config={"eos_token_id": None, "vocab_size": None, "text_config": None}, generation_config=nothing)
+    write(tmp_path, config={"eos_token_id": None, "vocab_size": None}, generation_config=nothing)
     assert read_checkpoint_defaults(tmp_path) == read_checkpoint_defaults(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text_config", [{}, {"vocab_size": 5, "eos_token_id": 3}, []])
+def test_what_the_model_does_not_read_of_its_config_says_nothing_of_tokens_either(
+    text_config: object, tmp_path: Path
+) -> None:
+    """An object inside the config that no family here has: with one, no token id of a prompt was too large."""
+    write(tmp_path, config={"vocab_size": 400, "eos_token_id": 2, "text_config": text_config}, generation_config={})
+    defaults = read_checkpoint_defaults(tmp_path)
+    assert (defaults.vocabulary_size, defaults.eos_token_ids) == (400, frozenset({2}))
 
 
 def test_without_files_sampling_is_plain(tmp_path: Path) -> None:

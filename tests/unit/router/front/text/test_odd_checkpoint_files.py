@@ -175,7 +175,6 @@ def test_the_files_as_they_are_served(directory: Path) -> None:
         ("tokenizer_config.json", "chat_template", ["x"], "chat_template must be a string, a list of"),
         ("tokenizer_config.json", "chat_template", {"default": None}, r"chat_template\.default must be a string"),
         ("tokenizer_config.json", "chat_template", "{{ messages | unknown }}", "the chat template does not compile"),
-        ("config.json", "text_config", [], "text_config must be an object or null"),
         ("config.json", "vocab_size", "400", "vocab_size must be a whole number"),
         ("config.json", "eos_token_id", True, "eos_token_id must be a token id"),
         ("special_tokens_map.json", "eos_token", {"text": "</s>"}, "eos_token must be a string or an object"),
