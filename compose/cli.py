@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -157,26 +158,36 @@ def status(url: UrlOption = "") -> None:
 
 def _router_url(given: str) -> str:
     """Returns the address of the router that is meant: the one that was named, or that runs here."""
-    if given:
+    if given.strip():
         return named_url(given)
-    with contextlib.suppress(OSError):
-        return (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if here := (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip():
+            return here
     return f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
 
 
 def _question(given: str) -> str:
-    """Raises MoemeshError where standard input has none."""
-    if not given.strip():
-        raise MoemeshError("the question is empty")
-    if given != "-":
-        return given
+    """Raises MoemeshError where there is none, here or on standard input."""
+    is_here = given != "-"
+    # A word that the locale cannot decode is given as its bytes, and where the locale says nothing they are UTF-8 too.
+    written = os.fsencode(given) if is_here else typer.get_binary_stream("stdin").read()
+    place = "the question" if is_here else "the question on standard input"
     try:
-        question = typer.get_binary_stream("stdin").read().decode().removesuffix("\n")
+        question = given if is_here and _is_text(given) else written.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise MoemeshError(f"the question on standard input is not UTF-8: {error}") from None
-    if not question:
-        raise MoemeshError("standard input holds no question")
+        raise MoemeshError(f"{place} is not UTF-8: {error}") from None
+    if not question.strip():
+        raise MoemeshError(f"{place} is empty")
     return question
+
+
+def _is_text(text: str) -> bool:
+    """Is False for a word of the command line whose bytes the locale could not decode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _not_answered(url: str, error: Exception) -> typer.Exit:
@@ -304,7 +315,27 @@ def _ask_example(client: httpx.Client) -> None:
 
 def main() -> None:
     """Entry point of the `moemesh` script."""
-    app()
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may have characters that the terminal does not know
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = io.StringIO()  # what is left in it would fail again at the end
+        say_error(str(error))
+        sys.exit(1)
+
+
+def _open_closed_streams() -> None:
+    """Some programs start others without standard streams. The next file or socket that is opened would take the place
+    of one, and get what is meant for a terminal."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def check_before_start(settings: Settings) -> None:

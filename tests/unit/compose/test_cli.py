@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +23,7 @@ from common.errors import MoemeshError
 from compose.answers import RESUME_PATIENCE_S, served_model, stream_answer, stream_pieces
 from compose.cli import (
     _interrupted_once,
+    _question,
     _router_url,
     app,
 )
@@ -196,10 +202,81 @@ def test_a_question_of_one_dash_is_standard_input(serve: Any) -> None:
     serve(mesh)
     arguments = ["ask", "-", "--url", "http://mesh"]
     assert CliRunner().invoke(app, arguments, input="two\nlines\n").output == "you said two\nlines\n"
-    for nothing in (b"", b"\n", b"\xff\xfe"):
+    for nothing in (b"", b"\n", b" \n\n", b"\xff\xfe"):
         result = CliRunner().invoke(app, arguments, input=nothing)
         assert result.exit_code == 1
         assert "standard input" in result.output
+
+
+def test_a_question_of_bytes_that_are_no_text_is_refused_and_utf_8_is_read_whatever_the_locale() -> None:
+    assert _question(os.fsencode("über").decode("ascii", "surrogateescape")) == "über"
+    with pytest.raises(MoemeshError, match="the question is not UTF-8"):
+        _question(os.fsdecode(b"\xff\xfe"))
+    with pytest.raises(MoemeshError, match="the question is empty"):
+        _question(" ")
+
+
+def test_a_number_that_json_does_not_have_is_the_servers_to_refuse(serve: Any) -> None:
+    serve(mesh)
+    result = CliRunner().invoke(app, ["ask", "hello", "--url", "http://mesh", "--temperature", "nan"])
+    assert result.output == "you said hello\n"
+
+
+class _Answering(BaseHTTPRequestHandler):
+    """Answers as `mesh` does."""
+
+    def do_GET(self) -> None:
+        self._answer(httpx.Request("GET", f"http://mesh{self.path}"))
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        self._answer(httpx.Request("POST", f"http://mesh{self.path}", content=content))
+
+    def _answer(self, request: httpx.Request) -> None:
+        reply = mesh(request)
+        self.send_response(reply.status_code)
+        self.end_headers()
+        self.wfile.write(reply.content)
+
+    def log_message(self, *message: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def answering() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answering) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("streams", "status", "says"),
+    [
+        ("> /dev/full", 1, "moemesh: [Errno 28]"),
+        ("<&-", 0, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["ask hi", "status"])
+def test_streams_that_are_closed_or_full_are_no_defects(
+    command: str, streams: str, status: int, says: str, answering: str
+) -> None:
+    line = f"{sys.executable} -m compose.cli {command} --url {answering} {streams}"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith(says)
+
+
+def test_an_answer_has_signs_for_what_the_terminal_does_not_know(answering: str) -> None:
+    command = [sys.executable, "-m", "compose.cli", "ask", "für 你", "--url", answering]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert ended.stdout == "you said für ?\n".encode("latin-1")
 
 
 ODD_TEXT = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
@@ -345,7 +422,10 @@ def test_the_router_that_is_asked_is_the_one_named_or_the_one_that_runs_here(
     assert _router_url("https://mesh.example") == "https://mesh.example"
     assert _router_url("") == "http://127.0.0.1:9000"
     (tmp_path / "http.url").write_text("http://127.0.0.1:4711\n")
-    assert _router_url("") == "http://127.0.0.1:4711"
+    assert _router_url("") == _router_url(" ") == "http://127.0.0.1:4711"
+    for damaged in (b"", b"\xff"):
+        (tmp_path / "http.url").write_bytes(damaged)
+        assert _router_url("") == "http://127.0.0.1:9000"
     monkeypatch.delenv("PORT")
     monkeypatch.setenv("STATE_DIR", str(tmp_path / "other"))
     assert _router_url("") == "http://127.0.0.1:8000"
