@@ -6,8 +6,9 @@ Read once in a process's `__main__`, checked there, then passed on; nothing else
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -110,6 +111,18 @@ class Settings(BaseSettings):
     expert_loss: Literal["wait", "degrade"] = Field(default="wait", description="when no copy of an expert is left")
     degrade_after_ms: int = Field(default=500, ge=0, description="how long EXPERT_LOSS=degrade waits for a copy")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _strip(cls, value: object) -> object:
+        """Blanks around a value are nobody's intention: numbers may have them, and so may the rest."""
+        return value.strip() if isinstance(value, str) else value
+
+    @field_validator("host", "published_host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        """Reads an IPv6 address as it stands in URLs, too."""
+        return host[1:-1] if re.fullmatch(r"\[[^\[\]]*\]", host) else host
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, device: str) -> str:
@@ -150,8 +163,8 @@ class Settings(BaseSettings):
 
     @property
     def allowed_origins(self) -> frozenset[str]:
-        """Returns CORS_ORIGINS as a set."""
-        return frozenset(_listed(self.cors_origins))
+        """Returns CORS_ORIGINS as a set, written as browsers do: without a port that goes without saying."""
+        return frozenset(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", o) for o in _listed(self.cors_origins))
 
     @property
     def allowed_host_names(self) -> frozenset[str]:
@@ -174,13 +187,18 @@ def _listed(text: str) -> list[str]:
     return [entry.strip().lower().removesuffix("/") for entry in text.split(",") if entry.strip()]
 
 
-def read_settings() -> Settings:
-    """Settings of this process. Raises ConfigurationError that names each wrong variable and what would be right."""
+def read_settings(values: Mapping[str, str] | None = None) -> Settings:
+    """Returns the settings of this process; `values`, by their environment's names, win over its environment.
+
+    Raises ConfigurationError that names each wrong variable and what would be right.
+    """
+    given: dict[str, Any] = {name.lower(): value for name, value in (values or {}).items() if value}
     try:
-        settings = Settings()  # type: ignore[call-arg]  # fields come from the environment
+        settings = Settings(**given)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'_'.join(str(part) for part in problem['loc']).upper()}={problem['input']!r}: {problem['msg']}"
+            f"{'_'.join(str(part) for part in problem['loc']).upper()}={problem['input']!r}: "
+            + problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
             if problem["type"] != "missing"
             else f"{str(problem['loc'][0]).upper()} is not set"
             for problem in error.errors()

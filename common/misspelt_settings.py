@@ -8,11 +8,14 @@ SHORT = 3
 """Names up to this length are near to many that other programs read, as TMP is to TP: they need a number."""
 OTHERS = frozenset({"MODELS", "HOSTS", "PORTS", "DEVICES", "RPORT", "LPORT", "XHOST", "RHOST", "LHOST", "POST", "PART"})
 """One edit from a setting, and some other program's."""
+PREFIX = "MOEMESH_"
+"""Some names begin with it, and most do not."""
 
 
 def misspelt_settings(environment: Mapping[str, str], settings: Collection[str]) -> list[str]:
-    """Returns a sentence for each variable that is one edit from the name of a setting: a letter that is missing, too
-    many, another one, or two that are swapped. `settings`: their names in capitals."""
+    """Returns a sentence for each variable that is one edit from the name of a setting (a letter that is missing, too
+    many, another one, or two that are swapped), or is one, or nearly, but for our prefix. `settings`: their names in
+    capitals."""
     sentences = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
@@ -21,11 +24,16 @@ def misspelt_settings(environment: Mapping[str, str], settings: Collection[str])
         near = [
             setting
             for setting in sorted(settings)
-            if is_one_edit(upper, setting) and (len(setting) > SHORT or value.isdecimal())
+            if (is_one_edit(upper, setting) and (len(setting) > SHORT or value.isdecimal()))
+            or (upper.startswith(PREFIX) and _is_near(upper.removeprefix(PREFIX), setting))
         ]
         if near:
             sentences.append(f"{name}={value} is no setting and changes nothing: is {' or '.join(near)} meant?")
     return sentences
+
+
+def _is_near(given: str, wanted: str) -> bool:
+    return given == wanted or is_one_edit(given, wanted)
 
 
 def is_one_edit(given: str, wanted: str) -> bool:

@@ -81,14 +81,13 @@ UrlOption = Annotated[
 def up() -> None:
     """Start a mesh on this machine, wait until it answers, serve until Ctrl-C. Settings come from the environment."""
     try:
-        state_dir = Path(os.environ.get("STATE_DIR") or "state")
         environment = _model_environment(os.environ)
         os.environ.update(environment)
         settings = read_settings()
         for sentence in misspelt_settings(os.environ, setting_names()):
             say(sentence)
         check_before_start(settings)
-        with _interrupted_once(), LocalMesh(environment, state_dir) as mesh:
+        with _interrupted_once(), LocalMesh(environment, settings.state_dir) as mesh:
             _serve(mesh, settings)
     except MoemeshError as error:
         say_error(str(error))

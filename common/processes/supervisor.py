@@ -22,6 +22,7 @@ from typing import Self
 
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
+from common.config import read_settings
 from common.errors import ConfigurationError, DeadlineError, FencedError, NodeLostError
 from common.processes.cgroup import count_memory_kills, memory_groups
 from common.processes.child_exit import describe_exit, last_sentence
@@ -92,20 +93,17 @@ class LocalMesh:
         self.starter = LocalStarter(self.state_dir / "logs", self._settings_of_all())
 
     def __enter__(self) -> Self:
+        settings = read_settings(self.environment)
         # Nodes of a second mesh in this folder would join the first.
         self._folder_lock = lock_folder(self.state_dir, "mesh")
         (self.state_dir / "logs").mkdir(exist_ok=True)
         (self.state_dir / "http.url").unlink(missing_ok=True)
-        pp = int(self._setting("PP", "2"))
-        spares = int(self._setting("SPARES", "0"))
-        num_stages = int(self._setting("STAGES", "0")) or pp + spares
-        num_experts = int(self._setting("EXPERTS", "2"))
-        self.num_nodes_at_start = num_stages + num_experts
+        self.num_nodes_at_start = settings.stage_processes + settings.experts
         self.starter.begin()
         self.add("router", "router-0")
-        for number in range(num_stages):
+        for number in range(settings.stage_processes):
             self.add("stage", f"stage-{number}")
-        for number in range(num_experts):
+        for number in range(settings.experts):
             self.add("expert", f"expert-{number}")
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._watcher.start()
@@ -156,7 +154,7 @@ class LocalMesh:
         if environment.get("DEVICE", "cpu") not in ("", "cpu"):
             # How much a GPU has only a process with torch can tell: each node works its part out for itself.
             environment["DEVICE_PROCESSES"] = environment.get("DEVICE_PROCESSES") or str(num_nodes)
-        elif not environment.get("CAPACITY_BYTES"):
+        elif environment.get("CAPACITY_BYTES", "0").strip() in ("", "0"):
             environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
 
     def remove(self, name: str, timeout_s: float = GRACE_S) -> None:
@@ -266,9 +264,6 @@ class LocalMesh:
             return self.children[name]
         except KeyError:
             raise ConfigurationError(f"{name} is no part of this mesh; there are {', '.join(self.children)}") from None
-
-    def _setting(self, name: str, default: str) -> str:
-        return self.environment.get(name) or os.environ.get(name) or default
 
     def _start(self, child: Child) -> None:
         command = self.modules.get(child.module.removeprefix("services."), child.module)

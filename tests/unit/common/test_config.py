@@ -148,6 +148,34 @@ def test_nccl_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (read_settings().tp, read_settings().device) == (2, "cuda:1")
 
 
+def test_blanks_around_a_value_and_brackets_around_an_address_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DTYPE", " float32"), ("MODEL", "somewhere "), ("HOST", " [::1]\n"), ("PORT", " 7 ")):
+        monkeypatch.setenv(name, value)
+    assert read_settings() == Settings(model="somewhere", dtype="float32", host="::1", port=7)
+
+
+def test_what_is_said_of_a_value_is_not_in_a_validators_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DEVICE", "gpu"), ("DTYPE", "half"), ("PORT", "http")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigurationError, match=f"{name}='{value}': must be"):
+            read_settings()
+        monkeypatch.delenv(name)
+
+
+def test_a_port_that_goes_without_saying_does_not_count_in_an_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Browsers leave it out."""
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example:443,http://b:80,http://c:443,https://[::1]:443")
+    assert read_settings().allowed_origins == {"https://a.example", "http://b", "http://c:443", "https://[::1]"}
+
+
+def test_values_that_are_given_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTS", "3")
+    assert read_settings({"EXPERTS": "4", "OTHER": "x"}).experts == 4
+    assert read_settings({"EXPERTS": ""}).experts == 3
+    with pytest.raises(ConfigurationError, match="EXPERTS='many': must be a valid integer"):
+        read_settings({"EXPERTS": "many"})
+
+
 def test_lists_of_origins_and_names_stand_between_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings().allowed_origins == read_settings().allowed_host_names == frozenset()
     monkeypatch.setenv("CORS_ORIGINS", "https://Chat.Example/, http://localhost:3000,null,app://obsidian.md,")

@@ -51,6 +51,9 @@ COMMON = {
         ("LOG-LEVEL", "LOG_LEVEL"),
         ("TPP", "PP or TP"),
         ("MOEMESH_CACHES", "MOEMESH_CACHE"),
+        ("MOEMESH_EXPERTS", "EXPERTS"),
+        ("moemesh_port", "PORT"),
+        ("MOEMESH_EXPERT", "EXPERTS"),
         ("MOEMESH_ULR", "MOEMESH_URL"),
     ],
 )

@@ -100,7 +100,11 @@ def test_how_many_share_a_gpu_is_said_and_how_much_that_is_each_finds_out(
     assert (started[1].environment["DEVICE_PROCESSES"], started[1].environment["CAPACITY_BYTES"]) == ("2", "77")
 
 
-def test_the_hosts_memory_is_shared_out_among_nodes_without_a_gpu(mesh: LocalMesh, started: list[FakeProcess]) -> None:
+@pytest.mark.parametrize("said", [{}, {"CAPACITY_BYTES": ""}, {"CAPACITY_BYTES": "0"}])
+def test_the_hosts_memory_is_shared_out_among_nodes_without_a_gpu(
+    mesh: LocalMesh, started: list[FakeProcess], said: dict[str, str]
+) -> None:
+    mesh.environment = {**mesh.environment, **said}
     mesh.num_nodes_at_start = 4
     mesh.add("stage", "stage-0")
     assert int(started[0].environment["CAPACITY_BYTES"]) > 0
@@ -345,6 +349,24 @@ def test_a_folder_belongs_to_one_mesh_and_a_second_touches_nothing_in_it(mesh: L
         assert mesh.url == "http://127.0.0.1:8000"
     with LocalMesh({"MODEL": "m"}, mesh.state_dir):
         assert len(mesh.processes()) == 0
+
+
+def test_the_shape_of_a_mesh_is_read_as_its_processes_read_it(
+    tmp_path: Path, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is a whole number to the settings, and a name in small letters."""
+    for name, value in (("experts", "3"), ("PP", "2.0"), ("SPARES", " 1 ")):
+        monkeypatch.setenv(name, value)
+    with LocalMesh({"MODEL": "m"}, tmp_path) as local:
+        assert sorted(local.children) == [
+            *(f"expert-{i}" for i in range(3)),
+            "router-0",
+            "stage-0",
+            "stage-1",
+            "stage-2",
+        ]
+    with pytest.raises(ConfigurationError, match="PP='two'"):
+        LocalMesh({"MODEL": "m", "PP": "two"}, tmp_path).__enter__()
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
