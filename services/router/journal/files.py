@@ -73,7 +73,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def move_aside(path: Path) -> None:
-    """Make room for a new journal, whatever stands there. What SQLite keeps beside a database would be taken for the
+    """Makes room for a new journal, whatever stands there. What SQLite keeps beside a database would be taken for the
     new one's."""
     for ending in ("-wal", "-shm", "-journal"):
         beside = _beside(path, ending)

@@ -158,8 +158,8 @@ class Journal:
         return future
 
     def tick(self) -> None:
-        """Call often: compacts the log, deletes what is over, tries again what failed, and goes on without a disk that
-        hangs. Raises FencedError."""
+        """Compacts the log, deletes what is over, tries again what failed, and goes on without a disk that hangs; to be
+        called often. Raises FencedError."""
         self._watch()
         now_s = self._clock()
         if now_s < self._next_fold_s:
@@ -205,7 +205,7 @@ class Journal:
         return [request for number, request in requests.items() if number not in self._queue.expired]
 
     def close(self) -> None:
-        """Hand the disk what is left to be written; who owns the disk waits for it."""
+        """Hands the disk what is left to be written; whoever owns the disk waits for it."""
         self._queue.push_pending()
         self._disk.submit(self._writer.close)
 
@@ -244,7 +244,7 @@ class Journal:
 
 
 class JournalWriter:
-    """Takes from the queue what waits, and settles with whoever waits for it. All of it runs in the disk's thread."""
+    """Writes what waits in the queue, and settles with whoever waits for it. All of it runs in the disk's thread."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class JournalWriter:
         """The writer knows some of these."""
 
     def restore(self) -> dict[int, JournalledRequest]:
-        """Once, at the start, in any thread. Raises ValueError and sqlite3.Error."""
+        """Reads the file, once, at the start, in any thread. Raises ValueError and sqlite3.Error."""
         requests, self._in_log = self._store.read()
         self._queue.ledger.last_number = max([0, *requests, *self._in_log.ends])
         for request in requests.values():
@@ -275,7 +275,7 @@ class JournalWriter:
         return requests
 
     def work(self, is_compaction_due: bool) -> None:
-        """Everything that waits to be written. Raises FencedError."""
+        """Writes everything that waits to be written. Raises FencedError."""
         queue = self._queue
         with queue.lock:
             accepting, flushes = list(queue.accepting), list(queue.flushes)
@@ -296,7 +296,7 @@ class JournalWriter:
                     settle(flush, is_written)
 
     def close(self) -> None:
-        """Write what is left, and merge the WAL into the file. A router that was replaced writes nothing."""
+        """Writes what is left, and merges the WAL into the file. A router that was replaced writes nothing."""
         try:
             self._queue.check_fenced()
             self._check_term()
@@ -354,7 +354,7 @@ class JournalWriter:
             self._keep_runs(runs)
 
     def _commit(self, write: Callable[[], None], steps: Sequence[WaitingStep] = ()) -> bool:
-        """`steps`: what `write` brings into the log, and which waits no longer then."""
+        """Does `write`, and counts it if the disk takes it; then `steps`, which it brings into the log, wait no more."""
         started_s = self._clock()
         if not self._write(write):
             return False
@@ -366,7 +366,7 @@ class JournalWriter:
         return True
 
     def _write(self, write: Callable[[], None]) -> bool:
-        """False if the disk does not take it. Where the files are gone, they are written again, and all is in them."""
+        """Returns False if the disk does not take it. Where the files are gone, all is written into new ones."""
         counts = self.counts
         try:
             try:
@@ -417,7 +417,7 @@ class JournalCollector(Collector):
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        """All families; see docs/metrics.md for what each means."""
+        """Yields all families; see docs/metrics.md for what each means."""
         counts = self._counts()
         commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
         commits.add_metric([], counts.commits, counts.commit_s)
@@ -455,9 +455,9 @@ def open_journal(
     check_term: Callable[[], None],
     disk: Disk,
 ) -> tuple[Journal, list[JournalledRequest]]:
-    """The journal, and what a router before this one left in it. `model`: see `open_store`.
+    """Returns the journal, and what a router before this one left in it. `model`: see `open_store`.
 
-    `check_term` raises FencedError once another router has the state folder; asked before each commit.
+    `check_term` raises FencedError once another router has the state folder; it is asked before each commit.
 
     Raises ConfigurationError, which says what to do.
     """

@@ -269,14 +269,14 @@ class JournalQueue:
     # ---- who waits
 
     def deliver(self, up_to: int) -> None:
-        """Hand on the steps up to that one. Under the lock, since two threads may do so, and one order is promised."""
+        """Hands on the steps up to that one: under the lock, since two threads may do so, and one order is promised."""
         with self.lock:
             while self._undelivered and self._undelivered[0][0] <= up_to:
                 self._delivered_step, then = self._undelivered.popleft()
                 then()
 
     def note_written(self, step: WaitingStep) -> bool:
-        """Takes the step from those that wait. Returns False if it was written another way before."""
+        """Removes the step from those that wait. Returns False if it was written another way before."""
         with self.lock:
             if not self.backlog or self.backlog[0] is not step:
                 return False
@@ -311,7 +311,7 @@ class JournalQueue:
 
 
 def settle(future: Future[Any], outcome: object) -> None:
-    """Gives it a result or an exception, unless nobody waits for it any longer."""
+    """Gives the future a result or an exception, unless nobody waits for it any longer."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, BaseException):

@@ -33,11 +33,11 @@ class TokenMailbox:
         return queue
 
     def close(self, request_id: RequestId) -> None:
-        """In the event loop: what still comes for it is dropped."""
+        """Closes it, in the event loop: what still comes for it is dropped."""
         self._queues.pop(request_id, None)
 
     def __call__(self, outcomes: list[tuple[RequestId, Outcome]]) -> None:
-        """In the mesh thread."""
+        """Hands them over, from the mesh thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, outcomes)
 
@@ -80,7 +80,7 @@ class SubmittedChoice(AsyncIterator[Token]):
         return outcome
 
     async def aclose(self) -> None:
-        """Nobody wants more of it: it is cancelled in the mesh, unless it has ended."""
+        """Cancels it in the mesh, unless it has ended."""
         if not self._has_ended:
             self._end()
             self._mesh.cancel(self._request_id)
@@ -127,7 +127,7 @@ class MeshEngine:
         return describe_mesh(self._mesh.status, self.readiness())
 
     def check_room(self, num_choices: int) -> None:
-        """By the last status; see the protocol. The scheduler's door has the last word."""
+        """Checks by the last status; see the protocol. The scheduler's door has the last word."""
         self._check_ready()
         status = self._mesh.status
         num_waiting = status.scheduler.num_ahead
@@ -141,8 +141,8 @@ class MeshEngine:
     def generate(self, request: GenerationRequest) -> SubmittedChoice:
         """Yields tokens as they come; see the protocol.
 
-        The request is in line when this returns: the stages of a restored one may be back a moment later, and only who
-        is in line gets his cache.
+        The request is in line when this returns: the stages of a restored one may be back a moment later, and only what
+        is in line gets its cache.
         """
         queue = self._mailbox.open(request.request_id)
         try:

@@ -87,9 +87,9 @@ class LoopHooks:
 
     clock: Callable[[], float] = time.monotonic
     housekeeping: Callable[[], None] = lambda: None
-    """Called every turn; cheap."""
+    """It is called in every turn, and is cheap."""
     outgrow: Callable[[int], None] = lambda term: None
-    """Called with the router's term that a node has obeyed."""
+    """It is called with the router's term that a node has obeyed."""
 
 
 class MeshLoop:
@@ -132,24 +132,24 @@ class MeshLoop:
     # ---- from other threads
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request, or what is left of one; its outcome comes through the sink."""
+        """Hands in a request, or what is left of one; its outcome comes through the sink."""
         self._commands.append(request)
         self._client.wake()
 
     def cancel(self, request_id: RequestId) -> None:
-        """Nobody waits for a request any more."""
+        """Cancels a request that nobody waits for any more."""
         self._commands.append(request_id)
         self._client.wake()
 
     def stop(self) -> None:
-        """End `run`."""
+        """Ends `run`."""
         self._stopping = True
         self._client.wake()
 
     # ---- the thread
 
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Serves until `stop`."""
         while not self._stopping:
             self._client.wait(0 if self._commands else self._witnesses.wait_ms)
             now_s = self._clock()
@@ -171,7 +171,8 @@ class MeshLoop:
             self._publish_status(now_s)
 
     def _apply_commands(self, now_s: float) -> None:
-        """All that is restored comes at once: only who is in line gets the cache of stages that are back."""
+        """Applies what others have asked for; what is restored at once, since only who is in line gets the cache of
+        stages that are back."""
         until_s = self._clock() + COMMANDS_BUDGET_S
         while self._commands and (_is_restored(self._commands[0]) or self._clock() <= until_s):
             command = self._commands.popleft()
@@ -233,7 +234,7 @@ class MeshLoop:
             raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
 
     def _compare_beliefs(self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float) -> None:
-        """What was lost on the way, in either direction, comes with a heartbeat or is told again."""
+        """Makes up for what was lost on the way, in either direction: what is believed comes with each heartbeat."""
         if said.is_leaving and node_id not in self._leaving:
             self._drain(node_id, "stopped", now_s)
         if node_id not in self._nodes.keys() - self._arriving.keys():  # it has no role that it could be wrong about
@@ -278,7 +279,7 @@ class MeshLoop:
             self._give_role(node_id, now_s)
 
     def _give_role(self, node_id: NodeId, now_s: float) -> None:
-        """A node may be counted on once the link to it stands: a name that leads nowhere is no place for a role."""
+        """Gives a node its role once the link to it stands: a name that leads nowhere is no place for one."""
         arrival, description = self._arriving.pop(node_id), self._nodes[node_id]
         if description.kind is NodeKind.STAGE:
             # The placement goes out before the role: a stage that is ready knows whom to ask.
@@ -297,7 +298,7 @@ class MeshLoop:
         self._renew(self._flow.fail_step(StepId(header.step), header.generation, error, now_s), now_s)
 
     def _drain(self, node_id: NodeId, reason: str, now_s: float) -> None:
-        """A node is told to stop. It goes on until nothing is lost with it, or until its own patience ends."""
+        """Prepares for the end of a node; it goes on until nothing is lost with it, or until its own patience ends."""
         self._leaving.add(node_id)
         self._log.info("node_leaves", node=node_id, reason=reason)
         if node_id in self._arriving:

@@ -41,7 +41,7 @@ SUSPENSE_MS = 10
 
 
 class MeshClient:
-    """Typed sends and receives; knows addresses, decides nothing. Used by the mesh thread only, but for `wake`."""
+    """Sends and receives messages; knows addresses, decides nothing. Only the mesh thread uses it, but for `wake`."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class MeshClient:
         return self._closed_bytes_sent + sum(socket.bytes_sent for socket in self._pipelines.values())
 
     def wake(self) -> None:
-        """End the current `wait`; from any thread."""
+        """Ends the current `wait`; may be called in any thread."""
         try:
             os.write(self._wake_writer, b"!")
         except BlockingIOError:
             return  # 64 KiB of wake-ups are waiting already
 
     def wait(self, timeout_ms: int) -> None:
-        """Until a socket has something, `wake` was called, or the time is up."""
+        """Waits until a socket has something, `wake` was called, or the time is up."""
         for source, _ in self._poller.poll(timeout_ms):
             if source == self._wake_reader:
                 os.read(self._wake_reader, 65536)
@@ -99,7 +99,7 @@ class MeshClient:
         return NodeId(identity.decode(errors="replace")), message, header
 
     def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
-        """Send to a node; False if it is gone (its lifeline says so too). One that is told Failed ends."""
+        """Sends to a node. Returns False if it is gone (its lifeline says so too). One that is told Failed ends."""
         if isinstance(message, Failed):
             self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
         try:
@@ -109,7 +109,7 @@ class MeshClient:
         return True
 
     def ping(self, nodes: Iterable[NodeId], number: int) -> None:
-        """Send each node a ping of this number; who is not there gets none.
+        """Sends each node a ping of this number; one that is not there gets none.
 
         Echoes wake nobody: `wait` ends often enough, and one need not be seen the moment it comes.
         """
@@ -136,7 +136,7 @@ class MeshClient:
                 found.append((NodeId(identity.decode(errors="replace")), _NUMBER.unpack(payload[len(stamp) :])[0]))
 
     def watch(self, description: NodeDescription) -> None:
-        """Open a node's lifeline. Raises ConfigurationError if it cannot be reached from here."""
+        """Opens a node's lifeline. Raises ConfigurationError if it cannot be reached from here."""
         if description.node_id in self._lifelines:
             return
         endpoint = choose_endpoint(description.lifeline, description.ipc_token, self._ipc_token)
@@ -145,14 +145,14 @@ class MeshClient:
         self._poller.register(lifeline.monitor, zmq.POLLIN)
 
     def unwatch(self, node_id: NodeId) -> None:
-        """Close a node's lifeline; one that is not open is no error."""
+        """Closes a node's lifeline; one that is not open is no error."""
         lifeline = self._lifelines.pop(node_id, None)
         if lifeline is not None:
             self._poller.unregister(lifeline.monitor)
             lifeline.close()
 
     def remove_socket_files(self, description: NodeDescription) -> None:
-        """Of a node that is gone: ZeroMQ leaves them, however it ended. Connections that stand are not touched."""
+        """Removes those of a node that is gone, which ZeroMQ leaves. Connections that stand are not touched."""
         if self._folder is None or not share_folder(description.ipc_token, self._ipc_token):
             return
         self._on_disk(partial(self._remove_socket_files, self._folder, description))
@@ -180,13 +180,13 @@ class MeshClient:
         ]
 
     def open_pipeline(self, pipeline: PipelineId, first_stage: NodeDescription) -> None:
-        """Connect to a pipeline's first stage with a new socket: what was queued for an older one is dropped."""
+        """Connects to a pipeline's first stage with a new socket: what was queued for an older one is dropped."""
         self.close_pipeline(pipeline)
         endpoint = choose_endpoint(first_stage.endpoints, first_stage.ipc_token, self._ipc_token)
         self._pipelines[pipeline] = self._transport.push(f"pipeline {pipeline}", endpoint)
 
     def close_pipeline(self, pipeline: PipelineId) -> None:
-        """One that is not open is no error."""
+        """Closes its socket; one that is not open is no error."""
         socket = self._pipelines.pop(pipeline, None)
         if socket is not None:
             self._closed_bytes_sent += socket.bytes_sent
@@ -201,7 +201,7 @@ class MeshClient:
         return True
 
     def close(self) -> None:
-        """Close everything."""
+        """Closes everything."""
         for node_id in list(self._lifelines):
             self.unwatch(node_id)
         for pipeline in list(self._pipelines):
@@ -257,7 +257,7 @@ def _connect(endpoint: str) -> tuple[socket.socket | None, int]:
 
 
 def _is_numeric(host: str) -> bool:
-    """A name would have to be looked up, which may take long."""
+    """Says whether it is an address: a name would have to be looked up, which may take long."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)
@@ -268,7 +268,7 @@ def _is_numeric(host: str) -> bool:
 
 
 class Witnesses:
-    """`look` is called in each turn of the loop."""
+    """Hears what lifelines and pulses say of nodes. `look` is called in each turn of the loop."""
 
     def __init__(self, client: MeshClient, membership: Membership, log: structlog.stdlib.BoundLogger) -> None:
         self._client = client
@@ -308,12 +308,12 @@ class Witnesses:
         return changes
 
     def answered(self, node_ids: Iterable[NodeId], ago_s: float) -> None:
-        """These have all had a part in a step that was sent so long ago and has come back."""
+        """Notes that these have all had a part in a step that was sent so long ago and has come back."""
         for node_id in node_ids:
             self._watch.answered(node_id, ago_s)
 
     def forget(self, node_id: NodeId) -> None:
-        """It is gone; one that is not known is no error."""
+        """Forgets a node that is gone; one that is not known is no error."""
         self._watch.forget(node_id)
 
     def _exchange_pulses(self, now_s: float, nodes: Collection[NodeId]) -> None:

@@ -60,7 +60,7 @@ class HopTotals:
     dropped: int = 0
 
     def keep(self, last: Heartbeat | None) -> None:
-        """Add a node's counts for good: it is gone."""
+        """Adds the counts of a node that is gone for good."""
         if last is None:
             return
         self.dropped += last.dropped

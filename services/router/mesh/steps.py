@@ -57,8 +57,8 @@ class StepFlow:
         self.totals = HopTotals()
 
     def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> MoemeshError | None:
-        """Steps may go to this pipeline from now on. Else, why its first stage cannot be connected to, for want of a
-        socket or of an address: then the pipeline waits, and the others are not touched."""
+        """Lets steps go to this pipeline from now on. Returns why its first stage cannot be connected to, if it cannot,
+        for want of a socket or of an address: then the pipeline waits, and the others are not touched."""
         try:
             self._client.open_pipeline(action.pipeline, first_stage)
         except MoemeshError as error:
@@ -79,12 +79,12 @@ class StepFlow:
         return None
 
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
-        """What was under way there is void; its requests wait for the pipeline, with their blocks."""
+        """Drops what is under way there; its requests wait for the pipeline, with their blocks."""
         self._drop_steps(pipeline)
         self.scheduler.suspend_pipeline(pipeline, now_s)
 
     def close(self, pipeline: PipelineId, now_s: float) -> None:
-        """What was under way there is void; its requests wait for another place."""
+        """Drops what is under way there; its requests wait for another place."""
         self._drop_steps(pipeline)
         self.scheduler.close_pipeline(pipeline, now_s)
 
@@ -94,7 +94,7 @@ class StepFlow:
         self._answered_s.pop(pipeline, None)  # by others, perhaps, than those who hold the slots next
 
     def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
-        """Send what the scheduler decides; what a first stage does not take yet goes with the next call.
+        """Sends what the scheduler decides; what a first stage does not take yet goes with the next call.
 
         `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
         those with a step that fits no message: stages would wait for it, since the next one names it.
@@ -136,7 +136,7 @@ class StepFlow:
         return True
 
     def receive_results(self, now_s: float) -> list[PipelineId]:
-        """Take in sampled tokens and hand them on, all of this call at once."""
+        """Receives sampled tokens and hands them on, all of this call at once."""
         outputs: list[TokenOutput] = []
         broken: list[PipelineId] = []
         while (received := self._client.results.receive()) is not None:
@@ -172,7 +172,7 @@ class StepFlow:
         return answered_s
 
     def fail_step(self, number: StepId, generation: int, error: MoemeshError, now_s: float) -> list[PipelineId]:
-        """A stage could not do a step. One that is not in flight in this generation is no news."""
+        """Fails a step that a stage could not do. One that is not in flight in this generation is no news."""
         step = self.scheduler.step(number)
         if step is None or step.plan.generation != generation:
             return []
@@ -184,7 +184,7 @@ class StepFlow:
         return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
 
     def check_deadlines(self, now_s: float) -> list[PipelineId]:
-        """Fail steps whose time is up."""
+        """Fails the steps whose time is up."""
         late = [step for step in self.scheduler.steps_in_flight if now_s >= step.planned_s + self._step_deadline_s]
         return [
             self._fail(step, DeadlineError(f"pipeline {step.plan.pipeline} did not answer a step in time"), now_s)
@@ -201,7 +201,7 @@ class StepFlow:
             self._sink([(failure.request_id, failure.error) for failure in failures])
 
     def refuse(self, request_id: RequestId, error: Exception) -> None:
-        """Tell a client that its request is not taken; what is no MoemeshError, the router itself has failed by."""
+        """Tells a client that its request is not taken. An error that is no MoemeshError is the router's own."""
         if not isinstance(error, MoemeshError):
             self._log.error("request_broke", request=request_id, exc_info=error)
             error = ExecutionError(f"the router failed while it took in request {request_id}: {error}")

@@ -46,7 +46,7 @@ class CompletionRate:
         self._times_s: deque[float] = deque(maxlen=num_samples)
 
     def note(self, now_s: float) -> None:
-        """A request has ended and made room."""
+        """Notes that a request has ended and made room."""
         self._times_s.append(now_s)
 
     def per_s(self, now_s: float) -> float:

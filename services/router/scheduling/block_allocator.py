@@ -37,7 +37,7 @@ class BlockAllocator:
         return block_ids
 
     def claim(self, block_ids: Iterable[int]) -> bool:
-        """Takes these very blocks, one reference each; False, and none, if one is held, named twice or not there."""
+        """Claims these very blocks. Returns False, and claims none, if one is held, named twice or not there."""
         wanted = list(block_ids)
         free = set(self._free)
         if len(set(wanted)) != len(wanted) or not free.issuperset(wanted):
@@ -48,7 +48,7 @@ class BlockAllocator:
         return True
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each; ValueError for a block that nobody holds."""
+        """Adds a reference to each. Raises ValueError for a block that nobody holds."""
         block_ids = tuple(block_ids)
         for block_id in block_ids:
             if self.reference_count(block_id) == 0:
@@ -57,7 +57,7 @@ class BlockAllocator:
             self._reference_counts[block_id] += 1
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """One reference less to each; a block without any is free again. ValueError for one that is free already."""
+        """Takes a reference from each; one without any is free again. Raises ValueError for a block that is free."""
         for block_id in block_ids:
             if self.reference_count(block_id) == 0:
                 raise ValueError(f"block {block_id} is freed twice")
@@ -72,7 +72,7 @@ class BlockAllocator:
         return self._reference_counts[block_id]
 
     def check_invariants(self) -> None:
-        """AssertionError if a block is both free and held, neither, or free twice."""
+        """Raises AssertionError if a block is both free and held, neither, or free twice."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is in the free list twice"
         for block_id, count in enumerate(self._reference_counts):

@@ -39,19 +39,19 @@ class PipelinePace:
         """Seconds by size: bucket b has steps of [2^(b-1), 2^b) tokens."""
 
     def opened(self, now_s: float) -> None:
-        """A generation begins, with links of its own."""
+        """Notes that a generation begins, with links of its own."""
         self.has_answered = False
         self._last_answer_s = self.last_work_s = now_s
 
     def answered(self, now_s: float, *, has_failed: bool, is_canary: bool) -> None:
-        """A step has come back, or it is known that it has failed."""
+        """Notes that a step has come back, or that it is known to have failed."""
         self.has_answered |= not has_failed
         self._last_answer_s = now_s
         if not is_canary:
             self.last_work_s = now_s
 
     def measured(self, num_tokens: int, planned_s: float, now_s: float) -> None:
-        """A step with work has come back."""
+        """Notes how long a step with work took."""
         self.last_success_s = now_s
         self._latest_s.append(now_s - planned_s)
         self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(now_s - planned_s)
@@ -91,21 +91,21 @@ class RequestPace:
     begin anew: it still waits for the same thing."""
     gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAPS))
     is_disturbed: bool = False
-    """A step of its has failed or become void since it last got further: this gap, too, is no measure."""
+    """One of its steps has failed or become void since it last got further, so this gap is no measure."""
 
     def begin(self, now_s: float, *, is_retry: bool) -> None:
-        """It runs. What is done again after a failure goes on being awaited since then."""
+        """Notes that it runs. What is done again after a failure has been awaited since before that."""
         if not is_retry:
             self.progressed_s, self.due_since_s = now_s, None
         self.is_disturbed = True
 
     def planned(self, now_s: float) -> None:
-        """It is part of a step."""
+        """Notes that it is part of a step."""
         if self.due_since_s is None:
             self.due_since_s = now_s
 
     def progressed(self, now_s: float, *, is_measure: bool) -> None:
-        """It got further. `is_measure`: by a token after a token, which says how fast tokens come."""
+        """Notes that it got further. `is_measure`: by a token after a token, which says how fast tokens come."""
         if is_measure and not self.is_disturbed:
             self.gaps_s.append(now_s - self.progressed_s)
         self.progressed_s, self.due_since_s, self.is_disturbed = now_s, None, False

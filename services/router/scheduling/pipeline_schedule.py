@@ -59,7 +59,7 @@ class PipelineSchedule:
         """By arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
         self.held_releases: list[SequenceId] = []
-        """To be told with the next step."""
+        """They are told with the next step."""
         self.last_step = 0
         """The newest step that was answered."""
         self._last_planned = 0
@@ -83,14 +83,14 @@ class PipelineSchedule:
         return self.num_blocks_for(request.generation_request.max_num_tokens) <= self.allocator.num_blocks
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
-        """It runs here from now on."""
+        """Lets it run here from now on."""
         request.start(self.pipeline, sequence_id, now_s)
         insort(self.running, request, key=lambda other: other.arrival)
 
     # Planning
 
     def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
-        """Plans the next micro-batch, None if none may or need be sent. Returns who was preempted for it, too."""
+        """Plans the next micro-batch, if one may and need be sent. Returns it, and who was preempted for it."""
         preempted: list[Request] = []
         if len(self.in_flight) >= self.max_micro_batches:
             return None, preempted
@@ -176,7 +176,7 @@ class PipelineSchedule:
         return _isolated(sorted(picked, key=lambda pick: pick[0].arrival))
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
-        """Plans a chunk, with blocks for it; a shorter one, or None, if blocks lack and nobody younger gives any."""
+        """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and nobody younger yields."""
         start = request.num_computed_tokens
         num_known_blocks = len(request.block_table)
         while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
@@ -238,7 +238,7 @@ class PipelineSchedule:
     # Coming back
 
     def land(self, step: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight:
-        """The step, which is in flight here, is over: its requests are free for another."""
+        """Ends a step that is in flight here: its requests are free for another."""
         in_flight = self.in_flight.pop(step)
         self.last_step = max(self.last_step, step)
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
@@ -250,14 +250,14 @@ class PipelineSchedule:
         return in_flight
 
     def _set_down(self, request: Request) -> None:
-        """It is in no step any more. If it ended in mid-flight: only now can nothing write to its blocks."""
+        """Takes the request out of its step. If it has ended meanwhile, only now can nothing write to its blocks."""
         with self._blame.handling(request):
             request.step = None
             if request.state is not RequestState.RUNNING:
                 self._give_back(request)
 
     def withdraw(self, request: Request) -> None:
-        """It runs here no longer. Its blocks are free at once, or when the step that it is part of lands."""
+        """Lets it run here no longer. Its blocks are free at once, or when the step that it is part of lands."""
         self.running.remove(request)
         if request.step is None:
             self._give_back(request)
@@ -270,7 +270,7 @@ class PipelineSchedule:
             request.block_table = []
 
     def suspend(self, now_s: float) -> None:
-        """The generation ends: what is in flight is void, since every stage drops it before it takes a new step."""
+        """Ends the generation: what is in flight is void, since every stage drops it before it takes a new step."""
         self.suspended_s = now_s if self.suspended_s is None else self.suspended_s
         self._void_steps()
         for request in self.running:
@@ -278,7 +278,7 @@ class PipelineSchedule:
             request.pace.is_disturbed = True
 
     def resume(self, generation: Generation, kv_marks: Sequence[int], now_s: float) -> None:
-        """A new generation. `kv_marks`: by slot, up to which step its holder's cache is good.
+        """Begins a new generation. `kv_marks` says by slot up to which step its holder's cache is good.
 
         Whose cache is not whole on every slot is replayed from where the worst of them ends.
         """
@@ -303,9 +303,9 @@ class PipelineSchedule:
         return min(request.covered_by(mark), request.num_computed_tokens)
 
     def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId, now_s: float) -> bool:
-        """A request that a router before this one ran goes on with its cache, as if `step` had computed it.
+        """Lets a request that a router before this one ran go on with its cache, as if `step` had computed it.
 
-        False if its blocks are not free.
+        Returns False if its blocks are not free.
         """
         num_computed = min(held.num_computed, request.num_tokens - 1)
         if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
@@ -317,7 +317,7 @@ class PipelineSchedule:
         return True
 
     def abandon(self) -> list[Request]:
-        """The generation ends: nothing of it comes back. Returns who ran here, without cache, by arrival.
+        """Ends the generation, of which nothing comes back. Returns who ran here, without cache, by arrival.
 
         `held_releases` then has all that stages may still keep.
         """
@@ -352,7 +352,7 @@ class PipelineSchedule:
         )
 
     def check_invariants(self) -> None:
-        """AssertionError if a block is leaked or held twice, or a request is in two steps."""
+        """Raises AssertionError if a block is leaked or held twice, or a request is in two steps."""
         self.allocator.check_invariants()
         holders = {id(request): request for request in self.running}
         for step, in_flight in self.in_flight.items():
@@ -377,7 +377,7 @@ class PipelineSchedule:
 
 
 def _isolated(picked: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-    """A request whose last step failed goes alone, so that one that breaks its steps takes no others along."""
+    """Returns a request whose last step failed alone, so that one that breaks its steps takes no others along."""
     suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
     return picked if suspect is None else [suspect]
 
@@ -431,7 +431,7 @@ class PipelineSchedules:
         return next((step for step in steps if step is not None), None)
 
     def land(self, number: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
-        """The step is answered. None if it is not in flight: another generation has begun since it was planned."""
+        """Ends the step, and returns it; None if it is not in flight, since another generation has begun meanwhile."""
         step = self.step(number)
         return None if step is None else self.open[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
 
@@ -441,7 +441,7 @@ class PipelineSchedules:
         return schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots)
 
     def begin(self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int) -> PipelineSchedule:
-        """Open the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
+        """Opens the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
         schedule = self.suspended.pop(pipeline, None)
         if schedule is None:
             schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self._settings, self._blame)
@@ -450,14 +450,14 @@ class PipelineSchedules:
         return schedule
 
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
-        """It takes no steps until `begin`. One that is not open stays as it is."""
+        """Lets it take no steps until `begin`. One that is not open stays as it is."""
         schedule = self._remove_open(pipeline, now_s)
         if schedule is not None:
             schedule.suspend(now_s)
             self.suspended[pipeline] = schedule
 
     def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
-        """Forget it. Returns who ran there, without cache, by arrival."""
+        """Forgets it. Returns who ran there, without cache, by arrival."""
         schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline, None)
         if schedule is None:
             return []
@@ -466,7 +466,7 @@ class PipelineSchedules:
         return requests
 
     def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
-        """Forget one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
+        """Forgets one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
         told anyway, when it opens again."""
         schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline)
         told = [*schedule.held_releases, *sequence_ids]
@@ -476,7 +476,7 @@ class PipelineSchedules:
         self._untold_releases[pipeline] = list(dict.fromkeys(told))
 
     def _remove_open(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
-        """It is open no longer. Returns None if it was not."""
+        """Removes it from the open ones. Returns None if it was not among them."""
         schedule = self.open.pop(pipeline, None)
         if schedule is not None:
             self._last_removed_s = now_s

@@ -61,7 +61,7 @@ class FlapBreaker:
         self._cool_until_s: dict[PipelineId, float] = {}
 
     def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
-        """The opening that exceeds `max_openings` within the window starts the cooling."""
+        """Notes an opening; the one that exceeds `max_openings` within the window starts the cooling."""
         openings_s = self._openings_s.setdefault(pipeline, deque(maxlen=self._max_openings + 1))
         openings_s.append(now_s)
         if len(openings_s) > self._max_openings and now_s - openings_s[0] <= self._window_s:
@@ -83,7 +83,7 @@ class PipelineSelection:
         self._last_pick = -1
 
     def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
-        """A pipeline has opened, for the first time or again."""
+        """Notes that a pipeline has opened, for the first time or again."""
         self._breaker.note_opening(pipeline, now_s)
 
     def usable(self, pipelines: Sequence[PipelineId], now_s: float) -> list[PipelineId]:

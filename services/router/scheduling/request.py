@@ -23,7 +23,7 @@ MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
 UNDISTURBED = RecoveryCounts(0, 0, 0)
 Attend = Callable[[str], None]
-"""Told whose turn it is, before anything is done for it; the empty string once nobody's is."""
+"""It is told whose turn it is, before anything is done for it; the empty string once it is nobody's."""
 
 
 class RequestState(StrEnum):
@@ -104,17 +104,17 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Only its newest token is left to compute."""
+        """Says whether only its newest token is left to compute."""
         return self.num_remaining_tokens == 1
 
     @property
     def is_new(self) -> bool:
-        """It arrived at this router and has had no place yet: it was neither restored nor sent back to the queue."""
+        """Says whether it came to this router and has had no place yet, and was neither restored nor sent back."""
         return self.sequence_id is None and self.queued_s == self.arrived_s and not self.waits_for_start
 
     @property
     def is_replaying(self) -> bool:
-        """Some slots do not have all of its cache yet."""
+        """Says whether some slots do not have all of its cache yet."""
         return self.replay_position < self.replay_stop
 
     def covered_by(self, mark: int) -> int:
@@ -122,7 +122,7 @@ class Request:
         return max((stop for step, stop in self.kv_history if step <= mark), default=0)
 
     def note_computed(self, step: int, num_tokens: int, now_s: float) -> None:
-        """So many tokens more are in the cache of every slot."""
+        """Notes that so many more tokens are in the cache of every slot."""
         was_decoding = self.is_decoding
         self.num_computed_tokens += num_tokens
         if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
@@ -132,7 +132,7 @@ class Request:
         del self.kv_history[:-MAX_KV_HISTORY]
 
     def note_replayed(self, step: int, num_tokens: int, now_s: float) -> None:
-        """So many tokens more are there again. Once all are, no copy from before this step has them."""
+        """Notes that so many more tokens are there again. Once all are, no copy from before this step has them."""
         if not self.num_failed_steps:
             self.pace.progressed(now_s, is_measure=False)
         self.replay_position += num_tokens
@@ -141,12 +141,12 @@ class Request:
             self.kv_history = [(step, self.num_computed_tokens)]
 
     def replay_from(self, position: int) -> None:
-        """Positions from here on are to be rebuilt on some slots; the stages are told its whole table again."""
+        """Lets positions from here on be rebuilt on some slots; the stages are told its whole table again."""
         self.replay_position, self.replay_stop = position, self.num_computed_tokens
         self.tell_anew()
 
     def tell_anew(self) -> None:
-        """Nobody knows what the stages have been told: all of it goes with the next steps."""
+        """Lets all of it be told with the next steps, since nobody knows what the stages have been told."""
         self.num_told_blocks, self._told_early = 0, None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
@@ -222,11 +222,11 @@ class Request:
         )
 
     def cancel(self) -> None:
-        """Its client is gone."""
+        """Ends it, since its client is gone."""
         self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.CANCELLED)
 
     def fail(self) -> None:
-        """It cannot be finished."""
+        """Ends it, since it cannot be finished."""
         self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.FAILED)
 
     def _move(self, allowed: set[RequestState], state: RequestState) -> None:

@@ -58,7 +58,7 @@ class Scheduler:
     # Requests
 
     def add(self, request: GenerationRequest, now_s: float) -> None:
-        """Queue a request. InvalidRequestError, ContextLengthError, OverloadedError: then nothing is kept of it.
+        """Puts a request in line. Raises InvalidRequestError, ContextLengthError, OverloadedError, and keeps nothing.
 
         One that is restored goes behind those restored before it, and on after its tokens so far (fewer than it may
         have, none of them its last). Nothing refuses it but an InvalidRequestError, if it has no token left to make.
@@ -89,7 +89,7 @@ class Scheduler:
         self._waiting.insert(admitted)
 
     def cancel(self, request_id: RequestId) -> bool:
-        """Nobody wants it any longer. False, and no error, if it is not here: it may have ended on its own."""
+        """Ends a request that nobody wants any longer. Returns False if it is not here: it may have ended."""
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -112,10 +112,10 @@ class Scheduler:
         kv_marks: Sequence[int] = (),
         held: HeldCache | None = None,
     ) -> None:
-        """All its slots are ready. A suspended one goes on with its blocks, as far as `kv_marks` (by slot) say.
+        """Opens a pipeline whose slots are ready. A suspended one keeps its blocks, as far as `kv_marks` (by slot) say.
 
-        An older generation of it that is open is closed first; ValueError if that is no older. `held`: what its stages
-        have from a router before this one.
+        An older generation of it that is open is closed first. Raises ValueError if that is no older. `held`: what its
+        stages have from a router before this one.
         """
         current = self._schedules.open.get(pipeline)
         if current is not None:
@@ -138,12 +138,12 @@ class Scheduler:
         self._end_broken(now_s)
 
     def suspend_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
-        """It lost a slot. What ran there keeps its blocks and waits for it; what is in flight there is dropped."""
+        """Suspends one that lost a slot. What ran there keeps its blocks and waits; its steps in flight are dropped."""
         self._schedules.suspend(pipeline, now_s)
         self._end_broken(now_s)
 
     def close_pipeline(self, pipeline: PipelineId, now_s: float) -> None:
-        """It is gone. What ran there waits again, each at its old place; what is in flight there is dropped."""
+        """Closes one that is gone. What ran there waits again, each at its place; steps in flight there are dropped."""
         for request in self._schedules.close(pipeline, now_s):
             self._waiting.requeue(request, now_s)
         self._end_broken(now_s)
@@ -200,7 +200,7 @@ class Scheduler:
         now_s: float,
         retried_calls: int = 0,
     ) -> list[TokenOutput]:
-        """The last stage answered. Returns what to journal and deliver, by arrival. Stale answers are only counted.
+        """Applies an answer. Returns what to journal and deliver, by arrival. Stale answers are only counted.
 
         A token that is missing from `sampled` counts as a failed step for its request alone.
         """
@@ -246,7 +246,7 @@ class Scheduler:
         now_s: float,
         culprits: Mapping[SequenceId, Exception] = MappingProxyType({}),
     ) -> None:
-        """A stage could not do it. Its requests are recomputed; those that have failed too often for that end.
+        """Ends a step that could not be done. Its requests are recomputed, or end if they have failed too often.
 
         `culprits`: sequences that are known to have made it fail, with what they raised; their requests end here.
         """
@@ -309,7 +309,7 @@ class Scheduler:
         )
 
     def check_invariants(self) -> None:
-        """AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
+        """Raises AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
         waiting = self._waiting.requests
         placed = list(waiting)
         for schedule in self._schedules.all:
@@ -333,7 +333,7 @@ class Scheduler:
         return self._last_step
 
     def _expire(self, now_s: float) -> None:
-        """Every wait has an end."""
+        """Ends the requests that have waited or lived for too long."""
         none_open_since_s = self._schedules.none_open_since_s
         for request in list(self._requests.values()):
             if is_late(request, self.settings, now_s, none_open_since_s, self._schedules.suspended_since_s(request)):
@@ -361,7 +361,7 @@ class Scheduler:
         self._failures.append(RequestFailure(request.request_id, error))
 
     def _withdraw(self, request: Request) -> None:
-        """Out of the line or off its pipeline."""
+        """Takes it out of the line or off its pipeline."""
         if request.state is RequestState.WAITING:
             self._waiting.requests.remove(request)
         elif request.pipeline is not None:
@@ -374,8 +374,8 @@ class Scheduler:
     # After an error of our own
 
     def _end_broken(self, now_s: float) -> None:
-        """Requests whose handling raised fail, and with them nothing else. A pipeline whose blocks do not add up after
-        that starts over: what ran there is computed again. Nothing of what is there is trusted here."""
+        """Ends the requests whose handling raised, and with them nothing else. A pipeline whose blocks do not add up
+        after that starts over: what ran there is computed again. Nothing of what is there is trusted here."""
         broken = self._blame.pop_broken()
         if not broken:
             return
@@ -393,7 +393,7 @@ class Scheduler:
         self._failures += [failure for failure in failures if failure is not None]
 
     def _end_one(self, request: Request, cause: Exception) -> RequestFailure | None:
-        """It may be half in one place and half in another: whatever of it is left is looked for, not assumed."""
+        """Ends one that may be half in one place and half in another: what is left of it is looked for, not assumed."""
         for schedule in self._schedules.all:
             if request in schedule.running:
                 try:
@@ -411,7 +411,7 @@ class Scheduler:
         return RequestFailure(request.request_id, error, cause)
 
     def _charge_all(self, pipeline: PipelineId, cause: Exception) -> None:
-        """Planning raised, and not over one request: each that runs there has one try less, so that it ends."""
+        """Takes one try from each that runs there, so that it ends: planning raised, and not over one request."""
         for request in self._schedules.of(pipeline).running:
             request.num_failed_steps += 1
             if request.num_failed_steps > self.settings.max_failed_steps:
@@ -419,7 +419,7 @@ class Scheduler:
                     raise cause
 
     def _start_over(self, pipeline: PipelineId, now_s: float) -> None:
-        """Nothing of its blocks and steps is gone on with."""
+        """Gives up the pipeline's blocks and steps: what ran there is computed again."""
         requests = [request for request in self._requests.values() if request.pipeline == pipeline]
         sequence_ids = [request.sequence_id for request in requests if request.sequence_id is not None]
         self._schedules.discard(pipeline, sequence_ids, now_s)

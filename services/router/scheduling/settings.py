@@ -9,7 +9,7 @@ from common.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Checked when made: ConfigurationError names the field and what would be right."""
+    """It is checked when it is made: a ConfigurationError names the field and what would be right."""
 
     block_tokens: int = 32
     """Tokens that a KV block holds."""

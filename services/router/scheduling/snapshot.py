@@ -24,7 +24,7 @@ class WaitTimes:
     total_s: float = 0.0
 
     def note(self, wait_s: float) -> None:
-        """One more."""
+        """Notes one more."""
         self.counts[bisect_left(WAIT_BOUNDS_S, wait_s)] += 1
         self.total_s += wait_s
 
@@ -35,7 +35,7 @@ class WaitTimes:
 
 @dataclass(slots=True)
 class SchedulerCounters:
-    """Since the start; each only grows."""
+    """What was counted since the start; each only grows."""
 
     requests_finished: int = 0
     requests_cancelled: int = 0
@@ -86,7 +86,7 @@ class SchedulerSnapshot:
     pipelines: tuple[PipelineSnapshot, ...]
     counters: SchedulerCounters
     num_ahead: int = 0
-    """How many of those who wait count for the door of a request that comes now; see `line.num_ahead`."""
+    """How many of those who wait count for the door of a request that comes now; see `admission.num_ahead`."""
 
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:

@@ -17,7 +17,7 @@ from services.router.scheduling.snapshot import SchedulerCounters
 
 
 class WaitingLine:
-    """Oldest first: by `Request.arrival`."""
+    """Holds the requests that wait, oldest first: by `Request.arrival`."""
 
     def __init__(
         self,
@@ -46,18 +46,18 @@ class WaitingLine:
         return placements
 
     def requeue(self, request: Request, now_s: float) -> None:
-        """Back in line by arrival. The owner of its blocks has taken them back."""
+        """Puts it back in line, by arrival. The owner of its blocks has taken them back."""
         with self._blame.handling(request):
             self._counters.tokens_recomputed += request.num_computed_tokens
             request.requeue(now_s)
             self.insert(request)
 
     def insert(self, request: Request) -> None:
-        """At its place."""
+        """Puts it in line, at its place."""
         insort(self.requests, request, key=lambda other: other.arrival)
 
     def place(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
-        """Place the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
+        """Places the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
         could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
         kept_free: set[PipelineId] = set()
         for request in list(self.requests):
@@ -68,7 +68,7 @@ class WaitingLine:
                     self._place_one(request, kept_free, now_s)
 
     def _place_one(self, request: Request, kept_free: set[PipelineId], now_s: float) -> None:
-        """On the pipeline that the policy chooses, or nowhere: `kept_free` then has those that it waits for."""
+        """Places it where the policy chooses, or nowhere: `kept_free` then has the pipelines that it waits for."""
         schedules = self._schedules.open
         fitting = [pipeline for pipeline in schedules if schedules[pipeline].can_ever_hold(request)]
         open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
@@ -86,8 +86,8 @@ class WaitingLine:
         self._placements.append((request.request_id, sequence_id))
 
     def _make_room(self, request: Request, pipelines: Sequence[PipelineId], now_s: float) -> PipelineId | None:
-        """Choices of another request that stand behind this one in line, and are not the only one of theirs that runs,
-        give their places and blocks up for it."""
+        """Lets choices of another request that stand behind this one in line, and are not the only one of theirs that
+        runs, give up their places and blocks for it."""
         for pipeline in pipelines:
             schedule = self._schedules.open[pipeline]
             victims = who_yields_to(schedule, request)
