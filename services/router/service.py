@@ -39,7 +39,7 @@ from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.disk_thread import Disk, DiskThread, Housekeeping, finish_within
-from services.router.journal.journal import Journal, JournalCollector, JournalSettings, open_journal
+from services.router.journal.journal import Journal, JournalCollector, open_journal
 from services.router.journal.records import JournalledRequest
 from services.router.journal.set_aside import Attention, SetAside, attention_path, without_culprits
 from services.router.journal.state_folder import StateFolder, open_state_folder
@@ -224,9 +224,10 @@ def _open_journal(
     return open_journal(
         state.path / "journal.sqlite3",
         f"{model.fingerprint} {model.dtype}",
-        JournalSettings(settings.journal == "durable", settings.journal_retention_s),
         state.check_term,
         disk,
+        is_synchronous=settings.journal == "durable",
+        retention_s=settings.journal_retention_s,
     )
 
 

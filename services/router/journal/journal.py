@@ -27,7 +27,7 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged
-from services.router.journal.queue import JournalQueue, WaitingRequest, WaitingStep, settle
+from services.router.journal.queue import JournalQueue, LedgerRequest, WaitingStep, settle
 from services.router.journal.records import AcceptedRequest, JournalledRequest, encode_step
 from services.router.journal.store import JournalStore, LogBuffer, Run, open_store
 
@@ -59,16 +59,6 @@ class JournalCounts:
     restored_requests: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class JournalSettings:
-    """Says how much is kept, and how safely."""
-
-    is_synchronous: bool
-    """Every commit waits for the disk."""
-    retention_s: float
-    """Requests that may be asked for after their end stay for so long."""
-
-
 class Journal:
     """Open it with `open_journal`. It is safe in several threads; `append` and `tick` belong to the mesh thread."""
 
@@ -76,14 +66,14 @@ class Journal:
         self,
         queue: JournalQueue,
         writer: JournalWriter,
-        settings: JournalSettings,
+        retention_s: float,
         disk: Disk,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`writer` does its work in `disk`."""
+        """`writer` does its work in `disk`. Requests that may be asked for after their end stay for `retention_s`."""
         self._queue = queue
         self._writer = writer
-        self._settings = settings
+        self._retention_s = retention_s
         self._disk = disk
         self._clock = clock
         self._is_scheduled = False
@@ -166,7 +156,7 @@ class Journal:
             return
         self._next_fold_s = now_s + COMPACT_INTERVAL_S
         self._queue.push_pending()
-        self._queue.expire(self._queue.wall_clock() - self._settings.retention_s)
+        self._queue.expire(self._queue.wall_clock() - self._retention_s)
         self._is_compaction_due = True
         self._schedule()
 
@@ -201,7 +191,7 @@ class Journal:
         """
         requests = self._writer.restore()
         self._num_restored = sum(request.ended_s is None for request in requests.values())
-        self._queue.expire(self._queue.wall_clock() - self._settings.retention_s)
+        self._queue.expire(self._queue.wall_clock() - self._retention_s)
         return [request for number, request in requests.items() if number not in self._queue.expired]
 
     def close(self) -> None:
@@ -285,8 +275,8 @@ class JournalWriter:
             queue.fence(error)
             raise
         is_written = self._write_backlog()
-        for waiting in accepting:
-            self._write_request(waiting, is_written)
+        for request in accepting:
+            self._write_request(request, is_written)
         if is_compaction_due and is_written:
             self._compact()
         with queue.lock:
@@ -321,24 +311,21 @@ class JournalWriter:
         self._queue.deliver(newest)
         return is_written
 
-    def _write_request(self, waiting: WaitingRequest, may_be_written: bool) -> None:
-        queue, request = self._queue, waiting.request
+    def _write_request(self, request: LedgerRequest, may_be_written: bool) -> None:
+        queue = self._queue
         with queue.lock:
-            is_wanted = queue.ledger.find(request.accepted.reply_id) is request
-            if not is_wanted and waiting in queue.accepting:
-                queue.accepting.remove(waiting)
-        if not is_wanted:  # its client is gone, or was refused since the disk did not answer
-            return
+            if queue.ledger.find(request.accepted.reply_id) is not request:
+                queue.accepting.pop(request, None)  # its client is gone, or was refused since the disk did not answer
+                return
         is_written = may_be_written and self._commit(
             lambda: self._store.insert_request(request.number, request.accepted)
         )
         with queue.lock:
-            if waiting not in queue.accepting:
+            if (future := queue.accepting.pop(request, None)) is None:
                 return
-            queue.accepting.remove(waiting)
             if not is_written:
                 queue.drop(request)
-            settle(waiting.future, None if is_written else JournalError(NOT_WRITABLE))
+            settle(future, None if is_written else JournalError(NOT_WRITABLE))
 
     def _compact(self) -> None:
         with self._queue.lock:
@@ -354,7 +341,7 @@ class JournalWriter:
             self._keep_runs(runs)
 
     def _commit(self, write: Callable[[], None], steps: Sequence[WaitingStep] = ()) -> bool:
-        """Does `write`, and counts it if the disk takes it; then `steps`, which it brings into the log, wait no more."""
+        """Does `write`, and counts it if the disk takes it. Then `steps`, which are what it logs, wait no longer."""
         started_s = self._clock()
         if not self._write(write):
             return False
@@ -451,19 +438,22 @@ class JournalCollector(Collector):
 def open_journal(
     path: Path,
     model: str,
-    settings: JournalSettings,
     check_term: Callable[[], None],
     disk: Disk,
+    *,
+    is_synchronous: bool,
+    retention_s: float,
 ) -> tuple[Journal, list[JournalledRequest]]:
-    """Returns the journal, and what a router before this one left in it. `model`: see `open_store`.
+    """Returns the journal, and what a router before this one left in it. `model`: see `open_store`. With
+    `is_synchronous` every commit waits for the disk.
 
     `check_term` raises FencedError once another router has the state folder; it is asked before each commit.
 
     Raises ConfigurationError, which says what to do.
     """
-    store: JournalStore = open_store(path, model, settings.is_synchronous)
+    store: JournalStore = open_store(path, model, is_synchronous)
     queue = JournalQueue(time.time)
-    journal = Journal(queue, JournalWriter(store, queue, check_term), settings, disk)
+    journal = Journal(queue, JournalWriter(store, queue, check_term), retention_s, disk)
     try:
         return journal, journal.restore()
     except (sqlite3.Error, *UNREADABLE) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +124,7 @@ class Ledger:
         self._requests[request.accepted.reply_id] = request
         self._choices.update((choice.number, choice) for choice in request.choices)
         if request.ended_s is None:
-            for choice_id, choice in _by_id(request):
+            for choice_id, choice in zip(request.accepted.choice_ids, request.choices, strict=True):
                 self._open_choices[choice_id] = request, choice
         else:
             heapq.heappush(self._ends, (request.ended_s, request.accepted.reply_id))
@@ -141,11 +141,6 @@ class Ledger:
             self._open_choices.pop(choice_id, None)
 
 
-def _by_id(request: LedgerRequest) -> Iterable[tuple[RequestId, LedgerChoice]]:
-    ids: Sequence[RequestId] = request.accepted.choice_ids
-    return zip(ids, request.choices, strict=True)
-
-
 @dataclass(frozen=True, slots=True)
 class WaitingStep:
     """What one group commit brings."""
@@ -153,14 +148,6 @@ class WaitingStep:
     number: int
     """It ascends."""
     record: StepRecord
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WaitingRequest:
-    """A request that may begin once it is written."""
-
-    request: LedgerRequest
-    future: Future[None]
 
 
 class JournalQueue:
@@ -172,7 +159,8 @@ class JournalQueue:
         self.ledger = Ledger()
         self.backlog: deque[WaitingStep] = deque()
         """Steps that the disk has not taken, oldest first."""
-        self.accepting: deque[WaitingRequest] = deque()
+        self.accepting: dict[LedgerRequest, Future[None]] = {}
+        """Requests that may begin once they are written, with what is done then."""
         self.flushes: list[Future[bool]] = []
         self.expired: set[int] = set()
         """Requests that are to be deleted with the next compaction."""
@@ -195,7 +183,7 @@ class JournalQueue:
     def accept(self, accepted: AcceptedRequest, future: Future[None]) -> None:
         """See RequestJournal."""
         with self.lock:
-            self.accepting.append(WaitingRequest(self.ledger.accept(accepted), future))
+            self.accepting[self.ledger.accept(accepted)] = future
 
     def append(self, outcomes: Sequence[tuple[RequestId, Token | MoemeshError]], then: Callable[[], None]) -> None:
         """Adds one step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
@@ -287,10 +275,10 @@ class JournalQueue:
     def refuse_all(self, error: MoemeshError) -> None:
         """Tells everybody who waits that it was not written."""
         with self.lock:
-            while self.accepting:
-                waiting = self.accepting.popleft()
-                self.drop(waiting.request)
-                settle(waiting.future, error)
+            accepting, self.accepting = self.accepting, {}
+            for request, future in accepting.items():
+                self.drop(request)
+                settle(future, error)
             for flush in self.flushes:
                 settle(flush, False)
             self.flushes.clear()

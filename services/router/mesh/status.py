@@ -60,7 +60,7 @@ class HopTotals:
     dropped: int = 0
 
     def keep(self, last: Heartbeat | None) -> None:
-        """Adds the counts of a node that is gone for good."""
+        """Adds the counts that a node last reported."""
         if last is None:
             return
         self.dropped += last.dropped

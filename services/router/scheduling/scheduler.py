@@ -8,6 +8,7 @@ its tokens. Tokens come out of `complete` once each, in order, however often a r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from types import MappingProxyType
 
 from common.errors import (
@@ -305,7 +306,7 @@ class Scheduler:
             pipelines=tuple(
                 pipeline_snapshot(self._schedules.open[pipeline]) for pipeline in sorted(self._schedules.open)
             ),
-            counters=self.counters.copy(),
+            counters=deepcopy(self.counters),
         )
 
     def check_invariants(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from services.router.control.readiness import PipelineEvidence
 from services.router.scheduling.pace import awaited, most_overdue
@@ -28,10 +28,6 @@ class WaitTimes:
         self.counts[bisect_left(WAIT_BOUNDS_S, wait_s)] += 1
         self.total_s += wait_s
 
-    def copy(self) -> WaitTimes:
-        """Returns a copy for another thread."""
-        return WaitTimes(list(self.counts), self.total_s)
-
 
 @dataclass(slots=True)
 class SchedulerCounters:
@@ -54,10 +50,6 @@ class SchedulerCounters:
     dropped_results: int = 0
     """Answers of a step that is not in flight."""
     waits: WaitTimes = field(default_factory=WaitTimes)
-
-    def copy(self) -> SchedulerCounters:
-        """Returns a copy for another thread."""
-        return replace(self, waits=self.waits.copy())
 
 
 @dataclass(frozen=True, slots=True)
