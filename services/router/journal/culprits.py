@@ -73,12 +73,14 @@ def _named(choice_id: str, unfinished: Sequence[Unfinished]) -> Unfinished | Non
     return next((request for request in unfinished if choice_id in request.choice_ids), None)
 
 
+def _counted(ends: Mapping[str, tuple[int, int]], request: Unfinished) -> tuple[int, int]:
+    """Returns how many ends in a row it is now, with its tokens: who got one in between begins anew."""
+    num_ends, num_tokens = ends.get(request.reply_id, (0, request.num_tokens))
+    return num_ends + 1 if num_tokens == request.num_tokens else 1, request.num_tokens
+
+
 def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
-    unnamed: dict[str, tuple[int, int]] = {}
-    for request in unfinished:
-        num_ends, num_tokens = record.unnamed.get(request.reply_id, (0, request.num_tokens))
-        num_ends = num_ends + 1 if num_tokens == request.num_tokens else 1
-        unnamed[request.reply_id] = num_ends, request.num_tokens
+    unnamed = {request.reply_id: _counted(record.unnamed, request) for request in unfinished}
     suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
     set_aside = {
         reply_id: f"the router ended {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
@@ -89,12 +91,11 @@ def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
 
 
 def _judge_one(record: Record, culprit: Unfinished, unfinished: Sequence[Unfinished]) -> Judgement:
-    num_ends, num_tokens = record.ends.get(culprit.reply_id, (0, culprit.num_tokens))
-    num_ends = num_ends + 1 if num_tokens == culprit.num_tokens else 1
     lives = {request.reply_id for request in unfinished}
     ends = {reply_id: count for reply_id, count in record.ends.items() if reply_id in lives}
+    num_ends, num_tokens = _counted(record.ends, culprit)
     if num_ends < MAX_ENDS:
-        return Judgement(Record(ends | {culprit.reply_id: (num_ends, culprit.num_tokens)}), {})
+        return Judgement(Record(ends | {culprit.reply_id: (num_ends, num_tokens)}), {})
     ends.pop(culprit.reply_id, None)
     reason = f"the router ended {num_ends} times in a row while it handled this request, which was set aside"
     return Judgement(Record(ends), {culprit.reply_id: reason})

@@ -6,7 +6,6 @@ generation, so that its stages forget what they hold half done. Methods return t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -52,7 +51,6 @@ class StepFlow:
         self._vocab_size = vocab_size
         self._sink = sink
         self._log = log
-        self._unsent: dict[PipelineId, deque[StepInFlight]] = {}
         self._answered_s: dict[PipelineId, float] = {}
         self.totals = HopTotals()
 
@@ -65,7 +63,6 @@ class StepFlow:
             self._log.error("pipeline_not_opened", pipeline=action.pipeline, reason=str(error))
             self.suspend(action.pipeline, now_s)
             return error
-        self._unsent[action.pipeline] = deque()
         self.scheduler.open_pipeline(
             action.pipeline,
             action.generation,
@@ -90,7 +87,6 @@ class StepFlow:
 
     def _drop_steps(self, pipeline: PipelineId) -> None:
         self._client.close_pipeline(pipeline)
-        self._unsent.pop(pipeline, None)
         self._answered_s.pop(pipeline, None)  # by others, perhaps, than those who hold the slots next
 
     def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
@@ -99,9 +95,8 @@ class StepFlow:
         `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
         those with a step that fits no message: stages would wait for it, since the next one names it.
         """
-        for plan in self.scheduler.schedule(now_s, is_awaited) + self.scheduler.plan_canaries(now_s):
-            if (step := self.scheduler.step(plan.step)) is not None:
-                self._unsent[plan.pipeline].append(step)
+        self.scheduler.schedule(now_s, is_awaited)
+        self.scheduler.plan_canaries(now_s)
         for request_id, sequence_id in self.scheduler.pop_placements():
             self._note_placement(request_id, sequence_id)
         broken = self._send_waiting(now_s)
@@ -114,15 +109,19 @@ class StepFlow:
     def _send_waiting(self, now_s: float) -> list[PipelineId]:
         """Returns pipelines with a step that fits no message."""
         broken: list[PipelineId] = []
-        for pipeline, waiting in self._unsent.items():
+        waiting: set[PipelineId] = set()
+        for step in self.scheduler.steps_in_flight:
+            pipeline = step.plan.pipeline
+            if step.sent_s is not None or pipeline in waiting or pipeline in broken:
+                continue  # the steps of a pipeline go in their order
             try:
-                while waiting and self._send(pipeline, waiting[0], now_s):
-                    waiting.popleft()
+                if not self._send(step, now_s):
+                    waiting.add(pipeline)
             except UnsendableError as error:
-                broken.append(self._fail(waiting.popleft(), error, now_s))
+                broken.append(self._fail(step, error, now_s))
         return broken
 
-    def _send(self, pipeline: PipelineId, step: StepInFlight, now_s: float) -> bool:
+    def _send(self, step: StepInFlight, now_s: float) -> bool:
         """Returns False if the first stage does not take it yet. Raises UnsendableError."""
         left_ms = max(1, int((step.planned_s + self._step_deadline_s - now_s) * 1000))
         header = step_header(step.plan, self._client.router_term, left_ms)
@@ -130,7 +129,7 @@ class StepFlow:
             message = step_message(step.plan)
         except Exception as error:  # one request's numbers do not fit it
             raise UnsendableError(f"the step cannot be put into a message: {error}") from error
-        if not self._client.send_step(pipeline, message, header):
+        if not self._client.send_step(step.plan.pipeline, message, header):
             return False
         step.sent_s = now_s
         return True
@@ -181,7 +180,7 @@ class StepFlow:
     @property
     def unsent(self) -> set[PipelineId]:
         """Returns pipelines with a step that their first stage has not taken yet."""
-        return {pipeline for pipeline, waiting in self._unsent.items() if waiting}
+        return {step.plan.pipeline for step in self.scheduler.steps_in_flight if step.sent_s is None}
 
     def check_deadlines(self, now_s: float) -> list[PipelineId]:
         """Fails the steps whose time is up."""

@@ -184,9 +184,7 @@ class Request:
         if self.step is not None or self.block_table:
             raise ValueError(f"request {self.request_id} still holds a step or blocks")
         self._move({RequestState.RUNNING}, RequestState.WAITING)
-        self.pipeline, self.sequence_id = None, None
-        self._forget_cache()
-        self.queued_s = now_s
+        self.start_over(now_s)
 
     def start_over(self, now_s: float) -> None:
         """-> WAITING, whatever it holds: its pipeline's blocks do not add up, and are given up as a whole."""
