@@ -32,7 +32,7 @@ from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
 from services.router.front.http.answers import ConnectionLimits
 from services.router.front.http.cross_origin import OriginPolicy, is_loopback_name
-from services.router.front.http.server import FrontServer
+from services.router.front.http.server import FrontConfig, FrontServer
 from services.router.front.metrics import ConnectionMetrics
 from services.router.front.registry import RequestRegistry
 from services.router.front.routes import create_app
@@ -97,9 +97,8 @@ async def serve(settings: Settings) -> None:
         mesh, mailbox, context_tokens, time.monotonic, max_waiting=settings.max_waiting, takes_over=takes_over
     )
     registry = _registry(mesh, storage.journal)
-    origins = _origins(settings, listener)
-    front = _front_settings(settings, model)
-    app = create_app(engine, tokenizer, front, registry, journal=storage.journal, origins=origins)
+    front = _front_settings(settings, model, listener)
+    app = create_app(engine, tokenizer, front, registry, journal=storage.journal)
     requests: RequestRegistry = app.state.requests
     requests.refuse_set_aside = storage.set_aside.refuse
     requests.attend_restored = storage.attention.restoring
@@ -265,7 +264,7 @@ def _registry(mesh: MeshLoop, journal: Journal | None) -> CollectorRegistry:
     return registry
 
 
-def _front_settings(settings: Settings, model: Model) -> FrontSettings:
+def _front_settings(settings: Settings, model: Model, listener: socket.socket) -> FrontSettings:
     return FrontSettings(
         served_name=model.served_name,
         max_body_bytes=settings.max_body_bytes,
@@ -274,6 +273,7 @@ def _front_settings(settings: Settings, model: Model) -> FrontSettings:
         retention_s=settings.journal_retention_s,
         max_kept_requests=settings.journal_max_requests,
         max_kept_bytes=settings.journal_max_bytes,
+        origins=_origins(settings, listener),
     )
 
 
@@ -286,10 +286,8 @@ def _server(
         # Clients get a third: the rest is for nodes (five for each), the journal, and what is being refused or closed.
         max_connections=max(1, min(settings.max_connections, descriptor_limit() // 3)),
     )
-    metrics = ConnectionMetrics(registry)
-    return FrontServer(
-        app, requests.release, requests.give_up, may_finish, limits, metrics, app.state.refuse_connection
-    )
+    config = FrontConfig(app, limits, ConnectionMetrics(registry), app.state.refuse_connection)
+    return FrontServer(config, requests.release, requests.give_up, may_finish)
 
 
 def _context_tokens(settings: Settings, model: Model) -> int:

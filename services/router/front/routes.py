@@ -7,8 +7,11 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import asdict
+from functools import wraps
+from typing import Any
 from weakref import WeakValueDictionary
 
 from fastapi import FastAPI
@@ -26,11 +29,11 @@ from services.router.front.http.answers import (
     log_error,
     refuse_connection,
 )
-from services.router.front.http.cross_origin import CrossOriginMiddleware, OriginPolicy
 from services.router.front.http.exchange import (
     REQUEST_ID_SCOPE,
     BodyBudget,
     ClientGoneError,
+    CrossOriginMiddleware,
     EventStreamResponse,
     ExchangeMiddleware,
     HeldBody,
@@ -80,14 +83,13 @@ def create_app(
     journal: RequestJournal | None = None,
     wall_clock: Callable[[], float] = time.time,
     random_bits: Callable[[int], int] = secrets.randbits,
-    origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
 ) -> FastAPI:
     """Returns the application, to be run by an ASGI server. `registry` gets the front's metrics and is what /metrics
     shows.
 
-    `wall_clock` (Unix seconds) stamps replies; `random_bits` makes seeds for requests without one; `origins` says which
-    web pages may ask. Whoever runs it restores, releases and closes `app.state.requests`;
-    `app.state.refuse_connection` is what answers where there are too many connections.
+    `wall_clock` (Unix seconds) stamps replies; `random_bits` makes seeds for requests without one. Whoever runs it
+    restores, releases and closes `app.state.requests`; `app.state.refuse_connection` is what answers where there are
+    too many connections.
     """
     kept = NoJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
@@ -99,9 +101,17 @@ def create_app(
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
     # Pages may read such a refusal too, and it counts like any answer.
-    app.state.refuse_connection = ExchangeMiddleware(CrossOriginMiddleware(refuse_connection, origins), metrics)
-    app.add_middleware(CrossOriginMiddleware, policy=origins)
+    app.state.refuse_connection = ExchangeMiddleware(
+        CrossOriginMiddleware(refuse_connection, settings.origins), metrics
+    )
+    app.add_middleware(CrossOriginMiddleware, policy=settings.origins)
     app.add_middleware(ExchangeMiddleware, metrics=metrics)  # around the other: refusals have an id and count too
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    _add_routes(app, generation, operators)
+    return app
+
+
+def _add_routes(app: FastAPI, generation: GenerationRoutes, operators: _Operators) -> None:
     for method, path, handler in (
         ("POST", "/v1/completions", generation.complete),
         ("POST", "/v1/chat/completions", generation.chat),
@@ -117,9 +127,24 @@ def create_app(
     ):
         # HEAD is answered wherever GET is (RFC 9110, 9.1); the server keeps the body back.
         methods = ["GET", "HEAD"] if method == "GET" else [method]
-        app.add_api_route(path, handler, methods=methods, response_model=None)
-    app.add_exception_handler(HTTPException, answer_http_exception)
-    return app
+        app.add_api_route(path, _answering_errors(handler), methods=methods, response_model=None)
+
+
+def _answering_errors(handler: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    """Wraps a handler: what it raises is answered as an error of OpenAI's, unless the client is gone."""
+
+    @wraps(handler)
+    async def answer(*arguments: Any, **path_parameters: Any) -> Response:
+        try:
+            return await handler(*arguments, **path_parameters)
+        except ClientDisconnect as error:
+            raise ClientGoneError from error
+        except ClientGoneError:
+            raise
+        except Exception as error:
+            return error_answer(error)
+
+    return answer
 
 
 class GenerationRoutes:
@@ -153,34 +178,23 @@ class GenerationRoutes:
 
     async def show_request(self, request: Request, request_id: str) -> Response:
         """Shows its state, the tokens so far, and the whole reply once there is one. Asking counts as being there."""
-        try:
-            async with self._requests.attach(await self._requests.find(_tenant(request), request_id)) as reader:
-                return json_answer(self._sender.state(reader))
-        except Exception as error:
-            return error_answer(error)
+        async with self._requests.attach(await self._requests.find(_tenant(request), request_id)) as reader:
+            return json_answer(self._sender.state(reader))
 
     async def stream_request(self, request: Request, request_id: str) -> Response:
         """Streams the events of a request after those that the client has."""
-        try:
-            live = await self._requests.find(_tenant(request), request_id)
-            with self._requests.awake(live):
-                received = parse_event_id(_last_event_id(request), len(live.choices))
-                if request.method == "HEAD":
-                    return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
-                self._metrics.reattached.inc()
-                return await run_while_connected(self._send(live, True, received, has_come_back=True), request.receive)
-        except ClientGoneError:
-            raise
-        except Exception as error:
-            return error_answer(error)
+        live = await self._requests.find(_tenant(request), request_id)
+        with self._requests.awake(live):
+            received = parse_event_id(_last_event_id(request), len(live.choices))
+            if request.method == "HEAD":
+                return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
+            self._metrics.reattached.inc()
+            return await run_while_connected(self._send(live, True, received, has_come_back=True), request.receive)
 
     async def cancel_request(self, request: Request, request_id: str) -> Response:
         """Takes it out of the mesh and forgets it, in the journal too before this answers."""
-        try:
-            live = await self._requests.find(_tenant(request), request_id)
-            await self._requests.delete(live)
-        except Exception as error:
-            return error_answer(error)
+        live = await self._requests.find(_tenant(request), request_id)
+        await self._requests.delete(live)
         return json_answer({"id": live.reply_id, "object": "moemesh.request.deleted", "deleted": True})
 
     async def _generate(self, request: Request, route: str) -> Response:
@@ -190,54 +204,40 @@ class GenerationRoutes:
             body = await read_body(request, self._max_body_bytes, held)
             work = self._accept(route, body, identity, _last_event_id(request), held)
             return await run_while_connected(work, request.receive)
-        except ClientDisconnect as error:
-            raise ClientGoneError from error
-        except ClientGoneError:
-            raise
-        except Exception as error:
-            return error_answer(error)
         finally:
             held.release()
 
     async def _accept(
         self, route: str, body: bytes, identity: ClientIdentity, last_event_id: str | None, held_body: HeldBody
     ) -> Response:
-        key = identity.idempotency_key
-        if key is None:
-            return await self._begin(route, body, identity, "", held_body)
-        said = await self._planner.hash(route, body)
-        # Two requests with one key at a time: the second one is to find the first.
-        lock = self._key_locks.setdefault((identity.tenant, key), asyncio.Lock())
-        async with AsyncExitStack() as held:
-            await held.enter_async_context(lock)
-            live = await self._requests.find_by_key(identity, said)
-            if live is None:
-                return await self._begin(route, body, identity, said, held_body, held)
+        live, is_found = await self._find_or_begin(route, body, identity)
+        # Nothing is waited for until it has a reader: without one nobody would end a request that was begun.
         with self._requests.awake(live):
             held_body.release()
-            self._metrics.reattached.inc()
             is_stream = live.planned.fields.stream is True
-            received = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
+            received = None
+            if is_found:
+                self._metrics.reattached.inc()
+                received = parse_event_id(last_event_id, len(live.choices)) if is_stream else None
             return await self._send(live, is_stream, received)
 
-    async def _begin(
-        self,
-        route: str,
-        body: bytes,
-        identity: ClientIdentity,
-        said: str,
-        held_body: HeldBody,
-        held: AsyncExitStack | None = None,
-    ) -> Response:
+    async def _find_or_begin(self, route: str, body: bytes, identity: ClientIdentity) -> tuple[LiveRequest, bool]:
+        """Returns the request, and whether it was found by its key."""
+        if identity.idempotency_key is None:
+            return await self._begin(route, body, identity, ""), False
+        said = await self._planner.hash(route, body)
+        # Two requests with one key at a time: the second one is to find the first.
+        async with self._key_locks.setdefault((identity.tenant, identity.idempotency_key), asyncio.Lock()):
+            found = await self._requests.find_by_key(identity, said)
+            if found is not None:
+                return found, True
+            return await self._begin(route, body, identity, said), False
+
+    async def _begin(self, route: str, body: bytes, identity: ClientIdentity, said: str) -> LiveRequest:
         reply_id = f"{ID_PREFIXES[route]}{uuid.uuid4().hex}"
         drawn = ReplyIdentity(reply_id, int(self._wall_clock()), self._random_bits(63))
         planned = await self._planner.read(route, body, drawn)
-        live = await self._requests.admit(planned, identity, body, said)
-        held_body.release()
-        if held is not None:
-            await held.aclose()
-        # Nothing has waited since: a request that was begun has a reader, or nobody would end it.
-        return await self._send(live, planned.fields.stream is True, None)
+        return await self._requests.admit(planned, identity, body, said)
 
     async def _send(
         self, live: LiveRequest, is_stream: bool, received: tuple[int, ...] | None, has_come_back: bool = False
@@ -384,7 +384,7 @@ class _Operators:
 
     async def show_model(self, model_id: str) -> Response:
         if model_id != self._settings.served_name:
-            return error_answer(UnknownModelError(f"the model `{model_id}` is not served here", "model"))
+            raise UnknownModelError(f"the model `{model_id}` is not served here", "model")
         return json_answer(self._model())
 
     async def show_health(self) -> Response:
@@ -392,19 +392,13 @@ class _Operators:
         return json_answer({"status": "alive"})
 
     async def show_readiness(self) -> Response:
-        """Says whether a request would be accepted and a token can be made end to end; 503 and what is missing if
-        not."""
+        """Says whether a request would be accepted and a token can be made end to end; if not, with status 503 and what
+        is missing."""
         readiness = self._engine.readiness()
         if (trouble := self._journal.trouble()) is not None:
             detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"
             readiness = Readiness(False, detail, (*readiness.missing, trouble), readiness.warnings)
-        body = {
-            "ready": readiness.ready,
-            "detail": readiness.detail,
-            "missing": list(readiness.missing),
-            "warnings": list(readiness.warnings),
-        }
-        return json_answer(body, 200 if readiness.ready else 503)
+        return json_answer(asdict(readiness), 200 if readiness.ready else 503)
 
     async def show_mesh(self) -> Response:
         """Says which process holds what."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from services.router.front.http.cross_origin import OriginPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +31,5 @@ class FrontSettings:
     """So many resumable and idempotent requests are kept, under way or ended; the next one is refused with 429."""
     max_kept_bytes: int = 256 << 20
     """So many bytes of them are kept, and as many of plain ones, while they are under way."""
+    origins: OriginPolicy = field(default_factory=OriginPolicy)
+    """It says which web pages may ask."""

@@ -70,7 +70,7 @@ class Connection(asyncio.Transport):
         self.is_closed = False
         self.is_cut = False
         self.may_answer = asyncio.Event()
-        config = FrontConfig(self.app, limits, metrics, log_config=None, interface="asgi3")
+        config = FrontConfig(self.app, limits, metrics)
         loop: Any = self.timers
         self.protocol = FrontProtocol(config, among or ServerState(), {}, _loop=loop)
         self.protocol.connection_made(self)

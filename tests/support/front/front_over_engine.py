@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from services.router.front.http.cross_origin import OriginPolicy
 from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
@@ -29,7 +28,6 @@ class Server:
         self,
         tokenizer: TextTokenizer,
         script: list[Step] | None = None,
-        origins: OriginPolicy = OriginPolicy(),  # noqa: B008  # it cannot be changed
         **settings: Any,
     ) -> None:
         said = [*tokenizer.encode(TEXT), EOS]
@@ -43,7 +41,6 @@ class Server:
             self.registry,
             wall_clock=lambda: 1000.9,
             random_bits=lambda number: 7,
-            origins=origins,
         )
 
     def start(self, path: str, **fields: Any) -> Exchange:

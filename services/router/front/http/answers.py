@@ -135,17 +135,14 @@ async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
+    """Returns the answer to what is no request, or to what goes beyond a limit; the connection is closed after it."""
     sentences = {
         http.HTTPStatus.REQUEST_TIMEOUT: f"a request's head must come within {limits.head_s:g} s, and its body without "
         f"a pause of more than {limits.body_silence_s:g} s and within {limits.body_s:g} s",
         http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"a request's head may have {limits.max_head_bytes} bytes",
     }
     sentence = sentences.get(status, "this is not an HTTP/1.1 request")
-    return _whole_answer(status, InvalidRequestError(sentence))
-
-
-def bad_request(error: InvalidRequestError) -> bytes:
-    return _whole_answer(http.HTTPStatus.BAD_REQUEST, error)
+    return whole_answer(status, InvalidRequestError(sentence))
 
 
 def refuse_unread(transport: asyncio.Transport) -> None:
@@ -155,11 +152,12 @@ def refuse_unread(transport: asyncio.Transport) -> None:
         with contextlib.suppress(OSError):
             os.read(connection.fileno(), MAX_REFUSED_BYTES)
     error = OverloadedError(_TOO_MANY, retry_after_s=1)
-    transport.write(_whole_answer(http.HTTPStatus.SERVICE_UNAVAILABLE, error, "retry-after: 1\r\n"))
+    transport.write(whole_answer(http.HTTPStatus.SERVICE_UNAVAILABLE, error, "retry-after: 1\r\n"))
     transport.close()
 
 
-def _whole_answer(status: http.HTTPStatus, error: Exception, headers: str = "") -> bytes:
+def whole_answer(status: http.HTTPStatus, error: Exception, headers: str = "") -> bytes:
+    """Returns the bytes of an answer after which the connection is closed; `headers` are lines of its head."""
     body = encode_json(error_body(error))
     head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n{headers}"
     return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body

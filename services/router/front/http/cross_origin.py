@@ -3,7 +3,7 @@ says to 127.0.0.1 too, and only keeps the answer from it (https://fetch.spec.wha
 
 A page of another origin is served if it is in CORS_ORIGINS. A page may also have its own name point to 127.0.0.1, and
 is of the same origin then (DNS rebinding): a server that listens on loopback serves names of loopback and
-ALLOWED_HOSTS.
+ALLOWED_HOSTS. Pure.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from common.errors import ForbiddenError
-from services.router.front.http.answers import error_answer
 
 ANY = "*"
-_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
-_EXPOSED = "x-request-id, moemesh-request-id, retry-after"
-_ASKED_METHOD = "access-control-request-method"
-_PREFLIGHT_SECONDS = "600"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -91,49 +82,3 @@ def is_same_origin(origin: str, host: str) -> bool:
     except ValueError:  # a port that is none
         return False
     return bool(page.hostname) and default_port is not None and page.hostname == asked.hostname and ports[0] == ports[1]
-
-
-class CrossOriginMiddleware:
-    """Answers preflights and refusals itself, and lets the answers to allowed pages be read by them."""
-
-    def __init__(self, app: ASGIApp, policy: OriginPolicy) -> None:
-        self._app = app
-        self._policy = policy
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        origin = headers.get("origin")
-
-        async def send_readable(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                answer = MutableHeaders(scope=message)
-                answer.add_vary_header("Origin")  # also where there is none: a cache may ask in the name of others
-                if origin is not None and self._policy.allows(origin):
-                    answer["access-control-allow-origin"] = ANY if ANY in self._policy.origins else origin
-                    answer["access-control-expose-headers"] = _EXPOSED
-            await send(message)
-
-        try:
-            self._policy.check(headers)
-        except ForbiddenError as error:
-            await error_answer(error)(scope, receive, send_readable)
-            return
-        is_preflight = origin is not None and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers
-        await (_preflight_answer(headers) if is_preflight else self._app)(scope, receive, send_readable)
-
-
-def _preflight_answer(headers: Headers) -> Response:
-    allowed = {
-        "access-control-allow-methods": _METHODS,
-        "access-control-max-age": _PREFLIGHT_SECONDS,
-        "vary": "Access-Control-Request-Headers",
-    }
-    if asked := headers.get("access-control-request-headers"):
-        # SDKs send a dozen of their own; none of them lets a page do more than the methods do.
-        allowed["access-control-allow-headers"] = asked
-    if headers.get("access-control-request-private-network") == "true":
-        allowed["access-control-allow-private-network"] = "true"
-    return Response(status_code=204, headers=allowed)

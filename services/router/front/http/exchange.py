@@ -1,4 +1,5 @@
-"""ASGI's side of a request: its body with a bound, its client's going away, its answer's status for the metrics."""
+"""ASGI's side of a request: its body with a bound, its client's going away, which pages may read its answer, and that
+answer's status for the metrics."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import structlog
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import OverloadedError, RequestTooLargeError, UnsupportedEncodingError
+from common.errors import ForbiddenError, OverloadedError, RequestTooLargeError, UnsupportedEncodingError
+from services.router.front.http.answers import error_answer
+from services.router.front.http.cross_origin import OriginPolicy
 from services.router.front.metrics import FrontMetrics
 
 Result = TypeVar("Result")
@@ -25,6 +28,10 @@ REQUEST_ID_SCOPE = "moemesh.request_id"
 """Where the id of a request stands in its scope."""
 _CLIENT_CLOSED_STATUS = 499
 """nginx's number for a client that did not wait for the answer; it is only counted, never sent."""
+_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
+_EXPOSED = "x-request-id, moemesh-request-id, retry-after"
+_ASKED_METHOD = "access-control-request-method"
+_PREFLIGHT_SECONDS = "600"
 
 
 class ClientGoneError(Exception):
@@ -150,6 +157,52 @@ class EventStreamResponse(Response):
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class CrossOriginMiddleware:
+    """Answers preflights and refusals itself, and lets the answers to allowed pages be read by them."""
+
+    def __init__(self, app: ASGIApp, policy: OriginPolicy) -> None:
+        self._app = app
+        self._policy = policy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+
+        async def send_readable(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                answer.add_vary_header("Origin")  # also where there is none: a cache may ask in the name of others
+                if origin is not None and self._policy.allows(origin):
+                    answer["access-control-allow-origin"] = "*" if "*" in self._policy.origins else origin
+                    answer["access-control-expose-headers"] = _EXPOSED
+            await send(message)
+
+        try:
+            self._policy.check(headers)
+        except ForbiddenError as error:
+            await error_answer(error)(scope, receive, send_readable)
+            return
+        is_preflight = origin is not None and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers
+        await (_preflight_answer(headers) if is_preflight else self._app)(scope, receive, send_readable)
+
+
+def _preflight_answer(headers: Headers) -> Response:
+    allowed = {
+        "access-control-allow-methods": _METHODS,
+        "access-control-max-age": _PREFLIGHT_SECONDS,
+        "vary": "Access-Control-Request-Headers",
+    }
+    if asked := headers.get("access-control-request-headers"):
+        # SDKs send a dozen of their own; none of them lets a page do more than the methods do.
+        allowed["access-control-allow-headers"] = asked
+    if headers.get("access-control-request-private-network") == "true":
+        allowed["access-control-allow-private-network"] = "true"
+    return Response(status_code=204, headers=allowed)
 
 
 class ExchangeMiddleware:

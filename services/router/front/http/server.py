@@ -23,11 +23,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from common.errors import InvalidRequestError
 from services.router.front.http.answers import (
     ConnectionLimits,
-    bad_request,
     closing_if_unread,
     refusal,
     refuse_connection,
     refuse_unread,
+    whole_answer,
     without_chunks,
 )
 from services.router.front.metrics import ConnectionMetrics
@@ -54,13 +54,23 @@ class FrontConfig(uvicorn.Config):
     def __init__(
         self,
         app: ASGIApp,
-        limits: ConnectionLimits,
+        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
         metrics: ConnectionMetrics | None = None,
         refusing_app: ASGIApp = refuse_connection,
-        **settings: Any,
     ) -> None:
         """`refusing_app` answers in place of `app` where there is one connection too many."""
-        super().__init__(app, http=FrontProtocol, timeout_keep_alive=limits.keep_alive_s, **settings)  # type: ignore[arg-type]
+        super().__init__(
+            app,
+            http=FrontProtocol,
+            ws="none",  # no route speaks it, and its connections would have other limits
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=int(CUT_S),
+            server_header=False,
+            backlog=ACCEPTED_AT_ONCE,
+        )
         self.limits = limits
         self.metrics = ConnectionMetrics(CollectorRegistry()) if metrics is None else metrics
         self.refusing_app = refusing_app
@@ -177,7 +187,7 @@ class FrontProtocol(HttpToolsProtocol):
         try:
             self.headers[:] = with_one_host(self.parser.get_http_version(), self.url, self.headers)
         except InvalidRequestError as error:
-            self._refusal = bad_request(error)
+            self._refusal = whole_answer(http.HTTPStatus.BAD_REQUEST, error)
             raise httptools.HttpParserError from error
         super().on_headers_complete()  # raises for a head that asks for nothing
         self._is_in_head, self._awaits_body = False, True
@@ -349,30 +359,14 @@ class FrontServer(uvicorn.Server):
 
     def __init__(
         self,
-        app: ASGIApp,
+        config: FrontConfig,
         on_shutdown: Callable[[], None],
         give_up: Callable[[], None] = lambda: None,
         may_finish: Callable[[], bool] = lambda: True,
-        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
-        metrics: ConnectionMetrics | None = None,
-        refusing_app: ASGIApp = refuse_connection,
     ) -> None:
         """`give_up` is to end what is still under way after PATIENCE_S, or once `may_finish` says that nothing more
-        comes. `refusing_app` answers where there is one connection too many."""
-        super().__init__(
-            FrontConfig(
-                app,
-                limits,
-                metrics,
-                refusing_app,
-                ws="none",  # no route speaks it, and its connections would have other limits
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=int(CUT_S),
-                server_header=False,
-                backlog=ACCEPTED_AT_ONCE,
-            )
-        )
+        comes."""
+        super().__init__(config)
         self._on_shutdown = on_shutdown
         self._give_up = give_up
         self._may_finish = may_finish
