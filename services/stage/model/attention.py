@@ -25,7 +25,7 @@ from services.stage.model.paged_attention import LayerKvCache, paged_attention, 
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """float32 [N/2]. Sources: linear interpolation, YaRN (arXiv 2309.00071), Llama 3.1; as in transformers."""
+    """Returns float32 [N/2]. Sources: linear interpolation, YaRN (arXiv 2309.00071), Llama 3.1; as in transformers."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / (config.theta**exponents)
     if config.kind == "linear":
@@ -80,7 +80,7 @@ class RotaryTable:
         dtype: torch.dtype,
         device: torch.device = HOST_MEMORY,
     ) -> None:
-        """Computed on the host, kept on `device`: its functions of angles may round otherwise."""
+        """Computes it on the host and keeps it on `device`: its functions of angles may round otherwise."""
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse_frequencies(config, head_dim)
         cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
         self.cos = torch.cat((cos, cos), dim=-1).to(dtype).to(device)
@@ -88,7 +88,7 @@ class RotaryTable:
         self.signed_sin = torch.cat((-sin, sin), dim=-1).to(dtype).to(device)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, N] for positions [T]."""
+        """Returns cos and signed sin [T, N] for positions [T]."""
         return self.cos[positions], self.signed_sin[positions]
 
 
@@ -109,7 +109,7 @@ class AttentionHeads:
     kernels: NativeKernels | None
 
     def __call__(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
-        """x [T, D] -> [T, H * N]; K and V go into the cache first, so that the tokens attend to themselves."""
+        """Turns x [T, D] into [T, H * N]; K and V go into the cache first, so that the tokens attend to themselves."""
         num_tokens = x.shape[0]
         rotated_heads = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(num_tokens, rotated_heads + self.num_kv_heads, self.head_dim)
@@ -145,7 +145,7 @@ class Attention:
     """[T, heads of this rank * N] -> [T, D]."""
 
     def __call__(self, x: Tensor, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache) -> Tensor:
-        """x [T, D] -> [T, D], the same on every rank. `cache`: of this rank's KV heads."""
+        """Turns x [T, D] into [T, D], the same on every rank. `cache`: of this rank's KV heads."""
         if len(self.parts) == 1:
             return self.output(self.parts[0](x, batch, rotary, cache))
         caches = [cache.of_heads(part.kv_heads.start, part.kv_heads.stop) for part in self.parts]
@@ -154,5 +154,5 @@ class Attention:
 
 
 def repeat_norm_weights(query_norm: Tensor, key_norm: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
-    """[N] and [N] -> [H + Hkv, N], so that queries and keys are normed in one call."""
+    """Returns [H + Hkv, N] of [N] and [N], so that queries and keys are normed in one call."""
     return torch.cat((query_norm.expand(num_heads, -1), key_norm.expand(num_kv_heads, -1))).contiguous()

@@ -43,7 +43,7 @@ class OnItsWay(Protocol):
     """What a forward pass waits for that no message brings: its own device."""
 
     def is_ready(self) -> bool:
-        """Whether it can go on. Raises DeviceError, RuntimeError for a device that hangs or has failed."""
+        """Returns whether it can go on. Raises DeviceError, RuntimeError for a device that hangs or has failed."""
 
 
 class AskedElsewhere:
@@ -69,7 +69,7 @@ class Gate:
         self._row_sum: Callable[[Tensor], Tensor] = _row_sum if is_on_host else folded_sum
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T, D] -> experts int64 [T, K] by falling weight, weights float32 [T, K]."""
+        """Returns for hidden [T, D] the experts, int64 [T, K] by falling weight, and their weights, float32 [T, K]."""
         logits = self.linear(hidden)
         probabilities = self._softmax(logits.to(torch.float32))
         weights, experts = torch.topk(probabilities, self.num_experts_per_token, dim=-1)
@@ -97,11 +97,11 @@ class Norm:
     kernels: NativeKernels | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D]."""
+        """Norms x [T, D] row by row."""
         return rms_norm(x, self.weight, self.epsilon, kernels=self.kernels)
 
     def of_sum(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream with x added, and the norm of that, in one pass over memory."""
+        """Returns the residual stream with x added, and the norm of that, in one pass over memory."""
         return add_rms_norm(residual, x, self.weight, self.epsilon, kernels=self.kernels)
 
 
@@ -119,7 +119,7 @@ class DecoderLayer:
     def attend(
         self, x: Tensor, fed: Tensor | None, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache
     ) -> tuple[Tensor, Tensor]:
-        """The half of a layer that lies between two feed-forward networks.
+        """Computes the half of a layer that lies between two feed-forward networks.
 
         `x` is the residual stream [T, D], `fed` what the network before adds to it (None: there is none before).
         Returns the residual stream after attention, and its norm, which the next network gets.
@@ -146,7 +146,7 @@ class StageModel:
     is_first_rank: bool = True
 
     def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
-        """What leaves the stage: hidden states [T, D], on the last one logits [S, V] of the rows that sample.
+        """Computes what leaves the stage: hidden states [T, D], on the last one logits [S, V] of the rows that sample.
 
         `caches`, of this rank's KV heads, are on the device. Raises RankLostError where a layer is cut over ranks.
         """
@@ -182,7 +182,8 @@ class StageModel:
         return self.device.to_device(answer)[0]
 
     def _to_host(self, *tensors: Tensor) -> Generator[OnItsWay, None, tuple[Tensor, ...]]:
-        """What goes out, as the host has it once the device is as far. Of ranks other than the first nothing does."""
+        """Returns what goes out, as the host has it once the device is as far. Of ranks other than the first nothing
+        does."""
         if self.device.is_host or not self.is_first_rank:
             return tensors
         download = self.device.begin_download(*tensors)

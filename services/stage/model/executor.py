@@ -72,7 +72,7 @@ class Executor:
         memory: PagedMemory,
         lead: Callable[[ForwardPass, MicroBatch], ForwardPass] = lambda forward, batch: forward,
     ) -> None:
-        """`lead`: a forward pass so that it takes along those of the stage's other ranks, where there are any."""
+        """`lead` makes a forward pass one that takes along those of the stage's other ranks, where there are any."""
         self._model = model
         self._memory = memory
         self._lead = lead
@@ -83,16 +83,16 @@ class Executor:
 
     @property
     def has_work(self) -> bool:
-        """Whether `run_one` might do something."""
+        """Returns whether `run_one` might do something."""
         return bool(self._runnable or self._on_device)
 
     @property
     def num_running(self) -> int:
-        """Batches here, computing or waiting."""
+        """Returns how many batches are here, computing or waiting."""
         return len(self._running)
 
     def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
-        """Take in a micro-batch; it runs when its turn comes."""
+        """Adds a micro-batch; it runs when its turn comes."""
         running = RunningBatch(step, header, deadline_s, batch, self._forward(batch))
         self._running.add(running)
         self._runnable.append((running, None))
@@ -101,14 +101,14 @@ class Executor:
         return self._lead(self._model.forward(batch, self._memory.caches), batch)
 
     def resume(self, running: RunningBatch, answer: Tensor) -> None:
-        """Give a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""
+        """Gives a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""
         if running in self._running:
             self._runnable.append((running, answer))
 
     def run_one(self) -> WantsExperts | Finished | Broken | None:
-        """Drive the batch that has waited longest until it wants experts, ends or breaks. None: it waits for the device
+        """Runs the batch that has waited longest until it wants experts, ends or breaks. None: it waits for the device
         now, or all do."""
-        able = self._take_able()
+        able = self._next_able()
         if able is None:
             return None
         running, answer = able
@@ -130,8 +130,9 @@ class Executor:
         self._on_device.append((running, wanted))
         return None
 
-    def _take_able(self) -> tuple[RunningBatch, Tensor | None] | None:
-        """What the device has is sent at once: others wait for it elsewhere. Then the device gets more to do."""
+    def _next_able(self) -> tuple[RunningBatch, Tensor | None] | None:
+        """Returns who runs next. What the device has is sent at once: others wait for it elsewhere. Then the device
+        gets more to do."""
         for number, (running, awaited) in enumerate(self._on_device):
             if awaited.is_ready():
                 del self._on_device[number]
@@ -139,14 +140,15 @@ class Executor:
         return self._runnable.popleft() if self._runnable else None
 
     def drop(self, running: RunningBatch) -> None:
-        """End a batch whose step has failed."""
+        """Ends a batch whose step has failed."""
         self._running.discard(running)
         self._runnable = deque(entry for entry in self._runnable if entry[0] is not running)
         self._on_device = deque(entry for entry in self._on_device if entry[0] is not running)
         running.forward.close()
 
     def self_test(self) -> None:
-        """One token through all layers, experts answering zero. Raises ValueError if what comes out is not finite."""
+        """Runs one token through all layers, experts answering zero. Raises ValueError if what comes out is not
+        finite."""
         probe = _probe_batch(self._model, self._memory.num_blocks)
         forward = self._forward(probe)
         with torch.inference_mode():
@@ -162,7 +164,8 @@ class Executor:
 
 
 def _probe_batch(model: StageModel, block: int) -> MicroBatch:
-    """Token 0 at position 0 in a block that no sequence uses: the memory may hold what must not be lost."""
+    """Makes a batch of token 0 at position 0 in a block that no sequence uses: the memory may hold what must not be
+    lost."""
     hidden = torch.zeros(1, dtype=torch.int64)
     if model.embedding is None:
         norm = model.layers[0].input_norm.weight

@@ -39,12 +39,12 @@ class KvShape:
 
     @property
     def row_values(self) -> int:
-        """Values of one position's K."""
+        """Returns the number of values of one position's K."""
         return self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
     def num_bytes(self) -> int:
-        """Of K and V together."""
+        """Returns the bytes of K and V together."""
         return 2 * self.row_values * self.num_blocks * KV_BLOCK_TOKENS * self.dtype.itemsize
 
 
@@ -55,19 +55,19 @@ class KvStore(Protocol):
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """What this process's forward pass reads and writes, one a layer."""
+        """Returns what this process's forward pass reads and writes, one a layer."""
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [T] -> copies of K and V there, [L, T, H, W] each."""
+        """Returns copies of K and V at positions int64 [T], [L, T, H, W] each."""
 
     def put_rows(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write what `rows` gave elsewhere."""
+        """Writes what `rows` gave elsewhere."""
 
     def blocks(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B] -> copies of whole blocks as they lie in memory, [L, B, H * W * KV_BLOCK_TOKENS] each."""
+        """Returns copies of whole blocks int64 [B] as they lie in memory, [L, B, H * W * KV_BLOCK_TOKENS] each."""
 
     def put_blocks(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write what `blocks` gave elsewhere."""
+        """Writes what `blocks` gave elsewhere."""
 
 
 class LocalKv:
@@ -84,7 +84,7 @@ class LocalKv:
 
     @classmethod
     def allocate(cls, shape: KvShape, kernels: NativeKernels | None = None, device: Device = HOST) -> LocalKv:
-        """Zeroed. Raises ValueError, RuntimeError for want of memory."""
+        """Returns zeroed K and V. Raises ValueError, RuntimeError for want of memory."""
         with torch.inference_mode(False):  # mirrors write to it outside of that mode
             caches = allocate_kv_cache(
                 shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.dtype, device.place
@@ -92,7 +92,7 @@ class LocalKv:
         return cls(shape, caches, kernels, device)
 
     def use_heads(self, heads: slice) -> None:
-        """This process's forward pass reads and writes these heads only; others the rest of the same memory."""
+        """Lets this process's forward pass read and write these heads only; others the rest of the same memory."""
         self.caches = [cache.of_heads(heads.start, heads.stop) for cache in self._whole]
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,52 +161,52 @@ class PagedMemory:
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """What this process's forward pass reads and writes, one a layer."""
+        """Returns what this process's forward pass reads and writes, one a layer."""
         return self.kv.caches
 
     @property
     def num_blocks(self) -> int:
-        """That the router may use."""
+        """Returns the number of blocks that the router may use."""
         return self.kv.shape.num_blocks - PROBE_BLOCKS
 
     @property
     def has_log(self) -> bool:
-        """The last stage of a pipeline needs none."""
+        """Returns whether there is a log: the last stage of a pipeline needs none."""
         return self.log.shape[0] > 0
 
     @property
     def num_bytes(self) -> int:
-        """Of K, V and the log."""
+        """Returns the bytes of K, V and the log."""
         return self.log.nbytes + self.kv.shape.num_bytes
 
     def log_hidden(self, positions: Tensor, hidden: Tensor) -> None:
-        """Remember the hidden states [T, D] that are sent on."""
+        """Remembers the hidden states [T, D] that are sent on."""
         if self.has_log:
             self.log.index_copy_(0, positions, hidden)
 
     def logged(self, positions: Tensor) -> Tensor:
-        """[T, D]: what was sent on for these positions."""
+        """Returns what was sent on for these positions, [T, D]."""
         return self.log.index_select(0, positions)
 
     def rows(self, positions: Tensor) -> Rows:
-        """A copy of what these positions hold."""
+        """Returns a copy of what these positions hold."""
         keys, values = self.kv.rows(positions)
         return Rows(keys, values, self.logged(positions) if self.has_log else self.log)
 
     def put_rows(self, positions: Tensor, rows: Rows) -> None:
-        """Write what `rows` gave elsewhere."""
+        """Writes what `rows` gave elsewhere."""
         self.kv.put_rows(positions, rows.keys, rows.values)
         if self.has_log and rows.hidden.shape[0]:
             self.log_hidden(positions, rows.hidden)
 
     def blocks(self, block_ids: Tensor) -> Blocks:
-        """A copy of whole blocks."""
+        """Returns a copy of whole blocks."""
         keys, values = self.kv.blocks(block_ids)
         log = self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block()
         return Blocks(keys, values, log)
 
     def put_blocks(self, block_ids: Tensor, blocks: Blocks) -> None:
-        """Write what `blocks` gave elsewhere."""
+        """Writes what `blocks` gave elsewhere."""
         self.kv.put_blocks(block_ids, blocks.keys, blocks.values)
         if self.has_log and blocks.hidden.shape[0]:
             self._log_by_block().index_copy_(0, block_ids, blocks.hidden)
@@ -225,8 +225,8 @@ def allocate_paged_memory(
     with_log: bool,
     allocate_kv: Callable[[KvShape], KvStore] = LocalKv.allocate,
 ) -> PagedMemory:
-    """Zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises ValueError, and
-    what `allocate_kv` raises."""
+    """Returns zeroed memory for `num_blocks` of the router's blocks. `kv_shape`: KV heads, head width. Raises
+    ValueError, and what `allocate_kv` raises."""
     kv = allocate_kv(KvShape(num_layers, num_blocks + PROBE_BLOCKS, *kv_shape, dtype))
     num_positions = (num_blocks + PROBE_BLOCKS) * KV_BLOCK_TOKENS if with_log else 0
     return PagedMemory(kv, torch.zeros((num_positions, log_width), dtype=dtype))

@@ -43,7 +43,7 @@ def load_stage(
     device: Device = HOST,
     sharding: Sharding = ALONE,
 ) -> StageModel:
-    """Load what a role needs to `device`, where `weights` are wanted; of what is cut over ranks, one rank's part.
+    """Loads what a role needs to `device`, where `weights` are wanted; of what is cut over ranks, one rank's part.
 
     Raises CheckpointError for a tensor that is missing or has another shape.
     """
@@ -77,7 +77,7 @@ class PartLoader:
         self._collectives = sharding.collectives
 
     def layer(self, index: int) -> DecoderLayer:
-        """One whole layer of the model."""
+        """Loads one whole layer of the model."""
         prefix = f"model.layers.{index}"
         return DecoderLayer(
             index=index,
@@ -88,12 +88,12 @@ class PartLoader:
         )
 
     def norm(self, name: str) -> Norm:
-        """Every rank has all of it."""
+        """Loads a norm's weight, of which every rank has all."""
         weight = self._weights.tensor(f"{name}.weight", (self._config.hidden_size,))
         return Norm(weight, self._config.rms_norm_eps, self._kernels)
 
     def attention(self, layer: int) -> Attention:
-        """Projections of this rank's heads, and what makes the output of all of them."""
+        """Loads the projections of this rank's heads, and what makes the output of all of them."""
         config, parts = self._config, self._shard.parts
         width = config.num_heads * config.head_dim
         return Attention(
@@ -144,7 +144,7 @@ class PartLoader:
         )
 
     def dense(self, layer: int) -> GatedExpert | ShardedFeedForward:
-        """A feed-forward network without experts: whole, or this rank's columns of its linears."""
+        """Loads a feed-forward network without experts: whole, or this rank's columns of its linears."""
         width = self._config.dense_intermediate_size
         if self._shard.is_whole:
             gate, up = self._gate_and_up(layer, slice(0, width))
@@ -165,7 +165,7 @@ class PartLoader:
         return [self._weights.tensor(name, shape, rows=span) for name in names]
 
     def gate(self, layer: int) -> Gate | None:
-        """Which experts a token goes to; the first rank alone asks them."""
+        """Loads what says which experts a token goes to; the first rank alone asks them, and others get None."""
         if self._shard.rank > 0:
             return None
         config, prefix = self._config, f"model.layers.{layer}"
@@ -181,7 +181,7 @@ class PartLoader:
         )
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
-        """Token ids to rows of the table: this rank's columns of it, and of those all."""
+        """Loads this rank's columns of the table; what is returned turns token ids into rows of all columns."""
         config = self._config
         name, shape = embedding_name(config, self._weights), (config.vocab_size, config.hidden_size)
         spans = [part.even(config.hidden_size) for part in self._shard.parts]
@@ -189,14 +189,14 @@ class PartLoader:
         return self._columns([Embedding(table) for table in tables], config.hidden_size)
 
     def lm_head(self) -> Callable[[Tensor], Tensor]:
-        """This rank's tokens of the vocabulary, and of those all."""
+        """Loads this rank's tokens of the vocabulary; what is returned gives the logits of all."""
         return self._columns([self._tokens(part) for part in self._shard.parts], self._config.vocab_size)
 
     def _columns(self, parts: Sequence[Callable[[Tensor], Tensor]], num_columns: int) -> Callable[[Tensor], Tensor]:
         return parts[0] if self._shard.is_whole else ShardedColumns(tuple(parts), self._collectives, num_columns)
 
     def _tokens(self, part: TpShard) -> PackedLinear:
-        """All parts have one size, so the last ones may end in rows of 0."""
+        """Loads one part of the lm_head. All parts have one size, so the last ones may end in rows of 0."""
         config = self._config
         own = part.padded(config.vocab_size)
         rows = slice(min(own.start, config.vocab_size), min(own.stop, config.vocab_size))
@@ -208,8 +208,8 @@ class PartLoader:
         return PackedLinear(weight, kernels=self._kernels)
 
     def _second(self, name: str, width: int, spans: Sequence[slice], *, has_bias: bool) -> Callable[[Tensor], Tensor]:
-        """The linear that ends a half of a layer, [D, width]: output columns, or in `fast` what this rank's span of the
-        input, `spans` of its parts, adds to all of them."""
+        """Loads the linear that ends a half of a layer, [D, width]: output columns, or in `fast` what this rank's span
+        of the input, `spans` of its parts, adds to all of them."""
         shard, hidden_size = self._shard, self._config.hidden_size
         if shard.adds_partial_sums:
             (span,) = spans
@@ -234,5 +234,5 @@ class PartLoader:
 
 
 def _times(part: slice, width: int) -> slice:
-    """A part of heads as a part of rows."""
+    """Returns a part of heads as a part of rows."""
     return slice(part.start * width, part.stop * width)

@@ -48,7 +48,7 @@ class CountedTokens:
     """Tokens that have come up in one sequence: [*, 3] token id, times generated, 1 if in the prompt."""
 
     def __init__(self, rows: Int32Array) -> None:
-        """`rows`: each token once. ProtocolError if not."""
+        """`rows`: each token once. Raises ProtocolError if not."""
         self._row_of = {token_id: row for row, token_id in enumerate(rows[:, 0].tolist())}
         if len(self._row_of) != len(rows):
             raise ProtocolError("Step.token_counts names a token twice")
@@ -56,11 +56,11 @@ class CountedTokens:
 
     @property
     def rows(self) -> Int32Array:
-        """Of all tokens, in order of appearance."""
+        """Returns all tokens, in order of appearance."""
         return self._rows[: len(self._row_of)]
 
     def add(self, token_id: int) -> None:
-        """It was generated once more."""
+        """Counts a token that was generated once more."""
         row = self._row_of.setdefault(token_id, len(self._row_of))
         if row == len(self._rows):
             self._rows = np.concatenate((self._rows, np.zeros((max(64, row), 3), dtype=np.int32)))
@@ -92,12 +92,12 @@ class KeptAdjustments:
         return len(self._sequences)
 
     def release(self, sequence_ids: Iterable[int]) -> None:
-        """These have ended."""
+        """Forgets sequences that have ended."""
         for sequence_id in sequence_ids:
             self._sequences.pop(sequence_id, None)
 
     def count(self, sequence_ids: Iterable[int], token_ids: Iterable[int]) -> None:
-        """These tokens were sampled, one of each sequence."""
+        """Counts the tokens that were sampled, one of each sequence."""
         for sequence_id, token_id in zip(sequence_ids, token_ids, strict=True):
             kept = self._sequences.get(sequence_id)
             if kept is not None:
@@ -106,7 +106,8 @@ class KeptAdjustments:
                     kept.counts.add(token_id)
 
     def apply(self, step: Step, sequence_ids: Int64Array) -> LogitAdjustments | None:
-        """Take in what a step tells; what its rows [S], of these sequences, are adjusted by. None: by nothing.
+        """Applies what a step tells, and returns what its rows [S], of these sequences, are adjusted by. None: by
+        nothing.
 
         Raises ProtocolError, also where a row goes on that is not known here, or with another number of tokens.
         """
@@ -205,7 +206,7 @@ MAX_LOGIT = 1e8
 
 
 def adjusted_logits(logits: Tensor, adjustments: LogitAdjustments) -> Tensor:
-    """float32 [S, V] -> a new tensor of that kind with biases and penalties. Tokens outside [0, V) say nothing."""
+    """Returns float32 [S, V] like `logits`, with biases and penalties. Tokens outside [0, V) say nothing."""
     adjusted = logits.clone()
     within = adjustments.bias_places[:, 1] < logits.shape[1]
     rows, tokens = torch.from_numpy(adjustments.bias_places[within].T.copy())
@@ -219,7 +220,7 @@ def adjusted_logits(logits: Tensor, adjustments: LogitAdjustments) -> Tensor:
 
 
 def _penalise(adjusted: Tensor, counts: npt.NDArray[np.int64], adjustments: LogitAdjustments) -> None:
-    """In place. `counts` [H, 4], see LogitAdjustments."""
+    """Changes them in place. `counts` [H, 4], see LogitAdjustments."""
     row_numbers, times_generated = counts[:, 0], counts[:, 2]
     repetitions = np.clip(adjustments.repetition_penalties, 1 / MAX_LOGIT, MAX_LOGIT)[row_numbers]
     repetition = torch.from_numpy(repetitions.astype(np.float32))
@@ -237,7 +238,7 @@ def _penalise(adjusted: Tensor, counts: npt.NDArray[np.int64], adjustments: Logi
 
 
 def without_unlikely(scaled: Tensor, min_ps: npt.NDArray[np.float64]) -> Tensor:
-    """[S, V] with -inf where a token is less likely than the likeliest of its row times min_p [S]; 0: off."""
+    """Returns [S, V] with -inf where a token is less likely than the likeliest of its row times min_p [S]; 0: off."""
     if not min_ps.any():
         return scaled
     with np.errstate(divide="ignore"):

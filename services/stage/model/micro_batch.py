@@ -73,15 +73,15 @@ class BlockTables:
         return len(self._tables)
 
     def computed(self, step: Step) -> None:
-        """A step is through: its sequences have K and V up to the ends of its chunks."""
+        """Notes that a step is through: its sequences have K and V up to the ends of its chunks."""
         sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         for sequence_id, start, num_tokens, *_ in sequences.tolist():
             if sequence_id in self._tables:
                 self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
 
     def inherit(self, blocks: Iterable[int]) -> None:
-        """The memory is a copy of another holder's, and these blocks were copied: sequences have them whose tables come
-        with their next steps, which may be long after a mirror of this memory was filled."""
+        """Notes that the memory is a copy of another holder's, of which these blocks were copied: sequences have them
+        whose tables come with their next steps, which may be long after a mirror of this memory was filled."""
         self._inherited.update(blocks)
 
     def used_blocks(self) -> list[int]:
@@ -138,7 +138,7 @@ class BlockTables:
 def read_micro_batch(
     step: Step, hidden: Tensor, tables: BlockTables, adjustments: KeptAdjustments | None = None
 ) -> MicroBatch:
-    """Check a step and lay it out flat. `hidden` is its tensor as this stage takes it. Raises ProtocolError.
+    """Checks a step and lays it out flat. `hidden` is its tensor as this stage receives it. Raises ProtocolError.
 
     `adjustments`: what the last stage keeps of sequences' penalties and biases; others do not look at them.
     """
@@ -150,7 +150,7 @@ def read_micro_batch(
 
 
 def read_positions(step: Step, tables: BlockTables) -> Tensor:
-    """int64 [T]: where in paged memory a step's tokens stand, for a stage that does not compute it. Raises
+    """Returns int64 [T]: where in paged memory a step's tokens stand, for a stage that does not compute it. Raises
     ProtocolError."""
     sequences, block_tables = tables.apply(step)
     nothing = torch.zeros((int(sequences["num_tokens"].sum()), 0))

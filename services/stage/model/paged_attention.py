@@ -41,11 +41,11 @@ class LayerKvCache:
 
     @property
     def heads_between_blocks(self) -> int:
-        """KV heads from one block to the next: more than `keys` has where it is a view of some heads."""
+        """Returns the KV heads from one block to the next: more than `keys` has where it is a view of some heads."""
         return self.keys.stride(0) // (self.keys.shape[2] * KV_BLOCK_TOKENS)
 
     def of_heads(self, start: int, stop: int) -> LayerKvCache:
-        """A view of KV heads [start, stop)."""
+        """Returns a view of KV heads [start, stop)."""
         return LayerKvCache(self.keys[:, start:stop], self.values[:, start:stop])
 
 
@@ -73,7 +73,7 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device = HOST_MEMORY,
 ) -> list[LayerKvCache]:
-    """One cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
+    """Returns one cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"a KV cache is float32 or bfloat16, not {dtype}")
     return [
@@ -126,7 +126,8 @@ def write_kv(key: Tensor, value: Tensor, cache: LayerKvCache, slots: Tensor, *, 
 
 
 def _packed_heads(x: Tensor) -> Tensor:
-    """x [T, Hkv, d] as it is where a token's heads lie together, as in a slice of a fused projection; else a copy."""
+    """Returns x [T, Hkv, d] as it is where a token's heads lie together, as in a slice of a fused projection; else a
+    copy."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -142,7 +143,7 @@ def paged_attention(
     kernels: NativeKernels | None,
     host_positions: Tensor | None = None,
 ) -> Tensor:
-    """query [T, H, d] -> [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
+    """Turns query [T, H, d] into [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
 
     block_tables [S, max_blocks] int32: block of each KV_BLOCK_TOKENS positions of a sequence.
     row_sequence [T] int32: the row of block_tables of each token. positions [T] int32.
@@ -236,7 +237,7 @@ def attention_by_torch(
 
 
 def _tiles(positions: Tensor, tile_tokens: int, window: int) -> range:
-    """Those that any of the tokens at these positions sees."""
+    """Returns the tiles that any of the tokens at these positions sees."""
     first = max(0, int(positions.min()) - window + 1) if window > 0 else 0
     return range(first // tile_tokens, int(positions.max()) // tile_tokens + 1)
 
@@ -251,7 +252,8 @@ def _attend(
     window: int,
     tiles: range,
 ) -> Tensor:
-    """query [T, H, d] float32, tables [T, max_blocks], positions [T] -> [T, H, d], T being TORCH_TOKENS."""
+    """Turns query [T, H, d] float32, with tables [T, max_blocks] and positions [T], into [T, H, d], T being
+    TORCH_TOKENS."""
     kv_heads, tile_tokens = keys.shape[1], keys.shape[3]
     grouped = query.reshape(TORCH_TOKENS, kv_heads, -1, query.shape[2])  # [T, Hkv, G, d]
     starts = (positions - window + 1).clamp(min=0) if window > 0 else torch.zeros_like(positions)

@@ -68,7 +68,7 @@ def sample(logits: Tensor, columns: SamplingColumns) -> SampledTokens:
 
 
 def _draw(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> Tensor:
-    """Token ids int64 of the given rows."""
+    """Returns the token ids, int64, of the given rows."""
     temperatures = np.maximum(columns.temperatures[rows], MIN_TEMPERATURE).astype(np.float32)
     scaled = logits[torch.from_numpy(rows)] / torch.from_numpy(temperatures)[:, None]
     if columns.adjustments is not None:
@@ -98,7 +98,7 @@ def _filtered(scaled: Tensor, top_ks: npt.NDArray[np.int64], top_ps: npt.NDArray
 def gumbel_noise(
     seeds: npt.NDArray[np.int64], choices: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], vocab_size: int
 ) -> npt.NDArray[np.float64]:
-    """float64 [S, V]; each number depends on its own (seed, choice, position, token id) and on nothing else."""
+    """Returns float64 [S, V]; each number depends on its own (seed, choice, position, token id) and on nothing else."""
     key = _mix(seeds.astype(np.uint64) + _GOLDEN)
     key = _mix(key ^ (choices.astype(np.uint64) + _GOLDEN))
     key = _mix(key ^ (positions.astype(np.uint64) + _GOLDEN))
@@ -109,7 +109,7 @@ def gumbel_noise(
 
 
 def _mix(state: Uint64Array) -> Uint64Array:
-    """The output function of SplitMix64; arithmetic wraps."""
+    """Computes the output function of SplitMix64; arithmetic wraps."""
     state = (state ^ (state >> np.uint64(30))) * _MIX_1
     state = (state ^ (state >> np.uint64(27))) * _MIX_2
     return state ^ (state >> np.uint64(31))

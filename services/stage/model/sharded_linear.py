@@ -26,10 +26,10 @@ class Collectives(Protocol):
     """How ranks put their parts together. Every rank calls the same ones with parts of one shape, in one order."""
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """[T, C] of each rank -> [T, ranks * C], in order of ranks. It is valid until the next collective."""
+        """Returns [T, ranks * C] of each rank's [T, C], in order of ranks. It is valid until the next collective."""
 
     def sum(self, part: Tensor) -> Tensor:
-        """[T, C] of each rank -> their sum [T, C]."""
+        """Returns the sum [T, C] of each rank's [T, C]."""
 
 
 class NoCollectives:
@@ -61,7 +61,7 @@ class Embedding:
     """[V, D]."""
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, D]."""
+        """Returns [T, D] for token ids int64 [T]."""
         return self.table[token_ids]
 
 
@@ -75,7 +75,7 @@ class ShardedColumns:
     """Of the whole layer; what the parts have beyond that is filler."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, ...] -> [T, columns]: a copy, since what is embedded is the residual stream."""
+        """Turns x [T, ...] into [T, columns]: a copy, since what is embedded is the residual stream."""
         whole = self.collectives.all_gather(side_by_side([part(x) for part in self.parts]))
         return whole[:, : self.num_columns].clone()
 
@@ -88,7 +88,7 @@ class OrderedOutput:
     collectives: Collectives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, what this rank has of the input] -> [T, D]. It is valid until the next collective."""
+        """Turns x [T, what this rank has of the input] into [T, D], which is valid until the next collective."""
         whole = self.collectives.all_gather(x)
         return self.collectives.all_gather(side_by_side([part(whole) for part in self.parts]))
 
@@ -101,7 +101,7 @@ class SummedOutput:
     collectives: Collectives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, what this rank has of the input] -> [T, D]."""
+        """Turns x [T, what this rank has of the input] into [T, D]."""
         return self.collectives.sum(self.part(x))
 
 
@@ -114,7 +114,7 @@ class GatedColumns:
     kernels: NativeKernels | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, C]."""
+        """Turns x [T, D] into [T, C]."""
         return gated_product(self.gate(x), self.up(x), kernels=self.kernels)
 
 
@@ -126,10 +126,10 @@ class ShardedFeedForward:
     down: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D], the same on every rank."""
+        """Turns x [T, D] into [T, D], the same on every rank."""
         return self.down(side_by_side([part(x) for part in self.parts]))
 
 
 def side_by_side(parts: list[Tensor]) -> Tensor:
-    """[T, C] of each -> [T, all columns]."""
+    """Puts [T, C] of each part together as [T, all columns]."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

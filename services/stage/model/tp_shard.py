@@ -34,34 +34,36 @@ class TpShard:
 
     @property
     def parts(self) -> tuple[TpShard, ...]:
-        """Its parts in order, each as the shard of a rank that has no other."""
+        """Returns its parts in order, each as the shard of a rank that has no other."""
         degree = self.num_parts or self.degree
         each = degree // self.degree
         return tuple(TpShard(part, degree, self.reduce) for part in range(self.rank * each, (self.rank + 1) * each))
 
     @property
     def is_whole(self) -> bool:
-        """There is no other part."""
+        """Returns whether there is no other part."""
         return self.degree == 1 and self.num_parts <= 1
 
     @property
     def adds_partial_sums(self) -> bool:
-        """The second linear of each half is cut along its input."""
+        """Returns whether the second linear of each half is cut along its input."""
         return self.reduce == "fast" and not self.is_whole
 
     def even(self, size: int) -> slice:
-        """This rank's part of an axis that the degree divides."""
+        """Returns this rank's part of an axis that the degree divides."""
         part = size // self.degree
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def kv_heads(self, num_kv_heads: int) -> slice:
-        """KV heads of this rank's query heads. Where there are fewer of them than ranks, several ranks have one."""
+        """Returns the KV heads of this rank's query heads. Where there are fewer of them than ranks, several ranks have
+        one."""
         first, last = self.parts[0], self.parts[-1]
         each = max(1, num_kv_heads // first.degree)
         return slice(first.rank * num_kv_heads // first.degree, last.rank * num_kv_heads // last.degree + each)
 
     def padded(self, size: int) -> slice:
-        """This rank's part of an axis of any length, in parts of one size; the last ones may reach beyond its end."""
+        """Returns this rank's part of an axis of any length, in parts of one size; the last ones may reach beyond its
+        end."""
         part = -(-size // self.degree)
         return slice(self.rank * part, (self.rank + 1) * part)
 
@@ -86,7 +88,7 @@ def check_degree(config: ModelConfig, degree: int) -> None:
 
 
 def best_degree(config: ModelConfig, num_ranks: int, num_parts: int = 0) -> int:
-    """The highest degree that this model allows with so many ranks; with `num_parts`, that divides them."""
+    """Returns the highest degree that this model allows with so many ranks; with `num_parts`, one that divides them."""
     for degree in range(min(num_ranks, MAX_DEGREE), 1, -1):
         if num_parts % degree:
             continue

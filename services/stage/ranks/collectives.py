@@ -28,7 +28,7 @@ class GroupCollectives(Collectives, Protocol):
     """Those of one group of ranks."""
 
     def close(self) -> None:
-        """No more of them. What is under way ends, wherever the others are."""
+        """Ends them. What is under way ends too, wherever the others are."""
 
 
 class Barrier:
@@ -43,8 +43,8 @@ class Barrier:
         turn: int,
         wait: Callable[[str, int, int], None],
     ) -> None:
-        """`seats` in order of ranks, `turn` of that message. `wait` for a seat's word to reach a value; it raises what
-        ends the wait."""
+        """`seats` are in order of ranks, `turn` is that of the message. `wait` waits for a seat's word to reach a
+        value; it raises what ends the wait."""
         self.rank = rank
         self.degree = len(seats)
         self._channel = channel
@@ -54,7 +54,7 @@ class Barrier:
         self._number = turn * MAX_BARRIERS
 
     def meet(self) -> None:
-        """What this rank had to write is written; returns when the others are as far."""
+        """Says that what this rank had to write is written; returns when the others are as far."""
         self._number += 1
         self._channel.set("arrived", self._seat, self._number)
         for seat in self._others:
@@ -86,7 +86,7 @@ class ChannelCollectives:
         return None
 
     def _by_rows(self, collective: Callable[[Tensor], Tensor], part: Tensor, num_columns: int) -> Tensor:
-        """As many rows at a time as a slab holds of all ranks. Bits do not depend on where rows are cut."""
+        """Does as many rows at a time as a slab holds of all ranks. Bits do not depend on where rows are cut."""
         rows, columns = part.shape
         at_once = max(1, self._slab_bytes // (columns * self._degree * part.dtype.itemsize))
         if rows <= at_once:
@@ -134,8 +134,7 @@ class TpExchange:
         self.count = 0
 
     def join(self, barrier: Barrier, store: Store | None, is_lost: Callable[[], bool]) -> None:
-        """Belong to the group of this barrier from now on. All its ranks come here together. Raises RankLostError,
-        DeviceError.
+        """Joins the group of this barrier. All its ranks come here together. Raises RankLostError, DeviceError.
 
         `store`: the rendezvous, None for the shared channel. `is_lost`: whether one of them is, from any thread.
         """
@@ -151,13 +150,13 @@ class TpExchange:
         self._degree = barrier.degree
 
     def leave(self) -> None:
-        """What is under way ends, wherever the others are."""
+        """Leaves the group. What is under way ends, wherever the others are."""
         group, self._group, self._degree = self._group, None, 1
         if group is not None:
             group.close()
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """[T, C] of each rank -> [T, n * C], in order of ranks. It is valid until the next collective."""
+        """Returns [T, n * C] of each rank's [T, C], in order of ranks. It is valid until the next collective."""
         if self._group is None:
             return part
         if not part.shape[0]:
@@ -165,7 +164,7 @@ class TpExchange:
         return self._timed(self._group.all_gather, part)
 
     def sum(self, part: Tensor) -> Tensor:
-        """[T, C] of each rank -> their sum [T, C]."""
+        """Returns the sum [T, C] of each rank's [T, C]."""
         if self._group is None or not part.shape[0]:
             return part
         return self._timed(self._group.sum, part)
@@ -180,7 +179,8 @@ class TpExchange:
 
 
 def choose_collectives(setting: str, *, is_on_host: bool, have_own_gpus: bool) -> CollectivesKind:
-    """What `auto` stands for. Whoever names one has it; what cannot be is refused where the device is opened."""
+    """Returns what `auto` stands for. Whoever names one has it; what cannot be is refused where the device is
+    opened."""
     if setting != "auto":
         return cast(CollectivesKind, setting)
     return "nccl" if have_own_gpus and not is_on_host else "board"

@@ -67,13 +67,13 @@ class LoadShard:
 
     @property
     def role(self) -> StageRole:
-        """As far as it matters to what is loaded."""
+        """Returns the role, as far as it matters to what is loaded."""
         slot = StageSlot(PipelineId(0), SlotIndex(self.slot))
         layers = LayerRange(self.first_layer, self.stop_layer)
         return StageRole(slot, layers, LeaseTerm(0), Generation(0), self.num_slots)
 
     def shard(self, rank: int) -> TpShard:
-        """What a rank is to load."""
+        """Returns what a rank is to load."""
         return TpShard(rank, self.degree, "fast" if self.adds_partial_sums else "ordered", self.num_parts)
 
 
@@ -131,7 +131,7 @@ _PLANS = {kind: [(field.name, get_type_hints(kind)[field.name]) for field in fie
 
 
 def encode(command: Command, tensors: Sequence[Tensor] = ()) -> tuple[list[int], Tensor]:
-    """A command with the description of its tensors, of one or two dimensions, and their bytes."""
+    """Returns a command with the description of its tensors, of one or two dimensions, and their bytes."""
     kind = type(command)
     values = [_KINDS.index(kind)]
     for name, hint in _PLANS[kind]:
@@ -147,7 +147,7 @@ def encode(command: Command, tensors: Sequence[Tensor] = ()) -> tuple[list[int],
 
 
 def decode(values: Sequence[int], data: Tensor) -> tuple[Command, list[Tensor]]:
-    """What `encode` was given; the tensors are views of the bytes."""
+    """Returns what `encode` was given; the tensors are views of the bytes."""
     kind = _KINDS[values[0]]
     hints = [hint for _, hint in _PLANS[kind]]
     given = values[1 : 1 + len(hints)]
@@ -158,7 +158,7 @@ def decode(values: Sequence[int], data: Tensor) -> tuple[Command, list[Tensor]]:
 
 
 def _places(data: Tensor, descriptions: Sequence[int]) -> list[Tensor]:
-    """Tensors one after another, each as three numbers describe it."""
+    """Returns tensors one after another, each as three numbers describe it."""
     places, start = [], 0
     for dtype, rows, columns in zip(*(iter(descriptions),) * 3, strict=True):
         num_bytes = _DTYPES[dtype].itemsize * rows * max(columns, 1)
@@ -173,7 +173,7 @@ def _padded(num_bytes: int) -> int:
 
 
 def batch_tensors(batch: MicroBatch) -> tuple[Tensor, ...]:
-    """What the other ranks get to know of a micro-batch."""
+    """Returns what the other ranks get to know of a micro-batch."""
     return (
         batch.hidden,
         batch.positions,
@@ -185,6 +185,6 @@ def batch_tensors(batch: MicroBatch) -> tuple[Tensor, ...]:
 
 
 def batch_from(tensors: Sequence[Tensor]) -> MicroBatch:
-    """The micro-batch of `batch_tensors`; they sample nothing."""
+    """Returns the micro-batch of `batch_tensors`; what the others know of it samples nothing."""
     hidden, positions, row_sequence, block_tables, slots, sampling_rows = tensors
     return MicroBatch(hidden, positions, row_sequence, block_tables, slots, sampling_rows, sampling=None)

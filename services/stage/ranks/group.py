@@ -105,16 +105,16 @@ class RankGroup:
 
     @property
     def degree(self) -> int:
-        """At which the ranks work now."""
+        """Returns the degree at which the ranks work now."""
         return self.leader.shard.degree
 
     def present(self) -> dict[int, int]:
-        """Process by seat of those that are there and read the channel."""
+        """Returns process by seat of those that are there and read the channel."""
         processes = {seat: self.supervisor.process_of(seat) for seat in range(1, self.settings.degree)}
         return {seat: pid for seat, pid in processes.items() if pid and self.channel.get("present", seat) == pid}
 
     def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Begin an incarnation with those that are there: all of them when the process has just started."""
+        """Begins an incarnation with those that are there: all of them when the process has just started."""
         if not self._has_formed:
             self._has_formed = True
             deadline_s = self.clock() + START_S
@@ -138,7 +138,8 @@ class RankGroup:
         self.log.info("ranks_formed", present=len(self._attached) + 1, degree=self.best(), wanted=self.settings.degree)
 
     def _wait_for_room(self, should_stop: Callable[[], bool]) -> None:
-        """For those that were lost, where what the group held would not fit on the devices of those that are left."""
+        """Waits for those that were lost, where what the group held would not fit on the devices of those that are
+        left."""
         deadline_s = self.clock() + START_S
         is_told = False
         while len(self._attached) < self.settings.degree - 1 and not should_stop() and self.clock() < deadline_s:
@@ -156,7 +157,7 @@ class RankGroup:
         return against_degree(*held, self.config.num_kv_heads, degree, self.capacity_bytes)
 
     def _settles(self, seat: int, process: int, epoch: int) -> bool:
-        """One that computes may take a while to look up."""
+        """Returns whether a rank hears of the epoch; one that computes may take a while to look up."""
         began_s = heard_s = self.clock()
         cpu_s = -1.0
         while self.channel.get("settled", seat) < epoch:
@@ -174,7 +175,7 @@ class RankGroup:
         return self.leader.attached
 
     def best(self) -> int:
-        """The highest degree with those that read messages."""
+        """Returns the highest degree with those that read messages."""
         return self._best_of(1 + len(self._attached))
 
     def _best_of(self, num_ranks: int) -> int:
@@ -182,7 +183,8 @@ class RankGroup:
 
     @property
     def _num_parts(self) -> int:
-        """Into which the layers are cut whatever the degree (see TpShard), 0: into as many as there are ranks."""
+        """Returns into how many parts the layers are cut whatever the degree (see TpShard), 0: into as many as there
+        are ranks."""
         return 0 if self.device.is_host or self.settings.reduce == "fast" else self.settings.degree
 
     def check(self) -> None:
@@ -190,7 +192,7 @@ class RankGroup:
         self._check(self.in_use.seats[1:] if self.in_use is not None else ())
 
     def _is_any_gone(self, seats: Iterable[int]) -> bool:
-        """From any thread."""
+        """Returns whether one of these seats has lost its process; may be called from any thread."""
         return any(self.supervisor.process_of(seat) != self._attached.get(seat) for seat in seats)
 
     def _check(self, seats: Iterable[int], waited_s: float = 0.0) -> None:
@@ -198,11 +200,11 @@ class RankGroup:
             self.supervisor.check(seat, self._attached.get(seat, 0), waited_s)
 
     def next_degree(self) -> int:
-        """The highest with those that are there now."""
+        """Returns the highest degree with those that are there now."""
         return self._best_of(1 + len(self._settled()))
 
     def may_grow(self) -> bool:
-        """More ranks are there than work, and enough for a higher degree."""
+        """Returns whether more ranks are there than work, and enough for a higher degree."""
         if self.in_use is None or self.degree == self.settings.degree or self.clock() < self._grow_after_s:
             return False
         return self.next_degree() > self.degree
@@ -212,21 +214,21 @@ class RankGroup:
         return {seat: pid for seat, pid in self.present().items() if self.channel.get("settled", seat) == epoch}
 
     def postpone_growth(self, why: str) -> None:
-        """It cannot be now. The stage works as it is. Raises RankLostError."""
+        """Gives growth up for now. The stage works as it is. Raises RankLostError."""
         self._grow_after_s = self.clock() + GROW_AGAIN_S
         if self._attached:
             self.leader.tell(ForgetLoads())
         self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
-        """Let those that have come meanwhile read messages, and know the memory."""
+        """Lets those that have come meanwhile read messages, and know the memory."""
         self.leader.attach(self._settled())
         self._memory.introduce()
 
     # ---- weights
 
     def begin_load(self, role: StageRole, dtype: torch.dtype, replaces: bool) -> RankLoad:
-        """Let the ranks load their parts, for the highest degree there is. Raises RankLostError.
+        """Lets the ranks load their parts, for the highest degree there is. Raises RankLostError.
 
         `replaces`: what they have is not used any more, and makes room.
         """
@@ -250,7 +252,7 @@ class RankGroup:
         return RankLoad(order, seats, Sharding(order.shard(0), self._exchange))
 
     def is_loaded(self, load: RankLoad) -> bool:
-        """Whether every other rank has its part. Raises RankLostError, or the error that a rank has said."""
+        """Returns whether every other rank has its part. Raises RankLostError, or the error that a rank has said."""
         self._check(load.seats[1:])
         for seat in load.seats[1:]:
             if self.channel.get("failed", seat) == load.order.number:
@@ -258,7 +260,7 @@ class RankGroup:
         return all(self.channel.get("loaded", seat) >= load.order.number for seat in load.seats[1:])
 
     def use(self, load: RankLoad, part_bytes: int = 0) -> None:
-        """Work with these weights from now on; no micro-batch may be under way. Raises RankLostError.
+        """Lets the ranks work with these weights from now on; no micro-batch may be under way. Raises RankLostError.
 
         `part_bytes`: of rank 0's.
         """
@@ -297,7 +299,7 @@ class RankGroup:
         )
 
     def _wait_for_rendezvous(self, load: RankLoad) -> None:
-        """Until all are there: once it has begun, it cannot be given up before its time-out."""
+        """Waits until all are there: once it has begun, it cannot be given up before its time-out."""
         from services.stage.ranks.torch_collectives import is_here
 
         for rank, seat in enumerate(load.seats[1:], 1):
@@ -310,27 +312,27 @@ class RankGroup:
     # ---- memory
 
     def allocate_kv(self, shape: KvShape) -> KvStore:
-        """Zeroed K and V that all ranks have. Raises OSError, RuntimeError, CapacityError for want of memory,
+        """Returns zeroed K and V that all ranks have. Raises OSError, RuntimeError, CapacityError for want of memory,
         RankLostError."""
         self._kv_bytes = shape.num_bytes
         return self._memory.allocate(shape)
 
     def change_over(self, load: RankLoad, part_bytes: int, block_ids: Tensor) -> None:
-        """`use` for a stage that has K and V: what is in these blocks stays. Raises what `allocate_kv` raises."""
+        """Does `use` for a stage that has K and V: what is in these blocks stays. Raises what `allocate_kv` raises."""
         self._memory.change_over(block_ids, lambda: self.use(load, part_bytes))
 
     def forget_memory(self) -> None:
-        """Let K and V go, on all ranks: the slot that had them is over. Raises RankLostError."""
+        """Lets K and V go, on all ranks: the slot that had them is over. Raises RankLostError."""
         self._weight_bytes = self._kv_bytes = 0
         self._memory.forget()
 
     def end(self) -> None:
-        """Of the process."""
+        """Ends the other ranks: the process ends."""
         self.supervisor.end()
 
 
 def fork_server_of_ranks() -> ForkServer:
-    """A fork of this process, which must have one thread: ranks begin with what it has imported, torch above all."""
+    """Forks this process, which must have one thread: ranks begin with what it has imported, torch above all."""
     forks = ForkServer(["services.stage.ranks.worker"], os.environ)
     forks.fork_off()
     return forks
@@ -349,7 +351,7 @@ def open_group(
     device: Device,
     places: Sequence[str],
 ) -> RankGroup:
-    """Start the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
+    """Starts the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
 
     `capacity_bytes`: what the router is told; `kernels`, `device`: rank 0's; `places`: where each rank computes, as
     DEVICE says it.

@@ -36,18 +36,22 @@ _OF_ROWS = (KvMove.ROWS_OUT, KvMove.ROWS_IN)
 
 
 def shared_caches(memory: SharedMemory, shape: KvShape) -> list[LayerKvCache]:
-    """One cache a layer, out of the beginning of the memory."""
+    """Returns one cache a layer, out of the beginning of the memory."""
     return [
         LayerKvCache(
-            keys=memory.take((shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS), shape.dtype),
-            values=memory.take((shape.num_blocks, shape.num_kv_heads, KV_BLOCK_TOKENS, shape.head_dim), shape.dtype),
+            keys=memory.next_tensor(
+                (shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS), shape.dtype
+            ),
+            values=memory.next_tensor(
+                (shape.num_blocks, shape.num_kv_heads, KV_BLOCK_TOKENS, shape.head_dim), shape.dtype
+            ),
         )
         for _ in range(shape.num_layers)
     ]
 
 
 def caches_bytes(shape: KvShape) -> int:
-    """How much memory `shared_caches` takes."""
+    """Returns how much memory `shared_caches` takes."""
     of_one = (shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS)
     return 2 * shape.num_layers * aligned_bytes(of_one, shape.dtype)
 
@@ -57,24 +61,27 @@ class KvWindow:
 
     def __init__(self, memory: SharedMemory, shape: KvShape) -> None:
         self.shape = shape
-        self.places = memory.take((WINDOW_ROWS,), torch.int64)
+        self.places = memory.next_tensor((WINDOW_ROWS,), torch.int64)
         """Positions or blocks that what follows belongs to."""
-        self._keys, self._values = (memory.take((WINDOW_ROWS * shape.row_values,), shape.dtype) for _ in range(2))
+        self._keys, self._values = (
+            memory.next_tensor((WINDOW_ROWS * shape.row_values,), shape.dtype) for _ in range(2)
+        )
 
     @staticmethod
     def num_bytes(shape: KvShape) -> int:
-        """Of the whole window."""
+        """Returns the bytes of the whole window."""
         values = WINDOW_ROWS * shape.row_values
         return aligned_bytes((WINDOW_ROWS,), torch.int64) + 2 * aligned_bytes((values,), shape.dtype)
 
     def shape_of(self, way: KvMove, count: int) -> tuple[int, int, int, int]:
-        """[L, T, H, W] of so many positions, [L, B, H, W * KV_BLOCK_TOKENS] of so many blocks."""
+        """Returns [L, T, H, W] of so many positions, [L, B, H, W * KV_BLOCK_TOKENS] of so many blocks."""
         shape = self.shape
         width = shape.head_dim if way in _OF_ROWS else shape.head_dim * KV_BLOCK_TOKENS
         return shape.num_layers, count, shape.num_kv_heads, width
 
     def views(self, way: KvMove, count: int) -> tuple[Tensor, Tensor]:
-        """K and V of so many positions or blocks, as `shape_of` says. Raises RuntimeError for more than it holds."""
+        """Returns K and V of so many positions or blocks, as `shape_of` says. Raises RuntimeError for more than it
+        holds."""
         shape = self.shape_of(way, count)
         return self._keys[: prod(shape)].view(shape), self._values[: prod(shape)].view(shape)
 
@@ -93,11 +100,11 @@ class RankKv:
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """This rank's heads, by layer."""
+        """Returns this rank's heads, by layer."""
         return [] if self.store is None else self.store.caches
 
     def use(self, shard: TpShard) -> None:
-        """From now on this rank has these heads. K and V of its own are of other heads then, and are given up."""
+        """Gives this rank these heads from now on. K and V of its own are of other heads then, and are given up."""
         self._heads = shard.kv_heads(self._config.num_kv_heads)
         if not self._device.is_host:
             self.store = None
@@ -105,7 +112,7 @@ class RankKv:
             self.store.use_heads(self._heads)
 
     def open(self, command: OpenMemory) -> None:
-        """Map what rank 0 has made, and has open meanwhile. Raises OSError if that one is gone."""
+        """Maps what rank 0 has made, and has open meanwhile. Raises OSError if that one is gone."""
         config = self._config
         shape = KvShape(command.num_layers, command.num_blocks, config.num_kv_heads, config.head_dim, command.dtype)
         memory = SharedMemory.open(command.process, command.descriptor, command.num_bytes)
@@ -113,7 +120,7 @@ class RankKv:
         memory.close()
 
     def map(self, memory: SharedMemory, shape: KvShape) -> LocalKv | None:
-        """Use this memory; it is K and V of all ranks, which are returned, or the window."""
+        """Uses this memory; it is K and V of all ranks, which are returned, or the window."""
         if not self._device.is_host:
             self.window = KvWindow(memory, shape)
             return None
@@ -122,7 +129,8 @@ class RankKv:
         return self.store
 
     def allocate(self) -> None:
-        """K and V of its own, as large as the window says. Raises ValueError, RuntimeError for want of memory."""
+        """Allocates K and V of its own, as large as the window says. Raises ValueError, RuntimeError for want of
+        memory."""
         assert self.window is not None, "it is mapped before"
         self.store = None  # makes room
         self._device.release()
@@ -130,7 +138,7 @@ class RankKv:
         self.store = LocalKv.allocate(shape, self._kernels, self._device)
 
     def move(self, command: MoveKv) -> None:
-        """This rank's heads of a move through the window. Ranks that have the same head write the same bytes."""
+        """Does this rank's heads of a move through the window. Ranks that have the same head write the same bytes."""
         window, own = self.window, self.store
         assert window is not None, "it is mapped before"
         assert own is not None, "it is allocated, and not forgotten"
@@ -147,7 +155,7 @@ class RankKv:
             values.copy_(own_values.view(values.shape))
 
     def forget(self) -> None:
-        """Give all of it up."""
+        """Gives all of it up."""
         self.window = self.store = None
         self._device.release()
 
@@ -171,8 +179,8 @@ class GroupKv:
         self._num_allocations = 0
 
     def allocate(self, shape: KvShape) -> KvStore:
-        """Zeroed K and V for the ranks that work now. Raises OSError, RuntimeError, CapacityError for want of memory,
-        RankLostError."""
+        """Returns zeroed K and V for the ranks that work now. Raises OSError, RuntimeError, CapacityError for want of
+        memory, RankLostError."""
         self.forget()
         num_bytes = caches_bytes(shape) if self._device.is_host else KvWindow.num_bytes(shape)
         memory = self._memory = SharedMemory.create(num_bytes, "moemesh-kv")
@@ -187,17 +195,17 @@ class GroupKv:
         return self
 
     def introduce(self) -> None:
-        """Let all that read messages know it: some have come meanwhile. Raises RankLostError."""
+        """Lets all that read messages know the memory: some have come meanwhile. Raises RankLostError."""
         if self._opened is not None and self._leader.attached:
             self._leader.tell(self._opened)
 
     def use(self, shard: TpShard) -> None:
-        """Rank 0 has these heads from now on."""
+        """Gives rank 0 these heads from now on."""
         self._own.use(shard)
 
     def change_over(self, block_ids: Tensor, change: Callable[[], None]) -> None:
-        """`change` gives the ranks other heads; what is in these blocks is there afterwards as before. On the host it
-        stays where it is; of devices all of it is on the host meanwhile.
+        """Lets `change` give the ranks other heads; what is in these blocks is there afterwards as before. On the host
+        it stays where it is; of devices all of it is on the host meanwhile.
 
         Raises RankLostError, and what `allocate` raises.
         """
@@ -210,7 +218,7 @@ class GroupKv:
         self.put_blocks(block_ids, keys, values)
 
     def forget(self) -> None:
-        """Let K and V go, on all ranks. Raises RankLostError."""
+        """Lets K and V go, on all ranks. Raises RankLostError."""
         self._own.forget()
         if self._memory is None:
             return
@@ -222,7 +230,7 @@ class GroupKv:
             memory.close()
 
     def _allocate_on_devices(self) -> None:
-        """Each rank its own. None has any where one has no room."""
+        """Lets each rank allocate its own. None has any where one has no room."""
         self._num_allocations += 1
         refused: list[Exception] = []
 
@@ -244,7 +252,7 @@ class GroupKv:
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """Rank 0's heads."""
+        """Returns rank 0's heads."""
         return self._own.caches
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from services.stage.model.tp_shard import WHOLE, TpShard
 from services.stage.ranks.collectives import Barrier, TpExchange
 from services.stage.ranks.commands import BeginBatch, Command, Resume, batch_tensors, encode
 from services.stage.ranks.shared_channel import SharedChannel
+from services.stage.ranks.supervisor import RankSupervisor
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -22,18 +23,10 @@ LOOK_S = 0.02
 """How long to wait for a rank before looking whether it lives."""
 
 
-class Supervisor(Protocol):
-    """Who knows whether ranks live."""
-
-    def check(self, seat: int, process: int, waited_s: float) -> None:
-        """Raises RankLostError for a seat whose process is gone (another one may sit there by now), or does nothing
-        while rank 0 waits for it."""
-
-
 class RankLeader:
     """What the ranks do, `use` having said which they are. After a RankLostError only `begin_epoch` is of use."""
 
-    def __init__(self, channel: SharedChannel, supervisor: Supervisor, exchange: TpExchange) -> None:
+    def __init__(self, channel: SharedChannel, supervisor: RankSupervisor, exchange: TpExchange) -> None:
         """`exchange`: of rank 0's layers."""
         self._channel = channel
         self._supervisor = supervisor
@@ -54,22 +47,23 @@ class RankLeader:
 
     @property
     def is_broken(self) -> bool:
-        """Something that all do has not come through: the ranks do not agree any more where they are."""
+        """Returns whether something that all do has not come through: ranks do not agree any more where they are."""
         return self._is_broken
 
     @property
     def reduces(self) -> tuple[float, int]:
-        """Seconds that rank 0 has spent in collectives, over all changes of the group, and how many there were."""
+        """Returns the seconds that rank 0 has spent in collectives, over all changes of the group, and how many there
+        were."""
         return self._exchange.seconds, self._exchange.count
 
     def attach(self, processes: Mapping[int, int]) -> None:
-        """These seats read messages from now on, whether they have a rank or not."""
+        """Lets these seats read messages from now on, whether they have a rank or not."""
         self.attached = dict(processes)
         for seat, process in processes.items():
             self._channel.set("attached", seat, process)
 
     def begin_epoch(self) -> int:
-        """Everything that is under way on other ranks ends."""
+        """Ends everything that is under way on other ranks."""
         self.epoch += 1
         self._channel.set("epoch", 0, self.epoch)
         self._batches.clear()
@@ -79,14 +73,14 @@ class RankLeader:
         return self.epoch
 
     def use(self, shard: TpShard, seats: tuple[int, ...], store: Store | None, is_lost: Callable[[], bool]) -> None:
-        """From now on seat `seats[r]` is rank r. Arguments and errors as of `TpExchange.join`."""
+        """Makes seat `seats[r]` rank r from now on. Arguments and errors are those of `TpExchange.join`."""
         self._exchange.leave()
         self.shard, self.seats = shard, seats
         self._barrier = Barrier(self._channel, seats, 0, self._turn, self._wait)
         self._exchange.join(self._barrier, store, is_lost)
 
     def tell(self, command: Command, *tensors: Tensor) -> None:
-        """Say a command to all that are attached. Returns when it is said. Raises RankLostError.
+        """Says a command to all that are attached. Returns when it is said. Raises RankLostError.
 
         A seat without a rank that is lost is only left out from then on.
         """
@@ -108,7 +102,7 @@ class RankLeader:
                 del self.attached[seat]
 
     def together(self, command: Command, own: Callable[[], None]) -> None:
-        """A command of which each rank does its part, `own` being rank 0's. Raises RankLostError."""
+        """Says a command of which each rank does its part, `own` being rank 0's. Raises RankLostError."""
         self._begin()
         self.tell(command)
         own()
@@ -116,7 +110,8 @@ class RankLeader:
         self._is_broken = False
 
     def lead(self, forward: ForwardPass, batch: MicroBatch) -> ForwardPass:
-        """Rank 0's forward pass of a micro-batch, which takes along those of the other ranks. Raises RankLostError.
+        """Runs rank 0's forward pass of a micro-batch, which takes along those of the other ranks. Raises
+        RankLostError.
 
         What ranks do together between two yields belongs to what was told last: there is one order on all of them.
         """
@@ -145,7 +140,8 @@ class RankLeader:
     def _go_on(
         self, forward: ForwardPass, answer: Tensor | None, command: Command, *tensors: Tensor
     ) -> ExpertCall | AskedElsewhere | OnItsWay:
-        """All ranks go on with a forward pass, up to where it waits for something. Raises StopIteration at its end."""
+        """Lets all ranks go on with a forward pass, up to where it waits for something. Raises StopIteration at its
+        end."""
         self._begin()
         self.tell(command, *tensors)
         try:
@@ -157,13 +153,13 @@ class RankLeader:
         return wanted
 
     def _begin(self) -> None:
-        """From here until it is through: what raises in between leaves the others waiting."""
+        """Begins what all ranks do. What raises until it is through leaves the others waiting."""
         if self._is_broken:
             raise RankLostError("the ranks of this stage are out of step")
         self._is_broken = True
 
     def _wait(self, name: str, seat: int, value: int) -> None:
-        """Until a seat's word is as high. Raises RankLostError."""
+        """Waits until a seat's word is as high. Raises RankLostError."""
         waited_s = 0.0
         while not self._channel.wait(name, seat, value, self.epoch, LOOK_S):
             waited_s += LOOK_S

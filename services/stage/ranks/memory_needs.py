@@ -19,14 +19,14 @@ class Free:
 
 
 def num_memories(degree: int, num_kv_heads: int) -> int:
-    """How often one rank's device counts for what a router plans with: several ranks have the same K and V where there
-    are fewer KV heads than ranks."""
+    """Returns how often one rank's device counts for what a router plans with: several ranks have the same K and V
+    where there are fewer KV heads than ranks."""
     return min(degree, num_kv_heads)
 
 
 def against_growth(part_bytes: int, degree: int, next_degree: int, kv_bytes: int, free: Free) -> str:
-    """Loading the parts of more ranks beside those in use. `part_bytes`: a rank's weights now; `kv_bytes`: K and V
-    that hold something, of all ranks."""
+    """Returns what is against loading the parts of more ranks beside those in use. `part_bytes`: a rank's weights now;
+    `kv_bytes`: K and V that hold something, of all ranks."""
     if free.device_bytes is None:
         needed = part_bytes * degree
         if needed > free.host_bytes:
@@ -41,8 +41,8 @@ def against_growth(part_bytes: int, degree: int, next_degree: int, kv_bytes: int
 
 
 def against_degree(weight_bytes: int, kv_bytes: int, num_kv_heads: int, degree: int, capacity_bytes: int) -> str:
-    """Going on with `degree` ranks on devices. Bytes are of all of them together, the capacity that of each; 0: not
-    known."""
+    """Returns what is against going on with `degree` ranks on devices. Bytes are of all of them together, the capacity
+    that of each; 0: not known."""
     needed = weight_bytes // degree + kv_bytes // num_memories(degree, num_kv_heads)
     if not capacity_bytes or needed <= capacity_bytes:
         return ""

@@ -49,18 +49,18 @@ class EpochOver(Exception):
 
 
 class SharedMemory:
-    """Zeroed bytes, out of which tensors are taken one after another. Tensors keep the mapping alive."""
+    """Zeroed bytes, out of which tensors are made one after another. Tensors keep the mapping alive."""
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
         """The descriptor is this object's from now on."""
         self.descriptor = descriptor
         self.num_bytes = num_bytes
         self._map = mmap.mmap(descriptor, num_bytes)
-        self._taken = 0
+        self._used_bytes = 0
 
     @classmethod
     def create(cls, num_bytes: int, name: str) -> SharedMemory:
-        """`name` is for /proc/PID/maps. Raises OSError where there is not so much memory."""
+        """Makes so many bytes; `name` is for /proc/PID/maps. Raises OSError where there is not so much memory."""
         descriptor = os.memfd_create(name)
         try:
             os.ftruncate(descriptor, num_bytes)
@@ -71,15 +71,15 @@ class SharedMemory:
 
     @classmethod
     def open(cls, process: int, descriptor: int, num_bytes: int) -> SharedMemory:
-        """What another process of the same user has made. Raises OSError if that one is gone."""
+        """Maps what another process of the same user has made. Raises OSError if that one is gone."""
         return cls(os.open(Path("/proc") / str(process) / "fd" / str(descriptor), os.O_RDWR), num_bytes)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor; whoever takes the same shapes in the same order gets the same memory."""
+    def next_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Returns the next tensor; whoever asks for the same shapes in the same order gets the same memory."""
         size = prod(shape)
-        start = self._taken
-        self._taken += aligned_bytes(shape, dtype)
-        if self._taken > self.num_bytes:
+        start = self._used_bytes
+        self._used_bytes += aligned_bytes(shape, dtype)
+        if self._used_bytes > self.num_bytes:
             raise ValueError(f"{list(shape)} of {dtype} do not fit: {self.num_bytes} bytes of which {start} are taken")
         if not size:
             return torch.zeros(tuple(shape), dtype=dtype)
@@ -87,14 +87,14 @@ class SharedMemory:
             return torch.frombuffer(self._map, dtype=dtype, count=size, offset=start).view(tuple(shape))
 
     def close(self) -> None:
-        """Let the descriptor go. The bytes go with the last tensor and the last process that has them."""
+        """Lets the descriptor go. The bytes go with the last tensor and the last process that has them."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 def aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """What `SharedMemory.take` uses up for such a tensor."""
+    """Returns what `SharedMemory.next_tensor` uses up for such a tensor."""
     return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
@@ -105,25 +105,25 @@ class SharedChannel:
         self.memory = memory
         self.slab_bytes = slab_bytes
         self._kernels = kernels
-        words = memory.take((_NUM_WORDS, WORD_BYTES // 8), torch.int64)
+        words = memory.next_tensor((_NUM_WORDS, WORD_BYTES // 8), torch.int64)
         self._words = words.numpy()
         self._address = words.data_ptr()
-        self._message = memory.take((MESSAGE_VALUES,), torch.int64).numpy()
-        self._texts = memory.take((MAX_DEGREE, TEXT_BYTES), torch.uint8).numpy()
-        self._payload = memory.take((slab_bytes,), torch.uint8)
-        self.slabs = tuple(memory.take((slab_bytes,), torch.uint8) for _ in range(2))
+        self._message = memory.next_tensor((MESSAGE_VALUES,), torch.int64).numpy()
+        self._texts = memory.next_tensor((MAX_DEGREE, TEXT_BYTES), torch.uint8).numpy()
+        self._payload = memory.next_tensor((slab_bytes,), torch.uint8)
+        self.slabs = tuple(memory.next_tensor((slab_bytes,), torch.uint8) for _ in range(2))
         """For parts that ranks put together, in turns."""
 
     def get(self, name: str, seat: int = 0) -> int:
-        """A word as it is now."""
+        """Returns a word as it is now."""
         return int(self._words[_ROWS[name] + seat, 0])
 
     def set(self, name: str, seat: int, value: int) -> None:
-        """Set a word and wake who waits for it."""
+        """Sets a word and wakes who waits for it."""
         self._kernels.set_word(self._at(name, seat), value)
 
     def wait(self, name: str, seat: int, value: int, epoch: int, timeout_s: float) -> bool:
-        """Until a seat's word is at least `value`; False when the time is up first. Raises EpochOver."""
+        """Waits until a seat's word is at least `value`; returns False when the time is up first. Raises EpochOver."""
         outcome = self._kernels.await_word(
             self._at(name, seat), value, self._at("epoch", 0), epoch, SPIN_NS, int(timeout_s * 1e9)
         )
@@ -132,35 +132,35 @@ class SharedChannel:
         return bool(outcome == -1)
 
     def write(self, values: Sequence[int], piece: Tensor, start: int, total: int) -> None:
-        """What rank 0 says with the next turn: numbers, and bytes [start, start + len(piece)) of `total` that go with
-        them. All must have taken what was said before."""
+        """Writes what rank 0 says with the next turn: numbers, and bytes [start, start + len(piece)) of `total` that go
+        with them. All must have taken what was said before."""
         count = piece.shape[0]
         self._message[: 4 + len(values)] = (start, count, total, len(values), *values)
         self._payload[:count] = piece
 
     def read(self) -> tuple[list[int], Tensor, int, int]:
-        """What `write` was given. The bytes are those of the channel: they are gone once `taken` is set."""
+        """Returns what `write` was given. The bytes are those of the channel: they are gone once `taken` is set."""
         start, count, total, num_values, *values = self._message.tolist()
         return values[:num_values], self._payload[:count], start, total
 
     def say(self, seat: int, sentence: str) -> None:
-        """For rank 0 to read, with `failed` or `refused`."""
+        """Writes a sentence for rank 0 to read, with `failed` or `refused`."""
         data = sentence.encode(errors="replace")[:TEXT_BYTES]
         self._texts[seat] = 0
         self._texts[seat, : len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def refusal(self, seat: int, rank: int) -> MoemeshError:
-        """The error that a rank has said: its code, then its sentence."""
+        """Returns the error that a rank has said: its code, then its sentence."""
         code, _, sentence = self.said(seat).partition(" ")
         return error_from_wire(code, f"rank {rank}: {sentence}")
 
     def said(self, seat: int) -> str:
-        """What a seat had to say."""
+        """Returns what a seat had to say."""
         return bytes(self._texts[seat]).rstrip(b"\0").decode(errors="replace")
 
     @staticmethod
     def num_bytes(slab_bytes: int) -> int:
-        """Of the whole channel."""
+        """Returns the bytes of the whole channel."""
         return _NUM_WORDS * WORD_BYTES + MESSAGE_VALUES * 8 + MAX_DEGREE * TEXT_BYTES + 3 * (slab_bytes + ALIGNMENT)
 
     def _at(self, name: str, seat: int) -> int:
@@ -168,5 +168,5 @@ class SharedChannel:
 
 
 def slab_view(slab: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The beginning of a slab as a tensor."""
+    """Returns the beginning of a slab as a tensor."""
     return slab[: prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

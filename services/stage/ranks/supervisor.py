@@ -58,7 +58,8 @@ class HangDetector:
         self._cpu_s = -1.0
 
     def trouble(self, sample: ProcessSample, waited_s: float, now_s: float) -> str:
-        """What is wrong with it, or "". `waited_s`: how long rank 0 has waited for it now, 0 where it does not."""
+        """Returns what is wrong with it, or "". `waited_s`: how long rank 0 has waited for it now, 0 where it does
+        not."""
         if sample.state in "Tt":
             self._stopped_since_s = now_s if self._stopped_since_s is None else self._stopped_since_s
         else:
@@ -79,7 +80,7 @@ class HangDetector:
 
 
 def parse_stat(text: str, ticks_per_second: int) -> ProcessSample:
-    """/proc/PID/stat; the name in parentheses may hold anything."""
+    """Reads /proc/PID/stat; the name in parentheses may hold anything."""
     fields = text.rsplit(")", 1)[1].split()
     return ProcessSample(fields[0], (int(fields[11]) + int(fields[12])) / ticks_per_second)
 
@@ -100,7 +101,7 @@ class Seat:
 
     @property
     def is_there(self) -> bool:
-        """Whether its process is of use."""
+        """Returns whether its process is of use."""
         return self.process is not None and not self.is_killed and self.process.poll() is None
 
 
@@ -115,7 +116,8 @@ class RankSupervisor:
         clock: Callable[[], float] = time.monotonic,
         look: Callable[[int], ProcessSample | None] | None = None,
     ) -> None:
-        """`spawn` starts the process of a seat; `look` at one by its process id, None where it is gone."""
+        """`spawn` starts the process of a seat; `look` looks at one by its process id, and returns None where it is
+        gone."""
         self._spawn = spawn
         self._log = log
         self._clock = clock
@@ -127,11 +129,11 @@ class RankSupervisor:
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
 
     def start(self) -> None:
-        """Start them all, and watch."""
+        """Starts them all, and watches them."""
         self._thread.start()
 
     def process_of(self, seat: int) -> int:
-        """Process id; 0 while there is none."""
+        """Returns the process id; 0 while there is none."""
         with self._lock:
             one = self._seats[seat]
             return one.process.pid if one.is_there and one.process is not None else 0
@@ -150,13 +152,14 @@ class RankSupervisor:
                 raise RankLostError(f"the rank of seat {seat} was lost, and another process is in its place")
 
     def kill(self, seat: int, why: str) -> None:
-        """SIGKILL, and another process after a moment. Returns when it has ended, or cannot do anything any more."""
+        """Kills a process by SIGKILL; there is another one after a moment. Returns when it has ended, or cannot do
+        anything any more."""
         with self._lock:
             victim = self._kill(seat, why)
         _wait_for(victim)
 
     def end(self) -> None:
-        """Kill them all, and start no more."""
+        """Kills them all, and starts no more."""
         self._ending.set()
         with self._lock:
             for seat in self._seats:
@@ -231,14 +234,15 @@ class RankSupervisor:
 
 
 def _wait_for(victim: ChildProcess | None) -> None:
-    """One that hangs in the kernel may not go away; it does nothing more there either."""
+    """Waits for the end of one that was killed. One that hangs in the kernel may not go away; it does nothing more
+    there either."""
     if victim is not None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             victim.wait(KILLED_S)
 
 
 def read_sample(process: int) -> ProcessSample | None:
-    """A look at a process of this machine; None where it is gone, or where the system does not tell."""
+    """Looks at a process of this machine; returns None where it is gone, or where the system does not tell."""
     with contextlib.suppress(OSError):
         return parse_stat((Path("/proc") / str(process) / "stat").read_text(), os.sysconf("SC_CLK_TCK"))
     return None

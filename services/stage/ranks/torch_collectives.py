@@ -51,7 +51,8 @@ class TorchCollectives:
         place: torch.device = HOST_MEMORY,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """All ranks come here together, each with its tensors at its `place`. Raises RankLostError if one does not.
+        """Joins all ranks, which come here together, each with its tensors at its `place`. Raises RankLostError if one
+        does not.
 
         `is_lost`: whether a rank of these is, from any thread; NCCL would wait for it.
         """
@@ -103,7 +104,7 @@ class TorchCollectives:
             dist.destroy_process_group()
 
     def _watch(self, is_lost: Callable[[], bool]) -> None:
-        """In a thread that waits for no rank and no GPU."""
+        """Aborts the group when a rank is lost, in a thread that waits for no rank and no GPU."""
         while not self._is_closed.wait(LOOK_S):
             if is_lost():
                 group = dist.group.WORLD
@@ -146,15 +147,15 @@ def _run_unless_lost(connect: Callable[[], None], place: torch.device, is_lost: 
 
 
 def announce(store: Store, rank: int) -> None:
-    """Say that a rank is about to come to the rendezvous."""
+    """Says that a rank is about to come to the rendezvous."""
     store.set(f"here/{rank}", "1")
 
 
 def is_here(store: Store, rank: int) -> bool:
-    """Whether it has said so."""
+    """Returns whether it has said so."""
     return bool(store.check([f"here/{rank}"]))
 
 
 def open_store(port: int | None = None) -> TCPStore:
-    """The rendezvous store: rank 0's own (None: it draws a port), or that at a port of this host."""
+    """Returns the rendezvous store: rank 0's own (None: it draws a port), or that at a port of this host."""
     return TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False, timeout=TIMEOUT)

@@ -104,14 +104,14 @@ class RankWorker:
             device.while_waiting = self._heed_epoch
 
     def join(self, process: int) -> None:
-        """Say in the channel that this process has the seat. It reads messages once rank 0 has attached it."""
+        """Says in the channel that this process has the seat. It reads messages once rank 0 has attached it."""
         self._process = process
         self._channel.set("taken", self._seat, self._turn)
         self._channel.set("settled", self._seat, self._epoch)
         self._channel.set("present", self._seat, process)
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Serve until told to stop. Whatever goes wrong is raised, and ends the process."""
+        """Serves until told to stop. Whatever goes wrong is raised, and ends the process."""
         with torch.inference_mode():
             while not should_stop():
                 try:
@@ -154,7 +154,7 @@ class RankWorker:
             self._work(self._model, command, tensors)
 
     def _read_message(self) -> tuple[Command, list[Tensor]] | None:
-        """The newest message, once all of it is here; a copy, since rank 0 writes the next one over it."""
+        """Returns the newest message, once all of it is here; a copy, since rank 0 writes the next one over it."""
         self._turn = self._channel.get("turn")
         if self._channel.get("attached", self._seat) != self._process:
             return None  # rank 0 does not wait for this seat: it may be writing the next one
@@ -184,7 +184,7 @@ class RankWorker:
             self._meet()
 
     def _go_on(self, number: int, answer: Tensor | None) -> None:
-        """Up to the next expert call, which rank 0 makes, or to the end, of which rank 0 has all."""
+        """Goes on up to the next expert call, which rank 0 makes, or to the end, of which rank 0 has all."""
         try:
             self._forwards[number].send(answer)
         except StopIteration:
@@ -210,7 +210,7 @@ class RankWorker:
         self._loads[order.number] = _Load(order, tuple(seats), rank, future)
 
     def _read_weights(self, order: LoadShard, rank: int) -> StageModel:
-        """In the loader's thread."""
+        """Loads its shard, in the loader's thread."""
         weights = CheckpointWeights(self._checkpoint, order.dtype, self._device.place)
         try:
             return load_stage(
@@ -262,21 +262,21 @@ class RankWorker:
         self._exchange.leave()
 
     def _allocate(self, number: int) -> None:
-        """K and V of its own."""
+        """Allocates K and V of its own."""
         try:
             self._memory.allocate()
         except (RuntimeError, ValueError, MemoryError) as error:
             self._refuse("refused", number, error)
 
     def _refuse(self, word: str, number: int, error: Exception) -> None:
-        """Say why something is not in place here. Raises DeviceError for a device that is lost."""
+        """Says why something is not in place here. Raises DeviceError for a device that is lost."""
         refusal = refusal_to_load(error)
         self._log.error("not_in_place", seat=self._seat, reason=str(refusal))
         self._channel.say(self._seat, f"{refusal.code} {refusal}")
         self._channel.set(word, self._seat, number)
 
     def _heed_epoch(self, waited_s: float) -> None:
-        """While it waits for its device, which may wait for a rank that is lost."""
+        """Raises EpochOver while it waits for its device, which may wait for a rank that is lost."""
         if self._is_epoch_over():
             raise EpochOver
 
@@ -289,7 +289,7 @@ class RankWorker:
 
 
 def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
-    """The work of a rank, until rank 0 ends. Raises MoemeshError."""
+    """Does the work of a rank, until rank 0 ends. Raises MoemeshError."""
     parser = argparse.ArgumentParser(prog="python -m services.stage.ranks")
     for name in ("seat", "channel", "bytes", "slab", "positions", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)

@@ -68,6 +68,6 @@ def test_a_sentence_is_cut_to_its_place(channels: tuple[SharedChannel, SharedCha
 
 def test_tensors_that_do_not_fit_are_refused_with_the_numbers() -> None:
     memory = SharedMemory.create(128, "test")
-    memory.take((8,), torch.float32)
+    memory.next_tensor((8,), torch.float32)
     with pytest.raises(ValueError, match=r"\[40\] of torch.float32 do not fit: 128 bytes of which 64 are taken"):
-        memory.take((40,), torch.float32)
+        memory.next_tensor((40,), torch.float32)
