@@ -26,10 +26,10 @@ from common.errors import ConfigurationError, FencedError, JournalError, Moemesh
 from common.ids import RequestId, SequenceId
 from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
-from services.router.journal.files import UNREADABLE, LostFilesError, damaged
+from services.router.journal.files import UNREADABLE, LostFilesError, damaged, open_database
 from services.router.journal.queue import JournalQueue, LedgerRequest, WaitingStep, settle
 from services.router.journal.records import AcceptedRequest, JournalledRequest, encode_step
-from services.router.journal.store import JournalStore, LogBuffer, Run, open_store
+from services.router.journal.store import JournalStore, LogBuffer, Run
 
 log = structlog.get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Journal:
             if self._is_stuck:
                 future.set_exception(JournalError(self.trouble() or NOT_WRITABLE))
                 return future
-            self._queue.accept(accepted, future)
+            self._queue.accepting[self._queue.ledger.accept(accepted)] = future
         self._schedule()
         return future
 
@@ -409,30 +409,22 @@ class JournalCollector(Collector):
         commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
         commits.add_metric([], counts.commits, counts.commit_s)
         yield commits
-        yield CounterMetricFamily(
-            "moemesh_journal_failed_commits", "Commits that the disk did not take", counts.failed_commits
-        )
-        yield GaugeMetricFamily(
-            "moemesh_journal_writing", "0 while the disk takes nothing and new requests are refused", counts.is_writing
-        )
-        yield GaugeMetricFamily(
-            "moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten
-        )
-        yield GaugeMetricFamily(
-            "moemesh_journal_stuck_seconds",
-            "How long the journal's disk has not answered; 0 while it does",
-            counts.stuck_s,
-        )
-        yield CounterMetricFamily(
-            "moemesh_journal_rewrites",
-            "Times that the journal's files were gone and were written again",
-            counts.rewrites,
-        )
-        yield CounterMetricFamily(
-            "moemesh_requests_restored",
-            "Unfinished requests that were in the journal at start",
-            counts.restored_requests,
-        )
+        for name, text, number in (
+            ("moemesh_journal_failed_commits", "Commits that the disk did not take", counts.failed_commits),
+            ("moemesh_journal_rewrites", "Times that the files were gone and were written again", counts.rewrites),
+            ("moemesh_requests_restored", "Unfinished requests of the journal at start", counts.restored_requests),
+        ):
+            yield CounterMetricFamily(name, text, number)
+        for name, text, value in (
+            (
+                "moemesh_journal_writing",
+                "0 while the disk takes nothing, and new requests are refused",
+                counts.is_writing,
+            ),
+            ("moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten),
+            ("moemesh_journal_stuck_seconds", "How long the disk has not answered; 0 while it does", counts.stuck_s),
+        ):
+            yield GaugeMetricFamily(name, text, value)
 
 
 def open_journal(
@@ -444,14 +436,18 @@ def open_journal(
     is_synchronous: bool,
     retention_s: float,
 ) -> tuple[Journal, list[JournalledRequest]]:
-    """Returns the journal, and what a router before this one left in it. `model`: see `open_store`. With
-    `is_synchronous` every commit waits for the disk.
+    """Returns the journal, and what a router before this one left in it.
 
-    `check_term` raises FencedError once another router has the state folder; it is asked before each commit.
+    `model` is what the tokens depend on; a journal that holds requests of another one is refused. With `is_synchronous`
+    every commit waits for the disk. `check_term` raises FencedError once another router has the state folder; it is
+    asked before each commit.
 
     Raises ConfigurationError, which says what to do.
     """
-    store: JournalStore = open_store(path, model, is_synchronous)
+    try:
+        store = JournalStore(open_database(path, model, is_synchronous), path, model, is_synchronous)
+    except (sqlite3.Error, OSError, *UNREADABLE) as error:
+        raise damaged(path, error) from None
     queue = JournalQueue(time.time)
     journal = Journal(queue, JournalWriter(store, queue, check_term), retention_s, disk)
     try:

@@ -180,11 +180,6 @@ class JournalQueue:
 
     # ---- what comes in
 
-    def accept(self, accepted: AcceptedRequest, future: Future[None]) -> None:
-        """See RequestJournal."""
-        with self.lock:
-            self.accepting[self.ledger.accept(accepted)] = future
-
     def append(self, outcomes: Sequence[tuple[RequestId, Token | MoemeshError]], then: Callable[[], None]) -> None:
         """Adds one step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
         with self.lock:

@@ -59,7 +59,13 @@ class StateFolder:
         """Checks the term, and makes the files again that are gone or damaged; the log says so, or why it cannot be. It
         costs a few `stat`s while nothing has changed. Raises FencedError if another router has the folder."""
         try:
-            made_again = [name for name, keep in self._keepers() if keep()]
+            # The lock first: who has lost the folder to another router must not write into it.
+            keepers = (
+                ("router.lock", self._lock.look_after),
+                ("router.json", self._keep_term),
+                ("http.url", self._keep_url),
+            )
+            made_again = [name for name, keep in keepers if keep()]
         except OSError as error:
             failure = f"files of STATE_DIR={self.path} are gone and cannot be made again: {error}"
             if failure != self._failure:
@@ -118,14 +124,6 @@ class StateFolder:
     @property
     def _url_path(self) -> Path:
         return self.path / "http.url"
-
-    def _keepers(self) -> list[tuple[str, Callable[[], bool]]]:
-        # The lock first: who has lost the folder to another router must not write into it.
-        return [
-            ("router.lock", self._lock.look_after),
-            ("router.json", self._keep_term),
-            ("http.url", self._keep_url),
-        ]
 
     def _raise_term(self, term: int) -> None:
         if term > self._term_on_disk():

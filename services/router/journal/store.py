@@ -27,9 +27,7 @@ from services.router.engine import Token
 from services.router.journal.files import (
     NUM_REQUEST_COLUMNS,
     REQUEST_COLUMNS,
-    UNREADABLE,
     LostFilesError,
-    damaged,
     look_at,
     move_aside,
     open_database,
@@ -88,7 +86,7 @@ Run = tuple[int, int, bytes]
 
 
 class JournalStore:
-    """Open it with `open_store`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
+    """It is made by `open_journal`. Methods raise sqlite3.Error and OSError, and leave no transaction open."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path, model: str, is_synchronous: bool) -> None:
         self._connection = connection
@@ -241,18 +239,6 @@ class JournalStore:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-
-
-def open_store(path: Path, model: str, is_synchronous: bool) -> JournalStore:
-    """Opens the file. `model` is what the tokens depend on; a journal that holds requests of another one is refused.
-
-    Raises ConfigurationError, which says what to do.
-    """
-    try:
-        connection = open_database(path, model, is_synchronous)
-    except (sqlite3.Error, OSError, *UNREADABLE) as error:
-        raise damaged(path, error) from None
-    return JournalStore(connection, path, model, is_synchronous)
 
 
 def _runs(buffer: LogBuffer, dropped: Iterable[int]) -> list[Run]:

@@ -405,7 +405,7 @@ class MeshLoop:
         )
         lost = self._lost_steps.look(evidence, self._flow.unsent, now_s)
         for pipeline in lost:  # its requests are not to blame, so nothing fails
-            self._log.warning("step_lost", pipeline=pipeline, reason="it is not answered, and no stage has it")
+            self._log.warning("step_lost", pipeline=pipeline, reason="it has not been answered, and no stage has it")
         self._renew(lost, now_s)
 
     def _readiness(self, evidence: MeshEvidence, now_s: float) -> Readiness:

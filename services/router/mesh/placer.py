@@ -109,7 +109,7 @@ class ProcessPlacer:
                 self._end()
         if self._is_closing:
             return keep_what_is_held(request, "the router ends")
-        self._log.error("placement_computed_in_router", reason="its own process ended twice over it")
+        self._log.error("placement_computed_in_router", reason="two processes have ended over it")
         try:
             return answer_request(request)
         except Exception as error:  # it is one of ours, and costs what would have moved, not the mesh

@@ -32,8 +32,8 @@ _NUMBER = struct.Struct("<Q")
 WITHIN_S = 0.005
 """For all addresses together; a host that is there refuses within a round trip, and one that is not says nothing."""
 WAIT_MS = 50
-ALONE = "nobody is taken for dead: this host may be what is cut off, or what stood still"
-LATE = "many come back late: this host's own link loses packets, so that nodes are given longer"
+ALONE = "no node is taken for dead: it may be this host that is cut off, or that stood still"
+LATE = "many echoes come back late: this host's own link loses packets, so nodes are given longer"
 SUSPICIOUS_S = 0.06
 """Longer than from one ping to the next."""
 SUSPENSE_MS = 10

@@ -219,13 +219,9 @@ class Request:
             recovery=recovery if finish_reason is not None or recovery != UNDISTURBED else None,
         )
 
-    def cancel(self) -> None:
-        """Ends it, since its client is gone."""
-        self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.CANCELLED)
-
-    def fail(self) -> None:
-        """Ends it, since it cannot be finished."""
-        self._move({RequestState.WAITING, RequestState.RUNNING}, RequestState.FAILED)
+    def end(self, state: RequestState) -> None:
+        """Cancels or fails it."""
+        self._move({RequestState.WAITING, RequestState.RUNNING}, state)
 
     def _move(self, allowed: set[RequestState], state: RequestState) -> None:
         if self.state not in allowed:

@@ -96,7 +96,7 @@ class Scheduler:
             return False
         with self._blame.handling(request):
             self._withdraw(request)
-            request.cancel()
+            request.end(RequestState.CANCELLED)
             self._forget(request)
         self.counters.requests_cancelled += 1
         return True
@@ -356,7 +356,7 @@ class Scheduler:
 
     def _fail(self, request: Request, error: MoemeshError) -> None:
         self._withdraw(request)
-        request.fail()
+        request.end(RequestState.FAILED)
         self._forget(request)
         self.counters.requests_failed += 1
         self._failures.append(RequestFailure(request.request_id, error))

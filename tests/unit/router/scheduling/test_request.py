@@ -79,13 +79,15 @@ def test_tokens_run_over_from_the_prompt_into_the_generated() -> None:
     assert request.token_ids(0, 6) == (*prompt, 50, 51)
 
 
-@pytest.mark.parametrize("end", ["cancel", "fail"])
-def test_end_is_final(end: str) -> None:
+@pytest.mark.parametrize("end", [RequestState.CANCELLED, RequestState.FAILED])
+def test_end_is_final(end: RequestState) -> None:
     request = waiting_request()
-    getattr(request, end)()
-    for transition in (request.cancel, request.fail, lambda: request.start(PipelineId(0), SequenceId(1), 0.0)):
+    request.end(end)
+    for state in (RequestState.CANCELLED, RequestState.FAILED):
         with pytest.raises(ValueError, match="cannot become"):
-            transition()
+            request.end(state)
+    with pytest.raises(ValueError, match="cannot become"):
+        request.start(PipelineId(0), SequenceId(1), 0.0)
     with pytest.raises(ValueError, match="takes no token"):
         request.accept_token(sampled(1))
 
