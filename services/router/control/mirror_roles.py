@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from enum import StrEnum
 
 from common.checkpoint.model_config import ModelConfig
 from common.ids import LeaseTerm, NodeId
 from common.messages import Header, MirrorTo
-from common.topology import LayerRange, NodeDescription, StageSlot
+from common.topology import LayerRange, NodeDescription, StageSlot, StageState
 from services.router.control.actions import Action, Tell, assign_mirror
 from services.router.control.matching import fill
 from services.router.control.sizes import MeshShape, block_bytes_of, stage_weight_bytes
@@ -20,16 +19,8 @@ MAX_RETRY_S = 80.0
 FILL_PATIENCE_S = 60.0
 """For a mirror to become complete, where another spare could follow the slot: its holder may not reach this one. A copy
 may take longer than that; so each further mirror of the slot gets twice the time of the one before."""
-Nodes = Mapping[NodeId, tuple[NodeDescription, int]]
-"""Living stage nodes with their join order."""
-
-
-class MirrorState(StrEnum):
-    """How far a mirror is."""
-
-    LOADING = "loading"
-    FILLING = "filling"
-    COMPLETE = "complete"
+Nodes = Mapping[NodeId, NodeDescription]
+"""Living stage nodes in the order in which they joined."""
 
 
 @dataclass(slots=True)
@@ -44,7 +35,7 @@ class MirrorPair:
     """Whether one host that is lost takes the slot's holder and its mirror."""
     number: int = 0
     """Of the role that the mirror was told."""
-    state: MirrorState = MirrorState.LOADING
+    state: StageState = StageState.LOADING
     feed_number: int = 0
     """Of the message that tells the holder to send to it; 0: it has not loaded yet."""
     broken_stream: int = 0
@@ -58,9 +49,7 @@ class MirroredSlot:
     """A slot as it is held now."""
 
     slot: StageSlot
-    holder: NodeId
-    numeric_class: str
-    host_label: str
+    holder: NodeDescription
     lease_term: LeaseTerm
     num_blocks: int
     is_wanted: bool
@@ -80,7 +69,7 @@ def valid_pairs(
         if pair.node_id in spares
         and slot in now
         and (pair.primary, pair.lease_term, pair.num_blocks)
-        == (now[slot].holder, now[slot].lease_term, now[slot].num_blocks)
+        == (now[slot].holder.node_id, now[slot].lease_term, now[slot].num_blocks)
     }
 
 
@@ -123,8 +112,8 @@ def _match(
     """Returns as many pairs as can be, the first slots and the first spares before others."""
     able = [
         [
-            spare.numeric_class == slot.numeric_class
-            and not (on_other_host and spare.host_label == slot.host_label)
+            spare.numeric_class == slot.holder.numeric_class
+            and not (on_other_host and spare.host_label == slot.holder.host_label)
             and fits(spare, slot)
             for spare in idle
         ]
@@ -156,9 +145,16 @@ class MirrorRoles:
     """One mirror a slot at most."""
 
     def __init__(
-        self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], draw_number: Callable[[], int]
+        self,
+        config: ModelConfig,
+        shape: MeshShape,
+        layers: Sequence[LayerRange],
+        nodes: Nodes,
+        draw_number: Callable[[], int],
     ) -> None:
-        """`draw_number`: the next number of a role or feed, higher than all before it."""
+        """`nodes`: as they are at any time. `draw_number`: the next number of a role or feed, higher than all before
+        it."""
+        self._nodes = nodes
         self._draw_number = draw_number
         self._config = config
         self._shape = shape
@@ -187,7 +183,7 @@ class MirrorRoles:
     @property
     def num_complete(self) -> int:
         """Counts mirrors that could take over at once."""
-        return sum(pair.state is MirrorState.COMPLETE for pair in self._pairs.values())
+        return sum(pair.state is StageState.COMPLETE for pair in self._pairs.values())
 
     @property
     def num_missing(self) -> int:
@@ -199,7 +195,7 @@ class MirrorRoles:
     def node_of(self, slot: StageSlot) -> NodeId | None:
         """Returns the slot's mirror, if its copy is complete."""
         pair = self._pairs.get(slot)
-        return pair.node_id if pair is not None and pair.state is MirrorState.COMPLETE else None
+        return pair.node_id if pair is not None and pair.state is StageState.COMPLETE else None
 
     def has_pair(self, slot: StageSlot) -> bool:
         """Returns whether anybody follows the slot."""
@@ -214,13 +210,13 @@ class MirrorRoles:
         return sorted(
             pair.primary
             for pair in self._pairs.values()
-            if pair.state is MirrorState.COMPLETE and pair.primary in silent and pair.node_id not in silent
+            if pair.state is StageState.COMPLETE and pair.primary in silent and pair.node_id not in silent
         )
 
-    def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription], nodes: Nodes) -> list[Action]:
+    def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription]) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
         self._wanted, self._spares = {held.slot: held for held in slots if held.is_wanted}, spares
-        self._failed = {(node_id, slot) for node_id, slot in self._failed if node_id in nodes}
+        self._failed = {(node_id, slot) for node_id, slot in self._failed if node_id in self._nodes}
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
         self._pairs = self._not_failed(valid_pairs(before, slots, spare_ids))
         self._successors = {
@@ -231,7 +227,7 @@ class MirrorRoles:
         actions: list[Action] = [
             self._stop(pair.primary, pair.lease_term)
             for slot, pair in before.items()
-            if slot not in self._pairs and pair.primary in nodes and pair.state is not MirrorState.LOADING
+            if slot not in self._pairs and pair.primary in self._nodes and pair.state is not StageState.LOADING
         ]
         # Who sees least first: who sees everything can follow any slot that is left. Equals stay in join order.
         in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._layers))
@@ -239,31 +235,31 @@ class MirrorRoles:
         for wanted in slots:
             if wanted.slot in chosen:
                 mirror, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
-                shares_host = mirror.host_label == wanted.host_label
-                pair = MirrorPair(mirror.node_id, wanted.holder, *terms, shares_host, self._draw_number())
+                shares_host = mirror.host_label == wanted.holder.host_label
+                pair = MirrorPair(mirror.node_id, wanted.holder.node_id, *terms, shares_host, self._draw_number())
                 (self._successors if wanted.slot in self._pairs else self._pairs)[wanted.slot] = pair
-                actions.append(self._assign(wanted.slot, pair, nodes))
+                actions.append(self._assign(wanted.slot, pair))
         return actions
 
     def _not_failed(self, pairs: Mapping[StageSlot, MirrorPair]) -> dict[StageSlot, MirrorPair]:
         return {slot: pair for slot, pair in pairs.items() if (pair.node_id, slot) not in self._failed}
 
-    def apply_report(self, node_id: NodeId, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
+    def apply_report(self, node_id: NodeId, report: MirrorReport) -> list[Action] | None:
         """A mirror is loaded (its primary is told to begin), complete, or its stream broke (its primary begins anew).
 
         None: it is not what its number stands for any more, or says nothing new.
         """
         for slot, pair in [*self._pairs.items(), *self._successors.items()]:
             if (pair.node_id, pair.number) == (node_id, report.number):
-                return self._note(slot, pair, report, nodes)
+                return self._note(slot, pair, report)
         return None
 
-    def _note(self, slot: StageSlot, pair: MirrorPair, report: MirrorReport, nodes: Nodes) -> list[Action] | None:
+    def _note(self, slot: StageSlot, pair: MirrorPair, report: MirrorReport) -> list[Action] | None:
         has_broken = report.broken_stream > pair.broken_stream
-        state = MirrorState.COMPLETE if report.is_complete else MirrorState.FILLING
+        state = StageState.COMPLETE if report.is_complete else StageState.FILLING
         if not has_broken and pair.state is state:
             return None
-        must_begin = has_broken or pair.state is MirrorState.LOADING
+        must_begin = has_broken or pair.state is StageState.LOADING
         if report.is_complete:
             self._retry_s, pair.filling_since_s = RETRY_S, None
             self._fill_patience_s.pop(slot, None)
@@ -273,17 +269,17 @@ class MirrorRoles:
         pair.feed_number = self._draw_number()
         if self._successors.get(slot) is pair:
             self._pairs[slot] = self._successors.pop(slot)
-        return [self._feed(pair, nodes)]
+        return [self._feed(pair)]
 
     def number_of(self, node_id: NodeId) -> int | None:
         """Returns the number of the role of a node that mirrors a slot; None for others."""
         pairs = [*self._pairs.values(), *self._successors.values()]
         return next((pair.number for pair in pairs if pair.node_id == node_id), None)
 
-    def assign_again(self, node_id: NodeId, nodes: Nodes) -> list[Action]:
+    def assign_again(self, node_id: NodeId) -> list[Action]:
         """Tell a mirror its role."""
         return [
-            self._assign(slot, pair, nodes)
+            self._assign(slot, pair)
             for slot, pair in [*self._pairs.items(), *self._successors.items()]
             if pair.node_id == node_id
         ]
@@ -293,20 +289,20 @@ class MirrorRoles:
         pair = self._pairs.get(slot)
         return 0 if pair is None else pair.feed_number
 
-    def feed_again(self, slot: StageSlot, holder: NodeId, lease_term: int, nodes: Nodes) -> list[Action]:
+    def feed_again(self, slot: StageSlot, holder: NodeId, lease_term: int) -> list[Action]:
         """Tell the slot's holder, who has it by this lease, whom to feed, or that it is nobody."""
         pair = self._pairs.get(slot)
         if pair is not None and pair.feed_number:
-            return [self._feed(pair, nodes)]
+            return [self._feed(pair)]
         return [self._stop(holder, lease_term)]
 
-    def _assign(self, slot: StageSlot, pair: MirrorPair, nodes: Nodes) -> Action:
-        holder = nodes[pair.primary][0]
+    def _assign(self, slot: StageSlot, pair: MirrorPair) -> Action:
+        holder = self._nodes[pair.primary]
         message = assign_mirror(slot, self._layers, pair.lease_term, pair.num_blocks, holder)
         return Tell(pair.node_id, message, Header(generation=pair.number))
 
-    def _feed(self, pair: MirrorPair, nodes: Nodes) -> Action:
-        own = nodes[pair.node_id][0]
+    def _feed(self, pair: MirrorPair) -> Action:
+        own = self._nodes[pair.node_id]
         message = MirrorTo(pair.lease_term, pair.node_id, own.endpoints, own.ipc_token)
         return Tell(pair.primary, message, Header(generation=pair.feed_number))
 
@@ -323,7 +319,7 @@ class MirrorRoles:
     def fail(self, node_id: NodeId, number: int) -> bool:
         """A spare could not load what it was to mirror, by the role of this number. False: that is no news."""
         for slot, pair in [*self._pairs.items(), *self._successors.items()]:
-            if (pair.node_id, pair.number) == (node_id, number) and pair.state is MirrorState.LOADING:
+            if (pair.node_id, pair.number) == (node_id, number) and pair.state is StageState.LOADING:
                 self._give_up(slot, pair)
                 return True
         return False
@@ -336,13 +332,13 @@ class MirrorRoles:
     @property
     def is_filling(self) -> bool:
         """Returns whether `gives_up` may have something to say."""
-        return any(pair.state is MirrorState.FILLING for pair in self._pairs.values())
+        return any(pair.state is StageState.FILLING for pair in self._pairs.values())
 
     def gives_up(self, now_s: float) -> bool:
         """Returns whether a slot is to get another mirror in place of one that has not become complete in its time. Ask
         again and again while `is_filling`; the first time begins the wait."""
         for slot, pair in self._pairs.items():
-            if pair.state is not MirrorState.FILLING:
+            if pair.state is not StageState.FILLING:
                 continue
             if pair.filling_since_s is None:
                 pair.filling_since_s = now_s
@@ -357,7 +353,9 @@ class MirrorRoles:
         wanted = self._wanted.get(slot)
         taken = {pair.node_id for pair in (*self._pairs.values(), *self._successors.values())}
         return wanted is not None and any(
-            spare.node_id not in taken and spare.numeric_class == wanted.numeric_class and self._fits(spare, wanted)
+            spare.node_id not in taken
+            and spare.numeric_class == wanted.holder.numeric_class
+            and self._fits(spare, wanted)
             for spare in self._spares
         )
 

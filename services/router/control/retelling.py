@@ -154,7 +154,7 @@ class Beliefs:
                 return None  # one with a hole is assigned anew once that is filled
             return Misbelief(Topic.ROLE, (pipeline.generation,), lambda: [stages.assign(slot)])
         if mirrored is not None:
-            again = partial(stages.mirrors.assign_again, node_id, stages.nodes)
+            again = partial(stages.mirrors.assign_again, node_id)
             return None if said.role_number == mirrored else Misbelief(Topic.ROLE, (mirrored,), again)
         if not said.role_number or not stages.are_settled:
             return None
@@ -166,7 +166,7 @@ class Beliefs:
         if slot is None or said.role_state != StageState.HOLDING:
             return None
         number = self._stages.mirrors.feed_number_of(slot)
-        again = partial(self._stages.mirrors.feed_again, slot, node_id, said.lease_term, self._stages.nodes)
+        again = partial(self._stages.mirrors.feed_again, slot, node_id, said.lease_term)
         return None if said.feed_number == number else Misbelief(Topic.FEED, (number,), again)
 
     def _placement(self, node_id: NodeId, said: StageHeartbeat) -> Misbelief | None:

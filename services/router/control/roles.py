@@ -289,7 +289,9 @@ def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_
 class RolePlanning:
     """Plans until nobody is named for a slot that it has no room for. Nothing is told before that."""
 
-    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange]) -> None:
+    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], nodes: Nodes) -> None:
+        """`nodes`: as they are at any time."""
+        self._nodes = nodes
         self._config = config
         self._shape = shape
         self._layers = layers
@@ -297,7 +299,6 @@ class RolePlanning:
 
     def plan(
         self,
-        nodes: Nodes,
         current: Mapping[StageSlot, NodeId],
         mirrors: Mapping[StageSlot, NodeId],
         *,
@@ -309,25 +310,19 @@ class RolePlanning:
         misfits: Misfits = {}
         while True:
             observed = [
-                stage
-                for stage in self._observe(nodes, misfits)
-                if not only_holders or stage.node_id in current.values()
+                stage for stage in self._observe(misfits) if not only_holders or stage.node_id in current.values()
             ]
             pp, spares = self._shape.pp, self._shape.spares
             plan = plan_roles(observed, current, pp, spares, mirrors, keeps_surplus=keeps_surplus)
             found: Misfits = {}
             for pipeline, holders in plan.pipelines.items():
-                found |= self.misfits(pipeline, holders, nodes, current)
+                found |= self.misfits(pipeline, holders, current)
             misfits |= found
             if not found and not self.unable.forgive({*plan.lacking, *(hole.index for hole in plan.holes)}):
                 return plan, misfits
 
     def misfits(
-        self,
-        pipeline: PipelineId,
-        holders: Sequence[NodeId | None],
-        nodes: Nodes,
-        current: Mapping[StageSlot, NodeId],
+        self, pipeline: PipelineId, holders: Sequence[NodeId | None], current: Mapping[StageSlot, NodeId]
     ) -> Misfits:
         """Returns who of those who do not hold their slots yet has no room for them."""
         new = {
@@ -335,14 +330,14 @@ class RolePlanning:
             for index, node_id in enumerate(holders)
             if node_id is not None and current.get(StageSlot(pipeline, SlotIndex(index))) != node_id
         }
-        capacities = {index: nodes[node_id][0].capacity_bytes for index, node_id in new.items()}
+        capacities = {index: self._nodes[node_id].capacity_bytes for index, node_id in new.items()}
         lacking = too_small(self._config, self._shape, self._layers, capacities)
         return {(new[index], index): reason for index, reason in lacking.items()}
 
-    def _observe(self, nodes: Nodes, misfits: Misfits) -> list[ObservedStage]:
+    def _observe(self, misfits: Misfits) -> list[ObservedStage]:
         """Returns nodes, without those who are too small for all slots."""
         observed: list[ObservedStage] = []
-        for node_id, (description, order) in nodes.items():
+        for order, (node_id, description) in enumerate(self._nodes.items()):
             unable = self.unable.of(node_id)
             left_out = {index for name, index in misfits if name == node_id}.union(unable)
             slots = loadable_slots(description, self._layers, left_out)

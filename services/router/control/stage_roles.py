@@ -11,7 +11,7 @@ from common.messages import StageReady
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, RoleMessages, SuspendPipeline
 from services.router.control.adoption import Adoption, HeldCache, HeldSlot
-from services.router.control.mirror_roles import MirroredSlot, MirrorReport, MirrorRoles, Nodes
+from services.router.control.mirror_roles import MirroredSlot, MirrorReport, MirrorRoles
 from services.router.control.roles import RolePlan, RolePlanning, describe_unfilled
 from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
 
@@ -77,15 +77,15 @@ class StageRoles:
         self._shape = shape
         self.messages = RoleMessages(self.layers, (results_endpoints, results_ipc_token), first_generation)
         self._recovery = recovery
-        self._nodes: dict[NodeId, tuple[NodeDescription, int]] = {}
-        self._num_joined = 0
+        self._nodes: dict[NodeId, NodeDescription] = {}
+        """In the order in which they joined."""
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self._surplus = Surplus()
-        self._planning = RolePlanning(config, shape, self.layers)
-        self.mirrors = MirrorRoles(config, shape, self.layers, self.messages.draw_number)
+        self._planning = RolePlanning(config, shape, self.layers, self._nodes)
+        self.mirrors = MirrorRoles(config, shape, self.layers, self._nodes, self.messages.draw_number)
         self.detail = f"0 of {shape.pp} stage nodes"
 
     @property
@@ -116,9 +116,7 @@ class StageRoles:
         """A stage node registered (again: a node that reconnects is told its slot anew)."""
         node_id = description.node_id
         slot = self.slot_of(node_id)
-        if node_id not in self._nodes:
-            self._num_joined += 1
-        self._nodes[node_id] = (description, self._num_joined)
+        self._nodes[node_id] = description
         self.adoption.claim(node_id, held, now_s, held is None or description.can_load_layers(held.layers))
         return self._settle(now_s) + (self.renew(slot.pipeline) if slot is not None else [])
 
@@ -226,7 +224,7 @@ class StageRoles:
 
     def apply_mirror_report(self, node_id: NodeId, report: MirrorReport) -> list[Action]:
         """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
-        actions = self.mirrors.apply_report(node_id, report, self._nodes)
+        actions = self.mirrors.apply_report(node_id, report)
         return [] if actions is None else actions + self._mirror()
 
     def apply_refusal(self, node_id: NodeId, number: int) -> list[Action]:
@@ -244,11 +242,6 @@ class StageRoles:
         return slot.pipeline if slot is not None and self._pipelines[slot.pipeline].generation == number else None
 
     @property
-    def nodes(self) -> Nodes:
-        """Returns living nodes with their join order."""
-        return self._nodes
-
-    @property
     def are_settled(self) -> bool:
         """Returns whether who has no role is a spare: else it may yet be given back what it holds."""
         return not self.adoption.is_pending
@@ -256,7 +249,7 @@ class StageRoles:
     def assign(self, slot: StageSlot) -> Action:
         """Tell the holder of a slot of a whole pipeline its role."""
         pipeline = self._pipelines[slot.pipeline]
-        holders = [self._nodes[node_id][0] for node_id in pipeline.holders if node_id is not None]
+        holders = [self._nodes[node_id] for node_id in pipeline.holders if node_id is not None]
         return self.messages.assign(slot, holders, self._lease_terms[slot], pipeline.num_blocks, pipeline.generation)
 
     # Planning
@@ -265,14 +258,13 @@ class StageRoles:
         """Gives roles to all nodes."""
         current = self._holders()
         plan, misfits = self._planning.plan(
-            self._nodes,
             current,
             self.mirrors.nodes,
             keeps_surplus=keeps_surplus,
             only_holders=self.adoption.is_pending,  # slots are kept for those who hold them
         )
         self._surplus.see(plan.num_surplus)
-        self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, [n for n, _ in self._nodes.values()])
+        self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, self._nodes.values())
         if misfits:
             self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
         wanted = plan.pipelines
@@ -317,7 +309,7 @@ class StageRoles:
         """Begins a new generation. A slot that changes hands gets a new lease term."""
         before = self._pipelines.get(pipeline_id)
         nodes = [node_id for node_id in holders if node_id is not None]
-        capacities = [self._nodes[node_id][0].capacity_bytes for node_id in nodes]
+        capacities = [self._nodes[node_id].capacity_bytes for node_id in nodes]
         num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
         actions: list[Action] = []
         has_pool, held = False, None
@@ -370,27 +362,22 @@ class StageRoles:
 
     def _mirror(self) -> list[Action]:
         """Spares follow slots of open pipelines, if that is wanted, and slots with cache that their holder leaves."""
-        holders = {slot: node_id for slot, node_id in self._holders().items() if node_id in self._nodes}
         mirrored = [
             MirroredSlot(
                 slot,
-                node_id,
-                self._nodes[node_id][0].numeric_class,
-                self._nodes[node_id][0].host_label,
+                self._nodes[node_id],
                 self._lease_terms[slot],
                 self._pipelines[slot.pipeline].num_blocks,
                 is_wanted=self._wants_mirror(node_id, self._pipelines[slot.pipeline]),
                 is_leaving=node_id in self._draining,
             )
-            for slot, node_id in holders.items()
+            for slot, node_id in self._holders().items()
+            if node_id in self._nodes
         ]
         mirrored.sort(key=lambda held: (held.slot.pipeline, held.slot.index))
-        spares = [
-            node_id
-            for node_id in sorted(self._nodes, key=lambda node_id: self._nodes[node_id][1])
-            if node_id not in holders.values() and node_id not in self._draining and not self.adoption.is_pending
-        ]
-        return self.mirrors.replan(mirrored, [self._nodes[node_id][0] for node_id in spares], self._nodes)
+        busy = self._draining.union(held.holder.node_id for held in mirrored)
+        spares = [node for node_id, node in self._nodes.items() if node_id not in busy and not self.adoption.is_pending]
+        return self.mirrors.replan(mirrored, spares)
 
     def _wants_mirror(self, holder: NodeId, pipeline: Pipeline) -> bool:
         """A stage has its memory also while its pipeline recovers: who leaves can hand it over then too."""
@@ -402,10 +389,8 @@ class StageRoles:
         """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
         for adopted in self.adoption.pop_complete(now_s):
-            if self._planning.misfits(
-                adopted.pipeline, adopted.holders, self._nodes, self._holders()
-            ):  # with another DTYPE than before, say
-                self.adoption.reject(adopted)
+            if self._planning.misfits(adopted.pipeline, adopted.holders, self._holders()):
+                self.adoption.reject(adopted)  # they have another DTYPE than before, say
                 continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)

@@ -15,13 +15,12 @@ from tests.support.router.mesh_shapes import node
 
 def held(index: int, host: str, *, numeric_class: str = "cpu", is_leaving: bool = False) -> MirroredSlot:
     slot = StageSlot(PipelineId(0), SlotIndex(index))
-    return MirroredSlot(
-        slot, NodeId(f"holder {index}"), numeric_class, host, LeaseTerm(1), 8, is_wanted=True, is_leaving=is_leaving
-    )
+    holder = node(f"holder {index}", numeric_class=numeric_class, host_label=host)
+    return MirroredSlot(slot, holder, LeaseTerm(1), 8, is_wanted=True, is_leaving=is_leaving)
 
 
 def pair(of: MirroredSlot, node_id: str, host: str) -> MirrorPair:
-    return MirrorPair(NodeId(node_id), of.holder, of.lease_term, of.num_blocks, host == of.host_label)
+    return MirrorPair(NodeId(node_id), of.holder.node_id, of.lease_term, of.num_blocks, host == of.holder.host_label)
 
 
 def spares(names: str, numeric_class: str = "cpu") -> list[NodeDescription]:

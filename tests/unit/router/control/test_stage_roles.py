@@ -398,6 +398,12 @@ def test_the_only_spare_that_could_not_load_a_mirror_is_asked_again_less_and_les
     assert roles.mirrors.num_missing == 0
 
 
+def test_a_node_that_says_hello_again_keeps_its_place_in_line() -> None:
+    roles = roles_of(pp=1, spares=2, recovery="replay")
+    opened(roles, "a", "c", "b", "c")
+    assert list(told(roles.lose(NodeId("a")))) == ["c"]
+
+
 def test_what_a_spare_could_not_load_is_forgotten_with_it() -> None:
     roles = roles_of(pp=1, spares=1)
     ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
