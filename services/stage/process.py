@@ -22,8 +22,8 @@ from services.stage.ranks.collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.group import GroupSettings, RankGroup, fork_server_of_ranks, open_group
 from services.stage.ranks.memory_needs import num_memories
 from services.stage.service import StageService
+from services.stage.slot.layers import StageLayers
 from services.stage.slot.mirror_sender import MirrorLink
-from services.stage.slot.slot import LoadedLayers
 from services.stage.slot.stage_worker import StageWorker
 
 
@@ -58,16 +58,15 @@ class StageProcess:
         elif settings.tp > 1 and not self._device.is_host:
             variant += f"+parts{settings.tp}"  # a device's bits depend on the shapes of products
         self._numeric_class = self._device.numeric_class(variant)
-        self._loaded: LoadedLayers | None = None
         config = self._resources.config
-        self._num_positions = min(settings.max_context_tokens or sys.maxsize, config.context_tokens)
+        num_positions = min(settings.max_context_tokens or sys.maxsize, config.context_tokens)
         self.ranks: RankGroup | None = None
         if forks is not None:
             self.ranks = open_group(
                 GroupSettings(settings.tp, settings.tp_reduce, collectives),
                 config,
                 self._resources.checkpoint,
-                self._num_positions,
+                num_positions,
                 settings.threads,
                 self._resources.settings.capacity_bytes,
                 self._kernels,
@@ -76,6 +75,15 @@ class StageProcess:
                 self._device,
                 places_of_ranks(self._device.place, settings.tp, self._num_gpus),
             )
+        self._layers = StageLayers(
+            config,
+            self._resources.checkpoint,
+            num_positions,
+            self._kernels,
+            self._device,
+            self.ranks,
+            self._resources.loader,
+        )
 
     def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
         """Returns what all ranks have together."""
@@ -101,25 +109,12 @@ class StageProcess:
         own = self._resources
         if self.ranks is not None:
             self.ranks.reform(own.should_stop)
-            if self._loaded is not None and self._loaded.ranks_load != self.ranks.in_use:
-                self._loaded = None  # cut for other ranks
+            if (loaded := self._layers.loaded) is not None and loaded.ranks_load != self.ranks.in_use:
+                self._layers.loaded = None  # cut for other ranks
         with open_node(
             NodeKind.STAGE, own, self._numeric_class, lambda transport, address: transport.pull("steps", [address])
         ) as node:
-            worker = StageWorker(
-                own.config,
-                own.checkpoint,
-                self._num_positions,
-                self._kernels,
-                node.transport,
-                node.ipc_token,
-                node.log,
-                self._loaded,
-                own.loader,
-                self.ranks,
-                device=self._device,
-            )
-            self._loaded = None  # the worker lets the layers go when it gets others
+            worker = StageWorker(self._layers, node.transport, node.ipc_token, node.log)
             experts = ExpertClient(
                 ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log), node.log
             )
@@ -132,5 +127,4 @@ class StageProcess:
                 raise_if_device_failed(error)
                 raise
             finally:
-                self._loaded = worker.loaded
                 worker.close()

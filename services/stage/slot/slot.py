@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,27 +12,12 @@ from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.topology import LayerRange, StageRole, StageSlot
 from common.wire.transport import MessageSocket
-from services.stage.model.decoder import StageModel
 from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.model.micro_batch import BlockTables
-from services.stage.ranks.group import RankLoad
+from services.stage.slot.layers import LayersLoad
 from services.stage.slot.step_watermark import StepWatermark
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedLayers:
-    """Weights of a layer range."""
-
-    layers: LayerRange
-    dtype: torch.dtype
-    model: StageModel
-    bytes_read: int
-    num_bytes: int
-    """As they are held: checkpoints may store fewer a value."""
-    ranks_load: RankLoad | None = None
-    """Where the stage has ranks: what they loaded with it."""
 
 
 class MemoryTag(NamedTuple):
@@ -63,20 +47,7 @@ class Loading:
 
     message: AssignStage | AssignMirror
     header: Header
-    layers: LayerRange
-    dtype: torch.dtype
-    future: Future[LoadedLayers]
-    ranks_load: RankLoad | None
-
-
-@dataclass(frozen=True, slots=True)
-class GrowingLoad:
-    """The layers of the slot that is served, cut for more ranks."""
-
-    future: Future[LoadedLayers]
-    ranks_load: RankLoad
-    is_loaded: bool = False
-    """By all of them."""
+    load: LayersLoad
 
 
 @dataclass(slots=True)

@@ -7,37 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 import torch
 
-from common.checkpoint.model_config import ModelConfig
-from common.checkpoint.weights import CheckpointWeights
-from common.compute.device import HOST, Device
 from common.compute.device_errors import refusal_to_load
-from common.compute.native_library import NativeKernels
 from common.errors import LIFE_ENDING_ERRORS, MoemeshError, ProtocolError, RankLostError
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
-from common.node.loader_thread import LoaderThread
 from common.processes.memory import offered_bytes
-from common.topology import LayerRange, StageRole, StageState
+from common.topology import StageState
 from common.wire.endpoints import choose_endpoint
 from common.wire.transport import Transport
 from services.stage.model.decoder import StageModel
 from services.stage.model.executor import Executor
-from services.stage.model.kv_cache import KvShape, KvStore, LocalKv, PagedMemory, allocate_paged_memory
-from services.stage.model.loading import load_stage
+from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.micro_batch import BlockTables
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.model.sharded_linear import ALONE
-from services.stage.ranks.group import RankGroup, RankLoad
+from services.stage.ranks.group import RankGroup
 from services.stage.ranks.memory_needs import Free, against_growth
+from services.stage.slot.layers import LayersLoad, LoadedLayers, StageLayers
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.slot import (
-    GrowingLoad,
     HeldMemory,
-    LoadedLayers,
     Loading,
     MemoryTag,
     RoleRefused,
@@ -56,35 +47,22 @@ class StageWorker:
 
     def __init__(
         self,
-        config: ModelConfig,
-        checkpoint: Path,
-        num_positions: int,
-        kernels: NativeKernels | None,
+        layers: StageLayers,
         transport: Transport,
         ipc_token: str,
         log: structlog.stdlib.BoundLogger,
-        loaded: LoadedLayers | None = None,
-        loader: LoaderThread | None = None,
-        ranks: RankGroup | None = None,
         free_bytes: Callable[[], int] = offered_bytes,
-        device: Device = HOST,
     ) -> None:
-        """`loaded`, `loader`: of an incarnation before this one, whose load ends before another begins. With `ranks`
-        any method may raise RankLostError, which ends the incarnation; with a `device`, DeviceError."""
-        self._config = config
-        self._checkpoint = checkpoint
-        self._num_positions = num_positions
-        self._kernels = kernels
+        """`layers` may have some of an incarnation before this one, whose load ends before another begins. With ranks
+        any method may raise RankLostError, which ends the incarnation; with a device, DeviceError."""
+        self.layers = layers
+        self._ranks = layers.ranks
         self._transport = transport
         self._ipc_token = ipc_token
         self._log = log
-        self._loader = loader or LoaderThread()
-        self._ranks = ranks
-        self._growing: GrowingLoad | None = None
         self._free_bytes = free_bytes
-        self._device = device
-        self.loaded = loaded
-        """The layers of the slot that is or was held, or None while others are loaded."""
+        self._growing: LayersLoad | None = None
+        """The layers of the slot that is served, cut for more ranks."""
         self._held: HeldMemory | None = None
         self._loading: Loading | None = None
         self.slot: Slot | None = None
@@ -128,59 +106,52 @@ class StageWorker:
 
         Raises ProtocolError for layers that are not.
         """
-        if not 0 <= message.first_layer < message.stop_layer <= self._config.num_layers:
+        if not 0 <= message.first_layer < message.stop_layer <= self.layers.config.num_layers:
             raise ProtocolError(f"layers [{message.first_layer}, {message.stop_layer}) are not in this model")
         if message.num_blocks < 1 or not 0 <= message.slot < message.num_slots:
             raise ProtocolError(
                 f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
             )
         self._close_slot()
-        layers = LayerRange(message.first_layer, message.stop_layer)
+        role = role_of(message, header)
         loading = self._loading
-        if loading is not None and (loading.layers, loading.dtype) == (layers, dtype):
+        if loading is not None and (loading.load.layers, loading.load.dtype) == (role.layers, dtype):
             self._loading = replace(loading, message=message, header=header)  # a new generation of the same: load once
             return None
-        loaded = self.loaded
-        if loaded is not None and (loaded.layers, loaded.dtype) == (layers, dtype) and loading is None:
+        loaded = self.layers.loaded
+        if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
         self._drop_memory()
-        self.loaded = self._growing = None  # makes room before the new layers come
-        self._device.release()
-        self._log.info("loading_layers", first=layers.start, stop=layers.stop)
-        self._loading = self._begin_load(message, header, layers, dtype)
+        self._growing = None
+        self.layers.drop()  # makes room before the new ones come
+        self._log.info("loading_layers", first=role.layers.start, stop=role.layers.stop)
+        self._loading = Loading(message, header, self.layers.begin_load(role, dtype, replaces=True))
         return None
-
-    def _begin_load(
-        self, message: AssignStage | AssignMirror, header: Header, layers: LayerRange, dtype: torch.dtype
-    ) -> Loading:
-        role = role_of(message, header)
-        ranks_load = self._ranks.begin_load(role, dtype, replaces=True) if self._ranks is not None else None
-        future = self._loader.submit(self._load, role, dtype, ranks_load)
-        return Loading(message, header, layers, dtype, future, ranks_load)
 
     def poll(self) -> RoleTaken | RoleRefused | None:
         """Returns what became of the assignment that was loading; None while there is nothing new.
 
         Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
         """
-        self._loader.check()
+        self.layers.thread.check()
         if self._ranks is not None:
             self._ranks.check()
         loading = self._loading
-        if loading is None or not loading.future.done():
+        if loading is None:
             return None
         try:
-            if not self._ranks_are_loaded(loading):
+            if not self.layers.look(loading.load):
                 return None
-            self._loading = None
-            self.loaded = loading.future.result()
+            loaded = self.layers.loaded = loading.load.future.result()
         except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
             self._loading = None
             return self._refuse(error, loading.header)
-        self._use_ranks(self.loaded)
-        return self._enter(loading.message, loading.header, self.loaded)
+        self._loading = None
+        if self._ranks is not None and loaded.ranks_load is not None:
+            self._ranks.use(loaded.ranks_load, loaded.num_bytes)
+        return self._enter(loading.message, loading.header, loaded)
 
     @property
     def waits_for_quiet(self) -> bool:
@@ -195,7 +166,7 @@ class StageWorker:
             return
         try:
             if self._growing is not None:
-                self._growing = self._with_news(ranks, self._growing)
+                self.layers.look(self._growing)
             elif ranks.may_grow():
                 self._begin_growing(ranks, slot)
         except RankLostError as error:
@@ -207,10 +178,10 @@ class StageWorker:
             self._change_over(slot, self._growing.future.result())
 
     def _begin_growing(self, ranks: RankGroup, slot: Slot) -> None:
-        loaded = self.loaded
+        loaded, device = self.layers.loaded, self.layers.device
         assert loaded is not None, "a slot has layers"
         # What is used now stays until the new parts are there.
-        free = Free(self._free_bytes(), None if self._device.is_host else self._device.offered_bytes())
+        free = Free(self._free_bytes(), None if device.is_host else device.offered_bytes())
         kv = slot.held.memory.kv.shape
         kv_bytes = kv.num_bytes // kv.num_blocks * len(self._used_blocks(slot))
         refusal = against_growth(loaded.num_bytes, ranks.degree, ranks.next_degree(), kv_bytes, free)
@@ -218,21 +189,13 @@ class StageWorker:
             ranks.postpone_growth(refusal)
             return
         ranks.attach_present()
-        ranks_load = ranks.begin_load(slot.role, loaded.dtype, replaces=False)
-        self._growing = GrowingLoad(self._loader.submit(self._load, slot.role, loaded.dtype, ranks_load), ranks_load)
-
-    def _with_news(self, ranks: RankGroup, growing: GrowingLoad) -> GrowingLoad:
-        """Raises what any of them has failed by."""
-        if growing.is_loaded or not growing.future.done() or not ranks.is_loaded(growing.ranks_load):
-            return growing
-        growing.future.result()
-        return replace(growing, is_loaded=True)
+        self._growing = self.layers.begin_load(slot.role, loaded.dtype, replaces=False)
 
     def _change_over(self, slot: Slot, loaded: LoadedLayers) -> None:
         """Raises RankLostError: once the ranks are told there is no way back but a new incarnation."""
         assert self._ranks is not None, "it is they who have grown"
         assert loaded.ranks_load is not None, "it was loaded for ranks"
-        self.loaded, self._growing = loaded, None
+        self.layers.loaded, self._growing = loaded, None
         used_blocks = torch.tensor(self._used_blocks(slot), dtype=torch.int64)
         try:
             with torch.inference_mode():
@@ -251,13 +214,6 @@ class StageWorker:
     def _give_up_growing(self, ranks: RankGroup, error: Exception) -> None:
         self._growing = None
         ranks.postpone_growth(str(error))
-
-    def _ranks_are_loaded(self, loading: Loading) -> bool:
-        return self._ranks is None or loading.ranks_load is None or self._ranks.is_loaded(loading.ranks_load)
-
-    def _use_ranks(self, loaded: LoadedLayers) -> None:
-        if self._ranks is not None and loaded.ranks_load is not None:
-            self._ranks.use(loaded.ranks_load, loaded.num_bytes)
 
     def leave(self) -> None:
         """Forgets steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
@@ -295,15 +251,7 @@ class StageWorker:
     def close(self) -> None:
         """Gives up what is loading."""
         self.leave()
-        self._loader.give_up()
-
-    def _load(self, role: StageRole, dtype: torch.dtype, ranks_load: RankLoad | None) -> LoadedLayers:
-        """Loads, in the loader's thread."""
-        weights = CheckpointWeights(self._checkpoint, dtype, self._device.place)
-        sharding = ALONE if ranks_load is None else ranks_load.sharding
-        model = load_stage(weights, self._config, role, self._num_positions, self._kernels, self._device, sharding)
-        weights.close()
-        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
+        self.layers.thread.give_up()
 
     def _enter(
         self, message: AssignStage | AssignMirror, header: Header, loaded: LoadedLayers
@@ -329,23 +277,12 @@ class StageWorker:
             held.watermark.begin_generation()
             return held
         self._held = None
-        memory = allocate_paged_memory(
-            len(loaded.model.layers),
-            message.num_blocks,
-            (self._config.num_kv_heads, self._config.head_dim),
-            self._config.hidden_size,
-            loaded.dtype,
-            with_log=message.slot < message.num_slots - 1,
-            allocate_kv=self._allocate_kv if self._ranks is None else self._ranks.allocate_kv,
-        )
+        memory = self.layers.allocate(loaded, message.num_blocks, with_log=message.slot < message.num_slots - 1)
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepWatermark())
         return self._held
 
     def _executor(self, model: StageModel, memory: PagedMemory) -> Executor:
         return Executor(model, memory) if self._ranks is None else Executor(model, memory, self._ranks.leader.lead)
-
-    def _allocate_kv(self, shape: KvShape) -> KvStore:
-        return LocalKv.allocate(shape, self._kernels, self._device)
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> RoleTaken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.

@@ -31,6 +31,7 @@ from services.stage import service
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.service import KEEP_STATE_S, StageService
+from services.stage.slot.layers import StageLayers
 from services.stage.slot.mirror_sender import BACKFILL_BLOCKS, MirrorLink
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
@@ -57,7 +58,7 @@ class Stage(StageService):
         steps: Any = self.upstream
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         config = read_model_config(directory)
-        self.worker = StageWorker(config, directory, 64, None, transport, "", log)
+        self.worker = StageWorker(StageLayers(config, directory, 64), transport, "", log)
         experts = ExpertClient(ExpertNodes(transport, "", config.num_experts, log), log)
         super().__init__(
             config, self.worker, experts, control, steps, MirrorLink(transport, "", log), log, lambda: 100.0
@@ -67,7 +68,7 @@ class Stage(StageService):
         self.control.asked.append((message, Header(generation=generation)))
         self._receive_control(100.0)
         if self.worker._loading is not None:
-            self.worker._loading.future.exception(timeout=60)
+            self.worker._loading.load.future.exception(timeout=60)
         self._answer_assignment(self.worker.poll())
 
     def get_step(self, message: Step, generation: int, number: int) -> None:

@@ -55,14 +55,14 @@ def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_other
     seen = weakref.ref(layers[0])
 
     def run(service: Any, should_stop: Any) -> None:
-        worker, control = service._worker, service._control
-        lives.append((control.description.node_id, control.router_term, worker.loaded))
+        own, control = service._worker.layers, service._control
+        lives.append((control.description.node_id, control.router_term, own.loaded))
         if len(lives) == 1:
-            worker.loaded, control.router_term = layers.pop(), 7
+            own.loaded, control.router_term = layers.pop(), 7
             raise NodeLostError("declared dead")
         assert lives[1][2] is not None
         lives[1] = (*lives[1][:2], None)
-        worker.loaded = None  # other layers are loaded
+        own.loaded = None  # other layers are loaded
         gc.collect()
         assert seen() is None, "nobody else holds on to the former ones"
 

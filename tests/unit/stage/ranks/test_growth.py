@@ -12,6 +12,7 @@ import torch
 
 from common.errors import RankLostError
 from common.messages import AssignStage, Header
+from services.stage.slot.layers import StageLayers
 from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
@@ -33,17 +34,8 @@ def ranks(tmp_path: Path) -> Iterator[ThreadRanks]:
 def keeper_of(ranks: ThreadRanks, free_bytes: int = PLENTY) -> Iterator[StageWorker]:
     transport: Any = MemoryTransport()
     log: Any = ranks.log
-    keeper = StageWorker(
-        ranks.config,
-        ranks.checkpoint,
-        NUM_POSITIONS,
-        ranks.kernels,
-        transport,
-        "",
-        log,
-        ranks=ranks.group,
-        free_bytes=lambda: free_bytes,
-    )
+    layers = StageLayers(ranks.config, ranks.checkpoint, NUM_POSITIONS, ranks.kernels, ranks=ranks.group)
+    keeper = StageWorker(layers, transport, "", log, lambda: free_bytes)
     yield keeper
     keeper.close()
 

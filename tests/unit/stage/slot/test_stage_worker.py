@@ -17,9 +17,10 @@ from common.messages import AssignMirror, AssignStage, Header, MirrorReady, Stag
 from common.node.loader_thread import STUCK_S, LoaderThread
 from services.stage.model.kv_cache import PagedMemory, allocate_paged_memory
 from services.stage.model.loading import load_stage
+from services.stage.slot.layers import StageLayers
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import MirrorSender
-from services.stage.slot.slot import LoadedLayers, RoleRefused, RoleTaken
+from services.stage.slot.slot import RoleRefused, RoleTaken
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
@@ -38,11 +39,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Worker(StageWorker):
-    def __init__(self, directory: Path, loaded: LoadedLayers | None = None) -> None:
+    def __init__(self, layers: StageLayers) -> None:
         self.transport = MemoryTransport()
         transport: Any = self.transport
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-        super().__init__(read_model_config(directory), directory, 64, None, transport, "", log, loaded)
+        super().__init__(layers, transport, "", log)
 
     def take(self, message: AssignStage, generation: int = 1, dtype: torch.dtype = torch.float32) -> Any:
         return self.assign(message, Header(generation=generation), dtype)
@@ -50,7 +51,7 @@ class Worker(StageWorker):
     def finish(self) -> RoleTaken | RoleRefused | None:
         """Wait for the loader."""
         if self._loading is not None:
-            self._loading.future.exception(timeout=60)
+            self._loading.load.future.exception(timeout=60)
         return self.poll()
 
     @property
@@ -63,7 +64,7 @@ class Worker(StageWorker):
 
 @pytest.fixture
 def worker(directory: Path) -> Any:
-    made = Worker(directory)
+    made = Worker(StageLayers(read_model_config(directory), directory, 64))
     yield made
     made.close()
 
@@ -77,7 +78,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(role.layers)
         return load_stage(weights, config, role, *rest)
 
-    monkeypatch.setattr("services.stage.slot.stage_worker.load_stage", counted)
+    monkeypatch.setattr("services.stage.slot.layers.load_stage", counted)
     return seen
 
 
@@ -104,7 +105,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     worker.take(ASSIGN, 1)
     worker.finish()
     assert worker.slot is not None
-    former, loaded, socket = worker.slot, worker.loaded, worker.downstream
+    former, loaded, socket = worker.slot, worker.layers.loaded, worker.downstream
     former.held.watermark.begin(17, 0)
     former.held.memory.caches[0].keys.fill_(3.0)
     outcome = worker.take(replace(ASSIGN, downstream=("tcp://other:1",)), 2)
@@ -114,7 +115,7 @@ def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled
     assert outcome.ready.kv_mark == 17, "what was under way then is void, and all before it is there"
     assert socket.is_closed
     assert worker.downstream.endpoints == ("tcp://other:1",)
-    assert worker.loaded is loaded
+    assert worker.layers.loaded is loaded
     assert worker.slot.held is former.held
     router_blocks = worker.slot.held.memory.caches[0].keys[: ASSIGN.num_blocks]
     assert bool((router_blocks == 3.0).all()), "the self-test writes elsewhere"
@@ -242,14 +243,14 @@ def test_other_layers_replace_those_that_are_loading(worker: Worker, loads: list
 
 
 def test_another_incarnation_has_the_layers_of_the_one_before_and_none_of_its_cache(
-    worker: Worker, directory: Path, loads: list[Any]
+    worker: Worker, loads: list[Any]
 ) -> None:
     worker.take(ASSIGN, 1)
     worker.finish()
     assert worker.slot is not None
     worker.slot.held.watermark.begin(7, 0)
     worker.slot.held.watermark.finish(7)
-    following = Worker(directory, worker.loaded)
+    following = Worker(worker.layers)
     outcome = following.take(ASSIGN, 2)
     assert isinstance(outcome, RoleTaken)
     assert isinstance(outcome.ready, StageReady)
@@ -264,16 +265,16 @@ def test_another_dtype_is_another_load(worker: Worker, loads: list[Any]) -> None
     assert worker.take(ASSIGN, 2, torch.bfloat16) is None
     assert isinstance(worker.finish(), RoleTaken)
     assert len(loads) == 2
-    assert worker.loaded is not None
-    assert worker.loaded.model.layers[0].input_norm.weight.dtype == torch.bfloat16
+    assert worker.layers.loaded is not None
+    assert worker.layers.loaded.model.layers[0].input_norm.weight.dtype == torch.bfloat16
 
 
 def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s, release = [100.0], threading.Event()
-    worker._loader = LoaderThread(lambda: now_s[0], lambda thread: 0.5)
-    monkeypatch.setattr("services.stage.slot.stage_worker.load_stage", lambda *given: release.wait(timeout=60))
+    worker.layers.thread = LoaderThread(lambda: now_s[0], lambda thread: 0.5)
+    monkeypatch.setattr("services.stage.slot.layers.load_stage", lambda *given: release.wait(timeout=60))
     worker.take(ASSIGN, 1)
     worker.leave()
 
@@ -337,7 +338,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason_and_may_be_tried_again
         raise MemoryError("not enough")
 
     with monkeypatch.context() as patched:
-        patched.setattr("services.stage.slot.stage_worker.load_stage", broken)
+        patched.setattr("services.stage.slot.layers.load_stage", broken)
         worker.take(ASSIGN, 4)
         outcome = worker.finish()
     assert isinstance(outcome, RoleRefused)
@@ -364,7 +365,7 @@ def test_a_slot_that_does_not_fit_the_gpu_is_refused_and_one_on_a_lost_gpu_ends_
         def load(*arguments: Any) -> Any:
             raise error
 
-        monkeypatch.setattr("services.stage.slot.stage_worker.load_stage", load)
+        monkeypatch.setattr("services.stage.slot.layers.load_stage", load)
         worker.take(ASSIGN)
 
     fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
