@@ -45,12 +45,11 @@ def check_call(
     header: Header,
     arrived_s: float,
     store: ShardStore,
-    shape: tuple[torch.dtype, int],
 ) -> WaitingCall:
-    """Raises ProtocolError for what does not fit, NotReadyError for a shard that is not here."""
-    dtype, width = shape
+    """Returns a Dispatch as a call that waits. Raises ProtocolError for what does not fit, NotReadyError for a shard
+    that is not here."""
     num_slices = store.num_slices
-    hidden = frame_to_tensor(message.hidden, dtype, (None, width), "Dispatch.hidden")
+    hidden = frame_to_tensor(message.hidden, store.dtype, (None, store.config.hidden_size), "Dispatch.hidden")
     routing: Int32Array = frame_to_array(message.routing, "int32", (3, None), "Dispatch.routing")
     if routing.size == 0:
         raise ProtocolError("Dispatch.routing has no rows")

@@ -29,11 +29,10 @@ class ExpertProcess:
         self._device = open_device(settings.device, num_processes=settings.device_processes)
         self._resources = NodeResources(settings, log, lambda config: self._device.offered_bytes())
         torch.set_num_threads(settings.threads)
-        self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
-        self._numeric_class = self._device.numeric_class(
-            self._kernels.variant if self._kernels is not None else "torch"
-        )
-        self._held: HeldShards | None = None
+        kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
+        self._numeric_class = self._device.numeric_class(kernels.variant if kernels is not None else "torch")
+        own = self._resources
+        self._held = HeldShards(own.config, own.checkpoint, kernels, self._device, own.loader)
 
     def live(self) -> None:
         """Lives through one incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
@@ -41,22 +40,11 @@ class ExpertProcess:
         with open_node(
             NodeKind.EXPERT, own, self._numeric_class, lambda transport, address: transport.router("calls", [address])
         ) as node:
-            shards = ShardLoader(
-                own.config,
-                own.checkpoint,
-                self._kernels,
-                node.control,
-                node.log,
-                held=self._held,
-                loader=own.loader,
-                device=self._device,
-            )
-            self._held = None  # the loader lets shards go that are not wanted any more
+            shards = ShardLoader(self._held, node.control, node.log)
             try:
-                ExpertService(own.config, shards, node.control, node.data, node.log).run(own.should_stop)
+                ExpertService(shards, node.control, node.data, node.log).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_device_failed(error)
                 raise
             finally:
-                self._held = shards.hand_over()
                 shards.close()

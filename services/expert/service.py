@@ -12,7 +12,6 @@ import torch
 import zmq
 from torch import Tensor
 
-from common.checkpoint.model_config import ModelConfig
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
 from common.messages import (
@@ -53,7 +52,6 @@ class ExpertService(NodeLoop):
 
     def __init__(
         self,
-        config: ModelConfig,
         shards: ShardLoader,
         control: ControlLink,
         calls: RoutingSocket,
@@ -61,7 +59,6 @@ class ExpertService(NodeLoop):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(control, log, clock)
-        self._config = config
         self._shards = shards
         self._socket = calls
         self._queue = CallQueue()
@@ -104,16 +101,16 @@ class ExpertService(NodeLoop):
             try:
                 if not isinstance(message, Dispatch):
                     raise ProtocolError(f"an expert node's data socket does not take {type(message).__name__}")
-                if self._shards.store is None:
+                if self._shards.held.store is None:
                     raise NotReadyError("no shards are assigned here yet")
-                shape = (self._shards.dtype, self._config.hidden_size)
-                self._queue.add(check_call(identity, message, header, now_s, self._shards.store, shape))
+                self._queue.add(check_call(identity, message, header, now_s, self._shards.held.store))
             except MoemeshError as error:
                 self._answer(identity, Failed(error.code, str(error), number), header)
 
     def _begin_layer(self, now_s: float) -> None:
-        """Let the calls that have waited longest be computed. On a processor they are done when this returns."""
-        if not len(self._queue) or self._shards.store is None or len(self._under_way) >= MAX_UNDER_WAY:
+        """Begins what has waited longest. On a processor it is done when this returns."""
+        held = self._shards.held
+        if not len(self._queue) or held.store is None or len(self._under_way) >= MAX_UNDER_WAY:
             return
         calls, expired = self._queue.pop_layer(now_s)
         self._counters.dropped += expired
@@ -121,14 +118,14 @@ class ExpertService(NodeLoop):
             return
         try:
             with torch.inference_mode():
-                answer = begin_answer(calls, self._shards.store, self._shards.device, self._clock())
+                answer = begin_answer(calls, held.store, held.device, self._clock())
         except (MoemeshError, ValueError, RuntimeError) as error:
             self._fail_calls(calls, error)
             return
         self._under_way.append(answer)
 
     def _answer_done(self) -> None:
-        """In the order in which they were begun."""
+        """Answers what is done, in the order in which it was begun."""
         while self._under_way:
             answer = self._under_way[0]
             try:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -51,11 +50,32 @@ class ShardAssignment:
     next_report_s: float = 0.0
 
 
-class HeldShards(NamedTuple):
-    """Shards, and what they were loaded as."""
+class HeldShards:
+    """The shards that an expert process holds, and what it loads them with. They outlive an incarnation."""
 
-    store: ShardStore
-    dtype: torch.dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Path,
+        kernels: NativeKernels | None = None,
+        device: Device = HOST,
+        thread: LoaderThread | None = None,
+    ) -> None:
+        """`device`: where the shards are."""
+        self.config = config
+        self.checkpoint = checkpoint
+        self.device = device
+        self.thread = thread or LoaderThread()
+        self._kernels = kernels
+        self.store: ShardStore | None = None
+        """None before the router has said how experts are cut."""
+
+    def cut(self, num_slices: int, dtype: torch.dtype) -> ShardStore:
+        """Returns the store for experts that are cut so, in this dtype: the one that there is, or an empty one in its
+        place."""
+        if self.store is None or (self.store.num_slices, self.store.dtype) != (num_slices, dtype):
+            self.store = ShardStore(self.config, num_slices, dtype, self._kernels)
+        return self.store
 
 
 class ShardLoader:
@@ -63,39 +83,25 @@ class ShardLoader:
 
     def __init__(
         self,
-        config: ModelConfig,
-        checkpoint: Path,
-        kernels: NativeKernels | None,
+        held: HeldShards,
         control: ControlLink,
         log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
-        held: HeldShards | None = None,
-        loader: LoaderThread | None = None,
-        device: Device = HOST,
     ) -> None:
-        """`held`, `loader`: of an incarnation before this one, whose load ends before another begins."""
-        self._config = config
-        self._checkpoint = checkpoint
-        self._kernels = kernels
+        """`held` may have shards of an incarnation before this one, whose load ends before another begins."""
+        self.held = held
         self._control = control
         self._log = log
         self._clock = clock
-        self.device = device
-        """Where the shards are."""
-        self._loader = loader or LoaderThread(clock)
         self._weights: CheckpointWeights | None = None
         """None before its index has been read."""
         self._opening: Future[CheckpointWeights] | None = None
         self._open_at_s = 0.0
-        self._assignment = ShardAssignment(
-            version=0, reported=True
-        )  # nothing is wanted or let go before the router says so
-        self._num_reports = 0
+        # Nothing is wanted or let go before the router says so.
+        self._assignment = ShardAssignment(version=0, reported=True)
+        self.num_reports = 0
+        """Reports made so far, which may have been lost."""
         self._loading: deque[tuple[ShardId, Future[None]]] = deque()
-        self.store: ShardStore | None = held.store if held is not None else None
-        """None before the router has said how experts are cut."""
-        self.dtype = held.dtype if held is not None else torch.float32
-        """Of the shards in the store."""
 
     @property
     def is_loading(self) -> bool:
@@ -106,11 +112,6 @@ class ShardLoader:
     def version(self) -> int:
         """Returns the version of what this router has assigned; 0: nothing yet."""
         return self._assignment.version if self._assignment.router_term == self._control.router_term else 0
-
-    @property
-    def num_reports(self) -> int:
-        """Returns the number of reports made so far, which may have been lost."""
-        return self._num_reports
 
     def assign(self, message: AssignShards, router_term: int) -> bool:
         """Holds these shards from now on; told again, says once more what is held. False for an older assignment, which
@@ -124,18 +125,18 @@ class ShardLoader:
 
     def _replace_assignment(self, message: AssignShards, router_term: int) -> None:
         num_slices, dtype = self._control.settings.num_slices, DTYPES[self._control.settings.dtype]
-        shape = (self._config.num_layers, self._config.num_experts, num_slices)
+        shape = (self.held.config.num_layers, self.held.config.num_experts, num_slices)
         bitmap = frame_to_array(message.shards, "uint8", shape, "AssignShards.shards")
-        if self.store is None or (self.store.num_slices, self.dtype) != (num_slices, dtype):
-            self.store, self.dtype = ShardStore(self._config, num_slices, self._kernels), dtype
+        former, store = self.held.store, self.held.cut(num_slices, dtype)
+        if store is not former:
             self._weights, self._opening, self._open_at_s = None, None, 0.0
         wanted = frozenset(ShardId(*place) for place in np.argwhere(bitmap).tolist())
         in_hand = {shard for shard, _ in self._loading}
-        absent = wanted.difference(self.store)
+        absent = wanted.difference(store)
         urgent = {shard for shard in absent if bitmap[shard] > 1}
         missing = deque(sorted(absent - in_hand, key=lambda shard: (shard not in urgent, shard)))
         self._assignment = ShardAssignment(message.version, router_term, wanted, missing, urgent)
-        self._drop_unwanted(self.store)
+        self._drop_unwanted(store)
         self._log.info(
             "shards_assigned", version=message.version, wanted=len(wanted), missing=len(absent), urgent=len(urgent)
         )
@@ -145,41 +146,40 @@ class ShardLoader:
 
         Raises DeadlineError for a disk that hangs: the router waits for this node's shards, and others could load them.
         """
-        self._loader.check()
-        if self.store is None:
+        self.held.thread.check()
+        store = self.held.store
+        if store is None:
             return
-        assignment, weights = self._assignment, self._open_weights(now_s)
+        assignment, weights = self._assignment, self._open_weights(store.dtype, now_s)
         while self._loading and self._loading[0][1].done():
-            self._loaded(*self._loading.popleft())
+            self._loaded(store, *self._loading.popleft())
         for shard in [shard for shard, retry_at_s in assignment.retry_at_s.items() if now_s >= retry_at_s]:
             del assignment.retry_at_s[shard]
             assignment.missing.append(shard)
         while weights is not None and assignment.missing and len(self._loading) < LOADS_AHEAD:
             shard = assignment.missing.popleft()
-            self._loading.append((shard, self._loader.submit(self.store.load, weights, shard)))
+            self._loading.append((shard, self.held.thread.submit(store.load, weights, shard)))
         complete = not self._loading and not assignment.missing and not assignment.retry_at_s
         if not assignment.reported and (complete or now_s >= assignment.next_report_s):
-            self._drop_unwanted(self.store)  # also what an incarnation before this one was still loading
+            self._drop_unwanted(store)  # also what an incarnation before this one was still loading
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
-            assignment.reported = self._report(self.store, complete) and complete
+            assignment.reported = self._report(store, complete) and complete
 
     def describe_held(self) -> HeldState:
         """Returns what a router that may have been restarted is told."""
-        return HeldState() if self.store is None else HeldState(shards=self._bitmap(self.store))
-
-    def hand_over(self) -> HeldShards | None:
-        """Returns what an incarnation after this one goes on with."""
-        return HeldShards(self.store, self.dtype) if self.store is not None else None
+        store = self.held.store
+        return HeldState() if store is None else HeldState(shards=self._bitmap(store))
 
     def close(self) -> None:
         """Gives up what is loading."""
-        self._loader.give_up()
+        self.held.thread.give_up()
 
-    def _open_weights(self, now_s: float) -> CheckpointWeights | None:
+    def _open_weights(self, dtype: torch.dtype, now_s: float) -> CheckpointWeights | None:
         """Returns None while the checkpoint's index is read, in the loader's thread too: its disk may be slow, or
         fail."""
         if self._weights is None and self._opening is None and now_s >= self._open_at_s:
-            self._opening = self._loader.submit(CheckpointWeights, self._checkpoint, self.dtype, self.device.place)
+            held = self.held
+            self._opening = held.thread.submit(CheckpointWeights, held.checkpoint, dtype, held.device.place)
         elif self._opening is not None and self._opening.done():
             opening, self._opening = self._opening, None
             try:
@@ -190,9 +190,9 @@ class ShardLoader:
                 self._open_at_s = now_s + RETRY_S
         return self._weights
 
-    def _loaded(self, shard: ShardId, future: Future[None]) -> None:
-        """A load has ended. What is wanted, and in which store, may have changed since it began, even twice."""
-        assert self.store is not None
+    def _loaded(self, store: ShardStore, shard: ShardId, future: Future[None]) -> None:
+        """Notes that a load has ended. What is wanted, and in which store, may have changed since it began, even
+        twice."""
         assignment = self._assignment
         is_wanted = shard in assignment.wanted
         try:
@@ -205,8 +205,8 @@ class ShardLoader:
                 assignment.retry_at_s[shard] = self._clock() + RETRY_S
             return
         if not is_wanted:
-            self.store.drop(shard)
-        elif self.store.find(shard) is None:
+            store.drop(shard)
+        elif store.find(shard) is None:
             assignment.missing.appendleft(shard)  # it was dropped again meanwhile, or went into an older store
         elif shard in assignment.urgent:
             assignment.urgent.remove(shard)
@@ -219,7 +219,8 @@ class ShardLoader:
                 store.drop(shard)
 
     def _bitmap(self, store: ShardStore) -> TensorFrame:
-        held = np.zeros((self._config.num_layers, self._config.num_experts, store.num_slices), dtype=np.uint8)
+        config = self.held.config
+        held = np.zeros((config.num_layers, config.num_experts, store.num_slices), dtype=np.uint8)
         for shard in store:
             held[shard] = 1
         return array_to_frame(held)
@@ -227,7 +228,7 @@ class ShardLoader:
     def _report(self, store: ShardStore, complete: bool) -> bool:
         if complete:
             self._log.info("shards_ready", held=len(store), mapped_bytes=store.weight_bytes)
-        self._num_reports += 1
+        self.num_reports += 1
         held = self._bitmap(store)
         digests, projections = np.zeros(held.shape, dtype=np.int32), np.zeros(held.shape, dtype=np.float32)
         for shard in store:
@@ -237,7 +238,7 @@ class ShardLoader:
                 self._assignment.version,
                 complete,
                 held,
-                self._num_reports,
+                self.num_reports,
                 array_to_frame(digests),
                 array_to_frame(projections),
             )

@@ -29,9 +29,10 @@ from common.topology import ShardId
 class ShardStore:
     """Shards by id. Loading may run in another thread: a shard appears whole or not at all."""
 
-    def __init__(self, config: ModelConfig, num_slices: int, kernels: NativeKernels | None) -> None:
-        self._config = config
+    def __init__(self, config: ModelConfig, num_slices: int, dtype: torch.dtype, kernels: NativeKernels | None) -> None:
+        self.config = config
         self.num_slices = num_slices
+        self.dtype = dtype
         self._kernels = kernels
         self._shards: dict[ShardId, GatedExpert] = {}
         self._bytes: dict[ShardId, int] = {}
@@ -58,7 +59,7 @@ class ShardStore:
         before = weights.bytes_read
         gate, up, down = self._read(weights, shard)
         expert = GatedExpert(gate, up, down, kernels=self._kernels)
-        rows = probe_rows(self._config.hidden_size).to(weights.dtype).to(weights.device)
+        rows = probe_rows(self.config.hidden_size).to(weights.dtype).to(weights.device)
         answer = grouped_gated_ffn(rows, (0, PROBE_ROWS), (expert,)).cpu()
         check_answer(answer, torch_answer(rows, gate, up, down).cpu(), shard)
         self._bytes[shard] = weights.bytes_read - before
@@ -77,7 +78,7 @@ class ShardStore:
 
     def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:
         """Reads gate, up and down."""
-        config, names = self._config, self._config.expert_names
+        config, names = self.config, self.config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         cut = slice(width * shard.slice_index // self.num_slices, width * (shard.slice_index + 1) // self.num_slices)
         prefix = f"model.layers.{shard.layer}"
@@ -94,7 +95,7 @@ class ShardStore:
         self, weights: CheckpointWeights, shard: ShardId, prefix: str, cut: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns all experts of a layer in one tensor: gate rows before up rows."""
-        config, names = self._config, self._config.expert_names
+        config, names = self.config, self.config.expert_names
         width, hidden = config.expert_intermediate_size, config.hidden_size
         gate_up_name, gate_up_shape = f"{prefix}.{names.fused_gate_up}", (config.num_experts, 2 * width, hidden)
         up_cut = slice(cut.start + width, cut.stop + width)

@@ -79,7 +79,7 @@ class LocalPipeline:
             for model in self.models
         ]
         self.tables = [BlockTables(KV_BLOCK_TOKENS, NUM_BLOCKS) for _ in self.models]
-        self.store = ShardStore(self.config, self.num_slices, self.kernels)
+        self.store = ShardStore(self.config, self.num_slices, self.dtype, self.kernels)
         for layer in self.config.moe_layer_indices:
             for expert in range(self.config.num_experts):
                 for piece in range(self.num_slices):
@@ -125,9 +125,7 @@ class LocalPipeline:
                 array_to_frame(part.routing),
                 array_to_frame(weights[: 0 if self.combine == "exact" else None]),
             )
-            waiting = check_call(
-                b"s", message, Header(layer=call.layer), 0.0, self.store, (self.dtype, self.config.hidden_size)
-            )
+            waiting = check_call(b"s", message, Header(layer=call.layer), 0.0, self.store)
             total.add(part, answer_calls([waiting], self.store, self.device)[0])
         return total.total()
 

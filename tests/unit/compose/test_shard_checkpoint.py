@@ -97,7 +97,7 @@ def test_an_expert_node_loads_the_experts_of_its_folder_in_any_slices(model: Pat
     part = see_checkpoint(parts / "expert-1", config).part
     assert part is not None
     for num_slices in (1, 3):
-        store = ShardStore(config, num_slices, None)
+        store = ShardStore(config, num_slices, torch.float32, None)
         weights = CheckpointWeights(parts / "expert-1", torch.float32)
         for layer in config.moe_layer_indices:
             for expert in part.experts:

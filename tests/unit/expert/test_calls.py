@@ -28,7 +28,6 @@ from tests.support.nodes.simulated_gpu import PLACE, hidden_waits, simulated_gpu
 
 __all__ = ["one_torch_thread"]
 WIDTH, NUM_SLICES, EXPERTS = QWEN3.width, 2, QWEN3.experts
-SHAPE = (torch.float32, WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def filled(
     kernels: Any,
     place: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> ShardStore:
-    made = ShardStore(config, NUM_SLICES, kernels)
+    made = ShardStore(config, NUM_SLICES, torch.float32, kernels)
     weights = CheckpointWeights(directory, torch.float32, place)
     for layer in range(2):
         for expert in range(EXPERTS - 1):
@@ -73,7 +72,7 @@ def dispatch(
 
 
 def check(message: Dispatch, store: ShardStore, layer: int = 0, arrived_s: float = 0.0, **header: Any) -> WaitingCall:
-    return check_call(b"stage", message, Header(layer=layer, **header), arrived_s, store, SHAPE)
+    return check_call(b"stage", message, Header(layer=layer, **header), arrived_s, store)
 
 
 ROUTING = st.lists(
@@ -192,7 +191,7 @@ def test_a_call_that_is_taken_back_is_dropped_while_it_waits(store: ShardStore) 
     queue = CallQueue()
     for identity, number in ((b"s", 1), (b"s", 2), (b"t", 1)):
         message = dispatch(hidden_of(1), [(0, 0, 0)], number=number)
-        queue.add(check_call(identity, message, Header(layer=0), 0.0, store, SHAPE))
+        queue.add(check_call(identity, message, Header(layer=0), 0.0, store))
     assert queue.cancel(b"s", (1, 7)) == 1, "of that stage only; one that is not here is no error"
     calls, _ = queue.pop_layer(0.0)
     assert [(call.identity, call.number) for call in calls] == [(b"s", 2), (b"t", 1)]

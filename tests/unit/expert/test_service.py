@@ -37,12 +37,12 @@ class Answers:
 def service_of(directory: Path, device: Device) -> tuple[Any, Answers]:
     config = read_model_config(directory)
     place = torch.device("cpu") if device.is_host else PLACE
-    held = filled(config, directory, None, place)
-    shards: Any = SimpleNamespace(store=held, device=device, describe_held=None, version=1, num_reports=1)
+    held = SimpleNamespace(store=filled(config, directory, None, place), device=device)
+    shards: Any = SimpleNamespace(held=held, describe_held=None, version=1, num_reports=1)
     control: Any = SimpleNamespace(describe_held=None)
     answers: Any = Answers()
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    return ExpertService(config, shards, control, answers, log), answers
+    return ExpertService(shards, control, answers, log), answers
 
 
 def ask(service: Any, number: int, layer: int) -> None:
@@ -52,7 +52,7 @@ def ask(service: Any, number: int, layer: int) -> None:
 
 
 def store(service: Any) -> Any:
-    return service._shards.store
+    return service._shards.held.store
 
 
 @pytest.fixture(scope="module")

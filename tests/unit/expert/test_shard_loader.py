@@ -20,6 +20,7 @@ from common.checkpoint.model_config import read_model_config
 from common.checkpoint.weights import CheckpointWeights
 from common.errors import CheckpointError, DeadlineError, DeviceError
 from common.messages import AssignShards, ShardsReady
+from common.node.loader_thread import LoaderThread
 from common.topology import ShardId
 from common.wire.array import array_to_frame, frame_to_array
 from services.expert.shard_loader import RETRY_S, HeldShards, ShardLoader
@@ -35,16 +36,15 @@ X, Y = ShardId(1, 3, 0), ShardId(1, 4, 0)
 class Loader(ShardLoader):
     """With a clock that is moved by hand, and assignments by shards."""
 
-    def __init__(self, directory: Path, held: HeldShards | None = None) -> None:
+    def __init__(self, held: HeldShards) -> None:
         self.control = ListeningRouter()
         control: Any = self.control
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         self.now_s = 100.0
-        self.config = read_model_config(directory)
-        super().__init__(self.config, directory, None, control, log, lambda: self.now_s, held)
+        super().__init__(held, control, log, lambda: self.now_s)
 
     def want(self, version: int, *shards: ShardId) -> None:
-        shape = (self.config.num_layers, self.config.num_experts, self.control.settings.num_slices)
+        shape = (self.held.config.num_layers, self.held.config.num_experts, self.control.settings.num_slices)
         bitmap = np.zeros(shape, np.uint8)
         for shard in shards:
             bitmap[shard] = 2
@@ -83,8 +83,8 @@ class Loader(ShardLoader):
         return [message for message in self.control.sent if isinstance(message, ShardsReady)]
 
     @property
-    def held(self) -> set[ShardId]:
-        return set(self.store or ())
+    def shards(self) -> set[ShardId]:
+        return set(self.held.store or ())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loader(directory: Path) -> Iterator[Loader]:
-    made = Loader(directory)
+    made = Loader(HeldShards(read_model_config(directory), directory))
     yield made
     made.close()
 
@@ -102,19 +102,18 @@ def loader(directory: Path) -> Iterator[Loader]:
 def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(loader: Loader, directory: Path) -> None:
     loader.want(1, X, Y)
     loader.finish()
-    kept = loader.hand_over()
+    kept = loader.held.store
     assert kept is not None
-    before = kept.store.find(X)
-    following = Loader(directory, kept)
+    before = kept.find(X)
+    following = Loader(loader.held)
     following.turn()
     assert following.reports == [], "nothing is let go before the router has said what it wants"
-    shape = (loader.config.num_layers, loader.config.num_experts, kept.store.num_slices)
+    shape = (loader.held.config.num_layers, loader.held.config.num_experts, kept.num_slices)
     assert int(frame_to_array(following.describe_held().shards, "uint8", shape, "shards").sum()) == 2
     following.want(1, X)
     assert following.finish().version == 1
-    assert following.held == {X}
-    assert following.store is not None
-    assert following.store.find(X) is before, "not read again"
+    assert following.shards == {X}
+    assert kept.find(X) is before, "not read again"
     following.close()
 
 
@@ -123,24 +122,24 @@ def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants
 ) -> None:
     loader.want(1, X)
     loader.finish()
-    kept = loader.hand_over()
+    kept = loader.held.store
     assert kept is not None
-    following = Loader(directory, kept)
+    following = Loader(loader.held)
     following.want(1, X)
-    kept.store.load(CheckpointWeights(directory, torch.float32), Y)  # ends after the assignment
+    kept.load(CheckpointWeights(directory, torch.float32), Y)  # ends after the assignment
     following.finish()
-    assert following.held == {X}
+    assert following.shards == {X}
     following.close()
 
 
 def test_what_is_wanted_is_loaded_and_what_is_not_is_dropped(loader: Loader) -> None:
     loader.want(1, X, Y)
     assert loader.finish().version == 1
-    assert loader.held == {X, Y}
+    assert loader.shards == {X, Y}
     loader.control.sent.clear()
     loader.want(2, Y)
     assert loader.finish().version == 2
-    assert loader.held == {Y}
+    assert loader.shards == {Y}
 
 
 def test_a_shard_that_was_dropped_and_is_wanted_again_before_its_load_was_looked_at_is_loaded_again(
@@ -153,7 +152,7 @@ def test_a_shard_that_was_dropped_and_is_wanted_again_before_its_load_was_looked
     loader.want(3, X, Y)
     report = loader.finish()
     assert report.version == 3
-    assert loader.held == {X, Y}
+    assert loader.shards == {X, Y}
 
 
 @pytest.mark.parametrize("changed", [{"num_slices": 2}, {"dtype": "bfloat16"}], ids=str)
@@ -165,7 +164,7 @@ def test_what_was_loading_into_a_store_that_was_given_up_is_loaded_into_the_new_
     loader.control.settings = replace(loader.control.settings, **changed)
     loader.want(2, X, Y)
     assert loader.finish().version == 2
-    assert loader.held == {X, Y}
+    assert loader.shards == {X, Y}
 
 
 def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted(
@@ -184,7 +183,7 @@ def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted
     assert loader.finish().version == 2
     assert loader.now_s - before_s < RETRY_S
     assert loader.control.failures == ["the disk is gone"]
-    assert loader.held == {Y}
+    assert loader.shards == {Y}
 
 
 def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
@@ -200,7 +199,7 @@ def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
     assert not any(report.complete for report in loader.reports)
     failed_s = loader.now_s
     assert loader.finish().version == 1
-    assert loader.held == {X}
+    assert loader.shards == {X}
     assert loader.now_s - failed_s >= RETRY_S
     assert len(loader.control.failures) == 1
 
@@ -208,7 +207,7 @@ def test_an_index_that_cannot_be_read_is_read_again_after_a_while(
 def test_a_load_that_hangs_ends_the_node(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(ShardStore, "load", lambda store, weights, shard: release.wait(timeout=60))
-    monkeypatch.setattr(loader._loader, "_cpu_seconds", lambda thread: 0.5)
+    loader.held.thread = LoaderThread(lambda: loader.now_s, lambda thread: 0.5)
     loader.want(1, X)
     loader.begin_loading()
     with pytest.raises(DeadlineError, match="the disk of the checkpoint hangs"):
@@ -219,7 +218,7 @@ def test_a_load_that_hangs_ends_the_node(loader: Loader, monkeypatch: pytest.Mon
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.sets(st.sampled_from([X, Y])), st.sampled_from(["turn", "wait"])), max_size=12))
 def test_whatever_comes_while_shards_load_a_complete_report_is_true(directory: Path, events: list[Any]) -> None:
-    loader = Loader(directory)
+    loader = Loader(HeldShards(read_model_config(directory), directory))
     wanted: set[ShardId] = set()
     version = 1
     loader.want(version)
@@ -232,9 +231,9 @@ def test_whatever_comes_while_shards_load_a_complete_report_is_true(directory: P
             version, wanted = version + 1, event
             loader.want(version, *wanted)
         if loader.reports and loader.reports[-1].complete and loader.reports[-1].version == version:
-            assert loader.held == wanted
+            assert loader.shards == wanted
     loader.until(lambda: any(report.complete and report.version == version for report in loader.reports))
-    assert loader.held == wanted
+    assert loader.shards == wanted
     loader.close()
 
 

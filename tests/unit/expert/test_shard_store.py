@@ -28,7 +28,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def store_of(directory: Path, num_slices: int = 1) -> tuple[ShardStore, CheckpointWeights]:
-    return ShardStore(read_model_config(directory), num_slices, None), CheckpointWeights(directory, torch.float32)
+    return ShardStore(read_model_config(directory), num_slices, torch.float32, None), CheckpointWeights(
+        directory, torch.float32
+    )
 
 
 def output(store: ShardStore, shard: ShardId, x: torch.Tensor) -> torch.Tensor:
@@ -62,7 +64,7 @@ def test_a_shard_computes_its_experts_formula(recipe: Recipe, tmp_path: Path) ->
 @pytest.mark.parametrize("num_slices", [2, 3, 5, 7, EXPERT_WIDTH])
 def test_slices_add_up_to_the_expert_also_where_they_are_uneven(directory: Path, num_slices: int, kernels: str) -> None:
     whole, weights = store_of(directory)
-    sliced = ShardStore(read_model_config(directory), num_slices, kernels_for(kernels))
+    sliced = ShardStore(read_model_config(directory), num_slices, torch.float32, kernels_for(kernels))
     whole.load(weights, ShardId(0, 2, 0))
     for piece in range(num_slices):
         sliced.load(weights, ShardId(0, 2, piece))
@@ -133,7 +135,7 @@ def test_a_shard_that_the_checkpoint_does_not_have_is_named(directory: Path, sha
 
 
 def probe_of(directory: Path, shard: ShardId, kernels: NativeKernels | None, dtype: torch.dtype) -> ProbeAnswer:
-    store = ShardStore(read_model_config(directory), 1, kernels)
+    store = ShardStore(read_model_config(directory), 1, torch.float32, kernels)
     store.load(CheckpointWeights(directory, dtype), shard)
     return store.probe(shard)
 

@@ -15,7 +15,6 @@ from common.checkpoint.model_config import read_model_config
 from common.config import Settings
 from common.errors import NodeLostError
 from services.expert.process import ExpertProcess
-from services.expert.shard_loader import HeldShards
 from services.expert.shard_store import ShardStore
 from services.stage.process import StageProcess
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
@@ -80,13 +79,13 @@ def test_an_expert_node_lives_again_with_its_shards_and_says_so(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expert = ExpertProcess(*given(checkpoint, tmp_path))
-    store = ShardStore(read_model_config(checkpoint), 1, None)
-    lives: list[tuple[str, HeldShards | None]] = []
+    store = ShardStore(read_model_config(checkpoint), 1, torch.bfloat16, None)
+    lives: list[tuple[str, ShardStore | None]] = []
 
     def run(service: Any, should_stop: Any) -> None:
-        lives.append((service._control.description.node_id, service._shards.hand_over()))
+        lives.append((service._control.description.node_id, service._shards.held.store))
         if len(lives) == 1:
-            service._shards.store, service._shards.dtype = store, torch.bfloat16
+            service._shards.held.store = store
             raise NodeLostError("declared dead")
 
     monkeypatch.setattr("services.expert.process.ExpertService.run", run)
@@ -94,4 +93,4 @@ def test_an_expert_node_lives_again_with_its_shards_and_says_so(
         expert.live()
     expert.live()
     assert lives[0][0] != lives[1][0]
-    assert lives[1][1] == HeldShards(store, torch.bfloat16)
+    assert lives[1][1] is store
