@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Generic
 
-import structlog
 import zmq
 
 from common.errors import LIFE_ENDING_ERRORS, MoemeshError
 from common.messages import ExpertHeartbeat, Header, Message, StageHeartbeat
-from common.node.control_link import ControlLink
+from common.node.process import DataSocket, NodeProcess
 
 POLL_MS = 50
 """The longest that a loop waits for its sockets."""
@@ -19,23 +19,23 @@ LEAVE_DEADLINE_S = 15.0
 """For the router to let a node go that has to stop."""
 
 
-class NodeLoop(ABC):
+class NodeLoop(ABC, Generic[DataSocket]):
     """The loop of one node. A service says what it waits for, what it does in a turn, and what it tells the router."""
 
-    def __init__(
-        self, control: ControlLink, log: structlog.stdlib.BoundLogger, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._control = control
-        self._log = log
+    def __init__(self, node: NodeProcess[DataSocket], clock: Callable[[], float] = time.monotonic) -> None:
+        self._node: NodeProcess[DataSocket] = node
+        self._control = node.control
+        self._log = node.log
         self._clock = clock
         self._poller = zmq.Poller()
+        self._polled_at_change = -1
+        """Of the transport, when the poller was made."""
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serves until `should_stop` says so and the router lets the node go.
 
         Raises the router's refusal of this node, and DeadlineError where a load hangs.
         """
-        self._watch_sockets()
         leave_by_s: float | None = None
         while not self._control.leave_acknowledged or self._has_to_finish:
             now_s = self._clock()
@@ -43,6 +43,8 @@ class NodeLoop(ABC):
                 leave_by_s = leave_by_s or self._begin_leaving(now_s)
                 if now_s >= leave_by_s or not self._control.registered:
                     break
+            if self._node.transport.num_changes != self._polled_at_change:
+                self._watch_sockets()
             self._poller.poll(self._wait_ms(now_s))
             now_s = self._clock()
             self._receive_control(now_s)
@@ -75,7 +77,7 @@ class NodeLoop(ABC):
         """Returns what a heartbeat says."""
 
     def _watch_sockets(self) -> None:
-        """Makes the poller anew, when sockets have come or gone."""
+        self._polled_at_change = self._node.transport.num_changes
         self._poller = zmq.Poller()
         for socket in (self._control.socket.raw, self._control.socket.monitor, *self._sockets()):
             if socket is not None:

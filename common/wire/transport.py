@@ -78,6 +78,8 @@ class Transport:
         self.context.set(zmq.MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT))
         self.limits = limits
         self.on_damaged = on_damaged
+        self.num_changes = 0
+        """Sockets opened and closed so far: when it has changed, whoever waits for them looks which there are."""
         self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
         self._files: list[SocketFile] = []
@@ -234,6 +236,7 @@ class MessageSocket:
         self.bytes_sent = 0
         self._transport = transport
         self._sequence_number = 0
+        transport.num_changes += 1
 
     def send(self, message: Message, header: Header) -> None:
         """Queue a message. Raises Full instead of blocking; the caller still has the message then."""
@@ -273,6 +276,7 @@ class MessageSocket:
             self.monitor.close(linger=0)
             self.monitor = None
         self.raw.close(linger=0)
+        self._transport.num_changes += 1
 
 
 class RoutingSocket:
@@ -284,6 +288,7 @@ class RoutingSocket:
         self.raw = raw
         self.bytes_sent = 0
         self._transport = transport
+        transport.num_changes += 1
 
     def send(self, identity: bytes, message: Message, header: Header) -> None:
         """Queue a message for a peer. Raises Full if the peer is gone or does not take messages."""
@@ -313,6 +318,7 @@ class RoutingSocket:
     def close(self) -> None:
         """Drop what is queued and close."""
         self.raw.close(linger=0)
+        self._transport.num_changes += 1
 
 
 def _bind_again(raw: zmq.Socket[bytes], endpoint: str) -> None:

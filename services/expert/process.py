@@ -42,7 +42,7 @@ class ExpertProcess:
         ) as node:
             shards = ShardLoader(self._held, node.control, node.log)
             try:
-                ExpertService(shards, node.control, node.data, node.log).run(own.should_stop)
+                ExpertService(node, shards).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_device_failed(error)
                 raise

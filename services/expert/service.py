@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import structlog
 import torch
 import zmq
 from torch import Tensor
@@ -24,8 +23,8 @@ from common.messages import (
     Header,
     Message,
 )
-from common.node.control_link import ControlLink
 from common.node.loop import POLL_MS, NodeLoop
+from common.node.process import NodeProcess
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, RoutingSocket
 from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
@@ -47,25 +46,20 @@ class ExpertCounters:
     queue_seconds: float = 0.0
 
 
-class ExpertService(NodeLoop):
+class ExpertService(NodeLoop[RoutingSocket]):
     """One expert node."""
 
     def __init__(
-        self,
-        shards: ShardLoader,
-        control: ControlLink,
-        calls: RoutingSocket,
-        log: structlog.stdlib.BoundLogger,
-        clock: Callable[[], float] = time.monotonic,
+        self, node: NodeProcess[RoutingSocket], shards: ShardLoader, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(control, log, clock)
+        super().__init__(node, clock)
         self._shards = shards
-        self._socket = calls
+        self._socket = node.data
         self._queue = CallQueue()
         self._under_way: deque[LayerAnswer] = deque()
         self._last_done_s = 0.0
         self._counters = ExpertCounters()
-        control.describe_held = shards.describe_held
+        node.control.describe_held = shards.describe_held
 
     @property
     def _has_to_finish(self) -> bool:

@@ -23,7 +23,6 @@ from services.stage.ranks.group import GroupSettings, RankGroup, fork_server_of_
 from services.stage.ranks.memory_needs import num_memories
 from services.stage.service import StageService
 from services.stage.slot.layers import StageLayers
-from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.stage_worker import StageWorker
 
 
@@ -118,11 +117,8 @@ class StageProcess:
             experts = ExpertClient(
                 ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log), node.log
             )
-            mirror_link = MirrorLink(node.transport, node.ipc_token, node.log)
             try:
-                StageService(own.config, worker, experts, node.control, node.data, mirror_link, node.log).run(
-                    own.should_stop
-                )
+                StageService(node, worker, experts).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_device_failed(error)
                 raise

@@ -7,11 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import structlog
 import torch
 import zmq
 
-from common.checkpoint.model_config import ModelConfig
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import LIFE_ENDING_ERRORS, DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
@@ -28,8 +26,9 @@ from common.messages import (
     Step,
     Unassign,
 )
-from common.node.control_link import ControlLink, HeldState
+from common.node.control_link import HeldState
 from common.node.loop import POLL_MS, NodeLoop
+from common.node.process import NodeProcess
 from common.wire.array import frame_to_array
 from common.wire.tensor import DTYPES, frame_to_tensor
 from common.wire.transport import Full, MessageSocket
@@ -37,7 +36,6 @@ from services.stage.experts.client import CallDone, ExpertClient
 from services.stage.model.executor import Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.slot.mirror_receiver import MirrorIntake
 from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
@@ -47,29 +45,22 @@ KEEP_STATE_S = 300.0
 """Without a router: K and V may belong to requests that a restarted one goes on with."""
 
 
-class StageService(NodeLoop):
+class StageService(NodeLoop[MessageSocket]):
     """One stage."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        node: NodeProcess[MessageSocket],
         worker: StageWorker,
         experts: ExpertClient,
-        control: ControlLink,
-        steps: MessageSocket,
-        mirror_link: MirrorLink,
-        log: structlog.stdlib.BoundLogger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(control, log, clock)
-        self._config = config
+        super().__init__(node, clock)
         self._worker = worker
         self._experts = experts
-        self._steps = steps
-        self._mirror_link = mirror_link
+        self._mirror_link = MirrorLink(node.transport, node.ipc_token, node.log)
         self._last_registered_s = clock()
-        self._mirror_intake = MirrorIntake(control, log)
-        control.describe_held = self._describe_held
+        node.control.describe_held = self._describe_held
         self._waiting: dict[int, tuple[Executor, RunningBatch]] = {}
         """Batches that wait for their experts, by number of the call."""
         self._unsent: deque[tuple[Message, Header, float]] = deque()
@@ -81,7 +72,7 @@ class StageService(NodeLoop):
         """Of all that this stage was told, which may come late, or twice."""
 
     def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
-        return (self._steps.raw, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets())
+        return (self._node.data.raw, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets())
 
     def _wait_ms(self, now_s: float) -> int:
         slot = self._worker.slot
@@ -93,10 +84,9 @@ class StageService(NodeLoop):
         self._worker.grow()
         if not self._worker.waits_for_quiet:
             self._receive_steps(now_s)
-        self._mirror_intake.acknowledge(self._worker.mirror)
+        if self._worker.mirror is not None:
+            self._worker.mirror.look()
         self._end_calls(now_s)
-        if self._experts.connect_unopened(now_s):
-            self._watch_sockets()
         self._send_unsent(now_s)
         self._feed_mirror(now_s)
         slot = self._worker.slot
@@ -165,14 +155,13 @@ class StageService(NodeLoop):
         ):
             self._mirror_link.stop()
         self._answer_assignment(outcome)
-        self._watch_sockets()
 
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:
         slot = self._worker.slot
         if slot is None or slot.role.lease_term != message.lease_term:
             self._counters.dropped += 1  # of a lease before this one
-        elif self._mirror_link.obey(message, header):
-            self._watch_sockets()
+        else:
+            self._mirror_link.obey(message, header)
 
     def _tell_experts_settings(self) -> None:
         """Hands over the mesh's settings, which calls need also before the first placement."""
@@ -183,9 +172,7 @@ class StageService(NodeLoop):
 
     def _apply_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
         self._tell_experts_settings()
-        settings = self._control.settings
-        if self._experts.apply_placement(message, header.router_term, settings.num_slices, now_s):
-            self._watch_sockets()
+        self._experts.apply_placement(message, header.router_term, self._control.settings.num_slices, now_s)
 
     def _answer_assignment(self, outcome: RoleTaken | RoleRefused | None) -> None:
         if isinstance(outcome, RoleTaken):
@@ -203,7 +190,6 @@ class StageService(NodeLoop):
         self._forget_steps()
         self._mirror_link.stop()
         self._worker.forget()
-        self._watch_sockets()
 
     def _forget_steps(self) -> None:
         self._experts.abandon()
@@ -213,10 +199,10 @@ class StageService(NodeLoop):
     # ---- steps
 
     def _receive_steps(self, now_s: float) -> None:
-        while (received := self._steps.receive()) is not None:
+        while (received := self._node.data.receive()) is not None:
             message, header = received
             if isinstance(message, MirrorRows | MirrorBlocks):
-                self._mirror_intake.apply(self._worker.mirror, message, header)
+                self._copy(message, header)
                 continue
             if isinstance(message, MirrorAck):
                 self._mirror_link.acknowledged(message, header)
@@ -232,10 +218,16 @@ class StageService(NodeLoop):
             except Exception as error:
                 self._break_step(error, header)
 
+    def _copy(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+        mirror = self._worker.mirror
+        if mirror is None or not mirror.follows(message, header):
+            self._counters.dropped += 1
+        elif mirror.apply(message, header):
+            self._control.send(mirror.report(), Header(generation=mirror.number))
+
     def _feed_mirror(self, now_s: float) -> None:
-        slot = self._worker.slot
-        if slot is not None and self._mirror_link.pump(slot.held, now_s):
-            self._watch_sockets()
+        if self._worker.slot is not None:
+            self._mirror_link.pump(self._worker.slot.held, now_s)
 
     def _check_sequence(self, slot: Slot, header: Header) -> None:
         """Upstream has a new socket for each generation, and counts its messages from 1."""
@@ -251,13 +243,14 @@ class StageService(NodeLoop):
         if step.computing_slots and slot.role.slot.index not in step.computing_slots:
             self._relay(slot, step, header, deadline_s)
             return
+        config = self._worker.layers.config
         if slot.role.is_first:
             tokens = frame_to_tensor(step.hidden, torch.int32, (None,), "Step.hidden").to(torch.int64)
-            if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._config.vocab_size:
-                raise ProtocolError(f"Step.hidden holds a token id outside [0, {self._config.vocab_size})")
+            if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+                raise ProtocolError(f"Step.hidden holds a token id outside [0, {config.vocab_size})")
             hidden = tokens
         else:
-            hidden = frame_to_tensor(step.hidden, self._dtype, (None, self._config.hidden_size), "Step.hidden")
+            hidden = frame_to_tensor(step.hidden, self._dtype, (None, config.hidden_size), "Step.hidden")
         adjustments = slot.adjustments if slot.role.is_last else None
         batch = read_micro_batch(step, hidden, slot.held.tables, adjustments)
         slot.executor.add(step, header, deadline_s, batch)
@@ -359,9 +352,8 @@ class StageService(NodeLoop):
         return DTYPES[self._control.settings.dtype]
 
     def _load(self) -> StageHeartbeat:
-        counters = replace(self._counters, dropped=self._counters.dropped + self._mirror_intake.dropped)
         number, term = self._role_number, self._control.router_term
-        heartbeat = describe_stage(counters, self._worker, self._experts, self._mirror_link, number, term)
+        heartbeat = describe_stage(self._counters, self._worker, self._experts, self._mirror_link, number, term)
         return replace(heartbeat, queued=heartbeat.queued + len(self._unsent))  # what waits for its link is not lost
 
 
@@ -373,7 +365,7 @@ class StageCounters:
     steps: int = 0
     rows: int = 0
     dropped: int = 0
-    """Messages of an old term, generation, lease or role."""
+    """Messages of an old term, generation, lease or role, and of a stream that a mirror has given up."""
 
 
 def describe_stage(

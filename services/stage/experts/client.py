@@ -307,7 +307,8 @@ class ExpertClient:
         return self._in_flight.outliers.num_suspicions
 
     def apply_placement(self, placement: PublishPlacement, router_term: int, num_slices: int, now_s: float) -> bool:
-        """Learns who holds what now. True if the sockets may have changed. Raises as `ExpertNodes.apply_placement`."""
+        """Learns who holds what now. False: an older placement, or this one again. Raises as
+        `ExpertNodes.apply_placement`."""
         gone = self.nodes.apply_placement(placement, router_term, num_slices)
         if gone is None:
             return False
@@ -317,13 +318,6 @@ class ExpertClient:
             self._reclaim(node, now_s)
         self._retry_unassigned(now_s)
         return True
-
-    def connect_unopened(self, now_s: float) -> bool:
-        """Tries nodes again, now and then, for which there was no socket. True if the sockets have changed."""
-        if now_s < self._next_connect_s:
-            return False
-        self._next_connect_s = now_s + CONNECT_INTERVAL_S
-        return self.nodes.connect_unopened()
 
     def start(self, call: ExpertCall, header: Header, now_s: float, deadline_s: float) -> int:
         """Sends a call's rows, and returns the number by which `poll` will say how it has ended.
@@ -342,6 +336,9 @@ class ExpertClient:
         """Takes in what nodes say, looks after what is late, and returns the calls that have ended since, each once."""
         self._receive(now_s)
         self._check_deadlines(now_s)
+        if now_s >= self._next_connect_s:
+            self._next_connect_s = now_s + CONNECT_INTERVAL_S
+            self.nodes.connect_unopened()
         ended, self._ended = self._ended, []
         return ended
 

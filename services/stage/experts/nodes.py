@@ -146,17 +146,15 @@ class ExpertNodes:
         self._number_owners(owners)
         return list(gone.values())
 
-    def connect_unopened(self) -> bool:
-        """Tries nodes again for which there was no socket. True if the sockets have changed."""
+    def connect_unopened(self) -> None:
+        """Tries nodes again for which there was no socket."""
         if self._placement is None or not self._unopened:
-            return False
+            return
         unopened, self._unopened = self._unopened, set()
         for index in sorted(unopened):
             self._current[index] = self._connect(self._placement, index)
-        if self._unopened == unopened:
-            return False
-        self._number_owners(_read_owners(self._placement))
-        return True
+        if self._unopened != unopened:
+            self._number_owners(_read_owners(self._placement))
 
     def _number_owners(self, owners: Int32Array) -> None:
         numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)

@@ -9,7 +9,6 @@ import torch
 
 from common.errors import ProtocolError
 from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorReady, MirrorRows
-from common.node.control_link import ControlLink
 from common.wire.tensor import frame_to_tensor
 from common.wire.transport import Full, LinkEvent, MessageSocket
 from services.stage.model.kv_cache import Blocks, PagedMemory, Rows
@@ -24,6 +23,7 @@ class Mirror:
     router_term: int
     memory: PagedMemory
     socket: MessageSocket
+    log: structlog.stdlib.BoundLogger
     number: int = 0
     """Of this role."""
     mark: int = 0
@@ -44,14 +44,29 @@ class Mirror:
         return self.broken_stream == self.attempt > 0
 
     def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
-        """Returns whether it comes from the slot's holder, and not from one that was replaced and woke up."""
-        return (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
+        """Returns whether it comes from the slot's holder, and not from one that was replaced and woke up, in a stream
+        that was not given up."""
+        is_of_holder = (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
+        return is_of_holder and header.attempt >= self.attempt
 
     def apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
-        """Applies one message. True if the copy has become complete with it.
+        """Applies one message of the stream that is followed. True if the router must hear what has become of the copy.
 
-        Raises ProtocolError where the stream has a gap or does not fit: the copy is then worth nothing.
+        A stream that has a gap or does not fit begins anew: the copy is worth nothing until then.
         """
+        if self.is_spoilt and header.attempt == self.attempt:
+            return False
+        try:
+            has_become_complete = self._apply(message, header)
+        except ProtocolError as error:
+            self.log.error("mirror_spoilt", reason=str(error))
+            self.broken_stream, self.is_complete = header.attempt, False
+            return True
+        if has_become_complete:
+            self.log.info("mirror_complete", pipeline=self.role.pipeline, slot=self.role.slot, mark=self.mark)
+        return has_become_complete
+
+    def _apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
         if header.attempt > self.attempt:
             self.attempt, self.last_sequence_number, self.acknowledged, self.mark = header.attempt, 0, 0, 0
             self.is_complete = False
@@ -66,10 +81,24 @@ class Mirror:
             self._put_blocks(message)
             self.is_complete = self.is_complete or message.is_last
         self.mark = max(self.mark, message.mark)
-        self.acknowledge()
+        self._acknowledge()
         return self.is_complete and not was_complete
 
-    def acknowledge(self) -> None:
+    def report(self) -> MirrorReady:
+        """Returns what the router is told of the copy."""
+        role = self.role
+        return MirrorReady(role.pipeline, role.slot, role.lease_term, self.is_complete, self.broken_stream)
+
+    def look(self) -> None:
+        """Acknowledges what could not be acknowledged when it was applied; for each round of the loop.
+
+        Over a new connection that is also what may have been lost with the one before.
+        """
+        if LinkEvent.CONNECTED in self.socket.link_events():
+            self.acknowledged = 0
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
         """Says what was applied, unless that was said. Its holder may wait for it before it sends more."""
         if self.is_spoilt or self.acknowledged == self.last_sequence_number:
             return
@@ -116,50 +145,3 @@ class Mirror:
         if len(block_ids):
             self.memory.put_blocks(block_ids, blocks)
             self.written_blocks.update(block_ids.tolist())
-
-
-class MirrorIntake:
-    """What a spare does with the rows of the slot that it mirrors.
-
-    Rows come in, and the router hears when the copy becomes complete or worthless.
-    """
-
-    def __init__(self, control: ControlLink, log: structlog.stdlib.BoundLogger) -> None:
-        self._control = control
-        self._log = log
-        self.dropped = 0
-        """Messages of a holder that was replaced, of an attempt that was given up, or for nobody."""
-
-    def apply(self, mirror: Mirror | None, message: MirrorRows | MirrorBlocks, header: Header) -> None:
-        """Applies one message. A stream that does not fit begins anew: the router is told."""
-        if mirror is None or not mirror.follows(message, header) or header.attempt < mirror.attempt:
-            self.dropped += 1
-            return
-        if mirror.is_spoilt and header.attempt == mirror.attempt:
-            return
-        try:
-            has_become_complete = mirror.apply(message, header)
-        except ProtocolError as error:
-            self._log.error("mirror_spoilt", reason=str(error))
-            mirror.broken_stream, mirror.is_complete = header.attempt, False
-            self._report(mirror)
-            return
-        if has_become_complete:
-            self._log.info("mirror_complete", pipeline=mirror.role.pipeline, slot=mirror.role.slot, mark=mirror.mark)
-            self._report(mirror)
-
-    def acknowledge(self, mirror: Mirror | None) -> None:
-        """Acknowledges what could not be acknowledged when it was applied; for each round of the loop.
-
-        Over a new connection that is also what may have been lost with the one before.
-        """
-        if mirror is None:
-            return
-        if LinkEvent.CONNECTED in mirror.socket.link_events():
-            mirror.acknowledged = 0
-        mirror.acknowledge()
-
-    def _report(self, mirror: Mirror) -> None:
-        role = mirror.role
-        report = MirrorReady(role.pipeline, role.slot, role.lease_term, mirror.is_complete, mirror.broken_stream)
-        self._control.send(report, Header(generation=mirror.number))

@@ -57,19 +57,18 @@ class MirrorLink:
         monitor = self._sender.socket.monitor if self._sender is not None else None
         return [monitor] if monitor is not None else []
 
-    def obey(self, wanted: MirrorTo, header: Header) -> bool:
-        """Feeds this node, from the beginning, or nobody. True if sockets have changed: what is obeyed already, or came
-        later than what replaced it, changes nothing. Raises ConfigurationError for an address that is none."""
+    def obey(self, wanted: MirrorTo, header: Header) -> None:
+        """Feeds this node, from the beginning, or nobody. What is obeyed already, or came later than what replaced it,
+        changes nothing."""
         number = header.generation
         if number < self._newest_number or (number == self.feed_number and self._wanted is not None):
-            return False
+            return
         self.stop()
         self._newest_number = number
         if wanted.endpoints:
             self._wanted, self.feed_number = (wanted, header.router_term), number
             if not self._connect(*self._wanted):
                 self._restart_at_s = 0.0
-        return True
 
     def stop(self) -> None:
         """Feeds nobody any more."""
@@ -89,17 +88,16 @@ class MirrorLink:
             with self._at_its_own_cost(self._sender), torch.inference_mode():
                 self._sender.send_rows(held.memory, positions, held.watermark.mark)
 
-    def pump(self, held: HeldMemory, now_s: float) -> bool:
-        """Takes in link events, goes on with the back-fill, begins again when it is time. True if sockets have
-        changed."""
+    def pump(self, held: HeldMemory, now_s: float) -> None:
+        """Takes in link events, goes on with the back-fill, begins again when it is time."""
         if self._restart_at_s is not None and self._wanted is not None and now_s >= self._restart_at_s:
             self._restart_at_s = None
             if not self._connect(*self._wanted):
                 self._restart_at_s = now_s + RESTART_DELAY_S
-            return True
+            return
         sender = self._sender
         if sender is None:
-            return False
+            return
         for event in sender.socket.link_events():
             if event is LinkEvent.CONNECTED and not sender.connected:
                 sender.begin(held.tables.used_blocks())
@@ -113,8 +111,6 @@ class MirrorLink:
             self._log.warning("mirror_lags", lease_term=sender.lease_term)
             self._close_sender()
             self._restart_at_s = now_s + RESTART_DELAY_S
-            return True
-        return False
 
     @contextmanager
     def _at_its_own_cost(self, sender: MirrorSender) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 
 from common.compute.device_errors import refusal_to_load
 from common.errors import LIFE_ENDING_ERRORS, MoemeshError, ProtocolError, RankLostError
-from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
+from common.messages import AssignMirror, AssignStage, Header, StageReady
 from common.processes.memory import offered_bytes
 from common.topology import StageState
 from common.wire.endpoints import choose_endpoint
@@ -289,9 +289,9 @@ class StageWorker:
         held.watermark, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
-        self.mirror = Mirror(message, header.router_term, held.memory, socket, header.generation)
+        self.mirror = Mirror(message, header.router_term, held.memory, socket, self._log, header.generation)
         self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
-        return RoleTaken(MirrorReady(message.pipeline, message.slot, message.lease_term, False), header)
+        return RoleTaken(self.mirror.report(), header)
 
     def _serve_slot(self, message: AssignStage, header: Header, loaded: LoadedLayers, held: HeldMemory) -> RoleTaken:
         role = role_of(message, header)

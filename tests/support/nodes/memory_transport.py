@@ -68,6 +68,7 @@ class MemoryTransport:
     def __init__(self) -> None:
         self.sockets: dict[str, MemorySocket] = {}
         self.has_lost_files = False
+        self.num_changes = 0
         self.max_open = 1_000_000
         """So many may be open at a time."""
 

@@ -15,6 +15,7 @@ from common.checkpoint.model_config import read_model_config
 from common.compute.device import HOST, Device
 from common.errors import DeviceError
 from common.messages import ExpertRows, Failed, Header, Message
+from common.node.process import NodeProcess
 from services.expert.service import MAX_UNDER_WAY, ExpertService
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.answered_calls import answer_calls
@@ -42,7 +43,8 @@ def service_of(directory: Path, device: Device) -> tuple[Any, Answers]:
     control: Any = SimpleNamespace(describe_held=None)
     answers: Any = Answers()
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    return ExpertService(shards, control, answers, log), answers
+    nobody: Any = None
+    return ExpertService(NodeProcess(nobody, control, nobody, answers, "", log), shards), answers
 
 
 def ask(service: Any, number: int, layer: int) -> None:

@@ -24,6 +24,7 @@ from common.messages import (
     Unassign,
 )
 from common.node.loop import LEAVE_DEADLINE_S
+from common.node.process import NodeProcess
 from common.topology import StageState
 from common.wire.array import frame_to_array
 from common.wire.transport import LinkEvent
@@ -32,7 +33,7 @@ from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.service import KEEP_STATE_S, StageService
 from services.stage.slot.layers import StageLayers
-from services.stage.slot.mirror_sender import BACKFILL_BLOCKS, MirrorLink
+from services.stage.slot.mirror_sender import BACKFILL_BLOCKS
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
@@ -60,9 +61,8 @@ class Stage(StageService):
         config = read_model_config(directory)
         self.worker = StageWorker(StageLayers(config, directory, 64), transport, "", log)
         experts = ExpertClient(ExpertNodes(transport, "", config.num_experts, log), log)
-        super().__init__(
-            config, self.worker, experts, control, steps, MirrorLink(transport, "", log), log, lambda: 100.0
-        )
+        nobody: Any = None
+        super().__init__(NodeProcess(transport, control, nobody, steps, "", log), self.worker, experts, lambda: 100.0)
 
     def hear(self, message: Message, generation: int = 0) -> None:
         self.control.asked.append((message, Header(generation=generation)))

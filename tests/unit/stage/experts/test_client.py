@@ -15,7 +15,7 @@ from common.messages import Dispatch, ExpertRows, Header
 from common.wire.array import array_to_frame
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import LinkEvent
-from services.stage.experts.client import RETRY_INTERVAL_S
+from services.stage.experts.client import CONNECT_INTERVAL_S, RETRY_INTERVAL_S
 from services.stage.experts.pending_call import LONGEST_PAUSE_S
 from tests.support.nodes.expert_client_stage import (
     ALL,
@@ -401,11 +401,13 @@ def test_a_node_for_which_there_is_no_socket_is_connected_to_later_and_the_other
     assert [name for name, _ in stage.sums] == ["held by a"]
     stage.start(CALL, "wants b")
     stage.answer_all()
-    assert not stage.client.connect_unopened(stage.now_s)
     stage.transport.max_open = 2
-    assert not stage.client.connect_unopened(stage.now_s + 0.5), "not in every turn of the loop"
-    assert stage.client.connect_unopened(stage.now_s + 1.1)
-    assert not stage.client.connect_unopened(stage.now_s + 2.2), "there is nothing left to open"
+    stage.pass_time(0.5 * CONNECT_INTERVAL_S)
+    assert "to b" not in stage.transport.sockets, "not in every turn of the loop"
+    stage.pass_time(0.6 * CONNECT_INTERVAL_S)
+    opened = stage.socket("b")
+    stage.pass_time(1.1 * CONNECT_INTERVAL_S)
+    assert stage.socket("b") is opened, "there is nothing left to open"
     stage.link("b")
     stage.pass_time(0.2)
     stage.answer_all()

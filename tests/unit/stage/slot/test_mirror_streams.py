@@ -9,10 +9,10 @@ import structlog
 import torch
 
 from common.errors import SocketError
-from common.messages import Header, MirrorAck, MirrorReady, MirrorTo
+from common.messages import Header, MirrorAck, MirrorBlocks, MirrorReady, MirrorRows, MirrorTo
 from common.wire.transport import LinkEvent
 from services.stage.model.micro_batch import BlockTables
-from services.stage.slot.mirror_receiver import Mirror, MirrorIntake
+from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import MAX_BACKFILL_AHEAD_MESSAGES, MirrorLink, MirrorSender
 from services.stage.slot.step_watermark import StepWatermark
 from tests.unit.stage.slot.test_mirror_receiver import ROLE, TERM, Wire, memory
@@ -26,13 +26,16 @@ class Spare:
     def __init__(self) -> None:
         self.back = Monitored()
         back: Any = self.back
-        self.mirror = Mirror(ROLE, TERM, memory(), back)
+        self.mirror = Mirror(ROLE, TERM, memory(), back, LOG)
         self.said: list[MirrorReady] = []
-        this: Any = self
-        self.intake = MirrorIntake(this, LOG)
+        self.num_dropped = 0
 
-    def send(self, message: MirrorReady, header: Header) -> None:
-        self.said.append(message)
+    def hear(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+        """As `StageService` does."""
+        if not self.mirror.follows(message, header):
+            self.num_dropped += 1
+        elif self.mirror.apply(message, header):
+            self.said.append(self.mirror.report())
 
 
 def sender_to(wire: Wire, attempt: int) -> MirrorSender:
@@ -51,9 +54,9 @@ def test_the_end_of_a_stream_that_was_given_up_is_no_gap_in_the_one_after_it() -
     first_old, late_old = old.waiting
     first_new, second_new = new.waiting
     for arriving in (first_old, first_new, late_old, second_new):
-        spare.intake.apply(spare.mirror, *arriving)
+        spare.hear(*arriving)
     assert (spare.mirror.is_spoilt, spare.mirror.is_complete, spare.mirror.mark) == (False, True, 2)
-    assert spare.intake.dropped == 1
+    assert spare.num_dropped == 1
     assert [ready.is_complete for ready in spare.said] == [True, True]
 
 
@@ -98,12 +101,12 @@ def test_an_acknowledgement_that_was_lost_with_its_connection_is_said_again_over
     """The holder may send no more before it has it."""
     spare, wire = Spare(), Wire()
     sender_to(wire, 1).send_blocks(memory(), 1)
-    spare.intake.apply(spare.mirror, *wire.waiting.pop())
+    spare.hear(*wire.waiting.pop())
     assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
-    spare.intake.acknowledge(spare.mirror)
+    spare.mirror.look()
     assert not spare.back.waiting
     spare.back.events = [LinkEvent.CLOSED, LinkEvent.CONNECTED]
-    spare.intake.acknowledge(spare.mirror)
+    spare.mirror.look()
     assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
 
 

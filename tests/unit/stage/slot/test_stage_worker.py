@@ -194,7 +194,7 @@ def test_the_mirror_of_a_former_mirror_gets_all_that_was_copied_before_any_step_
     assert worker.slot is not None
     held, back = worker.slot.held, Wire()
     given: Any = back
-    second = Mirror(FOLLOW, 0, memory_of_another_holder(), given)
+    second = Mirror(FOLLOW, 0, memory_of_another_holder(), given, worker._log)
     copy(held.memory, held.tables.used_blocks(), second, rows=[])
     assert (second.is_complete, second.mark) == (True, 42)
     for cache, copied in zip(first.caches, second.memory.caches, strict=True):
