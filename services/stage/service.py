@@ -45,6 +45,17 @@ KEEP_STATE_S = 300.0
 """Without a router: K and V may belong to requests that a restarted one goes on with."""
 
 
+@dataclass(slots=True)
+class StageCounters:
+    """What the loop itself counts, since start."""
+
+    busy_seconds: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    dropped: int = 0
+    """Messages of an old term, generation, lease or role, and of a stream that a mirror has given up."""
+
+
 class StageService(NodeLoop[MessageSocket]):
     """One stage."""
 
@@ -352,57 +363,33 @@ class StageService(NodeLoop[MessageSocket]):
         return DTYPES[self._control.settings.dtype]
 
     def _load(self) -> StageHeartbeat:
-        number, term = self._role_number, self._control.router_term
-        heartbeat = describe_stage(self._counters, self._worker, self._experts, self._mirror_link, number, term)
-        return replace(heartbeat, queued=heartbeat.queued + len(self._unsent))  # what waits for its link is not lost
-
-
-@dataclass(slots=True)
-class StageCounters:
-    """What the loop itself counts, since start."""
-
-    busy_seconds: float = 0.0
-    steps: int = 0
-    rows: int = 0
-    dropped: int = 0
-    """Messages of an old term, generation, lease or role, and of a stream that a mirror has given up."""
-
-
-def describe_stage(
-    counters: StageCounters,
-    worker: StageWorker,
-    experts: ExpertClient,
-    mirror_link: MirrorLink,
-    role_number: int,
-    router_term: int,
-) -> StageHeartbeat:
-    """Says what this stage has done and believes. `role_number`: of the last role that it was told, 0 for none;
-    `router_term` of the router that it listens to."""
-    slot, mirror = worker.slot, worker.mirror
-    return StageHeartbeat(
-        busy_seconds=counters.busy_seconds,
-        steps=counters.steps,
-        rows=counters.rows,
-        queued=slot.executor.num_running if slot is not None else 0,
-        dropped=counters.dropped + experts.late_answers,
-        calls=experts.answered,
-        call_seconds=experts.wait_seconds,
-        call_bytes=experts.nodes.bytes_sent,
-        resent=experts.resent_calls,
-        hedged=experts.hedged_calls,
-        hedge_wins=experts.hedge_wins,
-        late_answers=experts.late_answers,
-        suspicions=experts.num_suspicions,
-        degraded_rows=experts.degraded_rows,
-        other_class_rows=experts.other_class_rows,
-        rank_degree=worker.rank_degree,
-        reduce_seconds=worker.reduces[0],
-        reduces=worker.reduces[1],
-        role_number=role_number,
-        role_state=worker.state_of(role_number),
-        lease_term=worker.lease_term,
-        kv_mark=slot.held.watermark.mark if slot is not None else 0,
-        broken_stream=mirror.broken_stream if mirror is not None else 0,
-        feed_number=mirror_link.feed_number,
-        placement_version=experts.nodes.version_of(router_term),
-    )
+        worker, experts, slot, mirror = self._worker, self._experts, self._worker.slot, self._worker.mirror
+        own, calls = self._counters, self._experts.counters
+        return StageHeartbeat(
+            busy_seconds=own.busy_seconds,
+            steps=own.steps,
+            rows=own.rows,
+            # What waits for its link is not lost.
+            queued=len(self._unsent) + (slot.executor.num_running if slot is not None else 0),
+            dropped=own.dropped + calls.late_answers,
+            calls=calls.calls,
+            call_seconds=calls.call_seconds,
+            call_bytes=experts.nodes.bytes_sent,
+            resent=calls.resent,
+            hedged=calls.hedged,
+            hedge_wins=calls.hedge_wins,
+            late_answers=calls.late_answers,
+            suspicions=calls.suspicions,
+            degraded_rows=calls.degraded_rows,
+            other_class_rows=calls.other_class_rows,
+            rank_degree=worker.rank_degree,
+            reduce_seconds=worker.reduces[0],
+            reduces=worker.reduces[1],
+            role_number=self._role_number,
+            role_state=worker.state_of(self._role_number),
+            lease_term=worker.lease_term,
+            kv_mark=slot.held.watermark.mark if slot is not None else 0,
+            broken_stream=mirror.broken_stream if mirror is not None else 0,
+            feed_number=self._mirror_link.feed_number,
+            placement_version=experts.nodes.version_of(self._control.router_term),
+        )

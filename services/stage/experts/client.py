@@ -29,19 +29,33 @@ from services.stage.experts.pending_call import FIRST_PAUSE_S, AskedPart, Pendin
 from services.stage.model.decoder import ExpertCall
 
 
+@dataclass(slots=True)
+class CallCounters:
+    """What has become of a stage's expert calls since its start; in the words of its heartbeat."""
+
+    calls: int = 0
+    call_seconds: float = 0.0
+    resent: int = 0
+    hedged: int = 0
+    hedge_wins: int = 0
+    late_answers: int = 0
+    suspicions: int = 0
+    degraded_rows: int = 0
+    other_class_rows: int = 0
+
+
 class InFlightCalls:
     """The calls of a stage that are not whole: whom each was asked of, and who owes what.
 
     It sends the parts of a call, takes them back, and chooses who is asked.
     """
 
-    def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, nodes: ExpertNodes, counters: CallCounters, log: structlog.stdlib.BoundLogger) -> None:
         self.nodes = nodes
         self.times = ReplyTimes()
         self.budget = HedgeBudget()
         self.outliers = OutlierDetector()
-        self.num_hedges = 0
-        self.other_class_rows = 0
+        self._counters = counters
         self._log = log
         self._numbers = itertools.count(1)
         self._open: dict[int, PendingCall] = {}
@@ -104,7 +118,7 @@ class InFlightCalls:
         if not parts or not (is_free or self.budget.spend()):
             return
         num_sent = sum([self._send(pending, copy, now_s, is_hedge=True) for copy in parts])
-        self.num_hedges += num_sent
+        self._counters.hedged += num_sent
         if num_sent:
             pending.num_retried += 1
         elif not is_free:
@@ -211,7 +225,7 @@ class InFlightCalls:
         pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
         self._messages[number] = pending
         if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
-            self.other_class_rows += part.pairs.size
+            self._counters.other_class_rows += part.pairs.size
             pending.num_retried += 1
         node.outstanding_rows += part.pairs.size
         return True
@@ -273,7 +287,8 @@ class ExpertClient:
     def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger) -> None:
         self.nodes = nodes
         self._log = log
-        self._in_flight = InFlightCalls(nodes, log)
+        self.counters = CallCounters()
+        self._in_flight = InFlightCalls(nodes, self.counters, log)
         self._call_numbers = itertools.count(1)
         self._ended: list[CallDone | CallFailed] = []
         """What `poll` will say."""
@@ -284,27 +299,6 @@ class ExpertClient:
         self.combine = "exact"
         self.degrade_after_s: float | None = None
         """None: a call waits for a copy until its deadline."""
-        self.resent_calls = 0
-        self.late_answers = 0
-        self.hedge_wins = 0
-        self.degraded_rows = 0
-        self.wait_seconds = 0.0
-        self.answered = 0
-
-    @property
-    def hedged_calls(self) -> int:
-        """Messages that asked a further copy."""
-        return self._in_flight.num_hedges
-
-    @property
-    def other_class_rows(self) -> int:
-        """Rows that were asked of a node of another numeric class than the layer's first one."""
-        return self._in_flight.other_class_rows
-
-    @property
-    def num_suspicions(self) -> int:
-        """Times that a node was taken to hang."""
-        return self._in_flight.outliers.num_suspicions
 
     def apply_placement(self, placement: PublishPlacement, router_term: int, num_slices: int, now_s: float) -> bool:
         """Learns who holds what now. False: an older placement, or this one again. Raises as
@@ -406,6 +400,7 @@ class ExpertClient:
     def _suspect(self, node: int, now_s: float) -> None:
         """Notes that a node hangs: whatever it owes is asked of others now."""
         self._log.warning("expert_suspect", node=self._name(node))
+        self.counters.suspicions += 1
         for pending, number in self._in_flight.owed_by(node):
             part = pending.parts[number]
             self._in_flight.hedge(pending, part, pending.overdue(part, part.asked_s), now_s, is_free=True)
@@ -422,7 +417,7 @@ class ExpertClient:
         """Goes on without what nobody holds."""
         num_rows = pending.leave_out(pending.uncovered())
         pending.unassigned_since_s = None
-        self.degraded_rows += num_rows
+        self.counters.degraded_rows += num_rows
         self._log.warning("expert_left_out", layer=pending.call.layer, rows=num_rows)
         self._withdraw_pointless(pending, None, now_s)
         self._finish_if_whole(pending, now_s)
@@ -440,7 +435,7 @@ class ExpertClient:
         node.is_proven |= isinstance(message, ExpertRows)
         pending = self._in_flight.find(number, node)
         if pending is None:
-            self.late_answers += not is_asked_for_nothing_else
+            self.counters.late_answers += not is_asked_for_nothing_else
             return
         part = self._in_flight.pop_part(pending, number)
         try:
@@ -453,7 +448,7 @@ class ExpertClient:
             return
         self._in_flight.times.add(pending.call.layer, now_s - part.asked_s)
         self._in_flight.outliers.answered_in_time(node.number)
-        self.hedge_wins += part.is_hedge
+        self.counters.hedge_wins += part.is_hedge
         self._withdraw_pointless(pending, part, now_s)
         self._finish_if_whole(pending, now_s)
 
@@ -478,8 +473,8 @@ class ExpertClient:
     def _finish_if_whole(self, pending: PendingCall, now_s: float) -> None:
         if pending.is_whole:
             self._in_flight.close(pending)
-            self.answered += 1
-            self.wait_seconds += now_s - pending.started_s
+            self.counters.calls += 1
+            self.counters.call_seconds += now_s - pending.started_s
             rows = frozenset(pending.degraded_rows)
             self._ended.append(CallDone(pending.number, pending.sum.total(), rows, pending.num_retried))
 
@@ -519,7 +514,7 @@ class ExpertClient:
 
     def _resend(self, pending: PendingCall, now_s: float) -> None:
         if pending.uncovered().size:
-            self.resent_calls += 1
+            self.counters.resent += 1
             pending.num_retried += 1
             self._in_flight.ask_uncovered(pending, now_s)
 

@@ -144,7 +144,6 @@ class OutlierDetector:
 
     def __init__(self) -> None:
         self._standings: dict[int, _Standing] = {}
-        self.num_suspicions = 0
 
     def heard(self, node: int, now_s: float) -> None:
         """Notes that it said something, however late: it lives, and doubts may end."""
@@ -224,7 +223,6 @@ class OutlierDetector:
         if standing.is_suspect:
             return False
         standing.is_suspect = True
-        self.num_suspicions += 1
         return True
 
 

@@ -52,7 +52,7 @@ def test_a_call_is_asked_once_and_its_sum_comes_with_the_last_answer() -> None:
     ((_, total),) = stage.sums
     assert torch.equal(total, wanted(CALL))
     assert set(stage.outstanding.values()) == {0}
-    assert stage.client.answered == 1
+    assert stage.client.counters.calls == 1
 
 
 def test_a_call_never_ends_within_start() -> None:
@@ -96,9 +96,9 @@ def test_what_a_lost_node_owes_goes_to_the_copies_and_its_late_answer_is_ignored
     stage.link("a", LinkEvent.CLOSED)
     resent = stage.asked("b")
     assert pairs_of(resent) == CALL.experts.numel(), "its own and those of the lost node"
-    assert stage.client.resent_calls == 1
+    assert stage.client.counters.resent == 1
     stage.answer("a", *lost)
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     stage.answer("b", *resent)
     assert torch.equal(stage.sums[0][1], wanted(CALL))
     assert set(stage.outstanding.values()) == {0}
@@ -195,7 +195,7 @@ def test_a_call_whose_time_is_up_fails_with_the_names_of_those_who_owe_it() -> N
     assert str(error) == "layer 1: no answer in time from b"
     assert set(stage.outstanding.values()) == {0}
     stage.answer("b", *late)
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     assert stage.sums == []
     stage.poll(9.0)
     assert len(stage.failures) == 1
@@ -296,7 +296,7 @@ def test_an_answer_to_a_question_that_was_asked_of_another_node_is_not_taken() -
     (message,) = stage.asked("a")
     stage.answer("b", answer_to(message))
     assert stage.sums == []
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     stage.answer("a", message)
     assert len(stage.sums) == 1
     assert set(stage.outstanding.values()) == {0}
@@ -308,7 +308,7 @@ def test_an_answer_is_taken_once() -> None:
     stage.start(CALL)
     (message,) = stage.asked("a")
     stage.answer("a", message, message)
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     assert stage.sums == []
 
 

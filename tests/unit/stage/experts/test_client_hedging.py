@@ -36,10 +36,10 @@ def test_a_late_call_is_asked_of_the_copy_too_and_not_before_the_delay() -> None
     stage.pass_time(0.02)
     hedge = stage.asked("b")
     assert pairs_of(hedge) == pairs_of(late)
-    assert stage.client.hedged_calls == 1
+    assert stage.client.counters.hedged == 1
     stage.answer("b", *hedge)
     assert torch.equal(stage.sums[0][1], wanted(CALL))
-    assert stage.client.hedge_wins == 1
+    assert stage.client.counters.hedge_wins == 1
 
 
 def test_the_answer_of_the_loser_is_late_and_not_used() -> None:
@@ -51,7 +51,7 @@ def test_the_answer_of_the_loser_is_late_and_not_used() -> None:
     stage.answer("b", *stage.asked("b"))
     stage.answer("a", *late)
     assert len(stage.sums) == 1
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     assert set(stage.outstanding.values()) == {0}
 
 
@@ -66,7 +66,7 @@ def test_where_the_first_node_answers_after_all_the_hedge_is_taken_back() -> Non
     assert torch.equal(stage.sums[0][1], wanted(CALL))
     stage.asked("b")
     assert stage.cancelled == [("b", hedge.call)]
-    assert stage.client.hedge_wins == 0
+    assert stage.client.counters.hedge_wins == 0
     assert set(stage.outstanding.values()) == {0}
 
 
@@ -86,7 +86,7 @@ def test_pairs_that_a_hedge_splits_over_two_nodes_are_taken_once_each() -> None:
     assert torch.equal(stage.sums[0][1], wanted(CALL))
     stage.answer("c", *to_c)
     assert len(stage.sums) == 1
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
 
 
 def test_after_a_lost_hedge_new_calls_go_elsewhere_until_the_node_speaks() -> None:
@@ -117,7 +117,7 @@ def test_one_call_stays_with_a_silent_node_so_that_its_answer_tells_that_it_is_b
     stage.asked("a")
     taken_back = [call for node, call in stage.cancelled if node == "a"]
     (kept,) = [message for message in late if message.call not in taken_back]
-    assert stage.client.num_suspicions == 1
+    assert stage.client.counters.suspicions == 1
     stage.answer("a", answer_to(kept))
     stage.start(CALL, "four")
     assert pairs_of(stage.asked("a")) > 0
@@ -165,7 +165,7 @@ def test_a_node_that_is_silent_while_others_answer_is_found_without_a_budget_for
     stage.pass_time(LONGEST_SILENCE_S)
     stage.answer("b", *stage.asked("b"))
     assert torch.equal(stage.sums[0][1], wanted(CALL))
-    assert stage.client.num_suspicions == 1
+    assert stage.client.counters.suspicions == 1
 
 
 def suspect_without_a_copy() -> tuple[Stage, str, list[str]]:
@@ -183,8 +183,8 @@ def suspect_without_a_copy() -> tuple[Stage, str, list[str]]:
     for node in stage.client.nodes:
         node.heard_s = stage.now_s if node.node_id != hanging else 0.0
     stage.pass_time(LONGEST_SILENCE_S)
-    assert stage.client.num_suspicions == 1
-    assert stage.client.hedged_calls == 0
+    assert stage.client.counters.suspicions == 1
+    assert stage.client.counters.hedged == 0
     return stage, hanging, others
 
 
@@ -272,7 +272,7 @@ def test_a_stage_that_was_stopped_itself_first_reads_what_has_come() -> None:
     waiting = stage.asked("a"), stage.asked("b")
     stage.now_s += 3.0
     stage.poll()
-    assert stage.client.hedged_calls == 0
+    assert stage.client.counters.hedged == 0
     stage.answer("a", *waiting[0])
     stage.answer("b", *waiting[1])
     assert len(stage.sums) == 1
@@ -289,7 +289,7 @@ def test_partial_sums_are_taken_whole_or_not_at_all() -> None:
     stage.answer("b", *stage.asked("b"))
     stage.answer("a", *late)
     assert stage.sums == []
-    assert stage.client.late_answers == 1
+    assert stage.client.counters.late_answers == 1
     stage.answer("c", *stage.asked("c"))
     assert torch.allclose(stage.sums[0][1], wanted(CALL))
 
@@ -307,7 +307,7 @@ def test_without_a_copy_a_call_goes_on_without_the_expert_if_the_operator_wants_
     stage.pass_time(0.1)
     ((_, total),) = stage.sums
     assert stage.degraded == [1, 3], "the tokens that wanted expert 3"
-    assert stage.client.degraded_rows == 2
+    assert stage.client.counters.degraded_rows == 2
     expected = wanted(CALL)
     assert torch.equal(total[[0, 2]], expected[[0, 2]]), "the others are what they are without the loss"
     for token, choice in ((1, 0), (3, 1)):

@@ -39,7 +39,7 @@ def test_a_newcomer_is_asked_for_one_row_on_top_and_for_its_share_once_it_has_an
     stage.start(CALL, "second")
     assert stage.asked("b") == [], "one probe at a time"
     stage.answer("b", answer_to(probe[0]))
-    assert stage.client.late_answers == 0
+    assert stage.client.counters.late_answers == 0
     stage.start(CALL, "third")
     assert rows_of(stage.asked("b")) > 1
 
@@ -52,7 +52,7 @@ def test_a_newcomer_that_is_there_and_answers_nothing_holds_up_no_call() -> None
         assert stage.sums[-1][0] == f"call {number}", "without any wait"
         stage.pass_time(0.4)
     assert rows_of(stage.asked("b")) == 1
-    assert (stage.client.hedged_calls, stage.client.num_suspicions) == (0, 0)
+    assert (stage.client.counters.hedged, stage.client.counters.suspicions) == (0, 0)
     assert stage.outstanding == {"a": 0, "b": 0}
 
 

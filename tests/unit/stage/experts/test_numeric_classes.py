@@ -61,7 +61,7 @@ def test_calls_of_a_layer_stay_within_one_class_whatever_the_load_and_whoever_is
                         stage.answer(node.node_id, *messages)
             stage.pass_time(CEILING_S + 0.01)
     assert asked == {"amd"}
-    assert stage.client.other_class_rows == 0
+    assert stage.client.counters.other_class_rows == 0
 
 
 def test_another_class_is_asked_when_no_copy_of_the_first_is_left_and_that_is_counted() -> None:
@@ -72,7 +72,7 @@ def test_another_class_is_asked_when_no_copy_of_the_first_is_left_and_that_is_co
     stage.link("c", LinkEvent.CLOSED)
     stage.start(CALL, "second")
     assert asked_classes(stage) == {"amd"}
-    assert stage.client.other_class_rows == CALL.experts.numel()
+    assert stage.client.counters.other_class_rows == CALL.experts.numel()
     assert stage.num_retried > 0, "the answer to the client tells it, too"
     assert len(stage.sums) == 2
 
@@ -84,7 +84,7 @@ def test_only_the_shards_that_the_first_class_has_lost_go_elsewhere() -> None:
     stage.link("b", LinkEvent.CLOSED)
     stage.start(CALL, "second")
     assert {node for node in "abc" if stage.asked(node)} == {"a", "c"}
-    assert stage.client.other_class_rows == 3
+    assert stage.client.counters.other_class_rows == 3
 
 
 def test_a_class_that_comes_later_changes_no_bits_even_where_it_holds_more() -> None:
@@ -96,7 +96,7 @@ def test_a_class_that_comes_later_changes_no_bits_even_where_it_holds_more() -> 
     stage.answer_all()  # newcomers, too, who were asked for a probe
     stage.start(CALL, "third")
     assert asked_classes(stage) == {"intel"}
-    assert stage.client.other_class_rows == 0
+    assert stage.client.counters.other_class_rows == 0
 
 
 def test_where_the_first_class_no_longer_holds_a_layer_the_one_that_does_answers_all_of_it() -> None:
@@ -119,7 +119,7 @@ def test_a_node_that_hangs_is_replaced_by_another_class_where_its_own_has_no_oth
     stage.pass_time(LONGEST_SILENCE_S)
     stage.answer("c", *stage.asked("c"))
     assert len(stage.sums) == 1
-    assert stage.client.other_class_rows == CALL.experts.numel()
+    assert stage.client.counters.other_class_rows == CALL.experts.numel()
 
 
 def test_a_stage_that_starts_later_asks_the_same_class_as_those_that_were_there_before() -> None:
