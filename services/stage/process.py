@@ -49,39 +49,41 @@ class StageProcess:
         self._resources = NodeResources(settings, log, lambda config: self._offered_bytes(config, settings.tp))
         torch.set_num_threads(settings.threads)
         self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
-        collectives = self._choose_collectives(settings)
+        self._collectives = self._choose_collectives(settings)
+        self._numeric_class = self._device.numeric_class(self._variant(settings))
+        own = self._resources
+        num_positions = min(settings.max_context_tokens or sys.maxsize, own.config.context_tokens)
+        self.ranks = None if forks is None else self._open_ranks(settings, num_positions, forks, log)
+        self._layers = StageLayers(
+            own.config, own.checkpoint, num_positions, self._kernels, self._device, self.ranks, own.loader
+        )
+
+    def _variant(self, settings: Settings) -> str:
+        """Returns what decides the bits besides the device itself: kernels, and how ranks share the work."""
         variant = self._kernels.variant if self._kernels is not None else "torch"
         if settings.tp > 1 and settings.tp_reduce == "fast":
             # Partial sums have other bits, and each kind of collectives has its own order and rounding of them.
-            variant += f"+fast{settings.tp}{collectives}"
-        elif settings.tp > 1 and not self._device.is_host:
-            variant += f"+parts{settings.tp}"  # a device's bits depend on the shapes of products
-        self._numeric_class = self._device.numeric_class(variant)
-        config = self._resources.config
-        num_positions = min(settings.max_context_tokens or sys.maxsize, config.context_tokens)
-        self.ranks: RankGroup | None = None
-        if forks is not None:
-            self.ranks = open_group(
-                GroupSettings(settings.tp, settings.tp_reduce, collectives),
-                config,
-                self._resources.checkpoint,
-                num_positions,
-                settings.threads,
-                self._resources.settings.capacity_bytes,
-                self._kernels,
-                forks,
-                log,
-                self._device,
-                places_of_ranks(self._device.place, settings.tp, self._num_gpus),
-            )
-        self._layers = StageLayers(
-            config,
-            self._resources.checkpoint,
+            return f"{variant}+fast{settings.tp}{self._collectives}"
+        if settings.tp > 1 and not self._device.is_host:
+            return f"{variant}+parts{settings.tp}"  # a device's bits depend on the shapes of products
+        return variant
+
+    def _open_ranks(
+        self, settings: Settings, num_positions: int, forks: ForkServer, log: structlog.stdlib.BoundLogger
+    ) -> RankGroup:
+        own = self._resources
+        return open_group(
+            GroupSettings(settings.tp, settings.tp_reduce, self._collectives),
+            own.config,
+            own.checkpoint,
             num_positions,
+            settings.threads,
+            own.settings.capacity_bytes,
             self._kernels,
+            forks,
+            log,
             self._device,
-            self.ranks,
-            self._resources.loader,
+            places_of_ranks(self._device.place, settings.tp, self._num_gpus),
         )
 
     def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
@@ -94,7 +96,7 @@ class StageProcess:
         return 0 if self._device.is_host else count_gpus()
 
     def _choose_collectives(self, settings: Settings) -> CollectivesKind:
-        """Raises ConfigurationError for NCCL where it cannot be."""
+        """Returns how ranks exchange parts. Raises ConfigurationError for NCCL where it cannot be."""
         have_own_gpus = self._num_gpus >= settings.tp
         if settings.tp_collectives == "nccl" and settings.tp > 1 and not have_own_gpus:
             raise ConfigurationError(

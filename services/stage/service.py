@@ -33,7 +33,7 @@ from common.wire.array import frame_to_array
 from common.wire.tensor import DTYPES, frame_to_tensor
 from common.wire.transport import Full, MessageSocket
 from services.stage.experts.client import CallDone, ExpertClient
-from services.stage.model.executor import Executor, Finished, RunningBatch, WantsExperts
+from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.mirror_sender import MirrorLink
@@ -277,10 +277,11 @@ class StageService(NodeLoop[MessageSocket]):
     def _run_one(self, slot: Slot) -> None:
         began_s = self._clock()
         outcome = slot.executor.run_one()
-        if outcome is None:
-            self._counters.busy_seconds += self._clock() - began_s
-            return
-        running = outcome.running
+        if outcome is not None:
+            self._go_on(slot, outcome)
+        self._counters.busy_seconds += self._clock() - began_s
+
+    def _go_on(self, slot: Slot, outcome: WantsExperts | Finished | Broken) -> None:
         try:
             if isinstance(outcome, WantsExperts):
                 self._call_experts(slot, outcome)
@@ -289,9 +290,8 @@ class StageService(NodeLoop[MessageSocket]):
             else:
                 raise outcome.error
         except Exception as error:
-            slot.executor.drop(running)
-            self._break_step(error, running.header)
-        self._counters.busy_seconds += self._clock() - began_s
+            slot.executor.drop(outcome.running)
+            self._break_step(error, outcome.running.header)
 
     def _call_experts(self, slot: Slot, outcome: WantsExperts) -> None:
         now_s = self._clock()

@@ -68,9 +68,11 @@ class InFlightCalls:
         """Returns all of them, oldest first, as a list that stays as it is while calls end."""
         return list(self._open.values())
 
-    def add(self, pending: PendingCall) -> None:
-        """Follows a call from now on."""
+    def begin(self, pending: PendingCall, now_s: float) -> None:
+        """Asks for a new call, and follows it from now on. Raises ExecutionError for a layer that has no placement."""
+        self.ask_uncovered(pending, now_s)
         self._open[pending.number] = pending
+        self._probe_newcomers(pending, now_s)
 
     def close(self, pending: PendingCall) -> None:
         """Forgets a call of which nothing is wanted any more."""
@@ -170,8 +172,8 @@ class InFlightCalls:
         return [_best(copies, ranks) for copies in holders] if ranks else holders
 
     def _ranks(self, layer: int, now_s: float) -> dict[int, int]:
-        """Nodes that are asked only where there is no better one: those in doubt and newcomers, those of another
-        numeric class than the layer's first one, suspects. Nodes of rank 0 are left out."""
+        """Returns the nodes that are asked only where there is no better one: those in doubt and newcomers, those of
+        another numeric class than the layer's first one, suspects. Nodes of rank 0 are left out."""
         suspects = self.outliers.suspects(now_s)
         doubted = self.outliers.doubted(now_s) | {node.number for node in self.nodes if not node.is_proven}
         first = self.nodes.first_class(layer)
@@ -189,7 +191,7 @@ class InFlightCalls:
         return ranks
 
     def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
-        """Pairs by node, without those that nobody holds."""
+        """Deals pairs out to nodes, without those that nobody holds."""
         keys = pending.keys(pairs)
         has_holder = np.array([bool(copies) for copies in holders])
         pairs = pairs[has_holder[keys]]
@@ -197,8 +199,8 @@ class InFlightCalls:
             return []
         return split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
 
-    def probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
-        """Ask each node that has not answered anything yet for one row of this call, on top of those who are asked for
+    def _probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
+        """Asks each node that has not answered anything yet for one row of this call, on top of those who are asked for
         it: a node that is there and answers nothing is found without a token that waits for it. A node drops what
         nobody waits for any more without a word: once this call's time is up, another one is its probe."""
         new = [n for n in self.nodes if n.connected and not n.is_proven and n.probe_after_s <= now_s]
@@ -321,9 +323,7 @@ class ExpertClient:
         num_slices = self.nodes.num_slices
         total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
         pending = PendingCall(next(self._call_numbers), call, header, deadline_s, num_slices, total, now_s)
-        self._in_flight.ask_uncovered(pending, now_s)
-        self._in_flight.add(pending)
-        self._in_flight.probe_newcomers(pending, now_s)
+        self._in_flight.begin(pending, now_s)
         return pending.number
 
     def poll(self, now_s: float) -> list[CallDone | CallFailed]:

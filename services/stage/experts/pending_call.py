@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -144,13 +144,5 @@ class PendingCall:
 
     def header_now(self, now_s: float) -> Header:
         """Returns the step's counters with this call's layer and the time that is left."""
-        step = self.header
-        return Header(
-            router_term=step.router_term,
-            generation=step.generation,
-            attempt=step.attempt,
-            step=step.step,
-            layer=self.call.layer,
-            time_left_ms=max(1, int((self.deadline_s - now_s) * 1000)),
-            trace=step.trace,
-        )
+        left_ms = max(1, int((self.deadline_s - now_s) * 1000))
+        return replace(self.header, layer=self.call.layer, time_left_ms=left_ms)
