@@ -13,7 +13,7 @@ with quick_imports():
 
 
 def main() -> int:
-    """Exit status 0 after an orderly stop, 1 with a sentence when it cannot go on."""
+    """Returns exit status 0 after an orderly stop, and 1, with a sentence, where it cannot go on."""
     return run_process("stage", os.environ.get("LOG_LEVEL", "info"), lambda log: serve(read_settings(), log))
 
 

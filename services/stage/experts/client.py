@@ -60,8 +60,8 @@ class InFlightCalls:
         self._numbers = itertools.count(1)
         self._open: dict[int, PendingCall] = {}
         """Calls that are not whole, by number."""
-        self._messages: dict[int, PendingCall] = {}
-        """By number of each message."""
+        self._asked: dict[int, AskedPart] = {}
+        """All their parts that are not answered, by number of the message."""
 
     @property
     def open_calls(self) -> list[PendingCall]:
@@ -78,16 +78,14 @@ class InFlightCalls:
         """Forgets a call of which nothing is wanted any more."""
         self._open.pop(pending.number, None)
 
-    def find(self, number: int, node: ExpertNode) -> PendingCall | None:
-        """Returns the call that waits for this answer of this node."""
-        pending = self._messages.get(number)
-        return pending if pending is not None and pending.parts[number].rows.node == node.number else None
+    def find(self, number: int, node: ExpertNode) -> AskedPart | None:
+        """Returns what waits for this answer of this node."""
+        part = self._asked.get(number)
+        return part if part is not None and part.rows.node == node.number else None
 
-    def owed_by(self, node: int) -> list[tuple[PendingCall, int]]:
-        """Returns calls and the numbers of their messages that a node has not answered."""
-        return [
-            (pending, number) for number, pending in self._messages.items() if pending.parts[number].rows.node == node
-        ]
+    def owed_by(self, node: int) -> list[AskedPart]:
+        """Returns what a node has not answered."""
+        return [part for part in self._asked.values() if part.rows.node == node]
 
     def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
         """Asks for the pairs that nobody owes; what nobody can take now waits, unassigned."""
@@ -104,12 +102,13 @@ class InFlightCalls:
                     pending.pause(part.node, now_s)
         pending.unassigned_since_s = None
 
-    def hedge(self, pending: PendingCall, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
+    def hedge(self, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
         """Asks other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
 
         A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer. Of
         another numeric class too: being late is no reason to change the bits.
         """
+        pending = part.pending
         avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}
         if self.outliers.is_suspect(part.rows.node, now_s):
             holders = self._holders(pending, avoided | self.outliers.suspects(now_s), now_s)
@@ -126,35 +125,34 @@ class InFlightCalls:
         elif not is_free:
             self.budget.refund()
 
-    def pop_part(self, pending: PendingCall, number: int) -> AskedPart:
-        """Removes a part that nobody owes any more, and returns it."""
-        del self._messages[number]
-        part = pending.parts.pop(number)
+    def pop(self, part: AskedPart) -> None:
+        """Forgets a part that nobody owes any more."""
+        del self._asked[part.number], part.pending.parts[part.number]
         if part.rows.node in self.nodes:
             self.nodes[part.rows.node].outstanding_rows -= part.rows.pairs.size
-        return part
 
     def forget(self, pending: PendingCall, now_s: float) -> None:
         """Ends a call without an answer; what is in flight for it is taken back."""
-        for number in list(pending.parts):
-            self.cancel(pending, self.pop_part(pending, number).rows.node, number, now_s)
+        for part in list(pending.parts.values()):
+            self.withdraw(part, now_s)
         self.close(pending)
 
-    def cancel(self, pending: PendingCall, number_of_node: int, number: int, now_s: float) -> None:
-        """Takes a message back; but one stays with a node in doubt: its answer tells that the node is back.
+    def withdraw(self, part: AskedPart, now_s: float) -> None:
+        """Takes a part back; but a message stays with a node in doubt: its answer tells that the node is back.
 
         One whose time is up may have been dropped there without a word: then another one stays.
         """
-        if number_of_node not in self.nodes:
+        self.pop(part)
+        if part.rows.node not in self.nodes:
             return
-        node = self.nodes[number_of_node]
+        node = self.nodes[part.rows.node]
         has_none = not node.probe or now_s >= node.probe_after_s
-        if has_none and self.outliers.is_doubted(number_of_node, now_s):
-            node.probe, node.probe_after_s = number, pending.deadline_s
+        if has_none and self.outliers.is_doubted(node.number, now_s):
+            node.probe, node.probe_after_s = part.number, part.pending.deadline_s
             return
         if node.connected:
             try:
-                node.socket.send(CancelCall((number,)), Header())
+                node.socket.send(CancelCall((part.number,)), Header())
             except Full:
                 self._log.debug("cancel_not_sent", node=node.node_id)  # it will be answered, and dropped as late
 
@@ -222,10 +220,9 @@ class InFlightCalls:
         if not self._dispatch(pending, part, number, now_s):
             return False
         call, node = pending.call, self.nodes[part.node]
-        pending.parts[number] = AskedPart(part, now_s, is_hedge)
+        pending.parts[number] = self._asked[number] = AskedPart(number, pending, part, now_s, is_hedge)
         pending.asked_s[part.pairs] = now_s
         pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
-        self._messages[number] = pending
         if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
             self._counters.other_class_rows += part.pairs.size
             pending.num_retried += 1
@@ -393,7 +390,7 @@ class ExpertClient:
             is_suspect = outliers.is_suspect(node, now_s)
             overdue = pending.overdue(part, part.asked_s if is_suspect else now_s - delay_s)
             if overdue.size:
-                self._in_flight.hedge(pending, part, overdue, now_s, outliers.is_struck(node))
+                self._in_flight.hedge(part, overdue, now_s, outliers.is_struck(node))
         asked_s = float(pending.asked_s[pending.missing].min())
         pending.look_again_s = max(asked_s + delay_s, now_s + LOOK_AGAIN_S)
 
@@ -401,9 +398,8 @@ class ExpertClient:
         """Notes that a node hangs: whatever it owes is asked of others now."""
         self._log.warning("expert_suspect", node=self._name(node))
         self.counters.suspicions += 1
-        for pending, number in self._in_flight.owed_by(node):
-            part = pending.parts[number]
-            self._in_flight.hedge(pending, part, pending.overdue(part, part.asked_s), now_s, is_free=True)
+        for part in self._in_flight.owed_by(node):
+            self._in_flight.hedge(part, part.pending.overdue(part, part.asked_s), now_s, is_free=True)
 
     def _others_answered(self, node: int, since_s: float) -> bool:
         return any(other.heard_s > since_s for other in self.nodes if other.number != node)
@@ -433,18 +429,19 @@ class ExpertClient:
             node.probe, node.probe_after_s = 0, now_s + FIRST_PAUSE_S
         is_asked_for_nothing_else = is_probe and not node.is_proven
         node.is_proven |= isinstance(message, ExpertRows)
-        pending = self._in_flight.find(number, node)
-        if pending is None:
+        part = self._in_flight.find(number, node)
+        if part is None:
             self.counters.late_answers += not is_asked_for_nothing_else
             return
-        part = self._in_flight.pop_part(pending, number)
+        self._in_flight.pop(part)
+        pending = part.pending
         try:
             if not isinstance(message, ExpertRows):
                 reason = message.message if isinstance(message, Failed) else f"answered {type(message).__name__}"
                 raise ExecutionError(f"{node.node_id}: {reason}")
-            pending.accept(part, self._rows(message, part.rows, pending))
+            pending.accept(part, self._rows(message, part))
         except (ProtocolError, ExecutionError) as error:
-            self._refused(pending, part, error, now_s)
+            self._refused(part, error, now_s)
             return
         self._in_flight.times.add(pending.call.layer, now_s - part.asked_s)
         self._in_flight.outliers.answered_in_time(node.number)
@@ -455,15 +452,14 @@ class ExpertClient:
     def _withdraw_pointless(self, pending: PendingCall, winner: AskedPart | None, now_s: float) -> None:
         """Others need not answer any more what has been answered; those that were asked first have lost a hedge."""
         suspects = set()
-        for number in pending.pointless():
-            loser = self._in_flight.pop_part(pending, number)
-            pending.unask(loser)
+        for loser in pending.pointless():
             node = loser.rows.node
             if winner is not None and loser.asked_s < winner.asked_s:
                 self._in_flight.times.add(pending.call.layer, now_s - loser.asked_s)
                 if self._in_flight.outliers.lost(node, now_s):
                     suspects.add(node)
-            self._in_flight.cancel(pending, node, number, now_s)
+            self._in_flight.withdraw(loser, now_s)
+            pending.unask(loser)
         for node in suspects:
             self._suspect(node, now_s)
         if winner is not None and not pending.sum.takes_some_pairs:
@@ -478,18 +474,21 @@ class ExpertClient:
             rows = frozenset(pending.degraded_rows)
             self._ended.append(CallDone(pending.number, pending.sum.total(), rows, pending.num_retried))
 
-    def _refused(self, pending: PendingCall, part: AskedPart, error: MoemeshError, now_s: float) -> None:
+    def _refused(self, part: AskedPart, error: MoemeshError, now_s: float) -> None:
+        pending = part.pending
         self._log.warning("expert_call_refused", layer=pending.call.layer, reason=str(error))
         pending.last_refusal = str(error)
         pending.pause(part.rows.node, now_s)
         pending.unask(part)
         self._resend(pending, now_s)
 
-    def _rows(self, message: ExpertRows, part: NodeRows, pending: PendingCall) -> Tensor:
-        width = pending.call.hidden.shape[1]
-        if pending.sum.takes_some_pairs:
-            return frame_to_tensor(message.rows, pending.call.hidden.dtype, (part.pairs.size, width), "ExpertRows.rows")
-        return frame_to_tensor(message.rows, torch.float32, (part.tokens.size, width), "ExpertRows.rows")
+    def _rows(self, message: ExpertRows, part: AskedPart) -> Tensor:
+        hidden = part.pending.call.hidden
+        if part.pending.sum.takes_some_pairs:
+            shape = (part.rows.pairs.size, hidden.shape[1])
+            return frame_to_tensor(message.rows, hidden.dtype, shape, "ExpertRows.rows")
+        shape = (part.rows.tokens.size, hidden.shape[1])
+        return frame_to_tensor(message.rows, torch.float32, shape, "ExpertRows.rows")
 
     # ---- losing nodes and calls
 
@@ -508,9 +507,10 @@ class ExpertClient:
         """Gives what a lost node owed to other copies; if it answers after all, the answer is late."""
         node.probe, node.probe_after_s = 0, 0.0
         self._in_flight.outliers.forget(node.number)
-        for pending, number in self._in_flight.owed_by(node.number):
-            pending.unask(self._in_flight.pop_part(pending, number))
-            self._resend(pending, now_s)
+        for part in self._in_flight.owed_by(node.number):
+            self._in_flight.pop(part)
+            part.pending.unask(part)
+            self._resend(part.pending, now_s)
 
     def _resend(self, pending: PendingCall, now_s: float) -> None:
         if pending.uncovered().size:

@@ -21,6 +21,10 @@ LONGEST_PAUSE_S = 1.0
 class AskedPart:
     """Rows that one node was asked for and has not answered."""
 
+    number: int
+    """Of the message that asks."""
+    pending: PendingCall
+    """What they are part of."""
     rows: NodeRows
     asked_s: float
     is_hedge: bool
@@ -124,15 +128,14 @@ class PendingCall:
         self.sum.add(part.rows, rows, self.missing[pairs])
         self.missing[pairs] = False
 
-    def pointless(self) -> list[int]:
-        """Returns the messages whose answers cannot be used any more, since others answered."""
-        some = self.sum.takes_some_pairs
-        return [
-            number
-            for number, part in self.parts.items()
-            for left in (self.missing[part.rows.pairs],)
-            if not (left.any() if some else left.all())
-        ]
+    def pointless(self) -> list[AskedPart]:
+        """Returns the parts whose answers cannot be used any more, since others answered."""
+
+        def is_usable(part: AskedPart) -> bool:
+            left = self.missing[part.rows.pairs]
+            return bool(left.any() if self.sum.takes_some_pairs else left.all())
+
+        return [part for part in self.parts.values() if not is_usable(part)]
 
     def leave_out(self, pairs: Int64Array) -> int:
         """Goes on without these pairs (combine mode `exact` only). Returns how many token rows that concerns."""

@@ -137,8 +137,8 @@ class Calls(RuleBasedStateMachine):
     def what_nodes_owe_is_what_was_asked_of_them(self) -> None:
         client = self.stage.client
         owed = {node.number: 0 for node in client.nodes}
-        for number, pending in client._in_flight._messages.items():
-            rows = pending.parts[number].rows
+        for part in client._in_flight._asked.values():
+            rows = part.rows
             owed[rows.node] += rows.pairs.size
         assert owed == client.nodes.outstanding_rows
 
@@ -159,7 +159,7 @@ class Calls(RuleBasedStateMachine):
         self.every_call_ends_at_most_once_and_right()
         assert self.open() == []
         assert set(self.stage.outstanding.values()) <= {0}
-        assert not self.stage.client._in_flight._messages
+        assert not self.stage.client._in_flight._asked
         assert not self.stage.client._in_flight._open
 
 
