@@ -39,7 +39,7 @@ from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
-from services.stage.step_output import describe_held, passed_on, relayed
+from services.stage.step_output import passed_on, relayed
 
 KEEP_STATE_S = 300.0
 """Without a router: K and V may belong to requests that a restarted one goes on with."""
@@ -110,9 +110,11 @@ class StageService(NodeLoop[MessageSocket]):
     def _describe_held(self) -> HeldState:
         """Returns what goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all
         steps of before, none is taken that could give a block to another sequence."""
-        if self._worker.slot is not None:
-            self._worker.slot.takes_steps = False
-        return describe_held(self._worker.slot)
+        slot = self._worker.slot
+        if slot is None:
+            return HeldState()
+        slot.takes_steps = False
+        return slot.describe()
 
     def _forget_after_long_silence(self, now_s: float) -> None:
         if self._control.registered:

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from common.messages import NO_ARRAY, Step, StepResult, TensorFrame
-from common.node.control_link import HeldState
-from common.topology import SlotReport
 from common.wire.array import BoolArray, Uint8Array, array_to_frame, frame_to_array
-from common.wire.records import HELD_SEQUENCE, records_to_frame
 from common.wire.tensor import tensor_to_frame
 from services.stage.model.executor import Finished
 from services.stage.model.micro_batch import MicroBatch
@@ -73,28 +70,6 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
         top_logprobs=tensor_to_frame(sampled.top_logprobs),
         degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
         retried_calls=retried_calls,
-    )
-
-
-def describe_held(slot: Slot | None) -> HeldState:
-    """Returns what a router that has been restarted is told with the hello."""
-    if slot is None:
-        return HeldState()
-    role, tag = slot.role, slot.held.tag
-    sequences, blocks = slot.held.tables.held()
-    return HeldState(
-        slot=SlotReport(
-            pipeline=tag.pipeline,
-            slot=tag.slot,
-            num_slots=tag.num_slots,
-            first_layer=role.layers.start,
-            stop_layer=role.layers.stop,
-            lease_term=role.lease_term,
-            num_blocks=tag.num_blocks,
-            last_step=slot.held.watermark.newest,
-        ),
-        sequences=records_to_frame(sequences, HELD_SEQUENCE),
-        blocks=array_to_frame(blocks),
     )
 
 

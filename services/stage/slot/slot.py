@@ -10,7 +10,10 @@ import torch
 from common.errors import MoemeshError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
-from common.topology import LayerRange, StageRole, StageSlot
+from common.node.control_link import HeldState
+from common.topology import LayerRange, SlotReport, StageRole, StageSlot
+from common.wire.array import array_to_frame
+from common.wire.records import HELD_SEQUENCE, records_to_frame
 from common.wire.transport import MessageSocket
 from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
@@ -69,6 +72,25 @@ class Slot:
     def takes(self, stamp: tuple[int, int]) -> bool:
         """Returns whether a step of this router's term and generation is one for this slot."""
         return self.takes_steps and stamp == (self.router_term, self.role.generation)
+
+    def describe(self) -> HeldState:
+        """Returns what a router that has been restarted is told with the hello."""
+        tag = self.held.tag
+        sequences, blocks = self.held.tables.held()
+        return HeldState(
+            slot=SlotReport(
+                pipeline=tag.pipeline,
+                slot=tag.slot,
+                num_slots=tag.num_slots,
+                first_layer=tag.layers.start,
+                stop_layer=tag.layers.stop,
+                lease_term=self.role.lease_term,
+                num_blocks=tag.num_blocks,
+                last_step=self.held.watermark.newest,
+            ),
+            sequences=records_to_frame(sequences, HELD_SEQUENCE),
+            blocks=array_to_frame(blocks),
+        )
 
 
 @dataclass(frozen=True, slots=True)

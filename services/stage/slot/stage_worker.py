@@ -1,4 +1,4 @@
-"""The slot that a stage holds or mirrors: load its layers off the message loop, keep them and the paged memory.
+"""The slot that a stage holds or mirrors, and the paged memory that it keeps for it.
 
 The memory outlives generations, and also the slot: `StageReady.kv_mark` tells the router up to which step it is good.
 """
