@@ -132,7 +132,7 @@ class StageService(NodeLoop[MessageSocket]):
         elif isinstance(message, PublishPlacement):
             self._apply_placement(message, header, now_s)
         else:
-            raise ProtocolError(f"a stage does not take {type(message).__name__}")
+            raise ProtocolError(f"a stage has no use for {type(message).__name__}")
 
     def _follow_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
         """Follows the newest role, whenever older ones come; told again, it changes nothing: heartbeats say what became
@@ -244,11 +244,12 @@ class StageService(NodeLoop[MessageSocket]):
 
     def _check_sequence(self, slot: Slot, header: Header) -> None:
         """Upstream has a new socket for each generation, and counts its messages from 1."""
-        slot.last_sequence_number += 1
-        if header.sequence_number != slot.last_sequence_number:
-            missing = header.sequence_number - slot.last_sequence_number
-            slot.last_sequence_number = header.sequence_number
-            raise ProtocolError(f"{missing} steps before step {header.step} did not arrive whole")
+        due, slot.last_sequence_number = slot.last_sequence_number + 1, header.sequence_number
+        if header.sequence_number != due:
+            raise ProtocolError(
+                f"step {header.step} came as message {header.sequence_number} when message {due} was due: "
+                "what is between did not arrive whole"
+            )
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
         slot.held.watermark.begin(header.step, step.previous_step)

@@ -125,7 +125,7 @@ class ExpertNodes:
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
         if any(len(column) != len(placement.node_ids) for column in columns):
             raise ProtocolError(
-                f"PublishPlacement does not tell everything of each of its {len(placement.node_ids)} node_ids"
+                f"a column of PublishPlacement has no entry for each of its {len(placement.node_ids)} node_ids"
             )
         if placement.first_classes and len(placement.first_classes) != owners.shape[1]:
             raise ProtocolError(

@@ -72,8 +72,10 @@ class Mirror:
             self.is_complete = False
         self.last_sequence_number += 1
         if header.sequence_number != self.last_sequence_number:
-            missing = header.sequence_number - self.last_sequence_number
-            raise ProtocolError(f"{missing} messages of the mirrored stage did not arrive")
+            raise ProtocolError(
+                f"message {header.sequence_number} of the mirrored stage came when message "
+                f"{self.last_sequence_number} was due"
+            )
         was_complete = self.is_complete
         if isinstance(message, MirrorRows):
             self._put_rows(message)

@@ -205,7 +205,7 @@ class StageWorker:
         except LIFE_ENDING_ERRORS:
             raise
         except LOADING_ERRORS as error:
-            raise RankLostError(f"the ranks do not go on as more: {refusal_to_load(error)}") from None
+            raise RankLostError(f"the stage cannot go on with more ranks: {refusal_to_load(error)}") from None
 
     @staticmethod
     def _used_blocks(slot: Slot) -> list[int]:

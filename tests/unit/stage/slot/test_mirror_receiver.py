@@ -237,7 +237,7 @@ def test_a_gap_spoils_the_copy_until_the_stream_begins_anew() -> None:
     pair.write([2])
     with capture_logs() as logs:
         pair.deliver()
-    assert [entry["reason"] for entry in logs] == ["1 messages of the mirrored stage did not arrive"]
+    assert [entry["reason"] for entry in logs] == ["message 3 of the mirrored stage came when message 2 was due"]
     assert pair.mirror.is_spoilt
     assert not pair.mirror.is_complete
     pair.wire.num_sent = 0
