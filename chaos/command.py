@@ -6,9 +6,8 @@ import asyncio
 import signal
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,13 +25,6 @@ from chaos.verdicts.report import COULD_NOT_RUN, EXIT_STATUS, Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Hurt a mesh under load; was anything lost?")
 OUTPUT = Path("chaos-report")
-
-
-class Timing(StrEnum):
-    """Whether verdicts on times decide the exit status."""
-
-    JUDGE = "judge"
-    REPORT = "report"
 
 
 @app.command("faults")
@@ -54,8 +46,9 @@ def run(
     output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
     reference: Annotated[Path | None, typer.Option(help="answers of another run; written if it is not there")] = None,
     timing: Annotated[
-        Timing, typer.Option(help="whether stalls and other times count, or are only reported (a busy machine)")
-    ] = Timing.JUDGE,
+        Literal["judge", "report"],
+        typer.Option(help="whether stalls and other times count, or are only reported (a busy machine)"),
+    ] = "judge",
 ) -> None:
     """Exit status 0: all held; 1: something is broken; 2: could not run; 3: not known."""
     try:
@@ -76,7 +69,7 @@ def run(
         raise _refusal(error) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         raise _refusal("stopped; everything is healed, and nothing is judged") from None
-    raise typer.Exit(EXIT_STATUS[judgement.state if timing is Timing.JUDGE else judgement.untimed_state])
+    raise typer.Exit(EXIT_STATUS[judgement.state if timing == "judge" else judgement.untimed_state])
 
 
 @app.command()

@@ -57,9 +57,6 @@ class RemoteTarget:
         return TargetError(f"{name} cannot be reached: only {self.url} is known of this deployment")
 
 
-TargetMaker = Callable[[TargetRequest], AbstractContextManager[Target]]
-
-
 def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
     """Makes a mesh of its own; with `against` none is started, and nothing can be hurt."""
     if request.against:
@@ -77,7 +74,10 @@ def make_docker(request: TargetRequest) -> AbstractContextManager[Target]:
     return DockerTarget(os.environ.get("COMPOSE_PROJECT_NAME") or DEFAULT_PROJECT)
 
 
-TARGETS: Mapping[str, TargetMaker] = {"docker": make_docker, "local": make_local}
+TARGETS: Mapping[str, Callable[[TargetRequest], AbstractContextManager[Target]]] = {
+    "docker": make_docker,
+    "local": make_local,
+}
 
 
 def make_target(name: str, request: TargetRequest) -> AbstractContextManager[Target]:

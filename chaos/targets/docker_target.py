@@ -40,10 +40,7 @@ class DockerTarget:
         self.project = project
         self.features = frozenset({"processes", "containers", "netns"})
         self.proxy: LinkProxy | None = None
-        try:
-            self.client = docker.from_env()
-        except DockerException as error:
-            raise TargetError(f"no Docker engine answers: {error}") from None
+        self.client = _engine()
 
     def __enter__(self) -> Self:
         routers = self._containers("router")
@@ -67,10 +64,9 @@ class DockerTarget:
     def url(self) -> str:
         """It has the port that the router's container publishes; it is the same while that container is stopped."""
         for container in self._containers("router"):
-            ports = container.attrs["HostConfig"].get("PortBindings") or {}
-            for bindings in ports.values():
-                host = bindings[0].get("HostIp") or "127.0.0.1"
-                return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{bindings[0]['HostPort']}"
+            for binding in _published(container):
+                host = binding.get("HostIp") or "127.0.0.1"
+                return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{binding['HostPort']}"
         raise TargetError(f"the compose project {self.project!r} has no router that publishes a port")
 
     def nodes(self) -> list[Node]:
@@ -200,16 +196,27 @@ def project_at(url: str) -> str:
     """Returns the compose project whose router publishes this URL's port. Raises TargetError."""
     port = str(urlsplit(url).port or 80)
     try:
-        client = docker.from_env()
-        with closing(client):
+        with closing(_engine()) as client:
             routers = client.containers.list(filters={"label": f"{_LABEL}.service=router"}, ignore_removed=True)
             for container in routers:
-                bindings = container.attrs["HostConfig"].get("PortBindings") or {}
-                if any(binding["HostPort"] == port for entry in bindings.values() for binding in entry):
+                if any(binding["HostPort"] == port for binding in _published(container)):
                     return str(container.labels[f"{_LABEL}.project"])
     except DockerException as error:
         raise TargetError(f"no Docker engine answers: {error}") from None
     raise TargetError(f"no router of a compose project publishes port {port}")
+
+
+def _engine() -> docker.DockerClient:
+    try:
+        return docker.from_env()
+    except DockerException as error:
+        raise TargetError(f"no Docker engine answers: {error}") from None
+
+
+def _published(container: Any) -> list[dict[str, str]]:
+    """Returns the bindings of its ports to ports of this machine, as the engine tells them."""
+    ports = container.attrs["HostConfig"].get("PortBindings") or {}
+    return [binding for bindings in ports.values() for binding in bindings]
 
 
 def environment_of_container(container: Any) -> dict[str, str]:

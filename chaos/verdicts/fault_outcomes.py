@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from chaos.record.history import Event, FaultApplied, FaultHealed, FaultSkipped, MeshWhole, Tokens
+from chaos.record.history import Event, FaultApplied, FaultHealed, MeshWhole, Tokens
 from chaos.record.operations import Operation
 from chaos.target import Node
 from chaos.verdicts.verdict import percentile
@@ -194,11 +194,6 @@ def _gaps_between(operation: Operation, since_s: float, until_s: float) -> list[
     if operation.ended_s is None:
         gaps.append((operation.arrivals_s[-1], until_s))  # it waits still
     return [(begin_s, min(end_s, until_s)) for begin_s, end_s in gaps if end_s > since_s and begin_s < until_s]
-
-
-def skipped(events: Sequence[Event]) -> list[FaultSkipped]:
-    """Returns the faults that were planned and not applied."""
-    return [event for event in events if isinstance(event, FaultSkipped)]
 
 
 def throughput(events: Sequence[Event], outcomes: Sequence[FaultOutcome], since_s: float, until_s: float) -> Throughput:

@@ -14,7 +14,6 @@ from chaos.verdicts.fault_outcomes import (
     FaultOutcome,
     Throughput,
     fault_outcomes,
-    skipped,
     throughput,
     tpot_p99_s,
     usual_gap_s,
@@ -92,7 +91,7 @@ def judge(
     undisturbed = [o for o in operations if o.phase == "reference"]
     usual_s, usual_tpot_s = usual_gap_s(undisturbed), tpot_p99_s(undisturbed)
     outcomes = fault_outcomes(events, disturbed, usual_s)
-    missed = skipped(events)
+    missed = [event for event in events if isinstance(event, FaultSkipped)]
     since_s, until_s = _load_time(events, disturbed)
     speed = throughput(events, outcomes, since_s, until_s)
     verdicts = [

@@ -5,28 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from chaos.record.operations import ChoiceRecord, Operation
 from chaos.record.reference import Reference
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 
-@dataclass(slots=True)
-class TokenDamage:
-    """All that is wrong with the answers, by kind, a sentence each."""
-
-    lost: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    logprobs: list[str] = field(default_factory=list)
-    ends: list[str] = field(default_factory=list)
-
-
 def token_verdicts(operations: Sequence[Operation], reference: Reference) -> list[Verdict]:
     """Judges what was asked under faults. Without a single whole answer that can be compared all is unknown."""
-    damage = TokenDamage()
+    # What is wrong, a sentence each, by the verdict that it breaks.
+    damage = defaultdict[str, list[str]](list)
     num_tokens = num_whole = 0
     doubts = []
     for operation in operations:
@@ -37,44 +27,46 @@ def token_verdicts(operations: Sequence[Operation], reference: Reference) -> lis
         num_whole += operation.is_whole
         num_tokens += operation.num_tokens
         for index, (got, wanted) in enumerate(zip(operation.choices, expected, strict=True)):
-            _compare(f"{operation.name} choice {index}", got, wanted, operation.is_whole, damage)
+            for verdict, sentence in _compare(got, wanted, operation.is_whole):
+                damage[verdict].append(f"{operation.name} choice {index}: {sentence}")
     if not num_whole:
         doubts.append("no answer that was asked under faults came to its end")
     figures = {"tokens": float(num_tokens), "whole_answers": float(num_whole)}
     same = f"{num_tokens} tokens of {num_whole} whole answers are those of the run without faults"
     return [
-        verdict_of("tokens_lost", damage.lost, doubts, same, figures),
-        verdict_of("tokens_doubled", damage.doubled, doubts, same, figures),
-        verdict_of("tokens_changed", damage.changed, doubts, same, figures),
-        verdict_of("logprobs", damage.logprobs, doubts, f"the log-probabilities of {num_tokens} tokens, bit by bit"),
-        verdict_of("ends", damage.ends, doubts, f"finish reasons and texts of {num_whole} answers"),
+        verdict_of("tokens_lost", damage["tokens_lost"], doubts, same, figures),
+        verdict_of("tokens_doubled", damage["tokens_doubled"], doubts, same, figures),
+        verdict_of("tokens_changed", damage["tokens_changed"], doubts, same, figures),
+        verdict_of("logprobs", damage["logprobs"], doubts, f"the log-probabilities of {num_tokens} tokens, bit by bit"),
+        verdict_of("ends", damage["ends"], doubts, f"finish reasons and texts of {num_whole} answers"),
     ]
 
 
-def _compare(where: str, got: ChoiceRecord, wanted: ChoiceRecord, is_whole: bool, damage: TokenDamage) -> None:
+def _compare(got: ChoiceRecord, wanted: ChoiceRecord, is_whole: bool) -> Iterator[tuple[str, str]]:
+    """Yields (verdict, sentence) for each thing that is wrong with a choice."""
     tokens = got.token_ids
     # An answer that broke off may be short; what it has must still be the beginning.
     expected = wanted.token_ids if is_whole else wanted.token_ids[: len(tokens)]
     if tokens != expected:
-        _classify(where, tokens, expected, damage)
+        yield from _classify(tokens, expected)
     same = _common_length(tokens, wanted.token_ids)
     for offset in range(same):
         bits = got.logprob_bits[offset : offset + 1]
         if bits != wanted.logprob_bits[offset : offset + 1]:
-            damage.logprobs.append(f"{where}: token {offset} has {bits}, not {wanted.logprob_bits[offset]}")
+            yield "logprobs", f"token {offset} has {bits}, not {wanted.logprob_bits[offset]}"
             break
     if is_whole and got.reason != wanted.reason:
-        damage.ends.append(f"{where}: ended with {got.reason!r}, not {wanted.reason!r}")
+        yield "ends", f"ended with {got.reason!r}, not {wanted.reason!r}"
     if is_whole and got.text_sha256 != wanted.text_sha256:
-        damage.ends.append(f"{where}: another text")
+        yield "ends", "another text"
 
 
-def _classify(where: str, got: Sequence[int], expected: Sequence[int], damage: TokenDamage) -> None:
+def _classify(got: Sequence[int], expected: Sequence[int]) -> Iterator[tuple[str, str]]:
     """Tells the shortest story that makes `got` out of `expected`."""
     matcher = difflib.SequenceMatcher(None, expected, got, autojunk=False)
     for tag, from_expected, to_expected, from_got, to_got in matcher.get_opcodes():
         if tag == "delete":
-            damage.lost.append(f"{where}: tokens {from_expected} to {to_expected - 1} are missing")
+            yield "tokens_lost", f"tokens {from_expected} to {to_expected - 1} are missing"
         elif tag == "insert":
             extra = list(got[from_got:to_got])
             neighbours = (
@@ -82,12 +74,13 @@ def _classify(where: str, got: Sequence[int], expected: Sequence[int], damage: T
                 (got[to_got : to_got + len(extra)]),
             )
             is_again = any(list(neighbour) == extra for neighbour in neighbours)
-            kind = damage.doubled if is_again else damage.changed
-            kind.append(f"{where}: {len(extra)} tokens {'again' if is_again else 'too many'} at {from_got}")
+            verdict = "tokens_doubled" if is_again else "tokens_changed"
+            yield verdict, f"{len(extra)} tokens {'again' if is_again else 'too many'} at {from_got}"
         elif tag == "replace":
-            damage.changed.append(
-                f"{where}: at {from_expected} there is {list(got[from_got : from_got + 4])}, "
-                f"not {list(expected[from_expected : from_expected + 4])}"
+            yield (
+                "tokens_changed",
+                f"at {from_expected} there is {list(got[from_got : from_got + 4])}, "
+                f"not {list(expected[from_expected : from_expected + 4])}",
             )
 
 
