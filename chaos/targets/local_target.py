@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,7 @@ class ProxiedLocalTarget(LocalTarget):
     proxy: LinkProxy | None = None
 
     def enter_surroundings(self, stack: ExitStack) -> Mapping[str, str]:
-        self.proxy = stack.enter_context(LinkProxy(SocketOwners(self._pids)))
+        self.proxy = stack.enter_context(LinkProxy(lambda host, port: owner_of_port(port, self._pids())))
         return {"CONTROL": f"tcp://127.0.0.1:{free_port()}", "SOCKS_PROXY": self.proxy.address}
 
     def _pids(self) -> dict[str, int]:
@@ -138,34 +138,25 @@ def inodes_of_port(table: str, port: int) -> set[int]:
     return {int(row[9]) for row in rows if int(row[1].rpartition(":")[2], 16) == port} - {0}  # 0: without an owner
 
 
-class SocketOwners:
-    """Names the node behind a loopback address, from /proc. `pids` tells who may own sockets now, by the names."""
+def owner_of_port(port: int, pids: Mapping[str, int]) -> str:
+    """Returns who of these, by name, has a socket on this port of the loopback, or "" if none has; of two the first."""
+    inodes = inodes_of_port(Path("/proc/net/tcp").read_text(), port)
+    return next((name for name, pid in pids.items() if not inodes.isdisjoint(_inodes_of_process(pid))), "")
 
-    def __init__(self, pids: Callable[[], Mapping[str, int]], proc: Path = Path("/proc")) -> None:
-        self._pids = pids
-        self._proc = proc
 
-    def __call__(self, host: str, port: int) -> str:
-        """Returns the name of the node that has a socket on this port, or "" if none has; of two the first."""
-        inodes = inodes_of_port((self._proc / "net/tcp").read_text(), port)
-        for name, pid in self._pids().items():
-            if not inodes.isdisjoint(self._inodes_of_process(pid)):
-                return name
-        return ""
-
-    def _inodes_of_process(self, pid: int) -> Iterator[int]:
-        folder = self._proc / str(pid) / "fd"
+def _inodes_of_process(pid: int) -> Iterator[int]:
+    folder = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # it has ended, or is not ours to look into
+    for name in names:
         try:
-            names = os.listdir(folder)
+            link = os.readlink(f"{folder}/{name}")
         except OSError:
-            return  # it has ended, or is not ours to look into
-        for name in names:
-            try:
-                link = os.readlink(folder / name)
-            except OSError:
-                continue  # closed since
-            if link.startswith("socket:["):
-                yield int(link[8:-1])
+            continue  # closed since
+        if link.startswith("socket:["):
+            yield int(link[8:-1])
 
 
 @contextmanager

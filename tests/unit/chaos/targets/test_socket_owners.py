@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import socket
 
-from chaos.targets.local_target import SocketOwners, inodes_of_port
+from chaos.targets.local_target import inodes_of_port, owner_of_port
 
 TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0 100 0 0 10 0
@@ -21,5 +21,5 @@ def test_the_sockets_of_a_local_port_are_found_and_those_without_owner_are_not()
 def test_a_listening_socket_is_named_by_its_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert SocketOwners(lambda: {"gone": 1 << 30, "this": os.getpid()})("127.0.0.1", port) == "this"
-        assert SocketOwners(lambda: {"gone": 1 << 30})("127.0.0.1", port) == ""
+        assert owner_of_port(port, {"gone": 1 << 30, "this": os.getpid()}) == "this"
+        assert owner_of_port(port, {"gone": 1 << 30}) == ""
