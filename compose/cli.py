@@ -30,6 +30,7 @@ from common.config import Settings, read_settings, setting_names
 from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
 from common.processes.supervisor import LocalMesh
+from common.standard_streams import open_closed_streams
 from compose.answers import ask_model, stream_answer
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.router_client import named_url, open_client, why_not_answered
@@ -314,7 +315,7 @@ def _ask_example(client: httpx.Client) -> None:
 
 def main() -> None:
     """Entry point of the `moemesh` script."""
-    _open_closed_streams()
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may have characters that the terminal does not know
@@ -327,14 +328,6 @@ def main() -> None:
         sys.stdout = io.StringIO()  # what is left in it would fail again at the end
         say_error(str(error))
         sys.exit(1)
-
-
-def _open_closed_streams() -> None:
-    """Some programs start others without standard streams. The next file or socket that is opened would take the place
-    of one, and get what is meant for a terminal."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
 
 
 def check_before_start(settings: Settings) -> None:

@@ -26,6 +26,7 @@ from common.misspelt_settings import misspelt_settings
 from common.node.control_link import ControlLink, bind_lifeline, draw_identity, find_addresses
 from common.node.loader_thread import LoaderThread
 from common.processes.memory import offered_bytes
+from common.standard_streams import open_closed_streams
 from common.topology import NodeDescription, NodeKind
 from common.wire.socket_files import LostFile
 from common.wire.socket_limits import SocketLimits
@@ -195,6 +196,7 @@ def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> No
 
 def run_process(service: str, level: str, work: Callable[[structlog.stdlib.BoundLogger], None]) -> int:
     """Run a process's work; what is wrong with settings, checkpoint or mesh ends in one logged sentence and exit 1."""
+    open_closed_streams()
     stream = LogStream(unbuffered(sys.stderr))
     log = configure_log(service, level, stream)
     try:

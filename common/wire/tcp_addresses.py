@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from common.errors import ConfigurationError
 
 _ENDPOINT = re.compile(r"tcp://(?:\[(?P<in_brackets>[^\[\]\s/]+)\]|(?P<plain>[^\[\]\s:/]+)):(?:\d{1,5}|\*)")
+_LAST_PORT = 65_535
 _WILDCARDS = ("*", "0.0.0.0", "::")
 Resolve = Callable[[str], Sequence[str]]
 """A host name's addresses, IPv4 and IPv6. Raises OSError."""
@@ -19,7 +20,8 @@ def control_host(control: str) -> str:
     """Returns the host of CONTROL, without brackets. Raises ConfigurationError."""
     match = _ENDPOINT.fullmatch(control)
     host = (match["in_brackets"] or match["plain"]) if match else ""
-    if match is None or (match["in_brackets"] and not is_ipv6(host)):
+    port = control.rpartition(":")[2]
+    if match is None or (match["in_brackets"] and not is_ipv6(host)) or (port != "*" and int(port) > _LAST_PORT):
         hint = "; an IPv6 address stands in brackets: tcp://[::1]:PORT" if control.count(":") > 2 else ""
         raise ConfigurationError(f"CONTROL={control}: must be ipc://PATH or tcp://HOST:PORT{hint}")
     return host

@@ -61,6 +61,23 @@ def test_a_process_ends_with_its_status_while_a_load_hangs(status: int) -> None:
     assert (ended.returncode, ended.stdout) == (status, "said")
 
 
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">&-"])
+def test_a_process_without_standard_streams_says_nothing_and_gives_their_numbers_to_nobody(
+    streams: str, tmp_path: Path
+) -> None:
+    script = (
+        "import os, sys; from common.node.process import end_process, run_process\n"
+        "opened = lambda log: os.write(int(sys.argv[1]), b'%d' % os.open('/', os.O_RDONLY))\n"
+        "end_process(run_process('node', 'info', opened))"
+    )
+    (tmp_path / "node.py").write_text(script)
+    with (tmp_path / "said").open("w") as said:
+        command = f"exec {sys.executable} {tmp_path}/node.py {said.fileno()} {streams}"
+        ended = subprocess.run(["sh", "-c", command], timeout=60, pass_fds=[said.fileno()], stdin=subprocess.DEVNULL)
+    assert ended.returncode == 0
+    assert int((tmp_path / "said").read_text()) > 2
+
+
 def test_an_error_that_nobody_expected_ends_a_process_while_a_load_hangs() -> None:
     ends = (
         "import threading; from common.node.loader_thread import LoaderThread\n"

@@ -51,6 +51,8 @@ def test_the_host_of_a_control_address_comes_without_brackets() -> None:
     ]
     with pytest.raises(ConfigurationError, match=r"stands in brackets: tcp://\[::1\]:PORT"):
         control_host("tcp://::1:5577")
+    with pytest.raises(ConfigurationError, match="must be ipc://PATH or tcp://HOST:PORT"):
+        control_host("tcp://router:65536")
 
 
 @pytest.mark.parametrize("name", ["tcp://host", "host:5577", "[host]", "a b"])
