@@ -16,6 +16,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -56,7 +57,13 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
     error_text = f"{request.method} {request.url.path}: {error.detail}"
     body = error_body(InvalidRequestError(error_text))
     body["error"]["code"] = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return json_answer(body, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        # One path may have several routes, and the one that raised this knows its own methods only.
+        routes = [route for route in request.app.routes if isinstance(route, Route)]
+        fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in fitting for method in route.methods or ()}))
+    return json_answer(body, error.status_code, headers)
 
 
 @dataclass(frozen=True, slots=True)

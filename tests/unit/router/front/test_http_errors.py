@@ -182,6 +182,15 @@ def test_wrong_paths_and_methods_are_in_openais_shape(
     run(main())
 
 
+def test_all_methods_of_a_path_are_named_where_another_one_is_asked_for(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        app = Server(tokenizer).app
+        allowed = [(await ask(app, "PUT", path)).headers["allow"] for path in ("/v1/requests/x", COMPLETIONS)]
+        assert allowed == ["DELETE, GET, HEAD", "POST"]
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     "header", [("Content-Encoding", "gzip"), ("Content-Encoding", "utf-8, br"), ("Transfer-Encoding", "gzip, chunked")]
 )
