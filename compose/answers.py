@@ -58,7 +58,10 @@ def served_model(client: httpx.Client) -> str:
     reply = client.get("/v1/models")
     if reply.status_code != 200:
         raise MoemeshError(_sentence(reply))
-    return str(reply.json()["data"][0]["id"])
+    try:
+        return str(reply.json()["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise MoemeshError("what answers there is no router: /v1/models names no model") from None
 
 
 def _sentence(reply: httpx.Response) -> str:
@@ -130,7 +133,7 @@ class _ResumableStream:
                 if event.data == DONE:
                     self.is_done = True
                 else:
-                    yield _text_of(json.loads(event.data))
+                    yield _text_of(event.data)
         # Without [DONE] the router has sent us away; a server that does not know it ends so.
         self.is_done = self.is_done or not self.is_resumable
 
@@ -144,7 +147,17 @@ class _ResumableStream:
         return reply
 
 
-def _text_of(event: dict[str, Any]) -> str:
-    if "error" in event:
-        raise MoemeshError(event["error"]["message"])
-    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"])
+def _text_of(data: str) -> str:
+    """Returns the text of an event. Raises MoemeshError with the server's sentence, or for what is no event of a
+    reply."""
+    try:
+        event = json.loads(data)
+        error = event.get("error")
+        choices = event["choices"] if error is None else ()
+        text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+        sentence = None if error is None else str(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise MoemeshError(f"what answers there is no router: its stream has an event {data[:100]!r}") from None
+    if sentence is not None:
+        raise MoemeshError(sentence)
+    return text

@@ -137,8 +137,8 @@ def status(url: UrlOption = "") -> None:
     url = _router_url(url)
     try:
         with open_client(url, 10) as client:
-            ready = _read_status(client, "/ready")
-            mesh = _read_status(client, "/mesh")
+            ready = _read_status(client, "/ready", "ready")
+            mesh = _read_status(client, "/mesh", "nodes")
             metrics = client.get("/metrics").text
     except (httpx.HTTPError, httpx.InvalidURL, MoemeshError) as error:
         raise _not_answered(url, error) from None
@@ -195,13 +195,17 @@ def _not_answered(url: str, error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _read_status(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Raises MoemeshError where another program answers."""
+def _read_status(client: httpx.Client, path: str, key: str) -> dict[str, Any]:
+    """Returns the answer, which has the key. Raises MoemeshError where another program answers."""
     reply = client.get(path)
+    told = f"what answers there is no router: {path} is HTTP {reply.status_code} and"
     try:
-        return dict(reply.json())
+        status = dict(reply.json())
     except (ValueError, TypeError):
-        raise MoemeshError(f"what answers there is no router: {path} is HTTP {reply.status_code} and no JSON") from None
+        raise MoemeshError(f"{told} no JSON") from None
+    if key not in status:
+        raise MoemeshError(f"{told} says nothing of `{key}`")
+    return status
 
 
 def _print_nodes(mesh: dict[str, Any]) -> None:

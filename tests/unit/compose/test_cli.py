@@ -191,6 +191,32 @@ def test_where_nobody_answers_the_command_says_so_and_fails(serve: Any, command:
     assert "http://mesh" in result.output
 
 
+OTHER_PROGRAMS = {
+    "a page": httpx.Response(200, content=b"<html>"),
+    "nothing": httpx.Response(200),
+    "a list": httpx.Response(200, json=[1]),
+    "null": httpx.Response(200, json=None),
+    "no model": httpx.Response(200, json={"object": "list", "data": []}),
+    "another server's refusal": httpx.Response(404, json={"detail": "Not Found"}),
+}
+
+
+@pytest.mark.parametrize("command", [["ask", "hello"], ["status"]])
+@pytest.mark.parametrize("program", OTHER_PROGRAMS)
+def test_another_program_that_answers_is_told_from_a_router(serve: Any, program: str, command: list[str]) -> None:
+    serve(lambda request: OTHER_PROGRAMS[program])
+    result = CliRunner().invoke(app, [*command, "--url", "http://mesh"])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert result.output.startswith("moemesh: http://mesh: ")
+
+
+@pytest.mark.parametrize("data", [b"no json", b"[]", b"{}", b'{"choices": 1}', b'{"choices": [[]]}', b'{"error": "x"}'])
+def test_an_event_that_is_none_of_a_reply_is_a_sentence(data: bytes) -> None:
+    client = client_of(lambda request: httpx.Response(200, content=b"data: " + data + b"\n\n"))
+    with pytest.raises(MoemeshError, match="no router"):
+        list(stream_pieces(client, "/v1/completions", {}))
+
+
 def test_an_address_that_is_none_is_said_in_a_sentence() -> None:
     result = CliRunner().invoke(app, ["ask", "hello", "--url", "http://h:port"])
     assert result.exit_code == 1
