@@ -77,10 +77,23 @@ def http_url(host: str, port: int) -> str:
 
 
 async def serve(settings: Settings) -> None:
-    """Run the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
+    """Runs the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
     # The server takes these signals while it runs, and raises them again once it has ended: to nobody's harm then.
     should_stop = StopFlag()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    router = _assemble(settings)
+    try:
+        await router.run(should_stop)
+    finally:
+        if not router.storage.close(router.links):
+            log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
+    if router.failure is not None:
+        raise router.failure
+    router.storage.attention.close()
+    log.info("stopped")
+
+
+def _assemble(settings: Settings) -> _Router:
     model = read_model(settings)
     tokenizer = TextTokenizer.from_directory(model.directory)
     _log_checkpoint(model, tokenizer)
@@ -90,11 +103,13 @@ async def serve(settings: Settings) -> None:
     mailbox = TokenMailbox(asyncio.get_running_loop())
     placer = ProcessPlacer(links.client.wake, log)
     mesh = _mesh_loop(settings, model, storage, links, mailbox, placer)
-    context_tokens = _context_tokens(settings, model)
-    _log_context(settings, model, context_tokens)
-    takes_over = storage.state.term > 1
     engine = MeshEngine(
-        mesh, mailbox, context_tokens, time.monotonic, max_waiting=settings.max_waiting, takes_over=takes_over
+        mesh,
+        mailbox,
+        _context_tokens(settings, model),
+        time.monotonic,
+        max_waiting=settings.max_waiting,
+        takes_over=storage.state.term > 1,
     )
     registry = _registry(mesh, storage.journal)
     front = _front_settings(settings, model, listener)
@@ -106,33 +121,7 @@ async def serve(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     storage.state.publish_url(f"{http_url(host, port)}\n")
     log.info("listening", host=host, port=port, term=storage.state.term, model=model.served_name, dtype=model.dtype)
-    placer.start()
-    requests.restore(storage.journalled)
-    going_on = asyncio.create_task(requests.go_on())
-    relief = asyncio.create_task(MemoryRelief().run())
-    thread = _MeshThread(mesh, server, storage)
-    try:
-        # Who connects meanwhile waits in the listener's queue, and finds its request.
-        await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
-        # Only now: stages that are back hand their cache to requests that are in line.
-        thread.start()
-        if storage.journalled:
-            log.info("requests_restored", number=len(storage.journalled), are_all_in_line=going_on.done())
-        if not should_stop():
-            await server.serve(sockets=[listener])
-    finally:
-        thread.stop()
-        placer.close()
-        for task in (going_on, relief):
-            task.cancel()
-        await asyncio.gather(going_on, relief, return_exceptions=True)
-        await requests.close()
-        if not storage.close(links):
-            log.warning("ended_without_disk", detail=f"the disk under STATE_DIR={settings.state_dir} does not answer")
-    if thread.failure is not None:
-        raise thread.failure
-    storage.attention.close()
-    log.info("stopped")
+    return _Router(storage, links, placer, mesh, requests, server, listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,38 +159,59 @@ class _Storage:
         return self.disk.close(CLOSE_WITHIN_S) and finish_within(links.close, CLOSE_WITHIN_S)
 
 
-class _MeshThread:
-    """Runs the mesh. If it breaks, the process must end: a router that answers HTTP and no request helps nobody."""
+@dataclass(slots=True)
+class _Router:
+    """Runs the mesh and the HTTP server. If the mesh breaks, the process must end: a router that answers HTTP and no
+    request helps nobody."""
 
-    def __init__(self, mesh: MeshLoop, server: FrontServer, storage: _Storage) -> None:
-        self.failure: BaseException | None = None
-        """What it broke by."""
-        self._mesh = mesh
-        self._server = server
-        self._storage = storage
-        self._thread = threading.Thread(target=self._run, name="mesh", daemon=True)
+    storage: _Storage
+    links: _Links
+    placer: ProcessPlacer
+    mesh: MeshLoop
+    requests: RequestRegistry
+    server: FrontServer
+    listener: socket.socket
+    failure: BaseException | None = None
+    """What the mesh broke by."""
 
-    def start(self) -> None:
-        """Call it once."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Waits for the end of its turn, but not for ever."""
-        self._mesh.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-
-    def _run(self) -> None:
+    async def run(self, should_stop: StopFlag) -> None:
+        """Goes on with what a router before this one has left, and serves until it is to end."""
+        mesh_thread = threading.Thread(target=self._run_mesh, name="mesh", daemon=True)
+        self.placer.start()
+        self.requests.restore(self.storage.journalled)
+        going_on = asyncio.create_task(self.requests.go_on())
+        relief = asyncio.create_task(MemoryRelief().run())
         try:
-            self._mesh.run()
+            # Who connects meanwhile waits in the listener's queue, and finds its request.
+            await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
+            # Only now: stages that are back hand their cache to requests that are in line.
+            mesh_thread.start()
+            if self.storage.journalled:
+                number = len(self.storage.journalled)
+                log.info("requests_restored", number=number, are_all_in_line=going_on.done())
+            if not should_stop():
+                await self.server.serve(sockets=[self.listener])
+        finally:
+            self.mesh.stop()
+            if mesh_thread.is_alive():
+                mesh_thread.join(timeout=5)  # it ends with its turn, but is not waited for for ever
+            self.placer.close()
+            for task in (going_on, relief):
+                task.cancel()
+            await asyncio.gather(going_on, relief, return_exceptions=True)
+            await self.requests.close()
+
+    def _run_mesh(self) -> None:
+        try:
+            self.mesh.run()
         except BaseException as error:
             if isinstance(error, FencedError):
                 log.error("router_fenced", reason=error.message)
             else:
                 log.critical("mesh_thread_broke", exc_info=error)
-                self._storage.disk.submit(self._storage.attention.note_break)
+                self.storage.disk.submit(self.storage.attention.note_break)
             self.failure = error
-            self._server.should_exit = True
+            self.server.should_exit = True
 
 
 def _open_storage(settings: Settings, model: Model) -> _Storage:
@@ -291,21 +301,19 @@ def _server(
 
 
 def _context_tokens(settings: Settings, model: Model) -> int:
-    """Returns what one sequence may hold: the model's context, or what the KV cache of a pipeline holds."""
-    return min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
-
-
-def _log_context(settings: Settings, model: Model, context_tokens: int) -> None:
-    """Says so of a context that was asked for and cannot be had; /v1/models shows what there is."""
+    """Returns what one sequence may hold: the model's context, or what the KV cache of a pipeline holds. The log is
+    told of a context that was asked for and cannot be had; /v1/models shows what there is."""
+    context_tokens = min(model.context_tokens, settings.kv_cache_tokens // BLOCK_TOKENS * BLOCK_TOKENS)
     wished = settings.max_context_tokens or model.config.context_tokens
     if wished <= context_tokens:
-        return
+        return context_tokens
     limit = f"the model is made for {model.config.context_tokens} tokens"
     if context_tokens < model.context_tokens:
         limit = f"KV_CACHE_TOKENS={settings.kv_cache_tokens} holds {context_tokens} in whole blocks"
     asked = f"MAX_CONTEXT_TOKENS={wished}" if settings.max_context_tokens else f"the model's context of {wished} tokens"
     detail = f"{asked} cannot be had, since {limit}: a request may have {context_tokens}"
     log.warning("context_is_smaller", asked=wished, context_tokens=context_tokens, detail=detail)
+    return context_tokens
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -35,44 +36,33 @@ class FrontMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._making: asyncio.Future[bytes] | None = None
-        self.requests = Counter(
-            "moemesh_http_requests_total", "HTTP requests by route and status", ["route", "status"], registry=registry
-        )
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = counter("moemesh_http_requests_total", "HTTP requests by route and status", ["route", "status"])
         self.requests_in_flight = Gauge(
             "moemesh_http_requests_in_flight", "HTTP requests that have no complete answer yet", registry=registry
         )
-        self.time_to_first_token_s = Histogram(
+        self.time_to_first_token_s = histogram(
             "moemesh_time_to_first_token_seconds",
             "From the complete request to the first token of any of its choices",
             buckets=_TTFT_BUCKETS_S,
-            registry=registry,
         )
-        self.inter_token_s = Histogram(
-            "moemesh_inter_token_seconds",
-            "From one token of a choice to the next",
-            buckets=_INTER_TOKEN_BUCKETS_S,
-            registry=registry,
+        self.inter_token_s = histogram(
+            "moemesh_inter_token_seconds", "From one token of a choice to the next", buckets=_INTER_TOKEN_BUCKETS_S
         )
-        self.request_s = Histogram(
+        self.request_s = histogram(
             "moemesh_request_seconds",
             "From the complete request to the last token of all its choices, of those that were not cut short",
             buckets=_REQUEST_BUCKETS_S,
-            registry=registry,
         )
-        self.prompt_tokens = Counter("moemesh_prompt_tokens_total", "Tokens of accepted prompts", registry=registry)
-        self.completion_tokens = Counter("moemesh_completion_tokens_total", "Tokens generated", registry=registry)
-        self.cancelled = Counter(
-            "moemesh_http_requests_cancelled_total", "Requests whose client went away", registry=registry
-        )
-        self.abandoned = Counter(
+        self.prompt_tokens = counter("moemesh_prompt_tokens_total", "Tokens of accepted prompts")
+        self.completion_tokens = counter("moemesh_completion_tokens_total", "Tokens generated")
+        self.cancelled = counter("moemesh_http_requests_cancelled_total", "Requests whose client went away")
+        self.abandoned = counter(
             "moemesh_requests_abandoned_total",
             "Resumable requests that were cancelled because nobody came back for them in time",
-            registry=registry,
         )
-        self.reattached = Counter(
-            "moemesh_requests_reattached_total",
-            "Clients that came back to a request by its id or key",
-            registry=registry,
+        self.reattached = counter(
+            "moemesh_requests_reattached_total", "Clients that came back to a request by its id or key"
         )
 
     async def shared_text(self) -> bytes:

@@ -27,7 +27,7 @@ from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _listen, _log_context, _origins, _stage_roles, http_url
+from services.router.service import _context_tokens, _listen, _origins, _stage_roles, http_url
 from tests.support.router.mesh_shapes import node, small_model
 
 
@@ -118,9 +118,8 @@ def test_a_context_that_cannot_be_had_is_said(
     (directory / "config.json").write_text(json.dumps(config))
     settings = Settings(model=str(directory), max_context_tokens=max_context_tokens, kv_cache_tokens=kv_cache_tokens)
     model = read_model(settings)
-    assert _context_tokens(settings, model) == context
     with structlog.testing.capture_logs() as logs:
-        _log_context(settings, model, context)
+        assert _context_tokens(settings, model) == context
     assert [entry["context_tokens"] for entry in logs] == ([] if because is None else [context])
     assert because is None or logs[0]["detail"].startswith(because)
 
