@@ -63,12 +63,12 @@ class SamplingParameters:
 
     @cached_property
     def bias_table(self) -> Float64Array:
-        """float64 [*, 2]: (token id, what is added to its logit)."""
+        """Returns float64 [*, 2]: (token id, what is added to its logit)."""
         return _table(dict(self.logit_bias))
 
     @cached_property
     def early_bias_table(self) -> Float64Array:
-        """The same before `min_tokens`: stop tokens stand there with -inf."""
+        """Returns the same as it is before `min_tokens`: stop tokens stand there with -inf."""
         return _table(dict(self.logit_bias) | dict.fromkeys(self.stop_token_ids, -np.inf))
 
 
@@ -181,7 +181,7 @@ class Engine(Protocol):
         ...
 
     def readiness(self) -> Readiness:
-        """Says so from what the mesh thread last published; it is cheap."""
+        """Says whether a token can be made, from what the mesh thread last published; it is cheap."""
         ...
 
     def describe_mesh(self) -> dict[str, Any]:
@@ -190,5 +190,5 @@ class Engine(Protocol):
 
     @property
     def max_context_tokens(self) -> int:
-        """Prompt plus completion may hold this many tokens."""
+        """Returns how many tokens prompt and completion may have together."""
         ...

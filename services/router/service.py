@@ -133,7 +133,7 @@ class _Links:
     client: MeshClient
 
     def close(self) -> None:
-        """Socket files are removed with their sockets."""
+        """Closes the sockets, and removes their files with them."""
         self.client.close()
         self.transport.close()
 
@@ -433,7 +433,7 @@ def _welcome(settings: Settings, model: Model, links: _Links) -> Welcome:
 def _stage_roles(
     settings: Settings, model: Model, addresses: NodeAddresses, results: tuple[str, ...], term: int
 ) -> StageRoles:
-    """`results`: where the router listens for the results of steps."""
+    """Returns the roles of stages; `results` is where the router listens for the results of steps."""
     return StageRoles(
         model.config,
         _shape(settings, model),
@@ -485,7 +485,8 @@ class MemoryRelief:
         """What it had when memory was last given back, or less."""
 
     def look(self) -> None:
-        """May run in any thread but one at a time: it may take some ten milliseconds."""
+        """Gives memory back if it is worth it. It may run in any thread, but in one at a time, and take some ten
+        milliseconds."""
         resident = self._resident_bytes()
         if resident - self._least_bytes > self._growth_bytes:
             self._give_back()

@@ -117,14 +117,14 @@ class LiveRequest:
         )
 
     def start(self) -> None:
-        """Ask the mesh for all choices that are not over."""
+        """Asks the mesh for all choices that are not over."""
         for choice in self.choices:
             if not choice.is_over:
                 self._tasks[choice] = asyncio.create_task(self._pump(choice, self._engine.generate(choice.request)))
         self._end_if_complete()
 
     def restore(self, journalled: Sequence[JournalledChoice], was_over: bool, counts_as_recovery: bool = True) -> None:
-        """Start it where a router before this one was; `journalled` goes with the choices.
+        """Starts it where a router before this one was; `journalled` has a record for each choice.
 
         A choice that has more tokens than it may have by now (the context got smaller) ends with them; a request that
         has no room at all any more, and more to come, fails. `was_over`: it had ended before; then it stays so.
@@ -147,29 +147,29 @@ class LiveRequest:
         self.start()
 
     async def cancel(self) -> None:
-        """Take it out of the mesh. Whoever still listens is told."""
+        """Takes it out of the mesh. Whoever still listens is told."""
         self.fail(UnknownRequestError(f"the request {self.reply_id} was cancelled"))
         await self.settle()
 
     def fail(self, error: MoemeshError) -> None:
-        """End it with this error, unless it has ended."""
+        """Ends it with this error, unless it has ended."""
         if not self.has_ended:
             self.error = error
             self._end()
 
     async def abandon(self) -> None:
-        """Stop without an end, since the router ends."""
+        """Stops it without an end, since the router ends and the request does not."""
         self.has_ended = True
         self._stop_choices()
         await self.settle()
 
     def release(self) -> None:
-        """Send the readers away."""
+        """Sends the readers away."""
         self.is_released = True
         self._wake()
 
     async def settle(self) -> None:
-        """Wait until the mesh has been told of all that is over."""
+        """Waits until the mesh has been told of all that is over."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _pump(self, choice: LiveChoice, tokens: TokenStream) -> None:

@@ -159,7 +159,7 @@ def packed(live: LiveRequest, error: MoemeshError | None) -> tuple[JournalledCho
 
 
 class RequestRegistry:
-    """See the module. Times are in seconds; `wall_clock` is Unix time."""
+    """Keeps all requests, as the module says. Times are in seconds; `wall_clock` is Unix time."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class RequestRegistry:
     async def admit(
         self, planned: PlannedRequest, identity: ClientIdentity, body: bytes, body_hash: str
     ) -> LiveRequest:
-        """Write it down, then begin it. The caller attaches a reader before it awaits anything.
+        """Writes it down, then begins it. The caller attaches a reader before it awaits anything.
 
         Raises OverloadedError, NotReadyError (nothing was written then) and JournalError: it was not begun.
         """
@@ -305,7 +305,7 @@ class RequestRegistry:
             raise
 
     async def _awake(self, entry: KnownRequest) -> LiveRequest:
-        """Plan it again, if it rests. Raises UnknownRequestError, and forgets it, if that cannot be done."""
+        """Plans it again, if it rests. Raises UnknownRequestError, and forgets it, if that cannot be done."""
         async with entry.waking:
             if entry.live is not None:
                 return entry.live
@@ -349,8 +349,8 @@ class RequestRegistry:
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
-        """Keeps it awake while a client that was given it decides whether it listens. One that has ended, and that
-        nobody has begun to read by the end of this, rests again."""
+        """Keeps it awake while a client decides whether it listens. One that has ended, and that nobody reads by the
+        end of this, rests again."""
         try:
             yield
         finally:
@@ -361,7 +361,7 @@ class RequestRegistry:
     # ---- ends
 
     async def delete(self, live: LiveRequest) -> None:
-        """Cancel it and forget it, so that no router finds it again. Raises JournalError and FencedError."""
+        """Cancels it and forgets it, so that no router finds it again. Raises JournalError and FencedError."""
         await live.cancel()
         self._journal.end(live.reply_id, is_kept=False)
         if not await asyncio.wrap_future(self._journal.flush()):
@@ -372,21 +372,21 @@ class RequestRegistry:
         await self.cancel(live)
 
     async def cancel(self, live: LiveRequest) -> None:
-        """Forget it, since nobody wants more of it. The journal has that within a second."""
+        """Cancels it and forgets it, since nobody wants more of it. The journal has that within a second."""
         await live.cancel()
         entry = self._known.get(live.reply_id)
         if entry is not None:
             self._forget(entry)
 
     def release(self) -> None:
-        """The router ends: kept requests let their readers go, and nobody who leaves from now on cancels anything."""
+        """Lets the readers of kept requests go, since the router ends. Who leaves from now on cancels nothing."""
         self._is_stopping = True
         for entry in self._known.all():
             if entry.is_kept and entry.live is not None:
                 entry.live.release()
 
     def give_up(self) -> None:
-        """The router ends, and with it what does not go on without its client: no router goes on with those."""
+        """Ends what does not go on without its client, since the router ends: no router goes on with those."""
         for entry in self._known.all():
             if not entry.is_kept and entry.live is not None:
                 entry.live.fail(
@@ -397,7 +397,7 @@ class RequestRegistry:
                 )
 
     async def close(self) -> None:
-        """Stop everything, without an end in the journal: it goes on after the restart."""
+        """Stops everything, without an end in the journal: it goes on after the restart."""
         self._is_stopping = True
         for entry in self._known.all():
             self._disarm(entry)
@@ -465,7 +465,7 @@ class RequestRegistry:
         self._rest(entry)
 
     def _rest(self, entry: KnownRequest) -> None:
-        """Let its plan and its tokens go, if nobody reads them."""
+        """Lets its plan and its tokens go, if nobody reads them."""
         if entry.resting is not None and entry.live is not None and not entry.live.listeners:
             entry.live = None
 

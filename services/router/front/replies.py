@@ -125,7 +125,8 @@ class CompletionForm(ReplyForm):
         return f'{{"index":{index},"text":', ',"logprobs":null,"finish_reason":null}'
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> JsonObject:
-        """`tokens` are what each token added to the text, so together they are the text."""
+        """Returns the four lists of OpenAI's; `tokens` are what each token added to the text, so together they are the
+        text."""
         return {
             "tokens": [token.text for token in logprobs],
             "token_logprobs": [_finite(token.logprob) for token in logprobs],

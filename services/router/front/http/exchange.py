@@ -8,6 +8,7 @@ import re
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
@@ -38,26 +39,12 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads an answer."""
 
 
+@dataclass(slots=True)
 class BodyBudget:
     """Counts the bytes of all bodies that are in memory and not yet requests. It belongs to the event loop."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self.held_bytes = 0
-
-    def reserve(self, num_bytes: int) -> None:
-        """Reserves so many bytes. Raises OverloadedError, and reserves nothing, if there are not so many."""
-        if self.held_bytes + num_bytes > self._max_bytes:
-            raise OverloadedError(
-                f"the bodies of the requests that are being read have {self._max_bytes} bytes together, which is what "
-                "this server takes at a time; try again",
-                retry_after_s=1,
-            )
-        self.held_bytes += num_bytes
-
-    def release(self, num_bytes: int) -> None:
-        """Gives bytes back that are gone, or belong to a request now."""
-        self.held_bytes -= num_bytes
+    max_bytes: int
+    held_bytes: int = 0
 
 
 class HeldBody:
@@ -70,14 +57,20 @@ class HeldBody:
         self._held_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Hears that the body has so many bytes by now. Raises OverloadedError."""
+        """Counts the body with so many bytes from now on. Raises OverloadedError if that is too much for the budget."""
         more_bytes = max(0, num_bytes - self.FREE_BYTES) - self._held_bytes
-        self._budget.reserve(more_bytes)
+        if self._budget.held_bytes + more_bytes > self._budget.max_bytes:
+            raise OverloadedError(
+                f"the bodies of the requests that are being read may have {self._budget.max_bytes} bytes together, "
+                "which this one would exceed; try again",
+                retry_after_s=1,
+            )
+        self._budget.held_bytes += more_bytes
         self._held_bytes += more_bytes
 
     def release(self) -> None:
-        """Gives its bytes back; may be called again."""
-        self._budget.release(self._held_bytes)
+        """Gives its bytes back, which are gone or belong to a request now; it may be called again."""
+        self._budget.held_bytes -= self._held_bytes
         self._held_bytes = 0
 
 

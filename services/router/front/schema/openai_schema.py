@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
@@ -218,19 +218,14 @@ class GenerationFields(Strict):
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
     """These three are checked and change nothing."""
-    _unused_fields: tuple[str, ...] = PrivateAttr(default=())
+    _left_out: tuple[str, ...] = PrivateAttr(default=())
+    """Fields that were not even looked at when the request was read."""
 
     @property
     def unused_fields(self) -> tuple[str, ...]:
         """Names the fields that were accepted and change nothing."""
-        return self._unused_fields
-
-    def note_unused(self, names: Iterable[str]) -> None:
-        """Notes the names, once, when the request was read."""
-        checked = [
-            name for name in ("user", "safety_identifier", "prompt_cache_key") if getattr(self, name) is not None
-        ]
-        self._unused_fields = (*names, *checked)
+        checked = ("user", "safety_identifier", "prompt_cache_key")
+        return (*self._left_out, *(name for name in checked if getattr(self, name) is not None))
 
     @property
     def num_choices(self) -> int:
@@ -318,7 +313,7 @@ def parse_request(body: bytes, model: type[Request]) -> Request:
     except ValidationError as error:
         raise first_error(error, _KNOWN_FIELDS) from error
     _check_combinations(request)
-    request.note_unused(sieve.unused)
+    request._left_out = tuple(sieve.unused)
     return request
 
 

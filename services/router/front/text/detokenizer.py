@@ -22,7 +22,7 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -163,20 +163,11 @@ def _byte_of_character() -> dict[str, int]:
     return table
 
 
-class Detokenizer(Protocol):
-    """Makes the text of one choice."""
-
-    def push(self, token_id: int) -> str:
-        """Returns the text that this token makes certain; often "", never half a character."""
-        ...
-
-    def flush(self) -> str:
-        """Returns the rest, when no more tokens come."""
-        ...
-
-
-def create_detokenizer(vocabulary: Vocabulary, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-    """Returns one that suits the vocabulary's decoder, ready for what follows the prompt."""
+def create_detokenizer(
+    vocabulary: Vocabulary, prompt_token_ids: Sequence[int] = ()
+) -> ByteLevelDetokenizer | WindowDetokenizer:
+    """Returns what makes the text of one choice, as it suits the vocabulary's decoder, ready for what follows the
+    prompt."""
     detokenizer = ByteLevelDetokenizer(vocabulary) if vocabulary.is_byte_level else WindowDetokenizer(vocabulary)
     for token_id in _last_tokens(vocabulary, prompt_token_ids):
         detokenizer.push(token_id)
@@ -220,11 +211,13 @@ class ByteLevelDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        """Returns the text that this token makes certain; often "", never half a character."""
         if self._vocabulary.is_skipped(token_id):
             return ""
         return self._decoder.decode(self._vocabulary.token_bytes(token_id))
 
     def flush(self) -> str:
+        """Returns the rest, when no more tokens come."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -242,6 +235,7 @@ class WindowDetokenizer:
         """The tokens of the character that has begun."""
 
     def push(self, token_id: int) -> str:
+        """Returns the text that this token makes certain; often "", never half a character."""
         if self._vocabulary.is_skipped(token_id):
             return ""
         if self._vocabulary.is_fallback_byte(token_id):
@@ -255,6 +249,7 @@ class WindowDetokenizer:
         return lost + self._show(text, self._window[-_PREFIX_TOKENS:])
 
     def flush(self) -> str:
+        """Returns the rest, when no more tokens come."""
         lost = self._give_up_bytes(len(self._bytes))
         if len(self._window) == self._num_shown_tokens:
             return lost
