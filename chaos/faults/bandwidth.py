@@ -23,7 +23,8 @@ class Bandwidth(NetworkFault):
     kbit_per_s: Annotated[float, Range(8, 1e8)] = 1000
 
     def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
-        return [rule for victim in victims for rule in around(victim.name, bytes_per_s=self.kbit_per_s * 125)]
+        slow = LinkRule(bytes_per_s=self.kbit_per_s * 125)
+        return [rule for victim in victims for rule in around(victim.name, slow)]
 
     def apply_in_namespaces(self, target: Target, victims: Sequence[Node]) -> None:
         limits = ["rate", f"{self.kbit_per_s:.0f}kbit", "burst", str(BURST_BYTES), "latency", f"{QUEUE_MS}ms"]

@@ -29,7 +29,8 @@ class Delay(NetworkFault):
         return "" if self.uses_proxy(target) or _has_netem() else "this kernel has no netem"
 
     def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
-        return [rule for victim in victims for rule in around(victim.name, delay_ms=self.delay_ms)]
+        late = LinkRule(delay_ms=self.delay_ms)
+        return [rule for victim in victims for rule in around(victim.name, late)]
 
     def apply_in_namespaces(self, target: Target, victims: Sequence[Node]) -> None:
         for victim in victims:

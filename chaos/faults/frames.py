@@ -21,5 +21,5 @@ class Frames(ProxyFault):
     seed: Annotated[int, Range(0, 2**31)] = 0
 
     def rules(self, target: Target, victims: Sequence[Node]) -> list[LinkRule]:
-        frames = (FrameRule(self.kind, self.percent / 100, self.seed),)
-        return [rule for victim in victims for rule in around(victim.name, frames=frames)]
+        damaged = LinkRule(frames=(FrameRule(self.kind, self.percent / 100, self.seed),))
+        return [rule for victim in victims for rule in around(victim.name, damaged)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ANYBODY = ""
 """This in place of a node's name means any node."""
@@ -52,6 +52,6 @@ def combined(rules: Iterable[LinkRule], source: str, destination: str) -> LinkRu
     )
 
 
-def around(node: str, **what: object) -> list[LinkRule]:
-    """Returns the same rule for all that comes to a node and all that leaves it; `what` are fields of LinkRule."""
-    return [LinkRule(source=node, **what), LinkRule(destination=node, **what)]  # type: ignore[arg-type]
+def around(node: str, rule: LinkRule) -> list[LinkRule]:
+    """Returns the same rule for all that comes to a node and all that leaves it."""
+    return [replace(rule, source=node), replace(rule, destination=node)]

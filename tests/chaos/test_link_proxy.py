@@ -80,7 +80,7 @@ def test_messages_go_through_and_the_link_is_known_by_its_ends(ends: Ends) -> No
 def test_a_delay_delays_and_keeps_the_order_and_ends(ends: Ends) -> None:
     ends.ask("before")
     ends.heard(1)
-    rules = around("expert", delay_ms=150.0)
+    rules = around("expert", LinkRule(delay_ms=150.0))
     ends.proxy.add(rules)
     started_s = time.monotonic()
     for number in range(5):
@@ -102,7 +102,7 @@ def seconds_until_heard(ends: Ends) -> float:
 def test_what_is_sent_into_a_short_stall_arrives_when_it_ends(ends: Ends) -> None:
     ends.ask("before")
     ends.heard(1)
-    rules = around("expert", is_stalled=True)
+    rules = around("expert", LinkRule(is_stalled=True))
     ends.proxy.add(rules)
     ends.ask("held")
     assert ends.heard(1, within_s=0.3) == []
@@ -127,7 +127,7 @@ def test_in_a_long_stall_the_stage_gives_the_link_up_and_comes_back_after_it(end
     ends.ask("before")
     ends.heard(1)
     ends.stage.link_events()
-    rules = around("expert", is_stalled=True)
+    rules = around("expert", LinkRule(is_stalled=True))
     ends.proxy.add(rules)
     deadline_s = time.monotonic() + WITHIN_S
     while LinkEvent.CLOSED not in ends.stage.link_events():

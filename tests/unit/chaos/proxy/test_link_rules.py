@@ -17,7 +17,7 @@ def test_a_bandwidth_without_limit_lifts_no_other_limit() -> None:
 
 
 def test_around_a_node_both_directions_are_hurt_and_no_other_link() -> None:
-    rules = around("a", is_stalled=True)
+    rules = around("a", LinkRule(is_stalled=True))
     assert combined(rules, "a", "b").is_stalled
     assert combined(rules, "b", "a").is_stalled
     assert not combined(rules, "b", "c").is_stalled
