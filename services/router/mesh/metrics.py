@@ -75,29 +75,26 @@ def _waits(waits: WaitTimes) -> Metric:
 
 
 def _pipelines(status: MeshStatus) -> Iterator[Metric]:
-    total = sum(status.num_blocks.values())
-    free = sum(pipeline.num_free_blocks for pipeline in status.scheduler.pipelines)
-    in_flight = sum(pipeline.num_steps_in_flight for pipeline in status.scheduler.pipelines)
-    yield GaugeMetricFamily("moemesh_pipelines_open", "Pipelines that take steps", len(status.scheduler.pipelines))
-    yield GaugeMetricFamily("moemesh_kv_blocks", "KV blocks of all open pipelines", total)
-    yield GaugeMetricFamily("moemesh_kv_blocks_free", "KV blocks that no sequence holds", free)
-    yield GaugeMetricFamily("moemesh_steps_in_flight", "Steps sent and not answered", in_flight)
-    redundancy = status.redundancy
+    pipelines, redundancy = status.scheduler.pipelines, status.redundancy
+    num_free_blocks = sum(pipeline.num_free_blocks for pipeline in pipelines)
+    num_steps = sum(pipeline.num_steps_in_flight for pipeline in pipelines)
     for name, text, value in (
+        ("moemesh_pipelines_open", "Pipelines that take steps", len(pipelines)),
+        ("moemesh_kv_blocks", "KV blocks of all open pipelines", sum(status.num_blocks.values())),
+        ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", num_free_blocks),
+        ("moemesh_steps_in_flight", "Steps sent and not answered", num_steps),
         ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),
         ("moemesh_copies_to_load", "Safety copies of experts that are not loaded yet", redundancy.copies_to_load),
         ("moemesh_mirrors_complete", "Slots whose mirror could take over now", redundancy.complete_mirrors),
         ("moemesh_mirrors_missing", "Slots that should have such a mirror", redundancy.missing_mirrors),
+        ("moemesh_pipelines_suspended", "Pipelines that wait for a holder", status.suspended_pipelines),
+        ("moemesh_placement_version", "Version of the expert placement", status.placement_version),
     ):
         yield GaugeMetricFamily(name, text, value)
-    yield GaugeMetricFamily(
-        "moemesh_pipelines_suspended", "Pipelines that wait for a holder", status.suspended_pipelines
-    )
     generations = GaugeMetricFamily("moemesh_pipeline_generation", "Grows when assigned anew", labels=["pipeline"])
     for pipeline, generation in sorted(status.generations.items()):
         generations.add_metric([str(pipeline)], generation)
     yield generations
-    yield GaugeMetricFamily("moemesh_placement_version", "Version of the expert placement", status.placement_version)
 
 
 def _hops(status: MeshStatus) -> Iterator[Metric]:

@@ -98,15 +98,12 @@ class MeshClient:
         identity, message, header = received
         return NodeId(identity.decode(errors="replace")), message, header
 
-    def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> bool:
-        """Sends to a node. Returns False if it is gone (its lifeline says so too). One that is told Failed ends."""
+    def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> None:
+        """Sends to a node, unless it is gone, which its lifeline says too. One that is told Failed ends."""
         if isinstance(message, Failed):
             self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
-        try:
+        with contextlib.suppress(Full):
             self.control.send(node_id.encode(), message, replace(header or Header(), router_term=self.router_term))
-        except Full:
-            return False
-        return True
 
     def ping(self, nodes: Iterable[NodeId], number: int) -> None:
         """Sends each node a ping of this number; one that is not there gets none.

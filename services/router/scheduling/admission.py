@@ -23,6 +23,7 @@ from common.errors import (
     OverloadedError,
 )
 from services.router.engine import GenerationRequest
+from services.router.scheduling.settings import SchedulerSettings
 
 MAX_RETRY_AFTER_S = 60
 """Nobody is sent away for longer: the estimate is from few samples, and the mesh may have grown by then."""
@@ -97,10 +98,10 @@ class Admission:
     """The door. Whom it lets in, it gives a place in line, and reserves tokens for: two requests cannot both take the
     last ones."""
 
-    def __init__(self, *, max_waiting: int, max_reserved_tokens: int, block_tokens: int) -> None:
-        self._max_waiting = max_waiting
-        self._max_reserved_tokens = max_reserved_tokens
-        self._block_tokens = block_tokens
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self._max_waiting = settings.max_waiting
+        self._max_reserved_tokens = settings.max_reserved_tokens
+        self._block_tokens = settings.block_tokens
         self.reserved_tokens = 0
         """Prompt and max_tokens of everything that was let in and has not ended."""
         self._groups: dict[str, _Group] = {}

@@ -302,19 +302,39 @@ class PipelineSchedule:
             return request.replay_position if mark >= self.last_step else 0
         return min(request.covered_by(mark), request.num_computed_tokens)
 
-    def adopt(self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId, now_s: float) -> bool:
-        """Lets a request that a router before this one ran go on with its cache, as if `step` had computed it.
+    def adopt(self, held: HeldCache, waiting: Sequence[Request], step: StepId, now_s: float) -> list[Request]:
+        """Lets requests of the line run here with the cache that a router before this one has left them, and returns
+        them. What nobody claims is released on the stages.
 
-        Returns False if its blocks are not free.
+        What is adopted counts as computed by `step`, which nobody ever sees. It comes after all steps of routers before
+        and ahead of all of this one, so that no mark of former times stands for it.
         """
-        num_computed = min(held.num_computed, request.num_tokens - 1)
-        if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
-            return False
-        self.admit(request, sequence_id, now_s)
-        request.block_table = list(held.block_ids)
-        request.num_computed_tokens = num_computed
-        request.kv_history = [(step, num_computed)]
-        return True
+        owners = {request.held_sequence_id: request for request in waiting if request.held_sequence_id is not None}
+        self.held_releases.extend(SequenceId(number) for number in held.released)
+        adopted: list[Request] = []
+        for number, sequence in held.sequences.items():
+            sequence_id = SequenceId(number)
+            request = owners.get(sequence_id)
+            if request is not None and self._adopt_one(request, sequence, sequence_id, step, now_s):
+                adopted.append(request)
+            else:
+                self.held_releases.append(sequence_id)
+        return adopted
+
+    def _adopt_one(
+        self, request: Request, held: HeldSequence, sequence_id: SequenceId, step: StepId, now_s: float
+    ) -> bool:
+        """Returns False if it does not fit here, its blocks are not free, or its handling raised."""
+        with self._blame.handling(request):
+            num_computed = min(held.num_computed, request.num_tokens - 1)
+            if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
+                return False
+            self.admit(request, sequence_id, now_s)
+            request.block_table = list(held.block_ids)
+            request.num_computed_tokens = num_computed
+            request.kv_history = [(step, num_computed)]
+            return True
+        return False
 
     def abandon(self) -> list[Request]:
         """Ends the generation, of which nothing comes back. Returns who ran here, without cache, by arrival.
@@ -481,37 +501,3 @@ class PipelineSchedules:
         if schedule is not None:
             self._last_removed_s = now_s
         return schedule
-
-
-def adopt_held(
-    schedule: PipelineSchedule,
-    held: HeldCache,
-    waiting: Sequence[Request],
-    adopted_step: StepId,
-    blame: Blame,
-    now_s: float,
-) -> list[Request]:
-    """Lets requests of the line run on this pipeline, and returns them. What nobody claims is released on the stages.
-
-    `adopted_step`: what is adopted counts as computed by this step, which nobody ever sees. It comes after all steps of
-    routers before and ahead of all of this one, so that no mark of former times stands for it.
-    """
-    owners = {request.held_sequence_id: request for request in waiting if request.held_sequence_id is not None}
-    schedule.held_releases.extend(SequenceId(number) for number in held.released)
-    adopted: list[Request] = []
-    for number, sequence in held.sequences.items():
-        request = owners.get(SequenceId(number))
-        is_adopted = False
-        if request is not None:
-            with blame.handling(request):
-                is_adopted = schedule.adopt(request, sequence, SequenceId(number), adopted_step, now_s)
-        if request is not None and is_adopted:
-            adopted.append(request)
-        else:
-            schedule.held_releases.append(SequenceId(number))
-    return adopted
-
-
-def adopted_marks(held: HeldCache, kv_marks: Sequence[int], adopted_step: StepId) -> list[int]:
-    """Returns a mark by slot: whoever reported `held` and has it still has what was adopted, others nothing."""
-    return [adopted_step if held.is_held_by(slot, kv_mark) else 0 for slot, kv_mark in enumerate(kv_marks)]

@@ -11,21 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from types import MappingProxyType
 
-from common.errors import (
-    ExecutionError,
-    InvalidRequestError,
-    MoemeshError,
-)
+from common.errors import ExecutionError, InvalidRequestError, MoemeshError
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
 from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
-from services.router.scheduling.pipeline_schedule import (
-    PipelineSchedules,
-    StepInFlight,
-    adopt_held,
-    adopted_marks,
-)
+from services.router.scheduling.pipeline_schedule import PipelineSchedules, StepInFlight
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
@@ -41,11 +32,7 @@ class Scheduler:
         """`attend` is told which request is being handled, before anything is done for it."""
         self.settings = settings
         self.counters = SchedulerCounters()
-        self._admission = Admission(
-            max_waiting=settings.max_waiting,
-            max_reserved_tokens=settings.max_reserved_tokens,
-            block_tokens=settings.block_tokens,
-        )
+        self._admission = Admission(settings)
         self._selection = PipelineSelection(settings.pipeline_policy)
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
@@ -130,8 +117,9 @@ class Scheduler:
         schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
         if held is not None:
             adopted_step = self._draw_step()
-            adopted = adopt_held(schedule, held, self._waiting.requests, adopted_step, self._blame, now_s)
-            kv_marks = adopted_marks(held, kv_marks, adopted_step)
+            adopted = schedule.adopt(held, self._waiting.requests, adopted_step, now_s)
+            # Whoever reported it and has it still has what was adopted, others nothing.
+            kv_marks = [adopted_step if held.is_held_by(slot, mark) else 0 for slot, mark in enumerate(kv_marks)]
             self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
             self.counters.requests_adopted += len(adopted)
         schedule.resume(generation, kv_marks, now_s)

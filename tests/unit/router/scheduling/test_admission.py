@@ -15,13 +15,14 @@ from services.router.scheduling.admission import (
     retry_after_s,
 )
 from services.router.scheduling.scheduler import Scheduler
+from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
 from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in
 from tests.support.router.simulated_pipeline import build_request
 
 
 def admission(max_waiting: int = 2, max_reserved_tokens: int = 100) -> Admission:
-    return Admission(max_waiting=max_waiting, max_reserved_tokens=max_reserved_tokens, block_tokens=4)
+    return Admission(SchedulerSettings(4, max_waiting=max_waiting, max_reserved_tokens=max_reserved_tokens))
 
 
 def admit(
