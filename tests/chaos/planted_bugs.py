@@ -188,10 +188,9 @@ def tell_nothing_again(due: Callable[..., Any]) -> Callable[..., Any]:
     mesh_client = importlib.import_module("services.router.mesh.sockets").MeshClient
     tell, told = mesh_client.tell, itertools.count(1)
 
-    def lose(self: Any, node_id: Any, message: Message, header: Header | None = None) -> bool:
-        if isinstance(message, MirrorTo) and message.endpoints and next(told) > NUM_SLOTS:
-            return True
-        return bool(tell(self, node_id, message, header))
+    def lose(self: Any, node_id: Any, message: Message, header: Header | None = None) -> None:
+        if not (isinstance(message, MirrorTo) and message.endpoints and next(told) > NUM_SLOTS):
+            tell(self, node_id, message, header)
 
     mesh_client.tell = lose
     return lambda self, node_id, found, now_s: {}

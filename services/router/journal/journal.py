@@ -81,7 +81,6 @@ class Journal:
         self._is_compaction_due = False
         self._next_fold_s = 0.0
         self._next_word_s = STUCK_AFTER_S
-        self._num_restored = 0
 
     # ---- what the front and the mesh thread write
 
@@ -180,7 +179,6 @@ class Journal:
             is_writing=self._writer.counts.is_writing and not self._is_stuck,
             stuck_s=self._disk.busy_s if self._is_stuck else 0.0,
             steps_unwritten=len(self._queue.backlog),
-            restored_requests=self._num_restored,
         )
 
     def restore(self) -> list[JournalledRequest]:
@@ -190,7 +188,7 @@ class Journal:
         Raises ValueError if the file is damaged.
         """
         requests = self._writer.restore()
-        self._num_restored = sum(request.ended_s is None for request in requests.values())
+        self._writer.counts.restored_requests = sum(request.ended_s is None for request in requests.values())
         self._queue.expire(self._queue.wall_clock() - self._retention_s)
         return [request for number, request in requests.items() if number not in self._queue.expired]
 

@@ -34,6 +34,7 @@ class StateFolder:
         self.path = path
         self.term = term
         self._lock = lock
+        self._term_path, self._url_path = path / "router.json", path / "http.url"
         self._url = ""
         self._seen = _identity(self._term_path)
         """The identity of the term's file, when it had this router's term; the other is that of the address."""
@@ -116,14 +117,6 @@ class StateFolder:
             if self._url and self._url_path.read_text() == self._url:  # else another router has the folder
                 self._url_path.unlink()
         self._lock.close()
-
-    @property
-    def _term_path(self) -> Path:
-        return self.path / "router.json"
-
-    @property
-    def _url_path(self) -> Path:
-        return self.path / "http.url"
 
     def _raise_term(self, term: int) -> None:
         if term > self._term_on_disk():

@@ -202,12 +202,12 @@ def describe_mesh(status: MeshStatus, readiness: Readiness) -> JsonObject:
 
 
 def _node(node: NodeStatus) -> JsonObject:
-    own, beat = node.description, node.heartbeat
+    own, beat, slot = node.description, node.heartbeat, node.slot or node.mirrored
     return {
         "node": own.node_id,
         "kind": own.kind.value,
         "role": _role(node),
-        "slot": _place(node.slot or node.mirrored),
+        "slot": None if slot is None else {"pipeline": slot.pipeline, "index": slot.index},
         "state": node.state.value,
         "process": own.process,
         "host": own.host_label,
@@ -235,7 +235,3 @@ def _part(part: CheckpointPart | None) -> JsonObject | None:
     if part is None:
         return None
     return {"layers": None if part.layers is None else list(part.layers), "experts": sorted(part.experts)}
-
-
-def _place(slot: StageSlot | None) -> JsonObject | None:
-    return None if slot is None else {"pipeline": slot.pipeline, "index": slot.index}
