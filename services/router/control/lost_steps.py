@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from common.ids import PipelineId
-from services.router.control.readiness import CANARY_UNANSWERED_S, Awaited, MeshEvidence, PipelineEvidence
+from services.router.control.readiness import Awaited, MeshEvidence, PipelineEvidence
 
 UNHELD_S = 0.75
 """For so long all stages must have said that they have nothing: three heartbeats of the usual interval."""
@@ -42,7 +42,7 @@ class LostSteps:
         stage has not taken yet, so the router has it."""
         lost = []
         for pipeline in evidence.pipelines:
-            awaited = self._awaited(pipeline)
+            awaited = pipeline.step or pipeline.canary
             if awaited is None or pipeline.pipeline in unsent:
                 continue
             times = self._times_without_answer(pipeline.pipeline, awaited)
@@ -50,12 +50,6 @@ class LostSteps:
                 self._renewed[pipeline.pipeline] = _Renewed(min(times + 1, MAX_DOUBLINGS))
                 lost.append(pipeline.pipeline)
         return lost
-
-    @staticmethod
-    def _awaited(pipeline: PipelineEvidence) -> Awaited | None:
-        if pipeline.step is not None or pipeline.canary_sent_s is None:
-            return pipeline.step
-        return Awaited(pipeline.canary_sent_s, CANARY_UNANSWERED_S, False)
 
     def _times_without_answer(self, pipeline: PipelineId, awaited: Awaited) -> int:
         renewed = self._renewed.get(pipeline)

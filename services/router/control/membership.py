@@ -3,7 +3,7 @@
 Four witnesses tell, because each sees another kind of death. A lost pulse (`common/node/silence.py`): the process is
 stopped, or cut off. A closed lifeline: the process is gone, or ZeroMQ has heard nothing of it for long. Silence on the
 control link: its loop is stuck. Heartbeats without progress while there is work: it computes nothing. Dead is final for
-an incarnation: what it says afterwards is counted and not believed, and it comes back as another incarnation.
+an incarnation: what it says afterwards is not believed, and it comes back as another incarnation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from common.checkpoint.model_config import ModelConfig
 from common.errors import CheckpointError, ConfigurationError, MoemeshError, NodeLostError, ProtocolError
@@ -22,6 +23,9 @@ MIN_HEARTBEATS_MISSED = 8
 """Before anything is concluded from heartbeats that do not come, or that do not show what they must."""
 MAX_REMEMBERED_DEAD = 1024
 """Incarnations that are still known to be dead; nobody speaks again that long after."""
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class NodeState(StrEnum):
@@ -132,13 +136,10 @@ class Membership:
         """Whether the observer hears nobody; its owner says so."""
         self.is_late = False
         """Whether many come back late to the observer; its owner says so."""
-        self.stale_observations = 0
-        """Said by or of an incarnation that is unknown, dead or replaced."""
 
     def join(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
         """It said hello. Said again it is a heartbeat; another incarnation replaces the last; a dead one stays so."""
         if (node_id, incarnation) in self._dead:
-            self.stale_observations += 1
             return []
         member = self._members.get(node_id)
         if member is not None and member.incarnation == incarnation:
@@ -234,19 +235,15 @@ class Membership:
         return self._settings.late_grace_s if self.is_late else self._settings.lifeline_grace_s
 
     def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
+        """Returns None for an incarnation that is unknown, dead or replaced."""
         member = self._members.get(node_id)
-        if member is None or member.incarnation != incarnation:
-            self.stale_observations += 1
-            return None
-        return member
+        return None if member is None or member.incarnation != incarnation else member
 
     def _bury(self, node_id: NodeId, reason: ChangeReason) -> list[MembershipChange]:
         member = self._members.pop(node_id, None)
         if member is None:
             return []
-        self._dead[node_id, member.incarnation] = None
-        if len(self._dead) > MAX_REMEMBERED_DEAD:
-            del self._dead[next(iter(self._dead))]  # the longest dead
+        _remember(self._dead, (node_id, member.incarnation), None)
         return [MembershipChange(node_id, member.incarnation, member.state, NodeState.DEAD, reason)]
 
     def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:
@@ -274,6 +271,13 @@ class Membership:
             return []
         before, member.state = member.state, after
         return [MembershipChange(node_id, member.incarnation, before, after, reason)]
+
+
+def _remember(dead: dict[Key, Value], key: Key, value: Value) -> None:
+    """Adds one, and forgets the one that has been dead for longest where there are too many."""
+    dead[key] = value
+    if len(dead) > MAX_REMEMBERED_DEAD:
+        del dead[next(iter(dead))]
 
 
 def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelConfig) -> NodeDescription:
@@ -358,15 +362,11 @@ class DeclaredDead:
                 f"the router cannot connect to {change.node_id} at {', '.join(description.lifeline)}: "
                 "ADVERTISE_HOST must be a name or address that it reaches, with no firewall in between"
             )
-        self._told[change.node_id] = error
-        if len(self._told) > MAX_REMEMBERED_DEAD:
-            del self._told[next(iter(self._told))]
+        _remember(self._told, change.node_id, error)
 
     def let_go(self, node_id: NodeId) -> None:
         """It wanted to leave, and was told that it may."""
-        self._let_go[node_id] = None
-        if len(self._let_go) > MAX_REMEMBERED_DEAD:
-            del self._let_go[next(iter(self._let_go))]
+        _remember(self._let_go, node_id, None)
 
     def was_let_go(self, node_id: NodeId) -> bool:
         """Returns whether it left with leave; if it speaks again it was not heard."""

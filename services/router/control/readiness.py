@@ -99,6 +99,11 @@ class PipelineEvidence:
     has_answered: bool = True
     """Whether any step has come back: the links from the router through all stages and back stand."""
 
+    @property
+    def canary(self) -> Awaited | None:
+        """Returns the answer to a step that carries nothing."""
+        return None if self.canary_sent_s is None else Awaited(self.canary_sent_s, CANARY_UNANSWERED_S, False)
+
 
 @dataclass(frozen=True, slots=True)
 class MeshEvidence:
@@ -229,8 +234,7 @@ def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: 
     if mute:
         return f"pipeline {pipeline.pipeline}: {', '.join(mute)} does not answer"
     progressed_s = _progressed_s(pipeline, nodes)
-    canary = Awaited(pipeline.canary_sent_s, CANARY_UNANSWERED_S, False) if pipeline.canary_sent_s is not None else None
-    for what, awaited in (("step", pipeline.step), ("canary", canary)):
+    for what, awaited in (("step", pipeline.step), ("canary", pipeline.canary)):
         if awaited is not None and awaited.is_overdue(progressed_s, now_s):
             return f"pipeline {pipeline.pipeline}: a {what} has been unanswered for {now_s - awaited.since_s:.1f} s"
     if not pipeline.has_answered:

@@ -158,7 +158,6 @@ def test_new_incarnation_replaces_the_old() -> None:
     assert beat(membership, 1.2, incarnation=FIRST) == []
     assert membership.lifeline_closed(A, FIRST, 1.3) == []
     assert membership.tick(1.5) == []
-    assert membership.stale_observations == 3
 
 
 def test_dead_incarnation_does_not_come_back() -> None:
@@ -167,15 +166,13 @@ def test_dead_incarnation_does_not_come_back() -> None:
     assert beat(membership, 10.1) == []
     assert membership.join(A, FIRST, 10.2) == []
     assert membership.state_of(A) is NodeState.DEAD
-    assert membership.stale_observations == 2
     assert only(membership.join(A, SECOND, 10.3)) == (None, NodeState.ALIVE, ChangeReason.JOINED)
 
 
-def test_unknown_node_is_counted_and_ignored() -> None:
+def test_an_unknown_node_is_ignored() -> None:
     membership = with_member()
     assert membership.lifeline_opened(B, FIRST, 0.0) == []
     assert membership.state_of(B) is NodeState.DEAD
-    assert membership.stale_observations == 1
 
 
 def test_memory_of_the_dead_is_bounded() -> None:
