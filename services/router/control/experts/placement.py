@@ -51,7 +51,7 @@ class Placement:
 
 def place_shards(
     shards: Sequence[ShardId],
-    shard_bytes: int | Mapping[ShardId, int],
+    shard_bytes: int,
     nodes: Sequence[ExpertNodeCapacity],
     copies: int,
     current: Mapping[NodeId, frozenset[ShardId]],
@@ -66,10 +66,8 @@ def place_shards(
     """
     if copies < 1:
         raise ConfigurationError(f"COPIES is {copies}; at least 1 is needed")
-    sizes = {
-        shard: shard_bytes if isinstance(shard_bytes, int) else shard_bytes[shard] for shard in sorted(set(shards))
-    }
-    placing = _Placing(sizes, sorted(nodes, key=lambda node: (node.host_label, node.node_id)), copies, current)
+    in_order = sorted(nodes, key=lambda node: (node.host_label, node.node_id))
+    placing = _Placing(sorted(set(shards)), shard_bytes, in_order, copies, current)
     placing.check_capacity()
     placing.match_quotas()
     placing.place_the_rest()
@@ -81,35 +79,39 @@ class _Placing:
 
     def __init__(
         self,
-        sizes: Mapping[ShardId, int],
+        shards: Sequence[ShardId],
+        shard_bytes: int,
         nodes: Sequence[ExpertNodeCapacity],
         copies: int,
         current: Mapping[NodeId, frozenset[ShardId]],
     ) -> None:
-        self.sizes = sizes
+        self.shards = shards
+        self.shard_bytes = shard_bytes
         self.nodes = nodes
         self.wanted_copies = copies
         self.copies = min(copies, len(nodes))
-        self.layers = [list(group) for _, group in groupby(sizes, key=lambda shard: shard.layer)]
+        self.layers = [list(group) for _, group in groupby(shards, key=lambda shard: shard.layer)]
         self.hosts = [
             [index for index, _ in group] for _, group in groupby(enumerate(nodes), key=lambda pair: pair[1].host_label)
         ]
         self.host_of = {index: host for host, members in enumerate(self.hosts) for index in members}
         self.allowed = {
             expert: [int(node.experts is None or expert in node.experts) for node in nodes]
-            for expert in {shard.expert for shard in sizes}
+            for expert in {shard.expert for shard in shards}
         }
         """By expert and node: 1 where the node sees its weights."""
         self.held_now = [
-            {shard for shard in current.get(node.node_id, frozenset()) & sizes.keys() if self._may_hold(index, shard)}
+            {shard for shard in current.get(node.node_id, frozenset()) & set(shards) if self._may_hold(index, shard)}
             for index, node in enumerate(nodes)
         ]
-        self.owners: dict[ShardId, set[int]] = {shard: set() for shard in sizes}
-        self.free_bytes = [node.capacity_bytes for node in nodes]
+        self.owners: dict[ShardId, set[int]] = {shard: set() for shard in shards}
+        self.room = [node.capacity_bytes // shard_bytes for node in nodes]
+        """By node, for so many shards."""
+        self.num_held = [0] * len(nodes)
         self.num_in_layer: list[Counter[int]] = [Counter() for _ in nodes]
 
     def check_capacity(self) -> None:
-        needed, offered = sum(self.sizes.values()), sum(node.capacity_bytes for node in self.nodes)
+        needed, offered = len(self.shards) * self.shard_bytes, sum(node.capacity_bytes for node in self.nodes)
         if needed > offered:
             raise CapacityError(
                 f"the experts need {needed} bytes and {len(self.nodes)} expert nodes offer {offered}: "
@@ -119,19 +121,16 @@ class _Placing:
     # Quotas and matching
 
     def match_quotas(self) -> None:
-        """All shards are counted as large as the largest; what that wastes is used by `place_the_rest`."""
-        num_shards, largest = len(self.sizes), max(self.sizes.values(), default=0)
-        num_of_expert = Counter(shard.expert for shard in self.sizes)
+        """What the quotas leave over, `place_the_rest` uses."""
+        num_shards = len(self.shards)
+        num_of_expert = Counter(shard.expert for shard in self.shards)
         num_allowed = [
             sum(count * self.allowed[expert][index] for expert, count in num_of_expert.items())
             for index in range(len(self.nodes))
         ]
         # Never more of a host than it takes for all copies, so that copies go to other hosts first.
         copies_a_host = -(-self.copies // max(1, len(self.hosts)))
-        caps = [
-            [min(num_allowed[index], self.nodes[index].capacity_bytes // max(1, largest)) for index in host]
-            for host in self.hosts
-        ]
+        caps = [[min(num_allowed[index], self.room[index]) for index in host] for host in self.hosts]
         favour = [[len(self.held_now[index]) for index in host] for host in self.hosts]
         total = min(
             self.copies * num_shards, sum(min(copies_a_host * num_shards, sum(host_caps)) for host_caps in caps)
@@ -254,13 +253,12 @@ class _Placing:
             for position in rows[: max(0, num_held[index] - node_quotas[index])]:
                 drop(held[position], index)
 
-    # What quotas left over: mixed sizes, hosts with little room
+    # What quotas left over: hosts with little room, nodes that do not see everything
 
     def place_the_rest(self) -> None:
-        """Owners for shards that have none, then missing copies, largest first, wherever bytes are free."""
-        by_size = sorted(self.sizes, key=lambda shard: (-self.sizes[shard], shard))
+        """Owners for shards that have none, then missing copies, wherever there is room."""
         for num_copies in range(1, self.copies + 1):
-            for shard in by_size:
+            for shard in self.shards:
                 if len(self.owners[shard]) < num_copies:
                     node = self._best_node_for(shard)
                     if node is None and num_copies == 1:
@@ -275,43 +273,42 @@ class _Placing:
         owners = self.owners[shard]
         hosts = {self.host_of[owner] for owner in owners}
         candidates = [
-            (self.host_of[index] in hosts, self.num_in_layer[index][shard.layer], self._used_bytes(index), index)
+            (
+                self.host_of[index] in hosts,
+                self.num_in_layer[index][shard.layer],
+                self.num_in_layer[index].total(),
+                index,
+            )
             for index in range(len(self.nodes))
-            if index not in owners and self._may_hold(index, shard) and self.free_bytes[index] >= self.sizes[shard]
+            if index not in owners and self._may_hold(index, shard) and self.num_held[index] < self.room[index]
         ]
         return min(candidates)[3] if candidates else None
 
     def _make_room_for(self, shard: ShardId) -> int | None:
-        """Returns a node that gives up further copies of other shards for a shard that nobody holds."""
+        """Returns a node that gives up a further copy of another shard for a shard that nobody holds."""
         for index in (index for index in range(len(self.nodes)) if self._may_hold(index, shard)):
-            spare = sorted(
-                (other for other, owners in self.owners.items() if index in owners and len(owners) > 1),
-                key=lambda other: (-self.sizes[other], other),
-            )
-            if self.free_bytes[index] + sum(self.sizes[other] for other in spare) >= self.sizes[shard]:
-                for other in spare:
-                    if self.free_bytes[index] < self.sizes[shard]:
-                        self._remove(other, index)
+            spare = [other for other, owners in self.owners.items() if index in owners and len(owners) > 1]
+            if spare:
+                self._remove(spare[0], index)
                 return index
         return None
 
     def _rearrange(self) -> None:
         """First copies only, each moved on along a chain of nodes that see its weights until every shard has one.
 
-        All shards count as large as the largest. Raises CapacityError where no arrangement has room for every shard.
+        Raises CapacityError where no arrangement has room for every shard.
         """
-        shards, largest = list(self.sizes), max(1, *self.sizes.values())
-        room = [node.capacity_bytes // largest for node in self.nodes]
-        held = [[0] * len(self.nodes) for _ in shards]
-        for shard, row in zip(shards, held, strict=True):
+        room = list(self.room)
+        held = [[0] * len(self.nodes) for _ in self.shards]
+        for shard, row in zip(self.shards, held, strict=True):
             owners = sorted(self.owners[shard], key=lambda index: (shard not in self.held_now[index], index))
             for index in [index for index in owners if room[index] > 0][:1]:
                 row[index] = 1
                 room[index] -= 1
-        left_over = place_each(held, room, [self.allowed[shard.expert] for shard in shards])
+        left_over = place_each(held, room, [self.allowed[shard.expert] for shard in self.shards])
         if left_over is not None:
-            self._refuse(shards[left_over])
-        for shard, row in zip(shards, held, strict=True):
+            self._refuse(self.shards[left_over])
+        for shard, row in zip(self.shards, held, strict=True):
             for index in list(self.owners[shard]):
                 self._remove(shard, index)
             self._add(shard, row.index(1))
@@ -320,24 +317,22 @@ class _Placing:
         able = [node.capacity_bytes for index, node in enumerate(self.nodes) if self._may_hold(index, shard)]
         nodes = "nodes offer" if len(able) == len(self.nodes) else "nodes that see its weights offer"
         raise CapacityError(
-            f"an expert shard of {self.sizes[shard]} bytes fits no node: the experts need {sum(self.sizes.values())} "
-            f"bytes, {len(able)} {nodes} {sum(able)}, the largest {max(able, default=0)}"
+            f"an expert shard of {self.shard_bytes} bytes fits no node: the experts need "
+            f"{len(self.shards) * self.shard_bytes} bytes, {len(able)} {nodes} {sum(able)}, "
+            f"the largest {max(able, default=0)}"
         )
 
     def _may_hold(self, index: int, shard: ShardId) -> bool:
         return self.allowed[shard.expert][index] == 1
 
-    def _used_bytes(self, index: int) -> int:
-        return self.nodes[index].capacity_bytes - self.free_bytes[index]
-
     def _add(self, shard: ShardId, index: int) -> None:
         self.owners[shard].add(index)
-        self.free_bytes[index] -= self.sizes[shard]
+        self.num_held[index] += 1
         self.num_in_layer[index][shard.layer] += 1
 
     def _remove(self, shard: ShardId, index: int) -> None:
         self.owners[shard].remove(index)
-        self.free_bytes[index] += self.sizes[shard]
+        self.num_held[index] -= 1
         self.num_in_layer[index][shard.layer] -= 1
 
     def result(self) -> Placement:

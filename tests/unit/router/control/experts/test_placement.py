@@ -141,16 +141,6 @@ def test_shard_larger_than_every_node_is_an_error() -> None:
         place_shards(make_shards(1, 2), 150, make_nodes(4, capacity_bytes=100), 1, {})
 
 
-def test_shards_of_different_sizes_fit_by_bytes() -> None:
-    shards = make_shards(2, 6)
-    sizes = {shard: 300 if shard.layer == 0 else 100 for shard in shards}
-    nodes = make_nodes(2, capacity_bytes=1200)
-    placement = place_shards(shards, sizes, nodes, 2, {})
-    for held in placement.shards_of().values():
-        assert sum(sizes[shard] for shard in held) <= 1200
-    assert len(placement.owners) == 12
-
-
 def test_no_copies_is_a_wrong_setting() -> None:
     with pytest.raises(ConfigurationError, match="COPIES is 0"):
         place_shards(make_shards(1, 1), 100, make_nodes(1), 0, {})
@@ -214,7 +204,7 @@ def test_a_large_mesh_is_planned_in_less_than_a_few_seconds() -> None:
     nodes=st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 40), st.sampled_from(["cpu", "gpu"])), min_size=1, max_size=6
     ),
-    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    shard_bytes=st.integers(1, 3),
     randomness=st.randoms(use_true_random=False),
 )
 def test_whatever_is_given_limits_hold(
@@ -222,11 +212,10 @@ def test_whatever_is_given_limits_hold(
     num_experts: int,
     copies: int,
     nodes: list[tuple[int, int, str]],
-    sizes: list[int],
+    shard_bytes: int,
     randomness: random.Random,
 ) -> None:
     shards = make_shards(num_layers, num_experts)
-    shard_bytes = {shard: sizes[number % len(sizes)] for number, shard in enumerate(shards)}
     capacities = [
         ExpertNodeCapacity(NodeId(f"n{number}"), f"host{host}", capacity, numeric_class)
         for number, (host, capacity, numeric_class) in enumerate(nodes)
@@ -235,29 +224,25 @@ def test_whatever_is_given_limits_hold(
         NodeId(f"n{number}"): frozenset(randomness.sample(shards, randomness.randint(0, len(shards))))
         for number in range(len(nodes) + 1)
     }
-    needed, offered = sum(shard_bytes.values()), sum(node.capacity_bytes for node in capacities)
+    needed, offered = len(shards) * shard_bytes, sum(node.capacity_bytes for node in capacities)
     try:
         placement = place_shards(shards, shard_bytes, capacities, copies, current)
     except CapacityError:
-        # What is left over on the nodes is less than the largest shard each, or there was not enough anyway.
-        assert needed > offered - len(capacities) * max(sizes)
-        if len(set(shard_bytes.values())) == 1:
-            assert sum(node.capacity_bytes // sizes[0] for node in capacities) < len(shards)
+        assert sum(node.capacity_bytes // shard_bytes for node in capacities) < len(shards)
         return
     assert needed <= offered
     assert set(placement.owners) == set(shards)
     limit_of = {node.node_id: node.capacity_bytes for node in capacities}
     for node_id, held in placement.shards_of().items():
-        assert sum(shard_bytes[shard] for shard in held) <= limit_of[node_id]
+        assert len(held) * shard_bytes <= limit_of[node_id]
     for owners in placement.owners.values():
         assert 1 <= len(owners) <= copies
         assert len(set(owners)) == len(owners)
     assert placement.missing_copies == sum(copies - len(owners) for owners in placement.owners.values())
-    if len(set(shard_bytes.values())) == 1:
-        free = {n: limit_of[n] - sum(shard_bytes[s] for s in placement.shards_of().get(n, ())) for n in limit_of}
-        for shard, owners in placement.owners.items():
-            if len(owners) < copies:
-                assert all(free[n] < shard_bytes[shard] for n in limit_of if n not in owners), "a copy had room"
+    free = {n: limit_of[n] - len(placement.shards_of().get(n, ())) * shard_bytes for n in limit_of}
+    for owners in placement.owners.values():
+        if len(owners) < copies:
+            assert all(free[n] < shard_bytes for n in limit_of if n not in owners), "a copy had room"
 
 
 def test_level_is_as_even_as_sizes_allow() -> None:
