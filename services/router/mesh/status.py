@@ -171,6 +171,7 @@ def node_statuses(
 ) -> tuple[NodeStatus, ...]:
     """Returns all registered nodes, by id."""
     mirrored = {node_id: slot for slot, node_id in stages.mirrors.nodes.items()}
+    num_held = experts.num_held
     return tuple(
         NodeStatus(
             node,
@@ -178,7 +179,7 @@ def node_statuses(
             heartbeats.get(node_id),
             stages.slot_of(node_id),
             mirrored.get(node_id),
-            experts.num_held(node_id),
+            num_held.get(node_id, 0),
         )
         for node_id, node in sorted(nodes.items())
     )

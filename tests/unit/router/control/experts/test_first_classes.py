@@ -60,7 +60,7 @@ def test_the_placement_says_the_class_of_each_layer_once_there_are_several() -> 
     assert first_classes(roles) == ()
     settle(roles, roles.join(expert("b", numeric_class="another"), 9.0))
     sole = roles.state._nodes[NodeId("x")].numeric_class
-    assert roles.num_held(NodeId("b")) == len(ALL)
+    assert roles.num_held["b"] == len(ALL)
     assert first_classes(roles) == (sole,) * LAYERS, "who comes later changes no bits"
     roles.lose(NodeId("x"), 10.0)
     assert first_classes(roles) == ()
