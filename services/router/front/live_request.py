@@ -279,14 +279,12 @@ class ReplyReader:
         """Returns the events that came since the last call."""
         events: list[ChoiceEvent] = []
         for choice, stream, received in zip(self.live.choices, self._streams, self.received, strict=True):
+            made: list[ChoiceEvent | None] = []
             while stream.finish_reason is None and stream.num_tokens < len(choice.tokens):
-                event = stream.push(choice.tokens[stream.num_tokens])
-                if event is not None and event.num_tokens > received:
-                    events.append(event)
+                made.append(stream.push(choice.tokens[stream.num_tokens]))
             if choice.is_cut and stream.finish_reason is None:
-                event = stream.cut()
-                if event.num_tokens > received:
-                    events.append(event)
+                made.append(stream.cut())
+            events += [event for event in made if event is not None and event.num_tokens > received]
         return events
 
     async def next_events(self, timeout_s: float | None) -> list[ChoiceEvent]:

@@ -176,7 +176,9 @@ class RequestPlanner:
         """Logs a name once, and no more names than anybody reads: clients may make up as many as they like."""
         if name not in self._told_unused and len(self._told_unused) < MAX_TOLD_FIELDS:
             self._told_unused.add(name)
-            log.info("field_unused", field=name, detail="taken from a request; it changes nothing of the answer here")
+            log.info(
+                "field_unused", field=name, detail="a request has this field, which changes nothing of its answer here"
+            )
 
     async def _work_on(self, num_characters: int, work: Callable[[], Result]) -> Result:
         """Does the work, in a thread where it is long."""

@@ -146,7 +146,8 @@ def refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
     sentences = {
         http.HTTPStatus.REQUEST_TIMEOUT: f"a request's head must come within {limits.head_s:g} s, and its body without "
         f"a pause of more than {limits.body_silence_s:g} s and within {limits.body_s:g} s",
-        http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"a request's head may have {limits.max_head_bytes} bytes",
+        http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"a request's head may have at most {limits.max_head_bytes} "
+        "bytes",
     }
     sentence = sentences.get(status, "this is not an HTTP/1.1 request")
     return whole_answer(status, InvalidRequestError(sentence))

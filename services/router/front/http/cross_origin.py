@@ -35,8 +35,8 @@ class OriginPolicy:
         host, origin = headers.get("host", ""), headers.get("origin")
         if (self.is_loopback or self.hosts) and host and not self._serves(host_name(host)):
             raise ForbiddenError(
-                f"Host: `{host}` is no name of a loopback address, nor is it in ALLOWED_HOSTS, which lists the other "
-                "names that this server is asked by (a proxy's, for example)"
+                f"Host: `{host}` is neither a name of a loopback address nor in ALLOWED_HOSTS, which lists the other "
+                "names by which this server may be asked (a proxy's, for example)"
             )
         if origin is not None and not self.allows(origin) and not is_same_origin(origin, host):
             raise ForbiddenError(

@@ -78,7 +78,7 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
     """Returns the whole body. Raises RequestTooLargeError as soon as it is known to be too long,
     UnsupportedEncodingError, and OverloadedError."""
     _check_codings(request)
-    too_large = RequestTooLargeError(f"the body may have {max_bytes} bytes")
+    too_large = RequestTooLargeError(f"the body may have at most {max_bytes} bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large
@@ -92,12 +92,12 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
 
 
 def _check_codings(request: Request) -> None:
-    """Raises UnsupportedEncodingError for a body whose bytes are no JSON, only because it is packed."""
+    """Raises UnsupportedEncodingError for a compressed body, which would otherwise be refused as no JSON."""
     for header in ("content-encoding", "transfer-encoding"):
         for coding in request.headers.get(header, "").lower().split(","):
             if coding.strip() in _COMPRESSIONS:
                 raise UnsupportedEncodingError(
-                    f"{header.title()}: bodies are taken as they are, and not in `{coding.strip()}`; send it without"
+                    f"{header.title()}: this server reads no bodies in `{coding.strip()}`; send it uncompressed"
                 )
 
 

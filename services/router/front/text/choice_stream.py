@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.router.engine import FinishReason, GenerationRequest, Token
 from services.router.front.text.detokenizer import Vocabulary, create_detokenizer
@@ -48,14 +48,11 @@ class ChoiceEvent:
 
 def merge_events(events: Sequence[ChoiceEvent]) -> ChoiceEvent:
     """Returns all events of one choice as one."""
-    return ChoiceEvent(
-        events[0].index,
-        "".join(event.text for event in events),
-        tuple(token_id for event in events for token_id in event.token_ids),
-        tuple(token for event in events for token in event.logprobs),
-        events[-1].finish_reason,
-        events[-1].num_tokens,
-        events[-1].is_cut,
+    return replace(
+        events[-1],
+        text="".join(event.text for event in events),
+        token_ids=tuple(token_id for event in events for token_id in event.token_ids),
+        logprobs=tuple(token for event in events for token in event.logprobs),
     )
 
 

@@ -62,7 +62,7 @@ class TextTokenizer:
         tokens = read_special_tokens(directory, config, tokenizer)
         _complete(tokenizer, config, tokens)
         sources = _template_sources(directory, config)
-        templates = {name: _compiled(source, tokens) for name, source in sources.items()}
+        templates = {name: _compiled(place, text, tokens) for name, (place, text) in sources.items()}
         ends = (tokenizer.token_to_id(token.content) for token in tokens.named.get("eos_token", []))
         return cls(
             tokenizer,
@@ -140,22 +140,16 @@ def _errors_of_the_library(done: str) -> Iterator[None]:
         raise CheckpointError(f"tokenizer.json cannot be {done}: {str(error)[:_SHOWN_CHARACTERS]}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _TemplateSource:
-    place: str
-    """The file, or the file and the key."""
-    text: str
-
-
-def _compiled(source: _TemplateSource, tokens: SpecialTokens) -> ChatTemplate:
+def _compiled(place: str, source: str, tokens: SpecialTokens) -> ChatTemplate:
     try:
-        return ChatTemplate(source.text, tokens.texts)
+        return ChatTemplate(source, tokens.texts)
     except CheckpointError as error:
-        raise CheckpointError(f"{source.place}: {error.message}") from error
+        raise CheckpointError(f"{place}: {error.message}") from error
 
 
-def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, _TemplateSource]:
-    """Returns templates by name. Files count before entries of tokenizer_config.json."""
+def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, tuple[str, str]]:
+    """Returns (place, text) of templates by name, where the place is a file, or a file and a key. Files count before
+    entries of tokenizer_config.json."""
     sources = {path.stem: _read_template(path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
     single_file = directory / "chat_template.jinja"
     if single_file.is_file():
@@ -167,23 +161,23 @@ def _template_sources(directory: Path, config: CheckpointFile) -> dict[str, _Tem
         case None | "":
             return {}
         case str(source):
-            return {"default": _TemplateSource(place, source)}
+            return {"default": (place, source)}
         case list(entries):
             named = [
                 CheckpointFile(config.name, entry, "chat_template.") for entry in entries if isinstance(entry, dict)
             ]
             if len(named) == len(entries):
                 texts = {template.text("name"): template.text("template") for template in named}
-                return {name: _TemplateSource(f"{place}, {name!r}", text) for name, text in texts.items()}
+                return {name: (f"{place}, {name!r}", text) for name, text in texts.items()}
         case dict(entries):
             templates = CheckpointFile(config.name, entries, "chat_template.")
-            return {name: _TemplateSource(f"{place}.{name}", templates.text(name)) for name in entries}
+            return {name: (f"{place}.{name}", templates.text(name)) for name in entries}
     config.refuse("chat_template", 'a string, a list of {"name": ..., "template": ...} or a map of names to templates')
 
 
-def _read_template(path: Path) -> _TemplateSource:
+def _read_template(path: Path) -> tuple[str, str]:
     try:
-        return _TemplateSource(path.name, path.read_text("utf-8"))
+        return path.name, path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path.name} cannot be read as UTF-8: {error}") from None
 
