@@ -27,6 +27,7 @@ from common.messages import Header, Message
 from common.wire.codec import decode, encode
 from common.wire.socket_files import DiskCanary, LostFile, SocketFile
 from common.wire.socket_limits import SocketLimits
+from common.wire.tcp_resends import resend_soon
 
 MAX_PING_BYTES = 64
 """What an echo takes."""
@@ -90,9 +91,9 @@ class Transport:
         """Opens a bound PULL: steps from whoever is upstream."""
         return self._bound(zmq.PULL, name, endpoints)
 
-    def push(self, name: str, endpoint: str) -> MessageSocket:
-        """Opens a connected PUSH to one peer."""
-        return self._connected(zmq.PUSH, name, endpoint)
+    def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> MessageSocket:
+        """Opens a connected PUSH to one peer. One that `is_watched` is asked for its `link_events` in each turn."""
+        return self._connected(zmq.PUSH, name, endpoint, is_watched=is_watched)
 
     def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
         """Opens a connected DEALER to one peer's ROUTER."""
@@ -110,6 +111,8 @@ class Transport:
 
         True if one had to be made again. Connections that stand are not touched. A disk that hangs is left alone.
         """
+        if self._echo is not None:
+            self._echo.socket.link_events()
         if not any(at_once or file.is_due(now_s) for file in self._files) or not self._canary.lives(DISK_WITHIN_S):
             return False
         lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
@@ -127,11 +130,8 @@ class Transport:
         self._end_echo()
         other = Transport(replace(self.limits, max_message_bytes=MAX_PING_BYTES), self.on_damaged)
         socket = other._connected(zmq.DEALER, "echo", endpoint, identity)
-        if socket.monitor is not None:  # nobody would read it
-            socket.raw.disable_monitor()
-            socket.monitor.close(linger=0)
         try:
-            self._echo = Echo(other.context, socket.raw, endpoint)
+            self._echo = Echo(other.context, socket, endpoint)
         except RuntimeError as error:
             other.context.destroy(linger=0)
             raise SocketError(f"echo: {error}; a limit of threads or processes (`ulimit -u`) is reached") from None
@@ -154,14 +154,16 @@ class Transport:
         raw = self._raw(kind, name, endpoints)
         return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
-    def _connected(self, kind: int, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
+    def _connected(
+        self, kind: int, name: str, endpoint: str, identity: bytes = b"", *, is_watched: bool = True
+    ) -> MessageSocket:
         raw = self._raw(kind, name, [endpoint])
         raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity:
             raw.setsockopt(zmq.IDENTITY, identity)
         try:
             monitor = raw.get_monitor_socket(
-                zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
+                zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED,
                 f"inproc://monitor-{next(self._monitor_numbers)}",
             )
         except zmq.ZMQError as error:
@@ -174,7 +176,7 @@ class Transport:
             monitor.close(linger=0)
             raw.close(linger=0)
             raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
-        return MessageSocket(self, name, raw, (endpoint,), monitor)
+        return MessageSocket(self, name, raw, (endpoint,), monitor, is_watched=is_watched)
 
     def _raw(self, kind: int, name: str, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
         try:
@@ -203,7 +205,7 @@ class Transport:
         bound = []
         for endpoint in endpoints:
             try:
-                raw.bind(endpoint)
+                self._listen(raw, endpoint)
             except zmq.ZMQError as error:
                 raw.close(linger=0)
                 if error.errno in _TOO_MANY:
@@ -217,6 +219,26 @@ class Transport:
                 )
         return tuple(bound)
 
+    def _listen(self, raw: zmq.Socket[bytes], endpoint: str) -> None:
+        """Binds, and sets what listens to send again soon what is lost: so does each connection that it accepts, unless
+        there is no socket left to learn the descriptor by. Raises zmq.ZMQError."""
+        if not endpoint.startswith("tcp://"):
+            raw.bind(endpoint)
+            return
+        try:
+            monitor = raw.get_monitor_socket(zmq.EVENT_LISTENING, f"inproc://monitor-{next(self._monitor_numbers)}")
+        except zmq.ZMQError:
+            raw.disable_monitor()
+            raw.bind(endpoint)
+            return
+        try:
+            raw.bind(endpoint)
+            while monitor.poll(0):
+                resend_soon(recv_monitor_message(monitor)["value"])
+        finally:
+            raw.disable_monitor()
+            monitor.close(linger=0)
+
 
 class MessageSocket:
     """A socket whose messages need no address: PUSH, PULL or DEALER."""
@@ -228,11 +250,14 @@ class MessageSocket:
         raw: zmq.Socket[bytes],
         endpoints: tuple[str, ...],
         monitor: zmq.Socket[bytes] | None = None,
+        *,
+        is_watched: bool = True,
     ) -> None:
         self.name = name
         self.endpoints = endpoints
         self.raw = raw
         self.monitor = monitor
+        self._is_watched = is_watched
         self.bytes_sent = 0
         self._transport = transport
         self._sequence_number = 0
@@ -240,6 +265,8 @@ class MessageSocket:
 
     def send(self, message: Message, header: Header) -> None:
         """Queue a message. Raises Full instead of blocking; the caller still has the message then."""
+        if not self._is_watched:
+            self.link_events()
         frames = encode(message, replace(header, sequence_number=self._sequence_number + 1))
         try:
             self.raw.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
@@ -262,11 +289,15 @@ class MessageSocket:
                 self._transport.on_damaged(self.name, error)
 
     def link_events(self) -> list[LinkEvent]:
-        """Returns what the monitor saw since the last call; only for sockets that connect."""
+        """Returns what the monitor saw since the last call; only for sockets that connect. A connection that it tells
+        of is set to send again soon what is lost."""
         events: list[LinkEvent] = []
         while self.monitor is not None and self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
-            events.append(LinkEvent.CLOSED if event == zmq.EVENT_DISCONNECTED else LinkEvent.CONNECTED)
+            told = recv_monitor_message(self.monitor)
+            if told["event"] == zmq.EVENT_CONNECTED:
+                resend_soon(told["value"])
+            else:
+                events.append(LinkEvent.CLOSED if told["event"] == zmq.EVENT_DISCONNECTED else LinkEvent.CONNECTED)
         return events
 
     def close(self) -> None:
@@ -343,23 +374,26 @@ class Echo:
     it.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], raw: zmq.Socket[bytes], endpoint: str) -> None:
-        """`context` has no other socket; both belong to the echo from now on."""
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: MessageSocket, endpoint: str) -> None:
+        """`context` has no other socket; both belong to the echo from now on. Whoever has made it reads the socket's
+        `link_events`, and nothing else of it."""
         self.endpoint = endpoint
+        self.socket = socket
         self._context = context
-        self._raw = raw
         self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End it; returns when it has ended."""
+        if self.socket.monitor is not None:
+            self.socket.monitor.close(linger=0)
         self._context.term()  # waits for the socket, which only the thread may close
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            zmq.proxy(self._raw, self._raw)
+            zmq.proxy(self.socket.raw, self.socket.raw)
         except zmq.ContextTerminated:
             return
         finally:
-            self._raw.close(linger=0)
+            self.socket.raw.close(linger=0)

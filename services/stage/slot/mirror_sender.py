@@ -129,7 +129,7 @@ class MirrorLink:
         """Returns False where there is no socket for it now."""
         try:
             endpoint = choose_endpoint(wanted.endpoints, wanted.ipc_token, self._ipc_token)
-            socket = self._transport.push(f"mirror {wanted.node_id}", endpoint)
+            socket = self._transport.push(f"mirror {wanted.node_id}", endpoint, is_watched=True)
         except ConfigurationError as error:
             self._log.error("mirror_unreachable", node=wanted.node_id, reason=str(error))
             return True

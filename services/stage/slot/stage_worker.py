@@ -288,7 +288,9 @@ class StageWorker:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
         held.watermark, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
-        socket = self._transport.push(f"acknowledgements of {message.pipeline}/{message.slot}", endpoint)
+        socket = self._transport.push(
+            f"acknowledgements of {message.pipeline}/{message.slot}", endpoint, is_watched=True
+        )
         self.mirror = Mirror(message, header.router_term, held.memory, socket, self._log, header.generation)
         self._log.info("mirror_begins", pipeline=message.pipeline, slot=message.slot, lease_term=message.lease_term)
         return RoleTaken(self.mirror.report(), header)

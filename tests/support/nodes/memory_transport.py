@@ -80,7 +80,7 @@ class MemoryTransport:
         self.sockets[name] = MemorySocket(name, endpoint, identity)
         return self.sockets[name]
 
-    def push(self, name: str, endpoint: str) -> MemorySocket:
+    def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> MemorySocket:
         """As `dealer`."""
         return self.dealer(name, endpoint)
 
