@@ -77,7 +77,7 @@ class Monitored(Wire):
 
 def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_one_after_it() -> None:
     class Transport:
-        def push(self, name: str, endpoint: str) -> Wire:
+        def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> Wire:
             return Monitored()
 
     transport: Any = Transport()
@@ -114,7 +114,7 @@ def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> Non
     class Transport:
         has_sockets = False
 
-        def push(self, name: str, endpoint: str) -> Wire:
+        def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> Wire:
             if not self.has_sockets:
                 raise SocketError("too many files")
             return Monitored()
@@ -140,7 +140,7 @@ def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neith
     wires: list[Wire] = []
 
     class Transport:
-        def push(self, name: str, endpoint: str) -> Wire:
+        def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> Wire:
             wires.append(Monitored())
             return wires[-1]
 
