@@ -134,6 +134,7 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
         "common.wire.codec": ("common.ids", "common.errors", "common.messages"),
         "common.wire.socket_files": (),
         "common.wire.socket_limits": (),
+        "common.wire.tcp_resends": (),
         "common.wire.transport": (
             "common.ids",
             "common.errors",
@@ -141,6 +142,7 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
             "common.wire.codec",
             "common.wire.socket_files",
             "common.wire.socket_limits",
+            "common.wire.tcp_resends",
         ),
     }
     names = {module.name for module in modules()}
