@@ -114,8 +114,15 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _strip(cls, value: object) -> object:
-        """Blanks around a value are nobody's intention: numbers may have them, and so may the rest."""
-        return value.strip() if isinstance(value, str) else value
+        """Blanks around a value are nobody's intention: numbers may have them, and so may the rest. What is no UTF-8
+        could neither be sent nor be part of the name of a socket."""
+        if not isinstance(value, str):
+            return value
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must be UTF-8") from None
+        return value.strip()
 
     @field_validator("host", "published_host")
     @classmethod

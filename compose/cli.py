@@ -41,7 +41,15 @@ from services.stage.model.tp_shard import check_degree
 PIPE_WIDTH = 1000
 """Of a table that no terminal shows: nothing is folded, for programs that look for lines."""
 
-console = Console(stderr=True)
+
+class _PatientConsole(Console):
+    """Says what it has to say while somebody reads it; who reads no more ends no mesh."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+console = _PatientConsole(stderr=True)
 
 
 def say(sentence: str) -> None:
@@ -293,7 +301,7 @@ class _Progress:
 
 def _greet(mesh: LocalMesh) -> None:
     """`ready URL`, a curl line that works as it stands, and one real answer. If the router goes away meanwhile, it is
-    restarted like any other time: that ends a greeting, and no mesh."""
+    restarted like any other time: that ends a greeting, and no mesh. Nor does a reader who has seen enough."""
     try:
         url = mesh.url
         print(f"ready {url}", flush=True)
@@ -302,6 +310,9 @@ def _greet(mesh: LocalMesh) -> None:
     except (httpx.HTTPError, MoemeshError, ValueError) as error:
         print(flush=True)
         say(f"the example was not answered, the mesh goes on: {error}")
+    except OSError as error:
+        _drop_output()
+        say(f"nobody reads the greeting to its end, the mesh goes on: {error}")
     say(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh")
 
 
@@ -329,9 +340,15 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        sys.stdout = io.StringIO()  # what is left in it would fail again at the end
+        _drop_output()
         say_error(str(error))
         sys.exit(1)
+
+
+def _drop_output() -> None:
+    """Has stdout go nowhere: what is left in it would fail again at the end."""
+    with contextlib.suppress(OSError):  # a stand-in without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_before_start(settings: Settings) -> None:

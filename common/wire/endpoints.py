@@ -39,11 +39,13 @@ def split_endpoints(joined: str) -> list[str]:
 
 
 def ipc_folder(state_dir: Path) -> Path:
-    """Returns the folder for socket files of one mesh: in its state folder, or, where that path is too long, a short
-    stand-in."""
+    """Returns the folder for socket files of one mesh: in its state folder, or, where that path is too long or no UTF-8
+    (which ZeroMQ's addresses are), a short stand-in."""
     folder = state_dir.resolve() / "ipc"
-    if len(os.fsencode(folder)) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES:
-        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    path = os.fsencode(folder)
+    is_too_long = len(path) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES
+    if is_too_long or path.decode("utf-8", "replace") != str(folder):
+        digest = hashlib.sha256(path).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"moemesh-{digest}"
     return folder
 

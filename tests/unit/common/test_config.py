@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -82,6 +83,13 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_a_wrong_variable_is_named_with_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"{name}='?{re.escape(value)}'?"):
+        read_settings()
+
+
+@pytest.mark.parametrize("name", ["SERVED_NAME", "STATE_DIR", "MODEL", "CONTROL"])
+def test_a_value_that_is_no_utf_8_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, os.fsdecode(b"x\xff"))
+    with pytest.raises(ConfigurationError, match=f"{name}=.*: must be UTF-8"):
         read_settings()
 
 

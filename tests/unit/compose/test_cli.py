@@ -403,6 +403,23 @@ def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
     assert sentence.startswith("the example was not answered")
 
 
+def test_who_reads_no_more_of_a_greeting_ends_no_mesh(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `moemesh up | head -1` does."""
+    ctrl_c = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("compose.cli.LocalMesh", StartedMesh)
+    monkeypatch.setattr("compose.cli._wait_for_signal", ctrl_c)
+    monkeypatch.setattr("compose.cli._ask_example", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MODEL", "any")
+    serve(mesh)
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 0
+    ctrl_c.assert_called_once_with()
+    assert "the mesh goes on" in result.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_interrupts_and_the_next_ones_leave_the_end_to_itself(number: signal.Signals) -> None:
     before = signal.getsignal(number)
