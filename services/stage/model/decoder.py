@@ -10,7 +10,7 @@ T tokens, D model width, K experts a token, S sampled rows, V tokens of the voca
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -197,16 +197,4 @@ class StageModel:
 def _put_on(device: Device, batch: MicroBatch) -> MicroBatch:
     if device.is_host:
         return batch
-    hidden, positions, row_sequence, block_tables, slots, sampling_rows = device.to_device(
-        batch.hidden, batch.positions, batch.row_sequence, batch.block_tables, batch.slots, batch.sampling_rows
-    )
-    return replace(
-        batch,
-        hidden=hidden,
-        positions=positions,
-        row_sequence=row_sequence,
-        block_tables=block_tables,
-        slots=slots,
-        sampling_rows=sampling_rows,
-        host_positions=batch.positions,
-    )
+    return MicroBatch.of_tensors(device.to_device(*batch.tensors()), batch.sampling, host_positions=batch.positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,18 @@ class MicroBatch:
     """None only in a self-test."""
     host_positions: Tensor | None = None
     """`positions` on the host, where those are on a device: how far attention goes must not wait for it."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns what a forward pass needs, as it goes to a device and to the stage's other ranks."""
+        return (self.hidden, self.positions, self.row_sequence, self.block_tables, self.slots, self.sampling_rows)
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Sequence[Tensor], sampling: SamplingColumns | None, host_positions: Tensor | None = None
+    ) -> MicroBatch:
+        """Returns the micro-batch of `tensors()`."""
+        hidden, positions, row_sequence, block_tables, slots, sampling_rows = tensors
+        return cls(hidden, positions, row_sequence, block_tables, slots, sampling_rows, sampling, host_positions)
 
 
 @dataclass(frozen=True, slots=True)

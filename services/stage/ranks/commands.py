@@ -16,7 +16,6 @@ from torch import Tensor
 
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.topology import LayerRange, StageRole, StageSlot
-from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.tp_shard import TpShard
 
 TENSOR_ALIGNMENT = 8
@@ -34,7 +33,7 @@ class KvMove(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BeginBatch:
-    """A forward pass begins. With it go the `batch_tensors` of its micro-batch."""
+    """A forward pass begins. With it go the tensors of its micro-batch."""
 
     number: int
     oldest: int
@@ -170,21 +169,3 @@ def _places(data: Tensor, descriptions: Sequence[int]) -> list[Tensor]:
 
 def _padded(num_bytes: int) -> int:
     return -(-num_bytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
-
-
-def batch_tensors(batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Returns what the other ranks get to know of a micro-batch."""
-    return (
-        batch.hidden,
-        batch.positions,
-        batch.row_sequence,
-        batch.block_tables,
-        batch.slots,
-        batch.sampling_rows,
-    )
-
-
-def batch_from(tensors: Sequence[Tensor]) -> MicroBatch:
-    """Returns the micro-batch of `batch_tensors`; what the others know of it samples nothing."""
-    hidden, positions, row_sequence, block_tables, slots, sampling_rows = tensors
-    return MicroBatch(hidden, positions, row_sequence, block_tables, slots, sampling_rows, sampling=None)

@@ -12,7 +12,7 @@ from services.stage.model.decoder import AskedElsewhere, ExpertCall, ForwardPass
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.tp_shard import WHOLE, TpShard
 from services.stage.ranks.collectives import Barrier, TpExchange
-from services.stage.ranks.commands import BeginBatch, Command, Resume, batch_tensors, encode
+from services.stage.ranks.commands import BeginBatch, Command, Resume, encode
 from services.stage.ranks.shared_channel import SharedChannel
 from services.stage.ranks.supervisor import RankSupervisor
 
@@ -122,7 +122,7 @@ class RankLeader:
         self._batches[number] = None
         try:
             begin = BeginBatch(number, next(iter(self._batches)))
-            wanted = self._go_on(forward, None, begin, *batch_tensors(batch))
+            wanted = self._go_on(forward, None, begin, *batch.tensors())
             while True:
                 answer = yield wanted
                 if isinstance(wanted, ExpertCall):

@@ -27,6 +27,7 @@ from common.errors import ConfigurationError, MoemeshError, RankLostError
 from common.node.loader_thread import LoaderThread
 from services.stage.model.decoder import ForwardPass, StageModel
 from services.stage.model.loading import load_stage
+from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.sharded_linear import Sharding
 from services.stage.ranks.collectives import Barrier, CollectivesKind, TpExchange
 from services.stage.ranks.commands import (
@@ -40,7 +41,6 @@ from services.stage.ranks.commands import (
     OpenMemory,
     Resume,
     UseShard,
-    batch_from,
     decode,
 )
 from services.stage.ranks.kv_memory import RankKv
@@ -172,7 +172,8 @@ class RankWorker:
     def _work(self, model: StageModel, command: Command, tensors: list[Tensor]) -> None:
         if isinstance(command, BeginBatch):
             self._forwards = {number: kept for number, kept in self._forwards.items() if number >= command.oldest}
-            self._forwards[command.number] = model.forward(batch_from(tensors), self._memory.caches)
+            batch = MicroBatch.of_tensors(tensors, sampling=None)  # tokens are drawn by the first rank
+            self._forwards[command.number] = model.forward(batch, self._memory.caches)
             self._go_on(command.number, None)
         elif isinstance(command, Resume):
             self._go_on(command.number, tensors[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.tp_shard import TpShard
 from services.stage.ranks.commands import (
     BeginBatch,
@@ -15,8 +16,6 @@ from services.stage.ranks.commands import (
     MoveKv,
     OpenMemory,
     Resume,
-    batch_from,
-    batch_tensors,
     decode,
     encode,
 )
@@ -51,11 +50,11 @@ def test_a_command_and_its_tensors_come_back(command: Command, tensors: list[tor
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
 def test_a_micro_batch_is_known_elsewhere_as_it_is_here_but_for_what_samples(dtype: torch.dtype) -> None:
     batch = batch_of(torch.arange(21).view(7, 3).to(dtype), 30, [5, 6])
-    values, data = encode(BeginBatch(3, 2), batch_tensors(batch))
+    values, data = encode(BeginBatch(3, 2), batch.tensors())
     assert len(values) + 4 <= MESSAGE_VALUES
     command, tensors = decode(values, data)
     assert command == BeginBatch(3, 2)
-    there = batch_from(tensors)
+    there = MicroBatch.of_tensors(tensors, sampling=None)
     for name in ("hidden", "positions", "row_sequence", "block_tables", "slots", "sampling_rows"):
         assert torch.equal(getattr(there, name), getattr(batch, name)), name
 
