@@ -105,12 +105,21 @@ def _free_name(path: Path) -> Path:
 
 
 def open_database(path: Path, model: str, is_synchronous: bool) -> sqlite3.Connection:
+    """Opens the journal of that model, or makes it. Raises ConfigurationError, sqlite3.Error, OSError, UNREADABLE."""
     # SQLite gives its WAL the mode that the file has.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     for each in (path, _beside(path, "-wal"), _beside(path, "-shm"), _beside(path, ".found")):
         tighten(each)
-    connection = _connect(path, is_synchronous)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WITHIN_S)
     try:
+        for setting in (
+            # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
+            "locking_mode = EXCLUSIVE",
+            "journal_mode = WAL",
+            f"synchronous = {'FULL' if is_synchronous else 'OFF'}",
+            f"journal_size_limit = {_WAL_LIMIT_BYTES}",
+        ):
+            connection.execute(f"PRAGMA {setting}")
         _check(connection, path, model)
     except BaseException:
         connection.close()
@@ -142,23 +151,6 @@ def damaged(path: Path, error: Exception) -> ConfigurationError:
         f"the journal {path} cannot be read ({error}): move it and its -wal file away to start without the requests "
         "in it, or set JOURNAL=off"
     )
-
-
-def _connect(path: Path, is_synchronous: bool) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WITHIN_S)
-    for setting in (
-        # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
-        "locking_mode = EXCLUSIVE",
-        "journal_mode = WAL",
-        f"synchronous = {'FULL' if is_synchronous else 'OFF'}",
-        f"journal_size_limit = {_WAL_LIMIT_BYTES}",
-    ):
-        try:
-            connection.execute(f"PRAGMA {setting}")
-        except (sqlite3.Error, *UNREADABLE):
-            connection.close()
-            raise
-    return connection
 
 
 def _check(connection: sqlite3.Connection, path: Path, model: str) -> None:

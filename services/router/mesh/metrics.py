@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -140,10 +141,10 @@ def _nodes(status: MeshStatus) -> Iterator[Metric]:
     rows = CounterMetricFamily("moemesh_node_rows", "Rows computed", labels=["node", "kind"])
     queued = GaugeMetricFamily("moemesh_node_queued", "Steps or calls waiting", labels=["node", "kind"])
     ranks = GaugeMetricFamily("moemesh_stage_ranks", "Ranks of a stage that work together", labels=["node"])
-    numbers: dict[tuple[str, str], int] = {}
+    numbers: Counter[tuple[str, str]] = Counter()
     for node in status.nodes:
         kind, name = node.description.kind.value, node.description.node_id
-        numbers[(kind, node.state.value)] = numbers.get((kind, node.state.value), 0) + 1
+        numbers[kind, node.state.value] += 1
         if node.heartbeat is not None:
             busy.add_metric([name, kind], node.heartbeat.busy_seconds)
             rows.add_metric([name, kind], node.heartbeat.rows)

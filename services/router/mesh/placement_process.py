@@ -45,7 +45,7 @@ def encode_request(request: PlacementRequest) -> bytes:
 
 def decode_request(body: bytes) -> PlacementRequest:
     """Reads the message without its length."""
-    fields = _unpack(body)
+    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
     holders = tuple(map(NodeId, fields["holders"]))
     row_words = num_words(math.prod(fields["shape"]))
     for name in ("ready", "told"):
@@ -64,7 +64,7 @@ def encode_answer(answer: PlacementAnswer) -> bytes:
 
 def decode_answer(body: bytes) -> PlacementAnswer:
     """Reads the message without its length."""
-    fields = _unpack(body)
+    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
     owners = np.frombuffer(fields["owners"], dtype=np.int32).reshape(fields.pop("shape"))
     return PlacementAnswer(**fields | {"owners": owners, "node_ids": tuple(map(NodeId, fields["node_ids"]))})
 
@@ -76,11 +76,6 @@ def _fields(message: PlacementRequest | PlacementAnswer) -> dict[str, Any]:
 def _with_length(fields: dict[str, Any]) -> bytes:
     body: bytes = msgpack.packb(fields)
     return LENGTH.pack(len(body)) + body
-
-
-def _unpack(body: bytes) -> dict[str, Any]:
-    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
-    return fields
 
 
 if __name__ == "__main__":
