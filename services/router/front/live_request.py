@@ -307,7 +307,7 @@ class ReplyReader:
         return events
 
     def wake(self) -> None:
-        """Hears that there is something new."""
+        """Wakes whoever waits for events, since there is something new."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 

@@ -91,7 +91,7 @@ class _Room:
         self.misfit: ContextLengthError | None = None
 
     def check(self, num_tokens: int, is_least: bool = False) -> None:
-        """Hears that a prompt has so many tokens, or with `is_least` perhaps more."""
+        """Checks that a prompt of so many tokens fits; with `is_least` it may have more."""
         if num_tokens + self._max_tokens <= self._context_tokens:
             return
         shown = f"at least {num_tokens}" if is_least else str(num_tokens)
@@ -148,7 +148,7 @@ class RequestPlanner:
         return self._plan(request, identity, prompts, echoed, max_tokens, room.misfit)
 
     async def plan_chat(self, request: ChatCompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
-        """Does the same for a chat."""
+        """Returns the planned chat, under the same rules."""
         self._check(request, 1, identity.is_new)
         messages = [message.for_template() for message in request.messages]
         arguments = request.chat_template_kwargs or {}
@@ -289,7 +289,7 @@ class RequestPlanner:
 
 
 def body_hash(route: str, body: bytes) -> str:
-    """Is equal for bodies that say the same: the order of fields and white space do not count."""
+    """Returns a hash that is equal for bodies that say the same: the order of fields and white space do not count."""
     # What is no JSON, or nested too deeply for it, is refused where it is parsed.
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()

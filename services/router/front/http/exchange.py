@@ -199,7 +199,7 @@ def _preflight_answer(headers: Headers) -> Response:
 
 
 class ExchangeMiddleware:
-    """Gives every request an id, counts every answer, and forgives a path its surplus slashes."""
+    """Gives every request an id, counts every answer, and takes surplus slashes out of paths."""
 
     def __init__(self, app: ASGIApp, metrics: FrontMetrics) -> None:
         self._app = app

@@ -195,13 +195,13 @@ class ChatTemplate:
         return known
 
     def _accepts_parts_alone(self, role: str) -> bool:
-        """Is True if what the role says is lost as a string and comes out as a list of parts."""
+        """Says whether what the role says is lost as a string and comes out as a list of parts."""
         as_text = PreparedMessages(_PROBED[role], frozenset(), frozenset())
         as_parts = PreparedMessages(_PROBED[role], frozenset(), frozenset({role}))
         return not self._shows_probe(as_text) and self._shows_probe(as_parts)
 
     def _accepts_lists(self, role: str) -> bool:
-        """Is True if a list of parts comes out as the text of them all, wherever else a list may not be accepted."""
+        """Says whether a list of parts comes out as the text of them all, wherever else a list may not be accepted."""
         parts = [{"type": "text", "text": _PROBE}, {"type": "text", "text": "c"}]
         messages = [{**message, "content": parts} if message["role"] == role else message for message in _PROBED[role]]
         prepared = PreparedMessages(messages, frozenset(), self._part_roles)
@@ -216,7 +216,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class SilentForm:
-    """How an assistant that says nothing, and perhaps calls tools, is told to a template."""
+    """Says how an assistant that says nothing, and perhaps calls tools, is shown to a template."""
 
     content: Mapping[str, str | None]
     """It stands in place of what the assistant does not say."""
@@ -235,7 +235,7 @@ SILENT_FORMS = tuple(
 
 # Templates reach no name that begins with an underscore, so what is noted is out of their sight.
 class _Watched(dict[str, Any]):
-    """An object of a message that notes which of its values a template reads, and whether it is written out whole."""
+    """Notes which values of an object in a message a template reads, and whether it writes out the whole object."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -258,7 +258,7 @@ class _Watched(dict[str, Any]):
 
 
 class _WatchedFunction(_Watched):
-    """What a call names; a template that shows the call reads its name, or writes all of it out."""
+    """Notes whether a template shows a call: then it reads the function's name, or writes all of it out."""
 
     def items(self) -> Any:
         self._is_written_out = True
@@ -270,7 +270,7 @@ class _WatchedFunction(_Watched):
 
 
 class _WatchedParts(list[_Watched]):
-    """The text parts of a message, which note what a template does with them."""
+    """Notes what a template does with the text parts of a message."""
 
     def __init__(self, parts: Iterable[TextPart]) -> None:
         super().__init__(map(_Watched, parts))
@@ -290,7 +290,7 @@ class _WatchedParts(list[_Watched]):
 
 
 def _note_written_out(value: object) -> None:
-    """Hears that `value` is about to be written as JSON, with all that is in it."""
+    """Notes that `value` is about to be written as JSON, with all that is in it."""
     if isinstance(value, (_Watched, _WatchedParts)):
         value._is_written_out = True
     elif isinstance(value, Mapping):

@@ -54,7 +54,7 @@ the values that change nothing there; null is one of them each time."""
 
 
 class CheckpointFile:
-    """An object of the file, or one inside it. null counts as absent everywhere, as transformers writes it."""
+    """Reads an object of the file, or one inside it. A null counts as absent everywhere, as transformers writes it."""
 
     def __init__(self, name: str, values: Mapping[str, Any], path: str = "") -> None:
         """`path` is that of this object in the file, "" for the file's own."""

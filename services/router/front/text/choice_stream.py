@@ -73,7 +73,8 @@ class ChoiceStream:
     """Turns the tokens of one choice into events: detokenizer, stop strings and log-probabilities."""
 
     def __init__(self, planned: PlannedChoice, vocabulary: Vocabulary, *, is_event_each_token: bool = False) -> None:
-        """`is_event_each_token`: for a client that asked for token ids, a token is news also where it makes no text."""
+        """With `is_event_each_token`, for a client that asked for token ids, a token is news also where it makes no
+        text."""
         self._index = planned.index
         self._ending_ids = planned.request.sampling.stop_token_ids
         self._min_tokens = planned.request.sampling.min_tokens
@@ -105,8 +106,8 @@ class ChoiceStream:
         return self._pop_event(self.num_tokens)
 
     def cut(self) -> ChoiceEvent:
-        """Ends it without another token: returns the text that was held back, and the end. Not after a finish
-        reason."""
+        """Ends it without another token: returns the text that was held back, and the end. It has no finish reason
+        yet."""
         assert self.finish_reason is None
         self._pending_text += self._shown(self._detokenizer.flush(), FinishReason.LENGTH)
         return self._pop_event(self.num_tokens + 1, is_cut=True)

@@ -39,7 +39,8 @@ _LOOK_BACK = 1024
 
 
 class _PanicsAreErrors:
-    """Panics of the tokenizers library as errors. A class, since a generator would cost more than what it guards.
+    """Turns panics of the tokenizers library into errors. It is a class, since a generator would cost more than what it
+    guards.
 
     Its Rust code panics where a checkpoint brings it into a corner (a decoder that strips the end of a token without
     text, for one). Python gets that as an exception that is no `Exception`: it passes everybody who ends a request that
@@ -83,7 +84,7 @@ class Vocabulary:
         self._byte_of_character = _byte_of_character()
 
     def is_skipped(self, token_id: int) -> bool:
-        """Is True for special tokens, and for ids without a token (an embedding padded to a round size has such)."""
+        """Says whether it is a special token, or an id without a token, as embeddings padded to a round size have."""
         skipped = self._skipped.get(token_id)
         if skipped is None:
             token = self._tokenizer.id_to_token(token_id)
@@ -95,7 +96,7 @@ class Vocabulary:
         return self._tokenizer.token_to_id(text) if text in self._special_texts else None
 
     def is_fallback_byte(self, token_id: int) -> bool:
-        """Is True if the token is one byte of a character that the vocabulary lacks."""
+        """Says whether the token is one byte of a character that the vocabulary lacks."""
         return token_id in self._fallback_bytes
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -112,7 +113,7 @@ class Vocabulary:
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
     def is_text(self, token_id: int) -> bool:
-        """Is True if it is made of whole characters."""
+        """Says whether it is made of whole characters."""
         value = self.token_bytes(token_id)
         return value.decode("utf-8", "ignore").encode() == value
 
@@ -187,7 +188,7 @@ def begun_character(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[in
 
 
 def _has_begun(data: bytes) -> bool:
-    """Is True for the beginning of a character's bytes."""
+    """Says whether these bytes are the beginning of a character's."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -273,7 +274,7 @@ class WindowDetokenizer:
         return shown
 
     def _give_up_bytes(self, number: int) -> str:
-        """Shows the first so many as faults: they make no character."""
+        """Shows the first `number` bytes as faults: they make no character."""
         if number:
             self._bytes = self._bytes[number:]
             # Whatever comes next is not decoded together with them, which would make faults of it too.

@@ -42,8 +42,7 @@ class TextTokenizer:
     def __init__(
         self, tokenizer: Tokenizer, chat_templates: Mapping[str, ChatTemplate], defaults: CheckpointDefaults
     ) -> None:
-        """`chat_templates` are by name, and the one named "default" is used. The tokenizer must not be changed any
-        more."""
+        """`chat_templates` are by name; the one named "default" is used. The tokenizer must not change after this."""
         self._tokenizer = tokenizer
         self._chat_templates = dict(chat_templates)
         self.defaults = defaults
@@ -201,7 +200,8 @@ class SpecialTokens:
         return {name: tokens[0].content for name, tokens in self.named.items()}
 
     def add_to(self, tokenizer: Tokenizer) -> None:
-        """Adds those that the tokenizer lacks, or has with other flags; one with a name is special whatever it says."""
+        """Adds those that the tokenizer lacks, or has with other flags. One with a name is special, whatever its
+        own flag says."""
         named = [token for tokens in self.named.values() for token in tokens]
         named_texts = {token.content for token in named}
         latest = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
