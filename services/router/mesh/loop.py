@@ -127,7 +127,7 @@ class MeshLoop:
         self._lost_steps = LostSteps()
         self._stopping = False
         self._next_status_s = 0.0
-        self.status = MeshStatus.starting("no node has registered yet")
+        self.status = MeshStatus(Readiness(False, "no node has registered yet"))
 
     # ---- from other threads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.ids import Generation, NodeId, PipelineId
@@ -14,7 +14,7 @@ from services.router.control.membership import Membership, NodeState
 from services.router.control.readiness import NOTHING_MISSING, MeshEvidence, ProgressWatch, Redundancy
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import Readiness
-from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot
+from services.router.scheduling.snapshot import SchedulerSnapshot
 
 JsonObject = dict[str, Any]
 
@@ -93,39 +93,24 @@ class HopTotals:
 
 @dataclass(frozen=True, slots=True)
 class MeshStatus:
-    """Everything that /ready, /metrics and the status page show of the mesh."""
+    """Everything that /ready, /metrics and the status page show of the mesh: nothing yet, unless it is given."""
 
     readiness: Readiness
-    published_s: float | None
+    published_s: float | None = None
     """When the mesh thread made this status; None: it has not run yet."""
-    served_s: float | None
+    served_s: float | None = None
     """When a new request would last have got tokens, by the mesh thread's clock; None: never."""
-    nodes: tuple[NodeStatus, ...]
-    scheduler: SchedulerSnapshot
-    num_blocks: Mapping[PipelineId, int]
-    hops: HopTotals
-    placement_version: int
-    generations: Mapping[PipelineId, Generation]
+    nodes: tuple[NodeStatus, ...] = ()
+    scheduler: SchedulerSnapshot = field(default_factory=SchedulerSnapshot)
+    num_blocks: Mapping[PipelineId, int] = field(default_factory=dict)
+    hops: HopTotals = field(default_factory=HopTotals)
+    placement_version: int = 0
+    generations: Mapping[PipelineId, Generation] = field(default_factory=dict)
     redundancy: Redundancy = NOTHING_MISSING
     suspended_pipelines: int = 0
     """Pipelines that wait for a holder with their requests' blocks."""
     completions_per_s: float = 0.0
     """How fast the line of waiting requests goes forward."""
-
-    @staticmethod
-    def starting(detail: str) -> MeshStatus:
-        """Returns what is shown before the mesh thread has looked once."""
-        return MeshStatus(
-            readiness=Readiness(False, detail),
-            published_s=None,
-            served_s=None,
-            nodes=(),
-            scheduler=SchedulerSnapshot(0, 0, 0, (), SchedulerCounters()),
-            num_blocks={},
-            hops=HopTotals(),
-            placement_version=0,
-            generations={},
-        )
 
 
 def mesh_evidence(

@@ -72,11 +72,11 @@ class PipelineSnapshot:
 class SchedulerSnapshot:
     """For metrics and the status page. Lists are by pipeline id."""
 
-    num_waiting: int
-    num_running: int
-    reserved_tokens: int
-    pipelines: tuple[PipelineSnapshot, ...]
-    counters: SchedulerCounters
+    num_waiting: int = 0
+    num_running: int = 0
+    reserved_tokens: int = 0
+    pipelines: tuple[PipelineSnapshot, ...] = ()
+    counters: SchedulerCounters = field(default_factory=SchedulerCounters)
     num_ahead: int = 0
     """How many of those who wait count for the door of a request that comes now; see `admission.num_ahead`."""
 

@@ -17,7 +17,7 @@ from services.router.mesh.engine import NOT_READY_GRACE_S, MeshEngine, TokenMail
 from services.router.mesh.status import MeshStatus
 from tests.support.router.fake_mesh import build_request
 
-READY = replace(MeshStatus.starting(""), readiness=Readiness(True, "1 pipelines"), published_s=100.0, served_s=100.0)
+READY = MeshStatus(Readiness(True, "1 pipelines"), published_s=100.0, served_s=100.0)
 
 
 class Mesh:
@@ -137,7 +137,7 @@ def test_a_status_that_grows_old_is_not_believed() -> None:
         late = engine_of(Mesh(), mailbox, 100.1 + STALE_S).readiness()
         assert not late.ready
         assert "silent" in late.detail
-        assert not engine_of(Mesh(MeshStatus.starting("begins")), mailbox).readiness().ready
+        assert not engine_of(Mesh(MeshStatus(Readiness(False, "begins"))), mailbox).readiness().ready
 
     run(work())
 
@@ -203,6 +203,6 @@ def test_who_would_find_no_place_in_the_line_is_refused_before_anything_is_writt
             engine.check_room(num_choices)
         assert caught.value.retry_after_s == (num_waiting + 1) // 2
         with pytest.raises(NotReadyError):
-            engine_of(Mesh(MeshStatus.starting("")), TokenMailbox(asyncio.get_running_loop())).check_room(1)
+            engine_of(Mesh(MeshStatus(Readiness(False, ""))), TokenMailbox(asyncio.get_running_loop())).check_room(1)
 
     run(work())

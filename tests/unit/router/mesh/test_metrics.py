@@ -34,7 +34,7 @@ def scraped(status: MeshStatus) -> dict[tuple[str, tuple[tuple[str, str], ...]],
 
 
 def test_a_mesh_that_has_not_begun_has_all_its_numbers() -> None:
-    values = scraped(MeshStatus.starting("begins"))
+    values = scraped(MeshStatus(Readiness(False, "begins")))
     assert values[("moemesh_ready", ())] == 0
     assert values[("moemesh_tokens_generated_total", ())] == 0
     assert values[("moemesh_requests_ended_total", (("how", "finished"),))] == 0
@@ -45,7 +45,7 @@ def test_every_number_is_where_its_name_says() -> None:
     counters = SchedulerCounters(requests_finished=5, requests_failed=1, tokens_generated=77, failed_steps=2)
     stage, expert = node("s"), node("e", NodeKind.EXPERT)
     status = replace(
-        MeshStatus.starting(""),
+        MeshStatus(Readiness(False, "")),
         readiness=Readiness(True, ""),
         scheduler=SchedulerSnapshot(3, 2, 100, (), counters),
         nodes=(
@@ -84,7 +84,7 @@ def test_waits_are_a_cumulative_histogram() -> None:
     waits = WaitTimes()
     for wait_s in (0.005, 0.3, 0.4, 1000.0):
         waits.note(wait_s)
-    status = MeshStatus.starting("")
+    status = MeshStatus(Readiness(False, ""))
     values = scraped(replace(status, scheduler=replace(status.scheduler, counters=SchedulerCounters(waits=waits))))
     buckets = {
         dict(labels)["le"]: value for (name, labels), value in values.items() if name.endswith("queue_seconds_bucket")
@@ -96,7 +96,7 @@ def test_waits_are_a_cumulative_histogram() -> None:
 
 def test_names_of_counters_and_no_others_end_in_total() -> None:
     registry = CollectorRegistry()
-    registry.register(MeshCollector(lambda: MeshStatus.starting("")))
+    registry.register(MeshCollector(lambda: MeshStatus(Readiness(False, ""))))
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
             assert (family.type == "counter") == sample.name.endswith("_total"), sample.name
@@ -131,7 +131,7 @@ def test_what_stages_and_expert_nodes_count_of_their_calls_has_a_metric_each() -
     )
     totals.keep(beat)
     totals.keep(replace(EXPERT_BEAT, cancelled=4))
-    values = scraped(replace(MeshStatus.starting(""), hops=totals))
+    values = scraped(replace(MeshStatus(Readiness(False, "")), hops=totals))
     assert values[("moemesh_expert_hedges_total", ())] == 5
     assert values[("moemesh_expert_hedge_wins_total", ())] == 3
     assert values[("moemesh_expert_late_answers_total", ())] == 2

@@ -19,7 +19,7 @@ SLOT = StageSlot(PipelineId(0), SlotIndex(1))
 
 def test_each_node_has_the_role_that_it_plays_now() -> None:
     status = replace(
-        MeshStatus.starting(""),
+        MeshStatus(Readiness(False, "")),
         nodes=(
             NodeStatus(node("a", process="here/42"), NodeState.ALIVE, BEAT, SLOT),
             NodeStatus(node("b"), NodeState.SUSPECT, None, None, mirrored=SLOT),
