@@ -41,7 +41,7 @@ class MirrorPair:
     broken_stream: int = 0
     """The last stream of rows of which the mirror said that it broke."""
     filling_since_s: float | None = None
-    """None: `gives_up` has not been asked since it began."""
+    """None: `is_due` has not been asked since it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class MirrorRoles:
         """Who could not load what, or was not filled. It may have had no socket, or its disk or a link may have failed:
         it is asked again."""
         self._retry_at_s: float | None = None
-        """None: nobody has asked `forgives` since the last of them failed."""
+        """None: nobody has asked `is_due` since the last of them failed."""
         self._retry_s = RETRY_S
         self._fill_patience_s: dict[StageSlot, float] = {}
         """Of slots one of whose mirrors was given up since one was complete."""
@@ -249,10 +249,15 @@ class MirrorRoles:
 
         None: it is not what its number stands for any more, or says nothing new.
         """
-        for slot, pair in [*self._pairs.items(), *self._successors.items()]:
-            if (pair.node_id, pair.number) == (node_id, report.number):
+        for slot, pair in self._pairs_of(node_id):
+            if pair.number == report.number:
                 return self._note(slot, pair, report)
         return None
+
+    def _pairs_of(self, node_id: NodeId) -> list[tuple[StageSlot, MirrorPair]]:
+        """Returns the slot that a node mirrors, or is to mirror as a successor; nothing for others."""
+        every = [*self._pairs.items(), *self._successors.items()]
+        return [(slot, pair) for slot, pair in every if pair.node_id == node_id]
 
     def _note(self, slot: StageSlot, pair: MirrorPair, report: MirrorReport) -> list[Action] | None:
         has_broken = report.broken_stream > pair.broken_stream
@@ -273,16 +278,11 @@ class MirrorRoles:
 
     def number_of(self, node_id: NodeId) -> int | None:
         """Returns the number of the role of a node that mirrors a slot; None for others."""
-        pairs = [*self._pairs.values(), *self._successors.values()]
-        return next((pair.number for pair in pairs if pair.node_id == node_id), None)
+        return next((pair.number for _, pair in self._pairs_of(node_id)), None)
 
     def assign_again(self, node_id: NodeId) -> list[Action]:
         """Tell a mirror its role."""
-        return [
-            self._assign(slot, pair)
-            for slot, pair in [*self._pairs.items(), *self._successors.items()]
-            if pair.node_id == node_id
-        ]
+        return [self._assign(slot, pair) for slot, pair in self._pairs_of(node_id)]
 
     def feed_number_of(self, slot: StageSlot) -> int:
         """Returns the number of what the slot's holder was told to feed; 0: nobody."""
@@ -311,15 +311,13 @@ class MirrorRoles:
 
     def release(self, node_id: NodeId) -> None:
         """A node is told to forget everything: whom it mirrors has to be told to it again."""
-        for pairs in (self._pairs, self._successors):
-            for slot, pair in list(pairs.items()):
-                if pair.node_id == node_id:
-                    del pairs[slot]
+        for slot, pair in self._pairs_of(node_id):
+            del (self._pairs if self._pairs.get(slot) is pair else self._successors)[slot]
 
     def fail(self, node_id: NodeId, number: int) -> bool:
         """A spare could not load what it was to mirror, by the role of this number. False: that is no news."""
-        for slot, pair in [*self._pairs.items(), *self._successors.items()]:
-            if (pair.node_id, pair.number) == (node_id, number) and pair.state is StageState.LOADING:
+        for slot, pair in self._pairs_of(node_id):
+            if pair.number == number and pair.state is StageState.LOADING:
                 self._give_up(slot, pair)
                 return True
         return False
@@ -330,13 +328,27 @@ class MirrorRoles:
         self._retry_at_s = None
 
     @property
-    def is_filling(self) -> bool:
-        """Returns whether `gives_up` may have something to say."""
-        return any(pair.state is StageState.FILLING for pair in self._pairs.values())
+    def waits(self) -> bool:
+        """Returns whether `is_due` may have something to say."""
+        return bool(self._failed) or any(pair.state is StageState.FILLING for pair in self._pairs.values())
 
-    def gives_up(self, now_s: float) -> bool:
-        """Returns whether a slot is to get another mirror in place of one that has not become complete in its time. Ask
-        again and again while `is_filling`; the first time begins the wait."""
+    def is_due(self, now_s: float) -> bool:
+        """Returns whether mirrors are to be found anew: who could not be one is asked again, or one that has not become
+        complete in its time gives way to another. Ask again and again while `waits`; the first time begins the wait."""
+        return self._forgives(now_s) or self._gives_up(now_s)
+
+    def _forgives(self, now_s: float) -> bool:
+        if not self._failed:
+            return False
+        if self._retry_at_s is None:
+            self._retry_at_s = now_s + self._retry_s
+        if now_s < self._retry_at_s:
+            return False
+        self._failed.clear()
+        self._retry_at_s, self._retry_s = None, min(2 * self._retry_s, MAX_RETRY_S)
+        return True
+
+    def _gives_up(self, now_s: float) -> bool:
         for slot, pair in self._pairs.items():
             if pair.state is not StageState.FILLING:
                 continue
@@ -351,31 +363,12 @@ class MirrorRoles:
 
     def _has_idle_spare(self, slot: StageSlot) -> bool:
         wanted = self._wanted.get(slot)
-        taken = {pair.node_id for pair in (*self._pairs.values(), *self._successors.values())}
         return wanted is not None and any(
-            spare.node_id not in taken
-            and spare.numeric_class == wanted.holder.numeric_class
+            spare.numeric_class == wanted.holder.numeric_class
+            and not self._pairs_of(spare.node_id)
             and self._fits(spare, wanted)
             for spare in self._spares
         )
-
-    @property
-    def has_failed(self) -> bool:
-        """Returns whether `forgives` may have something to say."""
-        return bool(self._failed)
-
-    def forgives(self, now_s: float) -> bool:
-        """Returns whether those who could not load are to be asked again now. Ask again and again while `has_failed`;
-        the first time begins the wait."""
-        if not self._failed:
-            return False
-        if self._retry_at_s is None:
-            self._retry_at_s = now_s + self._retry_s
-        if now_s < self._retry_at_s:
-            return False
-        self._failed.clear()
-        self._retry_at_s, self._retry_s = None, min(2 * self._retry_s, MAX_RETRY_S)
-        return True
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index

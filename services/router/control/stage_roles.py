@@ -126,7 +126,7 @@ class StageRoles:
         load what it was to mirror is asked again."""
         if self.adoption.is_pending:
             return self._settle(now_s)
-        if self.mirrors.forgives(now_s) or self.mirrors.gives_up(now_s):
+        if self.mirrors.is_due(now_s):
             return self._mirror()
         # One that is whole and not open recovers; one with a hole is the first to be given up.
         if self._surplus.is_due(now_s) and all(p.is_open for p in self._pipelines.values() if p.is_whole):
@@ -149,8 +149,7 @@ class StageRoles:
     @property
     def waits(self) -> bool:
         """Returns whether `tick` may have something to do."""
-        mirrors = self.mirrors
-        return self.adoption.is_pending or self._surplus.is_there or mirrors.has_failed or mirrors.is_filling
+        return self.adoption.is_pending or self._surplus.is_there or self.mirrors.waits
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
