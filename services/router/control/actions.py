@@ -68,7 +68,7 @@ class RoleMessages:
 
     def __init__(self, layers: Sequence[LayerRange], results: tuple[tuple[str, ...], str], last_number: int) -> None:
         """`layers` of all slots; `results`: endpoints and ipc token of the router's socket for results."""
-        self._layers = layers
+        self.layers = layers
         self._results = results
         self._last_number = last_number
 
@@ -90,22 +90,18 @@ class RoleMessages:
         if slot.index < len(holders) - 1:
             following = holders[slot.index + 1]
             downstream = following.endpoints, following.ipc_token
-        message = AssignStage(*_place(slot, self._layers), lease_term, num_blocks, *downstream)
+        message = AssignStage(*self._place(slot), lease_term, num_blocks, *downstream)
         return Tell(holders[slot.index].node_id, message, Header(generation=generation))
+
+    def mirror(self, slot: StageSlot, lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription) -> AssignMirror:
+        """Makes the message to whoever is to follow the slot's holder."""
+        return AssignMirror(*self._place(slot), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
 
     def unassign(self, node_id: NodeId, lease_term: int) -> Tell:
         """Tells a node that it is a spare."""
         return Tell(node_id, Unassign(lease_term), Header(generation=self.draw_number()))
 
-
-def assign_mirror(
-    slot: StageSlot, layers: Sequence[LayerRange], lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription
-) -> AssignMirror:
-    """Makes the message to whoever is to follow the slot's holder."""
-    return AssignMirror(*_place(slot, layers), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
-
-
-def _place(slot: StageSlot, layers: Sequence[LayerRange]) -> tuple[int, int, int, int, int]:
-    """Returns pipeline, slot, slots, first and stop layer: the first fields of both messages."""
-    own = layers[slot.index]
-    return slot.pipeline, slot.index, len(layers), own.start, own.stop
+    def _place(self, slot: StageSlot) -> tuple[int, int, int, int, int]:
+        """Returns pipeline, slot, slots, first and stop layer: the first fields of both messages."""
+        own = self.layers[slot.index]
+        return slot.pipeline, slot.index, len(self.layers), own.start, own.stop

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from common.checkpoint.model_config import ModelConfig
 from common.ids import LeaseTerm, NodeId
 from common.messages import Header, MirrorTo
-from common.topology import LayerRange, NodeDescription, StageSlot, StageState
-from services.router.control.actions import Action, Tell, assign_mirror
+from common.topology import NodeDescription, StageSlot, StageState
+from services.router.control.actions import Action, RoleMessages, Tell
 from services.router.control.matching import fill
-from services.router.control.sizes import MeshShape, block_bytes_of, stage_weight_bytes
+from services.router.control.sizes import StageSizes
 
 RETRY_S = 5.0
 """After a spare could not load what it was to mirror; twice as long each time, until a mirror is complete again."""
@@ -144,21 +143,12 @@ class MirrorReport:
 class MirrorRoles:
     """One mirror a slot at most."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        shape: MeshShape,
-        layers: Sequence[LayerRange],
-        nodes: Nodes,
-        draw_number: Callable[[], int],
-    ) -> None:
-        """`nodes`: as they are at any time. `draw_number`: the next number of a role or feed, higher than all before
-        it."""
+    def __init__(self, messages: RoleMessages, sizes: StageSizes, num_spares: int, nodes: Nodes) -> None:
+        """`num_spares`: how many are wished for. `nodes`: as they are at any time."""
+        self._messages = messages
+        self._sizes = sizes
+        self._num_spares = num_spares
         self._nodes = nodes
-        self._draw_number = draw_number
-        self._config = config
-        self._shape = shape
-        self._layers = layers
         self._pairs: dict[StageSlot, MirrorPair] = {}
         self._successors: dict[StageSlot, MirrorPair] = {}
         """Who loads a slot's layers on another host in place of a mirror that shares its holder's. Until it has loaded
@@ -189,7 +179,7 @@ class MirrorRoles:
     def num_missing(self) -> int:
         """Counts slots that could have a mirror that takes over at once, with the spares that SPARES asks for or that
         there are, and have none."""
-        expected = min(len(self._wanted), max(self._shape.spares, len(self._spares)))
+        expected = min(len(self._wanted), max(self._num_spares, len(self._spares)))
         return max(0, expected - sum(self.is_complete(slot) for slot in self._wanted))
 
     def node_of(self, slot: StageSlot) -> NodeId | None:
@@ -230,13 +220,15 @@ class MirrorRoles:
             if slot not in self._pairs and pair.primary in self._nodes and pair.state is not StageState.LOADING
         ]
         # Who sees least first: who sees everything can follow any slot that is left. Equals stay in join order.
-        in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._layers))
+        in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._messages.layers))
         chosen = choose_mirrors(slots, self._pairs, self._successors, in_line, self._fits)
         for wanted in slots:
             if wanted.slot in chosen:
                 mirror, terms = chosen[wanted.slot], (wanted.lease_term, wanted.num_blocks)
                 shares_host = mirror.host_label == wanted.holder.host_label
-                pair = MirrorPair(mirror.node_id, wanted.holder.node_id, *terms, shares_host, self._draw_number())
+                pair = MirrorPair(
+                    mirror.node_id, wanted.holder.node_id, *terms, shares_host, self._messages.draw_number()
+                )
                 (self._successors if wanted.slot in self._pairs else self._pairs)[wanted.slot] = pair
                 actions.append(self._assign(wanted.slot, pair))
         return actions
@@ -271,7 +263,7 @@ class MirrorRoles:
         pair.state, pair.broken_stream = state, max(pair.broken_stream, report.broken_stream)
         if not must_begin:
             return []
-        pair.feed_number = self._draw_number()
+        pair.feed_number = self._messages.draw_number()
         if self._successors.get(slot) is pair:
             self._pairs[slot] = self._successors.pop(slot)
         return [self._feed(pair)]
@@ -297,8 +289,7 @@ class MirrorRoles:
         return [self._stop(holder, lease_term)]
 
     def _assign(self, slot: StageSlot, pair: MirrorPair) -> Action:
-        holder = self._nodes[pair.primary]
-        message = assign_mirror(slot, self._layers, pair.lease_term, pair.num_blocks, holder)
+        message = self._messages.mirror(slot, pair.lease_term, pair.num_blocks, self._nodes[pair.primary])
         return Tell(pair.node_id, message, Header(generation=pair.number))
 
     def _feed(self, pair: MirrorPair) -> Action:
@@ -307,7 +298,7 @@ class MirrorRoles:
         return Tell(pair.primary, message, Header(generation=pair.feed_number))
 
     def _stop(self, holder: NodeId, lease_term: int) -> Action:
-        return Tell(holder, MirrorTo(lease_term, "", (), ""), Header(generation=self._draw_number()))
+        return Tell(holder, MirrorTo(lease_term, "", (), ""), Header(generation=self._messages.draw_number()))
 
     def release(self, node_id: NodeId) -> None:
         """A node is told to forget everything: whom it mirrors has to be told to it again."""
@@ -372,8 +363,6 @@ class MirrorRoles:
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index
-        layers = self._layers[index]
-        needed = stage_weight_bytes(self._config, self._shape, index, layers)
-        needed += (wanted.num_blocks + 1) * block_bytes_of(self._config, self._shape, index, layers)
-        is_able = spare.capacity_bytes >= needed and spare.can_load_layers(layers)
+        needed = self._sizes.weight_bytes(index) + (wanted.num_blocks + 1) * self._sizes.block_bytes(index)
+        is_able = spare.capacity_bytes >= needed and spare.can_load_layers(self._messages.layers[index])
         return is_able and (spare.node_id, wanted.slot) not in self._failed

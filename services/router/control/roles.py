@@ -9,12 +9,11 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from common.checkpoint.model_config import ModelConfig
 from common.errors import ConfigurationError
 from common.ids import NodeId, PipelineId, SlotIndex
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.mirror_roles import Nodes
-from services.router.control.sizes import MeshShape, too_small
+from services.router.control.sizes import MeshShape, StageSizes
 
 Misfits = dict[tuple[NodeId, int], str]
 """Nodes that have no room for a slot, with its index, and how much is missing."""
@@ -289,12 +288,12 @@ def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_
 class RolePlanning:
     """Plans until nobody is named for a slot that it has no room for. Nothing is told before that."""
 
-    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], nodes: Nodes) -> None:
+    def __init__(self, shape: MeshShape, layers: Sequence[LayerRange], sizes: StageSizes, nodes: Nodes) -> None:
         """`nodes`: as they are at any time."""
-        self._nodes = nodes
-        self._config = config
         self._shape = shape
         self._layers = layers
+        self._sizes = sizes
+        self._nodes = nodes
         self.unable = Unable()
 
     def plan(
@@ -331,7 +330,7 @@ class RolePlanning:
             if node_id is not None and current.get(StageSlot(pipeline, SlotIndex(index))) != node_id
         }
         capacities = {index: self._nodes[node_id].capacity_bytes for index, node_id in new.items()}
-        lacking = too_small(self._config, self._shape, self._layers, capacities)
+        lacking = self._sizes.too_small(capacities)
         return {(new[index], index): reason for index, reason in lacking.items()}
 
     def _observe(self, misfits: Misfits) -> list[ObservedStage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,13 +45,6 @@ def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
         raise ConfigurationError(f"PP={pp}: {error}") from None
 
 
-def stage_weight_bytes(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
-    """Counts the bytes of weights that the holder of a slot keeps."""
-    parameters = sum(config.layer_parameters_on_stage(layer) for layer in range(layers.start, layers.stop))
-    parameters += config.embedding_parameters() * ((slot == 0) + (slot == shape.pp - 1))
-    return parameters * shape.item_bytes
-
-
 def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
     """Counts the bytes of an expert's widest slice in one layer. Raises ConfigurationError for no width at all."""
     if shape.num_slices > config.expert_intermediate_size:
@@ -63,43 +55,55 @@ def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
     return 3 * config.hidden_size * widest * shape.item_bytes
 
 
-def block_bytes_of(config: ModelConfig, shape: MeshShape, slot: int, layers: LayerRange) -> int:
-    """Counts the bytes of a block on a slot's holder: K and V, and the activation log on all but the last."""
-    values = (layers.stop - layers.start) * config.kv_values_per_token()
-    values += config.hidden_size if slot < shape.pp - 1 else 0
-    return values * shape.block_tokens * shape.item_bytes
+class StageSizes:
+    """What the holders of a pipeline's slots need in bytes. Slots are named by their index."""
 
+    def __init__(self, config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange]) -> None:
+        """`layers` of each slot."""
+        self._config = config
+        self._shape = shape
+        self._layers = layers
 
-def pool_blocks(config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Sequence[int]) -> int:
-    """Counts the KV blocks of a pipeline whose slots offer these capacities. Raises CapacityError with the numbers."""
-    wished = -(-shape.kv_cache_tokens // shape.block_tokens)
-    blocks = wished
-    for slot, (span, capacity) in enumerate(zip(layers, capacities, strict=True)):
-        weights = stage_weight_bytes(config, shape, slot, span)
-        block_bytes = block_bytes_of(config, shape, slot, span)
-        # One block more than the router uses is there for self-tests.
-        blocks = min(blocks, (capacity - weights) // block_bytes - 1)
-        if blocks < 1:
-            raise CapacityError(
-                f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} a KV block; "
-                f"its node offers {capacity} bytes"
-            )
-    return blocks
+    def weight_bytes(self, slot: int) -> int:
+        """Counts the bytes of weights."""
+        parameters = sum(self._config.layer_parameters_on_stage(layer) for layer in range(*self._layers[slot]))
+        parameters += self._config.embedding_parameters() * ((slot == 0) + self._is_last(slot))
+        return parameters * self._shape.item_bytes
 
+    def block_bytes(self, slot: int) -> int:
+        """Counts the bytes of a block: K and V, and the activation log on all but the last slot."""
+        layers = self._layers[slot]
+        values = (layers.stop - layers.start) * self._config.kv_values_per_token()
+        values += 0 if self._is_last(slot) else self._config.hidden_size
+        return values * self._shape.block_tokens * self._shape.item_bytes
 
-def too_small(
-    config: ModelConfig, shape: MeshShape, layers: Sequence[LayerRange], capacities: Mapping[int, int]
-) -> dict[int, str]:
-    """Finds slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""
-    found: dict[int, str] = {}
-    for slot, capacity_bytes in capacities.items():
-        others = [sys.maxsize] * len(layers)
-        others[slot] = capacity_bytes
-        try:
-            pool_blocks(config, shape, layers, others)
-        except CapacityError as error:
-            found[slot] = str(error)
-    return found
+    def pool_blocks(self, capacities: Mapping[int, int]) -> int:
+        """Counts the KV blocks of a pipeline whose slots offer these capacities in bytes; slots that are not named are
+        no limit. Raises CapacityError with the numbers."""
+        blocks = -(-self._shape.kv_cache_tokens // self._shape.block_tokens)
+        for slot, capacity in capacities.items():
+            weights, block_bytes = self.weight_bytes(slot), self.block_bytes(slot)
+            # One block more than the router uses is there for self-tests.
+            blocks = min(blocks, (capacity - weights) // block_bytes - 1)
+            if blocks < 1:
+                raise CapacityError(
+                    f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} a KV block; "
+                    f"its node offers {capacity} bytes"
+                )
+        return blocks
+
+    def too_small(self, capacities: Mapping[int, int]) -> dict[int, str]:
+        """Finds slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""
+        found: dict[int, str] = {}
+        for slot, capacity in capacities.items():
+            try:
+                self.pool_blocks({slot: capacity})
+            except CapacityError as error:
+                found[slot] = str(error)
+        return found
+
+    def _is_last(self, slot: int) -> bool:
+        return slot == len(self._layers) - 1
 
 
 def balance_layers(

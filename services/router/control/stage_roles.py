@@ -13,7 +13,7 @@ from services.router.control.actions import Action, ClosePipeline, OpenPipeline,
 from services.router.control.adoption import Adoption, HeldCache, HeldSlot
 from services.router.control.mirror_roles import MirroredSlot, MirrorReport, MirrorRoles
 from services.router.control.roles import RolePlan, RolePlanning, describe_unfilled
-from services.router.control.sizes import MeshShape, plan_layers, pool_blocks
+from services.router.control.sizes import MeshShape, StageSizes, plan_layers
 
 GIVE_UP_S = 20.0
 """A process that was killed is back by then; one that was taken away on purpose is not."""
@@ -73,8 +73,7 @@ class StageRoles:
         generation alone.
         """
         self.layers = plan_layers(config, shape.pp)
-        self._config = config
-        self._shape = shape
+        self._sizes = StageSizes(config, shape, self.layers)
         self.messages = RoleMessages(self.layers, (results_endpoints, results_ipc_token), first_generation)
         self._recovery = recovery
         self._nodes: dict[NodeId, NodeDescription] = {}
@@ -84,8 +83,8 @@ class StageRoles:
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
         self._surplus = Surplus()
-        self._planning = RolePlanning(config, shape, self.layers, self._nodes)
-        self.mirrors = MirrorRoles(config, shape, self.layers, self._nodes, self.messages.draw_number)
+        self._planning = RolePlanning(shape, self.layers, self._sizes, self._nodes)
+        self.mirrors = MirrorRoles(self.messages, self._sizes, shape.spares, self._nodes)
         self.detail = f"0 of {shape.pp} stage nodes"
 
     @property
@@ -308,8 +307,8 @@ class StageRoles:
         """Begins a new generation. A slot that changes hands gets a new lease term."""
         before = self._pipelines.get(pipeline_id)
         nodes = [node_id for node_id in holders if node_id is not None]
-        capacities = [self._nodes[node_id].capacity_bytes for node_id in nodes]
-        num_blocks = pool_blocks(self._config, self._shape, self.layers, capacities)
+        capacities = {slot: self._nodes[node_id].capacity_bytes for slot, node_id in enumerate(nodes)}
+        num_blocks = self._sizes.pool_blocks(capacities)
         actions: list[Action] = []
         has_pool, held = False, None
         if before is not None:

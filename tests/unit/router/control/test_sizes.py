@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import CapacityError, ConfigurationError
 from common.topology import LayerRange
-from services.router.control.sizes import balance_layers, plan_layers, pool_blocks, shard_bytes, stage_weight_bytes
+from services.router.control.sizes import StageSizes, balance_layers, plan_layers, shard_bytes
 from tests.support.router.mesh_shapes import PLENTY, SHARD_BYTES, small_mesh, small_model
 
 ATTENTION = 64 * 16 * (2 * 4 + 2 * 2) + 2 * 64
@@ -33,19 +33,18 @@ def test_more_stages_than_layers_are_refused() -> None:
 
 
 def test_the_first_stage_pays_for_the_embedding_and_the_last_for_the_lm_head() -> None:
-    config, mesh = small_model(), small_mesh(pp=3)
-    spans = [LayerRange(0, 1), LayerRange(1, 3), LayerRange(3, 4)]
-    sizes = [stage_weight_bytes(config, mesh, slot, span) for slot, span in enumerate(spans)]
-    assert sizes == [4 * (MOE_LAYER + EMBEDDING), 4 * 2 * MOE_LAYER, 4 * (MOE_LAYER + EMBEDDING)]
+    sizes = StageSizes(small_model(), small_mesh(pp=3), ranges(0, 1, 3, 4))
+    weights = [sizes.weight_bytes(slot) for slot in range(3)]
+    assert weights == [4 * (MOE_LAYER + EMBEDDING), 4 * 2 * MOE_LAYER, 4 * (MOE_LAYER + EMBEDDING)]
 
 
 def test_one_stage_alone_pays_for_both() -> None:
-    size = stage_weight_bytes(small_model(), small_mesh(pp=1, item_bytes=2), 0, LayerRange(0, 4))
+    size = StageSizes(small_model(), small_mesh(pp=1, item_bytes=2), ranges(0, 4)).weight_bytes(0)
     assert size == 2 * (4 * MOE_LAYER + 2 * EMBEDDING)
 
 
 def test_a_dense_layer_counts_its_own_ffn() -> None:
-    size = stage_weight_bytes(small_model(mlp_only_layers=[1]), small_mesh(pp=3), 1, LayerRange(1, 2))
+    size = StageSizes(small_model(mlp_only_layers=[1]), small_mesh(pp=3), ranges(0, 1, 2, 4)).weight_bytes(1)
     assert size == 4 * (ATTENTION + 3 * 64 * 48)
 
 
@@ -60,25 +59,25 @@ def test_slices_of_no_width_are_refused_by_the_setting() -> None:
 
 
 def test_the_pool_is_what_was_wished_where_memory_allows_it() -> None:
-    spans = plan_layers(small_model(), 2)
-    assert pool_blocks(small_model(), small_mesh(), spans, [PLENTY, PLENTY]) == 32
-    assert pool_blocks(small_model(), small_mesh(kv_cache_tokens=1025), spans, [PLENTY, PLENTY]) == 33
+    spans, capacities = plan_layers(small_model(), 2), {0: PLENTY, 1: PLENTY}
+    assert StageSizes(small_model(), small_mesh(), spans).pool_blocks(capacities) == 32
+    assert StageSizes(small_model(), small_mesh(kv_cache_tokens=1025), spans).pool_blocks(capacities) == 33
 
 
 def test_the_pool_is_what_the_tightest_slot_has_room_for() -> None:
-    config, mesh, spans = small_model(), small_mesh(), [LayerRange(0, 2), LayerRange(2, 4)]
-    weights = stage_weight_bytes(config, mesh, 1, spans[1])
-    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 6 * BLOCK_BYTES]) == 5
-    assert pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * 7 * BLOCK_BYTES - 1]) == 5
+    sizes = StageSizes(small_model(), small_mesh(), ranges(0, 2, 4))
+    weights = sizes.weight_bytes(1)
+    assert sizes.pool_blocks({0: PLENTY, 1: weights + 2 * 6 * BLOCK_BYTES}) == 5
+    assert sizes.pool_blocks({0: PLENTY, 1: weights + 2 * 7 * BLOCK_BYTES - 1}) == 5
 
 
 def test_a_slot_without_room_for_a_single_block_is_named_with_the_numbers() -> None:
-    config, mesh, spans = small_model(), small_mesh(), [LayerRange(0, 2), LayerRange(2, 4)]
-    weights = stage_weight_bytes(config, mesh, 1, spans[1])
-    with pytest.raises(
-        CapacityError, match=f"slot 1 needs {weights} bytes of weights and {2 * BLOCK_BYTES} a KV block"
-    ):
-        pool_blocks(config, mesh, spans, [PLENTY, weights + 2 * BLOCK_BYTES - 1])
+    sizes = StageSizes(small_model(), small_mesh(), ranges(0, 2, 4))
+    weights = sizes.weight_bytes(1)
+    said = f"slot 1 needs {weights} bytes of weights and {2 * BLOCK_BYTES} a KV block"
+    with pytest.raises(CapacityError, match=said):
+        sizes.pool_blocks({0: PLENTY, 1: weights + 2 * BLOCK_BYTES - 1})
+    assert list(sizes.too_small({0: PLENTY, 1: weights + 2 * BLOCK_BYTES - 1})) == [1]
 
 
 def ranges(*starts_and_end: int) -> list[LayerRange]:
