@@ -38,43 +38,36 @@ def configure_log(service: str, level: str, stream: TextIO | LogStream | None = 
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(file=file),
+        logger_factory=structlog.WriteLoggerFactory(file=file),
         cache_logger_on_first_use=True,
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger()
     return logger
 
 
-MAX_PIECES = 20_000
-"""A line has two, itself and its end. What comes while so many wait is counted and dropped."""
+MAX_LINES = 10_000
+"""What comes while so many wait is counted and dropped."""
 
 
 class LogStream:
-    """What `print` needs of a file. `write` never waits."""
+    """What a logger needs of a file. `write` never waits."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
         """`write` may wait as long as it likes, and raise OSError."""
         self._write = write
-        self._pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self._num_dropped = 0
-        """Lines."""
-        self._is_end_dropped = False
         self._writer_pid = 0
         """Of the process that the thread runs in: it begins with the first line, and a fork has none of its own."""
 
     def write(self, text: str) -> int:
-        """Hands it in. `print` hands in a line, then its end: either both are dropped or none."""
+        """Hands in a line with its end."""
         if self._writer_pid != os.getpid() and not self._begin():
             self._try(text)
-        elif text == "\n":
-            if not self._is_end_dropped:
-                self._pieces.put(text)
-            self._is_end_dropped = False
-        elif self._pieces.qsize() < MAX_PIECES:
-            self._pieces.put(text)
+        elif self._lines.qsize() < MAX_LINES:
+            self._lines.put(text)
         else:
             self._num_dropped += 1
-            self._is_end_dropped = True
         return len(text)
 
     def flush(self) -> None:
@@ -85,32 +78,32 @@ class LogStream:
         if self._writer_pid != os.getpid():
             return True  # nothing was
         is_written = threading.Event()
-        self._pieces.put(is_written)
+        self._lines.put(is_written)
         return is_written.wait(within_s)
 
     def _begin(self) -> bool:
         """Begins a thread. False where there may be none: then lines are written by whoever has them, and wait."""
-        pieces: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
+        lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
         try:
-            threading.Thread(target=self._run, args=(pieces,), name="log", daemon=True).start()
+            threading.Thread(target=self._run, args=(lines,), name="log", daemon=True).start()
         except RuntimeError:
             return False
-        self._pieces, self._writer_pid = pieces, os.getpid()
+        self._lines, self._writer_pid = lines, os.getpid()
         return True
 
     def _run(self, waiting: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
-            pieces = [waiting.get()]
+            lines = [waiting.get()]
             while not waiting.empty():
-                pieces.append(waiting.get())
-            text = "".join(piece for piece in pieces if isinstance(piece, str))
-            if self._num_dropped and text.endswith("\n"):
+                lines.append(waiting.get())
+            text = "".join(line for line in lines if isinstance(line, str))
+            if self._num_dropped and text:
                 number, self._num_dropped = self._num_dropped, 0
                 text += json.dumps({"event": "log_lines_dropped", "level": "warning", "number": number}) + "\n"
             self._try(text)
-            for piece in pieces:
-                if isinstance(piece, threading.Event):
-                    piece.set()
+            for line in lines:
+                if isinstance(line, threading.Event):
+                    line.set()
 
     def _try(self, text: str) -> None:
         try:

@@ -13,14 +13,14 @@ import time
 import pytest
 import structlog
 
-from common.log import MAX_PIECES, LogStream, configure_log, unbuffered
+from common.log import MAX_LINES, LogStream, configure_log, unbuffered
 
 
 def test_lines_come_whole_and_in_order() -> None:
     file = io.StringIO()
     stream = LogStream(file.write)
     for number in range(1000):
-        print(number, file=stream, flush=True)
+        stream.write(f"{number}\n")
     assert stream.drain(5)
     assert file.getvalue() == "".join(f"{number}\n" for number in range(1000))
 
@@ -34,19 +34,19 @@ def test_who_logs_does_not_wait_for_a_disk_that_hangs_and_what_was_dropped_is_co
 
     stream = LogStream(hangs)
     began_s = time.monotonic()
-    for number in range(MAX_PIECES):
-        print(number, file=stream, flush=True)
+    for number in range(2 * MAX_LINES):
+        stream.write(f"{number}\n")
     assert not stream.drain(0.05)
     assert time.monotonic() - began_s < 5
     answers.set()
     assert stream.drain(5)
-    print("back", file=stream)
+    stream.write("back\n")
     assert stream.drain(5)
     lines = "".join(written).splitlines()
-    assert lines[: MAX_PIECES // 2 - 1] == [str(number) for number in range(MAX_PIECES // 2 - 1)]
+    assert lines[: MAX_LINES - 1] == [str(number) for number in range(MAX_LINES - 1)]
     assert "back" in lines
     dropped = [json.loads(line) for line in lines if line.startswith("{")]
-    assert sum(each["number"] for each in dropped) + len(lines) - len(dropped) == MAX_PIECES + 1
+    assert sum(each["number"] for each in dropped) + len(lines) - len(dropped) == 2 * MAX_LINES + 1
 
 
 def test_a_log_that_cannot_be_written_ends_nobody() -> None:
@@ -54,7 +54,7 @@ def test_a_log_that_cannot_be_written_ends_nobody() -> None:
         raise OSError("full")
 
     stream = LogStream(full)
-    print("a", file=stream)
+    stream.write("a\n")
     assert stream.drain(5)
 
 
@@ -63,11 +63,11 @@ def test_it_has_no_thread_before_the_first_line_so_that_a_process_may_fork_and_i
     num_threads = threading.active_count()
     stream = LogStream(lambda text: os.write(writer, text.encode()))
     assert threading.active_count() == num_threads
-    print("parent", file=stream)
+    stream.write("parent\n")
     assert stream.drain(5)
     child = os.fork()
     if child == 0:
-        print("child", file=stream)
+        stream.write("child\n")
         os._exit(0 if stream.drain(5) else 1)
     assert os.waitpid(child, 0)[1] == 0
     os.close(writer)
@@ -83,8 +83,8 @@ def test_where_no_thread_can_be_had_lines_are_written_at_once(monkeypatch: pytes
     with monkeypatch.context() as limited:
         limited.setattr(threading.Thread, "start", refuse)
         stream = LogStream(file.write)
-        print("early", file=stream)
-    print("late", file=stream)
+        stream.write("early\n")
+    stream.write("late\n")
     assert stream.drain(5)
     assert file.getvalue() == "early\nlate\n"
 
