@@ -250,13 +250,13 @@ def _is_tensor_entry(entry: Any) -> bool:
     return num_bytes >= 0 if number_bytes is None else num_bytes == math.prod(shape) * number_bytes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object. Raises CheckpointError that names the file."""
+def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
+    """Returns a JSON object. Raises CheckpointError that names the file, or says `if_missing`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         broken = _half_character(value)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        raise CheckpointError(if_missing or f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -6,13 +6,13 @@ build does not compute is refused here with a sentence that names it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from common.checkpoint.config_values import flag, items, shown, whole_number
+from common.checkpoint.directory import read_json
 from common.checkpoint.rope_config import RopeConfig, read_rope_config
 from common.errors import CheckpointError, UnsupportedModelError
 
@@ -64,6 +64,23 @@ class ModelConfig:
     dtype: str
     """What the checkpoint is stored in, by its own word: `float32`, `bfloat16` or `float16`."""
     expert_names: ExpertTensorNames
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError for sizes that do not go together, UnsupportedModelError for an odd head width."""
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UnsupportedModelError(
+                f"config.json: head_dim {self.head_dim} is odd; rotary embedding needs an even one"
+            )
+        if self.num_experts_per_token > self.num_experts:
+            raise CheckpointError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_token} is more than the {self.num_experts} "
+                "experts"
+            )
 
     @property
     def context_tokens(self) -> int:
@@ -172,53 +189,21 @@ def read_model_config(directory: Path) -> ModelConfig:
     Raises CheckpointError (missing, damaged, a size that makes no sense) or UnsupportedModelError (names the feature).
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"no config.json in {directory}: MODEL must be a Hugging Face checkpoint directory"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return parse_model_config(raw)
+    return parse_model_config(
+        read_json(path, f"no config.json in {directory}: MODEL must be a Hugging Face checkpoint directory")
+    )
 
 
 def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Returns the description of the decoder that a parsed `config.json` stands for. Raises as `read_model_config`."""
-    model_type = raw.get("model_type")
-    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or not isinstance(model_type, str):
-        raise UnsupportedModelError(
-            f"config.json: model_type {shown(model_type)} is not supported; "
-            f"supported are {', '.join(sorted(_FAMILIES))}"
-        )
+    model_type, family = _family_of(raw)
     sliding_window = _sliding_window(raw, family)
-    refuse_unsupported_features(raw, sliding_window)
-    if not family.has_attention_bias:
-        refuse_attention_bias(raw, model_type)
-    if not family.has_dense_layers:
-        refuse_dense_layers(raw, model_type)
-
+    _refuse_unsupported_features(raw, sliding_window)
+    _refuse_features_of_other_families(raw, model_type, family)
     num_layers = whole_number(raw, "num_hidden_layers")
     hidden_size = whole_number(raw, "hidden_size")
     num_heads = whole_number(raw, "num_attention_heads")
     unsaid_kv_heads = num_heads if "num_key_value_heads" in raw else family.default_num_kv_heads
-    num_kv_heads = whole_number(raw, "num_key_value_heads", default=unsaid_kv_heads)
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
-    head_dim = whole_number(raw, "head_dim", default=hidden_size // num_heads)
-    if head_dim % 2:
-        raise UnsupportedModelError(f"config.json: head_dim {head_dim} is odd; rotary embedding needs an even one")
-    num_experts = _num_experts(raw)
-    num_experts_per_token = whole_number(raw, "num_experts_per_tok")
-    if num_experts_per_token > num_experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok {num_experts_per_token} is more than the {num_experts} experts"
-        )
     max_position_embeddings = whole_number(raw, "max_position_embeddings")
     expert_intermediate_size = whole_number(raw, family.expert_intermediate_key)
     return ModelConfig(
@@ -226,11 +211,11 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_kv_heads=whole_number(raw, "num_key_value_heads", default=unsaid_kv_heads),
+        head_dim=whole_number(raw, "head_dim", default=hidden_size // num_heads),
         vocab_size=whole_number(raw, "vocab_size"),
-        num_experts=num_experts,
-        num_experts_per_token=num_experts_per_token,
+        num_experts=_num_experts(raw),
+        num_experts_per_token=whole_number(raw, "num_experts_per_tok"),
         expert_intermediate_size=expert_intermediate_size,
         dense_intermediate_size=whole_number(raw, "intermediate_size", default=expert_intermediate_size),
         moe_layers=_moe_layers(raw, num_layers),
@@ -246,6 +231,16 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         dtype=_dtype(raw),
         expert_names=family.names,
     )
+
+
+def _family_of(raw: Mapping[str, Any]) -> tuple[str, _Family]:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"config.json: model_type {shown(model_type)} is not supported; "
+            f"supported are {', '.join(sorted(_FAMILIES))}"
+        )
+    return model_type, _FAMILIES[model_type]
 
 
 def _epsilon(raw: Mapping[str, Any], family: _Family) -> float:
@@ -318,7 +313,7 @@ _FACTORS: Final = ("logit_scale", "embedding_multiplier", "residual_multiplier",
 """1 or absent: not asked for."""
 
 
-def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | None) -> None:
+def _refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | None) -> None:
     """Raises UnsupportedModelError for what no family has here, with the key that asks for it.
 
     transformers ignores some of these keys for a family that does not have them. A checkpoint that carries one all the
@@ -352,16 +347,12 @@ def refuse_unsupported_features(raw: Mapping[str, Any], sliding_window: int | No
             )
 
 
-def refuse_attention_bias(raw: Mapping[str, Any], model_type: str) -> None:
-    """Raises for a family whose attention has no biases."""
-    if raw.get("attention_bias"):
+def _refuse_features_of_other_families(raw: Mapping[str, Any], model_type: str, family: _Family) -> None:
+    """Raises UnsupportedModelError for biases of attention, and for layers without experts, where a family has none."""
+    if not family.has_attention_bias and raw.get("attention_bias"):
         raise UnsupportedModelError(f"config.json: attention_bias is not supported with model_type {model_type!r}")
-
-
-def refuse_dense_layers(raw: Mapping[str, Any], model_type: str) -> None:
-    """Raises for a family in which every layer has experts."""
     for key, neutral in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1, None))):
-        if raw.get(key) not in neutral:
+        if not family.has_dense_layers and raw.get(key) not in neutral:
             raise UnsupportedModelError(
                 f"config.json: {key} {shown(raw[key])} is not supported with model_type {model_type!r}: "
                 "all of its layers have experts"

@@ -81,13 +81,7 @@ def _read(raw: Mapping[str, Any], default_theta: float, max_position_embeddings:
         return RopeConfig(kind="default", theta=theta)
     if kind == "linear":
         return RopeConfig(kind="linear", theta=theta, factor=_factor(parameters, kind))
-    # Beside the rope parameters it counts more than among them, as transformers has it.
-    stated = _positive(parameters, "original_max_position_embeddings", max_position_embeddings)
-    original = int(_positive(raw, "original_max_position_embeddings", stated))
-    if not 1 <= original <= _MAX_POSITIONS:
-        raise CheckpointError(
-            f"config.json: original_max_position_embeddings must be a number from 1 to {_MAX_POSITIONS}, not {original}"
-        )
+    original = _original_positions(raw, parameters, max_position_embeddings)
     if kind == "llama3":
         return RopeConfig(
             kind="llama3",
@@ -109,6 +103,18 @@ def _read(raw: Mapping[str, Any], default_theta: float, max_position_embeddings:
         beta_slow=_positive(parameters, "beta_slow", 1.0),
         truncate=flag(parameters, "truncate", default=True),
     )
+
+
+def _original_positions(raw: Mapping[str, Any], parameters: Mapping[str, Any], max_position_embeddings: int) -> int:
+    """Returns how many the model was trained on; stated beside the rope parameters it counts more than among them, as
+    transformers has it."""
+    stated = _positive(parameters, "original_max_position_embeddings", max_position_embeddings)
+    original = int(_positive(raw, "original_max_position_embeddings", stated))
+    if not 1 <= original <= _MAX_POSITIONS:
+        raise CheckpointError(
+            f"config.json: original_max_position_embeddings must be a number from 1 to {_MAX_POSITIONS}, not {original}"
+        )
+    return original
 
 
 def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:

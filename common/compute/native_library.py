@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -213,52 +214,42 @@ def compile_to(path: Path, instruction_set: InstructionSet, compiler: str) -> No
         os.replace(result, path)
 
 
+_LETTERS: dict[str, Any] = {"a": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+"""Of signatures: an address, a whole number, a float."""
+
+
 def _opened(path: Path, threads: int) -> NativeKernels:
     library = ctypes.CDLL(str(path))
     # Small calls keep the GIL: giving it up and waiting for it again can cost more than the call.
     quick_library = ctypes.PyDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
 
     def function(
-        name: str, *arguments: type, result: type | None = None, quick: bool = False
+        name: str, signature: str, result: type | None = None, quick: bool = False
     ) -> ctypes._NamedFuncPointer:
         found = (quick_library if quick else library)[f"moemesh_{name}"]
-        found.argtypes, found.restype = list(arguments), result
+        found.argtypes, found.restype = [_LETTERS[letter] for letter in signature], result
         return found
 
-    version = function("abi_version", result=integer)()
+    version = function("abi_version", "", result=ctypes.c_int64)()
     if version != ABI_VERSION:
         raise OSError(f"{path} has kernel interface {version}, this code needs {ABI_VERSION}")
-    variant = function("variant", result=ctypes.c_char_p)().decode()
+    variant = function("variant", "", result=ctypes.c_char_p)().decode()
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
         variant=f"native-{bits_variant(variant)}-{source_hash()[:8]}",
         threads=threads,
         path=path,
-        linear=function("linear", pointer, pointer, integer, pointer, integer),
-        pack=function("pack", pointer, pointer, integer, integer, integer),
-        packed_values=function("packed_values", integer, integer, integer, result=integer),
-        gated_ffn=function("gated_ffn", pointer, pointer, pointer, integer, integer, integer, integer),
-        attention=function("attention", pointer, integer),
-        write_kv=function("write_kv", *[pointer, integer] * 2, *[pointer] * 3, *[integer] * 5, quick=True),
-        rms_norm=function(
-            "rms_norm", pointer, integer, *[pointer] * 4, integer, integer, ctypes.c_float, integer, quick=True
-        ),
-        rope=function(
-            "rope",
-            pointer,
-            integer,
-            *[pointer] * 3,
-            integer,
-            pointer,
-            *[integer] * 4,
-            ctypes.c_float,
-            integer,
-            quick=True,
-        ),
-        gated_product=function("gated_product", *[pointer] * 3, *[integer] * 2, quick=True),
-        set_word=function("set_word", pointer, integer, quick=True),
-        await_word=function("await_word", pointer, integer, pointer, *[integer] * 3, result=integer),
+        linear=function("linear", "aaiai"),
+        pack=function("pack", "aaiii"),
+        packed_values=function("packed_values", "iii", result=ctypes.c_int64),
+        gated_ffn=function("gated_ffn", "aaaiiii"),
+        attention=function("attention", "ai"),
+        write_kv=function("write_kv", "aiaiaaaiiiii", quick=True),
+        rms_norm=function("rms_norm", "aiaaaaiifi", quick=True),
+        rope=function("rope", "aiaaaiaiiiifi", quick=True),
+        gated_product=function("gated_product", "aaaii", quick=True),
+        set_word=function("set_word", "ai", quick=True),
+        await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
     )
 
 

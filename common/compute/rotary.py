@@ -29,26 +29,11 @@ def apply_rotary(
     norm_weight: RMSNorm of each head comes first, [d] for one weight or [H, d] for one a head.
     Raises ValueError when shapes or dtypes do not fit.
     """
-    tokens, heads, width = x.shape
-    turned = cosine.shape[1]
-    if cosine.shape != signed_sine.shape or cosine.shape[0] != tokens or turned > width or turned % 2:
-        raise ValueError(
-            f"cosine {tuple(cosine.shape)} and sine {tuple(signed_sine.shape)} do not fit heads of {tuple(x.shape)}"
-        )
-    if not cosine.dtype == signed_sine.dtype == x.dtype:
-        raise ValueError(f"cosine {cosine.dtype} and sine {signed_sine.dtype} for heads of {x.dtype}")
-    weight_address = None
-    weight_stride = 0
-    if norm_weight is not None:
-        if norm_weight.shape not in ((width,), (heads, width)) or norm_weight.dtype != x.dtype:
-            raise ValueError(
-                f"norm weight {tuple(norm_weight.shape)} {norm_weight.dtype} for {tuple(x.shape)} {x.dtype}"
-            )
-        norm_weight = norm_weight.contiguous()
-        weight_address = norm_weight.data_ptr()
-        weight_stride = width if norm_weight.dim() == 2 else 0
+    _check(x, cosine, signed_sine, norm_weight)
     if kernels is None or x.device.type != "cpu":
         return _by_torch(x, cosine, signed_sine, norm_weight, epsilon)
+    tokens, heads, width = x.shape
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     x = x if x.stride(2) == 1 and x.stride(1) == width else x.contiguous()
     cosine, signed_sine = cosine.contiguous(), signed_sine.contiguous()
     y = torch.empty(tokens, heads, width, dtype=x.dtype)
@@ -57,17 +42,32 @@ def apply_rotary(
         x.stride(0),
         cosine.data_ptr(),
         signed_sine.data_ptr(),
-        weight_address,
-        weight_stride,
+        None if norm_weight is None else norm_weight.data_ptr(),
+        width if norm_weight is not None and norm_weight.dim() == 2 else 0,
         y.data_ptr(),
         tokens,
         heads,
         width,
-        turned,
+        cosine.shape[1],
         epsilon,
         int(x.dtype == torch.bfloat16),
     )
     return y
+
+
+def _check(x: Tensor, cosine: Tensor, signed_sine: Tensor, norm_weight: Tensor | None) -> None:
+    tokens, heads, width = x.shape
+    turned = cosine.shape[1]
+    if cosine.shape != signed_sine.shape or cosine.shape[0] != tokens or turned > width or turned % 2:
+        raise ValueError(
+            f"cosine {tuple(cosine.shape)} and sine {tuple(signed_sine.shape)} do not fit heads of {tuple(x.shape)}"
+        )
+    if not cosine.dtype == signed_sine.dtype == x.dtype:
+        raise ValueError(f"cosine {cosine.dtype} and sine {signed_sine.dtype} for heads of {x.dtype}")
+    if norm_weight is None:
+        return
+    if norm_weight.shape not in ((width,), (heads, width)) or norm_weight.dtype != x.dtype:
+        raise ValueError(f"norm weight {tuple(norm_weight.shape)} {norm_weight.dtype} for {tuple(x.shape)} {x.dtype}")
 
 
 def _by_torch(x: Tensor, cosine: Tensor, signed_sine: Tensor, norm_weight: Tensor | None, epsilon: float) -> Tensor:
