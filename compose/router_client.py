@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import ssl
 
 import httpx
 
 from common.errors import MoemeshError
+from common.wire.tcp_addresses import is_ipv6, is_loopback, is_wildcard
 
 _ROUTE = re.compile(r"/v1(/(chat/)?completions|/models)?$")
 
@@ -17,7 +17,7 @@ def named_url(given: str) -> str:
     """Returns where the router is, of what a person wrote: `http://` goes without saying, an IPv6 address may stand
     without brackets, and `/v1` is what SDKs need."""
     given = given.strip()
-    if _is_ipv6(given):
+    if is_ipv6(given):
         given = f"[{given}]"
     url = given if "://" in given else f"http://{given}"
     return _ROUTE.sub("", url.rstrip("/"))
@@ -32,7 +32,7 @@ def open_client(url: str, timeout: httpx.Timeout | float) -> httpx.Client:
         raise MoemeshError(f"this is no address: {error}") from None
     if not host:
         raise MoemeshError("this is no address: it names no host")
-    if _is_here(host):
+    if host.endswith(".localhost") or is_loopback(host) or is_wildcard(host):
         return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
     try:
         return httpx.Client(base_url=url, timeout=timeout)
@@ -55,20 +55,3 @@ def why_not_answered(error: Exception) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "something listens there and does not answer in time"
     return str(error)
-
-
-def _is_here(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
-
-
-def _is_ipv6(text: str) -> bool:
-    try:
-        return ipaddress.ip_address(text).version == 6
-    except ValueError:
-        return False

@@ -49,7 +49,7 @@ from common.wire.tcp_addresses import (
     own_address,
     speaks_ipv6,
 )
-from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
 
 SILENCE_S = 5.0
 """Of a router, after which it is said; then twice as long each time."""
@@ -291,8 +291,3 @@ class ControlLink:
             part_layers=part.layers or (),
             part_experts=tuple(sorted(part.experts)),
         )
-
-
-def bind_lifeline(transport: Transport, addresses: NodeAddresses) -> RoutingSocket:
-    """Returns the socket whose closing tells the router that this process has ended."""
-    return transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ class LoaderThread:
         """`cpu_seconds` of a thread that runs; None where the system does not tell: then nothing is ever stuck."""
         self._clock = clock
         self._cpu_seconds = cpu_seconds or thread_cpu_seconds
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._in_hand: deque[Future[Any]] = deque()
         self._thread: threading.Thread | None = None
         self._seen_cpu_s: float | None = None
@@ -47,7 +48,7 @@ class LoaderThread:
         """Does this after what was submitted before."""
         future: Future[Result] = Future()
         self._in_hand.append(future)
-        self._tasks.put(_Task(future, work, arguments))
+        self._tasks.put(partial(_fulfil, future, partial(work, *arguments)))
         if self._thread is None:
             # A daemon: the interpreter does not wait for it when the process ends.
             self._thread = threading.Thread(target=self._run, name="load", daemon=True)
@@ -82,25 +83,19 @@ class LoaderThread:
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task.run()
+            task()
             del task  # with its result, which may be gigabytes
 
 
-class _Task:
-    def __init__(self, future: Future[Any], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self._future = future
-        self._work = work
-        self._arguments = arguments
-
-    def run(self) -> None:
-        if not self._future.set_running_or_notify_cancel():
-            return
-        try:
-            result = self._work(*self._arguments)
-        except BaseException as error:  # whoever asks for the result gets it
-            self._future.set_exception(error)
-        else:
-            self._future.set_result(result)
+def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:  # whoever asks for the result gets it
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def thread_cpu_seconds(thread: threading.Thread) -> float | None:

@@ -23,15 +23,14 @@ from common.config import Settings, setting_names
 from common.errors import MoemeshError, NodeLostError, ProtocolError
 from common.log import LogStream, configure_log, unbuffered
 from common.misspelt_settings import misspelt_settings
-from common.node.control_link import ControlLink, bind_lifeline, draw_identity, find_addresses
+from common.node.control_link import ControlLink, draw_identity, find_addresses
 from common.node.loader_thread import LoaderThread
 from common.processes.memory import offered_bytes
 from common.standard_streams import open_closed_streams
 from common.topology import NodeDescription, NodeKind
 from common.wire.socket_files import LostFile
-from common.wire.socket_limits import SocketLimits
 from common.wire.tcp_addresses import control_host, speaks_ipv6
-from common.wire.transport import MessageSocket, RoutingSocket, Transport
+from common.wire.transport import MessageSocket, RoutingSocket, SocketLimits, Transport
 
 DataSocket = TypeVar("DataSocket", MessageSocket, RoutingSocket)
 
@@ -96,9 +95,9 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
         else:
             log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
 
-    if settings.control.startswith("tcp://"):
-        log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
     is_tcp = settings.control.startswith("tcp://")
+    if is_tcp:
+        log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
     with_ipv6 = is_tcp and not settings.socks_proxy and speaks_ipv6(control_host(settings.control))
     return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
 
@@ -150,7 +149,8 @@ def _bind_node(
 ) -> NodeProcess[DataSocket]:
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(own.settings, node_id)
-    lifeline = bind_lifeline(transport, addresses)
+    # Nobody sends on it; that it closes tells the router that this process has ended.
+    lifeline = transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])
     data = open_data(transport, addresses.bind_pattern.format(socket="data"))
     description = NodeDescription(
         node_id=node_id,

@@ -11,7 +11,6 @@ from common.errors import ConfigurationError
 
 _ENDPOINT = re.compile(r"tcp://(?:\[(?P<in_brackets>[^\[\]\s/]+)\]|(?P<plain>[^\[\]\s:/]+)):(?:\d{1,5}|\*)")
 _LAST_PORT = 65_535
-_WILDCARDS = ("*", "0.0.0.0", "::")
 Resolve = Callable[[str], Sequence[str]]
 """A host name's addresses, IPv4 and IPv6. Raises OSError."""
 
@@ -43,23 +42,19 @@ def bracketed(host: str) -> str:
 
 def is_ipv6(host: str) -> bool:
     """Returns whether it is an IPv6 address, with or without the name of an interface behind `%`."""
-    try:
-        return isinstance(ipaddress.ip_address(host), ipaddress.IPv6Address)
-    except ValueError:
-        return False
+    return isinstance(_address(host), ipaddress.IPv6Address)
 
 
 def is_wildcard(host: str) -> bool:
     """Returns whether it stands for all addresses of this host."""
-    return host in _WILDCARDS
+    address = _address(host)
+    return host == "*" or (address is not None and address.is_unspecified)
 
 
 def is_loopback(host: str) -> bool:
     """Returns whether only this host can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
 def resolve(host: str) -> Sequence[str]:
@@ -73,7 +68,7 @@ def speaks_ipv6(host: str, resolve: Resolve = resolve) -> bool:
 
     A name that cannot be looked up now is taken for one of IPv4; that its router is not there is told later.
     """
-    if is_wildcard(host) or _is_ipv4(host) or is_ipv6(host):
+    if is_wildcard(host) or _address(host) is not None:
         return is_ipv6(host)
     try:
         addresses = resolve(host)
@@ -98,8 +93,9 @@ def own_address(with_ipv6: bool, resolve: Resolve = resolve) -> str:
     return (of_kind or addresses)[0]
 
 
-def _is_ipv4(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns None for a name."""
     try:
-        return isinstance(ipaddress.ip_address(host), ipaddress.IPv4Address)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None

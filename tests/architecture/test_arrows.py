@@ -133,7 +133,6 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
         "common.topology": ("common.ids",),
         "common.wire.codec": ("common.ids", "common.errors", "common.messages"),
         "common.wire.socket_files": (),
-        "common.wire.socket_limits": (),
         "common.wire.tcp_resends": (),
         "common.wire.transport": (
             "common.ids",
@@ -141,7 +140,6 @@ def test_the_messages_know_ids_only_and_the_codec_no_transport() -> None:
             "common.messages",
             "common.wire.codec",
             "common.wire.socket_files",
-            "common.wire.socket_limits",
             "common.wire.tcp_resends",
         ),
     }

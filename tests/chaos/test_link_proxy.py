@@ -14,8 +14,7 @@ from chaos.proxy.link_proxy import Link, LinkProxy, RuleBook
 from chaos.proxy.link_rules import FrameRule, LinkRule, around
 from common.errors import ProtocolError
 from common.messages import Header, Leave
-from common.wire.socket_limits import SocketLimits
-from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
 
 WITHIN_S = 5.0
 

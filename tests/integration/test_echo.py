@@ -13,8 +13,7 @@ import structlog
 from common.errors import ProtocolError
 from common.ids import NodeId
 from common.node.control_link import NodeAddresses
-from common.wire.socket_limits import SocketLimits
-from common.wire.transport import Transport
+from common.wire.transport import SocketLimits, Transport
 from services.router.mesh.sockets import MeshClient
 
 WITHIN_S = 5.0

@@ -21,9 +21,8 @@ from common.errors import ConfigurationError, SocketError
 from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
 from common.wire.array import array_to_frame
 from common.wire.codec import encode
-from common.wire.socket_limits import SocketLimits
 from common.wire.tcp_resends import LAST_RESEND_S, resend_soon
-from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, Transport
+from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport
 
 LIMIT_MS = 10_000
 TCP_RTO_MAX_MS = 44
@@ -185,8 +184,7 @@ def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_
 
 SLOW_READER = """
 import sys, time, zmq
-from common.wire.socket_limits import SocketLimits
-from common.wire.transport import Transport
+from common.wire.transport import SocketLimits, Transport
 transport = Transport(SocketLimits(heartbeat_interval_ms=20, heartbeat_timeout_ms=1000), lambda name, error: None)
 router = transport.router("calls", ["tcp://127.0.0.1:*"])
 print(router.endpoints[0], flush=True)

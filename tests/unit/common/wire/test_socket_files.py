@@ -26,8 +26,7 @@ from common.wire.socket_files import (
     LostFile,
     SocketFile,
 )
-from common.wire.socket_limits import SocketLimits
-from common.wire.transport import Full, MessageSocket, Transport
+from common.wire.transport import Full, MessageSocket, SocketLimits, Transport
 from tests.support.processes.waiting import wait_until
 
 

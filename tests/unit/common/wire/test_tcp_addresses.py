@@ -9,9 +9,8 @@ import pytest
 
 from common.errors import ConfigurationError
 from common.messages import Header, Leave
-from common.wire.socket_limits import SocketLimits
 from common.wire.tcp_addresses import advertised_host, control_host, own_address, speaks_ipv6
-from common.wire.transport import Full, Transport
+from common.wire.transport import Full, SocketLimits, Transport
 from tests.support.processes.waiting import wait_until
 
 NAMES = {"both": ["10.0.0.1", "fd00::1"], "old": ["10.0.0.1"], "new": ["fd00::1"]}
