@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-stalls bench-parity load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-stalls bench-parity bench-turns bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -25,6 +25,10 @@ help:
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
 	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
+	@echo 'make bench-turns   the longest turns of the mesh thread of a large mesh'
+	@echo 'make bench-bits    hashes of the answers of this build, or whether another one has the same (BENCH_ARGS)'
+	@echo 'make bench-builds  this build beside another one, in pairs: speed, CPU time (BENCH_ARGS="--before ../before")'
+	@echo 'make source-counts files, lines, classes and functions of the source, also beside another checkout'
 	@echo 'make load-test     1,000 requests, clients that vanish, memory over time'
 	@echo 'make gpu-test      what only a GPU can show; needs one, and a CUDA build of torch'
 	@echo 'make chaos         20 faults on a mesh of this machine under load: was anything lost? (CHAOS_ARGS="--seed 2")'
@@ -76,6 +80,18 @@ bench-collectives: $(STAMP)
 
 bench-stalls: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.stalls $(BENCH_ARGS)
+
+bench-turns: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.mesh_turn $(BENCH_ARGS)
+
+bench-bits: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.same_bits $(BENCH_ARGS)
+
+bench-builds: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.two_builds $(BENCH_ARGS)
+
+source-counts: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.source_counts $(BENCH_ARGS)
 
 bench-parity: $(STAMP)
 	$(VENV_PYTHON) -m pytest -m parity $(PYTEST_ARGS)
