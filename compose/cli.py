@@ -34,7 +34,7 @@ from common.standard_streams import open_closed_streams
 from compose.answers import ask_model, stream_answer
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.router_client import named_url, open_client, why_not_answered
-from compose.shard_checkpoint import WrittenPart, shard_checkpoint
+from compose.shard_checkpoint import shard_checkpoint
 from services.router.control.sizes import plan_layers
 from services.stage.model.tp_shard import check_degree
 
@@ -378,17 +378,18 @@ def shard(
     """Cut a checkpoint into folders for the router, each stage and each expert node. Any of them can be a MODEL."""
     try:
         written = shard_checkpoint(
-            model, output, pp, experts, copies or min(DEFAULT_COPIES, experts), lambda part: _say_begin(part, output)
+            model,
+            output,
+            pp,
+            experts,
+            copies or min(DEFAULT_COPIES, experts),
+            lambda part: say(f"writing {output / part.name}"),
         )
     except MoemeshError as error:
         say_error(str(error))
         raise typer.Exit(1) from None
     for part in written:
         print(f"{output / part.name}: {describe_part(part.part)}, {part.num_bytes} bytes")
-
-
-def _say_begin(part: WrittenPart, output: Path) -> None:
-    say(f"writing {output / part.name}")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,19 @@ def check_tensors(
 ) -> None:
     """Raises CheckpointError that names the first tensor that is missing, misshapen or of a dtype not known here."""
     for name, shape in expected_tensors(config, index, part):
-        stored = index.get(name)
-        if stored is None:
-            raise CheckpointError(f"tensor {name} is missing in {where}")
-        if stored.shape != shape:
-            raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
-        if stored.dtype not in STORED_DTYPES:
-            raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; known are {', '.join(STORED_DTYPES)}")
+        find_tensor(index, name, shape, where)
+
+
+def find_tensor(index: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], where: str) -> StoredTensor:
+    """Returns where a tensor is. Raises CheckpointError as `check_tensors` does."""
+    stored = index.get(name)
+    if stored is None:
+        raise CheckpointError(f"tensor {name} is missing in {where}")
+    if stored.shape != shape:
+        raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
+    if stored.dtype not in STORED_DTYPES:
+        raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; supported are F32, BF16 and F16")
+    return stored
 
 
 def unused_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> list[str]:

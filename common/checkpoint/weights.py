@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.checkpoint.directory import StoredTensor, read_tensor_index
-from common.checkpoint.tensor_names import STORED_DTYPES
+from common.checkpoint.tensor_names import find_tensor
 from common.compute.device import HOST_MEMORY
 from common.errors import CheckpointError
 
@@ -49,13 +49,7 @@ class CheckpointWeights:
         `shape` is what the config says the whole tensor must have. `index` takes one entry of the first axis of a
         three-axis tensor; `rows` and `columns` cut the last two axes. Raises CheckpointError that names the tensor.
         """
-        stored = self._index.get(name)
-        if stored is None:
-            raise CheckpointError(f"tensor {name} is missing in {self.directory}")
-        if stored.shape != shape:
-            raise CheckpointError(f"tensor {name} has shape {list(stored.shape)}, config.json asks for {list(shape)}")
-        if stored.dtype not in STORED_DTYPES:
-            raise CheckpointError(f"tensor {name} is stored as {stored.dtype}; supported are F32, BF16 and F16")
+        stored = find_tensor(self._index, name, shape, str(self.directory))
         window: tuple[int | slice, ...] = (rows or slice(None), columns or slice(None))[: len(shape)]
         if index is not None:
             window = (index, *window)

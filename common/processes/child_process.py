@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -41,16 +42,30 @@ class ChildProcess(Protocol):
         """Sends SIGKILL."""
 
 
-def module_command(module: str, *arguments: str) -> list[str]:
-    """Returns `python -m module arguments`, whatever lies in the folder that it is started from: -P keeps that folder,
-    which may have packages of the same names, out of the path of imports."""
-    return [sys.executable, "-P", "-m", module, *arguments]
+def start_module(
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    log: BinaryIO | None,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m module arguments` in a session of its own: Ctrl-C goes to who made it, which ends its children
+    in order. It prints to `log`, and ends with the thread that calls this. Raises OSError, subprocess.SubprocessError.
 
-
-def module_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment for `module_command`: with this project's own packages before all others."""
-    others = environment.get("PYTHONPATH")
-    return {**environment, "PYTHONPATH": os.pathsep.join([str(_PACKAGES), *([others] if others else [])])}
+    Whatever lies in the folder that it is started from, which may have packages of the same names, it imports this
+    project's own: -P keeps that folder out of the path of imports, and theirs comes before all others.
+    """
+    parent, others = os.getpid(), environment.get("PYTHONPATH")
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(_PACKAGES), *([others] if others else [])])},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        preexec_fn=lambda: end_with_parent(parent),
+    )
 
 
 def end_with_parent(parent: int) -> None:

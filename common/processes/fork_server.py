@@ -25,7 +25,7 @@ from typing import Any
 
 import msgpack
 
-from common.processes.child_process import ChildProcess, end_with_parent, module_command, module_environment
+from common.processes.child_process import ChildProcess, end_with_parent, start_module
 from common.processes.fork_child import MAX_MESSAGE_BYTES, READY, serve_forks
 
 REPLY_S = 5.0
@@ -60,17 +60,12 @@ class ForkedProcess:
         """Exit status, or minus the signal that ended it; None while it runs."""
         if self.returncode is None:
             self._server.collect()
-        if self.returncode is None and self._has_ended(0.0):
+        if self.returncode is None and _is_readable(self._pidfd, 0.0):
             now_s = time.monotonic()
             self._ended_s = self._ended_s or now_s
             if now_s - self._ended_s > TELL_S:
                 self.returncode = -signal.SIGKILL  # how is not known: the server hangs
         return self.returncode
-
-    def _has_ended(self, timeout_s: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
     def wait(self, timeout: float | None = None) -> int:
         """Until it has ended. Raises subprocess.TimeoutExpired."""
@@ -79,7 +74,7 @@ class ForkedProcess:
             left_s = None if deadline_s is None else deadline_s - time.monotonic()
             if left_s is not None and left_s <= 0:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-            if self._has_ended(left_s):
+            if _is_readable(self._pidfd, left_s):
                 time.sleep(0.001)  # until the server has said how
         return status
 
@@ -116,18 +111,14 @@ class ForkServer:
         with self._lock:
             self._launched_s = time.monotonic()
             own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            parent = os.getpid()
             with other, contextlib.ExitStack() as stack:
-                log = None if self._log_path is None else stack.enter_context(self._log_path.open("ab"))
-                self._process = subprocess.Popen(
-                    module_command("common.processes.fork_child", str(other.fileno()), *self._preload),
-                    env=module_environment(self._environment),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                self._process = start_module(
+                    "common.processes.fork_child",
+                    str(other.fileno()),
+                    *self._preload,
+                    environment=self._environment,
+                    log=None if self._log_path is None else stack.enter_context(self._log_path.open("ab")),
                     pass_fds=(other.fileno(),),
-                    start_new_session=True,  # Ctrl-C goes to who made it
-                    preexec_fn=lambda: end_with_parent(parent),
                 )
             self._link, self._is_ready = own, False
 
@@ -183,7 +174,7 @@ class ForkServer:
     def collect(self) -> None:
         """Take in what the server has said about those that have ended."""
         with self._lock:
-            while self._link is not None and _has_message(self._link, 0.0):
+            while self._link is not None and _is_readable(self._link.fileno(), 0.0):
                 try:
                     message, _ = _receive(self._link)
                 except OSError:
@@ -212,7 +203,7 @@ class ForkServer:
     def _read_reply(self, link: socket.socket) -> ForkedProcess | str:
         """Returns what was forked, or why nothing was."""
         deadline_s = time.monotonic() + REPLY_S
-        while _has_message(link, max(0.0, deadline_s - time.monotonic())):
+        while _is_readable(link.fileno(), max(0.0, deadline_s - time.monotonic())):
             message, descriptors = _receive(link)
             if "error" in message:
                 return str(message["error"])
@@ -257,11 +248,12 @@ class ForkServer:
             self._own_fork = 0
 
 
-def _has_message(link: socket.socket, timeout_s: float) -> bool:
-    """Or its end."""
+def _is_readable(descriptor: int, timeout_s: float | None) -> bool:
+    """Returns whether a link has a message, or its end, or a process has ended; waits for that so long, None: without
+    end."""
     poll = select.poll()
-    poll.register(link, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def _receive(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -317,16 +309,7 @@ class LocalStarter:
         with log_path.open("ab") as log:
             if (forks := self._forks.get(module)) is not None:
                 return forks.spawn(module, arguments, environment, {1: log.fileno(), 2: log.fileno()})
-            parent = os.getpid()
-            return subprocess.Popen(
-                module_command(module, *arguments),
-                env=module_environment(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=lambda: end_with_parent(parent),
-            )
+            return start_module(module, *arguments, environment=environment, log=log)
 
     @property
     def is_hopeless(self) -> bool:

@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
-
 from common.config import read_settings
 from common.errors import ConfigurationError, DeadlineError, FencedError, NodeLostError
 from common.processes.cgroup import count_memory_kills, memory_groups
@@ -41,6 +39,8 @@ STEADY_S = 10.0
 GRACE_S = 20.0
 KILLED_S = 5.0
 """For the end of a process that was killed: the kernel may keep it until a disk answers."""
+ASK_INTERVAL_S = 0.1
+"""Between questions whether the mesh is ready."""
 LOOK_INTERVAL_S = 0.5
 """At the mesh's own files in its state folder."""
 
@@ -217,27 +217,17 @@ class LocalMesh:
 
     def wait_ready(self, timeout_s: float, on_progress: Callable[[str], None] | None = None) -> None:
         """Waits until /ready says yes. Raises DeadlineError (what is missing) or NodeLostError (cannot start)."""
-        last = "starting"
-
-        def probe() -> bool:
-            nonlocal last
+        until_s = time.monotonic() + timeout_s
+        while True:
             self._raise_if_hopeless()
-            is_ready, last = self._ask_ready()
+            is_ready, said = self._ask_ready()
             if on_progress is not None:
-                on_progress(last)
+                on_progress(said)
             if is_ready:
-                self._forgive()
-            return is_ready
-
-        def give_up(state: RetryCallState) -> bool:
-            raise DeadlineError(f"the mesh was not ready within {timeout_s:.0f} s: {last}")
-
-        Retrying(
-            retry=retry_if_result(lambda ready: not ready),
-            wait=wait_fixed(0.1),
-            stop=stop_after_delay(timeout_s),
-            retry_error_callback=give_up,
-        )(probe)
+                return self._forgive()
+            if time.monotonic() >= until_s:
+                raise DeadlineError(f"the mesh was not ready within {timeout_s:.0f} s: {said}")
+            time.sleep(ASK_INTERVAL_S)
 
     def close(self) -> None:
         """End all processes: nodes first, so that they can say goodbye, then the router."""

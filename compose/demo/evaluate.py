@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import sys
 import tempfile
@@ -46,13 +47,11 @@ class Question:
 
     def messages(self) -> list[dict[str, str]]:
         """As the chat API takes them."""
-        turns = [(turn.question, turn.answer) for turn in self.earlier]
-        before = [
+        texts = [text for turn in self.earlier for text in (turn.question, turn.answer)] + [self.exchange.question]
+        return [
             {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
+            for role, text in zip(itertools.cycle(("user", "assistant")), texts, strict=False)
         ]
-        return [*before, {"role": "user", "content": self.exchange.question}]
 
 
 @dataclass(frozen=True, slots=True)
