@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from common.wire.socket_limits import SocketLimits
 from common.wire.tcp_resends import FIRST_RESEND_S, LAST_RESEND_S, resend_soon
+from common.wire.transport import SocketLimits
 
 TCP_RTO_MAX_MS = 44
 
