@@ -16,17 +16,13 @@ from common.errors import CheckpointError
 
 
 class CheckpointWeights:
-    """Reads tensors by name and converts them to the compute dtype.
-
-    `bytes_read` counts what was read, as stored, `num_bytes` the same as converted.
-    """
+    """Reads tensors by name and converts them to the compute dtype; `num_bytes` counts what was read, as converted."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = HOST_MEMORY) -> None:
         """`device`: where the tensors are wanted."""
         self.directory = directory
         self.dtype = dtype
         self.device = device
-        self.bytes_read = 0
         self.num_bytes = 0
         self._index: Mapping[str, StoredTensor] = read_tensor_index(directory)
         self._files: dict[Path, Any] = {}
@@ -57,7 +53,6 @@ class CheckpointWeights:
             part = self._open(stored.file).get_slice(name)[window]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"tensor {name} cannot be read from {stored.file}: {error}") from None
-        self.bytes_read += part.numel() * part.element_size()
         self.num_bytes += part.numel() * self.dtype.itemsize
         tensor: torch.Tensor = part.to(self.dtype)
         if self.device.type != "cpu":

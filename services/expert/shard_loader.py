@@ -227,7 +227,7 @@ class ShardLoader:
 
     def _report(self, store: ShardStore, complete: bool) -> bool:
         if complete:
-            self._log.info("shards_ready", held=len(store), mapped_bytes=store.weight_bytes)
+            self._log.info("shards_ready", held=len(store))
         self.num_reports += 1
         held = self._bitmap(store)
         digests, projections = np.zeros(held.shape, dtype=np.int32), np.zeros(held.shape, dtype=np.float32)

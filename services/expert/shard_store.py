@@ -35,7 +35,6 @@ class ShardStore:
         self.dtype = dtype
         self._kernels = kernels
         self._shards: dict[ShardId, GatedExpert] = {}
-        self._bytes: dict[ShardId, int] = {}
         self._probes: dict[ShardId, ProbeAnswer] = {}
 
     def __len__(self) -> int:
@@ -44,11 +43,6 @@ class ShardStore:
     def __iter__(self) -> Iterator[ShardId]:
         return iter(list(self._shards))
 
-    @property
-    def weight_bytes(self) -> int:
-        """Returns the bytes as stored in the checkpoint."""
-        return sum(self._bytes.values())
-
     def find(self, shard: ShardId) -> GatedExpert | None:
         """Returns the shard's weights, or None if it is not held."""
         return self._shards.get(shard)
@@ -56,13 +50,11 @@ class ShardStore:
     def load(self, weights: CheckpointWeights, shard: ShardId) -> None:
         """Reads one shard and lets it answer the probe. Raises CheckpointError if it is missing, misshapen or not
         finite, and ExecutionError where the kernels answer otherwise than torch."""
-        before = weights.bytes_read
         gate, up, down = self._read(weights, shard)
         expert = GatedExpert(gate, up, down, kernels=self._kernels)
         rows = probe_rows(self.config.hidden_size).to(weights.dtype).to(weights.device)
         answer = grouped_gated_ffn(rows, (0, PROBE_ROWS), (expert,)).cpu()
         check_answer(answer, torch_answer(rows, gate, up, down).cpu(), shard)
-        self._bytes[shard] = weights.bytes_read - before
         self._probes[shard] = summarise(answer)
         self._shards[shard] = expert
 
@@ -73,7 +65,6 @@ class ShardStore:
     def drop(self, shard: ShardId) -> None:
         """Lets a shard go; one that is not held is no error."""
         self._shards.pop(shard, None)
-        self._bytes.pop(shard, None)
         self._probes.pop(shard, None)
 
     def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from common.messages import CancelCall, Dispatch, ExpertRows, Failed, Header, Me
 from common.wire.array import Int64Array, array_to_frame
 from common.wire.tensor import frame_to_tensor, tensor_to_frame
 from common.wire.transport import Full, LinkEvent
-from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum, pair_weights, split_pairs
+from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum, pair_weights, shard_keys, split_pairs
 from services.stage.experts.hedging import HedgeBudget, OutlierDetector, ReplyTimes
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.experts.pending_call import FIRST_PAUSE_S, AskedPart, PendingCall
@@ -190,7 +190,7 @@ class InFlightCalls:
 
     def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
         """Deals pairs out to nodes, without those that nobody holds."""
-        keys = pending.keys(pairs)
+        keys = shard_keys(pending.call, pairs, pending.num_slices)
         has_holder = np.array([bool(copies) for copies in holders])
         pairs = pairs[has_holder[keys]]
         if not pairs.size:
@@ -205,7 +205,7 @@ class InFlightCalls:
         if not new:
             return
         holders, pairs = self.nodes.holders(pending.call.layer, frozenset()), np.arange(pending.missing.size)
-        keys = pending.keys(pairs).tolist()
+        keys = shard_keys(pending.call, pairs, pending.num_slices).tolist()
         for node in new:
             held = pairs[np.array([node.number in holders[key] for key in keys], dtype=np.bool_)]
             if held.size:

@@ -33,6 +33,12 @@ class NodeRows:
     """[3, R]: row of `tokens`, expert, slice."""
 
 
+def shard_keys(call: ExpertCall, pairs: Int64Array, num_slices: int) -> Int64Array:
+    """Returns the shard key of each pair."""
+    experts: Int64Array = call.experts.numpy().reshape(-1)
+    return experts[pairs // num_slices] * num_slices + pairs % num_slices
+
+
 def split_pairs(
     call: ExpertCall,
     pairs: Int64Array | None,
@@ -41,18 +47,16 @@ def split_pairs(
     outstanding_rows: Mapping[int, int],
 ) -> list[NodeRows]:
     """Deals a call's pairs (None: all) out to nodes. Raises NodeLostError if a shard has no usable copy."""
-    experts = call.experts.numpy().reshape(-1)
-    num_choices = call.experts.shape[1]
     if pairs is None:
-        pairs = np.arange(experts.size * num_slices)
-    keys = experts[pairs // num_slices] * num_slices + pairs % num_slices
+        pairs = np.arange(call.experts.numel() * num_slices)
+    keys = shard_keys(call, pairs, num_slices)
     order = np.argsort(keys, kind="stable")
     pairs, keys = pairs[order], keys[order]
     shards, counts = _runs(keys)
     chosen = choose_copies(dict(zip(shards, counts, strict=True)), holders, outstanding_rows)
     nodes = np.repeat(np.array([chosen[shard] for shard in shards]), counts)
     return [
-        _node_rows(node, pairs[mask], keys[mask], num_choices * num_slices, num_slices)
+        _node_rows(node, pairs[mask], keys[mask], call.experts.shape[1] * num_slices, num_slices)
         for node in sorted(set(chosen.values()))
         for mask in (nodes == node,)
     ]

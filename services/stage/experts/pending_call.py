@@ -79,11 +79,6 @@ class PendingCall:
         """Returns whether every pair has come back or is left out."""
         return not self.missing.any()
 
-    def keys(self, pairs: Int64Array) -> Int64Array:
-        """Returns the shard key of each pair."""
-        experts: Int64Array = self.call.experts.numpy().reshape(-1)
-        return experts[pairs // self.num_slices] * self.num_slices + pairs % self.num_slices
-
     def uncovered(self) -> Int64Array:
         """Returns the pairs that are missing and that nobody owes."""
         mask = self.missing.copy()

@@ -28,7 +28,6 @@ class LoadedLayers:
     layers: LayerRange
     dtype: torch.dtype
     model: StageModel
-    bytes_read: int
     num_bytes: int
     """As they are held: checkpoints may store fewer a value."""
     ranks_load: RankLoad | None = None
@@ -108,7 +107,7 @@ class StageLayers:
         sharding = ALONE if ranks_load is None else ranks_load.sharding
         model = load_stage(weights, self.config, role, self._num_positions, self._kernels, self.device, sharding)
         weights.close()
-        return LoadedLayers(role.layers, dtype, model, weights.bytes_read, weights.num_bytes, ranks_load)
+        return LoadedLayers(role.layers, dtype, model, weights.num_bytes, ranks_load)
 
     def _allocate_kv(self, shape: KvShape) -> KvStore:
         return LocalKv.allocate(shape, self._kernels, self.device)

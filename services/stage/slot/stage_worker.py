@@ -309,7 +309,7 @@ class StageWorker:
             layers=[role.layers.start, role.layers.stop],
             generation=role.generation,
             lease_term=role.lease_term,
-            mapped_bytes=loaded.bytes_read,
+            weight_bytes=loaded.num_bytes,
             kv_bytes=held.memory.num_bytes,
             kv_mark=held.watermark.mark,
         )

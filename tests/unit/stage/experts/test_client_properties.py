@@ -11,6 +11,7 @@ from torch import Tensor
 from common.messages import CancelCall, Dispatch
 from common.wire.transport import LinkEvent
 from services.stage.experts.client import LOOK_AGAIN_S
+from services.stage.experts.dispatch import shard_keys
 from services.stage.experts.hedging import CEILING_S
 from services.stage.model.decoder import ExpertCall
 from tests.support.nodes.expert_client_stage import ALL, Stage, answer_to, make_call, refusal, wanted
@@ -108,7 +109,7 @@ class Calls(RuleBasedStateMachine):
                 if part.rows.node in suspects and pairs.size:
                     avoided = deaf | suspects | pending.pausing(now_s - LOOK_AGAIN_S) | pending.owed_by(pairs)
                     holders = client.nodes.holders(pending.call.layer, avoided)
-                    assert not any(holders[key] for key in pending.keys(pairs))
+                    assert not any(holders[key] for key in shard_keys(pending.call, pairs, pending.num_slices))
 
     @precondition(lambda self: len(self.started) > 3)
     @rule()
