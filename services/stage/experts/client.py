@@ -307,6 +307,9 @@ class ExpertClient:
             return False
         for pending in self._in_flight.open_calls:
             pending.pauses.clear()  # who lacked a shard may have it now
+            if pending.num_slices != num_slices:  # a router before this one wanted it
+                reason = f"its experts are cut into {num_slices} now, not into {pending.num_slices}"
+                self._fail(pending, ExecutionError(f"layer {pending.call.layer}: {reason}"))
         for node in gone:
             self._reclaim(node, now_s)
         self._retry_unassigned(now_s)

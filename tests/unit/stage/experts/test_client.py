@@ -383,6 +383,19 @@ def test_one_node_that_cannot_be_reached_does_not_keep_the_others_away() -> None
     assert torch.equal(stage.sums[0][1], wanted(CALL))
 
 
+def test_a_call_of_before_a_router_that_cuts_experts_in_another_way_fails_and_takes_nobody_along() -> None:
+    stage = Stage()
+    stage.client.nodes.expect(2)
+    stage.start(CALL, "of before")
+    stage.place({"a": ALL})
+    assert [(name, str(error)) for name, error in stage.failures] == [
+        ("of before", "layer 1: its experts are cut into 1 now, not into 2")
+    ]
+    stage.start(CALL, "of now")
+    stage.answer_all()
+    assert [name for name, _ in stage.sums] == ["of now"]
+
+
 def test_a_shard_that_only_an_unreachable_node_holds_waits_like_any_other() -> None:
     stage = Stage()
     stage.take(placement({"far": ALL}, 1, endpoints=("ipc:///elsewhere",)))
