@@ -19,7 +19,7 @@ from common.topology import NodeKind
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.ranks.collectives import CollectivesKind, choose_collectives
-from services.stage.ranks.group import GroupSettings, RankGroup, fork_server_of_ranks, open_group
+from services.stage.ranks.group import RankGroup, fork_server_of_ranks, open_group
 from services.stage.ranks.memory_needs import num_memories
 from services.stage.service import StageService
 from services.stage.slot.layers import StageLayers
@@ -53,7 +53,7 @@ class StageProcess:
         self._numeric_class = self._device.numeric_class(self._variant(settings))
         own = self._resources
         num_positions = min(settings.max_context_tokens or sys.maxsize, own.config.context_tokens)
-        self.ranks = None if forks is None else self._open_ranks(settings, num_positions, forks, log)
+        self.ranks = None if forks is None else self._open_ranks(num_positions, forks)
         self._layers = StageLayers(
             own.config, own.checkpoint, num_positions, self._kernels, self._device, self.ranks, own.loader
         )
@@ -68,23 +68,9 @@ class StageProcess:
             return f"{variant}+parts{settings.tp}"  # a device's bits depend on the shapes of products
         return variant
 
-    def _open_ranks(
-        self, settings: Settings, num_positions: int, forks: ForkServer, log: structlog.stdlib.BoundLogger
-    ) -> RankGroup:
-        own = self._resources
-        return open_group(
-            GroupSettings(settings.tp, settings.tp_reduce, self._collectives),
-            own.config,
-            own.checkpoint,
-            num_positions,
-            settings.threads,
-            own.settings.capacity_bytes,
-            self._kernels,
-            forks,
-            log,
-            self._device,
-            places_of_ranks(self._device.place, settings.tp, self._num_gpus),
-        )
+    def _open_ranks(self, num_positions: int, forks: ForkServer) -> RankGroup:
+        places = places_of_ranks(self._device.place, self._resources.settings.tp, self._num_gpus)
+        return open_group(self._resources, num_positions, self._collectives, self._kernels, self._device, forks, places)
 
     def _offered_bytes(self, config: ModelConfig, num_ranks: int) -> int:
         """Returns what all ranks have together."""

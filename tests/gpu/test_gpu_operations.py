@@ -18,6 +18,7 @@ from common.compute.torch_elementwise import exponential, silu
 from services.stage.model.decoder import Gate
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
+    AttendingRows,
     LayerKvCache,
     allocate_kv_cache,
     paged_attention,
@@ -121,11 +122,10 @@ def test_attention(gpu: CudaDevice, dtype: torch.dtype, window: int) -> None:
             paged_attention(
                 given[0],
                 cache,
-                *given[1:],
+                AttendingRows(given[1], given[2], given[3], positions),
                 scale=width**-0.5,
                 sliding_window=window,
                 kernels=None,
-                host_positions=positions,
             )
         )[0]
 

@@ -125,13 +125,10 @@ class AttentionHeads:
         attended = paged_attention(
             query,
             cache,
-            batch.block_tables,
-            batch.row_sequence,
-            batch.positions,
+            batch.attending_rows,
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window or 0,
             kernels=self.kernels,
-            host_positions=batch.host_positions,
         )
         return attended.reshape(num_tokens, self.num_heads * self.head_dim)
 

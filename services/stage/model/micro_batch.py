@@ -14,6 +14,7 @@ from common.messages import Step
 from common.wire.array import Float64Array, Int32Array, Int64Array, frame_to_array
 from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, Records, frame_to_records
 from services.stage.model.logit_adjustments import KeptAdjustments, LogitAdjustments
+from services.stage.model.paged_attention import AttendingRows
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -50,6 +51,11 @@ class MicroBatch:
         """Returns the micro-batch of `tensors()`."""
         hidden, positions, row_sequence, block_tables, slots, sampling_rows = tensors
         return cls(hidden, positions, row_sequence, block_tables, slots, sampling_rows, sampling, host_positions)
+
+    @property
+    def attending_rows(self) -> AttendingRows:
+        """Returns where its tokens stand."""
+        return AttendingRows(self.block_tables, self.row_sequence, self.positions, self.host_positions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,29 +131,67 @@ def _packed_heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class AttendingRows:
+    """Where the tokens stand that attend. T tokens of Q sequences, B blocks in the longest table."""
+
+    block_tables: Tensor
+    """int32 [Q, B]: block of each KV_BLOCK_TOKENS positions of a sequence."""
+    row_sequence: Tensor
+    """int32 [T]: the row of `block_tables` of each token. Those of one sequence should follow each other: they are then
+    computed together."""
+    positions: Tensor
+    """int32 [T]."""
+    host_positions: Tensor | None = None
+    """The same on the host, where the rest is on a device."""
+
+
 def paged_attention(
     query: Tensor,
     cache: LayerKvCache,
-    block_tables: Tensor,
-    row_sequence: Tensor,
-    positions: Tensor,
+    rows: AttendingRows,
     *,
     scale: float,
     sliding_window: int = 0,
     kernels: NativeKernels | None,
-    host_positions: Tensor | None = None,
 ) -> Tensor:
     """Turns query [T, H, d] into [T, H, d]; the token at position p attends to positions max(0, p - window + 1) to p.
 
-    block_tables [S, max_blocks] int32: block of each KV_BLOCK_TOKENS positions of a sequence.
-    row_sequence [T] int32: the row of block_tables of each token. positions [T] int32.
-    host_positions: the same on the host, where the rest is on a device.
-    sliding_window 0 is none. Tokens of one sequence should follow each other: they are then computed together.
-    Raises ValueError when shapes or dtypes do not fit. Indices are trusted: check them where they come in.
+    sliding_window 0 is none. Raises ValueError when shapes or dtypes do not fit. Indices are trusted: check them where
+    they come in.
     """
+    _check(query, cache, rows)
+    if kernels is None or query.device.type != "cpu":
+        return _attend_by_torch(query, cache, rows, scale, sliding_window)
+    query = query.contiguous()
+    block_tables, row_sequence = rows.block_tables.contiguous(), rows.row_sequence.contiguous()
+    positions = rows.positions.contiguous()
+    output = torch.empty_like(query)
+    descriptor = _AttentionDescriptor(
+        query.data_ptr(),
+        cache.keys.data_ptr(),
+        cache.values.data_ptr(),
+        block_tables.data_ptr(),
+        row_sequence.data_ptr(),
+        positions.data_ptr(),
+        output.data_ptr(),
+        *query.shape[:2],
+        cache.keys.shape[1],
+        cache.heads_between_blocks,
+        query.shape[2],
+        block_tables.shape[1],
+        sliding_window,
+        kernels.threads,
+        scale,
+    )
+    kernels.attention(ctypes.addressof(descriptor), int(query.dtype == torch.bfloat16))
+    return output
+
+
+def _check(query: Tensor, cache: LayerKvCache, rows: AttendingRows) -> None:
     tokens, heads, width = query.shape
-    kv_heads = cache.keys.shape[1]
-    if heads % kv_heads or width != cache.keys.shape[2] or query.dtype != cache.keys.dtype:
+    block_tables, row_sequence, positions = rows.block_tables, rows.row_sequence, rows.positions
+    if heads % cache.keys.shape[1] or width != cache.keys.shape[2] or query.dtype != cache.keys.dtype:
         raise ValueError(
             f"query {tuple(query.shape)} {query.dtype} does not fit a cache of {tuple(cache.keys.shape)} "
             f"{cache.keys.dtype}"
@@ -168,69 +206,25 @@ def paged_attention(
             f"block_tables, row_sequence and positions are int32, not {block_tables.dtype}, "
             f"{row_sequence.dtype} and {positions.dtype}"
         )
-    if kernels is None or query.device.type != "cpu":
-        return attention_by_torch(
-            query,
-            cache.keys,
-            cache.values,
-            block_tables,
-            row_sequence,
-            positions,
-            scale,
-            sliding_window,
-            host_positions,
-        )
-    query, block_tables = query.contiguous(), block_tables.contiguous()
-    row_sequence, positions = row_sequence.contiguous(), positions.contiguous()
-    output = torch.empty_like(query)
-    descriptor = _AttentionDescriptor(
-        query.data_ptr(),
-        cache.keys.data_ptr(),
-        cache.values.data_ptr(),
-        block_tables.data_ptr(),
-        row_sequence.data_ptr(),
-        positions.data_ptr(),
-        output.data_ptr(),
-        tokens,
-        heads,
-        kv_heads,
-        cache.heads_between_blocks,
-        width,
-        block_tables.shape[1],
-        sliding_window,
-        kernels.threads,
-        scale,
-    )
-    kernels.attention(ctypes.addressof(descriptor), int(query.dtype == torch.bfloat16))
-    return output
 
 
-def attention_by_torch(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    row_sequence: Tensor,
-    positions: Tensor,
-    scale: float,
-    sliding_window: int,
-    host_positions: Tensor | None = None,
+def _attend_by_torch(
+    query: Tensor, cache: LayerKvCache, rows: AttendingRows, scale: float, sliding_window: int
 ) -> Tensor:
-    """Arguments as of `paged_attention`, the cache as its two tensors; -> [T, H, d]."""
+    """Does what `paged_attention` does, TORCH_TOKENS tokens at a time."""
     tokens = query.shape[0]
-    known_positions = positions if host_positions is None else host_positions
+    known_positions = rows.positions if rows.host_positions is None else rows.host_positions
     output = torch.empty_like(query)
     for start in range(0, tokens, TORCH_TOKENS):
         chosen = torch.arange(start, start + TORCH_TOKENS, device=query.device).clamp(max=tokens - 1)
         result = _attend(
             query[chosen].to(torch.float32),
-            keys,
-            values,
-            block_tables[row_sequence[chosen].long()].long(),
-            positions[chosen].long(),
+            cache,
+            rows.block_tables[rows.row_sequence[chosen].long()].long(),
+            rows.positions[chosen].long(),
             scale,
             sliding_window,
-            _tiles(known_positions[start : start + TORCH_TOKENS], keys.shape[3], sliding_window),
+            _tiles(known_positions[start : start + TORCH_TOKENS], cache.keys.shape[3], sliding_window),
         )
         output[start : start + TORCH_TOKENS] = result[: tokens - start].to(query.dtype)
     return output
@@ -243,17 +237,11 @@ def _tiles(positions: Tensor, tile_tokens: int, window: int) -> range:
 
 
 def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    positions: Tensor,
-    scale: float,
-    window: int,
-    tiles: range,
+    query: Tensor, cache: LayerKvCache, tables: Tensor, positions: Tensor, scale: float, window: int, tiles: range
 ) -> Tensor:
     """Turns query [T, H, d] float32, with tables [T, max_blocks] and positions [T], into [T, H, d], T being
     TORCH_TOKENS."""
+    keys, values = cache.keys, cache.values
     kv_heads, tile_tokens = keys.shape[1], keys.shape[3]
     grouped = query.reshape(TORCH_TOKENS, kv_heads, -1, query.shape[2])  # [T, Hkv, G, d]
     starts = (positions - window + 1).clamp(min=0) if window > 0 else torch.zeros_like(positions)

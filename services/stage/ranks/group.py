@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -22,6 +21,7 @@ from common.checkpoint.model_config import ModelConfig
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError, RankLostError
+from common.node.process import NodeResources
 from common.processes.child_process import ChildProcess
 from common.processes.fork_server import ForkServer
 from common.topology import StageRole
@@ -339,54 +339,56 @@ def fork_server_of_ranks() -> ForkServer:
 
 
 def open_group(
-    settings: GroupSettings,
-    config: ModelConfig,
-    checkpoint: Path,
+    resources: NodeResources,
     num_positions: int,
-    threads: int,
-    capacity_bytes: int,
+    collectives: CollectivesKind,
     kernels: NativeKernels | None,
-    forks: ForkServer,
-    log: structlog.stdlib.BoundLogger,
     device: Device,
+    forks: ForkServer,
     places: Sequence[str],
 ) -> RankGroup:
     """Starts the ranks of this process's stage. Raises ConfigurationError for a degree that cannot be.
 
-    `capacity_bytes`: what the router is told; `kernels`, `device`: rank 0's; `places`: where each rank computes, as
-    DEVICE says it.
+    `kernels`, `device`: rank 0's; `places`: where each rank computes, as DEVICE says it.
     """
-    check_degree(config, settings.degree)
-    channel_kernels = kernels or load_native_kernels(threads=threads)
+    settings, config = resources.settings, resources.config
+    check_degree(config, settings.tp)
+    channel_kernels = kernels or load_native_kernels(threads=settings.threads)
     if channel_kernels is None:
         raise ConfigurationError(
-            f"TP={settings.degree} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
+            f"TP={settings.tp} needs the native kernels, by which ranks wait for each other: install a C++ compiler"
         )
     memory = SharedMemory.create(SharedChannel.num_bytes(SLAB_BYTES), "moemesh-ranks")
     options = {
         "channel": memory.descriptor,
         "bytes": memory.num_bytes,
         "slab": SLAB_BYTES,
-        "checkpoint": checkpoint,
+        "checkpoint": resources.checkpoint,
         "positions": num_positions,
-        "threads": threads,
-        "collectives": settings.collectives,
+        "threads": settings.threads,
+        "collectives": collectives,
     }
+    supervisor = RankSupervisor(settings.tp - 1, _spawner(memory, options, places, forks), resources.log)
+    supervisor.start()
+    capacity_bytes = settings.capacity_bytes // num_memories(settings.tp, config.num_kv_heads)
+    return RankGroup(
+        GroupSettings(settings.tp, settings.tp_reduce, collectives),
+        config,
+        SharedChannel(memory, SLAB_BYTES, channel_kernels),
+        supervisor,
+        resources.log,
+        kernels=kernels,
+        device=device,
+        capacity_bytes=0 if device.is_host else capacity_bytes,
+    )
 
+
+def _spawner(
+    memory: SharedMemory, options: Mapping[str, object], places: Sequence[str], forks: ForkServer
+) -> Callable[[int], ChildProcess]:
     def spawn(seat: int) -> ChildProcess:
         given = {**options, "seat": seat, "device": places[seat]}
         arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         return forks.spawn("services.stage.ranks", arguments, os.environ, {memory.descriptor: memory.descriptor})
 
-    supervisor = RankSupervisor(settings.degree - 1, spawn, log)
-    supervisor.start()
-    return RankGroup(
-        settings,
-        config,
-        SharedChannel(memory, SLAB_BYTES, channel_kernels),
-        supervisor,
-        log,
-        kernels=kernels,
-        device=device,
-        capacity_bytes=0 if device.is_host else capacity_bytes // num_memories(settings.degree, config.num_kv_heads),
-    )
+    return spawn

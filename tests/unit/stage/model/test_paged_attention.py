@@ -8,6 +8,7 @@ import torch
 from common.compute.native_library import NativeKernels
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
+    AttendingRows,
     LayerKvCache,
     allocate_kv_cache,
     paged_attention,
@@ -48,9 +49,7 @@ class Sequences:
         return paged_attention(
             self.query[rows],
             self.cache,
-            self.block_tables,
-            self.row_sequence[rows],
-            self.positions[rows],
+            AttendingRows(self.block_tables, self.row_sequence[rows], self.positions[rows]),
             scale=self.query.shape[2] ** -0.5,
             sliding_window=window,
             kernels=kernels,
@@ -157,9 +156,7 @@ def test_what_does_not_fit_is_refused(choice: str) -> None:
         paged_attention(
             sequences.query[:, :3],
             sequences.cache,
-            sequences.block_tables,
-            sequences.row_sequence,
-            sequences.positions,
+            AttendingRows(sequences.block_tables, sequences.row_sequence, sequences.positions),
             scale=1.0,
             kernels=kernels,
         )
@@ -167,9 +164,7 @@ def test_what_does_not_fit_is_refused(choice: str) -> None:
         paged_attention(
             sequences.query,
             sequences.cache,
-            sequences.block_tables,
-            sequences.row_sequence,
-            sequences.positions.long(),
+            AttendingRows(sequences.block_tables, sequences.row_sequence, sequences.positions.long()),
             scale=1.0,
             kernels=kernels,
         )
