@@ -28,11 +28,20 @@ def resend_soon(descriptor: int) -> bool:
     descriptor may be closed, or another file: nothing happens to it then.
     """
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as same:
-            if same.family not in (socket.AF_INET, socket.AF_INET6):
-                return False
-            same.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, round(LAST_RESEND_S * 1e3))
-            same.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MIN_US, round(FIRST_RESEND_S * 1e6))
+        copy = os.dup(descriptor)
     except OSError:
         return False
+    try:
+        same = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return False
+    with same:
+        if same.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        try:
+            same.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, round(LAST_RESEND_S * 1e3))
+            same.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MIN_US, round(FIRST_RESEND_S * 1e6))
+        except OSError:
+            return False
     return True

@@ -41,8 +41,10 @@ def test_what_a_listening_socket_accepts_has_its_times() -> None:
             assert _is_soon(accepted.fileno())
 
 
-def test_what_is_no_tcp_socket_is_left_alone() -> None:
+def test_what_is_no_tcp_socket_is_left_alone_and_no_descriptor_is_kept() -> None:
     with socket.socket(socket.AF_UNIX) as unix, open(os.devnull) as file:
+        before = os.listdir("/proc/self/fd")
         assert not resend_soon(unix.fileno())
         assert not resend_soon(file.fileno())
-    assert not resend_soon(1 << 20)
+        assert not resend_soon(1 << 20)
+        assert os.listdir("/proc/self/fd") == before
