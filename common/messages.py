@@ -12,8 +12,9 @@ from typing import Final
 
 PROTOCOL_VERSION: Final = 5
 """It counts what messages hold: whoever adds a field raises it, and gives the field a default."""
-OLDEST_VERSION: Final = 4
-"""Messages of this version are understood too; they may lack the fields that have a default."""
+OLDEST_VERSION: Final = 5
+"""Messages of this version are understood too; they may lack the fields that have a default. Who takes a field or a
+kind away, or gives a field another meaning, raises it as well."""
 
 # ---- what every message is made of: arrays beside the header, and the header
 

@@ -131,7 +131,8 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     if magic != _MAGIC:
         raise ProtocolError("not a moemesh message (wrong magic)")
     if not OLDEST_VERSION <= version <= PROTOCOL_VERSION or flags:
-        raise ProtocolError(f"protocol version {version}; {OLDEST_VERSION} to {PROTOCOL_VERSION} are understood")
+        understood = " or ".join(map(str, range(OLDEST_VERSION, PROTOCOL_VERSION + 1)))
+        raise ProtocolError(f"protocol version {version}; {understood} is understood")
     body = first[_PREFIX.size :]
     if _checksum(body, frames[1:], version) != checksum:
         raise ProtocolError("checksum does not match: the message was damaged on its way")

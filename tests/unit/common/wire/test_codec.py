@@ -169,6 +169,12 @@ def test_versions_that_are_not_understood_are_named(version: int) -> None:
         decode(packed(fields_of(ROWS), (bytes(ROWS.rows.data),), version=version))
 
 
+@pytest.fixture
+def understands_the_version_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a version that has only added fields."""
+    monkeypatch.setattr("common.wire.codec.OLDEST_VERSION", PROTOCOL_VERSION - 1)
+
+
 def as_version_before(message: Any, header: Header) -> list[bytes]:
     """As a process sends it that knows no field with a default."""
     fields = fields_of(message)
@@ -184,6 +190,7 @@ def as_version_before(message: Any, header: Header) -> list[bytes]:
     )
 
 
+@pytest.mark.usefixtures("understands_the_version_before")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_what_the_version_before_did_not_have_gets_its_default(kind: type[Any]) -> None:
     @settings(max_examples=10, deadline=None)
@@ -195,12 +202,18 @@ def test_what_the_version_before_did_not_have_gets_its_default(kind: type[Any]) 
     check()
 
 
+@pytest.mark.usefixtures("understands_the_version_before")
 def test_of_the_own_version_a_field_that_is_missing_is_refused() -> None:
     fields = fields_of(Failed("code", "message", 3))
     del fields["f"]["call"]
     assert decode(packed(fields, version=PROTOCOL_VERSION - 1))[0] == Failed("code", "message", 0)
     with pytest.raises(ProtocolError, match="Failed must have the fields code, message, call"):
         decode(packed(fields))
+
+
+def test_a_version_whose_fields_were_taken_away_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="protocol version 4; 5 is understood"):
+        decode(packed(fields_of(Leave("stopped")), version=4))
 
 
 def test_flags_of_a_later_version_are_refused() -> None:
