@@ -178,7 +178,9 @@ class _Router:
         """Goes on with what a router before this one has left, and serves until it is to end."""
         mesh_thread = threading.Thread(target=self._run_mesh, name="mesh", daemon=True)
         self.placer.start()
+        number_restored = len(self.storage.journalled)
         self.requests.restore(self.storage.journalled)
+        self.storage.journalled.clear()  # each is in memory for as long as it is kept, and no longer
         going_on = asyncio.create_task(self.requests.go_on())
         relief = asyncio.create_task(MemoryRelief().run())
         try:
@@ -186,9 +188,8 @@ class _Router:
             await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
             # Only now: stages that are back hand their cache to requests that are in line.
             mesh_thread.start()
-            if self.storage.journalled:
-                number = len(self.storage.journalled)
-                log.info("requests_restored", number=number, are_all_in_line=going_on.done())
+            if number_restored:
+                log.info("requests_restored", number=number_restored, are_all_in_line=going_on.done())
             if not should_stop():
                 await self.server.serve(sockets=[self.listener])
         finally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -27,7 +31,7 @@ from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _listen, _origins, _stage_roles, http_url
+from services.router.service import _context_tokens, _listen, _origins, _Router, _stage_roles, http_url
 from tests.support.router.mesh_shapes import node, small_model
 
 
@@ -204,3 +208,23 @@ def test_no_answer_waits_for_the_acknowledgement_of_what_went_before_it() -> Non
                 assert await accepted
 
     asyncio.run(asyncio.wait_for(main(), 10))
+
+
+class _Restored:
+    """Stands for a request that a router before this one has left."""
+
+
+def test_what_was_restored_is_kept_by_nobody_but_who_goes_on_with_it() -> None:
+    left: list[weakref.ref[_Restored]] = []
+
+    async def nothing() -> None:
+        return None
+
+    requests = SimpleNamespace(
+        restore=lambda journalled: left.extend(map(weakref.ref, journalled)), go_on=nothing, close=nothing
+    )
+    storage = SimpleNamespace(journalled=[_Restored(), _Restored()])
+    router = _Router(storage, Mock(), Mock(), Mock(), requests, Mock(), Mock())  # type: ignore[arg-type]
+    asyncio.run(router.run(lambda: True))
+    gc.collect()
+    assert [request() for request in left] == [None, None]
