@@ -225,6 +225,6 @@ def test_what_was_restored_is_kept_by_nobody_but_who_goes_on_with_it() -> None:
     )
     storage = SimpleNamespace(journalled=[_Restored(), _Restored()])
     router = _Router(storage, Mock(), Mock(), Mock(), requests, Mock(), Mock())  # type: ignore[arg-type]
-    asyncio.run(router.run(lambda: True))
+    asyncio.run(router.run(Mock(return_value=True)))
     gc.collect()
     assert [request() for request in left] == [None, None]
