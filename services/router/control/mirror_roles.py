@@ -159,6 +159,9 @@ class MirrorRoles:
         self._failed: set[tuple[NodeId, StageSlot]] = set()
         """Who could not load what, or was not filled. It may have had no socket, or its disk or a link may have failed:
         it is asked again."""
+        self._unfilled: set[tuple[NodeId, StageSlot]] = set()
+        """Those of them that had loaded and were not filled in time. As they may load again and displace a mirror that
+        is filled, they are asked again only where the slot has no other: a holder feeds one mirror at a time."""
         self._retry_at_s: float | None = None
         """None: nobody has asked `is_due` since the last of them failed."""
         self._retry_s = RETRY_S
@@ -206,9 +209,11 @@ class MirrorRoles:
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription]) -> list[Action]:
         """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
         self._wanted, self._spares = {held.slot: held for held in slots if held.is_wanted}, spares
-        self._failed = {(node_id, slot) for node_id, slot in self._failed if node_id in self._nodes}
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
-        self._pairs = self._not_failed(valid_pairs(before, slots, spare_ids))
+        valid = valid_pairs(before, slots, spare_ids)
+        self._forget({failure for failure in self._failed if failure[0] not in self._nodes})
+        self._forget({failure for failure in self._unfilled if failure[1] not in valid})
+        self._pairs = self._not_failed(valid)
         self._successors = {
             slot: pair
             for slot, pair in self._not_failed(valid_pairs(self._successors, slots, spare_ids)).items()
@@ -313,6 +318,10 @@ class MirrorRoles:
                 return True
         return False
 
+    def _forget(self, failures: Set[tuple[NodeId, StageSlot]]) -> None:
+        self._failed -= failures
+        self._unfilled -= failures
+
     def _give_up(self, slot: StageSlot, pair: MirrorPair) -> None:
         """The next plan drops the pair."""
         self._failed.add((pair.node_id, slot))
@@ -329,13 +338,14 @@ class MirrorRoles:
         return self._forgives(now_s) or self._gives_up(now_s)
 
     def _forgives(self, now_s: float) -> bool:
-        if not self._failed:
+        kept = {failure for failure in self._unfilled if failure[1] in self._pairs}
+        if self._failed == kept:
             return False
         if self._retry_at_s is None:
             self._retry_at_s = now_s + self._retry_s
         if now_s < self._retry_at_s:
             return False
-        self._failed.clear()
+        self._forget(self._failed - kept)
         self._retry_at_s, self._retry_s = None, min(2 * self._retry_s, MAX_RETRY_S)
         return True
 
@@ -346,11 +356,21 @@ class MirrorRoles:
             if pair.filling_since_s is None:
                 pair.filling_since_s = now_s
             patience_s = self._fill_patience_s.get(slot, FILL_PATIENCE_S)
-            if now_s - pair.filling_since_s >= patience_s and self._has_idle_spare(slot):
+            if now_s - pair.filling_since_s >= patience_s and self._has_other_spare(slot):
                 self._fill_patience_s[slot] = 2 * patience_s
                 self._give_up(slot, pair)
+                self._unfilled.add((pair.node_id, slot))
                 return True
         return False
+
+    def _has_other_spare(self, slot: StageSlot) -> bool:
+        """Returns whether a spare may take the place of the slot's mirror. Who was not filled counts again once all
+        others have been tried."""
+        if not self._has_idle_spare(slot):
+            self._forget(
+                {(node_id, of) for node_id, of in self._unfilled if of == slot and not self._pairs_of(node_id)}
+            )
+        return self._has_idle_spare(slot)
 
     def _has_idle_spare(self, slot: StageSlot) -> bool:
         wanted = self._wanted.get(slot)

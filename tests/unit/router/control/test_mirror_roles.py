@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.ids import LeaseTerm, NodeId, PipelineId, SlotIndex
 from common.topology import NodeDescription, StageSlot
-from services.router.control.mirror_roles import MirroredSlot, MirrorPair, choose_mirrors
-from tests.support.router.mesh_shapes import node
+from services.router.control.actions import RoleMessages, Tell
+from services.router.control.mirror_roles import (
+    FILL_PATIENCE_S,
+    MirroredSlot,
+    MirrorPair,
+    MirrorReport,
+    MirrorRoles,
+    choose_mirrors,
+)
+from services.router.control.sizes import StageSizes, plan_layers
+from tests.support.router.mesh_shapes import node, small_mesh, small_model
 
 
 def held(index: int, host: str, *, numeric_class: str = "cpu", is_leaving: bool = False) -> MirroredSlot:
@@ -99,3 +109,69 @@ def best(holders: list[str], of_spares: list[str]) -> int:
         for number in {host: number for number, host in enumerate(of_spares) if host != first}.values()
     ]
     return max([without, *tried])
+
+
+class CutLink:
+    """A slot whose holder, on host a, reaches the spares of its own host alone. The router reaches all of them."""
+
+    def __init__(self, names: str, fill_s: float = 0.25) -> None:
+        self.wanted, self.spares = held(0, "a"), spares(names)
+        self.nodes = {of.node_id: of for of in (self.wanted.holder, *self.spares)}
+        config, shape = small_model(), small_mesh()
+        layers = plan_layers(config, shape.pp)
+        messages, sizes = RoleMessages(layers, ((), ""), 0), StageSizes(config, shape, layers)
+        self.roles = MirrorRoles(messages, sizes, len(self.spares), self.nodes)
+        self.now_s, self.fill_s = 0.0, fill_s
+        self.filled_at_s: dict[NodeId, float] = {}
+
+    def replan(self) -> None:
+        """Who is told to mirror has loaded at once, and is filled in its time if the holder reaches it."""
+        for action in self.roles.replan([self.wanted], self.spares):
+            if isinstance(action, Tell) and (number := self.roles.number_of(action.node_id)) is not None:
+                self.roles.apply_report(action.node_id, MirrorReport(number, is_complete=False))
+                self.filled_at_s[action.node_id] = self.now_s + self.fill_s
+
+    def lose(self, name: str) -> None:
+        del self.nodes[NodeId(name)]
+        self.spares = [spare for spare in self.spares if spare.node_id != name]
+        self.replan()
+
+    def mirrors_over(self, time_s: float) -> list[str | None]:
+        """Returns the complete mirror at each time at which the router asked whether anything is due."""
+        seen: list[str | None] = []
+        for _ in range(int(4 * time_s)):
+            self.now_s += 0.25
+            node_id = self.roles.nodes[self.wanted.slot]
+            if node_id.startswith("a") and self.now_s >= self.filled_at_s[node_id]:
+                number = self.roles.number_of(node_id)
+                assert number is not None
+                self.roles.apply_report(node_id, MirrorReport(number, is_complete=True))
+            if self.roles.is_due(self.now_s):
+                self.replan()
+            seen.append(self.roles.node_of(self.wanted.slot))
+        return seen
+
+
+@pytest.mark.parametrize("fill_s", [0.25, 20.0])
+def test_a_mirror_that_was_not_filled_does_not_come_back_in_place_of_a_complete_one(fill_s: float) -> None:
+    mesh = CutLink("a1 b1", fill_s)
+    mesh.replan()
+    assert mesh.roles.nodes[mesh.wanted.slot] == "b1", "it is on another host"
+    mesh.mirrors_over(FILL_PATIENCE_S + fill_s + 0.5)
+    assert set(mesh.mirrors_over(300.0)) == {"a1"}
+
+
+def test_every_spare_is_tried_before_one_that_was_not_filled_is_tried_again() -> None:
+    mesh = CutLink("b1 b2 a1")
+    mesh.replan()
+    mesh.mirrors_over(3 * FILL_PATIENCE_S + 1.0)
+    assert set(mesh.mirrors_over(300.0)) == {"a1"}
+
+
+def test_a_mirror_that_was_not_filled_is_asked_again_when_the_complete_one_is_lost() -> None:
+    mesh = CutLink("a1 b1")
+    mesh.replan()
+    mesh.mirrors_over(FILL_PATIENCE_S + 0.5)
+    assert mesh.roles.node_of(mesh.wanted.slot) == "a1"
+    mesh.lose("a1")
+    assert mesh.roles.nodes[mesh.wanted.slot] == "b1"

@@ -428,7 +428,7 @@ def test_a_mirror_that_does_not_become_complete_makes_room_for_another_spare_lat
     assert feeds == [("a1", ())], "the holder feeds nobody until a3 has loaded"
     roles.apply_mirror_report(NodeId(second), MirrorReport(number, False))
     assert roles.tick(300.0) == []
-    assert roles.tick(300.0 + RETRY_S) == [], "a2 may be tried again, but a3 has time"
+    assert roles.tick(300.0 + RETRY_S) == [], "a2 is not tried again before a3 has had its time"
     assert roles.tick(300.0 + 2 * FILL_PATIENCE_S - 0.1) == []
     assert list(mirrors_told(roles.tick(300.0 + 2 * FILL_PATIENCE_S))) == [first]
 
