@@ -187,7 +187,9 @@ class RequestRegistry:
         self.refuse_set_aside: Callable[[str, str], None] = lambda tenant, name: None
         """Raises SetAsideError if this tenant's request of that name was set aside. Whoever runs this knows."""
         self.attend_restored: Callable[[str], None] = lambda choice_id: None
-        """It is told which request is about to be gone on with, by its first choice; the empty string once none is."""
+        """It is told which request is about to be planned again, by its first choice; the empty string once none is."""
+        self._planned_again: list[str] = []
+        """Those that are being planned again, by their first choices: several, while threads read long ones."""
 
     # ---- finding
 
@@ -288,12 +290,8 @@ class RequestRegistry:
         """Goes on with all that was restored and has not ended, first with what stages may have a cache of."""
         waiting = [entry for entry in self._known.all() if entry.is_unfinished]
         for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
-            self.attend_restored(entry.accepted.choice_ids[0])
-            try:
-                with suppress(UnknownRequestError):  # the log has the reason
-                    await self._awake(entry)
-            finally:
-                self.attend_restored("")
+            with suppress(UnknownRequestError):  # the log has the reason
+                await self._awake(entry)
             await asyncio.sleep(0)  # whoever asks meanwhile is answered
 
     async def _written(self, accepted: AcceptedRequest) -> None:
@@ -309,26 +307,41 @@ class RequestRegistry:
         async with entry.waking:
             if entry.live is not None:
                 return entry.live
-            accepted, resting = entry.accepted, entry.resting
-            assert resting is not None, "one or the other"
-            identity = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed, is_new=False)
             try:
-                planned = await self._planner.read(accepted.route, accepted.body, identity)
-                live = self._live(entry, planned)
-                if self._known.get(accepted.reply_id) is not entry:
-                    raise UnknownRequestError("it was cancelled meanwhile")
-                entry.live = live
-                if resting.ended_s is None:
-                    entry.resting = None
-                live.restore(
-                    resting.choices, was_over=resting.ended_s is not None, counts_as_recovery=entry.is_restored
-                )
+                with self._attended(entry.accepted.choice_ids[0]):
+                    return await self._plan_again(entry)
             except Exception as error:  # whatever is wrong with one request costs that request, and no other
                 self._lose(entry, error)
                 raise UnknownRequestError(
-                    f"the request `{accepted.reply_id}` cannot be planned again here, and was forgotten", "id"
+                    f"the request `{entry.accepted.reply_id}` cannot be planned again here, and was forgotten", "id"
                 ) from error
-            return live
+
+    async def _plan_again(self, entry: KnownRequest) -> LiveRequest:
+        accepted, resting = entry.accepted, entry.resting
+        assert resting is not None, "one or the other"
+        identity = ReplyIdentity(accepted.reply_id, accepted.created_s, accepted.seed, is_new=False)
+        planned = await self._planner.read(accepted.route, accepted.body, identity)
+        self.attend_restored(accepted.choice_ids[0])  # another one may have come while a thread read this one
+        live = self._live(entry, planned)
+        if self._known.get(accepted.reply_id) is not entry:
+            raise UnknownRequestError("it was cancelled meanwhile")
+        entry.live = live
+        if resting.ended_s is None:
+            entry.resting = None
+        live.restore(resting.choices, was_over=resting.ended_s is not None, counts_as_recovery=entry.is_restored)
+        return live
+
+    @contextmanager
+    def _attended(self, choice_id: str) -> Iterator[None]:
+        """Says that this one is planned again, and afterwards which one still is: the last of those that came, in
+        whichever order they go."""
+        self._planned_again.append(choice_id)
+        self.attend_restored(choice_id)
+        try:
+            yield
+        finally:
+            self._planned_again.remove(choice_id)
+            self.attend_restored(self._planned_again[-1] if self._planned_again else "")
 
     def _lose(self, entry: KnownRequest, error: Exception) -> None:
         log.error(

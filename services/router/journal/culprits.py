@@ -1,9 +1,10 @@
 """Which requests end the router, judged from how routers before this one have ended. Pure.
 
 A router says whose turn it is before it does anything for a request (`set_aside.py`), in the mesh thread and where it
-restores what the journal has. If it ends while it is one's turn, and so three times in a row without a token in
-between, that request is set aside. So chance does not count: a router that is killed from outside is seldom killed in
-those moments, and hardly three times over one request.
+plans again what the journal has: to go on with it, or because its client asks for it, be it after its end. If it ends
+while it is one's turn, and so three times in a row without a token in between, that request is set aside. So chance
+does not count: a router that is killed from outside is seldom killed in those moments, and hardly three times over one
+request.
 An error that no request can be named for is held against all that were there and got no token since the last one. From
 the third time on the younger half of those goes: who gets on, or has only just come, is not to blame.
 """
@@ -24,19 +25,21 @@ class Ending:
     handled: str = ""
     """The request id whose turn it was in the mesh thread; empty if it was nobody's."""
     restored: str = ""
-    """The request id that was being restored; empty if none was."""
+    """The request id that was being planned again; empty if none was."""
     is_broken: bool = False
     """It ended by an error of its own, and not from outside."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
-    """A request that is to go on, as far as it matters here."""
+class Suspect:
+    """A request that is to go on, or may be asked for after its end, as far as it matters here."""
 
     reply_id: str
     choice_ids: tuple[str, ...]
     num_tokens: int
     """So many tokens all of its choices have so far."""
+    has_ended: bool = False
+    """Nothing is done for it but to plan it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +62,28 @@ class Judgement:
     """Maps a reply id to the reason, as a sentence for its client."""
 
 
-def judge(record: Record, ending: Ending, unfinished: Sequence[Unfinished]) -> Judgement:
-    """Judges how the last router ended. `unfinished` is in the order of acceptance."""
-    culprit = _named(ending.handled, unfinished) or _named(ending.restored, unfinished)
+def judge(record: Record, ending: Ending, suspects: Sequence[Suspect]) -> Judgement:
+    """Judges how the last router ended. `suspects` are in the order of acceptance."""
+    unfinished = [request for request in suspects if not request.has_ended]
+    culprit = _named(ending.handled, unfinished) or _named(ending.restored, suspects)
     if culprit is not None:
-        return _judge_one(record, culprit, unfinished)
+        return _judge_one(record, culprit, suspects)
     if not ending.is_broken:
         return Judgement(Record(), {})
     return _judge_all(record, unfinished)
 
 
-def _named(choice_id: str, unfinished: Sequence[Unfinished]) -> Unfinished | None:
-    return next((request for request in unfinished if choice_id in request.choice_ids), None)
+def _named(choice_id: str, suspects: Sequence[Suspect]) -> Suspect | None:
+    return next((request for request in suspects if choice_id in request.choice_ids), None)
 
 
-def _counted(ends: Mapping[str, tuple[int, int]], request: Unfinished) -> tuple[int, int]:
+def _counted(ends: Mapping[str, tuple[int, int]], request: Suspect) -> tuple[int, int]:
     """Returns how many ends in a row it is now, with its tokens: who got one in between begins anew."""
     num_ends, num_tokens = ends.get(request.reply_id, (0, request.num_tokens))
     return num_ends + 1 if num_tokens == request.num_tokens else 1, request.num_tokens
 
 
-def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
+def _judge_all(record: Record, unfinished: Sequence[Suspect]) -> Judgement:
     unnamed = {request.reply_id: _counted(record.unnamed, request) for request in unfinished}
     suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
     set_aside = {
@@ -90,8 +94,8 @@ def _judge_all(record: Record, unfinished: Sequence[Unfinished]) -> Judgement:
     return Judgement(Record(record.ends, unnamed), set_aside)
 
 
-def _judge_one(record: Record, culprit: Unfinished, unfinished: Sequence[Unfinished]) -> Judgement:
-    lives = {request.reply_id for request in unfinished}
+def _judge_one(record: Record, culprit: Suspect, suspects: Sequence[Suspect]) -> Judgement:
+    lives = {request.reply_id for request in suspects}
     ends = {reply_id: count for reply_id, count in record.ends.items() if reply_id in lives}
     num_ends, num_tokens = _counted(record.ends, culprit)
     if num_ends < MAX_ENDS:

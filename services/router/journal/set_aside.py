@@ -1,10 +1,10 @@
 """Whose turn it is, where a killed router leaves it; and requests that were set aside, kept in the state folder.
 
-Whose turn it is, in the mesh thread and where requests are restored, stands in a file of shared memory: writing to it
-costs no system call and waits for no disk, and it is there after the process was killed, in whatever way. A router that
-breaks writes the same to `STATE_DIR/ending.json`. `STATE_DIR/ends.json` counts over starts. `STATE_DIR/set-aside/` has
-one file a request that is not gone on with: whoever asks for it is told, and people find there what it takes to see
-why.
+Whose turn it is, in the mesh thread and where requests are planned again, stands in a file of shared memory: writing
+to it costs no system call and waits for no disk, and it is there after the process was killed, in whatever way. A
+router that breaks writes the same to `STATE_DIR/ending.json`. `STATE_DIR/ends.json` counts over starts.
+`STATE_DIR/set-aside/` has one file a request that is not gone on with: whoever asks for it is told, and people find
+there what it takes to see why.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import structlog
 
 from common.atomic_write import write_whole
 from common.errors import SetAsideError
-from services.router.journal.culprits import Ending, Record, Unfinished, judge
+from services.router.journal.culprits import Ending, Record, Suspect, judge
 from services.router.journal.records import JournalledRequest
 
 log = structlog.get_logger(__name__)
 
 _SLOT_BYTES = 512
 _HANDLED, _RESTORED = 0, _SLOT_BYTES
-"""Where the slot of the mesh thread begins, and that of the event loop, which restores."""
+"""Where the slot of the mesh thread begins, and that of the event loop, which plans requests again."""
 _SIZE = 2 * _SLOT_BYTES
 _NAME = 8
 """The offset of the name in a slot. Byte 0 of the slot has its length, and is written last."""
@@ -64,7 +64,7 @@ class Attention:
         self._note(_HANDLED, name)
 
     def restoring(self, name: str) -> None:
-        """Notes which request is being restored, if any. Belongs to the event loop."""
+        """Notes which request is being planned again, if any. Belongs to the event loop."""
         self._note(_RESTORED, name)
 
     def _note(self, slot: int, name: str) -> None:
@@ -190,8 +190,8 @@ def without_culprits(
     journalled: Sequence[JournalledRequest],
     forget: Callable[[str], None],
 ) -> tuple[list[JournalledRequest], SetAside]:
-    """Returns the requests that are gone on with. Those that end the router are set aside, and forgotten by the journal
-    through `forget`, which gets their reply ids.
+    """Returns the requests that are gone on with, or may be asked for. Those that end the router are set aside, and
+    forgotten by the journal through `forget`, which gets their reply ids.
 
     What the disk does not take is said, and judged again at the next start.
     """
@@ -202,8 +202,8 @@ def without_culprits(
     for reply_id in [reply_id for reply_id, request in requests.items() if set_aside.has(request)]:
         forget(reply_id)  # a router was killed before its journal had forgotten it
         del requests[reply_id]
-    unfinished = [_as_judged(request) for request in requests.values() if request.ended_s is None]
-    judgement = judge(_read_record(ends), read_ending(attention_path(state_dir), ending), unfinished)
+    suspects = [_as_judged(request) for request in requests.values()]
+    judgement = judge(_read_record(ends), read_ending(attention_path(state_dir), ending), suspects)
     culprits = [(requests.pop(reply_id), reason) for reply_id, reason in judgement.set_aside.items()]
     try:
         for request, reason in culprits:
@@ -224,12 +224,12 @@ def _token_ids(request: JournalledRequest) -> list[list[int]]:
         return []
 
 
-def _as_judged(request: JournalledRequest) -> Unfinished:
+def _as_judged(request: JournalledRequest) -> Suspect:
     try:
         num_tokens = sum(choice.num_tokens for choice in request.choices)
     except ValueError:
-        num_tokens = 0  # it is damaged: whoever goes on with it says so
-    return Unfinished(request.accepted.reply_id, request.accepted.choice_ids, num_tokens)
+        num_tokens = 0  # it is damaged: whoever plans it again says so
+    return Suspect(request.accepted.reply_id, request.accepted.choice_ids, num_tokens, request.ended_s is not None)
 
 
 def _read_record(path: Path) -> Record:

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import SetAsideError
 from services.router.engine import Token
-from services.router.journal.culprits import Ending, Record, Unfinished, judge
+from services.router.journal.culprits import Ending, Record, Suspect, judge
 from services.router.journal.records import JournalledChoice, JournalledRequest
 from services.router.journal.set_aside import (
     MAX_KEPT,
@@ -25,7 +25,7 @@ from services.router.journal.set_aside import (
 )
 from tests.support.front.journals import accepted
 
-A, B, C = (Unfinished(name, (f"{name}-0", f"{name}-1"), 5) for name in "abc")
+A, B, C = (Suspect(name, (f"{name}-0", f"{name}-1"), 5) for name in "abc")
 
 
 def journalled(name: str, num_tokens: int = 3, ended_s: float | None = None) -> JournalledRequest:
@@ -62,7 +62,7 @@ def test_who_is_being_restored_at_three_ends_in_a_row_is_set_aside_unless_it_was
 def test_who_gets_further_in_between_is_not_to_blame() -> None:
     record = Record()
     for num_tokens in range(5, 15):
-        judgement = judge(record, Ending("b-1"), [A, Unfinished("b", B.choice_ids, num_tokens)])
+        judgement = judge(record, Ending("b-1"), [A, Suspect("b", B.choice_ids, num_tokens)])
         assert not judgement.set_aside
         record = judgement.record
 
@@ -81,6 +81,18 @@ def test_two_that_end_the_router_in_turn_are_both_set_aside() -> None:
         record = judgement.record
         gone |= judgement.set_aside.keys()
     assert gone == {"a", "b"}
+
+
+def test_who_has_ended_is_to_blame_where_it_is_planned_again_and_nowhere_else() -> None:
+    ended = Suspect("b", B.choice_ids, 5, has_ended=True)
+    record = judge(Record(), Ending("b-0", is_broken=True), [A, ended]).record
+    assert not record.ends
+    assert list(record.unnamed) == ["a"]
+    for _ in range(2):
+        judgement = judge(record, Ending(restored="b-0"), [A, ended])
+        assert not judgement.set_aside
+        record = judgement.record
+    assert list(judge(record, Ending(restored="b-0"), [A, ended]).set_aside) == ["b"]
 
 
 def test_a_request_that_is_gone_is_nobodys_fault() -> None:
@@ -102,7 +114,7 @@ def test_errors_far_apart_that_no_request_can_be_named_for_are_nobodys_who_got_o
     """One a month: whoever is under way at the third has had nothing to do with the first."""
     record = Record()
     for month in range(6):
-        line = [Unfinished("a", A.choice_ids, 5 + month), Unfinished(f"new-{month}", (f"new-{month}-0",), 0)]
+        line = [Suspect("a", A.choice_ids, 5 + month), Suspect(f"new-{month}", (f"new-{month}-0",), 0)]
         judgement = judge(record, Ending("", is_broken=True), line)
         assert not judgement.set_aside
         record = judgement.record
@@ -111,7 +123,7 @@ def test_errors_far_apart_that_no_request_can_be_named_for_are_nobodys_who_got_o
 def test_of_those_under_way_only_who_got_no_token_between_three_unnamed_errors_is_set_aside() -> None:
     record = Record()
     for time in range(3):
-        line = [Unfinished("a", A.choice_ids, 5 + time), B, Unfinished(f"new-{time}", (f"new-{time}-0",), 0)]
+        line = [Suspect("a", A.choice_ids, 5 + time), B, Suspect(f"new-{time}", (f"new-{time}-0",), 0)]
         judgement = judge(record, Ending("", is_broken=True), line)
         record = judgement.record
     assert list(judgement.set_aside) == ["b"]
@@ -218,6 +230,18 @@ def test_after_three_ends_the_others_go_on_and_the_client_is_told_for_good(tmp_p
     assert path.parent.stat().st_mode & 0o077 == 0, "prompts stand in it in clear"
     # A router that is killed before its journal has forgotten the request does not go on with it either.
     assert run_lives(tmp_path, requests, "", 1) == (["a", "old"], ["b"])
+
+
+def test_after_three_ends_over_one_that_had_ended_its_client_is_told_and_it_is_planned_no_more(tmp_path: Path) -> None:
+    requests, forgotten = [journalled("a"), journalled("old", ended_s=5.0)], list[str]()
+    for _ in range(3):
+        Attention(attention_path(tmp_path), tmp_path / "ending.json").restoring(requests[1].accepted.choice_ids[0])
+        assert forgotten == []
+        going_on, folder = without_culprits(tmp_path, requests, forgotten.append)
+    attention_path(tmp_path).unlink()
+    assert (going_on, forgotten) == (requests[:1], ["old"])
+    with pytest.raises(SetAsideError, match="3 times in a row"):
+        folder.refuse(requests[1].accepted.tenant, "own-old")
 
 
 def test_what_is_kept_aside_is_bounded_and_what_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
