@@ -37,7 +37,7 @@ from services.stage.model.executor import Broken, Executor, Finished, RunningBat
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.mirror_sender import MirrorLink
-from services.stage.slot.slot import RoleRefused, RoleTaken, Slot
+from services.stage.slot.slot import MemoryTag, RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import passed_on, relayed
 
@@ -156,18 +156,18 @@ class StageService(NodeLoop[MessageSocket]):
         self._forget_steps()
         self._check_block_tokens()
         self._tell_experts_settings()
-        former = self._worker.slot
+        former = self._lease_and_memory()
         outcome = self._worker.assign(message, header, self._dtype)
-        slot = self._worker.slot
         # Under the same lease, too, a pool of another size is other memory: what the mirror lacks was of the former.
-        if (
-            former is None
-            or slot is None
-            or slot.held is not former.held
-            or slot.role.lease_term != former.role.lease_term
-        ):
+        if former is None or self._lease_and_memory() != former:
             self._mirror_link.stop()
         self._answer_assignment(outcome)
+
+    def _lease_and_memory(self) -> tuple[int, MemoryTag] | None:
+        """Returns by what the slot is told from another. It holds on to nothing, so that new memory finds the old one's
+        room."""
+        slot = self._worker.slot
+        return None if slot is None else (slot.role.lease_term, slot.held.tag)
 
     def _mirror_to(self, message: MirrorTo, header: Header) -> None:
         slot = self._worker.slot

@@ -122,6 +122,7 @@ class RankGroup:
                 time.sleep(0.02)
         was_lost = not self._attached.items() <= self.present().items()
         if self.in_use is not None and not was_lost and not self.leader.is_broken:
+            self.forget_loads()
             self._memory.forget()
             return  # the incarnation has ended for another reason: ranks and weights are as they were
         epoch = self.leader.begin_epoch()
@@ -216,8 +217,7 @@ class RankGroup:
     def postpone_growth(self, why: str) -> None:
         """Gives growth up for now. The stage works as it is. Raises RankLostError."""
         self._grow_after_s = self.clock() + GROW_AGAIN_S
-        if self._attached:
-            self.leader.tell(ForgetLoads())
+        self.forget_loads()
         self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
@@ -250,6 +250,11 @@ class RankGroup:
         if self._attached:
             self.leader.tell(order, torch.tensor(seats))
         return RankLoad(order, seats, Sharding(order.shard(0), self._exchange))
+
+    def forget_loads(self) -> None:
+        """Lets the ranks give up what they load or have loaded beside what they use. Raises RankLostError."""
+        if self._attached:
+            self.leader.tell(ForgetLoads())
 
     def is_loaded(self, load: RankLoad) -> bool:
         """Returns whether every other rank has its part. Raises RankLostError, or the error that a rank has said."""

@@ -147,6 +147,7 @@ class RankWorker:
         elif isinstance(command, UseShard):
             self._use(command)
         elif isinstance(command, ForgetMemory):
+            self._forwards.clear()  # those that are dropped hold it until then
             self._memory.forget()
         elif isinstance(command, ForgetLoads):
             self._loads.clear()

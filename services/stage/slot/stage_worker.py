@@ -113,6 +113,8 @@ class StageWorker:
                 f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
             )
         self._close_slot()
+        if isinstance(message, AssignMirror):
+            self._abandon_growing()  # a mirror does not grow
         role = role_of(message, header)
         loading = self._loading
         if loading is not None and (loading.load.layers, loading.load.dtype) == (role.layers, dtype):
@@ -121,8 +123,8 @@ class StageWorker:
         loaded = self.layers.loaded
         if loaded is not None and (loaded.layers, loaded.dtype) == (role.layers, dtype) and loading is None:
             return self._enter(message, header, loaded)
+        self._abandon_growing()
         self._drop_memory()
-        self._growing = None
         self.layers.drop()  # makes room before the new ones come
         self._log.info("loading_layers", first=role.layers.start, stop=role.layers.stop)
         self._loading = Loading(message, header, self.layers.begin_load(role, dtype, replaces=True))
@@ -215,6 +217,12 @@ class StageWorker:
         self._growing = None
         ranks.postpone_growth(str(error))
 
+    def _abandon_growing(self) -> None:
+        """Gives growth up for a stage that has no slot any more: what was loaded for it makes room."""
+        if self._ranks is not None and self._growing is not None:
+            self._growing = None
+            self._ranks.forget_loads()
+
     def leave(self) -> None:
         """Forgets steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
         self._loading = None
@@ -224,7 +232,7 @@ class StageWorker:
     def forget(self) -> None:
         """Leaves, and gives up the memory too."""
         self.leave()
-        self._growing = None
+        self._abandon_growing()
         self._drop_memory()
 
     def _end_mirror(self) -> None:
@@ -272,11 +280,10 @@ class StageWorker:
         tag = MemoryTag(
             message.pipeline, message.slot, message.num_slots, loaded.layers, message.num_blocks, loaded.dtype
         )
-        held = self._held
-        if held is not None and held.tag == tag:
-            held.watermark.begin_generation()
-            return held
-        self._held = None
+        if self._held is not None and self._held.tag == tag:
+            self._held.watermark.begin_generation()
+            return self._held
+        self._held = None  # nobody else has it: the new one needs its room
         memory = self.layers.allocate(loaded, message.num_blocks, with_log=message.slot < message.num_slots - 1)
         self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepWatermark())
         return self._held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_a_mirror_is_not_filled_from_memory_that_is_no_more(stage: Stage) -> Non
     stage._feed_mirror(101.0)
     assert socket.is_closed
     assert not socket.sent
+
+
+def test_memory_is_let_go_before_other_is_allocated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.take_slot(ASSIGN, 1)
+    assert stage.worker.slot is not None
+    former = weakref.ref(stage.worker.slot.held.memory)
+    is_gone: list[bool] = []
+    allocate = stage.worker.layers.allocate
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        is_gone.append(former() is None)
+        return allocate(*arguments, **named)
+
+    monkeypatch.setattr(stage.worker.layers, "allocate", watched)
+    stage.take_slot(replace(ASSIGN, num_blocks=20), 2)
+    assert is_gone == [True]
 
 
 def test_a_back_fill_goes_on_in_a_new_generation_of_the_same_memory(stage: Stage) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -191,6 +192,33 @@ def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None
         change_over(ranks, store, ALL_BLOCKS[1:2])
         assert same([*store.blocks(ALL_BLOCKS[1:2])], [part[:, 1:2] for part in held])
         assert not any(part.any() for part in store.blocks(ALL_BLOCKS[2:]))
+
+
+def test_a_rank_has_given_its_old_memory_up_before_it_allocates_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a batch that nobody goes on with was under way."""
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        model = ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        caches = ranks.allocate(torch.float32).caches
+        batch = batch_of(torch.arange(3), 0, [0])
+        forward = ranks.group.leader.lead(model.forward(batch, caches), batch)
+        forward.send(None)
+        other = ranks.workers[1]._memory
+        wait_until(lambda: bool(ranks.workers[1]._forwards), 5, "that the rank has begun")
+        forward.close()
+        former = weakref.ref(other.caches[0].keys)
+        is_gone: list[bool] = []
+        allocate: Any = RankKv.allocate
+
+        def watched(self: Any) -> None:
+            if self is other:
+                is_gone.append(former() is None)
+            allocate(self)
+
+        monkeypatch.setattr(RankKv, "allocate", watched)
+        ranks.allocate(torch.float32)
+        assert is_gone == [True]
 
 
 def test_a_rank_without_room_says_so_and_nobody_keeps_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

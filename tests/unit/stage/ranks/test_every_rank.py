@@ -187,6 +187,19 @@ def test_batches_go_on_in_any_order_and_one_that_is_dropped_is_forgotten(tmp_pat
         )
 
 
+def test_a_batch_that_is_dropped_with_its_slot_does_not_keep_the_memory_on_the_ranks(tmp_path: Path) -> None:
+    with rank_threads(write_checkpoint(tmp_path, QWEN3), 2) as ranks, torch.inference_mode():
+        model = ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        caches = ranks.allocate(torch.float32).caches
+        batch = batch_of(torch.arange(3), 0, [0])
+        forward = ranks.group.leader.lead(model.forward(batch, caches), batch)
+        forward.send(None)
+        wait_until(lambda: bool(ranks.workers[1]._forwards), 5, "that the rank has begun")
+        forward.close()
+        ranks.group.forget_memory()
+        wait_until(lambda: not ranks.workers[1]._forwards, 5, "that no batch is left")
+
+
 def test_another_process_in_the_seat_of_a_lost_one_is_not_taken_for_it(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3)
     expected = alone(checkpoint, torch.float32)

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from common.errors import CheckpointError, RankLostError
-from common.messages import AssignStage, Header
+from common.messages import AssignMirror, AssignStage, Header
 from services.stage.ranks import group as group_module
 from services.stage.ranks import worker as worker_module
 from services.stage.ranks.kv_memory import RankKv
 from services.stage.ranks.worker import RankWorker
+from services.stage.slot.slot import RoleTaken
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.rank_threads import NUM_POSITIONS, rank_threads
@@ -210,3 +211,26 @@ def test_no_step_begins_once_the_stage_can_grow_so_that_it_does(checkpoint: Path
             executor._running = {}
             keeper.grow()
             assert (keeper.rank_degree, keeper.waits_for_quiet) == (2, False)
+
+
+@pytest.mark.parametrize("by", ["the end of the slot", "the end of the incarnation", "a mirror's role"])
+def test_what_was_loaded_for_a_growth_that_does_not_come_is_given_up(checkpoint: Path, by: str) -> None:
+    with rank_threads(checkpoint, 2) as ranks:
+        ranks.lose(1)
+        ranks.group.reform()
+        with keeper_of(ranks) as keeper:
+            executor: Any = take_slot(keeper).executor
+            ranks.start(1)
+            executor._running = {"a step": "that waits for experts"}
+            grow_until(keeper, "that all is loaded", lambda: keeper.waits_for_quiet)
+            assert ranks.workers[1]._loads
+            if by == "the end of the slot":
+                keeper.forget()
+            elif by == "the end of the incarnation":
+                ranks.group.reform()
+                assert ranks.group.in_use is not None, "all are there"
+            else:
+                follow = AssignMirror(0, 0, 1, 0, 5, 1, 3, ("tcp://holder:1",), "")
+                assert isinstance(keeper.assign(follow, Header(generation=2), torch.float32), RoleTaken)
+                assert not keeper.waits_for_quiet, "or nothing of the copy is received"
+            wait_until(lambda: not ranks.workers[1]._loads, 10, "that the ranks have heard of it")
