@@ -19,7 +19,7 @@ OF_OTHER_TIMES = ("CHANGELOG.md", "docs/log.md")
 """What these say of files is true of the day on which it was written."""
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 SOURCE_PATH = re.compile(r"`((?:common|services|compose|chaos|tests|docs)/[\w./-]+|[\w/]+\.py)`")
-READING = re.compile(r"^\d+\. `(?P<path>[\w./]+)` \((?P<lines>\d+) lines\):", re.MULTILINE)
+READING = re.compile(r"^\d+\. `(?P<path>[\w./]+)` \(about (?P<lines>\d+) lines\):", re.MULTILINE)
 METRIC = re.compile(r"moemesh_[a-z_]*[a-z]")
 
 
