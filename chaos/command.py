@@ -29,7 +29,7 @@ OUTPUT = Path("chaos-report")
 
 @app.command("faults")
 def print_faults() -> None:
-    """Print each kind of fault with its parameters: what they are without a word, and what they may be."""
+    """Print each kind of fault with its parameters, with defaults and allowed values."""
     for name, fault in sorted(FAULTS.items()):
         described = (sys.modules[fault.__module__].__doc__ or "").partition("\n\n")[0]
         print(f"{name:16} {' '.join(described.split())}")
@@ -41,10 +41,10 @@ def print_faults() -> None:
 def run(
     target: Annotated[str, typer.Option(help="docker or local")] = "local",
     suite: Annotated[str, typer.Option(help="smoke, nightly, soak, or the path of a YAML file")] = "smoke",
-    seed: Annotated[int, typer.Option(help="the same seed asks and hurts the same")] = 0,
-    against: Annotated[str, typer.Option(help="URL of a deployment that runs already")] = "",
+    seed: Annotated[int, typer.Option(help="the same seed gives the same requests and faults")] = 0,
+    against: Annotated[str, typer.Option(help="URL of a deployment that is already running")] = "",
     output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
-    reference: Annotated[Path | None, typer.Option(help="answers of another run; written if it is not there")] = None,
+    reference: Annotated[Path | None, typer.Option(help="answers of another run; written if it is missing")] = None,
     timing: Annotated[
         Literal["judge", "report"],
         typer.Option(help="whether stalls and other times count, or are only reported (a busy machine)"),
@@ -74,7 +74,7 @@ def run(
 
 @app.command()
 def settings(suite: str) -> None:
-    """Print the settings of a suite's mesh, NAME=VALUE a line, for whoever starts one for `--target docker`."""
+    """Print the settings of a suite's mesh, one NAME=VALUE per line, to start one for `--target docker`."""
     try:
         for name, value in read_experiment(suite).mesh.items():
             print(f"{name}={value}")
@@ -88,7 +88,7 @@ def judge_again(
     suite: Annotated[str, typer.Option(help="whose bounds")] = "smoke",
     output: Annotated[Path, typer.Option(help="folder of the report")] = OUTPUT,
 ) -> None:
-    """Judge the history.jsonl of an earlier run once more, for example by other bounds."""
+    """Judge the history.jsonl of an earlier run again, for example by other bounds."""
     try:
         with history.open(encoding="utf-8") as lines:
             read = read_history(lines)

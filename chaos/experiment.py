@@ -40,7 +40,7 @@ def _of_known_kind(fault: AllowedFault) -> AllowedFault:
 
 
 class Timeline(TimelineRules):
-    """Which faults come, how the run waits between them, and who must always be left."""
+    """Which faults come, how the run waits between them, and which nodes must always be left."""
 
     settle_within_s: Positive = 90.0
     """How long the next fault waits for the mesh to be whole; after that it comes all the same."""
@@ -64,14 +64,14 @@ class Timeline(TimelineRules):
 
 def _with_known_keys(bounds: Bounds) -> Bounds:
     for key in bounds.tpot_ratio.keys() - FAULTS.keys():
-        raise ValueError(f"tpot_ratio: {key!r} is no fault kind")
+        raise ValueError(f"tpot_ratio: {key!r} is not a fault kind")
     for name, limits in (("stall_s", bounds.stall_s), ("recovery_s", bounds.recovery_s)):
         if DEFAULT not in limits:
             raise ValueError(f"{name}: needs a value for `default`")
         for key in limits.keys() - {DEFAULT}:
             kind, _, victim = key.partition("/")
             if kind not in FAULTS or victim not in ("", *NODE_KINDS):
-                raise ValueError(f"{name}: {key!r} is no fault kind, and none of a node kind either")
+                raise ValueError(f"{name}: {key!r} is not a fault kind, alone or with a node kind")
     return bounds
 
 
@@ -117,7 +117,7 @@ def read_experiment(suite: str) -> Experiment:
         names = ", ".join(sorted(p.stem for p in SUITES.glob("*.yaml")))
         raise ExperimentError(f"no suite {suite!r} ({error.strerror}); a name of {names}, or a path") from error
     except yaml.YAMLError as error:
-        raise ExperimentError(f"{path} is no YAML: {error}") from error
+        raise ExperimentError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise ExperimentError(f"{path} must hold a mapping with `name`, `timeline` and so on")
     return parse_experiment(document)

@@ -155,7 +155,7 @@ class Run:
             await asyncio.gather(*load.tasks, watching, return_exceptions=True)
         if not watching.cancelled() and (error := watching.exception()) is not None:
             # Nothing was known to be whole from then on.
-            raise CannotRunError(f"nobody watched the mesh any more: {error!r}")
+            raise CannotRunError(f"the observer failed: {error!r}")
 
     async def _wait_all_stream(self, since_s: float, timeout_s: float) -> None:
         await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)
@@ -222,7 +222,7 @@ class Run:
         keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}
         victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep, roles)
         if not victims and planned.victims.rule != "nobody":
-            return self._skip(planned, f"nobody to hurt: {planned.victims}", is_expected=False)
+            return self._skip(planned, f"no node to hurt: {planned.victims}", is_expected=False)
         # Streams that run in step end at the same moment; a fault between two rounds would hit nothing.
         most = max(1, self.experiment.load.streams * 3 // 4)
         await self._wait_until(lambda: self._progress.num_streaming >= most, WORK_WITHIN_S)

@@ -1,4 +1,4 @@
-"""What the harness asks of a mesh that it may hurt: who runs there, and the few things that can be done to them.
+"""What the harness asks of a mesh that it may hurt: which processes run there, and what can be done to them.
 
 Two targets do it: processes under the supervisor of `make run`, and containers by compose label.
 """
@@ -25,7 +25,7 @@ class Node:
     container: str = ""
     """The id of the container; empty on the local target."""
     host: str = ""
-    """The played host that it runs on; empty where none are played, and for who runs beside them."""
+    """The played host that it runs on; empty where none are played, and for what runs beside them."""
 
 
 class Target(Protocol):
@@ -47,11 +47,11 @@ class Target(Protocol):
         ...
 
     def nodes(self) -> list[Node]:
-        """Returns everybody who runs now, by name."""
+        """Returns all processes that run now, by name."""
         ...
 
     def signal(self, node: Node, number: int) -> None:
-        """Sends a signal from the host; a process that is gone already is no error."""
+        """Sends a signal from the host; a process that is gone already is not an error."""
         ...
 
     def stop(self, node: Node, timeout_s: float) -> None:

@@ -98,7 +98,7 @@ def _kinds_in_order(draw: random.Random, allowed: Sequence[AllowedFault], count:
     order = each_once + draw.choices(list(allowed), weights, k=count - len(each_once))
     draw.shuffle(order)
     if order and order[0].victims.rule == "same":
-        # Nobody was hurt before it: it changes places with the first that chooses for itself.
+        # No node was hurt before it: it changes places with the first that chooses for itself.
         first = next((n for n, entry in enumerate(order) if entry.victims.rule != "same"), 0)
         order[0], order[first] = order[first], order[0]
     return order

@@ -1,4 +1,4 @@
-"""Who is hurt: a rule of the suite, the nodes that run, and a drawn number make the victims. Pure."""
+"""Which nodes are hurt: a rule of the suite, the nodes that run, and a drawn number make the victims. Pure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RULES = get_args(Rule)
 
 @dataclass(frozen=True, slots=True)
 class VictimRule:
-    """Who a suite wants to be hurt. `random` and `all` are of a `kind`; `random` has a `count`, `named` has `names`.
+    """Which nodes a suite hurts. `random` and `all` are of a `kind`; `random` has a `count`, `named` has `names`.
 
     `same` means those of the fault before, by name (flapping over restarts). `pair` means one node of each of two kinds
     where there are two kinds besides the router, else two nodes. `nobody` is for faults that hurt the mesh as a whole.
-    `host` means all who run on one played host, a random one.
+    `host` means all that run on one played host, a random one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -34,7 +34,7 @@ class VictimRule:
     count: Annotated[int, Field(ge=1)] = 1
     names: tuple[str, ...] = ()
     role: Literal["", "holder", "mirror", "expert", "spare"] = ""
-    """It counts for `random` and `all`; without it any role is meant, and also where nobody's role is known."""
+    """It counts for `random` and `all`; without it any role is meant, and also where no role is known."""
 
     def __str__(self) -> str:
         what = f"{self.kind or 'node'} ({self.role})" if self.role else self.kind or "node"
@@ -57,7 +57,7 @@ def choose_victims(
     keep: Mapping[str, int],
     roles: Mapping[str, Role] = NO_ROLES,
 ) -> list[Node]:
-    """Chooses the victims, in the order of their names; none where the rule finds nobody that may be hurt.
+    """Chooses the victims, in the order of their names; none where the rule finds no node that may be hurt.
 
     `before` names the victims of the fault before, `keep` says how many of a kind must stay unhurt, and `roles` what
     each node is for, by its name.
@@ -106,7 +106,7 @@ def _pair(nodes: Sequence[Node], draw: random.Random) -> list[Node]:
 
 
 def _spare(chosen: Sequence[Node], nodes: Sequence[Node], keep: Mapping[str, int]) -> list[Node]:
-    """Returns those who may be hurt and leave enough of their kind unhurt."""
+    """Returns those that may be hurt and leave enough of their kind unhurt."""
     victims: list[Node] = []
     for node in chosen:
         unhurt = sum(1 for other in nodes if other.kind == node.kind) - sum(1 for v in victims if v.kind == node.kind)

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     max_batch_sequences: int = Field(default=64, ge=1)
     prefill_chunk_tokens: int = Field(default=256, ge=1)
     max_waiting: int = Field(default=512, ge=1, description="requests queued before the door says 429")
-    micro_batches: int = Field(default=0, ge=0, description="in flight a pipeline; 0: as many as it has stages")
+    micro_batches: int = Field(default=0, ge=0, description="in flight per pipeline; 0: as many as it has stages")
     micro_batch_sequences: int = Field(default=32, ge=1, description="fewer decoding sequences are not split up")
     kv_cache_tokens: int = Field(default=65536, ge=64, description="KV cache of a pipeline, in tokens")
     max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")
@@ -77,23 +77,21 @@ class Settings(BaseSettings):
     control: str = Field(default="", description="router's control endpoint; default: ipc in the state folder")
     advertise_host: str = Field(default="", description="host name for a node's tcp sockets; default: its own address")
     socks_proxy: str = Field(default="", description="HOST:PORT of a SOCKS5 proxy for all tcp links; default: none")
-    host_label: str = Field(default="", description="copies go to different labels; default: one a machine")
+    host_label: str = Field(default="", description="copies go to different labels; default: one per machine")
     capacity_bytes: int = Field(default=0, ge=0, description="memory a node offers; 0: 80% of what is free")
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_connections: int = Field(default=1024, ge=1, description="HTTP connections at a time; fewer if files are few")
     keep_alive_s: float = Field(default=75, gt=0, le=86_400, description="pause between two requests of a connection")
-    cors_origins: str = Field(default="", description="web pages that may ask, a list with commas; *: all")
-    allowed_hosts: str = Field(
-        default="", description="names beside loopback's that a router there is asked by; *: all"
-    )
+    cors_origins: str = Field(default="", description="allowed origins, comma-separated; *: all")
+    allowed_hosts: str = Field(default="", description="further Host names accepted by a router on loopback; *: all")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # ---- the journal: what outlives the router and its clients' connections
     journal: Literal["process", "durable", "off"] = Field(
         default="process", description="process: survives kill -9; durable: also power loss, each commit waits"
     )
-    resume_grace_ms: int = Field(default=60_000, ge=0, description="a resumable request goes on so long without client")
-    journal_retention_s: int = Field(default=600, ge=0, description="ended resumable requests can be asked for so long")
+    resume_grace_ms: int = Field(default=60_000, ge=0, description="how long a resumable request runs without a client")
+    journal_retention_s: int = Field(default=600, ge=0, description="how long finished resumable requests are kept")
     journal_max_requests: int = Field(
         default=10_000, ge=1, description="resumable and idempotent requests that are kept before the door says 429"
     )
@@ -114,7 +112,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _strip(cls, value: object) -> object:
-        """Blanks around a value are nobody's intention: numbers may have them, and so may the rest. What is no UTF-8
+        """Blanks around a value are never intended: numbers may have them, and so may the rest. What is not UTF-8
         could neither be sent nor be part of the name of a socket."""
         if not isinstance(value, str):
             return value
@@ -151,7 +149,7 @@ class Settings(BaseSettings):
             # Browsers send pages of apps and extensions with schemes of their own.
             if re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin) is None:
                 raise ValueError(
-                    f"{origin!r} is no origin; one is a scheme, a host and perhaps a port, as in https://chat.example "
+                    f"{origin!r} is not an origin, which is a scheme, a host and perhaps a port: https://chat.example "
                     "or http://localhost:3000; * allows all"
                 )
         return origins
@@ -164,7 +162,7 @@ class Settings(BaseSettings):
                 re.fullmatch(r"[^:]+:\d+", host) is not None
             ):
                 raise ValueError(
-                    f"{host!r} is no name; names stand without scheme and port, as in chat.example; * allows all"
+                    f"{host!r} is not a host name; write it without scheme and port, as in chat.example; * allows all"
                 )
         return hosts
 
@@ -212,12 +210,12 @@ def read_settings(values: Mapping[str, str] | None = None) -> Settings:
         )
         raise ConfigurationError(f"wrong settings: {problems}") from None
     if settings.expert_loss == "degrade" and settings.combine != "exact":
-        raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: nodes that weigh cannot leave an expert out")
+        raise ConfigurationError("EXPERT_LOSS=degrade needs COMBINE=exact: partial sums cannot leave an expert out")
     if settings.stages and settings.stages < settings.pp and not settings.control.startswith("tcp://"):
         raise ConfigurationError(
             f"STAGES={settings.stages} is less than PP={settings.pp}: a pipeline needs a stage for each layer range; "
             "leave STAGES out, or set it to PP + SPARES at least"
         )
     if settings.tp_collectives == "nccl" and settings.device == "cpu":
-        raise ConfigurationError("TP_COLLECTIVES=nccl needs DEVICE=cuda: NCCL joins GPUs; on processors board or gloo")
+        raise ConfigurationError("TP_COLLECTIVES=nccl needs DEVICE=cuda: NCCL joins GPUs; use board or gloo on CPUs")
     return settings

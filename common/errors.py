@@ -10,7 +10,7 @@ MoemeshError
 │   ├── ContextLengthError        prompt + max_tokens exceed the context         400
 │   ├── UnknownModelError         another model than the one served              404
 │   ├── UnknownRequestError       no such request, or another tenant's           404
-│   ├── ForbiddenError            a web page, or a name, that is not let in      403
+│   ├── ForbiddenError            an origin or a Host name that is not allowed   403
 │   ├── IdempotencyError          a key that stands for another body             422
 │   ├── RequestTooLargeError      too many bytes                                 413
 │   ├── UnsupportedEncodingError  a body that is compressed                      415
@@ -24,7 +24,7 @@ MoemeshError
     ├── CapacityError             shards or cache do not fit what nodes offer    503
     ├── ExecutionError            a node failed while computing                  500
     ├── DeviceError               a node's GPU failed or has no memory left      500 (ends the process)
-    ├── SetAsideError             a request that ends the router again and again      500
+    ├── SetAsideError             a request that crashes the router every time   500
     ├── JournalError              the journal cannot be written to               503
     └── FencedError               a newer router has the state folder            503 (ends the process)
 
@@ -103,35 +103,35 @@ class UnknownModelError(RequestError):
 
 
 class UnknownRequestError(RequestError):
-    """Nobody asked for it, it is forgotten, or it belongs to another tenant; which of them is not told."""
+    """There was none, it is forgotten, or it belongs to another tenant; the client is not told which."""
 
     code = "request_not_found"
     http_status = 404
 
 
 class ForbiddenError(RequestError):
-    """A browser asks for a page that may not, or by a name that is not this server's."""
+    """The page's origin or the Host name is not allowed."""
 
     code = "forbidden"
     http_status = 403
 
 
 class IdempotencyError(RequestError):
-    """The idempotency key was given with another body before."""
+    """The idempotency key was used with another body before."""
 
     code = "idempotency_key_reused"
     http_status = 422
 
 
 class RequestTooLargeError(RequestError):
-    """The body has more bytes than the door takes."""
+    """The body has more bytes than MAX_BODY_BYTES."""
 
     code = "request_too_large"
     http_status = 413
 
 
 class UnsupportedEncodingError(RequestError):
-    """The body is not sent as it is."""
+    """The body is compressed or otherwise encoded."""
 
     code = "unsupported_encoding"
     http_status = 415
@@ -201,21 +201,21 @@ class ExecutionError(MeshError):
 
 
 class DeviceError(MeshError):
-    """A node's accelerator has failed, hangs, or has no memory left for a step: of this process nothing can go on."""
+    """A node's accelerator has failed, hangs, or has no memory left for a step: this process cannot continue."""
 
     code = "device_failed"
     http_status = 500
 
 
 class SetAsideError(MeshError):
-    """The router ended again and again over this request: it is kept on disk, and not gone on with."""
+    """The router crashed again and again over this request: it is kept on disk, and will not be resumed."""
 
     code = "request_set_aside"
     http_status = 500
 
 
 class JournalError(MeshError):
-    """The journal takes nothing now (a full disk, an I/O error): what cannot be kept is not begun."""
+    """The journal cannot be written to (a full disk, an I/O error): requests that cannot be kept are not begun."""
 
     code = "journal_unavailable"
 

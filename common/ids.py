@@ -1,4 +1,4 @@
-"""Names of things. Four counters tell "which one now"; names and addresses identify nobody."""
+"""Names of things. Four counters tell "which one now"; names and addresses identify no process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LeaseTerm = NewType("LeaseTerm", int)
 """Who holds a pipeline slot now; an older term is fenced."""
 
 Generation = NewType("Generation", int)
-"""Of a pipeline: grows when any of its slots changes hands."""
+"""A pipeline's count: it grows when any of its slots changes hands."""
 
 PipelineId = NewType("PipelineId", int)
 SlotIndex = NewType("SlotIndex", int)

@@ -1,4 +1,4 @@
-"""The log of a process: one JSON line an event on stderr, with the service's name in each.
+"""The log of a process: one JSON line per event on stderr, with the service's name in each.
 
 A module that logs has a logger of its own: `log = structlog.get_logger(__name__)`. The lines may go to a file or pipe
 that does not take them: a disk that hangs, a reader that has stopped. So a thread of its own writes them, and only that
@@ -46,7 +46,7 @@ def configure_log(service: str, level: str, stream: TextIO | LogStream | None = 
 
 
 MAX_LINES = 10_000
-"""What comes while so many wait is counted and dropped."""
+"""Lines that come while this many wait are counted and dropped."""
 
 
 class LogStream:
@@ -58,7 +58,7 @@ class LogStream:
         self._lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self._num_dropped = 0
         self._writer_pid = 0
-        """Of the process that the thread runs in: it begins with the first line, and a fork has none of its own."""
+        """The process that the thread runs in: it begins with the first line, and a fork has none of its own."""
 
     def write(self, text: str) -> int:
         """Hands in a line with its end."""
@@ -82,7 +82,7 @@ class LogStream:
         return is_written.wait(within_s)
 
     def _begin(self) -> bool:
-        """Begins a thread. False where there may be none: then lines are written by whoever has them, and wait."""
+        """Begins a thread. False where there may be none: then each caller writes its own lines, and waits."""
         lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # what a fork inherits is its parent's
         try:
             threading.Thread(target=self._run, args=(lines,), name="log", daemon=True).start()
@@ -110,7 +110,7 @@ class LogStream:
             if text:
                 self._write(text)
         except OSError:
-            return  # nobody reads it any more, or the disk is full: there is nowhere to say so
+            return  # it has no reader any more, or the disk is full: there is nowhere to say so
 
 
 def unbuffered(stream: TextIO) -> Callable[[str], object]:

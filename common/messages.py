@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 PROTOCOL_VERSION: Final = 5
-"""It counts what messages hold: whoever adds a field raises it, and gives the field a default."""
+"""It counts what messages hold: a change that adds a field raises it, and gives the field a default."""
 OLDEST_VERSION: Final = 5
-"""Messages of this version are understood too; they may lack the fields that have a default. Who takes a field or a
-kind away, or gives a field another meaning, raises it as well."""
+"""Messages of this version are understood too; they may lack the fields that have a default. A change that takes a
+field or a kind away, or gives a field another meaning, raises it as well."""
 
 # ---- what every message is made of: arrays beside the header, and the header
 
@@ -31,7 +31,7 @@ class TensorFrame:
 
 
 NO_ARRAY = TensorFrame("uint8", (0,), b"")
-"""Where a message has nothing to say in a tensor field."""
+"""The value of a tensor field in which a message has nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class Step:
     seeds: TensorFrame
     """int64 [S, 2], `records.SEED`: request seed, choice."""
     computing_slots: tuple[int, ...] = ()
-    """Of a replay step, the slots that compute; those before them answer from their activation log, those after them
-    do nothing. Empty: an ordinary step, all compute."""
+    """The slots that compute a replay step; those before them answer from their activation log, those after them do
+    nothing. Empty: an ordinary step, all compute."""
     penalties: TensorFrame = NO_PENALTIES
     """float64 [*, 5]: row in [0, S), min_p, presence, frequency and repetition penalty; of rows that are told anew and
     have any."""
@@ -148,10 +148,10 @@ class ExpertRows:
 
 @dataclass(frozen=True, slots=True)
 class CancelCall:
-    """Stage -> expert node: nobody waits for these calls any more; what still queues is dropped. Not answered."""
+    """Stage -> expert node: these calls are not wanted any more; what still queues is dropped. Not answered."""
 
     calls: tuple[int, ...]
-    """The stage's numbers; unknown ones are no error."""
+    """The stage's numbers; unknown ones are not errors."""
 
 
 # ---- stage -> its mirror, in order; acknowledgements come back
@@ -227,7 +227,7 @@ class Hello:
     held_shards: TensorFrame = NO_ARRAY
     """uint8 [L, E, S]: what an expert node holds; [0] before it was told how experts are cut."""
     part_layers: tuple[int, ...] = ()
-    """Of a node that sees a part of the checkpoint: first and stop layer of what it can load, without experts. Empty:
+    """For a node that sees a part of the checkpoint: first and stop layer of what it can load, without experts. Empty:
     no layers, or, where `part_experts` is empty too, the whole checkpoint."""
     part_experts: tuple[int, ...] = ()
     """The experts that it can load, of every MoE layer."""
@@ -244,7 +244,7 @@ class Welcome:
     num_slices: int
     call_deadline_ms: int
     expert_loss: str = "wait"
-    """`wait` for an expert shard that nobody can be asked for, or `degrade`: go on without it."""
+    """`wait` for an expert shard that no node can be asked for, or `degrade`: go on without it."""
     degrade_after_ms: int = 500
     """How long `degrade` waits first."""
     pulse: tuple[str, ...] = ()
@@ -301,7 +301,7 @@ class AssignMirror:
     first_layer: int
     stop_layer: int
     lease_term: int
-    """Of the slot's holder."""
+    """The lease term of the slot's holder."""
     num_blocks: int
     primary: tuple[str, ...]
     """Data endpoints of the holder, for acknowledgements."""
@@ -329,7 +329,7 @@ class MirrorTo:
     lease_term: int
     node_id: str
     endpoints: tuple[str, ...]
-    """Empty: to nobody any more."""
+    """Empty: to no node any more."""
     ipc_token: str
 
 
@@ -339,7 +339,7 @@ class AssignShards:
 
     version: int
     shards: TensorFrame
-    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert, 2 where nobody else can be asked for it:
+    """uint8 [L, E, S]: 1 where the node is to hold the slice of the expert, 2 where no other node can be asked for it:
     those are loaded first."""
 
 
@@ -355,15 +355,15 @@ class ShardsReady:
     number: int = 0
     """Counts the reports of this node from 1."""
     digests: TensorFrame = NO_ARRAY
-    """int32 [L, E, S]: of the bits of each shard's answer to the probe, above 0; 0 where it is not held. Nodes of one
-    numeric class that hold a shard have the same."""
+    """int32 [L, E, S]: a digest of the bits of each shard's answer to the probe, above 0; 0 where it is not held. Nodes
+    of one numeric class that hold a shard have the same."""
     projections: TensorFrame = NO_ARRAY
     """float32 [L, E, S]: the answer along a fixed direction, over its length; nearly the same on all nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishPlacement:
-    """Router -> stage: who holds which shards, ready to be asked. Advisory. Parallel tuples, one entry a node."""
+    """Router -> stage: which nodes hold which shards, ready to be asked. Advisory. Tuples have an entry per node."""
 
     version: int
     node_ids: tuple[str, ...]
@@ -375,8 +375,8 @@ class PublishPlacement:
     owners: TensorFrame
     """int32 [C, L, E, S]: by place in a shard's ordered list of copies, 1 + the node's place in `node_ids`; 0: none."""
     first_classes: tuple[str, ...] = ()
-    """By layer: the numeric class whose nodes are asked, those of another one only for what it has no copy of that
-    answers; empty string: nobody has held anything of the layer. None at all where all nodes have one class."""
+    """For each layer the numeric class whose nodes are asked, those of another one only for what it has no copy of that
+    answers; empty string: no node has held anything of the layer. None at all where all nodes have one class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +393,7 @@ class Heartbeat:
     queued: int = 0
     """Waiting now."""
     dropped: int = 0
-    """Messages of an old term, generation or attempt. Expert node: also calls that nobody waited for any more."""
+    """Messages of an old term, generation or attempt. Expert node: also calls that were not wanted any more."""
     is_leaving: bool = False
     """It has sent Leave and waits."""
 
@@ -408,11 +408,11 @@ class StageHeartbeat(Heartbeat):
     """Stage -> router: I am here, this is what I have done, and this is what I believe to be."""
 
     calls: int = 0
-    """Expert calls whose whole sum has come."""
+    """Expert calls whose whole sum has arrived."""
     call_seconds: float = 0.0
-    """From each of these to its sum."""
+    """The time from each of these calls to its sum."""
     call_bytes: int = 0
-    """Sent towards expert nodes."""
+    """Bytes sent towards expert nodes."""
     resent: int = 0
     """Expert calls repeated on another copy."""
     hedged: int = 0
@@ -432,21 +432,21 @@ class StageHeartbeat(Heartbeat):
     reduce_seconds: float = 0.0
     """Spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
     reduces: int = 0
-    """How often."""
+    """How often it did so."""
     role_number: int = 0
     """Number (generation) of the AssignStage or AssignMirror that it follows; 0: it is a spare."""
     role_state: str = ""
     """How far it is with that, as `StageState` has it."""
     lease_term: int = 0
-    """Of the slot that it holds or mirrors; 0: none."""
+    """The lease term of the slot that it holds or mirrors; 0: none."""
     kv_mark: int = 0
-    """Of a holder: as in StageReady."""
+    """A holder's mark, as in StageReady."""
     broken_stream: int = 0
-    """Of a mirror: as in MirrorReady."""
+    """A mirror's broken stream, as in MirrorReady."""
     feed_number: int = 0
     """Number of the MirrorTo that it follows; 0: it feeds no mirror."""
     placement_version: int = 0
-    """Of the placement that it has of this router; 0: it has none."""
+    """Version of the placement that it has from this router; 0: it has none."""
 
     @property
     def work_done(self) -> tuple[int, ...]:
@@ -459,13 +459,13 @@ class ExpertHeartbeat(Heartbeat):
     """Expert node -> router: I am here, this is what I have done, and this is what I believe to hold."""
 
     queue_seconds: float = 0.0
-    """From the arrival of each call that was answered to the start of its FFN."""
+    """The time from the arrival of each call that was answered to the start of its FFN."""
     answer_bytes: int = 0
-    """Sent as answers."""
+    """Bytes sent as answers."""
     cancelled: int = 0
     """Calls that were taken back in time."""
     shards_version: int = 0
-    """Of the AssignShards that it has of this router; 0: it has none."""
+    """Version of the AssignShards that it has from this router; 0: it has none."""
     shards_reports: int = 0
     """Number of its last ShardsReady."""
 
@@ -479,7 +479,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class LeaveAcknowledged:
-    """Router -> node: nobody will ask you for anything any more."""
+    """Router -> node: you will not be asked for anything any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,7 +489,7 @@ class Failed:
     code: str
     message: str
     call: int = 0
-    """Of the Dispatch that failed; 0 otherwise."""
+    """The number of the Dispatch that failed; 0 otherwise."""
 
 
 Message = (

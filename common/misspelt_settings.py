@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 SHORT = 3
-"""Names up to this length are near to many that other programs read, as TMP is to TP: they need a number."""
+"""Names up to this length resemble many that other programs read, as TMP does TP: they need a number."""
 OTHERS = frozenset({"MODELS", "HOSTS", "PORTS", "DEVICES", "RPORT", "LPORT", "XHOST", "RHOST", "LHOST", "POST", "PART"})
 """One edit from a setting, and some other program's."""
 PREFIX = "MOEMESH_"
@@ -28,7 +28,7 @@ def misspelt_settings(environment: Mapping[str, str], settings: Collection[str])
             or (upper.startswith(PREFIX) and _is_near(upper.removeprefix(PREFIX), setting))
         ]
         if near:
-            sentences.append(f"{name}={value} is no setting and changes nothing: is {' or '.join(near)} meant?")
+            sentences.append(f"{name}={value} is not a setting and has no effect; did you mean {' or '.join(near)}?")
     return sentences
 
 

@@ -10,7 +10,7 @@ from common.ids import Generation, Incarnation, LeaseTerm, NodeId, PipelineId, S
 
 
 class NodeKind(StrEnum):
-    """What a node process can become. The router's own incarnation is no node."""
+    """What a node process can become. The router's own incarnation is not a node."""
 
     STAGE = "stage"
     EXPERT = "expert"
@@ -59,7 +59,7 @@ class SlotReport(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPart:
-    """What a folder has of a checkpoint that it does not have all of."""
+    """The part of a checkpoint that a folder has."""
 
     layers: LayerRange | None = None
     """Decoder layers without their experts; with the first one the embedding, with the last one final norm and lm_head.
@@ -82,13 +82,13 @@ class NodeDescription:
     numeric_class: str
     """Device, instruction set, torch build, kernels: what decides the bits of a result."""
     fingerprint: str
-    """Of the checkpoint that it sees, or sees a part of."""
+    """The fingerprint of the checkpoint of which it sees all or a part."""
     endpoints: tuple[str, ...]
     """Where its data socket listens; ipc first where it has one."""
     lifeline: tuple[str, ...]
     """Where its lifeline socket listens: the router connects only to see it close."""
     ipc_token: str
-    """By which two processes prove that they see the same ipc folder on the same host; empty: they do not."""
+    """It proves to another process that both see the same ipc folder on the same host; empty: it does not."""
     process: str = ""
     """HOST/PID as the process itself sees them: for people, who find it by that."""
     part: CheckpointPart | None = None

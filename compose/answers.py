@@ -18,7 +18,7 @@ from common.errors import MoemeshError
 from compose.router_client import open_client
 
 RESUME_PATIENCE_S = 30.0
-"""How long a router that went away is looked for."""
+"""How long to look for a router that went away."""
 
 
 def stream_answer(url: str, question: str, max_tokens: int, temperature: float) -> Iterator[str]:
@@ -37,7 +37,7 @@ class Asked:
 
 
 def ask_model(client: httpx.Client, question: str, prompt: str, max_tokens: int, temperature: float) -> Asked:
-    """Asks a question as a chat, and where the model has no template for that has `prompt` gone on with. Raises as
+    """Asks a question as a chat; where the model has no template for that, lets the model continue `prompt`. Raises as
     `stream_answer` does, and so do the pieces."""
     model = served_model(client)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
@@ -61,7 +61,7 @@ def served_model(client: httpx.Client) -> str:
     try:
         return str(reply.json()["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError):
-        raise MoemeshError("what answers there is no router: /v1/models names no model") from None
+        raise MoemeshError("no moemesh router answers there: /v1/models names no model") from None
 
 
 def _sentence(reply: httpx.Response) -> str:
@@ -148,7 +148,7 @@ class _ResumableStream:
 
 
 def _text_of(data: str) -> str:
-    """Returns the text of an event. Raises MoemeshError with the server's sentence, or for what is no event of a
+    """Returns the text of an event. Raises MoemeshError with the server's sentence, or for what is not an event of a
     reply."""
     try:
         event = json.loads(data)
@@ -157,7 +157,7 @@ def _text_of(data: str) -> str:
         text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
         sentence = None if error is None else str(error["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise MoemeshError(f"what answers there is no router: its stream has an event {data[:100]!r}") from None
+        raise MoemeshError(f"no moemesh router answers there: its stream has an event {data[:100]!r}") from None
     if sentence is not None:
         raise MoemeshError(sentence)
     return text

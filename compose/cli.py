@@ -39,11 +39,11 @@ from services.router.control.sizes import plan_layers
 from services.stage.model.tp_shard import check_degree
 
 PIPE_WIDTH = 1000
-"""Of a table that no terminal shows: nothing is folded, for programs that look for lines."""
+"""The width of a table that no terminal shows: nothing is folded, for programs that look for lines."""
 
 
 class _PatientConsole(Console):
-    """Says what it has to say while somebody reads it; who reads no more ends no mesh."""
+    """Writes while somebody reads; a closed pipe does not end the mesh."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -72,10 +72,10 @@ app.add_typer(chaos_app, name="chaos")
 
 READY_TIMEOUT_S = 600.0
 NO_ROUTER_S = 5.0
-"""A router that does not answer for so long is worth a word."""
+"""A router that does not answer for this long is worth a word."""
 GREETING_PROMPT = "Once upon a time"
 GREETING_QUESTION = "Who are you?"
-"""Of models that have a chat template."""
+"""What the greeting asks models that have a chat template."""
 UrlOption = Annotated[
     str,
     typer.Option(
@@ -141,7 +141,7 @@ def ask(
 
 @app.command()
 def status(url: UrlOption = "") -> None:
-    """Whether a mesh is ready, and what it counts."""
+    """Show whether a mesh is ready, and what it counts."""
     url = _router_url(url)
     try:
         with open_client(url, 10) as client:
@@ -206,13 +206,13 @@ def _not_answered(url: str, error: Exception) -> typer.Exit:
 def _read_status(client: httpx.Client, path: str, key: str) -> dict[str, Any]:
     """Returns the answer, which has the key. Raises MoemeshError where another program answers."""
     reply = client.get(path)
-    told = f"what answers there is no router: {path} is HTTP {reply.status_code} and"
+    told = f"no moemesh router answers there: {path} returned HTTP {reply.status_code} but"
     try:
         status = dict(reply.json())
     except (ValueError, TypeError):
         raise MoemeshError(f"{told} no JSON") from None
     if key not in status:
-        raise MoemeshError(f"{told} says nothing of `{key}`")
+        raise MoemeshError(f"{told} no `{key}`")
     return status
 
 
@@ -265,7 +265,7 @@ def _interrupted_once() -> Iterator[None]:
 
 
 class _Progress:
-    """What a start waits for: a line that changes, or where nobody sees that, a line for each change."""
+    """What a start waits for: a line that changes, or where that cannot be seen, a line for each change."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -301,7 +301,7 @@ class _Progress:
 
 def _greet(mesh: LocalMesh) -> None:
     """`ready URL`, a curl line that works as it stands, and one real answer. If the router goes away meanwhile, it is
-    restarted like any other time: that ends a greeting, and no mesh. Nor does a reader who has seen enough."""
+    restarted like any other time: that ends the greeting, and not the mesh. Nor does a reader who has seen enough."""
     try:
         url = mesh.url
         print(f"ready {url}", flush=True)
@@ -309,10 +309,10 @@ def _greet(mesh: LocalMesh) -> None:
             _ask_example(client)
     except (httpx.HTTPError, MoemeshError, ValueError) as error:
         print(flush=True)
-        say(f"the example was not answered, the mesh goes on: {error}")
+        say(f"the example request failed; the mesh keeps running: {error}")
     except OSError as error:
         _drop_output()
-        say(f"nobody reads the greeting to its end, the mesh goes on: {error}")
+        say(f"stdout was closed during the greeting; the mesh keeps running: {error}")
     say(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh")
 
 

@@ -29,7 +29,7 @@ VOLUME_MOUNT = Path("/models")
 HEALTH_TIMEOUT_S = 3.0
 
 READY_BEFORE = Path("/tmp/moemesh-was-ready")
-"""In the router's container, from its start on."""
+"""A file in the router's container, from its start on."""
 
 
 def process_environment(environment: Mapping[str, str], mount: Path = CHECKPOINT_MOUNT) -> dict[str, str]:

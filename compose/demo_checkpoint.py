@@ -1,4 +1,4 @@
-"""The model that is served where nobody names one: the demo model, which lies in this folder."""
+"""The model that is served where none is named: the demo model, which lies in this folder."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ def open_client(url: str, timeout: httpx.Timeout | float) -> httpx.Client:
     try:
         host = httpx.URL(url).host
     except httpx.InvalidURL as error:
-        raise MoemeshError(f"this is no address: {error}") from None
+        raise MoemeshError(f"this is not an address: {error}") from None
     if not host:
-        raise MoemeshError("this is no address: it names no host")
+        raise MoemeshError("this is not an address: it names no host")
     if host.endswith(".localhost") or is_loopback(host) or is_wildcard(host):
         return httpx.Client(base_url=url, timeout=timeout, trust_env=False)
     try:

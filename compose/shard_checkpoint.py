@@ -1,4 +1,4 @@
-"""A checkpoint cut into one folder a role, for nodes that share no disk with others.
+"""A checkpoint cut into one folder per role, for nodes that share no disk with others.
 
     DIR/router     config and tokenizer, no weights
     DIR/stage-N    one layer range each
@@ -49,7 +49,7 @@ class WrittenPart:
     name: str
     part: CheckpointPart
     num_bytes: int
-    """Of its weights."""
+    """The bytes of its weights."""
 
 
 def shard_checkpoint(

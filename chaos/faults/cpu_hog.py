@@ -1,4 +1,4 @@
-"""Processes of our own take CPU time: the mesh is slow and healthy, and nobody may be declared dead."""
+"""Processes of our own take CPU time: the mesh is slow and healthy, and no node may be declared dead."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ CutKind = Literal["off", "pair", "one_way", "one_way_back", "halves"]
 
 
 class Cut(NetworkFault):
-    """Who does not reach whom is said by `kind`; see `make_cut`."""
+    """`kind` says which nodes do not reach which; see `make_cut`."""
 
     name = "cut"
     programs = ("nsenter", "iptables", "ip")

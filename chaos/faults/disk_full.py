@@ -30,7 +30,7 @@ class DiskFull(Fault):
     def unavailable(self, target: Target) -> str:
         routers = [node for node in target.nodes() if node.kind == "router"]
         try:
-            return refusal(state_folder(routers[0])) if routers else "there is no router whose state folder is seen"
+            return refusal(state_folder(routers[0])) if routers else "there is no router whose state folder can be seen"
         except TargetError as error:
             return str(error)
 
@@ -58,7 +58,7 @@ def refusal(folder: Path) -> str:
 
 
 def fill(folder: int, left_bytes: int) -> None:
-    """Takes all space but so much with one file, in ever smaller steps. `folder` is an open folder."""
+    """Takes all space but this much with one file, in ever smaller steps. `folder` is an open folder."""
     handle = os.open(FILLER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, dir_fd=folder)
     try:
         for step in (1 << 20, 1 << 12, 1 << 9):

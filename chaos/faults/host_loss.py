@@ -1,4 +1,4 @@
-"""A host loses its power: its link and all its processes go in one moment, and nobody is told. Healed, it is back."""
+"""A host loses its power: its link and all its processes go in one moment, without a word. Healed, it is back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chaos.targets.played_hosts import hosts_of
 
 
 class HostLoss(Fault):
-    """The hosts of all victims are lost; with the victim rule `host` the victims are all who run on one."""
+    """The hosts of all victims are lost; with the victim rule `host` the victims are all that run on one."""
 
     name = "host_loss"
     needs = frozenset({"hosts"})
@@ -22,7 +22,7 @@ class HostLoss(Fault):
             raise TargetError("a victim runs on no played host: only stages and experts can lose theirs")
         numbers = sorted(map(int, lost))
         for number in numbers:
-            # The link first: of a process that ends without power nobody hears, neither a goodbye nor a closed socket.
+            # The link first: from a process that ends without power there is neither a goodbye nor a closed socket.
             self._undo.add(hosts.plug_in, number)
             hosts.unplug(number)
         for node in target.nodes():

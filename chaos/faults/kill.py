@@ -1,4 +1,4 @@
-"""A node is killed by SIGKILL and has no time for anything. Whoever runs the mesh restarts it, or does not."""
+"""A node is killed by SIGKILL and has no time for anything. What runs the mesh restarts it, or does not."""
 
 from __future__ import annotations
 

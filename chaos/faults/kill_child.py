@@ -33,9 +33,9 @@ def no_children(target: Target) -> str:
 
 
 def newest_children(victims: Sequence[Node]) -> list[int]:
-    """Returns one process below each victim, which has no children itself: what forks ranks is no rank.
+    """Returns one process below each victim, which has no children itself: what forks ranks is not one itself.
 
-    Raises TargetError for a victim without children, before anybody is hurt.
+    Raises TargetError for a victim without children, before any is hurt.
     """
     found: list[int] = []
     for victim in victims:

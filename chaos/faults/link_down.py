@@ -1,4 +1,4 @@
-"""The network interfaces of a node go down, and up again: for everybody, the clients of a router too."""
+"""The network interfaces of a node go down, and up again: for all peers, the clients of a router too."""
 
 from __future__ import annotations
 

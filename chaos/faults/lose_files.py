@@ -1,7 +1,7 @@
 """Files of a mesh's state folder are removed while it runs, as a careless clean-up does; then its victims are killed.
 
-Who has a file open notices nothing. It hurts when the next process wants to connect, or to know whether a router lives.
-So the victims are killed some time later: the mesh has had that time to make the files again.
+A process that has a file open notices nothing. It hurts when the next process wants to connect, or to know whether a
+router lives. So the victims are killed some time later: the mesh has had that time to make the files again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Lost = Literal["sockets", "folder", "all"]
 class LoseFiles(BackgroundFault):
     """The `sockets` go, or their `folder` too, or `all` files but logs and journal. The mesh makes them again itself.
 
-    Its victims are killed `kill_after_s` later; 0 kills nobody.
+    Its victims are killed `kill_after_s` later; 0 kills none.
     """
 
     name = "lose_files"

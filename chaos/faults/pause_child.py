@@ -1,4 +1,4 @@
-"""A child of a node is stopped by SIGSTOP: a rank of a stage is there, does nothing, and is waited for."""
+"""A child of a node is stopped by SIGSTOP: a rank of a stage is there, does nothing, and the others wait for it."""
 
 from __future__ import annotations
 

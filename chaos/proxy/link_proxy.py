@@ -1,8 +1,8 @@
 """A SOCKS5 proxy that all TCP links of a mesh go through, so that what travels on them can be delayed, held, cut short.
 
-Nodes are told of it by one setting (`SOCKS_PROXY`), which ZeroMQ itself obeys: a node connects to the proxy and says
-whom it wants. That was chosen over addresses that a node advertises for a stand-in (product code that knows of the
-harness, one stand-in for each socket) and over redirection in the node's network namespace (root, and connections
+Nodes are told of it by one setting (`SOCKS_PROXY`), which ZeroMQ itself obeys: a node connects to the proxy and names
+the address it wants. That was chosen over addresses that a node advertises for a stand-in (product code that knows of
+the harness, one stand-in for each socket) and over redirection in the node's network namespace (root, and connections
 that exist must be broken first). The proxy runs on a thread of the harness; a mesh through it is slower by two hops.
 """
 
@@ -46,7 +46,7 @@ class RuleBook:
         self._change([*self.rules, *rules])
 
     def remove(self, rules: Sequence[LinkRule]) -> None:
-        """Removes each rule once; one that does not hold is no error."""
+        """Removes each rule once; one that does not hold is not an error."""
         left = list(self.rules)
         for rule in rules:
             if rule in left:
@@ -178,7 +178,7 @@ class Link:
         ]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            # Through a cut network nobody hears that the other side has gone.
+            # Through a cut network it is not heard that the other side has gone.
             await self._book.wait_until_open(*self.ends)
         finally:
             for way in ways:
@@ -232,11 +232,11 @@ class LinkProxy:
         self._call(lambda: self._book.add(rules))
 
     def remove(self, rules: Sequence[LinkRule]) -> None:
-        """Undoes `add`; rules that do not hold are no error."""
+        """Undoes `add`; rules that do not hold are not errors."""
         self._call(lambda: self._book.remove(rules))
 
     def links(self) -> list[tuple[str, str]]:
-        """Returns (who opened it, to whom) of every open link."""
+        """Returns (the node that opened it, the other end) of every open link."""
         return self._call(lambda: sorted(link.ends for link in self._links))
 
     def half_close(self, node: str) -> int:
@@ -299,7 +299,7 @@ class LinkProxy:
 
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
-        # A side that goes away is no error of the proxy; the other side is told by the close.
+        # A side that goes away is not an error of the proxy; the other side is told by the close.
         with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
             await self._connect_and_carry(reader, writer)
 
@@ -310,7 +310,7 @@ class LinkProxy:
         host = await asyncio.to_thread(self._resolve, host)
         source = await asyncio.to_thread(self._identify, peer_host, peer_port)
         destination = await asyncio.to_thread(self._identify, host, port)
-        # A cut network loses the first packet of a connection too: nobody is answered until it is whole again.
+        # A cut network loses the first packet of a connection too: there is no answer until it is whole again.
         await self._book.wait_until_open(source, destination)
         try:
             far = await asyncio.open_connection(host, port)

@@ -20,7 +20,7 @@ class FrameRule:
 
 @dataclass(frozen=True, slots=True)
 class LinkRule:
-    """It holds for bytes from `source` to `destination`, whoever of them opened the connection."""
+    """It holds for bytes from `source` to `destination`, whichever of them opened the connection."""
 
     source: str = ANYBODY
     destination: str = ANYBODY

@@ -36,7 +36,7 @@ class Passage:
 class ZmtpStream:
     """Cuts one direction of a connection into passages. Bytes of an unfinished passage wait here.
 
-    What is no ZMTP (a length beyond `max_frame_bytes`) is passed on as it comes from there on: it is for the receiver
+    What is not ZMTP (a length beyond `max_frame_bytes`) is passed on as it comes from there on: it is for the receiver
     to refuse.
     """
 

@@ -163,7 +163,7 @@ class MeshWhole(Event):
 class FaultSkipped(Event):
     """A fault could not be put on.
 
-    It is expected where the target or machine does not offer it; else nobody was there to hurt.
+    It is expected where the target or machine does not offer it; else no node was there to hurt.
     """
 
     fault: int
@@ -247,7 +247,7 @@ def encode_event(event: Event) -> str:
 
 
 def decode_event(line: str) -> Event:
-    """Returns the event of a line. Raises HistoryError where it is none."""
+    """Returns the event of a line. Raises HistoryError where it is not one."""
     try:
         values = json.loads(line)
         kind = KINDS[values.pop("event")]

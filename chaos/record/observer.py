@@ -1,4 +1,4 @@
-"""Looks at the mesh from outside while it is hurt: readiness, metrics, who runs, what processes hold."""
+"""Looks at the mesh from outside while it is hurt: readiness, metrics, which processes run, what they hold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WHOLE_FOR_S = 1.0
 
 @dataclass(slots=True)
 class Progress:
-    """Knows when each stream last got a token, and who is in mid-answer, from the events of the record."""
+    """Knows when each stream last got a token, and which are in mid-answer, from the events of the record."""
 
     last_token_s: dict[int, float] = field(default_factory=dict)
     _streams: dict[str, int] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Observer:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Looks once who runs and what /metrics says; an answer that does not come is an empty one."""
+        """Looks once which processes run and what /metrics says; a missing answer counts as an empty one."""
         await self.look_at_nodes()
         try:
             reply = await self.http.get(f"{self.target.url}/metrics")
@@ -107,7 +107,7 @@ class Observer:
             self.record(MetricsSeen(now_s, self.metrics))
 
     async def look_at_nodes(self) -> list[Node]:
-        """Returns who runs now, by name; what is new goes into the record."""
+        """Returns the processes that run now, by name; what is new goes into the record."""
         try:
             nodes = await asyncio.to_thread(self.target.nodes)
         except TargetError:

@@ -36,7 +36,7 @@ def read_reference(path: Path, fingerprint: str) -> dict[str, list[ChoiceRecord]
         found, answers = document["fingerprint"], document["answers"]
         reference = {name: [_choice(choice) for choice in choices] for name, choices in answers.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoredReferenceError(f"{path} is no reference: {error}") from error
+        raise StoredReferenceError(f"{path} is not a reference: {error}") from error
     if found != fingerprint:
         raise StoredReferenceError(f"{path} was made for other requests, another seed or another model")
     return reference

@@ -58,7 +58,7 @@ class ChaosRequest:
     name: str
     kind: str
     fields: dict[str, Any]
-    """Of the body, without the model's name."""
+    """The fields of the body, without the model's name."""
 
     def body(self, model: str) -> dict[str, Any]:
         """Returns the body of POST /v1/completions, streamed, with token ids and log-probabilities."""

@@ -11,7 +11,7 @@ from chaos.target import Node
 ROLES = ("holder", "mirror", "expert", "spare")
 """A `holder` has a pipeline slot, a `mirror` copies one, an `expert` has shards; nothing depends on a `spare`."""
 CONTAINER_NAME_LENGTH = 12
-"""A container calls itself by so much of its id, unless somebody has named it."""
+"""A container calls itself by this many characters of its id, unless it was named."""
 
 
 @dataclass(frozen=True, slots=True)

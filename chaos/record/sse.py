@@ -33,7 +33,7 @@ class LineSplitter:
     """The last line ended with a CR: an LF that follows belongs to it."""
 
     def split(self, piece: bytes) -> list[str]:
-        """Returns the lines that this piece completes, without their ends. What no end follows is no line."""
+        """Returns the lines that this piece completes, without their ends. What no end follows is not a line yet."""
         if self._swallows_lf and piece:
             piece = piece.removeprefix(b"\n")
             self._swallows_lf = False

@@ -1,4 +1,4 @@
-"""Targets by the name of `--target`. One line a target; nothing registers itself."""
+"""Targets by the name of `--target`. One line per target; nothing registers itself."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class DockerTarget:
         return sorted(found, key=lambda node: node.name)
 
     def signal(self, node: Node, number: int) -> None:
-        """Sends it from the host; a process that is gone is no error."""
+        """Sends it from the host; a process that is gone is not an error."""
         with suppress(ProcessLookupError):
             os.kill(node.pid, number)
 
@@ -111,7 +111,7 @@ class DockerTarget:
         self._call(node.name, "pause")
 
     def unpause(self, node: Node) -> None:
-        """Undoes `pause`; a container that is not paused is no error."""
+        """Undoes `pause`; a container that is not paused is not an error."""
         with suppress(NotFound):
             container = self.client.containers.get(node.name)
             if container.status == "paused":
@@ -137,7 +137,7 @@ class DockerTarget:
     def _containers(self, kind: str, is_running_only: bool = True) -> list[Any]:
         labels = [f"{_LABEL}.project={self.project}", f"{_LABEL}.service={kind}", f"{_LABEL}.oneoff=False"]
         try:
-            # One may go between the listing and the look at it; that is no error of ours.
+            # One may go between the listing and the look at it; that is not an error of ours.
             return list(
                 self.client.containers.list(all=not is_running_only, filters={"label": labels}, ignore_removed=True)
             )
@@ -165,7 +165,7 @@ class ContainerAddress:
 
 @dataclass(slots=True)
 class ContainerNames:
-    """Who is behind an address of a compose network: containers keep name and address over restarts.
+    """Which container is behind an address of a compose network: containers keep name and address over restarts.
 
     The engine is asked again only about what is not known: it takes long for a link that comes up.
     """

@@ -21,7 +21,7 @@ def run(
     except FileNotFoundError:
         raise TargetError(f"{words[0]} is not installed") from None
     except subprocess.TimeoutExpired:
-        raise TargetError(f"{' '.join(words)}: no end after {timeout_s:.0f} s") from None
+        raise TargetError(f"{' '.join(words)}: not finished after {timeout_s:.0f} s") from None
     if done.returncode != 0:
         raise TargetError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout

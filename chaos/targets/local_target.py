@@ -25,7 +25,7 @@ class LocalTarget:
     """Entering starts the mesh, leaving ends it. Its state folder lives as long as it does."""
 
     settings: Mapping[str, str]
-    """By their environment's names. MODEL may be left out where the environment has it, or for the demo model."""
+    """Settings by environment name. MODEL may be left out where the environment has it, or for the demo model."""
     keep_logs: Path | None = None
     """The processes' logs are copied to this folder at the end."""
     port: int = 0
@@ -139,7 +139,7 @@ def inodes_of_port(table: str, port: int) -> set[int]:
 
 
 def owner_of_port(port: int, pids: Mapping[str, int]) -> str:
-    """Returns who of these, by name, has a socket on this port of the loopback, or "" if none has; of two the first."""
+    """Returns the first of these, by name, that has a socket on this port of the loopback, or "" if none has."""
     inodes = inodes_of_port(Path("/proc/net/tcp").read_text(), port)
     return next((name for name, pid in pids.items() if not inodes.isdisjoint(_inodes_of_process(pid))), "")
 
@@ -168,7 +168,7 @@ def _as_target_error() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Returns a port of the loopback that nobody listens on now."""
+    """Returns a port of the loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

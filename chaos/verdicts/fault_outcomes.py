@@ -14,7 +14,7 @@ from chaos.target import Node
 from chaos.verdicts.verdict import percentile
 
 NOTICEABLE_S = 0.05
-"""A gap that is longer than the usual longest by less than this is no stall."""
+"""A gap that is longer than the usual longest by less than this is not a stall."""
 NOTICED_WITHIN_S = 2.0
 """A stall that begins later than this after a fault has another cause: a node that comes back, for example."""
 

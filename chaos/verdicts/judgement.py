@@ -171,12 +171,12 @@ def _tpot_verdict(outcomes: Sequence[FaultOutcome], usual_s: float, bounds: Mapp
         ratios.append(outcome.tpot_p99_s / usual_s)
         if ratios[-1] > bounds[outcome.kind]:
             damage.append(
-                f"{outcome.title}: {outcome.tpot_p99_s * 1000:.0f} ms a token (p99), {ratios[-1]:.2f} times the usual "
+                f"{outcome.title}: {outcome.tpot_p99_s * 1000:.0f} ms/token (p99), {ratios[-1]:.2f} times the usual "
                 f"{usual_s * 1000:.0f} ms; the bound is {bounds[outcome.kind]:g} times"
             )
     doubts = [] if ratios else ["no such fault came, or no answer was under way beside it, or before"]
     worst_ratio = max(ratios, default=0.0)
-    held = f"at most {worst_ratio:.2f} times the usual {usual_s * 1000:.0f} ms a token (p99) beside {', '.join(bounds)}"
+    held = f"at most {worst_ratio:.2f} times the usual {usual_s * 1000:.0f} ms/token (p99) beside {', '.join(bounds)}"
     return verdict_of("tpot", damage, doubts, held, {"tpot_ratio_max": worst_ratio})
 
 
@@ -235,5 +235,5 @@ def _false_deaths_verdict(
             gone = sorted(name for name, pid in known - {(node.name, node.pid) for node in event.nodes})
             if gone:
                 damage.append(f"{outcome.title}: {', '.join(gone)} ended or was replaced, and nothing had hurt it")
-    doubts = [] if seen else ["nobody looked who runs"]
+    doubts = [] if seen else ["running processes were not observed"]
     return verdict_of("false_deaths", damage, doubts, "no process was replaced that nothing had hurt")

@@ -16,7 +16,7 @@ BACK_TO_ZERO = (
     "moemesh_steps_in_flight",
     "moemesh_tokens_reserved",
 )
-"""They must be 0 when nobody asks. One that a build does not have is not looked at, but for the first two."""
+"""They must be 0 when there are no requests. One that a build does not have is not looked at, but for the first two."""
 REQUIRED = BACK_TO_ZERO[:2]
 
 
@@ -28,7 +28,7 @@ class LeakBounds:
 
     rss_share: NotNegative = 0.35
     rss_mib: Count = 96
-    """Growth up to either of them is no leak: allocators keep what they have had."""
+    """Growth up to either of them is not a leak: allocators keep what they have had."""
     files: Count = 16
     sockets: Count = 16
 

@@ -37,7 +37,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Writes report.md, report.html, timeline.png, report.json and junit.xml."""
-        # Matplotlib takes a second to import; nobody who only asks for help should wait for it.
+        # Matplotlib takes a second to import; a user who only asks for help should not wait for it.
         from chaos.verdicts.timeline_picture import timeline_png
 
         picture = timeline_png(self.events, self.judgement.outcomes, self.title)

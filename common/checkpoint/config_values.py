@@ -42,7 +42,7 @@ def flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def items(raw: Mapping[str, Any], key: str) -> list[Any]:
-    """Returns the items of a list; none where it is absent. Raises CheckpointError for what is no list."""
+    """Returns the items of a list; none where it is absent. Raises CheckpointError for what is not a list."""
     value = raw.get(key)
     if value is not None and not isinstance(value, list):
         raise CheckpointError(f"config.json: {key} must be a list, not {shown(value)}")

@@ -26,9 +26,9 @@ _SAMPLE_BYTES = 4096
 WHOLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _NUMBER_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-"""Of the dtypes that models are read from here."""
+"""Bytes of one number, by the dtypes that models are read from here."""
 _MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library has it: a damaged length must not fill the memory."""
+"""The same as in the safetensors library: a damaged length must not fill the memory."""
 _SHOWN_FILES = 3
 _HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
 """Any of these says where downloads are kept, without a home directory."""
@@ -69,7 +69,7 @@ def resolve_model(model: str) -> Path:
         raise ConfigurationError(f"MODEL={model}: no such directory (and not a hub name of the form owner/name)")
     if not _expanded("~").is_absolute() and not any(os.environ.get(name) for name in _HUB_FOLDERS):
         raise ConfigurationError(
-            f"MODEL={model}: what the hub gives is kept in the home directory, and this user has none: set HF_HOME"
+            f"MODEL={model}: hub downloads are cached in the home directory, and this user has none: set HF_HOME"
         )
     from huggingface_hub import snapshot_download  # costs 0.3 s that a local directory need not pay
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -77,7 +77,9 @@ def resolve_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigurationError(f"MODEL={model}: no such directory, and the hub does not give it: {error}") from None
+        raise ConfigurationError(
+            f"MODEL={model}: no such directory, and it could not be downloaded from the hub: {error}"
+        ) from None
 
 
 def served_name(model: str, directory: Path) -> str:
@@ -167,7 +169,7 @@ def _no_weights(directory: Path, others: list[str]) -> str:
         return f"{said}; without one of them nothing says which other files hold the model's weights ({shown})"
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
         return f"{said}; weights must be stored as safetensors"
-    return f"{said}, so no weights"
+    return f"{said}; it contains no weights"
 
 
 def _files_of_index(index: Path) -> list[Path]:
@@ -182,7 +184,7 @@ def _files_of_index(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map names a file outside the directory")
     for name in names:
         if not (index.parent / name).exists():
-            raise CheckpointError(f"{index.parent / name} is named in {index.name} and missing")
+            raise CheckpointError(f"{index.parent / name} is listed in {index.name} but missing")
     return [index.parent / name for name in names]
 
 
@@ -228,7 +230,7 @@ def _check_header(file: Path, header: Mapping[str, Any], num_bytes: int) -> None
             )
         position = stop
     if position != num_bytes:
-        raise CheckpointError(f"{file}: {num_bytes - position} bytes behind the last tensor belong to none")
+        raise CheckpointError(f"{file}: {num_bytes - position} unused bytes after the last tensor")
 
 
 def _is_metadata(value: Any) -> bool:
@@ -263,13 +265,13 @@ def read_json(path: Path, if_missing: str = "") -> dict[str, Any]:
         raise CheckpointError(f"{path} must hold a JSON object")
     if broken is not None:
         raise CheckpointError(
-            f"{path.name}: {broken.lstrip('.')} holds half of a surrogate pair, which is no character"
+            f"{path.name}: {broken.lstrip('.')} holds half of a surrogate pair, which is not a character"
         )
     return value
 
 
 def _half_character(value: Any, place: str = "") -> str | None:
-    r"""Returns where a text of a JSON value has one: JSON can write it (`"\ud800"`), and nobody can encode it."""
+    r"""Returns where a text of a JSON value has one: JSON can write it (`"\ud800"`), and it cannot be encoded."""
     if isinstance(value, str):
         try:
             value.encode()

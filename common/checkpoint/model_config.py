@@ -1,4 +1,4 @@
-"""Sizes of a model, read from a Hugging Face `config.json`: one description of a decoder, not a class a family.
+"""Sizes of a model, read from a Hugging Face `config.json`: one description of a decoder, not one class per family.
 
 A family is a row of `_FAMILIES`: what its config calls things and what it fixes. Whatever a config asks for and this
 build does not compute is refused here with a sentence that names it.
@@ -57,7 +57,7 @@ class ModelConfig:
     attention_bias: bool
     query_key_norm: bool
     sliding_window: int | None
-    """Attend to the last so many positions only."""
+    """How many of the last positions are attended to; None: all."""
     tie_word_embeddings: bool
     max_position_embeddings: int
     rope: RopeConfig

@@ -27,11 +27,11 @@ class SeenCheckpoint:
     """What lies in the folder that MODEL names."""
 
     fingerprint: str
-    """Of the whole checkpoint."""
+    """The fingerprint of the whole checkpoint."""
     part: CheckpointPart | None = None
     """None: the whole lies there."""
     model: str = ""
-    """Of a part: the name of the whole."""
+    """For a part, the name of the whole checkpoint."""
 
 
 def see_checkpoint(directory: Path, config: ModelConfig) -> SeenCheckpoint:
@@ -127,5 +127,5 @@ def _is_list_of_numbers(value: Any) -> TypeGuard[list[int]]:
 def _text(manifest: dict[str, Any], path: Path, key: str) -> str:
     value = manifest.get(key)
     if not isinstance(value, str) or not value:
-        raise CheckpointError(f"{path}: {key} must be a text that is not empty, not {value!r}")
+        raise CheckpointError(f"{path}: {key} must be a non-empty string, not {value!r}")
     return value

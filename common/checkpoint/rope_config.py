@@ -140,7 +140,7 @@ def _parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"config.json: {key} must be an object or null, not {shown(value)}")
         stated.append(value or {})
     if all(stated) and stated[0] != stated[1]:
-        raise UnsupportedModelError("config.json: rope_scaling and rope_parameters differ; one of them must go")
+        raise UnsupportedModelError("config.json: rope_scaling and rope_parameters differ; remove one of them")
     parameters = stated[0] or stated[1]
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError("config.json: rope parameters that differ from layer to layer are not supported")

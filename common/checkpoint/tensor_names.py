@@ -1,4 +1,4 @@
-"""Every tensor that a model or a part of it needs, by name and shape: what is checked before anybody loads. No torch.
+"""Every tensor that a model or a part of it needs, by name and shape: it is checked before anything loads. No torch.
 
 The shapes are those of `services/stage/model/loading.py` and `services/expert/shard_store.py`.
 """
@@ -48,14 +48,14 @@ def unused_tensors(config: ModelConfig, index: Mapping[str, StoredTensor]) -> li
     """Names in a whole checkpoint that nothing here reads, in order: a value head, a projector, tables that are made
     anew. transformers passes over them and says so.
 
-    Raises CheckpointError for one inside the decoder: the config denies it, and whoever stored it computes with it.
+    Raises CheckpointError for one inside the decoder: the config denies it, and what stored it computes with it.
     """
     expected = {name for name, _ in expected_tensors(config, index)}
     unused = sorted(index.keys() - expected)
     for name in unused:
         if name.startswith(_DECODER) and not name.endswith(_MADE_ANEW):
             raise CheckpointError(
-                f"tensor {name} is in the checkpoint, and by config.json the model has none of that name: "
+                f"tensor {name} is in the checkpoint, but by config.json the model has none of that name: "
                 f"{_contradiction(config, name)}"
             )
     return unused

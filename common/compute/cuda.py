@@ -73,7 +73,7 @@ class CudaDevice(StagedDevice):
 def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> Device:
     """Returns the device that DEVICE names, ready for work. Raises ConfigurationError with what torch says against it.
 
-    `auto` is cuda where there is a GPU. `num_processes` share it, each with so many ranks that go round the GPUs.
+    `auto` is cuda where there is a GPU. `num_processes` share it, each with `num_ranks` ranks that go round the GPUs.
     """
     if setting == "auto":
         setting = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,11 +21,11 @@ from common.errors import DeviceError
 from common.processes.memory import offered_bytes
 
 ALIGNMENT_BYTES = 512
-"""As the device's own allocations: which algorithm a library takes may depend on it."""
+"""The same as that of the device's own allocations: which algorithm a library takes may depend on it."""
 MIN_BYTES = 1 << 16
 LOOK_S = 0.02
 HANG_S = 30.0
-"""A device that has not finished for so long hangs. Its process ends, and another one takes the work."""
+"""A device that has not finished for this long hangs. Its process exits, and another one takes over the work."""
 
 
 class Marker:
@@ -84,7 +84,7 @@ class StagingBuffer:
         if self._marker.is_reached():
             return True
         if self._clock() - self._marked_s > HANG_S:
-            raise DeviceError(f"the GPU hangs: a copy has not ended for {HANG_S:.0f} s, and this process does")
+            raise DeviceError(f"the GPU hangs: a copy has not finished for {HANG_S:.0f} s; this process exits")
         return False
 
     def wait(self) -> None:
@@ -120,7 +120,7 @@ NUM_UPLOADS = 4
 
 
 def _do_nothing(waited_s: float) -> None:
-    """Nobody but the device decides how long it takes."""
+    """Only the device decides how long it takes."""
 
 
 class Download:
@@ -139,19 +139,19 @@ class Download:
         return self._tensors
 
     def give_up(self) -> None:
-        """Nobody takes them any more. Also after `take`."""
+        """Gives them up: they will not be taken. It may be called after `take`, too."""
 
 
 class Device:
     """What nodes need to know of the place where they compute. This one is the processor: tensors are there already."""
 
     place = HOST_MEMORY
-    """Of weights, caches and whatever is computed from them."""
+    """The torch device of weights, caches and whatever is computed from them."""
     is_host = True
     """Whether messages and weights are in the same memory."""
 
     def __init__(self, num_processes: int = 1) -> None:
-        """`num_processes` share the host's memory, where nobody has shared it out."""
+        """`num_processes` share the host's memory, where it has not been shared out."""
         self._num_processes = num_processes
         self.while_waiting: Callable[[float], None] = _do_nothing
         """Called again and again, with the seconds so far, while the host waits for the device; it may raise."""
@@ -168,8 +168,8 @@ class Device:
         return self.begin_download(*tensors).take()
 
     def begin_download(self, *tensors: Tensor) -> Download:
-        """Does the same without waiting. Of no tensor, it is there when the device has done all that was asked so far.
-        Until they are taken nothing may write to them."""
+        """Does the same without waiting. With no tensors, it is ready when the device has done all that was asked so
+        far. Until they are taken nothing may write to them."""
         return Download(tensors)
 
     def release(self) -> None:
@@ -276,6 +276,6 @@ class StagedDevice(Device):
 
     @contextlib.contextmanager
     def beside_computing(self) -> Iterator[None]:
-        """What is asked of the device in the body comes after all before it, and is not waited for by what comes after.
+        """What is asked of the device in the body comes after all before it, and what comes after does not wait for it.
         Here there is one order."""
         yield

@@ -161,7 +161,7 @@ def _up(size: int, multiple: int) -> int:
 
 
 DEVICE_ROWS = 64
-"""Up to about so many a GPU takes as long to read the weights as to multiply. By arithmetic, not by measurement."""
+"""Up to about this many rows a GPU takes as long to read weights as to multiply. By arithmetic, not by measurement."""
 
 
 class DeviceLinear:

@@ -29,7 +29,7 @@ import structlog
 
 ABI_VERSION = 4
 LOOK_S = 0.05
-"""Between looks at whether another process has done with compiling."""
+"""How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
 PREBUILT_FOLDER = Path(__file__).parent / "native" / "prebuilt"
 # Contraction stays off: which products are fused is written in the source, not chosen by the compiler.
@@ -215,7 +215,7 @@ def compile_to(path: Path, instruction_set: InstructionSet, compiler: str) -> No
 
 
 _LETTERS: dict[str, Any] = {"a": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-"""Of signatures: an address, a whole number, a float."""
+"""Letters of signatures: an address, a whole number, a float."""
 
 
 def _opened(path: Path, threads: int) -> NativeKernels:
@@ -327,15 +327,15 @@ def compiler_turn(
 ) -> Iterator[None]:
     """While no other process compiles into this folder, which is made if need be. Raises OSError.
 
-    One that takes longer than `patience_s`, because it was stopped, say, is not waited for: whoever compiles beside it
-    does harm to nobody, since what is compiled is renamed into place.
+    One that takes longer than `patience_s`, because it was stopped, say, is not waited for: compiling beside it does no
+    harm, since what is compiled is renamed into place.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     until_s = clock() + patience_s
     with (folder / "compile.lock").open("w") as lock:
         while not _is_locked(lock.fileno()):
             if clock() >= until_s:
-                log.warning("compiler_not_waited_for", reason=f"another process compiles for over {patience_s:.0f} s")
+                log.warning("compiler_wait_timed_out", reason=f"another has been compiling for over {patience_s:.0f} s")
                 break
             sleep(LOOK_S)
         yield

@@ -1,7 +1,7 @@
 """A node's side of the control link: say hello (again, whenever the router comes back), beat, leave.
 
 A node is anonymous until the router assigns it a role. The link is a DEALER whose identity is the node's id; the
-lifeline is a bound socket that nobody sends on: the router connects to it and sees it close when this process ends.
+lifeline is a bound socket that carries nothing: the router connects to it and sees it close when this process ends.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from common.wire.tcp_addresses import (
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
 
 SILENCE_S = 5.0
-"""Of a router, after which it is said; then twice as long each time."""
+"""How long a router may be silent before the log says so; then twice as long each time."""
 HELLO_INTERVAL_S = 1.0
 AWAY_S = EARLY.shortest_s
-"""A loop that has not turned for so long may belong to a process that was stopped, and was taken for dead."""
+"""A loop that has not turned for this long may belong to a process that was stopped, and was taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class NodeAddresses:
     control: str
     folder_token: str
     bind_pattern: str
-    """With `{socket}` in place of the socket's name."""
+    """A pattern with `{socket}` in place of the socket's name."""
     public_host: str = ""
     """Peers reach a tcp socket that is bound to all addresses by this name or address."""
     folder: Path | None = None
-    """Of the mesh's socket files, where there are any."""
+    """The folder of the mesh's socket files, where there are any."""
 
     def advertised(self, bound: tuple[str, ...]) -> tuple[str, ...]:
         """Endpoints as peers are to use them."""
@@ -141,7 +141,7 @@ class ControlLink:
         self._silent_since_s: float | None = None
         self._tell_after_s = SILENCE_S
         self.describe_held: Callable[[], HeldState] = HeldState
-        """Asked with every hello; set by whoever holds something."""
+        """Asked with every hello; set by a node that holds something."""
         self.router_term = 0
         self._settings: Welcome | None = None
         self._is_welcome = False
@@ -254,8 +254,8 @@ class ControlLink:
             self.router_term = max(self.router_term, header.router_term)
 
     def _look_after_sockets(self, now_s: float) -> None:
-        """Whoever removes socket files, they are made again. But a router that takes a node for dead removes them, too,
-        and one that came after that router does not know: who was away for so long must not go on as if nothing were.
+        """Socket files are recreated, no matter who removed them. But a router that takes a node for dead removes them,
+        too, and one that came after that router does not know: a node that was away for long must not just go on.
         """
         was_away = self._looked_s is not None and now_s - self._looked_s > AWAY_S
         self._looked_s = now_s

@@ -1,7 +1,7 @@
 """In this thread a node reads its checkpoint. A disk that hangs there holds up neither the node's loop nor its end.
 
-What hangs on a disk gets no CPU time; whoever reads or packs weights does, however slow the disk is. So the thread's
-CPU clock tells a load that is stuck from one that takes long, without the load's doing anything for it.
+What hangs on a disk gets no CPU time; what reads or packs weights does, however slow the disk is. So the thread's CPU
+clock tells a load that is stuck from one that takes long, without the load's doing anything for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from common.errors import DeadlineError
 
 STUCK_S = 30.0
-"""So long without any CPU time. Half of what requests wait for a pipeline by default: a spare can still take over."""
+"""How long a load may get no CPU time: half of a request's default wait for a pipeline, so a spare can take over."""
 MAX_LOOK_S = 1.0
 """What one look at the clock may add to the time above: a process that stood still as a whole has not seen a hang."""
 
@@ -68,7 +68,7 @@ class LoaderThread:
         self._stuck_s += look_s
         if self._stuck_s >= STUCK_S:
             raise DeadlineError(
-                f"loading has been stuck for {STUCK_S:.0f} s: the disk of the checkpoint hangs, and this process ends"
+                f"loading has been stuck for {STUCK_S:.0f} s: the disk of the checkpoint hangs; this process exits"
             )
 
     def give_up(self) -> None:
@@ -92,7 +92,7 @@ def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
         return
     try:
         result = work()
-    except BaseException as error:  # whoever asks for the result gets it
+    except BaseException as error:  # raised where the result is asked for
         future.set_exception(error)
     else:
         future.set_result(result)

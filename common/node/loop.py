@@ -16,7 +16,7 @@ from common.node.process import DataSocket, NodeProcess
 POLL_MS = 50
 """The longest that a loop waits for its sockets."""
 LEAVE_DEADLINE_S = 15.0
-"""For the router to let a node go that has to stop."""
+"""How long a node that has to stop waits for the router to let it go."""
 
 
 class NodeLoop(ABC, Generic[DataSocket]):
@@ -29,7 +29,7 @@ class NodeLoop(ABC, Generic[DataSocket]):
         self._clock = clock
         self._poller = zmq.Poller()
         self._polled_at_change = -1
-        """Of the transport, when the poller was made."""
+        """The transport's `num_changes` when the poller was made."""
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serves until `should_stop` says so and the router lets the node go.
@@ -66,7 +66,7 @@ class NodeLoop(ABC, Generic[DataSocket]):
 
     @abstractmethod
     def _obey(self, message: Message, header: Header, now_s: float) -> None:
-        """Does what the router asks. What it raises as MoemeshError the router is told."""
+        """Does what the router asks. The router is told of any MoemeshError that it raises."""
 
     @abstractmethod
     def _work(self, now_s: float) -> None:

@@ -53,7 +53,7 @@ class StopFlag:
 class NodeResources:
     """What outlives an incarnation of a node: what does not change, and the wish to stop.
 
-    It is made once a process, without torch. Kernels and weights are the node's own to keep.
+    It is made once per process, without torch. Kernels and weights are the node's own to keep.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> st
 
 
 def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
-    """Returns a transport that logs damaged messages, and socket files that somebody has removed."""
+    """Returns a transport that logs damaged messages, and socket files that were removed."""
 
     def damaged(name: str, error: ProtocolError) -> None:
         log.error("damaged_message", socket=name, reason=str(error))
@@ -97,7 +97,7 @@ def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Tra
 
     is_tcp = settings.control.startswith("tcp://")
     if is_tcp:
-        log.warning("no_keys", detail="sockets are neither encrypted nor authenticated: keep them on a private network")
+        log.warning("links_unencrypted", detail="sockets have no encryption or authentication: use a private network")
     with_ipv6 = is_tcp and not settings.socks_proxy and speaks_ipv6(control_host(settings.control))
     return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
 
@@ -113,7 +113,7 @@ class NodeProcess(Generic[DataSocket]):
     """Where others bring their work."""
     ipc_token: str
     log: structlog.stdlib.BoundLogger
-    """That names the node."""
+    """A logger that names the node."""
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def _bind_node(
 ) -> NodeProcess[DataSocket]:
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(own.settings, node_id)
-    # Nobody sends on it; that it closes tells the router that this process has ended.
+    # Nothing is sent on it; that it closes tells the router that this process has ended.
     lifeline = transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])
     data = open_data(transport, addresses.bind_pattern.format(socket="data"))
     description = NodeDescription(
@@ -176,7 +176,7 @@ def _bind_node(
 
 
 LOG_WITHIN_S = 1.0
-"""How long the end of a process waits for whoever takes its log."""
+"""How long the end of a process waits for the reader of its log."""
 
 
 def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> None:
@@ -189,7 +189,7 @@ def run_lives(live: Callable[[], None], log: structlog.stdlib.BoundLogger) -> No
         try:
             return live()
         except NodeLostError as error:
-            log.warning("comes_back", reason=str(error))
+            log.warning("node_rejoining", reason=str(error))
         # Services and links refer to each other, and to gigabytes of K and V that must not wait for the collector.
         gc.collect()
 
@@ -205,7 +205,7 @@ def run_process(service: str, level: str, work: Callable[[structlog.stdlib.Bound
         raise_descriptor_limit()
         work(log)
     except MoemeshError as error:
-        log.error("cannot_go_on", code=error.code, reason=str(error))
+        log.error("process_stopping_on_error", code=error.code, reason=str(error))
         stream.write(f"moemesh {service}: {error}\n")
         return 1
     finally:
@@ -214,9 +214,9 @@ def run_process(service: str, level: str, work: Callable[[structlog.stdlib.Bound
 
 
 def end_process(status: int) -> NoReturn:
-    """End now. A load that hangs on a disk would else keep the process, and nobody starts another in its place."""
+    """End now. A load that hangs on a disk would else keep the process, and no other would start in its place."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # it has no reader any more
             stream.flush()
     os._exit(status)
 

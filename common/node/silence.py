@@ -2,12 +2,12 @@
 
 All peers are pinged at the same moments. A peer is *behind* from the moment on at which another one has echoed a ping
 that is newer than all that it has echoed itself: so the others are witnesses that the ping was sent, that it could be
-answered, and that the observer was there to hear it. Where nobody echoes anything, nobody is behind: the observer is
-cut off, or its host stood still, and it can say nothing of anybody.
+answered, and that the observer was there to hear it. Where no peer echoes anything, none is behind: the observer is cut
+off, or its host stood still, and it can say nothing of any.
 
 How long a peer may be behind is held against what the same link has shown: one that was never behind for more than
 60 ms says something with 250, one that now and then was for 250 ms says nothing with 400. There are two questions. An
-*early* one, where a wrong yes costs little because somebody else is ready: then a silence counts soon. A *patient* one
+*early* one, where a wrong yes costs little because a substitute is ready: then a silence counts soon. A *patient* one
 for all others: the silence must be long, and longer for a link that loses packets.
 
 That a link's own past is the measure is the idea of accrual failure detectors (Hayashibara et al., "The phi accrual
@@ -29,11 +29,11 @@ class Patience:
     """How long a silence must be to say something. Checked when made: ConfigurationError."""
 
     shortest_s: float
-    """Less never does."""
+    """A shorter one never does."""
     longest_s: float
-    """More always does, if `beyond_longest`."""
+    """A longer one always does, if `beyond_longest`."""
     factor: float
-    """Over the longest silence that the link has shown."""
+    """Multiplies the longest silence that the link has shown."""
     min_echoes: int
     """A link that has shown less is given the longest time, or is not judged."""
     beyond_longest: bool
@@ -73,18 +73,18 @@ class SilenceSettings:
     ping_interval_s: float = 0.05
     memory_s: float = 300.0
     longest_turn_s: float = 0.1
-    """Of the observer's loop: one that was not there for longer has not heard what came meanwhile. Time beyond that is
-    not counted."""
+    """The longest turn of the observer's loop: after a longer absence it has not heard what came meanwhile. Time beyond
+    that is not counted."""
     alone_s: float = 0.5
-    """Without an echo of anybody the observer is alone, and after that it waits before it judges: connections come back
-    one after the other, as late as they have been away, within these bounds."""
+    """Without any echo the observer is alone, and after that it waits before it judges: connections come back one after
+    the other, as late as they have been away, within these bounds."""
     shortest_return_s: float = 1.5
     longest_return_s: float = 3.0
     late_silence_s: float = 0.15
     """One that ended after less is that of a busy process; TCP sends a lost packet again after 0.2 s at the soonest."""
     late_memory_s: float = 10.0
     late_links: int = 3
-    """So many links at least, and at least half of them, must have shown a late silence for the observer to be late."""
+    """At least this many links, and half of them, must have shown a late silence for the observer to be late."""
     away_s: float = 2.0
     """An observer that stood still for longer may have had its connections closed for its own silence. So it waits just
     as it does after it was alone."""
@@ -136,15 +136,15 @@ class SilenceWatch:
         self._turned_s: float | None = None
         self._pinged_s = float("-inf")
         self._first_echo_s: deque[tuple[int, float]] = deque(maxlen=256)
-        """Pings that somebody has echoed and nobody had echoed a newer one before, with the moments of that."""
+        """Pings that were the newest echoed so far when their first echo came, with the moments of that."""
         self._heard_s = 0.0
-        """The last echo of anybody."""
+        """When any echo last came."""
         self._judges_from_s = 0.0
         self._late_s: dict[str, float] = {}
         """When each link last ended a late silence; those that are gone since then are witnesses, too."""
 
     def turn(self, now_s: float) -> bool:
-        """Notes that the observer's loop turns. Returns whether everybody is to be pinged now, with the number
+        """Notes that the observer's loop turns. Returns whether all are to be pinged now, with the number
         `last_ping`."""
         if self._turned_s is not None:
             turn_s = max(0.0, now_s - self._turned_s)
@@ -165,7 +165,7 @@ class SilenceWatch:
             return None
         known = self._links.get(link)
         self._note_heard()
-        if known is None:  # what was before it came is no silence of its
+        if known is None:  # what was before it came is not a silence of its own
             known = self._links[link] = _Link(RecentLongest(self._settings.memory_s), newest=ping - 1)
         if ping <= known.newest:
             return None
@@ -183,7 +183,7 @@ class SilenceWatch:
         return silence_s
 
     def answered(self, link: str, ago_s: float) -> None:
-        """It has answered what was sent to it so long ago; one that is not known is no error."""
+        """It has answered what was sent to it this long ago; an unknown link is not an error."""
         known = self._links.get(link)
         if known is not None:
             known.worked_s = max(known.worked_s, self._awake_s - ago_s)
@@ -199,19 +199,19 @@ class SilenceWatch:
         self._judges_from_s = self._awake_s + return_s
 
     def forget(self, link: str) -> None:
-        """It is gone, or another process now; one that is not known is no error."""
+        """It is gone, or another process now; an unknown link is not an error."""
         self._links.pop(link, None)
 
     @property
     def is_alone(self) -> bool:
-        """Nobody has echoed anything for a while, or has only just begun to again: the observer may be cut off. Or it
-        has only just gone on after it stood still. Not before anybody has echoed at all."""
+        """No peer has echoed anything for a while, or one has only just begun to again: the observer may be cut off. Or
+        it has only just gone on after it stood still. Not before any peer has echoed at all."""
         is_silence = self._awake_s - self._heard_s > self._settings.alone_s
         return bool(self._links) and (is_silence or self._awake_s < self._judges_from_s)
 
     @property
     def is_late(self) -> bool:
-        """Many links have come back late of late: the observer's own link, or its host, is what is bad."""
+        """Many links have recently been answering late: the observer's own link, or its host, is to blame."""
         since_s = self._awake_s - self._settings.late_memory_s
         num_late = sum(late_s >= since_s for late_s in self._late_s.values())
         return num_late >= max(self._settings.late_links, len(self._links) / 2)
@@ -227,7 +227,7 @@ class SilenceWatch:
         return None if known is None else patience.explained_s(known.num_echoes, known.shown.value_s, self.is_late)
 
     def silent(self, links: Collection[str], patience: Patience) -> list[str]:
-        """Returns those of these that are silent for longer than is explained; nobody while the observer may be cut
+        """Returns those of these that are silent for longer than is explained; none while the observer may be cut
         off."""
         if self.is_alone:
             return []

@@ -22,7 +22,7 @@ class MemoryFiles:
     limits: tuple[str, ...]
     used: str
     cached: str
-    """Of memory.stat: files that the kernel has cached, counts as used and gives up to whoever needs the memory."""
+    """A line of memory.stat: files that the kernel has cached, counts as used and gives up when memory is needed."""
     kills: str
     """The file that counts the processes which were ended for want of memory, as `oom_kill`."""
 
@@ -40,7 +40,7 @@ class MemoryGroup:
     folder: Path
     limit_bytes: int
     free_bytes: int
-    """Of the limit; what is cached there is free. Below 0 where more is used than allowed."""
+    """What is free of the limit; what is cached counts as free. Below 0 where more is used than allowed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def start_module(
     log: BinaryIO | None,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Starts `python -m module arguments` in a session of its own: Ctrl-C goes to who made it, which ends its children
+    """Starts `python -m module arguments` in a session of its own: Ctrl-C goes to its creator, which ends its children
     in order. It prints to `log`, and ends with the thread that calls this. Raises OSError, subprocess.SubprocessError.
 
     Whatever lies in the folder that it is started from, which may have packages of the same names, it imports this

@@ -32,14 +32,14 @@ class FolderLock:
         except BlockingIOError:
             os.close(descriptor)
             raise FencedError(
-                f"another {self._holder} has taken {self._path.parent}, whose lock file was removed: this one ends"
+                f"another {self._holder} has taken {self._path.parent}, whose lock file was removed: this one exits"
             ) from None
         os.close(self._descriptor)
         self._descriptor = descriptor
         return True
 
     def close(self) -> None:
-        """Let another one have the folder."""
+        """Lets another one have the folder."""
         os.close(self._descriptor)
 
 

@@ -24,7 +24,7 @@ READY = {"ready": True}
 
 
 def main() -> NoReturn:
-    """Import, then fork for whoever holds the other end, until it lets go."""
+    """Import, then fork for the process that holds the other end, until it lets go."""
     link = socket.socket(fileno=int(sys.argv[1]))
     with quick_imports():
         for module in sys.argv[2:]:
@@ -85,7 +85,7 @@ def _fork(request: dict[str, Any], descriptors: list[int], own: list[int]) -> tu
         _become(request, descriptors, own, server)
     try:
         return pid, os.pidfd_open(pid)
-    except OSError as error:  # nobody could end it
+    except OSError as error:  # nothing could end it
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return f"pidfd_open: {error}"

@@ -4,7 +4,7 @@ Importing torch takes seconds of a core, for every process anew; a fork takes mi
 server is a process with one thread that has imported and does nothing else; `common.processes.fork_child` is its side.
 Messages are msgpack maps over a pair of SOCK_SEQPACKET sockets.
 
-The forked are children of the server: the kernel ends them with it, and it with whoever made it.
+Forks are children of the server: the kernel kills them when the server ends, and the server when its creator ends.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from common.processes.fork_child import MAX_MESSAGE_BYTES, READY, serve_forks
 REPLY_S = 5.0
 LAUNCH_AGAIN_S = 1.0
 IMPORTS_S = 120.0
-"""For all that is imported: a disk that hangs is not waited for without a word."""
+"""How long all imports may take: a disk that hangs must be reported."""
 KILLED_S = 5.0
-"""For its end after SIGKILL."""
+"""How long to wait for its end after SIGKILL."""
 TELL_S = 0.3
-"""For the server to say how one has ended that has."""
+"""How long to wait for the server to report the exit status of an ended process."""
 
 
 class ImportsUnderWayError(Exception):
@@ -155,7 +155,7 @@ class ForkServer:
             "environment": dict(environment),
             "descriptors": list(descriptors),
         }
-        # An environment may hold bytes that are no text, and os.environ has them as surrogates.
+        # An environment may hold bytes that are not text, and os.environ has them as surrogates.
         packed: bytes = msgpack.packb(request, unicode_errors="surrogateescape")
         if len(packed) > MAX_MESSAGE_BYTES:
             raise OSError(f"settings and environment of {len(packed)} bytes are too long: {MAX_MESSAGE_BYTES} at most")
@@ -249,7 +249,7 @@ class ForkServer:
 
 
 def _is_readable(descriptor: int, timeout_s: float | None) -> bool:
-    """Returns whether a link has a message, or its end, or a process has ended; waits for that so long, None: without
+    """Returns whether a link has a message, or its end, or a process has ended; waits that long for it, None: without
     end."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -283,9 +283,9 @@ class LocalStarter:
 
     log_dir: Path
     environment: Mapping[str, str]
-    """Of the processes that fork."""
+    """The environment of the fork servers."""
     _forks: dict[str, ForkServer] = field(default_factory=dict, init=False)
-    """By what is started."""
+    """The fork servers, by what is started."""
 
     def begin(self) -> None:
         """Let the imports begin. Raises OSError."""

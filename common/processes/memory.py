@@ -22,7 +22,7 @@ def offered_bytes(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    # Cached files count as used there, checkpoints above all; the kernel gives their memory to whoever asks.
+    # Cached files count as used there, checkpoints above all; the kernel gives their memory up when asked.
     available = min([available, *(group.free_bytes for group in memory_groups(proc, root))])
     return int(max(0, available) * OFFERED_SHARE)
 

@@ -33,16 +33,16 @@ from common.processes.memory import offered_bytes
 RESTART_DELAY_S = 0.25
 MAX_RESTART_DELAY_S = 8.0
 NO_START_DELAY_S = 1.0
-"""Before one is tried again that could not be started at all: no memory, no process or no file left just now."""
+"""How long to wait before a failed start is tried again: no memory, no process or no file is left just now."""
 STEADY_S = 10.0
-"""A process that ran for so long is restarted at once; one that dies sooner waits longer each time."""
+"""A process that ran for this long is restarted at once; one that dies sooner waits longer each time."""
 GRACE_S = 20.0
 KILLED_S = 5.0
-"""For the end of a process that was killed: the kernel may keep it until a disk answers."""
+"""How long to wait for the end of a killed process: the kernel may keep it until a disk answers."""
 ASK_INTERVAL_S = 0.1
-"""Between questions whether the mesh is ready."""
+"""The pause between questions whether the mesh is ready."""
 LOOK_INTERVAL_S = 0.5
-"""At the mesh's own files in its state folder."""
+"""The pause between looks at the mesh's own files in its state folder."""
 
 
 @dataclass(slots=True)
@@ -253,7 +253,7 @@ class LocalMesh:
         try:
             return self.children[name]
         except KeyError:
-            raise ConfigurationError(f"{name} is no part of this mesh; there are {', '.join(self.children)}") from None
+            raise ConfigurationError(f"{name} is not part of this mesh; it has {', '.join(self.children)}") from None
 
     def _start(self, child: Child) -> None:
         command = self.modules.get(child.module.removeprefix("services."), child.module)
@@ -270,7 +270,7 @@ class LocalMesh:
                     self._attend(child)
 
     def _look_after_folder(self) -> None:
-        """Its lock and the folder for logs are made again where somebody removes them."""
+        """Its lock and the folder for logs are made again where they were removed."""
         if self._folder_lock is None or self.clock() < self._next_look_s:
             return
         self._next_look_s = self.clock() + LOOK_INTERVAL_S
@@ -280,7 +280,7 @@ class LocalMesh:
         except (FencedError, OSError) as error:
             is_news, trouble = False, str(error)
         if is_news:
-            _tell_people(f"files of STATE_DIR={self.state_dir} had been removed, and were made again")
+            _tell_people(f"files of STATE_DIR={self.state_dir} were removed and have been recreated")
         if trouble and trouble != self._folder_trouble:
             _tell_people(f"STATE_DIR={self.state_dir} cannot be used any more: {trouble}")
         self._folder_trouble = trouble
@@ -317,7 +317,7 @@ class LocalMesh:
             child.restarts += 1
 
     def _forgive(self) -> None:
-        """All of them started: who dies from now on was killed, and starts counting anew."""
+        """All of them started: a process that dies from now on was killed, and its count starts anew."""
         with self._lock:
             for child in self.children.values():
                 child.failures_in_a_row = 0
@@ -364,13 +364,13 @@ class LocalMesh:
 
 
 def _tell_people(sentence: str) -> None:
-    """On stderr. Nobody may read it any more; the watcher goes on all the same."""
+    """Writes to stderr. It may have no reader any more; the watcher goes on all the same."""
     with contextlib.suppress(OSError):
         print(f"moemesh supervisor: {sentence}", file=sys.stderr, flush=True)
 
 
 def _describe_end(child: Child) -> str:
-    """Of a child whose process has ended; of one that was never started, why not."""
+    """Says how a child's process has ended; of one that was never started, why not."""
     status = child.process.returncode if child.process is not None else None
     if status is None:
         return child.trouble or _last_sentence(child.log_path)

@@ -30,7 +30,7 @@ MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ELEMENTS: Final = 1 << 31
 MAX_DIMENSIONS: Final = 4
 MAX_ENTRIES: Final = 1 << 13
-"""Of a tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims to hold."""
+"""The longest tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims."""
 
 _MAGIC: Final = b"MOEM"
 _PREFIX: Final = struct.Struct("<4sHHQ")
@@ -225,7 +225,7 @@ def _decode_tensors(
             raise ProtocolError(f"{kind.__name__}.{name} must have at most {MAX_DIMENSIONS} dimensions")
         elements = math.prod(shape)
         data = memoryview(frame)
-        # An empty array may not claim huge sizes either: numpy and torch fail on them where nobody expects it.
+        # An empty array may not claim huge sizes either: numpy and torch fail on them where it is not expected.
         if math.prod(filter(None, shape)) > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
             raise ProtocolError(
                 f"{kind.__name__}.{name} of {dtype} {shape} needs {elements * item_bytes} bytes, not {data.nbytes}"

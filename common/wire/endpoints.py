@@ -66,8 +66,8 @@ def ipc_token(folder: Path, mount_namespace: Path = Path("/proc/self/ns/mnt")) -
     """Proofs that two processes see the same folder of the same running kernel; `share_folder` compares them.
 
     One is the folder itself, by device and inode: it holds also where a container has the folder under another path.
-    The other is its path among the mounts of this process: it holds also after somebody has removed the folder and it
-    was made again. Empty where the system has no such thing.
+    The other is its path among the mounts of this process: it holds also after the folder was removed and it was made
+    again. Empty where the system has no such thing.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     if not boot_id.exists():

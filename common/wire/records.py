@@ -27,7 +27,7 @@ STEP_SEQUENCE: Final = np.dtype(
         ("samples", np.int64),
     ]
 )
-"""Of `Step.sequences`."""
+"""A row of `Step.sequences`."""
 SAMPLING: Final = np.dtype(
     [
         ("temperature", np.float64),
@@ -36,11 +36,11 @@ SAMPLING: Final = np.dtype(
         ("num_top_logprobs", np.float64),
     ]
 )
-"""Of `Step.sampling`."""
+"""A row of `Step.sampling`."""
 SEED: Final = np.dtype([("seed", np.int64), ("choice", np.int64)])
-"""Of `Step.seeds`."""
+"""A row of `Step.seeds`."""
 HELD_SEQUENCE: Final = np.dtype([("sequence_id", np.int64), ("num_positions", np.int64), ("num_blocks", np.int64)])
-"""Of `Hello.held_sequences`."""
+"""A row of `Hello.held_sequences`."""
 
 
 def records_to_frame(rows: Sequence[tuple[Any, ...]], record: np.dtype[np.void]) -> TensorFrame:

@@ -1,7 +1,7 @@
-"""The files of the Unix sockets that a process listens on: looked after, and made again where somebody removed them.
+"""The files of the Unix sockets that a process listens on: looked after, and made again where they were removed.
 
-A socket whose file is gone keeps its connections and gets no new ones: nobody notices until the next process wants to
-connect. So whoever has bound one looks now and then whether its path still leads to it.
+A socket whose file is gone keeps its connections and gets no new ones: this goes unnoticed until the next process wants
+to connect. So a process that has bound one looks now and then whether its path still leads to it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 LOOK_INTERVAL_S = 0.5
 MAX_LOOK_INTERVAL_S = 8.0
-"""Between looks at a file that is lost again and again: each time costs a descriptor, for as long as the socket is."""
+"""The pause between looks at a file that is lost again and again: each costs a descriptor."""
 STEADY_S = 60.0
-"""A file that has stood for so long is looked at often again."""
+"""A file that has stood for this long is looked at often again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class SocketFile:
         return now_s >= self._next_look_s
 
     def look(self, now_s: float, *, at_once: bool = False) -> LostFile | None:
-        """Make it again where it is gone, or where there is something else that nobody listens on.
+        """Make it again where it is gone, or where there is something else without a listener.
 
         None where it stands, where it is not yet time for a look, and where the same failure was told before. A file
         that another process listens on is left to that one, and told as a failure.
@@ -95,8 +95,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _is_listened_on(path: Path) -> bool:
-    """Returns whether a connection to the path finds anybody; a backlog that is full is somebody, too. Raises OSError
-    where there is no socket to ask with."""
+    """Returns whether a connection to the path finds a listener; a full backlog counts as one. Raises OSError where
+    there is no socket to ask with."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -109,7 +109,7 @@ def _is_listened_on(path: Path) -> bool:
 
 
 class DiskCanary:
-    """Touches a folder before somebody does who must not wait for its disk: a thread of its own hangs there instead."""
+    """Touches a folder before a thread that must not wait for its disk: a thread of its own hangs there instead."""
 
     def __init__(self, touch: Callable[[], object]) -> None:
         """`touch` waits for the disk."""

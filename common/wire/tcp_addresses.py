@@ -27,7 +27,7 @@ def control_host(control: str) -> str:
 
 
 def advertised_host(name: str) -> str:
-    """Returns ADVERTISE_HOST without brackets. Raises ConfigurationError for what is no name and no address."""
+    """Returns ADVERTISE_HOST without brackets. Raises ConfigurationError for what is neither a name nor an address."""
     has_brackets = name.startswith("[") and name.endswith("]")
     host = name[1:-1] if has_brackets else name
     if not is_ipv6(host) and (has_brackets or re.fullmatch(r"[^\[\]\s:/]+", host) is None):

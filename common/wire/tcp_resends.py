@@ -12,9 +12,9 @@ import os
 import socket
 
 FIRST_RESEND_S = 0.05
-"""At least so long after a packet was sent, plus what the way there and back has been taking."""
+"""At least this long after a packet was sent, plus what the way there and back has been taking."""
 LAST_RESEND_S = 1.0
-"""At most so long between two of them; the least that Linux takes."""
+"""At most this long between two of them; the least that Linux takes."""
 
 _TCP_RTO_MAX_MS = 44
 _TCP_RTO_MIN_US = 45
@@ -22,7 +22,7 @@ _TCP_RTO_MIN_US = 45
 
 
 def resend_soon(descriptor: int) -> bool:
-    """Sets the times of a TCP socket that belongs to somebody else; one that listens hands them on to what it accepts.
+    """Sets the times of a TCP socket that belongs to other code; one that listens hands them on to what it accepts.
 
     Returns whether the kernel has taken them: an older one does not, and no other kind of socket. By now the
     descriptor may be closed, or another file: nothing happens to it then.

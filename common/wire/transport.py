@@ -48,7 +48,7 @@ class SocketLimits:
     max_message_bytes: int = 1 << 30
     heartbeat_interval_ms: int = 500
     heartbeat_timeout_ms: int = 3000
-    """ZeroMQ's own ping on its I/O thread: the last resort, for connections that nobody else watches.
+    """ZeroMQ's own ping on its I/O thread: the last resort, for connections that nothing else watches.
 
     Silence closes a connection after 3 to 3.5 s, on either side. Shorter, and a link that loses a third of its packets
     breaks every few seconds, although each message arrives after one or two resends; each such break costs a pipeline
@@ -61,7 +61,7 @@ class SocketLimits:
     """A cut network swallows the first packet; the kernel would send it again only after 1, 3, 7 s."""
     reconnect_interval_ms: int = 20
     reconnect_interval_max_ms: int = 60
-    """A router that was restarted is waited for by every stream: nodes are to be back within a moment."""
+    """Every stream waits for a router that was restarted: nodes are to be back within a moment."""
     ipv6: bool = False
     """Whether host names are looked up as IPv6 as well, and first; addresses in brackets are IPv6 in any case."""
     socks_proxy: str = ""
@@ -90,12 +90,12 @@ class LinkEvent(Enum):
     CONNECTED = "connected"
     CLOSED = "closed"
     REFUSED = "refused"
-    """Closed, and nobody listens there any more: what listened has ended, or has closed its sockets."""
+    """Closed, and nothing listens there any more: what listened has ended, or has closed its sockets."""
 
 
 class Transport:
-    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that were no message, by socket name;
-    `on_lost_file` of socket files that somebody else has removed.
+    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that are not a message, by socket name;
+    `on_lost_file` of socket files that something else has removed.
 
     Every method that makes a socket raises SocketError where the process may not have one more.
     """
@@ -112,7 +112,7 @@ class Transport:
         self.limits = limits
         self.on_damaged = on_damaged
         self.num_changes = 0
-        """Sockets opened and closed so far: when it has changed, whoever waits for them looks which there are."""
+        """Sockets opened and closed so far: when it has changed, a loop that waits for them looks which there are."""
         self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
         self._files: list[SocketFile] = []
@@ -120,7 +120,7 @@ class Transport:
         self._echo: Echo | None = None
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
-        """Opens a bound PULL: steps from whoever is upstream."""
+        """Opens a bound PULL: steps from the process upstream."""
         return self._bound(zmq.PULL, name, endpoints)
 
     def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> MessageSocket:
@@ -178,7 +178,7 @@ class Transport:
         self._end_echo()
         self.context.destroy(linger=0)
         for file in self._files:
-            with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nobody listens there
+            with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nothing listens there
                 file.remove()
         self._files.clear()
 
@@ -207,7 +207,7 @@ class Transport:
             raw.disable_monitor()
             monitor.close(linger=0)
             raw.close(linger=0)
-            raise ConfigurationError(f"{name}: {endpoint!r} is no address to connect to: {error}") from None
+            raise ConfigurationError(f"{name}: {endpoint!r} is not an address to connect to: {error}") from None
         return MessageSocket(self, name, raw, (endpoint,), monitor, is_watched=is_watched)
 
     def _raw(self, kind: int, name: str, endpoints: Sequence[str]) -> zmq.Socket[bytes]:

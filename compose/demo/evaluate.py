@@ -65,7 +65,7 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """By the task's own reading."""
+        """Whether it is right by the task's own reading."""
         return self.question.task.is_right(self.question.exchange.answer, self.text)
 
 
@@ -118,7 +118,7 @@ def accuracy_by_task(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def perplexity(answers: Sequence[Answer]) -> float:
-    """Of the tokens that the mesh itself chose."""
+    """The perplexity of the tokens that the mesh itself chose."""
     return math.exp(-sum(answer.log_probability for answer in answers) / sum(answer.num_tokens for answer in answers))
 
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="a mesh that serves the demo model; without it one is started")
     parser.add_argument("--questions", type=int, default=100, help="questions a task")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--show-wrong", type=int, default=0, help="print so many wrong answers")
+    parser.add_argument("--show-wrong", type=int, default=0, help="how many wrong answers to print")
     parsed = parser.parse_args(arguments)
     settings = {"alone": (parsed.questions, 0), "third turn": (parsed.questions, 2)}
     settings["after 1,000 tokens"] = (max(1, parsed.questions // 10), LONG_CHAT_TURNS)

@@ -145,7 +145,7 @@ class DemoModel(nn.Module):
         for index, layer in enumerate(self.typed_layers()):
             x_btd = layer.attend(x_btd, rotation)
             x_nd = x_btd.flatten(0, 1)
-            # Rows that nobody asks for end where no other row can look at them: in the last layer.
+            # Rows that are not asked for end where no other row can look at them: in the last layer.
             if kept is not None and index == self.sizes.layers - 1:
                 x_nd = x_nd[kept]
             x_nd, probabilities, chosen = layer.feed(x_nd)

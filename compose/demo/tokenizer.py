@@ -1,7 +1,7 @@
 """The demo model's tokenizer: one token a byte, and one token for each word of the phrasings.
 
 Numbers, names and words that are asked about therefore come as single characters, which is what a small model needs to
-add, spell and sort; the words around them cost one token each. Any text comes back: what is no known word is bytes.
+add, spell and sort; the words around them cost one token each. Any text comes back: what is not a known word is bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build_tokenizer(tasks: Iterable[Task]) -> Tokenizer:
 
 
 def _fixed_words(tasks: Iterable[Task]) -> set[str]:
-    """Words of questions and answers that are no argument; those of one letter are bytes already."""
+    """Words of questions and answers that are not arguments; those of one letter are bytes already."""
     texts: list[str] = []
     for task in tasks:
         texts.append(task.fixed_words)
@@ -63,5 +63,5 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     """Returns the id of a token that exists."""
     number = tokenizer.token_to_id(token)
     if number is None:
-        raise ValueError(f"{token!r} is no token")
+        raise ValueError(f"{token!r} is not a token")
     return int(number)

@@ -36,7 +36,7 @@ class WaitingCall:
     routing: Int32Array
     """[3, R]: row of `hidden`, expert, slice."""
     weights: Float32Array | None
-    """[R] where the answer is the weighted sum a token (combine mode `partial`)."""
+    """[R] where the answer is one weighted sum per token (combine mode `partial`)."""
 
 
 def check_call(
@@ -87,7 +87,7 @@ class CallQueue:
         return num_dropped
 
     def pop_layer(self, now_s: float) -> tuple[list[WaitingCall], int]:
-        """Returns all calls of the next layer, and how many calls were dropped since nobody waits for them any more."""
+        """Returns all calls of the next layer, and how many calls were dropped since they are not wanted any more."""
         live = deque(c for c in self._calls if not c.header.time_left_ms or now_s < _expires_s(c))
         expired = len(self._calls) - len(live)
         if not live:
@@ -110,7 +110,7 @@ class LayerAnswer:
     began_s: float
     download: Download
     order: Tensor | None
-    """Of the computed rows among those that were asked for; None: the same."""
+    """The place of each computed row among those that were asked for; None: the same."""
 
     def collect(self) -> list[Tensor]:
         """Returns each call's answer: [R, D] in the order it asked, or float32 [T_n, D] weighted sums where it sent

@@ -1,4 +1,4 @@
-"""Waiting calls -> one grouped FFN a layer. Pure: numpy, no sockets.
+"""Waiting calls -> one grouped FFN per layer. Pure: numpy, no sockets.
 
 R routed rows over all calls of a layer, S slices an expert; a shard key is expert * S + slice.
 """

@@ -79,7 +79,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
 
     def _obey(self, message: Message, header: Header, now_s: float) -> None:
         if not isinstance(message, AssignShards):
-            raise ProtocolError(f"an expert node has no use for {type(message).__name__}")
+            raise ProtocolError(f"an expert node does not handle {type(message).__name__}")
         if not self._shards.assign(message, header.router_term):
             self._counters.dropped += 1
 
@@ -94,7 +94,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
             number = message.call if isinstance(message, Dispatch) else 0
             try:
                 if not isinstance(message, Dispatch):
-                    raise ProtocolError(f"no call of an expert node begins with {type(message).__name__}")
+                    raise ProtocolError(f"an expert node does not accept {type(message).__name__}")
                 if self._shards.held.store is None:
                     raise NotReadyError("no shards are assigned here yet")
                 self._queue.add(check_call(identity, message, header, now_s, self._shards.held.store))
@@ -155,7 +155,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
         try:
             self._socket.send(identity, message, header)
         except Full:
-            self._counters.dropped += 1  # the stage is gone: nobody waits for this answer
+            self._counters.dropped += 1  # the stage is gone: this answer is not wanted
 
     def _load(self) -> ExpertHeartbeat:
         counters = self._counters

@@ -41,9 +41,9 @@ class ShardAssignment:
     router_term: int = 0
     wanted: frozenset[ShardId] = frozenset()
     missing: deque[ShardId] = field(default_factory=deque)
-    """In the order in which they are loaded."""
+    """Shards still to be loaded, in that order."""
     urgent: set[ShardId] = field(default_factory=set)
-    """Those of the missing ones that nobody else can be asked for."""
+    """Those of the missing ones that no other node can be asked for."""
     retry_at_s: dict[ShardId, float] = field(default_factory=dict)
     """Shards that could not be loaded, and when to try again: a full disk or memory may have room by then."""
     reported: bool = False

@@ -63,7 +63,7 @@ class ShardStore:
         return self._probes[shard]
 
     def drop(self, shard: ShardId) -> None:
-        """Lets a shard go; one that is not held is no error."""
+        """Lets a shard go; one that is not held is not an error."""
         self._shards.pop(shard, None)
         self._probes.pop(shard, None)
 
@@ -100,16 +100,16 @@ class ShardStore:
 
 
 PROBE_ROWS: Final = 4
-"""More than one, so that the kernels' blocks of rows are tried too."""
+"""Rows of the probe: more than one, so that the kernels' blocks of rows are tried too."""
 TOLERANCE: Final[dict[torch.dtype, float]] = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Of the difference from torch, against the size of the answer."""
+"""The greatest difference from torch, against the size of the answer."""
 
 
 class ProbeAnswer(NamedTuple):
     """What is compared."""
 
     digest: int
-    """Of the bits, above 0: equal on nodes of one numeric class."""
+    """A digest of the bits, above 0: equal on nodes of one numeric class."""
     projection: float
     """The answer along a fixed direction, over its length: nearly equal on all nodes."""
 

@@ -41,7 +41,7 @@ class SamplingParameters:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, what is added to its logit); each id once."""
     min_tokens: int = 0
-    """Stop tokens cannot be drawn, and stop strings do not count, before so many tokens are there."""
+    """Stop tokens cannot be drawn, and stop strings do not count, before this many tokens are there."""
 
     @property
     def counts_tokens(self) -> bool:
@@ -97,7 +97,7 @@ class GenerationRequest:
     group: str = ""
     """The HTTP request that it is a choice of: those of one share a place in line. Empty if it stands alone."""
     is_restored: bool = False
-    """A router before this one has let it in: nothing refuses it now, and it waits for a mesh that starts."""
+    """A router before this one has accepted it: nothing refuses it now, and it waits for a mesh that starts."""
     generated_token_ids: tuple[int, ...] = ()
     """What was sampled so far, and never the whole of it: a finished choice needs no mesh. A fresh one has none."""
     sequence_id: SequenceId | None = None
@@ -105,7 +105,7 @@ class GenerationRequest:
 
     @property
     def max_num_tokens(self) -> int:
-        """Counts its prompt and all the tokens that it may generate: admission reserves so many."""
+        """Counts its prompt and all the tokens that it may generate: admission reserves as many."""
         return len(self.prompt_token_ids) + self.sampling.max_tokens
 
     def restored(self, generated_token_ids: Sequence[int], sequence_id: SequenceId | None = None) -> GenerationRequest:
@@ -118,11 +118,11 @@ class RecoveryCounts:
     """What it took to finish a choice in spite of losses; told to the client."""
 
     recoveries: int
-    """So many times its cache was moved, rebuilt or computed again."""
+    """How many times its cache was moved, rebuilt or computed again."""
     replayed_tokens: int
-    """So many positions were computed again for that."""
+    """How many positions were computed again for that."""
     retried_calls: int = 0
-    """So many expert calls of its steps were repeated on another copy."""
+    """How many expert calls of its steps were repeated on another copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Engine(Protocol):
     """What the front asks of the mesh."""
 
     def check_room(self, num_choices: int) -> None:
-        """Checks that so many choices would be accepted now, as far as is known without asking the mesh.
+        """Checks that this many choices would be accepted now, as far as is known without asking the mesh.
 
         Raises NotReadyError and OverloadedError; `generate` may raise them all the same.
         """
@@ -185,7 +185,7 @@ class Engine(Protocol):
         ...
 
     def describe_mesh(self) -> dict[str, Any]:
-        """Says who holds what, as plain JSON; as old as `readiness`."""
+        """Says which node holds what, as plain JSON; as old as `readiness`."""
         ...
 
     @property

@@ -57,18 +57,18 @@ from services.router.served_model import Model, read_model
 log = structlog.get_logger(__name__)
 
 BLOCK_TOKENS = 32
-"""A KV block has so many; stages compute attention in tiles of that size, so it is part of what decides the bits."""
+"""Tokens of a KV block; stages compute attention in tiles of that size, so it is part of what decides the bits."""
 TERM_SHIFT = 32
-"""Numbers of steps, sequences and generations have the term above so many bits: they ascend from router to router."""
+"""Numbers of steps, sequences and generations have the term above this many bits: they ascend from router to router."""
 CLOSE_WITHIN_S = 2.0
-"""So long the end of the router waits for the disk under STATE_DIR, and for its links."""
+"""How long the end of the router waits for the disk under STATE_DIR, and for its links."""
 RESTORE_WITHIN_S = 0.5
 """How long a restarted router puts requests in line before it serves; those that are not by then follow."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
 RELIEF_INTERVAL_S = 5.0
 RELIEF_GROWTH_BYTES = 32 << 20
-"""It must have grown by so much since memory was given back last: less is not worth the while."""
+"""It must have grown by this much since memory was given back last: less is not worth the while."""
 
 
 def http_url(host: str, port: int) -> str:
@@ -78,7 +78,7 @@ def http_url(host: str, port: int) -> str:
 
 async def serve(settings: Settings) -> None:
     """Runs the router until SIGTERM or SIGINT. Raises MoemeshError when it cannot start."""
-    # The server takes these signals while it runs, and raises them again once it has ended: to nobody's harm then.
+    # The server takes these signals while it runs, and raises them again once it has ended: it does no harm then.
     should_stop = StopFlag()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     router = _assemble(settings)
@@ -140,7 +140,7 @@ class _Links:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """What the router has in its state folder, and who works there."""
+    """What the router has in its state folder, and the threads that work there."""
 
     state: StateFolder
     disk: DiskThread
@@ -162,7 +162,7 @@ class _Storage:
 @dataclass(slots=True)
 class _Router:
     """Runs the mesh and the HTTP server. If the mesh breaks, the process must end: a router that answers HTTP and no
-    request helps nobody."""
+    request is of no use."""
 
     storage: _Storage
     links: _Links
@@ -184,7 +184,7 @@ class _Router:
         going_on = asyncio.create_task(self.requests.go_on())
         relief = asyncio.create_task(MemoryRelief().run())
         try:
-            # Who connects meanwhile waits in the listener's queue, and finds its request.
+            # A client that connects meanwhile waits in the listener's queue, and finds its request.
             await asyncio.wait({going_on}, timeout=RESTORE_WITHIN_S)
             # Only now: stages that are back hand their cache to requests that are in line.
             mesh_thread.start()
@@ -195,7 +195,7 @@ class _Router:
         finally:
             self.mesh.stop()
             if mesh_thread.is_alive():
-                mesh_thread.join(timeout=5)  # it ends with its turn, but is not waited for for ever
+                mesh_thread.join(timeout=5)  # it ends with its turn, but the router does not wait for ever
             self.placer.close()
             for task in (going_on, relief):
                 task.cancel()
@@ -465,12 +465,12 @@ def trim_heap() -> None:
 
 
 class MemoryRelief:
-    """Gives memory that a flood of requests has left behind back to the system, each time that it has grown by so much.
+    """Gives memory that a flood of requests has left behind back to the system, each time that it has grown.
 
     What is freed stays with the C library, in pages that are empty but for a few live blocks, and in pools that each
     thread which ever tokenized has of its own: after 64 prompts of 200 kB a router of 71 MB kept 350 MB, of which
     nothing was in use. glibc gives such pages back when it is asked (`malloc_trim`), and only then. That takes 30 ms
-    for 250 MB, in a thread, and keeps nobody else from memory for longer than the usual.
+    for 250 MB, in a thread, and keeps no other thread from memory for longer than usual.
     """
 
     def __init__(

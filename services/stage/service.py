@@ -42,7 +42,7 @@ from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import passed_on, relayed
 
 KEEP_STATE_S = 300.0
-"""Without a router: K and V may belong to requests that a restarted one goes on with."""
+"""How long K and V are kept without a router: they may belong to requests that a restarted one resumes."""
 
 
 @dataclass(slots=True)
@@ -78,9 +78,9 @@ class StageService(NodeLoop[MessageSocket]):
         """Messages that the downstream did not take yet, with their deadlines; bounded by the steps in flight."""
         self._counters = StageCounters()
         self._role_number = 0
-        """Of the role that is followed now; 0: none."""
+        """Number of the role that is followed now; 0: none."""
         self._newest_role_number = 0
-        """Of all that this stage was told, which may come late, or twice."""
+        """The newest number that this stage was told; roles may come late, or twice."""
 
     def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
         return (self._node.data.raw, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets())
@@ -108,8 +108,8 @@ class StageService(NodeLoop[MessageSocket]):
     # ---- control
 
     def _describe_held(self) -> HeldState:
-        """Returns what goes with a hello. Whoever gets it counts on it: until the next assignment, which voids all
-        steps of before, none is taken that could give a block to another sequence."""
+        """Returns what goes with a hello. The router counts on it: until the next assignment, which voids all steps of
+        before, none is taken that could give a block to another sequence."""
         slot = self._worker.slot
         if slot is None:
             return HeldState()
@@ -132,7 +132,7 @@ class StageService(NodeLoop[MessageSocket]):
         elif isinstance(message, PublishPlacement):
             self._apply_placement(message, header, now_s)
         else:
-            raise ProtocolError(f"a stage has no use for {type(message).__name__}")
+            raise ProtocolError(f"a stage does not handle {type(message).__name__}")
 
     def _follow_role(self, message: AssignStage | AssignMirror | Unassign, header: Header, now_s: float) -> None:
         """Follows the newest role, whenever older ones come; told again, it changes nothing: heartbeats say what became
@@ -248,7 +248,7 @@ class StageService(NodeLoop[MessageSocket]):
         if header.sequence_number != due:
             raise ProtocolError(
                 f"step {header.step} came as message {header.sequence_number} when message {due} was due: "
-                "what is between did not arrive whole"
+                "messages were lost or damaged in between"
             )
 
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
@@ -346,12 +346,12 @@ class StageService(NodeLoop[MessageSocket]):
             self._unsent.popleft()
 
     def _break_step(self, error: Exception, header: Header) -> None:
-        """Whatever a step's numbers provoke must not take the other steps along. Raises what is no step's fault."""
+        """What a step's numbers provoke must not take the other steps along. Raises what is not a step's fault."""
         if isinstance(error, LIFE_ENDING_ERRORS):
             raise error
         raise_if_device_failed(error)
         if not isinstance(error, MoemeshError):
-            self._log.error("step_broke", step=header.step, exc_info=error)
+            self._log.error("step_crashed", step=header.step, exc_info=error)
             error = ExecutionError(f"computing failed: {error}")
         self._fail_step(error, header)
 

@@ -27,7 +27,7 @@ EMPTY_RESULT = StepResult(
     array_to_frame(np.zeros((0, 0), dtype=np.int32)),
     array_to_frame(np.zeros((0, 0), dtype=np.float32)),
 )
-"""Of a step that samples nothing."""
+"""The result of a step that samples nothing."""
 
 
 def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:

@@ -93,11 +93,11 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
         wake.join()
     assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
     log = well.local.logs(name)
-    wait_until(lambda: '"comes_back"' in log.read_text(), 20, "the node to hear that it was taken for dead")
+    wait_until(lambda: '"node_rejoining"' in log.read_text(), 20, "the node to hear that it was taken for dead")
     settle(well)
     assert pid_of(well, name) == pid, "the process need not end for that"
     lines = [json.loads(line) for line in log.read_text().splitlines() if line[:1] == "{"]
-    life = max(number for number, line in enumerate(lines) if line["event"] == "comes_back")
+    life = max(number for number, line in enumerate(lines) if line["event"] == "node_rejoining")
     assigned = [line for line in lines[life:] if line["event"] == "shards_assigned"]
     assert assigned, "it serves again"
     assert assigned[-1]["missing"] == 0, "nor read its shards again"

@@ -127,7 +127,7 @@ def test_layers_and_experts_that_no_node_has_any_more_are_named(mesh: ServedMesh
         mesh.local.stop(name)
     detail = "no expert node has the weights of experts"
     wait_until(lambda: detail in describe(mesh)["detail"], MISSING_WITHIN_S, "a sentence on experts")
-    layers = "nobody holds slot 1 of pipeline 0; nobody has the weights of layers [2, 4)"
+    layers = "no node holds slot 1 of pipeline 0; no node has the weights of layers [2, 4)"
     wait_until(lambda: layers in describe(mesh)["detail"], MISSING_WITHIN_S, "a sentence on layers")
     mesh.local.remove("stage-spare")
     for name in stopped:

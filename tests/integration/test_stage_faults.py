@@ -21,7 +21,7 @@ MAX_GAP_S = 20.0
 """A mirror takes far less, a process start on a busy machine not much: the chaos suites measure."""
 READY_AGAIN_WITHIN_S = 90
 PAUSE_S = 3.0
-ROLE_EVENTS = frozenset({"slot_taken", "mirror_begins", "loading_layers", "comes_back"})
+ROLE_EVENTS = frozenset({"slot_taken", "mirror_begins", "loading_layers", "node_rejoining"})
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_paused_stage_is_taken_over_and_fenced_when_it_wakes_up(
     finally:
         wake.join()
     log = mirrored.local.logs(name)
-    wait_until(lambda: '"comes_back"' in log.read_text(), 20, "the old holder to hear that it was replaced")
+    wait_until(lambda: '"node_rejoining"' in log.read_text(), 20, "the old holder to hear that it was replaced")
     wait_for_mirrors(mirrored)
     assert pid_of(mirrored, name) == pid, "the process need not end for that"
 

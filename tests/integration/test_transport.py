@@ -324,7 +324,7 @@ def test_closing_the_transport_frees_all_of_it_at_once() -> None:
 def test_an_address_that_is_none_is_named(transport: Transport, endpoint: str) -> None:
     """A peer may say anything in its hello: it must not end whoever believes it."""
     for connect in (transport.dealer, transport.push):
-        with pytest.raises(ConfigurationError, match="is no address"):
+        with pytest.raises(ConfigurationError, match="is not an address"):
             connect("to a peer", endpoint)
     with pytest.raises(ConfigurationError, match="cannot be listened on"):
         transport.pull("steps", [endpoint])

@@ -45,9 +45,9 @@ class Task:
     read: Callable[[str], object]
     """The part of an answer that counts, comparable by `==`."""
     fixed_words: str = ""
-    """Words of questions and answers that are no argument and stand in no phrasing: each becomes one token."""
+    """Words of questions and answers that are not arguments and stand in no phrasing: each becomes one token."""
     spells_phrasings: bool = False
-    """Whether the words of its phrasings are read letter by letter, like words that nobody foresaw."""
+    """Whether the words of its phrasings are read letter by letter, like words that were not foreseen."""
 
     def draw(self, random: Random, split: Split) -> Exchange:
         """Returns a random exchange of that split: numbers, words and phrasing all belong to it."""

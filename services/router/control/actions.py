@@ -30,9 +30,9 @@ class OpenPipeline:
     num_blocks: int
     num_slots: int
     kv_marks: tuple[int, ...] = ()
-    """By slot: up to which step its paged memory is good."""
+    """Up to which step a slot's paged memory is good, by slot."""
     held: HeldCache | None = None
-    """Of a pipeline that a router before this one had open."""
+    """What stages hold of a pipeline that a router before this one had open."""
 
     @property
     def summary(self) -> dict[str, int | tuple[int, ...]]:
@@ -94,7 +94,7 @@ class RoleMessages:
         return Tell(holders[slot.index].node_id, message, Header(generation=generation))
 
     def mirror(self, slot: StageSlot, lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription) -> AssignMirror:
-        """Makes the message to whoever is to follow the slot's holder."""
+        """Makes the message to the node that is to follow the slot's holder."""
         return AssignMirror(*self._place(slot), lease_term, num_blocks, holder.endpoints, holder.ipc_token)
 
     def unassign(self, node_id: NodeId, lease_term: int) -> Tell:

@@ -16,7 +16,7 @@ MAX_PIPELINES = 1 << 16
 ADOPT_S = 1.5
 """How long a restarted router waits for the holders that it does not know yet, from the first node that registers."""
 NEW_S = 0.3
-"""The same where all that have come are new processes, and enough for a pipeline: everything was started anew, and who
+"""The same where all that have come are new processes, and enough for a pipeline: everything was started anew, and what
 outlives a router is back before processes have started."""
 MAX_STEPS_APART = 64
 """Holders of one pipeline differ by what was in flight between them. One further behind may have been replaced, and its
@@ -56,7 +56,7 @@ class HeldCache:
     released: tuple[int, ...]
     """Sequences that some stage has and not all agree on: of no use, to be dropped."""
     last_steps: Mapping[int, int]
-    """By slot whose holder has reported and has it still: its last step then."""
+    """Maps each slot whose holder has reported and has it still to its last step then."""
 
     def is_held_by(self, slot: int, kv_mark: int) -> bool:
         """Returns whether a slot's holder, whose memory is good up to step `kv_mark`, has all of it.
@@ -67,7 +67,7 @@ class HeldCache:
         return slot in self.last_steps and max(self.last_steps[slot], 1) <= kv_mark
 
     def kept_by(self, slots: Set[int]) -> HeldCache:
-        """Returns the same, where only these slots' holders are those who reported."""
+        """Returns the same, where only these slots' holders are those that reported."""
         return replace(self, last_steps={slot: step for slot, step in self.last_steps.items() if slot in slots})
 
 
@@ -77,7 +77,7 @@ class AdoptedPipeline:
 
     pipeline: PipelineId
     holders: tuple[NodeId | None, ...]
-    """None: nobody has come back for this slot."""
+    """None: no holder has come back for this slot."""
     lease_terms: tuple[int, ...]
     """0 for a hole."""
     num_blocks: int
@@ -95,14 +95,14 @@ class Adoption:
         self._deadline_s: float | None = None
         self._adopted: set[PipelineId] = set()
         self._known_sequences: set[int] = set()
-        """Of pipelines that were taken over: what these hold is known, however little it is worth."""
+        """Those of pipelines that were taken over: what these hold is known, however little it is worth."""
         self._losers: dict[NodeId, int] = {}
         """Nodes that claim what others hold, with the lease terms of their claims."""
         self._new_processes: set[NodeId] = set()
         """Those that live and had never heard a router when they first said hello to this one."""
         self._has_old_process = False
         self.is_pending = is_wanted
-        """Whether a holder may still come back for a slot. Until then nobody else gets one."""
+        """Whether a holder may still come back for a slot. Until then no other node gets one."""
 
     def see_process(self, node_id: NodeId, is_new: bool) -> None:
         """A stage node said hello; `is_new`: it has never heard a router. One that was not answered yet, or whose link
@@ -116,8 +116,8 @@ class Adoption:
         """A node registered. What does not fit this mesh, or what the node could not load again (not `sees_weights`),
         is not taken: the node gets a role like any other.
 
-        Of two that claim one slot, the one that came further in it is its holder; the other was replaced and forgot to
-        forget.
+        Of two that claim one slot, the one that came further in it is its holder; the other was replaced and still
+        claims it.
         """
         self._deadline_s = now_s + ADOPT_S if self._deadline_s is None else self._deadline_s
         if held is None:
@@ -142,7 +142,7 @@ class Adoption:
                 self._losers[node_id] = lease_term
 
     def pop_losers(self) -> dict[NodeId, int]:
-        """Returns who must forget a slot that others hold, with the lease term of the claim; each of them once."""
+        """Returns nodes that must forget a slot that others hold, with the lease term of the claim; each once."""
         losers, self._losers = self._losers, {}
         return losers
 
@@ -166,7 +166,7 @@ class Adoption:
         return [self._pop(pipeline) for pipeline in claimed if not self.is_pending or self._is_complete(pipeline)]
 
     def may_know(self, sequence_id: int) -> bool:
-        """Returns whether somebody who holds this sequence may still come back."""
+        """Returns whether a node that holds this sequence may still come back."""
         return self.is_pending and sequence_id not in self._known_sequences
 
     def waits_for_opening(self, now_s: float) -> bool:
@@ -188,7 +188,7 @@ class Adoption:
         )
 
     def _is_complete(self, pipeline: PipelineId) -> bool:
-        """Returns whether everybody is back, and nobody looks like a holder that was replaced."""
+        """Returns whether all are back, and none looks like a holder that was replaced."""
         if not all(slot in self._claims for slot in self._slots(pipeline)):
             return False
         last_steps = [self._claims[slot][1].last_step for slot in self._slots(pipeline)]
@@ -207,7 +207,7 @@ def read_held_slot(hello: Hello) -> HeldSlot | None:
     said = SlotReport(*hello.held_slot)
     is_slot = said.pipeline < MAX_PIPELINES and said.slot < said.num_slots and said.first_layer < said.stop_layer
     if not is_slot or said.num_blocks < 1:
-        raise ProtocolError(f"Hello.held_slot {hello.held_slot} is no slot")
+        raise ProtocolError(f"Hello.held_slot {hello.held_slot} is not a valid slot")
     rows = frame_to_records(hello.held_sequences, HELD_SEQUENCE, None, "Hello.held_sequences")
     blocks = frame_to_array(hello.held_blocks, "int32", (None,), "Hello.held_blocks")
     num_announced = int(rows["num_blocks"].sum())
@@ -243,7 +243,7 @@ class Arrival:
 
 
 def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:
-    """Returns what can be gone on with: sequences that every reporting slot has, as far as all have computed them.
+    """Returns what can be resumed: sequences that every reporting slot has, as far as all have computed them.
 
     Tables may differ in length, since a step reaches one stage before the next; where they differ in content, or two
     sequences name one block, nothing of them is of use.

@@ -1,4 +1,4 @@
-"""Steps that nobody has: sent, not answered, and at no stage. Pure; time is an argument.
+"""Lost steps: sent, not answered, and at no stage. Pure; time is an argument.
 
 A link that breaks loses what was on it, without a word: a step between two stages, or a result on its way to the
 router. The next message over that link shows the gap by its number; where none comes, since all requests wait for just
@@ -18,7 +18,7 @@ from common.ids import PipelineId
 from services.router.control.readiness import Awaited, MeshEvidence, PipelineEvidence
 
 UNHELD_S = 0.75
-"""For so long all stages must have said that they have nothing: three heartbeats of the usual interval."""
+"""How long all stages must have said that they have nothing: three heartbeats of the usual interval."""
 MAX_DOUBLINGS = 6
 
 

@@ -1,4 +1,4 @@
-"""Items into bins, each item so many times, each bin so many items: a b-matching by augmenting paths.
+"""Items into bins, each item a given number of times, each bin with its own room: a b-matching by augmenting paths.
 
 What is held at the start stays unless a path has to go through it, so a matching that was nearly right changes little.
 """

@@ -20,9 +20,9 @@ from common.messages import Hello
 from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
 
 MIN_HEARTBEATS_MISSED = 8
-"""Before anything is concluded from heartbeats that do not come, or that do not show what they must."""
+"""How many before anything is concluded from heartbeats that do not come, or do not show what they must."""
 MAX_REMEMBERED_DEAD = 1024
-"""Incarnations that are still known to be dead; nobody speaks again that long after."""
+"""Incarnations that are still known to be dead; none speaks again that long after."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -67,24 +67,24 @@ class MembershipSettings:
     """Times after which something is concluded. Checked when made: ConfigurationError."""
 
     silent_suspect_s: float = 2.0
-    """Without a heartbeat."""
+    """How long a node may send no heartbeat before it is suspect."""
     silent_dead_s: float = 10.0
     """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
     lifeline_grace_s: float = 0.05
-    """For a closed lifeline to open again; within it the node is suspect."""
+    """How long a closed lifeline may take to open again; within it the node is suspect."""
     alone_grace_s: float = 30.0
-    """The same while nobody at all is heard: the observer may be what is cut off, and nobody could take over."""
+    """The same while no node at all is heard: the observer may be what is cut off, and none could take over."""
     late_grace_s: float = 6.0
     """The same while the observer's own link loses packets: connections break that will stand again. One to a process
-    that has ended is refused, and that is no question of grace."""
+    that has ended is refused, and that is not a question of grace."""
     lifeline_open_s: float = 10.0
-    """For the first lifeline to a node that registered: one that cannot be reached is of no use, whatever it says."""
+    """How long the first lifeline to a node may take: one that cannot be reached is of no use, whatever it says."""
     progress_suspect_s: float = 15.0
     """Busy without progress."""
     progress_dead_s: float = 30.0
     longest_turn_s: float = 1.0
-    """Of the observer's loop. One that was not there for longer has heard nobody meanwhile: time beyond that is not
-    counted."""
+    """The longest turn of the observer's loop. After a longer absence it has heard no node meanwhile: time beyond that
+    is not counted."""
 
     @classmethod
     def of_mesh(cls, step_deadline_s: float, heartbeat_interval_s: float) -> MembershipSettings:
@@ -133,7 +133,7 @@ class Membership:
         self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
         self._turned_s: float | None = None
         self.is_alone = False
-        """Whether the observer hears nobody; its owner says so."""
+        """Whether the observer hears no node; its owner says so."""
         self.is_late = False
         """Whether many come back late to the observer; its owner says so."""
 
@@ -178,7 +178,7 @@ class Membership:
         return self._judge(node_id, member, now_s)
 
     def lifeline_refused(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
-        """Its connection broke and nobody listens there any more: it will not open again, so nothing is waited for."""
+        """Its connection broke and nothing listens there any more: it will not open again, so nothing has to wait."""
         if self._member(node_id, incarnation) is None:
             return []
         return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
@@ -196,7 +196,7 @@ class Membership:
         return self._bury(node_id, ChangeReason.LEFT)
 
     def turn(self, now_s: float) -> None:
-        """The observer's loop turns; before it takes in anything. What it slept through is nobody's silence."""
+        """The observer's loop turns; before it takes in anything. What it slept through is no node's silence."""
         turn_s, self._turned_s = 0.0 if self._turned_s is None else now_s - self._turned_s, now_s
         away_s = turn_s - self._settings.longest_turn_s
         if away_s <= 0:
@@ -313,7 +313,7 @@ def _read_part(hello: Hello, config: ModelConfig) -> CheckpointPart | None:
     if not layers and not experts:
         return None
     if layers and not (len(layers) == 2 and layers[0] < layers[1] <= config.num_layers):
-        raise ProtocolError(f"Hello.part_layers {layers} is no range of this model's {config.num_layers} layers")
+        raise ProtocolError(f"Hello.part_layers {layers}: not a valid range of this model's {config.num_layers} layers")
     if any(expert >= config.num_experts for expert in experts):
         raise ProtocolError(f"Hello.part_experts names an expert outside [0, {config.num_experts})")
     return CheckpointPart(LayerRange(*layers) if layers else None, frozenset(experts))
@@ -323,7 +323,7 @@ def refuse_other_device(node: NodeDescription, others: Iterable[NodeDescription]
     """Raises ConfigurationError where nodes of its kind compute on another kind of device: any of them may become the
     copy, the mirror or the heir of another, and what it then computes would have other bits.
 
-    Stages on GPUs with experts on CPUs, or the other way round, are no such thing.
+    Stages on GPUs with experts on CPUs, or the other way round, are not affected.
     """
     for other in others:
         if other.kind is node.kind and other.node_id != node.node_id and other.device_kind != node.device_kind:
@@ -369,7 +369,7 @@ class DeclaredDead:
         _remember(self._let_go, node_id, None)
 
     def was_let_go(self, node_id: NodeId) -> bool:
-        """Returns whether it left with leave; if it speaks again it was not heard."""
+        """Returns whether it left with leave; if it speaks again, that was not heard."""
         return node_id in self._let_go
 
     def refuse(self, node_id: NodeId) -> None:

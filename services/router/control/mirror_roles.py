@@ -13,11 +13,11 @@ from services.router.control.matching import fill
 from services.router.control.sizes import StageSizes
 
 RETRY_S = 5.0
-"""After a spare could not load what it was to mirror; twice as long each time, until a mirror is complete again."""
+"""The wait after a spare could not load its slot; twice as long each time, until a mirror is complete again."""
 MAX_RETRY_S = 80.0
 FILL_PATIENCE_S = 60.0
-"""For a mirror to become complete, where another spare could follow the slot: its holder may not reach this one. A copy
-may take longer than that; so each further mirror of the slot gets twice the time of the one before."""
+"""How long a mirror may take to become complete, where another spare could follow the slot: its holder may not reach
+this one. A copy may take longer than that; so each further mirror of the slot gets twice the time of the one before."""
 Nodes = Mapping[NodeId, NodeDescription]
 """Living stage nodes in the order in which they joined."""
 
@@ -33,10 +33,10 @@ class MirrorPair:
     shares_host: bool
     """Whether one host that is lost takes the slot's holder and its mirror."""
     number: int = 0
-    """Of the role that the mirror was told."""
+    """The number of the role that the mirror was told."""
     state: StageState = StageState.LOADING
     feed_number: int = 0
-    """Of the message that tells the holder to send to it; 0: it has not loaded yet."""
+    """The number of the message that tells the holder to send to it; 0: it has not loaded yet."""
     broken_stream: int = 0
     """The last stream of rows of which the mirror said that it broke."""
     filling_since_s: float | None = None
@@ -79,7 +79,7 @@ def choose_mirrors(
     spares: Sequence[NodeDescription],
     fits: Callable[[NodeDescription, MirroredSlot], bool],
 ) -> dict[StageSlot, NodeDescription]:
-    """Finds new mirrors, by slot, among spares that mirror nobody yet. They are taken in the order of `spares`.
+    """Finds new mirrors, by slot, among spares that mirror no slot yet. They are taken in the order of `spares`.
 
     A mirror is of its slot's numeric class: another one would change bits after a takeover. Slots whose holder leaves
     come first. Then as many as can be get a mirror on another host than their holder's, and what spares are left go to
@@ -134,14 +134,14 @@ class MirrorReport:
     """What a mirror says of itself, in a MirrorReady or in a heartbeat."""
 
     number: int
-    """Of the role that it follows."""
+    """The number of the role that it follows."""
     is_complete: bool
     broken_stream: int = 0
-    """As in MirrorReady."""
+    """The same as in MirrorReady."""
 
 
 class MirrorRoles:
-    """One mirror a slot at most."""
+    """At most one mirror per slot."""
 
     def __init__(self, messages: RoleMessages, sizes: StageSizes, num_spares: int, nodes: Nodes) -> None:
         """`num_spares`: how many are wished for. `nodes`: as they are at any time."""
@@ -151,22 +151,22 @@ class MirrorRoles:
         self._nodes = nodes
         self._pairs: dict[StageSlot, MirrorPair] = {}
         self._successors: dict[StageSlot, MirrorPair] = {}
-        """Who loads a slot's layers on another host in place of a mirror that shares its holder's. Until it has loaded
-        them, the pair that there is stays."""
+        """Spares that load a slot's layers on another host in place of a mirror that shares its holder's. Until it has
+        loaded them, the pair that there is stays."""
         self._wanted: dict[StageSlot, MirroredSlot] = {}
         """Slots that are to have a mirror."""
         self._spares: Sequence[NodeDescription] = ()
         self._failed: set[tuple[NodeId, StageSlot]] = set()
-        """Who could not load what, or was not filled. It may have had no socket, or its disk or a link may have failed:
-        it is asked again."""
+        """Spares that could not load a slot, or were not filled. One may have had no socket, or its disk or a link may
+        have failed: it is asked again."""
         self._unfilled: set[tuple[NodeId, StageSlot]] = set()
         """Those of them that had loaded and were not filled in time. As they may load again and displace a mirror that
         is filled, they are asked again only where the slot has no other: a holder feeds one mirror at a time."""
         self._retry_at_s: float | None = None
-        """None: nobody has asked `is_due` since the last of them failed."""
+        """None: `is_due` has not been asked since the last of them failed."""
         self._retry_s = RETRY_S
         self._fill_patience_s: dict[StageSlot, float] = {}
-        """Of slots one of whose mirrors was given up since one was complete."""
+        """The patience for slots one of whose mirrors was given up since one was complete."""
 
     @property
     def nodes(self) -> dict[StageSlot, NodeId]:
@@ -191,7 +191,7 @@ class MirrorRoles:
         return pair.node_id if pair is not None and pair.state is StageState.COMPLETE else None
 
     def has_pair(self, slot: StageSlot) -> bool:
-        """Returns whether anybody follows the slot."""
+        """Returns whether a mirror follows the slot."""
         return slot in self._pairs
 
     def is_complete(self, slot: StageSlot) -> bool:
@@ -199,7 +199,7 @@ class MirrorRoles:
         return self.node_of(slot) is not None
 
     def replaceable(self, silent: Set[NodeId]) -> list[NodeId]:
-        """Returns who of these holds a slot that its mirror, which is not silent, could take over at once."""
+        """Returns those of these that hold a slot that its mirror, which is not silent, could take over at once."""
         return sorted(
             pair.primary
             for pair in self._pairs.values()
@@ -207,7 +207,7 @@ class MirrorRoles:
         )
 
     def replan(self, slots: Sequence[MirroredSlot], spares: Sequence[NodeDescription]) -> list[Action]:
-        """Drop pairs that are no more, and find mirrors for slots without one. `spares` by join order."""
+        """Drop pairs that no longer hold, and find mirrors for slots without one. `spares` by join order."""
         self._wanted, self._spares = {held.slot: held for held in slots if held.is_wanted}, spares
         before, spare_ids = self._pairs, [spare.node_id for spare in spares]
         valid = valid_pairs(before, slots, spare_ids)
@@ -224,7 +224,7 @@ class MirrorRoles:
             for slot, pair in before.items()
             if slot not in self._pairs and pair.primary in self._nodes and pair.state is not StageState.LOADING
         ]
-        # Who sees least first: who sees everything can follow any slot that is left. Equals stay in join order.
+        # Those that see least first: one that sees all can follow any slot that is left. Equals stay in join order.
         in_line = sorted(spares, key=lambda spare: sum(spare.can_load_layers(span) for span in self._messages.layers))
         chosen = choose_mirrors(slots, self._pairs, self._successors, in_line, self._fits)
         for wanted in slots:
@@ -282,12 +282,12 @@ class MirrorRoles:
         return [self._assign(slot, pair) for slot, pair in self._pairs_of(node_id)]
 
     def feed_number_of(self, slot: StageSlot) -> int:
-        """Returns the number of what the slot's holder was told to feed; 0: nobody."""
+        """Returns the number of what the slot's holder was told to feed; 0: none."""
         pair = self._pairs.get(slot)
         return 0 if pair is None else pair.feed_number
 
     def feed_again(self, slot: StageSlot, holder: NodeId, lease_term: int) -> list[Action]:
-        """Tell the slot's holder, who has it by this lease, whom to feed, or that it is nobody."""
+        """Tell the slot's holder, which has it by this lease, which mirror to feed, or that there is none."""
         pair = self._pairs.get(slot)
         if pair is not None and pair.feed_number:
             return [self._feed(pair)]
@@ -306,7 +306,7 @@ class MirrorRoles:
         return Tell(holder, MirrorTo(lease_term, "", (), ""), Header(generation=self._messages.draw_number()))
 
     def release(self, node_id: NodeId) -> None:
-        """A node is told to forget everything: whom it mirrors has to be told to it again."""
+        """A node is told to forget everything: it has to be told again what it mirrors."""
         for slot, pair in self._pairs_of(node_id):
             del (self._pairs if self._pairs.get(slot) is pair else self._successors)[slot]
 
@@ -333,8 +333,8 @@ class MirrorRoles:
         return bool(self._failed) or any(pair.state is StageState.FILLING for pair in self._pairs.values())
 
     def is_due(self, now_s: float) -> bool:
-        """Returns whether mirrors are to be found anew: who could not be one is asked again, or one that has not become
-        complete in its time gives way to another. Ask again and again while `waits`; the first time begins the wait."""
+        """Returns whether to find mirrors anew: a spare that could not be one is asked again, or one that is not
+        complete in time gives way to another. Ask again and again while `waits`; the first time begins the wait."""
         return self._forgives(now_s) or self._gives_up(now_s)
 
     def _forgives(self, now_s: float) -> bool:

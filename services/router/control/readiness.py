@@ -20,11 +20,11 @@ from services.router.control.membership import NodeState
 from services.router.engine import Readiness
 
 CANARY_UNANSWERED_S = 1.5
-"""A canary that is unanswered for so long, without progress, shows a hang."""
+"""A canary that is unanswered for this long, without progress, shows a hang."""
 SILENT_S = 1.6
 """Without work a node has nothing to do but send heartbeats (every 0.25 s by default)."""
 STALE_S = 1.5
-"""A status is published every 0.1 s; one that is so old means that the mesh thread hangs."""
+"""A status is published every 0.1 s; one this old means that the mesh thread hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Redundancy:
     def warnings(self) -> tuple[str, ...]:
         """Returns each thing that there should be twice and is not, as a sentence."""
         said = (
-            (self.missing_mirrors, "slots of pipelines have no mirror that could take over"),
-            (self.missing_copies, "safety copies of expert shards have no room or no node"),
-            (self.copies_to_load, "safety copies of expert shards are not loaded yet"),
+            (self.missing_mirrors, "slots without a mirror that could take over"),
+            (self.missing_copies, "safety copies of expert shards without room or without a node"),
+            (self.copies_to_load, "safety copies of expert shards yet to be loaded"),
         )
-        return tuple(f"{count} {what}" for count, what in said if count)
+        return tuple(f"{what}: {count}" for count, what in said if count)
 
 
 NOTHING_MISSING = Redundancy()
@@ -63,7 +63,7 @@ class NodeEvidence:
     progressed_s: float
     """The last heartbeat that showed more work done than the one before."""
     idle_since_s: float | None = None
-    """Since which heartbeat it has neither done any work nor had any; None: it has some."""
+    """The heartbeat since which it has neither done any work nor had any; None: it has some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Awaited:
 
     since_s: float
     explained_s: float
-    """For so long the silence is explained by how long such things have been taking."""
+    """How long the silence is normal, given how long such things have taken."""
     is_measured: bool
     """Whether there was anything to take that from. Else progress of the stages explains more."""
 
@@ -89,11 +89,11 @@ class PipelineEvidence:
     pipeline: PipelineId
     holders: tuple[NodeId, ...]
     step: Awaited | None
-    """Of the steps with work that are unanswered, the one that is overdue first."""
+    """The unanswered step with work that is overdue first."""
     token: Awaited | None
-    """Of the running requests, the one whose next token or part of a prompt is overdue first."""
+    """The running request whose next token or part of a prompt is overdue first."""
     canary_sent_s: float | None
-    """Of an unanswered step that carries nothing."""
+    """When an unanswered step that carries nothing was sent."""
     last_work_s: float
     """When a step with work was last answered, or when the pipeline opened."""
     has_answered: bool = True
@@ -159,7 +159,7 @@ class ProgressWatch:
         self._counts[node_id] = ()
 
     def note(self, node_id: NodeId, heartbeat: Heartbeat, now_s: float) -> None:
-        """A heartbeat of a node that has joined. Busy seconds are no progress: a retry keeps busy, too."""
+        """A heartbeat of a node that has joined. Busy seconds are not progress: a retry keeps busy, too."""
         before, counts = self._heard[node_id], heartbeat.work_done
         has_progressed = counts != self._counts[node_id]
         idle_since_s = now_s if has_progressed or before.idle_since_s is None else before.idle_since_s
@@ -172,7 +172,7 @@ class ProgressWatch:
         self._counts[node_id] = counts
 
     def forget(self, node_id: NodeId) -> None:
-        """It is gone; one that is not known is no error."""
+        """It is gone; an unknown node is not an error."""
         self._heard.pop(node_id, None)
         self._counts.pop(node_id, None)
 
@@ -224,7 +224,7 @@ def _missing_shards(evidence: MeshEvidence, quiet_since_s: float | None, now_s: 
     num_unserved = evidence.num_shards - (int(count(np.bitwise_or.reduce(served))) if served else 0)
     if not num_unserved:
         return []
-    return [f"{num_unserved} of {evidence.num_shards} expert shards are held only by {', '.join(mute)}: no answer"]
+    return [f"{num_unserved} of {evidence.num_shards} expert shards are only on nodes not answering: {', '.join(mute)}"]
 
 
 def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: float | None, now_s: float) -> str:
@@ -232,7 +232,7 @@ def _why_not(pipeline: PipelineEvidence, evidence: MeshEvidence, quiet_since_s: 
     nodes = evidence.nodes
     mute = [n for n in pipeline.holders if not _answers(nodes.get(n), quiet_since_s, now_s)]
     if mute:
-        return f"pipeline {pipeline.pipeline}: {', '.join(mute)} does not answer"
+        return f"pipeline {pipeline.pipeline}: not answering: {', '.join(mute)}"
     progressed_s = _progressed_s(pipeline, nodes)
     for what, awaited in (("step", pipeline.step), ("canary", pipeline.canary)):
         if awaited is not None and awaited.is_overdue(progressed_s, now_s):
@@ -249,7 +249,7 @@ def _stuck(pipeline: PipelineEvidence, evidence: MeshEvidence, now_s: float) -> 
     if not pipeline.token.is_overdue(_progressed_s(pipeline, evidence.nodes), now_s):
         return ""
     since_s = pipeline.token.since_s
-    return f"pipeline {pipeline.pipeline}: a request that runs has been without a token for {now_s - since_s:.1f} s"
+    return f"pipeline {pipeline.pipeline}: a running request has had no token for {now_s - since_s:.1f} s"
 
 
 def _progressed_s(pipeline: PipelineEvidence, nodes: Mapping[NodeId, NodeEvidence]) -> float:

@@ -24,7 +24,7 @@ PATIENCE_S = 0.4
 """With heartbeats every 0.25 s, what was lost is told again at the third one that shows it."""
 MAX_PATIENCE_S = 3.0
 RETRY_S = 5.0
-"""After a node could not take its role."""
+"""The wait after a node could not take its role."""
 
 
 class Topic(StrEnum):
@@ -55,7 +55,7 @@ class _Open:
 
 
 class Retelling:
-    """Since when each node disagrees about what, and when it is told again."""
+    """What each node disagrees about, since when, and when it is told again."""
 
     def __init__(self) -> None:
         self._open: dict[NodeId, dict[Topic, _Open]] = {}
@@ -78,7 +78,7 @@ class Retelling:
         return due
 
     def forget(self, node_id: NodeId) -> None:
-        """It is gone; one that agreed in everything is no error."""
+        """It is gone; a node that agreed in everything is not an error."""
         self._open.pop(node_id, None)
 
 
@@ -94,7 +94,7 @@ class Refusals:
             self._waiting[pipeline] = generation, now_s + RETRY_S
 
     def due(self, pipelines: Mapping[PipelineId, Pipeline], now_s: float) -> list[PipelineId]:
-        """Returns whom to assign anew now: not those that have other holders by now."""
+        """Returns pipelines to assign anew now: not those that have other holders by now."""
         due = {pipeline: generation for pipeline, (generation, at_s) in self._waiting.items() if now_s >= at_s}
         for pipeline in due:
             del self._waiting[pipeline]
@@ -106,7 +106,7 @@ class Consequences:
     """What comes of a heartbeat."""
 
     news: list[Action]
-    """Of what it reports, where the report itself was lost."""
+    """What follows from its report, where the report itself was lost."""
     again: dict[Topic, list[Action]]
     """What the node is told again."""
 

@@ -1,6 +1,6 @@
 """Which stage node holds which pipeline slot, among those that have its weights and room for them. Pure.
 
-Slots are stable: nobody is moved without need.
+Slots are stable: no node is moved without need.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class RolePlan:
     """Who holds what."""
 
     assignments: Mapping[StageSlot, NodeId]
-    """By pipeline, then index; those of pipelines with a hole too."""
+    """Assignments by pipeline, then index; those of pipelines with a hole too."""
     holes: tuple[StageSlot, ...]
-    """Slots that nobody can fill now; their pipelines take no steps."""
+    """Slots that no node can fill now; their pipelines take no steps."""
     spares: tuple[NodeId, ...]
-    """By join order."""
+    """Spares by join order."""
     detail: str
     """What there is and what is missing, as a sentence for people."""
     num_surplus: int = 0
@@ -74,12 +74,12 @@ def plan_roles(
 ) -> RolePlan:
     """Gives slots to n living nodes: floor((n - spares) / pp) pipelines, the rest spares.
 
-    `current` may name dead nodes; those slots are holes, and a hole stays one until somebody is free for it: its mirror
-    before others, then spares in join order that mirror nobody, each preferring the numeric class of its pipeline. A
+    `current` may name dead nodes; those slots are holes, and a hole stays one until a node is free for it: its mirror
+    before others, then spares in join order that mirror none, each preferring the numeric class of its pipeline. A
     whole pipeline is never broken up for another. Of several broken ones the highest gives its nodes to the lower ones.
-    Nobody gets a slot whose weights it does not see. Where those who are free see others, holders of the same pipeline
-    change places for them, those who have just come before those who serve; a pipeline that cannot be whole is not
-    begun. Who sees least goes first among equals, so that those who see everything are left as spares. Then hosts
+    No node gets a slot whose weights it does not see. Where the free ones see others, holders of the same pipeline
+    change places for them, those that have just come before those that serve; a pipeline that cannot be whole is not
+    begun. Those that see least go first among equals, so that those that see all are left as spares. Then hosts
     count: one that no other pipeline is on goes first, then the one that can hold most of this pipeline, so that a host
     that is lost takes as few pipelines along as can be, and spares are left on others.
     A pipeline that has a holder or a mirror is kept while `keeps_surplus`, also where fewer than `spares` are left over
@@ -98,8 +98,8 @@ def plan_roles(
 
 
 class _Planner:
-    """Who holds what, changed step by step. A list of free nodes says who may be given a slot in one step: whoever gets
-    one is removed from it."""
+    """The roles, changed step by step. A list of free nodes says which may be given a slot in one step: a node that
+    gets one is removed from it."""
 
     def __init__(self, stage_nodes: Sequence[ObservedStage], current: Mapping[StageSlot, NodeId], pp: int) -> None:
         """Slots of this shape keep their holder if it lives; a node that is named twice keeps its first slot."""
@@ -123,13 +123,13 @@ class _Planner:
             pass
 
     def give_up_beyond(self, num_wanted: int) -> None:
-        """Set the nodes free of pipelines beyond so many, whole ones last."""
+        """Set the nodes free of pipelines beyond this number, whole ones last."""
         by_worth = sorted(self._pipelines(), key=lambda pipeline: bool(self._holes(pipeline)))
         given_up = by_worth[num_wanted:]
         self._held = {slot: node_id for slot, node_id in self._held.items() if slot.pipeline not in given_up}
 
     def begin_up_to(self, num_wanted: int) -> set[int]:
-        """Form pipelines until there are so many. Returns the slots for which nobody free sees the weights."""
+        """Form pipelines until there are this many. Returns the slots for which no free node sees the weights."""
         while len(kept := self._pipelines()) < num_wanted:
             pipeline = PipelineId(next(number for number in range(len(kept) + 1) if number not in kept))
             before, free = dict(self._held), self._free()
@@ -248,8 +248,8 @@ def _pass_on(
     free: list[ObservedStage],
     nodes: Mapping[NodeId, ObservedStage],
 ) -> bool:
-    """Fill a hole whose weights nobody free sees: the holder of another slot goes there, and so on, along a shortest
-    chain that ends with somebody free. Takes that one from `free`; False: there is no such chain."""
+    """Fill a hole whose weights no free node sees: the holder of another slot goes there, and so on, along a shortest
+    chain that ends with a free node. Takes that one from `free`; False: there is no such chain."""
     goes_to: dict[StageSlot, StageSlot] = {}
     queue = deque([hole])
     while queue:
@@ -277,7 +277,7 @@ def _can_fill(slots: Sequence[StageSlot], able: Sequence[ObservedStage]) -> bool
 
 
 def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_free: int, pp: int, spares: int) -> str:
-    missing = "".join(f"; nobody holds slot {slot.index} of pipeline {slot.pipeline}" for slot in holes)
+    missing = "".join(f"; no node holds slot {slot.index} of pipeline {slot.pipeline}" for slot in holes)
     if num_pipelines == 0:
         return f"{num_nodes} of {pp} stage nodes{missing}"
     pipelines = "1 pipeline" if num_pipelines == 1 else f"{num_pipelines} pipelines"
@@ -286,7 +286,7 @@ def _detail(num_nodes: int, num_pipelines: int, holes: Sequence[StageSlot], num_
 
 
 class RolePlanning:
-    """Plans until nobody is named for a slot that it has no room for. Nothing is told before that."""
+    """Plans until no node is named for a slot that it has no room for. Nothing is told before that."""
 
     def __init__(self, shape: MeshShape, layers: Sequence[LayerRange], sizes: StageSizes, nodes: Nodes) -> None:
         """`nodes`: as they are at any time."""
@@ -304,7 +304,7 @@ class RolePlanning:
         keeps_surplus: bool,
         only_holders: bool,
     ) -> tuple[RolePlan, Misfits]:
-        """Returns the plan, and who is too small for a slot that it could get. `only_holders`: for those of
+        """Returns the plan, and which nodes are too small for a slot that they could get. `only_holders`: for those of
         `current`."""
         misfits: Misfits = {}
         while True:
@@ -323,7 +323,7 @@ class RolePlanning:
     def misfits(
         self, pipeline: PipelineId, holders: Sequence[NodeId | None], current: Mapping[StageSlot, NodeId]
     ) -> Misfits:
-        """Returns who of those who do not hold their slots yet has no room for them."""
+        """Returns which nodes of those that do not hold their slots yet have no room for them."""
         new = {
             index: node_id
             for index, node_id in enumerate(holders)
@@ -334,7 +334,7 @@ class RolePlanning:
         return {(new[index], index): reason for index, reason in lacking.items()}
 
     def _observe(self, misfits: Misfits) -> list[ObservedStage]:
-        """Returns nodes, without those who are too small for all slots."""
+        """Returns nodes, without those that are too small for all slots."""
         observed: list[ObservedStage] = []
         for order, (node_id, description) in enumerate(self._nodes.items()):
             unable = self.unable.of(node_id)
@@ -346,7 +346,7 @@ class RolePlanning:
 
 
 class Unable:
-    """By node, the indexes of such slots. Its disk may have failed: where nobody else is left, it is asked again."""
+    """By node, the indexes of such slots. Its disk may have failed: where no other node is left, it is asked again."""
 
     def __init__(self) -> None:
         self._slots: dict[NodeId, set[int]] = {}
@@ -365,14 +365,14 @@ class Unable:
         return self._slots.get(node_id, ())
 
     def forgive(self, indexes: Collection[int]) -> bool:
-        """Nobody else can take these. False: nobody was left out of them."""
+        """No other node can take these. False: none was left out of them."""
         forgiven = [slots for slots in self._slots.values() if not slots.isdisjoint(indexes)]
         for slots in forgiven:
             slots.difference_update(indexes)
         return bool(forgiven)
 
     def forget(self, node_id: NodeId) -> None:
-        """It is gone; one that has refused nothing is no error."""
+        """It is gone; a node that has refused nothing is not an error."""
         self._slots.pop(node_id, None)
         self._refused.pop(node_id, None)
 
@@ -395,6 +395,6 @@ def describe_unfilled(slots: Iterable[int], layers: Sequence[LayerRange], nodes:
     found = ""
     for slot in slots:
         is_seen = any(node.can_load_layers(layers[slot]) for node in living)
-        who = "nobody else has" if is_seen else "nobody has"
+        who = "no other node has" if is_seen else "no node has"
         found += f"; {who} the weights of layers [{layers[slot].start}, {layers[slot].stop})"
     return found

@@ -22,17 +22,17 @@ class MeshShape:
     copies: int
     num_slices: int
     item_bytes: int
-    """Of one weight or one number of the cache."""
+    """Bytes of one weight or one number of the cache."""
     block_tokens: int
     kv_cache_tokens: int
-    """Wished for a pipeline; memory may allow less."""
+    """Tokens wished for per pipeline; memory may allow less."""
 
 
 def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
     """Finds the layer ranges of a pipeline's `pp` slots, balanced by the weights that one token reads.
 
     A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads
-    one row a token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
+    one row per token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
     """
     active_experts = config.num_experts_per_token * config.expert_parameters()
     costs = [
@@ -87,7 +87,7 @@ class StageSizes:
             blocks = min(blocks, (capacity - weights) // block_bytes - 1)
             if blocks < 1:
                 raise CapacityError(
-                    f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} a KV block; "
+                    f"stage slot {slot} needs {weights} bytes of weights and {block_bytes} per KV block; "
                     f"its node offers {capacity} bytes"
                 )
         return blocks
@@ -109,7 +109,7 @@ class StageSizes:
 def balance_layers(
     layer_costs: Sequence[float], first_extra: float, last_extra: float, num_stages: int
 ) -> list[LayerRange]:
-    """Finds contiguous ranges, one a stage, each of at least one layer, that minimise the most expensive stage.
+    """Finds contiguous ranges, one per stage, each of at least one layer, that minimise the most expensive stage.
 
     `first_extra` (embedding) and `last_extra` (final norm, lm_head) are added to the first and the last stage; all
     costs are in one unit and not negative. Among the plans with the same maximum, the most even one (least sum of

@@ -28,12 +28,12 @@ class Pipeline:
     """None: a hole."""
     num_blocks: int
     marks: dict[int, int] = field(default_factory=dict)
-    """By slot that is ready in this generation: up to which step its paged memory is good."""
+    """Up to which step paged memory is good, by slot that is ready in this generation."""
     is_open: bool = False
     has_pool: bool = False
     """The scheduler keeps its requests' blocks, also while it is not open."""
     held: HeldCache | None = None
-    """From a router before this one, until it opens."""
+    """What stages hold from a router before this one, until it opens."""
 
     @property
     def is_whole(self) -> bool:
@@ -46,7 +46,7 @@ class Pipeline:
         return self.has_pool or self.held is not None
 
     def has_all_of(self, sequence_id: int) -> bool:
-        """Returns whether it goes on with a sequence once it opens: those who reported it still hold all slots."""
+        """Returns whether it goes on with a sequence once it opens: those that reported it still hold all slots."""
         held = self.held
         if held is None or not self.is_whole:
             return False
@@ -77,7 +77,7 @@ class StageRoles:
         self.messages = RoleMessages(self.layers, (results_endpoints, results_ipc_token), first_generation)
         self._recovery = recovery
         self._nodes: dict[NodeId, NodeDescription] = {}
-        """In the order in which they joined."""
+        """Nodes in the order in which they joined."""
         self._pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
@@ -137,7 +137,7 @@ class StageRoles:
         return actions if self.adoption.is_pending else actions + self._replan()
 
     def _forget_old_claims(self) -> list[Action]:
-        """Who was replaced is told before it gets another role: else it claims the slot at each router's restart."""
+        """A replaced holder is told before it gets another role: else it claims the slot at each router's restart."""
         actions: list[Action] = []
         for node_id, lease_term in self.adoption.pop_losers().items():
             if self.slot_of(node_id) is None:
@@ -172,7 +172,7 @@ class StageRoles:
         if not self._pipelines[slot.pipeline].has_cache:
             return True
         if self.adoption.is_pending:
-            return False  # who is free to be its mirror turns out then
+            return False  # which spare is free to be its mirror turns out then
         return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
 
     def is_awaited(self, sequence_id: int, now_s: float) -> bool:
@@ -241,7 +241,7 @@ class StageRoles:
 
     @property
     def are_settled(self) -> bool:
-        """Returns whether who has no role is a spare: else it may yet be given back what it holds."""
+        """Returns whether a node without a role is a spare: else it may yet be given back what it holds."""
         return not self.adoption.is_pending
 
     def assign(self, slot: StageSlot) -> Action:
@@ -259,7 +259,7 @@ class StageRoles:
             current,
             self.mirrors.nodes,
             keeps_surplus=keeps_surplus,
-            only_holders=self.adoption.is_pending,  # slots are kept for those who hold them
+            only_holders=self.adoption.is_pending,  # slots are kept for those that hold them
         )
         self._surplus.see(plan.num_surplus)
         self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, self._nodes.values())
@@ -300,7 +300,7 @@ class StageRoles:
         if before is None:
             return []
         was_open, before.is_open, before.holders = before.is_open, False, holders
-        before.marks.clear()  # of holders, one of whom is gone
+        before.marks.clear()  # of holders, one of which is gone
         return [SuspendPipeline(pipeline_id)] if was_open else []
 
     def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
@@ -378,13 +378,13 @@ class StageRoles:
         return self.mirrors.replan(mirrored, spares)
 
     def _wants_mirror(self, holder: NodeId, pipeline: Pipeline) -> bool:
-        """A stage has its memory also while its pipeline recovers: who leaves can hand it over then too."""
+        """A stage has its memory also while its pipeline recovers: one that leaves can hand it over then too."""
         if holder in self._draining:
             return pipeline.has_cache and self._recovery != "move"
         return pipeline.is_open and self._recovery in ("auto", "mirror")
 
     def _adopt(self, now_s: float) -> list[Action]:
-        """Slots go back to those who hold them, with their lease terms, and with the cache that all of them have."""
+        """Slots go back to those that hold them, with their lease terms, and with the cache that all of them have."""
         actions: list[Action] = []
         for adopted in self.adoption.pop_complete(now_s):
             if self._planning.misfits(adopted.pipeline, adopted.holders, self._holders()):
@@ -408,7 +408,7 @@ class Surplus:
         self.is_there = False
 
     def see(self, num_pipelines: int) -> None:
-        """So many are beyond the rule now."""
+        """How many are beyond the rule now."""
         self.is_there = num_pipelines > 0
         if not self.is_there:
             self._since_s = None

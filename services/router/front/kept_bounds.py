@@ -1,8 +1,8 @@
 """How much of requests is kept, for a restart and for clients that come back. Pure.
 
 There are two accounts. What may be asked for again is kept until JOURNAL_RETENTION_S after its end, so a client that
-asks for much of that would fill memory and disk in time; a plain request is there until its end only. Whoever fills
-one account does not keep the other's requests out.
+asks for much of that would fill memory and disk in time; a plain request is there until its end only. A full account
+does not keep the other's requests out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeptAmount:
 
 
 class KeptBounds:
-    """Counts both accounts. Whoever adds a request has checked it, and has waited for nothing in between."""
+    """Counts both accounts. The caller that adds a request has checked it, and has waited for nothing in between."""
 
     def __init__(self, max_requests: int, max_bytes: int) -> None:
         self._max_requests = max_requests
@@ -35,7 +35,7 @@ class KeptBounds:
         """Maps requests that have ended to the time at which each is forgotten, in that order."""
 
     def check(self, is_kept: bool, num_bytes: int, now_s: float) -> None:
-        """Checks that there is room for one more request of so many bytes. Raises OverloadedError."""
+        """Checks that there is room for one more request of this many bytes. Raises OverloadedError."""
         amount = self.kept if is_kept else self.plain
         if is_kept and amount.num_requests >= self._max_requests:
             raise OverloadedError(
@@ -59,7 +59,7 @@ class KeptBounds:
         amount.num_bytes += num_bytes
 
     def remove(self, is_kept: bool, num_bytes: int) -> None:
-        """Counts one request less, which was added with so many bytes."""
+        """Counts one request less, which was added with this many bytes."""
         amount = self.kept if is_kept else self.plain
         amount.num_requests -= 1
         amount.num_bytes -= num_bytes
@@ -70,7 +70,7 @@ class KeptBounds:
         self._forgotten_at[reply_id] = forgotten_at_s
 
     def forget_end(self, reply_id: str) -> None:
-        """Forgets the end of a request; one that has not ended is no error."""
+        """Forgets the end of a request; one that has not ended is not an error."""
         self._forgotten_at.pop(reply_id, None)
 
     @property

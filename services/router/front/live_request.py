@@ -25,7 +25,7 @@ class ClientIdentity:
     """Says whose request it is, and what its client wants of it."""
 
     tenant: str
-    """A hash of the authorization: whoever has another one does not see the request."""
+    """A hash of the authorization: a client with another one does not see the request."""
     client_request_id: str | None
     idempotency_key: str | None
     is_resumable: bool
@@ -41,7 +41,7 @@ class LiveChoice:
         self.is_cut = False
         """It is over with the tokens that it has, none of which is a last one."""
         self.request = planned.request
-        # The mesh knows no text: where a stop string ends is seen here, also while nobody listens.
+        # The mesh knows no text: where a stop string ends is seen here, also without listeners.
         self._watch = ChoiceStream(planned, vocabulary) if planned.stop_strings else None
 
     def accept(self, token: Token) -> None:
@@ -147,7 +147,7 @@ class LiveRequest:
         self.start()
 
     async def cancel(self) -> None:
-        """Takes it out of the mesh. Whoever still listens is told."""
+        """Takes it out of the mesh. Clients that still listen are told."""
         self.fail(UnknownRequestError(f"the request {self.reply_id} was cancelled"))
         await self.settle()
 
@@ -186,7 +186,7 @@ class LiveRequest:
                     self._end_if_complete()
                     return
             raise ExecutionError("the mesh ended a choice without a finish reason")
-        except Exception as error:  # kept for the readers, who know what to tell their clients
+        except Exception as error:  # kept for the readers, which know what to tell their clients
             if not self.has_ended:
                 self.error = error
                 self._end()
@@ -307,7 +307,7 @@ class ReplyReader:
         return events
 
     def wake(self) -> None:
-        """Wakes whoever waits for events, since there is something new."""
+        """Wakes the reader that waits for events, since there is something new."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 

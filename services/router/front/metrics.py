@@ -59,7 +59,7 @@ class FrontMetrics:
         self.cancelled = counter("moemesh_http_requests_cancelled_total", "Requests whose client went away")
         self.abandoned = counter(
             "moemesh_requests_abandoned_total",
-            "Resumable requests that were cancelled because nobody came back for them in time",
+            "Resumable requests that were cancelled because no client came back for them in time",
         )
         self.reattached = counter(
             "moemesh_requests_reattached_total", "Clients that came back to a request by its id or key"
@@ -67,7 +67,7 @@ class FrontMetrics:
 
     async def shared_text(self) -> bytes:
         """Returns `text`, made once for all who ask in one turn of the event loop, after they have asked: it takes
-        milliseconds, for which everybody else would wait once a question."""
+        milliseconds, for which all others would wait once per question."""
         if self._making is None:
             loop = asyncio.get_running_loop()
             self._making = loop.create_future()

@@ -1,4 +1,4 @@
-"""A body becomes choices: checked, tokenized, bounded by the context, every default filled in."""
+"""Turns a body into choices: checked, tokenized, bounded by the context, every default filled in."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _Room:
         self.misfit: ContextLengthError | None = None
 
     def check(self, num_tokens: int, is_least: bool = False) -> None:
-        """Checks that a prompt of so many tokens fits; with `is_least` it may have more."""
+        """Checks that a prompt of this many tokens fits; with `is_least` it may have more."""
         if num_tokens + self._max_tokens <= self._context_tokens:
             return
         shown = f"at least {num_tokens}" if is_least else str(num_tokens)
@@ -173,7 +173,7 @@ class RequestPlanner:
         return request
 
     def _tell_unused(self, name: str) -> None:
-        """Logs a name once, and no more names than anybody reads: clients may make up as many as they like."""
+        """Logs a name once, and no more names than people read: clients may make up as many as they like."""
         if name not in self._told_unused and len(self._told_unused) < MAX_TOLD_FIELDS:
             self._told_unused.add(name)
             log.info(
@@ -189,7 +189,8 @@ class RequestPlanner:
     def _check(self, request: GenerationFields, num_prompts: int, is_new: bool) -> None:
         if is_new and request.model != self._settings.served_name:
             raise UnknownModelError(
-                f"the model `{request.model}` is not served here; `{self._settings.served_name}` is", "model"
+                f"the model `{request.model}` is not available; this server serves `{self._settings.served_name}`",
+                "model",
             )
         if num_prompts == 0:
             raise InvalidRequestError("`prompt`: must hold at least one prompt", "prompt")
@@ -207,7 +208,7 @@ class RequestPlanner:
 
     def _check_prompt(self, token_ids: Sequence[int], parameter: str, room: _Room) -> None:
         if not token_ids:
-            raise InvalidRequestError(f"`{parameter}`: makes no token; it must make at least one", parameter)
+            raise InvalidRequestError(f"`{parameter}` is empty after tokenization; at least one is needed", parameter)
         room.check(len(token_ids))
         vocabulary_size = self.tokenizer.defaults.vocabulary_size
         if vocabulary_size is not None and max(token_ids) >= vocabulary_size:
@@ -233,7 +234,7 @@ class RequestPlanner:
         min_tokens = request.min_tokens or 0
         if identity.is_new and min_tokens > max_tokens:
             raise InvalidRequestError(
-                f"`min_tokens`: {min_tokens} is more than the {max_tokens} that may be made", "min_tokens"
+                f"`min_tokens`: {min_tokens} is more than the {max_tokens} tokens allowed", "min_tokens"
             )
         sampling = self._sampling(request, seed, max_tokens)
         stop_strings = tuple(map(StopString, request.stop_strings))
@@ -290,7 +291,7 @@ class RequestPlanner:
 
 def body_hash(route: str, body: bytes) -> str:
     """Returns a hash that is equal for bodies that say the same: the order of fields and white space do not count."""
-    # What is no JSON, or nested too deeply for it, is refused where it is parsed.
+    # What is not JSON, or nested too deeply for it, is refused where it is parsed.
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
     return hashlib.sha256(route.encode() + b"\n" + body).hexdigest()

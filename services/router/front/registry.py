@@ -4,7 +4,7 @@ A request without any listener is cancelled at once if its client is a plain one
 idempotency key, or was restored after a restart, goes on for the grace time, and can be asked for after its end.
 
 One that has ended and has no listener rests: packed, without its plan. So does one that a router before this one has
-left, until somebody asks for it or, if it has not ended, until it is its turn to go on. How much is kept is bounded
+left, until a client asks for it or, if it has not ended, until it is its turn to go on. How much is kept is bounded
 (`kept_bounds.py`).
 """
 
@@ -96,7 +96,7 @@ class KnownRequests:
         self.last_number = 0
 
     def get(self, reply_id: str) -> KnownRequest | None:
-        """Returns the request of that id, whoever's it is."""
+        """Returns the request of that id, of any tenant."""
         return self._by_id.get(reply_id)
 
     def find(self, tenant: str, request_id: str) -> KnownRequest | None:
@@ -199,7 +199,7 @@ class RequestRegistry:
         entry = self._known.find(tenant, request_id)
         if entry is None:
             self.refuse_set_aside(tenant, request_id)
-            raise UnknownRequestError(f"there is no request `{request_id}` here, or none any more", "id")
+            raise UnknownRequestError(f"there is no request `{request_id}` here, or not any more", "id")
         return await self._awake(entry)
 
     async def find_by_key(self, identity: ClientIdentity, body_hash: str) -> LiveRequest | None:
@@ -265,8 +265,8 @@ class RequestRegistry:
         return entry.live
 
     def restore(self, requests: Sequence[JournalledRequest]) -> None:
-        """Brings back what a router before this one has left, by acceptance, before anybody is served. Nobody counts as
-        gone yet.
+        """Brings back what a router before this one has left, by acceptance, before any client is served. No client
+        counts as gone yet.
 
         All of it can be found from now on; `go_on` goes on with what has not ended.
         """
@@ -292,13 +292,13 @@ class RequestRegistry:
         for entry in sorted(waiting, key=lambda entry: entry.goes_on_after):
             with suppress(UnknownRequestError):  # the log has the reason
                 await self._awake(entry)
-            await asyncio.sleep(0)  # whoever asks meanwhile is answered
+            await asyncio.sleep(0)  # clients that ask meanwhile are answered
 
     async def _written(self, accepted: AcceptedRequest) -> None:
         try:
             await asyncio.wrap_future(self._journal.accept(accepted))
         except BaseException:
-            # It may be on its way to the disk: whoever comes after this router must not go on with it.
+            # It may be on its way to the disk: a router after this one must not resume it.
             self._journal.end(accepted.reply_id, is_kept=False)
             raise
 
@@ -362,7 +362,7 @@ class RequestRegistry:
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
-        """Keeps it awake while a client decides whether it listens. One that has ended, and that nobody reads by the
+        """Keeps it awake while a client decides whether it listens. One that has ended, and that has no reader by the
         end of this, rests again."""
         try:
             yield
@@ -380,31 +380,31 @@ class RequestRegistry:
         if not await asyncio.wrap_future(self._journal.flush()):
             raise JournalError(
                 f"the request {live.reply_id} was cancelled, but the journal cannot be written to (is the disk full?): "
-                "a router that restarts before it can goes on with the request"
+                "a router that restarts before it can resumes the request"
             )
         await self.cancel(live)
 
     async def cancel(self, live: LiveRequest) -> None:
-        """Cancels it and forgets it, since nobody wants more of it. The journal has that within a second."""
+        """Cancels it and forgets it, since no more of it is wanted. The journal has that within a second."""
         await live.cancel()
         entry = self._known.get(live.reply_id)
         if entry is not None:
             self._forget(entry)
 
     def release(self) -> None:
-        """Lets the readers of kept requests go, since the router ends. Who leaves from now on cancels nothing."""
+        """Lets the readers of kept requests go, since the router ends. Leaving cancels nothing from now on."""
         self._is_stopping = True
         for entry in self._known.all():
             if entry.is_kept and entry.live is not None:
                 entry.live.release()
 
     def give_up(self) -> None:
-        """Ends what does not go on without its client, since the router ends: no router goes on with those."""
+        """Ends what does not go on without its client, since the router ends: no router resumes those."""
         for entry in self._known.all():
             if not entry.is_kept and entry.live is not None:
                 entry.live.fail(
                     NotReadyError(
-                        "the router ends, and this request with it; one with the header Moemesh-Resumable: 1 goes on "
+                        "the router stops, and this request with it; one with the header Moemesh-Resumable: 1 goes on "
                         "when a router is there again"
                     )
                 )
@@ -478,7 +478,7 @@ class RequestRegistry:
         self._rest(entry)
 
     def _rest(self, entry: KnownRequest) -> None:
-        """Lets its plan and its tokens go, if nobody reads them."""
+        """Lets its plan and its tokens go, if they have no reader."""
         if entry.resting is not None and entry.live is not None and not entry.live.listeners:
             entry.live = None
 

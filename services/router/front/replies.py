@@ -1,6 +1,6 @@
 """What goes back to clients, in OpenAI's shapes: whole replies, stream chunks, errors.
 
-A streamed token costs one small string join: everything around it is encoded once a request.
+A streamed token costs one small string join: everything around it is encoded once per request.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def encode_json(value: object) -> bytes:
 
 
 def error_body(error: Exception) -> JsonObject:
-    """Returns OpenAI's error object. What is no MoemeshError is a defect here, and its text is not for clients."""
+    """Returns OpenAI's error object. What is not a MoemeshError is a defect here, and its text is not for clients."""
     if not isinstance(error, MoemeshError):
         fields = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
         return {"error": fields}
@@ -97,7 +97,7 @@ class ReplyForm(ABC):
 
     @abstractmethod
     def chunk_choices(self, event: ChoiceEvent, is_one: bool = False) -> list[JsonObject]:
-        """Returns the chunks of an event; with `is_one` never more, so that nobody can have got half of them."""
+        """Returns the chunks of an event; with `is_one` never more, so that no client can have got half of them."""
 
     @abstractmethod
     def text_affixes(self, index: int) -> tuple[str, str]:

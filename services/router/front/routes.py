@@ -71,7 +71,7 @@ from services.router.journal.records import NoJournal, RequestJournal
 MAX_KEY_CHARACTERS = 255
 ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
 BODIES_AT_A_TIME = 16
-"""So many of the largest size are read and parsed at once."""
+"""How many of the largest size are read and parsed at once."""
 
 
 def create_app(
@@ -187,7 +187,7 @@ class GenerationRoutes:
         with self._requests.awake(live):
             received = parse_event_id(_last_event_id(request), len(live.choices))
             if request.method == "HEAD":
-                return Response(media_type=EventStreamResponse.media_type)  # who asks so does not listen
+                return Response(media_type=EventStreamResponse.media_type)  # such a client does not listen
             self._metrics.reattached.inc()
             return await run_while_connected(self._send(live, True, received, has_come_back=True), request.receive)
 
@@ -211,7 +211,7 @@ class GenerationRoutes:
         self, route: str, body: bytes, identity: ClientIdentity, last_event_id: str | None, held_body: HeldBody
     ) -> Response:
         live, is_found = await self._find_or_begin(route, body, identity)
-        # Nothing is waited for until it has a reader: without one nobody would end a request that was begun.
+        # Nothing is waited for until it has a reader: without one nothing would end a request that was begun.
         with self._requests.awake(live):
             held_body.release()
             is_stream = live.planned.fields.stream is True
@@ -384,7 +384,7 @@ class _Operators:
 
     async def show_model(self, model_id: str) -> Response:
         if model_id != self._settings.served_name:
-            raise UnknownModelError(f"the model `{model_id}` is not served here", "model")
+            raise UnknownModelError(f"the model `{model_id}` is not available here", "model")
         return json_answer(self._model())
 
     async def show_health(self) -> Response:

@@ -24,12 +24,12 @@ class FrontSettings:
     system_fingerprint: str | None = None
     """It goes into replies as it is, and stands for what decides the bits of a result."""
     resume_grace_s: float = 60.0
-    """A request that may be resumed goes on for so long without a client; after a restart every request does."""
+    """A request that may be resumed goes on for this long without a client; after a restart every request does."""
     retention_s: float = 600.0
-    """Such a request can be asked for so long after its end."""
+    """How long after its end such a request can be asked for."""
     max_kept_requests: int = 10_000
-    """So many resumable and idempotent requests are kept, under way or ended; the next one is refused with 429."""
+    """How many resumable and idempotent requests are kept, under way or ended; the next one is refused with 429."""
     max_kept_bytes: int = 256 << 20
-    """So many bytes of them are kept, and as many of plain ones, while they are under way."""
+    """How many bytes of them are kept, and as many of plain ones, while they are under way."""
     origins: OriginPolicy = field(default_factory=OriginPolicy)
     """It says which web pages may ask."""

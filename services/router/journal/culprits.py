@@ -6,7 +6,7 @@ while it is one's turn, and so three times in a row without a token in between, 
 does not count: a router that is killed from outside is seldom killed in those moments, and hardly three times over one
 request.
 An error that no request can be named for is held against all that were there and got no token since the last one. From
-the third time on the younger half of those goes: who gets on, or has only just come, is not to blame.
+the third time on the younger half of those goes: a request that gets on, or has only just come, is not to blame.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Ending:
     """Says how the router before this one ended."""
 
     handled: str = ""
-    """The request id whose turn it was in the mesh thread; empty if it was nobody's."""
+    """The request id whose turn it was in the mesh thread; empty if it was no request's."""
     restored: str = ""
     """The request id that was being planned again; empty if none was."""
     is_broken: bool = False
@@ -37,7 +37,7 @@ class Suspect:
     reply_id: str
     choice_ids: tuple[str, ...]
     num_tokens: int
-    """So many tokens all of its choices have so far."""
+    """How many tokens all of its choices have so far."""
     has_ended: bool = False
     """Nothing is done for it but to plan it again."""
 
@@ -78,7 +78,7 @@ def _named(choice_id: str, suspects: Sequence[Suspect]) -> Suspect | None:
 
 
 def _counted(ends: Mapping[str, tuple[int, int]], request: Suspect) -> tuple[int, int]:
-    """Returns how many ends in a row it is now, with its tokens: who got one in between begins anew."""
+    """Returns how many ends in a row it is now, with its tokens: one that got a token in between begins anew."""
     num_ends, num_tokens = ends.get(request.reply_id, (0, request.num_tokens))
     return num_ends + 1 if num_tokens == request.num_tokens else 1, request.num_tokens
 
@@ -87,7 +87,7 @@ def _judge_all(record: Record, unfinished: Sequence[Suspect]) -> Judgement:
     unnamed = {request.reply_id: _counted(record.unnamed, request) for request in unfinished}
     suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
     set_aside = {
-        reply_id: f"the router ended {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
+        reply_id: f"the router crashed {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
         "request for; of those that got no token meanwhile, the younger half was set aside"
         for reply_id in suspects[len(suspects) // 2 :]
     }
@@ -101,5 +101,5 @@ def _judge_one(record: Record, culprit: Suspect, suspects: Sequence[Suspect]) ->
     if num_ends < MAX_ENDS:
         return Judgement(Record(ends | {culprit.reply_id: (num_ends, num_tokens)}), {})
     ends.pop(culprit.reply_id, None)
-    reason = f"the router ended {num_ends} times in a row while it handled this request, which was set aside"
+    reason = f"the router crashed {num_ends} times in a row while it handled this request, which was set aside"
     return Judgement(Record(ends), {culprit.reply_id: reason})

@@ -1,7 +1,7 @@
 """One thread for everything that a running router does in its state folder.
 
-A disk may hang: a network file system without its server, a device that has stopped to answer. Whoever waits for it
-then waits without end, so neither the event loop nor the mesh thread touches the folder; they hand jobs in here, and
+A disk may hang: a network file system without its server, a device that has stopped to answer. A thread that waits for
+it then waits without end, so neither the event loop nor the mesh thread touches the folder; they hand jobs in here, and
 look at how long the current one has taken.
 """
 

@@ -15,7 +15,7 @@ from common.errors import ConfigurationError
 
 SCHEMA_VERSION = "2"
 BUSY_WITHIN_S = 5.0
-"""A journal that somebody else has open is waited for so long."""
+"""How long to wait for a journal that another process has open."""
 UNREADABLE = (ValueError, TypeError, LookupError)
 """What Python's sqlite3 and this module raise over a damaged file, besides sqlite3.Error."""
 _WAL_LIMIT_BYTES = 16 << 20
@@ -42,7 +42,7 @@ class LostFilesError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """Tells a file from another, and from itself after somebody else has written to it."""
+    """Tells a file from another, and from itself after another process has written to it."""
 
     name: tuple[int, int]
     """The identity of what has the name: the file, or a link to it."""
@@ -113,7 +113,7 @@ def open_database(path: Path, model: str, is_synchronous: bool) -> sqlite3.Conne
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_WITHIN_S)
     try:
         for setting in (
-            # Nobody else reads it while a router runs (the folder is locked), so no index is shared over a file.
+            # No other process reads it while a router runs (the folder is locked), so no index is shared over a file.
             "locking_mode = EXCLUSIVE",
             "journal_mode = WAL",
             f"synchronous = {'FULL' if is_synchronous else 'OFF'}",
@@ -128,8 +128,7 @@ def open_database(path: Path, model: str, is_synchronous: bool) -> sqlite3.Conne
 
 
 def tighten(path: Path) -> None:
-    """Lets nobody but its owner read it, since prompts stand in it. One that is not there, or is another user's,
-    stays."""
+    """Lets only its owner read it, since prompts stand in it. One that is not there, or is another user's, stays."""
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
@@ -141,7 +140,7 @@ def tighten(path: Path) -> None:
 def damaged(path: Path, error: Exception) -> ConfigurationError:
     """Says what to do about a journal that cannot be read."""
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
-        # A journal in good order: whoever moved it away would lose its requests for nothing.
+        # A journal in good order: moving it away would lose its requests for nothing.
         return ConfigurationError(
             f"another process has the journal {path} open, perhaps a router that is stopped: end that one first"
         )

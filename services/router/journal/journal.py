@@ -2,11 +2,11 @@
 
 Journal first, then send: the tokens of a step are handed on to the front once they are written, so that no client has
 seen a token that a restarted router does not know. All that touches the disk happens in a thread of its own
-(`JournalWriter`); a disk that takes nothing, or hangs for longer than STUCK_AFTER_S, stops nobody: running requests
-go on, their steps wait in memory, in order (`queue.py`), and are written as soon as the disk takes them; new
-requests are refused meanwhile.
+(`JournalWriter`); a disk that takes nothing, or hangs for longer than STUCK_AFTER_S, stops nothing: running requests go
+on, their steps wait in memory, in order (`queue.py`), and are written as soon as the disk takes them; new requests are
+refused meanwhile.
 
-What the files hold is in memory, too (`Ledger`): files that are gone are written again.
+What the files hold (`store.py`) is in memory, too (`Ledger`): files that are gone are written again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ log = structlog.get_logger(__name__)
 
 COMPACT_INTERVAL_S = 1.0
 RETRY_INTERVAL_S = 0.5
-"""So long is waited between two attempts to write while the disk takes nothing."""
+"""How long to wait between two attempts to write while the disk takes nothing."""
 STUCK_AFTER_S = 1.0
-"""A disk that has not answered for so long is no longer waited for: tokens are handed on, marked as not durable, and
-new requests are refused, until it answers."""
+"""A disk that has not answered for this long is not waited for any longer: tokens are handed on, marked as not durable,
+and new requests are refused, until it answers."""
 NOT_WRITABLE = "the journal cannot be written to (is the disk full?); try again later"
 
 
@@ -52,9 +52,9 @@ class JournalCounts:
     is_writing: bool = True
     """False if the last commit failed, or the disk hangs."""
     rewrites: int = 0
-    """So many times the files were gone and were written again."""
+    """How many times the files were gone and were written again."""
     stuck_s: float = 0.0
-    """The disk has not answered for so long; 0.0 while it does."""
+    """How long the disk has not answered; 0.0 while it does."""
     steps_unwritten: int = 0
     restored_requests: int = 0
 
@@ -193,7 +193,7 @@ class Journal:
         return [request for number, request in requests.items() if number not in self._queue.expired]
 
     def close(self) -> None:
-        """Hands the disk what is left to be written; whoever owns the disk waits for it."""
+        """Hands the disk what is left to be written; the owner of the disk waits for it."""
         self._queue.push_pending()
         self._disk.submit(self._writer.close)
 
@@ -232,7 +232,7 @@ class Journal:
 
 
 class JournalWriter:
-    """Writes what waits in the queue, and settles with whoever waits for it. All of it runs in the disk's thread."""
+    """Writes what waits in the queue, and settles with those that wait for it. All of it runs in the disk's thread."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class JournalWriter:
     def _rewrite(self) -> None:
         if not self.is_lost:
             self.is_lost = True
-            log.error("journal_gone", detail="its files were removed or changed by somebody else")
+            log.error("journal_gone", detail="its files were removed or changed by something else")
         with self._queue.lock:
             requests, steps = self._queue.ledger.requests(), list(self._queue.backlog)
         buffer = self._in_log.copy()

@@ -1,4 +1,4 @@
-"""What waits for the journal's disk, who waits for that, and what the files hold. In memory; touches no disk.
+"""What waits for the journal's disk, what waits for that, and what the files hold. In memory; touches no disk.
 
 The ledger has enough to write the files again if they are gone: requests that are under way, and ended ones that may
 still be asked for, with their tokens as packed runs, as they lie in the file. What a step brought since the last
@@ -50,7 +50,7 @@ class LedgerRequest:
 
 
 class Ledger:
-    """Knows what the files hold. It is not safe in several threads: whoever owns it has a lock."""
+    """Knows what the files hold. It is not safe in several threads: its owner has a lock."""
 
     def __init__(self) -> None:
         self._requests: dict[str, LedgerRequest] = {}
@@ -249,7 +249,7 @@ class JournalQueue:
             choice.failure = outcome.code, outcome.message
             record.failures.append((choice.number, outcome.code, outcome.message))
 
-    # ---- who waits
+    # ---- what waits
 
     def deliver(self, up_to: int) -> None:
         """Hands on the steps up to that one: under the lock, since two threads may do so, and one order is promised."""
@@ -268,7 +268,7 @@ class JournalQueue:
             return True
 
     def refuse_all(self, error: MoemeshError) -> None:
-        """Tells everybody who waits that it was not written."""
+        """Tells all that wait that it was not written."""
         with self.lock:
             accepting, self.accepting = self.accepting, {}
             for request, future in accepting.items():
@@ -294,7 +294,7 @@ class JournalQueue:
 
 
 def settle(future: Future[Any], outcome: object) -> None:
-    """Gives the future a result or an exception, unless nobody waits for it any longer."""
+    """Gives the future a result or an exception, unless nothing waits for it any longer."""
     if not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, BaseException):

@@ -46,7 +46,7 @@ class AcceptedRequest:
 
     @property
     def is_kept(self) -> bool:
-        """Says whether somebody may ask for it after its end."""
+        """Says whether a client may ask for it after its end."""
         return self.is_resumable or self.idempotency_key is not None
 
 
@@ -117,7 +117,7 @@ class RequestJournal(Protocol):
         """Returns what is done when the request is written; then it may begin. It raises JournalError (it must not
         begin) or FencedError.
 
-        Who gives up waiting says so with `end`.
+        A caller that gives up waiting says so with `end`.
         """
         ...
 

@@ -3,8 +3,8 @@
 Whose turn it is, in the mesh thread and where requests are planned again, stands in a file of shared memory: writing
 to it costs no system call and waits for no disk, and it is there after the process was killed, in whatever way. A
 router that breaks writes the same to `STATE_DIR/ending.json`. `STATE_DIR/ends.json` counts over starts.
-`STATE_DIR/set-aside/` has one file a request that is not gone on with: whoever asks for it is told, and people find
-there what it takes to see why.
+`STATE_DIR/set-aside/` has one file per request that will not be resumed: a client that asks for it is told, and people
+find there what it takes to see why.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _NAME = 8
 _SHARED_MEMORY = Path("/dev/shm")
 _MAX_NAME_BYTES = 250
 MAX_KEPT = 100
-"""So many requests are kept aside; the oldest go first."""
+"""How many requests are kept aside; the oldest go first."""
 
 
 def attention_path(state_dir: Path) -> Path:
-    """Returns a path in shared memory where there is any: a disk that hangs must not stop who writes to it."""
+    """Returns a path in shared memory where there is any: a disk that hangs must not stop its writers."""
     name = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:16]
     return _SHARED_MEMORY / f"moemesh-{os.getuid()}-{name}" if _SHARED_MEMORY.is_dir() else state_dir / "attention"
 
 
 class Attention:
-    """Call it with the id of the request whose turn it is in the mesh thread; the empty string means nobody's."""
+    """Call it with the id of the request whose turn it is in the mesh thread; the empty string means no request's."""
 
     def __init__(self, path: Path, ending: Path) -> None:
         """What a router before this one has left must be read first.
@@ -80,17 +80,17 @@ class Attention:
         try:
             write_whole(self._ending, json.dumps({"handled": _name_in(self._memory[:], _HANDLED)}))
         except OSError as error:
-            log.error("ending_not_written", path=str(self._ending), reason=str(error))
+            log.error("crash_note_not_written", path=str(self._ending), reason=str(error))
 
     def look_after(self) -> None:
-        """Makes the file again if somebody has removed it; without one, only a router that breaks leaves a word."""
+        """Makes the file again if it was removed; without one, only a router that breaks leaves a word."""
         if self._is_lost or (self._memory_is_a_file and self._path.exists()):
             return
         try:
             self._memory, self._memory_is_a_file = self._map(), True
         except OSError as error:
             self._is_lost = True
-            log.warning("attention_lost", path=str(self._path), reason=str(error))
+            log.warning("culprit_file_lost", path=str(self._path), reason=str(error))
 
     def close(self) -> None:
         """Removes the file: the router ends, and not by a request."""
@@ -153,7 +153,7 @@ class SetAside:
         """Answers for the request from now on, and writes it down. Raises OSError: then the next router does not
         know."""
         accepted = request.accepted
-        message = f"request {accepted.reply_id}: {reason}; its state is kept on disk, and it is not gone on with"
+        message = f"request {accepted.reply_id}: {reason}; its state is kept on disk, and it will not be resumed"
         names = [name for name in (accepted.reply_id, accepted.client_request_id, accepted.idempotency_key) if name]
         kept: dict[str, Any] = {
             "reply_id": accepted.reply_id,
@@ -180,7 +180,7 @@ class SetAside:
         self._reasons.update({(tenant, name): message for name in names})
 
     def _paths(self) -> list[Path]:
-        """Oldest first. What is no file, or a link to none, is not ours."""
+        """Oldest first. What is not a file, or not a link to one, is not ours."""
         files = [path for path in self._folder.glob("*.json") if path.is_file()]
         return sorted(files, key=lambda path: path.stat().st_mtime_ns)
 
@@ -190,7 +190,7 @@ def without_culprits(
     journalled: Sequence[JournalledRequest],
     forget: Callable[[str], None],
 ) -> tuple[list[JournalledRequest], SetAside]:
-    """Returns the requests that are gone on with, or may be asked for. Those that end the router are set aside, and
+    """Returns the requests that will be resumed, or may be asked for. Those that end the router are set aside, and
     forgotten by the journal through `forget`, which gets their reply ids.
 
     What the disk does not take is said, and judged again at the next start.
@@ -213,7 +213,7 @@ def without_culprits(
         write_whole(ends, json.dumps({"ends": judgement.record.ends, "unnamed": judgement.record.unnamed}))
         ending.unlink(missing_ok=True)
     except OSError as error:
-        log.error("ends_not_written", folder=str(state_dir), reason=str(error))
+        log.error("crash_counts_not_written", folder=str(state_dir), reason=str(error))
     return list(requests.values()), set_aside
 
 
@@ -228,7 +228,7 @@ def _as_judged(request: JournalledRequest) -> Suspect:
     try:
         num_tokens = sum(choice.num_tokens for choice in request.choices)
     except ValueError:
-        num_tokens = 0  # it is damaged: whoever plans it again says so
+        num_tokens = 0  # it is damaged: planning it again says so
     return Suspect(request.accepted.reply_id, request.accepted.choice_ids, num_tokens, request.ended_s is not None)
 
 

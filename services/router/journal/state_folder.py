@@ -1,7 +1,7 @@
 """The router's folder on disk: locked while a router runs on it, and the term that grows with every start.
 
-Its files are looked after while the router lives: one that somebody removes or damages is made again. A term that was
-lost with the folder, while no router lived, is learnt from the nodes (`outgrow`).
+Its files are looked after while the router lives: one that is removed or damaged is made again. A term that was lost
+with the folder, while no router lived, is learnt from the nodes (`outgrow`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StateFolder:
         if term > self.term:
             raise FencedError(
                 f"STATE_DIR={self.path} carries term {term}, this router has {self.term}: it was replaced while it was "
-                "stopped, and ends"
+                "stopped, and exits"
             )
         if term == self.term:
             self._seen = seen
@@ -60,7 +60,7 @@ class StateFolder:
         """Checks the term, and makes the files again that are gone or damaged; the log says so, or why it cannot be. It
         costs a few `stat`s while nothing has changed. Raises FencedError if another router has the folder."""
         try:
-            # The lock first: who has lost the folder to another router must not write into it.
+            # The lock first: a router that has lost the folder to another one must not write into it.
             keepers = (
                 ("router.lock", self._lock.look_after),
                 ("router.json", self._keep_term),
@@ -68,17 +68,17 @@ class StateFolder:
             )
             made_again = [name for name, keep in keepers if keep()]
         except OSError as error:
-            failure = f"files of STATE_DIR={self.path} are gone and cannot be made again: {error}"
+            failure = f"files of STATE_DIR={self.path} are gone and cannot be recreated: {error}"
             if failure != self._failure:
-                log.warning("state_folder", reason=failure)
+                log.warning("state_files_lost", reason=failure)
             self._failure = failure
             return
         self._failure = ""
         if made_again:
             names = ", ".join(made_again)
             log.warning(
-                "state_folder",
-                reason=f"{names} of STATE_DIR={self.path} had been removed or changed, and was made again",
+                "state_files_recreated",
+                reason=f"{names} of STATE_DIR={self.path} were removed or changed and have been recreated",
             )
 
     def publish_url(self, url: str) -> None:
@@ -88,7 +88,7 @@ class StateFolder:
         try:
             self._write_url()
         except OSError as error:
-            log.warning("state_folder", reason=f"http.url of STATE_DIR={self.path} cannot be written: {error}")
+            log.warning("url_file_not_written", reason=f"http.url of STATE_DIR={self.path} cannot be written: {error}")
 
     def _write_url(self) -> None:
         write_whole(self._url_path, self._url)
@@ -96,7 +96,7 @@ class StateFolder:
 
     def outgrow(self, term: int, on_disk: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
         """Hears that a node has obeyed a router of this term. Raises FencedError if it is later than this one's.
-        `on_disk` does what touches the folder: whoever calls this may not wait for it.
+        `on_disk` does what touches the folder: the caller may not wait for it.
 
         Either that router lives and this one was replaced, or the folder has lost its term: then the next router on it
         begins above all that nodes have heard of, or they would not listen to it.
@@ -108,7 +108,7 @@ class StateFolder:
         on_disk(partial(self._raise_term, term))
         raise FencedError(
             f"nodes have heard a router of term {term}, this one has {self.term}: it was replaced, or router.json of "
-            f"STATE_DIR={self.path} was lost; it ends, and the next one begins above that term"
+            f"STATE_DIR={self.path} was lost; it exits, and the next one begins above that term"
         )
 
     def close(self) -> None:

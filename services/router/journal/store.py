@@ -46,8 +46,8 @@ from services.router.journal.records import (
 )
 
 MAX_ROWS = 400
-"""One statement has so many, of two values each: a SQLite may be built to accept 999 and no more. A disk that was full
-leaves far more to write."""
+"""The most rows of a statement, of two values each: a SQLite may be built to accept 999 and no more. A disk that was
+full leaves far more to write."""
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class JournalStore:
     def rewrite(self, requests: Sequence[LedgerRequest], buffer: LogBuffer) -> list[Run]:
         """Makes a new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
 
-        Returns the runs of tokens of `buffer`. A file that somebody else has put there is moved aside.
+        Returns the runs of tokens of `buffer`. A file that something else has put there is moved aside.
         """
         with suppress(sqlite3.Error):  # the files that it was of are gone: nothing of it is missed
             self._connection.close()
@@ -152,7 +152,7 @@ class JournalStore:
             with self._transaction() as run:
                 _insert_all(run, **_rows_of(requests, runs))
         except BaseException:
-            # Half of it would be taken for somebody else's file by the next attempt, and for all of it by a restart.
+            # Half of it would be taken for another process's file by the next attempt, and for all of it by a restart.
             self._connection.close()
             self._path.unlink(missing_ok=True)
             raise

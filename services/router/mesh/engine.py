@@ -16,7 +16,7 @@ from services.router.scheduling.admission import retry_after_s
 
 Outcome = Token | MoemeshError
 NOT_READY_GRACE_S = 10.0
-"""While the mesh recovers, requests wait; once it has been down for so long, the door says so at once."""
+"""While the mesh recovers, requests wait; once it has been down for this long, the door says so at once."""
 
 
 class TokenMailbox:
@@ -49,7 +49,7 @@ class TokenMailbox:
 
 
 class SubmittedChoice(AsyncIterator[Token]):
-    """A choice that is in the mesh from the moment this is made, also if nobody ever asks it for a token.
+    """A choice that is in the mesh from the moment this is made, also if it is never asked for a token.
 
     No generator: closing one that was not begun runs none of it, and the choice would run on.
     """

@@ -1,4 +1,4 @@
-"""The mesh thread: observe, decide, send. It owns the scheduler, the roles and the sockets; nobody else touches them.
+"""The mesh thread: observe, decide, send. It alone touches the scheduler, the roles and the sockets.
 
 The HTTP front lives in another thread (asyncio). Requests come in through `submit`, tokens leave through the callbacks
 given there, at most one hand-over a step.
@@ -59,7 +59,7 @@ from services.router.mesh.status import MeshStatus, mesh_evidence, node_statuses
 from services.router.mesh.steps import StepFlow
 
 CONTROL_BUDGET_S, COMMANDS_BUDGET_S = 0.001, 0.002
-"""Of one turn: where all nodes speak at once, or a client brings hundreds of requests, tokens go out in between."""
+"""Time per turn: where all nodes speak at once, or a client brings hundreds of requests, tokens go out in between."""
 STATUS_INTERVAL_S = 0.1
 
 
@@ -74,7 +74,7 @@ class MeshTerms:
 
 @dataclass(frozen=True, slots=True)
 class MeshRoles:
-    """Who does what: slots of stages, shards of experts, and who computes where shards go."""
+    """The roles of nodes: slots of stages, shards of experts, and the placer that computes where shards go."""
 
     stages: StageRoles
     experts: ExpertRoles
@@ -137,7 +137,7 @@ class MeshLoop:
         self._client.wake()
 
     def cancel(self, request_id: RequestId) -> None:
-        """Cancels a request that nobody waits for any more."""
+        """Cancels a request that is not wanted any more."""
         self._commands.append(request_id)
         self._client.wake()
 
@@ -171,7 +171,7 @@ class MeshLoop:
             self._publish_status(now_s)
 
     def _apply_commands(self, now_s: float) -> None:
-        """Applies what others have asked for; what is restored at once, since only who is in line gets the cache of
+        """Applies what others have asked for; what is restored at once, since only a request in line gets the cache of
         stages that are back."""
         until_s = self._clock() + COMMANDS_BUDGET_S
         while self._commands and (_is_restored(self._commands[0]) or self._clock() <= until_s):
@@ -231,7 +231,7 @@ class MeshLoop:
         elif isinstance(message, Failed):
             self._node_failed(node_id, message, header, now_s)
         else:
-            raise ProtocolError(f"the router does not take {type(message).__name__} on the control link")
+            raise ProtocolError(f"the router does not handle {type(message).__name__} on the control link")
 
     def _compare_beliefs(self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float) -> None:
         """Makes up for what was lost on the way, in either direction: what is believed comes with each heartbeat."""
@@ -258,7 +258,7 @@ class MeshLoop:
         refuse_other_device(description, self._nodes.values())
         # Now: what is wrong with it costs this node alone.
         arrival = Arrival.read(description.kind, hello, self._experts.read_held)
-        self._client.watch(description)  # first: who cannot be reached is refused before anybody counts on it
+        self._client.watch(description)  # first: a node that cannot be reached is refused before anything counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:
             self._client.unwatch(node_id)
@@ -279,10 +279,10 @@ class MeshLoop:
             self._give_role(node_id, now_s)
 
     def _give_role(self, node_id: NodeId, now_s: float) -> None:
-        """Gives a node its role once the link to it stands: a name that leads nowhere is no place for one."""
+        """Gives a node its role once the link to it stands: a name that leads nowhere is not a place for one."""
         arrival, description = self._arriving.pop(node_id), self._nodes[node_id]
         if description.kind is NodeKind.STAGE:
-            # The placement goes out before the role: a stage that is ready knows whom to ask.
+            # The placement goes out before the role: a stage that is ready knows which nodes to ask.
             self._act(self._experts.publish_to([node_id]), now_s)
             self._act(self._stages.join(description, now_s, arrival.slot), now_s)
         else:

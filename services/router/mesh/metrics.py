@@ -1,4 +1,4 @@
-"""Prometheus metrics of the mesh, read from its last status when somebody scrapes."""
+"""Prometheus metrics of the mesh, read from its last status at each scrape."""
 
 from __future__ import annotations
 

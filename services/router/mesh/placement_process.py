@@ -22,7 +22,7 @@ from services.router.control.experts.placing import PlacementAnswer, PlacementRe
 from services.router.control.experts.shard_bits import num_words
 
 LENGTH: Final = struct.Struct("<Q")
-"""Before every message on the pipes."""
+"""The length that stands before every message on the pipes."""
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""Who computes placements: a process of its own, so that a second of work for a large model holds up no token."""
+"""Computes placements in a process of its own, so that a second of work for a large model holds up no token."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from services.router.mesh.placement_process import LENGTH, decode_answer, encode
 
 ANSWER_LIMIT_S = 60.0
 STILL_S = 3.0
-"""Without any processor time: however full a machine is, who computes gets some of it."""
+"""How long a process may get no processor time: however full a machine is, one that computes gets some of it."""
 LOOK_S = 0.1
 MAX_PROCESSES = 2
-"""For one request: should two of them end over it, the request is answered by a thread of the router."""
+"""How many processes may try one request: should two of them end over it, a thread of the router answers it."""
 _COMMAND = (sys.executable, "-m", "services.router.mesh.placement_process")
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -44,8 +44,8 @@ class Placer(Protocol):
 class ProcessPlacer:
     """A process that computes, and a thread that writes to it and reads from it.
 
-    A process that ends, stands still, does not answer in time or says what is no answer is replaced, and the request is
-    asked again. Where no placement can be computed at all, all nodes keep what they hold: it costs no token.
+    A process that ends, stands still, is late, or sends what is not an answer, is replaced, and the request is asked
+    again. Where no placement can be computed at all, all nodes keep what they hold: it costs no token.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class ProcessPlacer:
         for _ in range(MAX_PROCESSES):
             try:
                 return self._ask(request)
-            except Exception as error:  # also what came may be no answer
+            except Exception as error:  # also what came may not be an answer
                 if self._is_closing:
                     break
                 self._log.warning("placement_process_lost", reason=str(error) or type(error).__name__)
                 self._end()
         if self._is_closing:
             return keep_what_is_held(request, "the router ends")
-        self._log.error("placement_computed_in_router", reason="two processes have ended over it")
+        self._log.error("placement_computed_in_router", reason="two placement processes died computing it")
         try:
             return answer_request(request)
         except Exception as error:  # it is one of ours, and costs what would have moved, not the mesh
@@ -151,7 +151,7 @@ class ProcessPlacer:
 
 
 class ProcessPatience:
-    """How long a process is waited for: one that computes, until the limit; one that stands still, much shorter."""
+    """How long to wait for a process: until the limit where it computes, much shorter where it stands still."""
 
     def __init__(self, limit_s: float, cpu_seconds: Callable[[], float | None]) -> None:
         """`cpu_seconds` of the process; None where the system does not tell: then only the limit counts."""
@@ -197,6 +197,6 @@ def _read(descriptor: int, size: int, patience: ProcessPatience) -> bytes:
     while len(data) < size:
         patience.wait(descriptor, select.POLLIN)
         if not (read := os.read(descriptor, min(size - len(data), 1 << 20))):
-            raise EOFError("the process has ended")
+            raise EOFError("the placement process has ended")
         data += read
     return bytes(data)

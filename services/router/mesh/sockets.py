@@ -1,5 +1,5 @@
 """The router's sockets: control of all nodes, their lifelines, a PUSH for each pipeline, all results; and what the
-lifelines and pulses say of nodes: who opened, closed, refuses, or is silent.
+lifelines and pulses say of nodes: which opened, closed, refuses, or is silent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class MeshClient:
         log: structlog.stdlib.BoundLogger,
         on_disk: Callable[[Callable[[], None]], None] = lambda job: job(),
     ) -> None:
-        """`on_disk` does what touches the state folder, where a disk that hangs stops nobody else."""
+        """`on_disk` does what touches the state folder, where a disk that hangs stops nothing else."""
         self._transport = transport
         self._ipc_token = addresses.folder_token
         self._folder = addresses.folder
@@ -62,7 +62,7 @@ class MeshClient:
         self.results = transport.pull("results", [addresses.bind_pattern.format(socket="results")])
         self.pulses = transport.router("pulses", [addresses.bind_pattern.format(socket="pulse")])
         self._pulse_stamp = os.urandom(8)
-        """Of this process: a node may still answer what a router before this one asked."""
+        """A stamp of this process: a node may still answer what a router before this one asked."""
         self._lifelines: dict[NodeId, MessageSocket] = {}
         self._pipelines: dict[PipelineId, MessageSocket] = {}
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -99,7 +99,7 @@ class MeshClient:
         return NodeId(identity.decode(errors="replace")), message, header
 
     def tell(self, node_id: NodeId, message: Message, header: Header | None = None) -> None:
-        """Sends to a node, unless it is gone, which its lifeline says too. One that is told Failed ends."""
+        """Sends; dropped if the node is gone (its lifeline reports that). A node that receives Failed exits."""
         if isinstance(message, Failed):
             self._log.error("node_refused", node=node_id, code=message.code, reason=message.message)
         with contextlib.suppress(Full):
@@ -108,7 +108,7 @@ class MeshClient:
     def ping(self, nodes: Iterable[NodeId], number: int) -> None:
         """Sends each node a ping of this number; one that is not there gets none.
 
-        Echoes wake nobody: `wait` ends often enough, and one need not be seen the moment it comes.
+        Echoes do not wake the loop: `wait` ends often enough, and one need not be seen the moment it comes.
         """
         payload = self._pulse_stamp + _NUMBER.pack(number)
         for node_id in nodes:
@@ -142,7 +142,7 @@ class MeshClient:
         self._poller.register(lifeline.monitor, zmq.POLLIN)
 
     def unwatch(self, node_id: NodeId) -> None:
-        """Closes a node's lifeline; one that is not open is no error."""
+        """Closes a node's lifeline; one that is not open is not an error."""
         lifeline = self._lifelines.pop(node_id, None)
         if lifeline is not None:
             self._poller.unregister(lifeline.monitor)
@@ -161,7 +161,7 @@ class MeshClient:
             self._log.warning("socket_files_not_removed", node=description.node_id, reason=str(error))
 
     def lifeline_events(self) -> list[tuple[NodeId, LinkEvent]]:
-        """Returns lifelines that opened or closed since the last call; REFUSED where nobody listens any more."""
+        """Returns lifelines that opened or closed since the last call; REFUSED where nothing listens any more."""
         events = [
             (node_id, event) for node_id, lifeline in list(self._lifelines.items()) for event in lifeline.link_events()
         ]
@@ -183,7 +183,7 @@ class MeshClient:
         self._pipelines[pipeline] = self._transport.push(f"pipeline {pipeline}", endpoint)
 
     def close_pipeline(self, pipeline: PipelineId) -> None:
-        """Closes its socket; one that is not open is no error."""
+        """Closes its socket; one that is not open is not an error."""
         socket = self._pipelines.pop(pipeline, None)
         if socket is not None:
             self._closed_bytes_sent += socket.bytes_sent
@@ -211,10 +211,10 @@ class MeshClient:
 
 
 def refused(endpoints: Iterable[str], within_s: float = WITHIN_S) -> set[str]:
-    """Returns, of these (`ipc://PATH` or `tcp://ADDRESS:PORT`), those where a connection is refused: nobody listens.
+    """Returns, of these (`ipc://PATH` or `tcp://ADDRESS:PORT`), those where a connection is refused: nothing listens.
 
-    Whoever listened there has ended, or has closed its sockets: its process need not be waited for. All else proves
-    nothing: a connection that stands, one that gets no answer in time, a path that is gone, an address that is a name.
+    What listened there has ended, or has closed its sockets: there is no need to wait. All else proves nothing: a
+    connection that stands, one that gets no answer in time, a path that is gone, an address that is a name.
     """
     with contextlib.ExitStack() as probes:
         errors: dict[str, int] = {}
@@ -287,8 +287,8 @@ class Witnesses:
         nodes: Mapping[NodeId, NodeDescription],
         replaceable: Callable[[Set[NodeId]], Sequence[NodeId]],
     ) -> list[MembershipChange]:
-        """Returns what has changed by them. `replaceable`: of nodes that are silent, those in whose place somebody goes
-        on at once. There a wrong death costs little, and a right one saves much."""
+        """Returns what has changed by them. `replaceable`: those silent nodes in whose place another one goes on at
+        once. There a wrong death costs little, and a right one saves much."""
         changes: list[MembershipChange] = []
         opened, closed = self._membership.lifeline_opened, self._membership.lifeline_closed
         witnesses = {LinkEvent.CONNECTED: opened, LinkEvent.CLOSED: closed}
@@ -305,12 +305,12 @@ class Witnesses:
         return changes
 
     def answered(self, node_ids: Iterable[NodeId], ago_s: float) -> None:
-        """Notes that these have all had a part in a step that was sent so long ago and has come back."""
+        """Notes that these have all had a part in a step that was sent this long ago and has come back."""
         for node_id in node_ids:
             self._watch.answered(node_id, ago_s)
 
     def forget(self, node_id: NodeId) -> None:
-        """Forgets a node that is gone; one that is not known is no error."""
+        """Forgets a node that is gone; an unknown one is not an error."""
         self._watch.forget(node_id)
 
     def _exchange_pulses(self, now_s: float, nodes: Collection[NodeId]) -> None:

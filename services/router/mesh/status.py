@@ -27,11 +27,11 @@ class NodeStatus:
     state: NodeState
     heartbeat: Heartbeat | None
     slot: StageSlot | None
-    """Of a stage that holds one."""
+    """The slot of a stage that holds one."""
     mirrored: StageSlot | None = None
-    """Of a spare stage that follows the holder of one, however far it is."""
+    """The slot of a spare stage that follows its holder, however far it is."""
     num_shards: int = 0
-    """Of an expert node, as it reported."""
+    """The shards of an expert node, as it reported."""
 
 
 @dataclass(slots=True)

@@ -63,7 +63,7 @@ def step_message(plan: StepPlan) -> Step:
 
 
 def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
-    """Finds sequences of a plan that are in no message what they should be, not even alone; with what they raise."""
+    """Finds sequences of a plan that cannot be encoded, even in a step of their own; with what they raise."""
     culprits: dict[SequenceId, Exception] = {}
     for chunk in plan.chunks:
         try:

@@ -28,7 +28,7 @@ Sink = Callable[[list[tuple[RequestId, Token | MoemeshError]]], None]
 
 
 class UnsendableError(ExecutionError):
-    """A step fits no message. Nobody has seen it."""
+    """A step fits no message. No node has seen it."""
 
 
 class StepFlow:
@@ -87,7 +87,7 @@ class StepFlow:
 
     def _drop_steps(self, pipeline: PipelineId) -> None:
         self._client.close_pipeline(pipeline)
-        self._answered_s.pop(pipeline, None)  # by others, perhaps, than those who hold the slots next
+        self._answered_s.pop(pipeline, None)  # by others, perhaps, than those that hold the slots next
 
     def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
         """Sends what the scheduler decides; what a first stage does not take yet goes with the next call.
@@ -150,7 +150,7 @@ class StepFlow:
                 continue
             try:
                 sampled = sampled_tokens(message, step.plan, self._vocab_size)
-            except Exception as error:  # also what nobody thought of: an answer costs its step, not the mesh
+            except Exception as error:  # also what was not foreseen: an answer costs its step, not the mesh
                 known = error if isinstance(error, MoemeshError) else ExecutionError(f"StepResult: {error}")
                 broken.append(self._fail(step, known, now_s))
                 continue
@@ -195,14 +195,14 @@ class StepFlow:
         failures = self.scheduler.pop_failures()
         for failure in failures:
             if failure.cause is not None:
-                self._log.error("request_broke", request=failure.request_id, exc_info=failure.cause)
+                self._log.error("request_crashed", request=failure.request_id, exc_info=failure.cause)
         if failures:
             self._sink([(failure.request_id, failure.error) for failure in failures])
 
     def refuse(self, request_id: RequestId, error: Exception) -> None:
-        """Tells a client that its request is not taken. An error that is no MoemeshError is the router's own."""
+        """Tells a client that its request is not taken. An error that is not a MoemeshError is the router's own."""
         if not isinstance(error, MoemeshError):
-            self._log.error("request_broke", request=request_id, exc_info=error)
+            self._log.error("request_crashed", request=request_id, exc_info=error)
             error = ExecutionError(f"the router failed while it took in request {request_id}: {error}")
         self._sink([(request_id, error)])
 

@@ -26,17 +26,17 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.settings import SchedulerSettings
 
 MAX_RETRY_AFTER_S = 60
-"""Nobody is sent away for longer: the estimate is from few samples, and the mesh may have grown by then."""
+"""No client is sent away for longer: the estimate is from few samples, and the mesh may have grown by then."""
 PLACE_SHIFT = 32
 """Behind the place stands the order of arrival, which makes it unique."""
 WAITING_SHARE = 8
-"""A request counts towards the others' queue with at most one part in so many of it."""
+"""A request counts towards the others' queue with at most one part in this many of it."""
 RESERVED_SHARE = 0.75
-"""Of all tokens that may be reserved, what the choices of one request may reserve."""
+"""The share of all reservable tokens that the choices of one request may reserve."""
 
 
 def num_blocks_for(num_tokens: int, block_tokens: int) -> int:
-    """Returns how many blocks hold so many tokens."""
+    """Returns how many blocks hold this many tokens."""
     return -(-num_tokens // block_tokens)
 
 
@@ -70,13 +70,13 @@ def lateness(request: GenerationRequest, age_s: float, pool_blocks: Sequence[int
     """Returns why a request took too long, as well as the blocks of the open pipelines tell."""
     num_blocks = num_blocks_for(request.max_num_tokens, block_tokens)
     if not pool_blocks:
-        return NotReadyError(f"the request took {age_s:.0f} s and no pipeline is open")
+        return NotReadyError(f"the request timed out after {age_s:.0f} s: no pipeline is open")
     if num_blocks > max(pool_blocks):
         return CapacityError(
-            f"the request took {age_s:.0f} s; it needs {num_blocks} cache blocks, the largest pipeline now has "
+            f"the request timed out after {age_s:.0f} s: it needs {num_blocks} cache blocks, the largest pipeline has "
             f"{max(pool_blocks)}"
         )
-    return DeadlineError(f"the request took {age_s:.0f} s, which is too long")
+    return DeadlineError(f"the request timed out after {age_s:.0f} s")
 
 
 def group_of(request: GenerationRequest) -> str:
@@ -95,8 +95,8 @@ class _Group:
 
 
 class Admission:
-    """The door. Whom it lets in, it gives a place in line, and reserves tokens for: two requests cannot both take the
-    last ones."""
+    """The door. It gives each request that it lets in a place in line, and reserves its tokens: two requests cannot
+    both take the last ones."""
 
     def __init__(self, settings: SchedulerSettings) -> None:
         self._max_waiting = settings.max_waiting
@@ -194,7 +194,7 @@ class Admission:
 
 
 def num_ahead(waiting: Iterable[GenerationRequest], newcomer: GenerationRequest | None, max_waiting: int) -> int:
-    """Counts who waits, as far as a newcomer is concerned: all of its own request, of any other one its share."""
+    """Counts choices in line, as far as a newcomer is concerned: all of its own request, of any other its share."""
     share = max(1, max_waiting // WAITING_SHARE)
     by_group = Counter(group_of(request) for request in waiting)
     own = by_group.pop(group_of(newcomer), 0) if newcomer is not None else 0

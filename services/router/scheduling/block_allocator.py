@@ -22,11 +22,11 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Counts the blocks that nobody holds."""
+        """Counts the blocks that are not held."""
         return len(self._free)
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """Returns `count` blocks with one reference each, ascending; None, and nothing, if there are not so many."""
+        """Returns `count` blocks with one reference each, ascending; None, and nothing, if there are fewer."""
         if count < 0:
             raise ValueError(f"cannot allocate {count} blocks")
         if count > len(self._free):
@@ -48,7 +48,7 @@ class BlockAllocator:
         return True
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """Adds a reference to each. Raises ValueError for a block that nobody holds."""
+        """Adds a reference to each. Raises ValueError for a block that is not held."""
         block_ids = tuple(block_ids)
         for block_id in block_ids:
             if self.reference_count(block_id) == 0:

@@ -1,7 +1,7 @@
 """How fast a pipeline and each of its requests have been going, and for how long their silence is explained by that.
 
 Pure; times are arguments. Only answers are measured. A step that failed, by its deadline or otherwise, says how long
-somebody waited and not how long work takes: were it counted, a few hangs would pass the next one off as the usual.
+the router waited and not how long work takes: were it counted, a few hangs would pass the next one off as the usual.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from services.router.control.readiness import Awaited
 
 UNANSWERED_S = 1.5
-"""Silence that is never remarkable: a busy machine is late by so much."""
+"""Silence that is never remarkable: a busy machine is late by this much."""
 SLOW_FACTOR = 4.0
-"""Where things are slow: so many times the usual."""
+"""Multiplies the usual, where things are slow."""
 LATEST_STEPS = 128
-"""Of any size, for their 99th percentile."""
+"""Steps of any size, for their 99th percentile."""
 RECENT_STEPS = 16
-"""Of one size; their median is not moved by a few stalls."""
+"""Steps of one size; their median is not moved by a few stalls."""
 RECENT_GAPS = 8
 
 
@@ -30,7 +30,7 @@ class PipelinePace:
         self.has_answered = False
         """Says whether a step has come back since it opened: its links stand, from the router through all stages."""
         self.last_work_s = 0.0
-        """When a step that was no canary was last answered; at first, when the pipeline opened."""
+        """When a step that was not a canary was last answered; at first, when the pipeline opened."""
         self.last_success_s = 0.0
         """When work was last answered, in whatever generation; steps that failed were not."""
         self._last_answer_s = 0.0
@@ -57,7 +57,7 @@ class PipelinePace:
         self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(now_s - planned_s)
 
     def is_quiet(self, now_s: float, interval_s: float) -> bool:
-        """Returns whether nothing was answered for so long, or since it opened."""
+        """Returns whether nothing was answered for that long, or since it opened."""
         return not self.has_answered or now_s - self._last_answer_s >= interval_s
 
     @property
@@ -87,11 +87,11 @@ class RequestPace:
     progressed_s: float
     """Its last token or part of its prompt; at first, when it began to run."""
     due_since_s: float | None = None
-    """Since when an answer for it is under way; None: it waits for its turn. Steps that fail and are sent again do not
+    """When it began to wait for an answer; None: it waits for its turn. Steps that fail and are sent again do not
     begin anew: it still waits for the same thing."""
     gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_GAPS))
     is_disturbed: bool = False
-    """One of its steps has failed or become void since it last got further, so this gap is no measure."""
+    """One of its steps has failed or become void since it last got further, so this gap is not a measure."""
 
     def begin(self, now_s: float, *, is_retry: bool) -> None:
         """Notes that it runs. What is done again after a failure has been awaited since before that."""

@@ -36,7 +36,7 @@ class StepInFlight:
     is_canary: bool = False
     """It carries nothing, and was planned to see whether it is answered."""
     sent_s: float | None = None
-    """When the first stage took it; None: it has not taken it yet. Whoever sends it notes this here."""
+    """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
 
 
 class PipelineSchedule:
@@ -56,18 +56,18 @@ class PipelineSchedule:
         self.num_slots = num_slots
         self.allocator = BlockAllocator(num_blocks)
         self.running: list[Request] = []
-        """By arrival."""
+        """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
         self.held_releases: list[SequenceId] = []
         """They are told with the next step."""
         self.last_step = 0
         """The newest step that was answered."""
         self._last_planned = 0
-        """In this generation; 0: none yet."""
+        """The newest step in this generation; 0: none yet."""
         self.replay_slots: tuple[int, ...] = ()
         """Slots that lack cache of requests that are replaying."""
         self.suspended_s: float | None = None
-        """Since when it takes no steps; None: it does."""
+        """When it stopped taking steps; None: it takes them."""
         self._has_just_replayed = False
         self.max_micro_batches = settings.micro_batches_per_pipeline or num_slots
         # More could not be part of every round of micro-batches, and the young would starve.
@@ -90,7 +90,7 @@ class PipelineSchedule:
     # Planning
 
     def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
-        """Plans the next micro-batch, if one may and need be sent. Returns it, and who was preempted for it."""
+        """Plans the next micro-batch, if one may and need be sent. Returns it, and the requests preempted for it."""
         preempted: list[Request] = []
         if len(self.in_flight) >= self.max_micro_batches:
             return None, preempted
@@ -149,7 +149,7 @@ class PipelineSchedule:
         return plan
 
     def _candidates(self) -> list[tuple[Request, int]]:
-        """Returns who is to be in the next step with how many tokens, by arrival.
+        """Returns the requests of the next step with how many tokens each, by arrival.
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
         that took them all would leave the other stages idle. Few decoding ones stay together, though.
@@ -161,7 +161,7 @@ class PipelineSchedule:
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if request.step is None]
         ready_prefills = [request for request in prefilling if request.step is None][:prefill_share]
-        # If the oldest of all is to be prefilled, the younger who decode leave it a place and a token.
+        # If the oldest of all is to be prefilled, the younger that decode leave it a place and a token.
         oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
         kept_back = 0 if oldest is None or oldest.is_decoding else 1
         num_decodes = min(decode_share, settings.max_batch_tokens - kept_back, settings.max_batch_sequences - kept_back)
@@ -176,7 +176,7 @@ class PipelineSchedule:
         return _isolated(sorted(picked, key=lambda pick: pick[0].arrival))
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
-        """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and nobody younger yields."""
+        """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and no younger one yields."""
         start = request.num_computed_tokens
         num_known_blocks = len(request.block_table)
         while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
@@ -196,7 +196,7 @@ class PipelineSchedule:
         return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
 
     def _replay_candidates(self) -> list[tuple[Request, int]]:
-        """Returns who is replayed next with how many tokens, by arrival; as many tokens as a step may have."""
+        """Returns which requests replay how many tokens next, by arrival; in all as many tokens as a step may have."""
         num_tokens_left = self._settings.max_batch_tokens
         picked: list[tuple[Request, int]] = []
         for request in self.running:
@@ -227,7 +227,7 @@ class PipelineSchedule:
         )
 
     def _youngest_after(self, request: Request) -> Request | None:
-        """Returns who gives its blocks up: the youngest that holds any and is in no step, if it is younger."""
+        """Returns which one gives its blocks up: the youngest that holds any and is in no step, if it is younger."""
         for other in reversed(self.running):
             if other.arrival <= request.arrival:
                 return None
@@ -280,7 +280,7 @@ class PipelineSchedule:
     def resume(self, generation: Generation, kv_marks: Sequence[int], now_s: float) -> None:
         """Begins a new generation. `kv_marks` says by slot up to which step its holder's cache is good.
 
-        Whose cache is not whole on every slot is replayed from where the worst of them ends.
+        A request whose cache is not whole on every slot is replayed from where the worst of them ends.
         """
         covered: dict[Request, list[int]] = {}
         lacking: set[int] = set()
@@ -298,15 +298,15 @@ class PipelineSchedule:
     def _covered(self, request: Request, slot: int, mark: int) -> int:
         """Counts positions of a request that a slot's holder has."""
         if request.is_replaying and slot in self.replay_slots:
-            # Interrupted again: who has all that was answered has what was replayed so far.
+            # Interrupted again: a holder that has all that was answered has what was replayed so far.
             return request.replay_position if mark >= self.last_step else 0
         return min(request.covered_by(mark), request.num_computed_tokens)
 
     def adopt(self, held: HeldCache, waiting: Sequence[Request], step: StepId, now_s: float) -> list[Request]:
         """Lets requests of the line run here with the cache that a router before this one has left them, and returns
-        them. What nobody claims is released on the stages.
+        them. What no request claims is released on the stages.
 
-        What is adopted counts as computed by `step`, which nobody ever sees. It comes after all steps of routers before
+        What is adopted counts as computed by `step`, which is never sent. It comes after all steps of routers before
         and ahead of all of this one, so that no mark of former times stands for it.
         """
         owners = {request.held_sequence_id: request for request in waiting if request.held_sequence_id is not None}
@@ -337,7 +337,7 @@ class PipelineSchedule:
         return False
 
     def abandon(self) -> list[Request]:
-        """Ends the generation, of which nothing comes back. Returns who ran here, without cache, by arrival.
+        """Ends the generation, of which nothing comes back. Returns what ran here, without cache, by arrival.
 
         `held_releases` then has all that stages may still keep.
         """
@@ -392,7 +392,7 @@ class PipelineSchedule:
             assert covered >= request.num_computed_tokens, f"{request.request_id} has more cache than blocks"
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks hold so many tokens."""
+        """Returns how many blocks hold this many tokens."""
         return num_blocks_for(num_tokens, self._settings.block_tokens)
 
 
@@ -412,7 +412,7 @@ class PipelineSchedules:
         self.suspended: dict[PipelineId, PipelineSchedule] = {}
         """Pipelines that wait for a holder; their requests keep their blocks."""
         self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
-        """Of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
+        """Releases of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
         self._last_removed_s = -math.inf
 
     @property
@@ -477,7 +477,7 @@ class PipelineSchedules:
             self.suspended[pipeline] = schedule
 
     def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
-        """Forgets it. Returns who ran there, without cache, by arrival."""
+        """Forgets it. Returns the requests that ran there, without cache, by arrival."""
         schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline, None)
         if schedule is None:
             return []

@@ -25,7 +25,7 @@ class PipelineLoad:
     num_used_blocks: int
     num_blocks: int
     p99_step_s: float
-    """Of its recent steps; 0.0 while there are none."""
+    """The 99th percentile of its recent steps; 0.0 while there are none."""
 
 
 def _least_in_flight(loads: Sequence[PipelineLoad]) -> list[float]:

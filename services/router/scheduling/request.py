@@ -23,7 +23,7 @@ MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
 UNDISTURBED = RecoveryCounts(0, 0, 0)
 Attend = Callable[[str], None]
-"""It is told whose turn it is, before anything is done for it; the empty string once it is nobody's."""
+"""It is told whose turn it is, before anything is done for it; the empty string once it is no request's."""
 
 
 class RequestState(StrEnum):
@@ -66,7 +66,7 @@ class Request:
     replay_stop: int = 0
     """What must be there before it goes on; at or below `replay_position`: nothing is to be rebuilt."""
     held_sequence_id: SequenceId | None = None
-    """Of a request that a router before this one ran: stages may have its cache under this number."""
+    """Its number when a router before this one ran it: stages may have its cache under this number."""
     num_failed_steps: int = 0
     """Failed steps since its last new token."""
     num_recoveries: int = 0
@@ -82,7 +82,7 @@ class Request:
     """Whether it was too short to end when its last stage was told of its penalties and biases; None: it is not told
     in this generation."""
     waits_for_start: bool = False
-    """It came with a router's start and has not run since: nodes may have to load first, which is no outage."""
+    """It came with a router's start and has not run since: nodes may have to load first, which is not an outage."""
 
     def __post_init__(self) -> None:
         self.pace = RequestPace(self.arrived_s)
@@ -122,7 +122,7 @@ class Request:
         return max((stop for step, stop in self.kv_history if step <= mark), default=0)
 
     def note_computed(self, step: int, num_tokens: int, now_s: float) -> None:
-        """Notes that so many more tokens are in the cache of every slot."""
+        """Notes that this many more tokens are in the cache of every slot."""
         was_decoding = self.is_decoding
         self.num_computed_tokens += num_tokens
         if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
@@ -132,7 +132,7 @@ class Request:
         del self.kv_history[:-MAX_KV_HISTORY]
 
     def note_replayed(self, step: int, num_tokens: int, now_s: float) -> None:
-        """Notes that so many more tokens are there again. Once all are, no copy from before this step has them."""
+        """Notes that this many more tokens are there again. Once all are, no copy from before this step has them."""
         if not self.num_failed_steps:
             self.pace.progressed(now_s, is_measure=False)
         self.replay_position += num_tokens
@@ -146,7 +146,7 @@ class Request:
         self.tell_anew()
 
     def tell_anew(self) -> None:
-        """Lets all of it be told with the next steps, since nobody knows what the stages have been told."""
+        """Lets all of it be told with the next steps, since it is not known what the stages have been told."""
         self.num_told_blocks, self._told_early = 0, None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
@@ -199,7 +199,7 @@ class Request:
         self.tell_anew()
 
     def accept_token(self, sampled: Token) -> Token:
-        """Appends a token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token is no text."""
+        """Appends a token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token is not text."""
         if self.state is not RequestState.RUNNING:
             raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
         self.generated_token_ids.append(sampled.token_id)
@@ -236,7 +236,7 @@ class Blame:
         self.attend = attend
         self._broken: dict[Request, Exception] = {}
         self._handled: list[Request] = []
-        """Innermost last: one may be handled for the sake of another, who needs its blocks."""
+        """Innermost last: one may be handled for the sake of another, which needs its blocks."""
 
     def handling(self, request: Request) -> Blame:
         """Begins the turn of a request, for the `with` statement that this is called in. An exception is kept with the

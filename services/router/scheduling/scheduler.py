@@ -1,8 +1,8 @@
-"""Which tokens run next, over all pipelines. A pure object: no socket, no clock, no thread; time is an argument.
+"""Requests from arrival to last token, over all pipelines; `pipeline_schedule.py` picks which are in a step.
 
-The owner adds and cancels requests, opens and closes pipelines, sends what `schedule` returns, and feeds the answers
-back through `complete` and `fail_step`. First come, first served; a preempted or recomputed request keeps its place and
-its tokens. Tokens come out of `complete` once each, in order, however often a request is recomputed.
+Pure; time is an argument. The owner adds and cancels requests, opens and closes pipelines, sends what `schedule`
+returns, and feeds the answers back through `complete` and `fail_step`. First come, first served; a recomputed request
+keeps its place and its tokens. Tokens come out of `complete` once each, in order, however often it is recomputed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Scheduler:
         self._waiting.insert(admitted)
 
     def cancel(self, request_id: RequestId) -> bool:
-        """Ends a request that nobody wants any longer. Returns False if it is not here: it may have ended."""
+        """Ends a request that is not wanted any longer. Returns False if it is not here: it may have ended."""
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -102,7 +102,7 @@ class Scheduler:
     ) -> None:
         """Opens a pipeline whose slots are ready. A suspended one keeps its blocks, as far as `kv_marks` (by slot) say.
 
-        An older generation of it that is open is closed first. Raises ValueError if that is no older. `held`: what its
+        An older generation of it that is open is closed first. Raises ValueError if that is not older. `held`: what its
         stages have from a router before this one.
         """
         current = self._schedules.open.get(pipeline)
@@ -118,7 +118,7 @@ class Scheduler:
         if held is not None:
             adopted_step = self._draw_step()
             adopted = schedule.adopt(held, self._waiting.requests, adopted_step, now_s)
-            # Whoever reported it and has it still has what was adopted, others nothing.
+            # A holder that reported it and has it still has what was adopted, others nothing.
             kv_marks = [adopted_step if held.is_held_by(slot, mark) else 0 for slot, mark in enumerate(kv_marks)]
             self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
             self.counters.requests_adopted += len(adopted)
@@ -153,7 +153,7 @@ class Scheduler:
         for pipeline in sorted(self._schedules.open):
             try:
                 plans += self._plan_steps(pipeline, now_s)
-            except Exception as error:  # nobody's in particular, but the mesh has more than this pipeline
+            except Exception as error:  # no request's in particular, but the mesh has more than this pipeline
                 self._charge_all(pipeline, error)
                 self._start_over(pipeline, now_s)
         self._end_broken(now_s)
@@ -255,7 +255,7 @@ class Scheduler:
         self._end_broken(now_s)
 
     def pop_failures(self) -> list[RequestFailure]:
-        """Returns who failed since the last call."""
+        """Returns the requests that failed since the last call."""
         failures, self._failures = self._failures, []
         return failures
 
@@ -444,5 +444,5 @@ def is_late(
         return True
     if none_open_since_s is None or request.waits_for_start:
         return False
-    # What it had waited for its turn before is no part of the outage.
+    # What it had waited for its turn before is not part of the outage.
     return now_s - max(request.queued_s, none_open_since_s) > settings.max_outage_s

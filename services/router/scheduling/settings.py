@@ -18,14 +18,14 @@ class SchedulerSettings:
     max_batch_sequences: int = 64
     prefill_chunk_tokens: int = 256
     max_waiting: int = 512
-    """Length of the queue; who comes then is sent away with a time to come back."""
+    """Length of the queue; a request that comes then is sent away with a time to come back."""
     max_reserved_tokens: int = 4_194_304
     """Prompts and max_tokens of all requests inside: bounds the router's memory."""
     micro_batches_per_pipeline: int | None = None
     """Steps that may be in flight in a pipeline; None: as many as it has slots."""
     min_decode_share: int = 1
-    """Decoding sequences are cut into several micro-batches only as far as each keeps so many: every micro-batch reads
-    all weights again, and until the arithmetic outweighs that, one large step is faster than two small ones."""
+    """Decoding sequences are cut into several micro-batches only as far as each keeps this many: every micro-batch
+    reads all weights again, and until the arithmetic outweighs that, one large step is faster than two small ones."""
     max_failed_steps: int = 3
     """Failed steps in a row after which a request is still recomputed; one more and it fails."""
     max_held_releases: int = 64
@@ -39,7 +39,7 @@ class SchedulerSettings:
     max_request_s: float = 3600.0
     """Longest life of a request."""
     canary_interval_s: float = 1.0
-    """An open pipeline in which nothing has been answered for so long gets a step that carries nothing."""
+    """An open pipeline in which nothing has been answered for this long gets a step that carries nothing."""
     pipeline_policy: str = "least_in_flight"
 
     def __post_init__(self) -> None:

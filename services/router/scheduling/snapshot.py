@@ -20,7 +20,7 @@ class WaitTimes:
     """How long requests stood in the queue before they were first given a place: a histogram."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(WAIT_BOUNDS_S) + 1))
-    """By bucket, each without those below it."""
+    """Counts by bucket, each without those below it."""
     total_s: float = 0.0
 
     def note(self, wait_s: float) -> None:
@@ -78,7 +78,7 @@ class SchedulerSnapshot:
     pipelines: tuple[PipelineSnapshot, ...] = ()
     counters: SchedulerCounters = field(default_factory=SchedulerCounters)
     num_ahead: int = 0
-    """How many of those who wait count for the door of a request that comes now; see `admission.num_ahead`."""
+    """How many of those that wait count for the door of a request that comes now; see `admission.num_ahead`."""
 
 
 def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:

@@ -42,11 +42,11 @@ class StepPlan:
     pipeline: PipelineId
     generation: Generation
     chunks: tuple[ScheduledChunk, ...]
-    """By arrival; empty only where the step does nothing but release."""
+    """Chunks by arrival; empty only where the step does nothing but release."""
     released: tuple[SequenceId, ...]
     """Sequences whose state the stages can drop; each is told once, and is in no chunk of this or a later step."""
     computing_slots: tuple[int, ...] = ()
-    """Of a replay, the slots that compute; empty: all."""
+    """The slots that compute a replay; empty: all."""
     previous_step: int = 0
     """The step that was planned before it in this generation of the pipeline; 0: it is the first."""
 

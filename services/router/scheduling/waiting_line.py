@@ -1,4 +1,4 @@
-"""The line: who waits, who of it is placed on which pipeline with room, and who comes back to it."""
+"""The line: which requests wait, on which pipeline with room each is placed, and which come back."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class WaitingLine:
         self._sequence_numbers = count(first_number + 1)
 
     def num_ahead(self, newcomer: GenerationRequest | None, max_waiting: int) -> int:
-        """Counts who waits, as far as a newcomer is concerned; None: one of a request that is not here yet."""
+        """Counts choices that wait, as far as a newcomer is concerned; None: one of a request that is not here yet."""
         return num_ahead((request.generation_request for request in self.requests), newcomer, max_waiting)
 
     def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
-        """Returns who was placed since the last call, under which number."""
+        """Returns the requests placed since the last call, with their numbers."""
         placements, self._placements = self._placements, []
         return placements
 
@@ -58,7 +58,7 @@ class WaitingLine:
 
     def place(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> None:
         """Places the line on pipelines, oldest first. One that finds no room keeps younger ones off every pipeline that
-        could hold it: nobody overtakes, except on a pool that is too small for the one ahead."""
+        could hold it: none overtakes, except on a pool that is too small for the one ahead."""
         kept_free: set[PipelineId] = set()
         for request in list(self.requests):
             if len(kept_free) == len(self._schedules.open):
@@ -102,16 +102,16 @@ class WaitingLine:
 
 
 def has_room(schedule: PipelineSchedule, request: Request) -> bool:
-    """Returns whether its prefill fits beside those under way. Decoding on may still preempt somebody later."""
+    """Returns whether its prefill fits beside those under way. Decoding on may still preempt another later."""
     num_left = schedule.allocator.num_free - _num_promised(schedule, schedule.running)
     return _fits(schedule, request, len(schedule.running), num_left)
 
 
 def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]:
-    """Returns who gives place and blocks up so that it has room, youngest first; nobody if that would not do.
+    """Returns which give place and blocks up so that it has room, youngest first; none if that would not do.
 
-    Only those behind it in line, whose HTTP request has others that run here, and who are in no step in flight: one
-    request may have all places while nobody else wants any.
+    Only those behind it in line, whose HTTP request has others that run here, and that are in no step in flight: one
+    request may have all places while no other wants any.
     """
     if not schedule.running or schedule.running[-1].arrival < request.arrival:
         return []
@@ -133,7 +133,7 @@ def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]
 
 
 def _fits(schedule: PipelineSchedule, request: Request, num_running: int, num_left: int) -> bool:
-    """Returns whether it fits. `num_left`: free blocks that are promised to nobody."""
+    """Returns whether it fits. `num_left`: free blocks that are not promised."""
     if num_running >= schedule.max_running or not schedule.can_ever_hold(request):
         return False
     # A little is left for those that decode, so that a joiner is not preempted at once.

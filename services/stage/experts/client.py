@@ -1,4 +1,4 @@
-"""The stage's side of expert calls: what is in flight, who owes it, and putting answers together.
+"""The stage's side of expert calls: what is in flight, which node owes it, and putting answers together.
 
 A node whose connection closes, that refuses a call or takes no message loses its rows to the next copy, inside the
 same step. One that is late keeps them, and the next copy is asked too (`hedging.py`); whichever answers first fills the
@@ -45,9 +45,9 @@ class CallCounters:
 
 
 class InFlightCalls:
-    """The calls of a stage that are not whole: whom each was asked of, and who owes what.
+    """The calls of a stage that are not whole: which node each was asked of, and which owes what.
 
-    It sends the parts of a call, takes them back, and chooses who is asked.
+    It sends the parts of a call, takes them back, and chooses the nodes.
     """
 
     def __init__(self, nodes: ExpertNodes, counters: CallCounters, log: structlog.stdlib.BoundLogger) -> None:
@@ -88,7 +88,7 @@ class InFlightCalls:
         return [part for part in self._asked.values() if part.rows.node == node]
 
     def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
-        """Asks for the pairs that nobody owes; what nobody can take now waits, unassigned."""
+        """Asks for the pairs that no node owes; what none can take now waits, unassigned."""
         while (pairs := pending.uncovered()).size:
             parts = self._deal(pending, pairs, self._holders(pending, pending.pausing(now_s), now_s))
             if not parts:
@@ -106,7 +106,7 @@ class InFlightCalls:
         """Asks other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
 
         A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer. Of
-        another numeric class too: being late is no reason to change the bits.
+        another numeric class too: being late is not a reason to change the bits.
         """
         pending = part.pending
         avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}
@@ -126,7 +126,7 @@ class InFlightCalls:
             self.budget.refund()
 
     def pop(self, part: AskedPart) -> None:
-        """Forgets a part that nobody owes any more."""
+        """Forgets a part that no node owes any more."""
         del self._asked[part.number], part.pending.parts[part.number]
         if part.rows.node in self.nodes:
             self.nodes[part.rows.node].outstanding_rows -= part.rows.pairs.size
@@ -189,7 +189,7 @@ class InFlightCalls:
         return ranks
 
     def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
-        """Deals pairs out to nodes, without those that nobody holds."""
+        """Deals pairs out to nodes, without those that no node holds."""
         keys = shard_keys(pending.call, pairs, pending.num_slices)
         has_holder = np.array([bool(copies) for copies in holders])
         pairs = pairs[has_holder[keys]]
@@ -198,9 +198,9 @@ class InFlightCalls:
         return split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
 
     def _probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
-        """Asks each node that has not answered anything yet for one row of this call, on top of those who are asked for
-        it: a node that is there and answers nothing is found without a token that waits for it. A node drops what
-        nobody waits for any more without a word: once this call's time is up, another one is its probe."""
+        """Asks each node that has not answered anything yet for one row of this call, on top of those that are asked
+        for it: a node that is there and answers nothing is found without a token that waits for it. A node drops what
+        is not wanted any more without a word: once this call's time is up, another one is its probe."""
         new = [n for n in self.nodes if n.connected and not n.is_proven and n.probe_after_s <= now_s]
         if not new:
             return
@@ -253,9 +253,9 @@ RETRY_INTERVAL_S = 0.1
 CONNECT_INTERVAL_S = 1.0
 """How often nodes are tried again for which there was no socket."""
 LOOK_AGAIN_S = 0.01
-"""After nothing could be done about a late part: no budget, or no copy."""
+"""The wait after nothing could be done about a late part: no budget, or no copy."""
 AWAY_S = 0.1
-"""A stage that has not looked for so long was stopped or computed: answers may lie in its own sockets."""
+"""A stage that has not looked for this long was stopped or computed: answers may lie in its own sockets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +263,13 @@ class CallDone:
     """A call whose sum is whole."""
 
     number: int
-    """That `start` has returned."""
+    """The number that `start` has returned."""
     answer: Tensor
     """[T, D]."""
     degraded_rows: frozenset[int]
     """Token rows that do without one of their experts."""
     num_retried: int
-    """How often somebody else was asked too, or instead."""
+    """How often another node was asked too, or instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +300,13 @@ class ExpertClient:
         """None: a call waits for a copy until its deadline."""
 
     def apply_placement(self, placement: PublishPlacement, router_term: int, num_slices: int, now_s: float) -> bool:
-        """Learns who holds what now. False: an older placement, or this one again. Raises as
+        """Learns which node holds what now. False: an older placement, or this one again. Raises as
         `ExpertNodes.apply_placement`."""
         gone = self.nodes.apply_placement(placement, router_term, num_slices)
         if gone is None:
             return False
         for pending in self._in_flight.open_calls:
-            pending.pauses.clear()  # who lacked a shard may have it now
+            pending.pauses.clear()  # a node that lacked a shard may have it now
             if pending.num_slices != num_slices:  # a router before this one wanted it
                 reason = f"its experts are cut into {num_slices} now, not into {pending.num_slices}"
                 self._fail(pending, ExecutionError(f"layer {pending.call.layer}: {reason}"))
@@ -344,7 +344,7 @@ class ExpertClient:
                 self._answered(node, received[0], now_s)
 
     def _check_deadlines(self, now_s: float) -> None:
-        """Fails calls whose time is up, hedges what is late, and tries those again that nobody could take."""
+        """Fails calls whose time is up, hedges what is late, and tries those again that no node could take."""
         if now_s >= self._next_retry_s:
             self._next_retry_s = now_s + RETRY_INTERVAL_S
             self._retry_unassigned(now_s)
@@ -379,9 +379,9 @@ class ExpertClient:
     # ---- being late
 
     def _hedge_late(self, pending: PendingCall, now_s: float) -> None:
-        """Asks further copies for what is late, within the budget, and sees who is silent while others answer.
+        """Asks further copies for what is late, within the budget, and sees which are silent while others answer.
 
-        What could not be asked of anybody now is looked at again: a copy may be free of doubt or of its pause then.
+        What could not be asked now is looked at again: a copy may be free of doubt or of its pause then.
         """
         times, outliers = self._in_flight.times, self._in_flight.outliers
         delay_s, silence_s = times.delay_s(pending.call.layer), times.silence_s(pending.call.layer)
@@ -413,7 +413,7 @@ class ExpertClient:
         return now_s - pending.unassigned_since_s >= self.degrade_after_s and pending.sum.takes_some_pairs
 
     def _degrade(self, pending: PendingCall, now_s: float) -> None:
-        """Goes on without what nobody holds."""
+        """Goes on without what no node holds."""
         num_rows = pending.leave_out(pending.uncovered())
         pending.unassigned_since_s = None
         self.counters.degraded_rows += num_rows

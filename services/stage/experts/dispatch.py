@@ -79,7 +79,7 @@ def _node_rows(node: int, pairs: Int64Array, keys: Int64Array, pairs_per_token: 
 class ExactSum:
     """Combine mode `exact`: every pair's row is kept apart until all are there, then weighed and added in one order.
 
-    The order is that of the gate's ranking, in float32, so the sum depends neither on who answered nor on when.
+    The order is that of the gate's ranking, in float32, so the sum depends neither on which node answered nor on when.
     """
 
     takes_some_pairs = True
@@ -141,7 +141,7 @@ def _renormalised(weights: Tensor, left_out: Tensor) -> Tensor:
 
 
 class PartialSum:
-    """Combine mode `partial`: nodes weigh and add what they hold; fewer bytes, sums depend on who held what."""
+    """Combine mode `partial`: nodes weigh and add what they hold; fewer bytes, and sums depend on the holders."""
 
     takes_some_pairs = False
     """A node's answer is one sum: it is used as a whole or not at all."""
@@ -170,7 +170,7 @@ def pair_weights(call: ExpertCall, part: NodeRows, num_slices: int) -> npt.NDArr
 
 
 WEIGHT_READ_ROWS = 8
-"""Reading a shard's weights takes about as long as computing so many rows with them (measured on a CPU)."""
+"""Reading a shard's weights takes about as long as computing this many rows with them (measured on a CPU)."""
 
 
 def choose_copies(

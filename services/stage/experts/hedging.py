@@ -1,4 +1,4 @@
-"""When a late expert call is asked of a further copy. Pure; times are arguments.
+"""Says when to ask a further copy, and when and how to doubt a node; `client.py` asks. Pure; times are arguments.
 
 The delay follows the replies: a call that takes longer than nearly all others before it is probably not merely
 queueing. Two bounds hold it where the numbers mislead. The floor: on two cores that are busy with five processes, a
@@ -18,7 +18,7 @@ import numpy as np
 
 QUANTILE = 0.99
 DELAY_FACTOR = 1.5
-"""Over the quantile: of 256 replies it is the third largest, which the next slow one may exceed by a little."""
+"""Multiplies the quantile: of 256 replies it is the third largest, which the next slow one may exceed by a little."""
 FLOOR_S = 0.015
 CEILING_S = 0.100
 SILENCE_FACTOR = 2.0
@@ -44,7 +44,7 @@ class ReplyTimes:
         self._layers: dict[int, _Window] = {}
 
     def add(self, layer: int, seconds: float) -> None:
-        """Notes that a call was answered, or given up after so long."""
+        """Notes that a call was answered, or given up after that long."""
         self._all_layers.add(seconds)
         self._layers.setdefault(layer, _Window()).add(seconds)
 
@@ -83,13 +83,13 @@ class _Window:
 
 
 class HedgeBudget:
-    """A token bucket that calls fill: so many hedges a call in the long run, a small burst at once."""
+    """A token bucket that calls fill: so many hedges per call in the long run, a small burst at once."""
 
     def __init__(self) -> None:
         self._tokens = HEDGE_BURST
 
     def earn(self) -> None:
-        """Notes that a call was sent that is no hedge."""
+        """Notes that a call was sent that is not a hedge."""
         self._tokens = min(HEDGE_BURST, self._tokens + HEDGES_PER_CALL)
 
     def spend(self) -> bool:
@@ -112,7 +112,7 @@ FREE_STRIKES = 2
 FIRST_PENALTY_S = 0.25
 LONGEST_PENALTY_S = 4.0
 FORGIVEN_AFTER_ANSWERS = 20
-"""In time, one after the other."""
+"""Answers in time, one after the other."""
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class OutlierDetector:
     anything: new rows go to other copies, and its late calls are hedged without asking the budget. One that lost
     several in a row, or lets one call lie while others answer, is *suspect*: what it owes is asked of others at once.
     One that comes back and is late again, time after time, is slow rather than stopped: its doubts last longer and
-    longer, until it has answered in time for a while. Nobody is ever locked out: where no other copy is usable, one in
+    longer, until it has answered in time for a while. No node is ever locked out: where no other copy is usable, one in
     doubt is asked.
     """
 

@@ -1,4 +1,4 @@
-"""The expert nodes that a stage knows: one socket each, whether it is connected, and who holds which shard."""
+"""The expert nodes that a stage knows: one socket each, whether it is connected, and which holds which shard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ExpertNode:
     heard_s: float = 0.0
     """When it last said anything."""
     probe: int = 0
-    """A call whose answer nobody waits for, but that it answers: it tells that the node is back, or there. 0: none."""
+    """A call whose answer is not needed, but that it answers: it tells that the node is back, or there. 0: none."""
     probe_after_s: float = 0.0
     """It has been asked for its probe, or has refused it: not before."""
     is_proven: bool = True
@@ -57,14 +57,14 @@ class ExpertNodes:
         self._copies: dict[int, list[list[int]]] = {}
         """Layer -> shard key -> node numbers, first choice first; of the layers that were asked for."""
         self._first_classes: tuple[str, ...] = ()
-        """By layer, where the nodes of the last placement have several."""
+        """The first class by layer, where the nodes of the last placement have several."""
         self._classes_before: tuple[str, ...] = ()
         """The same where they have one, too: what the bits of a layer were made with."""
         self._current: list[ExpertNode | None] = []
-        """In the order of the placement; None: out of reach."""
+        """Nodes in the order of the placement; None: out of reach."""
         self._placement: PublishPlacement | None = None
         self._come_together = True
-        """Whether nobody was here before the nodes of the last placement: then they are no newcomers."""
+        """Whether there was no node before those of the last placement: then they are not newcomers."""
         self._unopened: set[int] = set()
         """Places of nodes for which there was no socket; asked for again."""
         self._stamp = (0, 0)
@@ -100,7 +100,7 @@ class ExpertNodes:
         return self._stamp[1] if self._stamp[0] == router_term else 0
 
     def expect(self, num_slices: int) -> None:
-        """Expects so many slices an expert, as long as no placement has told: calls that begin before wait for their
+        """Expects this many slices per expert, as long as no placement has told: calls that begin before wait for their
         copies."""
         if self._stamp == (0, 0):
             self.num_slices = num_slices
@@ -120,7 +120,7 @@ class ExpertNodes:
         owners = _read_owners(placement)
         if owners.shape[3] != num_slices:
             raise ProtocolError(
-                f"PublishPlacement.owners has {owners.shape[3]} slices an expert, this mesh has {num_slices}"
+                f"PublishPlacement.owners has {owners.shape[3]} slices per expert, this mesh has {num_slices}"
             )
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
         if any(len(column) != len(placement.node_ids) for column in columns):
@@ -182,11 +182,11 @@ class ExpertNodes:
         return [[number for number in holders if number in usable] for holders in copies]
 
     def first_class(self, layer: int) -> str | None:
-        """Returns the numeric class that answers the calls of a layer, so that their bits do not change with who has
-        time.
+        """Returns the numeric class that answers the calls of a layer, so that their bits do not change with which node
+        has time.
 
-        The router chooses it, the same for all stages. None: all nodes have one class, or nobody has held anything of
-        the layer.
+        The router chooses it, the same for all stages. None: all nodes have one class, or none has held anything of the
+        layer.
         """
         return (self._first_classes[layer] or None) if layer < len(self._first_classes) else None
 

@@ -1,4 +1,4 @@
-"""One expert call of a stage until its sum is whole: which pairs are missing, and who has been asked for them."""
+"""One expert call of a stage until its sum is whole: which pairs are missing, and which nodes were asked for them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class AskedPart:
     """Rows that one node was asked for and has not answered."""
 
     number: int
-    """Of the message that asks."""
+    """The number of the message that asks."""
     pending: PendingCall
     """What they are part of."""
     rows: NodeRows
     asked_s: float
     is_hedge: bool
-    """Somebody else was asked for them before, and owes them still."""
+    """Another node was asked for them before, and owes them still."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class _Pause:
 
 @dataclass(slots=True, eq=False)
 class PendingCall:
-    """What is asked, of whom, and what has come back. A pair may be asked of several nodes; it is taken once."""
+    """What is asked, of which nodes, and what has come back. A pair may be asked of several nodes; it is taken once."""
 
     number: int
     call: ExpertCall
@@ -53,7 +53,7 @@ class PendingCall:
     degraded_rows: set[int] = field(default_factory=set)
     """Token rows that do without an expert."""
     num_retried: int = 0
-    """How often somebody else was asked too, or instead."""
+    """How often another node was asked too, or instead."""
     parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
     pauses: dict[int, _Pause] = field(default_factory=dict)
@@ -61,13 +61,13 @@ class PendingCall:
     last_refusal: str = ""
     """What the last of them said."""
     unassigned_since_s: float | None = None
-    """Since when there are pairs that no usable node holds; None: there are none."""
+    """The time since which some pairs have no usable node; None: all have one."""
     look_again_s: float = float("inf")
-    """Before that there is nothing to hedge."""
+    """There is nothing to hedge before that."""
     missing: BoolArray = field(init=False)
     """[pairs]: not come back yet."""
     asked_s: Float64Array = field(init=False)
-    """[pairs]: when somebody was last asked."""
+    """[pairs]: when a node was last asked."""
 
     def __post_init__(self) -> None:
         num_pairs = self.call.experts.numel() * self.num_slices
@@ -80,19 +80,19 @@ class PendingCall:
         return not self.missing.any()
 
     def uncovered(self) -> Int64Array:
-        """Returns the pairs that are missing and that nobody owes."""
+        """Returns the pairs that are missing and that no node owes."""
         mask = self.missing.copy()
         for part in self.parts.values():
             mask[part.rows.pairs] = False
         return np.flatnonzero(mask)
 
     def overdue(self, part: AskedPart, before_s: float) -> Int64Array:
-        """Returns the pairs of a part that are missing, and that nobody was asked for after `before_s`."""
+        """Returns the pairs of a part that are missing, and that no node was asked for after `before_s`."""
         pairs = part.rows.pairs
         return pairs[self.missing[pairs] & (self.asked_s[pairs] <= before_s)]
 
     def unask(self, part: AskedPart) -> None:
-        """A part that is no longer among `parts` will not be answered: its pairs were last asked of those who still
+        """A part that is no longer among `parts` will not be answered: its pairs were last asked of those that still
         owe them, so that they are as late as with those alone."""
         asked_s = np.zeros(self.missing.size)
         for other in self.parts.values():

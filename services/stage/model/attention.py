@@ -102,7 +102,7 @@ class AttentionHeads:
     num_heads: int
     num_kv_heads: int
     kv_heads: slice
-    """Of these heads, within the cache of the rank that has them; two parts may have the same."""
+    """The KV heads of these, within the cache of the rank that has them; two parts may have the same."""
     head_dim: int
     rms_norm_eps: float
     sliding_window: int | None

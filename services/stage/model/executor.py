@@ -1,4 +1,4 @@
-"""Runs the micro-batches of one stage: whichever has its expert answers goes on. No sockets.
+"""Runs the micro-batches of one stage: one that has its expert answers goes on. No sockets.
 
 Each micro-batch is a generator (`StageModel.forward`) that yields expert calls, and where the stage has a device also
 what it waits for there. `run_one` drives the next one that can go on until it yields again or ends; what it wants sent
@@ -119,7 +119,7 @@ class Executor:
             self._running.discard(running)
             return Finished(running, stop.value)
         except LIFE_ENDING_ERRORS:
-            raise  # of this stage there is nothing left that could go on
+            raise  # nothing is left of this stage that could go on
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
             raise_if_device_failed(error)
             self._running.discard(running)
@@ -131,8 +131,8 @@ class Executor:
         return None
 
     def _next_able(self) -> tuple[RunningBatch, Tensor | None] | None:
-        """Returns who runs next. What the device has is sent at once: others wait for it elsewhere. Then the device
-        gets more to do."""
+        """Returns the batch that runs next. What the device has is sent at once: others wait for it elsewhere. Then the
+        device gets more to do."""
         for number, (running, awaited) in enumerate(self._on_device):
             if awaited.is_ready():
                 del self._on_device[number]
@@ -155,7 +155,7 @@ class Executor:
             try:
                 answer = None
                 while True:
-                    wanted = forward.send(answer)  # what is on its way is waited for when it is used
+                    wanted = forward.send(answer)  # the host waits for what is on its way when it is used
                     answer = torch.zeros_like(wanted.hidden) if isinstance(wanted, ExpertCall) else None
             except StopIteration as stop:
                 output: Tensor = stop.value

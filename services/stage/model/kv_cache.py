@@ -8,8 +8,8 @@ T positions, B blocks, L layers of the stage, H KV heads, W head width, D model 
 paged memory: block * KV_BLOCK_TOKENS + offset.
 
 What goes in and out, to a mirror or where the ranks of a stage change, is of all heads and on the host, wherever K and
-V are. `LocalKv` has them in this process; `GroupKv` in services/stage/ranks/kv_memory.py has each rank's heads on that
-rank's device.
+V are. A layer's tensors are a `LayerKvCache` (`paged_attention.py`); `LocalKv` has them in this process; `GroupKv` in
+services/stage/ranks/kv_memory.py has each rank's heads on that rank's device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache, 
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Of all K and V of a stage, whoever holds which of them."""
+    """The shape of all K and V of a stage, whichever rank holds which of them."""
 
     num_layers: int
     num_blocks: int
@@ -55,7 +55,7 @@ class KvStore(Protocol):
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """Returns what this process's forward pass reads and writes, one a layer."""
+        """Returns what this process's forward pass reads and writes, one per layer."""
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns copies of K and V at positions int64 [T], [L, T, H, W] each."""
@@ -92,7 +92,7 @@ class LocalKv:
         return cls(shape, caches, kernels, device)
 
     def use_heads(self, heads: slice) -> None:
-        """Lets this process's forward pass read and write these heads only; others the rest of the same memory."""
+        """Lets this process's forward pass read and write only these heads; other ranks use the rest of the memory."""
         self.caches = [cache.of_heads(heads.start, heads.stop) for cache in self._whole]
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class LocalKv:
 
 
 PROBE_BLOCKS = 1
-"""After the router's blocks: self-tests write there."""
+"""Blocks after the router's: self-tests write there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class PagedMemory:
 
     @property
     def caches(self) -> list[LayerKvCache]:
-        """Returns what this process's forward pass reads and writes, one a layer."""
+        """Returns what this process's forward pass reads and writes, one per layer."""
         return self.kv.caches
 
     @property

@@ -1,7 +1,7 @@
 """Penalties and biases of the sequences that a last stage samples: told once, kept, counted on from there, and applied.
 
 A step says of each row whether it is told anew or goes on (`Step.adjusted`). What is kept lives as long as the slot's
-generation: with another one, whoever holds the slot is told anew.
+generation: with another one, the holder of the slot is told anew.
 
 They are applied to all rows of a step at once, in vLLM's order: biases, then the repetition penalty (Keskar et al.,
 arXiv 1909.05858), then frequency and presence (OpenAI's formula), and after the temperature min_p (Nguyen et al., arXiv
@@ -84,7 +84,7 @@ _NEUTRAL: Float64Array = np.array([0.0, 0.0, 0.0, 1.0])
 
 @dataclass(slots=True)
 class KeptAdjustments:
-    """Of one slot in one generation."""
+    """The adjustments of one slot in one generation."""
 
     _sequences: dict[int, _KeptSequence] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ class KeptAdjustments:
             if is_anew:
                 self._sequences[sequence_id] = told.sequence(row, num_generated)
             elif sequence_id not in self._sequences:
-                raise ProtocolError(f"Step.adjusted goes on with sequence {sequence_id}, of which nothing is kept here")
+                raise ProtocolError(f"Step.adjusted goes on with sequence {sequence_id}, which is not known here")
             kept[row] = self._sequences[sequence_id]
             if kept[row].num_generated != num_generated:
                 raise ProtocolError(
@@ -159,7 +159,7 @@ def _read_told(step: Step, adjusted: Int64Array, num_rows: int) -> _Told:
         raise ProtocolError("Step.adjusted holds a number of tokens below 0, or one that is neither 0 nor 1")
     _check_penalties(penalties, num_rows)
     if len(counts) and (counts.min() < 0 or counts[:, 0].max() >= num_rows or counts[:, 3].max() > 1):
-        raise ProtocolError(f"Step.token_counts holds a number that is no count, or a row outside [0, {num_rows})")
+        raise ProtocolError(f"Step.token_counts holds a number that is not a count, or a row outside [0, {num_rows})")
     if len(biases) and not ((biases[:, :2] >= 0) & (biases[:, :2] < (num_rows, 1 << 31))).all():
         raise ProtocolError(f"Step.biases holds a row outside [0, {num_rows}), or no token id")
     if not (biases[:, 2] < np.inf).all():

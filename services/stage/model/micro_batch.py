@@ -64,7 +64,7 @@ class SamplingColumns:
 
     sequence_ids: Int64Array
     positions: Int64Array
-    """Of the token to be sampled."""
+    """Positions of the tokens to be sampled."""
     temperatures: Float64Array
     top_ps: Float64Array
     top_ks: Int64Array

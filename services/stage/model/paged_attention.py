@@ -7,8 +7,8 @@ A KV block is also the tile of the online softmax: a token's result is a fold ov
 position order, cut at multiples of KV_BLOCK_TOKENS. So its bits do not depend on the chunk that it came in.
 
 Where there are no native kernels, or K and V are on a device, torch computes the same fold over KV tiles: as in
-common/compute/linear.py every product has one fixed shape, TORCH_TOKENS tokens against one tile each, so that a
-token's bits do not depend on who shares the call.
+common/compute/linear.py every product has one fixed shape, TORCH_TOKENS tokens against one tile each, so that a token's
+bits do not depend on which others share the call.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device = HOST_MEMORY,
 ) -> list[LayerKvCache]:
-    """Returns one cache a layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
+    """Returns one cache per layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"a KV cache is float32 or bfloat16, not {dtype}")
     return [

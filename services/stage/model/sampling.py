@@ -22,7 +22,7 @@ from services.stage.model.logit_adjustments import adjusted_logits, without_unli
 from services.stage.model.micro_batch import SamplingColumns
 
 MIN_TEMPERATURE = 1e-30
-"""As good as greedy; less would make the logits infinite, and of infinite ones none is the best."""
+"""Practically greedy; less would make the logits infinite, and of infinite ones none is the best."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)

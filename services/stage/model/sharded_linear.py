@@ -33,7 +33,7 @@ class Collectives(Protocol):
 
 
 class NoCollectives:
-    """Of a rank without others."""
+    """The exchange of a rank without others."""
 
     def all_gather(self, part: Tensor) -> Tensor:
         return part
@@ -72,7 +72,7 @@ class ShardedColumns:
     parts: tuple[Callable[[Tensor], Tensor], ...]
     collectives: Collectives
     num_columns: int
-    """Of the whole layer; what the parts have beyond that is filler."""
+    """Columns of the whole layer; what the parts have beyond that is filler."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Turns x [T, ...] into [T, columns]: a copy, since what is embedded is the residual stream."""

@@ -88,7 +88,7 @@ def check_degree(config: ModelConfig, degree: int) -> None:
 
 
 def best_degree(config: ModelConfig, num_ranks: int, num_parts: int = 0) -> int:
-    """Returns the highest degree that this model allows with so many ranks; with `num_parts`, one that divides them."""
+    """Returns the highest degree that the model allows with `num_ranks`; with `num_parts`, one that divides them."""
     for degree in range(min(num_ranks, MAX_DEGREE), 1, -1):
         if num_parts % degree:
             continue

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 CollectivesKind = Literal["board", "gloo", "nccl"]
 MAX_BARRIERS = 1 << 20
-"""Between two messages of rank 0."""
+"""The most barriers between two messages of rank 0."""
 
 
 class GroupCollectives(Collectives, Protocol):
-    """Those of one group of ranks."""
+    """The collectives of one group of ranks."""
 
     def close(self) -> None:
         """Ends them. What is under way ends too, wherever the others are."""
@@ -64,8 +64,8 @@ class Barrier:
 class ChannelCollectives:
     """Parts are written where they are needed: the slab that ranks write into is the tensor that they read.
 
-    Two slabs take turns. Who writes one again has met all others at the other one's barrier, and they were through with
-    this one by then.
+    Two slabs take turns. A rank that writes one again has met all others at the other one's barrier, and they were
+    through with this one by then.
     """
 
     def __init__(self, channel: SharedChannel, barrier: Barrier) -> None:
@@ -129,8 +129,8 @@ class TpExchange:
         self._degree = 1
         self._group: GroupCollectives | None = None
         self.seconds = 0.0
-        """That this rank has spent in them, without copies from and to a device; where a device does them in its own
-        time, in asking for them."""
+        """Seconds that this rank has spent in them, without copies from and to a device; where a device does them in
+        its own time, in asking for them."""
         self.count = 0
 
     def join(self, barrier: Barrier, store: Store | None, is_lost: Callable[[], bool]) -> None:
@@ -179,7 +179,7 @@ class TpExchange:
 
 
 def choose_collectives(setting: str, *, is_on_host: bool, have_own_gpus: bool) -> CollectivesKind:
-    """Returns what `auto` stands for. Whoever names one has it; what cannot be is refused where the device is
+    """Returns what `auto` stands for. A named one stays as it is; what cannot be is refused where the device is
     opened."""
     if setting != "auto":
         return cast(CollectivesKind, setting)

@@ -37,7 +37,7 @@ class BeginBatch:
 
     number: int
     oldest: int
-    """Of the batches that are not through; what is left of those before was dropped."""
+    """The oldest batch that is not through; what is left of those before was dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class UseShard:
 
     number: int
     port: int
-    """Of the rendezvous store; 0: none is needed."""
+    """The port of the rendezvous store; 0: none is needed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A stage's ranks as its first one sees them: who is there, at which degree they work, what they load.
+"""A stage's ranks as its first one sees them: which are there, at which degree they work, what they load.
 
 The group outlives an incarnation of the stage. When a rank is lost, the incarnation ends (`RankLostError`), and the
 next one begins with `reform`: those that are left, at the highest degree that the model allows. The lost one starts
@@ -37,11 +37,11 @@ from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
 from services.stage.ranks.supervisor import HOPELESS_S, RankSupervisor, read_sample
 
 START_S = 30.0
-"""For all ranks to come when the process starts; with fewer the stage begins smaller."""
+"""How long to wait for all ranks when the process starts; with fewer the stage begins smaller."""
 SETTLE_S = 1.0
-"""For a rank to hear of a new epoch; one that does not hangs."""
+"""How long to wait until a rank hears of a new epoch; one that does not hangs."""
 GROW_AGAIN_S = 30.0
-"""After growing was not possible."""
+"""How long to wait after growing was not possible."""
 SLAB_BYTES = 4 << 20
 
 
@@ -60,10 +60,10 @@ class RankLoad:
 
     order: LoadShard
     seats: tuple[int, ...]
-    """In order of ranks."""
+    """The seats, in order of ranks."""
 
     sharding: Sharding
-    """Of rank 0."""
+    """That of rank 0."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class RankGroup:
     device: Device = HOST
     """What rank 0 computes with, and where."""
     capacity_bytes: int = 0
-    """That each rank's device has for weights, K and V; 0: not known, or they share the host's."""
+    """What each rank's device has for weights, K and V; 0: not known, or they share the host's."""
     in_use: RankLoad | None = None
     _exchange: TpExchange = field(init=False)
     leader: RankLeader = field(init=False)
@@ -90,7 +90,7 @@ class RankGroup:
     _store: Any = None
     _grow_after_s: float = 0.0
     _weight_bytes: int = 0
-    """Of all ranks together, when they worked last."""
+    """Those of all ranks together, when they worked last."""
     _kv_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class RankGroup:
         if not self.device.is_host:
             self.device.while_waiting = lambda waited_s: self.check()
 
-    # ---- who is there
+    # ---- which are there
 
     @property
     def degree(self) -> int:
@@ -131,7 +131,7 @@ class RankGroup:
             if self._settles(seat, process, epoch):
                 settled[seat] = process
             else:
-                self.supervisor.kill(seat, "it does not hear of a new epoch")
+                self.supervisor.kill(seat, "it did not acknowledge the new epoch")
         self.in_use = None
         self.leader.attach(settled)
         self._memory.forget()
@@ -148,7 +148,7 @@ class RankGroup:
             if not refusal:
                 return
             if not is_told:
-                self.log.warning("ranks_are_waited_for", reason=refusal, at_most_s=START_S)
+                self.log.warning("waiting_for_ranks", reason=refusal, at_most_s=START_S)
             is_told = True
             time.sleep(0.02)
             self.leader.attach(self._settled())
@@ -218,7 +218,7 @@ class RankGroup:
         """Gives growth up for now. The stage works as it is. Raises RankLostError."""
         self._grow_after_s = self.clock() + GROW_AGAIN_S
         self.forget_loads()
-        self.log.warning("ranks_do_not_grow", reason=why, again_in_s=GROW_AGAIN_S)
+        self.log.warning("rank_growth_postponed", reason=why, again_in_s=GROW_AGAIN_S)
 
     def attach_present(self) -> None:
         """Lets those that have come meanwhile read messages, and know the memory."""

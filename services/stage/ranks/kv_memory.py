@@ -30,13 +30,13 @@ from services.stage.ranks.leader import RankLeader
 from services.stage.ranks.shared_channel import SharedChannel, SharedMemory, aligned_bytes
 
 WINDOW_BLOCKS = 8
-"""A piece of a back-fill at a time (services/stage/slot/mirror_sender.py); pages that nobody writes take no memory."""
+"""A piece of a back-fill at a time (services/stage/slot/mirror_sender.py); unwritten pages take no memory."""
 WINDOW_ROWS = WINDOW_BLOCKS * KV_BLOCK_TOKENS
 _OF_ROWS = (KvMove.ROWS_OUT, KvMove.ROWS_IN)
 
 
 def shared_caches(memory: SharedMemory, shape: KvShape) -> list[LayerKvCache]:
-    """Returns one cache a layer, out of the beginning of the memory."""
+    """Returns one cache per layer, out of the beginning of the memory."""
     return [
         LayerKvCache(
             keys=memory.next_tensor(
@@ -74,13 +74,13 @@ class KvWindow:
         return aligned_bytes((WINDOW_ROWS,), torch.int64) + 2 * aligned_bytes((values,), shape.dtype)
 
     def shape_of(self, way: KvMove, count: int) -> tuple[int, int, int, int]:
-        """Returns [L, T, H, W] of so many positions, [L, B, H, W * KV_BLOCK_TOKENS] of so many blocks."""
+        """Returns [L, T, H, W] of this many positions, [L, B, H, W * KV_BLOCK_TOKENS] of this many blocks."""
         shape = self.shape
         width = shape.head_dim if way in _OF_ROWS else shape.head_dim * KV_BLOCK_TOKENS
         return shape.num_layers, count, shape.num_kv_heads, width
 
     def views(self, way: KvMove, count: int) -> tuple[Tensor, Tensor]:
-        """Returns K and V of so many positions or blocks, as `shape_of` says. Raises RuntimeError for more than it
+        """Returns K and V of this many positions or blocks, as `shape_of` says. Raises RuntimeError for more than it
         holds."""
         shape = self.shape_of(way, count)
         return self._keys[: prod(shape)].view(shape), self._values[: prod(shape)].view(shape)

@@ -36,14 +36,14 @@ class RankLeader:
         self.attached: dict[int, int] = {}
         """Process by seat of those that read messages. Another process in the seat knows nothing of what was said."""
         self.seats: tuple[int, ...] = (0,)
-        """Of the ranks that work, in order."""
+        """Seats of the ranks that work, in order."""
         self.shard: TpShard = WHOLE
-        """Rank 0's."""
+        """That of rank 0."""
         self._barrier = Barrier(channel, self.seats, 0, self._turn, self._wait)
         self._is_broken = False
         self._num_batches = 0
         self._batches: dict[int, None] = {}
-        """Those that are not through, in order."""
+        """The batches that are not through, in order."""
 
     @property
     def is_broken(self) -> bool:
@@ -164,6 +164,6 @@ class RankLeader:
         while not self._channel.wait(name, seat, value, self.epoch, LOOK_S):
             waited_s += LOOK_S
             self._supervisor.check(seat, self.attached.get(seat, 0), waited_s)
-            for other in self.seats[1:]:  # who is waited for may wait for one that is lost
+            for other in self.seats[1:]:  # the rank waited for may wait for one that is lost
                 if other != seat:
                     self._supervisor.check(other, self.attached.get(other, 0), 0.0)

@@ -15,7 +15,7 @@ class Free:
 
     host_bytes: int
     device_bytes: int | None
-    """Of each rank's device; None: ranks are on the host."""
+    """What may be taken of each rank's device; None: ranks are on the host."""
 
 
 def num_memories(degree: int, num_kv_heads: int) -> int:

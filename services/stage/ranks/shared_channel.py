@@ -2,11 +2,11 @@
 
 One writer a word, and numbers only grow:
 
-    epoch                          rank 0: a new one makes everybody drop what is under way
+    epoch                          rank 0: a new one makes all ranks drop what is under way
     turn                           rank 0: number of the newest message
     taken[s] arrived[s] loaded[s]  seat s: messages read, barriers reached, newest load that is done
     present[s]                     seat s: process id once it has mapped the channel; 0 before
-    attached[s]                    rank 0: process id of who reads messages there, and is waited for
+    attached[s]                    rank 0: process id of the reader there, for which rank 0 waits
     failed[s]                      seat s: number of a load that failed; its sentence is in the text area
     refused[s]                     seat s: number of an allocation that it has no room for; likewise
     settled[s]                     seat s: the newest epoch that it has seen
@@ -14,7 +14,7 @@ One writer a word, and numbers only grow:
 A seat is a place in the channel, for as long as the stage lives; seat 0 is rank 0. Which rank another seat has, and
 whether any, each load says anew.
 
-The ordering of memory comes from the words: what was written before a word was set is seen by who waited for it.
+The ordering of memory comes from the words: what was written before a word was set is seen by those that waited for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WORD_BYTES = 64
 MESSAGE_VALUES = 64
 TEXT_BYTES = 2048
 SPIN_NS = 20_000
-"""A part that is computed beside ours is mostly done by then; longer, and a shared core is taken from who computes."""
+"""A part that is computed beside ours is mostly done by then; longer, and a shared core is taken from what computes."""
 _OF_SEATS = ("taken", "arrived", "loaded", "present", "attached", "failed", "refused", "settled")
 _ROWS = {"epoch": 0, "turn": 1} | {name: 2 + number * MAX_DEGREE for number, name in enumerate(_OF_SEATS)}
 _NUM_WORDS = 2 + len(_OF_SEATS) * MAX_DEGREE
@@ -60,7 +60,7 @@ class SharedMemory:
 
     @classmethod
     def create(cls, num_bytes: int, name: str) -> SharedMemory:
-        """Makes so many bytes; `name` is for /proc/PID/maps. Raises OSError where there is not so much memory."""
+        """Makes this many bytes; `name` is for /proc/PID/maps. Raises OSError where there is too little memory."""
         descriptor = os.memfd_create(name)
         try:
             os.ftruncate(descriptor, num_bytes)
@@ -75,7 +75,7 @@ class SharedMemory:
         return cls(os.open(Path("/proc") / str(process) / "fd" / str(descriptor), os.O_RDWR), num_bytes)
 
     def next_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Returns the next tensor; whoever asks for the same shapes in the same order gets the same memory."""
+        """Returns the next tensor; asking for the same shapes in the same order gives the same memory."""
         size = prod(shape)
         start = self._used_bytes
         self._used_bytes += aligned_bytes(shape, dtype)
@@ -112,14 +112,14 @@ class SharedChannel:
         self._texts = memory.next_tensor((MAX_DEGREE, TEXT_BYTES), torch.uint8).numpy()
         self._payload = memory.next_tensor((slab_bytes,), torch.uint8)
         self.slabs = tuple(memory.next_tensor((slab_bytes,), torch.uint8) for _ in range(2))
-        """For parts that ranks put together, in turns."""
+        """Slabs for parts that ranks put together, in turns."""
 
     def get(self, name: str, seat: int = 0) -> int:
         """Returns a word as it is now."""
         return int(self._words[_ROWS[name] + seat, 0])
 
     def set(self, name: str, seat: int, value: int) -> None:
-        """Sets a word and wakes who waits for it."""
+        """Sets a word and wakes those that wait for it."""
         self._kernels.set_word(self._at(name, seat), value)
 
     def wait(self, name: str, seat: int, value: int, epoch: int, timeout_s: float) -> bool:

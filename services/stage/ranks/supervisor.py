@@ -1,7 +1,7 @@
 """The processes of ranks other than the first: started, watched, killed, and started again. In a thread of rank 0.
 
-It is no rank: it never waits for one. A rank that has to go is killed, since a collective cannot be given up; then its
-connections close, and whoever waits in one hears of it.
+It is not a rank and never waits for one. A rank that has to go is killed, since a collective cannot be given up; then
+its connections close, and a rank that waits in one hears of it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from common.processes.fork_server import ImportsUnderWayError
 
 LOOK_S = 0.05
 STEADY_S = 10.0
-"""A process that ran so long starts again at once."""
+"""A process that ran this long is restarted at once."""
 MAX_DELAY_S = 10.0
 KILLED_S = 2.0
-"""For a process to end that was killed."""
+"""How long to wait for a killed process to end."""
 STOPPED_S = 0.4
 """A debugger or a signal may stop a process for a moment."""
 ASLEEP_S = 1.0
 """Rank 0 waits and the other sleeps: it has missed a wake-up, or waits for something that does not come."""
 HOPELESS_S = 30.0
-"""Whatever it does, no part of a command takes so long."""
+"""Whatever it does, no part of a command takes this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class HangDetector:
         if self._stopped_since_s is not None and now_s - self._stopped_since_s >= STOPPED_S:
             return "it is stopped"
         if self._asleep_since_s is not None and now_s - self._asleep_since_s >= ASLEEP_S:
-            return "it sleeps while it is waited for"
+            return "it sleeps while rank 0 waits for it"
         if waited_s >= HOPELESS_S:
             return f"it has not come for {waited_s:.0f} s"
         return ""
@@ -183,12 +183,12 @@ class RankSupervisor:
                     self._attend(seat)
                 except Exception as error:
                     # With this thread the kernel would end all ranks.
-                    self._log.error("rank_not_attended", seat=seat, reason=repr(error))
+                    self._log.error("rank_watch_failed", seat=seat, reason=repr(error))
 
     def _attend(self, seat: int) -> None:
         now_s = self._clock()
         one = self._seats[seat]
-        if one.process is None:  # nobody else changes that
+        if one.process is None:  # nothing else changes that
             if now_s >= one.start_at_s and not self._ending.is_set():
                 self._start(seat, one, now_s)
             return

@@ -1,7 +1,7 @@
 """Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
 
-A Gloo collective cannot be given up; it ends when a connection closes. So whoever finds that a rank hangs kills it.
-All that torch raises over it is a RankLostError: who is alive forms anew.
+A Gloo collective cannot be given up; it ends when a connection closes. So what finds that a rank hangs kills it. All
+that torch raises over it is a RankLostError: those alive form a new group.
 
 An NCCL collective is a kernel that waits on the GPU for its peers, for ever if need be. The host has gone on meanwhile,
 until it wants something of the GPU or has asked for so much that the driver takes no more; then it waits too. So
@@ -26,11 +26,11 @@ from common.compute.device_errors import raise_if_device_failed
 from common.errors import DeviceError, RankLostError
 
 TIMEOUT = timedelta(seconds=20)
-"""For a peer that lives and does not come; a dead or a stopped one is killed long before, which ends the wait."""
+"""The limit for a peer that lives and does not come; one dead or stopped is killed long before, which ends the wait."""
 
 LOOK_S = 0.05
 CONNECTED_S = 2.0
-"""For NCCL to find out by itself that a rank has gone while they connect; it has no time-out for that."""
+"""How long NCCL has to notice that a rank has gone while they connect; it has no time-out for that."""
 ENVIRONMENT = {
     # Ranks of one host.
     "GLOO_SOCKET_IFNAME": "lo",
@@ -141,7 +141,7 @@ def _run_unless_lost(connect: Callable[[], None], place: torch.device, is_lost: 
         if thread.is_alive() and is_lost():
             thread.join(CONNECTED_S)
             if thread.is_alive():
-                raise DeviceError("NCCL waits for a rank that is lost, and this process ends")
+                raise DeviceError("NCCL waits for a rank that is lost; this process exits")
     if raised:
         raise raised[0]
 

@@ -55,7 +55,7 @@ LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
 class _Load:
     order: LoadShard
     seats: tuple[int, ...]
-    """Of all ranks, in order."""
+    """The seats of all ranks, in order."""
     rank: int
     future: Future[StageModel]
     is_reported: bool = False
@@ -89,7 +89,7 @@ class RankWorker:
         self._epoch = channel.get("epoch")
         self._turn = channel.get("turn")
         self._arriving = torch.empty(0, dtype=torch.uint8)
-        """Of a message that comes in pieces."""
+        """What has come of a message that comes in pieces."""
         self._num_arrived = 0
         self._loads: dict[int, _Load] = {}
         self._model: StageModel | None = None
@@ -273,7 +273,7 @@ class RankWorker:
     def _refuse(self, word: str, number: int, error: Exception) -> None:
         """Says why something is not in place here. Raises DeviceError for a device that is lost."""
         refusal = refusal_to_load(error)
-        self._log.error("not_in_place", seat=self._seat, reason=str(refusal))
+        self._log.error("rank_setup_failed", seat=self._seat, reason=str(refusal))
         self._channel.say(self._seat, f"{refusal.code} {refusal}")
         self._channel.set(word, self._seat, number)
 

@@ -1,1 +1,1 @@
-"""Who holds which layers: the slot of a stage, and its mirrors in and out."""
+"""Which stage holds which layers: the slot of a stage, and its mirrors in and out."""

@@ -29,7 +29,7 @@ class LoadedLayers:
     dtype: torch.dtype
     model: StageModel
     num_bytes: int
-    """As they are held: checkpoints may store fewer a value."""
+    """Bytes as they are held: checkpoints may store fewer per value."""
     ranks_load: RankLoad | None = None
     """Where the stage has ranks: what they loaded with it."""
 
@@ -43,7 +43,7 @@ class LayersLoad:
     future: Future[LoadedLayers]
     ranks_load: RankLoad | None
     is_loaded: bool = False
-    """By this process and all its ranks."""
+    """Whether this process and all its ranks have loaded."""
 
 
 class StageLayers:

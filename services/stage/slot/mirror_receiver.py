@@ -25,14 +25,14 @@ class Mirror:
     socket: MessageSocket
     log: structlog.stdlib.BoundLogger
     number: int = 0
-    """Of this role."""
+    """The number of this role."""
     mark: int = 0
     """All steps up to this one are in the copy, once it is complete."""
     is_complete: bool = False
     broken_stream: int = 0
     """Attempt of the last stream that had a gap or did not fit; nothing of it is taken. 0: none had."""
     attempt: int = 0
-    """Of the stream that is taken now."""
+    """The attempt of the stream that is taken now."""
     last_sequence_number: int = 0
     written_blocks: set[int] = field(default_factory=set)
     """What was ever copied into: which sequences that is, and whether they still live, a mirror is not told."""
@@ -111,7 +111,7 @@ class Mirror:
         self.acknowledged = self.last_sequence_number
 
     def close(self) -> None:
-        """Follows nobody any more."""
+        """Follows no holder any more."""
         self.socket.close()
 
     def _put_rows(self, message: MirrorRows) -> None:

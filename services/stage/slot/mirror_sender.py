@@ -42,7 +42,7 @@ class MirrorLink:
         self._wanted: tuple[MirrorTo, int] | None = None
         """And the router's term in which it was asked for."""
         self.feed_number = 0
-        """Of the message that is obeyed; 0: nobody is fed."""
+        """The number of the message that is obeyed; 0: no mirror is fed."""
         self._newest_number = 0
         self._sender: MirrorSender | None = None
         self._restart_at_s: float | None = None
@@ -58,7 +58,7 @@ class MirrorLink:
         return [monitor] if monitor is not None else []
 
     def obey(self, wanted: MirrorTo, header: Header) -> None:
-        """Feeds this node, from the beginning, or nobody. What is obeyed already, or came later than what replaced it,
+        """Feeds this node, from the beginning, or none. What is obeyed already, or came later than what replaced it,
         changes nothing."""
         number = header.generation
         if number < self._newest_number or (number == self.feed_number and self._wanted is not None):
@@ -71,7 +71,7 @@ class MirrorLink:
                 self._restart_at_s = 0.0
 
     def stop(self) -> None:
-        """Feeds nobody any more."""
+        """Feeds no mirror any more."""
         self._wanted, self._restart_at_s, self.feed_number = None, None, 0
         self._close_sender()
 
@@ -146,16 +146,16 @@ class MirrorLink:
 
 
 BACKFILL_BLOCKS = 8
-"""Of one message: some milliseconds of copying."""
+"""Blocks of one message: some milliseconds of copying."""
 MAX_BACKFILL_AHEAD_BYTES = 32 << 20
-"""The back-fill waits for acknowledgements while so much is under way: a link that is slower than the copying is not
+"""The back-fill waits for acknowledgements while this much is under way: a link that is slower than the copying is not
 overrun, and rows have room behind it."""
 MAX_BACKFILL_AHEAD_MESSAGES = 64
 """The same for small blocks: a socket queues a thousand messages, whatever is in them."""
 MAX_SILENCE_S = 60.0
-"""A mirror that acknowledges nothing for so long has lost what it waits for, or it hangs."""
+"""A mirror that acknowledges nothing for this long has lost what it waits for, or it hangs."""
 MAX_UNACKNOWLEDGED_BYTES = 256 << 20
-"""A mirror that lags so far is given up: it is back-filled anew when it has caught its breath."""
+"""A mirror that lags this far is given up: it is back-filled anew when it has caught its breath."""
 
 
 class MirrorSender:

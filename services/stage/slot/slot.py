@@ -63,7 +63,7 @@ class Slot:
     held: HeldMemory
     downstream: MessageSocket
     last_sequence_number: int = 0
-    """Of the messages from upstream."""
+    """The last sequence number of the messages from upstream."""
     adjustments: KeptAdjustments = field(default_factory=KeptAdjustments)
     """On the last slot, in this generation."""
     takes_steps: bool = True

@@ -104,13 +104,13 @@ class StageWorker:
     ) -> RoleTaken | RoleRefused | None:
         """Takes or mirrors a slot; None: its layers are being loaded, ask `poll`.
 
-        Raises ProtocolError for layers that are not.
+        Raises ProtocolError for layers that the model does not have.
         """
         if not 0 <= message.first_layer < message.stop_layer <= self.layers.config.num_layers:
             raise ProtocolError(f"layers [{message.first_layer}, {message.stop_layer}) are not in this model")
         if message.num_blocks < 1 or not 0 <= message.slot < message.num_slots:
             raise ProtocolError(
-                f"slot {message.slot} of {message.num_slots} with {message.num_blocks} blocks is no slot"
+                f"invalid slot: {message.slot} of {message.num_slots}, with {message.num_blocks} blocks"
             )
         self._close_slot()
         if isinstance(message, AssignMirror):
@@ -133,7 +133,7 @@ class StageWorker:
     def poll(self) -> RoleTaken | RoleRefused | None:
         """Returns what became of the assignment that was loading; None while there is nothing new.
 
-        Raises DeadlineError for a disk that hangs: this node serves nobody any more, and keeps a spare from the slot.
+        Raises DeadlineError for a disk that hangs: this node serves no more, and keeps a spare from the slot.
         """
         self.layers.thread.check()
         if self._ranks is not None:
@@ -224,7 +224,7 @@ class StageWorker:
             self._ranks.forget_loads()
 
     def leave(self) -> None:
-        """Forgets steps, whom to mirror, and an assignment that is still loading; weights and memory stay."""
+        """Forgets steps, what to mirror, and an assignment that is still loading; weights and memory stay."""
         self._loading = None
         self._close_slot()
         self._end_mirror()
@@ -236,7 +236,7 @@ class StageWorker:
         self._drop_memory()
 
     def _end_mirror(self) -> None:
-        """Keeps what was copied, as far as it is good; who mirrors this memory next must get all of it."""
+        """Keeps what was copied, as far as it is good; the next mirror of this memory must get all of it."""
         mirror, self.mirror = self.mirror, None
         if mirror is None:
             return

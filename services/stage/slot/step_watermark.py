@@ -17,7 +17,7 @@ class StepWatermark:
     def __init__(self, mark: int = 0) -> None:
         self.mark = mark
         self.newest = mark
-        """Of the steps that have come, finished or not."""
+        """The newest step that has come, finished or not."""
         self._chain_end = 0
         """Up to here the chain of this generation is unbroken and finished; 0: its first step is not."""
         self._followers: dict[int, int] = {}
@@ -39,7 +39,7 @@ class StepWatermark:
         self._followers[previous] = step
 
     def finish(self, step: int) -> None:
-        """Notes that what a step had to write is written. One that is not known is no error: a new generation dropped
+        """Notes that what a step had to write is written. An unknown one is not an error: a new generation dropped
         it."""
         if step in self._followers.values():
             self._finished.add(step)
@@ -49,7 +49,7 @@ class StepWatermark:
             self._chain_end = self.mark = follower
 
     def begin_generation(self) -> None:
-        """Begins another generation: what is under way, here or elsewhere, will never be answered, so nobody counts on
+        """Begins another generation: what is under way, here or elsewhere, will never be answered, so nothing counts on
         it; what was answered has come and was finished. So everything that ever counts is done up to the newest."""
         self._followers.clear()
         self._finished.clear()

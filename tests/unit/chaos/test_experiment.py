@@ -60,7 +60,7 @@ def test_suites_have_as_many_faults_as_promised(name: str, count: int) -> None:
             "timeline.faults.0.victims.rule: Input should be 'random', 'same'",
         ),
         (suite(bounds={"stall_s": {"kill": 1.0}}), "bounds: stall_s: needs a value for `default`"),
-        (suite(bounds={"stall_s": {"default": 1, "kill/gpu": 1}}), "bounds: stall_s: 'kill/gpu' is no fault kind"),
+        (suite(bounds={"stall_s": {"default": 1, "kill/gpu": 1}}), "bounds: stall_s: 'kill/gpu' is not a fault kind"),
         (suite(bounds={"leaks": {"files": -1}}), "bounds.leaks.files: Input should be greater"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_suite_may_be_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [(None, "no suite"), ("- 1\n", "must hold a mapping"), ("a: [\n", "is no YAML")]
+    ("text", "sentence"), [(None, "no suite"), ("- 1\n", "must hold a mapping"), ("a: [\n", "is not YAML")]
 )
 def test_a_file_that_is_no_suite_is_a_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
     path = tmp_path / "mine.yaml"

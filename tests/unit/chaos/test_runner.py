@@ -191,5 +191,5 @@ def test_a_run_that_nobody_watches_any_more_is_not_judged(monkeypatch: pytest.Mo
         await look(self)
 
     monkeypatch.setattr(observer.Observer, "look", break_down)
-    with pytest.raises(CannotRunError, match="nobody watched the mesh any more: KeyError"):
+    with pytest.raises(CannotRunError, match="the observer failed: KeyError"):
         asyncio.run(run.execute())

@@ -59,7 +59,7 @@ COMMON = {
 )
 def test_a_typo_is_named_with_what_is_meant(name: str, meant: str) -> None:
     (sentence,) = misspelt_settings(COMMON | {name: "3"}, NAMES)
-    assert sentence == f"{name}=3 is no setting and changes nothing: is {meant} meant?"
+    assert sentence == f"{name}=3 is not a setting and has no effect; did you mean {meant}?"
 
 
 def test_variables_of_other_programs_and_settings_themselves_are_not_named() -> None:

@@ -213,7 +213,7 @@ def test_another_program_that_answers_is_told_from_a_router(serve: Any, program:
 @pytest.mark.parametrize("data", [b"no json", b"[]", b"{}", b'{"choices": 1}', b'{"choices": [[]]}', b'{"error": "x"}'])
 def test_an_event_that_is_none_of_a_reply_is_a_sentence(data: bytes) -> None:
     client = client_of(lambda request: httpx.Response(200, content=b"data: " + data + b"\n\n"))
-    with pytest.raises(MoemeshError, match="no router"):
+    with pytest.raises(MoemeshError, match="no moemesh router"):
         list(stream_pieces(client, "/v1/completions", {}))
 
 
@@ -399,8 +399,8 @@ def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
     ctrl_c.assert_called_once_with()
     assert result.stderr.splitlines()[-1] == "stopping"
     assert result.stdout.startswith("ready http://mesh\n")
-    (sentence,) = [line for line in result.stderr.splitlines() if "the mesh goes on" in line]
-    assert sentence.startswith("the example was not answered")
+    (sentence,) = [line for line in result.stderr.splitlines() if "the mesh keeps running" in line]
+    assert sentence.startswith("the example request failed")
 
 
 def test_who_reads_no_more_of_a_greeting_ends_no_mesh(
@@ -417,7 +417,7 @@ def test_who_reads_no_more_of_a_greeting_ends_no_mesh(
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 0
     ctrl_c.assert_called_once_with()
-    assert "the mesh goes on" in result.stderr
+    assert "the mesh keeps running" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -511,7 +511,7 @@ def test_a_variable_that_is_nearly_a_setting_is_named_at_the_start(
     for name, value in {"STATE_DIR": str(tmp_path), "MODEL": "any", "EXPERT": "3"}.items():
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(app, ["up"])
-    assert result.stderr.splitlines()[0] == "EXPERT=3 is no setting and changes nothing: is EXPERTS meant?"
+    assert result.stderr.splitlines()[0] == "EXPERT=3 is not a setting and has no effect; did you mean EXPERTS?"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_a_proxy_that_cannot_be_used_is_said_in_a_sentence(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("url", ["http://", "http://h:port"])
 def test_an_address_that_is_none_is_said(url: str) -> None:
-    with pytest.raises(MoemeshError, match="this is no address"):
+    with pytest.raises(MoemeshError, match="this is not an address"):
         open_client(url, 1)
 
 

@@ -30,13 +30,13 @@ from services.router.control.experts.shard_probes import Disagreement, ShardProb
 from services.router.control.sizes import MeshShape, shard_bytes
 
 SETTLE_S = 1.0
-"""Before the first placement: nodes that start together are placed together, so that nothing is loaded twice."""
+"""Waits before the first placement: nodes that start together are placed together, so that nothing is loaded twice."""
 REPORT_INTERVAL_S = 0.05
-"""Reports of nodes that load are answered together, at most so often: dozens of nodes report five times a second."""
+"""Reports of nodes that load are answered together, at most this often: dozens of nodes report five times a second."""
 DRAIN_DEADLINE_S = 12.0
 """Below the 15 s after which a node goes without being let go."""
 DRAIN_QUIET_S = 0.25
-"""After the stages were told to ask others: their last calls are answered by then."""
+"""How long after the stages were told to ask others: their last calls are answered by then."""
 
 
 class ExpertRoles:
@@ -50,7 +50,7 @@ class ExpertRoles:
         is_named[list(moe_layers)] = True
         self._is_named: BoolArray = is_named.reshape(-1)
         self.num_shards = int(self._is_named.sum())
-        """Of the whole model."""
+        """The shards of the whole model."""
         self._shard_bytes = shard_bytes(config, shape)
         self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
         self._nodes: dict[NodeId, NodeDescription] = {}
@@ -59,18 +59,18 @@ class ExpertRoles:
         self._told: dict[NodeId, ShardBits] = {}
         self._told_versions: dict[NodeId, int] = {}
         self._report_numbers: dict[NodeId, int] = {}
-        """Of each node's newest report."""
+        """The number of each node's newest report."""
         self._target: PlacementTarget | None = None
-        """For the nodes that live; None: to be made anew."""
+        """The target for the nodes that live; None: to be made anew."""
         self._assignment: ShardAssignment | None = None
         self._asked: tuple[NodeId, ...] = ()
         """The nodes of `_assignment`."""
         self._publication: PublishPlacement | None = None
-        """Of `_assignment`, with the nodes as they were then."""
+        """What was published of `_assignment`, with the nodes as they were then."""
         self._first_classes = FirstClasses()
         self._num_orphans = 0
         self.num_copies_to_load = 0
-        """Safety copies that have a place and that nobody holds yet."""
+        """Safety copies that have a place and that no node holds yet."""
         self._last_joined_s = 0.0
         self._has_changed = False
         """Whether a role is to be looked at again at once."""
@@ -157,7 +157,7 @@ class ExpertRoles:
             self._has_reports = True
 
     def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
-        """Applies what a node says it holds, unless its answers to the probe contradict those of others: whoever is
+        """Applies what a node says it holds, unless its answers to the probe contradict those of others: a node that is
         found wrong is told to end, and asked for nothing. Raises ProtocolError with the name of the field."""
         held = self.read_shards(message.shards, "ShardsReady.shards")
         found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else []
@@ -167,7 +167,7 @@ class ExpertRoles:
 
     def _refuse(self, found: Disagreement) -> Action:
         self._ready[found.node_id], self._has_changed = self._nothing, True
-        self._report_numbers.pop(found.node_id, None)  # who is not reached by this is asked and told once more
+        self._report_numbers.pop(found.node_id, None)  # a node that is not reached by this is asked and told once more
         reason = found.describe(self._nodes, self._table_shape)
         return Tell(found.node_id, Failed(CheckpointError.code, reason), Header())
 
@@ -181,7 +181,7 @@ class ExpertRoles:
         return self.read_shards(frame, "Hello.held_shards") if frame.shape == self._table_shape else None
 
     def may_go(self, now_s: float) -> list[NodeId]:
-        """Returns nodes that want to stop and that nobody needs, or that cannot wait any longer: `lose` them."""
+        """Returns nodes that want to stop and are not needed, or that cannot wait any longer: `lose` them."""
         if not self._draining:
             return []
         answer = self._aim.answer
@@ -189,7 +189,7 @@ class ExpertRoles:
         return self._draining.may_go(self._needed(), is_hopeless, now_s)
 
     def _needed(self) -> set[NodeId]:
-        """Returns who is asked for something that others could take over: they cannot where they do not see it."""
+        """Returns nodes that are asked for what others could take over: they cannot where they do not see it."""
         if self._assignment is None:
             return set()
         owners = self._assignment.owners.reshape(-1, *self._table_shape)
@@ -278,7 +278,7 @@ class ExpertRoles:
         return actions
 
     def _tell(self, nodes: tuple[NodeId, ...], wanted: ShardBits, is_other: BoolArray) -> list[Action]:
-        """`is_other` [N]: who was told something else last."""
+        """`is_other` [N]: nodes that were told something else last."""
         actions: list[Action] = []
         for node_id, shards, is_news in zip(nodes, wanted, is_other.tolist(), strict=True):
             # One that leaves keeps what it has, so that calls that are under way to it are answered.
@@ -316,7 +316,7 @@ class ExpertRoles:
 class _Leaving:
     since_s: float
     quiet_since_s: float | None = None
-    """Since when no stage is told to ask it; None: some are."""
+    """The time since which no stage is told to ask it; None: some are."""
 
 
 class Draining:
@@ -340,10 +340,10 @@ class Draining:
         self._leaving.pop(node_id, None)
 
     def may_go(self, asked: set[NodeId], is_hopeless: bool, now_s: float) -> list[NodeId]:
-        """Returns who need not be waited for any more, by id.
+        """Returns the nodes that need not be waited for any more, by id.
 
-        `asked` are the nodes that calls are sent to. `is_hopeless`: those who stay cannot take everything over, so that
-        waiting longer changes nothing.
+        `asked` are the nodes that calls are sent to. `is_hopeless`: those that stay cannot take everything over, so
+        that waiting longer changes nothing.
         """
         free = []
         for node_id, leaving in sorted(self._leaving.items()):

@@ -1,4 +1,4 @@
-"""Which numeric class answers the calls of a layer, the same for all stages: bits do not change with who has time.
+"""Which numeric class answers the calls of a layer, the same for all stages: bits do not depend on which has time.
 
 Pure: the placement and the choice before are arguments.
 
@@ -19,13 +19,13 @@ class FirstClasses:
 
     def __init__(self) -> None:
         self._before: tuple[str, ...] = ()
-        """By layer; "" where nobody has held anything yet. Empty: nothing was chosen so far."""
+        """A class by layer; "" where no node has held anything yet. Empty: nothing was chosen so far."""
 
     def choose(self, owners: Int32Array, numeric_classes: Sequence[str]) -> tuple[str, ...]:
-        """Returns a class by layer, "" where nobody holds anything; nothing at all where all nodes have one class.
+        """Returns a class by layer, "" where no node holds anything; nothing at all where all nodes have one class.
 
         `owners` [C, L, K]: 1 + a node's place in `numeric_classes`, 0 for none. A layer keeps its class as long as that
-        holds every shard of it that anybody holds; else it gets one that does. Where none does it keeps its class too,
+        holds every shard of it that any node holds; else it gets one that does. Where none does it keeps its class too,
         and gets the one that holds the most where that has nothing left.
         """
         num_layers, names = owners.shape[1], sorted(set(numeric_classes))

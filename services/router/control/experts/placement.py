@@ -36,7 +36,7 @@ class Placement:
     """Who holds which shard."""
 
     owners: Mapping[ShardId, tuple[NodeId, ...]]
-    """By shard; the primary first; no node twice."""
+    """The owners by shard; the primary first; no node twice."""
     missing_copies: int
     """Copies that were asked for and for which there is no room (or no further node)."""
 
@@ -57,7 +57,7 @@ def place_shards(
     current: Mapping[NodeId, frozenset[ShardId]],
 ) -> Placement:
     """Finds owners for every shard: one each, then up to `copies`, on different hosts where there are any, no node
-    twice, and nobody who does not see its weights.
+    twice, and no node that does not see its weights.
 
     Even within one shard for each layer and in all, as far as capacities and hosts go (a host that is alone against
     several takes a copy of everything: safety first). `current` is what nodes hold now (nodes that are gone may be
@@ -99,14 +99,14 @@ class _Placing:
             expert: [int(node.experts is None or expert in node.experts) for node in nodes]
             for expert in {shard.expert for shard in shards}
         }
-        """By expert and node: 1 where the node sees its weights."""
+        """1 where the node sees the expert's weights, by expert and node."""
         self.held_now = [
             {shard for shard in current.get(node.node_id, frozenset()) & set(shards) if self._may_hold(index, shard)}
             for index, node in enumerate(nodes)
         ]
         self.owners: dict[ShardId, set[int]] = {shard: set() for shard in shards}
         self.room = [node.capacity_bytes // shard_bytes for node in nodes]
-        """By node, for so many shards."""
+        """How many shards each node has room for."""
         self.num_held = [0] * len(nodes)
         self.num_in_layer: list[Counter[int]] = [Counter() for _ in nodes]
 
@@ -245,7 +245,7 @@ class _Placing:
                     drop_beyond(copies_a_host, row, host)
             drop_beyond(wanted, row, everywhere)
         for index in range(len(self.nodes)):
-            # A shard that has lost no copy yet can go on to whoever lacks one; two lost copies would need two takers.
+            # A shard that has lost no copy yet can go on to a node that lacks one; two lost copies would need two.
             rows = sorted(
                 (position for position, row in enumerate(held) if row[index]),
                 key=lambda position: (num_copies[position] - sum(held[position]), position),
@@ -285,7 +285,7 @@ class _Placing:
         return min(candidates)[3] if candidates else None
 
     def _make_room_for(self, shard: ShardId) -> int | None:
-        """Returns a node that gives up a further copy of another shard for a shard that nobody holds."""
+        """Returns a node that gives up a further copy of another shard for a shard that no node holds."""
         for index in (index for index in range(len(self.nodes)) if self._may_hold(index, shard)):
             spare = [other for other, owners in self.owners.items() if index in owners and len(owners) > 1]
             if spare:

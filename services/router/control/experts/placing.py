@@ -20,7 +20,7 @@ from services.router.control.experts.shard_bits import NOBODY, ShardBits, by_sha
 
 MAX_NAMED = 8
 MAX_STALE_ANSWERS = 2
-"""In a row: where nodes come and go all the time, a placement that is a little out of date is better than none."""
+"""How many in a row: where nodes come and go all the time, a placement a little out of date is better than none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class PlacementAnswer:
     """Who is to hold which shard."""
 
     version: int
-    """Of the request."""
+    """The request's version."""
     node_ids: tuple[NodeId, ...]
     owners: Int32Array
     """[C, P]: 1 + index into `node_ids`, the primary first; 0: none."""
@@ -57,13 +57,13 @@ class PlacementAnswer:
     unseen: tuple[int, ...]
     """Experts whose weights no node sees that may be given shards."""
     has_room: bool
-    """Whether all that somebody sees has a place."""
+    """Whether all that some node sees has a place."""
     problem: str
     """Why not every shard can be placed, as a sentence; empty if it can."""
 
 
 def answer_request(request: PlacementRequest) -> PlacementAnswer:
-    """Place all that somebody sees. What is held goes on being served where nobody can take it over."""
+    """Place all that some node sees. What is held goes on being served where no node can take it over."""
     num_layers, num_experts, num_slices = request.shape
     places = [
         ShardId(layer, expert, piece)
@@ -83,7 +83,7 @@ def answer_request(request: PlacementRequest) -> PlacementAnswer:
         placed = place_shards(seen, request.shard_bytes, request.nodes, request.copies, current)
     except CapacityError as error:
         return replace(kept, problem=str(error))
-    # What somebody sees is placed all the same: who sees the rest may come at any moment.
+    # What some node sees is placed all the same: a node that sees the rest may come at any moment.
     missing = placed.missing_copies + request.copies * (len(places) - len(seen))
     owners = _overwrite(kept.owners, placed.owners, kept.node_ids, request.shape)
     problem = describe_unseen(unseen) if unseen else ""
@@ -91,7 +91,7 @@ def answer_request(request: PlacementRequest) -> PlacementAnswer:
 
 
 def keep_what_is_held(request: PlacementRequest, problem: str, unseen: tuple[int, ...] = ()) -> PlacementAnswer:
-    """Where no placement can be had: everybody keeps what is there, and people are told why."""
+    """Where no placement can be had: every node keeps what it has, and people are told why."""
     node_ids = tuple(sorted({*request.holders, *(node.node_id for node in request.nodes)}))
     rows = np.array([0, *(1 + node_ids.index(node_id) for node_id in request.holders)], dtype=np.int32)
     num_layers, num_experts, num_slices = request.shape
@@ -132,7 +132,7 @@ def _overwrite(
 
 
 class PlacementAim:
-    """One request is answered at a time. An answer to a state that is no more is passed over, and asked for anew."""
+    """One request is answered at a time. An answer to a state that no longer holds is dropped and asked for again."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class PlacementAim:
 
     @property
     def is_waited_for(self) -> bool:
-        """Returns whether a placement is wanted for which nobody could be asked yet."""
+        """Returns whether a placement is wanted that could not be asked for yet."""
         return self._must_place and self._requested is None
 
     def change(self) -> None:

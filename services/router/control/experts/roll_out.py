@@ -1,4 +1,4 @@
-"""From the shards that nodes have to those that they should have, without a moment in which one is served by nobody.
+"""From the shards that nodes have to those that they should have, without a moment in which one is not served.
 
 N nodes in the order of their ids, P shards in the order of (layer, expert, slice), W words of 64 shards, C copies. All
 of it is done on whole tables: with 64 nodes and 15,000 shards a turn of the mesh thread has a millisecond for it.
@@ -37,7 +37,7 @@ class PlacementTarget:
     is_named: BoolArray
     """[P]: which shards the model has; others are unloaded."""
     is_settled: bool
-    """False: a newer placement is to come, for other nodes than this one. Nobody unloads anything until then, but to
+    """False: a newer placement is to come, for other nodes than this one. No node unloads anything until then, but to
     make room: it might have to load it again."""
 
 
@@ -53,7 +53,7 @@ class ShardAssignment:
     num_owners: Int64Array
     """[P]: how many that is."""
     orphans: BoolArray
-    """[P]: shards that nobody can serve now."""
+    """[P]: shards that no node can serve now."""
 
 
 def aim(owners: Int32Array, num_nodes: int, is_named: BoolArray, is_settled: bool) -> PlacementTarget:
@@ -112,7 +112,7 @@ def _exchange(
 
 
 def _ask_order(usable: ShardBits, target: PlacementTarget) -> Int32Array:
-    """Returns owners first, in their order; then those who hold a shard that they are not to keep, by their ids."""
+    """Returns owners first, in their order; then those that hold a shard that they are not to keep, by their ids."""
     owners = np.where(are_in(usable, target.owners), target.owners, NOBODY)
     others = by_shard(*pairs(usable & ~target.goals), target.owners.shape[1])
     return _without_gaps(np.concatenate([owners, others]) + 1)

@@ -23,7 +23,7 @@ _FIRST_BIT: Final = np.uint8(0x80)
 
 
 def num_words(num_shards: int) -> int:
-    """Counts the words that so many shards take."""
+    """Counts the words that this many shards take."""
     return -(-num_shards // 64)
 
 

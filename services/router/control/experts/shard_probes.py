@@ -2,7 +2,7 @@
 
 The fingerprint of a checkpoint has samples of its files, not every byte, and a file may change under a node. So each
 shard answers a known question when it is loaded, and reports say what came out: nodes of one numeric class must agree
-to the bit, others nearly. Who does not is asked for nothing.
+to the bit, others nearly. A node that does not is asked for nothing.
 
 P shards in the order of (layer, expert, slice).
 """
@@ -20,16 +20,16 @@ from common.topology import NodeDescription
 from common.wire.array import BoolArray, Float32Array, Int32Array, Int64Array, frame_to_array
 
 TOLERANCE = 0.1
-"""Of projections on nodes of different classes. Those of other weights differ by about 1.4; roundings of bf16 add up to
-some hundredths."""
+"""How far projections on nodes of different classes may differ. Those of other weights differ by about 1.4; roundings
+of bf16 add up to some hundredths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A node that is not to be asked, and whom it contradicts."""
+    """A node that is not to be asked, and the one that it contradicts."""
 
     node_id: NodeId
-    """Who is held to be wrong: the one with fewer others on its side, or the one that came later."""
+    """Which is held to be wrong: the one with fewer others on its side, or the one that came later."""
     other: NodeId
     shard: int
     """The first of them."""
@@ -56,7 +56,7 @@ class _Answers:
     projections: Float32Array
     """[P]."""
     is_refused: bool = False
-    """Found wrong: it contradicts nobody."""
+    """Found wrong: it contradicts no node."""
 
 
 class ShardProbes:
@@ -68,7 +68,7 @@ class ShardProbes:
         self._answers: dict[NodeId, _Answers] = {}
 
     def forget(self, node_id: NodeId) -> None:
-        """It is gone; one that is not known is no error."""
+        """It is gone; an unknown node is not an error."""
         self._answers.pop(node_id, None)
 
     def compare(self, node: NodeDescription, report: ShardsReady) -> list[Disagreement]:
@@ -84,9 +84,9 @@ class ShardProbes:
     def judge(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
     ) -> list[Disagreement]:
-        """Judges a node's answers, [P] each. Returns everybody who is found wrong by them. Who was stays a witness for
-        others that say the same, until it is forgotten: of three nodes that start together the wrong one may have been
-        the first."""
+        """Judges a node's answers, [P] each. Returns all nodes that they show to be wrong. One that was stays a witness
+        for others that say the same, until it is forgotten: of three nodes that start together the wrong one may have
+        been the first."""
         before = self._answers.get(node_id)
         self._answers[node_id] = _Answers(numeric_class, digests, projections)
         # Dozens of nodes report several times a second while they load: what was compared before is left out.
@@ -94,14 +94,14 @@ class ShardProbes:
         if before is not None and not before.is_refused:
             fresh = fresh[digests[fresh] != before.digests[fresh]]
         found: list[Disagreement] = []
-        # Each of the others at once: what is fresh now is compared with nobody later.
+        # Each of the others at once: what is fresh now is not compared later.
         while fresh.size and not self._answers[node_id].is_refused and (one := self._disagreement(node_id, fresh)):
             self._answers[one.node_id] = replace(self._answers[one.node_id], is_refused=True)
             found.append(one)
         return found
 
     def _disagreement(self, node_id: NodeId, fresh: Int64Array) -> Disagreement | None:
-        """Finds one over some of these shards, with one of those who have not been found wrong."""
+        """Finds one over some of these shards, with one of those that have not been found wrong."""
         new = self._answers[node_id]
         others = {name: known for name, known in self._answers.items() if name != node_id}
         differing = {

@@ -1,6 +1,6 @@
 """JSON answers and errors in OpenAI's shapes, and what a connection answers by itself, with the limits that it has.
 
-A connection itself refuses what is no request, what comes too late and what is one too many, and answers HTTP/1.0
+A connection itself refuses what is not a request, what comes too late and one connection too many, and answers HTTP/1.0
 without chunks.
 """
 
@@ -26,7 +26,7 @@ from services.router.front.replies import JsonObject, encode_json, error_body
 log = structlog.get_logger(__name__)
 
 MAX_REFUSED_BYTES = 64 * 1024
-_TOO_MANY = "this server has as many connections as it takes; try again"
+_TOO_MANY = "this server has as many connections as it allows; try again"
 REFUSAL_S = 1.0
 
 
@@ -36,7 +36,7 @@ def json_answer(body: JsonObject, status: int = 200, headers: dict[str, str] | N
 
 
 def error_answer(error: Exception) -> Response:
-    """Returns an answer with the status of the error; what is no MoemeshError is a defect, and logged as one."""
+    """Returns an answer with the status of the error; what is not a MoemeshError is a defect, and logged as one."""
     log_error(error)
     status = error.http_status if isinstance(error, MoemeshError) else 500
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
@@ -71,8 +71,8 @@ class ConnectionLimits:
     """What one connection may take, and how many of them there may be."""
 
     keep_alive_s: float = 75.0
-    """It runs between two requests. It is longer than the minute that proxies and clients commonly keep theirs: who
-    closes last loses no request to a connection that the other end has just closed."""
+    """It runs between two requests. It is longer than the minute that proxies and clients commonly keep theirs: the end
+    that closes last loses no request to a connection that the other end has just closed."""
     head_s: float = 10.0
     """It runs from the connection, or from the first byte of a later request, to the end of the request's head."""
     body_silence_s: float = 30.0
@@ -80,7 +80,7 @@ class ConnectionLimits:
     body_s: float = 120.0
     """It runs for a whole body."""
     write_silence_s: float = 30.0
-    """In so much time a client reads `min_read_bytes` of what waits for it, or all of it."""
+    """In this time a client reads `min_read_bytes` of what waits for it, or all of it."""
     min_read_bytes: int = 16 * 1024
     max_head_bytes: int = 64 * 1024
     """Request line and headers count, and so does what stands between two pieces of a body, and behind the last."""
@@ -88,7 +88,7 @@ class ConnectionLimits:
     """One more takes the place of the one that has been without a request for longest; where all have one it is
     answered 503."""
     min_idle_s: float = 0.5
-    """A connection keeps its place for so long: what a client has just asked may not be read yet."""
+    """A connection keeps its place for this long: what a client has just asked may not be read yet."""
     refusal_s: float = REFUSAL_S
     """It runs for the head of a request that is to be refused."""
 
@@ -109,8 +109,8 @@ def without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
 
 
 def closing_if_unread(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
-    """Serves a client that sends its body only once it is asked for it: if it is answered before, nobody knows whether
-    that body still comes, and what it sends next could be taken for it (RFC 9110, 10.1.1)."""
+    """Serves a client that sends its body only once it is asked for it: if it is answered before, it is not known
+    whether that body still comes, and what it sends next could be taken for it (RFC 9110, 10.1.1)."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_and_close(message: Message) -> None:
@@ -142,7 +142,7 @@ async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
-    """Returns the answer to what is no request, or to what goes beyond a limit; the connection is closed after it."""
+    """Returns the answer to what is not a request or exceeds a limit; the connection is closed after it."""
     sentences = {
         http.HTTPStatus.REQUEST_TIMEOUT: f"a request's head must come within {limits.head_s:g} s, and its body without "
         f"a pause of more than {limits.body_silence_s:g} s and within {limits.body_s:g} s",
@@ -155,7 +155,7 @@ def refusal(status: http.HTTPStatus, limits: ConnectionLimits) -> bytes:
 
 def refuse_unread(transport: asyncio.Transport) -> None:
     """Does as `refuse_connection`, without waiting for the request. What has come of it is read and dropped: closing
-    over bytes that nobody has read resets the connection, and may take the answer with it."""
+    over unread bytes resets the connection, and may take the answer with it."""
     if (connection := transport.get_extra_info("socket")) is not None:
         with contextlib.suppress(OSError):
             os.read(connection.fileno(), MAX_REFUSED_BYTES)

@@ -28,7 +28,7 @@ class OriginPolicy:
     hosts: frozenset[str] = frozenset()
     """Names without a port, beside those of loopback. If there are any, no other name is served anywhere."""
     is_loopback: bool = False
-    """The server is reached at loopback only: nobody who means it calls it by another name."""
+    """The server is reached at loopback only: no client of its users calls it by another name."""
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises ForbiddenError for a request that no client of this server's users sends; names in lower case."""

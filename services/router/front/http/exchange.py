@@ -36,7 +36,7 @@ _PREFLIGHT_SECONDS = "600"
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection; nobody reads an answer."""
+    """The client closed its connection and reads no answer."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class HeldBody:
         self._held_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Counts the body with so many bytes from now on. Raises OverloadedError if that is too much for the budget."""
+        """Counts this many bytes for the body from now on. Raises OverloadedError if that exceeds the budget."""
         more_bytes = max(0, num_bytes - self.FREE_BYTES) - self._held_bytes
         if self._budget.held_bytes + more_bytes > self._budget.max_bytes:
             raise OverloadedError(
@@ -92,7 +92,7 @@ async def read_body(request: Request, max_bytes: int, held: HeldBody) -> bytes:
 
 
 def _check_codings(request: Request) -> None:
-    """Raises UnsupportedEncodingError for a compressed body, which would otherwise be refused as no JSON."""
+    """Raises UnsupportedEncodingError for a compressed body, which would otherwise be refused as not being JSON."""
     for header in ("content-encoding", "transfer-encoding"):
         for coding in request.headers.get(header, "").lower().split(","):
             if coding.strip() in _COMPRESSIONS:

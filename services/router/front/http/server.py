@@ -1,8 +1,8 @@
 """The HTTP server of the front: uvicorn's, with limits on what connections send and take, and on how many there are.
 
-uvicorn bounds the pause between two requests and nothing else: half a request, or an answer that nobody reads, would
-stay open for ever, and a head may take all memory. It also loses the body of a request that offers an upgrade, and
-sends chunks to clients of HTTP/1.0, which do not know them.
+uvicorn bounds the pause between two requests and nothing else: half a request, or an unread answer, would stay open for
+ever, and a head may take all memory. It also loses the body of a request that offers an upgrade, and sends chunks to
+clients of HTTP/1.0, which do not know them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Headers = Sequence[tuple[bytes, bytes]]
 """Names are in lower case."""
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\],]*)(:[0-9]*)?")
 PATIENCE_S = 4.0
-"""So long replies that are under way may take when the server is to end."""
+"""How long replies that are under way may take when the server is to end."""
 LOOK_S = 0.1
 ACCEPTED_AT_ONCE = 2
-"""New connections in one turn of the loop. asyncio accepts so many, in each of the three or four turns that it needs
+"""New connections in one turn of the loop. asyncio accepts this many, in each of the three or four turns that it needs
 for one, before the first of them can make room for itself: the whole queue at once would use up all descriptors there
 are."""
 QUEUED = 1024
 """Connections that wait in the kernel meanwhile."""
 CUT_S = 5.0
-"""After so long uvicorn cuts connections; by then each has been told."""
+"""When uvicorn cuts connections; by then each has been told."""
 
 
 class FrontConfig(uvicorn.Config):
@@ -102,7 +102,7 @@ class FrontProtocol(HttpToolsProtocol):
         """What came since the parser last had something to tell."""
         self._refusal = refusal(http.HTTPStatus.BAD_REQUEST, self.limits)
         self._is_deaf = False
-        """What came behind the last request was none: the answers that are owed still go out, and nothing is read."""
+        """What came after the last request was not one: the answers that are owed still go out, and nothing is read."""
 
     # ---- the connection
 
@@ -292,7 +292,7 @@ class FrontProtocol(HttpToolsProtocol):
     def _on_timeout(self, delay_s: float) -> None:
         self._timer = None
         if self._is_answering() or self.flow.read_paused:
-            # Nothing can come while nobody reads, and what goes out is not cut.
+            # Nothing can come while nothing reads, and what goes out is not cut.
             if self._awaits_body:
                 self._body_began_s = self.loop.time()
                 self._await_body()
@@ -328,8 +328,8 @@ def _worth(connection: FrontProtocol) -> tuple[bool, float]:
 def with_one_host(version: str, target: bytes, headers: Headers) -> list[tuple[bytes, bytes]]:
     """Returns the headers with the Host that the target names, where that is a whole address (RFC 9112, 3.2).
 
-    Raises InvalidRequestError unless there is one Host (HTTP/1.0: at most one) of the form of one. Whoever stands in
-    between and the router must not differ about it: else it would be no use to check it.
+    Raises InvalidRequestError unless there is one Host (HTTP/1.0: at most one) of the form of one. A proxy in between
+    and the router must not differ about it: else it would be no use to check it.
     """
     hosts = [value for name, value in headers if name == b"host"]
     is_missing = not hosts and version != "1.0"

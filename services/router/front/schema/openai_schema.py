@@ -30,11 +30,11 @@ from services.router.front.schema.unused_fields import Json, Sieve
 
 MAX_NAME_CHARACTERS = 1024
 MAX_FIELDS = 64
-"""Any object may have so many: more than a request has, served or not. Else each unknown one would be complained of."""
+"""An object may have this many: more than a request has, served or not. Else each unknown one would be reported."""
 MAX_MESSAGES = 4096
 """One message may have as many parts."""
 MAX_TOOL_CALLS = 128
-"""One message may have so many."""
+"""One message may have this many."""
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -42,7 +42,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 16
 MAX_LOGIT_BIASES = 1024
 MAX_PROMPTS = 1024
-"""The schema allows so many; how many are served together is a setting."""
+"""The schema allows this many; how many are served together is a setting."""
 
 
 def described(description: str) -> WrapValidator:
@@ -144,7 +144,7 @@ class ChatMessage(Strict):
 
 
 def _as_object(arguments: str | Json) -> str | Json:
-    """Reads the arguments. What is no JSON object stays as it is: a model may have written it so."""
+    """Reads the arguments. What is not a JSON object stays as it is: a model may have written it so."""
     try:
         value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -203,7 +203,7 @@ class GenerationFields(Strict):
     """It looks at prompt and generated tokens, as in transformers and vLLM; 1 is off."""
     logit_bias: LogitBias = None
     min_tokens: int | None = Field(default=None, ge=0)
-    """Nothing but `max_tokens` ends a choice before it has so many tokens, as in vLLM."""
+    """Nothing but `max_tokens` ends a choice before it has this many tokens, as in vLLM."""
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None

@@ -2,8 +2,8 @@
 
 The rule: a field that would change the answer is refused by its name; one that would not is taken, and named once in
 the log. Two tables say which is which: `TAKEN` change nothing whatever they say, `NEUTRAL` change nothing at the values
-listed; and a null asks for nothing whatever field it stands in. The rest is unknown, and refused. Sources: OpenAI's API
-reference, and what vLLM, SGLang, llama.cpp, text-generation-inference and OpenRouter take beside it.
+listed; and a null asks for nothing whatever field it stands in. `openai_schema.py` refuses the rest as unknown.
+Sources: OpenAI's API reference, and what vLLM, SGLang, llama.cpp, text-generation-inference and OpenRouter take too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WITHOUT_TOOLS = "it does not generate tool calls yet"
 
 TAKEN = frozenset(
     {
-        # whose request it is, and what is kept of it
+        # the owner of the request, and what is kept of it
         "custom_labels",
         "litellm_metadata",
         "metadata",
@@ -179,7 +179,7 @@ OF_OTHER_ROUTE: Mapping[str, tuple[object, ...]] = {
 """The same for fields that the other route serves; what is wrong with them otherwise is that they stand here."""
 
 _REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions", "function_call")} | {
-    "repeat_penalty": "`repetition_penalty` is",
+    "repeat_penalty": "use `repetition_penalty` instead",
 }
 
 TAKEN_IN_STREAM_OPTIONS = frozenset({"include_obfuscation"})

@@ -18,8 +18,8 @@ class TokenLogprob:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     text: str
-    """It is what the token added to this choice's text: "" for a part of a character but the last, which adds all of
-    it. A token that does not show in the text (a special one, or one that ends it) is here as it is written."""
+    """It is what the token added to this choice's text: "" for every token of a split character except the last, which
+    adds it whole. A token that the text does not show (a special one, or one that ends it) is here as written."""
     text_offset: int
     """The characters of this choice's text before the token."""
 
@@ -35,8 +35,8 @@ class ChoiceEvent:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     num_tokens: int
-    """It counts the tokens of the choice so far, these included: where a client is that has got this event. An end that
-    came without a token counts as one."""
+    """It counts the tokens of the choice so far, these included: how far a client has come once it has this event. An
+    end that came without a token counts as one."""
     is_cut: bool = False
     """Its end came without a token."""
 

@@ -10,7 +10,7 @@ That promise decides the method:
 - With byte fallback, a character that lacks a token comes as a run of byte tokens. It is shown with its last byte, and
   a byte that belongs to no character is one U+FFFD, as SentencePiece itself decodes. Here the promise has an exception:
   of a run with a fault in it the `tokenizers` library makes U+FFFD of every byte, also of those of whole characters.
-  While a run goes on nobody knows whether a fault will come, nothing that was shown is taken back, and a line break
+  While a run goes on it is not known whether a fault will come, nothing that was shown is taken back, and a line break
   after a fault is still one, which a client may have named as a stop string.
 - Otherwise text is decoded in a window over the last few tokens.
 Work and memory are linear in the number of tokens.
@@ -35,7 +35,7 @@ _PREFIX_TOKENS = 6
 _REPLACEMENT = "\ufffd"
 _MAX_UTF8_BYTES = 4
 _LOOK_BACK = 1024
-"""So many tokens of a prompt are looked at: each choice and each reader of it begins with them."""
+"""How many tokens of a prompt are looked at: each choice and each reader of it begins with them."""
 
 
 class _PanicsAreErrors:
@@ -43,8 +43,8 @@ class _PanicsAreErrors:
     guards.
 
     Its Rust code panics where a checkpoint brings it into a corner (a decoder that strips the end of a token without
-    text, for one). Python gets that as an exception that is no `Exception`: it passes everybody who ends a request that
-    has failed, and the client would wait for ever.
+    text, for one). Python gets that as a BaseException that is not an `Exception`: it passes all that ends a failed
+    request, and the client would wait for ever.
     """
 
     __slots__ = ()
@@ -229,7 +229,7 @@ class WindowDetokenizer:
         self._vocabulary = vocabulary
         self._window: list[int] = []
         self._num_shown_tokens = 0
-        """So many tokens of the window, the first ones, are shown."""
+        """How many tokens of the window, from the first on, are shown."""
         self._shown_text = ""
         """What they decode to on their own."""
         self._bytes: list[int] = []

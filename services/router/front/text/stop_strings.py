@@ -1,6 +1,6 @@
 """Finds stop strings in text that comes in pieces, and never lets a part of one out.
 
-One Knuth-Morris-Pratt automaton a stop string: linear in the text, whatever the pieces, and the automaton's state is
+One Knuth-Morris-Pratt automaton per stop string: linear in the text, whatever the pieces, and the automaton's state is
 the longest suffix of the text so far that may still become the stop string, so it is also what must be held back.
 """
 
@@ -18,7 +18,7 @@ class StopString:
         """`text` is not empty."""
         self.text = text
         self.fallback = [0] * len(text)
-        """Says how many characters still match where so many matched and the next one does not."""
+        """Says how many characters still match where this many matched and the next one does not."""
         length = 0
         for position in range(1, len(text)):
             while length and text[position] != text[length]:

@@ -33,7 +33,7 @@ _STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _SHOWN_CHARACTERS = 300
-"""So much is shown of what the library says against a file, which may hold a good part of it."""
+"""How much is shown of what the library says against a file, which may hold a good part of it."""
 
 
 class TextTokenizer:

@@ -45,7 +45,7 @@ class StandIn:
         self.calls.append(("stop", name, timeout_s))
 
     def start(self, name: str) -> None:
-        raise ConfigurationError(f"{name} is no part of this mesh")
+        raise ConfigurationError(f"{name} is not part of this mesh")
 
     def scale(self, kind: str, count: int) -> None:
         self.calls.append(("scale", kind, count))
@@ -96,7 +96,7 @@ def test_stopping_and_scaling_are_the_supervisors_and_its_refusals_are_sentences
     with LocalTarget({}) as target:
         target.stop(Node("stage-0", "stage", 11), 3.0)
         target.scale("expert", 4)
-        with pytest.raises(TargetError, match="stage-9 is no part of this mesh"):
+        with pytest.raises(TargetError, match="stage-9 is not part of this mesh"):
             target.start("stage-9")
         with pytest.raises(TargetError, match="router cannot be scaled"):
             target.scale("router", 2)

@@ -129,7 +129,7 @@ def test_a_stored_reference_is_for_its_requests_only(tmp_path: Path) -> None:
     with pytest.raises(StoredReferenceError, match="other requests"):
         read_reference(path, "abd")
     path.write_text("{}")
-    with pytest.raises(StoredReferenceError, match="is no reference"):
+    with pytest.raises(StoredReferenceError, match="is not a reference"):
         read_reference(path, "abc")
 
 

@@ -88,7 +88,7 @@ def test_weights_in_another_format_are_told_so(tmp_path: Path) -> None:
 def test_a_file_that_the_index_names_and_is_missing_is_named(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     (directory / "two.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"two\.safetensors is named in .*index\.json and missing"):
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is listed in .*index\.json but missing"):
         read_tensor_index(directory)
 
 
@@ -121,7 +121,7 @@ def test_a_second_file_beside_the_weights_is_passed_over_by_name(tmp_path: Path)
 
 
 def test_a_folder_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="so no weights"):
+    with pytest.raises(CheckpointError, match="it contains no weights"):
         read_tensor_index(tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_a_disk_that_fails_while_files_are_looked_for_is_a_sentence(
 
 def test_of_a_folder_without_weights_the_config_is_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    with pytest.raises(CheckpointError, match="so no weights"):
+    with pytest.raises(CheckpointError, match="it contains no weights"):
         fingerprint(tmp_path)
     before = fingerprint(tmp_path, has_weights=False)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')

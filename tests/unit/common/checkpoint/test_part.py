@@ -94,8 +94,8 @@ def test_the_config_of_another_model_is_found(part: Path) -> None:
         ({"experts": [8]}, "experts must be a list of numbers below 8"),
         ({"experts": None}, "experts must be a list"),
         ({"experts": [True]}, "experts must be a list"),
-        ({"source_fingerprint": ""}, "source_fingerprint must be a text"),
-        ({"model": 5}, "model must be a text"),
+        ({"source_fingerprint": ""}, "source_fingerprint must be a non-empty string"),
+        ({"model": 5}, "model must be a non-empty string"),
     ],
     ids=str,
 )

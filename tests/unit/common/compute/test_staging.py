@@ -78,7 +78,7 @@ def test_a_device_that_hangs_ends_the_wait_and_is_named() -> None:
 
     buffer = StagingBuffer(SlowMarker(1000), is_pinned=False, clock=lambda: now_s, pause=pause)
     buffer.mark()
-    with pytest.raises(DeviceError, match="the GPU hangs: a copy has not ended for 30 s"):
+    with pytest.raises(DeviceError, match="the GPU hangs: a copy has not finished for 30 s"):
         buffer.wait()
     assert now_s < 2 * HANG_S
 

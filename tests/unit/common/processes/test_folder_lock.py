@@ -28,7 +28,7 @@ def test_who_has_lost_its_lock_file_to_another_one_is_fenced(tmp_path: Path) -> 
     (tmp_path / "router.lock").unlink()
     second = lock_folder(tmp_path, "router")
     for _ in range(2):
-        with pytest.raises(FencedError, match=r"another router has taken .* this one ends"):
+        with pytest.raises(FencedError, match=r"another router has taken .* this one exits"):
             first.look_after()
     assert not second.look_after()
     second.close()

@@ -423,7 +423,7 @@ def test_the_watcher_starts_what_scaling_asked_for(mesh: LocalMesh, started: lis
 
 def test_a_name_that_is_not_there_is_a_sentence(mesh: LocalMesh) -> None:
     mesh.add("stage", "stage-0")
-    with pytest.raises(ConfigurationError, match="stage-7 is no part of this mesh; there are stage-0"):
+    with pytest.raises(ConfigurationError, match="stage-7 is not part of this mesh; it has stage-0"):
         mesh.stop("stage-7")
 
 
@@ -438,7 +438,7 @@ def test_files_of_the_state_folder_that_somebody_removed_are_made_again_and_it_i
         assert {path.name for path in mesh.state_dir.iterdir()} == {"mesh.lock", "logs"}
         with pytest.raises(ConfigurationError, match="another mesh runs"):
             lock_folder(mesh.state_dir, "mesh")
-    assert capsys.readouterr().err.count("made again") == 1
+    assert capsys.readouterr().err.count("have been recreated") == 1
 
 
 def test_a_child_that_was_killed_is_told_as_killed_and_not_by_its_last_log_line(

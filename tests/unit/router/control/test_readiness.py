@@ -72,14 +72,14 @@ def test_one_copy_on_a_node_that_lives_is_enough() -> None:
     one_suspect = with_node(evidence(), X, state=NodeState.SUSPECT)
     assert judge(one_suspect, NOW_S).ready
     both = judge(with_node(evidence(), X, Y, state=NodeState.SUSPECT), NOW_S)
-    assert both.missing == ("2 of 2 expert shards are held only by x, y: no answer",)
+    assert both.missing == ("2 of 2 expert shards are only on nodes not answering: x, y",)
     split = replace(one_suspect, shards={X: pack(np.array([True, False])), Y: pack(np.array([False, True]))})
-    assert judge(split, NOW_S).missing == ("1 of 2 expert shards are held only by x: no answer",)
+    assert judge(split, NOW_S).missing == ("1 of 2 expert shards are only on nodes not answering: x",)
 
 
 def test_a_pipeline_with_a_suspect_stage_does_not_count() -> None:
     suspect = with_node(evidence(), B, state=NodeState.SUSPECT)
-    assert judge(suspect, NOW_S).missing == ("pipeline 0: b does not answer",)
+    assert judge(suspect, NOW_S).missing == ("pipeline 0: not answering: b",)
     other = replace(PIPELINE, pipeline=PipelineId(1), holders=(A,))
     assert judge(replace(suspect, pipelines=(PIPELINE, other)), NOW_S).ready, "another one can make tokens"
 
@@ -93,7 +93,7 @@ def test_a_pipeline_through_which_nothing_has_come_yet_does_not_count() -> None:
 
 def test_a_holder_that_is_not_known_any_more_is_missing() -> None:
     nodes = {name: node for name, node in evidence().nodes.items() if name != A}
-    assert judge(evidence(nodes=nodes), NOW_S).missing == ("pipeline 0: a does not answer",)
+    assert judge(evidence(nodes=nodes), NOW_S).missing == ("pipeline 0: not answering: a",)
 
 
 def overdue(ago_s: float, *, explained_s: float = 1.5, is_measured: bool = True) -> Awaited:
@@ -104,7 +104,7 @@ def overdue(ago_s: float, *, explained_s: float = 1.5, is_measured: bool = True)
     ("field", "said"),
     [
         ("step", "pipeline 0: a step has been unanswered for 1.6 s"),
-        ("token", "pipeline 0: a request that runs has been without a token for 1.6 s"),
+        ("token", "pipeline 0: a running request has had no token for 1.6 s"),
     ],
 )
 def test_what_has_not_come_is_a_hang_once_its_pace_explains_no_more(field: str, said: str) -> None:
@@ -134,7 +134,7 @@ def test_progress_of_stages_explains_silence_only_before_anything_has_been_measu
 def test_a_request_that_is_stuck_is_a_no_although_another_pipeline_takes_new_ones() -> None:
     other = replace(PIPELINE, pipeline=PipelineId(1))
     seen = evidence(pipelines=(replace(PIPELINE, token=overdue(3)), other))
-    assert judge(seen, NOW_S).missing == ("pipeline 0: a request that runs has been without a token for 3.0 s",)
+    assert judge(seen, NOW_S).missing == ("pipeline 0: a running request has had no token for 3.0 s",)
     assert accepts_requests(seen, NOW_S)
     assert not accepts_requests(evidence(pipelines=(replace(PIPELINE, token=overdue(3)),)), NOW_S)
 

@@ -77,7 +77,7 @@ def test_a_hole_stays_a_hole_while_nobody_is_free_for_it() -> None:
     assert held(after) == "bcdef"
     assert after.holes == (slot(0, 0),)
     assert after.pipelines[PipelineId(0)] == (None, "b")
-    assert "nobody holds slot 0 of pipeline 0" in after.detail
+    assert "no node holds slot 0 of pipeline 0" in after.detail
     joined = [*(node for node in nodes("abcdefg") if node.node_id != "a")]
     assert held(plan_roles(joined, after.assignments, 2, 0)) == "gbcdef"
 
@@ -251,5 +251,5 @@ def test_each_slot_that_stays_empty_is_named_by_its_layers_and_by_who_could() ->
     nodes = [node("a", part=CheckpointPart(LayerRange(0, 5)))]
     assert describe_unfilled([], LAYERS, nodes) == ""
     assert describe_unfilled([1, 2], LAYERS, nodes) == (
-        "; nobody else has the weights of layers [3, 5); nobody has the weights of layers [5, 7)"
+        "; no other node has the weights of layers [3, 5); no node has the weights of layers [5, 7)"
     )

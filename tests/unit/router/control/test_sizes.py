@@ -74,7 +74,7 @@ def test_the_pool_is_what_the_tightest_slot_has_room_for() -> None:
 def test_a_slot_without_room_for_a_single_block_is_named_with_the_numbers() -> None:
     sizes = StageSizes(small_model(), small_mesh(), ranges(0, 2, 4))
     weights = sizes.weight_bytes(1)
-    said = f"slot 1 needs {weights} bytes of weights and {2 * BLOCK_BYTES} a KV block"
+    said = f"slot 1 needs {weights} bytes of weights and {2 * BLOCK_BYTES} per KV block"
     with pytest.raises(CapacityError, match=said):
         sizes.pool_blocks({0: PLENTY, 1: weights + 2 * BLOCK_BYTES - 1})
     assert list(sizes.too_small({0: PLENTY, 1: weights + 2 * BLOCK_BYTES - 1})) == [1]

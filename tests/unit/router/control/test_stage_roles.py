@@ -91,7 +91,7 @@ def test_without_a_replacement_the_hole_stays_and_its_neighbour_keeps_its_slot()
     assert actions == [SuspendPipeline(PipelineId(0))]
     assert roles.slot_of(NodeId("a")) == StageSlot(PipelineId(0), SlotIndex(0))
     assert roles.num_open == 0
-    assert roles.detail == "1 of 2 stage nodes; nobody holds slot 1 of pipeline 0"
+    assert roles.detail == "1 of 2 stage nodes; no node holds slot 1 of pipeline 0"
     assignments = told(roles.join(node("c")))
     assert (assignments["c"][0].slot, assignments["a"][0].slot) == (1, 0)
     assert (assignments["c"][0].lease_term, assignments["a"][0].lease_term) == (2, 1)

@@ -47,7 +47,7 @@ def test_layers_that_nobody_has_are_named(layers: LayerRange | None) -> None:
     roles = roles_of()
     roles.join(seeing("a", FIRST))
     assert roles.join(seeing("b", layers)) == []
-    assert roles.detail == f"2 of 2 stage nodes; nobody has the weights of layers [{LAST.start}, {LAST.stop})"
+    assert roles.detail == f"2 of 2 stage nodes; no node has the weights of layers [{LAST.start}, {LAST.stop})"
 
 
 def test_a_hole_that_no_spare_can_fill_is_named_by_its_layers() -> None:
@@ -55,8 +55,8 @@ def test_a_hole_that_no_spare_can_fill_is_named_by_its_layers() -> None:
     opened(roles, seeing("a", FIRST), seeing("b", LAST), seeing("c", FIRST))
     assert roles.lose(NodeId("b")) == [SuspendPipeline(PipelineId(0))]
     assert roles.detail == (
-        "2 of 2 stage nodes; nobody holds slot 1 of pipeline 0; "
-        f"nobody has the weights of layers [{LAST.start}, {LAST.stop})"
+        "2 of 2 stage nodes; no node holds slot 1 of pipeline 0; "
+        f"no node has the weights of layers [{LAST.start}, {LAST.stop})"
     )
     opened(roles, node("d"))
     assert roles.num_open == 1
@@ -65,7 +65,7 @@ def test_a_hole_that_no_spare_can_fill_is_named_by_its_layers() -> None:
 def test_who_has_the_weights_and_another_slot_is_told_apart_from_nobody() -> None:
     roles = roles_of(pp=3)
     opened(roles, seeing("a", LayerRange(0, 1)), seeing("b", LayerRange(0, 1)), node("c"))
-    assert "nobody else has the weights of layers [3, 4)" in roles.detail
+    assert "no other node has the weights of layers [3, 4)" in roles.detail
 
 
 def test_a_spare_mirrors_only_a_slot_whose_layers_it_sees() -> None:

@@ -226,7 +226,7 @@ def test_a_router_that_ends_tells_plain_clients_and_no_router_goes_on_with_their
         server.app.state.requests.release()
         server.app.state.requests.give_up()
         answer = await plain.answer()
-        assert b"the router ends, and this request with it" in answer.body
+        assert b"the router stops, and this request with it" in answer.body
         assert b"not_ready" in answer.body
         assert (answer.status, b"[DONE]" in answer.body) == ((200, True) if stream else (503, False))
         assert b"[DONE]" not in (await kept.answer()).body
@@ -343,7 +343,7 @@ def test_a_request_that_cannot_be_planned_again_is_dropped(tokenizer: TextTokeni
 def refuse_mine(tenant: str, name: str) -> None:
     """Requests of the name `mine` were set aside."""
     if name == "mine":
-        raise SetAsideError("request r: the router ended 3 times in a row while it handled this request")
+        raise SetAsideError("request r: the router crashed 3 times in a row while it handled this request")
 
 
 def test_who_asks_for_a_request_that_was_set_aside_is_told_why(tokenizer: TextTokenizer, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_weights_that_no_node_has_are_missing_in_words_until_somebody_comes_who_
     mesh.hello("x", EXPERT, part=CheckpointPart(experts=frozenset({0})))
     assert missing(mesh) == (
         "no expert node has the weights of experts 1, 2",
-        f"no pipeline is open (2 of 2 stage nodes; nobody has the weights of layers [{last.start}, {last.stop}))",
+        f"no pipeline is open (2 of 2 stage nodes; no node has the weights of layers [{last.start}, {last.stop}))",
     )
     mesh.hello("y", EXPERT, part=CheckpointPart(experts=frozenset(range(1, EXPERTS))))
     mesh.hello("c", part=CheckpointPart(last))

@@ -218,7 +218,7 @@ def test_a_suspect_stage_is_not_ready_at_once(mesh: FakeMesh) -> None:
     mesh.turn(0.2)
     mesh.client.events.append((node("b").node_id, LinkEvent.CLOSED))
     mesh.turn(0.11)
-    assert mesh.loop.status.readiness.missing == ("pipeline 0: b does not answer",)
+    assert mesh.loop.status.readiness.missing == ("pipeline 0: not answering: b",)
 
 
 def test_ready_is_false_within_two_seconds_of_the_last_token_after_any_number_of_failed_steps(mesh: FakeMesh) -> None:

@@ -186,7 +186,7 @@ def test_redundancy_that_is_missing_is_a_warning_until_it_is_back() -> None:
     mesh.live(6.0)
     readiness = mesh.loop.status.readiness
     assert readiness.ready, readiness.detail
-    assert readiness.warnings == ("1 slots of pipelines have no mirror that could take over",)
+    assert readiness.warnings == ("slots without a mirror that could take over: 1",)
     mesh.fate = faithful
     mesh.live(4.0)
     assert mesh.loop.status.readiness.warnings == ()
@@ -214,7 +214,7 @@ def test_a_safety_copy_that_is_not_loaded_is_a_warning() -> None:
     mesh.live(6.0)
     assert mesh.loop.status.redundancy.copies_to_load == LAYERS * EXPERTS
     (warning,) = mesh.loop.status.readiness.warnings
-    assert "not loaded yet" in warning
+    assert "yet to be loaded" in warning
     mesh.fate = faithful
     mesh.live(4.0)
     assert mesh.loop.status.readiness.warnings == ()

@@ -73,7 +73,7 @@ def test_what_was_told_once_is_gone_on_with_until_the_sequence_is_released() -> 
     again = kept.apply(step_of(adjusted=[(1, 3, 0)]), np.array([9, 7]))
     assert again is not None
     assert (again.bias_places.tolist(), again.biases.tolist()) == ([[1, 3]], [1.5])
-    with pytest.raises(ProtocolError, match="sequence 7, of which nothing is kept"):
+    with pytest.raises(ProtocolError, match="sequence 7, which is not known here"):
         kept.apply(step_of(adjusted=[(0, 3, 0)], released=[7]), np.array([7]))
     assert len(kept) == 0
 

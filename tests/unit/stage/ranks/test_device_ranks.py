@@ -333,7 +333,7 @@ def test_a_group_waits_for_the_lost_where_those_that_are_left_have_no_room(tmp_p
         ranks.lose(1)
         threading.Timer(0.3, ranks.start, [1]).start()
         group.reform()
-        said = [call.kwargs for call in ranks.log._logger.calls if call.kwargs["event"] == "ranks_are_waited_for"]
+        said = [call.kwargs for call in ranks.log._logger.calls if call.kwargs["event"] == "waiting_for_ranks"]
         assert len(said) == 1, "once"
         assert said[0]["reason"].startswith("with 1 ranks each needs ")
         assert group.best() == 2

@@ -104,4 +104,4 @@ def test_without_memory_for_both_parts_it_stays_as_it_is_and_says_so(ranks: Thre
         assert ranks.group.may_grow()
         keeper.grow()
         assert not ranks.group.may_grow(), "it looks again later"
-        assert any(call.kwargs["event"] == "ranks_do_not_grow" for call in ranks.log._logger.calls)
+        assert any(call.kwargs["event"] == "rank_growth_postponed" for call in ranks.log._logger.calls)

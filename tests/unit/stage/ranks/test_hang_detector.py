@@ -35,7 +35,7 @@ def test_one_that_goes_on_in_time_is_not() -> None:
 
 def test_one_that_sleeps_while_it_is_waited_for_hangs() -> None:
     trouble, after_s = first_trouble("S", 5, waits=True)
-    assert trouble == "it sleeps while it is waited for"
+    assert trouble == "it sleeps while rank 0 waits for it"
     assert after_s < ASLEEP_S + 3 * INTERVAL_S
 
 

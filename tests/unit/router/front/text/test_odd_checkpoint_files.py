@@ -231,7 +231,7 @@ def test_half_a_surrogate_pair_is_named_by_file_and_key(
     write(tmp_path, {name: content})
     with pytest.raises(CheckpointError) as refused:
         TextTokenizer.from_directory(tmp_path)
-    assert refused.value.message == f"{name}: {place} holds half of a surrogate pair, which is no character"
+    assert refused.value.message == f"{name}: {place} holds half of a surrogate pair, which is not a character"
 
 
 @pytest.mark.parametrize(("content", "key"), [({"<a>": "400"}, "<a>"), ({"<a>": -1}, "<a>"), ({"<a>": [1]}, "<a>")])
