@@ -6,8 +6,8 @@ The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 
 with the version (a message of one version that became another's on its way must not go unseen). The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
-anything is handed on. Versions N and N-1 are understood: fields that N added have defaults, and a message of N-1 may
-lack them. Nothing is ever unpickled.
+anything is handed on. A version that has only added fields understands the one before: such fields have defaults, and
+an older message may lack them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
