@@ -137,7 +137,7 @@ class Run:
 
     async def _run_faults(self, observer: Observer, load: ClientLoad) -> None:
         self._begin("faults")
-        watching = asyncio.create_task(observer.watch())
+        watching = [asyncio.create_task(watch()) for watch in (observer.watch, observer.watch_harness)]
         began_s = self.clock()
         load.start()
         try:
@@ -150,12 +150,13 @@ class Run:
             # Not awaited piece by piece: this runs also when the run is being cancelled.
             self._heal_all()
             load.stop()
-            for task in (*load.tasks, watching):
+            for task in (*load.tasks, *watching):
                 task.cancel()
-            await asyncio.gather(*load.tasks, watching, return_exceptions=True)
-        if not watching.cancelled() and (error := watching.exception()) is not None:
-            # Nothing was known to be whole from then on.
-            raise CannotRunError(f"the observer failed: {error!r}")
+            await asyncio.gather(*load.tasks, *watching, return_exceptions=True)
+        for task in watching:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # Nothing was known to be whole from then on.
+                raise CannotRunError(f"the observer failed: {error!r}")
 
     async def _wait_all_stream(self, since_s: float, timeout_s: float) -> None:
         await self._wait_until(lambda: self._progress.all_since(since_s, self.experiment.load.streams), timeout_s)

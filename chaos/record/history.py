@@ -199,6 +199,13 @@ class ProcessSeen(Event):
     num_sockets: int
 
 
+@dataclass(frozen=True, slots=True)
+class HarnessLate(Event):
+    """The harness itself stood still until now; what it has seen late then may have been there in time."""
+
+    late_s: float
+
+
 KINDS: dict[str, type[Event]] = {
     "run_began": RunBegan,
     "phase_began": PhaseBegan,
@@ -218,6 +225,7 @@ KINDS: dict[str, type[Event]] = {
     "nodes_seen": NodesSeen,
     "metrics_sample": MetricsSeen,
     "process_sample": ProcessSeen,
+    "harness_late": HarnessLate,
 }
 """The kinds of events, by the name that a line has for them."""
 _NAMES = {kind: name for name, kind in KINDS.items()}

@@ -15,6 +15,7 @@ from chaos.record.history import (
     Asked,
     Ended,
     Event,
+    HarnessLate,
     MetricsSeen,
     NodesSeen,
     ProcessSeen,
@@ -29,6 +30,9 @@ _LEFT_OUT = ("_bucket", "_created")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 LOOK_EVERY_S = 0.25
 RECORD_EVERY_S = 1.0
+TICK_S = 0.05
+LATE_FROM_S = 0.1
+"""A harness that comes less late is not noted: the shortest bound on a gap is 0.15 s."""
 WHOLE_FOR_S = 1.0
 """The mesh must look whole for this long, since a death is noticed only after a moment."""
 
@@ -86,6 +90,15 @@ class Observer:
         while True:
             await self.look()
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def watch_harness(self) -> None:
+        """Notes when this process itself comes late, until it is cancelled."""
+        while True:
+            due_s = self.clock() + TICK_S
+            await asyncio.sleep(TICK_S)
+            now_s = self.clock()
+            if now_s - due_s >= LATE_FROM_S:
+                self.record(HarnessLate(now_s, now_s - due_s))
 
     async def look(self) -> None:
         """Looks once which processes run and what /metrics says; a missing answer counts as an empty one."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from chaos.record.history import Event, FaultApplied, FaultHealed, MeshWhole, Tokens
+from chaos.record.history import Event, FaultApplied, FaultHealed, HarnessLate, MeshWhole, Tokens
 from chaos.record.operations import Operation
 from chaos.target import Node
 from chaos.verdicts.verdict import percentile
@@ -49,6 +49,8 @@ class FaultOutcome:
     """It hurt one node at most, and no other fault was being recovered from meanwhile."""
     tpot_p99_s: float = 0.0
     """Seconds a token of the same answers, each as a whole."""
+    harness_late_s: float = 0.0
+    """The longest time that the harness itself stood still meanwhile; a gap may be its own."""
 
     @property
     def has_hit(self) -> bool:
@@ -112,6 +114,7 @@ def _end_of(operation: Operation) -> float:
 def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usual_s: float) -> list[FaultOutcome]:
     """Says of each fault what it did. `operations` were asked under faults; a gap of `usual_s` is usual without any."""
     applied = [event for event in events if isinstance(event, FaultApplied)]
+    lates = [event for event in events if isinstance(event, HarnessLate)]
     times = _Times()
     for event in events:
         if isinstance(event, FaultHealed):
@@ -126,7 +129,9 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
         begin_s, whole_s = spans[fault.fault]
         others = [span for number, span in spans.items() if number != fault.fault]
         is_alone = len(fault.victims) <= 1 and not any(b < whole_s and begin_s < e for b, e in others)
-        found.append(_outcome(fault, times, next_s[fault.fault], operations, usual_s, is_alone))
+        outcome = _outcome(fault, times, next_s[fault.fault], operations, usual_s, is_alone)
+        late_s = [late.late_s for late in lates if begin_s <= late.at_s and late.at_s - late.late_s <= outcome.until_s]
+        found.append(replace(outcome, harness_late_s=max(late_s, default=0.0)))
     return found
 
 

@@ -149,8 +149,10 @@ def _stall_verdict(outcomes: Sequence[FaultOutcome], bounds: Mapping[str, float]
         # What holds while a copy is left does not hold for several at once.
         bound_s = bound_for(bounds, outcome.kind, outcome.victim_kinds if outcome.is_alone else ())
         if outcome.gap_p99_s > bound_s:
+            late_s = outcome.harness_late_s
+            own = f"; the harness itself stood still for {late_s:.2f} s meanwhile" if late_s else ""
             damage.append(
-                f"{outcome.title}: longest extra gap {outcome.gap_p99_s:.2f} s (p99), the bound is {bound_s:g} s"
+                f"{outcome.title}: longest extra gap {outcome.gap_p99_s:.2f} s (p99), the bound is {bound_s:g} s{own}"
             )
     hit = [outcome for outcome in outcomes if outcome.has_hit]
     gaps = [outcome.gap_p99_s for outcome in hit]

@@ -160,7 +160,7 @@ def _fault_row(outcome: FaultOutcome) -> list[str]:
         f"{outcome.applied_s:.1f}",
         outcome.kind,
         ", ".join(node.name for node in outcome.victims),
-        ", ".join(role or "?" for role in outcome.roles),
+        ", ".join(role or node.kind for role, node in zip(outcome.roles, outcome.victims, strict=False)),
         str(outcome.num_streams),
         f"{outcome.gap_p50_s:.2f}",
         f"{outcome.gap_p99_s:.2f}",

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chaos.record import observer as observer_module
-from chaos.record.history import Asked, Ended, Event, NodesSeen, Tokens
-from chaos.record.observer import Observer, Progress, is_whole, sample_process, sum_metrics
+from chaos.record.history import Asked, Ended, Event, HarnessLate, NodesSeen, Tokens
+from chaos.record.observer import TICK_S, Observer, Progress, is_whole, sample_process, sum_metrics
 from chaos.target import Node, TargetError
 from chaos.targets.catalog import RemoteTarget, TargetRequest, make_target
 from tests.support.chaos.server import FakeMesh
@@ -95,6 +95,27 @@ def test_a_lost_node_makes_the_mesh_not_whole_until_it_is_back(monkeypatch: pyte
 
     asyncio.run(run())
     assert [len(event.nodes) for event in record if isinstance(event, NodesSeen)] == [5, 4, 5]
+
+
+def test_a_harness_that_stood_still_notes_how_long() -> None:
+    mesh, record, now = FakeMesh(), list[Event](), [0.0]
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=mesh.transport) as http:
+            noted = asyncio.Event()
+
+            def note(event: Event) -> None:
+                record.append(event)
+                noted.set()
+
+            watching = asyncio.create_task(Observer(http, ListedTarget(), note, lambda: now[0]).watch_harness())
+            await asyncio.sleep(0)
+            now[0] = 1.0 + TICK_S
+            await asyncio.wait_for(noted.wait(), 10)
+            watching.cancel()
+
+    asyncio.run(run())
+    assert record == [HarnessLate(1.0 + TICK_S, 1.0)]
 
 
 def test_progress_knows_who_is_in_mid_answer() -> None:

@@ -13,6 +13,7 @@ from chaos.record.history import (
     FaultApplied,
     FaultHealed,
     FaultSkipped,
+    HarnessLate,
     MeshWhole,
     Tokens,
 )
@@ -42,6 +43,15 @@ def test_a_stall_below_its_bound_is_held_and_the_bound_is_of_kind_and_victim() -
     assert outcome.gap_max_s == pytest.approx(2.0, abs=0.01)
     assert outcome.gap_p50_s == pytest.approx(0.0, abs=0.01)
     assert outcome.tokens_again_s == pytest.approx(2.0 + STEP_S / 2, abs=0.01)
+
+
+@pytest.mark.parametrize(("at_s", "is_told"), [(FAULT_S + 1.9, True), (FAULT_S - 0.1, False)])
+def test_a_stall_beside_which_the_harness_stood_still_is_broken_and_says_so(at_s: float, is_told: bool) -> None:
+    events = [*later(good_history(), "run-0", FAULT_S, 2.0), HarnessLate(at_s, 1.8)]
+    bounds = Bounds(stall_s={"default": 1.0})
+    assert broken(events, bounds) == {"stalls"}
+    (verdict,) = (verdict for verdict in judge(events, bounds).verdicts if verdict.name == "stalls")
+    assert ("the harness itself stood still for 1.80 s meanwhile" in verdict.sentence) == is_told
 
 
 def test_a_gap_before_the_fault_is_not_put_down_to_it() -> None:
