@@ -66,7 +66,7 @@ from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent, merge_events
 from services.router.front.text.detokenizer import Vocabulary
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.records import NoJournal, RequestJournal
+from services.router.journal.records import RequestJournal
 
 MAX_KEY_CHARACTERS = 255
 ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
@@ -91,7 +91,7 @@ def create_app(
     restores, releases and closes `app.state.requests`; `app.state.refuse_connection` is what answers where there are
     too many connections.
     """
-    kept = NoJournal() if journal is None else journal
+    kept = RequestJournal() if journal is None else journal
     metrics = FrontMetrics(registry)
     planner = RequestPlanner(tokenizer, settings, lambda: engine.max_context_tokens)
     requests = RequestRegistry(engine, kept, planner, metrics, settings=settings, wall_clock=wall_clock)

@@ -28,7 +28,7 @@ from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged, open_database
 from services.router.journal.queue import JournalQueue, LedgerRequest, WaitingStep, settle
-from services.router.journal.records import AcceptedRequest, JournalledRequest, encode_step
+from services.router.journal.records import AcceptedRequest, JournalledRequest, RequestJournal, encode_step
 from services.router.journal.store import JournalStore, LogBuffer, Run
 
 log = structlog.get_logger(__name__)
@@ -59,7 +59,7 @@ class JournalCounts:
     restored_requests: int = 0
 
 
-class Journal:
+class Journal(RequestJournal):
     """Open it with `open_journal`. It is safe in several threads; `append` and `tick` belong to the mesh thread."""
 
     def __init__(

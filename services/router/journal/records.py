@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -110,8 +110,11 @@ class StepRecord:
         return bool(self.tokens or self.placements or self.failures or self.ends)
 
 
-class RequestJournal(Protocol):
-    """What the front asks of the journal. It may be asked in any thread, and never waits for a disk."""
+class RequestJournal:
+    """What the front asks of the journal. It may be asked in any thread, and never waits for a disk.
+
+    This one is that of JOURNAL=off: it keeps nothing, and nothing outlives the process.
+    """
 
     def accept(self, accepted: AcceptedRequest) -> Future[None]:
         """Returns what is done when the request is written; then it may begin. It raises JournalError (it must not
@@ -119,54 +122,26 @@ class RequestJournal(Protocol):
 
         A caller that gives up waiting says so with `end`.
         """
-        ...
+        return _done(None)
 
     def receipt(self, reply_id: str) -> int:
         """Returns what stands for all tokens of it that were handed on so far; to be asked before `end`."""
-        ...
+        return 0
 
     def has_written(self, receipt: int) -> bool:
         """Says whether all of that is in the journal now."""
-        ...
+        return False
 
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """Hears that nothing more comes for it: it is deleted, or kept for the retention time with what it failed by.
         That is written within a second. One that was kept is deleted before its time."""
-        ...
 
     def flush(self) -> Future[bool]:
         """Writes what `end` left to be written; False if the disk does not take it. Raises FencedError."""
-        ...
-
-    def trouble(self) -> str | None:
-        """Says why no request can be accepted now; None while nothing is wrong."""
-        ...
-
-
-class NoJournal:
-    """The journal of JOURNAL=off: nothing outlives the process."""
-
-    def accept(self, accepted: AcceptedRequest) -> Future[None]:
-        """Keeps nothing."""
-        return _done(None)
-
-    def receipt(self, reply_id: str) -> int:
-        """Stands for nothing."""
-        return 0
-
-    def has_written(self, receipt: int) -> bool:
-        """Says that nothing was."""
-        return False
-
-    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
-        """Has nothing to delete."""
-
-    def flush(self) -> Future[bool]:
-        """Has nothing left to write."""
         return _done(True)
 
     def trouble(self) -> str | None:
-        """Knows of none."""
+        """Says why no request can be accepted now; None while nothing is wrong."""
         return None
 
 

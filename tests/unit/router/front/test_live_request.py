@@ -20,7 +20,7 @@ from services.router.front.registry import RequestRegistry
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.records import JournalledChoice, NoJournal
+from services.router.journal.records import JournalledChoice, RequestJournal
 from tests.support.front.fake_engine import FakeEngine, Fault, Pause
 from tests.support.front.journalling_front import (
     CHAT,
@@ -42,7 +42,7 @@ async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int =
     settings, metrics = FrontSettings("tiny"), FrontMetrics(CollectorRegistry())
     planner = RequestPlanner(tokenizer, settings, lambda: engine.max_context_tokens)
     registry = RequestRegistry(
-        engine, NoJournal(), planner, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
+        engine, RequestJournal(), planner, metrics, settings=settings, clock=lambda: 0.0, wall_clock=lambda: 0.0
     )
     fields = {"model": "tiny", "prompt": [5], "max_tokens": 50, "n": num_choices, "stop": list(stop_strings)}
     body = json.dumps(fields).encode()

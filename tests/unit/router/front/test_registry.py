@@ -17,7 +17,7 @@ from services.router.front.planning import PlannedRequest, ReplyIdentity, Reques
 from services.router.front.registry import RequestRegistry
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.records import JournalledChoice, JournalledRequest, NoJournal
+from services.router.journal.records import JournalledChoice, JournalledRequest, RequestJournal
 from tests.support.front.fake_engine import FakeEngine, Pause
 from tests.support.front.journals import accepted
 
@@ -46,7 +46,7 @@ class Front:
         self.gates = planner.gates = {name: asyncio.Event() for name in slow}
         self.registry = RequestRegistry(
             engine,
-            NoJournal(),
+            RequestJournal(),
             planner,
             FrontMetrics(CollectorRegistry()),
             settings=FrontSettings("tiny"),
