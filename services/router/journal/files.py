@@ -23,7 +23,6 @@ REQUEST_COLUMNS = (
     "number, reply_id, created_s, accepted_s, route, tenant, client_request_id, idempotency_key, body_hash, body, "
     "seed, is_resumable, choice_ids"
 )
-NUM_REQUEST_COLUMNS = REQUEST_COLUMNS.count(",") + 1
 # `checksum` is of the other columns of its row: SQLite's own check sees where rows lie, not what stands in them.
 _SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;

@@ -27,9 +27,9 @@ from common.ids import RequestId, SequenceId
 from services.router.engine import Token
 from services.router.journal.disk_thread import Disk
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged, open_database
-from services.router.journal.queue import JournalQueue, LedgerRequest, WaitingStep, settle
-from services.router.journal.records import AcceptedRequest, JournalledRequest, RequestJournal, encode_step
-from services.router.journal.store import JournalStore, LogBuffer, Run
+from services.router.journal.queue import JournalQueue, LedgerRequest, settle
+from services.router.journal.records import AcceptedRequest, JournalledRequest, RequestJournal, StepRecord, encode_step
+from services.router.journal.store import JournalStore, Run
 
 log = structlog.get_logger(__name__)
 
@@ -246,7 +246,8 @@ class JournalWriter:
         self._queue = queue
         self._check_term = check_term
         self._clock = clock
-        self._in_log = LogBuffer()
+        self._in_log: list[StepRecord] = []
+        """Steps that stand in the log and not yet in the other tables."""
         self.failed_s = float("-inf")
         """When the disk last refused steps."""
         self.is_lost = False
@@ -257,7 +258,8 @@ class JournalWriter:
     def restore(self) -> dict[int, JournalledRequest]:
         """Reads the file, once, at the start, in any thread. Raises ValueError and sqlite3.Error."""
         requests, self._in_log = self._store.read()
-        self._queue.ledger.last_number = max([0, *requests, *self._in_log.ends])
+        ended = [request for step in self._in_log for request, _, _ in step.ends]
+        self._queue.ledger.last_number = max([0, *requests, *ended])
         for request in requests.values():
             self._queue.ledger.restore(request)
         return requests
@@ -302,7 +304,7 @@ class JournalWriter:
             steps, newest = list(self._queue.backlog), self._queue.last_step
         is_written = True
         if steps:
-            encoded = [encode_step(step.record) for step in steps]
+            encoded = [encode_step(step) for step in steps]
             is_written = self._commit(lambda: self._store.append_steps(encoded), steps)
         if not is_written:
             self.failed_s = self._clock()
@@ -333,12 +335,12 @@ class JournalWriter:
             return
         runs: list[Run] = []
         if self._commit(lambda: runs.extend(self._store.compact(self._in_log, expired))):
-            self._in_log = LogBuffer()
+            self._in_log = []
             with self._queue.lock:
                 self._queue.expired.difference_update(expired)
             self._keep_runs(runs)
 
-    def _commit(self, write: Callable[[], None], steps: Sequence[WaitingStep] = ()) -> bool:
+    def _commit(self, write: Callable[[], None], steps: Sequence[StepRecord] = ()) -> bool:
         """Does `write`, and counts it if the disk takes it. Then `steps`, which are what it logs, wait no longer."""
         started_s = self._clock()
         if not self._write(write):
@@ -347,7 +349,7 @@ class JournalWriter:
         self.counts.commit_s += self._clock() - started_s
         for step in steps:
             if self._queue.note_written(step):  # else the files were written again, and have it
-                self._in_log.add(step.record)
+                self._in_log.append(step)
         return True
 
     def _write(self, write: Callable[[], None]) -> bool:
@@ -377,11 +379,8 @@ class JournalWriter:
             log.error("journal_gone", detail="its files were removed or changed by something else")
         with self._queue.lock:
             requests, steps = self._queue.ledger.requests(), list(self._queue.backlog)
-        buffer = self._in_log.copy()
-        for step in steps:
-            buffer.add(step.record)
-        runs = self._store.rewrite(requests, buffer)
-        self._in_log = LogBuffer()
+        runs = self._store.rewrite(requests, [*self._in_log, *steps])
+        self._in_log = []
         self._keep_runs(runs)
         for step in steps:
             self._queue.note_written(step)

@@ -141,15 +141,6 @@ class Ledger:
             self._open_choices.pop(choice_id, None)
 
 
-@dataclass(frozen=True, slots=True)
-class WaitingStep:
-    """What one group commit brings."""
-
-    number: int
-    """It ascends."""
-    record: StepRecord
-
-
 class JournalQueue:
     """Holds what waits. `lock` is held for a moment only, and never while a disk is waited for."""
 
@@ -157,7 +148,7 @@ class JournalQueue:
         self.wall_clock = wall_clock
         self.lock = threading.RLock()
         self.ledger = Ledger()
-        self.backlog: deque[WaitingStep] = deque()
+        self.backlog: deque[StepRecord] = deque()
         """Steps that the disk has not taken, oldest first."""
         self.accepting: dict[LedgerRequest, Future[None]] = {}
         """Requests that may begin once they are written, with what is done then."""
@@ -183,13 +174,9 @@ class JournalQueue:
     def append(self, outcomes: Sequence[tuple[RequestId, Token | MoemeshError]], then: Callable[[], None]) -> None:
         """Adds one step; `then` hands it on. One that brings nothing to be written goes with the step before it."""
         with self.lock:
-            number = self.last_step + 1
-            record, self._pending = self._pending, StepRecord()
             for request_id, outcome in outcomes:
-                self._add_outcome(record, number, request_id, outcome)
-            if record:
-                self.last_step = number
-                self.backlog.append(WaitingStep(number, record))
+                self._add_outcome(request_id, outcome)
+            self.push_pending()
             self._undelivered.append((self.last_step, then))
 
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
@@ -217,10 +204,11 @@ class JournalQueue:
     def push_pending(self) -> None:
         """Makes a step of what waits for the next one."""
         with self.lock:
-            record, self._pending = self._pending, StepRecord()
-            if record:
+            if self._pending:
                 self.last_step += 1
-                self.backlog.append(WaitingStep(self.last_step, record))
+                self._pending.number = self.last_step
+                self.backlog.append(self._pending)
+                self._pending = StepRecord()
 
     def expire(self, before_s: float) -> None:
         """Lets the next compaction delete what ended before that."""
@@ -234,20 +222,18 @@ class JournalQueue:
             # A later step of it may be under way to the disk; its client has nothing of that one.
             return 0 if request is None else min(request.last_step, self._delivered_step)
 
-    def _add_outcome(
-        self, record: StepRecord, number: int, request_id: RequestId, outcome: Token | MoemeshError
-    ) -> None:
+    def _add_outcome(self, request_id: RequestId, outcome: Token | MoemeshError) -> None:
         found = self.ledger.open_choice(request_id)
         if found is None:
             return
         request, choice = found
-        request.last_step = number
+        request.last_step = self.last_step + 1
         if isinstance(outcome, Token):
-            record.tokens.append((choice.number, choice.num_tokens, outcome))
+            self._pending.tokens.append((choice.number, choice.num_tokens, outcome))
             choice.num_tokens += 1
         else:
             choice.failure = outcome.code, outcome.message
-            record.failures.append((choice.number, outcome.code, outcome.message))
+            self._pending.failures.append((choice.number, outcome.code, outcome.message))
 
     # ---- what waits
 
@@ -258,7 +244,7 @@ class JournalQueue:
                 self._delivered_step, then = self._undelivered.popleft()
                 then()
 
-    def note_written(self, step: WaitingStep) -> bool:
+    def note_written(self, step: StepRecord) -> bool:
         """Removes the step from those that wait. Returns False if it was written another way before."""
         with self.lock:
             if not self.backlog or self.backlog[0] is not step:

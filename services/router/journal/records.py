@@ -97,6 +97,8 @@ class JournalledRequest:
 class StepRecord:
     """Everything that is written in one group commit. Choices and requests are told by their numbers in the journal."""
 
+    number: int = 0
+    """It ascends while a router lives; it is not written."""
     tokens: list[tuple[int, int, Token]] = field(default_factory=list)
     """(choice, position, token)."""
     placements: list[tuple[int, int]] = field(default_factory=list)
@@ -157,10 +159,10 @@ def decode_step(data: bytes) -> StepRecord:
     try:
         tokens, placements, failures, ends = msgpack.unpackb(data, use_list=False)
         return StepRecord(
-            [(choice, position, _token(fields)) for choice, position, *fields in tokens],
-            list(placements),
-            list(failures),
-            list(ends),
+            tokens=[(choice, position, _token(fields)) for choice, position, *fields in tokens],
+            placements=list(placements),
+            failures=list(failures),
+            ends=list(ends),
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ValueError(f"a step of the journal cannot be read: {error}") from error

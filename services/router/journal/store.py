@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ import xxhash
 from common.ids import RequestId, SequenceId
 from services.router.engine import Token
 from services.router.journal.files import (
-    NUM_REQUEST_COLUMNS,
     REQUEST_COLUMNS,
     LostFilesError,
     look_at,
@@ -50,35 +49,21 @@ MAX_ROWS = 400
 full leaves far more to write."""
 
 
-@dataclass(slots=True)
-class LogBuffer:
-    """Holds what stands in the log and not yet in the other tables."""
+class LogContent:
+    """What steps of the log say together, as the other tables have it."""
 
-    tokens: dict[int, tuple[int, list[Token]]] = field(default_factory=dict)
-    """choice -> (position of the first, tokens)."""
-    placements: dict[int, int] = field(default_factory=dict)
-    failures: dict[int, tuple[str, str]] = field(default_factory=dict)
-    ends: dict[int, tuple[float, bool]] = field(default_factory=dict)
-
-    def add(self, record: StepRecord) -> None:
-        """Adds a step that was written to the log."""
-        for choice, position, token in record.tokens:
-            self.tokens.setdefault(choice, (position, []))[1].append(token)
-        self.placements.update(record.placements)
-        self.failures.update({choice: (code, message) for choice, code, message in record.failures})
-        self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in record.ends})
-
-    def copy(self) -> LogBuffer:
-        """Returns one that may be added to."""
-        return LogBuffer(
-            {choice: (first, list(tokens)) for choice, (first, tokens) in self.tokens.items()},
-            dict(self.placements),
-            dict(self.failures),
-            dict(self.ends),
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self.tokens or self.placements or self.failures or self.ends)
+    def __init__(self, steps: Iterable[StepRecord]) -> None:
+        self.tokens: dict[int, tuple[int, list[Token]]] = {}
+        """choice -> (position of the first, tokens)."""
+        self.placements: dict[int, int] = {}
+        self.failures: dict[int, tuple[str, str]] = {}
+        self.ends: dict[int, tuple[float, bool]] = {}
+        for step in steps:
+            for choice, position, token in step.tokens:
+                self.tokens.setdefault(choice, (position, []))[1].append(token)
+            self.placements.update(step.placements)
+            self.failures.update({choice: (code, message) for choice, code, message in step.failures})
+            self.ends.update({request: (ended_s, is_kept) for request, ended_s, is_kept in step.ends})
 
 
 Run = tuple[int, int, bytes]
@@ -103,7 +88,7 @@ class JournalStore:
     def insert_request(self, number: int, accepted: AcceptedRequest) -> None:
         """Inserts a request, which is committed when this returns."""
         with self._noted():
-            self._connection.execute(_insert("requests", NUM_REQUEST_COLUMNS), seal(_request_row(number, accepted)))
+            _insert_all(self._connection, requests=[_request_row(number, accepted)])
 
     def append_steps(self, steps: Sequence[bytes]) -> None:
         """Appends in one transaction, and few statements: each one lets another thread have the interpreter for a
@@ -116,17 +101,18 @@ class JournalStore:
             for first in range(0, len(steps), MAX_ROWS):
                 _insert_steps(connection, steps[first : first + MAX_ROWS])
 
-    def compact(self, buffer: LogBuffer, expired: Iterable[int]) -> list[Run]:
-        """Empties the log, whose content is `buffer`; deletes what ended and is not kept, and the expired requests.
+    def compact(self, steps: Iterable[StepRecord], expired: Iterable[int]) -> list[Run]:
+        """Empties the log, which has these steps; deletes what ended and is not kept, and the expired requests.
 
         Returns the runs of tokens that were written.
         """
-        dropped = {request for request, (_, is_kept) in buffer.ends.items() if not is_kept} | set(expired)
-        runs = _runs(buffer, dropped)
+        content = LogContent(steps)
+        dropped = {request for request, (_, is_kept) in content.ends.items() if not is_kept} | set(expired)
+        runs = _runs(content, dropped)
         with self._noted(), self._transaction() as run:
-            ends = [(request, ended_s) for request, (ended_s, is_kept) in buffer.ends.items() if is_kept]
-            failures = [(choice, *failure) for choice, failure in buffer.failures.items()]
-            _insert_all(run, segments=runs, placements=list(buffer.placements.items()), failures=failures, ends=ends)
+            ends = [(request, ended_s) for request, (ended_s, is_kept) in content.ends.items() if is_kept]
+            failures = [(choice, *failure) for choice, failure in content.failures.items()]
+            _insert_all(run, segments=runs, placements=list(content.placements.items()), failures=failures, ends=ends)
             run.executemany("DELETE FROM requests WHERE number = ?", [(request,) for request in dropped])
             ranges = [(request * MAX_CHOICES, (request + 1) * MAX_CHOICES) for request in dropped]
             run.executemany("DELETE FROM ends WHERE request = ?", [(request,) for request in dropped])
@@ -135,10 +121,10 @@ class JournalStore:
             run.execute("DELETE FROM log")
         return runs
 
-    def rewrite(self, requests: Sequence[LedgerRequest], buffer: LogBuffer) -> list[Run]:
-        """Makes a new file in the place of one that is gone: `requests`, and the tokens that are only in `buffer`.
+    def rewrite(self, requests: Sequence[LedgerRequest], steps: Iterable[StepRecord]) -> list[Run]:
+        """Makes a new file in the place of one that is gone: `requests`, and the tokens that are only in `steps`.
 
-        Returns the runs of tokens of `buffer`. A file that something else has put there is moved aside.
+        Returns the runs of tokens of `steps`. A file that something else has put there is moved aside.
         """
         with suppress(sqlite3.Error):  # the files that it was of are gone: nothing of it is missed
             self._connection.close()
@@ -146,7 +132,7 @@ class JournalStore:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         move_aside(self._path)
         numbers = {request.number for request in requests}
-        runs = [run for run in _runs(buffer, ()) if run[0] // MAX_CHOICES in numbers]
+        runs = [run for run in _runs(LogContent(steps)) if run[0] // MAX_CHOICES in numbers]
         self._connection = open_database(self._path, self._model, self._is_synchronous)
         try:
             with self._transaction() as run:
@@ -171,8 +157,8 @@ class JournalStore:
                     raise LostFilesError(f"{self._path} is gone, or another file")
             self._left_as = now
 
-    def read(self) -> tuple[dict[int, JournalledRequest], LogBuffer]:
-        """Returns every request by its number, in the order of their acceptance, and what the log holds.
+    def read(self) -> tuple[dict[int, JournalledRequest], list[StepRecord]]:
+        """Returns every request by its number, in the order of their acceptance, and the steps that the log holds.
 
         Raises ValueError if a row is not what was written.
         """
@@ -183,18 +169,17 @@ class JournalStore:
             )
             for number, *row in self._rows("requests", REQUEST_COLUMNS)
         }
-        buffer = LogBuffer()
-        for (data,) in self._rows("log", "step", "number"):
-            buffer.add(decode_step(data))
-        self._read_choices(requests.values(), buffer)
-        for number, (ended_s, is_kept) in buffer.ends.items():
+        steps = [decode_step(data) for (data,) in self._rows("log", "step", "number")]
+        content = LogContent(steps)
+        self._read_choices(requests.values(), content)
+        for number, (ended_s, is_kept) in content.ends.items():
             if number in requests:
                 ended = requests.pop(number)
                 if is_kept:
                     requests[number] = replace(ended, ended_s=ended_s)
-        return dict(sorted(requests.items())), buffer
+        return dict(sorted(requests.items())), steps
 
-    def _read_choices(self, requests: Iterable[JournalledRequest], buffer: LogBuffer) -> None:
+    def _read_choices(self, requests: Iterable[JournalledRequest], content: LogContent) -> None:
         """Gives each choice what the tables and the log have of it. What would leave a hole is dropped: the mesh makes
         the same tokens again."""
         choices = {
@@ -205,15 +190,15 @@ class JournalStore:
         for number, first, data in self._rows("segments", "choice, first, tokens"):
             if count_tokens(data) and number in choices and first == choices[number].num_tokens:
                 choices[number].runs.append((first, data))
-        placements = dict(self._rows("placements", "choice, sequence_id")) | buffer.placements
+        placements = dict(self._rows("placements", "choice, sequence_id")) | content.placements
         failures = {choice: failure for choice, *failure in self._rows("failures", "choice, code, message")}
         for number, choice in choices.items():
-            first, tokens = buffer.tokens.get(number, (0, []))
+            first, tokens = content.tokens.get(number, (0, []))
             if first == choice.num_tokens:
                 choice.fresh += tokens
             if number in placements:
                 choice.sequence_id = SequenceId(placements[number])
-            if failure := buffer.failures.get(number) or failures.get(number):
+            if failure := content.failures.get(number) or failures.get(number):
                 choice.error = restored_error(*failure)
 
     def _rows(self, table: str, columns: str, order: str = "") -> Iterator[Any]:
@@ -241,12 +226,11 @@ class JournalStore:
             raise
 
 
-def _runs(buffer: LogBuffer, dropped: Iterable[int]) -> list[Run]:
-    without = frozenset(dropped)
+def _runs(content: LogContent, dropped: Set[int] = frozenset()) -> list[Run]:
     return [
         (choice, first, encode_tokens(tokens))
-        for choice, (first, tokens) in buffer.tokens.items()
-        if choice // MAX_CHOICES not in without
+        for choice, (first, tokens) in content.tokens.items()
+        if choice // MAX_CHOICES not in dropped
     ]
 
 
@@ -265,7 +249,8 @@ def _rows_of(requests: Sequence[LedgerRequest], runs: Sequence[Run]) -> dict[str
 def _insert_all(connection: sqlite3.Connection, **rows_by_table: Sequence[Sequence[Any]]) -> None:
     for table, rows in rows_by_table.items():
         if rows:
-            connection.executemany(_insert(table, len(rows[0])), map(seal, rows))
+            marks = ",".join("?" * (len(rows[0]) + 1))
+            connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", map(seal, rows))
 
 
 def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> None:
@@ -273,10 +258,6 @@ def _insert_steps(connection: sqlite3.Connection, steps: Sequence[bytes]) -> Non
     connection.execute(
         f"INSERT INTO log (step, checksum) VALUES {marks}", [value for step in steps for value in seal((step,))]
     )
-
-
-def _insert(table: str, num_values: int) -> str:
-    return f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * (num_values + 1))})"
 
 
 def seal(row: Sequence[Any]) -> tuple[Any, ...]:
