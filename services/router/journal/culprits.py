@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from services.router.journal.records import JournalledRequest
+
 MAX_ENDS = 3
 """Ends in a row after which a request is set aside."""
 
@@ -28,18 +30,6 @@ class Ending:
     """The request id that was being planned again; empty if none was."""
     is_broken: bool = False
     """It ended by an error of its own, and not from outside."""
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A request that is to go on, or may be asked for after its end, as far as it matters here."""
-
-    reply_id: str
-    choice_ids: tuple[str, ...]
-    num_tokens: int
-    """How many tokens all of its choices have so far."""
-    has_ended: bool = False
-    """Nothing is done for it but to plan it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +52,10 @@ class Judgement:
     """Maps a reply id to the reason, as a sentence for its client."""
 
 
-def judge(record: Record, ending: Ending, suspects: Sequence[Suspect]) -> Judgement:
-    """Judges how the last router ended. `suspects` are in the order of acceptance."""
-    unfinished = [request for request in suspects if not request.has_ended]
+def judge(record: Record, ending: Ending, suspects: Sequence[JournalledRequest]) -> Judgement:
+    """Judges how the last router ended. `suspects` are in the order of acceptance; for one that has ended nothing is
+    done but to plan it again."""
+    unfinished = [request for request in suspects if request.ended_s is None]
     culprit = _named(ending.handled, unfinished) or _named(ending.restored, suspects)
     if culprit is not None:
         return _judge_one(record, culprit, suspects)
@@ -73,19 +64,19 @@ def judge(record: Record, ending: Ending, suspects: Sequence[Suspect]) -> Judgem
     return _judge_all(record, unfinished)
 
 
-def _named(choice_id: str, suspects: Sequence[Suspect]) -> Suspect | None:
-    return next((request for request in suspects if choice_id in request.choice_ids), None)
+def _named(choice_id: str, suspects: Sequence[JournalledRequest]) -> JournalledRequest | None:
+    return next((request for request in suspects if choice_id in request.accepted.choice_ids), None)
 
 
-def _counted(ends: Mapping[str, tuple[int, int]], request: Suspect) -> tuple[int, int]:
+def _counted(ends: Mapping[str, tuple[int, int]], request: JournalledRequest) -> tuple[int, int]:
     """Returns how many ends in a row it is now, with its tokens: one that got a token in between begins anew."""
-    num_ends, num_tokens = ends.get(request.reply_id, (0, request.num_tokens))
+    num_ends, num_tokens = ends.get(request.accepted.reply_id, (0, request.num_tokens))
     return num_ends + 1 if num_tokens == request.num_tokens else 1, request.num_tokens
 
 
-def _judge_all(record: Record, unfinished: Sequence[Suspect]) -> Judgement:
-    unnamed = {request.reply_id: _counted(record.unnamed, request) for request in unfinished}
-    suspects = [request.reply_id for request in unfinished if unnamed[request.reply_id][0] >= MAX_ENDS]
+def _judge_all(record: Record, unfinished: Sequence[JournalledRequest]) -> Judgement:
+    unnamed = {request.accepted.reply_id: _counted(record.unnamed, request) for request in unfinished}
+    suspects = [reply_id for reply_id, (num_ends, _) in unnamed.items() if num_ends >= MAX_ENDS]
     set_aside = {
         reply_id: f"the router crashed {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
         "request for; of those that got no token meanwhile, the younger half was set aside"
@@ -94,12 +85,12 @@ def _judge_all(record: Record, unfinished: Sequence[Suspect]) -> Judgement:
     return Judgement(Record(record.ends, unnamed), set_aside)
 
 
-def _judge_one(record: Record, culprit: Suspect, suspects: Sequence[Suspect]) -> Judgement:
-    lives = {request.reply_id for request in suspects}
+def _judge_one(record: Record, culprit: JournalledRequest, suspects: Sequence[JournalledRequest]) -> Judgement:
+    name, lives = culprit.accepted.reply_id, {request.accepted.reply_id for request in suspects}
     ends = {reply_id: count for reply_id, count in record.ends.items() if reply_id in lives}
     num_ends, num_tokens = _counted(record.ends, culprit)
     if num_ends < MAX_ENDS:
-        return Judgement(Record(ends | {culprit.reply_id: (num_ends, num_tokens)}), {})
-    ends.pop(culprit.reply_id, None)
+        return Judgement(Record(ends | {name: (num_ends, num_tokens)}), {})
+    ends.pop(name, None)
     reason = f"the router crashed {num_ends} times in a row while it handled this request, which was set aside"
-    return Judgement(Record(ends), {culprit.reply_id: reason})
+    return Judgement(Record(ends), {name: reason})

@@ -92,6 +92,11 @@ class JournalledRequest:
     number: int
     """It ascends with acceptance."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Counts the tokens of all choices without unpacking."""
+        return sum(choice.num_tokens for choice in self.choices)
+
 
 @dataclass(slots=True)
 class StepRecord:

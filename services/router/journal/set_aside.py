@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import TypeAdapter
 
 from common.atomic_write import write_whole
 from common.errors import SetAsideError
-from services.router.journal.culprits import Ending, Record, Suspect, judge
+from services.router.journal.culprits import Ending, Record, judge
 from services.router.journal.records import JournalledRequest
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,7 @@ _NAME = 8
 """The offset of the name in a slot. Byte 0 of the slot has its length, and is written last."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MAX_NAME_BYTES = 250
+_RECORD = TypeAdapter(Record)
 MAX_KEPT = 100
 """How many requests are kept aside; the oldest go first."""
 
@@ -202,15 +204,15 @@ def without_culprits(
     for reply_id in [reply_id for reply_id, request in requests.items() if set_aside.has(request)]:
         forget(reply_id)  # a router was killed before its journal had forgotten it
         del requests[reply_id]
-    suspects = [_as_judged(request) for request in requests.values()]
-    judgement = judge(_read_record(ends), read_ending(attention_path(state_dir), ending), suspects)
+    last_ending = read_ending(attention_path(state_dir), ending)
+    judgement = judge(_read_record(ends), last_ending, list(requests.values()))
     culprits = [(requests.pop(reply_id), reason) for reply_id, reason in judgement.set_aside.items()]
     try:
         for request, reason in culprits:
             set_aside.keep(request, reason)
             forget(request.accepted.reply_id)
         # After what was set aside: a router that is killed in between judges the same again.
-        write_whole(ends, json.dumps({"ends": judgement.record.ends, "unnamed": judgement.record.unnamed}))
+        write_whole(ends, _RECORD.dump_json(judgement.record).decode())
         ending.unlink(missing_ok=True)
     except OSError as error:
         log.error("crash_counts_not_written", folder=str(state_dir), reason=str(error))
@@ -224,22 +226,9 @@ def _token_ids(request: JournalledRequest) -> list[list[int]]:
         return []
 
 
-def _as_judged(request: JournalledRequest) -> Suspect:
-    try:
-        num_tokens = sum(choice.num_tokens for choice in request.choices)
-    except ValueError:
-        num_tokens = 0  # it is damaged: planning it again says so
-    return Suspect(request.accepted.reply_id, request.accepted.choice_ids, num_tokens, request.ended_s is not None)
-
-
 def _read_record(path: Path) -> Record:
     """Reads the record; nothing of it where it is not what was written: at worst three more ends are counted."""
     try:
-        kept = json.loads(path.read_text())
-        ends, unnamed = (
-            {str(name): (int(count), int(tokens)) for name, (count, tokens) in kept[account].items()}
-            for account in ("ends", "unnamed")
-        )
-        return Record(ends, unnamed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _RECORD.validate_json(path.read_bytes())
+    except (OSError, ValueError):
         return Record()

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import SetAsideError
 from services.router.engine import Token
-from services.router.journal.culprits import Ending, Record, Suspect, judge
+from services.router.journal.culprits import Ending, Record, judge
 from services.router.journal.records import JournalledChoice, JournalledRequest
 from services.router.journal.set_aside import (
     MAX_KEPT,
@@ -25,14 +25,14 @@ from services.router.journal.set_aside import (
 )
 from tests.support.front.journals import accepted
 
-A, B, C = (Suspect(name, (f"{name}-0", f"{name}-1"), 5) for name in "abc")
-
 
 def journalled(name: str, num_tokens: int = 3, ended_s: float | None = None) -> JournalledRequest:
-    choice = JournalledChoice()
-    for number in range(num_tokens):
-        choice.fresh.append(Token(number))
-    return JournalledRequest(accepted(name, client_request_id=f"own-{name}"), (choice,), ended_s, 1)
+    choice = JournalledChoice(fresh=[Token(number) for number in range(num_tokens)])
+    request = accepted(name, num_choices=2, client_request_id=f"own-{name}")
+    return JournalledRequest(request, (choice, JournalledChoice()), ended_s, 1)
+
+
+A, B, C = (journalled(name) for name in "abc")
 
 
 # Who is to blame
@@ -62,7 +62,7 @@ def test_who_is_being_restored_at_three_ends_in_a_row_is_set_aside_unless_it_was
 def test_who_gets_further_in_between_is_not_to_blame() -> None:
     record = Record()
     for num_tokens in range(5, 15):
-        judgement = judge(record, Ending("b-1"), [A, Suspect("b", B.choice_ids, num_tokens)])
+        judgement = judge(record, Ending("b-1"), [A, journalled("b", num_tokens)])
         assert not judgement.set_aside
         record = judgement.record
 
@@ -76,7 +76,7 @@ def test_an_end_from_outside_begins_the_count_anew() -> None:
 def test_two_that_end_the_router_in_turn_are_both_set_aside() -> None:
     record, gone = Record(), set[str]()
     for name in "abababab":
-        living = [request for request in (A, B, C) if request.reply_id not in gone]
+        living = [request for request in (A, B, C) if request.accepted.reply_id not in gone]
         judgement = judge(record, Ending(f"{name}-0"), living)
         record = judgement.record
         gone |= judgement.set_aside.keys()
@@ -84,7 +84,7 @@ def test_two_that_end_the_router_in_turn_are_both_set_aside() -> None:
 
 
 def test_who_has_ended_is_to_blame_where_it_is_planned_again_and_nowhere_else() -> None:
-    ended = Suspect("b", B.choice_ids, 5, has_ended=True)
+    ended = journalled("b", ended_s=5.0)
     record = judge(Record(), Ending("b-0", is_broken=True), [A, ended]).record
     assert not record.ends
     assert list(record.unnamed) == ["a"]
@@ -105,8 +105,8 @@ def test_errors_that_no_request_can_be_named_for_halve_the_line_from_the_third_o
     for _ in range(5):
         judgement = judge(record, Ending("", is_broken=True), line)
         record = judgement.record
-        line = [request for request in line if request.reply_id not in judgement.set_aside]
-        seen.append([request.reply_id for request in line])
+        line = [request for request in line if request.accepted.reply_id not in judgement.set_aside]
+        seen.append([request.accepted.reply_id for request in line])
     assert seen == [["a", "b", "c"], ["a", "b", "c"], ["a"], [], []]
 
 
@@ -114,7 +114,7 @@ def test_errors_far_apart_that_no_request_can_be_named_for_are_nobodys_who_got_o
     """One a month: whoever is under way at the third has had nothing to do with the first."""
     record = Record()
     for month in range(6):
-        line = [Suspect("a", A.choice_ids, 5 + month), Suspect(f"new-{month}", (f"new-{month}-0",), 0)]
+        line = [journalled("a", 5 + month), journalled(f"new-{month}", 0)]
         judgement = judge(record, Ending("", is_broken=True), line)
         assert not judgement.set_aside
         record = judgement.record
@@ -123,7 +123,7 @@ def test_errors_far_apart_that_no_request_can_be_named_for_are_nobodys_who_got_o
 def test_of_those_under_way_only_who_got_no_token_between_three_unnamed_errors_is_set_aside() -> None:
     record = Record()
     for time in range(3):
-        line = [Suspect("a", A.choice_ids, 5 + time), B, Suspect(f"new-{time}", (f"new-{time}-0",), 0)]
+        line = [journalled("a", 5 + time), B, journalled(f"new-{time}", 0)]
         judgement = judge(record, Ending("", is_broken=True), line)
         record = judgement.record
     assert list(judgement.set_aside) == ["b"]
@@ -226,7 +226,7 @@ def test_after_three_ends_the_others_go_on_and_the_client_is_told_for_good(tmp_p
         again.refuse(requests[0].accepted.tenant, "a")
     (path,) = (tmp_path / "set-aside").iterdir()
     kept = json.loads(path.read_text())
-    assert (kept["reply_id"], kept["choices"]) == ("b", [[0, 1, 2]])
+    assert (kept["reply_id"], kept["choices"]) == ("b", [[0, 1, 2], []])
     assert path.parent.stat().st_mode & 0o077 == 0, "prompts stand in it in clear"
     # A router that is killed before its journal has forgotten the request does not go on with it either.
     assert run_lives(tmp_path, requests, "", 1) == (["a", "old"], ["b"])
