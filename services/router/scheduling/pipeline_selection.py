@@ -1,4 +1,4 @@
-"""Which pipeline takes a request: named policies over what is observed of each, and a breaker for one that flaps."""
+"""Which pipeline takes a request: named policies over what is observed of each, and rest for one that flaps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from types import MappingProxyType
 
 from common.errors import ConfigurationError
 from common.ids import PipelineId
+
+MAX_OPENINGS = 3
+OPENINGS_WINDOW_S = 60.0
+COOLING_S = 30.0
+"""How long new requests go elsewhere once a pipeline was opened more than MAX_OPENINGS times within the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +55,29 @@ POLICIES: Mapping[str, Callable[[Sequence[PipelineLoad]], list[float]]] = Mappin
 """Name -> a score for each; the lowest takes the request, equal ones take turns."""
 
 
-class FlapBreaker:
-    """Counts how often a pipeline was opened; one that opens again and again is left alone for a while."""
-
-    def __init__(self, *, max_openings: int = 3, window_s: float = 60.0, cooling_s: float = 30.0) -> None:
-        self._max_openings = max_openings
-        self._window_s = window_s
-        self._cooling_s = cooling_s
-        self._openings_s: dict[PipelineId, deque[float]] = {}
-        self._cool_until_s: dict[PipelineId, float] = {}
-
-    def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
-        """Notes an opening; the one that exceeds `max_openings` within the window starts the cooling."""
-        openings_s = self._openings_s.setdefault(pipeline, deque(maxlen=self._max_openings + 1))
-        openings_s.append(now_s)
-        if len(openings_s) > self._max_openings and now_s - openings_s[0] <= self._window_s:
-            self._cool_until_s[pipeline] = now_s + self._cooling_s
-
-    def is_cooling(self, pipeline: PipelineId, now_s: float) -> bool:
-        """Returns whether new requests should go elsewhere."""
-        return now_s < self._cool_until_s.get(pipeline, now_s)
-
-
 class PipelineSelection:
-    """A policy, whose turn it is among equals, and the breaker."""
+    """A policy, whose turn it is among equals, and which pipelines are left alone for a while, since they were opened
+    again and again."""
 
-    def __init__(self, policy: str, breaker: FlapBreaker | None = None) -> None:
+    def __init__(self, policy: str) -> None:
         if policy not in POLICIES:
             raise ConfigurationError(f"pipeline policy {policy!r} is unknown; known are {', '.join(sorted(POLICIES))}")
         self._scores_of = POLICIES[policy]
-        self._breaker = breaker or FlapBreaker()
+        self._openings_s: dict[PipelineId, deque[float]] = {}
+        self._cool_until_s: dict[PipelineId, float] = {}
         self._last_pick = -1
 
     def note_opening(self, pipeline: PipelineId, now_s: float) -> None:
-        """Notes that a pipeline has opened, for the first time or again."""
-        self._breaker.note_opening(pipeline, now_s)
+        """Notes that it has opened, for the first time or again; one time too many within the window starts the
+        cooling."""
+        openings_s = self._openings_s.setdefault(pipeline, deque(maxlen=MAX_OPENINGS + 1))
+        openings_s.append(now_s)
+        if len(openings_s) > MAX_OPENINGS and now_s - openings_s[0] <= OPENINGS_WINDOW_S:
+            self._cool_until_s[pipeline] = now_s + COOLING_S
 
     def usable(self, pipelines: Sequence[PipelineId], now_s: float) -> list[PipelineId]:
         """Returns those that are not cooling off; if all are, all of them: a lone pipeline must be tried again."""
-        steady = [pipeline for pipeline in pipelines if not self._breaker.is_cooling(pipeline, now_s)]
+        steady = [pipeline for pipeline in pipelines if now_s >= self._cool_until_s.get(pipeline, now_s)]
         return steady or list(pipelines)
 
     def choose(self, loads: Sequence[PipelineLoad]) -> PipelineId | None:

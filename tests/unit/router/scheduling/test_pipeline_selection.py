@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import ConfigurationError
 from common.ids import PipelineId
-from services.router.scheduling.pipeline_selection import FlapBreaker, PipelineLoad, PipelineSelection
+from services.router.scheduling.pipeline_selection import COOLING_S, MAX_OPENINGS, PipelineLoad, PipelineSelection
 
 
 def load(
@@ -57,26 +57,26 @@ def test_unknown_policy_is_named() -> None:
 
 
 def test_flapping_pipeline_cools_off_and_comes_back() -> None:
-    breaker = FlapBreaker(max_openings=2, window_s=10.0, cooling_s=5.0)
-    for now_s in (0.0, 3.0):
-        breaker.note_opening(PipelineId(0), now_s)
-    assert not breaker.is_cooling(PipelineId(0), 3.0)
-    breaker.note_opening(PipelineId(0), 6.0)
-    assert breaker.is_cooling(PipelineId(0), 6.0)
-    assert not breaker.is_cooling(PipelineId(0), 11.0)
-    assert not breaker.is_cooling(PipelineId(1), 6.0)
+    selection = PipelineSelection("least_in_flight")
+    both = [PipelineId(0), PipelineId(1)]
+    for now_s in (0.0, 3.0, 50.0):
+        selection.note_opening(PipelineId(0), now_s)
+        assert selection.usable(both, now_s) == [0, 1]
+    selection.note_opening(PipelineId(0), 60.0)
+    assert selection.usable(both, 60.0) == [1]
+    assert selection.usable(both, 60.0 + COOLING_S) == [0, 1]
 
 
 def test_rare_openings_do_not_trip_the_breaker() -> None:
-    breaker = FlapBreaker(max_openings=2, window_s=10.0, cooling_s=5.0)
-    for now_s in (0.0, 11.0, 22.0, 33.0):
-        breaker.note_opening(PipelineId(0), now_s)
-        assert not breaker.is_cooling(PipelineId(0), now_s)
+    selection = PipelineSelection("least_in_flight")
+    for now_s in (0.0, 21.0, 42.0, 63.0, 84.0):
+        selection.note_opening(PipelineId(0), now_s)
+        assert selection.usable([PipelineId(0), PipelineId(1)], now_s) == [0, 1]
 
 
 def test_cooling_pipeline_is_used_if_there_is_no_other() -> None:
-    selection = PipelineSelection("least_in_flight", FlapBreaker(max_openings=1, window_s=10.0, cooling_s=5.0))
-    selection.note_opening(PipelineId(0), 0.0)
-    selection.note_opening(PipelineId(0), 1.0)
+    selection = PipelineSelection("least_in_flight")
+    for _ in range(MAX_OPENINGS + 1):
+        selection.note_opening(PipelineId(0), 1.0)
     assert selection.usable([PipelineId(0), PipelineId(1)], 1.0) == [1]
     assert selection.usable([PipelineId(0)], 1.0) == [0]
