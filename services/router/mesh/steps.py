@@ -63,15 +63,7 @@ class StepFlow:
             self._log.error("pipeline_not_opened", pipeline=action.pipeline, reason=str(error))
             self.suspend(action.pipeline, now_s)
             return error
-        self.scheduler.open_pipeline(
-            action.pipeline,
-            action.generation,
-            action.num_blocks,
-            action.num_slots,
-            now_s,
-            action.kv_marks,
-            action.held,
-        )
+        self.scheduler.open_pipeline(action, now_s)
         self._log.info("pipeline_open", **action.summary)
         return None
 

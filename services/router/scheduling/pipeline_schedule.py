@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.ids import Generation, PipelineId, SequenceId, StepId
+from services.router.control.actions import OpenPipeline
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
@@ -42,19 +43,11 @@ class StepInFlight:
 class PipelineSchedule:
     """See the module."""
 
-    def __init__(
-        self,
-        pipeline: PipelineId,
-        generation: Generation,
-        num_blocks: int,
-        num_slots: int,
-        settings: SchedulerSettings,
-        blame: Blame,
-    ) -> None:
-        self.pipeline = pipeline
-        self.generation = generation
-        self.num_slots = num_slots
-        self.allocator = BlockAllocator(num_blocks)
+    def __init__(self, opening: OpenPipeline, settings: SchedulerSettings, blame: Blame) -> None:
+        self.pipeline = opening.pipeline
+        self.generation = opening.generation
+        self.num_slots = opening.num_slots
+        self.allocator = BlockAllocator(opening.num_blocks)
         self.running: list[Request] = []
         """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
@@ -67,9 +60,9 @@ class PipelineSchedule:
         self.replay_slots: tuple[int, ...] = ()
         """Slots that lack cache of requests that are replaying."""
         self.suspended_s: float | None = None
-        """When it stopped taking steps; None: it takes them."""
+        """When it stopped taking steps, and began to wait for a holder; None: it is open, and takes them."""
         self._has_just_replayed = False
-        self.max_micro_batches = settings.micro_batches_per_pipeline or num_slots
+        self.max_micro_batches = settings.micro_batches_per_pipeline or opening.num_slots
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
@@ -271,7 +264,7 @@ class PipelineSchedule:
 
     def suspend(self, now_s: float) -> None:
         """Ends the generation: what is in flight is void, since every stage drops it before it takes a new step."""
-        self.suspended_s = now_s if self.suspended_s is None else self.suspended_s
+        self.suspended_s = now_s
         self._void_steps()
         for request in self.running:
             request.num_recoveries += 1
@@ -403,22 +396,20 @@ def _isolated(picked: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
 
 
 class PipelineSchedules:
-    """A pipeline is in `open`, in `suspended` or nowhere."""
+    """All pipelines that are open or suspended."""
 
     def __init__(self, settings: SchedulerSettings, blame: Blame) -> None:
         self._settings = settings
         self._blame = blame
-        self.open: dict[PipelineId, PipelineSchedule] = {}
-        self.suspended: dict[PipelineId, PipelineSchedule] = {}
-        """Pipelines that wait for a holder; their requests keep their blocks."""
+        self.all: dict[PipelineId, PipelineSchedule] = {}
         self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
         """Releases of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
         self._last_removed_s = -math.inf
 
     @property
-    def all(self) -> list[PipelineSchedule]:
-        """Returns open and suspended ones."""
-        return [*self.open.values(), *self.suspended.values()]
+    def open(self) -> dict[PipelineId, PipelineSchedule]:
+        """Returns those that take steps."""
+        return {pipeline: schedule for pipeline, schedule in self.all.items() if schedule.suspended_s is None}
 
     @property
     def pool_sizes(self) -> list[int]:
@@ -430,57 +421,46 @@ class PipelineSchedules:
         """Returns when the last open one was suspended or closed, minus infinity for never; None while one is open."""
         return None if self.open else self._last_removed_s
 
-    def of(self, pipeline: PipelineId) -> PipelineSchedule:
-        """Returns the open or suspended one. KeyError if there is none."""
-        return self.open.get(pipeline) or self.suspended[pipeline]
-
     def suspended_since_s(self, request: Request) -> float | None:
         """Returns since when the pipeline that a request runs on waits for a holder; None: it does not."""
-        schedule = self.suspended.get(request.pipeline) if request.pipeline is not None else None
+        schedule = self.all.get(request.pipeline) if request.pipeline is not None else None
         return schedule.suspended_s if schedule is not None else None
 
     @property
     def steps_in_flight(self) -> list[StepInFlight]:
         """Returns the unanswered steps of open pipelines, in the order in which they were planned."""
-        steps = [step for schedule in self.open.values() for step in schedule.in_flight.values()]
+        steps = [step for schedule in self.all.values() for step in schedule.in_flight.values()]
         return sorted(steps, key=lambda step: step.plan.step)
 
     def step(self, number: StepId) -> StepInFlight | None:
         """Returns the step of this number; None if it is not in flight in an open pipeline."""
-        steps = (schedule.in_flight.get(number) for schedule in self.open.values())
+        steps = (schedule.in_flight.get(number) for schedule in self.all.values())
         return next((step for step in steps if step is not None), None)
 
     def land(self, number: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
         """Ends the step, and returns it; None if it is not in flight, since another generation has begun meanwhile."""
         step = self.step(number)
-        return None if step is None else self.open[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
+        return None if step is None else self.all[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
 
-    def is_of_another_size(self, pipeline: PipelineId, num_blocks: int, num_slots: int) -> bool:
-        """Returns whether a suspended one cannot go on like this."""
-        schedule = self.suspended.get(pipeline)
-        return schedule is not None and (schedule.allocator.num_blocks, schedule.num_slots) != (num_blocks, num_slots)
-
-    def begin(self, pipeline: PipelineId, generation: Generation, num_blocks: int, num_slots: int) -> PipelineSchedule:
-        """Opens the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
-        schedule = self.suspended.pop(pipeline, None)
-        if schedule is None:
-            schedule = PipelineSchedule(pipeline, generation, num_blocks, num_slots, self._settings, self._blame)
-            schedule.held_releases.extend(self._untold_releases.pop(pipeline, []))
-        self.open[pipeline] = schedule
-        return schedule
+    def begin(self, opening: OpenPipeline) -> PipelineSchedule:
+        """Returns the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
+        if opening.pipeline not in self.all:
+            schedule = PipelineSchedule(opening, self._settings, self._blame)
+            schedule.held_releases.extend(self._untold_releases.pop(opening.pipeline, []))
+            self.all[opening.pipeline] = schedule
+        return self.all[opening.pipeline]
 
     def suspend(self, pipeline: PipelineId, now_s: float) -> None:
-        """Lets it take no steps until `begin`. One that is not open stays as it is."""
-        schedule = self._remove_open(pipeline, now_s)
-        if schedule is not None:
-            schedule.suspend(now_s)
-            self.suspended[pipeline] = schedule
+        """Lets it take no steps until it is resumed. One that is not open stays as it is."""
+        if pipeline in self.open:
+            self._last_removed_s = now_s
+            self.all[pipeline].suspend(now_s)
 
     def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
         """Forgets it. Returns the requests that ran there, without cache, by arrival."""
-        schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline, None)
-        if schedule is None:
+        if pipeline not in self.all:
             return []
+        schedule = self._remove(pipeline, now_s)
         requests = schedule.abandon()
         self._untold_releases[pipeline] = schedule.held_releases
         return requests
@@ -488,16 +468,15 @@ class PipelineSchedules:
     def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
         """Forgets one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
         told anyway, when it opens again."""
-        schedule = self._remove_open(pipeline, now_s) or self.suspended.pop(pipeline)
+        schedule = self._remove(pipeline, now_s)
         told = [*schedule.held_releases, *sequence_ids]
         for step in schedule.in_flight.values():
             told += step.plan.released
             told += (chunk.sequence_id for chunk in step.plan.chunks)
         self._untold_releases[pipeline] = list(dict.fromkeys(told))
 
-    def _remove_open(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule | None:
-        """Removes it from the open ones. Returns None if it was not among them."""
-        schedule = self.open.pop(pipeline, None)
-        if schedule is not None:
+    def _remove(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule:
+        schedule = self.all.pop(pipeline)
+        if schedule.suspended_s is None:
             self._last_removed_s = now_s
         return schedule

@@ -12,8 +12,8 @@ from copy import deepcopy
 from types import MappingProxyType
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError
-from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
-from services.router.control.adoption import HeldCache
+from common.ids import PipelineId, RequestId, SequenceId, StepId
+from services.router.control.actions import OpenPipeline
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
 from services.router.scheduling.pipeline_schedule import PipelineSchedules, StepInFlight
@@ -90,32 +90,22 @@ class Scheduler:
 
     # Pipelines
 
-    def open_pipeline(
-        self,
-        pipeline: PipelineId,
-        generation: Generation,
-        num_blocks: int,
-        num_slots: int,
-        now_s: float,
-        kv_marks: Sequence[int] = (),
-        held: HeldCache | None = None,
-    ) -> None:
-        """Opens a pipeline whose slots are ready. A suspended one keeps its blocks, as far as `kv_marks` (by slot) say.
-
-        An older generation of it that is open is closed first. Raises ValueError if that is not older. `held`: what its
-        stages have from a router before this one.
-        """
-        current = self._schedules.open.get(pipeline)
+    def open_pipeline(self, opening: OpenPipeline, now_s: float) -> None:
+        """Opens a pipeline whose slots are ready. A suspended one of the same size keeps its blocks, as far as the
+        marks say. An older generation of it that is open is closed first. Raises ValueError if that is not older."""
+        pipeline, generation = opening.pipeline, opening.generation
+        current = self._schedules.all.get(pipeline)
         if current is not None:
-            if current.generation >= generation:
+            is_open, size = current.suspended_s is None, (current.allocator.num_blocks, current.num_slots)
+            if is_open and current.generation >= generation:
                 raise ValueError(
                     f"pipeline {pipeline} is open in generation {current.generation}, not before {generation}"
                 )
-            self.close_pipeline(pipeline, now_s)
-        if self._schedules.is_of_another_size(pipeline, num_blocks, num_slots):
-            self.close_pipeline(pipeline, now_s)
-        schedule = self._schedules.begin(pipeline, generation, num_blocks, num_slots)
-        if held is not None:
+            if is_open or size != (opening.num_blocks, opening.num_slots):
+                self.close_pipeline(pipeline, now_s)
+        schedule = self._schedules.begin(opening)
+        kv_marks: Sequence[int] = opening.kv_marks
+        if (held := opening.held) is not None:
             adopted_step = self._draw_step()
             adopted = schedule.adopt(held, self._waiting.requests, adopted_step, now_s)
             # A holder that reported it and has it still has what was adopted, others nothing.
@@ -162,7 +152,7 @@ class Scheduler:
     def _plan_steps(self, pipeline: PipelineId, now_s: float) -> list[StepPlan]:
         plans: list[StepPlan] = []
         while True:
-            plan, preempted = self._schedules.open[pipeline].plan_step(StepId(self._last_step + 1), now_s)
+            plan, preempted = self._schedules.all[pipeline].plan_step(StepId(self._last_step + 1), now_s)
             for request in preempted:
                 self.counters.preemptions += 1
                 self._waiting.requeue(request, now_s)
@@ -177,7 +167,7 @@ class Scheduler:
         """Plans steps that carry nothing, for open pipelines in which nothing moves: not counted as steps planned."""
         plans: list[StepPlan] = []
         for pipeline in sorted(self._schedules.open):
-            schedule = self._schedules.open[pipeline]
+            schedule = self._schedules.all[pipeline]
             if schedule.is_canary_due(now_s):
                 plans.append(schedule.plan_canary(self._draw_step(), now_s))
         return plans
@@ -245,7 +235,7 @@ class Scheduler:
             return
         self.counters.failed_steps += 1
         # Not every stage may have been told; one that has does nothing the second time.
-        self._schedules.of(in_flight.plan.pipeline).held_releases.extend(in_flight.plan.released)
+        self._schedules.all[in_flight.plan.pipeline].held_releases.extend(in_flight.plan.released)
         for request in in_flight.requests:
             if request.state is RequestState.RUNNING and not self._blame.has(request):
                 with self._blame.handling(request):
@@ -289,10 +279,10 @@ class Scheduler:
         return SchedulerSnapshot(
             num_waiting=len(self._waiting.requests),
             num_ahead=self._waiting.num_ahead(None, self.settings.max_waiting),
-            num_running=sum(len(schedule.running) for schedule in self._schedules.all),
+            num_running=sum(len(schedule.running) for schedule in self._schedules.all.values()),
             reserved_tokens=self._admission.reserved_tokens,
             pipelines=tuple(
-                pipeline_snapshot(self._schedules.open[pipeline]) for pipeline in sorted(self._schedules.open)
+                pipeline_snapshot(self._schedules.all[pipeline]) for pipeline in sorted(self._schedules.open)
             ),
             counters=deepcopy(self.counters),
         )
@@ -301,7 +291,7 @@ class Scheduler:
         """Raises AssertionError if a request is lost or in two places, or blocks or reserved tokens do not add up."""
         waiting = self._waiting.requests
         placed = list(waiting)
-        for schedule in self._schedules.all:
+        for schedule in self._schedules.all.values():
             schedule.check_invariants()
             placed += schedule.running
         assert len(placed) == len({id(request) for request in placed}), "a request is in two places"
@@ -354,7 +344,7 @@ class Scheduler:
         if request.state is RequestState.WAITING:
             self._waiting.requests.remove(request)
         elif request.pipeline is not None:
-            self._schedules.of(request.pipeline).withdraw(request)
+            self._schedules.all[request.pipeline].withdraw(request)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
@@ -369,7 +359,7 @@ class Scheduler:
         if not broken:
             return
         failures = [self._end_one(request, cause) for request, cause in broken]
-        for schedule in self._schedules.all:
+        for schedule in list(self._schedules.all.values()):
             try:
                 schedule.check_invariants()
             except Exception:  # whatever was left half done
@@ -383,7 +373,7 @@ class Scheduler:
 
     def _end_one(self, request: Request, cause: Exception) -> RequestFailure | None:
         """Ends one that may be half in one place and half in another: what is left of it is looked for, not assumed."""
-        for schedule in self._schedules.all:
+        for schedule in self._schedules.all.values():
             if request in schedule.running:
                 try:
                     schedule.withdraw(request)
@@ -401,7 +391,7 @@ class Scheduler:
 
     def _charge_all(self, pipeline: PipelineId, cause: Exception) -> None:
         """Takes one try from each that runs there, so that it ends: planning raised, and not over one request."""
-        for request in self._schedules.of(pipeline).running:
+        for request in self._schedules.all[pipeline].running:
             request.num_failed_steps += 1
             if request.num_failed_steps > self.settings.max_failed_steps:
                 with self._blame.handling(request):

@@ -89,7 +89,7 @@ class WaitingLine:
         """Lets choices of another request that stand behind this one in line, and are not the only one of theirs that
         runs, give up their places and blocks for it."""
         for pipeline in pipelines:
-            schedule = self._schedules.open[pipeline]
+            schedule = self._schedules.all[pipeline]
             victims = who_yields_to(schedule, request)
             for victim in victims:
                 with self._blame.handling(victim):

@@ -1,6 +1,10 @@
 """A scheduler, requests for it, and its plans in a few letters."""
 
-from common.ids import Generation, PipelineId
+from collections.abc import Sequence
+
+from common.ids import Generation, NodeId, PipelineId
+from services.router.control.actions import OpenPipeline
+from services.router.control.adoption import HeldCache
 from services.router.engine import Token
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -13,8 +17,22 @@ P0, P1 = PipelineId(0), PipelineId(1)
 def make_scheduler(num_blocks: int = 100, num_slots: int = 1, **changes: object) -> Scheduler:
     fields: dict[str, object] = {"block_tokens": 4, **changes}
     scheduler = Scheduler(SchedulerSettings(**fields))  # type: ignore[arg-type]
-    scheduler.open_pipeline(P0, Generation(1), num_blocks, num_slots, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(1), num_blocks, num_slots, now_s=0.0)
     return scheduler
+
+
+def open_pipeline(
+    scheduler: Scheduler,
+    pipeline: PipelineId,
+    generation: Generation,
+    num_blocks: int,
+    num_slots: int,
+    now_s: float,
+    kv_marks: Sequence[int] = (),
+    held: HeldCache | None = None,
+) -> None:
+    opening = OpenPipeline(pipeline, generation, NodeId("first"), num_blocks, num_slots, tuple(kv_marks), held)
+    scheduler.open_pipeline(opening, now_s)
 
 
 def add(scheduler: Scheduler, *names: str, prompt_length: int = 4, max_tokens: int = 10, now_s: float = 0.0) -> None:

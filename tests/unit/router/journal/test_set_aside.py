@@ -283,6 +283,7 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.journal.set_aside import Attention, attention_path, without_culprits
 from tests.support.front.journals import accepted, open_at
+from tests.support.router.scheduling import open_pipeline
 from tests.support.router.simulated_pipeline import build_request
 
 folder = Path(sys.argv[1])
@@ -298,7 +299,7 @@ scheduler = Scheduler(
 )
 for request in journalled:
     scheduler.add(build_request(request.accepted.choice_ids[0], 5, 5).restored([]), 0.0)
-scheduler.open_pipeline(PipelineId(0), Generation(1), 100, 1, 0.0)
+open_pipeline(scheduler, PipelineId(0), Generation(1), 100, 1, 0.0)
 original = Request.token_ids
 
 def token_ids(request, start, stop):

@@ -14,6 +14,7 @@ from services.router.mesh.step_message import step_message
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
+from tests.support.router.scheduling import open_pipeline
 from tests.support.router.simulated_pipeline import build_request
 
 P0 = PipelineId(0)
@@ -33,7 +34,7 @@ def answer(scheduler: Scheduler, plan: StepPlan) -> None:
 def sizes_after_the_first(changes: dict[str, object], num_steps: int = 20) -> list[int]:
     """Bytes of the steps in which 64 sequences decode, behind their first ones, and once more after a takeover."""
     scheduler = Scheduler(SchedulerSettings(block_tokens=32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024))
-    scheduler.open_pipeline(P0, Generation(1), 4096, 1, 0.0)
+    open_pipeline(scheduler, P0, Generation(1), 4096, 1, 0.0)
     for number in range(NUM_SEQUENCES):
         request = build_request(f"r{number}", 500, 200, seed=0)
         scheduler.add(replace(request, sampling=replace(request.sampling, seed=number, **changes)), 0.0)  # type: ignore[arg-type]
@@ -45,7 +46,7 @@ def sizes_after_the_first(changes: dict[str, object], num_steps: int = 20) -> li
         answer(scheduler, plan)
         if number == num_steps // 2:
             scheduler.suspend_pipeline(P0, 0.0)
-            scheduler.open_pipeline(P0, Generation(2), 4096, 1, 0.0, kv_marks=(plan.step,))
+            open_pipeline(scheduler, P0, Generation(2), 4096, 1, 0.0, kv_marks=(plan.step,))
     first_again = num_steps // 2 + 1
     assert sizes[0] > sizes[1]
     assert sizes[first_again] > sizes[first_again + 1], "whole after a new generation"
@@ -66,7 +67,7 @@ def test_a_step_of_64_sequences_costs_24_bytes_more_a_row_for_any_number_of_bias
 
 def step_bytes_of_plain() -> int:
     scheduler = Scheduler(SchedulerSettings(block_tokens=32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024))
-    scheduler.open_pipeline(P0, Generation(1), 4096, 1, 0.0)
+    open_pipeline(scheduler, P0, Generation(1), 4096, 1, 0.0)
     for number in range(NUM_SEQUENCES):
         scheduler.add(build_request(f"r{number}", 500, 200, seed=0), 0.0)
     largest = 0

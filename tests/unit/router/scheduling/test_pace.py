@@ -12,7 +12,7 @@ from services.router.control.readiness import Awaited
 from services.router.scheduling.pace import SLOW_FACTOR, UNANSWERED_S, PipelinePace, RequestPace, awaited
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.router.scheduling import P0, add, complete, is_idle, make_scheduler, only_plan
+from tests.support.router.scheduling import P0, add, complete, is_idle, make_scheduler, only_plan, open_pipeline
 
 LATE = DeadlineError("pipeline 0 did not answer a step in time")
 
@@ -25,7 +25,7 @@ def fail(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
     """By its deadline; the pipeline gets a new generation with its caches as they were."""
     scheduler.fail_step(plan.step, LATE, now_s)
     scheduler.suspend_pipeline(P0, now_s)
-    scheduler.open_pipeline(P0, Generation(plan.generation + 1), 100, 1, now_s, kv_marks=(10**6,))
+    open_pipeline(scheduler, P0, Generation(plan.generation + 1), 100, 1, now_s, kv_marks=(10**6,))
 
 
 def decode(scheduler: Scheduler, num_steps: int, step_s: float, now_s: float = 0.0) -> float:
@@ -106,7 +106,7 @@ def test_a_replay_is_getting_further() -> None:
     add(scheduler, "a", prompt_length=40, max_tokens=20)
     now_s = decode(scheduler, 12, 0.05)
     scheduler.suspend_pipeline(P0, now_s)
-    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s, kv_marks=(0,))
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, now_s, kv_marks=(0,))
     for _ in range(10):
         plan = only_plan(scheduler, now_s)
         assert plan.computing_slots == (0,)

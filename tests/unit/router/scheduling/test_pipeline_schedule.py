@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.ids import Generation
-from tests.support.router.scheduling import P0, P1, add, complete, make_scheduler, only_plan
+from tests.support.router.scheduling import P0, P1, add, complete, make_scheduler, only_plan, open_pipeline
 from tests.support.router.simulated_pipeline import build_request
 
 
@@ -16,7 +16,7 @@ def test_what_stages_keep_of_a_closed_pipeline_is_released_with_its_next_first_s
     under_way = only_plan(scheduler)
     assert set(under_way.released) == {chunk.sequence_id for chunk in finished.chunks[:3]}
     scheduler.close_pipeline(P0, now_s=0.0)
-    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, now_s=0.0)
     again = only_plan(scheduler)
     assert set(again.released) == {chunk.sequence_id for chunk in finished.chunks}, (
         "told once, perhaps not to every stage"
@@ -32,11 +32,11 @@ def test_releases_outlast_a_pipeline_that_is_closed_before_it_could_tell_them() 
     scheduler.close_pipeline(P0, now_s=0.0)
     scheduler.cancel(build_request("a", 4, 10).request_id)
     for generation in (2, 3):
-        scheduler.open_pipeline(P0, Generation(generation), 100, 1, now_s=0.0)
+        open_pipeline(scheduler, P0, Generation(generation), 100, 1, now_s=0.0)
         scheduler.close_pipeline(P0, now_s=0.0)
-    scheduler.open_pipeline(P1, Generation(4), 100, 1, now_s=0.0)
+    open_pipeline(scheduler, P1, Generation(4), 100, 1, now_s=0.0)
     add(scheduler, "b")
     assert only_plan(scheduler).released == (), "the stages of another pipeline know nothing of it"
     scheduler.close_pipeline(P1, now_s=0.0)
-    scheduler.open_pipeline(P0, Generation(5), 100, 1, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(5), 100, 1, now_s=0.0)
     assert only_plan(scheduler).released == (chunk.sequence_id,)

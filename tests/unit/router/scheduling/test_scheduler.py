@@ -27,6 +27,7 @@ from tests.support.router.scheduling import (
     make_scheduler,
     names_in,
     only_plan,
+    open_pipeline,
 )
 from tests.support.router.simulated_pipeline import build_request, end_of
 
@@ -116,14 +117,14 @@ def test_answers_may_come_out_of_order() -> None:
 # Several pipelines
 def test_requests_are_dealt_out_over_pipelines() -> None:
     scheduler = make_scheduler()
-    scheduler.open_pipeline(P1, Generation(1), 100, 1, now_s=0.0)
+    open_pipeline(scheduler, P1, Generation(1), 100, 1, now_s=0.0)
     add(scheduler, *"abcd")
     assert [(plan.pipeline, names_in(plan)) for plan in scheduler.schedule(0.0)] == [(0, ["a", "c"]), (1, ["b", "d"])]
 
 
 def test_nobody_overtakes_except_on_a_pool_too_small_for_the_one_ahead() -> None:
     scheduler = make_scheduler(num_blocks=10)
-    scheduler.open_pipeline(P1, Generation(1), 3, 1, now_s=0.0)
+    open_pipeline(scheduler, P1, Generation(1), 3, 1, now_s=0.0)
     add(scheduler, "a", prompt_length=28, max_tokens=1)
     scheduler.schedule(0.0)
     add(scheduler, "b", prompt_length=28, max_tokens=1)  # fits pipeline 0 alone, which is full
@@ -141,7 +142,7 @@ def test_closed_pipeline_gives_its_requests_back_to_the_head_of_the_line() -> No
     add(scheduler, "c")
     scheduler.close_pipeline(P0, 1.0)
     assert scheduler.schedule(1.0) == []
-    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s=2.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, now_s=2.0)
     plan = only_plan(scheduler, 2.0)
     assert (names_in(plan), lengths_in(plan)) == (["a", "b", "c"], [5, 5, 4])
     assert plan.chunks[0].token_ids[-1] == 5
@@ -153,7 +154,7 @@ def test_answers_of_steps_that_are_not_in_flight_are_counted_and_dropped() -> No
     scheduler = make_scheduler()
     add(scheduler, "a")
     old = only_plan(scheduler)
-    scheduler.open_pipeline(P0, Generation(2), 100, 1, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, now_s=0.0)
     new = only_plan(scheduler)
     assert complete(scheduler, old) == []
     scheduler.fail_step(old.step, ExecutionError("late"), 0.0)
@@ -167,7 +168,7 @@ def test_answers_of_steps_that_are_not_in_flight_are_counted_and_dropped() -> No
 def test_pipeline_opens_only_in_a_newer_generation() -> None:
     scheduler = make_scheduler()
     with pytest.raises(ValueError, match="is open in generation 1"):
-        scheduler.open_pipeline(P0, Generation(1), 100, 1, now_s=0.0)
+        open_pipeline(scheduler, P0, Generation(1), 100, 1, now_s=0.0)
 
 
 # Preemption
@@ -231,7 +232,7 @@ def test_the_wait_for_a_first_place_is_counted_once_a_request() -> None:
     assert (sum(scheduler.snapshot().counters.waits.counts), scheduler.snapshot().counters.waits.total_s) == (1, 0.25)
     complete(scheduler, plan, now_s=1.0)
     scheduler.close_pipeline(P0, now_s=1.0)
-    scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=3.0)
+    open_pipeline(scheduler, P0, Generation(2), 2, 1, now_s=3.0)
     only_plan(scheduler, now_s=3.0)
     restored = make_scheduler()
     restored.add(build_request("r", 4, 4, seed=1).restored([5]), now_s=0.0)
@@ -317,7 +318,7 @@ def test_waiting_too_long_ends_in_an_error_that_says_why(num_blocks: int | None,
     if num_blocks != 5:
         scheduler.close_pipeline(P0, 0.0)
     if num_blocks == 2:
-        scheduler.open_pipeline(P0, Generation(2), 2, 1, now_s=0.0)
+        open_pipeline(scheduler, P0, Generation(2), 2, 1, now_s=0.0)
     scheduler.schedule(1.0)
     assert scheduler.pop_failures() == []
     scheduler.schedule(11.0)
@@ -396,7 +397,7 @@ def test_time_in_line_before_an_outage_does_not_count_as_outage(
     assert scheduler.snapshot().num_waiting == 1
     ends(scheduler, P0, 61.0)
     scheduler.schedule(61.05)
-    scheduler.open_pipeline(P0, Generation(2), 4, 1, now_s=61.1)
+    open_pipeline(scheduler, P0, Generation(2), 4, 1, now_s=61.1)
     only_plan(scheduler, 61.1)
     assert scheduler.pop_failures() == [], "nobody was without a pipeline for long"
     ends(scheduler, P0, 100.0)

@@ -18,7 +18,7 @@ from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan
-from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in, only_plan, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -81,7 +81,7 @@ class Mesh:
         self.generation += 1
         self.in_flight.clear()
         self.stages.resume(Generation(self.generation), (), mirrored=False)
-        self.scheduler.open_pipeline(P0, Generation(self.generation), 14, 2, 0.0, self.stages.marks, **arguments)
+        open_pipeline(self.scheduler, P0, Generation(self.generation), 14, 2, 0.0, self.stages.marks, **arguments)
         self.scheduler.check_invariants()
 
     def turn(self) -> bool:
@@ -179,7 +179,7 @@ def test_an_error_that_is_nobodys_in_particular_ends_who_runs_there_after_a_few_
             assert scheduler.schedule(0.0) == []
             assert scheduler.pop_renewals() == [P0]
             scheduler.check_invariants()
-            scheduler.open_pipeline(P0, Generation(generation), 100, 1, 0.0)
+            open_pipeline(scheduler, P0, Generation(generation), 100, 1, 0.0)
     (failure,) = scheduler.pop_failures()
     assert failure.request_id == "a"
     add(scheduler, "b")
@@ -205,7 +205,7 @@ def test_a_step_that_fits_no_message_costs_the_request_that_does_not_fit() -> No
 def test_who_is_handled_is_told_before_and_after_and_stays_told_where_the_process_ends() -> None:
     told: list[str] = []
     scheduler = Scheduler(SchedulerSettings(block_tokens=4), attend=told.append)
-    scheduler.open_pipeline(P0, Generation(1), 100, 2, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(1), 100, 2, now_s=0.0)
     add(scheduler, "a")
     scheduler.schedule(0.0)
     assert "a" in told

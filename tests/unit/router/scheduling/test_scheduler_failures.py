@@ -8,7 +8,17 @@ from common.errors import (
 )
 from common.ids import Generation
 from services.router.engine import Token
-from tests.support.router.scheduling import P0, add, complete, is_idle, lengths_in, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import (
+    P0,
+    add,
+    complete,
+    is_idle,
+    lengths_in,
+    make_scheduler,
+    names_in,
+    only_plan,
+    open_pipeline,
+)
 
 # Failing
 
@@ -23,7 +33,7 @@ def test_releases_of_a_failed_step_are_told_again_since_not_every_stage_may_have
     assert plan.released == (first.chunks[0].sequence_id,)
     scheduler.fail_step(plan.step, ExecutionError("x"), 0.0)
     scheduler.suspend_pipeline(P0, 0.0)
-    scheduler.open_pipeline(P0, Generation(2), 100, 1, 0.0, kv_marks=(first.step,))
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, 0.0, kv_marks=(first.step,))
     assert only_plan(scheduler).released == plan.released
 
 

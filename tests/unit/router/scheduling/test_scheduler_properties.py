@@ -14,7 +14,7 @@ from services.router.engine import FinishReason, GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
-from tests.support.router.scheduling import is_idle
+from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 PIPELINES = [PipelineId(0), PipelineId(1)]
@@ -79,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.suspended.pop(pipeline, None)
         self.scheduler.close_pipeline(pipeline, self.now_s)
         generation = Generation(self.generation)
-        self.scheduler.open_pipeline(pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
+        open_pipeline(self.scheduler, pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
         self.num_blocks[pipeline] = num_blocks
         self.stages[pipeline] = SimulatedPipeline(pipeline, generation, num_blocks, self.settings.block_tokens)
         if pipeline in self.former:
@@ -234,8 +234,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stages, num_blocks = self.suspended.pop(pipeline)
         self.generation += 1
         stages.resume(Generation(self.generation), sorted(lost), mirrored)
-        self.scheduler.open_pipeline(
-            pipeline, Generation(self.generation), num_blocks, 2, self.now_s, kv_marks=stages.marks
+        open_pipeline(
+            self.scheduler, pipeline, Generation(self.generation), num_blocks, 2, self.now_s, kv_marks=stages.marks
         )
         self.stages[pipeline] = stages
         self.send_plans()

@@ -9,7 +9,17 @@ from common.ids import Generation, SequenceId
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from tests.support.router.scheduling import P0, P1, add, complete, is_idle, make_scheduler, names_in, only_plan
+from tests.support.router.scheduling import (
+    P0,
+    P1,
+    add,
+    complete,
+    is_idle,
+    make_scheduler,
+    names_in,
+    only_plan,
+    open_pipeline,
+)
 from tests.support.router.simulated_pipeline import build_request, end_of
 
 
@@ -44,7 +54,7 @@ def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may
     scheduler = Scheduler(SchedulerSettings(block_tokens=4, max_outage_s=10.0, max_queue_s=100.0))
     scheduler.add(build_request("a", 4, 10, seed=1).restored([1]), now_s=0.0)
     if outage == "after it":
-        scheduler.open_pipeline(P0, Generation(1), 100, 1, now_s=0.0)
+        open_pipeline(scheduler, P0, Generation(1), 100, 1, now_s=0.0)
         only_plan(scheduler)
         scheduler.close_pipeline(P0, now_s=0.0)
     scheduler.schedule(now_s=50.0)
@@ -64,7 +74,7 @@ def adopting_scheduler(held_by: dict[int, int], kv_marks: tuple[int, int]) -> Sc
     request = build_request("a", 6, 20, seed=ord("a"))
     scheduler.add(request.restored([1, 2, 3, 4], SequenceId(7)), 0.0)
     held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), held_by)
-    scheduler.open_pipeline(P0, Generation(1), 32, 2, 0.0, kv_marks, held)
+    open_pipeline(scheduler, P0, Generation(1), 32, 2, 0.0, kv_marks, held)
     return scheduler
 
 
@@ -96,7 +106,7 @@ def test_a_mirror_of_a_former_time_does_not_stand_for_what_was_adopted_when_it_t
     complete(scheduler, plan)
     for generation, kv_marks, slots in ((2, (plan.step, plan.step), ()), (3, (OLD + 2, plan.step), (0,))):
         scheduler.suspend_pipeline(P0, 0.0)
-        scheduler.open_pipeline(P0, Generation(generation), 32, 2, 0.0, kv_marks)
+        open_pipeline(scheduler, P0, Generation(generation), 32, 2, 0.0, kv_marks)
         assert replayed(scheduler) == (slots, [(0, 10)] if slots else [(10, 11)])
 
 
@@ -105,12 +115,12 @@ def test_a_request_waits_for_the_pipeline_that_has_its_cache_and_keeps_nobody_el
     for name, sequence_id in (("a", SequenceId(7)), ("b", SequenceId(8)), ("c", None)):
         scheduler.add(build_request(name, 6, 20, seed=ord(name)).restored([1, 2, 3, 4], sequence_id), 0.0)
     held = HeldCache({8: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})
-    scheduler.open_pipeline(P0, Generation(1), 32, 1, 0.0, (OLD,), held)
+    open_pipeline(scheduler, P0, Generation(1), 32, 1, 0.0, (OLD,), held)
     (plan,) = scheduler.schedule(0.0, lambda sequence_id: sequence_id == 7)
     assert names_in(plan) == ["b", "c"]
     complete(scheduler, plan)
     held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})
-    scheduler.open_pipeline(P1, Generation(2), 32, 1, 0.0, (OLD,), held)
+    open_pipeline(scheduler, P1, Generation(2), 32, 1, 0.0, (OLD,), held)
     plans = {plan.pipeline: plan for plan in scheduler.schedule(0.0)}
     assert names_in(plans[P1]) == ["a"]
     assert plans[P1].chunks[0].start_position == 9

@@ -13,7 +13,7 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
-from tests.support.router.scheduling import is_idle
+from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -38,7 +38,7 @@ class Life:
         self.num_preemptions = self.most_victims = 0
         self.scheduler = Scheduler(scheduling, first_number=self.term << TERM_SHIFT)
         self.stages = SimulatedPipeline(P0, self.generation, num_blocks, scheduling.block_tokens)
-        self.scheduler.open_pipeline(P0, self.generation, num_blocks, 2, 0.0)
+        open_pipeline(self.scheduler, P0, self.generation, num_blocks, 2, 0.0)
         for request in requests:
             self.scheduler.add(request, 0.0)
         self.in_flight: list[StepPlan] = []
@@ -59,7 +59,7 @@ class Life:
                 self.scheduler.add(request.restored(tokens, self.journal.sequence_ids.get(request.request_id)), 0.0)
         held = self.stages.held()
         self.stages.resume(self.generation, (), mirrored=False)
-        self.scheduler.open_pipeline(P0, self.generation, self.num_blocks, 2, 0.0, self.stages.marks, held)
+        open_pipeline(self.scheduler, P0, self.generation, self.num_blocks, 2, 0.0, self.stages.marks, held)
         self.scheduler.check_invariants()
 
     def plan(self) -> None:

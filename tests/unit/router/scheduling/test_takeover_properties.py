@@ -11,7 +11,7 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
 from services.stage.slot.step_watermark import StepWatermark
-from tests.support.router.scheduling import is_idle
+from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
@@ -35,7 +35,7 @@ class Mesh:
             micro_batches_per_pipeline=3,
         )
         self.scheduler = Scheduler(self.settings)
-        self.scheduler.open_pipeline(P0, Generation(1), NUM_BLOCKS, 2, 0.0)
+        open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
         self.stages = SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
         self.generation = 1
         self.router_term = 0
@@ -68,7 +68,7 @@ class Mesh:
         self.in_flight.clear()
         self.generation += 1
         self.stages.resume(Generation(self.generation), [stage], mirrored=True)
-        self.scheduler.open_pipeline(P0, Generation(self.generation), NUM_BLOCKS, 2, 0.0, kv_marks=self.stages.marks)
+        open_pipeline(self.scheduler, P0, Generation(self.generation), NUM_BLOCKS, 2, 0.0, kv_marks=self.stages.marks)
         self.stages.join_mirror(stage)
         self.send()
 
@@ -84,7 +84,8 @@ class Mesh:
                 self.scheduler.add(request.restored(tokens, self.sequences.get(request.request_id)), 0.0)
         self.generation += 1
         self.stages.resume(Generation(self.generation), lost, mirrored=True)
-        self.scheduler.open_pipeline(
+        open_pipeline(
+            self.scheduler,
             P0,
             Generation(self.generation),
             NUM_BLOCKS,
