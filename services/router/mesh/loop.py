@@ -386,7 +386,7 @@ class MeshLoop:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
         nodes = node_statuses(self._nodes, self._membership, self._heartbeats, self._stages, self._experts)
-        self._flow.totals.step_bytes = self._client.step_bytes_sent
+        self._flow.totals.pipeline_bytes = self._client.step_bytes_sent
         scheduler = self._scheduler.snapshot()
         evidence = mesh_evidence(self._membership, self._progress, self._stages, self._experts, scheduler)
         self.status = MeshStatus(

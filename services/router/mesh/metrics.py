@@ -101,9 +101,9 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
 def _hops(status: MeshStatus) -> Iterator[Metric]:
     hops = status.hops
     links = (
-        ("pipeline", hops.steps, hops.step_seconds, hops.step_bytes),
-        ("stage_to_expert", hops.expert_calls, hops.expert_call_seconds, hops.expert_call_bytes),
-        ("expert_queue", hops.expert_answers, hops.expert_queue_seconds, hops.expert_answer_bytes),
+        ("pipeline", hops.pipeline_steps, hops.pipeline_seconds, hops.pipeline_bytes),
+        ("stage_to_expert", hops.calls, hops.call_seconds, hops.call_bytes),
+        ("expert_queue", hops.answers, hops.queue_seconds, hops.answer_bytes),
     )
     seconds = SummaryMetricFamily(
         "moemesh_hop_seconds",
@@ -117,11 +117,11 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
     yield seconds
     yield sent
     for name, text, value in (
-        ("moemesh_expert_calls_resent", "Calls repeated on another copy", hops.resent_calls),
-        ("moemesh_expert_hedges", "Calls asked of a further copy, since the first was late", hops.hedges),
+        ("moemesh_expert_calls_resent", "Calls repeated on another copy", hops.resent),
+        ("moemesh_expert_hedges", "Calls asked of a further copy, since the first was late", hops.hedged),
         ("moemesh_expert_hedge_wins", "Hedges that answered first", hops.hedge_wins),
         ("moemesh_expert_late_answers", "Answers of expert nodes that were not used any more", hops.late_answers),
-        ("moemesh_expert_calls_cancelled", "Calls taken back while they queued", hops.cancelled_calls),
+        ("moemesh_expert_calls_cancelled", "Calls taken back while they queued", hops.cancelled),
         ("moemesh_expert_suspicions", "Times that a stage took an expert node to hang", hops.suspicions),
         ("moemesh_degraded_rows", "Token rows that went on without one of their experts", hops.degraded_rows),
         ("moemesh_other_class_rows", "Rows of expert calls asked of another numeric class", hops.other_class_rows),

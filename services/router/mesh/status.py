@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from common.ids import Generation, NodeId, PipelineId
-from common.messages import ExpertHeartbeat, Heartbeat, StageHeartbeat
+from common.messages import ExpertHeartbeat, Heartbeat
 from common.topology import CheckpointPart, NodeDescription, NodeKind, StageSlot
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, NodeState
@@ -36,22 +36,24 @@ class NodeStatus:
 
 @dataclass(slots=True)
 class HopTotals:
-    """Time and bytes between processes since the router's start, also of nodes that are gone."""
+    """Time and bytes between processes since the router's start, also of nodes that are gone. What has the name of a
+    field of heartbeats is the sum of these."""
 
-    steps: int = 0
-    step_seconds: float = 0.0
-    step_bytes: int = 0
-    expert_calls: int = 0
-    expert_call_seconds: float = 0.0
-    expert_call_bytes: int = 0
-    expert_answers: int = 0
-    expert_queue_seconds: float = 0.0
-    expert_answer_bytes: int = 0
-    resent_calls: int = 0
-    hedges: int = 0
+    pipeline_steps: int = 0
+    pipeline_seconds: float = 0.0
+    pipeline_bytes: int = 0
+    calls: int = 0
+    call_seconds: float = 0.0
+    call_bytes: int = 0
+    answers: int = 0
+    """The steps of expert nodes."""
+    queue_seconds: float = 0.0
+    answer_bytes: int = 0
+    resent: int = 0
+    hedged: int = 0
     hedge_wins: int = 0
     late_answers: int = 0
-    cancelled_calls: int = 0
+    cancelled: int = 0
     suspicions: int = 0
     reduce_seconds: float = 0.0
     reduces: int = 0
@@ -63,25 +65,11 @@ class HopTotals:
         """Adds the counts that a node last reported."""
         if last is None:
             return
-        self.dropped += last.dropped
-        if isinstance(last, StageHeartbeat):
-            self.expert_calls += last.calls
-            self.expert_call_seconds += last.call_seconds
-            self.expert_call_bytes += last.call_bytes
-            self.resent_calls += last.resent
-            self.hedges += last.hedged
-            self.hedge_wins += last.hedge_wins
-            self.late_answers += last.late_answers
-            self.suspicions += last.suspicions
-            self.degraded_rows += last.degraded_rows
-            self.other_class_rows += last.other_class_rows
-            self.reduce_seconds += last.reduce_seconds
-            self.reduces += last.reduces
-        elif isinstance(last, ExpertHeartbeat):
-            self.expert_answers += last.steps
-            self.expert_queue_seconds += last.queue_seconds
-            self.expert_answer_bytes += last.answer_bytes
-            self.cancelled_calls += last.cancelled
+        for total in fields(self):
+            if hasattr(last, total.name):
+                setattr(self, total.name, getattr(self, total.name) + getattr(last, total.name))
+        if isinstance(last, ExpertHeartbeat):
+            self.answers += last.steps
 
     def snapshot(self, nodes: tuple[NodeStatus, ...]) -> HopTotals:
         """Returns the totals with what living nodes last reported."""

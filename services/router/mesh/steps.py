@@ -150,8 +150,8 @@ class StepFlow:
             if not plan.computing_slots and step.sent_s is not None:
                 self._answered_s[plan.pipeline] = max(step.sent_s, self._answered_s.get(plan.pipeline, step.sent_s))
             if plan.chunks:  # a canary says nothing of how long work takes
-                self.totals.steps += 1
-                self.totals.step_seconds += now_s - (step.sent_s or now_s)
+                self.totals.pipeline_steps += 1
+                self.totals.pipeline_seconds += now_s - (step.sent_s or now_s)
             outputs += self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
         if outputs:
             self._sink([(output.request_id, output.token) for output in outputs])

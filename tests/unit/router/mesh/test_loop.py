@@ -373,7 +373,7 @@ def test_status_counts_what_dead_nodes_had_counted(mesh: FakeMesh) -> None:
     mesh.say("a", StageHeartbeat(1.0, 3, 5, dropped=7, calls=4, call_seconds=0.25, call_bytes=50, resent=2))
     mesh.turn(0.2)
     before = mesh.loop.status.hops
-    assert (before.expert_calls, before.expert_call_bytes, before.resent_calls, before.dropped) == (4, 50, 2, 7)
+    assert (before.calls, before.call_bytes, before.resent, before.dropped) == (4, 50, 2, 7)
     mesh.lose("a")
     mesh.turn(0.2)
     mesh.turn(0.2)

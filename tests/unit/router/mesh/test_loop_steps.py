@@ -165,7 +165,7 @@ def test_a_step_carries_the_counters_that_fence_it_and_the_time_left(mesh: FakeM
 
 
 def test_in_silence_a_canary_goes_through_each_pipeline_and_is_no_work(mesh: FakeMesh) -> None:
-    steps, planned = mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned
+    steps, planned = mesh.loop.status.hops.pipeline_steps, mesh.loop.status.scheduler.counters.steps_planned
     mesh.client.pipelines[FIRST].answers.clear()
     for _ in range(6):
         mesh.beat()
@@ -175,7 +175,7 @@ def test_in_silence_a_canary_goes_through_each_pipeline_and_is_no_work(mesh: Fak
     assert header.generation == mesh.stages.pipelines[FIRST].generation
     mesh.settle()
     assert mesh.loop.status.readiness.ready
-    assert (mesh.loop.status.hops.steps, mesh.loop.status.scheduler.counters.steps_planned) == (steps, planned)
+    assert (mesh.loop.status.hops.pipeline_steps, mesh.loop.status.scheduler.counters.steps_planned) == (steps, planned)
 
 
 def test_an_unanswered_canary_shows_a_hang_until_it_is_answered(mesh: FakeMesh) -> None:

@@ -54,7 +54,7 @@ def test_every_number_is_where_its_name_says() -> None:
             NodeStatus(node("t"), NodeState.ALIVE, None, None),
         ),
         num_blocks={PipelineId(0): 30, PipelineId(1): 12},
-        hops=HopTotals(steps=8, step_seconds=4.0, step_bytes=123, expert_calls=6, expert_call_seconds=0.75, dropped=2),
+        hops=HopTotals(8, 4.0, 123, calls=6, call_seconds=0.75, dropped=2),
         placement_version=11,
         redundancy=Redundancy(complete_mirrors=1, missing_mirrors=2, missing_copies=4, copies_to_load=5),
         generations={PipelineId(0): Generation(6)},
@@ -103,17 +103,17 @@ def test_names_of_counters_and_no_others_end_in_total() -> None:
 
 
 def test_what_the_dead_have_counted_stays_counted_and_the_living_are_not_counted_twice() -> None:
-    totals = HopTotals(steps=1)
+    totals = HopTotals(pipeline_steps=1)
     totals.keep(BEAT)
     totals.keep(EXPERT_BEAT)
     totals.keep(None)
-    assert (totals.expert_calls, totals.expert_call_seconds, totals.expert_call_bytes) == (6, 0.75, 600)
-    assert (totals.expert_answers, totals.expert_queue_seconds, totals.expert_answer_bytes) == (5, 0.25, 400)
-    assert (totals.resent_calls, totals.dropped) == (2, 4)
+    assert (totals.calls, totals.call_seconds, totals.call_bytes) == (6, 0.75, 600)
+    assert (totals.answers, totals.queue_seconds, totals.answer_bytes) == (5, 0.25, 400)
+    assert (totals.pipeline_steps, totals.resent, totals.dropped) == (1, 2, 4)
     living = (NodeStatus(node("u"), NodeState.ALIVE, BEAT, None),)
-    assert totals.snapshot(living).expert_calls == 12
-    assert totals.snapshot(living).expert_calls == 12
-    assert totals.expert_calls == 6
+    assert totals.snapshot(living).calls == 12
+    assert totals.snapshot(living).calls == 12
+    assert totals.calls == 6
 
 
 def test_what_stages_and_expert_nodes_count_of_their_calls_has_a_metric_each() -> None:
