@@ -108,14 +108,9 @@ class MeshEngine:
         self._grace_from_s = clock() if takes_over else None
         self._mesh = mesh
         self._mailbox = mailbox
-        self._max_context_tokens = max_context_tokens
+        self.max_context_tokens = max_context_tokens
         self._clock = clock
         self._max_waiting = max_waiting
-
-    @property
-    def max_context_tokens(self) -> int:
-        """Returns how many tokens prompt and completion may have together."""
-        return self._max_context_tokens
 
     def readiness(self) -> Readiness:
         """Reads the last status of the mesh thread, if it is fresh."""

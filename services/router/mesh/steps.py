@@ -27,10 +27,6 @@ Sink = Callable[[list[tuple[RequestId, Token | MoemeshError]]], None]
 """Where the outcome of requests goes. It is called in the mesh thread, and must return at once."""
 
 
-class UnsendableError(ExecutionError):
-    """A step fits no message. No node has seen it."""
-
-
 class StepFlow:
     """See the module."""
 
@@ -107,24 +103,17 @@ class StepFlow:
             if step.sent_s is not None or pipeline in waiting or pipeline in broken:
                 continue  # the steps of a pipeline go in their order
             try:
-                if not self._send(step, now_s):
-                    waiting.add(pipeline)
-            except UnsendableError as error:
-                broken.append(self._fail(step, error, now_s))
+                message = step_message(step.plan)
+            except Exception as error:  # one request's numbers do not fit it
+                known = ExecutionError(f"the step cannot be put into a message: {error}")
+                broken.append(self._fail(step, known, now_s))
+                continue
+            left_ms = max(1, int((step.planned_s + self._step_deadline_s - now_s) * 1000))
+            if self._client.send_step(pipeline, message, step_header(step.plan, self._client.router_term, left_ms)):
+                step.sent_s = now_s
+            else:
+                waiting.add(pipeline)  # its first stage does not take it yet
         return broken
-
-    def _send(self, step: StepInFlight, now_s: float) -> bool:
-        """Returns False if the first stage does not take it yet. Raises UnsendableError."""
-        left_ms = max(1, int((step.planned_s + self._step_deadline_s - now_s) * 1000))
-        header = step_header(step.plan, self._client.router_term, left_ms)
-        try:
-            message = step_message(step.plan)
-        except Exception as error:  # one request's numbers do not fit it
-            raise UnsendableError(f"the step cannot be put into a message: {error}") from error
-        if not self._client.send_step(step.plan.pipeline, message, header):
-            return False
-        step.sent_s = now_s
-        return True
 
     def receive_results(self, now_s: float) -> list[PipelineId]:
         """Receives sampled tokens and hands them on, all of this call at once."""
