@@ -6,7 +6,6 @@ Requests come on stdin, answers go to stdout. It ends when the router does, whos
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import struct
 import sys
@@ -15,11 +14,9 @@ from typing import Any, BinaryIO, Final
 import msgpack
 import numpy as np
 
-from common.ids import NodeId
 from common.processes.child_process import end_with_parent
 from services.router.control.experts.placement import ExpertNodeCapacity
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
-from services.router.control.experts.shard_bits import num_words
 
 LENGTH: Final = struct.Struct("<Q")
 """The length that stands before every message on the pipes."""
@@ -29,53 +26,45 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers until the requests end."""
     while len(head := requests.read(LENGTH.size)) == LENGTH.size:
         request = decode_request(requests.read(LENGTH.unpack(head)[0]))
-        answers.write(encode_answer(answer_request(request)))
+        answers.write(encode(answer_request(request)))
         answers.flush()
 
 
-def encode_request(request: PlacementRequest) -> bytes:
+def encode(message: PlacementRequest | PlacementAnswer) -> bytes:
     """Returns the message with its length before it."""
-    nodes = [
-        dataclasses.asdict(node) | {"experts": None if node.experts is None else sorted(node.experts)}
-        for node in request.nodes
-    ]
-    fields = _fields(request) | {"nodes": nodes, "ready": request.ready.tobytes(), "told": request.told.tobytes()}
-    return _with_length(fields)
+    body: bytes = msgpack.packb(_fields(message), default=_plain)
+    return LENGTH.pack(len(body)) + body
 
 
 def decode_request(body: bytes) -> PlacementRequest:
     """Reads the message without its length."""
-    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
-    holders = tuple(map(NodeId, fields["holders"]))
-    row_words = num_words(math.prod(fields["shape"]))
-    for name in ("ready", "told"):
-        fields[name] = np.frombuffer(fields[name], dtype=np.uint64).reshape(len(holders), row_words)
-    nodes = tuple(
-        ExpertNodeCapacity(**node | {"experts": None if node["experts"] is None else frozenset(node["experts"])})
-        for node in fields["nodes"]
-    )
-    return PlacementRequest(**fields | {"holders": holders, "nodes": nodes})
-
-
-def encode_answer(answer: PlacementAnswer) -> bytes:
-    """Returns the message with its length before it."""
-    return _with_length(_fields(answer) | {"owners": answer.owners.tobytes(), "shape": answer.owners.shape})
+    return PlacementRequest(**msgpack.unpackb(body, use_list=False, object_hook=_read))
 
 
 def decode_answer(body: bytes) -> PlacementAnswer:
     """Reads the message without its length."""
-    fields: dict[str, Any] = msgpack.unpackb(body, use_list=False)
-    owners = np.frombuffer(fields["owners"], dtype=np.int32).reshape(fields.pop("shape"))
-    return PlacementAnswer(**fields | {"owners": owners, "node_ids": tuple(map(NodeId, fields["node_ids"]))})
+    return PlacementAnswer(**msgpack.unpackb(body, use_list=False, object_hook=_read))
 
 
-def _fields(message: PlacementRequest | PlacementAnswer) -> dict[str, Any]:
-    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _with_length(fields: dict[str, Any]) -> bytes:
-    body: bytes = msgpack.packb(fields)
-    return LENGTH.pack(len(body)) + body
+def _plain(value: Any) -> Any:
+    """Returns a node's fields, or an array or a set as msgpack can write it."""
+    if isinstance(value, np.ndarray):
+        return {"dtype": value.dtype.str, "shape": value.shape, "data": value.tobytes()}
+    return sorted(value) if isinstance(value, frozenset) else _fields(value)
+
+
+def _read(fields: dict[str, Any]) -> Any:
+    """Returns what `_plain` has made a map of."""
+    if "dtype" in fields:
+        return np.frombuffer(fields["data"], fields["dtype"]).reshape(fields["shape"])
+    if "node_id" in fields:
+        experts = None if fields["experts"] is None else frozenset(fields["experts"])
+        return ExpertNodeCapacity(**fields | {"experts": experts})
+    return fields
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request, keep_what_is_held
-from services.router.mesh.placement_process import LENGTH, decode_answer, encode_request
+from services.router.mesh.placement_process import LENGTH, decode_answer, encode
 
 ANSWER_LIMIT_S = 60.0
 STILL_S = 3.0
@@ -121,7 +121,7 @@ class ProcessPlacer:
         assert process.stdin is not None
         assert process.stdout is not None
         patience = ProcessPatience(self._answer_limit_s, partial(process_cpu_seconds, process.pid))
-        _write(process.stdin.fileno(), encode_request(request), patience)
+        _write(process.stdin.fileno(), encode(request), patience)
         (size,) = LENGTH.unpack(_read(process.stdout.fileno(), LENGTH.size, patience))
         return decode_answer(_read(process.stdout.fileno(), size, patience))
 

@@ -24,7 +24,7 @@ from services.router.control.experts.placement import ExpertNodeCapacity
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
 from services.router.control.experts.shard_bits import pack
 from services.router.mesh import placer
-from services.router.mesh.placement_process import LENGTH, decode_answer, decode_request, encode_answer, encode_request
+from services.router.mesh.placement_process import LENGTH, decode_answer, decode_request, encode
 from services.router.mesh.placer import ProcessPlacer
 from tests.support.processes.waiting import wait_until
 
@@ -199,7 +199,7 @@ def test_nodes_with_parts_and_none_at_all_survive_the_pipe() -> None:
     parts = request_of(2)
     seeing = tuple(replace(node, experts=frozenset({number})) for number, node in enumerate(parts.nodes))
     for request in (replace(parts, nodes=seeing), request_of(0)):
-        back = decode_request(encode_request(request)[LENGTH.size :])
+        back = decode_request(encode(request)[LENGTH.size :])
         assert (back.nodes, back.holders, back.shape) == (request.nodes, request.holders, request.shape)
         assert np.array_equal(back.ready, request.ready)
-        assert is_same(decode_answer(encode_answer(answer_request(back))[LENGTH.size :]), request)
+        assert is_same(decode_answer(encode(answer_request(back))[LENGTH.size :]), request)
