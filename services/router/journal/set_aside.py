@@ -15,8 +15,8 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import structlog
 from pydantic import TypeAdapter
@@ -157,18 +157,8 @@ class SetAside:
         accepted = request.accepted
         message = f"request {accepted.reply_id}: {reason}; its state is kept on disk, and it will not be resumed"
         names = [name for name in (accepted.reply_id, accepted.client_request_id, accepted.idempotency_key) if name]
-        kept: dict[str, Any] = {
-            "reply_id": accepted.reply_id,
-            "tenant": accepted.tenant,
-            "names": names,
-            "message": message,
-            "route": accepted.route,
-            "accepted_s": accepted.accepted_s,
-            "created_s": accepted.created_s,
-            "seed": accepted.seed,
-            "body": accepted.body.decode(errors="replace"),
-            "choices": _token_ids(request),
-        }
+        body, tokens = accepted.body.decode(errors="replace"), _token_ids(request)
+        kept = asdict(accepted) | {"body": body, "names": names, "message": message, "choices": tokens}
         # A name of ours: an id may hold what a file's name may not.
         name = hashlib.sha256(accepted.reply_id.encode()).hexdigest()[:32]
         self._note(accepted.tenant, names, message)
