@@ -76,14 +76,12 @@ def _waits(waits: WaitTimes) -> Metric:
 
 
 def _pipelines(status: MeshStatus) -> Iterator[Metric]:
-    pipelines, redundancy = status.scheduler.pipelines, status.redundancy
-    num_free_blocks = sum(pipeline.num_free_blocks for pipeline in pipelines)
-    num_steps = sum(pipeline.num_steps_in_flight for pipeline in pipelines)
+    scheduler, redundancy = status.scheduler, status.redundancy
     for name, text, value in (
-        ("moemesh_pipelines_open", "Pipelines that take steps", len(pipelines)),
+        ("moemesh_pipelines_open", "Pipelines that take steps", len(scheduler.pipelines)),
         ("moemesh_kv_blocks", "KV blocks of all open pipelines", sum(status.num_blocks.values())),
-        ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", num_free_blocks),
-        ("moemesh_steps_in_flight", "Steps sent and not answered", num_steps),
+        ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", scheduler.num_free_blocks),
+        ("moemesh_steps_in_flight", "Steps sent and not answered", scheduler.num_steps_in_flight),
         ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),
         ("moemesh_copies_to_load", "Safety copies of experts that are not loaded yet", redundancy.copies_to_load),
         ("moemesh_mirrors_complete", "Slots whose mirror could take over now", redundancy.complete_mirrors),

@@ -117,9 +117,7 @@ def mesh_evidence(
     return MeshEvidence(
         nodes={node_id: progress.evidence(node_id, state) for node_id, state in membership.living().items()},
         pipelines=tuple(
-            replace(seen.evidence, holders=holders[seen.evidence.pipeline])
-            for seen in scheduler.pipelines
-            if seen.evidence.pipeline in holders
+            replace(seen, holders=holders[seen.pipeline]) for seen in scheduler.pipelines if seen.pipeline in holders
         ),
         stages_detail=stages.detail,
         is_served=experts.is_served,

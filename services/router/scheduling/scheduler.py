@@ -20,7 +20,7 @@ from services.router.scheduling.pipeline_schedule import PipelineSchedules, Step
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_snapshot
+from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_evidence
 from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
 from services.router.scheduling.waiting_line import WaitingLine
 
@@ -276,15 +276,16 @@ class Scheduler:
 
     def snapshot(self) -> SchedulerSnapshot:
         """Returns a copy of what metrics and the status page show."""
+        schedules = self._schedules.open
         return SchedulerSnapshot(
             num_waiting=len(self._waiting.requests),
             num_ahead=self._waiting.num_ahead(None, self.settings.max_waiting),
             num_running=sum(len(schedule.running) for schedule in self._schedules.all.values()),
             reserved_tokens=self._admission.reserved_tokens,
-            pipelines=tuple(
-                pipeline_snapshot(self._schedules.all[pipeline]) for pipeline in sorted(self._schedules.open)
-            ),
+            pipelines=tuple(pipeline_evidence(schedules[pipeline]) for pipeline in sorted(schedules)),
             counters=deepcopy(self.counters),
+            num_free_blocks=sum(schedule.allocator.num_free for schedule in schedules.values()),
+            num_steps_in_flight=sum(not step.is_canary for step in self.steps_in_flight),
         )
 
     def check_invariants(self) -> None:

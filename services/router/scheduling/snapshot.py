@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from services.router.control.readiness import PipelineEvidence
 from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
-from services.router.scheduling.pipeline_selection import PipelineLoad
 from services.router.scheduling.request import Request
 
 WAIT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -53,40 +52,29 @@ class SchedulerCounters:
 
 
 @dataclass(frozen=True, slots=True)
-class PipelineSnapshot:
-    """One open pipeline, for metrics and the status page."""
-
-    evidence: PipelineEvidence
-    """What is judged of it, without its holders: roles know those."""
-    load: PipelineLoad
-    num_steps_in_flight: int
-    """Steps that are not canaries."""
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Counts blocks that no sequence holds."""
-        return self.load.num_blocks - self.load.num_used_blocks
-
-
-@dataclass(frozen=True, slots=True)
 class SchedulerSnapshot:
-    """For metrics and the status page. Lists are by pipeline id."""
+    """For metrics and the status page."""
 
     num_waiting: int = 0
     num_running: int = 0
     reserved_tokens: int = 0
-    pipelines: tuple[PipelineSnapshot, ...] = ()
+    pipelines: tuple[PipelineEvidence, ...] = ()
+    """What is judged of the open ones, by id, without their holders: roles know those."""
     counters: SchedulerCounters = field(default_factory=SchedulerCounters)
     num_ahead: int = 0
     """How many of those that wait count for the door of a request that comes now; see `admission.num_ahead`."""
+    num_free_blocks: int = 0
+    """Blocks of open pipelines that no sequence holds."""
+    num_steps_in_flight: int = 0
+    """Steps that are not canaries."""
 
 
-def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
-    """Returns what there is to see of it now."""
+def pipeline_evidence(schedule: PipelineSchedule) -> PipelineEvidence:
+    """Returns what is to be judged of it now."""
     usual_s = _usual_step_s(schedule)
     canaries = [step for step in schedule.in_flight.values() if step.is_canary]
     steps = [step for step in schedule.in_flight.values() if not step.is_canary]
-    evidence = PipelineEvidence(
+    return PipelineEvidence(
         pipeline=schedule.pipeline,
         holders=(),
         step=most_overdue([awaited(step.planned_s, usual_s) for step in steps]),
@@ -97,7 +85,6 @@ def pipeline_snapshot(schedule: PipelineSchedule) -> PipelineSnapshot:
         last_work_s=schedule.pace.last_work_s,
         has_answered=schedule.pace.has_answered,
     )
-    return PipelineSnapshot(evidence, schedule.load(), len(steps))
 
 
 def _usual_step_s(schedule: PipelineSchedule) -> float | None:

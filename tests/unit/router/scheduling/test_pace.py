@@ -18,7 +18,7 @@ LATE = DeadlineError("pipeline 0 did not answer a step in time")
 
 
 def token_of(scheduler: Scheduler) -> Awaited | None:
-    return scheduler.snapshot().pipelines[0].evidence.token
+    return scheduler.snapshot().pipelines[0].token
 
 
 def fail(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
@@ -50,12 +50,11 @@ def test_steps_that_failed_by_their_deadline_are_no_measure_of_how_long_steps_ta
         now_s += 60.0
         fail(scheduler, plan, now_s)
     now_s = decode(scheduler, 3, 0.05, now_s)
-    (pipeline,) = scheduler.snapshot().pipelines
-    assert pipeline.load.p99_step_s == pytest.approx(0.05)
+    assert scheduler._schedules.all[P0].load().p99_step_s == pytest.approx(0.05)
     only_plan(scheduler, now_s)
     (pipeline,) = scheduler.snapshot().pipelines
-    assert pipeline.evidence.step is not None
-    assert pipeline.evidence.step.explained_s == UNANSWERED_S
+    assert pipeline.step is not None
+    assert pipeline.step.explained_s == UNANSWERED_S
     assert not is_silence_explained(scheduler, now_s + 2.0)
 
 

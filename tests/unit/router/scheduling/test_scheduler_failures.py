@@ -64,7 +64,7 @@ def test_request_fails_after_three_recomputations_without_a_new_token() -> None:
         scheduler.fail_step(plan.step, error, 0.0)
         assert [failure.error for failure in scheduler.pop_failures()] == ([error] if attempt == 3 else [])
     assert is_idle(scheduler)
-    assert scheduler.snapshot().pipelines[0].num_free_blocks == 100
+    assert scheduler.snapshot().num_free_blocks == 100
 
 
 @pytest.mark.parametrize(("num_requests", "shares"), [(3, [3]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (10, [5, 5])])

@@ -276,10 +276,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.tokens[request_id] == expected
             stopped = expected[-1] in request.sampling.stop_token_ids
             assert self.finish_reasons[request_id] == (FinishReason.STOP if stopped else FinishReason.LENGTH)
-        for pipeline in self.scheduler.snapshot().pipelines:
-            assert pipeline.num_free_blocks == pipeline.load.num_blocks
-            assert self.stages[pipeline.load.pipeline].num_known_sequences <= self.settings.max_held_releases
-        assert self.scheduler.snapshot().reserved_tokens == 0
+        seen = self.scheduler.snapshot()
+        for each in seen.pipelines:
+            assert self.stages[each.pipeline].num_known_sequences <= self.settings.max_held_releases
+        assert seen.num_free_blocks == sum(self.num_blocks[each.pipeline] for each in seen.pipelines)
+        assert seen.reserved_tokens == 0
 
 
 SchedulerMachine.TestCase.settings = settings(
