@@ -324,7 +324,7 @@ class JournalWriter:
             if (future := queue.accepting.pop(request, None)) is None:
                 return
             if not is_written:
-                queue.drop(request)
+                queue.end(request.accepted.reply_id, is_kept=False)
             settle(future, None if is_written else JournalError(NOT_WRITABLE))
 
     def _compact(self) -> None:

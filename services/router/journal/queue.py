@@ -188,8 +188,8 @@ class JournalQueue:
                 choice.sequence_id = sequence_id
                 self._pending.placements.append((choice.number, sequence_id))
 
-    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None) -> None:
-        """See RequestJournal."""
+    def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
+        """See RequestJournal. What stands of it in the file, if not kept, is deleted with the next compaction."""
         with self.lock:
             request = self.ledger.find(reply_id)
             if request is None or (is_kept and request.ended_s is not None):
@@ -258,7 +258,7 @@ class JournalQueue:
         with self.lock:
             accepting, self.accepting = self.accepting, {}
             for request, future in accepting.items():
-                self.drop(request)
+                self.end(request.accepted.reply_id, is_kept=False)
                 settle(future, error)
             for flush in self.flushes:
                 settle(flush, False)
@@ -270,13 +270,6 @@ class JournalQueue:
             self.fenced = error
             self._undelivered.clear()
             self.refuse_all(error)
-
-    def drop(self, request: LedgerRequest) -> None:
-        """Drops a request that was not begun; what may stand of it in the file is deleted with the next compaction."""
-        with self.lock:
-            ended_s = self.wall_clock()
-            self._pending.ends.append((request.number, ended_s, False))
-            self.ledger.end(request, ended_s, is_kept=False)
 
 
 def settle(future: Future[Any], outcome: object) -> None:
