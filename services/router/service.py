@@ -38,7 +38,7 @@ from services.router.front.registry import RequestRegistry
 from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.disk_thread import Disk, DiskThread, Housekeeping, finish_within
+from services.router.journal.disk_thread import DiskThread, Housekeeping, finish_within
 from services.router.journal.journal import Journal, JournalCollector, open_journal
 from services.router.journal.records import JournalledRequest
 from services.router.journal.set_aside import Attention, SetAside, attention_path, without_culprits
@@ -227,7 +227,7 @@ def _open_storage(settings: Settings, model: Model) -> _Storage:
 
 
 def _open_journal(
-    settings: Settings, model: Model, state: StateFolder, disk: Disk
+    settings: Settings, model: Model, state: StateFolder, disk: DiskThread
 ) -> tuple[Journal | None, list[JournalledRequest]]:
     if settings.journal == "off":
         return None, []

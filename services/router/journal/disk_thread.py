@@ -11,27 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 Job = Callable[[], None]
 LOOK_INTERVAL_S = 0.5
-
-
-class Disk(Protocol):
-    """What the journal and the housekeeping ask of it."""
-
-    @property
-    def busy_s(self) -> float:
-        """Says how long the job that runs now has taken; 0.0 while none does."""
-        ...
-
-    def submit(self, job: Job) -> None:
-        """Runs it after those that were handed in before. What it raises ends the router: see `check`."""
-        ...
-
-    def check(self) -> None:
-        """Raises what the first job that failed has raised."""
-        ...
 
 
 class DiskThread:
@@ -50,16 +32,16 @@ class DiskThread:
 
     @property
     def busy_s(self) -> float:
-        """See Disk."""
+        """Says how long the job that runs now has taken; 0.0 while none does."""
         begun_s = self._begun_s
         return 0.0 if begun_s is None else max(0.0, self._clock() - begun_s)
 
     def submit(self, job: Job) -> None:
-        """See Disk."""
+        """Runs it after those that were handed in before. What it raises ends the router: see `check`."""
         self._jobs.put(job)
 
     def check(self) -> None:
-        """See Disk."""
+        """Raises what the first job that failed has raised."""
         if self._failure is not None:
             raise self._failure
 
@@ -86,7 +68,7 @@ class Housekeeping:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: DiskThread,
         look_after_folder: Callable[[], None],
         look_after_own: Callable[[], None] = lambda: None,
         tick_journal: Callable[[], None] = lambda: None,

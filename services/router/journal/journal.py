@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 from common.errors import ConfigurationError, FencedError, JournalError, MoemeshError
 from common.ids import RequestId, SequenceId
 from services.router.engine import Token
-from services.router.journal.disk_thread import Disk
+from services.router.journal.disk_thread import DiskThread
 from services.router.journal.files import UNREADABLE, LostFilesError, damaged, open_database
 from services.router.journal.queue import JournalQueue, LedgerRequest, settle
 from services.router.journal.records import AcceptedRequest, JournalledRequest, RequestJournal, StepRecord, encode_step
@@ -67,7 +67,7 @@ class Journal(RequestJournal):
         queue: JournalQueue,
         writer: JournalWriter,
         retention_s: float,
-        disk: Disk,
+        disk: DiskThread,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`writer` does its work in `disk`. Requests that may be asked for after their end stay for `retention_s`."""
@@ -428,7 +428,7 @@ def open_journal(
     path: Path,
     model: str,
     check_term: Callable[[], None],
-    disk: Disk,
+    disk: DiskThread,
     *,
     is_synchronous: bool,
     retention_s: float,

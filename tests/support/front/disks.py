@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from services.router.journal.disk_thread import Job
+from services.router.journal.disk_thread import DiskThread, Job
 
 
-class PromptDisk:
+class PromptDisk(DiskThread):
     """Does each job where it is handed in. Jobs that are handed in meanwhile come after it."""
-
-    busy_s = 0.0
 
     def submit(self, job: Job) -> None:
         job()
 
-    def check(self) -> None:
-        """Nothing fails here but where it is handed in."""
 
-
-class HangingDisk:
+class HangingDisk(DiskThread):
     """Does nothing until `answer`; the test says how long that has been so."""
 
+    busy_s: float = 0.0
+
     def __init__(self) -> None:
-        self.busy_s = 0.0
+        super().__init__()
         self.jobs: list[Job] = []
 
     def submit(self, job: Job) -> None:
@@ -41,6 +38,3 @@ class HangingDisk:
         while not asking.done():
             await asyncio.sleep(0)
             self.answer()
-
-    def check(self) -> None:
-        """Nothing fails here but in `answer`."""

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
-from services.router.journal.disk_thread import Disk
+from services.router.journal.disk_thread import DiskThread
 from services.router.journal.journal import Journal
 from tests.support.front.asgi_exchange import Answer, Exchange
 from tests.support.front.fake_engine import FakeEngine, Step
@@ -55,7 +55,7 @@ class Server:
     """A router's front, its journal and its engine; `again` is the router after a restart on the same file."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, path: Path, script: list[Step], disk: Disk | None = None, **settings: Any
+        self, tokenizer: TextTokenizer, path: Path, script: list[Step], disk: DiskThread | None = None, **settings: Any
     ) -> None:
         self._tokenizer = tokenizer
         self._path = path

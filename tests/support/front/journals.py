@@ -8,7 +8,7 @@ from typing import Any
 
 from common.ids import RequestId
 from services.router.engine import FinishReason, Token
-from services.router.journal.disk_thread import Disk
+from services.router.journal.disk_thread import DiskThread
 from services.router.journal.journal import Journal, open_journal
 from services.router.journal.records import AcceptedRequest, JournalledRequest
 from tests.support.front.disks import PromptDisk
@@ -43,7 +43,7 @@ def token(number: int, finish_reason: FinishReason | None = None) -> Token:
 
 
 def open_at(
-    path: Path, model: str = MODEL, disk: Disk | None = None, **changes: Any
+    path: Path, model: str = MODEL, disk: DiskThread | None = None, **changes: Any
 ) -> tuple[Journal, list[JournalledRequest]]:
     """The journal of a test, with a term that is never old; without a disk of its own it is written at once."""
     settings: dict[str, Any] = {"is_synchronous": False, "retention_s": 600.0} | changes
