@@ -8,6 +8,7 @@ WAITING -> RUNNING -> FINISHED
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -279,11 +280,6 @@ def count_tokens(prompt_token_ids: Sequence[int], generated_token_ids: Sequence[
 
     `prompt_token_ids`: empty where no penalty looks at the prompt.
     """
-    generated, times = np.unique(np.array(generated_token_ids, dtype=np.int32), return_counts=True)
-    prompt = np.unique(np.array(prompt_token_ids, dtype=np.int32))
-    token_ids = np.union1d(generated, prompt)
-    rows = np.zeros((len(token_ids), 3), dtype=np.int32)
-    rows[:, 0] = token_ids
-    rows[np.searchsorted(token_ids, generated), 1] = times
-    rows[np.searchsorted(token_ids, prompt), 2] = 1
-    return rows.tobytes()
+    times, prompt = Counter(generated_token_ids), frozenset(prompt_token_ids)
+    rows = [(token_id, times[token_id], int(token_id in prompt)) for token_id in sorted(prompt.union(times))]
+    return np.array(rows, dtype=np.int32).tobytes()
