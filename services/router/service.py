@@ -39,7 +39,7 @@ from services.router.front.routes import create_app
 from services.router.front.settings import FrontSettings
 from services.router.front.text.tokenizer import TextTokenizer
 from services.router.journal.disk_thread import DiskThread, Housekeeping, finish_within
-from services.router.journal.journal import Journal, JournalCollector, open_journal
+from services.router.journal.journal import Journal, open_journal
 from services.router.journal.records import JournalledRequest
 from services.router.journal.set_aside import Attention, SetAside, attention_path, without_culprits
 from services.router.journal.state_folder import StateFolder, open_state_folder
@@ -265,7 +265,7 @@ def _log_checkpoint(model: Model, tokenizer: TextTokenizer) -> None:
 def _registry(mesh: MeshLoop, journal: Journal | None) -> CollectorRegistry:
     registry = CollectorRegistry()
     if journal is not None:
-        registry.register(JournalCollector(journal.counts))
+        registry.register(journal)
     for collector in (
         MeshCollector(lambda: mesh.status),
         ProcessCollector(registry=None),

@@ -59,7 +59,7 @@ class JournalCounts:
     restored_requests: int = 0
 
 
-class Journal(RequestJournal):
+class Journal(RequestJournal, Collector):
     """Open it with `open_journal`. It is safe in several threads; `append` and `tick` belong to the mesh thread."""
 
     def __init__(
@@ -180,6 +180,29 @@ class Journal(RequestJournal):
             stuck_s=self._disk.busy_s if self._is_stuck else 0.0,
             steps_unwritten=len(self._queue.backlog),
         )
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields all families; see docs/metrics.md for what each means."""
+        counts = self.counts()
+        commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
+        commits.add_metric([], counts.commits, counts.commit_s)
+        yield commits
+        for name, text, number in (
+            ("moemesh_journal_failed_commits", "Commits that the disk did not take", counts.failed_commits),
+            ("moemesh_journal_rewrites", "Times that the files were gone and were written again", counts.rewrites),
+            ("moemesh_requests_restored", "Unfinished requests of the journal at start", counts.restored_requests),
+        ):
+            yield CounterMetricFamily(name, text, number)
+        for name, text, value in (
+            (
+                "moemesh_journal_writing",
+                "0 while the disk takes nothing, and new requests are refused",
+                counts.is_writing,
+            ),
+            ("moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten),
+            ("moemesh_journal_stuck_seconds", "How long the disk has not answered; 0 while it does", counts.stuck_s),
+        ):
+            yield GaugeMetricFamily(name, text, value)
 
     def restore(self) -> list[JournalledRequest]:
         """Returns every request of the journal, by acceptance. Call it once, at the start: those that have not ended
@@ -392,36 +415,6 @@ class JournalWriter:
         with self._queue.lock:
             for choice, first, data in runs:
                 self._queue.ledger.add_run(choice, first, data)
-
-
-class JournalCollector(Collector):
-    """Registered once; `counts` gives the newest counts."""
-
-    def __init__(self, counts: Callable[[], JournalCounts]) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        """Yields all families; see docs/metrics.md for what each means."""
-        counts = self._counts()
-        commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
-        commits.add_metric([], counts.commits, counts.commit_s)
-        yield commits
-        for name, text, number in (
-            ("moemesh_journal_failed_commits", "Commits that the disk did not take", counts.failed_commits),
-            ("moemesh_journal_rewrites", "Times that the files were gone and were written again", counts.rewrites),
-            ("moemesh_requests_restored", "Unfinished requests of the journal at start", counts.restored_requests),
-        ):
-            yield CounterMetricFamily(name, text, number)
-        for name, text, value in (
-            (
-                "moemesh_journal_writing",
-                "0 while the disk takes nothing, and new requests are refused",
-                counts.is_writing,
-            ),
-            ("moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten),
-            ("moemesh_journal_stuck_seconds", "How long the disk has not answered; 0 while it does", counts.stuck_s),
-        ):
-            yield GaugeMetricFamily(name, text, value)
 
 
 def open_journal(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
 
@@ -129,7 +129,9 @@ class RequestJournal:
 
         A caller that gives up waiting says so with `end`.
         """
-        return _done(None)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
     def receipt(self, reply_id: str) -> int:
         """Returns what stands for all tokens of it that were handed on so far; to be asked before `end`."""
@@ -145,7 +147,9 @@ class RequestJournal:
 
     def flush(self) -> Future[bool]:
         """Writes what `end` left to be written; False if the disk does not take it. Raises FencedError."""
-        return _done(True)
+        future: Future[bool] = Future()
+        future.set_result(True)
+        return future
 
     def trouble(self) -> str | None:
         """Says why no request can be accepted now; None while nothing is wrong."""
@@ -227,12 +231,3 @@ def restored_error(code: str, message: str) -> MoemeshError:
         if error.code == code:
             return error(message)
     return error_from_wire(code, message)
-
-
-Result = TypeVar("Result")
-
-
-def _done(result: Result) -> Future[Result]:
-    future: Future[Result] = Future()
-    future.set_result(result)
-    return future
