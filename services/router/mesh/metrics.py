@@ -125,11 +125,12 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_other_class_rows", "Rows of expert calls asked of another numeric class", hops.other_class_rows),
     ):
         yield CounterMetricFamily(name, text, value)
-    reduces = SummaryMetricFamily(
-        "moemesh_tp_reduce_seconds", "Putting the parts of a stage's ranks together, by its first rank, waits included"
+    yield SummaryMetricFamily(
+        "moemesh_tp_reduce_seconds",
+        "Putting the parts of a stage's ranks together, by its first rank, waits included",
+        hops.reduces,
+        hops.reduce_seconds,
     )
-    reduces.add_metric([], hops.reduces, hops.reduce_seconds)
-    yield reduces
     yield CounterMetricFamily("moemesh_dropped_messages", "Messages of an old term or generation", hops.dropped)
 
 
