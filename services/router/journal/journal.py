@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -44,18 +44,15 @@ NOT_WRITABLE = "the journal cannot be written to (is the disk full?); try again 
 
 @dataclass(slots=True)
 class JournalCounts:
-    """What was counted since the start of the router."""
+    """What the writer has counted since the start of the router."""
 
     commits: int = 0
     commit_s: float = 0.0
     failed_commits: int = 0
     is_writing: bool = True
-    """False if the last commit failed, or the disk hangs."""
+    """False if the last commit failed."""
     rewrites: int = 0
     """How many times the files were gone and were written again."""
-    stuck_s: float = 0.0
-    """How long the disk has not answered; 0.0 while it does."""
-    steps_unwritten: int = 0
     restored_requests: int = 0
 
 
@@ -172,21 +169,12 @@ class Journal(RequestJournal, Collector):
             return "the journal cannot be written to (is the disk full?): new requests are refused until it can"
         return None
 
-    def counts(self) -> JournalCounts:
-        """Returns a copy."""
-        return replace(
-            self._writer.counts,
-            is_writing=self._writer.counts.is_writing and not self._is_stuck,
-            stuck_s=self._disk.busy_s if self._is_stuck else 0.0,
-            steps_unwritten=len(self._queue.backlog),
-        )
-
     def collect(self) -> Iterator[Metric]:
         """Yields all families; see docs/metrics.md for what each means."""
-        counts = self.counts()
-        commits = SummaryMetricFamily("moemesh_journal_commit_seconds", "Commits of the journal, with their time")
-        commits.add_metric([], counts.commits, counts.commit_s)
-        yield commits
+        counts, stuck_s = self._writer.counts, self._disk.busy_s if self._is_stuck else 0.0
+        yield SummaryMetricFamily(
+            "moemesh_journal_commit_seconds", "Commits of the journal, with their time", counts.commits, counts.commit_s
+        )
         for name, text, number in (
             ("moemesh_journal_failed_commits", "Commits that the disk did not take", counts.failed_commits),
             ("moemesh_journal_rewrites", "Times that the files were gone and were written again", counts.rewrites),
@@ -197,10 +185,10 @@ class Journal(RequestJournal, Collector):
             (
                 "moemesh_journal_writing",
                 "0 while the disk takes nothing, and new requests are refused",
-                counts.is_writing,
+                self.trouble() is None,
             ),
-            ("moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", counts.steps_unwritten),
-            ("moemesh_journal_stuck_seconds", "How long the disk has not answered; 0 while it does", counts.stuck_s),
+            ("moemesh_journal_unwritten_steps", "Steps that wait in memory for the disk", len(self._queue.backlog)),
+            ("moemesh_journal_stuck_seconds", "How long the disk has not answered; 0 while it does", stuck_s),
         ):
             yield GaugeMetricFamily(name, text, value)
 
@@ -276,7 +264,6 @@ class JournalWriter:
         self.is_lost = False
         """The files are gone, and could not be written again yet."""
         self.counts = JournalCounts()
-        """The writer knows some of these."""
 
     def restore(self) -> dict[int, JournalledRequest]:
         """Reads the file, once, at the start, in any thread. Raises ValueError and sqlite3.Error."""

@@ -42,6 +42,12 @@ def token(number: int, finish_reason: FinishReason | None = None) -> Token:
     return Token(number, logprob, ((number + 1, logprob), (number + 2, -3.5)), finish_reason)
 
 
+def measured(journal: Journal, name: str) -> float:
+    """The metric `moemesh_NAME` of a journal."""
+    (value,) = (family.samples[0].value for family in journal.collect() if family.name == f"moemesh_{name}")
+    return value
+
+
 def open_at(
     path: Path, model: str = MODEL, disk: DiskThread | None = None, **changes: Any
 ) -> tuple[Journal, list[JournalledRequest]]:

@@ -26,7 +26,7 @@ from services.router.engine import FinishReason, RecoveryCounts
 from services.router.journal.journal import COMPACT_INTERVAL_S, RETRY_INTERVAL_S
 from services.router.journal.store import MAX_ROWS
 from tests.support.front.journal_files import bits, compact, fill, is_durable, limit_pages, reopened
-from tests.support.front.journals import AWKWARD, accepted, open_at, token
+from tests.support.front.journals import AWKWARD, accepted, measured, open_at, token
 
 
 @pytest.mark.parametrize("is_compacted", [False, True])
@@ -74,7 +74,7 @@ def test_a_request_goes_on_where_it_was(tmp_path: Path) -> None:
         if not restored:
             journal.accept(accepted("a")).result(0)
         assert sum(len(request.choices[0].tokens) for request in restored) == start
-        assert journal.counts().restored_requests == len(restored)
+        assert measured(journal, "requests_restored") == len(restored)
         for number in range(start, start + 4):
             journal.append([(RequestId("a-0"), token(number))])
             if number % 3 == 0:
@@ -120,7 +120,7 @@ def test_what_ended_before_the_restart_is_told_with_its_time_and_expires(tmp_pat
     journal.close()
     journal, (a,) = open_at(path)
     assert a.ended_s is not None
-    assert journal.counts().restored_requests == 0
+    assert measured(journal, "requests_restored") == 0
     journal.close()
     journal, restored = open_at(path, retention_s=-1.0)
     assert restored == []
@@ -214,13 +214,13 @@ def test_on_a_full_disk_new_requests_are_refused_and_running_ones_go_on_until_th
     for _ in range(20):
         journal.append([(RequestId("a-0"), token(number))])
         number += 1
-    counts = journal.counts()
-    assert (counts.is_writing, counts.steps_unwritten > 20) == (False, True)
+    assert measured(journal, "journal_writing") == 0
+    assert measured(journal, "journal_unwritten_steps") > 20
     limit_pages(journal, 100_000)
     now_s += RETRY_INTERVAL_S
     journal.append([(RequestId("a-0"), token(number))])
     assert is_durable(journal)
-    assert journal.counts().is_writing
+    assert measured(journal, "journal_writing") == 1
     journal.accept(accepted("c")).result(0)
     journal.close()
     a, c = reopened(path)
@@ -280,7 +280,7 @@ def test_a_fold_that_finds_no_room_loses_nothing(tmp_path: Path) -> None:
     journal.accept(accepted("a", 3)).result(0)
     number = 0
     limit_pages(journal, 14)
-    while journal.counts().failed_commits == 0:
+    while measured(journal, "journal_failed_commits") == 0:
         for index in range(3):
             journal.append([(RequestId(f"a-{index}"), token(number))])
         number += 1

@@ -18,7 +18,7 @@ from services.router.journal.disk_thread import DiskThread, Housekeeping, finish
 from services.router.journal.journal import STUCK_AFTER_S, Journal
 from tests.support.front.disks import HangingDisk, PromptDisk
 from tests.support.front.journal_files import is_durable, reopened
-from tests.support.front.journals import accepted, open_at, token
+from tests.support.front.journals import accepted, measured, open_at, token
 
 HANGS_S = STUCK_AFTER_S + 0.1
 
@@ -58,7 +58,7 @@ def test_a_disk_that_hangs_stops_no_running_request_and_their_tokens_are_marked(
     assert handed_on == list(range(50))
     receipt = journal.receipt("a")
     assert not journal.has_written(receipt)
-    assert (journal.counts().is_writing, journal.counts().steps_unwritten) == (False, 50)
+    assert (measured(journal, "journal_writing"), measured(journal, "journal_unwritten_steps")) == (0, 50)
     disk.answer()
     journal.tick()
     disk.answer()
