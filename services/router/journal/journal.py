@@ -76,7 +76,7 @@ class Journal(RequestJournal, Collector):
         self._is_scheduled = False
         self._is_stuck = False
         self._is_compaction_due = False
-        self._next_fold_s = 0.0
+        self._next_compaction_s = 0.0
         self._next_word_s = STUCK_AFTER_S
 
     # ---- what the front and the mesh thread write
@@ -148,9 +148,9 @@ class Journal(RequestJournal, Collector):
         called often. Raises FencedError."""
         self._watch()
         now_s = self._clock()
-        if now_s < self._next_fold_s:
+        if now_s < self._next_compaction_s:
             return
-        self._next_fold_s = now_s + COMPACT_INTERVAL_S
+        self._next_compaction_s = now_s + COMPACT_INTERVAL_S
         self._queue.push_pending()
         self._queue.expire(self._queue.wall_clock() - self._retention_s)
         self._is_compaction_due = True

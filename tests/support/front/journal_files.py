@@ -18,7 +18,7 @@ def is_durable(journal: Journal) -> bool:
 
 
 def compact(journal: Journal) -> None:
-    journal._next_fold_s = 0.0
+    journal._next_compaction_s = 0.0
     journal.tick()
 
 

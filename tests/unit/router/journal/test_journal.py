@@ -175,7 +175,7 @@ number = 0
 while True:
     journal.append([("a-0", token(number))])
     if number % 50 == 0:
-        journal._next_fold_s = 0.0
+        journal._next_compaction_s = 0.0
         journal.tick()
     number += 1
     print(number, flush=True)

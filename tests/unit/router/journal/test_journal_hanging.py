@@ -26,7 +26,7 @@ HANGS_S = STUCK_AFTER_S + 0.1
 def with_one_request(path: Path) -> tuple[Journal, HangingDisk]:
     disk = HangingDisk()
     journal, _ = open_at(path, disk=disk)
-    journal._next_fold_s = float("inf")
+    journal._next_compaction_s = float("inf")
     accepting = journal.accept(accepted("a"))
     disk.answer()
     accepting.result(0)
