@@ -46,7 +46,7 @@ from services.router.journal.state_folder import StateFolder, open_state_folder
 from services.router.mesh.engine import MeshEngine, TokenMailbox
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.metrics import MeshCollector
-from services.router.mesh.placer import Placer, ProcessPlacer
+from services.router.mesh.placer import ProcessPlacer
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.steps import Sink, StepFlow
 from services.router.scheduling.request import Attend
@@ -341,7 +341,7 @@ def _origins(settings: Settings, listener: socket.socket) -> OriginPolicy:
 
 
 def _mesh_loop(
-    settings: Settings, model: Model, storage: _Storage, links: _Links, mailbox: TokenMailbox, placer: Placer
+    settings: Settings, model: Model, storage: _Storage, links: _Links, mailbox: TokenMailbox, placer: ProcessPlacer
 ) -> MeshLoop:
     client, term, journal = links.client, storage.state.term, storage.journal
     scheduler = _scheduler(settings, term, storage.attention)

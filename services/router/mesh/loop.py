@@ -53,7 +53,7 @@ from services.router.control.readiness import MeshEvidence, ProgressWatch, accep
 from services.router.control.retelling import Beliefs, Refusals
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, Readiness
-from services.router.mesh.placer import Placer
+from services.router.mesh.placer import ProcessPlacer
 from services.router.mesh.sockets import MeshClient, Witnesses
 from services.router.mesh.status import MeshStatus, mesh_evidence, node_statuses
 from services.router.mesh.steps import StepFlow
@@ -78,7 +78,7 @@ class MeshRoles:
 
     stages: StageRoles
     experts: ExpertRoles
-    placer: Placer
+    placer: ProcessPlacer
 
 
 @dataclass(frozen=True, slots=True)

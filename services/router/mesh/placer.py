@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -29,16 +28,6 @@ MAX_PROCESSES = 2
 """How many processes may try one request: should two of them end over it, a thread of the router answers it."""
 _COMMAND = (sys.executable, "-m", "services.router.mesh.placement_process")
 _ROOT = Path(__file__).resolve().parents[3]
-
-
-class Placer(Protocol):
-    """It is given a request, and has its answer some time later."""
-
-    def begin(self, request: PlacementRequest) -> None:
-        """Computes this next, and does not wait for it."""
-
-    def pop_answer(self) -> PlacementAnswer | None:
-        """Returns an answer that is there; None: none yet."""
 
 
 class ProcessPlacer:
@@ -79,11 +68,11 @@ class ProcessPlacer:
         self._thread.join(timeout=5.0)
 
     def begin(self, request: PlacementRequest) -> None:
-        """See Placer."""
+        """Computes this next, and does not wait for it."""
         self._requests.put(request)
 
     def pop_answer(self) -> PlacementAnswer | None:
-        """See Placer."""
+        """Returns an answer that is there; None: none yet."""
         return self._answers.popleft() if self._answers else None
 
     # ---- the thread

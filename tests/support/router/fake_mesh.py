@@ -39,7 +39,6 @@ from services.router.control.membership import Membership, MembershipSettings
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
-from services.router.mesh.placer import Placer
 from services.router.mesh.steps import StepFlow
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -216,7 +215,7 @@ class FakeMesh:
     """A mesh loop, a clock moved by hand, and nodes that do what they are told unless a test says otherwise."""
 
     def __init__(
-        self, *, adopts: bool = False, config: ModelConfig | None = None, placer: Placer | None = None, **mesh: Any
+        self, *, adopts: bool = False, config: ModelConfig | None = None, placer: Any = None, **mesh: Any
     ) -> None:
         """`adopts`: nodes may hold slots of a router before this one."""
         self.now_s = 1000.0
