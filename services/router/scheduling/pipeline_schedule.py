@@ -21,7 +21,6 @@ from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.router.scheduling.pace import PipelinePace
-from services.router.scheduling.pipeline_selection import PipelineLoad
 from services.router.scheduling.request import Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
@@ -352,17 +351,10 @@ class PipelineSchedule:
 
     # Being observed
 
-    def load(self) -> PipelineLoad:
-        """Returns what the choice of a pipeline looks at."""
-        return PipelineLoad(
-            pipeline=self.pipeline,
-            num_running=len(self.running),
-            max_running=self.max_running,
-            num_queued_tokens=sum(other.num_remaining_tokens for other in self.running if not other.is_decoding),
-            num_used_blocks=self.allocator.num_blocks - self.allocator.num_free,
-            num_blocks=self.allocator.num_blocks,
-            p99_step_s=self.pace.p99_s,
-        )
+    @property
+    def num_queued_tokens(self) -> int:
+        """Counts tokens of its requests that are still to be prefilled."""
+        return sum(other.num_remaining_tokens for other in self.running if not other.is_decoding)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a block is leaked or held twice, or a request is in two steps."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from common.errors import ConfigurationError
 from common.ids import PipelineId
+from services.router.scheduling.pipeline_schedule import PipelineSchedule
 
 MAX_OPENINGS = 3
 OPENINGS_WINDOW_S = 60.0
@@ -16,40 +16,23 @@ COOLING_S = 30.0
 """How long new requests go elsewhere once a pipeline was opened more than MAX_OPENINGS times within the window."""
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineLoad:
-    """One open pipeline as the policies see it."""
-
-    pipeline: PipelineId
-    num_running: int
-    """Requests that it has."""
-    max_running: int
-    """Its in-flight cap; at the cap it is not a candidate."""
-    num_queued_tokens: int
-    """Tokens of its requests that are still to be prefilled."""
-    num_used_blocks: int
-    num_blocks: int
-    p99_step_s: float
-    """The 99th percentile of its recent steps; 0.0 while there are none."""
+def _least_in_flight(schedules: Sequence[PipelineSchedule]) -> list[float]:
+    return [float(len(schedule.running)) for schedule in schedules]
 
 
-def _least_in_flight(loads: Sequence[PipelineLoad]) -> list[float]:
-    return [float(load.num_running) for load in loads]
-
-
-def _weighted(loads: Sequence[PipelineLoad]) -> list[float]:
+def _weighted(schedules: Sequence[PipelineSchedule]) -> list[float]:
     """Adds queue (0.4), utilisation (0.3) and p99 (0.3). Queue and p99 are relative to the worst: units cancel."""
-    longest_queue = max(1, *(load.num_queued_tokens for load in loads))
-    slowest_s = max(1e-9, *(load.p99_step_s for load in loads))
+    longest_queue = max(1, *(each.num_queued_tokens for each in schedules))
+    slowest_s = max(1e-9, *(each.pace.p99_s for each in schedules))
     return [
-        0.4 * load.num_queued_tokens / longest_queue
-        + 0.3 * load.num_used_blocks / load.num_blocks
-        + 0.3 * load.p99_step_s / slowest_s
-        for load in loads
+        0.4 * each.num_queued_tokens / longest_queue
+        + 0.3 * (each.allocator.num_blocks - each.allocator.num_free) / each.allocator.num_blocks
+        + 0.3 * each.pace.p99_s / slowest_s
+        for each in schedules
     ]
 
 
-POLICIES: Mapping[str, Callable[[Sequence[PipelineLoad]], list[float]]] = MappingProxyType(
+POLICIES: Mapping[str, Callable[[Sequence[PipelineSchedule]], list[float]]] = MappingProxyType(
     {"least_in_flight": _least_in_flight, "weighted": _weighted}
 )
 """Name -> a score for each; the lowest takes the request, equal ones take turns."""
@@ -80,14 +63,14 @@ class PipelineSelection:
         steady = [pipeline for pipeline in pipelines if now_s >= self._cool_until_s.get(pipeline, now_s)]
         return steady or list(pipelines)
 
-    def choose(self, loads: Sequence[PipelineLoad]) -> PipelineId | None:
+    def choose(self, schedules: Sequence[PipelineSchedule]) -> PipelineId | None:
         """Returns the pipeline that takes the next request; None if every one is at its cap."""
-        candidates = [load for load in loads if load.num_running < load.max_running]
+        candidates = [schedule for schedule in schedules if len(schedule.running) < schedule.max_running]
         if not candidates:
             return None
         scores = self._scores_of(candidates)
         best = min(scores)
-        equals = sorted(load.pipeline for load, score in zip(candidates, scores, strict=True) if score == best)
+        equals = sorted(each.pipeline for each, score in zip(candidates, scores, strict=True) if score == best)
         after_last = [pipeline for pipeline in equals if pipeline > self._last_pick]
         pick = (after_last or equals)[0]
         self._last_pick = pick

@@ -72,7 +72,7 @@ class WaitingLine:
         schedules = self._schedules.open
         fitting = [pipeline for pipeline in schedules if schedules[pipeline].can_ever_hold(request)]
         open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
-        choice = self._selection.choose([schedules[p].load() for p in open_to_it if has_room(schedules[p], request)])
+        choice = self._selection.choose([schedules[p] for p in open_to_it if has_room(schedules[p], request)])
         if choice is None:
             choice = self._make_room(request, open_to_it, now_s)
         if choice is None:

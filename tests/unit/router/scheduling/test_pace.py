@@ -50,7 +50,7 @@ def test_steps_that_failed_by_their_deadline_are_no_measure_of_how_long_steps_ta
         now_s += 60.0
         fail(scheduler, plan, now_s)
     now_s = decode(scheduler, 3, 0.05, now_s)
-    assert scheduler._schedules.all[P0].load().p99_step_s == pytest.approx(0.05)
+    assert scheduler._schedules.all[P0].pace.p99_s == pytest.approx(0.05)
     only_plan(scheduler, now_s)
     (pipeline,) = scheduler.snapshot().pipelines
     assert pipeline.step is not None

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from common.errors import ConfigurationError
 from common.ids import PipelineId
-from services.router.scheduling.pipeline_selection import COOLING_S, MAX_OPENINGS, PipelineLoad, PipelineSelection
+from services.router.scheduling.pipeline_selection import COOLING_S, MAX_OPENINGS, PipelineSelection
 
 
 def load(
@@ -15,9 +18,15 @@ def load(
     num_queued_tokens: int = 0,
     num_used_blocks: int = 0,
     p99_step_s: float = 0.0,
-) -> PipelineLoad:
-    return PipelineLoad(
-        PipelineId(pipeline), num_running, max_running, num_queued_tokens, num_used_blocks, 10, p99_step_s
+) -> Any:
+    """In place of a PipelineSchedule."""
+    return SimpleNamespace(
+        pipeline=PipelineId(pipeline),
+        running=[None] * num_running,
+        max_running=max_running,
+        num_queued_tokens=num_queued_tokens,
+        allocator=SimpleNamespace(num_blocks=10, num_free=10 - num_used_blocks),
+        pace=SimpleNamespace(p99_s=p99_step_s),
     )
 
 
@@ -47,7 +56,7 @@ def test_pipeline_at_its_cap_is_no_candidate() -> None:
         (load(0, p99_step_s=0.2), load(1, p99_step_s=0.1)),
     ],
 )
-def test_weighted_takes_queue_utilisation_and_p99(first: PipelineLoad, second: PipelineLoad) -> None:
+def test_weighted_takes_queue_utilisation_and_p99(first: Any, second: Any) -> None:
     assert PipelineSelection("weighted").choose([first, second]) == 1
 
 
