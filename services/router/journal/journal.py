@@ -324,7 +324,7 @@ class JournalWriter:
     def _write_request(self, request: LedgerRequest, may_be_written: bool) -> None:
         queue = self._queue
         with queue.lock:
-            if queue.ledger.find(request.accepted.reply_id) is not request:
+            if queue.ledger.requests.get(request.accepted.reply_id) is not request:
                 queue.accepting.pop(request, None)  # its client is gone, or was refused since the disk did not answer
                 return
         is_written = may_be_written and self._commit(
@@ -388,7 +388,7 @@ class JournalWriter:
             self.is_lost = True
             log.error("journal_gone", detail="its files were removed or changed by something else")
         with self._queue.lock:
-            requests, steps = self._queue.ledger.requests(), list(self._queue.backlog)
+            requests, steps = list(self._queue.ledger.requests.values()), list(self._queue.backlog)
         runs = self._store.rewrite(requests, [*self._in_log, *steps])
         self._in_log = []
         self._keep_runs(runs)

@@ -53,8 +53,10 @@ class Ledger:
     """Knows what the files hold. It is not safe in several threads: its owner has a lock."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, LedgerRequest] = {}
-        self._open_choices: dict[RequestId, tuple[LedgerRequest, LedgerChoice]] = {}
+        self.requests: dict[str, LedgerRequest] = {}
+        """Requests by reply id, in the order of acceptance."""
+        self.open_choices: dict[RequestId, tuple[LedgerRequest, LedgerChoice]] = {}
+        """Choices of requests that have not ended, with these."""
         self._choices: dict[int, LedgerChoice] = {}
         self._ends: list[tuple[float, str]] = []
         """(ended, reply id) of kept requests, a heap; of some the request was deleted since."""
@@ -83,14 +85,6 @@ class Ledger:
         )
         self._enter(LedgerRequest(request.number, request.accepted, choices, request.ended_s))
 
-    def find(self, reply_id: str) -> LedgerRequest | None:
-        """Returns the request; None if it is not here, or was deleted."""
-        return self._requests.get(reply_id)
-
-    def open_choice(self, choice_id: RequestId) -> tuple[LedgerRequest, LedgerChoice] | None:
-        """Returns the choice and its request; None if that has ended."""
-        return self._open_choices.get(choice_id)
-
     def add_run(self, number: int, first: int, data: bytes) -> None:
         """Adds tokens of a choice that were moved out of the log of the file."""
         choice = self._choices.get(number)
@@ -110,35 +104,31 @@ class Ledger:
         """Removes and returns kept requests that ended before that."""
         expired = []
         while self._ends and self._ends[0][0] < before_s:
-            request = self._requests.get(heapq.heappop(self._ends)[1])
+            request = self.requests.get(heapq.heappop(self._ends)[1])
             if request is not None:
                 expired.append(request)
                 self._remove(request)
         return expired
 
-    def requests(self) -> list[LedgerRequest]:
-        """Returns all of them, by acceptance."""
-        return sorted(self._requests.values(), key=lambda request: request.number)
-
     def _enter(self, request: LedgerRequest) -> LedgerRequest:
-        self._requests[request.accepted.reply_id] = request
+        self.requests[request.accepted.reply_id] = request
         self._choices.update((choice.number, choice) for choice in request.choices)
         if request.ended_s is None:
             for choice_id, choice in zip(request.accepted.choice_ids, request.choices, strict=True):
-                self._open_choices[choice_id] = request, choice
+                self.open_choices[choice_id] = request, choice
         else:
             heapq.heappush(self._ends, (request.ended_s, request.accepted.reply_id))
         return request
 
     def _remove(self, request: LedgerRequest) -> None:
         self._close(request)
-        self._requests.pop(request.accepted.reply_id, None)
+        self.requests.pop(request.accepted.reply_id, None)
         for choice in request.choices:
             self._choices.pop(choice.number, None)
 
     def _close(self, request: LedgerRequest) -> None:
         for choice_id in request.accepted.choice_ids:
-            self._open_choices.pop(choice_id, None)
+            self.open_choices.pop(choice_id, None)
 
 
 class JournalQueue:
@@ -182,7 +172,7 @@ class JournalQueue:
     def note_placement(self, request_id: RequestId, sequence_id: SequenceId) -> None:
         """Notes that the choice has this number on the wire from now on."""
         with self.lock:
-            found = self.ledger.open_choice(request_id)
+            found = self.ledger.open_choices.get(request_id)
             if found is not None:
                 _, choice = found
                 choice.sequence_id = sequence_id
@@ -191,7 +181,7 @@ class JournalQueue:
     def end(self, reply_id: str, is_kept: bool, error: MoemeshError | None = None) -> None:
         """See RequestJournal. What stands of it in the file, if not kept, is deleted with the next compaction."""
         with self.lock:
-            request = self.ledger.find(reply_id)
+            request = self.ledger.requests.get(reply_id)
             if request is None or (is_kept and request.ended_s is not None):
                 return
             ended_s = self.wall_clock()
@@ -218,12 +208,12 @@ class JournalQueue:
     def receipt(self, reply_id: str) -> int:
         """See RequestJournal."""
         with self.lock:
-            request = self.ledger.find(reply_id)
+            request = self.ledger.requests.get(reply_id)
             # A later step of it may be under way to the disk; its client has nothing of that one.
             return 0 if request is None else min(request.last_step, self._delivered_step)
 
     def _add_outcome(self, request_id: RequestId, outcome: Token | MoemeshError) -> None:
-        found = self.ledger.open_choice(request_id)
+        found = self.ledger.open_choices.get(request_id)
         if found is None:
             return
         request, choice = found

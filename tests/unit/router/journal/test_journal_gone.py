@@ -312,7 +312,7 @@ def test_whenever_the_files_go_a_restart_finds_what_it_would_have_found(
             continue
         now_s += 1
         for journal in journals:
-            if operation == "accept" and journal._queue.ledger.find(name) is None:
+            if operation == "accept" and name not in journal._queue.ledger.requests:
                 journal.accept(accepted(name, accepted_s=number)).result(0)
             elif operation == "append":
                 journal.append([(RequestId(f"{each}-0"), token(number)) for each in (name, names[0])])
