@@ -45,10 +45,10 @@ class Request:
     arrival: int
     """Place in line; kept through preemptions."""
     arrived_s: float
-    queued_s: float
+    queued_s: float = field(init=False)
     """When it last entered the queue."""
     state: RequestState = RequestState.WAITING
-    generated_token_ids: list[int] = field(default_factory=list)
+    generated_token_ids: list[int] = field(init=False)
     sequence_id: SequenceId | None = None
     """Its number on the wire, while it runs. Each recomputation draws a new one, so that nothing said of the old
     cache can be taken for the new."""
@@ -66,7 +66,7 @@ class Request:
     """While its cache is rebuilt on some slots: positions that are there again."""
     replay_stop: int = 0
     """What must be there before it goes on; at or below `replay_position`: nothing is to be rebuilt."""
-    held_sequence_id: SequenceId | None = None
+    held_sequence_id: SequenceId | None = field(init=False)
     """Its number when a router before this one ran it: stages may have its cache under this number."""
     num_failed_steps: int = 0
     """Failed steps since its last new token."""
@@ -82,11 +82,15 @@ class Request:
     _told_early: bool | None = None
     """Whether it was too short to end when its last stage was told of its penalties and biases; None: it is not told
     in this generation."""
-    waits_for_start: bool = False
+    waits_for_start: bool = field(init=False)
     """It came with a router's start and has not run since: nodes may have to load first, which is not an outage."""
 
     def __post_init__(self) -> None:
+        self.queued_s = self.arrived_s
+        self.generated_token_ids = list(self.generation_request.generated_token_ids)
+        self.held_sequence_id = self.generation_request.sequence_id
         self.pace = RequestPace(self.arrived_s)
+        self.waits_for_start = self.generation_request.is_restored
 
     @property
     def request_id(self) -> RequestId:

@@ -64,15 +64,7 @@ class Scheduler:
                 largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
                 completions_per_s=self._completion_rate.per_s(now_s),
             )
-        admitted = Request(
-            request,
-            arrival=arrival,
-            arrived_s=now_s,
-            queued_s=now_s,
-            generated_token_ids=list(request.generated_token_ids),
-            held_sequence_id=request.sequence_id,
-            waits_for_start=request.is_restored,
-        )
+        admitted = Request(request, arrival, now_s)
         self._requests[request.request_id] = admitted
         self._waiting.insert(admitted)
 

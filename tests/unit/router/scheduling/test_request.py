@@ -18,7 +18,7 @@ TOKENS = st.lists(st.integers(0, 300), max_size=400)
 def waiting_request(prompt_length: int = 4, max_tokens: int = 3, stop: int | None = None) -> Request:
     stop_token_ids = frozenset() if stop is None else frozenset({stop})
     generation_request = build_request("a", prompt_length, max_tokens, stop_token_ids=stop_token_ids)
-    return Request(generation_request, arrival=1, arrived_s=0.0, queued_s=0.0)
+    return Request(generation_request, arrival=1, arrived_s=0.0)
 
 
 def sampled(token_id: int) -> Token:

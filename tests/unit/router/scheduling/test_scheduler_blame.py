@@ -219,7 +219,7 @@ def test_who_is_handled_is_told_before_and_after_and_stays_told_where_the_proces
 
 def test_one_who_is_handled_for_another_is_to_blame_for_what_is_raised_meanwhile() -> None:
     blame = Blame()
-    a, b = (Request(build_request(name, 1, 1), 1, 0.0, 0.0) for name in "ab")
+    a, b = (Request(build_request(name, 1, 1), 1, 0.0) for name in "ab")
     with blame.handling(a):
         with blame.handling(b):
             raise KeyError("b")

@@ -47,7 +47,7 @@ def logits_of(rows: int, seed: int) -> Tensor:
 
 def request_of(sampling: SamplingParameters, prompt: list[int], generated: list[int]) -> Request:
     """As a new router has it from its journal: all tokens at once."""
-    made = Request(GenerationRequest(RequestId("r"), tuple(prompt), sampling, 1), 1, 0.0, 0.0)
+    made = Request(GenerationRequest(RequestId("r"), tuple(prompt), sampling, 1), 1, 0.0)
     made.start(PipelineId(0), SequenceId(4), 0.0)
     made.generated_token_ids.extend(generated)
     return made
