@@ -224,6 +224,7 @@ class FakeMesh:
         config, shape = config or small_model(), small_mesh(**mesh)
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
+        placer = placer or InlinePlacer()
         self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
@@ -232,7 +233,7 @@ class FakeMesh:
             MeshTerms(config, "print", WELCOME),
             client,
             StepFlow(client, self.scheduler, STEP_DEADLINE_S, VOCABULARY, self._sink, log),
-            MeshRoles(self.stages, self.experts, placer or InlinePlacer()),
+            MeshRoles(self.stages, self.experts, placer),
             self.membership,
             log,
             LoopHooks(lambda: self.now_s),
