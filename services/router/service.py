@@ -27,7 +27,7 @@ from common.node.process import StopFlag, descriptor_limit, open_transport
 from common.wire.codec import ITEM_BYTES
 from common.wire.transport import Transport
 from services.router.control.experts.expert_roles import ExpertRoles
-from services.router.control.membership import Membership, MembershipSettings
+from services.router.control.membership import Membership, patience_for
 from services.router.control.sizes import MeshShape
 from services.router.control.stage_roles import StageRoles
 from services.router.front.http.answers import ConnectionLimits
@@ -364,7 +364,7 @@ def _mesh_loop(
             ExpertRoles(model.config, _shape(settings, model), settings.experts),
             placer,
         ),
-        Membership(MembershipSettings.of_mesh(step_deadline_s, settings.heartbeat_interval_ms / 1000)),
+        Membership(patience_for(step_deadline_s, settings.heartbeat_interval_ms / 1000)),
         log,
         LoopHooks(
             housekeeping=_housekeeping(storage, links.transport),

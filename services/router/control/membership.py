@@ -23,6 +23,18 @@ MIN_HEARTBEATS_MISSED = 8
 """How many before anything is concluded from heartbeats that do not come, or do not show what they must."""
 MAX_REMEMBERED_DEAD = 1024
 """Incarnations that are still known to be dead; none speaks again that long after."""
+LIFELINE_GRACE_S = 0.05
+"""How long a closed lifeline may take to open again; within it the node is suspect."""
+LATE_GRACE_S = 6.0
+"""The same while the observer's own link loses packets: connections break that will stand again. One to a process that
+has ended is refused, and that is not a question of grace."""
+ALONE_GRACE_S = 30.0
+"""The same while no node at all is heard: the observer may be what is cut off, and none could take over."""
+LIFELINE_OPEN_S = 10.0
+"""How long the first lifeline to a node may take: one that cannot be reached is of no use, whatever it says."""
+LONGEST_TURN_S = 1.0
+"""The longest turn of the observer's loop. After a longer absence it has heard no node meanwhile: time beyond that is
+not counted."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -62,55 +74,6 @@ class MembershipChange:
     reason: ChangeReason
 
 
-@dataclass(frozen=True, slots=True)
-class MembershipSettings:
-    """Times after which something is concluded. Checked when made: ConfigurationError."""
-
-    silent_suspect_s: float = 2.0
-    """How long a node may send no heartbeat before it is suspect."""
-    silent_dead_s: float = 10.0
-    """Generous: a busy process on a full machine is late, and a dead one is seen by its lifeline long before."""
-    lifeline_grace_s: float = 0.05
-    """How long a closed lifeline may take to open again; within it the node is suspect."""
-    alone_grace_s: float = 30.0
-    """The same while no node at all is heard: the observer may be what is cut off, and none could take over."""
-    late_grace_s: float = 6.0
-    """The same while the observer's own link loses packets: connections break that will stand again. One to a process
-    that has ended is refused, and that is not a question of grace."""
-    lifeline_open_s: float = 10.0
-    """How long the first lifeline to a node may take: one that cannot be reached is of no use, whatever it says."""
-    progress_suspect_s: float = 15.0
-    """Busy without progress."""
-    progress_dead_s: float = 30.0
-    longest_turn_s: float = 1.0
-    """The longest turn of the observer's loop. After a longer absence it has heard no node meanwhile: time beyond that
-    is not counted."""
-
-    @classmethod
-    def of_mesh(cls, step_deadline_s: float, heartbeat_interval_s: float) -> MembershipSettings:
-        """A process that ended or is stopped is seen otherwise. Silence alone may be one long computation: it gets as
-        long as a step does, and as some heartbeats take at least."""
-        patience_s = max(step_deadline_s, MIN_HEARTBEATS_MISSED * heartbeat_interval_s)
-        return cls(
-            silent_suspect_s=patience_s / 2,
-            silent_dead_s=patience_s,
-            progress_suspect_s=patience_s,
-            progress_dead_s=2 * patience_s,
-        )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.silent_suspect_s <= self.silent_dead_s:
-            raise ConfigurationError("silent_suspect_s must be above 0 and not above silent_dead_s")
-        if not 0 < self.progress_suspect_s <= self.progress_dead_s:
-            raise ConfigurationError("progress_suspect_s must be above 0 and not above progress_dead_s")
-        if not 0 <= self.lifeline_grace_s <= self.late_grace_s <= self.alone_grace_s:
-            raise ConfigurationError(
-                "lifeline_grace_s must not be negative, nor above late_grace_s, nor that above alone_grace_s"
-            )
-        if self.lifeline_open_s <= 0:
-            raise ConfigurationError("lifeline_open_s must be above 0")
-
-
 @dataclass(slots=True)
 class _Member:
     incarnation: Incarnation
@@ -124,11 +87,19 @@ class _Member:
     state: NodeState = NodeState.ALIVE
 
 
+def patience_for(step_deadline_s: float, heartbeat_interval_s: float) -> float:
+    """Returns how many seconds a node may be silent. One that has ended or is stopped is seen otherwise. Silence alone
+    may be one long computation: it gets as long as a step does, and as some heartbeats take at least."""
+    return max(step_deadline_s, MIN_HEARTBEATS_MISSED * heartbeat_interval_s)
+
+
 class Membership:
     """See the module. Every method that may change a state returns the changes; `tick` finds those that time brings."""
 
-    def __init__(self, settings: MembershipSettings) -> None:
-        self._settings = settings
+    def __init__(self, patience_s: float) -> None:
+        """A node without heartbeats is suspect after half of `patience_s`, and dead after all of it; a busy one without
+        progress is suspect after that time, and dead after twice as long."""
+        self._patience_s = patience_s
         self._members: dict[NodeId, _Member] = {}
         self._dead: dict[tuple[NodeId, Incarnation], None] = {}  # an ordered set
         self._turned_s: float | None = None
@@ -177,28 +148,15 @@ class Membership:
         member.closed_s = member.joined_s = None
         return self._judge(node_id, member, now_s)
 
-    def lifeline_refused(self, node_id: NodeId, incarnation: Incarnation, now_s: float) -> list[MembershipChange]:
-        """Its connection broke and nothing listens there any more: it will not open again, so nothing has to wait."""
-        if self._member(node_id, incarnation) is None:
-            return []
-        return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
-
-    def pulse_lost(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
-        """It is silent for longer than its link explains (`common/node/silence.py`)."""
-        if self._member(node_id, incarnation) is None:
-            return []
-        return self._bury(node_id, ChangeReason.NO_PULSE)
-
-    def leave(self, node_id: NodeId, incarnation: Incarnation) -> list[MembershipChange]:
-        """It said goodbye, or the router sends it away."""
-        if self._member(node_id, incarnation) is None:
-            return []
-        return self._bury(node_id, ChangeReason.LEFT)
+    def lose(self, node_id: NodeId, incarnation: Incarnation, reason: ChangeReason) -> list[MembershipChange]:
+        """It is gone, and nothing has to wait: its connection broke and nothing listens there any more; or it is silent
+        for longer than its link explains (`common/node/silence.py`); or it leaves."""
+        return [] if self._member(node_id, incarnation) is None else self._bury(node_id, reason)
 
     def turn(self, now_s: float) -> None:
         """The observer's loop turns; before it takes in anything. What it slept through is no node's silence."""
         turn_s, self._turned_s = 0.0 if self._turned_s is None else now_s - self._turned_s, now_s
-        away_s = turn_s - self._settings.longest_turn_s
+        away_s = turn_s - LONGEST_TURN_S
         if away_s <= 0:
             return
         for member in self._members.values():
@@ -231,8 +189,8 @@ class Membership:
     @property
     def _grace_s(self) -> float:
         if self.is_alone:
-            return self._settings.alone_grace_s
-        return self._settings.late_grace_s if self.is_late else self._settings.lifeline_grace_s
+            return ALONE_GRACE_S
+        return LATE_GRACE_S if self.is_late else LIFELINE_GRACE_S
 
     def _member(self, node_id: NodeId, incarnation: Incarnation) -> _Member | None:
         """Returns None for an incarnation that is unknown, dead or replaced."""
@@ -248,22 +206,21 @@ class Membership:
 
     def _judge(self, node_id: NodeId, member: _Member, now_s: float) -> list[MembershipChange]:
         """Returns the state that the observations allow now; worst witness first."""
-        settings = self._settings
         silent_s = now_s - member.heard_s
         stuck_s = now_s - member.progressed_s if member.is_busy else 0.0
         if member.closed_s is not None and now_s - member.closed_s >= self._grace_s:
             return self._bury(node_id, ChangeReason.LIFELINE_CLOSED)
-        if member.joined_s is not None and now_s - member.joined_s >= settings.lifeline_open_s:
+        if member.joined_s is not None and now_s - member.joined_s >= LIFELINE_OPEN_S:
             return self._bury(node_id, ChangeReason.UNREACHABLE)
-        if silent_s >= settings.silent_dead_s:
+        if silent_s >= self._patience_s:
             return self._bury(node_id, ChangeReason.SILENT)
-        if stuck_s >= settings.progress_dead_s:
+        if stuck_s >= 2 * self._patience_s:
             return self._bury(node_id, ChangeReason.NO_PROGRESS)
         if member.closed_s is not None:
             after, reason = NodeState.SUSPECT, ChangeReason.LIFELINE_CLOSED
-        elif silent_s >= settings.silent_suspect_s:
+        elif silent_s >= self._patience_s / 2:
             after, reason = NodeState.SUSPECT, ChangeReason.SILENT
-        elif stuck_s >= settings.progress_suspect_s:
+        elif stuck_s >= self._patience_s:
             after, reason = NodeState.SUSPECT, ChangeReason.NO_PROGRESS
         else:
             after, reason = NodeState.ALIVE, ChangeReason.HEARD

@@ -314,7 +314,7 @@ class MeshLoop:
 
     def _let_go(self, node_id: NodeId, now_s: float) -> None:
         description = self._nodes[node_id]
-        self._apply_changes(self._membership.leave(node_id, description.incarnation), now_s)
+        self._apply_changes(self._membership.lose(node_id, description.incarnation, ChangeReason.LEFT), now_s)
         self._publish_news(now_s)
         self._declared_dead.let_go(node_id)
         self._client.tell(node_id, LeaveAcknowledged())

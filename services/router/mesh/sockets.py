@@ -26,7 +26,7 @@ from common.node.silence import EARLY, PATIENT, SilenceSettings, SilenceWatch
 from common.topology import NodeDescription
 from common.wire.endpoints import choose_endpoint, remove_socket_files, share_folder
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
-from services.router.control.membership import Membership, MembershipChange
+from services.router.control.membership import ChangeReason, Membership, MembershipChange
 
 _NUMBER = struct.Struct("<Q")
 WITHIN_S = 0.005
@@ -290,18 +290,21 @@ class Witnesses:
         """Returns what has changed by them. `replaceable`: those silent nodes in whose place another one goes on at
         once. There a wrong death costs little, and a right one saves much."""
         changes: list[MembershipChange] = []
-        opened, closed = self._membership.lifeline_opened, self._membership.lifeline_closed
-        witnesses = {LinkEvent.CONNECTED: opened, LinkEvent.CLOSED: closed}
         for node_id, event in self._client.lifeline_events():
-            if (node := nodes.get(node_id)) is not None:
-                witness = witnesses.get(event, self._membership.lifeline_refused)
-                changes += witness(node_id, node.incarnation, now_s)
+            if (node := nodes.get(node_id)) is None:
+                continue
+            if event is LinkEvent.CONNECTED:
+                changes += self._membership.lifeline_opened(node_id, node.incarnation, now_s)
+            elif event is LinkEvent.CLOSED:
+                changes += self._membership.lifeline_closed(node_id, node.incarnation, now_s)
+            else:
+                changes += self._membership.lose(node_id, node.incarnation, ChangeReason.LIFELINE_CLOSED)
         self._exchange_pulses(now_s, nodes)
         self._membership.is_alone, self._membership.is_late = self._watch.is_alone, self._watch.is_late
         early, long = (frozenset(map(NodeId, self._watch.silent(nodes, patience))) for patience in (EARLY, PATIENT))
         self._tell(early)
         for node_id in sorted({*replaceable(early), *long}):
-            changes += self._membership.pulse_lost(node_id, nodes[node_id].incarnation)
+            changes += self._membership.lose(node_id, nodes[node_id].incarnation, ChangeReason.NO_PULSE)
         return changes
 
     def answered(self, node_ids: Iterable[NodeId], ago_s: float) -> None:

@@ -35,7 +35,7 @@ from common.wire.array import array_to_frame, frame_to_array
 from common.wire.transport import LinkEvent
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.experts.placing import PlacementAnswer, PlacementRequest, answer_request
-from services.router.control.membership import Membership, MembershipSettings
+from services.router.control.membership import Membership, patience_for
 from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
@@ -228,7 +228,7 @@ class FakeMesh:
         self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
-        self.membership = Membership(MembershipSettings())
+        self.membership = Membership(patience_for(STEP_DEADLINE_S, WELCOME.heartbeat_interval_ms / 1000))
         self.loop = MeshLoop(
             MeshTerms(config, "print", WELCOME),
             client,
