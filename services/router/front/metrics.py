@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -34,6 +31,8 @@ class FrontMetrics:
     """What the front counts and times. It is made once, on the registry of the process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        # Times at which counters were made are as many series again, and tell what the start time of the process tells.
+        disable_created_metrics()
         self.registry = registry
         self._making: asyncio.Future[bytes] | None = None
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
@@ -84,17 +83,4 @@ class FrontMetrics:
 
     def text(self) -> bytes:
         """Returns everything on the registry, in Prometheus' text format."""
-        return generate_latest(_Plain(self.registry))
-
-
-class _Plain(Collector):
-    """A registry that leaves out the times at which its counters were made: they are as many series again, and tell
-    what the start time of the process tells."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._registry.collect():
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
+        return generate_latest(self.registry)

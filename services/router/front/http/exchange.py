@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import ForbiddenError, OverloadedError, RequestTooLargeError, UnsupportedEncodingError
@@ -122,7 +122,7 @@ async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receiv
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-class EventStreamResponse(Response):
+class EventStreamResponse(StreamingResponse):
     """Server-sent events from an iterator, which is closed at once when the client goes away."""
 
     media_type = "text/event-stream"
@@ -131,25 +131,16 @@ class EventStreamResponse(Response):
         self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]], headers: Mapping[str, str]
     ) -> None:
         """`close` is awaited in any case, also when the answer was never begun."""
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"
+        super().__init__(events, headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await run_while_connected(self._send_events(send), receive)
+            async with aclosing(self._events):
+                await run_while_connected(self.stream_response(send), receive)
         finally:
             await self._close()
-
-    async def _send_events(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events):
-            async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class CrossOriginMiddleware:
