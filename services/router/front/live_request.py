@@ -7,9 +7,8 @@ out the events that the client has already.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError, NotReadyError, UnknownRequestError
 from services.router.engine import Engine, RecoveryCounts, Token, TokenStream
@@ -233,18 +232,12 @@ class RouterStoppingError(NotReadyError):
 
 
 class ReplyReader:
-    """Makes the events of one client. It is an asynchronous context manager: leaving it says that the client is gone.
+    """Makes the events of one client.
 
     If the client reads slowly, events wait as tokens of the request, which are bounded by what it may generate.
     """
 
-    def __init__(
-        self,
-        live: LiveRequest,
-        vocabulary: Vocabulary,
-        received: Sequence[int],
-        on_leave: Callable[[ReplyReader], Awaitable[None]],
-    ) -> None:
+    def __init__(self, live: LiveRequest, vocabulary: Vocabulary, received: Sequence[int]) -> None:
         """`received` counts the tokens of each choice that the client has; events up to there are left out."""
         self.live = live
         self.received = tuple(received)
@@ -252,18 +245,7 @@ class ReplyReader:
         self._streams = [
             ChoiceStream(choice.planned, vocabulary, is_event_each_token=wants_ids) for choice in live.choices
         ]
-        self._on_leave = on_leave
         self._waiting: asyncio.Future[None] | None = None
-        live.listeners.add(self)
-
-    async def __aenter__(self) -> ReplyReader:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.live.listeners.discard(self)
-        await self._on_leave(self)
 
     @property
     def finished(self) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -353,12 +353,20 @@ class RequestRegistry:
         self._journal.end(entry.accepted.reply_id, is_kept=False)
         self._forget(entry)
 
-    def attach(self, live: LiveRequest, received: Sequence[int] | None = None) -> ReplyReader:
-        """Lets a client listen from now on, until it leaves the reader. `received`: see ReplyReader."""
+    @asynccontextmanager
+    async def attach(self, live: LiveRequest, received: Sequence[int] | None = None) -> AsyncGenerator[ReplyReader]:
+        """Lets a client listen for as long as it is in this; nothing is waited for before. `received`: see
+        ReplyReader."""
         entry = self._known.get(live.reply_id)
         if entry is not None and not live.has_ended:
             self._disarm(entry)
-        return ReplyReader(live, self._planner.tokenizer.vocabulary, received or (0,) * len(live.choices), self._leave)
+        reader = ReplyReader(live, self._planner.tokenizer.vocabulary, received or (0,) * len(live.choices))
+        live.listeners.add(reader)
+        try:
+            yield reader
+        finally:
+            live.listeners.discard(reader)
+            await self._leave(live)
 
     @contextmanager
     def awake(self, live: LiveRequest) -> Iterator[None]:
@@ -417,8 +425,7 @@ class RequestRegistry:
             if entry.live is not None:
                 await entry.live.abandon()
 
-    async def _leave(self, reader: ReplyReader) -> None:
-        live = reader.live
+    async def _leave(self, live: LiveRequest) -> None:
         entry = self._known.get(live.reply_id)
         if live.has_ended:
             await live.settle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-async def start(engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int = 1, *stop_strings: str) -> ReplyReader:
+async def start(
+    engine: FakeEngine, tokenizer: TextTokenizer, num_choices: int = 1, *stop_strings: str
+) -> AbstractAsyncContextManager[ReplyReader]:
     settings, metrics = FrontSettings("tiny"), FrontMetrics(CollectorRegistry())
     planner = RequestPlanner(tokenizer, settings, lambda: engine.max_context_tokens)
     registry = RequestRegistry(
@@ -161,9 +164,10 @@ def test_a_restored_choice_is_taken_out_of_the_mesh_however_early_it_is_cancelle
 ) -> None:
     async def main() -> None:
         engine = SubmittingEngine()
-        generation = await start(FakeEngine(), tokenizer, 2)
+        async with await start(FakeEngine(), tokenizer, 2) as generation:
+            planned = generation.live.planned
         live = LiveRequest(
-            generation.live.planned,
+            planned,
             False,
             engine,
             tokenizer.vocabulary,
