@@ -156,8 +156,8 @@ class Beliefs:
         if mirrored is not None:
             again = partial(stages.mirrors.assign_again, node_id)
             return None if said.role_number == mirrored else Misbelief(Topic.ROLE, (mirrored,), again)
-        if not said.role_number or not stages.are_settled:
-            return None
+        if not said.role_number or stages.adoption.is_pending:
+            return None  # a spare; or it may yet be given back what it holds
         unassign = stages.messages.unassign
         return Misbelief(Topic.ROLE, (0, said.role_number), lambda: [unassign(node_id, said.lease_term)])
 

@@ -78,7 +78,7 @@ class StageRoles:
         self._recovery = recovery
         self._nodes: dict[NodeId, NodeDescription] = {}
         """Nodes in the order in which they joined."""
-        self._pipelines: dict[PipelineId, Pipeline] = {}
+        self.pipelines: dict[PipelineId, Pipeline] = {}
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
@@ -88,23 +88,18 @@ class StageRoles:
         self.detail = f"0 of {shape.pp} stage nodes"
 
     @property
-    def pipelines(self) -> Mapping[PipelineId, Pipeline]:
-        """Returns pipelines as they are now."""
-        return self._pipelines
-
-    @property
     def num_open(self) -> int:
         """Counts pipelines that take steps."""
-        return sum(pipeline.is_open for pipeline in self._pipelines.values())
+        return sum(pipeline.is_open for pipeline in self.pipelines.values())
 
     @property
     def num_suspended(self) -> int:
         """Counts pipelines that wait for a holder with their requests' blocks."""
-        return sum(pipeline.has_pool and not pipeline.is_open for pipeline in self._pipelines.values())
+        return sum(pipeline.has_pool and not pipeline.is_open for pipeline in self.pipelines.values())
 
     def slot_of(self, node_id: NodeId) -> StageSlot | None:
         """Returns the slot that a node holds, or None for a spare."""
-        for pipeline_id, pipeline in self._pipelines.items():
+        for pipeline_id, pipeline in self.pipelines.items():
             if node_id in pipeline.holders:
                 return StageSlot(pipeline_id, SlotIndex(pipeline.holders.index(node_id)))
         return None
@@ -128,7 +123,7 @@ class StageRoles:
         if self.mirrors.is_due(now_s):
             return self._mirror()
         # One that is whole and not open recovers; one with a hole is the first to be given up.
-        if self._surplus.is_due(now_s) and all(p.is_open for p in self._pipelines.values() if p.is_whole):
+        if self._surplus.is_due(now_s) and all(p.is_open for p in self.pipelines.values() if p.is_whole):
             return self._replan(keeps_surplus=False)
         return []
 
@@ -169,7 +164,7 @@ class StageRoles:
         slot = self.slot_of(node_id)
         if slot is None:
             return not self.adoption.has_claim(node_id)
-        if not self._pipelines[slot.pipeline].has_cache:
+        if not self.pipelines[slot.pipeline].has_cache:
             return True
         if self.adoption.is_pending:
             return False  # which spare is free to be its mirror turns out then
@@ -179,7 +174,7 @@ class StageRoles:
         """Returns whether a pipeline that has yet to open holds, or may hold, this sequence of an earlier router."""
         if self.adoption.may_know(sequence_id):
             return True
-        is_held = any(pipeline.has_all_of(sequence_id) for pipeline in self._pipelines.values())
+        is_held = any(pipeline.has_all_of(sequence_id) for pipeline in self.pipelines.values())
         return is_held and self.adoption.waits_for_opening(now_s)
 
     @property
@@ -191,14 +186,14 @@ class StageRoles:
 
     def renew(self, pipeline_id: PipelineId) -> list[Action]:
         """Give a pipeline a new generation with the same holders: what it had in flight is void."""
-        pipeline = self._pipelines.get(pipeline_id)
+        pipeline = self.pipelines.get(pipeline_id)
         if pipeline is None or not pipeline.is_whole:
             return []
         return self._assign(pipeline_id, pipeline.holders)
 
     def apply_ready(self, node_id: NodeId, message: StageReady, generation: int) -> list[Action]:
         """A stage is ready for a slot; the pipeline opens with the last of them. Stale reports change nothing."""
-        pipeline = self._pipelines.get(PipelineId(message.pipeline))
+        pipeline = self.pipelines.get(PipelineId(message.pipeline))
         if pipeline is None or pipeline.generation != generation or pipeline.is_open or not pipeline.is_whole:
             return []  # one that has lost another slot meanwhile is assigned anew once that is filled
         if message.slot >= len(pipeline.holders) or pipeline.holders[message.slot] != node_id:
@@ -237,16 +232,11 @@ class StageRoles:
     def waits_for(self, node_id: NodeId, number: int) -> PipelineId | None:
         """Returns the pipeline that cannot open before this node has taken the role of this number, if there is one."""
         slot = self.slot_of(node_id)
-        return slot.pipeline if slot is not None and self._pipelines[slot.pipeline].generation == number else None
-
-    @property
-    def are_settled(self) -> bool:
-        """Returns whether a node without a role is a spare: else it may yet be given back what it holds."""
-        return not self.adoption.is_pending
+        return slot.pipeline if slot is not None and self.pipelines[slot.pipeline].generation == number else None
 
     def assign(self, slot: StageSlot) -> Action:
         """Tell the holder of a slot of a whole pipeline its role."""
-        pipeline = self._pipelines[slot.pipeline]
+        pipeline = self.pipelines[slot.pipeline]
         holders = [self._nodes[node_id] for node_id in pipeline.holders if node_id is not None]
         return self.messages.assign(slot, holders, self._lease_terms[slot], pipeline.num_blocks, pipeline.generation)
 
@@ -267,8 +257,8 @@ class StageRoles:
             self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
         wanted = plan.pipelines
         actions: list[Action] = []
-        for pipeline_id in [p for p in self._pipelines if p not in wanted]:
-            pipeline = self._pipelines.pop(pipeline_id)
+        for pipeline_id in [p for p in self.pipelines if p not in wanted]:
+            pipeline = self.pipelines.pop(pipeline_id)
             actions += [ClosePipeline(pipeline_id)] if pipeline.has_pool else []
         actions += self._let_go(plan, current)
         for pipeline_id, holders in wanted.items():
@@ -278,7 +268,7 @@ class StageRoles:
     def _holders(self) -> dict[StageSlot, NodeId]:
         return {
             StageSlot(pipeline_id, SlotIndex(index)): node_id
-            for pipeline_id, pipeline in self._pipelines.items()
+            for pipeline_id, pipeline in self.pipelines.items()
             for index, node_id in enumerate(pipeline.holders)
             if node_id is not None
         }
@@ -292,7 +282,7 @@ class StageRoles:
 
     def _give_slots(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """A pipeline's holders are these now."""
-        before = self._pipelines.get(pipeline_id)
+        before = self.pipelines.get(pipeline_id)
         if before is not None and before.holders == holders:
             return []
         if None not in holders:
@@ -305,7 +295,7 @@ class StageRoles:
 
     def _assign(self, pipeline_id: PipelineId, holders: tuple[NodeId | None, ...]) -> list[Action]:
         """Begins a new generation. A slot that changes hands gets a new lease term."""
-        before = self._pipelines.get(pipeline_id)
+        before = self.pipelines.get(pipeline_id)
         nodes = [node_id for node_id in holders if node_id is not None]
         capacities = {slot: self._nodes[node_id].capacity_bytes for slot, node_id in enumerate(nodes)}
         num_blocks = self._sizes.pool_blocks(capacities)
@@ -321,7 +311,7 @@ class StageRoles:
             elif before.is_open:
                 actions.append(SuspendPipeline(pipeline_id))
         generation = Generation(self.messages.draw_number())
-        self._pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks, has_pool=has_pool, held=held)
+        self.pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks, has_pool=has_pool, held=held)
         for index, node_id in enumerate(nodes):
             slot = StageSlot(pipeline_id, SlotIndex(index))
             if before is None or index >= len(before.holders) or before.holders[index] != node_id:
@@ -335,7 +325,7 @@ class StageRoles:
             return False
         if self._recovery == "move":
             return True
-        is_elsewhere_open = any(p.is_open for number, p in self._pipelines.items() if number != pipeline_id)
+        is_elsewhere_open = any(p.is_open for number, p in self.pipelines.items() if number != pipeline_id)
         return is_elsewhere_open and len(self._unbroken(pipeline_id, before, holders)) < len(holders)
 
     def _unbroken(self, pipeline_id: PipelineId, before: Pipeline, holders: tuple[NodeId | None, ...]) -> set[int]:
@@ -352,7 +342,7 @@ class StageRoles:
         if self._recovery == "replay" or not (self.num_open or self._recovery == "move"):
             return []
         actions: list[Action] = []
-        for pipeline_id, pipeline in self._pipelines.items():
+        for pipeline_id, pipeline in self.pipelines.items():
             if pipeline.has_pool and not pipeline.is_whole:
                 pipeline.has_pool = False
                 actions.append(ClosePipeline(pipeline_id))
@@ -365,8 +355,8 @@ class StageRoles:
                 slot,
                 self._nodes[node_id],
                 self._lease_terms[slot],
-                self._pipelines[slot.pipeline].num_blocks,
-                is_wanted=self._wants_mirror(node_id, self._pipelines[slot.pipeline]),
+                self.pipelines[slot.pipeline].num_blocks,
+                is_wanted=self._wants_mirror(node_id, self.pipelines[slot.pipeline]),
                 is_leaving=node_id in self._draining,
             )
             for slot, node_id in self._holders().items()
@@ -392,7 +382,7 @@ class StageRoles:
                 continue  # they get roles like any others
             for index, lease_term in enumerate(adopted.lease_terms):
                 self._lease_terms[StageSlot(adopted.pipeline, SlotIndex(index))] = LeaseTerm(lease_term)
-            self._pipelines[adopted.pipeline] = Pipeline(
+            self.pipelines[adopted.pipeline] = Pipeline(
                 Generation(0), adopted.holders, adopted.num_blocks, held=adopted.held
             )
             if None not in adopted.holders:

@@ -9,7 +9,6 @@ P shards in the order of (layer, expert, slice), N nodes in the order of their i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,7 @@ from services.router.control.experts.placing import PlacementAim, PlacementAnswe
 from services.router.control.experts.roll_out import PlacementTarget, ShardAssignment, next_assignment
 from services.router.control.experts.shard_bits import ShardBits, count, pack, stack, unpack
 from services.router.control.experts.shard_probes import Disagreement, ShardProbes
-from services.router.control.sizes import MeshShape, shard_bytes
+from services.router.control.sizes import MeshShape
 
 SETTLE_S = 1.0
 """Waits before the first placement: nodes that start together are placed together, so that nothing is loaded twice."""
@@ -44,18 +43,14 @@ class ExpertRoles:
 
     def __init__(self, config: ModelConfig, shape: MeshShape, num_expected: int) -> None:
         self._num_expected = num_expected
-        self._table_shape = (config.num_layers, config.num_experts, shape.num_slices)
-        moe_layers = tuple(config.moe_layer_indices)
-        is_named = np.zeros(self._table_shape, dtype=np.bool_)
-        is_named[list(moe_layers)] = True
-        self._is_named: BoolArray = is_named.reshape(-1)
+        self._aim = PlacementAim(config, shape)
+        self._table_shape, self._is_named = self._aim.table_shape, self._aim.is_named
         self.num_shards = int(self._is_named.sum())
         """The shards of the whole model."""
-        self._shard_bytes = shard_bytes(config, shape)
-        self._aim = PlacementAim(self._table_shape, moe_layers, self._is_named, self._shard_bytes, shape.copies)
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._nothing = pack(np.zeros_like(self._is_named))
-        self._ready: dict[NodeId, ShardBits] = {}
+        self.ready: dict[NodeId, ShardBits] = {}
+        """[W] by node: what it holds, by its own report."""
         self._told: dict[NodeId, ShardBits] = {}
         self._told_versions: dict[NodeId, int] = {}
         self._report_numbers: dict[NodeId, int] = {}
@@ -76,16 +71,12 @@ class ExpertRoles:
         """Whether a role is to be looked at again at once."""
         self._has_reports = False
         self._rolled_s = -REPORT_INTERVAL_S
-        self._version = 0
+        self.version = 0
+        """The version of what was published last; 0: nothing was."""
         self._draining = Draining()
         self._probes = ShardProbes(self._table_shape)
         self.has_news = False
         """Whether what may be asked has changed since `pop_news`."""
-
-    @property
-    def version(self) -> int:
-        """Returns the version of what was published last; 0: nothing was."""
-        return self._version
 
     @property
     def is_served(self) -> bool:
@@ -112,15 +103,10 @@ class ExpertRoles:
         return f"{self.num_shards - self._num_orphans} of {self.num_shards} expert shards loaded"
 
     @property
-    def ready(self) -> Mapping[NodeId, ShardBits]:
-        """Returns [W] by node: what it holds, by its own report."""
-        return self._ready
-
-    @property
     def num_held(self) -> dict[NodeId, int]:
         """Counts the shards that each node holds, by its own report."""
-        counts = count(stack(list(self._ready.values()), self._is_named.size))  # all rows at once: ten times as fast
-        return dict(zip(self._ready, counts.tolist(), strict=True))
+        counts = count(stack(list(self.ready.values()), self._is_named.size))  # all rows at once: ten times as fast
+        return dict(zip(self.ready, counts.tolist(), strict=True))
 
     # ---- what happens
 
@@ -128,7 +114,7 @@ class ExpertRoles:
         """An expert node registered. One that reconnects is told anew; what it had ready it still has, since another
         process would have another id. `held` [P]: what it has from a router before this one."""
         self._nodes[description.node_id] = description
-        self._ready.setdefault(description.node_id, self._nothing if held is None else pack(held))
+        self.ready.setdefault(description.node_id, self._nothing if held is None else pack(held))
         self._told.pop(description.node_id, None)
         self._last_joined_s = now_s
         self._change()
@@ -143,7 +129,7 @@ class ExpertRoles:
         """An expert node is gone."""
         self._draining.end(node_id)
         if self._nodes.pop(node_id, None) is not None:
-            self._ready.pop(node_id)
+            self.ready.pop(node_id)
             self._told.pop(node_id, None)
             self._report_numbers.pop(node_id, None)
             self._probes.forget(node_id)
@@ -153,7 +139,7 @@ class ExpertRoles:
         """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
         says nothing."""
         if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
-            self._ready[node_id], self._report_numbers[node_id] = pack(held), number
+            self.ready[node_id], self._report_numbers[node_id] = pack(held), number
             self._has_reports = True
 
     def read_report(self, node_id: NodeId, message: ShardsReady) -> list[Action]:
@@ -166,7 +152,7 @@ class ExpertRoles:
         return [self._refuse(one) for one in found]
 
     def _refuse(self, found: Disagreement) -> Action:
-        self._ready[found.node_id], self._has_changed = self._nothing, True
+        self.ready[found.node_id], self._has_changed = self._nothing, True
         self._report_numbers.pop(found.node_id, None)  # a node that is not reached by this is asked and told once more
         reason = found.describe(self._nodes, self._table_shape)
         return Tell(found.node_id, Failed(CheckpointError.code, reason), Header())
@@ -209,7 +195,7 @@ class ExpertRoles:
         is_due = self._has_reports and now_s - self._rolled_s >= REPORT_INTERVAL_S
         if not (self._has_changed or is_due):
             return []
-        if self._aim.answer is None and not (self._has_settled(now_s) and any(r.any() for r in self._ready.values())):
+        if self._aim.answer is None and not (self._has_settled(now_s) and any(r.any() for r in self.ready.values())):
             return []
         self._has_changed = self._has_reports = False
         self._rolled_s = now_s
@@ -220,7 +206,7 @@ class ExpertRoles:
         if not self._has_settled(now_s):
             return None
         nodes = [node for node_id, node in self._nodes.items() if node_id not in self._draining]
-        return self._aim.pop_request(nodes, self._ready, self._told)
+        return self._aim.pop_request(nodes, self.ready, self._told)
 
     def accept_answer(self, answer: PlacementAnswer) -> None:
         """What `pop_request` asked for."""
@@ -257,22 +243,24 @@ class ExpertRoles:
         )
 
     def _roll_on(self) -> list[Action]:
-        self._target = self._target or self._aim.target(self._ready)
+        self._target = self._target or self._aim.target(self.ready)
         nodes = tuple(sorted(self._nodes))
         before, asked_before = self._assignment, self._asked
         told = stack([self._told.get(node_id, self._nothing) for node_id in nodes], self._is_named.size)
         now = next_assignment(
             self._target,
-            stack([self._ready[node_id] for node_id in nodes], self._is_named.size),
+            stack([self.ready[node_id] for node_id in nodes], self._is_named.size),
             told,
-            np.array([self._nodes[node_id].capacity_bytes // self._shard_bytes for node_id in nodes], dtype=np.int64),
+            np.array(
+                [self._nodes[node_id].capacity_bytes // self._aim.shard_bytes for node_id in nodes], dtype=np.int64
+            ),
         )
         self._assignment, self._asked, self._num_orphans = now, nodes, int(now.orphans.sum())
         self.num_copies_to_load = int(np.maximum(self._target.num_owners - now.num_owners, 0).sum())
         actions = self._tell(nodes, now.shards, (told != now.shards).any(axis=1))
         is_same = before is not None and asked_before == nodes and np.array_equal(before.owners, now.owners)
         if actions or not is_same:
-            self._version += 1
+            self.version += 1
             self.has_news = True
             self._publication = self._publish(now)
         return actions
@@ -283,7 +271,7 @@ class ExpertRoles:
         for node_id, shards, is_news in zip(nodes, wanted, is_other.tolist(), strict=True):
             # One that leaves keeps what it has, so that calls that are under way to it are answered.
             if node_id not in self._draining and (is_news or node_id not in self._told):
-                self._told[node_id], self._told_versions[node_id] = shards, self._version + 1
+                self._told[node_id], self._told_versions[node_id] = shards, self.version + 1
                 actions.append(self._assign(node_id))
         return actions
 
@@ -298,7 +286,7 @@ class ExpertRoles:
     def _publish(self, assignment: ShardAssignment) -> PublishPlacement:
         described = [self._nodes[node_id] for node_id in self._asked]
         return PublishPlacement(
-            version=self._version,
+            version=self.version,
             node_ids=self._asked,
             incarnations=tuple(node.incarnation for node in described),
             endpoints=tuple(join_endpoints(node.endpoints) for node in described),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.checkpoint.model_config import ModelConfig
 from common.errors import CapacityError
 from common.ids import NodeId
 from common.topology import NodeDescription, ShardId
@@ -17,6 +18,7 @@ from common.wire.array import BoolArray, Int32Array
 from services.router.control.experts.placement import ExpertNodeCapacity, place_shards
 from services.router.control.experts.roll_out import PlacementTarget, aim
 from services.router.control.experts.shard_bits import NOBODY, ShardBits, by_shard, pairs, stack, unpack
+from services.router.control.sizes import MeshShape, shard_bytes
 
 MAX_NAMED = 8
 MAX_STALE_ANSWERS = 2
@@ -134,20 +136,15 @@ def _overwrite(
 class PlacementAim:
     """One request is answered at a time. An answer to a state that no longer holds is dropped and asked for again."""
 
-    def __init__(
-        self,
-        table_shape: tuple[int, int, int],
-        moe_layers: tuple[int, ...],
-        is_named: BoolArray,
-        shard_bytes: int,
-        copies: int,
-    ) -> None:
-        """`is_named` [P]: the shards of the MoE layers, of all that `table_shape` has room for."""
-        self._table_shape = table_shape
-        self._moe_layers = moe_layers
-        self._is_named = is_named
-        self._shard_bytes = shard_bytes
-        self._copies = copies
+    def __init__(self, config: ModelConfig, shape: MeshShape) -> None:
+        self.table_shape = (config.num_layers, config.num_experts, shape.num_slices)
+        self._moe_layers = tuple(config.moe_layer_indices)
+        is_named = np.zeros(self.table_shape, dtype=np.bool_)
+        is_named[list(self._moe_layers)] = True
+        self.is_named: BoolArray = is_named.reshape(-1)
+        """[P]: the shards of the MoE layers, of all that `table_shape` has room for."""
+        self.shard_bytes = shard_bytes(config, shape)
+        self._copies = shape.copies
         self.answer: PlacementAnswer | None = None
         """The placement that counts; None: none has come yet."""
         self._must_place = False
@@ -176,14 +173,14 @@ class PlacementAim:
         holders = sorted(ready)
         return PlacementRequest(
             version=self._state_version,
-            shape=self._table_shape,
+            shape=self.table_shape,
             moe_layers=self._moe_layers,
-            shard_bytes=self._shard_bytes,
+            shard_bytes=self.shard_bytes,
             copies=self._copies,
             nodes=tuple(map(_capacity, nodes)),
             holders=tuple(holders),
-            ready=stack([ready[node_id] for node_id in holders], self._is_named.size),
-            told=stack([told.get(node_id, ready[node_id]) for node_id in holders], self._is_named.size),
+            ready=stack([ready[node_id] for node_id in holders], self.is_named.size),
+            told=stack([told.get(node_id, ready[node_id]) for node_id in holders], self.is_named.size),
         )
 
     def accept_answer(self, answer: PlacementAnswer) -> bool:
@@ -201,12 +198,12 @@ class PlacementAim:
         """Returns where the living nodes, those of `ready`, are led; before the first placement they keep all."""
         nodes = sorted(ready)
         if self.answer is None:
-            held = stack([ready[node_id] for node_id in nodes], self._is_named.size)
-            return aim(by_shard(*pairs(held), self._is_named.size), len(nodes), self._is_named, is_settled=False)
+            held = stack([ready[node_id] for node_id in nodes], self.is_named.size)
+            return aim(by_shard(*pairs(held), self.is_named.size), len(nodes), self.is_named, is_settled=False)
         numbers = {node_id: number for number, node_id in enumerate(nodes)}
         rows = np.array([NOBODY, *(numbers.get(node_id, NOBODY) for node_id in self.answer.node_ids)], dtype=np.int32)
         owners = rows[self.answer.owners]
-        return aim(owners, len(nodes), self._is_named, self.answer.version == self._state_version)
+        return aim(owners, len(nodes), self.is_named, self.answer.version == self._state_version)
 
 
 def _capacity(node: NodeDescription) -> ExpertNodeCapacity:
