@@ -129,17 +129,6 @@ def _match(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class MirrorReport:
-    """What a mirror says of itself, in a MirrorReady or in a heartbeat."""
-
-    number: int
-    """The number of the role that it follows."""
-    is_complete: bool
-    broken_stream: int = 0
-    """The same as in MirrorReady."""
-
-
 class MirrorRoles:
     """At most one mirror per slot."""
 
@@ -241,37 +230,38 @@ class MirrorRoles:
     def _not_failed(self, pairs: Mapping[StageSlot, MirrorPair]) -> dict[StageSlot, MirrorPair]:
         return {slot: pair for slot, pair in pairs.items() if (pair.node_id, slot) not in self._failed}
 
-    def apply_report(self, node_id: NodeId, report: MirrorReport) -> list[Action] | None:
+    def apply_report(
+        self, node_id: NodeId, number: int, *, is_complete: bool, broken_stream: int = 0
+    ) -> list[Action] | None:
         """A mirror is loaded (its primary is told to begin), complete, or its stream broke (its primary begins anew).
+        `number`: of the role that it follows; the others: as in MirrorReady.
 
         None: it is not what its number stands for any more, or says nothing new.
         """
-        for slot, pair in self._pairs_of(node_id):
-            if pair.number == report.number:
-                return self._note(slot, pair, report)
-        return None
-
-    def _pairs_of(self, node_id: NodeId) -> list[tuple[StageSlot, MirrorPair]]:
-        """Returns the slot that a node mirrors, or is to mirror as a successor; nothing for others."""
-        every = [*self._pairs.items(), *self._successors.items()]
-        return [(slot, pair) for slot, pair in every if pair.node_id == node_id]
-
-    def _note(self, slot: StageSlot, pair: MirrorPair, report: MirrorReport) -> list[Action] | None:
-        has_broken = report.broken_stream > pair.broken_stream
-        state = StageState.COMPLETE if report.is_complete else StageState.FILLING
+        found = next(((slot, pair) for slot, pair in self._pairs_of(node_id) if pair.number == number), None)
+        if found is None:
+            return None
+        slot, pair = found
+        has_broken = broken_stream > pair.broken_stream
+        state = StageState.COMPLETE if is_complete else StageState.FILLING
         if not has_broken and pair.state is state:
             return None
         must_begin = has_broken or pair.state is StageState.LOADING
-        if report.is_complete:
+        if is_complete:
             self._retry_s, pair.filling_since_s = RETRY_S, None
             self._fill_patience_s.pop(slot, None)
-        pair.state, pair.broken_stream = state, max(pair.broken_stream, report.broken_stream)
+        pair.state, pair.broken_stream = state, max(pair.broken_stream, broken_stream)
         if not must_begin:
             return []
         pair.feed_number = self._messages.draw_number()
         if self._successors.get(slot) is pair:
             self._pairs[slot] = self._successors.pop(slot)
         return [self._feed(pair)]
+
+    def _pairs_of(self, node_id: NodeId) -> list[tuple[StageSlot, MirrorPair]]:
+        """Returns the slot that a node mirrors, or is to mirror as a successor; nothing for others."""
+        every = [*self._pairs.items(), *self._successors.items()]
+        return [(slot, pair) for slot, pair in every if pair.node_id == node_id]
 
     def number_of(self, node_id: NodeId) -> int | None:
         """Returns the number of the role of a node that mirrors a slot; None for others."""

@@ -17,7 +17,6 @@ from common.messages import ExpertHeartbeat, StageHeartbeat, StageReady
 from common.topology import StageState
 from services.router.control.actions import Action
 from services.router.control.experts.expert_roles import ExpertRoles
-from services.router.control.mirror_roles import MirrorReport
 from services.router.control.stage_roles import Pipeline, StageRoles
 
 PATIENCE_S = 0.4
@@ -101,16 +100,6 @@ class Refusals:
         return [p for p, generation in due.items() if p in pipelines and pipelines[p].generation == generation]
 
 
-@dataclass(frozen=True, slots=True)
-class Consequences:
-    """What comes of a heartbeat."""
-
-    news: list[Action]
-    """What follows from its report, where the report itself was lost."""
-    again: dict[Topic, list[Action]]
-    """What the node is told again."""
-
-
 class Beliefs:
     """Compares each heartbeat with the roles as they are now. A report counts like the message that said it first."""
 
@@ -119,15 +108,18 @@ class Beliefs:
         self._experts = experts
         self._retelling = Retelling()
 
-    def compare(self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float) -> Consequences:
-        """Compares the heartbeat of a node that is registered."""
+    def compare(
+        self, node_id: NodeId, said: StageHeartbeat | ExpertHeartbeat, now_s: float
+    ) -> tuple[list[Action], dict[Topic, list[Action]]]:
+        """Compares the heartbeat of a node that is registered. Returns what follows from its report, where the report
+        itself was lost, and what the node is told again."""
         if isinstance(said, ExpertHeartbeat):
             found, news = [self._shards(node_id, said)], list[Action]()
         else:
             news = self._report(node_id, said)
             found = [self._role(node_id, said), self._feed(node_id, said), self._placement(node_id, said)]
         misbeliefs = [one for one in found if one is not None]
-        return Consequences(news, self._retelling.due(node_id, misbeliefs, now_s))
+        return news, self._retelling.due(node_id, misbeliefs, now_s)
 
     def forget(self, node_id: NodeId) -> None:
         """It is gone."""
@@ -141,7 +133,7 @@ class Beliefs:
         if said.role_state in (StageState.FILLING, StageState.COMPLETE):
             is_complete = said.role_state == StageState.COMPLETE
             return self._stages.apply_mirror_report(
-                node_id, MirrorReport(said.role_number, is_complete, said.broken_stream)
+                node_id, said.role_number, is_complete=is_complete, broken_stream=said.broken_stream
             )
         return []
 

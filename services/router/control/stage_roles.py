@@ -11,7 +11,7 @@ from common.messages import StageReady
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, RoleMessages, SuspendPipeline
 from services.router.control.adoption import Adoption, HeldCache, HeldSlot
-from services.router.control.mirror_roles import MirroredSlot, MirrorReport, MirrorRoles
+from services.router.control.mirror_roles import MirroredSlot, MirrorRoles
 from services.router.control.roles import RolePlan, RolePlanning, describe_unfilled
 from services.router.control.sizes import MeshShape, StageSizes, plan_layers
 
@@ -215,9 +215,11 @@ class StageRoles:
         )
         return [opened, *self._move_on(), *self._mirror()]
 
-    def apply_mirror_report(self, node_id: NodeId, report: MirrorReport) -> list[Action]:
+    def apply_mirror_report(
+        self, node_id: NodeId, number: int, *, is_complete: bool, broken_stream: int = 0
+    ) -> list[Action]:
         """A mirror is loaded, complete, or has to begin anew. Stale reports change nothing."""
-        actions = self.mirrors.apply_report(node_id, report)
+        actions = self.mirrors.apply_report(node_id, number, is_complete=is_complete, broken_stream=broken_stream)
         return [] if actions is None else actions + self._mirror()
 
     def apply_refusal(self, node_id: NodeId, number: int) -> list[Action]:

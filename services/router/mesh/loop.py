@@ -48,7 +48,6 @@ from services.router.control.membership import (
     not_linked,
     refuse_other_device,
 )
-from services.router.control.mirror_roles import MirrorReport
 from services.router.control.readiness import MeshEvidence, ProgressWatch, accepts_requests, judge
 from services.router.control.retelling import Beliefs, Refusals
 from services.router.control.stage_roles import StageRoles
@@ -222,8 +221,10 @@ class MeshLoop:
             self._act(self._stages.apply_ready(node_id, message, header.generation), now_s)
         elif isinstance(message, MirrorReady):
             self._log.info("mirror_ready", node=node_id, slot=message.slot, is_complete=message.is_complete)
-            report = MirrorReport(header.generation, message.is_complete, message.broken_stream)
-            self._act(self._stages.apply_mirror_report(node_id, report), now_s)
+            actions = self._stages.apply_mirror_report(
+                node_id, header.generation, is_complete=message.is_complete, broken_stream=message.broken_stream
+            )
+            self._act(actions, now_s)
         elif isinstance(message, ShardsReady):
             self._act(self._experts.read_report(node_id, message), now_s)
         elif isinstance(message, Leave):
@@ -241,9 +242,9 @@ class MeshLoop:
             return
         if isinstance(said, StageHeartbeat) and said.role_state == StageState.REFUSED:
             self._note_refusal(node_id, said.role_number, now_s)
-        consequences = self._beliefs.compare(node_id, said, now_s)
-        self._act(consequences.news, now_s)
-        for topic, actions in consequences.again.items():
+        news, again = self._beliefs.compare(node_id, said, now_s)
+        self._act(news, now_s)
+        for topic, actions in again.items():
             self._log.info("told_again", node=node_id, topic=topic)
             self._act(actions, now_s)
 

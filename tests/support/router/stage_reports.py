@@ -7,7 +7,6 @@ from typing import Any
 from common.ids import NodeId
 from common.messages import AssignMirror, AssignStage, StageReady
 from services.router.control.actions import Action, Tell
-from services.router.control.mirror_roles import MirrorReport
 from services.router.control.stage_roles import StageRoles
 from tests.support.router.mesh_shapes import node, small_mesh, small_model
 
@@ -64,4 +63,4 @@ def mirrored(roles: StageRoles, actions: list[Action]) -> None:
     """All who were told to mirror are complete."""
     for name, (_, number) in mirrors_told(actions).items():
         for is_complete in (False, True):
-            roles.apply_mirror_report(NodeId(name), MirrorReport(number, is_complete))
+            roles.apply_mirror_report(NodeId(name), number, is_complete=is_complete)

@@ -15,7 +15,6 @@ from services.router.control.mirror_roles import (
     FILL_PATIENCE_S,
     MirroredSlot,
     MirrorPair,
-    MirrorReport,
     MirrorRoles,
     choose_mirrors,
 )
@@ -128,7 +127,7 @@ class CutLink:
         """Who is told to mirror has loaded at once, and is filled in its time if the holder reaches it."""
         for action in self.roles.replan([self.wanted], self.spares):
             if isinstance(action, Tell) and (number := self.roles.number_of(action.node_id)) is not None:
-                self.roles.apply_report(action.node_id, MirrorReport(number, is_complete=False))
+                self.roles.apply_report(action.node_id, number, is_complete=False)
                 self.filled_at_s[action.node_id] = self.now_s + self.fill_s
 
     def lose(self, name: str) -> None:
@@ -145,7 +144,7 @@ class CutLink:
             if node_id.startswith("a") and self.now_s >= self.filled_at_s[node_id]:
                 number = self.roles.number_of(node_id)
                 assert number is not None
-                self.roles.apply_report(node_id, MirrorReport(number, is_complete=True))
+                self.roles.apply_report(node_id, number, is_complete=True)
             if self.roles.is_due(self.now_s):
                 self.replan()
             seen.append(self.roles.node_of(self.wanted.slot))

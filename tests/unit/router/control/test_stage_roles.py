@@ -11,7 +11,7 @@ from common.ids import Generation, NodeId, PipelineId, SlotIndex
 from common.messages import MirrorTo, StageReady, Unassign
 from common.topology import NodeDescription, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.mirror_roles import FILL_PATIENCE_S, RETRY_S, MirrorReport
+from services.router.control.mirror_roles import FILL_PATIENCE_S, RETRY_S
 from services.router.control.stage_roles import StageRoles
 from tests.support.router.mesh_shapes import LAYERS, node
 from tests.support.router.stage_reports import (
@@ -131,11 +131,11 @@ def test_spares_mirror_the_slots_of_an_open_pipeline_one_each() -> None:
     assert {name: message.slot for name, (message, _) in follows.items()} == {"c": 0, "d": 1}
     assert follows["d"][0].primary == ("tcp://b:1",)
     number = follows["d"][1]
-    (tell,) = roles.apply_mirror_report(NodeId("d"), MirrorReport(number, False))
+    (tell,) = roles.apply_mirror_report(NodeId("d"), number, is_complete=False)
     assert isinstance(tell, Tell)
     assert (tell.node_id, tell.message) == ("b", MirrorTo(1, "d", ("tcp://d:1",), "token of d"))
-    assert roles.apply_mirror_report(NodeId("d"), MirrorReport(number, True)) == []
-    assert roles.apply_mirror_report(NodeId("c"), MirrorReport(number, True)) == [], "it was told another role"
+    assert roles.apply_mirror_report(NodeId("d"), number, is_complete=True) == []
+    assert roles.apply_mirror_report(NodeId("c"), number, is_complete=True) == [], "it was told another role"
 
 
 def test_a_mirror_takes_the_slot_that_it_follows_also_beside_an_open_pipeline() -> None:
@@ -296,12 +296,12 @@ def test_the_mirror_that_shares_a_host_goes_on_until_its_successor_elsewhere_has
     assert (roles.mirrors.node_of(slot), roles.mirrors.num_complete) == ("a2", 1)
     _, number = mirrors_told(roles.join(on_host("b1")))["b1"]
     assert roles.mirrors.node_of(slot) == "a2"
-    actions = roles.apply_mirror_report(NodeId("b1"), MirrorReport(number, False))
+    actions = roles.apply_mirror_report(NodeId("b1"), number, is_complete=False)
     assert [
         (a.node_id, a.message.node_id) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
     ] == [("a1", "b1")]
     assert roles.mirrors.nodes[slot] == "b1"
-    roles.apply_mirror_report(NodeId("b1"), MirrorReport(number, True))
+    roles.apply_mirror_report(NodeId("b1"), number, is_complete=True)
     assert roles.mirrors.node_of(slot) == "b1"
 
 
@@ -393,8 +393,8 @@ def test_the_only_spare_that_could_not_load_a_mirror_is_asked_again_less_and_les
         now_s += wait_s
         ((again, (_, number)),) = mirrors_told(roles.tick(now_s)).items()
         assert (again, roles.waits) == (name, False)
-    roles.apply_mirror_report(NodeId(name), MirrorReport(number, False))
-    roles.apply_mirror_report(NodeId(name), MirrorReport(number, True))
+    roles.apply_mirror_report(NodeId(name), number, is_complete=False)
+    roles.apply_mirror_report(NodeId(name), number, is_complete=True)
     assert roles.mirrors.num_missing == 0
 
 
@@ -415,7 +415,7 @@ def test_what_a_spare_could_not_load_is_forgotten_with_it() -> None:
 def test_a_mirror_that_does_not_become_complete_makes_room_for_another_spare_later_each_time() -> None:
     roles = roles_of(pp=1, spares=2)
     ((first, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2")).items()
-    roles.apply_mirror_report(NodeId(first), MirrorReport(number, False))
+    roles.apply_mirror_report(NodeId(first), number, is_complete=False)
     assert (roles.waits, roles.tick(100.0)) == (True, []), "the wait begins"
     assert roles.tick(100.0 + 2 * FILL_PATIENCE_S) == [], "there is nobody else"
     roles.join(on_host("a3"))
@@ -426,7 +426,7 @@ def test_a_mirror_that_does_not_become_complete_makes_room_for_another_spare_lat
         (a.node_id, a.message.endpoints) for a in actions if isinstance(a, Tell) and isinstance(a.message, MirrorTo)
     ]
     assert feeds == [("a1", ())], "the holder feeds nobody until a3 has loaded"
-    roles.apply_mirror_report(NodeId(second), MirrorReport(number, False))
+    roles.apply_mirror_report(NodeId(second), number, is_complete=False)
     assert roles.tick(300.0) == []
     assert roles.tick(300.0 + RETRY_S) == [], "a2 is not tried again before a3 has had its time"
     assert roles.tick(300.0 + 2 * FILL_PATIENCE_S - 0.1) == []
@@ -436,11 +436,11 @@ def test_a_mirror_that_does_not_become_complete_makes_room_for_another_spare_lat
 def test_a_mirror_that_is_complete_is_kept_and_has_its_whole_time_when_its_stream_breaks() -> None:
     roles = roles_of(pp=1, spares=2)
     ((name, (_, number)),) = mirrors_told(opened_on(roles, "a1", "a2", "a3")).items()
-    for report_ in (MirrorReport(number, False), MirrorReport(number, True)):
-        roles.apply_mirror_report(NodeId(name), report_)
+    for is_complete in (False, True):
+        roles.apply_mirror_report(NodeId(name), number, is_complete=is_complete)
         roles.tick(100.0)
     assert (roles.waits, roles.tick(100.0 + FILL_PATIENCE_S)) == (False, [])
-    roles.apply_mirror_report(NodeId(name), MirrorReport(number, False, broken_stream=1))
+    roles.apply_mirror_report(NodeId(name), number, is_complete=False, broken_stream=1)
     assert roles.tick(200.0) == roles.tick(200.0 + FILL_PATIENCE_S - 0.1) == []
     assert list(mirrors_told(roles.tick(200.0 + FILL_PATIENCE_S))) == ["a3"]
 

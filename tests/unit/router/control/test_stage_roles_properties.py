@@ -12,7 +12,6 @@ from common.ids import NodeId, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, MirrorTo, StageReady, Unassign
 from common.topology import CheckpointPart, StageSlot
 from services.router.control.actions import Action, ClosePipeline, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.mirror_roles import MirrorReport
 from tests.support.router.mesh_shapes import PLENTY, node
 from tests.support.router.stage_reports import roles_of
 
@@ -106,7 +105,7 @@ class Stages(RuleBasedStateMachine):
     def mirror(self, number: int, is_complete: bool) -> None:
         if self.mirrors:
             name, role_number = self.mirrors[number % len(self.mirrors)]
-            self.carry_out(self.roles.apply_mirror_report(NodeId(name), MirrorReport(role_number, is_complete)))
+            self.carry_out(self.roles.apply_mirror_report(NodeId(name), role_number, is_complete=is_complete))
 
     @rule(name=st.sampled_from(NAMES))
     def drain(self, name: str) -> None:
