@@ -117,7 +117,7 @@ class NodeDescription:
         return own is not None and own.start <= layers.start and layers.stop <= own.stop
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class StageSlot:
     """A place in a pipeline. Slots are stable: a hole stays a hole until a replacement takes it."""
 

@@ -9,17 +9,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 
-def no_preference(item: int, bin_index: int) -> int:
-    """All bins are alike."""
-    return 0
-
-
 def fill(
     held: list[list[int]],
     needed: list[int],
     room: list[int],
     limits: Sequence[Sequence[int]],
-    preference: Callable[[int, int], int] = no_preference,
+    preference: Callable[[int, int], int] = lambda item, bin_index: 0,
 ) -> None:
     """Place what is needed, in place.
 

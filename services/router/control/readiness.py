@@ -8,7 +8,7 @@ measured, as long as the stages report progress.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,18 +124,19 @@ class MeshEvidence:
 
 def judge(evidence: MeshEvidence, now_s: float) -> Readiness:
     """Says that the mesh is ready, or all that is missing. A request that is stuck is a no, whatever else goes on."""
-    missing = _missing(evidence, now_s)
+    reasons = _reasons(evidence, now_s)
+    missing = _missing(evidence, reasons, now_s)
     if not missing:
         missing = [stuck for pipeline in evidence.pipelines if (stuck := _stuck(pipeline, evidence, now_s))]
     if missing:
         return Readiness(False, "; ".join(missing), tuple(missing), evidence.redundancy.warnings())
-    detail = f"{_num_answering(evidence, now_s)} pipelines; {evidence.experts_detail}"
+    detail = f"{reasons.count('')} pipelines; {evidence.experts_detail}"
     return Readiness(True, detail, warnings=evidence.redundancy.warnings())
 
 
 def accepts_requests(evidence: MeshEvidence, now_s: float) -> bool:
     """Returns whether a new request would get tokens, perhaps of another pipeline than one that is stuck."""
-    return not _missing(evidence, now_s)
+    return not _missing(evidence, _reasons(evidence, now_s), now_s)
 
 
 def judge_age(readiness: Readiness, published_s: float | None, now_s: float) -> Readiness:
@@ -181,10 +182,9 @@ class ProgressWatch:
         return replace(self._heard[node_id], state=state)
 
 
-def _missing(evidence: MeshEvidence, now_s: float) -> list[str]:
-    """Returns what keeps every pipeline from making tokens."""
+def _missing(evidence: MeshEvidence, reasons: Sequence[str], now_s: float) -> list[str]:
+    """Returns what keeps every pipeline from making tokens. `reasons`: those of `_reasons`."""
     missing = _missing_shards(evidence, _quiet_since_s(evidence), now_s)
-    reasons = _reasons(evidence, now_s)
     if not reasons:
         missing.append(f"no pipeline is open ({evidence.stages_detail})")
     elif all(reasons):
@@ -193,12 +193,9 @@ def _missing(evidence: MeshEvidence, now_s: float) -> list[str]:
 
 
 def _reasons(evidence: MeshEvidence, now_s: float) -> list[str]:
+    """Returns why each pipeline can make no token now; "" for one that can."""
     quiet_since_s = _quiet_since_s(evidence)
     return [_why_not(pipeline, evidence, quiet_since_s, now_s) for pipeline in evidence.pipelines]
-
-
-def _num_answering(evidence: MeshEvidence, now_s: float) -> int:
-    return _reasons(evidence, now_s).count("")
 
 
 def _quiet_since_s(evidence: MeshEvidence) -> float | None:

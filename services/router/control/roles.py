@@ -58,7 +58,7 @@ class RolePlan:
     def pipelines(self) -> dict[PipelineId, tuple[NodeId | None, ...]]:
         """Returns holders by slot; None for a hole."""
         found: dict[PipelineId, dict[int, NodeId | None]] = {}
-        for slot in sorted([*self.assignments, *self.holes], key=_slot_order):
+        for slot in sorted([*self.assignments, *self.holes]):
             found.setdefault(slot.pipeline, {})[slot.index] = self.assignments.get(slot)
         return {pipeline: tuple(holders.values()) for pipeline, holders in found.items()}
 
@@ -108,7 +108,7 @@ class _Planner:
         }
         self._pp = pp
         self._held: dict[StageSlot, NodeId] = {}
-        for slot in sorted(current, key=_slot_order):
+        for slot in sorted(current):
             node = self.nodes.get(current[slot])
             if slot.index < pp and node is not None and node.can_hold(slot) and node.node_id not in self._held.values():
                 self._held[slot] = node.node_id
@@ -145,7 +145,7 @@ class _Planner:
         holes = [slot for pipeline in kept for slot in self._holes(pipeline)]
         num_whole = len(kept) - len({slot.pipeline for slot in holes})
         return RolePlan(
-            assignments={slot: self._held[slot] for slot in sorted(self._held, key=_slot_order)},
+            assignments={slot: self._held[slot] for slot in sorted(self._held)},
             holes=tuple(holes),
             spares=tuple(node.node_id for node in free),
             detail=_detail(len(self.nodes), num_whole, holes, len(free), self._pp, spares),
@@ -235,10 +235,6 @@ class _Planner:
         self._fill_holes(taker, left, {})
         self._held.update({slot: node.node_id for slot, node in giving.items() if node in left})
         return len(left) < len(giving)
-
-
-def _slot_order(slot: StageSlot) -> tuple[int, int]:
-    return slot.pipeline, slot.index
 
 
 def _pass_on(

@@ -364,7 +364,7 @@ class StageRoles:
             for slot, node_id in self._holders().items()
             if node_id in self._nodes
         ]
-        mirrored.sort(key=lambda held: (held.slot.pipeline, held.slot.index))
+        mirrored.sort(key=lambda held: held.slot)
         busy = self._draining.union(held.holder.node_id for held in mirrored)
         spares = [node for node_id, node in self._nodes.items() if node_id not in busy and not self.adoption.is_pending]
         return self.mirrors.replan(mirrored, spares)
