@@ -33,7 +33,6 @@ from services.router.front.http.exchange import (
     REQUEST_ID_SCOPE,
     BodyBudget,
     ClientGoneError,
-    CrossOriginMiddleware,
     EventStreamResponse,
     ExchangeMiddleware,
     HeldBody,
@@ -101,11 +100,8 @@ def create_app(
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.requests = requests
     # Pages may read such a refusal too, and it counts like any answer.
-    app.state.refuse_connection = ExchangeMiddleware(
-        CrossOriginMiddleware(refuse_connection, settings.origins), metrics
-    )
-    app.add_middleware(CrossOriginMiddleware, policy=settings.origins)
-    app.add_middleware(ExchangeMiddleware, metrics=metrics)  # around the other: refusals have an id and count too
+    app.state.refuse_connection = ExchangeMiddleware(refuse_connection, metrics, settings.origins)
+    app.add_middleware(ExchangeMiddleware, metrics=metrics, policy=settings.origins)
     app.add_exception_handler(HTTPException, answer_http_exception)
     _add_routes(app, generation, operators)
     return app

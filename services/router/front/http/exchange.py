@@ -143,36 +143,61 @@ class EventStreamResponse(StreamingResponse):
             await self._close()
 
 
-class CrossOriginMiddleware:
-    """Answers preflights and refusals itself, and lets the answers to allowed pages be read by them."""
+class ExchangeMiddleware:
+    """Gives every request an id, counts every answer, and takes surplus slashes out of paths. It answers preflights and
+    pages that may not ask itself, and lets the answers to allowed pages be read by them."""
 
-    def __init__(self, app: ASGIApp, policy: OriginPolicy) -> None:
+    def __init__(self, app: ASGIApp, metrics: FrontMetrics, policy: OriginPolicy) -> None:
         self._app = app
+        self._metrics = metrics
         self._policy = policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Clients that join a base address and a path by hand put one too many in between or behind.
+        scope["path"] = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
         headers = Headers(scope=scope)
-        origin = headers.get("origin")
+        request_id = scope[REQUEST_ID_SCOPE] = _request_id(headers)
+        status = 0
 
-        async def send_readable(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 answer = MutableHeaders(scope=message)
-                answer.add_vary_header("Origin")  # also where there is none: a cache may ask in the name of others
-                if origin is not None and self._policy.allows(origin):
-                    answer["access-control-allow-origin"] = "*" if "*" in self._policy.origins else origin
-                    answer["access-control-expose-headers"] = _EXPOSED
+                answer["x-request-id"] = request_id
+                self._let_read(headers.get("origin"), answer)
             await send(message)
 
+        self._metrics.requests_in_flight.inc()
+        try:
+            with structlog.contextvars.bound_contextvars(http_request_id=request_id):
+                await self._app_for(scope["method"], headers)(scope, receive, send_with_headers)
+        except ClientGoneError:
+            status = _CLIENT_CLOSED_STATUS
+            self._metrics.cancelled.inc()
+        finally:
+            self._metrics.requests_in_flight.dec()
+            # The route's pattern, not the path: paths are the client's, and each label value costs memory for ever.
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests.labels(route, str(status)).inc()
+
+    def _app_for(self, method: str, headers: Headers) -> ASGIApp:
+        """Returns what answers the request."""
         try:
             self._policy.check(headers)
         except ForbiddenError as error:
-            await error_answer(error)(scope, receive, send_readable)
-            return
-        is_preflight = origin is not None and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers
-        await (_preflight_answer(headers) if is_preflight else self._app)(scope, receive, send_readable)
+            return error_answer(error)
+        is_preflight = method == "OPTIONS" and "origin" in headers and _ASKED_METHOD in headers
+        return _preflight_answer(headers) if is_preflight else self._app
+
+    def _let_read(self, origin: str | None, answer: MutableHeaders) -> None:
+        answer.add_vary_header("Origin")  # also where there is none: a cache may ask in the name of others
+        if origin is not None and self._policy.allows(origin):
+            answer["access-control-allow-origin"] = "*" if "*" in self._policy.origins else origin
+            answer["access-control-expose-headers"] = _EXPOSED
 
 
 def _preflight_answer(headers: Headers) -> Response:
@@ -189,49 +214,9 @@ def _preflight_answer(headers: Headers) -> Response:
     return Response(status_code=204, headers=allowed)
 
 
-class ExchangeMiddleware:
-    """Gives every request an id, counts every answer, and takes surplus slashes out of paths."""
-
-    def __init__(self, app: ASGIApp, metrics: FrontMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        # Clients that join a base address and a path by hand put one too many in between or behind.
-        scope["path"] = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
-        request_id = _request_id(scope)
-        scope[REQUEST_ID_SCOPE] = request_id
-        status = 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        self._metrics.requests_in_flight.inc()
-        try:
-            with structlog.contextvars.bound_contextvars(http_request_id=request_id):
-                await self._app(scope, receive, send_with_id)
-        except ClientGoneError:
-            status = _CLIENT_CLOSED_STATUS
-            self._metrics.cancelled.inc()
-        finally:
-            self._metrics.requests_in_flight.dec()
-            # The route's pattern, not the path: paths are the client's, and each label value costs memory for ever.
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.requests.labels(route, str(status)).inc()
-
-
-def _request_id(scope: Scope) -> str:
+def _request_id(headers: Headers) -> str:
     """Returns the client's own id, if it is a plain one, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text: str = value.decode("latin-1")
-            if _REQUEST_ID.fullmatch(text):
-                return text
+    for text in headers.getlist("x-request-id"):
+        if _REQUEST_ID.fullmatch(text):
+            return text
     return f"req-{uuid.uuid4().hex}"
