@@ -477,11 +477,9 @@ class MemoryRelief:
         self,
         give_back: Callable[[], None] = trim_heap,
         resident_bytes: Callable[[], int] = resident_bytes,
-        growth_bytes: int = RELIEF_GROWTH_BYTES,
     ) -> None:
         self._give_back = give_back
         self._resident_bytes = resident_bytes
-        self._growth_bytes = growth_bytes
         self._least_bytes = resident_bytes()
         """What it had when memory was last given back, or less."""
 
@@ -489,7 +487,7 @@ class MemoryRelief:
         """Gives memory back if it is worth it. It may run in any thread, but in one at a time, and take some ten
         milliseconds."""
         resident = self._resident_bytes()
-        if resident - self._least_bytes > self._growth_bytes:
+        if resident - self._least_bytes > RELIEF_GROWTH_BYTES:
             self._give_back()
             self._least_bytes = self._resident_bytes()
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from common.errors import ProtocolError
 from common.ids import NodeId, PipelineId, SlotIndex
-from common.messages import Hello, TensorFrame
-from common.topology import LayerRange, NodeKind, SlotReport, StageSlot
+from common.messages import Hello
+from common.topology import LayerRange, SlotReport, StageSlot
 from common.wire.array import BoolArray, frame_to_array
 from common.wire.records import HELD_SEQUENCE, frame_to_records
 
@@ -231,15 +231,10 @@ def read_held_slot(hello: Hello) -> HeldSlot | None:
 class Arrival:
     """What a node that is to get a role holds from a router before this one."""
 
-    slot: HeldSlot | None = None
-    shards: BoolArray | None = None
-
-    @classmethod
-    def read(cls, kind: NodeKind, hello: Hello, read_shards: Callable[[TensorFrame], BoolArray | None]) -> Arrival:
-        """Reads what a node of this kind says. Raises ProtocolError with the name of the field."""
-        if kind is NodeKind.STAGE:
-            return cls(slot=read_held_slot(hello))
-        return cls(shards=read_shards(hello.held_shards))
+    slot: HeldSlot | None
+    """What a stage holds."""
+    shards: BoolArray | None
+    """What an expert node holds."""
 
 
 def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:

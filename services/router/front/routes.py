@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,14 +18,13 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from common.errors import InvalidRequestError, UnknownModelError
 from services.router.engine import Engine, Readiness
 from services.router.front.http.answers import (
     answer_http_exception,
     error_answer,
-    json_answer,
     log_error,
     refuse_connection,
 )
@@ -175,7 +174,7 @@ class GenerationRoutes:
     async def show_request(self, request: Request, request_id: str) -> Response:
         """Shows its state, the tokens so far, and the whole reply once there is one. Asking counts as being there."""
         async with self._requests.attach(await self._requests.find(_tenant(request), request_id)) as reader:
-            return json_answer(self._sender.state(reader))
+            return JSONResponse(self._sender.state(reader))
 
     async def stream_request(self, request: Request, request_id: str) -> Response:
         """Streams the events of a request after those that the client has."""
@@ -191,7 +190,7 @@ class GenerationRoutes:
         """Takes it out of the mesh and forgets it, in the journal too before this answers."""
         live = await self._requests.find(_tenant(request), request_id)
         await self._requests.delete(live)
-        return json_answer({"id": live.reply_id, "object": "moemesh.request.deleted", "deleted": True})
+        return JSONResponse({"id": live.reply_id, "object": "moemesh.request.deleted", "deleted": True})
 
     async def _generate(self, request: Request, route: str) -> Response:
         held = HeldBody(self._bodies)
@@ -283,7 +282,7 @@ class ReplySender:
         while not reader.finished:
             for event in await reader.next_events(timeout_s=None):
                 events[event.index].append(event)
-        return json_answer(self._reply(reader, events), headers=headers)
+        return JSONResponse(self._reply(reader, events), headers=headers)
 
     async def stream(
         self, reader: ReplyReader, stack: AsyncExitStack, has_ids: bool, headers: dict[str, str]
@@ -358,56 +357,49 @@ def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> 
     }
 
 
+@dataclass(frozen=True, slots=True)
 class _Operators:
     """Answers what operators ask: what is served, and how. Keeps nothing between requests."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        journal: RequestJournal,
-        settings: FrontSettings,
-        metrics: FrontMetrics,
-        started_s: int,
-    ) -> None:
-        self._engine = engine
-        self._journal = journal
-        self._settings = settings
-        self._metrics = metrics
-        self._started_s = started_s
+    engine: Engine
+    journal: RequestJournal
+    settings: FrontSettings
+    metrics: FrontMetrics
+    started_s: int
 
     async def list_models(self) -> Response:
-        return json_answer({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def show_model(self, model_id: str) -> Response:
-        if model_id != self._settings.served_name:
+        if model_id != self.settings.served_name:
             raise UnknownModelError(f"the model `{model_id}` is not available here", "model")
-        return json_answer(self._model())
+        return JSONResponse(self._model())
 
     async def show_health(self) -> Response:
         """Says that the process lives, and no more than that."""
-        return json_answer({"status": "alive"})
+        return JSONResponse({"status": "alive"})
 
     async def show_readiness(self) -> Response:
         """Says whether a request would be accepted and a token can be made end to end; if not, with status 503 and what
         is missing."""
-        readiness = self._engine.readiness()
-        if (trouble := self._journal.trouble()) is not None:
+        readiness = self.engine.readiness()
+        if (trouble := self.journal.trouble()) is not None:
             detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"
             readiness = Readiness(False, detail, (*readiness.missing, trouble), readiness.warnings)
-        return json_answer(asdict(readiness), 200 if readiness.ready else 503)
+        return JSONResponse(asdict(readiness), 200 if readiness.ready else 503)
 
     async def show_mesh(self) -> Response:
         """Says which process holds what."""
-        return json_answer(self._engine.describe_mesh())
+        return JSONResponse(self.engine.describe_mesh())
 
     async def show_metrics(self) -> Response:
-        return Response(await self._metrics.shared_text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self.metrics.shared_text(), media_type=CONTENT_TYPE_LATEST)
 
     def _model(self) -> JsonObject:
         return {
-            "id": self._settings.served_name,
+            "id": self.settings.served_name,
             "object": "model",
-            "created": self._started_s,
+            "created": self.started_s,
             "owned_by": "moemesh",
-            "max_model_len": self._engine.max_context_tokens,
+            "max_model_len": self.engine.max_context_tokens,
         }

@@ -34,7 +34,7 @@ from common.messages import (
 )
 from common.topology import NodeDescription, NodeKind, StageState
 from services.router.control.actions import Action, OpenPipeline, SuspendPipeline, Tell
-from services.router.control.adoption import Arrival
+from services.router.control.adoption import Arrival, read_held_slot
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.lost_steps import LostSteps
 from services.router.control.membership import (
@@ -258,7 +258,7 @@ class MeshLoop:
         self._outgrow(obeyed_term)
         refuse_other_device(description, self._nodes.values())
         # Now: what is wrong with it costs this node alone.
-        arrival = Arrival.read(description.kind, hello, self._experts.read_held)
+        arrival = Arrival(read_held_slot(hello), self._experts.read_held(hello.held_shards))
         self._client.watch(description)  # first: a node that cannot be reached is refused before anything counts on it
         changes = self._membership.join(node_id, description.incarnation, now_s)
         if self._membership.state_of(node_id) is NodeState.DEAD:

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from services.router.front.http.answers import ConnectionLimits
+from services.router.front.http.answers import ConnectionLimits, refuse_connection
 from services.router.front.http.server import FrontConfig, FrontProtocol
 from services.router.front.metrics import ConnectionMetrics
 
@@ -51,6 +52,14 @@ class Timers:
         self.now_s = end_s
 
 
+def front_config(
+    app: ASGIApp, limits: ConnectionLimits | None = None, metrics: ConnectionMetrics | None = None
+) -> FrontConfig:
+    """The server's configuration, with metrics that nobody reads if none are given."""
+    metrics = metrics or ConnectionMetrics(CollectorRegistry())
+    return FrontConfig(app, limits or ConnectionLimits(), metrics, refuse_connection)
+
+
 class Connection(asyncio.Transport):
     """The server's end, without a socket."""
 
@@ -70,7 +79,7 @@ class Connection(asyncio.Transport):
         self.is_closed = False
         self.is_cut = False
         self.may_answer = asyncio.Event()
-        config = FrontConfig(self.app, limits, metrics)
+        config = front_config(self.app, limits, metrics)
         loop: Any = self.timers
         self.protocol = FrontProtocol(config, among or ServerState(), {}, _loop=loop)
         self.protocol.connection_made(self)

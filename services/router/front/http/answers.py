@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from common.errors import InvalidRequestError, MoemeshError, OverloadedError
-from services.router.front.replies import JsonObject, encode_json, error_body
+from services.router.front.replies import encode_json, error_body
 
 log = structlog.get_logger(__name__)
 
@@ -30,17 +30,12 @@ _TOO_MANY = "this server has as many connections as it allows; try again"
 REFUSAL_S = 1.0
 
 
-def json_answer(body: JsonObject, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Returns a whole answer."""
-    return Response(encode_json(body), status, headers, media_type="application/json")
-
-
 def error_answer(error: Exception) -> Response:
     """Returns an answer with the status of the error; what is not a MoemeshError is a defect, and logged as one."""
     log_error(error)
     status = error.http_status if isinstance(error, MoemeshError) else 500
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
-    return json_answer(error_body(error), status, headers)
+    return JSONResponse(error_body(error), status, headers)
 
 
 def log_error(error: Exception) -> None:
@@ -63,7 +58,7 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
         routes = [route for route in request.app.routes if isinstance(route, Route)]
         fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
         headers["Allow"] = ", ".join(sorted({method for route in fitting for method in route.methods or ()}))
-    return json_answer(body, error.status_code, headers)
+    return JSONResponse(body, error.status_code, headers)
 
 
 @dataclass(frozen=True, slots=True)

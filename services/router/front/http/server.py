@@ -16,7 +16,6 @@ from typing import Any
 
 import httptools
 import uvicorn
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -25,7 +24,6 @@ from services.router.front.http.answers import (
     ConnectionLimits,
     closing_if_unread,
     refusal,
-    refuse_connection,
     refuse_unread,
     whole_answer,
     without_chunks,
@@ -52,11 +50,7 @@ class FrontConfig(uvicorn.Config):
     """uvicorn's configuration, with the limits of connections."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008  # it cannot be changed
-        metrics: ConnectionMetrics | None = None,
-        refusing_app: ASGIApp = refuse_connection,
+        self, app: ASGIApp, limits: ConnectionLimits, metrics: ConnectionMetrics, refusing_app: ASGIApp
     ) -> None:
         """`refusing_app` answers in place of `app` where there is one connection too many."""
         super().__init__(
@@ -72,7 +66,7 @@ class FrontConfig(uvicorn.Config):
             backlog=ACCEPTED_AT_ONCE,
         )
         self.limits = limits
-        self.metrics = ConnectionMetrics(CollectorRegistry()) if metrics is None else metrics
+        self.metrics = metrics
         self.refusing_app = refusing_app
 
 

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from starlette.types import Receive, Scope, Send
 
 from services.router.front.http.answers import ConnectionLimits
-from services.router.front.http.server import FrontConfig, FrontServer
+from services.router.front.http.server import FrontServer
+from tests.support.front.front_connection import front_config
 
 HALF_A_BODY = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\nabc"
 GET = b"GET /x HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -30,7 +31,7 @@ async def full_server(max_connections: int) -> AsyncIterator[int]:
     """The port of one that has no place left, not even for refusals that wait for a request."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        config = FrontConfig(read_all, ConnectionLimits(max_connections=max_connections, refusal_s=30))
+        config = front_config(read_all, ConnectionLimits(max_connections=max_connections, refusal_s=30))
         server = FrontServer(config, lambda: None)
         port: int = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -13,9 +13,9 @@ from uvicorn.server import ServerState
 
 from services.router.front.http import server as front_server
 from services.router.front.http.answers import ConnectionLimits
-from services.router.front.http.server import FrontConfig, FrontProtocol, FrontServer
+from services.router.front.http.server import FrontProtocol, FrontServer
 from services.router.front.metrics import ConnectionMetrics
-from tests.support.front.front_connection import GET, HEAD, Connection, Timers, run
+from tests.support.front.front_connection import GET, HEAD, Connection, Timers, front_config, run
 
 
 @pytest.mark.parametrize("part", [b"P", HEAD[:9], HEAD[:30], HEAD[:-1]])
@@ -370,7 +370,7 @@ def test_connections_that_the_server_ends_are_counted_by_the_reason() -> None:
 
 
 def test_the_router_serves_with_these_limits() -> None:
-    server = FrontServer(FrontConfig(Connection.app), lambda: None)  # type: ignore[arg-type]
+    server = FrontServer(front_config(Connection.app), lambda: None)  # type: ignore[arg-type]
     assert server.config.http is FrontProtocol
     assert server.config.timeout_keep_alive == 75
     assert server.config.ws == "none"
@@ -388,7 +388,7 @@ def test_what_is_under_way_when_the_server_ends_has_its_time_or_is_given_up_wher
         app: Any = Connection.app
         began_s = time.monotonic()
         server = FrontServer(
-            FrontConfig(app), lambda: None, lambda: given_up.append(time.monotonic() - began_s), lambda: may_finish
+            front_config(app), lambda: None, lambda: given_up.append(time.monotonic() - began_s), lambda: may_finish
         )
         await server._end_rest()
 
