@@ -179,10 +179,6 @@ class MirrorRoles:
         pair = self._pairs.get(slot)
         return pair.node_id if pair is not None and pair.state is StageState.COMPLETE else None
 
-    def has_pair(self, slot: StageSlot) -> bool:
-        """Returns whether a mirror follows the slot."""
-        return slot in self._pairs
-
     def is_complete(self, slot: StageSlot) -> bool:
         """Returns whether its mirror could take over at once."""
         return self.node_of(slot) is not None

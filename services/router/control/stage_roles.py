@@ -168,7 +168,7 @@ class StageRoles:
             return True
         if self.adoption.is_pending:
             return False  # which spare is free to be its mirror turns out then
-        return self.mirrors.is_complete(slot) or not self.mirrors.has_pair(slot)
+        return self.mirrors.is_complete(slot) or slot not in self.mirrors.nodes
 
     def is_awaited(self, sequence_id: int, now_s: float) -> bool:
         """Returns whether a pipeline that has yet to open holds, or may hold, this sequence of an earlier router."""

@@ -34,7 +34,7 @@ class FrontMetrics:
         # Times at which counters were made are as many series again, and tell what the start time of the process tells.
         disable_created_metrics()
         self.registry = registry
-        self._making: asyncio.Future[bytes] | None = None
+        self._making: asyncio.Task[bytes] | None = None
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
         self.requests = counter("moemesh_http_requests_total", "HTTP requests by route and status", ["route", "status"])
         self.requests_in_flight = Gauge(
@@ -68,18 +68,12 @@ class FrontMetrics:
         """Returns `text`, made once for all who ask in one turn of the event loop, after they have asked: it takes
         milliseconds, for which all others would wait once per question."""
         if self._making is None:
-            loop = asyncio.get_running_loop()
-            self._making = loop.create_future()
-            loop.call_soon(self._make)
+            self._making = asyncio.create_task(self._make())
         return await asyncio.shield(self._making)
 
-    def _make(self) -> None:
-        making, self._making = self._making, None
-        assert making is not None, "it was asked for"
-        try:
-            making.set_result(self.text())
-        except Exception as error:
-            making.set_exception(error)
+    async def _make(self) -> bytes:
+        self._making = None
+        return self.text()
 
     def text(self) -> bytes:
         """Returns everything on the registry, in Prometheus' text format."""

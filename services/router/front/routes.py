@@ -31,7 +31,6 @@ from services.router.front.http.answers import (
 from services.router.front.http.exchange import (
     REQUEST_ID_SCOPE,
     BodyBudget,
-    ClientGoneError,
     EventStreamResponse,
     ExchangeMiddleware,
     HeldBody,
@@ -132,9 +131,7 @@ def _answering_errors(handler: Callable[..., Awaitable[Response]]) -> Callable[.
     async def answer(*arguments: Any, **path_parameters: Any) -> Response:
         try:
             return await handler(*arguments, **path_parameters)
-        except ClientDisconnect as error:
-            raise ClientGoneError from error
-        except ClientGoneError:
+        except ClientDisconnect:
             raise
         except Exception as error:
             return error_answer(error)

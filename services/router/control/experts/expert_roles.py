@@ -38,6 +38,24 @@ DRAIN_QUIET_S = 0.25
 """How long after the stages were told to ask others: their last calls are answered by then."""
 
 
+@dataclass(slots=True)
+class Leaving:
+    """A node that leaves: it is asked until others hold what it holds, or until its time is up."""
+
+    since_s: float
+    quiet_since_s: float | None = None
+    """The time since which no stage is told to ask it; None: some are."""
+
+    def may_go(self, is_asked: bool, now_s: float) -> bool:
+        """Returns whether it need not be waited for any more. `is_asked`: calls are sent to it now."""
+        if is_asked:
+            self.quiet_since_s = None
+        elif self.quiet_since_s is None:
+            self.quiet_since_s = now_s
+        is_quiet = self.quiet_since_s is not None and now_s - self.quiet_since_s >= DRAIN_QUIET_S
+        return is_quiet or now_s - self.since_s >= DRAIN_DEADLINE_S
+
+
 class ExpertRoles:
     """Places shards. `num_expected` nodes are waited for (shortly) before the first placement."""
 
@@ -73,7 +91,7 @@ class ExpertRoles:
         self._rolled_s = -REPORT_INTERVAL_S
         self.version = 0
         """The version of what was published last; 0: nothing was."""
-        self._draining = Draining()
+        self._draining: dict[NodeId, Leaving] = {}
         self._probes = ShardProbes(self._table_shape)
         self.has_news = False
         """Whether what may be asked has changed since `pop_news`."""
@@ -122,12 +140,12 @@ class ExpertRoles:
     def drain(self, node_id: NodeId, now_s: float) -> None:
         """An expert node wants to stop: others are to hold what it holds. It is asked until they do; see `may_go`."""
         if node_id in self._nodes and node_id not in self._draining:
-            self._draining.begin(node_id, now_s)
+            self._draining[node_id] = Leaving(now_s)
             self._change()
 
     def lose(self, node_id: NodeId) -> None:
         """An expert node is gone."""
-        self._draining.end(node_id)
+        self._draining.pop(node_id, None)
         if self._nodes.pop(node_id, None) is not None:
             self.ready.pop(node_id)
             self._told.pop(node_id, None)
@@ -171,8 +189,11 @@ class ExpertRoles:
         if not self._draining:
             return []
         answer = self._aim.answer
+        # Where those that stay cannot take everything over, waiting longer changes nothing.
         is_hopeless = self._aim.is_waited_for or (answer is not None and not answer.has_room)
-        return self._draining.may_go(self._needed(), is_hopeless, now_s)
+        needed = self._needed()
+        may_go = [node_id for node_id, leaving in self._draining.items() if leaving.may_go(node_id in needed, now_s)]
+        return sorted(self._draining if is_hopeless else may_go)
 
     def _needed(self) -> set[NodeId]:
         """Returns nodes that are asked for what others could take over: they cannot where they do not see it."""
@@ -298,48 +319,3 @@ class ExpertRoles:
                 [node.numeric_class for node in described],
             ),
         )
-
-
-@dataclass(slots=True)
-class _Leaving:
-    since_s: float
-    quiet_since_s: float | None = None
-    """The time since which no stage is told to ask it; None: some are."""
-
-
-class Draining:
-    """Nodes that leave: they are asked until others hold what they hold, or until their time is up."""
-
-    def __init__(self) -> None:
-        self._leaving: dict[NodeId, _Leaving] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._leaving)
-
-    def __contains__(self, node_id: NodeId) -> bool:
-        return node_id in self._leaving
-
-    def begin(self, node_id: NodeId, now_s: float) -> None:
-        """It wants to go. Said again it changes nothing."""
-        self._leaving.setdefault(node_id, _Leaving(now_s))
-
-    def end(self, node_id: NodeId) -> None:
-        """It is gone."""
-        self._leaving.pop(node_id, None)
-
-    def may_go(self, asked: set[NodeId], is_hopeless: bool, now_s: float) -> list[NodeId]:
-        """Returns the nodes that need not be waited for any more, by id.
-
-        `asked` are the nodes that calls are sent to. `is_hopeless`: those that stay cannot take everything over, so
-        that waiting longer changes nothing.
-        """
-        free = []
-        for node_id, leaving in sorted(self._leaving.items()):
-            if node_id in asked:
-                leaving.quiet_since_s = None
-            elif leaving.quiet_since_s is None:
-                leaving.quiet_since_s = now_s
-            quiet = leaving.quiet_since_s is not None and now_s - leaving.quiet_since_s >= DRAIN_QUIET_S
-            if is_hopeless or quiet or now_s - leaving.since_s >= DRAIN_DEADLINE_S:
-                free.append(node_id)
-        return free

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,10 +33,6 @@ _METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
 _EXPOSED = "x-request-id, moemesh-request-id, retry-after"
 _ASKED_METHOD = "access-control-request-method"
 _PREFLIGHT_SECONDS = "600"
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection and reads no answer."""
 
 
 @dataclass(slots=True)
@@ -108,14 +104,14 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
-    """Returns what `work` returns. Cancels it when the client goes away, and then raises ClientGoneError."""
+    """Returns what `work` returns. Cancels it when the client goes away, and then raises ClientDisconnect."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(wait_for_disconnect(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGoneError
+        raise ClientDisconnect
     finally:
         working.cancel()
         watching.cancel()
@@ -175,7 +171,7 @@ class ExchangeMiddleware:
         try:
             with structlog.contextvars.bound_contextvars(http_request_id=request_id):
                 await self._app_for(scope["method"], headers)(scope, receive, send_with_headers)
-        except ClientGoneError:
+        except ClientDisconnect:
             status = _CLIENT_CLOSED_STATUS
             self._metrics.cancelled.inc()
         finally:

@@ -58,13 +58,6 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _TemplateDict:
-    """`dict` without the class: templates cannot reach attributes of a type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-
 class _TemplateNamespace(Namespace):
     """Refuses underscore names, which could reach into the interpreter."""
 
@@ -116,7 +109,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.globals["dict"] = _TemplateDict()
+        # Not the class: templates cannot reach attributes of a type.
+        environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
         environment.globals["namespace"] = _TemplateNamespace
         try:
             self._template = environment.from_string(source)
