@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from common.errors import ConfigurationError
 from common.ids import NodeId, PipelineId, SlotIndex
 from common.topology import LayerRange, NodeDescription, StageSlot
 from services.router.control.mirror_roles import Nodes
@@ -85,10 +84,7 @@ def plan_roles(
     A pipeline that has a holder or a mirror is kept while `keeps_surplus`, also where fewer than `spares` are left over
     then: a node that was killed is back in a moment. Without it those with a hole, then the highest ones, are given up
     until the rule holds. The first one is always formed.
-    ConfigurationError for pp < 1 or spares < 0.
     """
-    if pp < 1 or spares < 0:
-        raise ConfigurationError(f"PP is {pp} and SPARES {spares}; at least 1 and 0 are needed")
     planner = _Planner(stage_nodes, current, pp)
     planner.repair({slot: of for slot, of in (mirrors or {}).items() if slot.index < pp and of in planner.nodes})
     num_wanted = max((len(planner.nodes) - spares) // pp, 1)

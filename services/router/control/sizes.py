@@ -34,15 +34,16 @@ def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
     A MoE layer counts its active experts as well: while they run, the stage's micro-batch waits. The embedding reads
     one row per token, the lm_head all of its weights. Raises ConfigurationError for more stages than layers.
     """
+    if pp > config.num_layers:
+        raise ConfigurationError(
+            f"PP={pp}: {config.num_layers} layers cannot be cut into {pp} stages of at least one layer each"
+        )
     active_experts = config.num_experts_per_token * config.expert_parameters()
     costs = [
         config.layer_parameters_on_stage(layer) + (active_experts if config.moe_layers[layer] else 0)
         for layer in range(config.num_layers)
     ]
-    try:
-        return balance_layers(costs, config.hidden_size, config.embedding_parameters(), pp)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"PP={pp}: {error}") from None
+    return balance_layers(costs, config.hidden_size, config.embedding_parameters(), pp)
 
 
 def shard_bytes(config: ModelConfig, shape: MeshShape) -> int:
@@ -109,19 +110,13 @@ class StageSizes:
 def balance_layers(
     layer_costs: Sequence[float], first_extra: float, last_extra: float, num_stages: int
 ) -> list[LayerRange]:
-    """Finds contiguous ranges, one per stage, each of at least one layer, that minimise the most expensive stage.
+    """Finds contiguous ranges, one for each of at most as many stages as layers, that minimise the most expensive
+    stage; each has at least one layer.
 
     `first_extra` (embedding) and `last_extra` (final norm, lm_head) are added to the first and the last stage; all
     costs are in one unit and not negative. Among the plans with the same maximum, the most even one (least sum of
-    squares) is taken, then the one with the lower starts. Raises ConfigurationError.
+    squares) is taken, then the one with the lower starts.
     """
-    num_layers = len(layer_costs)
-    if not 1 <= num_stages <= num_layers:
-        raise ConfigurationError(
-            f"{num_layers} layers cannot be cut into {num_stages} stages of at least one layer each"
-        )
-    if not all(math.isfinite(cost) and cost >= 0 for cost in (*layer_costs, first_extra, last_extra)):
-        raise ConfigurationError("layer costs must be finite and not negative")
     extras = [0.0] * num_stages
     extras[0] += first_extra
     extras[-1] += last_extra

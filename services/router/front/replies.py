@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.errors import MoemeshError, RequestError
@@ -49,12 +49,7 @@ def usage_of(planned: PlannedRequest, totals: ReplyTotals, is_extended: bool) ->
     """Returns OpenAI's usage object, extended by what it took to finish the reply in spite of losses."""
     usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, totals.num_completion_tokens)}
     if is_extended:
-        usage["moemesh"] = {
-            "recoveries": totals.recovery.recoveries,
-            "replayed_tokens": totals.recovery.replayed_tokens,
-            "retried_calls": totals.recovery.retried_calls,
-            "durable": totals.is_durable,
-        }
+        usage["moemesh"] = {**asdict(totals.recovery), "durable": totals.is_durable}
     return usage
 
 

@@ -72,11 +72,11 @@ class CheckpointFile:
         """Raises CheckpointError; `right` says what the value of `key` must be."""
         raise CheckpointError(f"{self.name}: {self.path}{key} must be {right}, not {shown(self.values.get(key))}")
 
-    def flag(self, key: str, default: bool = False) -> bool:
+    def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             self.refuse(key, "true or false")
-        return default if value is None else value
+        return value is True
 
     def text(self, key: str) -> str:
         """Returns a string that must be there."""

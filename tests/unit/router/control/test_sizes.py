@@ -28,7 +28,7 @@ def test_layers_are_cut_so_that_the_end_with_the_lm_head_gets_fewer() -> None:
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="4 layers cannot be cut into 5 stages"):
+    with pytest.raises(ConfigurationError, match="PP=5: 4 layers cannot be cut into 5 stages"):
         plan_layers(small_model(), 5)
 
 
@@ -102,18 +102,6 @@ def test_every_stage_has_a_layer_however_large_the_head() -> None:
 
 def test_one_stage_takes_all() -> None:
     assert balance_layers([1.0, 2.0], 5.0, 5.0, 1) == ranges(0, 2)
-
-
-@pytest.mark.parametrize("num_stages", [0, 4])
-def test_more_stages_than_layers_is_refused_with_the_numbers(num_stages: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"3 layers cannot be cut into {num_stages} stages"):
-        balance_layers([1.0] * 3, 0.0, 0.0, num_stages)
-
-
-@pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])
-def test_cost_that_is_none_is_refused(cost: float) -> None:
-    with pytest.raises(ConfigurationError, match="finite and not negative"):
-        balance_layers([1.0, cost], 0.0, 0.0, 1)
 
 
 @settings(max_examples=150, deadline=None)
