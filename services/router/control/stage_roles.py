@@ -82,7 +82,10 @@ class StageRoles:
         self._lease_terms: dict[StageSlot, LeaseTerm] = {}
         self.adoption = Adoption(self.layers, shape.block_tokens, adopts)
         self._draining: set[NodeId] = set()
-        self._surplus = Surplus()
+        self._has_surplus = False
+        """Whether there are more pipelines than floor((n - SPARES) / PP)."""
+        self._surplus_since_s: float | None = None
+        """None: `tick` has seen none yet."""
         self._planning = RolePlanning(shape, self.layers, self._sizes, self._nodes)
         self.mirrors = MirrorRoles(self.messages, self._sizes, shape.spares, self._nodes)
         self.detail = f"0 of {shape.pp} stage nodes"
@@ -123,9 +126,14 @@ class StageRoles:
         if self.mirrors.is_due(now_s):
             return self._mirror()
         # One that is whole and not open recovers; one with a hole is the first to be given up.
-        if self._surplus.is_due(now_s) and all(p.is_open for p in self.pipelines.values() if p.is_whole):
+        if self._surplus_has_lasted(now_s) and all(p.is_open for p in self.pipelines.values() if p.is_whole):
             return self._replan(keeps_surplus=False)
         return []
+
+    def _surplus_has_lasted(self, now_s: float) -> bool:
+        if self._has_surplus and self._surplus_since_s is None:
+            self._surplus_since_s = now_s
+        return self._surplus_since_s is not None and now_s - self._surplus_since_s >= GIVE_UP_S
 
     def _settle(self, now_s: float) -> list[Action]:
         actions = self._adopt(now_s) + self._forget_old_claims()
@@ -143,7 +151,7 @@ class StageRoles:
     @property
     def waits(self) -> bool:
         """Returns whether `tick` may have something to do."""
-        return self.adoption.is_pending or self._surplus.is_there or self.mirrors.waits
+        return self.adoption.is_pending or self._has_surplus or self.mirrors.waits
 
     def lose(self, node_id: NodeId) -> list[Action]:
         """A stage node is gone or leaves."""
@@ -253,7 +261,8 @@ class StageRoles:
             keeps_surplus=keeps_surplus,
             only_holders=self.adoption.is_pending,  # slots are kept for those that hold them
         )
-        self._surplus.see(plan.num_surplus)
+        self._has_surplus = plan.num_surplus > 0
+        self._surplus_since_s = self._surplus_since_s if self._has_surplus else None
         self.detail = plan.detail + describe_unfilled(plan.lacking, self.layers, self._nodes.values())
         if misfits:
             self.detail += f"; {', '.join(f'{node_id}: {reason}' for (node_id, _), reason in misfits.items())}"
@@ -390,25 +399,3 @@ class StageRoles:
             if None not in adopted.holders:
                 actions += self._assign(adopted.pipeline, adopted.holders)
         return actions
-
-
-class Surplus:
-    """More pipelines than floor((n - SPARES) / PP), and since when."""
-
-    def __init__(self) -> None:
-        self._since_s: float | None = None
-        self.is_there = False
-
-    def see(self, num_pipelines: int) -> None:
-        """How many are beyond the rule now."""
-        self.is_there = num_pipelines > 0
-        if not self.is_there:
-            self._since_s = None
-
-    def is_due(self, now_s: float) -> bool:
-        """Returns whether it has lasted. Ask again and again while `is_there`; the first time begins the wait."""
-        if not self.is_there:
-            return False
-        if self._since_s is None:
-            self._since_s = now_s
-        return now_s - self._since_s >= GIVE_UP_S

@@ -10,7 +10,7 @@ from common.ids import Generation, NodeId, PipelineId
 from common.messages import AssignMirror, Unassign
 from services.router.control.actions import ClosePipeline, Tell
 from services.router.control.adoption import HeldCache, HeldSequence
-from services.router.control.stage_roles import GIVE_UP_S, Pipeline, StageRoles, Surplus
+from services.router.control.stage_roles import GIVE_UP_S, Pipeline, StageRoles
 from tests.support.router.mesh_shapes import node
 from tests.support.router.stage_reports import mirror_of, opened, report, roles_of
 
@@ -26,15 +26,16 @@ def two_pipelines_and_two_mirrors() -> StageRoles:
 
 
 def test_the_wait_begins_with_the_first_question_and_anew_after_every_break() -> None:
-    surplus = Surplus()
-    assert not surplus.is_due(1000.0)
-    surplus.see(1)
-    assert not surplus.is_due(1000.0)
-    assert not surplus.is_due(1000.0 + GIVE_UP_S - 0.1)
-    surplus.see(0)
-    surplus.see(2)
-    assert not surplus.is_due(1000.0 + GIVE_UP_S + 1)
-    assert surplus.is_due(1001.0 + 2 * GIVE_UP_S)
+    roles = two_pipelines_and_two_mirrors()
+    assert roles.tick(1000.0) == []
+    roles.lose(NodeId("e"))
+    assert roles.tick(1000.0) == []
+    assert roles.tick(1000.0 + GIVE_UP_S - 0.1) == []
+    roles.join(node("g"))
+    for name in "fg":
+        roles.lose(NodeId(name))
+    assert roles.tick(1000.0 + GIVE_UP_S + 1) == []
+    assert any(isinstance(action, ClosePipeline) for action in roles.tick(1001.0 + 2 * GIVE_UP_S))
 
 
 def test_a_pipeline_too_many_is_given_up_for_its_spares_when_they_do_not_come_back() -> None:
