@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.errors import MoemeshError, RequestError
-from services.router.engine import FinishReason, RecoveryCounts
+from services.router.engine import FinishReason
 from services.router.front.planning import PlannedRequest
 from services.router.front.schema.openai_schema import ChatCompletionRequest
 from services.router.front.text.choice_stream import ChoiceEvent, TokenLogprob
@@ -26,17 +25,7 @@ DONE_EVENT = b"data: [DONE]\n\n"
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyTotals:
-    """What `usage` tells of a reply that is complete."""
-
-    num_completion_tokens: int
-    recovery: RecoveryCounts
-    is_durable: bool
-    """Every token of it was in the journal when this was said."""
-
-
-def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> JsonObject:
     """Returns OpenAI's counts alone."""
     return {
         "prompt_tokens": num_prompt_tokens,
@@ -45,12 +34,10 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[st
     }
 
 
-def usage_of(planned: PlannedRequest, totals: ReplyTotals, is_extended: bool) -> dict[str, Any]:
-    """Returns OpenAI's usage object, extended by what it took to finish the reply in spite of losses."""
-    usage: dict[str, Any] = {**running_usage(planned.num_prompt_tokens, totals.num_completion_tokens)}
-    if is_extended:
-        usage["moemesh"] = {**asdict(totals.recovery), "durable": totals.is_durable}
-    return usage
+def usage_of(planned: PlannedRequest, num_completion_tokens: int, extension: JsonObject | None) -> JsonObject:
+    """Returns OpenAI's usage object of a reply that is complete, with `extension` as what is not OpenAI's."""
+    usage = running_usage(planned.num_prompt_tokens, num_completion_tokens)
+    return usage if extension is None else {**usage, "moemesh": extension}
 
 
 def encode_json(value: object) -> bytes:
@@ -254,11 +241,11 @@ class ChunkEncoder:
             self._add_token_ids(choices[0], event)
         return b"".join(self._chunk(choice, suffix) for choice in choices)
 
-    def usage(self, totals: ReplyTotals) -> bytes:
+    def usage(self, num_completion_tokens: int, extension: JsonObject) -> bytes:
         """Returns the last chunk if the client asked for it, else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._planned, totals, is_extended=True))
+        usage = _ENCODER.encode(usage_of(self._planned, num_completion_tokens, extension))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject, suffix: str) -> bytes:

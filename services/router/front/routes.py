@@ -52,7 +52,6 @@ from services.router.front.replies import (
     KEEP_ALIVE_COMMENT,
     ChunkEncoder,
     JsonObject,
-    ReplyTotals,
     create_form,
     error_body,
     error_event,
@@ -322,7 +321,7 @@ class ReplySender:
                     break
                 opening = b""
                 events = await reader.next_events(self._keep_alive_interval_s)
-            yield encoder.usage(self._totals(reader)) + DONE_EVENT
+            yield encoder.usage(reader.num_completion_tokens, self._extension(reader)) + DONE_EVENT
         except RouterStoppingError:
             return  # without [DONE]: the client comes back for the rest
         except Exception as error:
@@ -336,11 +335,13 @@ class ReplySender:
             planned,
             create_form(planned, self._vocabulary),
             [merge_events(of_choice) for of_choice in events],
-            usage_of(planned, self._totals(reader), is_extended),
+            usage_of(planned, reader.num_completion_tokens, self._extension(reader) if is_extended else None),
         )
 
-    def _totals(self, reader: ReplyReader) -> ReplyTotals:
-        return ReplyTotals(reader.num_completion_tokens, reader.live.recovery, self._is_durable(reader.live))
+    def _extension(self, reader: ReplyReader) -> JsonObject:
+        """Returns what `usage` tells beside OpenAI's counts: what it took to finish the reply in spite of losses, and
+        whether every token of it is in the journal now."""
+        return {**asdict(reader.live.recovery), "durable": self._is_durable(reader.live)}
 
 
 def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> JsonObject:
