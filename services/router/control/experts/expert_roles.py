@@ -192,8 +192,11 @@ class ExpertRoles:
         # Where those that stay cannot take everything over, waiting longer changes nothing.
         is_hopeless = self._aim.is_waited_for or (answer is not None and not answer.has_room)
         needed = self._needed()
-        may_go = [node_id for node_id, leaving in self._draining.items() if leaving.may_go(node_id in needed, now_s)]
-        return sorted(self._draining if is_hopeless else may_go)
+        return sorted(
+            node_id
+            for node_id, leaving in self._draining.items()
+            if leaving.may_go(node_id in needed, now_s) or is_hopeless
+        )
 
     def _needed(self) -> set[NodeId]:
         """Returns nodes that are asked for what others could take over: they cannot where they do not see it."""
