@@ -266,12 +266,9 @@ def _registry(mesh: MeshLoop, journal: Journal | None) -> CollectorRegistry:
     registry = CollectorRegistry()
     if journal is not None:
         registry.register(journal)
-    for collector in (
-        MeshCollector(lambda: mesh.status),
-        ProcessCollector(registry=None),
-        PlatformCollector(registry=None),
-    ):
-        registry.register(collector)
+    registry.register(MeshCollector(lambda: mesh.status))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
     return registry
 
 

@@ -138,7 +138,7 @@ class RequestPlanner:
         room = _Room(self._max_context_tokens(), "prompt", max_tokens, is_new=identity.is_new)
         for prompt in request.prompts:
             if isinstance(prompt, str):
-                room.check(self.tokenizer.least_tokens(prompt), is_least=True)
+                room.check(self.tokenizer.bound.least_tokens(prompt), is_least=True)
         add_special_tokens = request.add_special_tokens is not False
         prompts: list[list[int]] = []
         for prompt in request.prompts:
@@ -159,7 +159,7 @@ class RequestPlanner:
         text = await self._work_on(len(str(messages)) + len(str(arguments)), render)
         max_tokens = request.max_completion_tokens or request.max_tokens
         room = _Room(self._max_context_tokens(), "messages", max_tokens or 1, is_new=identity.is_new)
-        room.check(self.tokenizer.least_tokens(text), is_least=True)
+        room.check(self.tokenizer.bound.least_tokens(text), is_least=True)
         prompt = await self._encode(text, add_special_tokens=False)
         self._check_prompt(prompt, "messages", room)
         if max_tokens is None:

@@ -117,10 +117,10 @@ class Vocabulary:
         value = self.token_bytes(token_id)
         return value.decode("utf-8", "ignore").encode() == value
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text, without special tokens."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of all of them."""
         with panics_are_errors:
-            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def _make_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)

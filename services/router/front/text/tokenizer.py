@@ -47,7 +47,7 @@ class TextTokenizer:
         self._chat_templates = dict(chat_templates)
         self.defaults = defaults
         self.vocabulary = Vocabulary(tokenizer)
-        self._bound = TokenBound(tokenizer)
+        self.bound = TokenBound(tokenizer)
 
     @classmethod
     def from_directory(cls, directory: Path) -> TextTokenizer:
@@ -77,10 +77,6 @@ class TextTokenizer:
         ids: list[int] = encodings[0].ids
         return ids
 
-    def least_tokens(self, text: str) -> int:
-        """Returns a number that `encode` never falls below; it is cheap."""
-        return self._bound.least_tokens(text)
-
     def render_chat(
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], now: datetime | None = None
     ) -> str:
@@ -96,19 +92,14 @@ class TextTokenizer:
             raise InvalidRequestError(f"this model {reason}; use /v1/completions", "messages")
         return template.render(messages, template_arguments, now)
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decodes all ids at once."""
-        with panics_are_errors:
-            return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
-
     def echo(self, prompt_token_ids: Sequence[int]) -> str:
         """Returns a prompt as text to which the text of a choice can be added: without a last character that has only
         begun."""
         begun = begun_character(self.vocabulary, prompt_token_ids)
         if begun and list(prompt_token_ids[-len(begun) :]) == begun:
             # The library would take whole characters before these for faults as well.
-            return self.decode(prompt_token_ids[: -len(begun)], skip_special_tokens=False)
-        text = self.decode(prompt_token_ids, skip_special_tokens=False)
+            return self.vocabulary.decode(prompt_token_ids[: -len(begun)], skip_special_tokens=False)
+        text = self.vocabulary.decode(prompt_token_ids, skip_special_tokens=False)
         return text.removesuffix(create_detokenizer(self.vocabulary, prompt_token_ids).flush())
 
 

@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(
 
 def test_very_long_texts_are_tokenized_one_at_a_time(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
-    monkeypatch.setattr(TextTokenizer, "least_tokens", lambda self, text: 0)
+    monkeypatch.setattr(tokenizer.bound, "least_tokens", lambda text: 0)
     encode = TextTokenizer.encode
 
     def watched(self: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -68,7 +68,7 @@ def test_a_stop_token_of_the_client_is_no_text_either(tokenizer: TextTokenizer) 
     request = GenerationRequest(RequestId("r"), (1,), sampling, 0)
     stream = ChoiceStream(PlannedChoice(0, request, (), ""), tokenizer.vocabulary)
     events = push_all(stream, token_ids, FinishReason.STOP)
-    assert text_of(events) == tokenizer.decode(token_ids[:-1])
+    assert text_of(events) == tokenizer.vocabulary.decode(token_ids[:-1])
 
 
 def test_half_a_character_at_the_length_limit_comes_out_marked(tokenizer: TextTokenizer) -> None:

@@ -192,9 +192,9 @@ def test_a_prompt_of_many_bytes_costs_little_and_its_last_character_comes_whole(
     decoded_tokens: list[int] = []
 
     class CountingVocabulary(Vocabulary):
-        def decode(self, token_ids: Sequence[int]) -> str:
+        def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
             decoded_tokens.append(len(token_ids))
-            return super().decode(token_ids)
+            return super().decode(token_ids, skip_special_tokens)
 
     data = ("你" * 20_000 + end).encode()
     ids = [3 + value for value in data]
@@ -285,9 +285,9 @@ def test_a_loop_of_one_token_costs_linear_time(token: str) -> None:
     calls: list[int] = []
 
     class CountingVocabulary(Vocabulary):
-        def decode(self, token_ids: Sequence[int]) -> str:
+        def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
             calls.append(len(token_ids))
-            return super().decode(token_ids)
+            return super().decode(token_ids, skip_special_tokens)
 
     counting = CountingVocabulary(TOKENIZERS["byte_fallback"])
     detokenizer = create_detokenizer(counting)
@@ -308,9 +308,9 @@ def stripping(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 def test_a_panic_is_an_error_of_ours(stripping: TextTokenizer) -> None:
-    for decode in (stripping.decode, stripping.vocabulary.decode):
+    for skips in (True, False):
         with pytest.raises(ExecutionError, match="the tokenizer of this checkpoint failed"):
-            decode([NO_TEXT])
+            stripping.vocabulary.decode([NO_TEXT], skip_special_tokens=skips)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stop": ["x"]}, {"stream": True}, {"stream": True, "stop": ["x"]}])
