@@ -15,18 +15,6 @@ from torch.nn import functional
 from compose.checkpoint_folder import ModelSizes
 
 
-class RmsNorm(nn.Module):
-    """Scale by the root mean square of the last dimension."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return functional.rms_norm(rows, self.weight.shape, self.weight, self.epsilon)
-
-
 class Attention(nn.Module):
     """Causal attention with normed, rotated queries and keys; all three projections are one matrix."""
 
@@ -36,8 +24,8 @@ class Attention(nn.Module):
         self.query_width, self.kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
         self.query_key_value = nn.Parameter(torch.empty(self.query_width + 2 * self.kv_width, sizes.width))
         self.out = nn.Parameter(torch.empty(sizes.width, self.query_width))
-        self.query_norm = RmsNorm(sizes.head_width, sizes.norm_epsilon)
-        self.key_norm = RmsNorm(sizes.head_width, sizes.norm_epsilon)
+        self.query_norm = nn.RMSNorm(sizes.head_width, sizes.norm_epsilon)
+        self.key_norm = nn.RMSNorm(sizes.head_width, sizes.norm_epsilon)
 
     def forward(self, x_btd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         sizes, (num_chats, num_tokens, _) = self.sizes, x_btd.shape
@@ -89,9 +77,9 @@ class Layer(nn.Module):
 
     def __init__(self, sizes: ModelSizes) -> None:
         super().__init__()
-        self.attention_norm = RmsNorm(sizes.width, sizes.norm_epsilon)
+        self.attention_norm = nn.RMSNorm(sizes.width, sizes.norm_epsilon)
         self.attention = Attention(sizes)
-        self.experts_norm = RmsNorm(sizes.width, sizes.norm_epsilon)
+        self.experts_norm = nn.RMSNorm(sizes.width, sizes.norm_epsilon)
         self.experts = Experts(sizes)
 
     def attend(self, x_btd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -113,7 +101,7 @@ class DemoModel(nn.Module):
         self.sizes = sizes
         self.embedding = nn.Parameter(torch.empty(sizes.vocabulary, sizes.width))
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
-        self.norm = RmsNorm(sizes.width, sizes.norm_epsilon)
+        self.norm = nn.RMSNorm(sizes.width, sizes.norm_epsilon)
         self.head = nn.Parameter(torch.empty(sizes.vocabulary, sizes.width))
         self._initialise(torch.Generator().manual_seed(seed))
 
