@@ -11,7 +11,7 @@ from common.processes.cgroup import MemoryGroup
 def describe_exit(status: int, said: str, memory_kills: int, groups: Sequence[MemoryGroup]) -> str:
     """Returns what became of it, and why as far as that can be known.
 
-    `status`: as `ChildProcess.poll` has it. `said`: the last line of its log, which is the reason only where it has
+    `status`: as `subprocess.Popen.poll` has it. `said`: the last line of its log, which is the reason only where it has
     ended by itself. `memory_kills`: processes that the kernel has ended for want of memory here since it started.
     `groups`: the limits that it is under.
     """

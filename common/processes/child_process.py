@@ -9,37 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _NAME_BYTES = 15
 _PACKAGES = Path(__file__).resolve().parents[2]
 """The folder that this project's packages are imported from."""
-
-
-class ChildProcess(Protocol):
-    """As `subprocess.Popen` has it: a child of this process, or one that was forked for it."""
-
-    @property
-    def pid(self) -> int:
-        """Returns the number that the operating system knows it by."""
-
-    @property
-    def returncode(self) -> int | None:
-        """Returns what `poll` or `wait` has found last."""
-
-    def poll(self) -> int | None:
-        """Returns the exit status, or minus the signal that ended it; None while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Waits until it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
-
-    def send_signal(self, sig: int) -> None:
-        """Sends a signal, or nothing where it has ended."""
-
-    def kill(self) -> None:
-        """Sends SIGKILL."""
 
 
 def start_module(

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgpack
 
-from common.processes.child_process import ChildProcess, end_with_parent, start_module
+from common.processes.child_process import end_with_parent, start_module
 from common.processes.fork_child import MAX_MESSAGE_BYTES, READY, serve_forks
 
 REPLY_S = 5.0
@@ -86,6 +86,10 @@ class ForkedProcess:
     def kill(self) -> None:
         """SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+
+ChildProcess = subprocess.Popen[bytes] | ForkedProcess
+"""A child of this process, or one that was forked for it: it is ended and waited for alike."""
 
 
 class ForkServer:

@@ -24,9 +24,8 @@ from common.config import read_settings
 from common.errors import ConfigurationError, DeadlineError, FencedError, NodeLostError
 from common.processes.cgroup import count_memory_kills, memory_groups
 from common.processes.child_exit import describe_exit, last_sentence
-from common.processes.child_process import ChildProcess
 from common.processes.folder_lock import FolderLock, lock_folder
-from common.processes.fork_server import ImportsUnderWayError, LocalStarter
+from common.processes.fork_server import ChildProcess, ImportsUnderWayError, LocalStarter
 from common.processes.local_http import open_local
 from common.processes.memory import offered_bytes
 

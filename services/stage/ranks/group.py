@@ -22,8 +22,7 @@ from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError, RankLostError
 from common.node.process import NodeResources
-from common.processes.child_process import ChildProcess
-from common.processes.fork_server import ForkServer
+from common.processes.fork_server import ForkedProcess, ForkServer
 from common.topology import StageRole
 from services.stage.model.kv_cache import KvShape, KvStore
 from services.stage.model.sharded_linear import Sharding
@@ -390,8 +389,8 @@ def open_group(
 
 def _spawner(
     memory: SharedMemory, options: Mapping[str, object], places: Sequence[str], forks: ForkServer
-) -> Callable[[int], ChildProcess]:
-    def spawn(seat: int) -> ChildProcess:
+) -> Callable[[int], ForkedProcess]:
+    def spawn(seat: int) -> ForkedProcess:
         given = {**options, "seat": seat, "device": places[seat]}
         arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         return forks.spawn("services.stage.ranks", arguments, os.environ, {memory.descriptor: memory.descriptor})

@@ -19,8 +19,7 @@ from pathlib import Path
 import structlog
 
 from common.errors import RankLostError
-from common.processes.child_process import ChildProcess
-from common.processes.fork_server import ImportsUnderWayError
+from common.processes.fork_server import ChildProcess, ImportsUnderWayError
 
 LOOK_S = 0.05
 STEADY_S = 10.0

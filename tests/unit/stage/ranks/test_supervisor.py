@@ -93,7 +93,8 @@ class Undying:
 def test_one_that_does_not_go_away_when_it_is_killed_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.stage.ranks.supervisor.KILLED_S", 1.0)
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-    supervisor = RankSupervisor(2, lambda seat: Undying(), log)
+    stand_in: Any = Undying()
+    supervisor = RankSupervisor(2, lambda seat: stand_in, log)
     supervisor.start()
     wait_until(lambda: supervisor.process_of(1) == Undying.pid, 10, "the process")
     killer = threading.Thread(target=supervisor.kill, args=(1, "it does not hear"))
