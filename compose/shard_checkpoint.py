@@ -12,17 +12,23 @@ change.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from common.checkpoint.directory import WEIGHTS_INDEX, StoredTensor, read_tensor_index, resolve_model, served_name
+from common.checkpoint.directory import (
+    NUMBER_BYTES,
+    WEIGHTS_INDEX,
+    StoredTensor,
+    read_tensor_index,
+    resolve_model,
+    served_name,
+)
 from common.checkpoint.model_config import ModelConfig, read_model_config
 from common.checkpoint.part import MANIFEST, SeenCheckpoint, see_checkpoint, write_manifest
 from common.checkpoint.tensor_names import (
@@ -75,7 +81,7 @@ def shard_checkpoint(
     parts = plan_parts(config, pp, num_expert_folders, copies)
     tensors = {name: tensors_of(config, index, part) for name, part in parts.items()}
     written = [
-        WrittenPart(name, part, sum(tensor.stored.num_bytes for tensor in tensors[name]))
+        WrittenPart(name, part, sum(stored.num_bytes for stored in tensors[name].values()))
         for name, part in parts.items()
     ]
     output = Path(os.path.expanduser(output)).absolute()  # Path.expanduser raises where the user has no home
@@ -102,7 +108,9 @@ def _refuse_without_room(output: Path, num_bytes: int) -> None:
         raise ConfigurationError(f"--output {output}: the parts need {num_bytes} bytes, and its disk has {free} free")
 
 
-def _write_part(directory: Path, source: Path, seen: SeenCheckpoint, tensors: list[NamedTensor], pp: int) -> None:
+def _write_part(
+    directory: Path, source: Path, seen: SeenCheckpoint, tensors: Mapping[str, StoredTensor], pp: int
+) -> None:
     directory.mkdir()
     if tensors:
         shutil.copyfile(source / "config.json", directory / "config.json")
@@ -121,49 +129,35 @@ def _copy_texts(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, target)
 
 
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 CHUNK_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class NamedTensor:
-    """A tensor under the name that it gets, and where its bytes are."""
-
-    name: str
-    stored: StoredTensor
-
-
-def tensors_of(config: ModelConfig, index: Mapping[str, StoredTensor], part: CheckpointPart) -> list[NamedTensor]:
-    """Returns what a part needs of a whole checkpoint that `check_tensors` has found complete.
+def tensors_of(config: ModelConfig, index: Mapping[str, StoredTensor], part: CheckpointPart) -> dict[str, StoredTensor]:
+    """Returns what a part needs of a whole checkpoint that `check_tensors` has found complete: where the bytes of each
+    tensor are, by the name that it gets.
 
     Experts that are stored as one come out one by one, as every node can read them.
     """
-    found: list[NamedTensor] = []
+    found: dict[str, StoredTensor] = {}
     if part.layers is not None:
-        found += [NamedTensor(name, index[name]) for name, _ in stage_tensors(config, index, part.layers)]
+        found |= {name: index[name] for name, _ in stage_tensors(config, index, part.layers)}
     for layer in config.moe_layer_indices if part.experts else ():
         for expert in sorted(part.experts):
             if is_fused(config, index, layer, expert):
-                found += _cut_out(config, index, layer, expert)
+                found |= _cut_out(config, index, layer, expert)
             else:
-                found += [NamedTensor(name, index[name]) for name, _ in expert_tensors(config, layer, [expert])]
+                found |= {name: index[name] for name, _ in expert_tensors(config, layer, [expert])}
     return found
 
 
-def write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Make `path` a safetensors file of these. Raises OSError, or CheckpointError for a source that is damaged."""
     # Wide items first: then each tensor begins at a multiple of its item's size, as readers that map the file like it.
-    ordered = sorted(tensors, key=lambda tensor: -_item_bytes(tensor))
+    ordered = sorted(tensors.items(), key=lambda named: -NUMBER_BYTES[named[1].dtype])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in ordered:
-        stored = tensor.stored
-        if stored.num_bytes != math.prod(stored.shape) * _item_bytes(tensor):
-            raise CheckpointError(
-                f"tensor {tensor.name} of {stored.file} has {stored.num_bytes} bytes, "
-                f"{math.prod(stored.shape)} numbers of {stored.dtype} are announced"
-            )
-        header[tensor.name] = {
+    for name, stored in ordered:
+        header[name] = {
             "dtype": stored.dtype,
             "shape": list(stored.shape),
             "data_offsets": [end, end + stored.num_bytes],
@@ -174,11 +168,10 @@ def write_tensors(path: Path, tensors: Sequence[NamedTensor]) -> None:
     with ExitStack() as opened, path.open("wb") as target:
         target.write(struct.pack("<Q", len(text)) + text)
         sources: dict[Path, BinaryIO] = {}
-        for tensor in ordered:
-            file = tensor.stored.file
-            if file not in sources:
-                sources[file] = opened.enter_context(file.open("rb"))
-            _copy(sources[file], tensor.stored, target)
+        for _, stored in ordered:
+            if stored.file not in sources:
+                sources[stored.file] = opened.enter_context(stored.file.open("rb"))
+            _copy(sources[stored.file], stored, target)
 
 
 def _copy(source: BinaryIO, stored: StoredTensor, target: BinaryIO) -> None:
@@ -192,17 +185,15 @@ def _copy(source: BinaryIO, stored: StoredTensor, target: BinaryIO) -> None:
         left -= len(chunk)
 
 
-def _item_bytes(tensor: NamedTensor) -> int:
-    return ITEM_BYTES[tensor.stored.dtype]
-
-
-def _cut_out(config: ModelConfig, index: Mapping[str, StoredTensor], layer: int, expert: int) -> list[NamedTensor]:
+def _cut_out(
+    config: ModelConfig, index: Mapping[str, StoredTensor], layer: int, expert: int
+) -> dict[str, StoredTensor]:
     """Returns gate, up and down of one expert; each is one run of bytes in what is stored as one."""
     (gate_up_name, _), (down_name, _) = fused_expert_tensors(config, layer)
     gate_up = _nth_of(config.num_experts, expert, index[gate_up_name])
     pieces = (_nth_of(2, 0, gate_up), _nth_of(2, 1, gate_up), _nth_of(config.num_experts, expert, index[down_name]))
     named = expert_tensors(config, layer, [expert])
-    return [NamedTensor(name, replace(piece, shape=shape)) for (name, shape), piece in zip(named, pieces, strict=True)]
+    return {name: replace(piece, shape=shape) for (name, shape), piece in zip(named, pieces, strict=True)}
 
 
 def _nth_of(count: int, number: int, stored: StoredTensor) -> StoredTensor:

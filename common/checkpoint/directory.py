@@ -25,7 +25,7 @@ _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 WHOLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_NUMBER_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+NUMBER_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes of one number, by the dtypes that models are read from here."""
 _MAX_HEADER_BYTES = 100_000_000
 """The same as in the safetensors library: a damaged length must not fill the memory."""
@@ -248,7 +248,7 @@ def _is_tensor_entry(entry: Any) -> bool:
     if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
         return False
     num_bytes: int = offsets[1] - offsets[0]
-    number_bytes = _NUMBER_BYTES.get(entry["dtype"])
+    number_bytes = NUMBER_BYTES.get(entry["dtype"])
     return num_bytes >= 0 if number_bytes is None else num_bytes == math.prod(shape) * number_bytes
 
 
