@@ -23,14 +23,11 @@ class FolderLock:
 
         Raises FencedError if another process has locked a new one meanwhile, OSError if none can be made.
         """
-        if _identity(os.stat(self._descriptor)) == _identity_at(self._path):
+        if _leads_to(self._path, self._descriptor):
             return False
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = _open(self._path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = _open_locked(self._path)
         except BlockingIOError:
-            os.close(descriptor)
             raise FencedError(
                 f"another {self._holder} has taken {self._path.parent}, whose lock file was removed: this one exits"
             ) from None
@@ -50,30 +47,30 @@ def lock_folder(folder: Path, holder: str) -> FolderLock:
     """
     path = folder / f"{holder}.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = _open(path)
-    except OSError as error:
-        raise ConfigurationError(f"STATE_DIR={folder} cannot be used: {error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return FolderLock(path, holder, _open_locked(path))
     except BlockingIOError:
-        os.close(descriptor)
         raise ConfigurationError(
             f"another {holder} runs on STATE_DIR={folder}: give each mesh a folder of its own"
         ) from None
-    return FolderLock(path, holder, descriptor)
+    except OSError as error:
+        raise ConfigurationError(f"STATE_DIR={folder} cannot be used: {error}") from None
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _identity_at(path: Path) -> tuple[int, int] | None:
+def _open_locked(path: Path) -> int:
+    """Makes the folder and the file where they are missing. Raises BlockingIOError where another process has the lock,
+    and OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        return _identity(os.stat(path))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _leads_to(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
-        return None
+        return False
