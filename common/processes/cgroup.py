@@ -43,15 +43,6 @@ class MemoryGroup:
     """What is free of the limit; what is cached counts as free. Below 0 where more is used than allowed."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Hierarchy:
-    """A cgroup file system: where it is mounted, and which of its folders that mount begins with."""
-
-    mount: PurePosixPath
-    root: PurePosixPath
-    files: MemoryFiles
-
-
 def group_folders(cgroup: str, mountinfo: str) -> list[tuple[PurePosixPath, MemoryFiles]]:
     """Folders of the process's own groups and of all above them that it can see, each from the innermost outwards.
 
@@ -59,16 +50,16 @@ def group_folders(cgroup: str, mountinfo: str) -> list[tuple[PurePosixPath, Memo
     """
     folders: list[tuple[PurePosixPath, MemoryFiles]] = []
     paths = _paths_by_version(cgroup)
-    for hierarchy in _memory_hierarchies(mountinfo):
-        path = paths.get(hierarchy.files)
+    for files, (root, mount) in _mounts_by_version(mountinfo).items():
+        path = paths.get(files)
         if path is None:
             continue
         # Below the mount only where this process may look: in a container its path may be one of the host's.
-        inside = path.relative_to(hierarchy.root).parts if path.is_relative_to(hierarchy.root) else ()
+        inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
         if ".." in inside:
             inside = ()
         for depth in range(len(inside), -1, -1):
-            folders.append((hierarchy.mount.joinpath(*inside[:depth]), hierarchy.files))
+            folders.append((mount.joinpath(*inside[:depth]), files))
     return folders
 
 
@@ -115,9 +106,12 @@ def _paths_by_version(cgroup: str) -> dict[MemoryFiles, PurePosixPath]:
     return paths
 
 
-def _memory_hierarchies(mountinfo: str) -> list[_Hierarchy]:
-    """Lines are `id parent device root mount options ... - type source options-of-the-file-system`."""
-    found: list[_Hierarchy] = []
+def _mounts_by_version(mountinfo: str) -> dict[MemoryFiles, tuple[PurePosixPath, PurePosixPath]]:
+    """Returns for each cgroup file system which of its folders its mount begins with, and where it is mounted.
+
+    Lines are `id parent device root mount options ... - type source options-of-the-file-system`.
+    """
+    found: dict[MemoryFiles, tuple[PurePosixPath, PurePosixPath]] = {}
     for line in mountinfo.splitlines():
         before, separator, after = line.partition(" - ")
         mounted, kind = before.split(" "), after.split(" ")
@@ -126,10 +120,8 @@ def _memory_hierarchies(mountinfo: str) -> list[_Hierarchy]:
         is_version_1 = kind[0] == "cgroup" and "memory" in kind[2].split(",")
         if is_version_1 or kind[0] == "cgroup2":
             root, mount = (PurePosixPath(_unescape(field)) for field in mounted[3:5])
-            hierarchy = _Hierarchy(mount, root, VERSION_1 if is_version_1 else VERSION_2)
             # A second mount of the same kind shows the same groups, perhaps fewer of them.
-            if all(other.files != hierarchy.files for other in found):
-                found.append(hierarchy)
+            found.setdefault(VERSION_1 if is_version_1 else VERSION_2, (root, mount))
     return found
 
 
