@@ -19,34 +19,25 @@ def misspelt_settings(environment: Mapping[str, str], settings: Collection[str])
     sentences = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
+        bare = upper.removeprefix(PREFIX)
         if not value or upper in settings or upper in OTHERS:
             continue
         near = [
             setting
             for setting in sorted(settings)
             if (is_one_edit(upper, setting) and (len(setting) > SHORT or value.isdecimal()))
-            or (upper.startswith(PREFIX) and _is_near(upper.removeprefix(PREFIX), setting))
+            or (bare != upper and (bare == setting or is_one_edit(bare, setting)))
         ]
         if near:
             sentences.append(f"{name}={value} is not a setting and has no effect; did you mean {' or '.join(near)}?")
     return sentences
 
 
-def _is_near(given: str, wanted: str) -> bool:
-    return given == wanted or is_one_edit(given, wanted)
-
-
 def is_one_edit(given: str, wanted: str) -> bool:
     """Returns whether one letter less, more or other, or two neighbours that are swapped, make one word of the
     other."""
-    if abs(len(given) - len(wanted)) > 1 or given == wanted:
-        return False
-    start = next(
-        (i for i, (a, b) in enumerate(zip(given, wanted, strict=False)) if a != b), min(len(given), len(wanted))
-    )
-    rest, wanted_rest = given[start:], wanted[start:]
-    if len(rest) != len(wanted_rest):
-        longer, shorter = sorted((rest, wanted_rest), key=len, reverse=True)
-        return longer[1:] == shorter
-    is_swap = rest[:2] == wanted_rest[1::-1] and rest[2:] == wanted_rest[2:]
-    return rest[1:] == wanted_rest[1:] or (len(rest) > 1 and is_swap)
+    while given and wanted and given[0] == wanted[0]:
+        given, wanted = given[1:], wanted[1:]
+    while given and wanted and given[-1] == wanted[-1]:
+        given, wanted = given[:-1], wanted[:-1]
+    return max(len(given), len(wanted)) == 1 or (len(given) == 2 and given == wanted[::-1])
