@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from common.compute.device import Device, Marker, StagedDevice
-from common.compute.numeric_class import cuda_numeric_class
+from common.compute.device import Device, Marker, StagedDevice, numeric_word
 from common.errors import ConfigurationError
 from common.processes.memory import offered_device_bytes
 
@@ -58,16 +57,11 @@ class CudaDevice(StagedDevice):
         return offered_device_bytes(free_bytes, total_bytes, self._num_processes)
 
     def numeric_class(self, variant: str) -> str:
-        """Returns the GPU's model, torch and CUDA."""
+        """Returns what computes, the GPU's model, compute capability and number of processors (a library chooses its
+        algorithm by them, and a part of a GPU has fewer), torch and CUDA. Which GPU of a host it is changes no bits."""
         found = torch.cuda.get_device_properties(self.place)
-        return cuda_numeric_class(
-            variant,
-            found.name,
-            (found.major, found.minor),
-            found.multi_processor_count,
-            torch.__version__,
-            torch.version.cuda,
-        )
+        hardware = f"{found.name}/sm{found.major}{found.minor}x{found.multi_processor_count}"
+        return numeric_word("cuda", variant, hardware, torch.__version__, f"cuda{torch.version.cuda}")
 
 
 def open_device(setting: str, *, num_ranks: int = 1, num_processes: int = 1) -> Device:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from common.compute.numeric_class import numeric_class
 from common.errors import DeviceError
 from common.processes.memory import offered_bytes
 
@@ -180,8 +179,15 @@ class Device:
         return offered_bytes() // self._num_processes
 
     def numeric_class(self, variant: str) -> str:
-        """Returns what decides the bits here, as one word. `variant`: what computes, kernels or torch."""
-        return numeric_class("cpu", variant)
+        """Returns what decides the bits of a result here, as one short word that peers compare: what computes
+        (`variant`: kernels or torch), torch's instruction set and build. Threads change no bits; the dtype is the whole
+        mesh's."""
+        return numeric_word("cpu", variant, str(torch.backends.cpu.get_cpu_capability()), torch.__version__)
+
+
+def numeric_word(*parts: str) -> str:
+    """Returns a numeric class of these parts, the kind of device first."""
+    return "/".join(parts).replace(" ", "-")
 
 
 HOST = Device()

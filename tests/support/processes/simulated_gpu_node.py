@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from common.compute.numeric_class import cuda_numeric_class
+from common.compute.device import numeric_word
 from common.node.loader_thread import LoaderThread
 from common.node.process import end_process
 from tests.support.nodes.simulated_gpu import SimulatedDevice, simulated_gpu, within_simulation
@@ -22,7 +22,7 @@ class NodeDevice(SimulatedDevice):
 
     def numeric_class(self, variant: str) -> str:
         """As a GPU's."""
-        return cuda_numeric_class(variant, "simulated", (0, 0), 0, torch.__version__, None)
+        return numeric_word("cuda", variant, "simulated", torch.__version__)
 
 
 def main(service: str) -> int:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from common.compute.device import HOST, NUM_UPLOADS, Device, StagedDevice
-from common.compute.numeric_class import numeric_class
 from common.errors import RankLostError
 from common.processes.memory import offered_bytes
 from tests.support.nodes.simulated_gpu import NeverReached, hidden_waits, num_waits, simulated_gpu
@@ -22,7 +21,6 @@ TENSORS = (
 def test_the_host_copies_nothing() -> None:
     assert HOST.is_host
     assert all(a is b for a, b in zip(HOST.to_host(*HOST.to_device(*TENSORS)), TENSORS, strict=True))
-    assert HOST.numeric_class("native-avx2") == numeric_class("cpu", "native-avx2")
 
 
 def test_processes_that_share_the_hosts_memory_offer_a_part_of_it() -> None:
