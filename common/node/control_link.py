@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
+
 from common.config import Settings
 from common.errors import (
     ConfigurationError,
@@ -50,6 +52,8 @@ from common.wire.tcp_addresses import (
     speaks_ipv6,
 )
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
+
+log = structlog.get_logger(__name__)
 
 SILENCE_S = 5.0
 """How long a router may be silent before the log says so; then twice as long each time."""
@@ -127,17 +131,8 @@ class HeldState:
 class ControlLink:
     """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        addresses: NodeAddresses,
-        description: NodeDescription,
-        tell_silence: Callable[[float, bool], None] = lambda silent_s, is_connected: None,
-    ) -> None:
-        """`tell_silence` is called now and then while no router takes this node in: for how long, and whether there is
-        a connection at all."""
+    def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
         self.description = description
-        self._tell_silence = tell_silence
         self._silent_since_s: float | None = None
         self._tell_after_s = SILENCE_S
         self.describe_held: Callable[[], HeldState] = HeldState
@@ -241,7 +236,12 @@ class ControlLink:
             self._silent_since_s, self._tell_after_s = now_s, SILENCE_S
         elif now_s - self._silent_since_s >= self._tell_after_s:
             self._tell_after_s *= 2
-            self._tell_silence(now_s - self._silent_since_s, self._connected)
+            self._tell_silence(now_s - self._silent_since_s)
+
+    def _tell_silence(self, silent_s: float) -> None:
+        what = "says nothing" if self._connected else "is not there; CONTROL must name it"
+        reason = f"the router at {self.socket.endpoints[0]} {what}"
+        log.warning("no_router", reason=reason, silent_s=round(silent_s))
 
     def _forget_unread(self) -> None:
         """Drops what came over the connection before, whose router may be gone: obeyed after the hello to the next one,

@@ -166,12 +166,7 @@ def _bind_node(
         process=f"{socket.gethostname()}/{os.getpid()}",
         part=own.seen.part,
     )
-
-    def tell_silence(silent_s: float, is_connected: bool) -> None:
-        what = "says nothing" if is_connected else "is not there; CONTROL must name it"
-        own.log.warning("no_router", reason=f"the router at {addresses.control} {what}", silent_s=round(silent_s))
-
-    control = ControlLink(transport, addresses, description, tell_silence)
+    control = ControlLink(transport, addresses, description)
     return NodeProcess(transport, control, lifeline, data, addresses.folder_token, own.log.bind(node=node_id))
 
 

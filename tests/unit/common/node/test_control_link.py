@@ -58,14 +58,12 @@ class Link(ControlLink):
         )
         transport: Any = MemoryTransport()
         self.silences: list[tuple[float, bool]] = []
-        super().__init__(
-            transport,
-            NodeAddresses("ipc:///control", "", "ipc:///{socket}"),
-            description,
-            lambda silent_s, is_connected: self.silences.append((silent_s, is_connected)),
-        )
+        super().__init__(transport, NodeAddresses("ipc:///control", "", "ipc:///{socket}"), description)
         self.peer: MemorySocket = transport.sockets["control"]
         self.files: MemoryTransport = transport
+
+    def _tell_silence(self, silent_s: float) -> None:
+        self.silences.append((silent_s, self._connected))
 
     def event(self, event: LinkEvent) -> None:
         self.peer.events.append(event)
