@@ -20,7 +20,7 @@ from common.checkpoint.directory import resolve_model
 from common.checkpoint.model_config import ModelConfig, read_model_config
 from common.checkpoint.part import refuse_useless_part, see_checkpoint
 from common.config import Settings, setting_names
-from common.errors import MoemeshError, NodeLostError, ProtocolError
+from common.errors import MoemeshError, NodeLostError
 from common.log import LogStream, configure_log, unbuffered
 from common.misspelt_settings import misspelt_settings
 from common.node.control_link import ControlLink, draw_identity, find_addresses
@@ -28,7 +28,6 @@ from common.node.loader_thread import LoaderThread
 from common.processes.memory import offered_bytes
 from common.standard_streams import open_closed_streams
 from common.topology import NodeDescription, NodeKind
-from common.wire.socket_files import LostFile
 from common.wire.tcp_addresses import control_host, speaks_ipv6
 from common.wire.transport import MessageSocket, RoutingSocket, SocketLimits, Transport
 
@@ -84,22 +83,12 @@ def machine_label(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> st
 
 
 def open_transport(settings: Settings, log: structlog.stdlib.BoundLogger) -> Transport:
-    """Returns a transport that logs damaged messages, and socket files that were removed."""
-
-    def damaged(name: str, error: ProtocolError) -> None:
-        log.error("damaged_message", socket=name, reason=str(error))
-
-    def lost_file(lost: LostFile) -> None:
-        if lost.failure:
-            log.error("socket_file_lost", socket=lost.socket, path=str(lost.path), reason=lost.failure)
-        else:
-            log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
-
+    """Returns a transport for the links that the settings ask for."""
     is_tcp = settings.control.startswith("tcp://")
     if is_tcp:
         log.warning("links_unencrypted", detail="sockets have no encryption or authentication: use a private network")
     with_ipv6 = is_tcp and not settings.socks_proxy and speaks_ipv6(control_host(settings.control))
-    return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy), damaged, lost_file)
+    return Transport(SocketLimits(ipv6=with_ipv6, socks_proxy=settings.socks_proxy))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
 
+import structlog
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -27,6 +28,8 @@ from common.messages import Header, Message
 from common.wire.codec import decode, encode
 from common.wire.socket_files import DiskCanary, LostFile, SocketFile
 from common.wire.tcp_resends import resend_soon
+
+log = structlog.get_logger(__name__)
 
 MAX_PING_BYTES = 64
 """What an echo takes."""
@@ -94,26 +97,16 @@ class LinkEvent(Enum):
 
 
 class Transport:
-    """Makes sockets over one ZeroMQ context. `on_damaged` is told of frames that are not a message, by socket name;
-    `on_lost_file` of socket files that something else has removed.
+    """Makes sockets over one ZeroMQ context. Every method that makes one raises SocketError where the process may not
+    have one more."""
 
-    Every method that makes a socket raises SocketError where the process may not have one more.
-    """
-
-    def __init__(
-        self,
-        limits: SocketLimits,
-        on_damaged: Callable[[str, ProtocolError], None],
-        on_lost_file: Callable[[LostFile], None] = lambda lost: None,
-    ) -> None:
+    def __init__(self, limits: SocketLimits) -> None:
         self.context = zmq.Context(io_threads=1)
         # libzmq's own limit is 1,023, whatever the system allows; a router has three for each node.
         self.context.set(zmq.MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT))
         self.limits = limits
-        self.on_damaged = on_damaged
         self.num_changes = 0
         """Sockets opened and closed so far: when it has changed, a loop that waits for them looks which there are."""
-        self._on_lost_file = on_lost_file
         self._monitor_numbers = itertools.count()
         self._files: list[SocketFile] = []
         self._canary = DiskCanary(lambda: [os.path.lexists(file.path) for file in self._files])
@@ -121,7 +114,8 @@ class Transport:
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
         """Opens a bound PULL: steps from the process upstream."""
-        return self._bound(zmq.PULL, name, endpoints)
+        raw = self._raw(zmq.PULL, name, endpoints)
+        return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
     def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> MessageSocket:
         """Opens a connected PUSH to one peer. One that `is_watched` is asked for its `link_events` in each turn."""
@@ -149,8 +143,19 @@ class Transport:
             return False
         lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
         for news in lost:
-            self._on_lost_file(news)
+            self.tell_lost(news)
         return any(not news.failure for news in lost)
+
+    def tell_lost(self, lost: LostFile) -> None:
+        """Logs that something else has removed a socket file."""
+        if lost.failure:
+            log.error("socket_file_lost", socket=lost.socket, path=str(lost.path), reason=lost.failure)
+        else:
+            log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
+
+    def tell_damaged(self, name: str, error: ProtocolError) -> None:
+        """Logs that what came to a socket is not a message."""
+        log.error("damaged_message", socket=name, reason=str(error))
 
     def echo(self, endpoint: str, identity: bytes) -> None:
         """Answer whatever a peer's ROUTER sends with itself, on threads of its own, until `close` or another call.
@@ -160,7 +165,7 @@ class Transport:
         if self._echo is not None and self._echo.endpoint == endpoint:
             return
         self._end_echo()
-        other = Transport(replace(self.limits, max_message_bytes=MAX_PING_BYTES), self.on_damaged)
+        other = Transport(replace(self.limits, max_message_bytes=MAX_PING_BYTES))
         socket = other._connected(zmq.DEALER, "echo", endpoint, identity)
         try:
             self._echo = Echo(other.context, socket, endpoint)
@@ -181,10 +186,6 @@ class Transport:
             with contextlib.suppress(OSError):  # in a folder that is read-only by now it stays: nothing listens there
                 file.remove()
         self._files.clear()
-
-    def _bound(self, kind: int, name: str, endpoints: Sequence[str]) -> MessageSocket:
-        raw = self._raw(kind, name, endpoints)
-        return MessageSocket(self, name, raw, self._bind(name, raw, endpoints))
 
     def _connected(
         self, kind: int, name: str, endpoint: str, identity: bytes = b"", *, is_watched: bool = True
@@ -318,7 +319,7 @@ class MessageSocket:
             try:
                 return decode([frame.buffer for frame in frames])
             except ProtocolError as error:
-                self._transport.on_damaged(self.name, error)
+                self._transport.tell_damaged(self.name, error)
 
     def link_events(self) -> list[LinkEvent]:
         """Returns what the monitor saw since the last call; only for sockets that connect. A connection that it tells
@@ -374,7 +375,7 @@ class RoutingSocket:
             try:
                 message, header = decode([frame.buffer for frame in frames[1:]])
             except ProtocolError as error:
-                self._transport.on_damaged(self.name, error)
+                self._transport.tell_damaged(self.name, error)
                 continue
             return frames[0].bytes, message, header
 

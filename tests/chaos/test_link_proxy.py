@@ -52,19 +52,27 @@ class Ends:
         return found
 
 
+class ListeningTransport(Transport):
+    def __init__(self, limits: SocketLimits) -> None:
+        super().__init__(limits)
+        self.damaged: list[ProtocolError] = []
+
+    def tell_damaged(self, name: str, error: ProtocolError) -> None:
+        self.damaged.append(error)
+
+
 @pytest.fixture
 def ends() -> Iterator[Ends]:
     ports: set[int] = set()
     with LinkProxy(lambda host, port: "expert" if port in ports else "stage") as proxy:
-        damaged: list[ProtocolError] = []
-        transport = Transport(SocketLimits(socks_proxy=proxy.address), lambda name, error: damaged.append(error))
+        transport = ListeningTransport(SocketLimits(socks_proxy=proxy.address))
         try:
             # A port that the system gives to this socket: one that was looked for before may be taken since.
             expert = transport.router("calls", ["tcp://127.0.0.1:*"])
             (endpoint,) = expert.endpoints
             ports.add(int(endpoint.rpartition(":")[2]))
             stage = transport.dealer("calls", endpoint, identity=b"stage")
-            yield Ends(proxy, stage, expert, damaged)
+            yield Ends(proxy, stage, expert, transport.damaged)
         finally:
             transport.close()
 

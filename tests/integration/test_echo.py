@@ -19,11 +19,9 @@ from services.router.mesh.sockets import MeshClient
 WITHIN_S = 5.0
 
 
-def open_transport() -> Transport:
-    def damaged(name: str, error: ProtocolError) -> None:
+class StrictTransport(Transport):
+    def tell_damaged(self, name: str, error: ProtocolError) -> None:
         raise AssertionError(f"{name}: {error}")
-
-    return Transport(SocketLimits(), damaged)
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def router(folder: Path) -> Iterator[MeshClient]:
-    transport = open_transport()
+    transport = StrictTransport(SocketLimits())
     addresses = NodeAddresses(f"ipc://{folder}/control", "", f"ipc://{folder}/router-{{socket}}", folder=folder)
     client = MeshClient(transport, addresses, 1, structlog.get_logger())
     try:
@@ -47,7 +45,7 @@ def router(folder: Path) -> Iterator[MeshClient]:
 
 @pytest.fixture
 def node(router: MeshClient) -> Iterator[Transport]:
-    transport = open_transport()
+    transport = StrictTransport(SocketLimits())
     transport.echo(router.pulses.endpoints[0], b"stage-1")
     try:
         yield transport
@@ -88,7 +86,7 @@ def test_who_is_not_there_is_pinged_without_harm(router: MeshClient) -> None:
 
 
 def test_a_transport_that_is_closed_echoes_no_more_and_its_end_is_waited_for(router: MeshClient) -> None:
-    transport = open_transport()
+    transport = StrictTransport(SocketLimits())
     transport.echo(router.pulses.endpoints[0], b"stage-3")
     assert echoed(router, "stage-3") is not None
     began_s = time.monotonic()
@@ -107,7 +105,7 @@ def test_what_a_router_before_this_one_asked_is_no_answer(router: MeshClient, no
 
 
 def test_an_echo_that_is_asked_for_again_stays_and_another_address_replaces_it(router: MeshClient) -> None:
-    transport = open_transport()
+    transport = StrictTransport(SocketLimits())
     try:
         for endpoint in (f"{router.pulses.endpoints[0]}-of-another", *router.pulses.endpoints * 2):
             transport.echo(endpoint, b"stage-4")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zmq
 
-from common.errors import ConfigurationError, SocketError
+from common.errors import ConfigurationError, ProtocolError, SocketError
 from common.messages import Dispatch, ExpertRows, Header, Leave, LeaveAcknowledged, TensorFrame
 from common.wire.array import array_to_frame
 from common.wire.codec import encode
@@ -32,9 +32,14 @@ Kept = TypeVar("Kept", MessageSocket, RoutingSocket)
 class KeptTransport(Transport):
     """Holds on to its sockets, as the owner of a process's sockets does, and closes them with itself."""
 
-    def __init__(self, limits: SocketLimits | None = None, on_damaged: Any = lambda name, error: None) -> None:
-        super().__init__(limits or SocketLimits(), on_damaged)
+    def __init__(self, limits: SocketLimits | None = None) -> None:
+        super().__init__(limits or SocketLimits())
         self.kept: list[MessageSocket | RoutingSocket] = []
+        self.damaged: list[tuple[str, str]] = []
+        """Socket and reason of each damaged message."""
+
+    def tell_damaged(self, name: str, error: ProtocolError) -> None:
+        self.damaged.append((name, str(error)))
 
     def pull(self, name: str, endpoints: Sequence[str]) -> MessageSocket:
         return self._keep(super().pull(name, endpoints))
@@ -71,14 +76,8 @@ def tcp() -> Iterator[KeptTransport]:
 
 
 @pytest.fixture
-def damaged() -> list[tuple[str, str]]:
-    """Socket and reason of each damaged message."""
-    return []
-
-
-@pytest.fixture
-def transport(damaged: list[tuple[str, str]]) -> Iterator[Transport]:
-    made = KeptTransport(on_damaged=lambda name, error: damaged.append((name, str(error))))
+def transport() -> Iterator[KeptTransport]:
+    made = KeptTransport()
     yield made
     made.close()
 
@@ -185,7 +184,7 @@ def test_a_peer_that_does_not_read_makes_the_queue_full_and_the_sender_does_not_
 SLOW_READER = """
 import sys, time, zmq
 from common.wire.transport import SocketLimits, Transport
-transport = Transport(SocketLimits(heartbeat_interval_ms=20, heartbeat_timeout_ms=1000), lambda name, error: None)
+transport = Transport(SocketLimits(heartbeat_interval_ms=20, heartbeat_timeout_ms=1000))
 router = transport.router("calls", ["tcp://127.0.0.1:*"])
 print(router.endpoints[0], flush=True)
 until_s = time.monotonic() + float(sys.argv[1])
@@ -266,9 +265,7 @@ def test_a_new_connection_of_the_same_node_takes_over_its_name(transport: Transp
     assert first.receive() is None
 
 
-def test_damaged_messages_are_reported_and_what_follows_arrives(
-    transport: Transport, damaged: list[tuple[str, str]], address: str
-) -> None:
+def test_damaged_messages_are_reported_and_what_follows_arrives(transport: KeptTransport, address: str) -> None:
     pull, router = transport.pull("steps", [address]), transport.router("calls", ["inproc://calls"])
     push = transport.push("next", pull.endpoints[0])
     wait_for_link(push, LinkEvent.CONNECTED)
@@ -283,8 +280,8 @@ def test_damaged_messages_are_reported_and_what_follows_arrives(
     assert message == rows(1)
     _, routed, _ = wait(router, router.receive)
     assert routed == rows(1)
-    assert [name for name, _ in damaged] == ["steps"] * 5 + ["calls"] * 5
-    assert all(reason for _, reason in damaged)
+    assert [name for name, _ in transport.damaged] == ["steps"] * 5 + ["calls"] * 5
+    assert all(reason for _, reason in transport.damaged)
     dealer.close(linger=0)
 
 

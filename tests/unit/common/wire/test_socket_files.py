@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ProtocolError, SocketError
+from common.errors import SocketError
 from common.messages import Header, Leave, Message
 from common.wire.endpoints import choose_endpoint, ipc_token, share_folder
 from common.wire.socket_files import (
@@ -37,17 +37,25 @@ def folder() -> Iterator[Path]:
         yield Path(made) / "ipc"
 
 
+class WatchedTransport(Transport):
+    """Keeps what it has to say of its files."""
+
+    def __init__(self) -> None:
+        super().__init__(SocketLimits())
+        self.told: list[LostFile] = []
+
+    def tell_lost(self, lost: LostFile) -> None:
+        self.told.append(lost)
+
+
 class Listener:
     """One process's transport with a bound socket, and what it was told of its files."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.path = folder / "control"
-        self.told: list[LostFile] = []
-        self.damaged: list[ProtocolError] = []
-        self.transport = Transport(
-            SocketLimits(), lambda name, error: self.damaged.append(error), lambda lost: self.told.append(lost)
-        )
+        self.transport = WatchedTransport()
+        self.told = self.transport.told
         self.socket = self.transport.pull("steps", [f"ipc://{self.path}"])
         self.peers: list[MessageSocket] = []
         self.now_s = 100.0
@@ -183,7 +191,7 @@ def test_a_transport_that_closes_leaves_no_file_of_its_own_and_takes_none_of_oth
 
 
 def test_tcp_sockets_have_no_files_to_look_after() -> None:
-    transport = Transport(SocketLimits(), lambda name, error: None)
+    transport = Transport(SocketLimits())
     bound = transport.pull("steps", ["tcp://127.0.0.1:*"])
     assert not transport.look_after_files(1.0, at_once=True)
     bound.close()

@@ -81,7 +81,7 @@ def test_a_host_without_an_address_for_peers_says_what_to_set(addresses: list[st
 
 @pytest.fixture
 def transport() -> Iterator[Transport]:
-    made = Transport(SocketLimits(), lambda name, error: None)
+    made = Transport(SocketLimits())
     yield made
     made.close()
 
