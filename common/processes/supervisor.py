@@ -17,7 +17,6 @@ import urllib.error
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from common.config import read_settings
@@ -108,9 +107,7 @@ class LocalMesh:
         self._watcher.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
@@ -138,14 +135,14 @@ class LocalMesh:
         return environment
 
     def _place(self, service: str, name: str) -> Child:
+        """To be called with the lock."""
         environment = {**self._settings_of_all(), **self.places.get(name, {})}
         self._share_memory(environment)
-        with self._lock:
-            if name in self.children:
-                raise ConfigurationError(f"{name} is part of this mesh already")
-            child = Child(name, f"services.{service}", environment, self.state_dir / "logs" / f"{name}.log")
-            self.children[name] = child
-            return child
+        if name in self.children:
+            raise ConfigurationError(f"{name} is part of this mesh already")
+        child = Child(name, f"services.{service}", environment, self.logs(name))
+        self.children[name] = child
+        return child
 
     def _share_memory(self, environment: dict[str, str]) -> None:
         """Each process would offer what is free, and all of them share one memory."""
@@ -155,13 +152,6 @@ class LocalMesh:
             environment["DEVICE_PROCESSES"] = environment.get("DEVICE_PROCESSES") or str(num_nodes)
         elif environment.get("CAPACITY_BYTES", "0").strip() in ("", "0"):
             environment["CAPACITY_BYTES"] = str(offered_bytes() // num_nodes)
-
-    def remove(self, name: str, timeout_s: float = GRACE_S) -> None:
-        """End one process in an orderly way and do not restart it."""
-        with self._lock:
-            child = self.children.pop(name)
-            child.is_wanted = False
-        self._end([child], timeout_s)
 
     def stop(self, name: str, timeout_s: float = GRACE_S) -> None:
         """End one process in an orderly way and leave it ended until `start`. Raises ConfigurationError."""

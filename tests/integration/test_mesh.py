@@ -137,7 +137,7 @@ def test_nodes_join_and_leave_while_requests_run(mesh: ServedMesh, undisturbed: 
         wait_until(lambda: serves_both_pipelines(mesh), READY_AGAIN_WITHIN_S, "work for the new stages")
         for name in ("expert-new", "stage-new-0", "stage-new-1"):
             process = mesh.local.children[name].process
-            mesh.local.remove(name)
+            mesh.local.stop(name)
             assert process is not None
             assert process.returncode == 0, f"{name} left with {process.returncode}"
         wait_until(

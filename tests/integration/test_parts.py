@@ -129,7 +129,7 @@ def test_layers_and_experts_that_no_node_has_any_more_are_named(mesh: ServedMesh
     wait_until(lambda: detail in describe(mesh)["detail"], MISSING_WITHIN_S, "a sentence on experts")
     layers = "no node holds slot 1 of pipeline 0; no node has the weights of layers [2, 4)"
     wait_until(lambda: layers in describe(mesh)["detail"], MISSING_WITHIN_S, "a sentence on layers")
-    mesh.local.remove("stage-spare")
+    mesh.local.stop("stage-spare")
     for name in stopped:
         mesh.local.start(name)
     wait_until(lambda: is_whole(mesh), READY_AGAIN_WITHIN_S, "all parts")

@@ -336,7 +336,7 @@ def test_the_watcher_outlives_its_children_since_the_kernel_ends_a_child_with_th
 def test_a_process_that_does_not_hear_is_killed(mesh: LocalMesh, started: list[FakeProcess]) -> None:
     mesh.add("stage", "stage-0")
     started[0].hears_signals = False
-    mesh.remove("stage-0", timeout_s=0.0)
+    mesh.stop("stage-0", timeout_s=0.0)
     assert started[0].signals == [signal.SIGTERM, signal.SIGCONT, signal.SIGKILL]
     assert mesh.processes() == []
 
@@ -474,7 +474,7 @@ def test_a_process_that_not_even_a_kill_ends_is_left_behind_after_its_time_and_n
 
     monkeypatch.setattr(FakeProcess, "wait", wait)
     mesh.add("stage", "stage-0")
-    mesh.remove("stage-0", timeout_s=0.5)
+    mesh.stop("stage-0", timeout_s=0.5)
     assert started[0].signals[-1] == signal.SIGKILL
     assert waits_s == [pytest.approx(0.5, abs=0.1), KILLED_S]
     assert f"process {started[0].pid} was killed and has not ended" in capsys.readouterr().err
