@@ -140,26 +140,18 @@ def _sample_positions(size: int) -> Iterator[int]:
 
 def find_weight_files(directory: Path) -> WeightFiles:
     """Returns which files hold the weights. Raises CheckpointError that names the file and what is wrong."""
+    whole, index = directory / WHOLE_FILE, directory / WEIGHTS_INDEX
     try:
-        return _find_weight_files(directory)
+        there = sorted(file for file in directory.glob("*.safetensors") if file.is_file())
+        if whole.exists():
+            files, others = [whole], [WEIGHTS_INDEX] if index.exists() else []
+        elif index.exists():
+            files, others = _files_of_index(index), []
+        else:
+            raise CheckpointError(_no_weights(directory, [file.name for file in there]))
     except OSError as error:  # a disk that fails does not say that a file is missing
         raise CheckpointError(f"{directory} cannot be read: {error}") from None
-
-
-def _find_weight_files(directory: Path) -> WeightFiles:
-    there = sorted(file for file in directory.glob("*.safetensors") if file.is_file())
-    index = directory / WEIGHTS_INDEX
-    has_index = index.exists()
-    if (directory / WHOLE_FILE).exists():
-        files, is_index_read = [directory / WHOLE_FILE], False
-    elif has_index:
-        files, is_index_read = _files_of_index(index), True
-    else:
-        raise CheckpointError(_no_weights(directory, [file.name for file in there]))
-    passed_over = [file.name for file in there if file not in files]
-    if has_index and not is_index_read:
-        passed_over.append(WEIGHTS_INDEX)
-    return WeightFiles(tuple(files), tuple(passed_over))
+    return WeightFiles(tuple(files), (*(file.name for file in there if file not in files), *others))
 
 
 def _no_weights(directory: Path, others: list[str]) -> str:
