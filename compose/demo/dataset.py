@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -20,6 +20,7 @@ TURNS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 3)
 # Long chats, from half-way on, teach that far tokens look like near ones; 40 a pool at the end taught too little.
 LONG_CHAT_TOKENS = 1400
 LONG_CHATS_A_POOL = 80
+HELD_OUT_TOKENS_PER_BATCH = 8192
 NO_TARGET = -1
 
 
@@ -68,9 +69,11 @@ class ChatMaker:
             chats += [self._draw_long_chat(random) for _ in range(LONG_CHATS_A_POOL)]
         return chats
 
-    def held_out(self, task: Task, random: Random, num_chats: int) -> list[Chat]:
-        """Single questions of one task that training never sees."""
-        return [self.write([task.draw(random, Split.HELD_OUT)]) for _ in range(num_chats)]
+    def held_out(self, task: Task, num_chats: int, seed: int) -> list[Batch]:
+        """Returns single questions of one task that training never sees."""
+        random = Random(f"{seed} {task.name}")
+        chats = [self.write([task.draw(random, Split.HELD_OUT)]) for _ in range(num_chats)]
+        return self.batches(chats, HELD_OUT_TOKENS_PER_BATCH)
 
     def write(self, exchanges: Sequence[Exchange]) -> Chat:
         """Turns one after the other; what is learned is each answer and the token that ends it."""
@@ -124,18 +127,13 @@ class ChatMaker:
         )
 
 
-def training_batches(
-    maker: ChatMaker, seed: int, pool: int, tokens_per_batch: int, long_chats: bool
-) -> Iterator[Batch]:
+def training_batches(maker: ChatMaker, seed: int, pool: int, tokens_per_batch: int, long_chats: bool) -> list[Batch]:
     """Returns the batches of pool number `pool`, in random order: the same for the same arguments, so a run can be
     resumed."""
     random = Random(f"{seed} pool {pool}")
     batches = maker.batches(maker.pool(random, long_chats), tokens_per_batch)
     random.shuffle(batches)
-    yield from batches
-
-
-_TOKENS_PER_BATCH = 8192
+    return batches
 
 
 @torch.no_grad()
@@ -149,9 +147,8 @@ def held_out_accuracy(
     model.eval()
     accuracy = {}
     for task in tasks:
-        chats = maker.held_out(task, Random(f"{seed} {task.name}"), chats_per_task)
         num_right = 0
-        for batch in maker.batches(chats, _TOKENS_PER_BATCH):
+        for batch in maker.held_out(task, chats_per_task, seed):
             logits, _, _ = model(batch.ids)
             is_right = (logits.argmax(dim=-1).view_as(batch.ids) == batch.targets) | (batch.targets == NO_TARGET)
             num_right += int(is_right.all(dim=-1).sum())

@@ -27,8 +27,8 @@ from common.processes.supervisor import LocalMesh
 from compose.demo.held_out import Split
 from compose.demo.tasks.catalog import TASKS
 from compose.demo.tasks.task import Exchange, Task
+from compose.demo_checkpoint import DEMO_CHECKPOINT
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 THRESHOLD = 0.95
 CLIENTS = 8
 MAX_ANSWER_TOKENS = 80
@@ -101,14 +101,10 @@ def ask(client: httpx.Client, model: str, question: Question) -> Answer:
 
 def ask_all(url: str, questions: Sequence[Question], progress: Progress, title: str) -> list[Answer]:
     """Returns all answers in order, several questions at a time."""
-    row = progress.add_task(title, total=len(questions))
     with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(CLIENTS) as pool:
         model = client.get("/v1/models").json()["data"][0]["id"]
-        answers = []
-        for answer in pool.map(lambda question: ask(client, model, question), questions):
-            answers.append(answer)
-            progress.advance(row)
-    return answers
+        answers = pool.map(lambda question: ask(client, model, question), questions)
+        return list(progress.track(answers, len(questions), description=title))
 
 
 def accuracy_by_task(answers: Sequence[Answer]) -> dict[str, float]:
@@ -136,7 +132,7 @@ def _served(url: str | None) -> Iterator[str]:
         yield url
         return
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        environment = {"MODEL": str(CHECKPOINT), "PORT": "0"}
+        environment = {"MODEL": str(DEMO_CHECKPOINT), "PORT": "0"}
         with LocalMesh(environment=environment, state_dir=Path(folder)) as mesh:
             mesh.wait_ready(READY_TIMEOUT_S)
             yield mesh.url

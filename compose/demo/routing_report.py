@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import matplotlib
 import torch
@@ -22,7 +21,6 @@ from compose.demo.tasks.catalog import TASKS, WEIGHTS
 from compose.demo.tokenizer import build_tokenizer
 
 CHATS_PER_TASK = 200
-_TOKENS_PER_BATCH = 8192
 
 
 @torch.no_grad()
@@ -31,8 +29,7 @@ def expert_shares(model: DemoModel, maker: ChatMaker, chats_per_task: int, seed:
     sizes = model.sizes
     counts = torch.zeros(len(TASKS), sizes.layers, sizes.experts)
     for index, task in enumerate(TASKS):
-        chats = maker.held_out(task, Random(f"{seed} {task.name}"), chats_per_task)
-        for batch in maker.batches(chats, _TOKENS_PER_BATCH):
+        for batch in maker.held_out(task, chats_per_task, seed):
             is_answer = batch.targets.flatten() != NO_TARGET
             _, _, choices = model(batch.ids)
             for layer, chosen in enumerate(choices):

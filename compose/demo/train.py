@@ -136,7 +136,7 @@ class Training:
         batches = training_batches(
             self.maker, self.recipe.seed, self.pool, self.recipe.tokens_per_batch, with_long_chats
         )
-        return list(batches)[self.batches_of_pool :]
+        return batches[self.batches_of_pool :]
 
 
 def _mean_by_task(losses: Tensor, tasks: Tensor) -> dict[str, float]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from compose.demo.evaluate import CHECKPOINT, LONG_CHAT_TURNS, draw_questions
+from compose.demo.evaluate import LONG_CHAT_TURNS, draw_questions
+from compose.demo_checkpoint import DEMO_CHECKPOINT
 from tests.support.checkpoints.reference import Reference
 from tests.support.served.mesh_client import Answer, Ask
 from tests.support.served.served_mesh import ServedMesh, served_mesh
@@ -20,13 +21,13 @@ MAX_RELATIVE_DIFFERENCE = 1e-4
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[ServedMesh]:
-    with served_mesh(CHECKPOINT) as served:
+    with served_mesh(DEMO_CHECKPOINT) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return Reference(CHECKPOINT)
+    return Reference(DEMO_CHECKPOINT)
 
 
 def answers(mesh: ServedMesh, reference: Reference, num_per_task: int, num_earlier: int) -> list[Answer]:
