@@ -66,28 +66,24 @@ PATIENT = Patience(shortest_s=0.7, longest_s=3.0, factor=3.0, min_echoes=20, bey
 """TCP sends a lost packet again after 0.2, 0.6 and 1.4 s."""
 
 
-@dataclass(frozen=True, slots=True)
-class SilenceSettings:
-    """When pings go, and what is remembered."""
-
-    ping_interval_s: float = 0.05
-    memory_s: float = 300.0
-    longest_turn_s: float = 0.1
-    """The longest turn of the observer's loop: after a longer absence it has not heard what came meanwhile. Time beyond
-    that is not counted."""
-    alone_s: float = 0.5
-    """Without any echo the observer is alone, and after that it waits before it judges: connections come back one after
-    the other, as late as they have been away, within these bounds."""
-    shortest_return_s: float = 1.5
-    longest_return_s: float = 3.0
-    late_silence_s: float = 0.15
-    """One that ended after less is that of a busy process; TCP sends a lost packet again after 0.2 s at the soonest."""
-    late_memory_s: float = 10.0
-    late_links: int = 3
-    """At least this many links, and half of them, must have shown a late silence for the observer to be late."""
-    away_s: float = 2.0
-    """An observer that stood still for longer may have had its connections closed for its own silence. So it waits just
-    as it does after it was alone."""
+PING_INTERVAL_S = 0.05
+MEMORY_S = 300.0
+LONGEST_TURN_S = 0.1
+"""The longest turn of the observer's loop: after a longer absence it has not heard what came meanwhile. Time beyond
+that is not counted."""
+ALONE_S = 0.5
+"""Without any echo the observer is alone, and after that it waits before it judges: connections come back one after
+the other, as late as they have been away, within these bounds."""
+SHORTEST_RETURN_S = 1.5
+LONGEST_RETURN_S = 3.0
+LATE_SILENCE_S = 0.15
+"""One that ended after less is that of a busy process; TCP sends a lost packet again after 0.2 s at the soonest."""
+LATE_MEMORY_S = 10.0
+LATE_LINKS = 3
+"""At least this many links, and half of them, must have shown a late silence for the observer to be late."""
+AWAY_S = 2.0
+"""An observer that stood still for longer may have had its connections closed for its own silence. So it waits just
+as it does after it was alone."""
 
 
 class RecentLongest:
@@ -128,8 +124,7 @@ class _Link:
 class SilenceWatch:
     """See the module. Each turn of the observer's loop: `turn`, `echoed` for each echo, then `silent`."""
 
-    def __init__(self, settings: SilenceSettings) -> None:
-        self._settings = settings
+    def __init__(self) -> None:
         self.last_ping = 0
         self._links: dict[str, _Link] = {}
         self._awake_s = 0.0
@@ -148,11 +143,11 @@ class SilenceWatch:
         `last_ping`."""
         if self._turned_s is not None:
             turn_s = max(0.0, now_s - self._turned_s)
-            self._awake_s += min(turn_s, self._settings.longest_turn_s)
-            if turn_s > self._settings.away_s:
+            self._awake_s += min(turn_s, LONGEST_TURN_S)
+            if turn_s > AWAY_S:
                 self._wait_for_return(turn_s)
         self._turned_s = now_s
-        if self._awake_s - self._pinged_s < self._settings.ping_interval_s:
+        if self._awake_s - self._pinged_s < PING_INTERVAL_S:
             return False
         self._pinged_s = self._awake_s
         self.last_ping += 1
@@ -166,7 +161,7 @@ class SilenceWatch:
         known = self._links.get(link)
         self._note_heard()
         if known is None:  # what was before it came is not a silence of its own
-            known = self._links[link] = _Link(RecentLongest(self._settings.memory_s), newest=ping - 1)
+            known = self._links[link] = _Link(RecentLongest(MEMORY_S), newest=ping - 1)
         if ping <= known.newest:
             return None
         silence_s = self._behind_s(known)
@@ -174,8 +169,8 @@ class SilenceWatch:
             self._first_echo_s.append((ping, self._awake_s))
         known.newest = ping
         known.num_echoes += 1
-        if silence_s >= self._settings.late_silence_s:
-            since_s = self._awake_s - self._settings.late_memory_s
+        if silence_s >= LATE_SILENCE_S:
+            since_s = self._awake_s - LATE_MEMORY_S
             self._late_s = {late: at_s for late, at_s in self._late_s.items() if at_s >= since_s}
             self._late_s[link] = self._awake_s
         if self._awake_s >= self._judges_from_s:  # how links come back says nothing of how they are
@@ -190,12 +185,12 @@ class SilenceWatch:
 
     def _note_heard(self) -> None:
         alone_s = self._awake_s - self._heard_s
-        if self._links and alone_s > self._settings.alone_s:
+        if self._links and alone_s > ALONE_S:
             self._wait_for_return(alone_s)
         self._heard_s = self._awake_s
 
     def _wait_for_return(self, absence_s: float) -> None:
-        return_s = min(self._settings.longest_return_s, max(self._settings.shortest_return_s, absence_s))
+        return_s = min(LONGEST_RETURN_S, max(SHORTEST_RETURN_S, absence_s))
         self._judges_from_s = self._awake_s + return_s
 
     def forget(self, link: str) -> None:
@@ -206,15 +201,15 @@ class SilenceWatch:
     def is_alone(self) -> bool:
         """No peer has echoed anything for a while, or one has only just begun to again: the observer may be cut off. Or
         it has only just gone on after it stood still. Not before any peer has echoed at all."""
-        is_silence = self._awake_s - self._heard_s > self._settings.alone_s
+        is_silence = self._awake_s - self._heard_s > ALONE_S
         return bool(self._links) and (is_silence or self._awake_s < self._judges_from_s)
 
     @property
     def is_late(self) -> bool:
         """Many links have recently been answering late: the observer's own link, or its host, is to blame."""
-        since_s = self._awake_s - self._settings.late_memory_s
+        since_s = self._awake_s - LATE_MEMORY_S
         num_late = sum(late_s >= since_s for late_s in self._late_s.values())
-        return num_late >= max(self._settings.late_links, len(self._links) / 2)
+        return num_late >= max(LATE_LINKS, len(self._links) / 2)
 
     def silence_s(self, link: str) -> float:
         """Returns for how long it has been behind and has answered nothing; 0 for one that is not known."""

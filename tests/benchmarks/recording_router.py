@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.node.silence import SilenceSettings, SilenceWatch
+from common.node.silence import SilenceWatch
 from services.router.__main__ import main
 from services.router.mesh import sockets as witnesses
 
@@ -20,8 +20,8 @@ class RecordingWatch(SilenceWatch):
 
     path = Path()
 
-    def __init__(self, settings: SilenceSettings) -> None:
-        super().__init__(settings)
+    def __init__(self) -> None:
+        super().__init__()
         self._file = self.path.open("w", buffering=1 << 16)
 
     def echoed(self, link: str, ping: int) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common.node.silence import EARLY, PATIENT, Patience, RecentLongest, SilenceSettings
+from common.node.silence import EARLY, MEMORY_S, PATIENT, Patience, RecentLongest
 
 CONSTANTS_S = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 FACTORS = (1.25, 1.5, 2.0, 3.0)
@@ -69,7 +69,7 @@ def adaptive_rule(trace: Sequence[Silence], patience: Patience) -> RuleOutcome:
     allowed_s: list[float] = []
     deaths = 0
     for silence in trace:
-        longest = shown.setdefault(silence.link, RecentLongest(SilenceSettings().memory_s))
+        longest = shown.setdefault(silence.link, RecentLongest(MEMORY_S))
         counts[silence.link] = counts.get(silence.link, 0) + 1
         explained_s = patience.explained_s(counts[silence.link], longest.value_s)
         if explained_s is not None:

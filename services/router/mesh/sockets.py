@@ -22,7 +22,7 @@ import zmq
 from common.ids import NodeId, PipelineId
 from common.messages import Failed, Header, Message
 from common.node.control_link import NodeAddresses
-from common.node.silence import EARLY, PATIENT, SilenceSettings, SilenceWatch
+from common.node.silence import EARLY, PATIENT, SilenceWatch
 from common.topology import NodeDescription
 from common.wire.endpoints import choose_endpoint, remove_socket_files, share_folder
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
@@ -271,7 +271,7 @@ class Witnesses:
         self._client = client
         self._membership = membership
         self._log = log
-        self._watch = SilenceWatch(SilenceSettings())
+        self._watch = SilenceWatch()
         self._told: frozenset[NodeId] = frozenset()
         self._was_alone = self._was_late = False
         self._is_suspense = False

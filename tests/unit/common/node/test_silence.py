@@ -9,17 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
-from common.node.silence import EARLY, PATIENT, Patience, RecentLongest, SilenceSettings, SilenceWatch
+from common.node.silence import (
+    ALONE_S,
+    EARLY,
+    LATE_MEMORY_S,
+    MEMORY_S,
+    PATIENT,
+    Patience,
+    RecentLongest,
+    SilenceWatch,
+)
 
 TURN_S = 0.01
-SETTINGS = SilenceSettings()
 
 
 class Observed:
     """A loop that turns every 10 ms, and links that echo each ping after a delay, or never."""
 
     def __init__(self, *links: str) -> None:
-        self.watch = SilenceWatch(SETTINGS)
+        self.watch = SilenceWatch()
         self.now_s = 100.0
         self.delay_s = dict.fromkeys(links, 0.001)
         self.mute: set[str] = set()
@@ -99,7 +107,7 @@ def test_what_a_link_showed_long_ago_is_forgotten() -> None:
     seen.delay_s["a"] = 0.17
     seen.run(1.0)
     seen.delay_s["a"] = 0.001
-    seen.run(SETTINGS.memory_s + 15)
+    seen.run(MEMORY_S + 15)
     assert seen.watch.explained_s("a", EARLY) == EARLY.shortest_s
 
 
@@ -148,7 +156,7 @@ def test_an_observer_that_hears_nobody_takes_nobody_for_dead_nor_when_they_come_
     seen.run(5.0)
     seen.held = {"a", "b", "c"}
     assert seen.run(cut_s, patience=PATIENT) == set()
-    assert seen.watch.is_alone == (cut_s > SETTINGS.alone_s)
+    assert seen.watch.is_alone == (cut_s > ALONE_S)
     for link, later_s in (("a", 0.1), ("b", 0.1 if cut_s < 1 else 1.1), ("c", 0.1)):
         seen.held.discard(link)
         assert seen.run(later_s) == set(), link
@@ -288,7 +296,7 @@ def test_late_links_are_forgotten_after_a_while_and_count_although_they_are_gone
         seen.watch.forget(link)
         del seen.delay_s[link]
     assert seen.watch.is_late
-    seen.run(SETTINGS.late_memory_s + 1.0)
+    seen.run(LATE_MEMORY_S + 1.0)
     assert not seen.watch.is_late
 
 
