@@ -3,7 +3,7 @@
 Order of choice: the best prebuilt variant that the processor can run (a Docker image has them and no compiler), else a
 compiled one from the cache folder, else none: the callers then compute with torch, by the same rule, slower.
 
-`python -m common.compute.native_library --output DIR [--isa x86-64-v3]` builds variants ahead of time.
+`python -m common.compute.native_library --output DIR` builds all variants ahead of time.
 """
 
 from __future__ import annotations
@@ -260,22 +260,15 @@ def _reason(failure: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds variants into a folder; without --isa every one of this machine's kind that the compiler can make."""
+    """Builds every variant of this machine's kind into a folder."""
     parser = argparse.ArgumentParser(prog="python -m common.compute.native_library", description=main.__doc__)
     parser.add_argument("--output", type=Path, default=PREBUILT_FOLDER)
-    names = [one.name for one in INSTRUCTION_SETS]
-    parser.add_argument("--isa", action="append", choices=[*names, "native"], help="may be given several times")
     options = parser.parse_args(arguments)
     compiler = find_compiler(os.environ)
     if compiler is None:
         print("no C++ compiler found: install g++, or set CXX", file=sys.stderr)
         return 1
-    own = [one for one in INSTRUCTION_SETS if one.machine == platform.machine()]
-    native = usable_instruction_sets(read_cpu_flags())[:1]
-    asked = [one for one in own if options.isa is None or one.name in options.isa]
-    if options.isa and "native" in options.isa:
-        asked += [one for one in native if one not in asked]
-    for instruction_set in asked:
+    for instruction_set in (one for one in INSTRUCTION_SETS if one.machine == platform.machine()):
         path = options.output / library_name(instruction_set)
         try:
             compile_to(path, instruction_set, compiler)
