@@ -236,6 +236,13 @@ def test_a_whole_number_is_a_whole_number_within_63_bits(field: dict[str, Any]) 
         decode(packed(fields | {"f": fields["f"] | field}))
 
 
+@pytest.mark.parametrize("value", [-1, 2**63, True, 1.0, "1", None])
+def test_so_is_a_counter_of_the_header(value: object) -> None:
+    fields = fields_of(Leave(""))
+    with pytest.raises(ProtocolError, match="header field router_term"):
+        decode(packed(fields | {"h": (value, *fields["h"][1:])}))
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1])
 def test_times_are_finite_floats(number: float) -> None:
     fields = fields_of(ExpertHeartbeat())
