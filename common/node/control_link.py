@@ -27,7 +27,6 @@ from common.errors import (
 )
 from common.ids import Incarnation, NodeId
 from common.messages import (
-    NO_ARRAY,
     ExpertHeartbeat,
     Failed,
     Header,
@@ -36,7 +35,6 @@ from common.messages import (
     LeaveAcknowledged,
     Message,
     StageHeartbeat,
-    TensorFrame,
     Welcome,
 )
 from common.node.silence import EARLY
@@ -118,16 +116,6 @@ def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:
     return NodeId(f"{kind.value}-{incarnation:016x}"), Incarnation(incarnation)
 
 
-@dataclass(frozen=True, slots=True)
-class HeldState:
-    """What a node holds from a router before this one; the fields are those of `Hello`."""
-
-    slot: tuple[int, ...] = ()
-    sequences: TensorFrame = NO_ARRAY
-    blocks: TensorFrame = NO_ARRAY
-    shards: TensorFrame = NO_ARRAY
-
-
 class ControlLink:
     """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
 
@@ -135,8 +123,8 @@ class ControlLink:
         self.description = description
         self._silent_since_s: float | None = None
         self._tell_after_s = SILENCE_S
-        self.describe_held: Callable[[], HeldState] = HeldState
-        """Asked with every hello; set by a node that holds something."""
+        self.add_held: Callable[[Hello], Hello] = lambda hello: hello
+        """Adds to each hello what is held from a router before; set by a node that holds something."""
         self.router_term = 0
         self._settings: Welcome | None = None
         self._is_welcome = False
@@ -270,9 +258,9 @@ class ControlLink:
             )
 
     def _hello(self) -> Hello:
-        own, held = self.description, self.describe_held()
+        own = self.description
         part = own.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
-        return Hello(
+        hello = Hello(
             node_id=own.node_id,
             incarnation=own.incarnation,
             node_kind=own.kind.value,
@@ -284,10 +272,7 @@ class ControlLink:
             lifeline=own.lifeline,
             ipc_token=own.ipc_token,
             process=own.process,
-            held_slot=held.slot,
-            held_sequences=held.sequences,
-            held_blocks=held.blocks,
-            held_shards=held.shards,
             part_layers=part.layers or (),
             part_experts=tuple(sorted(part.experts)),
         )
+        return self.add_held(hello)

@@ -59,7 +59,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
         self._under_way: deque[LayerAnswer] = deque()
         self._last_done_s = 0.0
         self._counters = ExpertCounters()
-        node.control.describe_held = shards.describe_held
+        node.control.add_held = shards.add_held
 
     @property
     def _has_to_finish(self) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from common.compute.device import HOST, Device
 from common.compute.device_errors import refusal_to_load
 from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError
-from common.messages import AssignShards, ShardsReady, TensorFrame
-from common.node.control_link import ControlLink, HeldState
+from common.messages import AssignShards, Hello, ShardsReady, TensorFrame
+from common.node.control_link import ControlLink
 from common.node.loader_thread import LoaderThread
 from common.topology import ShardId
 from common.wire.array import array_to_frame, frame_to_array
@@ -165,10 +165,10 @@ class ShardLoader:
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
             assignment.reported = self._report(store, complete) and complete
 
-    def describe_held(self) -> HeldState:
-        """Returns what a router that may have been restarted is told."""
+    def add_held(self, hello: Hello) -> Hello:
+        """Adds what a router that may have been restarted is told."""
         store = self.held.store
-        return HeldState() if store is None else HeldState(shards=self._bitmap(store))
+        return hello if store is None else replace(hello, held_shards=self._bitmap(store))
 
     def close(self) -> None:
         """Gives up what is loading."""

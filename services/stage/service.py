@@ -16,6 +16,7 @@ from common.messages import (
     AssignMirror,
     AssignStage,
     Header,
+    Hello,
     Message,
     MirrorAck,
     MirrorBlocks,
@@ -26,7 +27,6 @@ from common.messages import (
     Step,
     Unassign,
 )
-from common.node.control_link import HeldState
 from common.node.loop import POLL_MS, NodeLoop
 from common.node.process import NodeProcess
 from common.wire.array import frame_to_array
@@ -71,7 +71,7 @@ class StageService(NodeLoop[MessageSocket]):
         self._experts = experts
         self._mirror_link = MirrorLink(node.transport, node.ipc_token, node.log)
         self._last_registered_s = clock()
-        node.control.describe_held = self._describe_held
+        node.control.add_held = self._add_held
         self._waiting: dict[int, tuple[Executor, RunningBatch]] = {}
         """Batches that wait for their experts, by number of the call."""
         self._unsent: deque[tuple[Message, Header, float]] = deque()
@@ -107,14 +107,14 @@ class StageService(NodeLoop[MessageSocket]):
 
     # ---- control
 
-    def _describe_held(self) -> HeldState:
-        """Returns what goes with a hello. The router counts on it: until the next assignment, which voids all steps of
+    def _add_held(self, hello: Hello) -> Hello:
+        """Adds what goes with a hello. The router counts on it: until the next assignment, which voids all steps of
         before, none is taken that could give a block to another sequence."""
         slot = self._worker.slot
         if slot is None:
-            return HeldState()
+            return hello
         slot.takes_steps = False
-        return slot.describe()
+        return slot.add_to(hello)
 
     def _forget_after_long_silence(self, now_s: float) -> None:
         if self._control.registered:

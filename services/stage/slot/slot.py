@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from common.errors import MoemeshError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
-from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
-from common.node.control_link import HeldState
+from common.messages import AssignMirror, AssignStage, Header, Hello, MirrorReady, StageReady
 from common.topology import LayerRange, SlotReport, StageRole, StageSlot
 from common.wire.array import array_to_frame
 from common.wire.records import HELD_SEQUENCE, records_to_frame
@@ -73,12 +72,13 @@ class Slot:
         """Returns whether a step of this router's term and generation is one for this slot."""
         return self.takes_steps and stamp == (self.router_term, self.role.generation)
 
-    def describe(self) -> HeldState:
-        """Returns what a router that has been restarted is told with the hello."""
+    def add_to(self, hello: Hello) -> Hello:
+        """Adds what a router that has been restarted is told with the hello."""
         tag = self.held.tag
         sequences, blocks = self.held.tables.held()
-        return HeldState(
-            slot=SlotReport(
+        return replace(
+            hello,
+            held_slot=SlotReport(
                 pipeline=tag.pipeline,
                 slot=tag.slot,
                 num_slots=tag.num_slots,
@@ -88,8 +88,8 @@ class Slot:
                 num_blocks=tag.num_blocks,
                 last_step=self.held.watermark.newest,
             ),
-            sequences=records_to_frame(sequences, HELD_SEQUENCE),
-            blocks=array_to_frame(blocks),
+            held_sequences=records_to_frame(sequences, HELD_SEQUENCE),
+            held_blocks=array_to_frame(blocks),
         )
 
 

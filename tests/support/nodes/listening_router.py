@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable
 
 from common.errors import MoemeshError
-from common.messages import Header, Leave, Message, Welcome
-from common.node.control_link import HeldState
+from common.messages import Header, Hello, Leave, Message, Welcome
 from tests.support.nodes.memory_transport import MemorySocket
+
+HELLO = Hello("node-1", 1, "stage", 0, "", "cpu", "print", (), (), "")
+"""Of a node that holds nothing."""
 
 
 class ListeningRouter:
@@ -23,7 +25,7 @@ class ListeningRouter:
         self.asked: deque[tuple[Message, Header]] = deque()
         self.sent: list[Message] = []
         self.failures: list[str] = []
-        self.describe_held: Callable[[], HeldState] = HeldState
+        self.add_held: Callable[[Hello], Hello] = lambda hello: hello
 
     def receive(self, now_s: float) -> list[tuple[Message, Header]]:
         asked = list(self.asked)

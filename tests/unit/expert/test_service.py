@@ -39,8 +39,8 @@ def service_of(directory: Path, device: Device) -> tuple[Any, Answers]:
     config = read_model_config(directory)
     place = torch.device("cpu") if device.is_host else PLACE
     held = SimpleNamespace(store=filled(config, directory, None, place), device=device)
-    shards: Any = SimpleNamespace(held=held, describe_held=None, version=1, num_reports=1)
-    control: Any = SimpleNamespace(describe_held=None)
+    shards: Any = SimpleNamespace(held=held, add_held=None, version=1, num_reports=1)
+    control: Any = SimpleNamespace(add_held=None)
     answers: Any = Answers()
     log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
     nobody: Any = None

@@ -27,7 +27,7 @@ from services.expert.shard_loader import RETRY_S, HeldShards, ShardLoader
 from services.expert.shard_store import ShardStore
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
-from tests.support.nodes.listening_router import ListeningRouter
+from tests.support.nodes.listening_router import HELLO, ListeningRouter
 
 __all__ = ["one_torch_thread"]
 X, Y = ShardId(1, 3, 0), ShardId(1, 4, 0)
@@ -109,7 +109,7 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(loader
     following.turn()
     assert following.reports == [], "nothing is let go before the router has said what it wants"
     shape = (loader.held.config.num_layers, loader.held.config.num_experts, kept.num_slices)
-    assert int(frame_to_array(following.describe_held().shards, "uint8", shape, "shards").sum()) == 2
+    assert int(frame_to_array(following.add_held(HELLO).held_shards, "uint8", shape, "shards").sum()) == 2
     following.want(1, X)
     assert following.finish().version == 1
     assert following.shards == {X}

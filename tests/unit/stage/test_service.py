@@ -38,7 +38,7 @@ from services.stage.slot.mirror_sender import BACKFILL_BLOCKS
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
-from tests.support.nodes.listening_router import ListeningRouter
+from tests.support.nodes.listening_router import HELLO, ListeningRouter
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
 from tests.unit.stage.model.test_micro_batch import step
 
@@ -156,8 +156,8 @@ def test_from_a_hello_to_the_next_assignment_no_step_is_taken(stage: Stage) -> N
     stage.take_slot(ASSIGN, 1)
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
     stage._receive_steps(100.0)
-    reported = stage.control.describe_held()
-    assert frame_to_array(reported.sequences, "int64", (1, 3), "sequences")[0, 0] == 7
+    reported = stage.control.add_held(HELLO)
+    assert frame_to_array(reported.held_sequences, "int64", (1, 3), "sequences")[0, 0] == 7
     # The router that was replaced gives the block to another sequence; the step was still on its way.
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [3], released=[7]), 1, 11)
     stage._receive_steps(100.0)
@@ -178,7 +178,7 @@ def test_steps_that_wait_when_the_assignment_comes_do_not_touch_what_was_reporte
 
 def test_steps_are_taken_again_after_the_assignment(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 1)
-    stage.control.describe_held()
+    stage.control.add_held(HELLO)
     stage.take_slot(ASSIGN, 2)
     stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 2, 12)
     stage._receive_steps(100.0)
