@@ -38,7 +38,7 @@ from common.messages import (
     Welcome,
 )
 from common.node.silence import EARLY
-from common.topology import CheckpointPart, NodeDescription, NodeKind
+from common.topology import NodeKind
 from common.wire.endpoints import choose_endpoint, ipc_folder, ipc_token
 from common.wire.tcp_addresses import (
     advertised_host,
@@ -119,8 +119,9 @@ def draw_identity(kind: NodeKind) -> tuple[NodeId, Incarnation]:
 class ControlLink:
     """The control socket of one node. The owner calls `receive` and `beat` from its loop."""
 
-    def __init__(self, transport: Transport, addresses: NodeAddresses, description: NodeDescription) -> None:
-        self.description = description
+    def __init__(self, transport: Transport, addresses: NodeAddresses, hello: Hello) -> None:
+        """`hello`: what this node says of itself, without what it holds."""
+        self.hello = hello
         self._silent_since_s: float | None = None
         self._tell_after_s = SILENCE_S
         self.add_held: Callable[[Hello], Hello] = lambda hello: hello
@@ -128,9 +129,7 @@ class ControlLink:
         self.router_term = 0
         self._settings: Welcome | None = None
         self._is_welcome = False
-        self.socket: MessageSocket = transport.dealer(
-            "control", addresses.control, identity=description.node_id.encode()
-        )
+        self.socket: MessageSocket = transport.dealer("control", addresses.control, identity=hello.node_id.encode())
         self._transport = transport
         self._connected = False
         self._looked_s: float | None = None
@@ -169,7 +168,7 @@ class ControlLink:
         if self._connected and not self._is_welcome and now_s >= self._next_hello_s:
             self._next_hello_s = now_s + HELLO_INTERVAL_S
             self._refuse_to_join_dead()
-            self.send(self._hello())
+            self.send(self.add_held(self.hello))
         asked: list[tuple[Message, Header]] = []
         while (received := self.socket.receive()) is not None:
             message, header = received
@@ -214,7 +213,7 @@ class ControlLink:
     def _have_a_pulse(self, welcome: Welcome) -> None:
         """Without one the router sees a loss all the same, by the lifeline, only later."""
         if welcome.pulse:
-            own = self.description
+            own = self.hello
             endpoint = choose_endpoint(welcome.pulse, welcome.pulse_ipc_token, own.ipc_token)
             with contextlib.suppress(SocketError):  # tried again with the next welcome
                 self._transport.echo(endpoint, own.node_id.encode())
@@ -253,26 +252,6 @@ class ControlLink:
     def _refuse_to_join_dead(self) -> None:
         if self._may_be_dead:
             raise NodeLostError(
-                f"the socket files of {self.description.node_id} were gone after a pause: a router took it for dead; "
+                f"the socket files of {self.hello.node_id} were gone after a pause: a router took it for dead; "
                 "come back as another incarnation"
             )
-
-    def _hello(self) -> Hello:
-        own = self.description
-        part = own.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
-        hello = Hello(
-            node_id=own.node_id,
-            incarnation=own.incarnation,
-            node_kind=own.kind.value,
-            capacity_bytes=own.capacity_bytes,
-            host_label=own.host_label,
-            numeric_class=own.numeric_class,
-            fingerprint=own.fingerprint,
-            endpoints=own.endpoints,
-            lifeline=own.lifeline,
-            ipc_token=own.ipc_token,
-            process=own.process,
-            part_layers=part.layers or (),
-            part_experts=tuple(sorted(part.experts)),
-        )
-        return self.add_held(hello)

@@ -22,12 +22,13 @@ from common.checkpoint.part import refuse_useless_part, see_checkpoint
 from common.config import Settings, setting_names
 from common.errors import MoemeshError, NodeLostError
 from common.log import LogStream, configure_log, unbuffered
+from common.messages import Hello
 from common.misspelt_settings import misspelt_settings
 from common.node.control_link import ControlLink, draw_identity, find_addresses
 from common.node.loader_thread import LoaderThread
 from common.processes.memory import offered_bytes
 from common.standard_streams import open_closed_streams
-from common.topology import NodeDescription, NodeKind
+from common.topology import CheckpointPart, NodeKind
 from common.wire.tcp_addresses import control_host, speaks_ipv6
 from common.wire.transport import MessageSocket, RoutingSocket, SocketLimits, Transport
 
@@ -141,10 +142,11 @@ def _bind_node(
     # Nothing is sent on it; that it closes tells the router that this process has ended.
     lifeline = transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])
     data = open_data(transport, addresses.bind_pattern.format(socket="data"))
-    description = NodeDescription(
+    part = own.seen.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
+    hello = Hello(
         node_id=node_id,
         incarnation=incarnation,
-        kind=kind,
+        node_kind=kind.value,
         capacity_bytes=own.settings.capacity_bytes,
         host_label=own.settings.host_label or machine_label(),
         numeric_class=numeric_class,
@@ -153,9 +155,10 @@ def _bind_node(
         lifeline=addresses.advertised(lifeline.endpoints),
         ipc_token=addresses.folder_token,
         process=f"{socket.gethostname()}/{os.getpid()}",
-        part=own.seen.part,
+        part_layers=part.layers or (),
+        part_experts=tuple(sorted(part.experts)),
     )
-    control = ControlLink(transport, addresses, description)
+    control = ControlLink(transport, addresses, hello)
     return NodeProcess(transport, control, lifeline, data, addresses.folder_token, own.log.bind(node=node_id))
 
 

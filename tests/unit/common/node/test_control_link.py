@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from common.config import Settings
 from common.errors import ConfigurationError, NodeLostError, NotReadyError
-from common.ids import Incarnation, NodeId
+from common.ids import NodeId
 from common.messages import (
     AssignStage,
     Failed,
@@ -33,7 +32,7 @@ from common.node.control_link import (
     draw_identity,
     find_addresses,
 )
-from common.topology import CheckpointPart, LayerRange, NodeDescription, NodeKind
+from common.topology import NodeKind
 from common.wire.transport import LinkEvent
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
 
@@ -44,21 +43,10 @@ ASSIGN = AssignStage(0, 0, 1, 0, 5, 1, 10, ("tcp://a:1",), "")
 
 class Link(ControlLink):
     def __init__(self, endpoint: str = "tcp://a:1") -> None:
-        description = NodeDescription(
-            NodeId("stage-1"),
-            Incarnation(1),
-            NodeKind.STAGE,
-            5,
-            "host",
-            "cpu",
-            "print",
-            (endpoint,),
-            ("tcp://a:2",),
-            "",
-        )
+        hello = Hello("stage-1", 1, "stage", 5, "host", "cpu", "print", (endpoint,), ("tcp://a:2",), "")
         transport: Any = MemoryTransport()
         self.silences: list[tuple[float, bool]] = []
-        super().__init__(transport, NodeAddresses("ipc:///control", "", "ipc:///{socket}"), description)
+        super().__init__(transport, NodeAddresses("ipc:///control", "", "ipc:///{socket}"), hello)
         self.peer: MemorySocket = transport.sockets["control"]
         self.files: MemoryTransport = transport
 
@@ -106,24 +94,6 @@ def test_it_says_hello_as_soon_as_the_router_is_there_and_not_before(link: Link)
         5,
         ("tcp://a:1",),
     )
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        (None, ((), ())),
-        (CheckpointPart(layers=LayerRange(2, 5)), ((2, 5), ())),
-        (CheckpointPart(experts=frozenset({4, 1})), ((), (1, 4))),
-    ],
-)
-def test_it_says_what_of_the_checkpoint_it_sees(
-    link: Link, part: CheckpointPart | None, said: tuple[tuple[int, ...], tuple[int, ...]]
-) -> None:
-    link.description = replace(link.description, part=part)
-    link.event(LinkEvent.CONNECTED)
-    link.receive(0.0)
-    (hello,) = link.sent()
-    assert (hello.part_layers, hello.part_experts) == said
 
 
 def test_it_repeats_its_hello_until_it_is_welcome(link: Link) -> None:

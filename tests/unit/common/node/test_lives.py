@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ import structlog
 import torch
 
 from common.checkpoint.model_config import read_model_config
+from common.checkpoint.part import SeenCheckpoint
 from common.config import Settings
 from common.errors import NodeLostError
+from common.node.process import open_node
+from common.topology import CheckpointPart, LayerRange, NodeKind
+from common.wire.transport import MessageSocket, Transport
 from services.expert.process import ExpertProcess
 from services.expert.shard_store import ShardStore
 from services.stage.process import StageProcess
@@ -55,7 +60,7 @@ def test_a_stage_lives_again_with_its_layers_and_lets_them_go_when_it_gets_other
 
     def run(service: Any, should_stop: Any) -> None:
         own, control = service._worker.layers, service._control
-        lives.append((control.description.node_id, control.router_term, own.loaded))
+        lives.append((control.hello.node_id, control.router_term, own.loaded))
         if len(lives) == 1:
             own.loaded, control.router_term = layers.pop(), 7
             raise NodeLostError("declared dead")
@@ -83,7 +88,7 @@ def test_an_expert_node_lives_again_with_its_shards_and_says_so(
     lives: list[tuple[str, ShardStore | None]] = []
 
     def run(service: Any, should_stop: Any) -> None:
-        lives.append((service._control.description.node_id, service._shards.held.store))
+        lives.append((service._control.hello.node_id, service._shards.held.store))
         if len(lives) == 1:
             service._shards.held.store = store
             raise NodeLostError("declared dead")
@@ -94,3 +99,24 @@ def test_an_expert_node_lives_again_with_its_shards_and_says_so(
     expert.live()
     assert lives[0][0] != lives[1][0]
     assert lives[1][1] is store
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "said"),
+    [
+        (NodeKind.STAGE, None, ((), ())),
+        (NodeKind.STAGE, CheckpointPart(layers=LayerRange(2, 5)), ((2, 5), ())),
+        (NodeKind.EXPERT, CheckpointPart(experts=frozenset({4, 1})), ((), (1, 4))),
+    ],
+)
+def test_a_node_says_what_of_the_checkpoint_it_sees(
+    kind: NodeKind, part: CheckpointPart | None, said: tuple[tuple[int, ...], tuple[int, ...]], tmp_path: Path
+) -> None:
+    def open_data(transport: Transport, endpoint: str) -> MessageSocket:
+        return transport.pull("data", [endpoint])
+
+    settings, log = given(tmp_path, tmp_path)
+    own: Any = SimpleNamespace(settings=settings, log=log, seen=SeenCheckpoint("print", part), router_term=0)
+    with open_node(kind, own, "cpu", open_data) as node:
+        hello = node.control.hello
+    assert (hello.fingerprint, hello.part_layers, hello.part_experts) == ("print", *said)
