@@ -9,24 +9,17 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 LOOK_INTERVAL_S = 0.5
 MAX_LOOK_INTERVAL_S = 8.0
 """The pause between looks at a file that is lost again and again: each costs a descriptor."""
 STEADY_S = 60.0
 """A file that has stood for this long is looked at often again."""
-
-
-@dataclass(frozen=True, slots=True)
-class LostFile:
-    """A socket file that was not there any more."""
-
-    socket: str
-    path: Path
-    failure: str
-    """Why it could not be made again; empty: it was."""
 
 
 class SocketFile:
@@ -47,27 +40,30 @@ class SocketFile:
         """Returns whether it is time for a look."""
         return now_s >= self._next_look_s
 
-    def look(self, now_s: float, *, at_once: bool = False) -> LostFile | None:
-        """Make it again where it is gone, or where there is something else without a listener.
+    def look(self, now_s: float, *, at_once: bool = False) -> bool:
+        """Make it again where it is gone, or where there is something else without a listener; True if it had to be.
 
-        None where it stands, where it is not yet time for a look, and where the same failure was told before. A file
-        that another process listens on is left to that one, and told as a failure.
+        Nothing is done where it is not yet time for a look. A file that another process listens on is left to that one,
+        which is a failure; the same one is logged once.
         """
         if not at_once and not self.is_due(now_s):
-            return None
+            return False
         if _identity(self.path) == self._identity:
             if self._lost_s is not None and now_s - self._lost_s >= STEADY_S:
                 self._lost_s, self._interval_s = None, LOOK_INTERVAL_S
             self._next_look_s = now_s + self._interval_s
-            return None
+            return False
         if self._lost_s is not None:
             self._interval_s = min(MAX_LOOK_INTERVAL_S, self._interval_s * 2)
         self._lost_s = now_s
         self._next_look_s = now_s + self._interval_s
         failure = self._make_again()
-        is_news = not failure or failure != self._failure
+        if not failure:
+            log.warning("socket_file_made_again", socket=self.name, path=str(self.path), reason="it was gone")
+        elif failure != self._failure:
+            log.error("socket_file_lost", socket=self.name, path=str(self.path), reason=failure)
         self._failure = failure
-        return LostFile(self.name, self.path, failure) if is_news else None
+        return not failure
 
     def remove(self) -> None:
         """Leave nothing behind; what others have put there is theirs. Raises OSError."""

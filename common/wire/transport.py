@@ -26,7 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 from common.errors import ConfigurationError, MeshError, ProtocolError, SocketError
 from common.messages import Header, Message
 from common.wire.codec import decode, encode
-from common.wire.socket_files import DiskCanary, LostFile, SocketFile
+from common.wire.socket_files import DiskCanary, SocketFile
 from common.wire.tcp_resends import resend_soon
 
 log = structlog.get_logger(__name__)
@@ -141,17 +141,8 @@ class Transport:
             self._echo.socket.link_events()
         if not any(at_once or file.is_due(now_s) for file in self._files) or not self._canary.lives(DISK_WITHIN_S):
             return False
-        lost = [news for file in self._files if (news := file.look(now_s, at_once=at_once)) is not None]
-        for news in lost:
-            self.tell_lost(news)
-        return any(not news.failure for news in lost)
-
-    def tell_lost(self, lost: LostFile) -> None:
-        """Logs that something else has removed a socket file."""
-        if lost.failure:
-            log.error("socket_file_lost", socket=lost.socket, path=str(lost.path), reason=lost.failure)
-        else:
-            log.warning("socket_file_made_again", socket=lost.socket, path=str(lost.path), reason="it was gone")
+        # All of them are looked at: a generator would end with the first that was gone.
+        return any([file.look(now_s, at_once=at_once) for file in self._files])
 
     def tell_damaged(self, name: str, error: ProtocolError) -> None:
         """Logs that what came to a socket is not a message."""

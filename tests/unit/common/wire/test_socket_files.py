@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from common.errors import SocketError
 from common.messages import Header, Leave, Message
@@ -23,7 +24,6 @@ from common.wire.socket_files import (
     MAX_LOOK_INTERVAL_S,
     STEADY_S,
     DiskCanary,
-    LostFile,
     SocketFile,
 )
 from common.wire.transport import Full, MessageSocket, SocketLimits, Transport
@@ -37,25 +37,13 @@ def folder() -> Iterator[Path]:
         yield Path(made) / "ipc"
 
 
-class WatchedTransport(Transport):
-    """Keeps what it has to say of its files."""
-
-    def __init__(self) -> None:
-        super().__init__(SocketLimits())
-        self.told: list[LostFile] = []
-
-    def tell_lost(self, lost: LostFile) -> None:
-        self.told.append(lost)
-
-
 class Listener:
-    """One process's transport with a bound socket, and what it was told of its files."""
+    """One process's transport with a bound socket."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.path = folder / "control"
-        self.transport = WatchedTransport()
-        self.told = self.transport.told
+        self.transport = Transport(SocketLimits())
         self.socket = self.transport.pull("steps", [f"ipc://{self.path}"])
         self.peers: list[MessageSocket] = []
         self.now_s = 100.0
@@ -106,8 +94,10 @@ def test_a_socket_whose_file_was_removed_can_be_connected_to_again_and_keeps_its
     before = listener.peer()
     listener.hears(before, "one")
     listener.path.unlink()
-    assert listener.look()
-    assert [(lost.socket, lost.path, lost.failure) for lost in listener.told] == [("steps", listener.path, "")]
+    with capture_logs() as logs:
+        assert listener.look()
+    (lost,) = logs
+    assert (lost["event"], lost["socket"], lost["path"]) == ("socket_file_made_again", "steps", str(listener.path))
     after = listener.peer()
     listener.hears(after, "two")
     listener.hears(before, "three")
@@ -133,10 +123,12 @@ def test_a_path_that_another_process_listens_on_is_left_to_it_and_said_once(list
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(listener.path))
         other.listen()
-        assert not listener.look()
-        assert not listener.look(100.0)
-        (lost,) = listener.told
-        assert "another process listens" in lost.failure
+        with capture_logs() as logs:
+            assert not listener.look()
+            assert not listener.look(100.0)
+        (lost,) = logs
+        assert lost["event"] == "socket_file_lost"
+        assert "another process listens" in lost["reason"]
         assert listener.path.is_socket()
     assert listener.look(100.0), "the other one has ended"
 
@@ -152,8 +144,9 @@ def test_a_file_that_cannot_be_made_again_is_said_once_and_tried_again(tmp_path:
 
     file = SocketFile("steps", tmp_path / "s", bind)
     (tmp_path / "s").unlink()
-    told = [file.look(float(now_s)) for now_s in range(0, 40, 10)]
-    assert [news and news.failure for news in told] == ["no space left", None, "", None]
+    with capture_logs() as logs:
+        assert [file.look(float(now_s)) for now_s in range(0, 40, 10)] == [False, False, True, False]
+    assert [told["reason"] for told in logs] == ["no space left", "it was gone"]
 
 
 def test_a_file_that_is_lost_again_and_again_is_looked_at_less_often_until_it_has_stood_for_a_while(
@@ -165,7 +158,7 @@ def test_a_file_that_is_lost_again_and_again_is_looked_at_less_often_until_it_ha
     looks_s, now_s = [], 0.0
     for _ in range(4000):
         path.unlink(missing_ok=True)
-        if file.look(now_s) is not None:
+        if file.look(now_s):
             looks_s.append(now_s)
         now_s += 0.01
     waits_s = [round(after - before, 1) for before, after in itertools.pairwise(looks_s)]
@@ -175,7 +168,7 @@ def test_a_file_that_is_lost_again_and_again_is_looked_at_less_often_until_it_ha
     file.look(now_s + 10, at_once=True)
     file.look(now_s + 11 + STEADY_S, at_once=True)
     path.unlink()
-    assert file.look(now_s + 11 + STEADY_S + LOOK_INTERVAL_S) is not None
+    assert file.look(now_s + 11 + STEADY_S + LOOK_INTERVAL_S)
 
 
 def test_a_transport_that_closes_leaves_no_file_of_its_own_and_takes_none_of_others(folder: Path) -> None:
