@@ -26,7 +26,6 @@ from common.messages import Hello
 from common.misspelt_settings import misspelt_settings
 from common.node.control_link import ControlLink, draw_identity, find_addresses
 from common.node.loader_thread import LoaderThread
-from common.processes.memory import offered_bytes
 from common.standard_streams import open_closed_streams
 from common.topology import CheckpointPart, NodeKind
 from common.wire.tcp_addresses import control_host, speaks_ipv6
@@ -57,10 +56,7 @@ class NodeResources:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        log: structlog.stdlib.BoundLogger,
-        free_bytes: Callable[[ModelConfig], int] = lambda config: offered_bytes(),
+        self, settings: Settings, log: structlog.stdlib.BoundLogger, free_bytes: Callable[[ModelConfig], int]
     ) -> None:
         """`free_bytes`: what the node may offer where no setting says it. Raises MoemeshError for a model that cannot
         be served."""
