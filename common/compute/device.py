@@ -118,10 +118,6 @@ NUM_UPLOADS = 4
 """Buffers that take turns, so that the host fills one while the device reads another."""
 
 
-def _do_nothing(waited_s: float) -> None:
-    """Only the device decides how long it takes."""
-
-
 class Download:
     """Tensors on their way from a device to the host; these are there."""
 
@@ -152,7 +148,7 @@ class Device:
     def __init__(self, num_processes: int = 1) -> None:
         """`num_processes` share the host's memory, where it has not been shared out."""
         self._num_processes = num_processes
-        self.while_waiting: Callable[[float], None] = _do_nothing
+        self.while_waiting: Callable[[float], None] = lambda waited_s: None
         """Called again and again, with the seconds so far, while the host waits for the device; it may raise."""
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ def raise_if_device_failed(error: BaseException) -> None:
         raise error
     if isinstance(error, torch.OutOfMemoryError):
         raise DeviceError(f"the GPU has no memory left for this step: {_sentence(error)}") from error
-    if _is_of_device(error):
+    is_marked = isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+    if isinstance(error, torch.AcceleratorError) or is_marked:
         raise DeviceError(f"the GPU has failed: {_sentence(error)}") from error
 
 
@@ -32,12 +33,6 @@ def refusal_to_load(error: Exception) -> MoemeshError:
         return CapacityError(f"the GPU has no room for it, set CAPACITY_BYTES lower: {_sentence(error)}")
     raise_if_device_failed(error)
     return error if isinstance(error, MoemeshError) else ExecutionError(str(error))
-
-
-def _is_of_device(error: BaseException) -> bool:
-    return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
-    )
 
 
 def _sentence(error: BaseException) -> str:

@@ -214,7 +214,7 @@ class SilenceWatch:
     def silence_s(self, link: str) -> float:
         """Returns for how long it has been behind and has answered nothing; 0 for one that is not known."""
         known = self._links.get(link)
-        return 0.0 if known is None else self._silence_s(known)
+        return 0.0 if known is None else min(self._behind_s(known), self._awake_s - known.worked_s)
 
     def explained_s(self, link: str, patience: Patience) -> float | None:
         """Returns how long it may be; None: it is not judged."""
@@ -231,9 +231,6 @@ class SilenceWatch:
             for link in links
             if (explained_s := self.explained_s(link, patience)) is not None and self.silence_s(link) > explained_s
         ]
-
-    def _silence_s(self, known: _Link) -> float:
-        return min(self._behind_s(known), self._awake_s - known.worked_s)
 
     def _behind_s(self, known: _Link) -> float:
         # The newest is the usual case; the oldest that is remembered stands for those before it.
