@@ -8,6 +8,7 @@ It says nothing sensible, but every part of the mesh works on it as on a real on
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -19,7 +20,10 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common.checkpoint.model_config import ModelConfig, parse_model_config
+from common.checkpoint.tensor_names import EMBEDDING, LM_HEAD, expert_tensors, stage_tensors
 from common.errors import CheckpointError
+from common.topology import LayerRange
 from compose.checkpoint_folder import (
     ModelSizes,
     common_config,
@@ -62,6 +66,7 @@ class Family(StrEnum):
     MIXTRAL = "mixtral"
 
 
+GATE_UP_DOWN_GAINS = (1.0, 1.0, 3.0)
 TINY = ModelSizes(vocabulary=448, layers=4, width=64, kv_heads=2, head_width=16, expert_width=64, context_tokens=4096)
 
 
@@ -94,11 +99,12 @@ def _write_files(directory: Path, family: Family, seed: int) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     texts = tokenizer_config(TINY.context_tokens, TURN_END, END_OF_TEXT, CHAT_TEMPLATE)
     write_json(directory / "tokenizer_config.json", texts)
-    write_json(directory / "config.json", _model_config(family, turn_end))
+    config = _model_config(family, turn_end)
+    write_json(directory / "config.json", config)
     generation = {"eos_token_id": [turn_end, end_of_text], "pad_token_id": end_of_text}
     write_json(directory / "generation_config.json", generation)
     speakable = _speakable_tokens(tokenizer, TINY.vocabulary)
-    weights = _random_weights(family, TINY, np.random.default_rng(seed), speakable)
+    weights = _random_weights(parse_model_config(config), np.random.default_rng(seed), speakable)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -134,54 +140,27 @@ def _speakable_tokens(tokenizer: Tokenizer, vocabulary: int) -> npt.NDArray[np.b
 
 
 def _random_weights(
-    family: Family, sizes: ModelSizes, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
+    config: ModelConfig, random: np.random.Generator, speakable: npt.NDArray[np.bool_]
 ) -> dict[str, Weight]:
     """Returns every tensor under its Hugging Face name, float32, scaled so that the logits have spread."""
-    weights = {
-        "model.embed_tokens.weight": _matrix(random, sizes.vocabulary, sizes.width, gain=sizes.width**0.5),
-        # Small rows give logits near 0, which never win against the spread of the others: answers stay readable.
-        "lm_head.weight": _matrix(random, sizes.vocabulary, sizes.width, gain=3.0)
-        * np.where(speakable, 1, 0.02)[:, None].astype("f4"),
-        "model.norm.weight": _norm(random, sizes.width),
-    }
-    for layer in range(sizes.layers):
-        weights |= _layer_weights(family, sizes, random, f"model.layers.{layer}.")
+    routers = {f"model.layers.{layer}.{config.expert_names.router}": layer for layer in config.moe_layer_indices}
+    gains = {EMBEDDING: config.hidden_size**0.5, LM_HEAD: 3.0} | dict.fromkeys(routers, 1.5)
+    weights: dict[str, Weight] = {}
+    for name, shape in stage_tensors(config, routers, LayerRange(0, config.num_layers)):
+        weights[name] = _draw(random, shape, gains.get(name, 1.0))
+        if name in routers:
+            experts = expert_tensors(config, routers[name], range(config.num_experts))
+            for (expert_name, expert_shape), gain in zip(experts, itertools.cycle(GATE_UP_DOWN_GAINS), strict=False):
+                weights[expert_name] = _draw(random, expert_shape, gain)
+    # Small rows give logits near 0, which never win against the spread of the others: answers stay readable.
+    weights[LM_HEAD] *= np.where(speakable, 1, 0.02)[:, None].astype("f4")
     return weights
 
 
-def _layer_weights(family: Family, sizes: ModelSizes, random: np.random.Generator, prefix: str) -> dict[str, Weight]:
-    query_width, kv_width = sizes.heads * sizes.head_width, sizes.kv_heads * sizes.head_width
-    weights = {
-        prefix + "input_layernorm.weight": _norm(random, sizes.width),
-        prefix + "post_attention_layernorm.weight": _norm(random, sizes.width),
-        prefix + "self_attn.q_proj.weight": _matrix(random, query_width, sizes.width),
-        prefix + "self_attn.k_proj.weight": _matrix(random, kv_width, sizes.width),
-        prefix + "self_attn.v_proj.weight": _matrix(random, kv_width, sizes.width),
-        prefix + "self_attn.o_proj.weight": _matrix(random, sizes.width, query_width),
-    }
-    if family is Family.QWEN3_MOE:
-        weights |= {prefix + f"self_attn.{name}_norm.weight": _norm(random, sizes.head_width) for name in ("q", "k")}
-    moe, (gate, up, down) = {
-        Family.QWEN3_MOE: ("mlp.", ("gate_proj", "up_proj", "down_proj")),
-        Family.MIXTRAL: ("block_sparse_moe.", ("w1", "w3", "w2")),
-    }[family]
-    weights[prefix + moe + "gate.weight"] = _matrix(random, sizes.experts, sizes.width, gain=1.5)
-    for expert in range(sizes.experts):
-        expert_prefix = f"{prefix}{moe}experts.{expert}."
-        weights |= {
-            f"{expert_prefix}{gate}.weight": _matrix(random, sizes.expert_width, sizes.width),
-            f"{expert_prefix}{up}.weight": _matrix(random, sizes.expert_width, sizes.width),
-            f"{expert_prefix}{down}.weight": _matrix(random, sizes.width, sizes.expert_width, gain=3.0),
-        }
-    return weights
-
-
-def _matrix(random: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> Weight:
-    return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
-
-
-def _norm(random: np.random.Generator, width: int) -> Weight:
-    return 1 + 0.1 * random.standard_normal(width, dtype=np.float32)
+def _draw(random: np.random.Generator, shape: tuple[int, ...], gain: float) -> Weight:
+    values = random.standard_normal(shape, dtype=np.float32)
+    is_norm = len(shape) == 1
+    return 1 + 0.1 * values if is_norm else values * np.float32(gain / shape[-1] ** 0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -90,7 +90,7 @@ def expected_tensors(
             yield from expert_tensors(config, layer, experts)
 
 
-def stage_tensors(config: ModelConfig, index: Mapping[str, StoredTensor], layers: LayerRange) -> NamedShapes:
+def stage_tensors(config: ModelConfig, index: Container[str], layers: LayerRange) -> NamedShapes:
     """Returns what the stages that hold these layers need: all but experts. With the first layer goes the embedding,
     with the last one what makes logits of hidden states."""
     hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
