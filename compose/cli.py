@@ -176,26 +176,18 @@ def _router_url(given: str) -> str:
 
 def _question(given: str) -> str:
     """Raises MoemeshError where there is none, here or on standard input."""
-    is_here = given != "-"
-    # A word that the locale cannot decode is given as its bytes, and where the locale says nothing they are UTF-8 too.
-    written = os.fsencode(given) if is_here else typer.get_binary_stream("stdin").read()
-    place = "the question" if is_here else "the question on standard input"
+    if given == "-":
+        place, written = "the question on standard input", typer.get_binary_stream("stdin").read().removesuffix(b"\n")
+    else:
+        # Bytes that the locale cannot decode are given as surrogates; where it says nothing they are UTF-8 too.
+        place, written = "the question", given.encode(errors="surrogateescape")
     try:
-        question = given if is_here and _is_text(given) else written.decode().removesuffix("\n")
+        question = written.decode()
     except UnicodeDecodeError as error:
         raise MoemeshError(f"{place} is not UTF-8: {error}") from None
     if not question.strip():
         raise MoemeshError(f"{place} is empty")
     return question
-
-
-def _is_text(text: str) -> bool:
-    """Is False for a word of the command line whose bytes the locale could not decode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _not_answered(url: str, error: Exception) -> typer.Exit:
