@@ -66,6 +66,7 @@ PATIENT = Patience(shortest_s=0.7, longest_s=3.0, factor=3.0, min_echoes=20, bey
 """TCP sends a lost packet again after 0.2, 0.6 and 1.4 s."""
 
 
+# When pings go, and what is remembered of them.
 PING_INTERVAL_S = 0.05
 MEMORY_S = 300.0
 LONGEST_TURN_S = 0.1
