@@ -73,14 +73,14 @@ def memory_groups(proc: Path = Path("/proc"), root: Path = Path("/")) -> list[Me
         limit_bytes = min((_number(folder / name) for name in files.limits), default=UNLIMITED_BYTES)
         used_bytes = _number(folder / files.used)
         if limit_bytes < UNLIMITED_BYTES and used_bytes < UNLIMITED_BYTES:
-            cached_bytes = _entry(folder / "memory.stat", files.cached)
+            cached_bytes = read_entry(folder / "memory.stat", files.cached)
             groups.append(MemoryGroup(folder, limit_bytes, limit_bytes - used_bytes + cached_bytes))
     return groups
 
 
 def count_memory_kills(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
     """Returns how many processes of this process's own groups the kernel has ended for want of memory, so far."""
-    return sum(_entry(folder / files.kills, "oom_kill") for folder, files in _folders(proc, root))
+    return sum(read_entry(folder / files.kills, "oom_kill") for folder, files in _folders(proc, root))
 
 
 def _folders(proc: Path, root: Path) -> Sequence[tuple[Path, MemoryFiles]]:
@@ -139,8 +139,8 @@ def _number(path: Path) -> int:
     return int(text) if text.isdecimal() else UNLIMITED_BYTES
 
 
-def _entry(path: Path, name: str) -> int:
-    """Returns 0 where there is none."""
+def read_entry(path: Path, name: str) -> int:
+    """Returns the number behind a name at the beginning of a line; 0 where there is none."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

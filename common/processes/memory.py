@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.processes.cgroup import memory_groups
+from common.processes.cgroup import memory_groups, read_entry
 
 OFFERED_SHARE = 0.8
 """The rest is for what is not counted: activations, buffers, the libraries' own."""
@@ -16,12 +16,7 @@ def offered_bytes(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
 
     `root`: where paths of mounts begin.
     """
-    available = _FALLBACK_BYTES
-    meminfo = proc / "meminfo"
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
+    available = read_entry(proc / "meminfo", "MemAvailable:") * 1024 or _FALLBACK_BYTES
     # Cached files count as used there, checkpoints above all; the kernel gives their memory up when asked.
     available = min([available, *(group.free_bytes for group in memory_groups(proc, root))])
     return int(max(0, available) * OFFERED_SHARE)
