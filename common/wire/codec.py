@@ -66,7 +66,6 @@ _KINDS: Final[dict[int, type[Message]]] = {
     20: messages.Step,
     21: messages.StepResult,
     22: messages.MirrorRows,
-    23: messages.MirrorBlocks,
     24: messages.MirrorAck,
     30: messages.Dispatch,
     31: messages.ExpertRows,

@@ -19,7 +19,6 @@ from common.messages import (
     Hello,
     Message,
     MirrorAck,
-    MirrorBlocks,
     MirrorRows,
     MirrorTo,
     PublishPlacement,
@@ -214,7 +213,7 @@ class StageService(NodeLoop[MessageSocket]):
     def _receive_steps(self, now_s: float) -> None:
         while (received := self._node.data.receive()) is not None:
             message, header = received
-            if isinstance(message, MirrorRows | MirrorBlocks):
+            if isinstance(message, MirrorRows):
                 self._copy(message, header)
                 continue
             if isinstance(message, MirrorAck):
@@ -231,7 +230,7 @@ class StageService(NodeLoop[MessageSocket]):
             except Exception as error:
                 self._break_step(error, header)
 
-    def _copy(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+    def _copy(self, message: MirrorRows, header: Header) -> None:
         mirror = self._worker.mirror
         if mirror is None or not mirror.follows(message, header):
             self._counters.dropped += 1

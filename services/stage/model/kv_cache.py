@@ -4,8 +4,8 @@ The activation log is the hidden states that the stage sent on. It is paged like
 the KV blocks and no bookkeeping of its own: a stage that replaces a later one is fed from it. K and V are on the device
 that computes; the log is on the host, as all that comes in and goes out is.
 
-T positions, B blocks, L layers of the stage, H KV heads, W head width, D model width. A *position* here is a place in
-paged memory: block * KV_BLOCK_TOKENS + offset.
+T positions, L layers of the stage, H KV heads, W head width, D model width. A *position* here is a place in paged
+memory: block * KV_BLOCK_TOKENS + offset.
 
 What goes in and out, to a mirror or where the ranks of a stage change, is of all heads and on the host, wherever K and
 V are. A layer's tensors are a `LayerKvCache` (`paged_attention.py`); `LocalKv` has them in this process; `GroupKv` in
@@ -47,9 +47,18 @@ class KvShape:
         """Returns the bytes of K and V together."""
         return 2 * self.row_values * self.num_blocks * KV_BLOCK_TOKENS * self.dtype.itemsize
 
+    def of_rows(self, count: int) -> tuple[int, int, int, int]:
+        """Returns [L, T, H, W] of this many positions."""
+        return self.num_layers, count, self.num_kv_heads, self.head_dim
+
+
+def positions_of_blocks(block_ids: Tensor) -> Tensor:
+    """Returns all positions of blocks int64 [B], int64 [B * KV_BLOCK_TOKENS]."""
+    return (block_ids[:, None] * KV_BLOCK_TOKENS + torch.arange(KV_BLOCK_TOKENS)).flatten()
+
 
 class KvStore(Protocol):
-    """Positions and blocks are trusted: check them where they come in."""
+    """Positions are trusted: check them where they come in."""
 
     shape: KvShape
 
@@ -62,12 +71,6 @@ class KvStore(Protocol):
 
     def put_rows(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Writes what `rows` gave elsewhere."""
-
-    def blocks(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns copies of whole blocks int64 [B] as they lie in memory, [L, B, H * W * KV_BLOCK_TOKENS] each."""
-
-    def put_blocks(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Writes what `blocks` gave elsewhere."""
 
 
 class LocalKv:
@@ -108,20 +111,6 @@ class LocalKv:
         for layer, cache in enumerate(self._whole):
             write_kv(keys[layer], values[layer], cache, slots, kernels=self._kernels)
 
-    def blocks(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        (chosen,) = self._device.to_device(block_ids)
-        keys, values = self._device.to_host(
-            torch.stack([cache.keys.flatten(1).index_select(0, chosen) for cache in self._whole]),
-            torch.stack([cache.values.flatten(1).index_select(0, chosen) for cache in self._whole]),
-        )
-        return keys, values
-
-    def put_blocks(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        keys, values, chosen = self._device.to_device(keys, values, block_ids)
-        for layer, cache in enumerate(self._whole):
-            cache.keys.flatten(1).index_copy_(0, chosen, keys[layer])
-            cache.values.flatten(1).index_copy_(0, chosen, values[layer])
-
 
 PROBE_BLOCKS = 1
 """Blocks after the router's: self-tests write there."""
@@ -139,20 +128,8 @@ class Rows:
     """[T, D]; [0, D] without a log."""
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Whole blocks, as they lie in memory."""
-
-    keys: Tensor
-    """[L, B, H * W * KV_BLOCK_TOKENS]."""
-    values: Tensor
-    """[L, B, H * W * KV_BLOCK_TOKENS]."""
-    hidden: Tensor
-    """[B, KV_BLOCK_TOKENS * D]; [0, KV_BLOCK_TOKENS * D] without a log."""
-
-
 class PagedMemory:
-    """Caches and log of one layer range. Positions and blocks are trusted: check them where they come in."""
+    """Caches and log of one layer range. Positions are trusted: check them where they come in."""
 
     def __init__(self, kv: KvStore, log: Tensor) -> None:
         """`log`: [blocks * KV_BLOCK_TOKENS, D], or [0, D] for none."""
@@ -198,21 +175,6 @@ class PagedMemory:
         self.kv.put_rows(positions, rows.keys, rows.values)
         if self.has_log and rows.hidden.shape[0]:
             self.log_hidden(positions, rows.hidden)
-
-    def blocks(self, block_ids: Tensor) -> Blocks:
-        """Returns a copy of whole blocks."""
-        keys, values = self.kv.blocks(block_ids)
-        log = self._log_by_block().index_select(0, block_ids) if self.has_log else self._log_by_block()
-        return Blocks(keys, values, log)
-
-    def put_blocks(self, block_ids: Tensor, blocks: Blocks) -> None:
-        """Writes what `blocks` gave elsewhere."""
-        self.kv.put_blocks(block_ids, blocks.keys, blocks.values)
-        if self.has_log and blocks.hidden.shape[0]:
-            self._log_by_block().index_copy_(0, block_ids, blocks.hidden)
-
-    def _log_by_block(self) -> Tensor:
-        return self.log.view(-1, KV_BLOCK_TOKENS * self.log.shape[1])
 
 
 def allocate_paged_memory(

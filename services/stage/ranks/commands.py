@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import IntEnum
 from typing import Any, get_type_hints
 
 import torch
@@ -20,15 +19,6 @@ from services.stage.model.tp_shard import TpShard
 
 TENSOR_ALIGNMENT = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32)
-
-
-class KvMove(IntEnum):
-    """What goes through the window of K and V, and in which direction."""
-
-    ROWS_OUT = 0
-    ROWS_IN = 1
-    BLOCKS_OUT = 2
-    BLOCKS_IN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +106,9 @@ class AllocateKv:
 
 @dataclass(frozen=True, slots=True)
 class MoveKv:
-    """So many positions or blocks go between a rank's own K and V and the window."""
+    """What so many positions hold goes out of a rank's own K and V into the window, or the other way."""
 
-    way: KvMove
+    goes_out: bool
     count: int
 
 

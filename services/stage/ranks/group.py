@@ -24,7 +24,7 @@ from common.errors import ConfigurationError, RankLostError
 from common.node.process import NodeResources
 from common.processes.fork_server import ForkedProcess, ForkServer
 from common.topology import StageRole
-from services.stage.model.kv_cache import KvShape, KvStore
+from services.stage.model.kv_cache import KvShape, KvStore, positions_of_blocks
 from services.stage.model.sharded_linear import Sharding
 from services.stage.model.tp_shard import Reduce, best_degree, check_degree
 from services.stage.ranks.collectives import CollectivesKind, TpExchange
@@ -322,8 +322,16 @@ class RankGroup:
         return self._memory.allocate(shape)
 
     def change_over(self, load: RankLoad, part_bytes: int, block_ids: Tensor) -> None:
-        """Does `use` for a stage that has K and V: what is in these blocks stays. Raises what `allocate_kv` raises."""
-        self._memory.change_over(block_ids, lambda: self.use(load, part_bytes))
+        """Does `use` for a stage that has K and V: what is in these blocks stays. K and V of devices are on the host
+        meanwhile. Raises what `allocate_kv` raises."""
+        if self.device.is_host:
+            self.use(load, part_bytes)
+            return
+        positions = positions_of_blocks(block_ids)
+        keys, values = self._memory.rows(positions)
+        self.use(load, part_bytes)
+        self._memory.allocate_on_devices()
+        self._memory.put_rows(positions, keys, values)
 
     def forget_memory(self) -> None:
         """Lets K and V go, on all ranks: the slot that had them is over. Raises RankLostError."""

@@ -6,13 +6,12 @@ the activation log and replays do not know of ranks, and K and V outlive every r
 A device's memory is its rank's alone. So that a mirror, or a group of another degree, gets K and V, every rank copies
 its heads into a window of host memory, or out of it.
 
-T positions, B blocks, L layers, H KV heads of the model, W head width.
+T positions, L layers, H KV heads of the model, W head width.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
@@ -25,14 +24,12 @@ from common.compute.native_library import NativeKernels
 from services.stage.model.kv_cache import KvShape, KvStore, LocalKv
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
 from services.stage.model.tp_shard import TpShard
-from services.stage.ranks.commands import AllocateKv, ForgetMemory, KvMove, MoveKv, OpenMemory
+from services.stage.ranks.commands import AllocateKv, ForgetMemory, MoveKv, OpenMemory
 from services.stage.ranks.leader import RankLeader
 from services.stage.ranks.shared_channel import SharedChannel, SharedMemory, aligned_bytes
 
-WINDOW_BLOCKS = 8
+WINDOW_ROWS = 8 * KV_BLOCK_TOKENS
 """A piece of a back-fill at a time (services/stage/slot/mirror_sender.py); unwritten pages take no memory."""
-WINDOW_ROWS = WINDOW_BLOCKS * KV_BLOCK_TOKENS
-_OF_ROWS = (KvMove.ROWS_OUT, KvMove.ROWS_IN)
 
 
 def shared_caches(memory: SharedMemory, shape: KvShape) -> list[LayerKvCache]:
@@ -61,8 +58,8 @@ class KvWindow:
 
     def __init__(self, memory: SharedMemory, shape: KvShape) -> None:
         self.shape = shape
-        self.places = memory.next_tensor((WINDOW_ROWS,), torch.int64)
-        """Positions or blocks that what follows belongs to."""
+        self.positions = memory.next_tensor((WINDOW_ROWS,), torch.int64)
+        """The positions that what follows belongs to."""
         self._keys, self._values = (
             memory.next_tensor((WINDOW_ROWS * shape.row_values,), shape.dtype) for _ in range(2)
         )
@@ -73,16 +70,9 @@ class KvWindow:
         values = WINDOW_ROWS * shape.row_values
         return aligned_bytes((WINDOW_ROWS,), torch.int64) + 2 * aligned_bytes((values,), shape.dtype)
 
-    def shape_of(self, way: KvMove, count: int) -> tuple[int, int, int, int]:
-        """Returns [L, T, H, W] of this many positions, [L, B, H, W * KV_BLOCK_TOKENS] of this many blocks."""
-        shape = self.shape
-        width = shape.head_dim if way in _OF_ROWS else shape.head_dim * KV_BLOCK_TOKENS
-        return shape.num_layers, count, shape.num_kv_heads, width
-
-    def views(self, way: KvMove, count: int) -> tuple[Tensor, Tensor]:
-        """Returns K and V of this many positions or blocks, as `shape_of` says. Raises RuntimeError for more than it
-        holds."""
-        shape = self.shape_of(way, count)
+    def views(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns K and V of this many positions, [L, T, H, W] each. Raises RuntimeError for more than it holds."""
+        shape = self.shape.of_rows(count)
         return self._keys[: prod(shape)].view(shape), self._values[: prod(shape)].view(shape)
 
 
@@ -142,17 +132,14 @@ class RankKv:
         window, own = self.window, self.store
         assert window is not None, "it is mapped before"
         assert own is not None, "it is allocated, and not forgotten"
-        places = window.places[: command.count]
-        keys, values = (view[:, :, self._heads] for view in window.views(command.way, command.count))
-        if command.way is KvMove.ROWS_IN:
-            own.put_rows(places, keys, values)
-        elif command.way is KvMove.BLOCKS_IN:
-            own.put_blocks(places, keys.flatten(2), values.flatten(2))
+        positions = window.positions[: command.count]
+        keys, values = (view[:, :, self._heads] for view in window.views(command.count))
+        if command.goes_out:
+            own_keys, own_values = own.rows(positions)
+            keys.copy_(own_keys)
+            values.copy_(own_values)
         else:
-            is_of_rows = command.way is KvMove.ROWS_OUT
-            own_keys, own_values = own.rows(places) if is_of_rows else own.blocks(places)
-            keys.copy_(own_keys.view(keys.shape))
-            values.copy_(own_values.view(values.shape))
+            own.put_rows(positions, keys, values)
 
     def forget(self) -> None:
         """Gives all of it up."""
@@ -191,7 +178,7 @@ class GroupKv:
         if store is not None:
             return store
         self.shape = shape
-        self._allocate_on_devices()
+        self.allocate_on_devices()
         return self
 
     def introduce(self) -> None:
@@ -202,20 +189,6 @@ class GroupKv:
     def use(self, shard: TpShard) -> None:
         """Gives rank 0 these heads from now on."""
         self._own.use(shard)
-
-    def change_over(self, block_ids: Tensor, change: Callable[[], None]) -> None:
-        """Lets `change` give the ranks other heads; what is in these blocks is there afterwards as before. On the host
-        it stays where it is; of devices all of it is on the host meanwhile.
-
-        Raises RankLostError, and what `allocate` raises.
-        """
-        if self._device.is_host:
-            change()
-            return
-        keys, values = self.blocks(block_ids)
-        change()
-        self._allocate_on_devices()
-        self.put_blocks(block_ids, keys, values)
 
     def forget(self) -> None:
         """Lets K and V go, on all ranks. Raises RankLostError."""
@@ -229,8 +202,9 @@ class GroupKv:
         finally:
             memory.close()
 
-    def _allocate_on_devices(self) -> None:
-        """Lets each rank allocate its own. None has any where one has no room."""
+    def allocate_on_devices(self) -> None:
+        """Lets each rank allocate its own, for the heads that it has now. None has any where one has no room. Raises
+        as `allocate`."""
         self._num_allocations += 1
         refused: list[Exception] = []
 
@@ -256,40 +230,24 @@ class GroupKv:
         return self._own.caches
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._out(KvMove.ROWS_OUT, positions, WINDOW_ROWS)
-
-    def put_rows(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        self._in(KvMove.ROWS_IN, positions, keys, values, WINDOW_ROWS)
-
-    def blocks(self, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._out(KvMove.BLOCKS_OUT, block_ids, WINDOW_BLOCKS)
-        return keys.flatten(2), values.flatten(2)
-
-    def put_blocks(self, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        self._in(KvMove.BLOCKS_IN, block_ids, keys, values, WINDOW_BLOCKS)
-
-    def _out(self, way: KvMove, places: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-        window = self._window()
-        shape = window.shape_of(way, len(places))
-        keys, values = (torch.empty(shape, dtype=self.shape.dtype) for _ in range(2))
-        for start in range(0, len(places), at_once):
-            piece = slice(start, min(start + at_once, len(places)))
-            self._move(way, places[piece])
-            keys[:, piece], values[:, piece] = window.views(way, piece.stop - start)
+        keys, values = (torch.empty(self.shape.of_rows(len(positions)), dtype=self.shape.dtype) for _ in range(2))
+        for start in range(0, len(positions), WINDOW_ROWS):
+            piece = slice(start, min(start + WINDOW_ROWS, len(positions)))
+            self._move(positions[piece], goes_out=True)
+            keys[:, piece], values[:, piece] = self._window().views(piece.stop - start)
         return keys, values
 
-    def _in(self, way: KvMove, places: Tensor, keys: Tensor, values: Tensor, at_once: int) -> None:
-        window = self._window()
-        for start in range(0, len(places), at_once):
-            piece = slice(start, min(start + at_once, len(places)))
-            own_keys, own_values = window.views(way, piece.stop - start)
-            own_keys.copy_(keys[:, piece].reshape(own_keys.shape))
-            own_values.copy_(values[:, piece].reshape(own_values.shape))
-            self._move(way, places[piece])
+    def put_rows(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        for start in range(0, len(positions), WINDOW_ROWS):
+            piece = slice(start, min(start + WINDOW_ROWS, len(positions)))
+            own_keys, own_values = self._window().views(piece.stop - start)
+            own_keys.copy_(keys[:, piece])
+            own_values.copy_(values[:, piece])
+            self._move(positions[piece], goes_out=False)
 
-    def _move(self, way: KvMove, places: Tensor) -> None:
-        command = MoveKv(way, len(places))
-        self._window().places[: command.count] = places
+    def _move(self, positions: Tensor, *, goes_out: bool) -> None:
+        command = MoveKv(goes_out, len(positions))
+        self._window().positions[: command.count] = positions
         self._leader.together(command, lambda: self._own.move(command))
 
     def _window(self) -> KvWindow:

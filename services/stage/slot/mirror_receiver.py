@@ -8,10 +8,10 @@ import structlog
 import torch
 
 from common.errors import ProtocolError
-from common.messages import AssignMirror, Header, MirrorAck, MirrorBlocks, MirrorReady, MirrorRows
+from common.messages import AssignMirror, Header, MirrorAck, MirrorReady, MirrorRows
 from common.wire.tensor import frame_to_tensor
 from common.wire.transport import Full, LinkEvent, MessageSocket
-from services.stage.model.kv_cache import Blocks, PagedMemory, Rows
+from services.stage.model.kv_cache import PagedMemory, Rows
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 
 
@@ -43,13 +43,13 @@ class Mirror:
         """Returns whether the stream that is taken now is broken: it must begin anew."""
         return self.broken_stream == self.attempt > 0
 
-    def follows(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+    def follows(self, message: MirrorRows, header: Header) -> bool:
         """Returns whether it comes from the slot's holder, and not from one that was replaced and woke up, in a stream
         that was not given up."""
         is_of_holder = (header.router_term, message.lease_term) == (self.router_term, self.role.lease_term)
         return is_of_holder and header.attempt >= self.attempt
 
-    def apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+    def apply(self, message: MirrorRows, header: Header) -> bool:
         """Applies one message of the stream that is followed. True if the router must hear what has become of the copy.
 
         A stream that has a gap or does not fit begins anew: the copy is worth nothing until then.
@@ -66,7 +66,7 @@ class Mirror:
             self.log.info("mirror_complete", pipeline=self.role.pipeline, slot=self.role.slot, mark=self.mark)
         return has_become_complete
 
-    def _apply(self, message: MirrorRows | MirrorBlocks, header: Header) -> bool:
+    def _apply(self, message: MirrorRows, header: Header) -> bool:
         if header.attempt > self.attempt:
             self.attempt, self.last_sequence_number, self.acknowledged, self.mark = header.attempt, 0, 0, 0
             self.is_complete = False
@@ -77,11 +77,8 @@ class Mirror:
                 f"{self.last_sequence_number} was due"
             )
         was_complete = self.is_complete
-        if isinstance(message, MirrorRows):
-            self._put_rows(message)
-        else:
-            self._put_blocks(message)
-            self.is_complete = self.is_complete or message.is_last
+        self._put_rows(message)
+        self.is_complete = was_complete or message.is_last
         self.mark = max(self.mark, message.mark)
         self._acknowledge()
         return self.is_complete and not was_complete
@@ -120,7 +117,7 @@ class Mirror:
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < limit:
             raise ProtocolError(f"MirrorRows.positions names a place outside [0, {limit})")
         kv = self.memory.kv.shape
-        shape = (kv.num_layers, len(positions), kv.num_kv_heads, kv.head_dim)
+        shape = kv.of_rows(len(positions))
         log_rows = len(positions) if self.memory.has_log else 0
         rows = Rows(
             frame_to_tensor(message.keys, kv.dtype, shape, "MirrorRows.keys"),
@@ -130,20 +127,3 @@ class Mirror:
         if len(positions):
             self.memory.put_rows(positions, rows)
             self.written_blocks.update((positions // KV_BLOCK_TOKENS).tolist())
-
-    def _put_blocks(self, message: MirrorBlocks) -> None:
-        block_ids = frame_to_tensor(message.blocks, torch.int32, (None,), "MirrorBlocks.blocks").to(torch.int64)
-        limit = self.memory.num_blocks
-        if block_ids.numel() and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < limit:
-            raise ProtocolError(f"MirrorBlocks.blocks names a block outside [0, {limit})")
-        kv = self.memory.kv.shape
-        shape = (kv.num_layers, len(block_ids), kv.num_kv_heads * kv.head_dim * KV_BLOCK_TOKENS)
-        log_shape = (len(block_ids) if self.memory.has_log else 0, KV_BLOCK_TOKENS * self.memory.log.shape[1])
-        blocks = Blocks(
-            frame_to_tensor(message.keys, kv.dtype, shape, "MirrorBlocks.keys"),
-            frame_to_tensor(message.values, kv.dtype, shape, "MirrorBlocks.values"),
-            frame_to_tensor(message.hidden, kv.dtype, log_shape, "MirrorBlocks.hidden"),
-        )
-        if len(block_ids):
-            self.memory.put_blocks(block_ids, blocks)
-            self.written_blocks.update(block_ids.tolist())

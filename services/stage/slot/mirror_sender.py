@@ -18,11 +18,11 @@ from torch import Tensor
 
 from common.compute.device_errors import raise_if_device_failed
 from common.errors import LIFE_ENDING_ERRORS, ConfigurationError, SocketError
-from common.messages import Header, Message, MirrorAck, MirrorBlocks, MirrorRows, MirrorTo
+from common.messages import Header, MirrorAck, MirrorRows, MirrorTo
 from common.wire.endpoints import choose_endpoint
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
-from services.stage.model.kv_cache import PagedMemory
+from services.stage.model.kv_cache import PagedMemory, positions_of_blocks
 from services.stage.slot.slot import HeldMemory
 
 RESTART_DELAY_S = 1.0
@@ -195,35 +195,14 @@ class MirrorSender:
 
     def send_rows(self, memory: PagedMemory, positions: Tensor, mark: int) -> None:
         """Sends what a step has written at `positions` [T]."""
-        if self.is_broken or not self.connected:
-            return
-        rows = memory.rows(positions)
-        message = MirrorRows(
-            self.lease_term,
-            mark,
-            tensor_to_frame(positions),
-            tensor_to_frame(rows.keys),
-            tensor_to_frame(rows.values),
-            tensor_to_frame(rows.hidden if rows.hidden.shape[0] == len(positions) else rows.hidden[:0]),
-        )
-        self._send(message, rows.keys.nbytes + rows.values.nbytes + rows.hidden.nbytes)
+        if not self.is_broken and self.connected:
+            self._send(memory, positions, mark, is_last=False)
 
     def send_blocks(self, memory: PagedMemory, mark: int) -> None:
         """Sends the next few blocks of the back-fill; the last message says so, also where there is no block at all."""
         ids = [self._to_fill.popleft() for _ in range(min(BACKFILL_BLOCKS, len(self._to_fill)))]
-        block_ids = torch.tensor(ids, dtype=torch.int64)
-        blocks = memory.blocks(block_ids)
         self._is_filled = not self._to_fill
-        message = MirrorBlocks(
-            self.lease_term,
-            mark,
-            self._is_filled,
-            tensor_to_frame(block_ids.to(torch.int32)),
-            tensor_to_frame(blocks.keys),
-            tensor_to_frame(blocks.values),
-            tensor_to_frame(blocks.hidden),
-        )
-        self._send(message, blocks.keys.nbytes + blocks.values.nbytes + blocks.hidden.nbytes)
+        self._send(memory, positions_of_blocks(torch.tensor(ids, dtype=torch.int64)), mark, is_last=self._is_filled)
 
     def acknowledged(self, applied: int) -> None:
         """Notes that the mirror has applied everything up to this sequence number."""
@@ -242,12 +221,23 @@ class MirrorSender:
         """Closes the socket."""
         self.socket.close()
 
-    def _send(self, message: Message, num_bytes: int) -> None:
+    def _send(self, memory: PagedMemory, positions: Tensor, mark: int, *, is_last: bool) -> None:
+        rows = memory.rows(positions)
+        message = MirrorRows(
+            self.lease_term,
+            mark,
+            is_last,
+            tensor_to_frame(positions),
+            tensor_to_frame(rows.keys),
+            tensor_to_frame(rows.values),
+            tensor_to_frame(rows.hidden),
+        )
         try:
             self.socket.send(message, Header(router_term=self.router_term, attempt=self.attempt))
         except Full:
             self.is_broken = True
             return
+        num_bytes = rows.keys.nbytes + rows.values.nbytes + rows.hidden.nbytes
         self._num_sent += 1
         self._unacknowledged.append((self._num_sent, num_bytes))
         self._bytes_outstanding += num_bytes

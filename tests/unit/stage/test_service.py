@@ -18,7 +18,7 @@ from common.messages import (
     AssignStage,
     Header,
     Message,
-    MirrorBlocks,
+    MirrorRows,
     MirrorTo,
     StageReady,
     Step,
@@ -101,7 +101,7 @@ class Stage(StageService):
         socket.events.append(LinkEvent.CONNECTED)
         self._feed_mirror(100.0)
         ((message, _),) = socket.take_sent()
-        assert isinstance(message, MirrorBlocks)
+        assert isinstance(message, MirrorRows)
         assert not message.is_last
         return socket
 

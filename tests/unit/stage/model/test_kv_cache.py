@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from common.compute.native_library import NativeKernels, load_native_kernels
-from services.stage.model.kv_cache import PROBE_BLOCKS, LocalKv, PagedMemory, allocate_paged_memory
+from services.stage.model.kv_cache import (
+    PROBE_BLOCKS,
+    LocalKv,
+    PagedMemory,
+    allocate_paged_memory,
+    positions_of_blocks,
+)
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, write_kv
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.simulated_gpu import hidden_waits, simulated_gpu
@@ -53,12 +59,13 @@ def test_rows_come_out_as_they_went_in(dtype: torch.dtype, with_log: bool, nativ
 
 
 @pytest.mark.parametrize("with_log", [True, False])
-def test_blocks_come_out_as_they_went_in(with_log: bool) -> None:
+def test_whole_blocks_come_out_as_they_went_in(with_log: bool) -> None:
     positions = torch.tensor([3, 35, 64])
     source = filled(torch.bfloat16, positions, with_log=with_log)
     copy = memory(torch.bfloat16, with_log=with_log)
-    used = torch.tensor([2, 0, 1])
-    copy.put_blocks(used, source.blocks(used))
+    used = positions_of_blocks(torch.tensor([2, 0, 1]))
+    assert used.tolist() == [*range(64, 96), *range(64)]
+    copy.put_rows(used, source.rows(used))
     assert_equal(source, copy)
 
 
@@ -78,8 +85,8 @@ def test_a_block_that_the_router_does_not_know_is_there_for_self_tests() -> None
 
 
 def test_what_a_memory_on_a_gpu_gives_one_on_the_host_takes_and_the_other_way_round() -> None:
-    """As a mirror gets it: rows and blocks travel as host tensors."""
-    positions, used = torch.tensor([3, 35, 64]), torch.tensor([2, 0, 1])
+    """As a mirror gets it: rows travel as host tensors."""
+    positions, used = torch.tensor([3, 35, 64]), positions_of_blocks(torch.tensor([2, 0, 1]))
     source = filled(torch.bfloat16, positions)
     with simulated_gpu() as device:
         there = allocate_paged_memory(
@@ -96,8 +103,8 @@ def test_what_a_memory_on_a_gpu_gives_one_on_the_host_takes_and_the_other_way_ro
         there.put_rows(positions, source.rows(positions))
         by_rows, by_blocks = memory(torch.bfloat16), memory(torch.bfloat16)
         by_rows.put_rows(positions, there.rows(positions))
-        there.put_blocks(used, source.blocks(used))
-        by_blocks.put_blocks(used, there.blocks(used))
+        there.put_rows(used, source.rows(used))
+        by_blocks.put_rows(used, there.rows(used))
         assert there.num_bytes == source.num_bytes
         assert hidden_waits() == []
     assert_equal(source, by_rows)

@@ -22,10 +22,10 @@ from common.compute.device import Device, StagedDevice
 from common.errors import CapacityError, DeviceError, RankLostError
 from common.node.loader_thread import LoaderThread
 from services.stage.model.decoder import ExpertCall
-from services.stage.model.kv_cache import KvStore, LocalKv
-from services.stage.model.paged_attention import LayerKvCache
+from services.stage.model.kv_cache import KvStore, LocalKv, positions_of_blocks
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
 from services.stage.ranks import worker
-from services.stage.ranks.kv_memory import WINDOW_BLOCKS, WINDOW_ROWS, RankKv
+from services.stage.ranks.kv_memory import WINDOW_ROWS, RankKv
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread  # noqa: F401
 from tests.support.nodes.rank_threads import ThreadRanks, batch_of, finish, rank_threads
@@ -40,6 +40,7 @@ from tests.support.processes.waiting import wait_until
 from tests.unit.stage.ranks.test_every_rank import RECIPES, two_steps, whole_role
 
 ALL_BLOCKS = torch.arange(3)
+ALL_ROWS = positions_of_blocks(ALL_BLOCKS)
 Result = list[torch.Tensor]
 
 
@@ -68,7 +69,7 @@ def computed(ranks: ThreadRanks, dtype: torch.dtype) -> Result:
     model = ranks.model(whole_role(ranks.config.num_layers), dtype)
     store = ranks.allocate(dtype)
     logits = two_steps(lambda batch: ranks.run(model, batch, store.caches), ranks.config.vocab_size)
-    return [*logits, *store.blocks(ALL_BLOCKS)]
+    return [*logits, *store.rows(ALL_ROWS)]
 
 
 def same(one: Result, other: Result) -> bool:
@@ -131,24 +132,22 @@ def test_a_batch_that_waits_for_its_device_does_not_mend_what_another_one_has_br
 
 
 @pytest.mark.parametrize("degree", [1, 4])
-def test_rows_and_blocks_of_all_heads_come_out_as_they_went_in(degree: int, tmp_path: Path) -> None:
+def test_rows_of_all_heads_come_out_as_they_went_in(degree: int, tmp_path: Path) -> None:
     """Also more of them than the window holds."""
-    num_blocks = 2 * WINDOW_BLOCKS + 3
+    num_blocks = 2 * WINDOW_ROWS // KV_BLOCK_TOKENS + 3
     with device_ranks(write_checkpoint(tmp_path, QWEN3), degree) as ranks:
         ranks.model(whole_role(ranks.config.num_layers), torch.float32)
         store = ranks.allocate(torch.float32, num_blocks)
         plain = LocalKv.allocate(store.shape)
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randperm(num_blocks, generator=generator)
-        shapes = [part.shape for part in plain.blocks(ids)]
-        blocks = [torch.randn(shape, generator=generator) for shape in shapes]
-        positions = torch.randperm(num_blocks * 32, generator=generator)[: 2 * WINDOW_ROWS + 5]
-        rows = [torch.randn(part.shape, generator=generator) for part in plain.rows(positions)]
-        for each in (plain, store):
-            each.put_blocks(ids, *blocks)
-            each.put_rows(positions, *rows)
-        assert same([*store.blocks(ids)], [*plain.blocks(ids)])
-        assert same([*store.rows(positions)], rows)
+        whole = positions_of_blocks(torch.randperm(num_blocks, generator=generator))
+        some = torch.randperm(num_blocks * KV_BLOCK_TOKENS, generator=generator)[: 2 * WINDOW_ROWS + 5]
+        for positions in (whole, some):
+            rows = [torch.randn(part.shape, generator=generator) for part in plain.rows(positions)]
+            for each in (plain, store):
+                each.put_rows(positions, *rows)
+            assert same([*store.rows(positions)], rows)
+        assert same([*store.rows(whole)], [*plain.rows(whole)])
         assert [part.shape for part in store.rows(positions[:0])] == [part.shape for part in plain.rows(positions[:0])]
 
 
@@ -168,16 +167,16 @@ def test_k_and_v_change_hands_when_the_group_grows(tmp_path: Path) -> None:
         ranks.group.reform()
         ranks.model(whole_role(ranks.config.num_layers), torch.float32)
         store = ranks.allocate(torch.float32)
-        held = [torch.randn(part.shape) for part in store.blocks(ALL_BLOCKS)]
-        store.put_blocks(ALL_BLOCKS, *held)
+        held = [torch.randn(part.shape) for part in store.rows(ALL_ROWS)]
+        store.put_rows(ALL_ROWS, *held)
         for seats, degree in (((1,), 2), ((2, 3), 4)):
             for seat in seats:
                 ranks.start(seat)
             change_over(ranks, store, ALL_BLOCKS)
             assert ranks.group.degree == degree
-            assert same([*store.blocks(ALL_BLOCKS)], held)
+            assert same([*store.rows(ALL_ROWS)], held)
             with torch.inference_mode(False):
-                store.put_blocks(ALL_BLOCKS, *[part.clone() for part in held])  # as a mirror does
+                store.put_rows(ALL_ROWS, *[part.clone() for part in held])  # as a mirror does
 
 
 def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None:
@@ -186,12 +185,13 @@ def test_what_is_not_said_to_be_used_is_not_carried_over(tmp_path: Path) -> None
         ranks.group.reform()
         ranks.model(whole_role(ranks.config.num_layers), torch.float32)
         store = ranks.allocate(torch.float32)
-        held = [torch.randn(part.shape) for part in store.blocks(ALL_BLOCKS)]
-        store.put_blocks(ALL_BLOCKS, *held)
+        held = [torch.randn(part.shape) for part in store.rows(ALL_ROWS)]
+        store.put_rows(ALL_ROWS, *held)
         ranks.start(1)
         change_over(ranks, store, ALL_BLOCKS[1:2])
-        assert same([*store.blocks(ALL_BLOCKS[1:2])], [part[:, 1:2] for part in held])
-        assert not any(part.any() for part in store.blocks(ALL_BLOCKS[2:]))
+        of_block_1, after_it = slice(KV_BLOCK_TOKENS, 2 * KV_BLOCK_TOKENS), slice(2 * KV_BLOCK_TOKENS, None)
+        assert same([*store.rows(ALL_ROWS[of_block_1])], [part[:, of_block_1] for part in held])
+        assert not any(part.any() for part in store.rows(ALL_ROWS[after_it]))
 
 
 def test_a_rank_has_given_its_old_memory_up_before_it_allocates_other(

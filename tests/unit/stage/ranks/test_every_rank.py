@@ -14,6 +14,7 @@ from common.checkpoint.weights import CheckpointWeights
 from common.errors import CheckpointError, RankLostError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.topology import LayerRange, StageRole, StageSlot
+from services.stage.model.kv_cache import positions_of_blocks
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
@@ -63,9 +64,9 @@ def over_ranks(ranks: ThreadRanks, dtype: torch.dtype) -> Alone:
     model = ranks.model(whole_role(config.num_layers), dtype)
     store = ranks.allocate(dtype)
     logits = two_steps(lambda batch: ranks.run(model, batch, store.caches), config.vocab_size)
-    keys, _ = store.blocks(torch.arange(3))
-    shape = (config.num_layers, 3, config.num_kv_heads, config.head_dim, KV_BLOCK_TOKENS)
-    return logits, list(keys.view(shape))
+    keys, _ = store.rows(positions_of_blocks(torch.arange(3)))
+    shape = (config.num_layers, 3, KV_BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
+    return logits, list(keys.view(shape).permute(0, 1, 3, 4, 2))
 
 
 def assert_same(got: Alone, expected: Alone) -> None:

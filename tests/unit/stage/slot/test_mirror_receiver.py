@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from common.messages import AssignMirror, Header, Message, MirrorAck, MirrorBlocks, MirrorRows
+from common.messages import AssignMirror, Header, Message, MirrorAck, MirrorRows
 from common.wire.codec import decode, encode
 from common.wire.transport import Full, LinkEvent
-from services.stage.model.kv_cache import Blocks, PagedMemory, allocate_paged_memory
+from services.stage.model.kv_cache import PagedMemory, Rows, allocate_paged_memory
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import (
@@ -139,9 +139,9 @@ class SlowLink:
         self.num_sent += 1
         self.most_bytes_under_way = max(self.most_bytes_under_way, self.sender._bytes_outstanding)
 
-    def blocks(self, block_ids: torch.Tensor) -> Blocks:
-        some = torch.empty(1, len(block_ids), self.block_bytes // 8)
-        return Blocks(some, some, torch.empty(0, 1))
+    def rows(self, positions: torch.Tensor) -> Rows:
+        some = torch.empty(1, len(positions) // KV_BLOCK_TOKENS, self.block_bytes // 8)
+        return Rows(some, some, torch.empty(0, 1))
 
     def back_fill(self, taken_per_turn: float) -> None:
         memory: Any = self
@@ -266,6 +266,7 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     pair.write([1])
     message, header = pair.wire.waiting[0]
     assert isinstance(message, MirrorRows)
+    assert not message.is_last
     pair.mirror.memory = allocate_paged_memory(2, 0 + 1, (2, 4), 8, torch.float32, with_log=True)
     pair.wire.waiting.clear()
     pair.write([40])
@@ -276,11 +277,11 @@ def test_what_names_a_place_outside_the_memory_is_refused() -> None:
     pair.sender.begin([19])
     pair.fill()
     message, header = pair.wire.waiting[0]
-    assert isinstance(message, MirrorBlocks)
+    assert message.is_last
     pair.mirror.memory = allocate_paged_memory(2, 1, (2, 4), 8, torch.float32, with_log=True)
     with capture_logs() as logs:
         assert pair.mirror.apply(message, header), "the router hears of it"
-    assert "MirrorBlocks.blocks names a block outside" in logs[0]["reason"]
+    assert "MirrorRows.positions names a place outside" in logs[0]["reason"]
     assert pair.mirror.is_spoilt
 
 

@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from common.errors import SocketError
-from common.messages import Header, MirrorAck, MirrorBlocks, MirrorReady, MirrorRows, MirrorTo
+from common.messages import Header, MirrorAck, MirrorReady, MirrorRows, MirrorTo
 from common.wire.transport import LinkEvent
 from services.stage.model.micro_batch import BlockTables
 from services.stage.slot.mirror_receiver import Mirror
@@ -30,7 +30,7 @@ class Spare:
         self.said: list[MirrorReady] = []
         self.num_dropped = 0
 
-    def hear(self, message: MirrorRows | MirrorBlocks, header: Header) -> None:
+    def hear(self, message: MirrorRows, header: Header) -> None:
         """As `StageService` does."""
         if not self.mirror.follows(message, header):
             self.num_dropped += 1
@@ -133,7 +133,7 @@ def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> Non
     assert link._sender is not None
 
 
-@pytest.mark.parametrize("what", ["rows", "blocks"])
+@pytest.mark.parametrize("what", ["step", "back-fill"])
 def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neither_the_step_nor_the_stage(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,9 +155,10 @@ def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neith
     assert sender is not None
     sender.begin([0])
     with monkeypatch.context() as patch:
-        patch.setattr(held.memory, what, fails)
-        link.send_rows(held, torch.tensor([3]))
-        if what == "blocks":
+        patch.setattr(held.memory, "rows", fails)
+        if what == "step":
+            link.send_rows(held, torch.tensor([3]))
+        else:
             link.pump(held, 10.0)
     num_sent = wires[0].num_sent
     sender.send_rows(held.memory, torch.tensor([4]), 6)
@@ -170,5 +171,5 @@ def test_what_cannot_be_copied_ends_the_stream_before_a_mark_covers_it_and_neith
 class SmallMemory:
     """As many blocks as anybody wants, with nothing in them."""
 
-    def blocks(self, block_ids: torch.Tensor) -> Any:
-        return type("Blocks", (), {name: torch.empty(0) for name in ("keys", "values", "hidden")})
+    def rows(self, positions: torch.Tensor) -> Any:
+        return type("Rows", (), {name: torch.empty(0) for name in ("keys", "values", "hidden")})
