@@ -90,7 +90,8 @@ class InFlightCalls:
     def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
         """Asks for the pairs that no node owes; what none can take now waits, unassigned."""
         while (pairs := pending.uncovered()).size:
-            parts = self._deal(pending, pairs, self._holders(pending, pending.pausing(now_s), now_s))
+            holders = self._holders(pending, pending.pausing(now_s), now_s)
+            parts = split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
             if not parts:
                 if pending.unassigned_since_s is None:
                     pending.unassigned_since_s = now_s
@@ -115,7 +116,7 @@ class InFlightCalls:
         else:
             classes = {self.nodes.first_class(pending.call.layer), self.nodes[part.rows.node].numeric_class}
             holders = self._holders(pending, avoided | self.outliers.doubted(now_s), now_s, classes)
-        parts = self._deal(pending, pairs, holders)
+        parts = split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
         if not parts or not (is_free or self.budget.spend()):
             return
         num_sent = sum([self._send(pending, copy, now_s, is_hedge=True) for copy in parts])
@@ -187,15 +188,6 @@ class InFlightCalls:
             elif node.number in doubted:
                 ranks[node.number] = 1
         return ranks
-
-    def _deal(self, pending: PendingCall, pairs: Int64Array, holders: Sequence[Sequence[int]]) -> list[NodeRows]:
-        """Deals pairs out to nodes, without those that no node holds."""
-        keys = shard_keys(pending.call, pairs, pending.num_slices)
-        has_holder = np.array([bool(copies) for copies in holders])
-        pairs = pairs[has_holder[keys]]
-        if not pairs.size:
-            return []
-        return split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
 
     def _probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
         """Asks each node that has not answered anything yet for one row of this call, on top of those that are asked

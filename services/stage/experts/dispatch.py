@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.errors import NodeLostError
 from common.wire.array import BoolArray, Int32Array, Int64Array
 from services.stage.model.decoder import ExpertCall
 
@@ -41,15 +40,20 @@ def shard_keys(call: ExpertCall, pairs: Int64Array, num_slices: int) -> Int64Arr
 
 def split_pairs(
     call: ExpertCall,
-    pairs: Int64Array | None,
+    pairs: Int64Array,
     num_slices: int,
     holders: Sequence[Sequence[int]],
     outstanding_rows: Mapping[int, int],
 ) -> list[NodeRows]:
-    """Deals a call's pairs (None: all) out to nodes. Raises NodeLostError if a shard has no usable copy."""
-    if pairs is None:
-        pairs = np.arange(call.experts.numel() * num_slices)
+    """Deals pairs of a call out to nodes, without those whose shard has no usable copy.
+
+    `holders` and `outstanding_rows`: see `choose_copies`.
+    """
     keys = shard_keys(call, pairs, num_slices)
+    has_holder = np.array([bool(copies) for copies in holders])[keys]
+    pairs, keys = pairs[has_holder], keys[has_holder]
+    if not pairs.size:
+        return []
     order = np.argsort(keys, kind="stable")
     pairs, keys = pairs[order], keys[order]
     shards, counts = _runs(keys)
@@ -183,14 +187,11 @@ def choose_copies(
     rows of one call stay together, since a second node that reads the same weights doubles the memory traffic.
 
     `holders[key]` are the usable nodes with a copy, first choice first; `outstanding_rows` what each node still owes.
-    Raises NodeLostError if a shard has no usable copy.
     """
     load = {node: outstanding_rows.get(node, 0) for key in rows_by_shard for node in holders[key]}
     chosen: dict[int, int] = {}
     for key in sorted(rows_by_shard, key=lambda key: (-rows_by_shard[key], key)):
         copies = holders[key]
-        if not copies:
-            raise NodeLostError(f"no expert node holds shard {key} of this layer now")
         node = copies[0] if len(copies) == 1 else min(copies, key=lambda node: load[node])
         load[node] += rows_by_shard[key] + WEIGHT_READ_ROWS
         chosen[key] = node

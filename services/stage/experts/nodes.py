@@ -191,15 +191,12 @@ class ExpertNodes:
         return (self._first_classes[layer] or None) if layer < len(self._first_classes) else None
 
     def _copies_by_key(self, layer: int) -> list[list[int]]:
-        copies = self._copies.get(layer)
-        if copies is None:
-            copies = self._copies[layer] = self._copies_of(layer)
-        return copies
-
-    def _copies_of(self, layer: int) -> list[list[int]]:
         if layer >= self._owners.shape[1]:
             raise ExecutionError(f"the placement has no layer {layer}")
-        return [[number for number in numbers if number >= 0] for numbers in self._owners[:, layer].T.tolist()]
+        if layer not in self._copies:
+            owners = self._owners[:, layer].T.tolist()
+            self._copies[layer] = [[number for number in numbers if number >= 0] for numbers in owners]
+        return self._copies[layer]
 
     def _connect(self, placement: PublishPlacement, index: int) -> ExpertNode | None:
         node_id = placement.node_ids[index]

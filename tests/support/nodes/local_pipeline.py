@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,8 @@ class LocalPipeline:
     def answer(self, call: ExpertCall) -> Tensor:
         """What a call's nodes would answer, put together."""
         num_keys = self.config.num_experts * self.num_slices
-        parts = split_pairs(call, None, self.num_slices, [list(range(self.num_nodes))] * num_keys, {})
+        pairs = np.arange(call.experts.numel() * self.num_slices)
+        parts = split_pairs(call, pairs, self.num_slices, [list(range(self.num_nodes))] * num_keys, {})
         total = ExactSum(call, self.num_slices) if self.combine == "exact" else PartialSum(call)
         for part in reversed(parts):
             weights = pair_weights(call, part, self.num_slices)

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import NodeLostError
 from services.stage.experts.dispatch import (
     WEIGHT_READ_ROWS,
     ExactSum,
@@ -26,6 +24,11 @@ from tests.support.nodes.kernels import one_torch_thread
 
 __all__ = ["one_torch_thread"]
 WIDTH = 8
+
+
+def split_all(call: ExpertCall, num_slices: int, *placement: Any) -> list[NodeRows]:
+    """As `split_pairs` splits all pairs of a call."""
+    return split_pairs(call, np.arange(call.experts.numel() * num_slices), num_slices, *placement)
 
 
 @st.composite
@@ -75,7 +78,7 @@ def reference(call: ExpertCall, num_slices: int) -> torch.Tensor:
 def test_every_pair_is_asked_exactly_once_and_of_a_node_that_holds_it(data: st.DataObject) -> None:
     call, num_experts, num_slices = data.draw(calls())
     copies = data.draw(holders(num_experts * num_slices))
-    parts = split_pairs(call, None, num_slices, copies, {0: data.draw(st.integers(0, 50))})
+    parts = split_all(call, num_slices, copies, {0: data.draw(st.integers(0, 50))})
     assert sorted(np.concatenate([part.pairs for part in parts]).tolist()) == list(
         range(call.experts.numel() * num_slices)
     )
@@ -101,7 +104,7 @@ def test_the_exact_sum_is_the_same_whoever_answers_in_whatever_order(data: st.Da
     sums = []
     for _ in range(2):
         copies = data.draw(holders(num_experts * num_slices))
-        parts = split_pairs(call, None, num_slices, copies, {})
+        parts = split_all(call, num_slices, copies, {})
         total = ExactSum(call, num_slices)
         for part in data.draw(st.permutations(parts)):
             total.add(part, rows_of(call, part, num_slices))
@@ -115,7 +118,7 @@ def test_the_exact_sum_is_the_same_whoever_answers_in_whatever_order(data: st.Da
 def test_a_part_that_is_sent_again_elsewhere_fills_the_same_places(data: st.DataObject) -> None:
     call, num_experts, num_slices = data.draw(calls())
     num_shards = num_experts * num_slices
-    parts = split_pairs(call, None, num_slices, data.draw(holders(num_shards)), {})
+    parts = split_all(call, num_slices, data.draw(holders(num_shards)), {})
     lost = data.draw(st.sampled_from(parts))
     total = ExactSum(call, num_slices)
     for part in parts:
@@ -126,7 +129,7 @@ def test_a_part_that_is_sent_again_elsewhere_fills_the_same_places(data: st.Data
     for part in again:
         total.add(part, rows_of(call, part, num_slices))
     whole = ExactSum(call, num_slices)
-    (one,) = split_pairs(call, None, num_slices, [[0]] * num_shards, {})
+    (one,) = split_all(call, num_slices, [[0]] * num_shards, {})
     whole.add(one, rows_of(call, one, num_slices))
     assert torch.equal(total.total(), whole.total())
 
@@ -135,7 +138,7 @@ def test_a_part_that_is_sent_again_elsewhere_fills_the_same_places(data: st.Data
 @given(data=st.data())
 def test_the_partial_sum_is_near_and_independent_of_the_order_of_answers(data: st.DataObject) -> None:
     call, num_experts, num_slices = data.draw(calls())
-    parts = split_pairs(call, None, num_slices, data.draw(holders(num_experts * num_slices)), {})
+    parts = split_all(call, num_slices, data.draw(holders(num_experts * num_slices)), {})
     sums = []
     for order in (parts, data.draw(st.permutations(parts))):
         total = PartialSum(call)
@@ -157,7 +160,7 @@ def test_the_sum_is_made_in_float32_and_rounded_once() -> None:
         torch.tensor([[0, 1, 2]]),
         torch.tensor([[1.0, 1.0, 1.0]]),
     )
-    (part,) = split_pairs(call, None, 1, [[0]] * 3, {})
+    (part,) = split_all(call, 1, [[0]] * 3, {})
     total = ExactSum(call, 1)
     # In bfloat16 256 + 1 is 256: added there, both ones would be lost.
     total.add(part, torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16))
@@ -165,10 +168,11 @@ def test_the_sum_is_made_in_float32_and_rounded_once() -> None:
     assert total.total().item() == 258.0
 
 
-def test_a_shard_without_a_usable_copy_is_an_error() -> None:
+def test_pairs_of_a_shard_without_a_usable_copy_are_left_out() -> None:
     call = ExpertCall(0, torch.ones((2, WIDTH)), torch.tensor([[0], [1]]), torch.ones((2, 1)))
-    with pytest.raises(NodeLostError, match="shard 1"):
-        split_pairs(call, None, 1, [[0], []], {})
+    (part,) = split_all(call, 1, [[0], []], {})
+    assert part.pairs.tolist() == [0]
+    assert split_all(call, 1, [[], []], {}) == []
 
 
 def choose(rows: dict[int, int], copies: Sequence[Sequence[int]], outstanding: dict[int, int] | None = None) -> Any:
@@ -210,7 +214,7 @@ def test_a_slice_that_is_left_out_takes_its_whole_expert_along_for_that_token() 
         0, torch.ones((2, WIDTH)), torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     )
     total = ExactSum(call, 2)
-    for part in split_pairs(call, None, 2, [[0]] * 4, {}):
+    for part in split_all(call, 2, [[0]] * 4, {}):
         total.add(part, torch.ones((part.pairs.size, WIDTH)))
     assert total.leave_out(np.array([3])).tolist() == [2, 3], "token 0, second choice, both slices"
     assert torch.allclose(total.total()[0], torch.full((WIDTH,), 2.0)), "all weight is on the expert that is left"
@@ -220,7 +224,7 @@ def test_a_slice_that_is_left_out_takes_its_whole_expert_along_for_that_token() 
 def test_only_the_fresh_rows_of_an_answer_are_taken() -> None:
     call = ExpertCall(0, torch.ones((1, WIDTH)), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
     total = ExactSum(call, 1)
-    (part,) = split_pairs(call, None, 1, [[0], [0]], {})
+    (part,) = split_all(call, 1, [[0], [0]], {})
     total.add(part, torch.ones((2, WIDTH)))
     total.add(part, torch.full((2, WIDTH), 3.0), np.array([False, True]))
     assert torch.equal(total.total()[0], torch.full((WIDTH,), 2.0))
