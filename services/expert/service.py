@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import zmq
@@ -36,10 +36,11 @@ MAX_UNDER_WAY = 2
 
 @dataclass(slots=True)
 class ExpertCounters:
-    """What the loop counts since start, for heartbeats."""
+    """What the loop counts since start; in the words of its heartbeat."""
 
     busy_seconds: float = 0.0
-    calls: int = 0
+    steps: int = 0
+    """Calls that were answered."""
     rows: int = 0
     dropped: int = 0
     cancelled: int = 0
@@ -146,7 +147,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
             self._answer(call.identity, Failed(code, str(error), call.number), call.header)
 
     def _send_rows(self, call: WaitingCall, rows: Tensor, queue_seconds: float) -> None:
-        self._counters.calls += 1
+        self._counters.steps += 1
         self._counters.rows += call.routing.shape[1]
         self._counters.queue_seconds += queue_seconds
         self._answer(call.identity, ExpertRows(call.number, tensor_to_frame(rows)), call.header)
@@ -158,16 +159,10 @@ class ExpertService(NodeLoop[RoutingSocket]):
             self._counters.dropped += 1  # the stage is gone: this answer is not wanted
 
     def _load(self) -> ExpertHeartbeat:
-        counters = self._counters
         return ExpertHeartbeat(
-            busy_seconds=counters.busy_seconds,
-            steps=counters.calls,
-            rows=counters.rows,
+            **asdict(self._counters),
             queued=len(self._queue) + sum(len(answer.calls) for answer in self._under_way),
-            dropped=counters.dropped,
-            queue_seconds=counters.queue_seconds,
             answer_bytes=self._socket.bytes_sent,
-            cancelled=counters.cancelled,
             shards_version=self._shards.version,
             shards_reports=self._shards.num_reports,
         )

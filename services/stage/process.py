@@ -34,7 +34,7 @@ def serve(settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         run_lives(stage.live, log)
     finally:
         if stage.ranks is not None:
-            stage.ranks.end()
+            stage.ranks.supervisor.end()
         if forks is not None:
             forks.close()
     log.info("stopped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import zmq
@@ -366,7 +366,7 @@ class StageService(NodeLoop[MessageSocket]):
 
     def _load(self) -> StageHeartbeat:
         worker, experts, slot, mirror = self._worker, self._experts, self._worker.slot, self._worker.mirror
-        own, calls = self._counters, self._experts.counters
+        own, calls, ranks = self._counters, self._experts.counters, worker.layers.ranks
         return StageHeartbeat(
             busy_seconds=own.busy_seconds,
             steps=own.steps,
@@ -374,19 +374,11 @@ class StageService(NodeLoop[MessageSocket]):
             # What waits for its link is not lost.
             queued=len(self._unsent) + (slot.executor.num_running if slot is not None else 0),
             dropped=own.dropped + calls.late_answers,
-            calls=calls.calls,
-            call_seconds=calls.call_seconds,
+            **asdict(calls),
             call_bytes=experts.nodes.bytes_sent,
-            resent=calls.resent,
-            hedged=calls.hedged,
-            hedge_wins=calls.hedge_wins,
-            late_answers=calls.late_answers,
-            suspicions=calls.suspicions,
-            degraded_rows=calls.degraded_rows,
-            other_class_rows=calls.other_class_rows,
-            rank_degree=worker.rank_degree,
-            reduce_seconds=worker.reduces[0],
-            reduces=worker.reduces[1],
+            rank_degree=1 if ranks is None else ranks.degree,
+            reduce_seconds=0.0 if ranks is None else ranks.exchange.seconds,
+            reduces=0 if ranks is None else ranks.exchange.count,
             role_number=self._role_number,
             role_state=worker.state_of(self._role_number),
             lease_term=worker.lease_term,

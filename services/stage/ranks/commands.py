@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -113,9 +113,7 @@ class MoveKv:
 
 
 Command = BeginBatch | Resume | LoadShard | UseShard | OpenMemory | ForgetMemory | ForgetLoads | AllocateKv | MoveKv
-_KINDS: tuple[type[Command], ...] = (
-    *(BeginBatch, Resume, LoadShard, UseShard, OpenMemory, ForgetMemory, ForgetLoads, AllocateKv, MoveKv),
-)
+_KINDS: tuple[type[Command], ...] = get_args(Command)
 _PLANS = {kind: [(field.name, get_type_hints(kind)[field.name]) for field in fields(kind)] for kind in _KINDS}
 
 

@@ -81,11 +81,13 @@ class RankGroup:
     capacity_bytes: int = 0
     """What each rank's device has for weights, K and V; 0: not known, or they share the host's."""
     in_use: RankLoad | None = None
-    _exchange: TpExchange = field(init=False)
+    exchange: TpExchange = field(init=False)
+    """The collectives of rank 0's layers, over all changes of the group."""
     leader: RankLeader = field(init=False)
     _has_formed: bool = False
     _num_loads: int = 0
     _memory: GroupKv = field(init=False)
+    _own_memory: RankKv = field(init=False)
     _store: Any = None
     _grow_after_s: float = 0.0
     _weight_bytes: int = 0
@@ -93,10 +95,10 @@ class RankGroup:
     _kv_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._exchange = TpExchange(self.channel, self.settings.collectives, self.device)
-        self.leader = RankLeader(self.channel, self.supervisor, self._exchange)
-        own = RankKv(self.config, self.kernels, self.device)
-        self._memory = GroupKv(self.channel, self.leader, own, self.device)
+        self.exchange = TpExchange(self.channel, self.settings.collectives, self.device)
+        self.leader = RankLeader(self.channel, self.supervisor, self.exchange)
+        self._own_memory = RankKv(self.config, self.kernels, self.device)
+        self._memory = GroupKv(self.channel, self.leader, self._own_memory, self.device)
         if not self.device.is_host:
             self.device.while_waiting = lambda waited_s: self.check()
 
@@ -119,7 +121,7 @@ class RankGroup:
             deadline_s = self.clock() + START_S
             while len(self.present()) < self.settings.degree - 1 and self.clock() < deadline_s and not should_stop():
                 time.sleep(0.02)
-        was_lost = not self._attached.items() <= self.present().items()
+        was_lost = not self.leader.attached.items() <= self.present().items()
         if self.in_use is not None and not was_lost and not self.leader.is_broken:
             self.forget_loads()
             self._memory.forget()
@@ -135,14 +137,16 @@ class RankGroup:
         self.leader.attach(settled)
         self._memory.forget()
         self._wait_for_room(should_stop)
-        self.log.info("ranks_formed", present=len(self._attached) + 1, degree=self.best(), wanted=self.settings.degree)
+        self.log.info(
+            "ranks_formed", present=len(self.leader.attached) + 1, degree=self.best(), wanted=self.settings.degree
+        )
 
     def _wait_for_room(self, should_stop: Callable[[], bool]) -> None:
         """Waits for those that were lost, where what the group held would not fit on the devices of those that are
         left."""
         deadline_s = self.clock() + START_S
         is_told = False
-        while len(self._attached) < self.settings.degree - 1 and not should_stop() and self.clock() < deadline_s:
+        while len(self.leader.attached) < self.settings.degree - 1 and not should_stop() and self.clock() < deadline_s:
             refusal = self._against(self.best())
             if not refusal:
                 return
@@ -170,13 +174,9 @@ class RankGroup:
             time.sleep(0.001)
         return self.channel.get("settled", seat) == epoch
 
-    @property
-    def _attached(self) -> dict[int, int]:
-        return self.leader.attached
-
     def best(self) -> int:
         """Returns the highest degree with those that read messages."""
-        return self._best_of(1 + len(self._attached))
+        return self._best_of(1 + len(self.leader.attached))
 
     def _best_of(self, num_ranks: int) -> int:
         return best_degree(self.config, num_ranks, self._num_parts)
@@ -193,11 +193,11 @@ class RankGroup:
 
     def _is_any_gone(self, seats: Iterable[int]) -> bool:
         """Returns whether one of these seats has lost its process; may be called from any thread."""
-        return any(self.supervisor.process_of(seat) != self._attached.get(seat) for seat in seats)
+        return any(self.supervisor.process_of(seat) != self.leader.attached.get(seat) for seat in seats)
 
     def _check(self, seats: Iterable[int], waited_s: float = 0.0) -> None:
         for seat in seats:
-            self.supervisor.check(seat, self._attached.get(seat, 0), waited_s)
+            self.supervisor.check(seat, self.leader.attached.get(seat, 0), waited_s)
 
     def next_degree(self) -> int:
         """Returns the highest degree with those that are there now."""
@@ -233,7 +233,7 @@ class RankGroup:
         """
         self._num_loads += 1
         degree = self.best()
-        seats = (0, *list(self._attached)[: degree - 1])
+        seats = (0, *list(self.leader.attached)[: degree - 1])
         order = LoadShard(
             number=self._num_loads,
             degree=degree,
@@ -246,13 +246,13 @@ class RankGroup:
             num_parts=self._num_parts or degree,
             replaces=replaces,
         )
-        if self._attached:
+        if self.leader.attached:
             self.leader.tell(order, torch.tensor(seats))
-        return RankLoad(order, seats, Sharding(order.shard(0), self._exchange))
+        return RankLoad(order, seats, Sharding(order.shard(0), self.exchange))
 
     def forget_loads(self) -> None:
         """Lets the ranks give up what they load or have loaded beside what they use. Raises RankLostError."""
-        if self._attached:
+        if self.leader.attached:
             self.leader.tell(ForgetLoads())
 
     def is_loaded(self, load: RankLoad) -> bool:
@@ -277,7 +277,7 @@ class RankGroup:
 
             self._store = open_store()
         self.in_use = None  # until it is through: ranks that have heard of it do not work as before
-        if self._attached:
+        if self.leader.attached:
             self.leader.tell(UseShard(load.order.number, self._store.port if by_torch else 0))
         if by_torch:
             self._wait_for_rendezvous(load)
@@ -291,7 +291,7 @@ class RankGroup:
                     f"NCCL does not join the ranks ({error}); TP_COLLECTIVES=board does without it"
                 ) from None
             raise
-        self._memory.use(load.sharding.shard)
+        self._own_memory.use(load.sharding.shard)
         self.in_use = load
         self._weight_bytes = part_bytes * load.order.degree
         self.log.info(
@@ -337,10 +337,6 @@ class RankGroup:
         """Lets K and V go, on all ranks: the slot that had them is over. Raises RankLostError."""
         self._weight_bytes = self._kv_bytes = 0
         self._memory.forget()
-
-    def end(self) -> None:
-        """Ends the other ranks: the process ends."""
-        self.supervisor.end()
 
 
 def fork_server_of_ranks() -> ForkServer:

@@ -186,10 +186,6 @@ class GroupKv:
         if self._opened is not None and self._leader.attached:
             self._leader.tell(self._opened)
 
-    def use(self, shard: TpShard) -> None:
-        """Gives rank 0 these heads from now on."""
-        self._own.use(shard)
-
     def forget(self) -> None:
         """Lets K and V go, on all ranks. Raises RankLostError."""
         self._own.forget()

@@ -40,21 +40,11 @@ class RankLeader:
         self.shard: TpShard = WHOLE
         """That of rank 0."""
         self._barrier = Barrier(channel, self.seats, 0, self._turn, self._wait)
-        self._is_broken = False
+        self.is_broken = False
+        """Something that all do has not come through: ranks do not agree any more where they are."""
         self._num_batches = 0
         self._batches: dict[int, None] = {}
         """The batches that are not through, in order."""
-
-    @property
-    def is_broken(self) -> bool:
-        """Returns whether something that all do has not come through: ranks do not agree any more where they are."""
-        return self._is_broken
-
-    @property
-    def reduces(self) -> tuple[float, int]:
-        """Returns the seconds that rank 0 has spent in collectives, over all changes of the group, and how many there
-        were."""
-        return self._exchange.seconds, self._exchange.count
 
     def attach(self, processes: Mapping[int, int]) -> None:
         """Lets these seats read messages from now on, whether they have a rank or not."""
@@ -67,7 +57,7 @@ class RankLeader:
         self.epoch += 1
         self._channel.set("epoch", 0, self.epoch)
         self._batches.clear()
-        self._is_broken = False
+        self.is_broken = False
         self.seats = (0,)
         self._exchange.leave()  # what of theirs is under way never ends, and may be in a device's way
         return self.epoch
@@ -107,7 +97,7 @@ class RankLeader:
         self.tell(command)
         own()
         self._barrier.meet()
-        self._is_broken = False
+        self.is_broken = False
 
     def lead(self, forward: ForwardPass, batch: MicroBatch) -> ForwardPass:
         """Runs rank 0's forward pass of a micro-batch, which takes along those of the other ranks. Raises
@@ -147,16 +137,16 @@ class RankLeader:
         try:
             wanted = forward.send(answer)
         except StopIteration:
-            self._is_broken = False
+            self.is_broken = False
             raise
-        self._is_broken = False
+        self.is_broken = False
         return wanted
 
     def _begin(self) -> None:
         """Begins what all ranks do. What raises until it is through leaves the others waiting."""
-        if self._is_broken:
+        if self.is_broken:
             raise RankLostError("the ranks of this stage are out of step")
-        self._is_broken = True
+        self.is_broken = True
 
     def _wait(self, name: str, seat: int, value: int) -> None:
         """Waits until a seat's word is as high. Raises RankLostError."""

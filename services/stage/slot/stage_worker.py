@@ -89,16 +89,6 @@ class StageWorker:
             return self.mirror.role.lease_term
         return self._loading.message.lease_term if self._loading is not None else 0
 
-    @property
-    def rank_degree(self) -> int:
-        """Returns how many ranks work on the slot's layers."""
-        return 1 if self._ranks is None else self._ranks.degree
-
-    @property
-    def reduces(self) -> tuple[float, int]:
-        """Returns the seconds that this rank has spent in putting parts together, and how often it did."""
-        return (0.0, 0) if self._ranks is None else self._ranks.leader.reduces
-
     def assign(
         self, message: AssignStage | AssignMirror, header: Header, dtype: torch.dtype
     ) -> RoleTaken | RoleRefused | None:

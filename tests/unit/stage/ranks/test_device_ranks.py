@@ -345,7 +345,7 @@ def test_a_group_that_is_whole_waits_for_nobody(tmp_path: Path) -> None:
     with device_ranks(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
         full = computed(ranks, torch.float32)
         ranks.group.capacity_bytes = 1
-        ranks.group.leader._is_broken = True
+        ranks.group.leader.is_broken = True
         began_s = time.monotonic()
         ranks.group.reform()
         assert time.monotonic() - began_s < 5

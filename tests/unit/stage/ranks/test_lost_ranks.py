@@ -74,7 +74,7 @@ def test_a_rank_that_is_lost_while_it_loads_for_growth_takes_nothing_from_those_
             assert keeper._growing is not None
             ranks.lose(1)
             grow_until(keeper, "the end of the growth", lambda: keeper._growing is None)
-            assert (keeper.slot, keeper.rank_degree) == (slot, 1)
+            assert (keeper.slot, ranks.group.degree) == (slot, 1)
             assert torch.equal(step(slot, IDS, 0), expected)
             assert not ranks.group.may_grow(), "it looks again later"
 
@@ -85,7 +85,7 @@ def test_a_rank_that_is_there_without_work_may_be_lost(checkpoint: Path) -> None
         ranks.group.reform()
         with keeper_of(ranks) as keeper:
             slot = take_slot(keeper)
-            assert keeper.rank_degree == 2, "of three"
+            assert ranks.group.degree == 2, "of three"
             expected = step(slot, IDS, 0)
             ranks.lose(3)
             keeper.poll()
@@ -117,7 +117,7 @@ def test_a_growth_that_fails_again_and_again_leaves_no_part_behind(
             for _ in range(3):
                 grow_until(keeper, "an attempt", lambda: keeper._growing is not None)
                 grow_until(keeper, "its end", lambda: keeper._growing is None)
-            assert keeper.rank_degree == 2
+            assert ranks.group.degree == 2
             # Ranks give up what they have loaded once they are told, which is soon.
             monkeypatch.setattr(group_module, "GROW_AGAIN_S", 60.0)
             ranks.group.postpone_growth("enough")
@@ -189,7 +189,7 @@ def test_a_rank_that_joins_with_an_epoch_that_is_over_is_used_only_once_it_has_s
             stopping = threading.Event()
             thread = threading.Thread(target=late.run, args=(stopping.is_set,), daemon=True)
             thread.start()
-            grow_until(keeper, "the full degree", lambda: keeper.rank_degree == 2)
+            grow_until(keeper, "the full degree", lambda: ranks.group.degree == 2)
             stopping.set()
             thread.join()
 
@@ -207,10 +207,10 @@ def test_no_step_begins_once_the_stage_can_grow_so_that_it_does(checkpoint: Path
             assert not keeper.waits_for_quiet
             grow_until(keeper, "that all is loaded", lambda: keeper.waits_for_quiet)
             keeper.grow()
-            assert keeper.rank_degree == 1
+            assert ranks.group.degree == 1
             executor._running = {}
             keeper.grow()
-            assert (keeper.rank_degree, keeper.waits_for_quiet) == (2, False)
+            assert (ranks.group.degree, keeper.waits_for_quiet) == (2, False)
 
 
 @pytest.mark.parametrize("by", ["the end of the slot", "the end of the incarnation", "a mirror's role"])
