@@ -58,7 +58,7 @@ class Report:
         left_out = [[str(s.fault) if s.fault >= 0 else "all", s.kind, s.reason] for s in judgement.skipped]
         return [
             ("Verdicts", ["invariant", "verdict", "why"], verdicts),
-            ("Faults", _FAULT_COLUMNS, faults),
+            ("Faults", list(faults[0]) if faults else [], [list(row.values()) for row in faults]),
             ("Left out", ["fault", "kind", "why"], left_out),
             ("Figures", ["figure", "value"], figures),
         ]
@@ -138,37 +138,22 @@ _STYLE = (
 )
 
 
-_FAULT_COLUMNS = [
-    "fault",
-    "at s",
-    "kind",
-    "victims",
-    "roles",
-    "streams",
-    "extra gap p50 s",
-    "p99 s",
-    "tokens again s",
-    "tpot p99 ms",
-    "whole s",
-    "doubts",
-]
-
-
-def _fault_row(outcome: FaultOutcome) -> list[str]:
-    return [
-        str(outcome.number),
-        f"{outcome.applied_s:.1f}",
-        outcome.kind,
-        ", ".join(node.name for node in outcome.victims),
-        ", ".join(role or node.kind for role, node in zip(outcome.roles, outcome.victims, strict=False)),
-        str(outcome.num_streams),
-        f"{outcome.gap_p50_s:.2f}",
-        f"{outcome.gap_p99_s:.2f}",
-        f"{outcome.tokens_again_s:.2f}",
-        f"{outcome.tpot_p99_s * 1000:.0f}",
-        "never" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}",
-        "; ".join(outcome.doubts),
-    ]
+def _fault_row(outcome: FaultOutcome) -> dict[str, str]:
+    """Returns the cells by column."""
+    return {
+        "fault": str(outcome.number),
+        "at s": f"{outcome.applied_s:.1f}",
+        "kind": outcome.kind,
+        "victims": ", ".join(node.name for node in outcome.victims),
+        "roles": ", ".join(role or node.kind for role, node in zip(outcome.roles, outcome.victims, strict=False)),
+        "streams": str(outcome.num_streams),
+        "extra gap p50 s": f"{outcome.gap_p50_s:.2f}",
+        "p99 s": f"{outcome.gap_p99_s:.2f}",
+        "tokens again s": f"{outcome.tokens_again_s:.2f}",
+        "tpot p99 ms": f"{outcome.tpot_p99_s * 1000:.0f}",
+        "whole s": "never" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}",
+        "doubts": "; ".join(outcome.doubts),
+    }
 
 
 def _cell(text: str) -> str:
