@@ -7,8 +7,8 @@ from typing import Annotated
 
 from chaos.faults.base import Range
 from chaos.faults.network import ProxyFault
-from chaos.proxy.link_rules import FrameRule, LinkRule, around
-from chaos.proxy.zmtp_frames import Damage
+from chaos.proxy.link_rules import LinkRule, around
+from chaos.proxy.zmtp_frames import Damage, FrameRule
 from chaos.target import Node, Target
 
 

@@ -16,8 +16,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
-from chaos.proxy.link_rules import FrameRule, LinkRule, combined
-from chaos.proxy.zmtp_frames import FrameDamage, Message, Passage, ZmtpStream, write_message
+from chaos.proxy.link_rules import LinkRule, combined
+from chaos.proxy.zmtp_frames import FrameDamage, FrameRule, Message, Passage, ZmtpStream, write_message
 from chaos.target import Target, TargetError
 
 Identify = Callable[[str, int], str]
@@ -38,7 +38,6 @@ class RuleBook:
 
     def __init__(self) -> None:
         self.rules: list[LinkRule] = []
-        self.version = 0
         self._changed = asyncio.Event()
 
     def add(self, rules: Sequence[LinkRule]) -> None:
@@ -65,7 +64,6 @@ class RuleBook:
 
     def _change(self, rules: list[LinkRule]) -> None:
         self.rules = rules
-        self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -76,8 +74,6 @@ class Pipe:
     def __init__(self, book: RuleBook, source: str, destination: str) -> None:
         self._book = book
         self._ends = (source, destination)
-        self._rule = LinkRule(source, destination)
-        self._version = -1
         self._stream = ZmtpStream()
         self._damages: dict[FrameRule, FrameDamage] = {}
         self._queue: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(QUEUED_PASSAGES)
@@ -110,10 +106,7 @@ class Pipe:
     # ---- inside
 
     def _now(self) -> LinkRule:
-        if self._version != self._book.version:
-            self._version = self._book.version
-            self._rule = combined(self._book.rules, *self._ends)
-        return self._rule
+        return combined(self._book.rules, *self._ends)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         loop = asyncio.get_running_loop()
@@ -137,7 +130,7 @@ class Pipe:
             return before + passage.raw
         messages: list[Message] = [passage.message]
         for rule in rules:
-            damage = self._damages.setdefault(rule, FrameDamage(rule.kind, rule.probability, rule.seed))
+            damage = self._damages.setdefault(rule, FrameDamage(rule))
             messages = [result for message in messages for result in damage.pass_on(message)]
         return before + b"".join(write_message(message) for message in messages)
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from chaos.proxy.zmtp_frames import FrameRule
+
 ANYBODY = ""
 """This in place of a node's name means any node."""
-
-
-@dataclass(frozen=True, slots=True)
-class FrameRule:
-    """Messages are damaged, each with this probability; see `zmtp_frames.FrameDamage`."""
-
-    kind: str
-    probability: float
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)

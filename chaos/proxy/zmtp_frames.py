@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 GREETING_BYTES = 64
 _MORE, _LONG, _COMMAND = 1, 2, 4
@@ -143,23 +143,26 @@ def truncate(message: Message, draw: random.Random) -> Message:
 
 
 Damage = Literal["corrupt", "truncate", "replay", "reorder", "lose"]
-DAMAGES = get_args(Damage)
 
 
-class FrameDamage:
-    """Damages each message of one direction with a probability, as a seeded generator says.
+@dataclass(frozen=True, slots=True)
+class FrameRule:
+    """Messages are damaged, each with this probability, above 0 and at most 1.
 
     `reorder` holds a message back until the next one has gone. `replay` sends it twice, `lose` not at all.
     """
 
-    def __init__(self, kind: str, probability: float, seed: int) -> None:
-        if kind not in DAMAGES:
-            raise ValueError(f"damage {kind!r}: one of {', '.join(DAMAGES)} is known")
-        if not 0 < probability <= 1:
-            raise ValueError(f"probability {probability}: must be above 0 and at most 1")
-        self.kind = kind
-        self.probability = probability
-        self._draw = random.Random(seed)
+    kind: Damage
+    probability: float
+    seed: int
+
+
+class FrameDamage:
+    """Damages the messages of one direction by a rule, as a seeded generator says."""
+
+    def __init__(self, rule: FrameRule) -> None:
+        self._rule = rule
+        self._draw = random.Random(rule.seed)
         self._held: Message | None = None
 
     def pass_on(self, message: Message) -> list[Message]:
@@ -167,15 +170,15 @@ class FrameDamage:
         if self._held is not None:
             held, self._held = self._held, None
             return [message, held]
-        if self._draw.random() >= self.probability:
+        if self._draw.random() >= self._rule.probability:
             return [message]
-        if self.kind == "corrupt":
+        if self._rule.kind == "corrupt":
             return [corrupt(message, self._draw)]
-        if self.kind == "truncate":
+        if self._rule.kind == "truncate":
             return [truncate(message, self._draw)]
-        if self.kind == "replay":
+        if self._rule.kind == "replay":
             return [message, message]
-        if self.kind == "reorder":
+        if self._rule.kind == "reorder":
             self._held = message
         return []
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from chaos.proxy.link_proxy import Link, LinkProxy, RuleBook
-from chaos.proxy.link_rules import FrameRule, LinkRule, around
+from chaos.proxy.link_rules import LinkRule, around
+from chaos.proxy.zmtp_frames import FrameRule
 from common.errors import ProtocolError
 from common.messages import Header, Leave
 from common.wire.transport import Full, LinkEvent, MessageSocket, RoutingSocket, SocketLimits, Transport

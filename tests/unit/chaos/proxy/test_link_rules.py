@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from chaos.proxy.link_rules import FrameRule, LinkRule, around, combined
+from chaos.proxy.link_rules import LinkRule, around, combined
+from chaos.proxy.zmtp_frames import FrameRule
 
 
 def test_no_rule_leaves_bytes_alone() -> None:

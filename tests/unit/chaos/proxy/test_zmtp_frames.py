@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos.proxy.zmtp_frames import (
-    DAMAGES,
     GREETING_BYTES,
+    Damage,
     FrameDamage,
+    FrameRule,
     Message,
     ZmtpStream,
     corrupt,
@@ -84,36 +86,30 @@ def test_truncation_shortens_the_last_frame_that_has_bytes(message: Message, dra
 @settings(deadline=None)
 @given(st.lists(messages, max_size=12), st.integers())
 def test_reordering_loses_and_doubles_nothing(sent: list[Message], seed: int) -> None:
-    damage = FrameDamage("reorder", 0.5, seed)
+    damage = FrameDamage(FrameRule("reorder", 0.5, seed))
     arrived = [message for one in sent for message in damage.pass_on(one)] + damage.release()
     assert sorted(arrived) == sorted(sent)
     assert damage.release() == []
 
 
 def test_two_messages_change_places() -> None:
-    damage = FrameDamage("reorder", 1.0, 0)
+    damage = FrameDamage(FrameRule("reorder", 1.0, 0))
     assert damage.pass_on((b"first",)) == []
     assert damage.pass_on((b"second",)) == [(b"second",), (b"first",)]
 
 
 def test_a_replayed_message_arrives_twice_and_a_lost_one_never() -> None:
-    assert FrameDamage("replay", 1.0, 0).pass_on((b"a", b"b")) == [(b"a", b"b")] * 2
-    assert FrameDamage("lose", 1.0, 0).pass_on((b"a",)) == []
+    assert FrameDamage(FrameRule("replay", 1.0, 0)).pass_on((b"a", b"b")) == [(b"a", b"b")] * 2
+    assert FrameDamage(FrameRule("lose", 1.0, 0)).pass_on((b"a",)) == []
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_the_same_seed_damages_the_same_messages_in_the_same_way(kind: str) -> None:
+@pytest.mark.parametrize("kind", get_args(Damage))
+def test_the_same_seed_damages_the_same_messages_in_the_same_way(kind: Damage) -> None:
     sent = [(bytes([number]) * 9,) for number in range(50)]
     runs = []
     for _ in range(2):
-        damage = FrameDamage(kind, 0.3, 7)
+        damage = FrameDamage(FrameRule(kind, 0.3, 7))
         runs.append([result for message in sent for result in damage.pass_on(message)])
         assert runs[-1] != sent
         assert set(runs[-1]) & set(sent)
     assert runs[0] == runs[1] != sent
-
-
-@pytest.mark.parametrize(("kind", "probability"), [("melt", 0.5), ("corrupt", 0.0), ("corrupt", 1.5)])
-def test_a_damage_that_makes_no_sense_is_refused(kind: str, probability: float) -> None:
-    with pytest.raises(ValueError, match=r"melt|probability"):
-        FrameDamage(kind, probability, 0)
