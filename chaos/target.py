@@ -34,7 +34,6 @@ class Target(Protocol):
     @property
     def url(self) -> str:
         """The base URL of the public HTTP API; it is the same over restarts of the router."""
-        ...
 
     @property
     def features(self) -> frozenset[str]:
@@ -44,27 +43,21 @@ class Target(Protocol):
         node (iptables, tc). `proxy`: links that go over TCP and can be led through one. `hosts`: hosts that can
         be lost.
         """
-        ...
 
     def nodes(self) -> list[Node]:
         """Returns all processes that run now, by name."""
-        ...
 
     def signal(self, node: Node, number: int) -> None:
         """Sends a signal from the host; a process that is gone already is not an error."""
-        ...
 
     def stop(self, node: Node, timeout_s: float) -> None:
         """Ends it in an orderly way (SIGTERM, then SIGKILL after the timeout) and leaves it ended."""
-        ...
 
     def start(self, name: str) -> None:
         """Brings a stopped node back, as a new process of the same name."""
-        ...
 
     def scale(self, kind: str, count: int) -> None:
         """Starts or ends processes of a kind (stage, expert) until there are `count`; the newest end first."""
-        ...
 
 
 class TargetError(Exception):

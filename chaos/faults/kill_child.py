@@ -18,18 +18,13 @@ class KillChild(Fault):
     name = "kill_child"
 
     def unavailable(self, target: Target) -> str:
-        return no_children(target)
+        if not Path("/proc/self/task").exists():
+            return "this system has no /proc, which tells a process's children"
+        return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for child in newest_children(victims):
             os.kill(child, signal.SIGKILL)
-
-
-def no_children(target: Target) -> str:
-    """Returns why no node of the target can be hurt by its children, or nothing if one can."""
-    if not Path("/proc/self/task").exists():
-        return "this system has no /proc, which tells a process's children"
-    return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
 
 
 def newest_children(victims: Sequence[Node]) -> list[int]:

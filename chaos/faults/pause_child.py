@@ -7,18 +7,14 @@ import os
 import signal
 from collections.abc import Sequence
 
-from chaos.faults.base import Fault
-from chaos.faults.kill_child import newest_children, no_children
+from chaos.faults.kill_child import KillChild, newest_children
 from chaos.target import Node, Target
 
 
-class PauseChild(Fault):
-    """The newest child of each victim stands still until it is healed, unless the victim has ended it meanwhile."""
+class PauseChild(KillChild):
+    """As `kill_child`, but the child stands still until it is healed, unless the victim has ended it meanwhile."""
 
     name = "pause_child"
-
-    def unavailable(self, target: Target) -> str:
-        return no_children(target)
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for child in newest_children(victims):
