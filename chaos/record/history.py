@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chaos.target import Node
@@ -259,25 +259,20 @@ def decode_event(line: str) -> Event:
     try:
         values = json.loads(line)
         kind = KINDS[values.pop("event")]
-        names = {item.name for item in fields(kind)}
-        if values.keys() - names or {item.name for item in fields(kind) if item.default is MISSING} - values.keys():
-            raise HistoryError(f"not the fields of {kind.__name__}: {line[:200]!r}")
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(Node(**item) if isinstance(item, dict) else item for item in value)
+        return kind(**values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise HistoryError(f"no event: {line[:200]!r}") from error
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(Node(**item) if isinstance(item, dict) else item for item in value)
-    return kind(**values)
+        raise HistoryError(f"no event ({error}): {line[:200]!r}") from error
 
 
 def read_history(lines: Iterable[str]) -> History:
     """Reads a whole history. Raises HistoryError with the number of the line that cannot be read."""
-    return History(list(_numbered(lines)))
-
-
-def _numbered(lines: Iterable[str]) -> Iterator[Event]:
+    history = History()
     for number, line in enumerate(lines, 1):
         try:
-            yield decode_event(line)
+            history.add(decode_event(line))
         except HistoryError as error:
             raise HistoryError(f"line {number}: {error}") from None
+    return history
