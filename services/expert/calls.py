@@ -1,14 +1,16 @@
 """Calls that wait on an expert node, and the arithmetic that answers all of one layer's at once. No sockets.
 
-T_n token rows of a call, R routed rows, D model width.
+T_n token rows of a call, R routed rows of a call or of all calls of a layer, D model width, S slices an expert; a shard
+key is expert * S + slice.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +19,8 @@ from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.errors import NotReadyError, ProtocolError
 from common.messages import Dispatch, Header
 from common.topology import ShardId
-from common.wire.array import Float32Array, Int32Array, frame_to_array
+from common.wire.array import Float32Array, Int32Array, Int64Array, frame_to_array
 from common.wire.tensor import frame_to_tensor
-from services.expert.grouping import group_rows
 from services.expert.shard_store import ShardStore
 
 
@@ -100,6 +101,32 @@ class CallQueue:
 
 def _expires_s(call: WaitingCall) -> float:
     return call.arrived_s + call.header.time_left_ms / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """How the rows of several calls stand when sorted by shard."""
+
+    order: Int64Array
+    """[R]: place in the calls' concatenated rows of each sorted row."""
+    keys: tuple[int, ...]
+    """Shard key of each group, ascending."""
+    offsets: tuple[int, ...]
+    """[groups + 1]: sorted rows [offsets[i], offsets[i+1]) belong to keys[i]."""
+
+    @property
+    def is_sorted(self) -> bool:
+        """Returns whether the rows already stood in order, as those of a single call do."""
+        return bool((self.order[1:] > self.order[:-1]).all())
+
+
+def group_rows(routings: Sequence[Int32Array], num_slices: int) -> Grouping:
+    """Groups the rows of calls by shard; `routings` are their [3, R_i] arrays (row, expert, slice)."""
+    keys = np.concatenate([routing[1].astype(np.int64) * num_slices + routing[2] for routing in routings])
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if keys.size else np.zeros(0, int)
+    return Grouping(order, tuple(ordered[starts].tolist()), (*starts.tolist(), int(keys.size)))
 
 
 @dataclass(frozen=True, slots=True)

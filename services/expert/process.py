@@ -6,7 +6,7 @@ import structlog
 import torch
 
 from common.compute.cuda import open_device
-from common.compute.device_errors import raise_if_device_failed
+from common.compute.device_errors import raise_if_life_ending
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.node.process import NodeResources, open_node, run_lives
@@ -44,7 +44,7 @@ class ExpertProcess:
             try:
                 ExpertService(node, shards).run(own.should_stop)
             except RuntimeError as error:
-                raise_if_device_failed(error)
+                raise_if_life_ending(error)
                 raise
             finally:
                 shards.close()

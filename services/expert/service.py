@@ -11,7 +11,7 @@ import torch
 import zmq
 from torch import Tensor
 
-from common.compute.device_errors import raise_if_device_failed
+from common.compute.device_errors import raise_if_life_ending
 from common.errors import ExecutionError, MoemeshError, NotReadyError, ProtocolError
 from common.messages import (
     AssignShards,
@@ -140,7 +140,7 @@ class ExpertService(NodeLoop[RoutingSocket]):
                 self._send_rows(call, own_rows, answer.began_s - call.arrived_s)
 
     def _fail_calls(self, calls: list[WaitingCall], error: MoemeshError | ValueError | RuntimeError) -> None:
-        raise_if_device_failed(error)
+        raise_if_life_ending(error)
         code = error.code if isinstance(error, MoemeshError) else ExecutionError.code
         self._log.error("calls_failed", layer=calls[0].header.layer, reason=str(error))
         for call in calls:

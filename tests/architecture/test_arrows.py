@@ -26,7 +26,7 @@ PURE_MODULES = (
     "common.wire.array",
     "common.wire.codec",
     "common.wire.records",
-    "services.expert.grouping",
+    "services.expert.calls",
     "services.router.engine",
     "services.router.mesh.status",
     "services.router.mesh.step_message",

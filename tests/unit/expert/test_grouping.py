@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.wire.array import Int32Array
-from services.expert.grouping import group_rows
+from services.expert.calls import group_rows
 
 ROUTINGS = st.lists(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=8),
