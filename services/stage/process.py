@@ -9,7 +9,7 @@ import torch
 
 from common.checkpoint.model_config import ModelConfig
 from common.compute.cuda import count_gpus, open_device, places_of_ranks
-from common.compute.device_errors import raise_if_device_failed
+from common.compute.device_errors import raise_if_life_ending
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
@@ -108,7 +108,7 @@ class StageProcess:
             try:
                 StageService(node, worker, experts).run(own.should_stop)
             except RuntimeError as error:
-                raise_if_device_failed(error)
+                raise_if_life_ending(error)
                 raise
             finally:
                 worker.close()

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import zmq
 
-from common.compute.device_errors import raise_if_device_failed
-from common.errors import LIFE_ENDING_ERRORS, DeadlineError, ExecutionError, MoemeshError, ProtocolError
+from common.compute.device_errors import raise_if_life_ending
+from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import (
     AssignMirror,
     AssignStage,
@@ -346,9 +346,7 @@ class StageService(NodeLoop[MessageSocket]):
 
     def _break_step(self, error: Exception, header: Header) -> None:
         """What a step's numbers provoke must not take the other steps along. Raises what is not a step's fault."""
-        if isinstance(error, LIFE_ENDING_ERRORS):
-            raise error
-        raise_if_device_failed(error)
+        raise_if_life_ending(error)
         if not isinstance(error, MoemeshError):
             self._log.error("step_crashed", step=header.step, exc_info=error)
             error = ExecutionError(f"computing failed: {error}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.compute.cuda import CudaDevice, open_device
-from common.compute.device_errors import raise_if_device_failed, refusal_to_load
+from common.compute.device_errors import raise_if_life_ending, refusal_to_load
 from common.errors import CapacityError, ConfigurationError, DeviceError
 from services.stage.model.paged_attention import allocate_kv_cache
 from tests.support.checkpoints.shelf import Shelf
@@ -55,7 +55,7 @@ def test_want_of_memory_is_a_sentence(gpu: CudaDevice) -> None:
         allocate_kv_cache(1, 1 << 30, 64, 128, torch.float32, gpu.place)
     assert isinstance(refusal_to_load(caught.value), CapacityError)
     with pytest.raises(DeviceError, match="the GPU has no memory left for this step: CUDA out of memory"):
-        raise_if_device_failed(caught.value)
+        raise_if_life_ending(caught.value)
 
 
 @pytest.mark.parametrize("recipe", [QWEN3, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS], ids=lambda recipe: recipe.name)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.compute.device_errors import raise_if_device_failed
-from common.errors import LIFE_ENDING_ERRORS
+from common.compute.device_errors import raise_if_life_ending
 from common.messages import Header, Step
 from services.stage.model.decoder import AskedElsewhere, ExpertCall, ForwardPass, OnItsWay, StageModel
 from services.stage.model.kv_cache import PagedMemory
@@ -118,10 +117,8 @@ class Executor:
         except StopIteration as stop:
             self._running.discard(running)
             return Finished(running, stop.value)
-        except LIFE_ENDING_ERRORS:
-            raise  # nothing is left of this stage that could go on
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
-            raise_if_device_failed(error)
+            raise_if_life_ending(error)
             self._running.discard(running)
             return Broken(running, error)
         if isinstance(wanted, ExpertCall):

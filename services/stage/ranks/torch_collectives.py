@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from common.compute.device import HOST_MEMORY
-from common.compute.device_errors import raise_if_device_failed
+from common.compute.device_errors import raise_if_life_ending
 from common.errors import DeviceError, RankLostError
 
 TIMEOUT = timedelta(seconds=20)
@@ -118,7 +118,7 @@ def _losing_ranks() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # ValueError: the group is gone
-        raise_if_device_failed(error)
+        raise_if_life_ending(error)
         raise RankLostError(f"a collective has failed: {str(error).splitlines()[0]}") from None
 
 

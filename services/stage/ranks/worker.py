@@ -21,9 +21,9 @@ from common.checkpoint.model_config import ModelConfig, read_model_config
 from common.checkpoint.weights import CheckpointWeights
 from common.compute.cuda import open_device
 from common.compute.device import HOST, Device
-from common.compute.device_errors import refusal_to_load
+from common.compute.device_errors import LOADING_ERRORS, refusal_to_load
 from common.compute.native_library import NativeKernels, load_native_kernels
-from common.errors import ConfigurationError, MoemeshError, RankLostError
+from common.errors import ConfigurationError, RankLostError
 from common.node.loader_thread import LoaderThread
 from services.stage.model.decoder import ForwardPass, StageModel
 from services.stage.model.loading import load_stage
@@ -48,7 +48,6 @@ from services.stage.ranks.shared_channel import EpochOver, SharedChannel, Shared
 
 LOOK_S = 0.05
 """How often a rank that is told nothing looks after its loads."""
-LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
 
 
 @dataclass(slots=True)

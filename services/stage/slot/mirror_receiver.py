@@ -107,10 +107,6 @@ class Mirror:
             return  # not connected yet, or busy: to be called again
         self.acknowledged = self.last_sequence_number
 
-    def close(self) -> None:
-        """Follows no holder any more."""
-        self.socket.close()
-
     def _put_rows(self, message: MirrorRows) -> None:
         positions = frame_to_tensor(message.positions, torch.int64, (None,), "MirrorRows.positions")
         limit = self.memory.num_blocks * KV_BLOCK_TOKENS

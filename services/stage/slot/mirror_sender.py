@@ -16,8 +16,8 @@ import torch
 import zmq
 from torch import Tensor
 
-from common.compute.device_errors import raise_if_device_failed
-from common.errors import LIFE_ENDING_ERRORS, ConfigurationError, SocketError
+from common.compute.device_errors import raise_if_life_ending
+from common.errors import ConfigurationError, SocketError
 from common.messages import Header, MirrorAck, MirrorRows, MirrorTo
 from common.wire.endpoints import choose_endpoint
 from common.wire.tensor import tensor_to_frame
@@ -118,10 +118,8 @@ class MirrorLink:
         begins a moment later. The step is on its way, and the stage has others."""
         try:
             yield
-        except LIFE_ENDING_ERRORS:
-            raise
         except Exception as error:
-            raise_if_device_failed(error)
+            raise_if_life_ending(error)
             self._log.error("mirror_not_fed", lease_term=sender.lease_term, reason=str(error))
             sender.is_broken = True
 
@@ -141,7 +139,7 @@ class MirrorLink:
 
     def _close_sender(self) -> None:
         if self._sender is not None:
-            self._sender.close()
+            self._sender.socket.close()
             self._sender = None
 
 
@@ -216,10 +214,6 @@ class MirrorSender:
             self._waits_for, self._waits_since_s = oldest, now_s
         elif oldest and now_s - self._waits_since_s >= MAX_SILENCE_S:
             self.is_broken = True
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self.socket.close()
 
     def _send(self, memory: PagedMemory, positions: Tensor, mark: int, *, is_last: bool) -> None:
         rows = memory.rows(positions)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import structlog
 import torch
 
-from common.compute.device_errors import refusal_to_load
-from common.errors import LIFE_ENDING_ERRORS, MoemeshError, ProtocolError, RankLostError
+from common.compute.device_errors import LOADING_ERRORS, refusal_to_load
+from common.errors import ProtocolError, RankLostError
 from common.messages import AssignMirror, AssignStage, Header, StageReady
 from common.processes.memory import offered_bytes
 from common.topology import StageState
@@ -37,9 +37,6 @@ from services.stage.slot.slot import (
     role_of,
 )
 from services.stage.slot.step_watermark import StepWatermark
-
-LOADING_ERRORS = (MoemeshError, ValueError, RuntimeError, MemoryError, OSError)
-"""What a damaged checkpoint or too little memory may raise."""
 
 
 class StageWorker:
@@ -135,8 +132,6 @@ class StageWorker:
             if not self.layers.look(loading.load):
                 return None
             loaded = self.layers.loaded = loading.load.future.result()
-        except LIFE_ENDING_ERRORS:
-            raise
         except LOADING_ERRORS as error:
             self._loading = None
             return self._refuse(error, loading.header)
@@ -194,8 +189,6 @@ class StageWorker:
                 self._ranks.change_over(loaded.ranks_load, loaded.num_bytes, used_blocks)
             slot.executor = self._executor(loaded.model, slot.held.memory)
             slot.executor.self_test()
-        except LIFE_ENDING_ERRORS:
-            raise
         except LOADING_ERRORS as error:
             raise RankLostError(f"the stage cannot go on with more ranks: {refusal_to_load(error)}") from None
 
@@ -230,7 +223,7 @@ class StageWorker:
         mirror, self.mirror = self.mirror, None
         if mirror is None:
             return
-        mirror.close()
+        mirror.socket.close()
         if self._held is not None and mirror.is_complete:
             self._held.watermark = StepWatermark(mirror.mark)
             self._held.tables.inherit(mirror.written_blocks)
@@ -260,8 +253,6 @@ class StageWorker:
             if isinstance(message, AssignMirror):
                 return self._follow(message, header, held)
             return self._serve_slot(message, header, loaded, held)
-        except LIFE_ENDING_ERRORS:
-            raise
         except LOADING_ERRORS as error:
             return self._refuse(error, header)
 

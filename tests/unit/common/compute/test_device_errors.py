@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.compute.device_errors import raise_if_device_failed, refusal_to_load
-from common.errors import CapacityError, CheckpointError, DeviceError, ExecutionError, NodeLostError
+from common.compute.device_errors import raise_if_life_ending, refusal_to_load
+from common.errors import CapacityError, CheckpointError, DeviceError, ExecutionError, NodeLostError, RankLostError
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...\nSee ...")
 LOST = (
@@ -18,16 +18,24 @@ LOST = (
 
 def test_want_of_memory_in_a_step_ends_the_process_with_torchs_sentence() -> None:
     with pytest.raises(DeviceError, match=r"^the GPU has no memory left for this step: .*2\.00 GiB.*[^\n]$"):
-        raise_if_device_failed(OUT_OF_MEMORY)
+        raise_if_life_ending(OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
 def test_a_lost_device_ends_the_process_at_work_and_at_a_load(error: Exception) -> None:
     with pytest.raises(DeviceError, match="GPU") as at_work:
-        raise_if_device_failed(error)
+        raise_if_life_ending(error)
     assert "\n" not in str(at_work.value)
     with pytest.raises(DeviceError, match="GPU"):
         refusal_to_load(error)
+
+
+def test_a_lost_rank_ends_the_incarnation_at_work_and_at_a_load() -> None:
+    error = RankLostError("the rank of seat 1 is gone")
+    for outcome in (raise_if_life_ending, refusal_to_load):
+        with pytest.raises(RankLostError) as raised:
+            outcome(error)
+        assert raised.value is error
 
 
 def test_it_ends_the_process_and_not_only_the_incarnation() -> None:
@@ -37,7 +45,7 @@ def test_it_ends_the_process_and_not_only_the_incarnation() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("no"), MemoryError()], ids=repr)
 def test_other_errors_are_a_steps_own(error: Exception) -> None:
-    raise_if_device_failed(error)
+    raise_if_life_ending(error)
     assert isinstance(refusal_to_load(error), ExecutionError)
 
 
