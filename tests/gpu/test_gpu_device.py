@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from common.compute.cuda import CudaDevice, open_device
 from common.compute.device_errors import raise_if_life_ending, refusal_to_load
 from common.errors import CapacityError, ConfigurationError, DeviceError
-from services.stage.model.paged_attention import allocate_kv_cache
+from services.stage.model.paged_attention import KvShape, allocate_kv_cache
 from tests.support.checkpoints.shelf import Shelf
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, QWEN3_DENSE_LAYERS, Recipe
 from tests.support.nodes.local_pipeline import Chunk, LocalPipeline
@@ -52,7 +53,7 @@ def test_a_gpu_beyond_the_last_is_refused() -> None:
 
 def test_want_of_memory_is_a_sentence(gpu: CudaDevice) -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        allocate_kv_cache(1, 1 << 30, 64, 128, torch.float32, gpu.place)
+        allocate_kv_cache(KvShape(1, 1 << 30, 64, 128, torch.float32), partial(torch.zeros, device=gpu.place))
     assert isinstance(refusal_to_load(caught.value), CapacityError)
     with pytest.raises(DeviceError, match="the GPU has no memory left for this step: CUDA out of memory"):
         raise_if_life_ending(caught.value)

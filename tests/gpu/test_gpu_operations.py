@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from services.stage.model.decoder import Gate
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
     AttendingRows,
+    KvShape,
     LayerKvCache,
     allocate_kv_cache,
     paged_attention,
@@ -109,7 +111,8 @@ def test_attention(gpu: CudaDevice, dtype: torch.dtype, window: int) -> None:
     query, key, value = (random(tokens, h, width, dtype=dtype, seed=h + s) for s, h in enumerate((heads, 2, 2)))
     num_blocks = -(-tokens // KV_BLOCK_TOKENS)
     table = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).to(torch.int32)
-    cache: LayerKvCache = allocate_kv_cache(1, num_blocks, kv_heads, width, dtype, gpu.place)[0]
+    shape = KvShape(1, num_blocks, kv_heads, width, dtype)
+    cache: LayerKvCache = allocate_kv_cache(shape, partial(torch.zeros, device=gpu.place))[0]
     at = torch.arange(tokens)
     slots = table[at // KV_BLOCK_TOKENS].long() * KV_BLOCK_TOKENS + at % KV_BLOCK_TOKENS
     keys_there, values_there, slots_there = gpu.to_device(key, value, slots)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,33 +24,7 @@ from torch import Tensor
 
 from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels
-from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache, write_kv
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """The shape of all K and V of a stage, whichever rank holds which of them."""
-
-    num_layers: int
-    num_blocks: int
-    """All of them, those for self-tests too."""
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def row_values(self) -> int:
-        """Returns the number of values of one position's K."""
-        return self.num_layers * self.num_kv_heads * self.head_dim
-
-    @property
-    def num_bytes(self) -> int:
-        """Returns the bytes of K and V together."""
-        return 2 * self.row_values * self.num_blocks * KV_BLOCK_TOKENS * self.dtype.itemsize
-
-    def of_rows(self, count: int) -> tuple[int, int, int, int]:
-        """Returns [L, T, H, W] of this many positions."""
-        return self.num_layers, count, self.num_kv_heads, self.head_dim
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, LayerKvCache, allocate_kv_cache, write_kv
 
 
 def positions_of_blocks(block_ids: Tensor) -> Tensor:
@@ -89,9 +64,7 @@ class LocalKv:
     def allocate(cls, shape: KvShape, kernels: NativeKernels | None = None, device: Device = HOST) -> LocalKv:
         """Returns zeroed K and V. Raises ValueError, RuntimeError for want of memory."""
         with torch.inference_mode(False):  # mirrors write to it outside of that mode
-            caches = allocate_kv_cache(
-                shape.num_layers, shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.dtype, device.place
-            )
+            caches = allocate_kv_cache(shape, partial(torch.zeros, device=device.place))
         return cls(shape, caches, kernels, device)
 
     def use_heads(self, heads: slice) -> None:

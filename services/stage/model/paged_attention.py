@@ -14,12 +14,12 @@ bits do not depend on which others share the call.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.compute.device import HOST_MEMORY
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
 from common.compute.torch_elementwise import exponential
@@ -65,23 +65,46 @@ class _AttentionDescriptor(ctypes.Structure):
     )
 
 
-def allocate_kv_cache(
-    num_layers: int,
-    num_blocks: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device = HOST_MEMORY,
-) -> list[LayerKvCache]:
-    """Returns one cache per layer, zeroed. Raises ValueError for a dtype that the kernels do not know."""
-    if dtype not in KERNEL_DTYPES:
-        raise ValueError(f"a KV cache is float32 or bfloat16, not {dtype}")
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """The shape of all K and V of a stage, whichever rank holds which of them."""
+
+    num_layers: int
+    num_blocks: int
+    """All of them, those for self-tests too."""
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def row_values(self) -> int:
+        """Returns the number of values of one position's K."""
+        return self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the bytes of K and V together."""
+        return 2 * self.row_values * self.num_blocks * KV_BLOCK_TOKENS * self.dtype.itemsize
+
+    def of_rows(self, count: int) -> tuple[int, int, int, int]:
+        """Returns [L, T, H, W] of this many positions."""
+        return self.num_layers, count, self.num_kv_heads, self.head_dim
+
+
+def allocate_kv_cache(shape: KvShape, new_tensor: Callable[..., Tensor] = torch.zeros) -> list[LayerKvCache]:
+    """Returns one cache per layer, zeroed. `new_tensor` makes each tensor, of a shape and `dtype`, in this order.
+
+    Raises ValueError for a dtype that the kernels do not know, and what `new_tensor` raises.
+    """
+    if shape.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"a KV cache is float32 or bfloat16, not {shape.dtype}")
+    num_blocks, num_heads, width = shape.num_blocks, shape.num_kv_heads, shape.head_dim
     return [
         LayerKvCache(
-            keys=torch.zeros((num_blocks, num_kv_heads, head_dim, KV_BLOCK_TOKENS), dtype=dtype, device=device),
-            values=torch.zeros((num_blocks, num_kv_heads, KV_BLOCK_TOKENS, head_dim), dtype=dtype, device=device),
+            keys=new_tensor((num_blocks, num_heads, width, KV_BLOCK_TOKENS), dtype=shape.dtype),
+            values=new_tensor((num_blocks, num_heads, KV_BLOCK_TOKENS, width), dtype=shape.dtype),
         )
-        for _ in range(num_layers)
+        for _ in range(shape.num_layers)
     ]
 
 

@@ -24,7 +24,8 @@ from common.errors import ConfigurationError, RankLostError
 from common.node.process import NodeResources
 from common.processes.fork_server import ForkedProcess, ForkServer
 from common.topology import StageRole
-from services.stage.model.kv_cache import KvShape, KvStore, positions_of_blocks
+from services.stage.model.kv_cache import KvStore, positions_of_blocks
+from services.stage.model.paged_attention import KvShape
 from services.stage.model.sharded_linear import Sharding
 from services.stage.model.tp_shard import Reduce, best_degree, check_degree
 from services.stage.ranks.collectives import CollectivesKind, TpExchange

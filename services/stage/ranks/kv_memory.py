@@ -21,8 +21,8 @@ from torch import Tensor
 from common.checkpoint.model_config import ModelConfig
 from common.compute.device import Device
 from common.compute.native_library import NativeKernels
-from services.stage.model.kv_cache import KvShape, KvStore, LocalKv
-from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.model.kv_cache import KvStore, LocalKv
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, LayerKvCache, allocate_kv_cache
 from services.stage.model.tp_shard import TpShard
 from services.stage.ranks.commands import AllocateKv, ForgetMemory, MoveKv, OpenMemory
 from services.stage.ranks.leader import RankLeader
@@ -32,23 +32,8 @@ WINDOW_ROWS = 8 * KV_BLOCK_TOKENS
 """A piece of a back-fill at a time (services/stage/slot/mirror_sender.py); unwritten pages take no memory."""
 
 
-def shared_caches(memory: SharedMemory, shape: KvShape) -> list[LayerKvCache]:
-    """Returns one cache per layer, out of the beginning of the memory."""
-    return [
-        LayerKvCache(
-            keys=memory.next_tensor(
-                (shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS), shape.dtype
-            ),
-            values=memory.next_tensor(
-                (shape.num_blocks, shape.num_kv_heads, KV_BLOCK_TOKENS, shape.head_dim), shape.dtype
-            ),
-        )
-        for _ in range(shape.num_layers)
-    ]
-
-
 def caches_bytes(shape: KvShape) -> int:
-    """Returns how much memory `shared_caches` takes."""
+    """Returns how much shared memory the caches of all layers take."""
     of_one = (shape.num_blocks, shape.num_kv_heads, shape.head_dim, KV_BLOCK_TOKENS)
     return 2 * shape.num_layers * aligned_bytes(of_one, shape.dtype)
 
@@ -114,7 +99,7 @@ class RankKv:
         if not self._device.is_host:
             self.window = KvWindow(memory, shape)
             return None
-        self.store = LocalKv(shape, shared_caches(memory, shape), self._kernels, self._device)
+        self.store = LocalKv(shape, allocate_kv_cache(shape, memory.next_tensor), self._kernels, self._device)
         self.store.use_heads(self._heads)
         return self.store
 

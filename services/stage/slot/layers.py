@@ -15,8 +15,9 @@ from common.compute.native_library import NativeKernels
 from common.node.loader_thread import LoaderThread
 from common.topology import LayerRange, StageRole
 from services.stage.model.decoder import StageModel
-from services.stage.model.kv_cache import KvShape, KvStore, LocalKv, PagedMemory, allocate_paged_memory
+from services.stage.model.kv_cache import KvStore, LocalKv, PagedMemory, allocate_paged_memory
 from services.stage.model.loading import load_stage
+from services.stage.model.paged_attention import KvShape
 from services.stage.model.sharded_linear import ALONE
 from services.stage.ranks.group import RankGroup, RankLoad
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from services.stage.experts.dispatch import ExactSum, PartialSum, pair_weights, 
 from services.stage.model.decoder import ExpertCall, StageModel
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import BlockTables, MicroBatch, read_micro_batch
-from services.stage.model.paged_attention import KV_BLOCK_TOKENS, allocate_kv_cache
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, allocate_kv_cache
 from tests.support.nodes.answered_calls import answer_calls
 
 GREEDY = SamplingParameters(16, 0.0, 1.0, 0, 0, None, frozenset())
@@ -70,12 +71,8 @@ class LocalPipeline:
         ]
         self.caches = [
             allocate_kv_cache(
-                len(model.layers),
-                NUM_BLOCKS,
-                self.config.num_kv_heads,
-                self.config.head_dim,
-                self.dtype,
-                self.device.place,
+                KvShape(len(model.layers), NUM_BLOCKS, self.config.num_kv_heads, self.config.head_dim, self.dtype),
+                partial(torch.zeros, device=self.device.place),
             )
             for model in self.models
         ]

@@ -19,10 +19,10 @@ from common.compute.device import HOST, Device
 from common.errors import RankLostError
 from common.topology import StageRole
 from services.stage.model.decoder import ExpertCall, ForwardPass, StageModel
-from services.stage.model.kv_cache import KvShape, KvStore
+from services.stage.model.kv_cache import KvStore
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import MicroBatch
-from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, LayerKvCache
 from services.stage.ranks.group import GroupSettings, RankGroup
 from services.stage.ranks.shared_channel import SharedChannel, SharedMemory
 from services.stage.ranks.worker import RankWorker

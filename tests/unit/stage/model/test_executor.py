@@ -14,7 +14,8 @@ from common.errors import DeviceError, RankLostError
 from common.messages import Header
 from services.stage.model.decoder import ExpertCall
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
-from services.stage.model.kv_cache import KvShape, LocalKv, PagedMemory, allocate_paged_memory
+from services.stage.model.kv_cache import LocalKv, PagedMemory, allocate_paged_memory
+from services.stage.model.paged_attention import KvShape
 
 
 @dataclass

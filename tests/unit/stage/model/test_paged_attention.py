@@ -9,6 +9,7 @@ from common.compute.native_library import NativeKernels
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
     AttendingRows,
+    KvShape,
     LayerKvCache,
     allocate_kv_cache,
     paged_attention,
@@ -62,7 +63,7 @@ def build(
     generator = torch.Generator().manual_seed(heads * width)
     blocks_each = max(lengths) // KV_BLOCK_TOKENS + 1
     num_blocks = blocks_each * len(lengths) + 2
-    cache = allocate_kv_cache(1, num_blocks, kv_heads, width, dtype)[0]
+    cache = allocate_kv_cache(KvShape(1, num_blocks, kv_heads, width, dtype))[0]
     # What a block's last owner left must not matter, whatever it is.
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.inf)
@@ -129,7 +130,7 @@ def test_number_of_threads_changes_no_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("choice", KERNEL_CHOICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_key_and_value_land_in_their_slot_alone(choice: str, dtype: torch.dtype) -> None:
-    cache = allocate_kv_cache(1, 3, 2, 5, dtype)[0]
+    cache = allocate_kv_cache(KvShape(1, 3, 2, 5, dtype))[0]
     projection = torch.randn(3, 8, 5).to(dtype)
     key, value = projection[:, 2:4], projection[:, 4:6]  # slices of a fused projection
     write_kv(key, value, cache, torch.tensor([70, -1, 31]), kernels=kernels_for(choice))
@@ -171,4 +172,4 @@ def test_what_does_not_fit_is_refused(choice: str) -> None:
     with pytest.raises(ValueError, match="slots"):
         write_kv(sequences.key, sequences.value, sequences.cache, torch.zeros(3, dtype=torch.int64), kernels=kernels)
     with pytest.raises(ValueError, match="float16"):
-        allocate_kv_cache(1, 1, 1, 1, torch.float16)
+        allocate_kv_cache(KvShape(1, 1, 1, 1, torch.float16))

@@ -17,7 +17,7 @@ from common.topology import LayerRange, StageRole, StageSlot
 from services.stage.model.kv_cache import positions_of_blocks
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import MicroBatch
-from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache, allocate_kv_cache
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, LayerKvCache, allocate_kv_cache
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SLIDING_TIED,
     QWEN3,
@@ -53,7 +53,7 @@ def alone(checkpoint: Path, dtype: torch.dtype) -> Alone:
     config = read_model_config(checkpoint)
     weights, role = CheckpointWeights(checkpoint, dtype), whole_role(config.num_layers)
     model = load_stage(weights, config, role, NUM_POSITIONS, kernels_for("native"))
-    caches = allocate_kv_cache(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype)
+    caches = allocate_kv_cache(KvShape(config.num_layers, 3, config.num_kv_heads, config.head_dim, dtype))
     logits = two_steps(lambda batch: finish(model.forward(batch, caches)), config.vocab_size)
     return logits, [cache.keys for cache in caches]
 
