@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,19 +213,11 @@ class RankWorker:
 
     def _read_weights(self, order: LoadShard, rank: int) -> StageModel:
         """Loads its shard, in the loader's thread."""
-        weights = CheckpointWeights(self._checkpoint, order.dtype, self._device.place)
-        try:
+        sharding = Sharding(order.shard(rank), self._exchange)
+        with closing(CheckpointWeights(self._checkpoint, order.dtype, self._device.place)) as weights:
             return load_stage(
-                weights,
-                self._config,
-                order.role,
-                self._num_positions,
-                self._kernels,
-                self._device,
-                Sharding(order.shard(rank), self._exchange),
+                weights, self._config, order.role, self._num_positions, self._kernels, self._device, sharding
             )
-        finally:
-            weights.close()
 
     def _report_loads(self) -> None:
         self._loader.check()
