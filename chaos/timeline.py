@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from chaos.suite_fields import CHECKED, AtLeastOne, NotNegative, Positive, Section, Share
+from pydantic import Field
+
+from chaos.suite_fields import AtLeastOne, NotNegative, Positive, Section, Share
 from chaos.victims import VictimRule
 
 
-@dataclass(frozen=True, slots=True)
-class AllowedFault:
+class AllowedFault(Section):
     """One entry of a suite. A parameter may be a value, `{"between": [low, high]}` or `{"one_of": [...]}`."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
 
     kind: str
     weight: Positive = 1.0
-    victims: VictimRule = field(default_factory=VictimRule)
+    victims: VictimRule = VictimRule()
     heal_after_s: tuple[NotNegative, NotNegative] = (0.0, 0.0)
     """The time until it is undone is drawn between these."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

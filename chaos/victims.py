@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
-
-from pydantic import Field
+from typing import Literal
 
 from chaos.record.roles import Role
+from chaos.suite_fields import AtLeastOne, Section
 from chaos.target import NODE_KINDS, Node, NodeKind
 
 NO_ROLES: Mapping[str, Role] = {}
 Rule = Literal["random", "same", "all", "everything_but_router", "pair", "named", "nobody", "host"]
-RULES = get_args(Rule)
 
 
-@dataclass(frozen=True, slots=True)
-class VictimRule:
+class VictimRule(Section):
     """Which nodes a suite hurts. `random` and `all` are of a `kind`; `random` has a `count`, `named` has `names`.
 
     `same` means those of the fault before, by name (flapping over restarts). `pair` means one node of each of two kinds
@@ -26,12 +22,10 @@ class VictimRule:
     `host` means all that run on one played host, a random one.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     rule: Rule = "random"
     kind: NodeKind | Literal[""] = ""
     """Without it any kind is meant."""
-    count: Annotated[int, Field(ge=1)] = 1
+    count: AtLeastOne = 1
     names: tuple[str, ...] = ()
     role: Literal["", "holder", "mirror", "expert", "spare"] = ""
     """It counts for `random` and `all`; without it any role is meant, and also where no role is known."""
@@ -94,8 +88,6 @@ def _by_rule(rule: VictimRule, nodes: Sequence[Node], draw: random.Random, befor
             return [node for node in nodes if node.host == lost]
         case "pair":
             return _pair(of_kind, draw)
-        case unknown:
-            raise ValueError(f"no such victim rule: {unknown}; there are {', '.join(RULES)}")
 
 
 def _pair(nodes: Sequence[Node], draw: random.Random) -> list[Node]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+
+from pydantic import Field
 
 from chaos.record.history import Event, FaultSkipped, NodesSeen, PhaseBegan
 from chaos.record.operations import Operation, read_operations
 from chaos.record.reference import Reference, reference_of
-from chaos.suite_fields import CHECKED, Count, Positive, Share
+from chaos.suite_fields import Count, Positive, Section, Share
 from chaos.verdicts.fault_outcomes import (
     FaultOutcome,
     Throughput,
@@ -25,29 +26,26 @@ from chaos.verdicts.verdict import State, Verdict, percentile, verdict_of, worst
 DEFAULT = "default"
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(Section):
     """What is still good. Keys of the maps: `kill/stage` before `kill` before `default`; seconds.
 
     Stalls are held against `kill/stage` where one node was hurt at a time, else against `kill` or `default`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
-
-    stall_s: Mapping[str, Positive] = field(default_factory=lambda: {DEFAULT: 10.0})
+    stall_s: Mapping[str, Positive] = Field(default_factory=lambda: {DEFAULT: 10.0})
     """It bounds the 99th percentile over streams of the longest extra gap between tokens."""
-    recovery_s: Mapping[str, Positive] = field(default_factory=lambda: {DEFAULT: 60.0})
+    recovery_s: Mapping[str, Positive] = Field(default_factory=lambda: {DEFAULT: 60.0})
     """It bounds the time from healing until the mesh is whole."""
     first_token_s: Positive = 60.0
     max_refused: Count | None = 0
-    tpot_ratio: Mapping[str, Positive] = field(default_factory=dict)
+    tpot_ratio: Mapping[str, Positive] = Field(default_factory=dict)
     """It bounds the p99 of seconds a token of the answers beside a fault over that of the undisturbed ones, for the
     kinds that are named."""
     throughput_share: Share | None = None
     """Tokens a second inside fault windows must be at least this share of those outside; None does not ask."""
     harmless: tuple[str, ...] = ("cpu_hog",)
     """No process may be replaced during faults of these kinds."""
-    leaks: LeakBounds = field(default_factory=LeakBounds)
+    leaks: LeakBounds = LeakBounds()
 
 
 TIMED = frozenset({"stalls", "tpot", "first_tokens", "recovery", "throughput"})

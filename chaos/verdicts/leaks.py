@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from chaos.record.history import Event, MetricsSeen, PhaseBegan, ProcessSeen
-from chaos.suite_fields import CHECKED, Count, NotNegative
+from chaos.suite_fields import Count, NotNegative, Section
 from chaos.verdicts.verdict import Verdict, verdict_of
 
 BACK_TO_ZERO = (
@@ -20,11 +18,8 @@ BACK_TO_ZERO = (
 REQUIRED = BACK_TO_ZERO[:2]
 
 
-@dataclass(frozen=True, slots=True)
-class LeakBounds:
+class LeakBounds(Section):
     """How far a process may be above the baseline, which is that after the undisturbed requests."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = CHECKED
 
     rss_share: NotNegative = 0.35
     rss_mib: Count = 96

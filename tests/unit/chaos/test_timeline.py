@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from chaos.timeline import AllowedFault, TimelineRules, make_timeline, overlapping_groups
 from chaos.victims import VictimRule
 
-KILL = AllowedFault("kill", 5.0, VictimRule(kind="expert"), (0.0, 0.0))
-PAUSE = AllowedFault("pause", 1.0, VictimRule(kind="stage"), (0.5, 3.0))
-AGAIN = AllowedFault("kill", 1.0, VictimRule("same"), (0.0, 0.0))
+KILL = AllowedFault(kind="kill", weight=5.0, victims=VictimRule(kind="expert"))
+PAUSE = AllowedFault(kind="pause", victims=VictimRule(kind="stage"), heal_after_s=(0.5, 3.0))
+AGAIN = AllowedFault(kind="kill", victims=VictimRule(rule="same"))
 FLAP = AllowedFault(
-    "flap", 1.0, VictimRule(), (0.0, 0.0), {"times": {"between": [2, 5]}, "off_s": {"between": [0.1, 1.5]}, "on_s": 0.5}
+    kind="flap", parameters={"times": {"between": [2, 5]}, "off_s": {"between": [0.1, 1.5]}, "on_s": 0.5}
 )
 ALLOWED = [KILL, PAUSE, AGAIN, FLAP]
 RULES = st.builds(
@@ -83,7 +83,7 @@ def test_no_overlap_without_asking_for_it_and_groups_hold_those_that_do() -> Non
 
 @pytest.mark.parametrize("value", [{"between": [1]}, {"one_of": []}, {"between": ["a", "b"]}])
 def test_a_choice_that_is_none_is_refused(value: object) -> None:
-    wrong = AllowedFault("flap", 1.0, VictimRule(), (0.0, 0.0), {"times": value})
+    wrong = AllowedFault(kind="flap", parameters={"times": value})
     with pytest.raises(ValueError, match="takes two numbers"):
         make_timeline(0, [wrong], TimelineRules(count=1, spacing_s=(0.0, 1.0)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chaos.record.roles import Role
 from chaos.target import Node, NodeKind
-from chaos.victims import RULES, Rule, VictimRule, choose_victims
+from chaos.victims import Rule, VictimRule, choose_victims
 
 MESH = [
     Node("router-0", "router", 1),
@@ -31,12 +31,14 @@ def test_random_ones_are_of_their_kind_and_as_many_as_asked() -> None:
 
 
 def test_rules_that_name_their_victims() -> None:
-    assert names(VictimRule("all", "expert")) == ["expert-0", "expert-1", "expert-2"]
-    assert names(VictimRule("everything_but_router")) == [node.name for node in sorted(MESH[1:], key=lambda n: n.name)]
-    assert names(VictimRule("same"), before=("stage-1",)) == ["stage-1"]
-    assert len(names(VictimRule("same"), before=("stage-9",))) == 1, "that one was scaled away"
-    assert names(VictimRule("named", names=("stage-2", "gone"))) == ["stage-2"]
-    assert names(VictimRule("nobody")) == []
+    assert names(VictimRule(rule="all", kind="expert")) == ["expert-0", "expert-1", "expert-2"]
+    assert names(VictimRule(rule="everything_but_router")) == [
+        node.name for node in sorted(MESH[1:], key=lambda n: n.name)
+    ]
+    assert names(VictimRule(rule="same"), before=("stage-1",)) == ["stage-1"]
+    assert len(names(VictimRule(rule="same"), before=("stage-9",))) == 1, "that one was scaled away"
+    assert names(VictimRule(rule="named", names=("stage-2", "gone"))) == ["stage-2"]
+    assert names(VictimRule(rule="nobody")) == []
 
 
 def test_a_role_is_asked_for_where_roles_are_known() -> None:
@@ -44,7 +46,7 @@ def test_a_role_is_asked_for_where_roles_are_known() -> None:
     for seed in range(20):
         for rule, expected in (
             (VictimRule(kind="stage", role="holder"), ["stage-2"]),
-            (VictimRule("all", role="mirror"), ["stage-0"]),
+            (VictimRule(rule="all", role="mirror"), ["stage-0"]),
             (VictimRule(kind="expert", role="spare"), []),
         ):
             victims = choose_victims(rule, MESH, random.Random(seed), (), {}, roles)
@@ -55,22 +57,22 @@ def test_a_role_is_asked_for_where_roles_are_known() -> None:
 
 def test_a_pair_is_of_two_kinds_without_the_router() -> None:
     for seed in range(20):
-        pair = names(VictimRule("pair"), seed)
+        pair = names(VictimRule(rule="pair"), seed)
         assert sorted(name.split("-")[0] for name in pair) == ["expert", "stage"]
-    assert len(names(VictimRule("pair", "expert"))) == 2
+    assert len(names(VictimRule(rule="pair", kind="expert"))) == 2
 
 
 def test_as_many_as_must_stay_are_left() -> None:
-    assert len(names(VictimRule("all", "expert"), expert=2)) == 1
-    assert names(VictimRule("all", "expert"), expert=3) == []
-    assert len(names(VictimRule("everything_but_router"), expert=1, stage=1)) == 4
+    assert len(names(VictimRule(rule="all", kind="expert"), expert=2)) == 1
+    assert names(VictimRule(rule="all", kind="expert"), expert=3) == []
+    assert len(names(VictimRule(rule="everything_but_router"), expert=1, stage=1)) == 4
 
 
-@given(st.sampled_from(RULES), st.sampled_from(["", "stage", "expert"]), st.integers(), st.integers(0, 3))
+@given(st.sampled_from(get_args(Rule)), st.sampled_from(["", "stage", "expert"]), st.integers(), st.integers(0, 3))
 def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(
     rule: Rule, kind: NodeKind, seed: int, kept: int
 ) -> None:
-    chosen = VictimRule(rule, kind, 2, ("expert-1",))
+    chosen = VictimRule(rule=rule, kind=kind, count=2, names=("expert-1",))
     shuffled = random.Random(seed).sample(MESH, len(MESH))
     first = choose_victims(chosen, MESH, random.Random(seed), ["stage-0"], {"expert": kept})
     assert first == choose_victims(chosen, shuffled, random.Random(seed), ["stage-0"], {"expert": kept})
@@ -79,13 +81,13 @@ def test_the_same_draw_chooses_the_same_and_the_kept_are_never_hurt(
 
 def test_an_unknown_rule_is_named() -> None:
     unknown: Any = "most"
-    with pytest.raises(ValueError, match="no such victim rule: most; there are random"):
-        names(VictimRule(unknown))
+    with pytest.raises(ValueError, match="should be 'random', 'same'"):
+        VictimRule(rule=unknown)
 
 
 def test_the_victims_of_a_lost_host_are_all_who_run_on_it() -> None:
     mesh = [Node("router-0", "router", 1), *(Node(f"stage-{n}", "stage", 2 + n, host=str(n % 2)) for n in range(4))]
-    rule = VictimRule("host")
+    rule = VictimRule(rule="host")
     drawn = {tuple(node.name for node in choose_victims(rule, mesh, random.Random(seed), (), {})) for seed in range(20)}
     assert drawn == {("stage-0", "stage-2"), ("stage-1", "stage-3")}
     assert names(rule) == [], "nobody runs on a played host"
