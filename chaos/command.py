@@ -19,7 +19,7 @@ from chaos.record.reference import Reference, StoredReferenceError, read_referen
 from chaos.record.requests import requests_sha256
 from chaos.runner import CannotRunError, Run
 from chaos.target import Target, TargetError
-from chaos.targets.catalog import TargetRequest, make_target
+from chaos.targets.catalog import make_target
 from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.report import COULD_NOT_RUN, EXIT_STATUS, Report
 
@@ -55,10 +55,9 @@ def run(
         experiment = read_experiment(suite)
         output.mkdir(parents=True, exist_ok=True)
         settings = {name: str(value) for name, value in experiment.mesh.items()}
-        request = TargetRequest(settings, against, output / "logs", experiment.links, experiment.hosts)
         with (
             (output / "history.jsonl").open("w", encoding="utf-8", buffering=1) as lines,
-            make_target(target, request) as hurt,
+            make_target(target, settings, against, output / "logs", experiment.links, experiment.hosts) as hurt,
         ):
             name = f"{target} ({against})" if against else target
             made = _run_on(hurt, name, experiment, seed, History(sink=lines.write))

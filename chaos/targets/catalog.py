@@ -1,9 +1,9 @@
-"""Targets by the name of `--target`. One line per target; nothing registers itself."""
+"""Targets by the name of `--target`. Nothing registers itself."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,6 @@ from chaos.targets.local_target import LocalTarget, ProxiedLocalTarget
 from chaos.targets.played_hosts import HostsTarget
 
 DEFAULT_PROJECT = "moemesh"
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRequest:
-    """What a person has said about the target. `settings` come from the suite, by their environment's names."""
-
-    settings: Mapping[str, str]
-    against: str
-    """Base URL of a deployment that runs already; empty: the target finds or starts one itself."""
-    logs: Path
-    """A target that is started for the run leaves its logs in this folder."""
-    links: str = "direct"
-    """With `proxy` a mesh that is started for the run has its links through the harness's proxy."""
-    num_hosts: int = 0
-    """The number of hosts that the harness plays for such a mesh; with 0 it runs on this machine alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +42,27 @@ class RemoteTarget:
         return TargetError(f"{name} cannot be reached: only {self.url} is known of this deployment")
 
 
-def make_local(request: TargetRequest) -> AbstractContextManager[Target]:
-    """Makes a mesh of its own; with `against` none is started, and nothing can be hurt."""
-    if request.against:
-        return nullcontext(RemoteTarget(request.against.rstrip("/")))
-    if request.num_hosts:
-        return HostsTarget(request.settings, request.logs, num_hosts=request.num_hosts)
-    made = ProxiedLocalTarget if request.links == "proxy" else LocalTarget
-    return made(request.settings, request.logs)
+def make_target(
+    name: str, settings: Mapping[str, str], against: str, logs: Path, links: str = "direct", num_hosts: int = 0
+) -> AbstractContextManager[Target]:
+    """Makes the target of that name. Raises TargetError that names those that there are.
 
-
-def make_docker(request: TargetRequest) -> AbstractContextManager[Target]:
-    """Finds the compose project at the URL, else that of COMPOSE_PROJECT_NAME, else the one of compose.yaml."""
-    if request.against:
-        return DockerTarget(project_at(request.against))
-    return DockerTarget(os.environ.get("COMPOSE_PROJECT_NAME") or DEFAULT_PROJECT)
-
-
-TARGETS: Mapping[str, Callable[[TargetRequest], AbstractContextManager[Target]]] = {
-    "docker": make_docker,
-    "local": make_local,
-}
-
-
-def make_target(name: str, request: TargetRequest) -> AbstractContextManager[Target]:
-    """Makes the target of that name. Raises TargetError that names those that there are."""
-    if name not in TARGETS:
-        raise TargetError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
-    return TARGETS[name](request)
+    `against` is the base URL of a deployment that runs already; empty: the target finds or starts one itself. One that
+    is started has these settings, by their environment's names, and leaves its logs in the folder `logs`. With the
+    links `proxy` they lead through the harness's proxy, and with `num_hosts` it runs on hosts that the harness plays.
+    """
+    match name:
+        case "docker":
+            # The project at the URL, else that of COMPOSE_PROJECT_NAME, else the one of compose.yaml.
+            project = project_at(against) if against else os.environ.get("COMPOSE_PROJECT_NAME")
+            return DockerTarget(project or DEFAULT_PROJECT)
+        case "local" if against:
+            return nullcontext(RemoteTarget(against.rstrip("/")))
+        case "local" if num_hosts:
+            return HostsTarget(settings, logs, num_hosts=num_hosts)
+        case "local" if links == "proxy":
+            return ProxiedLocalTarget(settings, logs)
+        case "local":
+            return LocalTarget(settings, logs)
+        case _:
+            raise TargetError(f"there is no target {name!r}; there are docker, local")

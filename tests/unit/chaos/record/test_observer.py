@@ -18,7 +18,7 @@ from chaos.record import observer as observer_module
 from chaos.record.history import Asked, Ended, Event, HarnessLate, NodesSeen, Tokens
 from chaos.record.observer import TICK_S, Observer, Progress, is_whole, sample_process, sum_metrics
 from chaos.target import Node, TargetError
-from chaos.targets.catalog import RemoteTarget, TargetRequest, make_target
+from chaos.targets.catalog import RemoteTarget, make_target
 from tests.support.chaos.server import FakeMesh
 from tests.support.chaos.target import ListedTarget
 
@@ -143,7 +143,7 @@ def test_a_process_is_seen_with_its_memory_and_files_and_a_dead_one_is_not() -> 
 
 
 def test_an_address_alone_can_be_asked_and_not_hurt(tmp_path: Path) -> None:
-    with make_target("local", TargetRequest({}, "http://mesh:8000/", tmp_path)) as target:
+    with make_target("local", {}, "http://mesh:8000/", tmp_path) as target:
         assert isinstance(target, RemoteTarget)
         assert (target.url, target.nodes(), target.features) == ("http://mesh:8000", [], frozenset())
         node = Node("a", "stage", 1)
@@ -160,7 +160,7 @@ def test_an_address_alone_can_be_asked_and_not_hurt(tmp_path: Path) -> None:
 
 def test_an_unknown_target_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="there is no target 'moon'; there are docker, local"):
-        make_target("moon", TargetRequest({}, "", tmp_path))
+        make_target("moon", {}, "", tmp_path)
 
 
 class _LostAddress:
