@@ -1,7 +1,7 @@
 """Every message of the mesh, grouped by link. A kind that asks is an imperative, one that tells is not.
 
 The codec (`common/wire/codec.py`) turns these to frames and back; field types are limited to what it checks: int,
-float, str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step and time left are in
+float, str, bool, tuples of int or str, and TensorFrame. Terms, generation, attempt, step, time left and trace are in
 `Header`.
 """
 
@@ -47,6 +47,7 @@ class Header:
     """Counts the messages of one socket from 1; a stage that sees a gap reports it."""
     time_left_ms: int = 0
     """How long the sender will wait from now on; restamped at every hop, so clocks need not agree. 0: no limit."""
+    trace: str = ""
 
 
 # ---- router -> first stage -> ... -> last stage -> router: the pipeline

@@ -168,10 +168,14 @@ def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], ve
 def _decode_header(values: Any) -> Header:
     if not isinstance(values, tuple) or len(values) != len(_HEADER_FIELDS):
         raise ProtocolError(f"header must have {len(_HEADER_FIELDS)} values")
-    for name, value in zip(_HEADER_FIELDS, values, strict=True):
-        if not _fits(value, "int"):
+    fields: dict[str, Any] = dict(zip(_HEADER_FIELDS, values, strict=True))
+    for name, value in fields.items():
+        if name == "trace":
+            if not isinstance(value, str) or len(value) > 128:
+                raise ProtocolError("header field trace must be a string of at most 128 characters")
+        elif not _fits(value, "int"):
             raise ProtocolError(f"header field {name} must be a whole number from 0 to 2^63, not {value!r:.40}")
-    return Header(*values)
+    return Header(**fields)
 
 
 def _decode_fields(kind: type[Any], values: Any, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,13 @@ def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
 
 def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
     """Makes the header with the counters that fence a step."""
-    return Header(router_term=router_term, generation=plan.generation, step=plan.step, time_left_ms=time_left_ms)
+    return Header(
+        router_term=router_term,
+        generation=plan.generation,
+        step=plan.step,
+        time_left_ms=time_left_ms,
+        trace=f"{plan.pipeline}/{plan.step}",
+    )
 
 
 def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, Token]:

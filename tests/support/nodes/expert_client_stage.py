@@ -74,7 +74,7 @@ class Stage:
         self.poll()
 
     def start(self, call: ExpertCall, name: str = "call", within_s: float = 10.0) -> None:
-        header = Header(step=5, generation=2, attempt=1)
+        header = Header(step=5, generation=2, attempt=1, trace="0/5")
         number = self.client.start(call, header, self.now_s, self.now_s + within_s)
         self.names[number] = name
 

@@ -48,5 +48,6 @@ def messages() -> st.SearchStrategy[Any]:
 
 
 def headers() -> st.SearchStrategy[Header]:
-    """Any counters."""
-    return st.builds(Header, **{field.name: COUNTS for field in dataclasses.fields(Header)})
+    """Any counters and traces."""
+    counters = {field.name: COUNTS for field in dataclasses.fields(Header) if field.name != "trace"}
+    return st.builds(Header, **counters, trace=st.text(st.characters(exclude_categories=["Cs"]), max_size=128))

@@ -76,7 +76,7 @@ def test_any_flipped_bit_is_a_protocol_error(message: Any, header: Header, data:
 
 
 def test_each_single_bit_of_one_message_counts() -> None:
-    frames = joined(encode(ROWS, Header(step=3)))
+    frames = joined(encode(ROWS, Header(step=3, trace="t")))
     for index, frame in enumerate(frames):
         for bit in range(8 * len(frame)):
             damaged = bytearray(frame)
@@ -248,6 +248,11 @@ def test_times_are_finite_floats(number: float) -> None:
     fields = fields_of(ExpertHeartbeat())
     with pytest.raises(ProtocolError, match=r"ExpertHeartbeat\.queue_seconds"):
         decode(packed(fields | {"f": fields["f"] | {"queue_seconds": number}}))
+
+
+def test_a_long_trace_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="trace"):
+        decode(joined(encode(Leave(""), Header(trace="x" * 129))))
 
 
 @pytest.mark.parametrize(

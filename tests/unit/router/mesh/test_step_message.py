@@ -87,7 +87,7 @@ def test_a_step_without_chunks_has_all_its_columns() -> None:
 
 def test_the_header_fences_the_step() -> None:
     header = step_header(plan(chunk(1)), 3, 1500)
-    assert header == Header(router_term=3, generation=5, step=9, time_left_ms=1500)
+    assert header == Header(router_term=3, generation=5, step=9, time_left_ms=1500, trace="2/9")
 
 
 @settings(deadline=None)

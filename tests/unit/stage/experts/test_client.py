@@ -68,7 +68,7 @@ def test_a_dispatch_carries_the_steps_counters_its_layer_and_the_time_left() -> 
     stage.place({"a": ALL})
     stage.start(CALL, within_s=2.5)
     ((_, header),) = stage.socket("a").take_sent()
-    assert header == Header(step=5, generation=2, attempt=1, layer=1, time_left_ms=2500)
+    assert header == Header(step=5, generation=2, attempt=1, layer=1, time_left_ms=2500, trace="0/5")
 
 
 def test_each_token_row_travels_once_to_a_node() -> None:
