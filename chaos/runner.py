@@ -34,7 +34,7 @@ from chaos.record.reference import Reference, reference_of
 from chaos.record.requests import ChaosRequest, draw_requests
 from chaos.target import Target, TargetError
 from chaos.timeline import AllowedFault, PlannedFault, TimelineRules, make_timeline, overlapping_groups
-from chaos.victims import choose_victims
+from chaos.victims import VictimRule, choose_victims
 
 BETWEEN_OVERLAPPING_S = 0.4
 WORK_WITHIN_S = 10.0
@@ -189,7 +189,14 @@ class Run:
         lacking = fault.needs - self.target.features
         if lacking:
             return f"the target has no {', '.join(sorted(lacking))}"
-        return await asyncio.to_thread(fault.unavailable, self.target)
+        return await asyncio.to_thread(self._unavailable, fault, planned.victims)
+
+    def _unavailable(self, fault: Fault, victims: VictimRule) -> str:
+        if (reason := fault.unavailable(self.target)) or victims.rule == "nobody":
+            return reason
+        of_kind = [node for node in self.target.nodes() if victims.kind in ("", node.kind)]
+        is_hopeless = of_kind and not any(map(fault.can_hurt, of_kind))  # where none runs just now, one comes back
+        return f"no {victims.kind or 'node'} has what it hurts" if is_hopeless else ""
 
     async def _apply_timeline(self, observer: Observer) -> None:
         offered = await self._offered_faults()
@@ -221,7 +228,7 @@ class Run:
         nodes, roles = await observer.look_at_nodes(), await observer.look_at_roles()
         draw = random.Random(f"{self.seed}/victims/{planned.number}")
         keep = {str(kind): count for kind, count in self.experiment.timeline.keep.items()}
-        victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep, roles)
+        victims = choose_victims(planned.victims, nodes, draw, self._last_victims, keep, roles, fault.can_hurt)
         if not victims and planned.victims.rule != "nobody":
             return self._skip(planned, f"no node to hurt: {planned.victims}", is_expected=False)
         # Streams that run in step end at the same moment; a fault between two rounds would hit nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from chaos.record.roles import Role
@@ -50,15 +50,17 @@ def choose_victims(
     before: Sequence[str],
     keep: Mapping[str, int],
     roles: Mapping[str, Role] = NO_ROLES,
+    can_hurt: Callable[[Node], bool] = lambda node: True,
 ) -> list[Node]:
     """Chooses the victims, in the order of their names; none where the rule finds no node that may be hurt.
 
-    `before` names the victims of the fault before, `keep` says how many of a kind must stay unhurt, and `roles` what
-    each node is for, by its name.
+    `before` names the victims of the fault before, `keep` says how many of a kind must stay unhurt, `roles` what each
+    node is for, by its name, and `can_hurt` which nodes have what the fault hurts.
     """
     ordered = sorted(nodes, key=lambda node: node.name)
     of_role = [node for node in ordered if not (rule.role and roles) or _has(roles.get(node.name), rule.role)]
-    chosen = sorted(_by_rule(rule, of_role, draw, before), key=lambda node: node.name)
+    hurtable = [node for node in of_role if can_hurt(node)]
+    chosen = sorted(_by_rule(rule, hurtable, draw, before), key=lambda node: node.name)
     return _spare(chosen, ordered, keep)
 
 

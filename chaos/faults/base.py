@@ -94,6 +94,10 @@ class Fault(ABC):
         """Returns a sentence that says why this machine cannot do it, or nothing if it can."""
         return missing(*self.programs) if self.programs else ""
 
+    def can_hurt(self, node: Node) -> bool:
+        """Returns whether the node has now what it hurts. Only such nodes become victims."""
+        return True
+
     @abstractmethod
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         """Hurts the victims now and returns at once. Raises TargetError if it cannot.

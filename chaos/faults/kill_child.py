@@ -18,9 +18,11 @@ class KillChild(Fault):
     name = "kill_child"
 
     def unavailable(self, target: Target) -> str:
-        if not Path("/proc/self/task").exists():
-            return "this system has no /proc, which tells a process's children"
-        return "" if any(children(node.pid) for node in target.nodes()) else "no node has a child process"
+        is_told = Path("/proc/self/task").exists()
+        return "" if is_told else "this system has no /proc, which tells a process's children"
+
+    def can_hurt(self, node: Node) -> bool:
+        return bool(children(node.pid))
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
         for child in newest_children(victims):
@@ -36,6 +38,6 @@ def newest_children(victims: Sequence[Node]) -> list[int]:
     for victim in victims:
         pids = [pid for pid in descendants(victim.pid) if not children(pid)]
         if not pids:
-            raise TargetError(f"{victim.name} has no child process; choose a kind that starts some")
+            raise TargetError(f"{victim.name} has no child process")
         found.append(max(pids))
     return found

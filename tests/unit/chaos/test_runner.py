@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from chaos.experiment import Experiment, parse_experiment
+from chaos.faults.kill_child import KillChild
 from chaos.record import observer
 from chaos.record.history import FaultApplied, FaultSkipped, History, PhaseBegan
 from chaos.runner import CannotRunError, Run
@@ -193,3 +194,20 @@ def test_a_run_that_nobody_watches_any_more_is_not_judged(monkeypatch: pytest.Mo
     monkeypatch.setattr(observer.Observer, "look", break_down)
     with pytest.raises(CannotRunError, match="the observer failed: KeyError"):
         asyncio.run(run.execute())
+
+
+def test_a_kind_that_no_node_of_its_kind_can_be_hurt_by_is_left_out_once_though_others_could_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As the router of a mesh without ranks has a child process, and no stage has one.
+    monkeypatch.setattr(KillChild, "can_hurt", lambda self, node: node.kind == "router")
+    kinds = [
+        {"kind": "kill", "victims": {"kind": "expert"}},
+        {"kind": "kill_child", "weight": 50, "victims": {"kind": "stage"}},
+    ]
+    run = make_run(FakeMesh(), ListedTarget(), experiment(faults=kinds, count=4))
+    asyncio.run(run.execute())
+    judgement = judged(run)
+    assert judgement.state is State.HELD, [v for v in judgement.verdicts if v.state is not State.HELD]
+    assert [outcome.kind for outcome in judgement.outcomes] == ["kill"] * 4
+    assert [(s.fault, s.reason) for s in judgement.skipped] == [(-2, "no stage has what it hurts")]

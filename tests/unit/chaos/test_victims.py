@@ -55,6 +55,14 @@ def test_a_role_is_asked_for_where_roles_are_known() -> None:
     assert unknown == {"stage-0", "stage-1", "stage-2"}
 
 
+def test_a_node_that_the_fault_finds_nothing_in_is_never_drawn() -> None:
+    for seed in range(20):
+        chosen = choose_victims(
+            VictimRule(kind="stage"), MESH, random.Random(seed), (), {"stage": 1}, can_hurt=lambda node: node.pid == 11
+        )
+        assert [node.name for node in chosen] == ["stage-1"]
+
+
 def test_a_pair_is_of_two_kinds_without_the_router() -> None:
     for seed in range(20):
         pair = names(VictimRule(rule="pair"), seed)
