@@ -462,7 +462,8 @@ def trim_heap() -> None:
 
 
 class MemoryRelief:
-    """Gives memory that a flood of requests has left behind back to the system, each time that it has grown.
+    """Gives memory that a flood of requests has left behind back to the system, each time that it has grown by
+    RELIEF_GROWTH_BYTES.
 
     What is freed stays with the C library, in pages that are empty but for a few live blocks, and in pools that each
     thread which ever tokenized has of its own: after 64 prompts of 200 kB a router of 71 MB kept 350 MB, of which

@@ -350,25 +350,30 @@ class MirrorRoles:
         return False
 
     def _has_other_spare(self, slot: StageSlot) -> bool:
-        """Returns whether a spare may take the place of the slot's mirror. Who was not filled counts again once all
-        others have been tried."""
-        if not self._has_idle_spare(slot):
-            self._forget(
-                {(node_id, of) for node_id, of in self._unfilled if of == slot and not self._pairs_of(node_id)}
-            )
-        return self._has_idle_spare(slot)
+        """Returns whether a spare may take the place of the slot's mirror. A spare that was not filled counts again
+        once all others have been tried."""
+        idle = self._idle_spares(slot)
+        if idle and not idle - self._failed:
+            self._forget(idle & self._unfilled)
+        return bool(idle - self._failed)
 
-    def _has_idle_spare(self, slot: StageSlot) -> bool:
+    def _idle_spares(self, slot: StageSlot) -> set[tuple[NodeId, StageSlot]]:
+        """Returns the spares that mirror nothing and have room for the slot, each with the slot."""
         wanted = self._wanted.get(slot)
-        return wanted is not None and any(
-            spare.numeric_class == wanted.holder.numeric_class
-            and not self._pairs_of(spare.node_id)
-            and self._fits(spare, wanted)
+        if wanted is None:
+            return set()
+        return {
+            (spare.node_id, slot)
             for spare in self._spares
-        )
+            if spare.numeric_class == wanted.holder.numeric_class
+            and not self._pairs_of(spare.node_id)
+            and self._has_room(spare, wanted)
+        }
 
     def _fits(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
+        return self._has_room(spare, wanted) and (spare.node_id, wanted.slot) not in self._failed
+
+    def _has_room(self, spare: NodeDescription, wanted: MirroredSlot) -> bool:
         index = wanted.slot.index
         needed = self._sizes.weight_bytes(index) + (wanted.num_blocks + 1) * self._sizes.block_bytes(index)
-        is_able = spare.capacity_bytes >= needed and spare.can_load_layers(self._messages.layers[index])
-        return is_able and (spare.node_id, wanted.slot) not in self._failed
+        return spare.capacity_bytes >= needed and spare.can_load_layers(self._messages.layers[index])

@@ -101,7 +101,7 @@ class PipelineEvidence:
 
     @property
     def canary(self) -> Awaited | None:
-        """Returns the answer to a step that carries nothing."""
+        """Returns the answer that is due to a step that carries nothing; None: none is."""
         return None if self.canary_sent_s is None else Awaited(self.canary_sent_s, CANARY_UNANSWERED_S, False)
 
 

@@ -145,7 +145,7 @@ def _even_stops(layer_costs: Sequence[float], extras: Sequence[float]) -> tuple[
 
     @cache
     def most_even(stage: int, start: int) -> tuple[float, tuple[int, ...]]:
-        """Returns the sum of squares, and the stops, of the lower start of the next stage where two are equal."""
+        """Returns the least sum of squares, and its stops; of two equal ones those with the lower start."""
         if stage == num_stages:
             return 0.0, ()
         fitting = [(stop, cost, most_even(stage + 1, stop)) for stop, cost in options(stage, start) if cost <= limit]

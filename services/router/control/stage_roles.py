@@ -119,8 +119,8 @@ class StageRoles:
 
     def tick(self, now_s: float) -> list[Action]:
         """Decides what depends on time alone: a restarted router does not give a slot away before its holder is back, a
-        pipeline too many is given up once it is clear that its spares will not come back, and a spare that could not
-        load what it was to mirror is asked again."""
+        pipeline too many is given up once it is clear that its spares will not come back, a spare that could not load
+        what it was to mirror is asked again, and a mirror that is not filled in time gives way to another spare."""
         if self.adoption.is_pending:
             return self._settle(now_s)
         if self.mirrors.is_due(now_s):

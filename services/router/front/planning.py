@@ -208,7 +208,9 @@ class RequestPlanner:
 
     def _check_prompt(self, token_ids: Sequence[int], parameter: str, room: _Room) -> None:
         if not token_ids:
-            raise InvalidRequestError(f"`{parameter}` is empty after tokenization; at least one is needed", parameter)
+            raise InvalidRequestError(
+                f"`{parameter}`: has no tokens after tokenization; at least one is needed", parameter
+            )
         room.check(len(token_ids))
         vocabulary_size = self.tokenizer.defaults.vocabulary_size
         if vocabulary_size is not None and max(token_ids) >= vocabulary_size:

@@ -388,7 +388,7 @@ class RequestRegistry:
         if not await asyncio.wrap_future(self._journal.flush()):
             raise JournalError(
                 f"the request {live.reply_id} was cancelled, but the journal cannot be written to (is the disk full?): "
-                "a router that restarts before it can resumes the request"
+                "if the router restarts before it can be, it resumes the request"
             )
         await self.cancel(live)
 

@@ -378,8 +378,8 @@ class _Operators:
         return JSONResponse({"status": "alive"})
 
     async def show_readiness(self) -> Response:
-        """Says whether a request would be accepted and a token can be made end to end; if not, with status 503 and what
-        is missing."""
+        """Says whether a request would be accepted and a token can be made end to end; if not, the status is 503, and
+        it says what is missing."""
         readiness = self.engine.readiness()
         if (trouble := self.journal.trouble()) is not None:
             detail = trouble if readiness.ready else f"{readiness.detail}; {trouble}"

@@ -78,7 +78,7 @@ def _judge_all(record: Record, unfinished: Sequence[JournalledRequest]) -> Judge
     unnamed = {request.accepted.reply_id: _counted(record.unnamed, request) for request in unfinished}
     suspects = [reply_id for reply_id, (num_ends, _) in unnamed.items() if num_ends >= MAX_ENDS]
     set_aside = {
-        reply_id: f"the router crashed {unnamed.pop(reply_id)[0]} times in a row by an error that it could name no "
+        reply_id: f"the router crashed {unnamed.pop(reply_id)[0]} times in a row with an error that it could name no "
         "request for; of those that got no token meanwhile, the younger half was set aside"
         for reply_id in suspects[len(suspects) // 2 :]
     }
@@ -92,5 +92,6 @@ def _judge_one(record: Record, culprit: JournalledRequest, suspects: Sequence[Jo
     if num_ends < MAX_ENDS:
         return Judgement(Record(ends | {name: (num_ends, num_tokens)}), {})
     ends.pop(name, None)
-    reason = f"the router crashed {num_ends} times in a row while it handled this request, which was set aside"
+    when = "while it handled this request or planned it again"
+    reason = f"the router ended {num_ends} times in a row {when}, which was set aside"
     return Judgement(Record(ends), {name: reason})

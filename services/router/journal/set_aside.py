@@ -2,9 +2,9 @@
 
 Whose turn it is, in the mesh thread and where requests are planned again, stands in a file of shared memory: writing
 to it costs no system call and waits for no disk, and it is there after the process was killed, in whatever way. A
-router that breaks writes the same to `STATE_DIR/ending.json`. `STATE_DIR/ends.json` counts over starts.
-`STATE_DIR/set-aside/` has one file per request that will not be resumed: a client that asks for it is told, and people
-find there what it takes to see why.
+router that breaks writes to `STATE_DIR/ending.json` whose turn it was in the mesh thread. `STATE_DIR/ends.json` counts
+over starts. `STATE_DIR/set-aside/` has one file per request that will not be resumed: a client that asks for it is
+told, and people find there what it takes to see why.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Attention:
         if self._is_lost or (self._memory_is_a_file and self._path.exists()):
             return
         try:
-            self._memory, self._memory_is_a_file = self._map(), True
+            memory = self._map()
+            memory[:] = self._memory[:]  # the event loop may be in the middle of a request
+            self._memory, self._memory_is_a_file = memory, True
         except OSError as error:
             self._is_lost = True
             log.warning("culprit_file_lost", path=str(self._path), reason=str(error))
@@ -172,7 +174,7 @@ class SetAside:
         self._reasons.update({(tenant, name): message for name in names})
 
     def _paths(self) -> list[Path]:
-        """Oldest first. What is not a file, or not a link to one, is not ours."""
+        """Oldest first. What is neither a file nor a link to one is not ours."""
         files = [path for path in self._folder.glob("*.json") if path.is_file()]
         return sorted(files, key=lambda path: path.stat().st_mtime_ns)
 

@@ -37,7 +37,7 @@ class TokenMailbox:
         self._queues.pop(request_id, None)
 
     def __call__(self, outcomes: list[tuple[RequestId, Outcome]]) -> None:
-        """Hands them over, from the mesh thread."""
+        """Hands them over, from the mesh thread, or from the disk's where there is a journal."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, outcomes)
 

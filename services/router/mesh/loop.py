@@ -60,6 +60,7 @@ from services.router.mesh.steps import StepFlow
 CONTROL_BUDGET_S, COMMANDS_BUDGET_S = 0.001, 0.002
 """Time per turn: where all nodes speak at once, or a client brings hundreds of requests, tokens go out in between."""
 STATUS_INTERVAL_S = 0.1
+HEARTBEATS = {NodeKind.STAGE: StageHeartbeat, NodeKind.EXPERT: ExpertHeartbeat}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,10 @@ class MeshLoop:
                 self._client.tell(node_id, LeaveAcknowledged())
             return  # a new router: the node says hello as soon as it sees that its link is new
         if isinstance(message, Heartbeat):
+            if not isinstance(message, HEARTBEATS[description.kind]):
+                raise ProtocolError(
+                    f"{type(message).__name__} is not the heartbeat of a node of kind {description.kind}"
+                )
             self._heartbeats[node_id] = message
             self._progress.note(node_id, message, now_s)
             changes = self._membership.heartbeat(

@@ -58,7 +58,6 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
         ),
         ("moemesh_preemptions", "Requests sent back to the queue for want of KV blocks", counters.preemptions),
         ("moemesh_failed_steps", "Steps that a stage could not do", counters.failed_steps),
-        ("moemesh_dropped_results", "Results of steps that are not in flight", counters.dropped_results),
     ):
         yield CounterMetricFamily(name, text, value)
 
@@ -131,7 +130,11 @@ def _hops(status: MeshStatus) -> Iterator[Metric]:
         hops.reduces,
         hops.reduce_seconds,
     )
-    yield CounterMetricFamily("moemesh_dropped_messages", "Messages of an old term or generation", hops.dropped)
+    yield CounterMetricFamily(
+        "moemesh_dropped_messages",
+        "Messages of an old term or generation, and results of steps that are not in flight",
+        hops.dropped,
+    )
 
 
 def _nodes(status: MeshStatus) -> Iterator[Metric]:

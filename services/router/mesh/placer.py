@@ -98,7 +98,7 @@ class ProcessPlacer:
                 self._end()
         if self._is_closing:
             return keep_what_is_held(request, "the router ends")
-        self._log.error("placement_computed_in_router", reason="two placement processes died computing it")
+        self._log.error("placement_computed_in_router", reason="two placement processes gave no answer")
         try:
             return answer_request(request)
         except Exception as error:  # it is one of ours, and costs what would have moved, not the mesh

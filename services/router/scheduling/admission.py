@@ -164,7 +164,7 @@ class Admission:
         return place
 
     def recount(self, requests: Iterable[GenerationRequest]) -> None:
-        """Hears that these are all that are inside."""
+        """Counts anew, from all that are inside."""
         self.reserved_tokens = 0
         for group in self._groups.values():
             group.num_inside = group.reserved_tokens = 0
@@ -173,7 +173,7 @@ class Admission:
         self._groups = {name: group for name, group in self._groups.items() if group.num_inside}
 
     def release(self, request: GenerationRequest) -> None:
-        """Hears that a request that was let in has ended, however."""
+        """Gives back what a request that was let in had reserved: it has ended, however."""
         self._count(request, -1)
         assert self.reserved_tokens >= 0, "more tokens released than reserved"
         if not self._groups[group_of(request)].num_inside:

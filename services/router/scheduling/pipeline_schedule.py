@@ -430,7 +430,7 @@ class PipelineSchedules:
         return next((step for step in steps if step is not None), None)
 
     def land(self, number: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
-        """Ends the step, and returns it; None if it is not in flight, since another generation has begun meanwhile."""
+        """Ends the step, and returns it; None if it is not in flight any more."""
         step = self.step(number)
         return None if step is None else self.all[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
 

@@ -171,13 +171,13 @@ class Scheduler:
         now_s: float,
         retried_calls: int = 0,
     ) -> list[TokenOutput]:
-        """Applies an answer. Returns what to journal and deliver, by arrival. Stale answers are only counted.
+        """Applies an answer. Returns what to journal and deliver, by arrival. That of a step that is not in flight
+        changes nothing.
 
         A token that is missing from `sampled` counts as a failed step for its request alone.
         """
         in_flight = self._schedules.land(step, now_s)
         if in_flight is None:
-            self.counters.dropped_results += 1
             return []
         outputs: list[TokenOutput] = []
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
@@ -223,7 +223,6 @@ class Scheduler:
         """
         in_flight = self._schedules.land(step, now_s, has_failed=True)
         if in_flight is None:
-            self.counters.dropped_results += 1
             return
         self.counters.failed_steps += 1
         # Not every stage may have been told; one that has does nothing the second time.

@@ -46,8 +46,6 @@ class SchedulerCounters:
     """Requests of a router before this one that went on with the cache that stages still had."""
     preemptions: int = 0
     failed_steps: int = 0
-    dropped_results: int = 0
-    """Answers of a step that is not in flight."""
     waits: WaitTimes = field(default_factory=WaitTimes)
 
 

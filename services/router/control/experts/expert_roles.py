@@ -149,6 +149,7 @@ class ExpertRoles:
         if self._nodes.pop(node_id, None) is not None:
             self.ready.pop(node_id)
             self._told.pop(node_id, None)
+            self._told_versions.pop(node_id, None)
             self._report_numbers.pop(node_id, None)
             self._probes.forget(node_id)
             self._change()
@@ -199,7 +200,7 @@ class ExpertRoles:
         )
 
     def _needed(self) -> set[NodeId]:
-        """Returns nodes that are asked for what others could take over: they cannot where they do not see it."""
+        """Returns the nodes that calls go to, for experts whose weights another node sees too and could take over."""
         if self._assignment is None:
             return set()
         owners = self._assignment.owners.reshape(-1, *self._table_shape)

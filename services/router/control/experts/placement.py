@@ -100,8 +100,9 @@ class _Placing:
             for expert in {shard.expert for shard in shards}
         }
         """1 where the node sees the expert's weights, by expert and node."""
+        known = set(shards)
         self.held_now = [
-            {shard for shard in current.get(node.node_id, frozenset()) & set(shards) if self._may_hold(index, shard)}
+            {shard for shard in current.get(node.node_id, frozenset()) & known if self._may_hold(index, shard)}
             for index, node in enumerate(nodes)
         ]
         self.owners: dict[ShardId, set[int]] = {shard: set() for shard in shards}

@@ -195,7 +195,7 @@ class PlacementAim:
         return True
 
     def target(self, ready: Mapping[NodeId, ShardBits]) -> PlacementTarget:
-        """Returns where the living nodes, those of `ready`, are led; before the first placement they keep all."""
+        """Returns what the living nodes, those of `ready`, are to hold: before the first placement what they have."""
         nodes = sorted(ready)
         if self.answer is None:
             held = stack([ready[node_id] for node_id in nodes], self.is_named.size)

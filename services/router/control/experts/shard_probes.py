@@ -84,9 +84,9 @@ class ShardProbes:
     def judge(
         self, node_id: NodeId, numeric_class: str, digests: Int32Array, projections: Float32Array
     ) -> list[Disagreement]:
-        """Judges a node's answers, [P] each. Returns all nodes that they show to be wrong. One that was stays a witness
-        for others that say the same, until it is forgotten: of three nodes that start together the wrong one may have
-        been the first."""
+        """Judges a node's answers, [P] each. Returns all nodes that they show to be wrong. A wrong one stays a
+        witness for others that say the same, until it is forgotten: of three nodes that start together the wrong one
+        may have been the first."""
         before = self._answers.get(node_id)
         self._answers[node_id] = _Answers(numeric_class, digests, projections)
         # Dozens of nodes report several times a second while they load: what was compared before is left out.

@@ -43,7 +43,7 @@ are."""
 QUEUED = 1024
 """Connections that wait in the kernel meanwhile."""
 CUT_S = 5.0
-"""When uvicorn cuts connections; by then each has been told."""
+"""How long after the end of the router begins uvicorn cuts connections; by then each has been told."""
 
 
 class FrontConfig(uvicorn.Config):

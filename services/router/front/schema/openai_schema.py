@@ -219,7 +219,7 @@ class GenerationFields(Strict):
     prompt_cache_key: Name | None = None
     """These three are checked and change nothing."""
     _left_out: tuple[str, ...] = PrivateAttr(default=())
-    """Fields that were not even looked at when the request was read."""
+    """Fields that were left out when the request was read, since they change nothing."""
 
     @property
     def unused_fields(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import InvalidRequestError
 
 Json = dict[str, Any]
-_WITHOUT_TOOLS = "it does not generate tool calls yet"
+_WITHOUT_TOOLS = "it does not generate tool calls yet; leave it out"
 
 TAKEN = frozenset(
     {
@@ -181,6 +181,7 @@ OF_OTHER_ROUTE: Mapping[str, tuple[object, ...]] = {
 _REASONS = {name: _WITHOUT_TOOLS for name in ("tools", "tool_choice", "functions", "function_call")} | {
     "repeat_penalty": "use `repetition_penalty` instead",
 }
+"""What is said in place of `leave it out`, at the request's own level."""
 
 TAKEN_IN_STREAM_OPTIONS = frozenset({"include_obfuscation"})
 """Events are not padded here."""
@@ -249,10 +250,8 @@ class Sieve:
             ):
                 self.unused[_without_indices(place) + name] = None
             elif name in neutral:
-                reason = f": {_REASONS[name]}" if name in _REASONS and not place else ""
-                raise InvalidRequestError(
-                    f"`{place}{name}` is not supported by this server{reason}; leave it out", f"{place}{name}"
-                )
+                reason = f": {_REASONS[name]}" if name in _REASONS and not place else "; leave it out"
+                raise InvalidRequestError(f"`{place}{name}` is not supported by this server{reason}", f"{place}{name}")
             else:
                 kept[name] = value  # unknown, and refused as such where the rest is checked
         return kept

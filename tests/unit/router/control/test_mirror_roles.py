@@ -167,6 +167,18 @@ def test_every_spare_is_tried_before_one_that_was_not_filled_is_tried_again() ->
     assert set(mesh.mirrors_over(300.0)) == {"a1"}
 
 
+def test_a_mirror_that_was_not_filled_and_had_a_slot_meanwhile_does_not_come_back_in_place_of_a_complete_one() -> None:
+    mesh = CutLink("a1 b1", fill_s=150.0)
+    mesh.replan()
+    mesh.mirrors_over(FILL_PATIENCE_S + 0.5)
+    both, mesh.spares = mesh.spares, mesh.spares[:1]  # another pipeline has taken b1
+    mesh.replan()
+    assert mesh.mirrors_over(2 * FILL_PATIENCE_S + 60.0)[-1] == "a1", "nobody else can be asked, however long it takes"
+    mesh.spares = both
+    mesh.replan()
+    assert set(mesh.mirrors_over(300.0)) == {"a1"}
+
+
 def test_a_mirror_that_was_not_filled_is_asked_again_when_the_complete_one_is_lost() -> None:
     mesh = CutLink("a1 b1")
     mesh.replan()

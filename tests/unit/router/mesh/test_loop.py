@@ -349,6 +349,18 @@ def test_a_report_of_another_shape_is_refused_and_changes_nothing(mesh: FakeMesh
     assert mesh.loop.status.readiness.ready
 
 
+@pytest.mark.parametrize(("name", "heartbeat"), [("x", StageHeartbeat(placement_version=9)), ("a", ExpertHeartbeat())])
+def test_a_heartbeat_of_another_kind_of_node_is_refused_and_believed_by_nobody(
+    mesh: FakeMesh, name: str, heartbeat: StageHeartbeat | ExpertHeartbeat
+) -> None:
+    for _ in range(3):
+        mesh.say(name, heartbeat)
+        (refusal,) = said_to(name, mesh.turn(0.5))
+        assert isinstance(refusal, Failed)
+        assert refusal.code == "protocol_error"
+    assert mesh.loop.status.readiness.ready
+
+
 def test_a_message_that_no_node_sends_is_refused(mesh: FakeMesh) -> None:
     empty = TensorFrame("int32", (0,), b"")
     for message in (Unassign(1), Step(empty, empty, empty, empty, empty, empty)):
