@@ -1,4 +1,4 @@
-"""What a field of a suite may hold, and how its sections are checked: no unknown field, no number that is none."""
+"""What a field of a suite may hold, and how its sections are checked: unknown fields are refused, and infinity."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import structlog
 def configure_log(service: str, level: str, stream: TextIO | LogStream | None = None) -> structlog.stdlib.BoundLogger:
     """Sets up logging of this process; returns a logger of its own. A level that does not exist is taken for `info`:
     the settings that are read next name it. `stream`: instead of stderr."""
-    threshold = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    threshold = logging.getLevelNamesMapping().get(level.strip().upper(), logging.INFO)
     file: Any = sys.stderr if stream is None else stream
     logging.basicConfig(stream=file, level=logging.WARNING, format="%(message)s")
 

@@ -417,7 +417,7 @@ class StageHeartbeat(Heartbeat):
     rank_degree: int = 1
     """Ranks that work together now."""
     reduce_seconds: float = 0.0
-    """Spent by its first rank in putting parts together, waits included, since its ranks were last formed."""
+    """Spent by its first rank in putting parts together, waits included."""
     reduces: int = 0
     """How often it did so."""
     role_number: int = 0

@@ -10,6 +10,8 @@ OTHERS = frozenset({"MODELS", "HOSTS", "PORTS", "DEVICES", "RPORT", "LPORT", "XH
 """One edit from a setting, and some other program's."""
 PREFIX = "MOEMESH_"
 """Some names begin with it, and most do not."""
+OF_KUBERNETES = "MOEMESH_PORT"
+"""Every pod of a namespace gets it, with a URL, where a Service is named `moemesh`."""
 
 
 def misspelt_settings(environment: Mapping[str, str], settings: Collection[str]) -> list[str]:
@@ -21,6 +23,8 @@ def misspelt_settings(environment: Mapping[str, str], settings: Collection[str])
         upper = name.upper()
         bare = upper.removeprefix(PREFIX)
         if not value or upper in settings or upper in OTHERS:
+            continue
+        if upper == OF_KUBERNETES and "://" in value:
             continue
         near = [
             setting

@@ -67,10 +67,16 @@ def served_model(client: httpx.Client) -> str:
 def _sentence(reply: httpx.Response) -> str:
     """Returns what the server says is wrong; whatever else answers here (a proxy, another program) says it by its
     status."""
+    said = told_reason(reply)
+    return f"HTTP {reply.status_code}" if said is None else said
+
+
+def told_reason(reply: httpx.Response) -> str | None:
+    """Returns the sentence of an error in OpenAI's form; None for any other answer."""
     try:
         return str(json.loads(reply.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {reply.status_code}"
+        return None
 
 
 def stream_pieces(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[str]:

@@ -31,7 +31,7 @@ from common.errors import MoemeshError
 from common.misspelt_settings import misspelt_settings
 from common.processes.supervisor import LocalMesh
 from common.standard_streams import open_closed_streams
-from compose.answers import ask_model, stream_answer
+from compose.answers import ask_model, stream_answer, told_reason
 from compose.demo_checkpoint import DEMO_CHECKPOINT, DEMO_NAME, DEMO_QUESTION
 from compose.router_client import named_url, open_client, why_not_answered
 from compose.shard_checkpoint import shard_checkpoint
@@ -169,9 +169,14 @@ def _router_url(given: str) -> str:
     if given.strip():
         return named_url(given)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if here := (Path(os.environ.get("STATE_DIR") or "state") / "http.url").read_text().strip():
+        if here := (Path(_setting("STATE_DIR", "state")) / "http.url").read_text().strip():
             return here
-    return f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
+    return f"http://127.0.0.1:{_setting('PORT', '8000')}"
+
+
+def _setting(name: str, default: str) -> str:
+    """Returns a setting as `Settings` reads it, of an environment that may have others that are wrong."""
+    return os.environ.get(name, "").strip() or default
 
 
 def _question(given: str) -> str:
@@ -203,9 +208,11 @@ def _read_status(client: httpx.Client, path: str, key: str) -> dict[str, Any]:
         status = dict(reply.json())
     except (ValueError, TypeError):
         raise MoemeshError(f"{told} no JSON") from None
-    if key not in status:
-        raise MoemeshError(f"{told} no `{key}`")
-    return status
+    if key in status:
+        return status
+    if (said := told_reason(reply)) is not None:  # a router that refuses to be asked under this name, or by this page
+        raise MoemeshError(said)
+    raise MoemeshError(f"{told} no `{key}`")
 
 
 def _print_nodes(mesh: dict[str, Any]) -> None:
@@ -296,15 +303,16 @@ def _greet(mesh: LocalMesh) -> None:
     restarted like any other time: that ends the greeting, and not the mesh. Nor does a reader who has seen enough."""
     try:
         url = mesh.url
-        print(f"ready {url}", flush=True)
+        _show(f"ready {url}\n")
         with open_client(url, 60) as client:
             _ask_example(client)
-    except (httpx.HTTPError, MoemeshError, ValueError) as error:
-        print(flush=True)
-        say(f"the example request failed; the mesh keeps running: {error}")
-    except OSError as error:
+    except _OutputError as error:
         _drop_output()
         say(f"stdout was closed during the greeting; the mesh keeps running: {error}")
+    except (httpx.HTTPError, MoemeshError, ValueError, OSError) as error:
+        with contextlib.suppress(_OutputError):
+            _show("\n")
+        say(f"the example request failed; the mesh keeps running: {error}")
     say(f"logs: {mesh.state_dir / 'logs'}; Ctrl-C ends the mesh")
 
 
@@ -313,11 +321,24 @@ def _ask_example(client: httpx.Client) -> None:
     question = DEMO_QUESTION if os.environ.get("MODEL") == str(DEMO_CHECKPOINT) else GREETING_QUESTION
     asked = ask_model(client, question, GREETING_PROMPT, max_tokens=24, temperature=0)
     url, body = str(client.base_url).rstrip("/"), shlex.quote(json.dumps(asked.body))
-    print(f"curl -N {url}{asked.path} -H 'Content-Type: application/json' -d {body}", flush=True)
-    print(asked.body.get("prompt", f"{question}: "), end="", flush=True)
+    _show(f"curl -N {url}{asked.path} -H 'Content-Type: application/json' -d {body}\n")
+    _show(asked.body.get("prompt", f"{question}: "))
     for piece in asked.pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+        _show(piece)
+    _show("\n")
+
+
+class _OutputError(Exception):
+    """Nobody reads stdout any more."""
+
+
+def _show(text: str) -> None:
+    """Raises _OutputError: other errors of the system are not stdout's."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        _drop_output()
+        raise _OutputError(error) from error
 
 
 def main() -> None:

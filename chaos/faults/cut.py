@@ -35,7 +35,9 @@ class Cut(NetworkFault):
         addresses = {name: namespace.addresses() for name, namespace in namespaces.items()}
         for refusal in self._refusals(victims, nodes):
             chain, flag = ("INPUT", "-s") if refusal.direction == "in" else ("OUTPUT", "-d")
-            for address in addresses[refusal.peer]:
+            if refusal.node not in namespaces:
+                raise TargetError(f"{refusal.node} is gone: nothing can be cut there")
+            for address in addresses.get(refusal.peer, ()):  # one that is gone is cut off as it is
                 add_packet_rule(namespaces[refusal.node], self._undo, chain, flag, address, "-j", "DROP")
 
     def _refusals(self, victims: Sequence[Node], nodes: Sequence[Node]) -> list[Refusal]:

@@ -15,7 +15,7 @@ Reference = Mapping[str, Sequence[ChoiceRecord]]
 
 
 class StoredReferenceError(Exception):
-    """The file is none, or is of other requests. It names the file."""
+    """The file is not a reference, or is one of other requests. It names the file."""
 
 
 def reference_of(operations: Iterable[Operation]) -> dict[str, list[ChoiceRecord]]:

@@ -39,8 +39,8 @@ def split_endpoints(joined: str) -> list[str]:
 
 
 def ipc_folder(state_dir: Path) -> Path:
-    """Returns the folder for socket files of one mesh: in its state folder, or, where that path is too long or no UTF-8
-    (which ZeroMQ's addresses are), a short stand-in."""
+    """Returns the folder for socket files of one mesh: in its state folder, or, where that path is too long, or is not
+    UTF-8 as ZeroMQ's addresses must be, a short stand-in."""
     folder = state_dir.resolve() / "ipc"
     path = os.fsencode(folder)
     is_too_long = len(path) + len("/expert-0123456789abcdef-lifeline") > _MAX_IPC_PATH_BYTES
@@ -66,7 +66,7 @@ def ipc_token(folder: Path, mount_namespace: Path = Path("/proc/self/ns/mnt")) -
     """Proofs that two processes see the same folder of the same running kernel; `share_folder` compares them.
 
     One is the folder itself, by device and inode: it holds also where a container has the folder under another path.
-    The other is its path among the mounts of this process: it holds also after the folder was removed and it was made
+    The other is its path among the mounts of this process: it holds also after the folder was removed and made
     again. Empty where the system has no such thing.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id")

@@ -25,7 +25,7 @@ def resend_soon(descriptor: int) -> bool:
     """Sets the times of a TCP socket that belongs to other code; one that listens hands them on to what it accepts.
 
     Returns whether the kernel has taken them: an older one does not, and no other kind of socket. By now the
-    descriptor may be closed, or another file: nothing happens to it then.
+    descriptor may be closed, or another file: at worst another TCP socket of this process gets these times.
     """
     try:
         copy = os.dup(descriptor)

@@ -163,8 +163,8 @@ class StageService(NodeLoop[MessageSocket]):
         self._answer_assignment(outcome)
 
     def _lease_and_memory(self) -> tuple[int, MemoryTag] | None:
-        """Returns by what the slot is told from another. It holds on to nothing, so that new memory finds the old one's
-        room."""
+        """Returns what distinguishes the slot from another: its lease and its memory. It keeps nothing alive, so that
+        new memory finds the old one's room."""
         slot = self._worker.slot
         return None if slot is None else (slot.role.lease_term, slot.held.tag)
 

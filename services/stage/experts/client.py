@@ -106,8 +106,9 @@ class InFlightCalls:
     def hedge(self, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
         """Asks other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
 
-        A copy in doubt is asked only instead of a suspect, where there is no other: the suspect will not answer. Of
-        another numeric class too: being late is not a reason to change the bits.
+        The best copies that there are get them, see `_ranks`. One in doubt is asked only instead of a suspect, where
+        there is no other: the suspect will not answer. Of another numeric class too: being late is not a reason to
+        change the bits.
         """
         pending = part.pending
         avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}

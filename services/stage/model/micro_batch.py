@@ -36,7 +36,7 @@ class MicroBatch:
     sampling_rows: Tensor
     """int64 [S]: rows whose hidden state is projected to the vocabulary."""
     sampling: SamplingColumns | None
-    """None only in a self-test."""
+    """None in a self-test, and on ranks other than the first, which draw no tokens."""
     host_positions: Tensor | None = None
     """`positions` on the host, where those are on a device: how far attention goes must not wait for it."""
 

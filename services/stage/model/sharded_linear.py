@@ -67,7 +67,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class ShardedColumns:
-    """The embedding or the lm_head: some output columns a part."""
+    """The embedding or the lm_head: each part has some of the output columns."""
 
     parts: tuple[Callable[[Tensor], Tensor], ...]
     collectives: Collectives
@@ -82,7 +82,7 @@ class ShardedColumns:
 
 @dataclass(frozen=True, slots=True)
 class OrderedOutput:
-    """The second linear of a half of a layer, in `ordered`: some output columns a part."""
+    """The second linear of a half of a layer, in `ordered`: each part has some of the output columns."""
 
     parts: tuple[PackedLinear, ...]
     collectives: Collectives

@@ -129,9 +129,10 @@ class TpExchange:
         self._degree = 1
         self._group: GroupCollectives | None = None
         self.seconds = 0.0
-        """Seconds that this rank has spent in them, without copies from and to a device; where a device does them in
-        its own time, in asking for them."""
+        """Seconds that this rank has spent in them since the node's incarnation began, without copies from and to a
+        device; where a device does them in its own time, in asking for them."""
         self.count = 0
+        """How many there were."""
 
     def join(self, barrier: Barrier, store: Store | None, is_lost: Callable[[], bool]) -> None:
         """Joins the group of this barrier. All its ranks come here together. Raises RankLostError, DeviceError.

@@ -117,6 +117,7 @@ class RankGroup:
 
     def reform(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Begins an incarnation with those that are there: all of them when the process has just started."""
+        self.exchange.seconds, self.exchange.count = 0.0, 0  # as the router adds up what incarnations have counted
         if not self._has_formed:
             self._has_formed = True
             deadline_s = self.clock() + START_S

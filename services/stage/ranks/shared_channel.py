@@ -1,6 +1,6 @@
 """Memory that all ranks of a stage map: words to wait for, and slabs for tensors. Rank 0 makes it. No file, no name.
 
-One writer a word, and numbers only grow:
+One writer a word. Numbers only grow, but for process ids, which are compared and never waited for:
 
     epoch                          rank 0: a new one makes all ranks drop what is under way
     turn                           rank 0: number of the newest message

@@ -1,6 +1,6 @@
 """Collectives by torch.distributed: Gloo between CPUs, NCCL between GPUs. The module is loaded only where it is used.
 
-A Gloo collective cannot be given up; it ends when a connection closes. So what finds that a rank hangs kills it. All
+A Gloo collective cannot be given up; it ends when a connection closes. So a rank that is found to hang is killed. All
 that torch raises over it is a RankLostError: those alive form a new group.
 
 An NCCL collective is a kernel that waits on the GPU for its peers, for ever if need be. The host has gone on meanwhile,

@@ -58,8 +58,8 @@ class MirrorLink:
         return [monitor] if monitor is not None else []
 
     def obey(self, wanted: MirrorTo, header: Header) -> None:
-        """Feeds this node, from the beginning, or none. What is obeyed already, or came later than what replaced it,
-        changes nothing."""
+        """Feeds the node that is named from the beginning, or stops feeding. A message that is obeyed already, or that
+        arrives after the one that replaced it, changes nothing."""
         number = header.generation
         if number < self._newest_number or (number == self.feed_number and self._wanted is not None):
             return

@@ -63,3 +63,8 @@ def test_what_stops_a_process_is_its_last_sentence_and_exit_status(capsys: pytes
 
 def test_a_process_that_ends_in_order_exits_with_0() -> None:
     assert run_process("expert", "info", lambda log: None) == 0
+
+
+def test_a_level_with_blanks_around_it_is_that_level(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_log("router", " error\t").info("starts")
+    assert capsys.readouterr().err == ""

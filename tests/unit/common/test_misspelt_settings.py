@@ -105,3 +105,11 @@ def test_one_edit_is_symmetric_and_what_a_slow_count_says(one: str, other: str) 
     edits |= {one[:i] + letter + one[i + 1 :] for i in range(len(one)) for letter in letters}
     edits |= {one[:i] + one[i : i + 2][::-1] + one[i + 2 :] for i in range(len(one) - 1)}
     assert is_one_edit(one, other) == is_one_edit(other, one) == (other in edits - {one})
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_typo() -> None:
+    assert misspelt_settings({"MOEMESH_PORT": "tcp://10.0.0.7:8000"}, NAMES) == []
+    (sentence,) = misspelt_settings({"MOEMESH_PORT": "8000"}, NAMES)
+    assert "did you mean PORT?" in sentence
+    (sentence,) = misspelt_settings({"MOEMESH_CONTROL": "tcp://10.0.0.7:5550"}, NAMES)
+    assert "did you mean CONTROL?" in sentence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -20,59 +19,14 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import MoemeshError
-from compose.answers import RESUME_PATIENCE_S, served_model, stream_answer, stream_pieces
+from compose.answers import stream_answer
 from compose.cli import (
     _interrupted_once,
     _question,
     _router_url,
     app,
 )
-
-Answer = Callable[[httpx.Request], httpx.Response]
-
-
-def events(*payloads: Any) -> bytes:
-    return b"".join(
-        b"data: " + (payload if isinstance(payload, bytes) else json.dumps(payload).encode()) + b"\n\n"
-        for payload in payloads
-    )
-
-
-def text_events(path: str, *pieces: str) -> bytes:
-    choices = [{"text": piece} if "chat" not in path else {"delta": {"content": piece}} for piece in pieces]
-    return events(*({"choices": [choice]} for choice in choices), b"[DONE]")
-
-
-def mesh(request: httpx.Request) -> httpx.Response:
-    """A mesh that repeats what it was asked."""
-    if request.url.path == "/v1/models":
-        return httpx.Response(200, json={"data": [{"id": "tiny"}]})
-    if request.url.path == "/ready":
-        return httpx.Response(200, json={"ready": True, "detail": "1 pipelines"})
-    if request.url.path == "/mesh":
-        nodes = [
-            {"node": "stage-1", "role": "holder", "slot": {"pipeline": 0, "index": 1}, "state": "alive"}
-            | {"process": "here/42", "shards": None, "rows": 40, "busy_seconds": 1.5},
-            {"node": "expert-1", "role": "expert", "slot": None, "state": "alive"}
-            | {"process": "here/43", "shards": 7, "rows": None, "busy_seconds": None},
-        ]
-        return httpx.Response(200, json={"nodes": nodes})
-    if request.url.path == "/metrics":
-        return httpx.Response(200, text='# HELP x\nmoemesh_ready 1.0\nmoemesh_ttft_bucket{le="1"} 3\nother 2\n')
-    body = json.loads(request.content)
-    assert body["model"] == "tiny"
-    assert body["stream"] is True
-    asked = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
-    return httpx.Response(
-        200, content=b": a comment keeps the line open\n\n" + text_events(request.url.path, "you said ", asked)
-    )
-
-
-def without_template(request: httpx.Request) -> httpx.Response:
-    if request.url.path == "/v1/chat/completions":
-        message = "this model has no chat template; use /v1/completions"
-        return httpx.Response(400, json={"error": {"message": message}})
-    return mesh(request)
+from tests.support.served.fake_router import Answer, Breaking, events, mesh, refused, without_template
 
 
 @pytest.fixture
@@ -84,90 +38,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
     return use
 
 
-def client_of(answer: Answer) -> httpx.Client:
-    return httpx.Client(transport=httpx.MockTransport(answer), base_url="http://mesh")
-
-
 @pytest.mark.parametrize("answer", [mesh, without_template])
 def test_an_answer_comes_piece_by_piece_with_and_without_a_chat_template(serve: Any, answer: Answer) -> None:
     serve(answer)
     assert list(stream_answer("http://mesh", "hello", 5, 0.0)) == ["you said ", "hello"]
-
-
-def test_an_error_in_mid_stream_is_the_servers_own_sentence() -> None:
-    content = events({"choices": [{"text": "so"}]}, {"error": {"message": "stage-1 is gone"}})
-    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, content=content)), "/v1/completions", {})
-    assert next(pieces) == "so"
-    with pytest.raises(MoemeshError, match="stage-1 is gone"):
-        next(pieces)
-
-
-@pytest.mark.parametrize(
-    ("reply", "sentence"),
-    [
-        (httpx.Response(429, json={"error": {"message": "come back in 3 s"}}), "come back in 3 s"),
-        (httpx.Response(502, text="<html>bad gateway</html>"), "HTTP 502"),
-        (httpx.Response(500, json={"detail": "?"}), "HTTP 500"),
-        (httpx.Response(500, json=[]), "HTTP 500"),
-        (httpx.Response(404), "HTTP 404"),
-    ],
-)
-def test_a_refusal_is_said_in_a_sentence_whoever_answers(reply: httpx.Response, sentence: str) -> None:
-    with pytest.raises(MoemeshError, match=sentence):
-        list(stream_pieces(client_of(lambda request: reply), "/v1/completions", {}))
-    with pytest.raises(MoemeshError, match=sentence):
-        served_model(client_of(lambda request: reply))
-
-
-class Breaking(httpx.SyncByteStream):
-    """A connection that breaks after its bytes."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield self._content
-        raise httpx.ReadError("reset by peer")
-
-
-@pytest.mark.parametrize("is_clean_end", [False, True])
-def test_a_broken_stream_is_gone_on_with_where_it_was(is_clean_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    asked: list[httpx.Request] = []
-    part = b"id: 1\n" + events({"choices": [{"text": "one "}]})
-    resumable = {"Moemesh-Request-Id": "cmpl-1"}
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
-        if len(asked) == 1:
-            stream = httpx.ByteStream(part) if is_clean_end else Breaking(part)
-            return httpx.Response(200, stream=stream, headers=resumable)
-        if len(asked) == 2:
-            raise httpx.ConnectError("the router is away")
-        return httpx.Response(200, content=events({"choices": [{"text": "two"}]}, b"[DONE]"), headers=resumable)
-
-    assert "".join(stream_pieces(client_of(answer), "/v1/completions", {})) == "one two"
-    first, *rest = asked
-    assert (first.method, first.headers["moemesh-resumable"]) == ("POST", "1")
-    for request in rest:
-        assert request.url.path == f"/v1/requests/{first.headers['x-request-id']}/events"
-        assert request.headers["last-event-id"] == "1"
-
-
-def test_a_stream_that_nobody_can_go_on_with_is_an_error() -> None:
-    part = events({"choices": [{"text": "one "}]})
-    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, stream=Breaking(part))), "/v1/completions", {})
-    assert next(pieces) == "one "
-    with pytest.raises(httpx.ReadError):
-        next(pieces)
-
-
-def test_pieces_without_text_are_empty() -> None:
-    content = events(
-        {"choices": [{"delta": {"role": "assistant"}}]}, {"choices": []}, {"choices": [{"text": ""}]}, b"[DONE]"
-    )
-    pieces = stream_pieces(client_of(lambda request: httpx.Response(200, content=content)), "/v1/completions", {})
-    assert "".join(pieces) == ""
 
 
 def test_ask_prints_the_answer(serve: Any) -> None:
@@ -175,10 +49,6 @@ def test_ask_prints_the_answer(serve: Any) -> None:
     result = CliRunner().invoke(app, ["ask", "hello", "--url", "http://mesh", "--max-tokens", "3"])
     assert result.exit_code == 0
     assert result.output == "you said hello\n"
-
-
-def refused(request: httpx.Request) -> httpx.Response:
-    raise httpx.ConnectError("refused")
 
 
 @pytest.mark.parametrize("command", [["ask", "hello"], ["status"]])
@@ -210,11 +80,10 @@ def test_another_program_that_answers_is_told_from_a_router(serve: Any, program:
     assert result.output.startswith("moemesh: http://mesh: ")
 
 
-@pytest.mark.parametrize("data", [b"no json", b"[]", b"{}", b'{"choices": 1}', b'{"choices": [[]]}', b'{"error": "x"}'])
-def test_an_event_that_is_none_of_a_reply_is_a_sentence(data: bytes) -> None:
-    client = client_of(lambda request: httpx.Response(200, content=b"data: " + data + b"\n\n"))
-    with pytest.raises(MoemeshError, match="no moemesh router"):
-        list(stream_pieces(client, "/v1/completions", {}))
+def test_a_router_that_refuses_to_be_asked_like_this_is_heard(serve: Any) -> None:
+    serve(lambda request: httpx.Response(403, json={"error": {"message": "Host: set ALLOWED_HOSTS"}}))
+    result = CliRunner().invoke(app, ["status", "--url", "http://mesh"])
+    assert (result.exit_code, result.output) == (1, "moemesh: http://mesh: Host: set ALLOWED_HOSTS\n")
 
 
 def test_an_address_that_is_none_is_said_in_a_sentence() -> None:
@@ -305,16 +174,6 @@ def test_an_answer_has_signs_for_what_the_terminal_does_not_know(answering: str)
     assert ended.stdout == "you said für ?\n".encode("latin-1")
 
 
-ODD_TEXT = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
-
-
-def test_no_character_of_an_answer_ends_a_line() -> None:
-    content = json.dumps({"choices": [{"text": ODD_TEXT}]}, ensure_ascii=False).encode()
-    body = b"data: " + content + b"\n\n" + events(b"[DONE]")
-    client = client_of(lambda request: httpx.Response(200, content=body))
-    assert list(stream_pieces(client, "/v1/completions", {})) == [ODD_TEXT]
-
-
 def test_status_shows_readiness_and_the_numbers_of_the_mesh(serve: Any) -> None:
     serve(mesh)
     result = CliRunner().invoke(app, ["status", "--url", "http://mesh"])
@@ -403,21 +262,45 @@ def test_a_router_that_dies_while_the_mesh_greets_does_not_end_the_mesh(
     assert sentence.startswith("the example request failed")
 
 
-def test_who_reads_no_more_of_a_greeting_ends_no_mesh(
-    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("num_prints", range(4))
+@pytest.mark.parametrize("answer", [mesh, dies_before_the_example, dies_in_the_example])
+def test_who_reads_no_more_of_a_greeting_ends_no_mesh_whatever_becomes_of_the_example(
+    serve: Any, answer: Answer, num_prints: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As `moemesh up | head -1` does."""
+    """As `moemesh up | head -1` does: a reader that goes after so many prints."""
     ctrl_c = Mock(side_effect=KeyboardInterrupt)
+    printed = iter(range(num_prints))
+
+    def print_while_there_is_a_reader(*words: object, **how: Any) -> None:
+        if next(printed, None) is None:
+            raise BrokenPipeError(32, "Broken pipe")
+
     monkeypatch.setattr("compose.cli.LocalMesh", StartedMesh)
     monkeypatch.setattr("compose.cli._wait_for_signal", ctrl_c)
-    monkeypatch.setattr("compose.cli._ask_example", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr("compose.cli.print", print_while_there_is_a_reader, raising=False)
+    monkeypatch.setenv("STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MODEL", "any")
+    serve(answer)
+    result = CliRunner().invoke(app, ["up"])
+    assert result.exit_code == 0
+    ctrl_c.assert_called_once_with()
+    (sentence,) = [line for line in result.stderr.splitlines() if "the mesh keeps running" in line]
+    assert sentence.startswith(("stdout was closed", "the example request failed"))
+
+
+def test_an_error_of_the_system_that_is_not_stdouts_is_told_as_what_it_is(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("compose.cli.LocalMesh", StartedMesh)
+    monkeypatch.setattr("compose.cli._wait_for_signal", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("compose.cli._ask_example", Mock(side_effect=PermissionError(13, "denied", "http.url")))
     monkeypatch.setenv("STATE_DIR", str(tmp_path))
     monkeypatch.setenv("MODEL", "any")
     serve(mesh)
     result = CliRunner().invoke(app, ["up"])
     assert result.exit_code == 0
-    ctrl_c.assert_called_once_with()
-    assert "the mesh keeps running" in result.stderr
+    assert "the example request failed" in result.stderr
+    assert "denied" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -464,6 +347,9 @@ def test_the_router_that_is_asked_is_the_one_named_or_the_one_that_runs_here(
     assert _router_url("localhost:8000") == "http://localhost:8000"
     assert _router_url("https://mesh.example") == "https://mesh.example"
     assert _router_url("") == "http://127.0.0.1:9000"
+    monkeypatch.setenv("PORT", " 9000 ")
+    assert _router_url("") == "http://127.0.0.1:9000", "as `up` takes it"
+    monkeypatch.setenv("STATE_DIR", f" {tmp_path} ")
     (tmp_path / "http.url").write_text("http://127.0.0.1:4711\n")
     assert _router_url("") == _router_url(" ") == "http://127.0.0.1:4711"
     for damaged in (b"", b"\xff"):
@@ -549,21 +435,3 @@ def test_a_table_in_a_pipe_is_not_folded(serve: Any) -> None:
     (line,) = [line for line in result.output.splitlines() if "moemesh_long_name" in line]
     assert name in line
     assert "7.0" in line
-
-
-def test_a_router_that_does_not_come_back_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = [0.0]
-    monkeypatch.setattr("tenacity.time.monotonic", lambda: now_s[0])
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
-    part = b"id: 1\n" + events({"choices": [{"text": "one "}]})
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            raise httpx.ConnectError("refused")
-        return httpx.Response(200, stream=Breaking(part), headers={"Moemesh-Request-Id": "cmpl-1"})
-
-    pieces = stream_pieces(client_of(answer), "/v1/completions", {})
-    assert next(pieces) == "one "
-    with pytest.raises(httpx.ConnectError):
-        next(pieces)
-    assert RESUME_PATIENCE_S <= now_s[0] < RESUME_PATIENCE_S + 5

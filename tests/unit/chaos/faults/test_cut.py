@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from chaos.faults import cut
 from chaos.faults.cut import flows, make_cut
+from chaos.target import Node, TargetError
 from tests.support.chaos.target import ListedTarget
 
 NODES = ["expert-0", "expert-1", "router-0", "stage-0", "stage-1"]
@@ -76,3 +77,18 @@ def test_packets_of_each_address_of_a_peer_are_dropped_at_the_victim_until_it_is
     SAID.clear()
     fault.heal(TARGET)
     assert sorted(SAID) == sorted(f"expert-0 -D {rule.replace(' 1 ', ' ')}" for rule in rules)
+
+
+def test_a_victim_that_ends_before_the_cut_is_a_refusal_at_its_own_end_and_nothing_to_cut_at_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cut, "NetworkNamespace", Namespace)
+    SAID.clear()
+    gone = Node("stage-9", "stage", 99)
+    alive = TARGET.named("expert-0")
+    fault = cut.Cut("one_way")
+    fault.apply(TARGET, [gone, *alive])
+    assert SAID == [], "it speaks to nobody"
+    with pytest.raises(TargetError, match="stage-9 is gone"):
+        fault.apply(TARGET, [*alive, gone])
+    fault.heal(TARGET)

@@ -127,6 +127,17 @@ def test_those_that_are_left_go_on_at_a_smaller_degree_and_grow_again_when_the_l
         assert group.degree == 4
 
 
+def test_what_ranks_spend_in_collectives_is_counted_for_each_incarnation_by_itself(tmp_path: Path) -> None:
+    with rank_threads(write_checkpoint(tmp_path, QWEN3), 2) as ranks:
+        over_ranks(ranks, torch.float32)
+        once = ranks.group.exchange.count
+        assert once > 0
+        ranks.group.reform()
+        assert (ranks.group.exchange.count, ranks.group.exchange.seconds) == (0, 0.0)
+        over_ranks(ranks, torch.float32)
+        assert ranks.group.exchange.count == once
+
+
 def test_a_rank_that_is_lost_in_mid_pass_ends_the_wait_and_the_next_epoch_begins_anew(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, QWEN3)
     expected = alone(checkpoint, torch.float32)
