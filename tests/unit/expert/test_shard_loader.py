@@ -113,6 +113,7 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(loader
     following.want(1, X)
     assert following.finish().version == 1
     assert following.shards == {X}
+    assert following.held.store is kept
     assert kept.find(X) is before, "not read again"
     following.close()
 
@@ -128,6 +129,7 @@ def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants
     following.want(1, X)
     kept.load(CheckpointWeights(directory, torch.float32), Y)  # ends after the assignment
     following.finish()
+    assert following.held.store is kept
     assert following.shards == {X}
     following.close()
 
