@@ -110,6 +110,12 @@ def test_the_same_seed_damages_the_same_messages_in_the_same_way(kind: Damage) -
     for _ in range(2):
         damage = FrameDamage(FrameRule(kind, 0.3, 7))
         runs.append([result for message in sent for result in damage.pass_on(message)])
-        assert runs[-1] != sent
-        assert set(runs[-1]) & set(sent)
-    assert runs[0] == runs[1] != sent
+    run = runs[0]
+    assert run == runs[1]
+    assert run != sent
+    if kind == "replay":
+        assert len(sent) < len(run) < 2 * len(sent), "some twice, not all"
+    elif kind == "reorder":
+        assert any(arrived == message for arrived, message in zip(run, sent, strict=False)), "some in their places"
+    else:
+        assert set(run) & set(sent)
