@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chaos.record import history as records
 from chaos.record.history import (
     KINDS,
     Event,
@@ -46,6 +47,11 @@ def events_of(kind: type[Event]) -> st.SearchStrategy[Event]:
 
 
 EVENTS = st.one_of([events_of(kind) for kind in KINDS.values()])
+
+
+def test_every_kind_of_event_can_be_written_down() -> None:
+    kinds = {a_type for a_type in vars(records).values() if isinstance(a_type, type) and issubclass(a_type, Event)}
+    assert set(KINDS.values()) == kinds - {Event}
 
 
 @given(st.lists(EVENTS, max_size=5))
