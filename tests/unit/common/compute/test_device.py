@@ -49,10 +49,11 @@ def test_buffers_are_not_made_anew_for_each_message() -> None:
     device = StagedDevice(torch.device("cpu"))
     for _ in range(NUM_UPLOADS):
         device.to_host(*device.to_device(torch.ones(100_000)))
-    before = [id(buffer._memory) for buffer in (*device._uploads, *device._downloads)]
+    before = [buffer._memory for buffer in (*device._uploads, *device._downloads)]
     for rows in range(1, 50):
         device.to_host(*device.to_device(torch.ones(2_000 * rows)))
-    assert [id(buffer._memory) for buffer in (*device._uploads, *device._downloads)] == before
+    after = [buffer._memory for buffer in (*device._uploads, *device._downloads)]
+    assert all(memory is former for memory, former in zip(after, before, strict=True))
 
 
 def test_uploads_in_a_row_do_not_overwrite_one_another_before_the_device_has_read_them() -> None:
