@@ -34,7 +34,9 @@ def ask(mesh: ServedMesh, method: str, path: str, **arguments: object) -> httpx.
 
 
 @pytest.mark.parametrize("culprit", [IN_THE_MESH, IN_THE_FRONT])
-def test_a_request_that_kills_three_routers_is_set_aside_and_the_others_go_on(mesh: ServedMesh, culprit: int) -> None:
+def test_a_request_that_kills_router_after_router_is_set_aside_and_the_others_go_on(
+    mesh: ServedMesh, culprit: int
+) -> None:
     """In the front it is not the first end that counts, over a new token, but those over tokens of the journal."""
     before = dict(mesh.local.processes())["router-0"]
     body = {"model": "tiny", "prompt": [culprit, 5], "max_tokens": 5, "ignore_eos": True}

@@ -135,7 +135,7 @@ def test_a_shard_that_the_checkpoint_does_not_have_is_named(directory: Path, sha
 
 
 def probe_of(directory: Path, shard: ShardId, kernels: NativeKernels | None, dtype: torch.dtype) -> ProbeAnswer:
-    store = ShardStore(read_model_config(directory), 1, torch.float32, kernels)
+    store = ShardStore(read_model_config(directory), 1, dtype, kernels)
     store.load(CheckpointWeights(directory, dtype), shard)
     return store.probe(shard)
 

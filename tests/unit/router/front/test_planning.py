@@ -14,7 +14,6 @@ from services.router.front.planning import PlannedRequest, ReplyIdentity, Reques
 from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.settings import FrontSettings
 from services.router.front.text.checkpoint_file import CheckpointDefaults
-from services.router.front.text.stop_strings import StopStringMatcher
 from services.router.front.text.tokenizer import TextTokenizer
 
 CONTEXT_TOKENS = 64
@@ -127,8 +126,6 @@ def test_the_table_of_a_stop_string_is_built_once_for_all_choices_of_a_request(t
     planned = plan(tokenizer, prompt=["fox", "dog"], n=3, stop=["a", "b"])
     assert [stop.text for stop in planned.choices[0].stop_strings] == ["a", "b"]
     assert len({id(stop) for choice in planned.choices for stop in choice.stop_strings}) == 2
-    matchers = [StopStringMatcher(planned.choices[0].stop_strings) for _ in range(2)]
-    assert matchers[0]._stop_strings[0].fallback is matchers[1]._stop_strings[0].fallback
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: TextTokenizer) -> None:

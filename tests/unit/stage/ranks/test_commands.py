@@ -47,7 +47,7 @@ def test_a_command_and_its_tensors_come_back(command: Command, tensors: list[tor
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
-def test_a_micro_batch_is_known_elsewhere_as_it_is_here_but_for_what_samples(dtype: torch.dtype) -> None:
+def test_a_micro_batch_is_known_elsewhere_as_it_is_here_but_for_how_it_samples(dtype: torch.dtype) -> None:
     batch = batch_of(torch.arange(21).view(7, 3).to(dtype), 30, [5, 6])
     values, data = encode(BeginBatch(3, 2), batch.tensors())
     assert len(values) + 4 <= MESSAGE_VALUES
