@@ -24,6 +24,8 @@ class ListeningRouter:
         self.socket = MemorySocket("control", "tcp://router:1")
         self.asked: deque[tuple[Message, Header]] = deque()
         self.sent: list[Message] = []
+        self.last_header = Header()
+        """Of what was sent last."""
         self.failures: list[str] = []
         self.add_held: Callable[[Hello], Hello] = lambda hello: hello
 
@@ -34,6 +36,7 @@ class ListeningRouter:
 
     def send(self, message: Message, header: Header | None = None) -> bool:
         self.sent.append(message)
+        self.last_header = header or Header()
         return True
 
     def fail(self, error: MoemeshError, header: Header | None = None) -> None:

@@ -14,10 +14,12 @@ import torch
 
 from common.checkpoint.model_config import read_model_config
 from common.messages import (
+    NO_ARRAY,
     AssignMirror,
     AssignStage,
     Header,
     Message,
+    MirrorReady,
     MirrorRows,
     MirrorTo,
     StageReady,
@@ -28,6 +30,7 @@ from common.node.loop import LEAVE_DEADLINE_S
 from common.node.process import NodeProcess
 from common.topology import StageState
 from common.wire.array import frame_to_array
+from common.wire.tensor import tensor_to_frame
 from common.wire.transport import LinkEvent
 from services.stage import service
 from services.stage.experts.client import ExpertClient
@@ -104,6 +107,16 @@ class Stage(StageService):
         assert isinstance(message, MirrorRows)
         assert not message.is_last
         return socket
+
+    def get_rows(self, number: int, *, lease_term: int = FOLLOW.lease_term, is_last: bool = False) -> None:
+        """The holder's first stream brings its message of this number, with one row."""
+        assert self.worker.mirror is not None
+        positions = torch.tensor([3])
+        rows = self.worker.mirror.memory.rows(positions)
+        frames = (tensor_to_frame(part) for part in (positions, rows.keys, rows.values, rows.hidden))
+        header = Header(attempt=1, sequence_number=number)
+        self.upstream.say(MirrorRows(lease_term, 5, is_last, *frames), header)
+        self._receive_steps(100.0)
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +252,48 @@ def test_a_heartbeat_says_what_the_stage_believes(stage: Stage) -> None:
     assert stage._load().role_state == StageState.COMPLETE
     stage.hear(Unassign(1), 9)
     assert (stage._load().role_number, stage._load().role_state) == (0, StageState.SPARE)
+
+
+def test_rows_that_the_mirror_does_not_follow_are_counted_and_not_copied(stage: Stage) -> None:
+    stage.hear(FOLLOW, 8)
+    stage.control.sent.clear()
+    stage.get_rows(1, lease_term=FOLLOW.lease_term - 1, is_last=True)
+    assert stage._counters.dropped == 1
+    assert stage._load().role_state == StageState.FILLING
+    assert stage.control.sent == []
+    stage.get_rows(1, is_last=True)
+    assert stage._counters.dropped == 1
+    assert stage._load().role_state == StageState.COMPLETE
+
+
+def test_rows_that_come_when_there_is_no_mirror_any_more_are_counted(stage: Stage) -> None:
+    stage.hear(FOLLOW, 8)
+    stage.upstream.say(MirrorRows(FOLLOW.lease_term, 5, True, *[NO_ARRAY] * 4), Header(attempt=1, sequence_number=1))
+    stage.hear(Unassign(1), 9)
+    stage._receive_steps(100.0)
+    assert stage._counters.dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "is_last", "becomes"),
+    [
+        pytest.param(2, True, MirrorReady(0, 0, 1, is_complete=True), id="complete"),
+        pytest.param(3, False, MirrorReady(0, 0, 1, is_complete=False, broken_stream=1), id="spoilt"),
+    ],
+)
+def test_the_router_hears_once_what_has_become_of_a_copy_and_of_which_role(
+    stage: Stage, number: int, is_last: bool, becomes: MirrorReady
+) -> None:
+    stage.hear(FOLLOW, 8)
+    stage.control.sent.clear()
+    stage.get_rows(1)
+    assert stage.control.sent == [], "neither whole nor spoilt"
+    stage.get_rows(number, is_last=is_last)
+    assert stage.control.sent == [becomes]
+    assert stage.control.last_header == Header(generation=8)
+    stage.get_rows(number + 1)
+    assert stage.control.sent == [becomes]
+    assert stage._counters.dropped == 0
 
 
 def test_a_role_that_cannot_be_taken_is_said_to_be_refused(stage: Stage) -> None:

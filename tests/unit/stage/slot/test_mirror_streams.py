@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from common.errors import SocketError
-from common.messages import Header, MirrorAck, MirrorReady, MirrorRows, MirrorTo
+from common.messages import Header, MirrorAck, MirrorTo
 from common.wire.transport import LinkEvent
 from services.stage.model.micro_batch import BlockTables
 from services.stage.slot.mirror_receiver import Mirror
@@ -20,22 +20,8 @@ from tests.unit.stage.slot.test_mirror_receiver import ROLE, TERM, Wire, memory
 LOG: Any = structlog.get_logger()
 
 
-class Spare:
-    """A mirror, and what it tells the router."""
-
-    def __init__(self) -> None:
-        self.back = Monitored()
-        back: Any = self.back
-        self.mirror = Mirror(ROLE, TERM, memory(), back, LOG)
-        self.said: list[MirrorReady] = []
-        self.num_dropped = 0
-
-    def hear(self, message: MirrorRows, header: Header) -> None:
-        """As `StageService` does."""
-        if not self.mirror.follows(message, header):
-            self.num_dropped += 1
-        elif self.mirror.apply(message, header):
-            self.said.append(self.mirror.report())
+def mirror_that_answers(back: Any) -> Mirror:
+    return Mirror(ROLE, TERM, memory(), back, LOG)
 
 
 def sender_to(wire: Wire, attempt: int) -> MirrorSender:
@@ -46,18 +32,20 @@ def sender_to(wire: Wire, attempt: int) -> MirrorSender:
 
 
 def test_the_end_of_a_stream_that_was_given_up_is_no_gap_in_the_one_after_it() -> None:
-    spare, old, new = Spare(), Wire(), Wire()
+    mirror, old, new = mirror_that_answers(Monitored()), Wire(), Wire()
     for wire, attempt in ((old, 1), (new, 2)):
         sender = sender_to(wire, attempt)
         sender.send_blocks(memory(), 1)
         sender.send_rows(memory(), torch.tensor([3]), 2)
     first_old, late_old = old.waiting
     first_new, second_new = new.waiting
-    for arriving in (first_old, first_new, late_old, second_new):
-        spare.hear(*arriving)
-    assert (spare.mirror.is_spoilt, spare.mirror.is_complete, spare.mirror.mark) == (False, True, 2)
-    assert spare.num_dropped == 1
-    assert [ready.is_complete for ready in spare.said] == [True, True]
+    for arriving in (first_old, first_new):
+        assert mirror.follows(*arriving)
+        assert mirror.apply(*arriving), "it has become complete"
+    assert not mirror.follows(*late_old)
+    assert mirror.follows(*second_new)
+    assert not mirror.apply(*second_new), "it is still complete"
+    assert (mirror.is_spoilt, mirror.is_complete, mirror.mark) == (False, True, 2)
 
 
 class Monitored(Wire):
@@ -99,15 +87,16 @@ def test_an_acknowledgement_of_a_stream_that_was_given_up_makes_no_room_in_the_o
 
 def test_an_acknowledgement_that_was_lost_with_its_connection_is_said_again_over_the_next_one() -> None:
     """The holder may send no more before it has it."""
-    spare, wire = Spare(), Wire()
+    back, wire = Monitored(), Wire()
+    mirror = mirror_that_answers(back)
     sender_to(wire, 1).send_blocks(memory(), 1)
-    spare.hear(*wire.waiting.pop())
-    assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
-    spare.mirror.look()
-    assert not spare.back.waiting
-    spare.back.events = [LinkEvent.CLOSED, LinkEvent.CONNECTED]
-    spare.mirror.look()
-    assert spare.back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
+    mirror.apply(*wire.waiting.pop())
+    assert back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
+    mirror.look()
+    assert not back.waiting
+    back.events = [LinkEvent.CLOSED, LinkEvent.CONNECTED]
+    mirror.look()
+    assert back.waiting.pop()[0] == MirrorAck(ROLE.lease_term, 1)
 
 
 def test_a_mirror_for_which_there_is_no_socket_is_fed_once_there_is_one() -> None:
