@@ -5,25 +5,9 @@ from __future__ import annotations
 import os
 import socket
 
-import pytest
-
 from common.wire.tcp_resends import FIRST_RESEND_S, LAST_RESEND_S, resend_soon
 from common.wire.transport import SocketLimits
-
-TCP_RTO_MAX_MS = 44
-
-
-def _kernel_can() -> bool:
-    with socket.socket() as probe:
-        return resend_soon(probe.fileno())
-
-
-needs_the_options = pytest.mark.skipif(not _kernel_can(), reason="this kernel is older than Linux 6.15")
-
-
-def _is_soon(descriptor: int) -> bool:
-    with socket.socket(fileno=os.dup(descriptor)) as same:
-        return same.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == LAST_RESEND_S * 1000
+from tests.support.processes.tcp_resends import needs_the_options, resend_times
 
 
 def test_the_first_resend_comes_before_a_pulse_is_missed_and_the_last_before_a_connection_is_broken() -> None:
@@ -38,7 +22,8 @@ def test_what_a_listening_socket_accepts_has_its_times() -> None:
         assert resend_soon(listener.fileno())
         listener.listen()
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
-            assert _is_soon(accepted.fileno())
+            times = resend_times(accepted)
+            assert times.are_soon, times
 
 
 def test_what_is_no_tcp_socket_is_left_alone_and_no_descriptor_is_kept() -> None:
