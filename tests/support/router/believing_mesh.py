@@ -21,7 +21,6 @@ from common.messages import (
     MirrorReady,
     MirrorTo,
     PublishPlacement,
-    ShardsReady,
     StageHeartbeat,
     StageReady,
     TensorFrame,
@@ -31,6 +30,7 @@ from common.messages import (
 from common.topology import NodeDescription, NodeKind, StageState
 from common.wire.transport import LinkEvent
 from services.router.control.experts.shard_bits import pack
+from tests.support.router.expert_shards import all_loaded
 from tests.support.router.fake_mesh import FakeMesh, Sent, hello_of
 from tests.support.router.mesh_shapes import node
 
@@ -87,7 +87,7 @@ class Believer:
         elif isinstance(message, AssignShards) and message.version >= self.shards_version:
             self.shards, self.shards_version = message.shards, message.version
             self.num_reports += 1
-            self.said.append((ShardsReady(message.version, True, message.shards, self.num_reports), Header()))
+            self.said.append((all_loaded(message, self.num_reports), Header()))
 
     def _apply_role(self, message: AssignStage | AssignMirror | Unassign, number: int) -> None:
         if number <= self.newest_number:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from common.ids import NodeId
-from common.messages import AssignShards, PublishPlacement
+from common.messages import AssignShards, PublishPlacement, ShardsReady
 from common.topology import CheckpointPart, NodeDescription, NodeKind, ShardId
-from common.wire.array import BoolArray, frame_to_array
+from common.wire.array import BoolArray, array_to_frame, frame_to_array
 from services.router.control.actions import Action, Tell
 from services.router.control.experts.expert_roles import REPORT_INTERVAL_S, ExpertRoles
 from services.router.control.experts.placing import PlacementRequest, answer_request
@@ -77,6 +77,13 @@ def row_of(shards: Iterable[ShardId]) -> BoolArray:
 
 def roles_of(num_expected: int = 2, **mesh: Any) -> PromptRoles:
     return PromptRoles(ExpertRoles(small_model(), small_mesh(**mesh), num_expected))
+
+
+def all_loaded(asked: AssignShards, number: int = 0) -> ShardsReady:
+    """The report of a node that has loaded all of it; every shard answers the probe alike."""
+    asked_for = np.frombuffer(asked.shards.data, np.uint8).reshape(asked.shards.shape) != 0
+    digests, projections = array_to_frame(asked_for.astype(np.int32)), array_to_frame(asked_for.astype(np.float32))
+    return ShardsReady(asked.version, True, asked.shards, number, digests, projections)
 
 
 def told(actions: Iterable[Action]) -> dict[str, frozenset[ShardId]]:

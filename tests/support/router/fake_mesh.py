@@ -23,7 +23,6 @@ from common.messages import (
     Hello,
     Message,
     MirrorReady,
-    ShardsReady,
     StageHeartbeat,
     StageReady,
     Step,
@@ -42,6 +41,7 @@ from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.steps import StepFlow
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
+from tests.support.router.expert_shards import all_loaded
 from tests.support.router.mesh_shapes import node, small_mesh, small_model
 
 VOCABULARY = 100
@@ -270,7 +270,7 @@ class FakeMesh:
                 copied = MirrorReady(message.pipeline, message.slot, message.lease_term, is_complete=True)
                 self.say(name, copied, Header(generation=header.generation))
             elif isinstance(message, AssignShards):
-                self.say(name, ShardsReady(message.version, True, message.shards))
+                self.say(name, all_loaded(message))
 
     def say(self, name: str, message: Message, header: Header | None = None) -> None:
         """Let a node say something on the control link."""

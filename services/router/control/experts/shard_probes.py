@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.ids import NodeId
-from common.messages import NO_ARRAY, ShardsReady
+from common.messages import ShardsReady
 from common.topology import NodeDescription
 from common.wire.array import BoolArray, Float32Array, Int32Array, Int64Array, frame_to_array
 
@@ -72,9 +72,7 @@ class ShardProbes:
         self._answers.pop(node_id, None)
 
     def compare(self, node: NodeDescription, report: ShardsReady) -> list[Disagreement]:
-        """Judges a report; nodes of an older version say nothing. Raises ProtocolError that names the field."""
-        if report.digests.shape == NO_ARRAY.shape:
-            return []
+        """Judges a report. Raises ProtocolError that names the field."""
         digests: Int32Array = frame_to_array(report.digests, "int32", self._table_shape, "ShardsReady.digests")
         projections: Float32Array = frame_to_array(
             report.projections, "float32", self._table_shape, "ShardsReady.projections"

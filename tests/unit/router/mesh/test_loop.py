@@ -17,7 +17,6 @@ from common.messages import (
     Leave,
     LeaveAcknowledged,
     PublishPlacement,
-    ShardsReady,
     StageHeartbeat,
     StageReady,
     Step,
@@ -30,6 +29,7 @@ from common.wire.array import array_to_frame
 from services.router.control.experts.expert_roles import DRAIN_QUIET_S
 from services.router.control.retelling import RETRY_S
 from services.router.engine import FinishReason, Token
+from tests.support.router.expert_shards import all_loaded
 from tests.support.router.fake_mesh import (
     WELCOME,
     FakeMesh,
@@ -342,7 +342,8 @@ def test_a_refusal_that_was_overtaken_by_a_new_holder_disturbs_nobody() -> None:
     ],
 )
 def test_a_report_of_another_shape_is_refused_and_changes_nothing(mesh: FakeMesh, frame: TensorFrame) -> None:
-    mesh.say("x", ShardsReady(1, True, frame))
+    good = all_loaded(AssignShards(1, array_to_frame(np.ones((LAYERS, EXPERTS, 1), dtype=np.uint8))))
+    mesh.say("x", replace(good, shards=frame))
     (refusal,) = said_to("x", mesh.turn(0.2))
     assert isinstance(refusal, Failed)
     assert refusal.code == "protocol_error"

@@ -7,11 +7,11 @@ import pytest
 
 from common.errors import CheckpointError, ProtocolError
 from common.ids import NodeId
-from common.messages import AssignShards, Failed, ShardsReady
+from common.messages import NO_ARRAY, AssignShards, Failed, ShardsReady, TensorFrame
 from common.wire.array import array_to_frame
 from services.router.control.actions import Action, Tell
 from services.router.control.experts.shard_probes import TOLERANCE, Disagreement, ShardProbes
-from tests.support.router.expert_shards import ALL, PromptRoles, expert, published, ready_roles, roles_of, told
+from tests.support.router.expert_shards import ALL, PromptRoles, expert, published, roles_of, told
 from tests.support.router.mesh_shapes import EXPERTS, LAYERS
 
 A, B, C, D = (NodeId(name) for name in "abcd")
@@ -165,15 +165,10 @@ def test_a_newcomer_that_answers_alike_is_published() -> None:
     assert {len(owners) for owners in published(roles).values()} == {2}
 
 
-def test_a_node_of_an_older_version_is_not_compared() -> None:
-    roles = ready_roles("ab")
-    assert {len(owners) for owners in published(roles).values()} == {2}
-
-
-def test_answers_of_another_shape_are_refused_by_the_field() -> None:
+@pytest.mark.parametrize("frame", [array_to_frame(np.zeros((1, 2, 3), dtype=np.int32)), NO_ARRAY])
+def test_answers_of_another_shape_or_none_are_refused_by_the_field(frame: TensorFrame) -> None:
     roles = with_newcomer()
     good = report()
-    frame = array_to_frame(np.zeros((1, 2, 3), dtype=np.int32))
     bad = ShardsReady(1, True, good.shards, 1, frame, good.projections)
     with pytest.raises(ProtocolError, match=r"ShardsReady\.digests"):
         roles.state.read_report(B, bad)
