@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import time
 from typing import Any
@@ -13,7 +14,7 @@ from chaos.experiment import Experiment, parse_experiment
 from chaos.faults.kill_child import KillChild
 from chaos.record import observer
 from chaos.record.history import FaultApplied, FaultSkipped, History, PhaseBegan
-from chaos.runner import CannotRunError, Run
+from chaos.runner import CannotRunError, Run, without_long_collections
 from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
 from tests.support.chaos.server import FakeMesh
@@ -211,3 +212,44 @@ def test_a_kind_that_no_node_of_its_kind_can_be_hurt_by_is_left_out_once_though_
     assert judgement.state is State.HELD, [v for v in judgement.verdicts if v.state is not State.HELD]
     assert [outcome.kind for outcome in judgement.outcomes] == ["kill"] * 4
     assert [(s.fault, s.reason) for s in judgement.skipped] == [(-2, "no stage has what it hurts")]
+
+
+def num_full_collections_while_a_record_grows() -> int:
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        _record = [[number] for number in range(400_000)]
+    finally:
+        gc.callbacks.remove(note)
+    assert 0 in collected
+    return collected.count(2)
+
+
+def test_the_record_is_not_looked_through_for_garbage_while_it_grows() -> None:
+    gc.freeze()  # as in a process that has nothing else
+    try:
+        gc.collect()
+        assert num_full_collections_while_a_record_grows() > 0
+        before = gc.get_threshold()
+        with without_long_collections():
+            assert num_full_collections_while_a_record_grows() == 0
+        assert gc.get_threshold() == before
+    finally:
+        gc.unfreeze()
+
+
+def test_a_run_makes_its_record_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, int]] = []
+    record = History.add
+    monkeypatch.setattr(
+        History, "add", lambda history, event: (seen.append(gc.get_threshold()), record(history, event))[1]
+    )
+    before = gc.get_threshold()
+    asyncio.run(make_run(FakeMesh(), ListedTarget(), experiment(count=1)).execute())
+    assert seen
+    assert {threshold[:2] for threshold in seen} == {before[:2]}
+    assert min(threshold[2] for threshold in seen) > 1_000_000
