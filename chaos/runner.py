@@ -305,8 +305,8 @@ class Run:
 def without_long_collections() -> Iterator[None]:
     """Keeps Python's garbage collector from looking through the whole record, which grows to millions of objects.
 
-    At the end of a nightly it did so for 0.7 s, in which the harness stood still and saw gaps that were its own. What is
-    young is still collected.
+    At the end of a nightly it did so for 0.7 s, in which the harness stood still and saw gaps that were its own. Young
+    objects are still collected.
     """
     before = gc.get_threshold()
     gc.collect()

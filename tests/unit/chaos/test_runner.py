@@ -13,7 +13,7 @@ import pytest
 from chaos.experiment import Experiment, parse_experiment
 from chaos.faults.kill_child import KillChild
 from chaos.record import observer
-from chaos.record.history import FaultApplied, FaultSkipped, History, PhaseBegan
+from chaos.record.history import Event, FaultApplied, FaultSkipped, History, PhaseBegan
 from chaos.runner import CannotRunError, Run, without_long_collections
 from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
@@ -245,9 +245,12 @@ def test_the_record_is_not_looked_through_for_garbage_while_it_grows() -> None:
 def test_a_run_makes_its_record_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int, int]] = []
     record = History.add
-    monkeypatch.setattr(
-        History, "add", lambda history, event: (seen.append(gc.get_threshold()), record(history, event))[1]
-    )
+
+    def watch(history: History, event: Event) -> None:
+        seen.append(gc.get_threshold())
+        record(history, event)
+
+    monkeypatch.setattr(History, "add", watch)
     before = gc.get_threshold()
     asyncio.run(make_run(FakeMesh(), ListedTarget(), experiment(count=1)).execute())
     assert seen
