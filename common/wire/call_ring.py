@@ -42,10 +42,13 @@ class Outcome(IntEnum):
     DAMAGED = 4
 
 
+_SIZES: Final = ("slots", "max_rows", "max_pairs", "width", "value_bytes")
+
+
 class RingShape(ctypes.Structure):
     """The size of a ring; mirrors `RingShape` in native/call_ring.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("slots", "max_rows", "max_pairs", "width", "value_bytes")]
+    _fields_ = [(name, ctypes.c_int64) for name in _SIZES]
 
     slots: int
     max_rows: int
@@ -57,6 +60,11 @@ class RingShape(ctypes.Structure):
         return isinstance(other, RingShape) and bytes(self) == bytes(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Returns its fields in their order."""
+        return [int(getattr(self, name)) for name in _SIZES]
 
     @property
     def num_bytes(self) -> int:
@@ -74,10 +82,9 @@ def ring_shape(width: int, value_bytes: int, pairs_per_token: int) -> RingShape:
     return RingShape(SLOTS, MAX_ROWS, MAX_ROWS * pairs_per_token, width, value_bytes)
 
 
-def ring_path(endpoint: str) -> Path | None:
-    """Returns where a node listens for rings whose data socket is `endpoint`; None: it shares no folder with us."""
-    path = endpoint.removeprefix("ipc://")
-    return Path(path.removesuffix("-data") + "-rings") if path != endpoint and path.endswith("-data") else None
+def ring_path(folder: Path, node_id: str) -> Path:
+    """Returns where a node listens for rings, in a folder that the nodes of one host share."""
+    return folder / f"{node_id}-rings"
 
 
 def new_bell() -> int:
@@ -125,7 +132,7 @@ class RingOffer:
 
 def send_offer(connection: socket.socket, offer: RingOffer) -> None:
     """Raises OSError."""
-    body = msgpack.packb([_VERSION, offer.incarnation, *(getattr(offer.shape, name) for name, _ in RingShape._fields_)])
+    body = msgpack.packb([_VERSION, offer.incarnation, *offer.shape.sizes])
     _send(connection, body, [offer.descriptor, offer.bell])
 
 

@@ -11,7 +11,6 @@ from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.node.process import NodeProcess, NodeResources, open_node, run_lives
 from common.topology import NodeKind
-from common.wire.call_ring import ring_path
 from common.wire.transport import RoutingSocket
 from services.expert.ring_server import RingServer
 from services.expert.service import ExpertService
@@ -57,11 +56,11 @@ class ExpertProcess:
 
     def _open_rings(self, node: NodeProcess[RoutingSocket]) -> RingServer | None:
         """Returns what takes calls of stages on this host; None where it cannot be: they come as messages then."""
-        path, kernels = ring_path(node.data.endpoints[0]), self._held.kernels
-        if path is None or kernels is None or self._resources.settings.call_rings == "off":
+        folder, hello, kernels = node.rings_folder, node.control.hello, self._held.kernels
+        if folder is None or kernels is None:
             return None
         try:
-            return RingServer(path, node.control.hello.incarnation, kernels, node.log)
+            return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log)
         except OSError as error:
-            node.log.warning("no_rings", path=str(path), reason=str(error))
+            node.log.warning("no_rings", folder=str(folder), reason=str(error))
             return None

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +21,17 @@ from common.topology import ShardId
 from common.wire.call_ring import (
     RingMemory,
     RingOffer,
-    RingShape,
     new_bell,
     receive_offer,
+    ring_path,
     ring_shape,
     send_verdict,
 )
 from services.expert.shard_store import ShardStore
 
 _BACKLOG = 64
+FILE_INTERVAL_S = 1.0
+"""How often the file of the listening socket is looked for."""
 _NO_WEIGHTS = (0, 0, 0, 0)
 
 
@@ -109,12 +113,17 @@ class _Link:
 class RingServer:
     """Takes rings in and gives them up with their stages. The owner calls `look` in each turn of its loop."""
 
-    path: Path
-    """Where stages connect to."""
+    folder: Path
+    """Where stages of this host look for it."""
+    node_id: str
     incarnation: int
     kernels: NativeKernels
     log: structlog.stdlib.BoundLogger
+    clock: Callable[[], float] = time.monotonic
+    open_thread: Callable[[ShardStore, NativeKernels], CallThread] = CallThread
     _listener: socket.socket = field(init=False)
+    _path: Path = field(init=False)
+    _look_for_file_s: float = 0.0
     _thread: CallThread | None = None
     _store: ShardStore | None = None
     _links: dict[int, _Link] = field(default_factory=dict)
@@ -123,15 +132,9 @@ class RingServer:
 
     def __post_init__(self) -> None:
         """Raises OSError."""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self.path.unlink(missing_ok=True)
-            self._listener.bind(str(self.path))
-            self._listener.listen(_BACKLOG)
-            self._listener.setblocking(False)
-        except OSError:
-            self._listener.close()
-            raise
+        self._path = ring_path(self.folder, self.node_id)
+        _remove_abandoned(self.folder)
+        self._listener = _listen(self._path)
 
     def look(self, store: ShardStore | None) -> None:
         """Takes in what has come. `store`: the shards that calls are answered with now; with another one all rings are
@@ -139,7 +142,8 @@ class RingServer:
         if store is not self._store:
             self._give_all_up()
             self._store = store
-            self._thread = None if store is None else CallThread(store, self.kernels)
+            self._thread = None if store is None else self.open_thread(store, self.kernels)
+        self._look_after_file()
         with suppress(BlockingIOError):
             while True:
                 connection, _ = self._listener.accept()
@@ -160,7 +164,23 @@ class RingServer:
         self._give_all_up()
         self._listener.close()
         with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+
+    def _look_after_file(self) -> None:
+        """Without its file no stage finds the way here any more."""
+        if (now_s := self.clock()) < self._look_for_file_s:
+            return
+        self._look_for_file_s = now_s + FILE_INTERVAL_S
+        if self._path.exists():
+            return
+        try:
+            listener = _listen(self._path)
+        except OSError as error:
+            self.log.warning("no_rings", folder=str(self.folder), reason=str(error))
+            return
+        self._listener.close()
+        self._listener = listener
+        self.log.warning("ring_file_made_again", path=str(self._path), reason="it was gone")
 
     def _look_at(self, number: int, link: _Link) -> None:
         try:
@@ -177,7 +197,8 @@ class RingServer:
         except BlockingIOError:
             return
         except (OSError, ProtocolError) as error:
-            self.log.info("ring_closed", reason=str(error))
+            if link.bell is not None:
+                self.log.info("ring_closed", reason=str(error))
             self._drop(number)
 
     def _take_in(self, number: int, offer: RingOffer) -> str:
@@ -202,7 +223,7 @@ class RingServer:
         if self._thread is None:
             return "no shards are assigned here yet"
         if offer.shape != self._thread.shape:
-            return f"its shape is {_sizes(offer.shape)}, this node's is {_sizes(self._thread.shape)}"
+            return f"its shape is {offer.shape.sizes}, this node's is {self._thread.shape.sizes}"
         return ""
 
     def _drop(self, number: int) -> None:
@@ -221,5 +242,30 @@ class RingServer:
             self._thread = None
 
 
-def _sizes(shape: RingShape) -> list[int]:
-    return [int(getattr(shape, name)) for name, _ in RingShape._fields_]
+def _listen(path: Path) -> socket.socket:
+    """Returns what stages connect to. It listens before it has its name, so that whoever finds it can. Raises
+    OSError."""
+    listener, unnamed = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), path.with_name(f"{path.name}~")
+    try:
+        unnamed.unlink(missing_ok=True)
+        listener.bind(str(unnamed))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        unnamed.rename(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what nodes have left that were killed: nobody listens there."""
+    for path in folder.glob("*-rings"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.setblocking(False)
+            try:
+                asking.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # it is there, and busy, or not ours to look at

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -169,11 +170,14 @@ class Rings:
     def __init__(
         self,
         nodes: ExpertNodes,
+        folder: Path,
         kernels: NativeKernels,
         width: int,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
+        """`folder`: where nodes of this host listen. `width`: of the model."""
         self._nodes = nodes
+        self._folder = folder
         self._kernels = kernels
         self._width = width
         self._log = log
@@ -190,6 +194,11 @@ class Rings:
         """Rings when a node has answered; to be waited for."""
 
     # ---- rings
+
+    @property
+    def num_open(self) -> int:
+        """Returns how many nodes have taken theirs."""
+        return sum(ring.bell >= 0 for ring in self._rings.values())
 
     def look(self, now_s: float) -> None:
         """Offers rings to nodes that are new, takes in what they say, and gives up those of nodes that are gone."""
@@ -213,19 +222,21 @@ class Rings:
         os.close(self.bell)
 
     def _offer(self, node: ExpertNode, now_s: float) -> None:
-        path = ring_path(node.socket.endpoints[0])
+        if not self._shape.slots:
+            return  # no call has said how large it must be
         self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
-        if path is None or not self._shape.slots:
-            return
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.setblocking(False)
-            connection.connect(str(path))
+            connection.connect(str(ring_path(self._folder, node.node_id)))
             memory, descriptor = make_ring(self._shape)
             try:
                 send_offer(connection, RingOffer(node.incarnation, self._shape, descriptor, self.bell))
             finally:
                 os.close(descriptor)
+        except FileNotFoundError:
+            connection.close()  # it is on another host, or does without
+            return
         except OSError as error:
             connection.close()
             self._log.info("no_ring", node=node.node_id, reason=str(error))
@@ -351,7 +362,7 @@ class Rings:
         if not all(ring is not None and ring.bell >= 0 for ring in rings):
             return None
         found = [ring for ring in rings if ring is not None]
-        table = (_Peer * len(nodes))(*((ring.memory.address, ring.bell, 0) for ring in found))
+        table = (_Peer * len(nodes))(*(_Peer(ring.memory.address, ring.bell, 0) for ring in found))
         return _Peers(nodes, found, table)
 
     def _holders(self, peers: _Peers, layer: int) -> Int64Array | None:
