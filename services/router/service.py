@@ -25,6 +25,7 @@ from common.messages import Welcome
 from common.node.control_link import NodeAddresses, find_addresses
 from common.node.process import StopFlag, descriptor_limit, open_transport
 from common.wire.codec import ITEM_BYTES
+from common.wire.tcp_resends import resend_soon
 from common.wire.transport import Transport
 from services.router.control.experts.expert_roles import ExpertRoles
 from services.router.control.membership import Membership, patience_for
@@ -66,6 +67,8 @@ RESTORE_WITHIN_S = 0.5
 """How long a restarted router puts requests in line before it serves; those that are not by then follow."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the HTTP thread may keep the interpreter from the mesh thread (Python's default, 5 ms, is a decode step)."""
+CLIENT_AWAY_MS = 900_000
+"""How long a client may acknowledge nothing before its connection is given up: about as long as Linux has it."""
 RELIEF_INTERVAL_S = 5.0
 RELIEF_GROWTH_BYTES = 32 << 20
 """It must have grown by this much since memory was given back last: less is not worth the while."""
@@ -320,6 +323,10 @@ def _listen(settings: Settings) -> socket.socket:
     # acknowledged the one before: 40 ms where it delays that, for a body behind its head, or a token behind another.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A token that is lost on its way to the client is sent again as soon as one between processes; by itself the kernel
+    # would then give the client up after seconds, and not after a quarter of an hour.
+    if resend_soon(listener.fileno()):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, CLIENT_AWAY_MS)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:

@@ -31,7 +31,16 @@ from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.router.control.actions import Action, OpenPipeline, Tell
 from services.router.control.stage_roles import StageRoles
 from services.router.served_model import Model, read_model
-from services.router.service import _context_tokens, _listen, _origins, _Router, _stage_roles, http_url
+from services.router.service import (
+    CLIENT_AWAY_MS,
+    _context_tokens,
+    _listen,
+    _origins,
+    _Router,
+    _stage_roles,
+    http_url,
+)
+from tests.support.processes.tcp_resends import needs_the_options, resend_times
 from tests.support.router.mesh_shapes import node, small_model
 
 
@@ -208,6 +217,23 @@ def test_no_answer_waits_for_the_acknowledgement_of_what_went_before_it() -> Non
                 assert await accepted
 
     asyncio.run(asyncio.wait_for(main(), 10))
+
+
+@needs_the_options
+def test_a_token_that_is_lost_on_its_way_to_the_client_is_sent_again_soon_and_for_as_long_as_before() -> None:
+    with (
+        _listen(Settings(model="m", port=0)) as listener,
+        socket.create_connection(listener.getsockname()[:2]),
+        accept_one(listener) as accepted,
+    ):
+        times = resend_times(accepted)
+        assert times.are_soon, times
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == CLIENT_AWAY_MS
+
+
+def accept_one(listener: socket.socket) -> socket.socket:
+    listener.settimeout(5)
+    return listener.accept()[0]
 
 
 class _Restored:
