@@ -24,8 +24,8 @@ from common.errors import ProtocolError
 
 SLOTS: Final = 4
 """Calls that one stage may have with one node at a time: two micro-batches, each hedged once."""
-MAX_ROWS: Final = 64
-"""Token rows of a call; a larger one goes as a message."""
+MAX_ROWS: Final = 256
+"""Token rows of a call: a chunk of a prompt has no more, by default. A larger call goes as messages."""
 _VERSION: Final = 1
 _MAX_MESSAGE_BYTES: Final = 1024
 _MAX_RING_BYTES: Final = 1 << 30
