@@ -50,8 +50,8 @@ class Settings(BaseSettings):
     call_rings: Literal["auto", "off"] = Field(
         default="auto", description="expert calls within a host go through shared memory; off: all go as messages"
     )
-    rings_folder: Path | None = Field(
-        default=None,
+    rings_folder: str = Field(
+        default="",
         description="where stages and experts of one host find each other for that, over tcp too; default: the folder "
         "of their sockets, if there is one",
     )

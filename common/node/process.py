@@ -157,7 +157,8 @@ def _bind_node(
         part_experts=tuple(sorted(part.experts)),
     )
     control = ControlLink(transport, addresses, hello)
-    log, folder = own.log.bind(node=node_id), own.settings.rings_folder or addresses.folder
+    log, named = own.log.bind(node=node_id), own.settings.rings_folder
+    folder = Path(named) if named else addresses.folder
     return NodeProcess(
         transport,
         control,
