@@ -47,6 +47,14 @@ class Settings(BaseSettings):
     # ---- numbers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     combine: Literal["exact", "partial"] = "exact"
+    call_rings: Literal["auto", "off"] = Field(
+        default="auto", description="expert calls within a host go through shared memory; off: all go as messages"
+    )
+    rings_folder: str = Field(
+        default="",
+        description="where stages and experts of one host find each other for that, over tcp too; default: the folder "
+        "of their sockets, if there is one",
+    )
     threads: int = Field(default=1, ge=1, description="compute threads of a process, and of each rank of a stage")
     tp_reduce: Literal["ordered", "fast"] = Field(
         default="ordered", description="fast: ranks add partial sums, and bits depend on TP"

@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -94,6 +94,16 @@ class NativeKernels:
     gated_product: ctypes._NamedFuncPointer
     set_word: ctypes._NamedFuncPointer
     await_word: ctypes._NamedFuncPointer
+    start_call_server: ctypes._NamedFuncPointer
+    end_call_server: ctypes._NamedFuncPointer
+    add_ring: ctypes._NamedFuncPointer
+    remove_ring: ctypes._NamedFuncPointer
+    set_held_shard: ctypes._NamedFuncPointer
+    read_call_counts: ctypes._NamedFuncPointer
+    ask_experts: ctypes._NamedFuncPointer
+    await_answers: ctypes._NamedFuncPointer
+    take_call_back: ctypes._NamedFuncPointer
+    sum_experts: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -250,6 +260,16 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         gated_product=function("gated_product", "aaaii", quick=True),
         set_word=function("set_word", "ai", quick=True),
         await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
+        start_call_server=function("start_call_server", "iiaiii", result=ctypes.c_void_p),
+        end_call_server=function("end_call_server", "a"),
+        add_ring=function("add_ring", "aiai"),
+        remove_ring=function("remove_ring", "ai"),
+        set_held_shard=function("set_held_shard", "aiaaai"),
+        read_call_counts=function("read_call_counts", "aa", quick=True),
+        ask_experts=function("ask_experts", "aaiaaa", result=ctypes.c_int64, quick=True),
+        await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),
+        take_call_back=function("take_call_back", "aaa", quick=True),
+        sum_experts=function("sum_experts", "aaiiiiia", quick=True),
     )
 
 

@@ -57,8 +57,8 @@ class NodeLoop(ABC, Generic[DataSocket]):
         return False
 
     @abstractmethod
-    def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
-        """Returns what the loop waits for besides the router."""
+    def _sockets(self) -> Iterable[zmq.Socket[bytes] | int | None]:
+        """Returns what the loop waits for besides the router: sockets and descriptors."""
 
     @abstractmethod
     def _wait_ms(self, now_s: float) -> int:

@@ -100,6 +100,8 @@ class NodeProcess(Generic[DataSocket]):
     ipc_token: str
     log: structlog.stdlib.BoundLogger
     """A logger that names the node."""
+    rings_folder: Path | None = None
+    """Where nodes of one host find each other for calls through shared memory; None: they do not."""
 
 
 @contextlib.contextmanager
@@ -155,7 +157,17 @@ def _bind_node(
         part_experts=tuple(sorted(part.experts)),
     )
     control = ControlLink(transport, addresses, hello)
-    return NodeProcess(transport, control, lifeline, data, addresses.folder_token, own.log.bind(node=node_id))
+    log, named = own.log.bind(node=node_id), own.settings.rings_folder
+    folder = Path(named) if named else addresses.folder
+    return NodeProcess(
+        transport,
+        control,
+        lifeline,
+        data,
+        addresses.folder_token,
+        log,
+        folder if own.settings.call_rings == "auto" else None,
+    )
 
 
 LOG_WITHIN_S = 1.0

@@ -9,8 +9,10 @@ from common.compute.cuda import open_device
 from common.compute.device_errors import raise_if_life_ending
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
-from common.node.process import NodeResources, open_node, run_lives
+from common.node.process import NodeProcess, NodeResources, open_node, run_lives
 from common.topology import NodeKind
+from common.wire.transport import RoutingSocket
+from services.expert.ring_server import RingServer
 from services.expert.service import ExpertService
 from services.expert.shard_loader import HeldShards, ShardLoader
 
@@ -41,10 +43,24 @@ class ExpertProcess:
             NodeKind.EXPERT, own, self._numeric_class, lambda transport, address: transport.router("calls", [address])
         ) as node:
             shards = ShardLoader(self._held, node.control, node.log)
+            rings = self._open_rings(node)
             try:
-                ExpertService(node, shards).run(own.should_stop)
+                ExpertService(node, shards, rings=rings).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_life_ending(error)
                 raise
             finally:
+                if rings is not None:
+                    rings.close()
                 shards.close()
+
+    def _open_rings(self, node: NodeProcess[RoutingSocket]) -> RingServer | None:
+        """Returns what takes calls of stages on this host; None where it cannot be: they come as messages then."""
+        folder, hello, kernels = node.rings_folder, node.control.hello, self._held.kernels
+        if folder is None or kernels is None:
+            return None
+        try:
+            return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log)
+        except OSError as error:
+            node.log.warning("no_rings", folder=str(folder), reason=str(error))
+            return None

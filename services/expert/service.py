@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import zmq
@@ -28,6 +28,7 @@ from common.node.process import NodeProcess
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, RoutingSocket
 from services.expert.calls import CallQueue, LayerAnswer, WaitingCall, begin_answer, check_call
+from services.expert.ring_server import RingCounts, RingServer
 from services.expert.shard_loader import ShardLoader
 
 MAX_UNDER_WAY = 2
@@ -51,10 +52,16 @@ class ExpertService(NodeLoop[RoutingSocket]):
     """One expert node."""
 
     def __init__(
-        self, node: NodeProcess[RoutingSocket], shards: ShardLoader, clock: Callable[[], float] = time.monotonic
+        self,
+        node: NodeProcess[RoutingSocket],
+        shards: ShardLoader,
+        clock: Callable[[], float] = time.monotonic,
+        rings: RingServer | None = None,
     ) -> None:
+        """`rings`: None takes calls as messages only."""
         super().__init__(node, clock)
         self._shards = shards
+        self._rings = rings
         self._socket = node.data
         self._queue = CallQueue()
         self._under_way: deque[LayerAnswer] = deque()
@@ -74,6 +81,8 @@ class ExpertService(NodeLoop[RoutingSocket]):
 
     def _work(self, now_s: float) -> None:
         self._shards.poll(now_s)
+        if self._rings is not None:
+            self._rings.look(self._shards.held.store)
         self._receive_calls(now_s)
         self._begin_layer(now_s)
         self._answer_done()
@@ -159,10 +168,18 @@ class ExpertService(NodeLoop[RoutingSocket]):
             self._counters.dropped += 1  # the stage is gone: this answer is not wanted
 
     def _load(self) -> ExpertHeartbeat:
+        own, in_rings = self._counters, RingCounts() if self._rings is None else self._rings.counts()
+        own = replace(
+            own,
+            busy_seconds=own.busy_seconds + in_rings.busy_ns / 1e9,
+            steps=own.steps + in_rings.steps,
+            rows=own.rows + in_rings.rows,
+            dropped=own.dropped + in_rings.refused,
+        )
         return ExpertHeartbeat(
-            **asdict(self._counters),
-            queued=len(self._queue) + sum(len(answer.calls) for answer in self._under_way),
-            answer_bytes=self._socket.bytes_sent,
+            **asdict(own),
+            queued=len(self._queue) + sum(len(answer.calls) for answer in self._under_way) + in_rings.in_hand,
+            answer_bytes=self._socket.bytes_sent + in_rings.answer_bytes,
             shards_version=self._shards.version,
             shards_reports=self._shards.num_reports,
         )

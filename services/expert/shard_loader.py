@@ -66,7 +66,7 @@ class HeldShards:
         self.checkpoint = checkpoint
         self.device = device
         self.thread = thread or LoaderThread()
-        self._kernels = kernels
+        self.kernels = kernels
         self.store: ShardStore | None = None
         """None before the router has said how experts are cut."""
 
@@ -74,7 +74,7 @@ class HeldShards:
         """Returns the store for experts that are cut so, in this dtype: the one that there is, or an empty one in its
         place."""
         if self.store is None or (self.store.num_slices, self.store.dtype) != (num_slices, dtype):
-            self.store = ShardStore(self.config, num_slices, dtype, self._kernels)
+            self.store = ShardStore(self.config, num_slices, dtype, self.kernels)
         return self.store
 
 

@@ -10,8 +10,9 @@ columns of down; the outputs of all slices add up to the expert's.
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from common.compute.native_library import NativeKernels
 from common.errors import CheckpointError, ExecutionError
 from common.topology import ShardId
 
+ShardWatcher = Callable[[ShardId, GatedExpert | None], None]
+"""Hears of a shard that is there now, or, with None, goes."""
+
 
 class ShardStore:
     """Shards by id. Loading may run in another thread: a shard appears whole or not at all."""
@@ -36,6 +40,8 @@ class ShardStore:
         self._kernels = kernels
         self._shards: dict[ShardId, GatedExpert] = {}
         self._probes: dict[ShardId, ProbeAnswer] = {}
+        self._watcher: ShardWatcher | None = None
+        self._watching = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -57,6 +63,7 @@ class ShardStore:
         check_answer(answer, torch_answer(rows, gate, up, down).cpu(), shard)
         self._probes[shard] = summarise(answer)
         self._shards[shard] = expert
+        self._tell(shard, expert)
 
     def probe(self, shard: ShardId) -> ProbeAnswer:
         """Returns what a shard that is held answered."""
@@ -64,8 +71,22 @@ class ShardStore:
 
     def drop(self, shard: ShardId) -> None:
         """Lets a shard go; one that is not held is not an error."""
+        self._tell(shard, None)
         self._shards.pop(shard, None)
         self._probes.pop(shard, None)
+
+    def watch(self, watcher: ShardWatcher | None) -> None:
+        """Tells of each shard that is held, and from now on of each that comes (perhaps twice, from the loader's
+        thread) or goes, which it does when that returns. None: tells nobody, and nobody is being told."""
+        with self._watching:
+            self._watcher = watcher
+        for shard, expert in list(self._shards.items()):
+            self._tell(shard, expert)
+
+    def _tell(self, shard: ShardId, expert: GatedExpert | None) -> None:
+        with self._watching:
+            if self._watcher is not None:
+                self._watcher(shard, expert)
 
     def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:
         """Reads gate, up and down."""

@@ -13,11 +13,13 @@ from common.compute.device_errors import raise_if_life_ending
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
-from common.node.process import NodeResources, open_node, run_lives
+from common.node.process import NodeProcess, NodeResources, open_node, run_lives
 from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
+from common.wire.transport import MessageSocket
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
+from services.stage.experts.rings import Rings
 from services.stage.ranks.collectives import CollectivesKind, choose_collectives
 from services.stage.ranks.group import RankGroup, fork_server_of_ranks, open_group
 from services.stage.ranks.memory_needs import num_memories
@@ -102,13 +104,19 @@ class StageProcess:
             NodeKind.STAGE, own, self._numeric_class, lambda transport, address: transport.pull("steps", [address])
         ) as node:
             worker = StageWorker(self._layers, node.transport, node.ipc_token, node.log)
-            experts = ExpertClient(
-                ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log), node.log
-            )
+            nodes = ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log)
+            experts = ExpertClient(nodes, node.log, self._rings(nodes, node))
             try:
                 StageService(node, worker, experts).run(own.should_stop)
             except RuntimeError as error:
                 raise_if_life_ending(error)
                 raise
             finally:
+                experts.close()
                 worker.close()
+
+    def _rings(self, nodes: ExpertNodes, node: NodeProcess[MessageSocket]) -> Rings | None:
+        """Returns the rings for calls to nodes of this host; None where all calls go as messages."""
+        if self._kernels is None or node.rings_folder is None:
+            return None
+        return Rings(nodes, node.rings_folder, self._kernels, self._resources.config.hidden_size, node.log)

@@ -31,7 +31,7 @@ from common.node.process import NodeProcess
 from common.wire.array import frame_to_array
 from common.wire.tensor import DTYPES, frame_to_tensor
 from common.wire.transport import Full, MessageSocket
-from services.stage.experts.client import CallDone, ExpertClient
+from services.stage.experts.client import CallDone, CallFailed, ExpertClient
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
@@ -40,6 +40,8 @@ from services.stage.slot.slot import MemoryTag, RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import passed_on, relayed
 
+TURN_S = 0.005
+"""How long batches run before a stage looks at its sockets."""
 KEEP_STATE_S = 300.0
 """How long K and V are kept without a router: they may belong to requests that a restarted one resumes."""
 
@@ -81,8 +83,9 @@ class StageService(NodeLoop[MessageSocket]):
         self._newest_role_number = 0
         """The newest number that this stage was told; roles may come late, or twice."""
 
-    def _sockets(self) -> Iterable[zmq.Socket[bytes] | None]:
-        return (self._node.data.raw, *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets())
+    def _sockets(self) -> Iterable[zmq.Socket[bytes] | int | None]:
+        links = *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets()
+        return self._node.data.raw, self._experts.bell, *links
 
     def _wait_ms(self, now_s: float) -> int:
         slot = self._worker.slot
@@ -101,7 +104,7 @@ class StageService(NodeLoop[MessageSocket]):
         self._feed_mirror(now_s)
         slot = self._worker.slot
         if slot is not None and slot.executor.has_work:
-            self._run_one(slot)
+            self._run(slot)
         self._forget_after_long_silence(now_s)
 
     # ---- control
@@ -276,12 +279,20 @@ class StageService(NodeLoop[MessageSocket]):
         slot.held.watermark.finish(header.step)
         self._send_on(relayed(slot, step, positions), header, deadline_s)
 
-    def _run_one(self, slot: Slot) -> None:
-        began_s = self._clock()
-        outcome = slot.executor.run_one()
-        if outcome is not None:
-            self._go_on(slot, outcome)
-        self._counters.busy_seconds += self._clock() - began_s
+    def _run(self, slot: Slot) -> None:
+        """Runs batches one after the other, as long as one can go on, but looks at the sockets now and then."""
+        until_s = self._clock() + TURN_S
+        while slot.executor.has_work:
+            began_s = self._clock()
+            outcome = slot.executor.run_one()
+            if outcome is not None:
+                self._go_on(slot, outcome)
+            ended_s = self._clock()
+            self._counters.busy_seconds += ended_s - began_s
+            if isinstance(outcome, WantsExperts) and not slot.executor.has_work:
+                self._await_answer()
+            if outcome is None or ended_s >= until_s:
+                return
 
     def _go_on(self, slot: Slot, outcome: WantsExperts | Finished | Broken) -> None:
         try:
@@ -301,16 +312,25 @@ class StageService(NodeLoop[MessageSocket]):
         number = self._experts.start(outcome.call, outcome.running.header, now_s, deadline_s)
         self._waiting[number] = (slot.executor, outcome.running)
 
+    def _await_answer(self) -> None:
+        """Waits a moment for the call that was begun last: its answer may be only microseconds away."""
+        number = next(reversed(self._waiting), 0)
+        if (done := self._experts.await_answer(number, self._clock)) is not None:
+            self._end_call(done)
+
     def _end_calls(self, now_s: float) -> None:
         for ended in self._experts.poll(now_s):
-            executor, running = self._waiting.pop(ended.number)
-            if isinstance(ended, CallDone):
-                running.degraded_rows |= ended.degraded_rows
-                running.num_retried_calls += ended.num_retried
-                executor.resume(running, ended.answer)
-            else:
-                executor.drop(running)
-                self._fail_step(ended.error, running.header)
+            self._end_call(ended)
+
+    def _end_call(self, ended: CallDone | CallFailed) -> None:
+        executor, running = self._waiting.pop(ended.number)
+        if isinstance(ended, CallDone):
+            running.degraded_rows |= ended.degraded_rows
+            running.num_retried_calls += ended.num_retried
+            executor.resume(running, ended.answer)
+        else:
+            executor.drop(running)
+            self._fail_step(ended.error, running.header)
 
     def _pass_on(self, slot: Slot, finished: Finished) -> None:
         running, held = finished.running, slot.held

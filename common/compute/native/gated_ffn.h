@@ -47,6 +47,17 @@ void gated_ffn(const bf16* x, bf16* y, const Group& g, int64_t d, int64_t thread
     linear(product, width, (const bf16*)g.down, nullptr, y + g.begin * d, rows, width, d, threads);
 }
 
+// Each group's rows of x go through its expert. Threads share the groups, or, of few groups, the panels of each.
+template <class T>
+void grouped_ffn(const T* x, T* y, const Group* groups, int64_t group_count, int64_t d, int64_t threads) {
+    double work = 0;
+    for (int64_t g = 0; g < group_count; g++)
+        work += 3 * linear_work(groups[g].end - groups[g].begin, d, groups[g].width);
+    threads = worth(threads, work);
+    const bool by_group = group_count >= 2 * threads;
+    share(by_group ? threads : 1, group_count, [&](int64_t g) { gated_ffn(x, y, groups[g], d, by_group ? 1 : threads); });
+}
+
 template <class T> void gated_product(const T* gate, const T* up, T* product, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t left = n - i;

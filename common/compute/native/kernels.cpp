@@ -12,6 +12,8 @@
 // Plain C interface, no Python and no torch: common/compute/native_library.py compiles and loads it.
 
 #include "attention.h"
+#include "call_client.h"
+#include "call_server.h"
 #include "gated_ffn.h"
 #include "linear.h"
 #include "norm_rope.h"
@@ -25,7 +27,7 @@ struct Linear {  // mirrored by _LinearDescriptor in linear.py
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 4; }
+int64_t moemesh_abi_version(void) { return 5; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -61,16 +63,8 @@ void moemesh_linear(const Linear* l, const void* x, int64_t x_stride, void* y, i
 
 void moemesh_gated_ffn(const void* x, void* y, const int64_t* groups, int64_t group_count, int64_t d, int64_t is_bf16,
                        int64_t threads) {
-    const Group* all_groups = (const Group*)groups;
-    double work = 0;
-    for (int64_t g = 0; g < group_count; g++)
-        work += 3 * linear_work(all_groups[g].end - all_groups[g].begin, d, all_groups[g].width);
-    threads = worth(threads, work);
-    const bool by_group = group_count >= 2 * threads;  // otherwise threads divide the panels of one group after another
-    share(by_group ? threads : 1, group_count, [&](int64_t g) {
-        if (is_bf16) gated_ffn((const bf16*)x, (bf16*)y, all_groups[g], d, by_group ? 1 : threads);
-        else gated_ffn((const float*)x, (float*)y, all_groups[g], d, by_group ? 1 : threads);
-    });
+    if (is_bf16) grouped_ffn((const bf16*)x, (bf16*)y, (const Group*)groups, group_count, d, threads);
+    else grouped_ffn((const float*)x, (float*)y, (const Group*)groups, group_count, d, threads);
 }
 
 void moemesh_attention(const Attention* a, int64_t is_bf16) {
@@ -122,6 +116,48 @@ void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const voi
     else
         rope_rows((const float*)x, x_stride, (const float*)cosine, (const float*)sine, (const float*)weight,
                   weight_stride, (float*)y, tokens, heads, width, turned, epsilon);
+}
+
+
+// Calls through rings, of the expert node: one server a process, with the shards of one store.
+void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape* shape, int64_t is_bf16,
+                                int64_t threads, int64_t bell) {
+    return new CallServer(layers, shards, *shape, is_bf16, threads, bell);
+}
+void moemesh_end_call_server(void* server) { delete (CallServer*)server; }
+void moemesh_add_ring(void* server, int64_t number, void* memory, int64_t stage_bell) {
+    ((CallServer*)server)->add_ring(number, (uint8_t*)memory, stage_bell);
+}
+void moemesh_remove_ring(void* server, int64_t number) { ((CallServer*)server)->remove_ring(number); }
+void moemesh_set_held_shard(void* server, int64_t place, const void* gate, const void* up, const void* down,
+                            int64_t width) {
+    ((CallServer*)server)->set_shard(place, {gate, up, down, width, 0, 0});
+}
+void moemesh_read_call_counts(void* server, int64_t* numbers) {
+    const CallCounts& counts = ((CallServer*)server)->counts;
+    const std::atomic<int64_t>* all[] = {&counts.steps,        &counts.rows,    &counts.busy_ns,
+                                         &counts.answer_bytes, &counts.refused, &counts.in_hand};
+    for (int i = 0; i < 6; i++) numbers[i] = *all[i];
+}
+
+// The same of the stage.
+int64_t moemesh_ask_experts(const void* question, void* peers, int64_t num_peers, const RingShape* shape,
+                            int64_t* pairs, void* parts) {
+    return ask_experts(*(const ExpertQuestion*)question, (RingPeer*)peers, num_peers, *shape, pairs,
+                       (AskedPart*)parts);
+}
+int64_t moemesh_await_answers(void* parts, int64_t num_parts, void* peers, const RingShape* shape,
+                              const int64_t* pairs, void* rows, int64_t bell, int64_t timeout_ns) {
+    return await_answers((AskedPart*)parts, num_parts, (RingPeer*)peers, *shape, pairs, (uint8_t*)rows, bell,
+                         timeout_ns);
+}
+void moemesh_take_call_back(void* part, void* peer, const RingShape* shape) {
+    take_back(*(AskedPart*)part, *(RingPeer*)peer, *shape);
+}
+void moemesh_sum_experts(const void* rows, const float* weights, int64_t tokens, int64_t choices, int64_t slices,
+                         int64_t width, int64_t is_bf16, void* out) {
+    if (is_bf16) sum_experts((const bf16*)rows, weights, tokens, choices, slices, width, (bf16*)out);
+    else sum_experts((const float*)rows, weights, tokens, choices, slices, width, (float*)out);
 }
 
 }  // extern "C"

@@ -9,237 +9,25 @@ wait for one, until its deadline, or is left out where the operator wants that.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
-import numpy as np
 import structlog
 import torch
 from torch import Tensor
 
 from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
-from common.messages import CancelCall, Dispatch, ExpertRows, Failed, Header, Message, PublishPlacement
-from common.wire.array import Int64Array, array_to_frame
-from common.wire.tensor import frame_to_tensor, tensor_to_frame
-from common.wire.transport import Full, LinkEvent
-from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum, pair_weights, shard_keys, split_pairs
-from services.stage.experts.hedging import HedgeBudget, OutlierDetector, ReplyTimes
+from common.messages import ExpertRows, Failed, Header, Message, PublishPlacement
+from common.wire.call_ring import Outcome
+from common.wire.tensor import frame_to_tensor
+from common.wire.transport import LinkEvent
+from services.stage.experts.dispatch import ExactSum, PartialSum
+from services.stage.experts.in_flight import CallCounters, InFlightCalls
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.experts.pending_call import FIRST_PAUSE_S, AskedPart, PendingCall
+from services.stage.experts.rings import RingCall, Rings
 from services.stage.model.decoder import ExpertCall
-
-
-@dataclass(slots=True)
-class CallCounters:
-    """What has become of a stage's expert calls since its start; in the words of its heartbeat."""
-
-    calls: int = 0
-    call_seconds: float = 0.0
-    resent: int = 0
-    hedged: int = 0
-    hedge_wins: int = 0
-    late_answers: int = 0
-    suspicions: int = 0
-    degraded_rows: int = 0
-    other_class_rows: int = 0
-
-
-class InFlightCalls:
-    """The calls of a stage that are not whole: which node each was asked of, and which owes what.
-
-    It sends the parts of a call, takes them back, and chooses the nodes.
-    """
-
-    def __init__(self, nodes: ExpertNodes, counters: CallCounters, log: structlog.stdlib.BoundLogger) -> None:
-        self.nodes = nodes
-        self.times = ReplyTimes()
-        self.budget = HedgeBudget()
-        self.outliers = OutlierDetector()
-        self._counters = counters
-        self._log = log
-        self._numbers = itertools.count(1)
-        self._open: dict[int, PendingCall] = {}
-        """Calls that are not whole, by number."""
-        self._asked: dict[int, AskedPart] = {}
-        """All their parts that are not answered, by number of the message."""
-
-    @property
-    def open_calls(self) -> list[PendingCall]:
-        """Returns all of them, oldest first, as a list that stays as it is while calls end."""
-        return list(self._open.values())
-
-    def begin(self, pending: PendingCall, now_s: float) -> None:
-        """Asks for a new call, and follows it from now on. Raises ExecutionError for a layer that has no placement."""
-        self.ask_uncovered(pending, now_s)
-        self._open[pending.number] = pending
-        self._probe_newcomers(pending, now_s)
-
-    def close(self, pending: PendingCall) -> None:
-        """Forgets a call of which nothing is wanted any more."""
-        self._open.pop(pending.number, None)
-
-    def find(self, number: int, node: ExpertNode) -> AskedPart | None:
-        """Returns what waits for this answer of this node."""
-        part = self._asked.get(number)
-        return part if part is not None and part.rows.node == node.number else None
-
-    def owed_by(self, node: int) -> list[AskedPart]:
-        """Returns what a node has not answered."""
-        return [part for part in self._asked.values() if part.rows.node == node]
-
-    def ask_uncovered(self, pending: PendingCall, now_s: float) -> None:
-        """Asks for the pairs that no node owes; what none can take now waits, unassigned."""
-        while (pairs := pending.uncovered()).size:
-            holders = self._holders(pending, pending.pausing(now_s), now_s)
-            parts = split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
-            if not parts:
-                if pending.unassigned_since_s is None:
-                    pending.unassigned_since_s = now_s
-                return
-            for part in parts:
-                if self._send(pending, part, now_s, is_hedge=False):
-                    self.budget.earn()
-                else:
-                    pending.pause(part.node, now_s)
-        pending.unassigned_since_s = None
-
-    def hedge(self, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:
-        """Asks other copies for pairs of a part too. Nothing is sent where there is none, or no budget: try again.
-
-        The best copies that there are get them, see `_ranks`. One in doubt is asked only instead of a suspect, where
-        there is no other: the suspect will not answer. Of another numeric class too: being late is not a reason to
-        change the bits.
-        """
-        pending = part.pending
-        avoided = pending.pausing(now_s) | pending.owed_by(pairs) | {part.rows.node}
-        if self.outliers.is_suspect(part.rows.node, now_s):
-            holders = self._holders(pending, avoided | self.outliers.suspects(now_s), now_s)
-        else:
-            classes = {self.nodes.first_class(pending.call.layer), self.nodes[part.rows.node].numeric_class}
-            holders = self._holders(pending, avoided | self.outliers.doubted(now_s), now_s, classes)
-        parts = split_pairs(pending.call, pairs, pending.num_slices, holders, self.nodes.outstanding_rows)
-        if not parts or not (is_free or self.budget.spend()):
-            return
-        num_sent = sum([self._send(pending, copy, now_s, is_hedge=True) for copy in parts])
-        self._counters.hedged += num_sent
-        if num_sent:
-            pending.num_retried += 1
-        elif not is_free:
-            self.budget.refund()
-
-    def pop(self, part: AskedPart) -> None:
-        """Forgets a part that no node owes any more."""
-        del self._asked[part.number], part.pending.parts[part.number]
-        if part.rows.node in self.nodes:
-            self.nodes[part.rows.node].outstanding_rows -= part.rows.pairs.size
-
-    def forget(self, pending: PendingCall, now_s: float) -> None:
-        """Ends a call without an answer; what is in flight for it is taken back."""
-        for part in list(pending.parts.values()):
-            self.withdraw(part, now_s)
-        self.close(pending)
-
-    def withdraw(self, part: AskedPart, now_s: float) -> None:
-        """Takes a part back; but a message stays with a node in doubt: its answer tells that the node is back.
-
-        One whose time is up may have been dropped there without a word: then another one stays.
-        """
-        self.pop(part)
-        if part.rows.node not in self.nodes:
-            return
-        node = self.nodes[part.rows.node]
-        has_none = not node.probe or now_s >= node.probe_after_s
-        if has_none and self.outliers.is_doubted(node.number, now_s):
-            node.probe, node.probe_after_s = part.number, part.pending.deadline_s
-            return
-        if node.connected:
-            try:
-                node.socket.send(CancelCall((part.number,)), Header())
-            except Full:
-                self._log.debug("cancel_not_sent", node=node.node_id)  # it will be answered, and dropped as late
-
-    def _holders(
-        self, pending: PendingCall, avoided: set[int], now_s: float, classes: Collection[str | None] = (None,)
-    ) -> Sequence[Sequence[int]]:
-        """Returns the copies that may be asked, by shard key: of those of these numeric classes (None: of all) the best
-        there are, see `_ranks`."""
-        holders = self.nodes.holders(pending.call.layer, avoided)
-        if None not in classes:
-            holders = [
-                [number for number in copies if self.nodes[number].numeric_class in classes] for copies in holders
-            ]
-        ranks = self._ranks(pending.call.layer, now_s)
-        return [_best(copies, ranks) for copies in holders] if ranks else holders
-
-    def _ranks(self, layer: int, now_s: float) -> dict[int, int]:
-        """Returns the nodes that are asked only where there is no better one: those in doubt and newcomers, those of
-        another numeric class than the layer's first one, suspects. Nodes of rank 0 are left out."""
-        suspects = self.outliers.suspects(now_s)
-        doubted = self.outliers.doubted(now_s) | {node.number for node in self.nodes if not node.is_proven}
-        first = self.nodes.first_class(layer)
-        if not doubted and first is None:
-            return {}
-        ranks: dict[int, int] = {}
-        for node in self.nodes:
-            is_other = first is not None and node.numeric_class != first
-            if node.number in suspects or (is_other and node.number in doubted):
-                ranks[node.number] = 3
-            elif is_other:
-                ranks[node.number] = 2
-            elif node.number in doubted:
-                ranks[node.number] = 1
-        return ranks
-
-    def _probe_newcomers(self, pending: PendingCall, now_s: float) -> None:
-        """Asks each node that has not answered anything yet for one row of this call, on top of those that are asked
-        for it: a node that is there and answers nothing is found without a token that waits for it. A node drops what
-        is not wanted any more without a word: once this call's time is up, another one is its probe."""
-        new = [n for n in self.nodes if n.connected and not n.is_proven and n.probe_after_s <= now_s]
-        if not new:
-            return
-        holders, pairs = self.nodes.holders(pending.call.layer, frozenset()), np.arange(pending.missing.size)
-        keys = shard_keys(pending.call, pairs, pending.num_slices).tolist()
-        for node in new:
-            held = pairs[np.array([node.number in holders[key] for key in keys], dtype=np.bool_)]
-            if held.size:
-                alone = [[node.number] if node.number in copies else [] for copies in holders]
-                (part,) = split_pairs(pending.call, held[:1], pending.num_slices, alone, {})
-                number = next(self._numbers)
-                if self._dispatch(pending, part, number, now_s):
-                    node.probe, node.probe_after_s = number, pending.deadline_s
-
-    def _send(self, pending: PendingCall, part: NodeRows, now_s: float, is_hedge: bool) -> bool:
-        number = next(self._numbers)
-        if not self._dispatch(pending, part, number, now_s):
-            return False
-        call, node = pending.call, self.nodes[part.node]
-        pending.parts[number] = self._asked[number] = AskedPart(number, pending, part, now_s, is_hedge)
-        pending.asked_s[part.pairs] = now_s
-        pending.look_again_s = min(pending.look_again_s, now_s + self.times.delay_s(call.layer))
-        if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
-            self._counters.other_class_rows += part.pairs.size
-            pending.num_retried += 1
-        node.outstanding_rows += part.pairs.size
-        return True
-
-    def _dispatch(self, pending: PendingCall, part: NodeRows, number: int, now_s: float) -> bool:
-        call, node = pending.call, self.nodes[part.node]
-        is_all = part.tokens.size == call.hidden.shape[0]
-        rows = call.hidden if is_all else call.hidden[torch.from_numpy(part.tokens)]
-        is_exact = pending.sum.takes_some_pairs
-        weights = np.zeros(0, np.float32) if is_exact else pair_weights(call, part, pending.num_slices)
-        message = Dispatch(number, tensor_to_frame(rows), array_to_frame(part.routing), array_to_frame(weights))
-        try:
-            node.socket.send(message, pending.header_now(now_s))
-        except Full:
-            return False
-        return True
-
-
-def _best(copies: Sequence[int], ranks: Mapping[int, int]) -> Sequence[int]:
-    best = min((ranks.get(number, 0) for number in copies), default=0)
-    return [number for number in copies if ranks.get(number, 0) == best]
-
 
 RETRY_INTERVAL_S = 0.1
 """How often pairs without a usable node are tried again, besides when a link or the placement changes."""
@@ -247,8 +35,22 @@ CONNECT_INTERVAL_S = 1.0
 """How often nodes are tried again for which there was no socket."""
 LOOK_AGAIN_S = 0.01
 """The wait after nothing could be done about a late part: no budget, or no copy."""
+SOON_S = 0.002
+"""How long a stage that has nothing else to do waits for the answers of rings before it looks at its sockets."""
+RINGS_INTERVAL_S = 0.02
+"""How often rings are looked after, besides when a link changes."""
 AWAY_S = 0.1
 """A stage that has not looked for this long was stopped or computed: answers may lie in its own sockets."""
+
+
+REFUSALS = MappingProxyType(
+    {
+        Outcome.MALFORMED: "the call made no sense to it",
+        Outcome.NOT_HELD: "an expert of it is not held here",
+        Outcome.OUT_OF_TIME: "its time was up",
+        Outcome.DAMAGED: "the call, or the answer, was damaged in the shared memory",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +78,16 @@ class CallFailed:
 class ExpertClient:
     """All expert calls of one stage: `start` begins one, and `poll` says which have ended, and how."""
 
-    def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger, rings: Rings | None = None) -> None:
+        """`rings`: None sends all calls as messages."""
         self.nodes = nodes
         self._log = log
+        self._rings = rings
         self.counters = CallCounters()
-        self._in_flight = InFlightCalls(nodes, self.counters, log)
+        self._in_flight = InFlightCalls(nodes, rings, self.counters, log)
+        self._in_rings: dict[int, RingCall] = {}
+        """Calls of which all parts were asked through rings, and none is late."""
+        self._next_rings_s = 0.0
         self._call_numbers = itertools.count(1)
         self._ended: list[CallDone | CallFailed] = []
         """What `poll` will say."""
@@ -298,6 +105,8 @@ class ExpertClient:
         gone = self.nodes.apply_placement(placement, router_term, num_slices)
         if gone is None:
             return False
+        for asked in list(self._in_rings.values()):
+            self._follow(asked, now_s)
         for pending in self._in_flight.open_calls:
             pending.pauses.clear()  # a node that lacked a shard may have it now
             if pending.num_slices != num_slices:  # a router before this one wanted it
@@ -313,15 +122,29 @@ class ExpertClient:
 
         Before a placement is known they wait for it. Raises ExecutionError for a layer that the placement lacks.
         """
-        num_slices = self.nodes.num_slices
+        number, num_slices = next(self._call_numbers), self.nodes.num_slices
+        if self._rings is not None and self.combine == "exact" and not self._in_flight.outliers.is_anyone_struck:
+            asked = self._rings.ask(number, call, header, now_s, deadline_s)
+            if asked is not None:
+                self._in_rings[number] = asked
+                return number
         total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
-        pending = PendingCall(next(self._call_numbers), call, header, deadline_s, num_slices, total, now_s)
+        pending = PendingCall(number, call, header, deadline_s, num_slices, total, now_s)
         self._in_flight.begin(pending, now_s)
-        return pending.number
+        return number
+
+    def await_answer(self, number: int, clock: Callable[[], float]) -> CallDone | None:
+        """Waits for a call that goes through rings, for SOON_S at most. None: `poll` will say how it has ended."""
+        asked = self._in_rings.get(number)
+        if asked is None or self._rings is None or not self._rings.take_in(asked, SOON_S):
+            return None
+        return self._end_in_rings(asked, clock())
 
     def poll(self, now_s: float) -> list[CallDone | CallFailed]:
         """Takes in what nodes say, looks after what is late, and returns the calls that have ended since, each once."""
         self._receive(now_s)
+        if self._rings is not None:
+            self._look_at_rings(self._rings, now_s)
         self._check_deadlines(now_s)
         if now_s >= self._next_connect_s:
             self._next_connect_s = now_s + CONNECT_INTERVAL_S
@@ -354,15 +177,89 @@ class ExpertClient:
 
     def wait_ms(self, now_s: float, longest_ms: int) -> int:
         """Returns how long there is nothing to do here unless a socket says something."""
-        next_s = min((pending.look_again_s for pending in self._in_flight.open_calls), default=float("inf"))
-        next_s = max(next_s, self._patient_until_s)
+        delay_s = self._in_flight.times.delay_s
+        looks_s = [pending.look_again_s for pending in self._in_flight.open_calls]
+        looks_s += [asked.started_s + delay_s(asked.call.layer) for asked in self._in_rings.values()]
+        next_s = max(min(looks_s, default=float("inf")), self._patient_until_s)
         return longest_ms if next_s - now_s > longest_ms / 1000 else max(1, int((next_s - now_s) * 1000) + 1)
 
     def abandon(self) -> None:
         """Forgets all calls: their steps are gone, their answers will be late."""
         self._ended.clear()
+        for asked in list(self._in_rings.values()):
+            self._follow(asked, self._looked_s)
         for pending in self._in_flight.open_calls:
             self._in_flight.forget(pending, self._looked_s)
+
+    # ---- rings
+
+    @property
+    def bell(self) -> int | None:
+        """Returns what rings when an answer has come through a ring; None: none does."""
+        return None if self._rings is None else self._rings.bell
+
+    def close(self) -> None:
+        """Gives up the rings."""
+        if self._rings is not None:
+            self._rings.close()
+
+    def _look_at_rings(self, rings: Rings, now_s: float) -> None:
+        rings.silence()
+        if now_s >= self._next_rings_s:
+            self._next_rings_s = now_s + RINGS_INTERVAL_S
+            rings.look(now_s)
+        for asked in list(self._in_rings.values()):
+            if rings.take_in(asked):
+                done = self._end_in_rings(asked, now_s)
+                self._ended += [] if done is None else [done]
+            elif now_s >= asked.started_s + self._in_flight.times.delay_s(asked.call.layer):
+                self._follow(asked, now_s)
+        for part in self._in_flight.in_rings:
+            assert part.ring is not None, "it is in one"
+            if part.ring.outcome(part.ring_index) is None:
+                rings.take_in(part.ring)
+            outcome = part.ring.outcome(part.ring_index)
+            if outcome is not None and part.number in part.pending.parts:
+                self._heard(part.rows.node, now_s)
+                rows = part.ring.rows[torch.from_numpy(part.rows.pairs)]
+                error = None if outcome is Outcome.GIVEN else ExecutionError(self._refusal(part.rows.node, outcome))
+                self._take(part, rows if error is None else error, now_s)
+
+    def _end_in_rings(self, asked: RingCall, now_s: float) -> CallDone | None:
+        """Ends a call of which nothing is to come. None: it was refused in part, and goes on as others do."""
+        if not asked.is_given or self._rings is None:
+            self._follow(asked, now_s)
+            return None
+        del self._in_rings[asked.number]
+        for node in asked.nodes:
+            node.heard_s = now_s
+            self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
+            self._in_flight.budget.earn()
+        self.counters.calls += 1
+        self.counters.call_seconds += now_s - asked.started_s
+        return CallDone(asked.number, self._rings.total(asked), frozenset(), 0)
+
+    def _follow(self, asked: RingCall, now_s: float) -> None:
+        """Treats a call as one that was sent in messages, from now on: it is late, refused, or has lost a node."""
+        del self._in_rings[asked.number]
+        pending = PendingCall(
+            asked.number,
+            asked.call,
+            asked.header,
+            asked.deadline_s,
+            asked.num_slices,
+            ExactSum(asked.call, asked.num_slices),
+            asked.started_s,
+        )
+        self._in_flight.follow(pending, asked)
+        for part in asked.parts():
+            if part.outcome not in (None, Outcome.GIVEN):
+                self._note_refusal(pending, part.rows.node, self._refusal(part.rows.node, part.outcome), now_s)
+        self._resend(pending, now_s)
+        self._finish_if_whole(pending, now_s)
+
+    def _refusal(self, node: int, outcome: Outcome) -> str:
+        return f"{self._name(node)}: {REFUSALS[outcome]}"
 
     def _retry_unassigned(self, now_s: float) -> None:
         for pending in self._in_flight.open_calls:
@@ -416,31 +313,47 @@ class ExpertClient:
 
     # ---- answers
 
+    def _heard(self, node: int, now_s: float) -> None:
+        if node in self.nodes:
+            self.nodes[node].heard_s = now_s
+        self._in_flight.outliers.heard(node, now_s)
+
     def _answered(self, node: ExpertNode, message: Message, now_s: float) -> None:
-        node.heard_s = now_s
-        self._in_flight.outliers.heard(node.number, now_s)
+        self._heard(node.number, now_s)
         number = message.call if isinstance(message, ExpertRows | Failed) else 0
         is_probe = number != 0 and number == node.probe
         if is_probe:
             node.probe, node.probe_after_s = 0, now_s + FIRST_PAUSE_S
         is_asked_for_nothing_else = is_probe and not node.is_proven
-        node.is_proven |= isinstance(message, ExpertRows)
+        if not node.is_proven and isinstance(message, ExpertRows):
+            node.is_proven = True
+            self.nodes.num_changes += 1
         part = self._in_flight.find(number, node)
         if part is None:
             self.counters.late_answers += not is_asked_for_nothing_else
             return
-        self._in_flight.pop(part)
-        pending = part.pending
+        answer: Tensor | MoemeshError
         try:
             if not isinstance(message, ExpertRows):
                 reason = message.message if isinstance(message, Failed) else f"answered {type(message).__name__}"
                 raise ExecutionError(f"{node.node_id}: {reason}")
-            pending.accept(part, self._rows(message, part))
+            answer = self._rows(message, part)
         except (ProtocolError, ExecutionError) as error:
-            self._refused(part, error, now_s)
+            answer = error
+        self._take(part, answer, now_s)
+
+    def _take(self, part: AskedPart, answer: Tensor | MoemeshError, now_s: float) -> None:
+        """Uses what a node says to a part: its rows, or why there are none."""
+        self._in_flight.pop(part)
+        pending = part.pending
+        if isinstance(answer, MoemeshError):
+            self._note_refusal(pending, part.rows.node, str(answer), now_s)
+            pending.unask(part)
+            self._resend(pending, now_s)
             return
+        pending.accept(part.rows, answer)
         self._in_flight.times.add(pending.call.layer, now_s - part.asked_s)
-        self._in_flight.outliers.answered_in_time(node.number)
+        self._in_flight.outliers.answered_in_time(part.rows.node)
         self.counters.hedge_wins += part.is_hedge
         self._withdraw_pointless(pending, part, now_s)
         self._finish_if_whole(pending, now_s)
@@ -470,13 +383,10 @@ class ExpertClient:
             rows = frozenset(pending.degraded_rows)
             self._ended.append(CallDone(pending.number, pending.sum.total(), rows, pending.num_retried))
 
-    def _refused(self, part: AskedPart, error: MoemeshError, now_s: float) -> None:
-        pending = part.pending
-        self._log.warning("expert_call_refused", layer=pending.call.layer, reason=str(error))
-        pending.last_refusal = str(error)
-        pending.pause(part.rows.node, now_s)
-        pending.unask(part)
-        self._resend(pending, now_s)
+    def _note_refusal(self, pending: PendingCall, node: int, reason: str, now_s: float) -> None:
+        self._log.warning("expert_call_refused", layer=pending.call.layer, reason=reason)
+        pending.last_refusal = reason
+        pending.pause(node, now_s)
 
     def _rows(self, message: ExpertRows, part: AskedPart) -> Tensor:
         hidden = part.pending.call.hidden
@@ -492,6 +402,8 @@ class ExpertClient:
         if node.connected == connected:
             return
         node.connected = connected
+        self.nodes.num_changes += 1
+        self._next_rings_s = 0.0
         self._log.info("expert_link", node=node.node_id, connected=connected)
         if connected:
             self._in_flight.outliers.forget(node.number)
@@ -503,6 +415,8 @@ class ExpertClient:
         """Gives what a lost node owed to other copies; if it answers after all, the answer is late."""
         node.probe, node.probe_after_s = 0, 0.0
         self._in_flight.outliers.forget(node.number)
+        for asked in [asked for asked in self._in_rings.values() if node in asked.nodes]:
+            self._follow(asked, now_s)
         for part in self._in_flight.owed_by(node.number):
             self._in_flight.pop(part)
             part.pending.unask(part)

@@ -145,6 +145,11 @@ class OutlierDetector:
     def __init__(self) -> None:
         self._standings: dict[int, _Standing] = {}
 
+    @property
+    def is_anyone_struck(self) -> bool:
+        """Returns whether some node was in doubt lately."""
+        return bool(self._standings)
+
     def heard(self, node: int, now_s: float) -> None:
         """Notes that it said something, however late: it lives, and doubts may end."""
         standing = self._standings.get(node)

@@ -70,6 +70,8 @@ class ExpertNodes:
         self._stamp = (0, 0)
         self._bytes_to_lost_nodes = 0
         self.num_slices = 1
+        self.num_changes = 0
+        """Goes up whenever a node comes or goes, its link or its standing changes, or a placement is applied."""
 
     def __iter__(self) -> Iterator[ExpertNode]:
         return iter(list(self._nodes.values()))
@@ -158,6 +160,7 @@ class ExpertNodes:
 
     def _number_owners(self, owners: Int32Array) -> None:
         numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)
+        self.num_changes += 1
         self._owners = numbers[owners.reshape(*owners.shape[:2], owners.shape[2] * owners.shape[3])]
         self._copies = {}
 

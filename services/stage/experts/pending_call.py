@@ -10,6 +10,7 @@ from torch import Tensor
 from common.messages import Header
 from common.wire.array import BoolArray, Float64Array, Int64Array
 from services.stage.experts.dispatch import ExactSum, NodeRows, PartialSum
+from services.stage.experts.rings import RingCall
 from services.stage.model.decoder import ExpertCall
 
 FIRST_PAUSE_S = 0.1
@@ -29,6 +30,9 @@ class AskedPart:
     asked_s: float
     is_hedge: bool
     """Another node was asked for them before, and owes them still."""
+    ring: RingCall | None = None
+    """What they were asked with through a ring; None: by a message."""
+    ring_index: int = 0
 
 
 @dataclass(slots=True)
@@ -117,11 +121,10 @@ class PendingCall:
         mask[pairs] = True
         return {part.rows.node for part in self.parts.values() if mask[part.rows.pairs].any()}
 
-    def accept(self, part: AskedPart, rows: Tensor) -> None:
+    def accept(self, part: NodeRows, rows: Tensor) -> None:
         """Uses what is new in an answer to a part that is no longer among `parts`."""
-        pairs = part.rows.pairs
-        self.sum.add(part.rows, rows, self.missing[pairs])
-        self.missing[pairs] = False
+        self.sum.add(part, rows, self.missing[part.pairs])
+        self.missing[part.pairs] = False
 
     def pointless(self) -> list[AskedPart]:
         """Returns the parts whose answers cannot be used any more, since others answered."""

@@ -187,7 +187,7 @@ class StagesOfParts(Stages):
     def there_are_as_many_pipelines_as_nodes_suffice_for(self) -> None:
         able = [self.PARTS.get(name, None) for name in self.believed if name not in self.SMALL]
         num_first, num_last = able.count(CheckpointPart(FIRST)), able.count(CheckpointPart(LAST))
-        num_whole = min(num_first, num_last, (len(self.believed) - 1) // 2)
+        num_whole = min(num_first, num_last, (len(able) - 1) // 2)  # who is too small for all slots is no spare
         assert len(self.roles.pipelines) >= max(num_whole, min(1, num_first, num_last))
         if len(able) >= 2 and num_first < len(able) and num_last < len(able):
             assert any(pipeline.is_whole for pipeline in self.roles.pipelines.values())

@@ -1,0 +1,229 @@
+// A stage's side of the rings: deals the pairs of an expert call out to nodes, writes what they are asked, takes in what
+// comes back, and adds it up.
+//
+// A pair is (token, k, slice), numbered (t * K + k) * S + s; a shard is expert * S + slice, as in experts/dispatch.py,
+// whose choices these are.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "call_ring.h"
+
+namespace {
+
+struct RingPeer {  // one node; mirrored by RingPeer in call_client.py
+    uint8_t* memory;
+    int64_t bell;
+    int64_t owed_rows;  // what it has been asked for and has not answered, in pairs
+};
+struct ExpertQuestion {  // mirrored by ExpertQuestion in call_client.py
+    const uint8_t* hidden;   // [tokens][width]
+    const int64_t* experts;  // [tokens][choices]
+    int64_t tokens, choices, slices, layer, deadline_ns, first_number;
+    const int32_t* holders;  // [shards][copies]: peers that hold it, first choice first; -1 where there is none
+    int64_t shards, copies;
+};
+struct AskedPart {  // mirrored by AskedPart in call_client.py
+    int64_t peer, slot, number, first, pairs;
+    int64_t state;  // WAITING, TAKEN_IN, or minus the outcome that is not an answer
+};
+constexpr int64_t WAITING = 0, TAKEN_IN = 1;
+constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
+
+struct Dealer {  // memory that the stage's thread keeps
+    std::vector<int64_t> rows_of_shard, load, order, shard_of_pair, row_of_token;
+    std::vector<int32_t> node_of_shard;
+    std::vector<uint8_t> answer;
+};
+thread_local Dealer dealer;
+
+// Chooses a node for every shard of the call, the busiest shard first. Returns false where one has no node.
+bool deal(const ExpertQuestion& q, const RingPeer* peers, int64_t num_peers) {
+    const int64_t pairs = q.tokens * q.choices * q.slices;
+    dealer.rows_of_shard.assign(q.shards, 0);
+    dealer.shard_of_pair.resize(pairs);
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t shard = q.experts[i / q.slices] * q.slices + i % q.slices;
+        if (shard < 0 || shard >= q.shards) return false;
+        dealer.shard_of_pair[i] = shard;
+        dealer.rows_of_shard[shard]++;
+    }
+    dealer.order.clear();
+    for (int64_t shard = 0; shard < q.shards; shard++)
+        if (dealer.rows_of_shard[shard]) dealer.order.push_back(shard);
+    std::stable_sort(dealer.order.begin(), dealer.order.end(), [](int64_t a, int64_t b) {
+        return dealer.rows_of_shard[a] > dealer.rows_of_shard[b];
+    });
+    dealer.load.resize(num_peers);
+    for (int64_t peer = 0; peer < num_peers; peer++) dealer.load[peer] = peers[peer].owed_rows;
+    dealer.node_of_shard.assign(q.shards, -1);
+    for (int64_t shard : dealer.order) {
+        int32_t best = -1;
+        for (int64_t copy = 0; copy < q.copies; copy++) {
+            const int32_t peer = q.holders[shard * q.copies + copy];
+            if (peer >= 0 && (best < 0 || dealer.load[peer] < dealer.load[best])) best = peer;
+        }
+        if (best < 0) return false;
+        dealer.load[best] += dealer.rows_of_shard[shard] + WEIGHT_READ_ROWS;
+        dealer.node_of_shard[shard] = best;
+    }
+    return true;
+}
+
+INLINE int64_t free_slot(const RingPeer& peer, const RingShape& shape) {
+    for (int64_t slot = 0; slot < shape.slots; slot++)
+        if (state_of(slot_of(peer.memory, shape, slot).head) == FREE) return slot;
+    return -1;
+}
+
+void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& shape, const AskedPart& part,
+                const int64_t* pairs, bool takes_all_tokens) {
+    const Slot slot = slot_of(peer.memory, shape, part.slot);
+    const int64_t pairs_of_token = q.choices * q.slices, row_bytes = shape.width * shape.value_bytes;
+    SlotHead head = {};
+    head.number = part.number;
+    head.layer = q.layer;
+    head.deadline_ns = q.deadline_ns;
+    head.pairs = part.pairs;
+    dealer.row_of_token.assign(q.tokens, -1);
+    if (takes_all_tokens) {
+        head.rows = q.tokens;
+        for (int64_t token = 0; token < q.tokens; token++) dealer.row_of_token[token] = token;
+    } else {
+        for (int64_t i = 0; i < part.pairs; i++) dealer.row_of_token[pairs[i] / pairs_of_token] = 0;
+        for (int64_t& row : dealer.row_of_token)
+            if (row == 0) row = head.rows++;
+    }
+    for (int64_t i = 0; i < part.pairs; i++)
+        slot.routing[i] = {(int32_t)dealer.row_of_token[pairs[i] / pairs_of_token],
+                           (int32_t)dealer.shard_of_pair[pairs[i]]};
+    uint64_t sum = checksum(slot.routing, part.pairs * (int64_t)sizeof(Routing), checksum_of_head(head));
+    if (takes_all_tokens) {
+        sum = copied(slot.rows, q.hidden, q.tokens * row_bytes, sum);
+    } else {
+        for (int64_t token = 0; token < q.tokens; token++)
+            if (dealer.row_of_token[token] >= 0)
+                memcpy(slot.rows + dealer.row_of_token[token] * row_bytes, q.hidden + token * row_bytes, row_bytes);
+        sum = checksum(slot.rows, head.rows * row_bytes, sum);
+    }
+    head.asked_checksum = sum;
+    head.state = FREE;
+    *slot.head = head;
+    set_state(slot.head, ASKED);
+    ring_bell(peer.bell);
+}
+
+// Asks for all pairs of a call. `pairs` [T*K*S] becomes their numbers, node by node, sorted by shard within each;
+// `parts` [peers] says what each was asked. Returns the number of parts; 0 where the call cannot be asked this way as a
+// whole, and then nobody was asked: a shard that nobody holds, a node without a free slot, a part that is too large.
+int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers, const RingShape& shape, int64_t* pairs,
+                    AskedPart* parts) {
+    if (!deal(q, peers, num_peers)) return 0;
+    const int64_t num_pairs = q.tokens * q.choices * q.slices;
+    int64_t num_parts = 0, first = 0;
+    for (int64_t peer = 0; peer < num_peers; peer++) {
+        AskedPart part = {peer, -1, q.first_number + num_parts, first, 0, WAITING};
+        for (int64_t i = 0; i < num_pairs; i++)
+            if (dealer.node_of_shard[dealer.shard_of_pair[i]] == peer) pairs[first + part.pairs++] = i;
+        if (!part.pairs) continue;
+        std::stable_sort(pairs + first, pairs + first + part.pairs, [](int64_t a, int64_t b) {
+            return dealer.shard_of_pair[a] < dealer.shard_of_pair[b];
+        });
+        part.slot = part.pairs > shape.max_pairs ? -1 : free_slot(peers[peer], shape);
+        if (part.slot < 0 || q.tokens > shape.max_rows) return 0;
+        first += part.pairs;
+        parts[num_parts++] = part;
+    }
+    for (int64_t i = 0; i < num_parts; i++) {
+        AskedPart& part = parts[i];
+        write_part(q, peers[part.peer], shape, part, pairs + part.first, q.tokens == 1);
+        peers[part.peer].owed_rows += part.pairs;
+    }
+    return num_parts;
+}
+
+// Takes in what has come for one part: each row goes to the place of its pair in `rows` [T*K*S][width].
+void take_in(AskedPart& part, RingPeer& peer, const RingShape& shape, const int64_t* pairs, uint8_t* rows) {
+    const Slot slot = slot_of(peer.memory, shape, part.slot);
+    if (part.state != WAITING || state_of(slot.head) != ANSWERED) return;
+    const SlotHead head = *slot.head;
+    const int64_t row_bytes = shape.width * shape.value_bytes;
+    uint64_t sum = checksum_of_outcome(part.number, head.outcome);
+    if (head.outcome == GIVEN) {
+        dealer.answer.resize(part.pairs * row_bytes);
+        sum = copied(dealer.answer.data(), slot.answer, part.pairs * row_bytes, sum);
+    }
+    const bool is_whole = head.number == part.number && sum == head.answered_checksum && head.outcome <= DAMAGED;
+    for (int64_t i = 0; is_whole && head.outcome == GIVEN && i < part.pairs; i++)
+        memcpy(rows + pairs[part.first + i] * row_bytes, dealer.answer.data() + i * row_bytes, row_bytes);
+    part.state = !is_whole ? -(int64_t)DAMAGED : head.outcome == GIVEN ? TAKEN_IN : -(int64_t)head.outcome;
+    peer.owed_rows -= part.pairs;
+    set_state(slot.head, FREE);
+}
+
+// Returns how many parts are still to come.
+int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape, const int64_t* pairs,
+                    uint8_t* rows) {
+    int64_t waiting = 0;
+    for (int64_t i = 0; i < num_parts; i++) {
+        take_in(parts[i], peers[parts[i].peer], shape, pairs, rows);
+        waiting += parts[i].state == WAITING;
+    }
+    return waiting;
+}
+
+int64_t await_answers(AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape, const int64_t* pairs,
+                      uint8_t* rows, int64_t bell, int64_t timeout_ns) {
+    const int64_t until_ns = monotonic_ns() + timeout_ns;
+    for (;;) {
+        const int64_t waiting = take_in_all(parts, num_parts, peers, shape, pairs, rows);
+        const int64_t left_ns = until_ns - monotonic_ns();
+        if (!waiting || left_ns <= 0) return waiting;
+        await_bell(bell, left_ns);
+    }
+}
+
+// Takes a part back that is not wanted any more; its slot is free now, or once the node has finished.
+void take_back(AskedPart& part, RingPeer& peer, const RingShape& shape) {
+    if (part.state != WAITING) return;
+    SlotHead* head = slot_of(peer.memory, shape, part.slot).head;
+    if (!change_state(head, ASKED, FREE) && !change_state(head, TAKEN, UNWANTED)) set_state(head, FREE);
+    part.state = -(int64_t)OUT_OF_TIME;
+    peer.owed_rows -= part.pairs;
+}
+
+INLINE void add_weighted(float* total, const float* expert, float weight, bool is_first, int64_t width) {
+    for (int64_t i = 0; i < width; i++) total[i] = is_first ? expert[i] * weight : total[i] + expert[i] * weight;
+}
+INLINE void widen(const float* from, float* to, int64_t n) { memcpy(to, from, n * sizeof(float)); }
+INLINE void widen(const bf16* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+// out[t] = sum over k, in the gate's order, of weights[t][k] * (sum over slices of the pair's row), in float32: the bits
+// of `ExactSum` in dispatch.py.
+template <class T>
+void sum_experts(const T* rows, const float* weights, int64_t tokens, int64_t choices, int64_t slices, int64_t width,
+                 T* out) {
+    std::vector<float> expert(padded(width, LANES)), slice(padded(width, LANES)), total(padded(width, LANES));
+    for (int64_t token = 0; token < tokens; token++) {
+        for (int64_t choice = 0; choice < choices; choice++) {
+            const T* row = rows + (token * choices + choice) * slices * width;
+            widen(row, expert.data(), width);
+            for (int64_t s = 1; s < slices; s++) {
+                widen(row + s * width, slice.data(), width);
+                for (int64_t i = 0; i < width; i++) expert[i] += slice[i];
+            }
+            add_weighted(total.data(), expert.data(), weights[token * choices + choice], choice == 0, width);
+        }
+        for (int64_t i = 0; i < width; i += LANES)
+            put(out + token * width + i, load(total.data() + i), std::min<int64_t>(width - i, LANES));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,218 @@
+// The expert node's side of the rings: a thread that takes calls, computes those of one layer together, and answers.
+//
+// It needs no interpreter. Python gives it rings and shards, and reads what it counts. Both change only between two
+// batches: whoever changes them waits for the one under way, so that the weights of a shard that was let go are in no
+// use any more.
+
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "call_ring.h"
+#include "gated_ffn.h"
+
+namespace {
+
+struct CallCounts {  // mirrored by _Counts in call_server.py
+    std::atomic<int64_t> steps{0}, rows{0}, busy_ns{0}, answer_bytes{0}, refused{0}, in_hand{0};
+};
+
+class CallServer {
+  public:
+    CallServer(int64_t layers, int64_t shards, const RingShape& shape, bool is_bf16, int64_t threads, int64_t bell)
+        : shape_(shape), shards_(shards), is_bf16_(is_bf16), threads_(threads), bell_(bell), held_(layers * shards) {
+        thread_ = std::thread([this] { serve(); });
+    }
+    ~CallServer() {
+        stop_ = true;
+        ring_bell(bell_);
+        thread_.join();
+    }
+    void add_ring(int64_t id, uint8_t* memory, int64_t stage_bell) {
+        const Change change(*this);
+        rings_.push_back({id, memory, stage_bell});
+    }
+    void remove_ring(int64_t id) {
+        const Change change(*this);
+        for (size_t i = 0; i < rings_.size(); i++)
+            if (rings_[i].id == id) rings_.erase(rings_.begin() + i--);
+    }
+    void set_shard(int64_t place, const Group& weights) {
+        const Change change(*this);
+        held_[place] = weights;
+    }
+    CallCounts counts;
+
+  private:
+    struct Ring {
+        int64_t id;
+        uint8_t* memory;
+        int64_t stage_bell;
+    };
+    struct Call {
+        Ring ring;
+        Slot slot;
+        SlotHead head;  // as it was when the call was taken
+        std::vector<Routing> routing;
+        Outcome outcome;
+    };
+    // The lock between two batches. The thread lets those that wait for it go first.
+    struct Change {
+        explicit Change(CallServer& server) : server(server) {
+            server.waiting_++;
+            server.guard_.lock();
+            server.waiting_--;
+        }
+        ~Change() { server.guard_.unlock(); }
+        CallServer& server;
+    };
+
+    void serve() {
+        while (!stop_) {
+            while (waiting_) std::this_thread::yield();
+            bool has_worked;
+            {
+                std::lock_guard<std::mutex> lock(guard_);
+                has_worked = answer_next_layer();
+            }
+            if (!has_worked) await_bell(bell_, LONGEST_WAIT_NS);
+        }
+    }
+
+    // Takes all calls of one layer, beginning with another ring each time, and answers them.
+    bool answer_next_layer() {
+        calls_.clear();
+        const int64_t count = (int64_t)rings_.size() * shape_.slots;
+        for (int64_t i = 0; i < count; i++) {
+            const Ring& ring = rings_[(first_ring_ + i / shape_.slots) % rings_.size()];
+            const Slot slot = slot_of(ring.memory, shape_, i % shape_.slots);
+            if (state_of(slot.head) != ASKED) continue;
+            const SlotHead head = *slot.head;  // once: a peer may change it at any time
+            if (!calls_.empty() && head.layer != calls_[0].head.layer) continue;
+            if (!change_state(slot.head, ASKED, TAKEN)) continue;
+            calls_.push_back({ring, slot, head, {}, GIVEN});
+        }
+        first_ring_++;
+        if (calls_.empty()) return false;
+        counts.in_hand = (int64_t)calls_.size();
+        const int64_t began_ns = monotonic_ns();
+        const int64_t rows = is_bf16_ ? compute<bf16>(began_ns) : compute<float>(began_ns);
+        for (Call& call : calls_) give(call);
+        counts.rows += rows;
+        counts.steps += (int64_t)calls_.size();
+        counts.busy_ns += monotonic_ns() - began_ns;
+        counts.in_hand = 0;
+        return true;
+    }
+
+    // Reads what is asked, into memory of our own. Rows go to `x`, one a pair.
+    template <class T> Outcome read_call(Call& call, std::vector<T>& x, int64_t now_ns) {
+        const SlotHead& head = call.head;
+        const int64_t width = shape_.width, layers = (int64_t)held_.size() / shards_;
+        if (head.rows < 1 || head.rows > shape_.max_rows || head.pairs < 1 || head.pairs > shape_.max_pairs ||
+            head.layer < 0 || head.layer >= layers)
+            return MALFORMED;
+        call.routing.resize(head.pairs);
+        rows_.resize(head.rows * width * sizeof(T));
+        uint64_t sum = checksum_of_head(head);
+        sum = copied(call.routing.data(), call.slot.routing, head.pairs * (int64_t)sizeof(Routing), sum);
+        sum = copied(rows_.data(), call.slot.rows, head.rows * width * (int64_t)sizeof(T), sum);
+        if (sum != head.asked_checksum) return DAMAGED;
+        if (now_ns >= head.deadline_ns) return OUT_OF_TIME;
+        int32_t last = 0;
+        for (const Routing& pair : call.routing) {
+            if (pair.row < 0 || pair.row >= head.rows || pair.shard < last || pair.shard >= shards_) return MALFORMED;
+            if (!held_[head.layer * shards_ + pair.shard].gate) return NOT_HELD;
+            last = pair.shard;
+        }
+        const size_t first = x.size();
+        x.resize(first + head.pairs * width);
+        for (int64_t i = 0; i < head.pairs; i++)
+            memcpy(&x[first + i * width], rows_.data() + call.routing[i].row * width * sizeof(T), width * sizeof(T));
+        return GIVEN;
+    }
+
+    // Computes all calls that make sense; a shard's weights are read once for all of them. Returns the routed rows.
+    template <class T> int64_t compute(int64_t now_ns) {
+        std::vector<T>& x = values(asked_f32_, asked_bf16_, (T*)nullptr);
+        x.clear();
+        order_.clear();
+        for (size_t i = 0; i < calls_.size(); i++) {
+            calls_[i].outcome = read_call(calls_[i], x, now_ns);
+            if (calls_[i].outcome == GIVEN)
+                for (int64_t pair = 0; pair < calls_[i].head.pairs; pair++)
+                    order_.push_back({(int64_t)calls_[i].routing[pair].shard, (int64_t)order_.size(), (int64_t)i, pair});
+        }
+        const int64_t width = shape_.width, rows = (int64_t)order_.size();
+        if (!rows) return 0;
+        // Each call is in order already: only several of them have to be merged.
+        std::stable_sort(order_.begin(), order_.end(), [](const Pair& a, const Pair& b) { return a.shard < b.shard; });
+        std::vector<T>&sorted = values(sorted_f32_, sorted_bf16_, (T*)nullptr),
+        &y = values(answers_f32_, answers_bf16_, (T*)nullptr);
+        sorted.resize(rows * width);
+        y.resize(rows * width);
+        groups_.clear();
+        for (int64_t i = 0; i < rows; i++) {
+            memcpy(&sorted[i * width], &x[order_[i].row * width], width * sizeof(T));
+            if (i == 0 || order_[i].shard != order_[i - 1].shard) {
+                groups_.push_back(held_[calls_[0].head.layer * shards_ + order_[i].shard]);
+                groups_.back().begin = i;
+            }
+            groups_.back().end = i + 1;
+        }
+        grouped_ffn(sorted.data(), y.data(), groups_.data(), (int64_t)groups_.size(), width, threads_);
+        for (int64_t i = 0; i < rows; i++) {
+            const Call& call = calls_[order_[i].call];
+            memcpy(call.slot.answer + order_[i].pair * width * sizeof(T), &y[i * width], width * sizeof(T));
+        }
+        return rows;
+    }
+
+    // Says how a call has ended. Its slot is the next call's as soon as its state has changed.
+    void give(Call& call) {
+        SlotHead* head = call.slot.head;
+        uint64_t sum = checksum_of_outcome(call.head.number, call.outcome);
+        if (call.outcome == GIVEN) {
+            const int64_t bytes = call.head.pairs * shape_.width * shape_.value_bytes;
+            sum = checksum(call.slot.answer, bytes, sum);
+            counts.answer_bytes += bytes;
+        } else {
+            counts.refused++;
+        }
+        head->number = call.head.number;
+        head->outcome = call.outcome;
+        head->answered_checksum = sum;
+        if (!change_state(head, TAKEN, ANSWERED)) set_state(head, FREE);
+        ring_bell(call.ring.stage_bell);
+    }
+
+    static std::vector<float>& values(std::vector<float>& f32, std::vector<bf16>&, float*) { return f32; }
+    static std::vector<bf16>& values(std::vector<float>&, std::vector<bf16>& b16, bf16*) { return b16; }
+
+    static constexpr int64_t LONGEST_WAIT_NS = 50'000'000;  // a bell may be lost
+    struct Pair {
+        int64_t shard, row, call, pair;
+    };
+    const RingShape shape_;
+    const int64_t shards_;
+    const bool is_bf16_;
+    const int64_t threads_, bell_;
+    std::vector<Group> held_;  // by layer and shard; gate is null where it is not held
+    std::vector<Ring> rings_;
+    int64_t first_ring_ = 0;
+    std::vector<Call> calls_;
+    std::vector<Pair> order_;
+    std::vector<Group> groups_;
+    std::vector<uint8_t> rows_;
+    std::vector<float> asked_f32_, sorted_f32_, answers_f32_;
+    std::vector<bf16> asked_bf16_, sorted_bf16_, answers_bf16_;
+    std::mutex guard_;
+    std::atomic<int64_t> waiting_{0};
+    std::atomic<bool> stop_{false};
+    std::thread thread_;
+};
+
+}  // namespace

@@ -1,0 +1,382 @@
+"""The stage's side of the rings: one for each expert node of its host, and the calls that go through them.
+
+A call goes this way as a whole or not at all. It does where nothing is out of the ordinary: every node of the placement
+is connected, has a ring and has proven itself, none is in doubt, all give the same bits, and the call is small enough.
+Else, and from the moment at which such a call is late, refused or has lost a node, it is the business of `client.py`.
+
+T tokens, K experts a token, S slices of an expert, D model width; P = T * K * S pairs, numbered as in `dispatch.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from common.compute.native_library import NativeKernels
+from common.errors import ProtocolError
+from common.messages import Header
+from common.wire.array import Int64Array
+from common.wire.call_ring import (
+    Outcome,
+    RingMemory,
+    RingOffer,
+    RingShape,
+    make_ring,
+    new_bell,
+    receive_verdict,
+    ring_path,
+    ring_shape,
+    send_offer,
+)
+from services.stage.experts.dispatch import NodeRows
+from services.stage.experts.nodes import ExpertNode, ExpertNodes
+from services.stage.model.decoder import ExpertCall
+
+OPEN_INTERVAL_S = 1.0
+"""How often a node is offered a ring again that has refused one, or has closed it."""
+_WAITING, _TAKEN_IN = 0, 1
+"""States of a part; mirror native/call_client.h."""
+
+
+class _Peer(ctypes.Structure):
+    """Mirrors `RingPeer` in native/call_client.h."""
+
+    _fields_ = [("memory", ctypes.c_void_p), ("bell", ctypes.c_int64), ("owed_rows", ctypes.c_int64)]
+
+
+class _Question(ctypes.Structure):
+    """Mirrors `ExpertQuestion` in native/call_client.h."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("tokens", "choices", "slices", "layer", "deadline_ns", "first_number")),
+        ("holders", ctypes.c_void_p),
+        ("shards", ctypes.c_int64),
+        ("copies", ctypes.c_int64),
+    ]
+
+
+class _Part(ctypes.Structure):
+    """Mirrors `AskedPart` in native/call_client.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("peer", "slot", "number", "first", "pairs", "state")]
+
+
+@dataclass(slots=True)
+class Ring:
+    """The ring of one node."""
+
+    incarnation: int
+    connection: socket.socket
+    memory: RingMemory
+    bell: int = -1
+    """The node's; -1: it has not said yes yet."""
+
+    def close(self) -> None:
+        """Gives it up; calls that are in it keep its memory."""
+        self.connection.close()
+        if self.bell >= 0:
+            os.close(self.bell)
+        self.bell = -1
+
+
+@dataclass(slots=True)
+class _Peers:
+    """All nodes of a placement, as long as nothing changes about them."""
+
+    nodes: list[ExpertNode]
+    rings: list[Ring]
+    """Kept, so that what native code looks into is there."""
+    table: ctypes.Array[_Peer]
+    holders: dict[int, Int64Array | None] = field(default_factory=dict)
+    """Layer -> int32 [shards, C]: places in `nodes` by shard key and place in the list of copies; None: a shard has no
+    copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingPart:
+    """What one node was asked, and what has become of it."""
+
+    index: int
+    rows: NodeRows
+    outcome: Outcome | None
+    """None: it has not answered yet."""
+
+
+@dataclass(slots=True, eq=False)
+class RingCall:
+    """One expert call that goes through rings."""
+
+    number: int
+    call: ExpertCall
+    header: Header
+    deadline_s: float
+    started_s: float
+    num_slices: int
+    rows: Tensor
+    """[P, D]: what has come, each row at its pair's place."""
+    pairs: Tensor
+    """int64 [P]: the pairs, part by part."""
+    num_waiting: int
+    _peers: _Peers
+    _parts: ctypes.Array[_Part]
+    _num_parts: int
+
+    @property
+    def is_given(self) -> bool:
+        """Returns whether all of it has come."""
+        return not self.num_waiting and all(part.state == _TAKEN_IN for part in self._parts[: self._num_parts])
+
+    @property
+    def nodes(self) -> Iterator[ExpertNode]:
+        """Returns those that were asked."""
+        return (self._peers.nodes[part.peer] for part in self._parts[: self._num_parts])
+
+    def parts(self) -> list[RingPart]:
+        """Returns what each node was asked."""
+        found = []
+        pairs_per_token = self.call.experts.shape[1] * self.num_slices
+        experts: Int64Array = self.call.experts.numpy().reshape(-1)
+        for index, part in enumerate(self._parts[: self._num_parts]):
+            pairs: Int64Array = self.pairs[part.first : part.first + part.pairs].numpy()
+            tokens, row = np.unique(pairs // pairs_per_token, return_inverse=True)
+            routing = np.stack((row, experts[pairs // self.num_slices], pairs % self.num_slices)).astype(np.int32)
+            rows = NodeRows(self._peers.nodes[part.peer].number, pairs, tokens, routing)
+            found.append(RingPart(index, rows, self.outcome(index)))
+        return found
+
+    def outcome(self, index: int) -> Outcome | None:
+        """Returns what has become of one part; None: nothing yet."""
+        state = self._parts[index].state
+        return None if state == _WAITING else Outcome.GIVEN if state == _TAKEN_IN else Outcome(-state)
+
+
+class Rings:
+    """See the module. Times are those of `time.monotonic`, which processes of one host share."""
+
+    def __init__(
+        self,
+        nodes: ExpertNodes,
+        folder: Path,
+        kernels: NativeKernels,
+        width: int,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        """`folder`: where nodes of this host listen. `width`: of the model."""
+        self._nodes = nodes
+        self._folder = folder
+        self._kernels = kernels
+        self._width = width
+        self._log = log
+        self._shape = RingShape()
+        self._rings: dict[int, Ring] = {}
+        """By number of the node."""
+        self._peers: _Peers | None = None
+        self._peers_of = (-1, -1)
+        """The changes of nodes and of rings that `_peers` has seen."""
+        self._num_changes = 0
+        self._open_after_s: dict[int, float] = {}
+        self._numbers = itertools.count(1)
+        self.bell = new_bell()
+        """Rings when a node has answered; to be waited for."""
+
+    # ---- rings
+
+    @property
+    def num_open(self) -> int:
+        """Returns how many nodes have taken theirs."""
+        return sum(ring.bell >= 0 for ring in self._rings.values())
+
+    def look(self, now_s: float) -> None:
+        """Offers rings to nodes that are new, takes in what they say, and gives up those of nodes that are gone."""
+        for number, ring in list(self._rings.items()):
+            is_meant = number in self._nodes and self._nodes[number].connected
+            if not is_meant or not self._is_open(number, ring):
+                self._give_up(number, now_s)
+        for node in self._nodes:
+            if node.connected and node.number not in self._rings and now_s >= self._open_after_s.get(node.number, 0.0):
+                self._offer(node, now_s)
+
+    def silence(self) -> None:
+        """The bell has been heard: what it was rung for is looked at next."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.bell)
+
+    def close(self) -> None:
+        """Gives all of them up."""
+        for number in list(self._rings):
+            self._give_up(number, 0.0)
+        os.close(self.bell)
+
+    def _offer(self, node: ExpertNode, now_s: float) -> None:
+        if not self._shape.slots:
+            return  # no call has said how large it must be
+        self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.setblocking(False)
+            connection.connect(str(ring_path(self._folder, node.node_id)))
+            memory, descriptor = make_ring(self._shape)
+            try:
+                send_offer(connection, RingOffer(node.incarnation, self._shape, descriptor, self.bell))
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            connection.close()  # it is on another host, or does without
+            return
+        except OSError as error:
+            connection.close()
+            self._log.info("no_ring", node=node.node_id, reason=str(error))
+            return
+        self._rings[node.number] = Ring(node.incarnation, connection, memory)
+
+    def _is_open(self, number: int, ring: Ring) -> bool:
+        """Returns False for one that was refused, or whose node has closed it."""
+        try:
+            if ring.bell < 0:
+                ring.bell = receive_verdict(ring.connection)
+                self._num_changes += 1
+                self._log.info("ring_open", node=self._nodes[number].node_id)
+            return ring.connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except (OSError, ProtocolError) as error:
+            self._log.info("ring_not_opened", node=self._nodes[number].node_id, reason=str(error))
+            return False
+
+    def _give_up(self, number: int, now_s: float) -> None:
+        self._rings.pop(number).close()
+        self._num_changes += 1
+        self._open_after_s[number] = now_s + OPEN_INTERVAL_S
+
+    # ---- calls
+
+    def ask(self, number: int, call: ExpertCall, header: Header, now_s: float, deadline_s: float) -> RingCall | None:
+        """Asks for a whole call; None where it cannot go this way, and then nobody was asked."""
+        slices = self._nodes.num_slices
+        self._expect(call.hidden.dtype, call.experts.shape[1] * slices)
+        peers = self._peers_now()
+        if peers is None or call.hidden.shape[0] > self._shape.max_rows:
+            return None
+        holders = self._holders(peers, call.layer)
+        if holders is None:
+            return None
+        num_pairs = call.experts.numel() * slices
+        pairs = torch.empty(num_pairs, dtype=torch.int64)
+        parts = (_Part * len(peers.nodes))()
+        question = _Question(
+            call.hidden.data_ptr(),
+            call.experts.data_ptr(),
+            *call.experts.shape,
+            slices,
+            call.layer,
+            time.monotonic_ns() + int((deadline_s - now_s) * 1e9),
+            next(self._numbers) * len(peers.nodes),
+            holders.ctypes.data,
+            *holders.shape,
+        )
+        num_parts = self._kernels.ask_experts(
+            ctypes.addressof(question),
+            ctypes.addressof(peers.table),
+            len(peers.nodes),
+            ctypes.addressof(self._shape),
+            pairs.data_ptr(),
+            ctypes.addressof(parts),
+        )
+        if not num_parts:
+            return None
+        rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
+        return RingCall(
+            number, call, header, deadline_s, now_s, slices, rows, pairs, num_parts, peers, parts, num_parts
+        )
+
+    def take_in(self, asked: RingCall, timeout_s: float = 0.0) -> bool:
+        """Takes in what has come, and waits for the rest for a while. Returns whether nothing is to come any more."""
+        asked.num_waiting = self._kernels.await_answers(
+            ctypes.addressof(asked._parts),
+            asked._num_parts,
+            ctypes.addressof(asked._peers.table),
+            ctypes.addressof(self._shape),
+            asked.pairs.data_ptr(),
+            asked.rows.data_ptr(),
+            self.bell,
+            int(timeout_s * 1e9),
+        )
+        return not asked.num_waiting
+
+    def take_back(self, asked: RingCall, index: int) -> None:
+        """Does not want one part any more. One that is done already stays as it is."""
+        part = asked._parts[index]
+        self._kernels.take_call_back(
+            ctypes.addressof(part), ctypes.addressof(asked._peers.table[part.peer]), ctypes.addressof(self._shape)
+        )
+
+    def total(self, asked: RingCall) -> Tensor:
+        """Returns the answer [T, D] of a call of which all has come: that of `ExactSum`, to the last bit."""
+        call = asked.call
+        answer = torch.empty_like(call.hidden)
+        self._kernels.sum_experts(
+            asked.rows.data_ptr(),
+            call.weights.data_ptr(),
+            *call.experts.shape,
+            asked.num_slices,
+            call.hidden.shape[1],
+            int(call.hidden.dtype == torch.bfloat16),
+            answer.data_ptr(),
+        )
+        return answer
+
+    def _expect(self, dtype: torch.dtype, pairs_per_token: int) -> None:
+        shape = ring_shape(self._width, dtype.itemsize, pairs_per_token)
+        if shape != self._shape:
+            self._shape = shape
+            for number in list(self._rings):
+                self._give_up(number, -OPEN_INTERVAL_S)
+            self._open_after_s.clear()
+
+    def _peers_now(self) -> _Peers | None:
+        changes = (self._nodes.num_changes, self._num_changes)
+        if changes != self._peers_of:
+            self._peers, self._peers_of = self._new_peers(), changes
+        return self._peers
+
+    def _new_peers(self) -> _Peers | None:
+        nodes = list(self._nodes)
+        rings = [self._rings.get(node.number) for node in nodes]
+        is_usual = all(node.connected and node.is_proven for node in nodes)
+        if not nodes or not is_usual or len({node.numeric_class for node in nodes}) > 1:
+            return None
+        if not all(ring is not None and ring.bell >= 0 for ring in rings):
+            return None
+        found = [ring for ring in rings if ring is not None]
+        table = (_Peer * len(nodes))(*(_Peer(ring.memory.address, ring.bell, 0) for ring in found))
+        return _Peers(nodes, found, table)
+
+    def _holders(self, peers: _Peers, layer: int) -> Int64Array | None:
+        if layer not in peers.holders:
+            places = {node.number: place for place, node in enumerate(peers.nodes)}
+            peers.holders[layer] = _table([[places[n] for n in copies] for copies in self._nodes.holders(layer, set())])
+        return peers.holders[layer]
+
+
+def _table(holders: Sequence[Sequence[int]]) -> Int64Array | None:
+    """Returns int32 [shards, C] with -1 where there are fewer copies; None where a shard has none."""
+    if not all(holders):
+        return None
+    table = np.full((len(holders), max(map(len, holders))), -1, dtype=np.int32)
+    for shard, copies in enumerate(holders):
+        table[shard, : len(copies)] = copies
+    return table  # type: ignore[return-value]
