@@ -22,6 +22,8 @@ import msgpack
 
 from common.errors import ProtocolError
 
+HEAD_BYTES: Final = 128
+"""Of each slot."""
 SLOTS: Final = 4
 """Calls that one stage may have with one node at a time: two micro-batches, each hedged once."""
 MAX_ROWS: Final = 256
@@ -74,7 +76,7 @@ class RingShape(ctypes.Structure):
             self.max_rows * self.width * self.value_bytes,
             self.max_pairs * self.width * self.value_bytes,
         )
-        return self.slots * (128 + sum((part + 63) // 64 * 64 for part in parts))
+        return self.slots * (HEAD_BYTES + sum((part + 63) // 64 * 64 for part in parts))
 
 
 def ring_shape(width: int, value_bytes: int, pairs_per_token: int) -> RingShape:

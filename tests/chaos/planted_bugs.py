@@ -8,6 +8,7 @@ at fixed places of a request: two runs that had them at the same places would ag
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import runpy
@@ -18,9 +19,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, TensorFrame
 from common.wire.array import array_to_frame, frame_to_array
+from common.wire.call_ring import HEAD_BYTES, SLOTS, Outcome
 from common.wire.transport import MessageSocket
 
 EVERY = 53
@@ -132,13 +136,38 @@ def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
     return planted
 
 
-def count_hedge_twice(accept: Callable[..., None]) -> Callable[..., None]:
+def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
     """What a hedge answers counts twice in the sum."""
 
-    def planted(self: Any, part: Any, rows: Any) -> None:
-        accept(self, part, rows + rows if part.is_hedge else rows)
+    def planted(self: Any, part: Any, answer: Any, now_s: float) -> None:
+        is_rows = isinstance(answer, Tensor)
+        take(self, part, answer + answer if part.is_hedge and is_rows else answer, now_s)
 
     return planted
+
+
+def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
+    """What lies in a ring is used, whatever its checksum says."""
+
+    def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
+        ended = take_in(self, asked, timeout_s)
+        for part in asked._parts[: asked._num_parts]:
+            if part.state == -Outcome.DAMAGED:
+                part.state = 1
+                shape, memory = self._shape, asked._peers.rings[part.peer].memory
+                head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
+                rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
+                place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
+                answer = (ctypes.c_char * (part.pairs * shape.width * shape.value_bytes)).from_address(place)
+                rows = torch.frombuffer(bytearray(answer), dtype=asked.rows.dtype).view(part.pairs, shape.width)
+                asked.rows[asked.pairs[part.first : part.first + part.pairs]] = rows
+        return ended
+
+    return planted
+
+
+def whole_lines(num_bytes: int) -> int:
+    return (num_bytes + 63) // 64 * 64
 
 
 def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable[..., None]:
@@ -251,8 +280,9 @@ BUGS = {
     "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
     "files_left_lost": PlantedBug("router", "common.wire.transport", "Transport", "look_after_files", leave_files_lost),
     "hedge_counted_twice": PlantedBug(
-        "stage", "services.stage.experts.pending_call", "PendingCall", "accept", count_hedge_twice
+        "stage", "services.stage.experts.client", "ExpertClient", "_take", count_hedge_twice
     ),
+    "unchecked_ring": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
 }
 
 

@@ -36,6 +36,12 @@ LOST_FILES = {
     "parameters": {"kill_after_s": 1.5},
 }
 """The router has time to make its own again; the killed stage's successor must find it."""
+SPOILT_RINGS = {
+    "kind": "spoil_rings",
+    "victims": {"kind": "stage"},
+    "heal_after_s": [1.0, 2.0],
+    "parameters": {"every_s": 0.05, "head_share": 0.0},
+}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -55,8 +61,9 @@ CASES = {
     "doubled_token": Case(("tokens_doubled",), BLIP, {}),
     "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
-    "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {}),
+    "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
+    "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),
     "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
     "told_only_once": Case(("recovery",), KILLED_STAGE, {"SPARES": "2"}),
     "files_left_lost": Case(("recovery",), LOST_FILES, {}),

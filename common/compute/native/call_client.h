@@ -117,7 +117,7 @@ void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& 
 
 // Asks for all pairs of a call. `pairs` [T*K*S] becomes their numbers, node by node, sorted by shard within each;
 // `parts` [peers] says what each was asked. Returns the number of parts; 0 where the call cannot be asked this way as a
-// whole, and then nobody was asked: a shard that nobody holds, a node without a free slot, a part that is too large.
+// whole, and then nobody was asked: a shard that nobody holds, a part that is too large; -1: a node has no free slot.
 int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers, const RingShape& shape, int64_t* pairs,
                     AskedPart* parts) {
     if (!deal(q, peers, num_peers)) return 0;
@@ -131,8 +131,9 @@ int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers,
         std::stable_sort(pairs + first, pairs + first + part.pairs, [](int64_t a, int64_t b) {
             return dealer.shard_of_pair[a] < dealer.shard_of_pair[b];
         });
-        part.slot = part.pairs > shape.max_pairs ? -1 : free_slot(peers[peer], shape);
-        if (part.slot < 0 || q.tokens > shape.max_rows) return 0;
+        if (part.pairs > shape.max_pairs || q.tokens > shape.max_rows) return 0;
+        part.slot = free_slot(peers[peer], shape);
+        if (part.slot < 0) return -1;
         first += part.pairs;
         parts[num_parts++] = part;
     }

@@ -46,6 +46,8 @@ from services.stage.model.decoder import ExpertCall
 
 OPEN_INTERVAL_S = 1.0
 """How often a node is offered a ring again that has refused one, or has closed it."""
+FULL_S = 2.0
+"""How long a node may have no free slot before it is given a new ring."""
 _WAITING, _TAKEN_IN = 0, 1
 """States of a part; mirror native/call_client.h."""
 
@@ -189,6 +191,7 @@ class Rings:
         """The changes of nodes and of rings that `_peers` has seen."""
         self._num_changes = 0
         self._open_after_s: dict[int, float] = {}
+        self._full_since_s: float | None = None
         self._numbers = itertools.count(1)
         self.bell = new_bell()
         """Rings when a node has answered; to be waited for."""
@@ -296,12 +299,27 @@ class Rings:
             pairs.data_ptr(),
             ctypes.addressof(parts),
         )
-        if not num_parts:
+        if num_parts <= 0:
+            self._note_full(num_parts < 0, now_s)
             return None
+        self._full_since_s = None
         rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
         return RingCall(
             number, call, header, deadline_s, now_s, slices, rows, pairs, num_parts, peers, parts, num_parts
         )
+
+    def _note_full(self, is_full: bool, now_s: float) -> None:
+        """Slots do not stay taken for long, unless their states were changed by something else, or a node hangs: new
+        rings are all free."""
+        if not is_full:
+            return
+        if self._full_since_s is None:
+            self._full_since_s = now_s
+        elif now_s - self._full_since_s >= FULL_S:
+            self._log.warning("rings_given_up", reason=f"no slot was free for {FULL_S:.0f} s")
+            self._full_since_s = None
+            for number in list(self._rings):
+                self._give_up(number, now_s - OPEN_INTERVAL_S)
 
     def take_in(self, asked: RingCall, timeout_s: float = 0.0) -> bool:
         """Takes in what has come, and waits for the rest for a while. Returns whether nothing is to come any more."""

@@ -29,6 +29,9 @@ RANGES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("rolling_restart", "timeout_s"): (20.0, 1.0, 120.0),
     ("rolling_restart", "within_s"): (300.0, 1.0, 3600.0),
     ("scale", "change"): (1, -16, 16),
+    ("spoil_rings", "every_s"): (0.2, 0.01, 10.0),
+    ("spoil_rings", "head_share"): (0.2, 0.0, 1.0),
+    ("spoil_rings", "seed"): (0, 0, 2**31),
     ("stop", "timeout_s"): (20.0, 1.0, 120.0),
 }
 """By kind and parameter: default, least, most. Those of whole numbers are whole here too."""

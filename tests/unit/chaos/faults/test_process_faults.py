@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,9 +15,24 @@ import pytest
 from chaos.faults import rolling_restart
 from chaos.faults.catalog import FAULTS
 from chaos.faults.processes import children
+from chaos.faults.spoil_rings import rings_of, spoil_calls
 from chaos.target import Node, TargetError
+from common.wire.call_ring import HEAD_BYTES, SLOTS, RingMemory, make_ring, ring_shape
 from tests.support.chaos.target import ListedTarget
 from tests.support.processes.waiting import wait_until
+
+ANSWERED = 3
+"""The state of a slot whose answer waits to be read."""
+
+
+@pytest.fixture
+def ring() -> RingMemory:
+    """A ring that this process has mapped, with one call that is answered."""
+    memory, descriptor = make_ring(ring_shape(48, 4, 2))
+    os.close(descriptor)
+    ctypes.memset(memory.address, 0, HEAD_BYTES)
+    ctypes.c_uint32.from_address(memory.address).value = ANSWERED
+    return memory
 
 
 @pytest.fixture
@@ -171,3 +188,30 @@ def test_what_breaks_in_a_faults_thread_comes_out_when_it_is_healed(target: List
     fault.apply(target, [])
     with pytest.raises(TargetError, match="no room"):
         fault.heal(target)
+
+
+def test_only_calls_that_lie_in_a_ring_are_spoilt_and_their_heads_where_it_is_asked_for(ring: RingMemory) -> None:
+    shape, own = ring_shape(48, 4, 2), Node("stage-0", "stage", os.getpid())
+    (mapped,) = [found for found in rings_of(own) if found[1] == ring.address]
+    before = ctypes.string_at(ring.address, shape.num_bytes)
+    assert spoil_calls(mapped, 0.0, random.Random(1)) == 1
+    after = ctypes.string_at(ring.address, shape.num_bytes)
+    slot_bytes = shape.num_bytes // SLOTS
+    changed = [place for place in range(shape.num_bytes) if before[place] != after[place]]
+    assert HEAD_BYTES <= changed[0]
+    assert changed[-1] < slot_bytes
+    assert len(changed) == (slot_bytes - HEAD_BYTES) // 64 - 1
+    spoil_calls(mapped, 1.0, random.Random(1))
+    assert ctypes.string_at(ring.address, HEAD_BYTES) != before[:HEAD_BYTES]
+
+
+def test_a_process_without_a_ring_cannot_be_hurt_in_it(target: ListedTarget) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        node, fault = Node("stage-0", "stage", sleeper.pid), FAULTS["spoil_rings"].from_suite({})
+        assert not fault.can_hurt(node)
+        with pytest.raises(TargetError, match="stage-0: no ring is mapped there"):
+            fault.apply(target, [node])
+    finally:
+        sleeper.kill()
+        sleeper.wait()

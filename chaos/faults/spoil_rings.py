@@ -1,0 +1,107 @@
+"""Bytes change in the memory that a stage and an expert node share for their calls: no answer may be used with them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from chaos.faults.background import BackgroundFault
+from chaos.faults.base import Range
+from chaos.faults.processes import descendants
+from chaos.target import Node, Target, TargetError
+from common.wire.call_ring import HEAD_BYTES, SLOTS
+
+_RING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-s .*memfd:moemesh-ring", re.MULTILINE)
+_ASKED, _ANSWERED = 1, 3
+_LINE_BYTES = 64
+ANSWER_S = 0.02
+"""How long a stopped victim is waited for: meanwhile the nodes answer what it has asked."""
+
+
+class SpoilRings(BackgroundFault):
+    """Every `every_s` each victim is stopped for a moment, and one bit of each 64 bytes of the calls that lie in its
+    rings is changed: of what is asked and not begun, and of answers that it has not read. Until it is healed."""
+
+    name = "spoil_rings"
+    every_s: Annotated[float, Range(0.01, 10)] = 0.2
+    head_share: Annotated[float, Range(0, 1)] = 0.2
+    """In so many of them a bit of the head is changed besides: of the state, a number, a checksum."""
+    seed: Annotated[int, Range(0, 1 << 31)] = 0
+
+    def unavailable(self, target: Target) -> str:
+        return "" if Path("/proc/self/maps").exists() else "this system has no /proc, which tells where a ring is"
+
+    def can_hurt(self, node: Node) -> bool:
+        return bool(rings_of(node))
+
+    def apply(self, target: Target, victims: Sequence[Node]) -> None:
+        rings = [ring for victim in victims for ring in rings_of(victim)]
+        if not rings:
+            raise TargetError(f"{', '.join(victim.name for victim in victims)}: no ring is mapped there")
+        self._begin(lambda: self._spoil(rings, random.Random(self.seed)), patience_s=0.0)
+
+    def _spoil(self, rings: Sequence[Ring], draw: random.Random) -> None:
+        processes = sorted({pid for pid, _, _ in rings})
+        while not self._stopped.wait(self.every_s):
+            for pid in processes:
+                with contextlib.suppress(ProcessLookupError), _stopped_process(pid):
+                    self._stopped.wait(ANSWER_S)
+                    for ring in (ring for ring in rings if ring[0] == pid):
+                        spoil_calls(ring, self.head_share, draw)
+
+
+Ring = tuple[int, int, int]
+"""A process, and the first address and the end of a ring that it has mapped."""
+
+
+def rings_of(node: Node) -> list[Ring]:
+    """Returns the rings that a node has mapped; none where it is gone."""
+    found = []
+    for pid in (node.pid, *descendants(node.pid)):
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        found += [(pid, int(start, 16), int(stop, 16)) for start, stop in _RING.findall(maps)]
+    return found
+
+
+def spoil_calls(ring: Ring, head_share: float, draw: random.Random) -> int:
+    """Changes bits of each slot whose call is asked, or answered and not read. Returns how many slots that were."""
+    pid, start, stop = ring
+    num_spoilt = 0
+    try:
+        # What is mapped is whole pages; the file has the size of the slots.
+        slot_bytes = os.stat(f"/proc/{pid}/map_files/{start:x}-{stop:x}").st_size // SLOTS
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            for slot in range(SLOTS):
+                place = start + slot * slot_bytes
+                memory.seek(place)
+                data = bytearray(memory.read(slot_bytes))
+                if int.from_bytes(data[:4], "little") not in (_ASKED, _ANSWERED):
+                    continue
+                num_spoilt += 1
+                for line in range(HEAD_BYTES, slot_bytes - _LINE_BYTES, _LINE_BYTES):
+                    data[line + draw.randrange(_LINE_BYTES)] ^= 1 << draw.randrange(8)
+                if draw.random() < head_share:
+                    data[draw.randrange(HEAD_BYTES)] ^= 1 << draw.randrange(8)
+                memory.seek(place)
+                memory.write(data)
+    except (OSError, ValueError):
+        return num_spoilt  # it has ended meanwhile, or has given the ring up
+    return num_spoilt
+
+
+@contextlib.contextmanager
+def _stopped_process(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
