@@ -105,6 +105,7 @@ class NativeKernels:
     take_call_back: ctypes._NamedFuncPointer
     sum_experts: ctypes._NamedFuncPointer
     choose_experts: ctypes._NamedFuncPointer
+    layer_half: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -272,6 +273,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         take_call_back=function("take_call_back", "aaa", quick=True),
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
         choose_experts=function("choose_experts", "aaiaai", quick=True),
+        layer_half=function("layer_half", "aaaaiaaaaaa"),
     )
 
 

@@ -11,13 +11,10 @@
 //   * threads divide panels, rows or heads, never a sum.
 // Plain C interface, no Python and no torch: common/compute/native_library.py compiles and loads it.
 
-#include "attention.h"
 #include "call_client.h"
 #include "call_server.h"
-#include "gate.h"
 #include "gated_ffn.h"
-#include "linear.h"
-#include "norm_rope.h"
+#include "layer_half.h"
 #include "rank_words.h"
 
 extern "C" {
@@ -159,6 +156,14 @@ void moemesh_choose_experts(const Choice* c, const void* logits, int64_t rows, i
                             int64_t is_bf16) {
     if (is_bf16) choose_experts(*c, (const bf16*)logits, rows, experts, weights);
     else choose_experts(*c, (const float*)logits, rows, experts, weights);
+}
+
+void moemesh_layer_half(const LayerHalf* l, const LayerBatch* b, void* keys, void* values, int64_t cache_heads,
+                        const void* x, const void* fed, void* residual, void* normed, int64_t* experts,
+                        float* weights) {
+    const LayerTensors tensors{keys, values, cache_heads, x, fed, residual, normed, experts, weights};
+    if (l->is_bf16) layer_half<bf16>(*l, *b, tensors);
+    else layer_half<float>(*l, *b, tensors);
 }
 
 }  // extern "C"
