@@ -84,15 +84,22 @@ class StageModel:
         """
         batch = _put_on(self.device, batch)
         x = batch.hidden if self.embedding is None else self.embedding(batch.hidden)
+        fed = x
         if x.shape[0]:  # else the step only releases sequences
-            x = yield from self._through_layers(x, batch, caches)
-        if self.lm_head is not None:
+            x, fed = yield from self._through_layers(x, batch, caches)
+        if self.lm_head is None:
+            output = x + fed
+        else:
             assert self.final_norm is not None, "the last stage has both"
-            x = self.lm_head(self.final_norm(x[batch.sampling_rows]))
-        (output,) = yield from self._to_host(x)
+            x, fed = (_chosen_rows(tensor, batch.sampling_rows) for tensor in (x, fed))
+            output = self.lm_head(self.final_norm.of_sum(x, fed)[1])
+        (output,) = yield from self._to_host(output)
         return output
 
-    def _through_layers(self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
+    def _through_layers(
+        self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache]
+    ) -> Generator[ExpertCall | AskedElsewhere | OnItsWay, Tensor | None, tuple[Tensor, Tensor]]:
+        """Returns the residual stream [T, D], and what the last layer adds to it."""
         inputs = LayerInputs(batch, self.rotary)
         fed: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -103,7 +110,7 @@ class StageModel:
             else:
                 fed = layer.feed_forward(attended.normed)
         assert fed is not None, "a stage has at least one layer"
-        return x + fed
+        return x, fed
 
     def _ask_experts(self, layer: int, attended: Attended) -> ForwardPass:
         if attended.experts is None or attended.weights is None:
@@ -125,6 +132,11 @@ class StageModel:
             return download.take()
         finally:
             download.give_up()
+
+
+def _chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the rows [S] of x [T, D]. They ascend: as many as there are in x are all of them."""
+    return x if rows.shape[0] == x.shape[0] else x.index_select(0, rows)
 
 
 def _put_on(device: Device, batch: MicroBatch) -> MicroBatch:
