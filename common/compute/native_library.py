@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -104,6 +104,8 @@ class NativeKernels:
     await_answers: ctypes._NamedFuncPointer
     take_call_back: ctypes._NamedFuncPointer
     sum_experts: ctypes._NamedFuncPointer
+    choose_experts: ctypes._NamedFuncPointer
+    layer_half: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -270,6 +272,8 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),
         take_call_back=function("take_call_back", "aaa", quick=True),
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
+        choose_experts=function("choose_experts", "aaiaai", quick=True),
+        layer_half=function("layer_half", "aaaaiaaaaaa"),
     )
 
 
