@@ -60,7 +60,7 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     batch = finished.running.batch
     assert batch.sampling is not None
     with torch.inference_mode():
-        sampled = sample(finished.output, batch.sampling)
+        sampled = sample(finished.output, batch.sampling, slot.sampling_kernels)
     slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),

@@ -241,8 +241,13 @@ def without_unlikely(scaled: Tensor, min_ps: npt.NDArray[np.float64]) -> Tensor:
     """Returns [S, V] with -inf where a token is less likely than the likeliest of its row times min_p [S]; 0: off."""
     if not min_ps.any():
         return scaled
-    with np.errstate(divide="ignore"):
-        margins = torch.from_numpy(np.log(min_ps).astype(np.float32))
+    margins = torch.from_numpy(margins_of(min_ps))
     # p < min_p * p_max is logit < logit_max + ln(min_p): no sum over the row, and the likeliest always stays.
     floors = scaled.max(dim=-1, keepdim=True).values + margins[:, None]
     return scaled.masked_fill(scaled < floors, -torch.inf)
+
+
+def margins_of(min_ps: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Returns [S]: how far from the best logit of its row one may be; minus infinity where min_p is off."""
+    with np.errstate(divide="ignore"):
+        return np.log(min_ps).astype(np.float32)
