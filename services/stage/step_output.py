@@ -38,8 +38,12 @@ def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
     retried = running.step.retried_calls + running.num_retried_calls
     if slot.role.is_last:
         return _sampled(slot, finished, degraded, retried)
-    step = replace(running.step, degraded=flags_frame(degraded), retried_calls=retried)
-    return replace(step, hidden=tensor_to_frame(finished.output) if _is_awaited(slot, step) else NO_ARRAY)
+    return replace(
+        running.step,
+        degraded=flags_frame(degraded),
+        retried_calls=retried,
+        hidden=tensor_to_frame(finished.output) if _is_awaited(slot, running.step) else NO_ARRAY,
+    )
 
 
 def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
