@@ -68,10 +68,10 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
-        token_ids=tensor_to_frame(sampled.token_ids),
-        logprobs=tensor_to_frame(sampled.logprobs),
-        top_token_ids=tensor_to_frame(sampled.top_token_ids),
-        top_logprobs=tensor_to_frame(sampled.top_logprobs),
+        token_ids=array_to_frame(sampled.token_ids),
+        logprobs=array_to_frame(sampled.logprobs),
+        top_token_ids=array_to_frame(sampled.top_token_ids),
+        top_logprobs=array_to_frame(sampled.top_logprobs),
         degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
         retried_calls=retried_calls,
     )

@@ -11,7 +11,6 @@ S rows, V tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
+from common.wire.array import Float32Array, Int32Array, Int64Array
 from services.stage.model.logit_adjustments import adjusted_logits, margins_of, without_unlikely
 from services.stage.model.micro_batch import SamplingColumns
 
@@ -48,14 +48,14 @@ _ROW = np.dtype(
 class SampledTokens:
     """What was chosen. P is the largest number of top logprobs that a row asked for (the rest is filler)."""
 
-    token_ids: Tensor
-    """int32 [S]."""
-    logprobs: Tensor
-    """float32 [S], of the model's own distribution; 0 where not asked for."""
-    top_token_ids: Tensor
-    """int32 [S, P]."""
-    top_logprobs: Tensor
-    """float32 [S, P]."""
+    token_ids: Int32Array
+    """[S]."""
+    logprobs: Float32Array
+    """[S], of the model's own distribution; 0 where not asked for."""
+    top_token_ids: Int32Array
+    """[S, P]."""
+    top_logprobs: Float32Array
+    """[S, P]."""
 
 
 def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | None = None) -> SampledTokens:
@@ -67,23 +67,21 @@ def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | No
         tokens = choose_by_rules(adjusted, columns, np.arange(len(columns.seeds)))
     else:
         tokens = _choose(adjusted, columns, kernels)
-    num_top = int(columns.num_top_logprobs.max(initial=0))
-    logprobs = torch.zeros(len(tokens))
-    top_token_ids = torch.zeros((len(tokens), num_top), dtype=torch.int32)
-    top_logprobs = torch.zeros((len(tokens), num_top))
-    asked = np.flatnonzero(columns.num_top_logprobs >= 0)
-    if asked.size:
-        rows = torch.from_numpy(asked)
-        all_logprobs = torch.log_softmax(logits[rows].to(torch.float32), dim=-1)
-        logprobs[rows] = all_logprobs.gather(1, tokens[rows, None])[:, 0]
-        if num_top:
-            width = min(num_top, logits.shape[1])
-            values, indices = torch.topk(all_logprobs, width, dim=-1)
-            top_logprobs[rows, :width], top_token_ids[rows, :width] = values, indices.to(torch.int32)
-    return SampledTokens(tokens.to(torch.int32), logprobs, top_token_ids, top_logprobs)
+    num_rows, num_top = len(tokens), int(columns.num_top_logprobs.max(initial=-1))
+    logprobs = np.zeros(num_rows, dtype=np.float32)
+    top_token_ids = np.zeros((num_rows, max(0, num_top)), dtype=np.int32)
+    top_logprobs = np.zeros(top_token_ids.shape, dtype=np.float32)
+    if num_top >= 0:
+        rows = np.flatnonzero(columns.num_top_logprobs >= 0)
+        all_logprobs = torch.log_softmax(logits[torch.from_numpy(rows)].to(torch.float32), dim=-1)
+        logprobs[rows] = all_logprobs.gather(1, torch.from_numpy(tokens[rows, None]))[:, 0].numpy()
+        width = min(num_top, logits.shape[1])
+        values, indices = torch.topk(all_logprobs, width, dim=-1)
+        top_logprobs[rows, :width], top_token_ids[rows, :width] = values.numpy(), indices.numpy()
+    return SampledTokens(tokens.astype(np.int32), logprobs, top_token_ids, top_logprobs)
 
 
-def _choose(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels) -> Tensor:
+def _choose(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels) -> Int64Array:
     """Returns what `choose_by_rules` does, of all rows."""
     if logits.dtype not in KERNEL_DTYPES or logits.stride(1) != 1:
         logits = logits.to(torch.float32).contiguous()
@@ -105,22 +103,21 @@ def _choose(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels) ->
     tokens = wanted["token"].copy()
     left = np.flatnonzero(tokens < 0)
     if left.size:
-        tokens[left] = choose_by_rules(logits, columns, left).numpy()
-    return torch.from_numpy(tokens)
-
-
-def choose_by_rules(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> Tensor:
-    """logits [S, V] with biases and penalties -> token ids, int64, of the given rows."""
-    logits = logits[torch.from_numpy(rows)].to(torch.float32)
-    tokens = torch.argmax(logits, dim=-1)
-    drawn = np.flatnonzero(columns.temperatures[rows] > 0)
-    if drawn.size:
-        places = torch.from_numpy(drawn)
-        tokens[places] = _draw(logits[places], columns, rows[drawn])
+        tokens[left] = choose_by_rules(logits, columns, left)
     return tokens
 
 
-def _draw(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> Tensor:
+def choose_by_rules(logits: Tensor, columns: SamplingColumns, rows: Int64Array) -> Int64Array:
+    """logits [S, V] with biases and penalties -> token ids of the given rows."""
+    logits = logits[torch.from_numpy(rows)].to(torch.float32)
+    tokens: Int64Array = torch.argmax(logits, dim=-1).numpy()
+    drawn = np.flatnonzero(columns.temperatures[rows] > 0)
+    if drawn.size:
+        tokens[drawn] = _draw(logits[torch.from_numpy(drawn)], columns, rows[drawn]).numpy()
+    return tokens
+
+
+def _draw(logits: Tensor, columns: SamplingColumns, rows: Int64Array) -> Tensor:
     """logits: of the given rows."""
     temperatures = np.maximum(columns.temperatures[rows], MIN_TEMPERATURE).astype(np.float32)
     scaled = logits / torch.from_numpy(temperatures)[:, None]
