@@ -76,9 +76,25 @@ def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | No
         all_logprobs = torch.log_softmax(logits[torch.from_numpy(rows)].to(torch.float32), dim=-1)
         logprobs[rows] = all_logprobs.gather(1, torch.from_numpy(tokens[rows, None]))[:, 0].numpy()
         width = min(num_top, logits.shape[1])
-        values, indices = torch.topk(all_logprobs, width, dim=-1)
-        top_logprobs[rows, :width], top_token_ids[rows, :width] = values.numpy(), indices.numpy()
+        if width:
+            top = _best(all_logprobs, width)
+            top_token_ids[rows, :width] = top
+            top_logprobs[rows, :width] = np.take_along_axis(all_logprobs.numpy(), top, axis=1)
     return SampledTokens(tokens.astype(np.int32), logprobs, top_token_ids, top_logprobs)
+
+
+def _best(logprobs: Tensor, count: int) -> Int64Array:
+    """logprobs [A, V] -> token ids [A, count], best first; of equals, the first ones.
+
+    Which of equals `topk` takes depends on how many it takes, and so on what the other rows of a step ask for.
+    """
+    values, least = logprobs.numpy(), torch.topk(logprobs, count, dim=-1).values[:, -1:].numpy()
+    found = np.flatnonzero(values >= least)
+    rows, tokens = np.divmod(found, logprobs.shape[1])
+    order = np.lexsort((-values.reshape(-1)[found], rows))  # stable: equals stay in the order of their ids
+    firsts = np.searchsorted(rows, np.arange(len(logprobs)))
+    best: Int64Array = tokens[order][firsts[:, None] + np.arange(count)]
+    return best
 
 
 def _choose(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels) -> Int64Array:

@@ -183,6 +183,15 @@ def test_a_row_does_not_depend_on_its_batch_mates(data: st.DataObject) -> None:
     assert_same_rows(together, sample(logits[order], pick(whole, order)), order, together.top_token_ids.shape[1])
 
 
+def test_which_of_equally_likely_tokens_are_the_top_ones_does_not_depend_on_what_other_rows_ask_for() -> None:
+    logits = logits_of(1, 200, seed=8).round()
+    order = sorted(range(200), key=lambda token: (-float(logits[0, token]), token))
+    for others in (1, 2, 7, 40, 200):
+        both = sample(logits.expand(2, -1), columns(2, num_top_logprobs=[3, others]))
+        assert both.top_token_ids[0, :3].tolist() == order[:3]
+        assert both.top_token_ids[1, :others].tolist() == order[:others]
+
+
 def test_seed_choice_position_and_token_each_make_other_noise() -> None:
     def noise(seed: int, choice: int, position: int) -> Any:
         return gumbel_noise(np.array([seed]), np.array([choice]), np.array([position]), 64)[0]
