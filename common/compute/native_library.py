@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -92,6 +92,7 @@ class NativeKernels:
     rms_norm: ctypes._NamedFuncPointer
     rope: ctypes._NamedFuncPointer
     gated_product: ctypes._NamedFuncPointer
+    choose_tokens: ctypes._NamedFuncPointer
     set_word: ctypes._NamedFuncPointer
     await_word: ctypes._NamedFuncPointer
     start_call_server: ctypes._NamedFuncPointer
@@ -260,6 +261,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         rms_norm=function("rms_norm", "aiaaaaiifi", quick=True),
         rope=function("rope", "aiaaaiaiiiifi", quick=True),
         gated_product=function("gated_product", "aaaii", quick=True),
+        choose_tokens=function("choose_tokens", "aiaiiii"),
         set_word=function("set_word", "ai", quick=True),
         await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
         start_call_server=function("start_call_server", "iiaiii", result=ctypes.c_void_p),

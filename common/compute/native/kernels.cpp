@@ -1,4 +1,5 @@
-// Compute kernels of stage and expert nodes: linear, grouped gated FFN, paged attention, norm, rope, choice of experts.
+// Compute kernels of stage and expert nodes: linear, grouped gated FFN, paged attention, norm, rope, choice of experts,
+// sampling.
 //
 // The numeric rule: the bits of one output row depend on that row's inputs and the weights, and on nothing else.
 // How it holds here, by construction:
@@ -16,10 +17,11 @@
 #include "gated_ffn.h"
 #include "layer_half.h"
 #include "rank_words.h"
+#include "sampling.h"
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 6; }
+int64_t moemesh_abi_version(void) { return 7; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -108,6 +110,13 @@ void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const voi
     else
         rope_rows((const float*)x, x_stride, (const float*)cosine, (const float*)sine, (const float*)weight,
                   weight_stride, (float*)y, tokens, heads, width, turned, epsilon);
+}
+
+// Sets the token of each row; -1 where it must be computed by the rules.
+void moemesh_choose_tokens(const void* logits, int64_t stride, SamplingRow* rows, int64_t count, int64_t size,
+                           int64_t is_bf16, int64_t threads) {
+    if (is_bf16) choose_tokens((const bf16*)logits, stride, rows, count, size, threads);
+    else choose_tokens((const float*)logits, stride, rows, count, size, threads);
 }
 
 // Calls through rings, of the expert node: one server a process, with the shards of one store.
