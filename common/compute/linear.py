@@ -17,7 +17,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _LinearDescriptor(ctypes.Structure):
-    """`struct Linear` of native/kernels.cpp."""
+    """`struct Linear` of native/linear.h."""
 
     _fields_ = (
         ("packed", ctypes.c_void_p),
@@ -39,11 +39,14 @@ class PackedLinear:
         self.dtype = weight.dtype
         self.device = weight.device
         is_on_host = weight.device.type == "cpu"
-        self._kernels = kernels if is_on_host else None
-        if self._kernels is None:
+        self.kernels = kernels if is_on_host else None
+        """What computes; None: torch does."""
+        self.descriptor_address: int | None = None
+        """Where `struct Linear` of native/linear.h is, while this object is alive; None: torch computes."""
+        if self.kernels is None:
             self._by_torch = TorchLinear(weight, bias) if is_on_host else DeviceLinear(weight, bias)
             return
-        self._packed = pack_weight(weight, self._kernels)
+        self._packed = pack_weight(weight, self.kernels)
         # fp32, so that a bf16 result is rounded once, after the bias was added.
         self._bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         self._descriptor = _LinearDescriptor(
@@ -52,17 +55,17 @@ class PackedLinear:
             self.in_features,
             self.out_features,
             int(self.dtype == torch.bfloat16),
-            self._kernels.threads,
+            self.kernels.threads,
         )
-        self._descriptor_address = ctypes.addressof(self._descriptor)
-        self._function = self._kernels.linear
+        self.descriptor_address = ctypes.addressof(self._descriptor)
+        self._function = self.kernels.linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] of the weights' dtype -> [T, N]. Raises ValueError when x does not fit."""
         shape = x.shape
         if len(shape) != 2 or shape[1] != self.in_features or x.dtype != self.dtype:
             raise ValueError(f"linear needs [T, {self.in_features}] {self.dtype}, not {tuple(shape)} {x.dtype}")
-        if self._kernels is None:
+        if self.kernels is None:
             return self._by_torch(x)
         stride = self.in_features
         if not x.is_contiguous():
@@ -70,7 +73,7 @@ class PackedLinear:
             stride = x.stride(0)
         rows = shape[0]
         y = torch.empty(rows, self.out_features, dtype=self.dtype)
-        self._function(self._descriptor_address, x.data_ptr(), stride, y.data_ptr(), rows)
+        self._function(self.descriptor_address, x.data_ptr(), stride, y.data_ptr(), rows)
         return y
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 5
+ABI_VERSION = 7
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -92,6 +92,7 @@ class NativeKernels:
     rms_norm: ctypes._NamedFuncPointer
     rope: ctypes._NamedFuncPointer
     gated_product: ctypes._NamedFuncPointer
+    choose_tokens: ctypes._NamedFuncPointer
     set_word: ctypes._NamedFuncPointer
     await_word: ctypes._NamedFuncPointer
     start_call_server: ctypes._NamedFuncPointer
@@ -104,6 +105,8 @@ class NativeKernels:
     await_answers: ctypes._NamedFuncPointer
     take_call_back: ctypes._NamedFuncPointer
     sum_experts: ctypes._NamedFuncPointer
+    choose_experts: ctypes._NamedFuncPointer
+    layer_half: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -258,6 +261,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         rms_norm=function("rms_norm", "aiaaaaiifi", quick=True),
         rope=function("rope", "aiaaaiaiiiifi", quick=True),
         gated_product=function("gated_product", "aaaii", quick=True),
+        choose_tokens=function("choose_tokens", "aiaiiii"),
         set_word=function("set_word", "ai", quick=True),
         await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
         start_call_server=function("start_call_server", "iiaiii", result=ctypes.c_void_p),
@@ -270,6 +274,8 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),
         take_call_back=function("take_call_back", "aaa", quick=True),
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
+        choose_experts=function("choose_experts", "aaiaai", quick=True),
+        layer_half=function("layer_half", "aaaaiaaaaaa"),
     )
 
 

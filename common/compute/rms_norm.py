@@ -5,6 +5,8 @@ Statistics are float32. In bf16 the sum, the normalised value and its product wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,20 @@ def _by_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(mean_of_squares(wide) + epsilon)
     return weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm before a half of a layer, or before the lm_head."""
+
+    weight: Tensor
+    epsilon: float
+    kernels: NativeKernels | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Norms x [T, D] row by row."""
+        return rms_norm(x, self.weight, self.epsilon, kernels=self.kernels)
+
+    def of_sum(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the residual stream with x added, and the norm of that, in one pass over memory."""
+        return add_rms_norm(residual, x, self.weight, self.epsilon, kernels=self.kernels)

@@ -94,6 +94,7 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 
 _PLANS: Final = {kind: _plan(kind) for kind in _NUMBERS}
+_FIELDS: Final = {kind: frozenset(name for name, _ in scalars) for kind, (scalars, _) in _PLANS.items()}
 _DEFAULTS: Final = {kind: _defaults(kind) for kind in _NUMBERS}
 _HEADER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Header))
 
@@ -168,26 +169,25 @@ def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], ve
 def _decode_header(values: Any) -> Header:
     if not isinstance(values, tuple) or len(values) != len(_HEADER_FIELDS):
         raise ProtocolError(f"header must have {len(_HEADER_FIELDS)} values")
-    fields: dict[str, Any] = dict(zip(_HEADER_FIELDS, values, strict=True))
-    for name, value in fields.items():
+    for name, value in zip(_HEADER_FIELDS, values, strict=True):
         if name == "trace":
             if not isinstance(value, str) or len(value) > 128:
                 raise ProtocolError("header field trace must be a string of at most 128 characters")
-        elif not _fits(value, "int"):
+        elif not (type(value) is int and 0 <= value < _INT64):
             raise ProtocolError(f"header field {name} must be a whole number from 0 to 2^63, not {value!r:.40}")
-    return Header(**fields)
+    return Header(*values)
 
 
 def _decode_fields(kind: type[Any], values: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     scalars, _ = _PLANS[kind]
-    if isinstance(values, dict):
+    if defaults and isinstance(values, dict):
         values = {name: defaults[name] for name, _ in scalars if name in defaults} | values
-    if not isinstance(values, dict) or values.keys() != {name for name, _ in scalars}:
+    if not isinstance(values, dict) or values.keys() != _FIELDS[kind]:
         raise ProtocolError(f"{kind.__name__} must have the fields {', '.join(name for name, _ in scalars)}")
     for name, type_name in scalars:
         if not _fits(values[name], type_name):
             raise ProtocolError(f"{kind.__name__}.{name} must be of type {type_name}, not {values[name]!r:.80}")
-    return dict(values)
+    return values
 
 
 def _fits(value: Any, type_name: str) -> bool:
@@ -201,14 +201,23 @@ def _fits(value: Any, type_name: str) -> bool:
         return isinstance(value, bool)
     if type_name == "strs":
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    return isinstance(value, tuple) and all(_fits(item, "int") for item in value)
+    return _is_ints(value)
+
+
+def _is_ints(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    for item in value:  # a generator would take twice as long, and every tensor's shape comes here
+        if not (type(item) is int and 0 <= item < _INT64):
+            return False
+    return True
 
 
 def _decode_tensors(
     kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview], defaults: dict[str, Any]
 ) -> dict[str, TensorFrame]:
     _, names = _PLANS[kind]
-    added = [name for name in names[len(frames) :] if name in defaults]
+    added = [name for name in names[len(frames) :] if name in defaults] if defaults else []
     names = names[: len(names) - len(added)]
     if not isinstance(descriptions, tuple) or len(descriptions) != len(names) or len(frames) != len(names):
         raise ProtocolError(f"{kind.__name__} must have {len(names)} tensor frames, not {len(frames)}")
@@ -220,12 +229,13 @@ def _decode_tensors(
         item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
         if item_bytes is None:
             raise ProtocolError(f"{kind.__name__}.{name} has the unknown dtype {dtype!r:.40}")
-        if not _fits(shape, "ints") or len(shape) > MAX_DIMENSIONS:
+        if not _is_ints(shape) or len(shape) > MAX_DIMENSIONS:
             raise ProtocolError(f"{kind.__name__}.{name} must have at most {MAX_DIMENSIONS} dimensions")
         elements = math.prod(shape)
         data = memoryview(frame)
         # An empty array may not claim huge sizes either: numpy and torch fail on them where it is not expected.
-        if math.prod(filter(None, shape)) > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
+        claimed = elements or math.prod(filter(None, shape))
+        if claimed > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
             raise ProtocolError(
                 f"{kind.__name__}.{name} of {dtype} {shape} needs {elements * item_bytes} bytes, not {data.nbytes}"
             )

@@ -7,6 +7,7 @@ columns. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -45,15 +46,24 @@ HELD_SEQUENCE: Final = np.dtype([("sequence_id", np.int64), ("num_positions", np
 
 def records_to_frame(rows: Sequence[tuple[Any, ...]], record: np.dtype[np.void]) -> TensorFrame:
     """Returns a frame [N, columns] of records, each a tuple in the order of its names."""
-    return array_to_frame(np.array(rows, dtype=record).view(record[0]).reshape(len(rows), _num_columns(record)))
+    return array_to_frame(columns_of(np.array(rows, dtype=record)))
 
 
 def frame_to_records(frame: TensorFrame, record: np.dtype[np.void], num_records: int | None, name: str) -> Records:
     """Returns the frame as records [N] over the received bytes (read-only). Raises ProtocolError that names the
     field."""
-    columns = frame_to_array(frame, record[0].name, (num_records, _num_columns(record)), name)
+    item, num_columns = _layout(record)
+    columns = frame_to_array(frame, item, (num_records, num_columns), name)
     return columns.view(record).reshape(len(columns))
 
 
-def _num_columns(record: np.dtype[np.void]) -> int:
-    return len(record.names or ())
+def columns_of(records: Records) -> npt.NDArray[Any]:
+    """Returns contiguous records [N] as they travel, [N, columns]."""
+    item, num_columns = _layout(records.dtype)
+    return records.view(item).reshape(len(records), num_columns)
+
+
+@cache  # a dtype's name is composed anew at every call, which takes as long as the rest
+def _layout(record: np.dtype[np.void]) -> tuple[str, int]:
+    """Returns the dtype of all columns, and how many there are."""
+    return record[0].name, len(record.names or ())

@@ -59,7 +59,11 @@ class SamplingParameters:
 
     def adjusts(self, num_generated: int) -> bool:
         """Says whether the next token's logits are not the model's own, or some are left out by their number."""
-        return bool(self.min_p or self.logit_bias or self.counts_tokens or self.is_early(num_generated))
+        return self._always_adjusts or self.is_early(num_generated)
+
+    @cached_property  # it is asked for each token
+    def _always_adjusts(self) -> bool:
+        return bool(self.min_p or self.logit_bias or self.counts_tokens)
 
     @cached_property
     def bias_table(self) -> Float64Array:

@@ -50,7 +50,9 @@ class StageProcess:
         self._device = open_device(settings.device, num_ranks=settings.tp, num_processes=settings.device_processes)
         self._resources = NodeResources(settings, log, lambda config: self._offered_bytes(config, settings.tp))
         torch.set_num_threads(settings.threads)
-        self._kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
+        # Tokens are chosen on the host, wherever the layers are.
+        self._sampling_kernels = load_native_kernels(threads=settings.threads)
+        self._kernels = self._sampling_kernels if self._device.is_host else None
         self._collectives = self._choose_collectives(settings)
         self._numeric_class = self._device.numeric_class(self._variant(settings))
         own = self._resources
@@ -103,7 +105,7 @@ class StageProcess:
         with open_node(
             NodeKind.STAGE, own, self._numeric_class, lambda transport, address: transport.pull("steps", [address])
         ) as node:
-            worker = StageWorker(self._layers, node.transport, node.ipc_token, node.log)
+            worker = StageWorker(self._layers, node.transport, node.ipc_token, node.log, self._sampling_kernels)
             nodes = ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log)
             experts = ExpertClient(nodes, node.log, self._rings(nodes, node))
             try:

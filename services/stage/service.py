@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 import zmq
 
@@ -261,10 +262,10 @@ class StageService(NodeLoop[MessageSocket]):
             return
         config = self._worker.layers.config
         if slot.role.is_first:
-            tokens = frame_to_tensor(step.hidden, torch.int32, (None,), "Step.hidden").to(torch.int64)
-            if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+            tokens = frame_to_array(step.hidden, "int32", (None,), "Step.hidden")
+            if tokens.size and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
                 raise ProtocolError(f"Step.hidden holds a token id outside [0, {config.vocab_size})")
-            hidden = tokens
+            hidden = torch.from_numpy(tokens.astype(np.int64))
         else:
             hidden = frame_to_tensor(step.hidden, self._dtype, (None, config.hidden_size), "Step.hidden")
         adjustments = slot.adjustments if slot.role.is_last else None

@@ -38,8 +38,12 @@ def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
     retried = running.step.retried_calls + running.num_retried_calls
     if slot.role.is_last:
         return _sampled(slot, finished, degraded, retried)
-    step = replace(running.step, degraded=flags_frame(degraded), retried_calls=retried)
-    return replace(step, hidden=tensor_to_frame(finished.output) if _is_awaited(slot, step) else NO_ARRAY)
+    return replace(
+        running.step,
+        degraded=flags_frame(degraded),
+        retried_calls=retried,
+        hidden=tensor_to_frame(finished.output) if _is_awaited(slot, running.step) else NO_ARRAY,
+    )
 
 
 def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
@@ -60,14 +64,14 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     batch = finished.running.batch
     assert batch.sampling is not None
     with torch.inference_mode():
-        sampled = sample(finished.output, batch.sampling)
+        sampled = sample(finished.output, batch.sampling, slot.sampling_kernels)
     slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
     return StepResult(
         sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
-        token_ids=tensor_to_frame(sampled.token_ids),
-        logprobs=tensor_to_frame(sampled.logprobs),
-        top_token_ids=tensor_to_frame(sampled.top_token_ids),
-        top_logprobs=tensor_to_frame(sampled.top_logprobs),
+        token_ids=array_to_frame(sampled.token_ids),
+        logprobs=array_to_frame(sampled.logprobs),
+        top_token_ids=array_to_frame(sampled.top_token_ids),
+        top_logprobs=array_to_frame(sampled.top_logprobs),
         degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
         retried_calls=retried_calls,
     )

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from common.compute.cuda import CudaDevice
+from common.compute.expert_choice import ExpertChoice
 from common.compute.gated_ffn import GatedExpert
 from common.compute.linear import DEVICE_ROWS, PackedLinear
 from common.compute.rms_norm import rms_norm
 from common.compute.row_reduction import folded_softmax, folded_sum
 from common.compute.torch_elementwise import exponential, silu
-from services.stage.model.decoder import Gate
+from services.stage.model.layer_half.composed import Gate
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,
     AttendingRows,
@@ -97,7 +98,7 @@ def test_exp_and_silu_of_a_value_are_the_same_at_any_place(gpu: CudaDevice) -> N
 @pytest.mark.parametrize("num_experts", [8, 128, 512])
 def test_gate(gpu: CudaDevice, num_experts: int) -> None:
     linear = PackedLinear(random(num_experts, 512, dtype=torch.bfloat16).to(gpu.place), kernels=None)
-    gate = Gate(linear, 8, normalize=True, round_weights=True)
+    gate = Gate(linear, ExpertChoice(8, normalize=True, round_weights=True))
     x = random(MOST, 512, dtype=torch.bfloat16, seed=1).to(gpu.place)
     assert_rows_keep_their_bits(lambda rows: gate(rows)[0], x)
     assert_rows_keep_their_bits(lambda rows: gate(rows)[1], x)

@@ -100,10 +100,21 @@ INLINE void weigh_values(const Rows& rows, int64_t column, const Cached* values,
                                    rows.end[r]);
 }
 
-// One tile: keys [width][32], values [32][wide].
+struct KvTile {  // where one KV head's part of a block lies
+    const char *keys = nullptr, *values = nullptr;
+    int64_t bytes = 0;  // of each
+};
+
+// Asks for what will be read soon: tiles are short and lie anywhere, so the processor does not foresee them.
+INLINE void fetch(const char* memory, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(memory + i);
+}
+
+// One tile: keys [width][32], values [32][wide]. `next`: what is fetched meanwhile.
 template <class Cached>
 __attribute__((noinline)) void attend_tile(Rows& rows, const Cached* keys, const Cached* values, int64_t width,
-                                           int64_t wide, float scale) {
+                                           int64_t wide, float scale, const KvTile& next) {
+    fetch(next.keys, next.bytes);
     in_row_tiles<SCORE_ROWS>(rows.count, [&](auto size, int64_t first) {
         constexpr int ROWS = decltype(size)::value;
         vf acc[ROWS][KV_VECTORS] = {};
@@ -113,6 +124,7 @@ __attribute__((noinline)) void attend_tile(Rows& rows, const Cached* keys, const
                 store(rows.scores + (first + r) * KV_BLOCK + v * LANES, acc[r][v]);
     });
     soften(rows, scale);
+    fetch(next.values, next.bytes);
     int64_t column = 0;
     for (; column + PANEL <= wide; column += PANEL) weigh_values<PANEL_VECTORS>(rows, column, values + column, wide);
     for (; column < wide; column += LANES) weigh_values<1>(rows, column, values + column, wide);
@@ -123,7 +135,19 @@ struct Part {  // at most BLOCK_ROWS (token, head) rows that share a sequence an
     int rows;
 };
 
-template <class T> void attend_rows(const Attention& a, const Part& part) {
+INLINE int64_t first_seen(const Attention& a, int64_t position) {
+    return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
+}
+
+template <class T> INLINE KvTile tile_of(const Attention& a, int64_t token, int64_t tile, int64_t kv_head) {
+    const int64_t values = KV_BLOCK * a.width, block = a.tables[a.sequences[token] * a.max_blocks + tile];
+    const int64_t at = (block * a.cache_heads + kv_head) * values;
+    return {(const char*)((const T*)a.keys + at), (const char*)((const T*)a.values + at),
+            values * (int64_t)sizeof(T)};
+}
+
+// `after`: the part whose first tile is fetched at the end, or null.
+template <class T> void attend_rows(const Attention& a, const Part& part, const Part* after) {
     const int64_t width = a.width, wide = padded(width, LANES), group = a.heads / a.kv_heads;
     const int count = part.rows;
     const int64_t tile_values = KV_BLOCK * width, query_values = padded(BLOCK_ROWS * width, LANES);
@@ -141,7 +165,7 @@ template <class T> void attend_rows(const Attention& a, const Part& part) {
         int64_t token = part.first_token + (part.first_row + r) / group;
         int64_t head = part.kv_head * group + (part.first_row + r) % group;
         positions[r] = a.positions[token];
-        starts[r] = a.window > 0 ? std::max<int64_t>(0, positions[r] - a.window + 1) : 0;
+        starts[r] = first_seen(a, positions[r]);
         first_tile = std::min(first_tile, starts[r] / KV_BLOCK);
         last_tile = std::max(last_tile, positions[r] / KV_BLOCK);
         at_output[r] = (token * a.heads + head) * width;
@@ -151,14 +175,21 @@ template <class T> void attend_rows(const Attention& a, const Part& part) {
         rows.sums[r] = 0;
     }
     memset(rows.out, 0, count * wide * sizeof(float));
-    const int32_t* table = a.tables + a.sequences[part.first_token] * a.max_blocks;
     for (int64_t t = first_tile; t <= last_tile; t++) {
         for (int r = 0; r < count; r++) {
             rows.begin[r] = (int)std::min<int64_t>(KV_BLOCK, std::max<int64_t>(0, starts[r] - t * KV_BLOCK));
             rows.end[r] = (int)std::max<int64_t>(0, std::min<int64_t>(KV_BLOCK, positions[r] - t * KV_BLOCK + 1));
         }
-        const int64_t at = ((int64_t)table[t] * a.cache_heads + part.kv_head) * tile_values;
-        const T *key_tile = (const T*)a.keys + at, *value_tile = (const T*)a.values + at;
+        const KvTile tile = tile_of<T>(a, part.first_token, t, part.kv_head);
+        const T *key_tile = (const T*)tile.keys, *value_tile = (const T*)tile.values;
+        KvTile next;  // nothing in a chunk: its parts read the same tiles one after another, which are near
+        const bool fetches = count <= group;
+        if (fetches && t < last_tile) {
+            next = tile_of<T>(a, part.first_token, t + 1, part.kv_head);
+        } else if (fetches && after) {
+            const int64_t token = after->first_token + after->first_row / group;
+            next = tile_of<T>(a, token, first_seen(a, a.positions[token]) / KV_BLOCK, after->kv_head);
+        }
         // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
         const float scale = (float)a.scale;
         const bool pad = wide != width, widen = sizeof(T) != sizeof(float) && (pad || count > SCORE_ROWS);
@@ -170,9 +201,9 @@ template <class T> void attend_rows(const Attention& a, const Part& part) {
                     store(values + j * wide + i, take(value_tile + j * width + i, width - i));
         else if (widen)
             for (int64_t i = 0; i < tile_values; i += LANES) store(values + i, load(value_tile + i));
-        if (widen) attend_tile<float>(rows, keys, values, width, wide, scale);
-        else if (pad) attend_tile<float>(rows, (const float*)key_tile, values, width, wide, scale);  // T is float
-        else attend_tile<T>(rows, key_tile, value_tile, width, wide, scale);
+        if (widen) attend_tile<float>(rows, keys, values, width, wide, scale, next);
+        else if (pad) attend_tile<float>(rows, (const float*)key_tile, values, width, wide, scale, next);  // T is float
+        else attend_tile<T>(rows, key_tile, value_tile, width, wide, scale, next);
     }
     for (int r = 0; r < count; r++) {
         T* to = (T*)a.output + at_output[r];
@@ -199,7 +230,9 @@ template <class T> void attention(const Attention& a) {
                 parts.push_back({first, row, head, (int)std::min<int64_t>(BLOCK_ROWS, rows - row)});
     }
     const Part* all_parts = parts.data();
-    share(threads, (int64_t)parts.size(), [&](int64_t p) { attend_rows<T>(a, all_parts[p]); });
+    const int64_t count = (int64_t)parts.size();
+    share(threads, count,
+          [&](int64_t p) { attend_rows<T>(a, all_parts[p], p + 1 < count ? all_parts + p + 1 : nullptr); });
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// Compute kernels of stage and expert nodes: linear, grouped gated FFN, paged attention, norm, rope.
+// Compute kernels of stage and expert nodes: linear, grouped gated FFN, paged attention, norm, rope, choice of experts,
+// sampling.
 //
 // The numeric rule: the bits of one output row depend on that row's inputs and the weights, and on nothing else.
 // How it holds here, by construction:
@@ -7,27 +8,20 @@
 //     Row blocking only puts several such lanes side by side.
 //   * multiply-adds are explicit (`fma_of`), never left to the compiler: build with -ffp-contract=off.
 //   * sums across lanes (softmax, norm) are always the same fold over 32 virtual lanes, so they do not depend on the
-//     vector width either.
+//     vector width either. (The gate's softmax is the exception: gate.h.)
 //   * threads divide panels, rows or heads, never a sum.
 // Plain C interface, no Python and no torch: common/compute/native_library.py compiles and loads it.
 
-#include "attention.h"
 #include "call_client.h"
 #include "call_server.h"
 #include "gated_ffn.h"
-#include "linear.h"
-#include "norm_rope.h"
+#include "layer_half.h"
 #include "rank_words.h"
-
-struct Linear {  // mirrored by _LinearDescriptor in linear.py
-    const void* packed;
-    const float* bias;  // or null
-    int64_t k, n, is_bf16, threads;
-};
+#include "sampling.h"
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 5; }
+int64_t moemesh_abi_version(void) { return 7; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -118,6 +112,12 @@ void moemesh_rope(const void* x, int64_t x_stride, const void* cosine, const voi
                   weight_stride, (float*)y, tokens, heads, width, turned, epsilon);
 }
 
+// Sets the token of each row; -1 where it must be computed by the rules.
+void moemesh_choose_tokens(const void* logits, int64_t stride, SamplingRow* rows, int64_t count, int64_t size,
+                           int64_t is_bf16, int64_t threads) {
+    if (is_bf16) choose_tokens((const bf16*)logits, stride, rows, count, size, threads);
+    else choose_tokens((const float*)logits, stride, rows, count, size, threads);
+}
 
 // Calls through rings, of the expert node: one server a process, with the shards of one store.
 void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape* shape, int64_t is_bf16,
@@ -158,6 +158,21 @@ void moemesh_sum_experts(const void* rows, const float* weights, int64_t tokens,
                          int64_t width, int64_t is_bf16, void* out) {
     if (is_bf16) sum_experts((const bf16*)rows, weights, tokens, choices, slices, width, (bf16*)out);
     else sum_experts((const float*)rows, weights, tokens, choices, slices, width, (float*)out);
+}
+
+// logits [rows, experts] -> experts and weights [rows, experts_per_token].
+void moemesh_choose_experts(const Choice* c, const void* logits, int64_t rows, int64_t* experts, float* weights,
+                            int64_t is_bf16) {
+    if (is_bf16) choose_experts(*c, (const bf16*)logits, rows, experts, weights);
+    else choose_experts(*c, (const float*)logits, rows, experts, weights);
+}
+
+void moemesh_layer_half(const LayerHalf* l, const LayerBatch* b, void* keys, void* values, int64_t cache_heads,
+                        const void* x, const void* fed, void* residual, void* normed, int64_t* experts,
+                        float* weights) {
+    const LayerTensors tensors{keys, values, cache_heads, x, fed, residual, normed, experts, weights};
+    if (l->is_bf16) layer_half<bf16>(*l, *b, tensors);
+    else layer_half<float>(*l, *b, tensors);
 }
 
 }  // extern "C"

@@ -7,6 +7,12 @@
 
 namespace {
 
+struct Linear {  // mirrored by _LinearDescriptor in linear.py
+    const void* packed;
+    const float* bias;  // or null
+    int64_t k, n, is_bf16, threads;
+};
+
 // Packed weights: panels of PANEL columns (the last one of LANES, if that is enough), each [K][width] float32 or
 // [ceil(K/2)][width][2] bf16, zero padded.
 INLINE int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }

@@ -154,6 +154,7 @@ class MeshLoop:
             self._client.wait(0 if self._commands else self._witnesses.wait_ms)
             now_s = self._clock()
             self._membership.turn(now_s)
+            self._go_on(now_s)
             self._housekeeping()
             self._apply_commands(now_s)
             self._receive_control(now_s)
@@ -162,13 +163,25 @@ class MeshLoop:
             self._place_shards(now_s)
             if self._stages.waits:
                 self._act(self._stages.tick(now_s), now_s)
-            self._renew(self._flow.receive_results(now_s), now_s)
             self._renew(self._flow.check_deadlines(now_s), now_s)
             self._renew(self._refusals.due(self._stages.pipelines, now_s), now_s)
             self._let_leavers_go(now_s)
             self._publish_news(now_s)
-            self._renew(self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s)), now_s)
+            self._send_plans(now_s)
+            self._flow.hand_on()
             self._publish_status(now_s)
+
+    def _go_on(self, now_s: float) -> None:
+        """Receives results and sends the steps after them, before anything else: stages wait for that and for nothing
+        else here. The tokens are written and shown while the stages compute."""
+        num_done = self._flow.totals.pipeline_steps
+        self._renew(self._flow.receive_results(now_s), now_s)
+        if self._flow.totals.pipeline_steps > num_done:
+            self._send_plans(now_s)
+            self._flow.hand_on()
+
+    def _send_plans(self, now_s: float) -> None:
+        self._renew(self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s)), now_s)
 
     def _apply_commands(self, now_s: float) -> None:
         """Applies what others have asked for; what is restored at once, since only a request in line gets the cache of

@@ -46,7 +46,7 @@ def step_message(plan: StepPlan) -> Step:
     token_ids = [token_id for chunk in plan.chunks for token_id in chunk.token_ids]
     new_blocks = [block for chunk in plan.chunks for block in chunk.new_block_ids]
     seeds = [(chunk.sampling.seed, chunk.choice) for chunk in sampled]
-    return Step(
+    step = Step(
         hidden=array_to_frame(np.array(token_ids, dtype=np.int32)),
         sequences=records_to_frame(sequences, STEP_SEQUENCE),
         new_blocks=array_to_frame(np.array(new_blocks, dtype=np.int32)),
@@ -54,11 +54,17 @@ def step_message(plan: StepPlan) -> Step:
         sampling=records_to_frame(sampling, SAMPLING),
         seeds=records_to_frame(seeds, SEED),
         computing_slots=plan.computing_slots,
+        previous_step=plan.previous_step,
+    )
+    adjusted = adjusted_rows(sampled)
+    if not len(adjusted):
+        return step
+    return replace(
+        step,
         penalties=array_to_frame(penalty_rows(sampled)),
         token_counts=array_to_frame(count_rows(sampled)),
         biases=array_to_frame(bias_rows(sampled)),
-        previous_step=plan.previous_step,
-        adjusted=array_to_frame(adjusted_rows(sampled)),
+        adjusted=array_to_frame(adjusted),
     )
 
 
@@ -93,9 +99,9 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
     top_ids = frame_to_array(result.top_token_ids, "int32", (count, None), "StepResult.top_token_ids")
     top_logprobs = frame_to_array(result.top_logprobs, "float32", top_ids.shape, "StepResult.top_logprobs")
     wanted = {chunk.sequence_id: chunk.sampling.num_top_logprobs for chunk in plan.chunks if chunk.samples}
-    if set(ids) != set(wanted) or count != len(wanted):
+    if wanted.keys() != set(ids) or count != len(wanted):
         raise ProtocolError(f"StepResult answers {count} sequences, the step asked for {len(wanted)}")
-    if any(not 0 <= token < vocab_size for token in tokens):
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise ProtocolError(f"StepResult.token_ids holds an id outside [0, {vocab_size})")
     if not (np.isfinite(logprobs).all() and np.isfinite(top_logprobs).all()):
         raise ProtocolError("StepResult.logprobs or top_logprobs holds a number that is not finite")
@@ -104,9 +110,9 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
         raise ProtocolError(
             f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
         )
-    degraded = np.zeros(count, dtype=np.uint8)
+    degraded = [0] * count
     if result.degraded.shape != (0,):
-        degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded")
+        degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded").tolist()
     sampled: dict[SequenceId, Token] = {}
     for row, sequence_id in enumerate(ids):
         num_top = wanted[sequence_id]

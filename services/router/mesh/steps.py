@@ -1,6 +1,7 @@
 """Steps on their way: from the scheduler to first stages, back from last stages, and into the sink. In the mesh thread.
 
-What goes wrong with a step is told to the scheduler, which recomputes its requests; the pipeline then needs a new
+What comes of steps waits here until `hand_on`, so that the next steps go out before anything is written or shown. What
+goes wrong with a step is told to the scheduler, which recomputes its requests; the pipeline then needs a new
 generation, so that its stages forget what they hold half done. Methods return the pipelines that need one.
 """
 
@@ -21,7 +22,6 @@ from services.router.mesh.status import HopTotals
 from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
 from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
-from services.router.scheduling.step_plan import TokenOutput
 
 Sink = Callable[[list[tuple[RequestId, Token | MoemeshError]]], None]
 """Where the outcome of requests goes. It is called in the mesh thread, and must return at once."""
@@ -48,6 +48,8 @@ class StepFlow:
         self._sink = sink
         self._log = log
         self._answered_s: dict[PipelineId, float] = {}
+        self._outcomes: list[tuple[RequestId, Token | MoemeshError]] = []
+        """They are handed on together, in this order."""
         self.totals = HopTotals()
 
     def open(self, action: OpenPipeline, first_stage: NodeDescription, now_s: float) -> MoemeshError | None:
@@ -116,8 +118,7 @@ class StepFlow:
         return broken
 
     def receive_results(self, now_s: float) -> list[PipelineId]:
-        """Receives sampled tokens and hands them on, all of this call at once."""
-        outputs: list[TokenOutput] = []
+        """Receives sampled tokens; `hand_on` hands them on."""
         broken: list[PipelineId] = []
         while (received := self._client.results.receive()) is not None:
             message, header = received
@@ -141,10 +142,15 @@ class StepFlow:
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.pipeline_steps += 1
                 self.totals.pipeline_seconds += now_s - (step.sent_s or now_s)
-            outputs += self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
-        if outputs:
-            self._sink([(output.request_id, output.token) for output in outputs])
+            outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
+            self._outcomes += [(output.request_id, output.token) for output in outputs]
         return broken
+
+    def hand_on(self) -> None:
+        """Hands on what has come of requests since the last call, all of it at once."""
+        outcomes, self._outcomes = self._outcomes, []
+        if outcomes:
+            self._sink(outcomes)
 
     def pop_answered(self) -> dict[PipelineId, float]:
         """Returns when the newest step was sent that all stages computed and that has come back since the last call."""
@@ -172,20 +178,18 @@ class StepFlow:
         ]
 
     def _report_failures(self) -> None:
-        """Tells the clients of requests that end here."""
-        failures = self.scheduler.pop_failures()
-        for failure in failures:
+        """Tells the clients of requests that end here, behind their tokens."""
+        for failure in self.scheduler.pop_failures():
             if failure.cause is not None:
                 self._log.error("request_crashed", request=failure.request_id, exc_info=failure.cause)
-        if failures:
-            self._sink([(failure.request_id, failure.error) for failure in failures])
+            self._outcomes.append((failure.request_id, failure.error))
 
     def refuse(self, request_id: RequestId, error: Exception) -> None:
         """Tells a client that its request is not taken. An error that is not a MoemeshError is the router's own."""
         if not isinstance(error, MoemeshError):
             self._log.error("request_crashed", request=request_id, exc_info=error)
             error = ExecutionError(f"the router failed while it took in request {request_id}: {error}")
-        self._sink([(request_id, error)])
+        self._outcomes.append((request_id, error))
 
     def _fail(self, step: StepInFlight, error: MoemeshError, now_s: float) -> PipelineId:
         plan = step.plan

@@ -147,8 +147,11 @@ class PipelineSchedule:
         that took them all would leave the other stages idle. Few decoding ones stay together, though.
         """
         settings = self._settings
-        decoding = [request for request in self.running if request.is_decoding and not request.is_replaying]
-        prefilling = [request for request in self.running if not request.is_decoding and not request.is_replaying]
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self.running:
+            if not request.is_replaying:
+                (decoding if request.is_decoding else prefilling).append(request)
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if request.step is None]
@@ -171,6 +174,8 @@ class PipelineSchedule:
         """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and no younger one yields."""
         start = request.num_computed_tokens
         num_known_blocks = len(request.block_table)
+        if start + num_tokens <= num_known_blocks * self._settings.block_tokens:
+            return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
         while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
             victim = self._youngest_after(request)
             if victim is None:
@@ -243,9 +248,9 @@ class PipelineSchedule:
 
     def _set_down(self, request: Request) -> None:
         """Takes the request out of its step. If it has ended meanwhile, only now can nothing write to its blocks."""
-        with self._blame.handling(request):
-            request.step = None
-            if request.state is not RequestState.RUNNING:
+        request.step = None
+        if request.state is not RequestState.RUNNING:
+            with self._blame.handling(request):
                 self._give_back(request)
 
     def withdraw(self, request: Request) -> None:

@@ -22,7 +22,6 @@ from services.router.scheduling.pace import RequestPace
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
-UNDISTURBED = RecoveryCounts(0, 0, 0)
 Attend = Callable[[str], None]
 """It is told whose turn it is, before anything is done for it; the empty string once it is no request's."""
 
@@ -105,7 +104,9 @@ class Request:
     @property
     def num_remaining_tokens(self) -> int:
         """Counts known tokens that are not in the cache yet; at least 1 while it lives."""
-        return self.num_tokens - self.num_computed_tokens
+        # Not by way of `num_tokens`: this is asked of every request in every step, more than once.
+        generated = len(self.generated_token_ids)
+        return len(self.generation_request.prompt_token_ids) + generated - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -134,7 +135,8 @@ class Request:
             self.pace.progressed(now_s, is_measure=was_decoding)
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
         self.kv_history.append((step, self.num_computed_tokens))
-        del self.kv_history[:-MAX_KV_HISTORY]
+        if len(self.kv_history) > MAX_KV_HISTORY:
+            del self.kv_history[0]
 
     def note_replayed(self, step: int, num_tokens: int, now_s: float) -> None:
         """Notes that this many more tokens are there again. Once all are, no copy from before this step has them."""
@@ -217,12 +219,10 @@ class Request:
             finish_reason = FinishReason.LENGTH
         if finish_reason is not None:
             self.state = RequestState.FINISHED
+        if finish_reason is None and not (self.num_recoveries or self.num_replayed_tokens or self.num_retried_calls):
+            return sampled
         recovery = RecoveryCounts(self.num_recoveries, self.num_replayed_tokens, self.num_retried_calls)
-        return replace(
-            sampled,
-            finish_reason=finish_reason,
-            recovery=recovery if finish_reason is not None or recovery != UNDISTURBED else None,
-        )
+        return replace(sampled, finish_reason=finish_reason, recovery=recovery)
 
     def end(self, state: RequestState) -> None:
         """Cancels or fails it."""

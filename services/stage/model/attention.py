@@ -89,7 +89,7 @@ class RotaryTable:
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cos and signed sin [T, N] for positions [T]."""
-        return self.cos[positions], self.signed_sin[positions]
+        return self.cos.index_select(0, positions), self.signed_sin.index_select(0, positions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from common.compute.device import HOST, Device
-from common.compute.linear import PackedLinear
-from common.compute.native_library import NativeKernels
-from common.compute.rms_norm import add_rms_norm, rms_norm
-from common.compute.row_reduction import folded_softmax, folded_sum
-from services.stage.model.attention import Attention, RotaryTable
+from common.compute.rms_norm import Norm
+from services.stage.model.attention import RotaryTable
+from services.stage.model.layer_half.inputs import Attended, LayerHalf, LayerInputs
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.paged_attention import LayerKvCache
 
@@ -57,69 +54,13 @@ Feed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """Softmax over all experts in float32, the best K of each token, optionally divided by their sum."""
-
-    linear: PackedLinear
-    num_experts_per_token: int
-    normalize: bool
-    round_weights: bool
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns for hidden [T, D] the experts, int64 [T, K] by falling weight, and their weights, float32 [T, K]."""
-        is_on_host = self.linear.device.type == "cpu"
-        logits = self.linear(hidden)
-        scores = logits.to(torch.float32)
-        probabilities = torch.softmax(scores, dim=-1) if is_on_host else folded_softmax(scores)
-        weights, experts = torch.topk(probabilities, self.num_experts_per_token, dim=-1)
-        if self.normalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) if is_on_host else folded_sum(weights))
-        if self.round_weights:
-            weights = weights.to(logits.dtype).to(torch.float32)
-        return experts, weights
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A norm before a half of a layer, or before the lm_head."""
-
-    weight: Tensor
-    epsilon: float
-    kernels: NativeKernels | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Norms x [T, D] row by row."""
-        return rms_norm(x, self.weight, self.epsilon, kernels=self.kernels)
-
-    def of_sum(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the residual stream with x added, and the norm of that, in one pass over memory."""
-        return add_rms_norm(residual, x, self.weight, self.epsilon, kernels=self.kernels)
-
-
-@dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Attention and a feed-forward half: a gate (experts elsewhere) or a dense network."""
+    """Attention, with the choice of experts where there are any, and a feed-forward half: theirs or a dense network."""
 
     index: int
-    input_norm: Norm
-    attention: Attention
-    post_attention_norm: Norm
-    feed_forward: Gate | Feed | None
-    """None: a gate, which only the first rank has."""
-
-    def attend(
-        self, x: Tensor, fed: Tensor | None, batch: MicroBatch, rotary: tuple[Tensor, Tensor], cache: LayerKvCache
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the half of a layer that lies between two feed-forward networks.
-
-        `x` is the residual stream [T, D], `fed` what the network before adds to it (None: there is none before).
-        Returns the residual stream after attention, and its norm, which the next network gets.
-        """
-        if fed is None:
-            normed = self.input_norm(x)
-        else:
-            x, normed = self.input_norm.of_sum(x, fed)
-        return self.post_attention_norm.of_sum(x, self.attention(normed, batch, rotary, cache))
+    half: LayerHalf
+    feed_forward: Feed | None
+    """None: experts, which are elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,32 +84,40 @@ class StageModel:
         """
         batch = _put_on(self.device, batch)
         x = batch.hidden if self.embedding is None else self.embedding(batch.hidden)
+        fed = x
         if x.shape[0]:  # else the step only releases sequences
-            x = yield from self._through_layers(x, batch, caches)
-        if self.lm_head is not None:
+            x, fed = yield from self._through_layers(x, batch, caches)
+        if self.lm_head is None:
+            output = x + fed
+        else:
             assert self.final_norm is not None, "the last stage has both"
-            x = self.lm_head(self.final_norm(x[batch.sampling_rows]))
-        (output,) = yield from self._to_host(x)
+            x, fed = (_chosen_rows(tensor, batch.sampling_rows) for tensor in (x, fed))
+            output = self.lm_head(self.final_norm.of_sum(x, fed)[1])
+        (output,) = yield from self._to_host(output)
         return output
 
-    def _through_layers(self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
-        rotary = self.rotary.rows(batch.positions)
+    def _through_layers(
+        self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache]
+    ) -> Generator[ExpertCall | AskedElsewhere | OnItsWay, Tensor | None, tuple[Tensor, Tensor]]:
+        """Returns the residual stream [T, D], and what the last layer adds to it."""
+        inputs = LayerInputs(batch, self.rotary)
         fed: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, normed = layer.attend(x, fed, batch, rotary, cache)
-            if layer.feed_forward is None or isinstance(layer.feed_forward, Gate):
-                fed = yield from self._ask_experts(layer.index, layer.feed_forward, normed)
+            attended = layer.half(x, fed, inputs, cache)
+            x = attended.residual
+            if layer.feed_forward is None:
+                fed = yield from self._ask_experts(layer.index, attended)
             else:
-                fed = layer.feed_forward(normed)
+                fed = layer.feed_forward(attended.normed)
         assert fed is not None, "a stage has at least one layer"
-        return x + fed
+        return x, fed
 
-    def _ask_experts(self, layer: int, gate: Gate | None, normed: Tensor) -> ForwardPass:
-        if gate is None:
+    def _ask_experts(self, layer: int, attended: Attended) -> ForwardPass:
+        if attended.experts is None or attended.weights is None:
             answer = yield AskedElsewhere()
         else:
-            experts, weights = gate(normed)
-            answer = yield ExpertCall(layer, *(yield from self._to_host(normed, experts, weights)))
+            asked = yield from self._to_host(attended.normed, attended.experts, attended.weights)
+            answer = yield ExpertCall(layer, *asked)
         assert answer is not None, "an expert call is answered"
         return self.device.to_device(answer)[0]
 
@@ -183,6 +132,11 @@ class StageModel:
             return download.take()
         finally:
             download.give_up()
+
+
+def _chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the rows [S] of x [T, D]. They ascend: as many as there are in x are all of them."""
+    return x if rows.shape[0] == x.shape[0] else x.index_select(0, rows)
 
 
 def _put_on(device: Device, batch: MicroBatch) -> MicroBatch:

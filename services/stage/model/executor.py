@@ -165,7 +165,7 @@ def _probe_batch(model: StageModel, block: int) -> MicroBatch:
     lost."""
     hidden = torch.zeros(1, dtype=torch.int64)
     if model.embedding is None:
-        norm = model.layers[0].input_norm.weight
+        norm = model.layers[0].half.input_norm.weight
         hidden = torch.ones((1, norm.shape[0]), dtype=norm.dtype)
     zero = torch.zeros(1, dtype=torch.int32)
     return MicroBatch(

@@ -15,12 +15,16 @@ from common.checkpoint.model_config import ModelConfig
 from common.checkpoint.tensor_names import embedding_name, lm_head_name
 from common.checkpoint.weights import CheckpointWeights
 from common.compute.device import HOST, Device
+from common.compute.expert_choice import ExpertChoice
 from common.compute.gated_ffn import GatedExpert
 from common.compute.linear import PackedLinear
 from common.compute.native_library import NativeKernels
+from common.compute.rms_norm import Norm
 from common.topology import StageRole
 from services.stage.model.attention import Attention, AttentionHeads, RotaryTable, repeat_norm_weights
-from services.stage.model.decoder import DecoderLayer, Gate, Norm, StageModel
+from services.stage.model.decoder import DecoderLayer, StageModel
+from services.stage.model.layer_half.composed import ComposedHalf, Gate
+from services.stage.model.layer_half.native import layer_half
 from services.stage.model.sharded_linear import (
     ALONE,
     Embedding,
@@ -79,13 +83,14 @@ class PartLoader:
     def layer(self, index: int) -> DecoderLayer:
         """Loads one whole layer of the model."""
         prefix = f"model.layers.{index}"
-        return DecoderLayer(
-            index=index,
+        has_experts = self._config.moe_layers[index]
+        half = ComposedHalf(
             input_norm=self.norm(f"{prefix}.input_layernorm"),
             attention=self.attention(index),
             post_attention_norm=self.norm(f"{prefix}.post_attention_layernorm"),
-            feed_forward=self.gate(index) if self._config.moe_layers[index] else self.dense(index),
+            gate=self.gate(index) if has_experts else None,
         )
+        return DecoderLayer(index, layer_half(half, self._kernels), None if has_experts else self.dense(index))
 
     def norm(self, name: str) -> Norm:
         """Loads a norm's weight, of which every rank has all."""
@@ -175,9 +180,11 @@ class PartLoader:
         name = name if f"{prefix}.{name}" in self._weights else "mlp.gate.weight"
         return Gate(
             PackedLinear(self._weights.tensor(f"{prefix}.{name}", shape), kernels=self._kernels),
-            config.num_experts_per_token,
-            normalize=config.normalize_expert_weights,
-            round_weights=not config.gate_weights_in_float32,
+            ExpertChoice(
+                config.num_experts_per_token,
+                normalize=config.normalize_expert_weights,
+                round_weights=not config.gate_weights_in_float32,
+            ),
         )
 
     def embedding(self) -> Callable[[Tensor], Tensor]:

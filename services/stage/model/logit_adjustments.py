@@ -113,9 +113,12 @@ class KeptAdjustments:
         """
         self.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
         adjusted: Int64Array = frame_to_array(step.adjusted, "int64", (None, 3), "Step.adjusted")
-        told = _read_told(step, adjusted, len(sequence_ids))
-        if not len(adjusted):
+        penalties: Float64Array = frame_to_array(step.penalties, "float64", (None, 5), "Step.penalties")
+        counts: Int32Array = frame_to_array(step.token_counts, "int32", (None, 4), "Step.token_counts")
+        biases: Float64Array = frame_to_array(step.biases, "float64", (None, 3), "Step.biases")
+        if not len(adjusted) + len(penalties) + len(counts) + len(biases):
             return None
+        told = _read_told(adjusted, penalties, counts, biases, len(sequence_ids))
         kept: dict[int, _KeptSequence] = {}
         for row, num_generated, is_anew in adjusted.tolist():
             sequence_id = int(sequence_ids[row])
@@ -148,10 +151,9 @@ class _Told:
         return _KeptSequence(num_generated, penalties, CountedTokens(counts) if is_counted else None, biases)
 
 
-def _read_told(step: Step, adjusted: Int64Array, num_rows: int) -> _Told:
-    penalties: Float64Array = frame_to_array(step.penalties, "float64", (None, 5), "Step.penalties")
-    counts: Int32Array = frame_to_array(step.token_counts, "int32", (None, 4), "Step.token_counts")
-    biases: Float64Array = frame_to_array(step.biases, "float64", (None, 3), "Step.biases")
+def _read_told(
+    adjusted: Int64Array, penalties: Float64Array, counts: Int32Array, biases: Float64Array, num_rows: int
+) -> _Told:
     rows, num_generated, is_anew = adjusted.T
     if not (((rows >= 0) & (rows < num_rows)).all() and len(np.unique(rows)) == len(rows)):
         raise ProtocolError(f"Step.adjusted holds a row outside [0, {num_rows}), or one twice")
@@ -241,8 +243,13 @@ def without_unlikely(scaled: Tensor, min_ps: npt.NDArray[np.float64]) -> Tensor:
     """Returns [S, V] with -inf where a token is less likely than the likeliest of its row times min_p [S]; 0: off."""
     if not min_ps.any():
         return scaled
-    with np.errstate(divide="ignore"):
-        margins = torch.from_numpy(np.log(min_ps).astype(np.float32))
+    margins = torch.from_numpy(margins_of(min_ps))
     # p < min_p * p_max is logit < logit_max + ln(min_p): no sum over the row, and the likeliest always stays.
     floors = scaled.max(dim=-1, keepdim=True).values + margins[:, None]
     return scaled.masked_fill(scaled < floors, -torch.inf)
+
+
+def margins_of(min_ps: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Returns [S]: how far from the best logit of its row one may be; minus infinity where min_p is off."""
+    with np.errstate(divide="ignore"):
+        return np.log(min_ps).astype(np.float32)

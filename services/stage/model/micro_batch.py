@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import ProtocolError
 from common.messages import Step
 from common.wire.array import Float64Array, Int32Array, Int64Array, frame_to_array
-from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, Records, frame_to_records
+from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, Records, columns_of, frame_to_records
 from services.stage.model.logit_adjustments import KeptAdjustments, LogitAdjustments
 from services.stage.model.paged_attention import AttendingRows
 
@@ -122,7 +122,7 @@ class BlockTables:
             self._computed.pop(sequence_id, None)
         sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         new_blocks: Int32Array = frame_to_array(step.new_blocks, "int32", (None,), "Step.new_blocks")
-        if any((sequences[name] < 0).any() for name in STEP_SEQUENCE.fields or () if name != "sequence_id"):
+        if len(sequences) and columns_of(sequences)[:, 1:].min() < 0:
             raise ProtocolError("Step.sequences holds a negative number")
         num_announced = int(sequences["num_new_blocks"].sum())
         if num_announced != new_blocks.size:
@@ -183,16 +183,11 @@ def _lay_out(
     block_tokens: int,
     adjustments: KeptAdjustments | None = None,
 ) -> MicroBatch:
-    starts, counts = sequences["start"], sequences["num_tokens"]
-    num_tokens = hidden.shape[0]
     padded = np.zeros((len(block_tables), max((t.size for t in block_tables), default=0)), dtype=np.int32)
     for row, table in enumerate(block_tables):
         padded[row, : table.size] = table
-    row_sequence = np.repeat(np.arange(len(block_tables), dtype=np.int32), counts)
-    ends = np.cumsum(counts)
-    positions = np.arange(num_tokens) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
-    blocks = padded[row_sequence, positions // block_tokens].astype(np.int64)
-    slots = blocks * block_tokens + positions % block_tokens
+    row_sequence, positions, last_rows = _spread(sequences["start"], sequences["num_tokens"], hidden.shape[0])
+    slots = padded[row_sequence, positions // block_tokens] * np.int64(block_tokens) + positions % block_tokens
     samples = sequences["samples"] != 0
     return MicroBatch(
         hidden=hidden,
@@ -200,18 +195,28 @@ def _lay_out(
         row_sequence=torch.from_numpy(row_sequence),
         block_tables=torch.from_numpy(padded),
         slots=torch.from_numpy(slots),
-        sampling_rows=torch.from_numpy(ends[samples] - 1),
+        sampling_rows=torch.from_numpy(last_rows[samples]),
         sampling=_sampling_columns(step, sequences[samples], adjustments),
     )
+
+
+def _spread(starts: Int64Array, counts: Int64Array, num_tokens: int) -> tuple[Int32Array, Int64Array, Int64Array]:
+    """Returns the sequence [T] and the position [T] of each token, and the row of the last one of each sequence [Q]."""
+    if num_tokens == len(counts):  # one each, as in most steps
+        rows = np.arange(num_tokens)
+        return rows.astype(np.int32), starts, rows
+    ends = np.cumsum(counts)
+    positions = np.arange(num_tokens) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts), positions, ends - 1
 
 
 def _sampling_columns(step: Step, sequences: Records, kept: KeptAdjustments | None) -> SamplingColumns:
     sampling = frame_to_records(step.sampling, SAMPLING, len(sequences), "Step.sampling")
     seeds = frame_to_records(step.seeds, SEED, len(sequences), "Step.seeds")
-    if (
-        not all(np.isfinite(sampling[name]).all() for name in SAMPLING.fields or ())
-        or (sampling["top_k"] >= 1 << 31).any()
-        or (sampling["num_top_logprobs"] > MAX_TOP_LOGPROBS).any()
+    if len(sampling) and not (
+        np.isfinite(columns_of(sampling)).all()
+        and sampling["top_k"].max() < 1 << 31
+        and sampling["num_top_logprobs"].max() <= MAX_TOP_LOGPROBS
     ):
         raise ProtocolError(
             f"Step.sampling holds a number that is not finite, or asks for over {MAX_TOP_LOGPROBS} logprobs"

@@ -11,14 +11,16 @@ S rows, V tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.stage.model.logit_adjustments import adjusted_logits, without_unlikely
+from common.compute.linear import KERNEL_DTYPES
+from common.compute.native_library import NativeKernels
+from common.wire.array import Float32Array, Int32Array, Int64Array
+from services.stage.model.logit_adjustments import adjusted_logits, margins_of, without_unlikely
 from services.stage.model.micro_batch import SamplingColumns
 
 MIN_TEMPERATURE = 1e-30
@@ -27,50 +29,114 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 Uint64Array = npt.NDArray[np.uint64]
+_ROW = np.dtype(
+    [
+        ("temperature", np.float64),
+        ("margin", np.float64),
+        ("top_p", np.float64),
+        ("top_k", np.int64),
+        ("seed", np.int64),
+        ("choice", np.int64),
+        ("position", np.int64),
+        ("token", np.int64),
+    ]
+)
+"""What the kernels take of a row, and its token; -1 there: they leave it to the rules."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
     """What was chosen. P is the largest number of top logprobs that a row asked for (the rest is filler)."""
 
-    token_ids: Tensor
-    """int32 [S]."""
-    logprobs: Tensor
-    """float32 [S], of the model's own distribution; 0 where not asked for."""
-    top_token_ids: Tensor
-    """int32 [S, P]."""
-    top_logprobs: Tensor
-    """float32 [S, P]."""
+    token_ids: Int32Array
+    """[S]."""
+    logprobs: Float32Array
+    """[S], of the model's own distribution; 0 where not asked for."""
+    top_token_ids: Int32Array
+    """[S, P]."""
+    top_logprobs: Float32Array
+    """[S, P]."""
 
 
-def sample(logits: Tensor, columns: SamplingColumns) -> SampledTokens:
+def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | None = None) -> SampledTokens:
     """logits [S, V] of any float dtype -> one token a row, as its columns ask for."""
-    logits = logits.to(torch.float32)
-    adjusted = logits if columns.adjustments is None else adjusted_logits(logits, columns.adjustments)
-    tokens = torch.argmax(adjusted, dim=-1)
-    drawn = np.flatnonzero(columns.temperatures > 0)
+    adjusted = logits
+    if columns.adjustments is not None:
+        adjusted = adjusted_logits(logits.to(torch.float32), columns.adjustments)
+    if kernels is None:
+        tokens = choose_by_rules(adjusted, columns, np.arange(len(columns.seeds)))
+    else:
+        tokens = _choose(adjusted, columns, kernels)
+    num_rows, num_top = len(tokens), int(columns.num_top_logprobs.max(initial=-1))
+    logprobs = np.zeros(num_rows, dtype=np.float32)
+    top_token_ids = np.zeros((num_rows, max(0, num_top)), dtype=np.int32)
+    top_logprobs = np.zeros(top_token_ids.shape, dtype=np.float32)
+    if num_top >= 0:
+        rows = np.flatnonzero(columns.num_top_logprobs >= 0)
+        all_logprobs = torch.log_softmax(logits[torch.from_numpy(rows)].to(torch.float32), dim=-1)
+        logprobs[rows] = all_logprobs.gather(1, torch.from_numpy(tokens[rows, None]))[:, 0].numpy()
+        width = min(num_top, logits.shape[1])
+        if width:
+            top = _best(all_logprobs, width)
+            top_token_ids[rows, :width] = top
+            top_logprobs[rows, :width] = np.take_along_axis(all_logprobs.numpy(), top, axis=1)
+    return SampledTokens(tokens.astype(np.int32), logprobs, top_token_ids, top_logprobs)
+
+
+def _best(logprobs: Tensor, count: int) -> Int64Array:
+    """logprobs [A, V] -> token ids [A, count], best first; of equals, the first ones.
+
+    Which of equals `topk` takes depends on how many it takes, and so on what the other rows of a step ask for.
+    """
+    values, least = logprobs.numpy(), torch.topk(logprobs, count, dim=-1).values[:, -1:].numpy()
+    found = np.flatnonzero(values >= least)
+    rows, tokens = np.divmod(found, logprobs.shape[1])
+    order = np.lexsort((-values.reshape(-1)[found], rows))  # stable: equals stay in the order of their ids
+    firsts = np.searchsorted(rows, np.arange(len(logprobs)))
+    best: Int64Array = tokens[order][firsts[:, None] + np.arange(count)]
+    return best
+
+
+def _choose(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels) -> Int64Array:
+    """Returns what `choose_by_rules` does, of all rows."""
+    if logits.dtype not in KERNEL_DTYPES or logits.stride(1) != 1:
+        logits = logits.to(torch.float32).contiguous()
+    (num_rows, vocab_size), adjustments = logits.shape, columns.adjustments
+    wanted = np.empty(num_rows, dtype=_ROW)
+    wanted["temperature"] = np.where(columns.temperatures > 0, np.maximum(columns.temperatures, MIN_TEMPERATURE), 0)
+    wanted["margin"] = -np.inf if adjustments is None else margins_of(adjustments.min_ps)
+    wanted["top_p"], wanted["top_k"] = columns.top_ps, columns.top_ks
+    wanted["seed"], wanted["choice"], wanted["position"] = columns.seeds, columns.choices, columns.positions
+    kernels.choose_tokens(
+        logits.data_ptr(),
+        logits.stride(0),
+        wanted.ctypes.data,
+        num_rows,
+        vocab_size,
+        int(logits.dtype == torch.bfloat16),
+        kernels.threads,
+    )
+    tokens = wanted["token"].copy()
+    left = np.flatnonzero(tokens < 0)
+    if left.size:
+        tokens[left] = choose_by_rules(logits, columns, left)
+    return tokens
+
+
+def choose_by_rules(logits: Tensor, columns: SamplingColumns, rows: Int64Array) -> Int64Array:
+    """logits [S, V] with biases and penalties -> token ids of the given rows."""
+    logits = logits[torch.from_numpy(rows)].to(torch.float32)
+    tokens: Int64Array = torch.argmax(logits, dim=-1).numpy()
+    drawn = np.flatnonzero(columns.temperatures[rows] > 0)
     if drawn.size:
-        tokens[torch.from_numpy(drawn)] = _draw(adjusted, columns, drawn)
-    asked = np.flatnonzero(columns.num_top_logprobs >= 0)
-    num_top = int(columns.num_top_logprobs.max(initial=0))
-    logprobs = torch.zeros(len(tokens))
-    top_token_ids = torch.zeros((len(tokens), num_top), dtype=torch.int32)
-    top_logprobs = torch.zeros((len(tokens), num_top))
-    if asked.size:
-        rows = torch.from_numpy(asked)
-        all_logprobs = torch.log_softmax(logits[rows], dim=-1)
-        logprobs[rows] = all_logprobs.gather(1, tokens[rows, None])[:, 0]
-        if num_top:
-            width = min(num_top, logits.shape[1])
-            values, indices = torch.topk(all_logprobs, width, dim=-1)
-            top_logprobs[rows, :width], top_token_ids[rows, :width] = values, indices.to(torch.int32)
-    return SampledTokens(tokens.to(torch.int32), logprobs, top_token_ids, top_logprobs)
+        tokens[drawn] = _draw(logits[torch.from_numpy(drawn)], columns, rows[drawn]).numpy()
+    return tokens
 
 
-def _draw(logits: Tensor, columns: SamplingColumns, rows: npt.NDArray[Any]) -> Tensor:
-    """Returns the token ids, int64, of the given rows."""
+def _draw(logits: Tensor, columns: SamplingColumns, rows: Int64Array) -> Tensor:
+    """logits: of the given rows."""
     temperatures = np.maximum(columns.temperatures[rows], MIN_TEMPERATURE).astype(np.float32)
-    scaled = logits[torch.from_numpy(rows)] / torch.from_numpy(temperatures)[:, None]
+    scaled = logits / torch.from_numpy(temperatures)[:, None]
     if columns.adjustments is not None:
         scaled = without_unlikely(scaled, columns.adjustments.min_ps[rows])
     scaled = _filtered(scaled, columns.top_ks[rows], columns.top_ps[rows])

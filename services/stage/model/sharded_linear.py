@@ -62,7 +62,7 @@ class Embedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Returns [T, D] for token ids int64 [T]."""
-        return self.table[token_ids]
+        return self.table.index_select(0, token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
 from common.messages import AssignMirror, AssignStage, Header, Hello, MirrorReady, StageReady
@@ -61,6 +62,8 @@ class Slot:
     executor: Executor
     held: HeldMemory
     downstream: MessageSocket
+    sampling_kernels: NativeKernels | None = None
+    """What chooses tokens on the last slot; None: numpy and torch do, by the same rules."""
     last_sequence_number: int = 0
     """The last sequence number of the messages from upstream."""
     adjustments: KeptAdjustments = field(default_factory=KeptAdjustments)

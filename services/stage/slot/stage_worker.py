@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from common.compute.device_errors import LOADING_ERRORS, refusal_to_load
+from common.compute.native_library import NativeKernels
 from common.errors import ProtocolError, RankLostError
 from common.messages import AssignMirror, AssignStage, Header, StageReady
 from common.processes.memory import offered_bytes
@@ -48,6 +49,7 @@ class StageWorker:
         transport: Transport,
         ipc_token: str,
         log: structlog.stdlib.BoundLogger,
+        sampling_kernels: NativeKernels | None = None,
         free_bytes: Callable[[], int] = offered_bytes,
     ) -> None:
         """`layers` may have some of an incarnation before this one, whose load ends before another begins. With ranks
@@ -57,6 +59,7 @@ class StageWorker:
         self._transport = transport
         self._ipc_token = ipc_token
         self._log = log
+        self._sampling_kernels = sampling_kernels
         self._free_bytes = free_bytes
         self._growing: LayersLoad | None = None
         """The layers of the slot that is served, cut for more ranks."""
@@ -289,7 +292,7 @@ class StageWorker:
         executor.self_test()
         endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
         downstream = self._transport.push(f"after {role.slot}", endpoint)
-        self.slot = Slot(role, header.router_term, executor, held, downstream)
+        self.slot = Slot(role, header.router_term, executor, held, downstream, self._sampling_kernels)
         self._log.info(
             "slot_taken",
             pipeline=message.pipeline,

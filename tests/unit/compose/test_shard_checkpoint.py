@@ -26,6 +26,7 @@ from compose.shard_checkpoint import shard_checkpoint
 from compose.tiny_checkpoint import write_tiny_checkpoint
 from services.expert.shard_store import ShardStore
 from services.router.front.text.tokenizer import TextTokenizer
+from services.stage.model.layer_half.composed import ComposedHalf
 from services.stage.model.loading import load_stage
 from tests.support.checkpoints.tiny_checkpoints import QWEN3_TIED_SHARDED_BF16, write_checkpoint
 
@@ -86,8 +87,10 @@ def test_a_stage_loads_from_its_folder_what_it_loads_from_the_whole(model: Path,
             for directory in (model, parts / f"stage-{index}")
         ]
         x = torch.randn((2, config.hidden_size), generator=torch.Generator().manual_seed(3))
-        first, second = (own.layers[0].attention.parts[0].qkv for own in loaded)
-        assert torch.equal(first(x), second(x))
+        first, second = (own.layers[0].half for own in loaded)
+        assert isinstance(first, ComposedHalf)
+        assert isinstance(second, ComposedHalf)
+        assert torch.equal(first.attention.parts[0].qkv(x), second.attention.parts[0].qkv(x))
         for own in loaded:
             assert (own.embedding is not None, own.lm_head is not None) == (index == 0, index == 1)
 

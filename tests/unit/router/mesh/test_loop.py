@@ -192,9 +192,10 @@ def test_a_restored_choice_with_nothing_left_to_make_is_refused_and_the_router_g
 def test_a_cancelled_request_gets_nothing_more(mesh: FakeMesh) -> None:
     mesh.loop.submit(build_request("r", max_tokens=50))
     mesh.settle(4)
+    mesh.loop.cancel(RequestId("r"))
+    mesh.turn()
     count = len(mesh.tokens("r"))
     assert 0 < count < 50
-    mesh.loop.cancel(RequestId("r"))
     mesh.settle()
     assert len(mesh.tokens("r")) == count
     assert mesh.errors("r") == []

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from common.errors import MoemeshError
 from common.ids import PipelineId
 from common.messages import (
     AssignStage,
@@ -16,6 +17,7 @@ from common.messages import (
     StageHeartbeat,
 )
 from common.wire.transport import LinkEvent
+from services.router.engine import Token
 from services.router.scheduling.admission import Admission
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Request
@@ -150,6 +152,44 @@ def test_a_first_stage_that_takes_no_step_yet_gets_it_later_in_order(mesh: FakeM
     mesh.client.pipelines[FIRST].takes_steps = True
     mesh.settle(20)
     assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_the_next_step_is_sent_before_the_tokens_of_the_last_one_are_handed_on(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noted(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def note_and_call(*arguments: Any) -> Any:
+            done.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, method, note_and_call)
+
+    mesh.loop.submit(build_request("r"))
+    mesh.turn()
+    mesh.answer()
+    noted(mesh.client, "send_step", "step")
+    noted(mesh.loop._flow, "_sink", "tokens")
+    noted(mesh.loop, "_receive_control", "control")
+    noted(mesh.loop, "_apply_commands", "commands")
+    mesh.turn()
+    assert done == ["step", "tokens", "commands", "control"]
+
+
+def test_tokens_are_handed_on_in_the_turn_in_which_they_come_and_before_an_error_that_follows(mesh: FakeMesh) -> None:
+    mesh.loop.submit(build_request("r"))
+    mesh.turn()
+    mesh.answer()
+    mesh.turn()
+    assert len(mesh.tokens("r")) == 1
+    mesh.answer()
+    mesh.turn(10_000)
+    *tokens, error = mesh.outcomes["r"]
+    assert [type(token) for token in tokens] == [Token] * 2
+    assert isinstance(error, MoemeshError)
 
 
 def test_a_step_carries_the_counters_that_fence_it_and_the_time_left(mesh: FakeMesh) -> None:

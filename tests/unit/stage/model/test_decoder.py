@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from services.stage.model.micro_batch import read_micro_batch
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,
     MIXTRAL_SLIDING_TIED,
@@ -114,6 +116,18 @@ def test_stages_chunks_nodes_and_batch_mates_change_no_bit(recipe: Recipe, made:
         pipeline.logits([Chunk(1, TOKENS[69:])]),
     ]
     assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+def test_the_rows_that_sample_have_the_logits_that_they_have_among_all(kernels: str, made: Made) -> None:
+    directory, _ = made(QWEN3)
+    pipeline = LocalPipeline(directory, kernels=kernels_for(kernels))
+    (model,), (caches,) = pipeline.models, pipeline.caches
+    step = pipeline.step([Chunk(1, TOKENS[:9]), Chunk(2, TOKENS[9:20])])
+    batch = read_micro_batch(step, torch.tensor(TOKENS[:20]), pipeline.tables[0])
+    assert batch.sampling_rows.tolist() == [8, 19]
+    sampled = pipeline.run(model, batch, caches)
+    assert torch.equal(sampled, pipeline.run(model, replace(batch, sampling_rows=torch.arange(20)), caches)[[8, 19]])
 
 
 @pytest.mark.parametrize("combine", ["exact", "partial"])

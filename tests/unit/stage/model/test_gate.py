@@ -10,8 +10,9 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from common.compute.expert_choice import ExpertChoice
 from common.compute.linear import PackedLinear
-from services.stage.model.decoder import Gate
+from services.stage.model.layer_half.composed import Gate
 from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for, one_torch_thread
 
 __all__ = ["one_torch_thread"]
@@ -45,7 +46,7 @@ def test_experts_and_weights_are_transformers_own(
     with torch.inference_mode():
         _, wanted_weights, wanted_experts = router_of(family, normalize, weight)(hidden)
         linear = PackedLinear(weight, kernels=kernels_for(kernels))
-        gate = Gate(linear, 3, normalize=normalize, round_weights=family == "qwen3_moe")
+        gate = Gate(linear, ExpertChoice(3, normalize=normalize, round_weights=family == "qwen3_moe"))
         experts, weights = gate(hidden)
     assert experts.dtype == torch.int64
     assert weights.dtype == torch.float32
@@ -59,7 +60,7 @@ def test_experts_and_weights_are_transformers_own(
 
 
 def test_weights_fall_and_normalized_ones_sum_to_one() -> None:
-    gate = Gate(PackedLinear(seeded((12, 64), torch.float32, 1), kernels=None), 5, normalize=True, round_weights=False)
+    gate = Gate(PackedLinear(seeded((12, 64), torch.float32, 1), kernels=None), ExpertChoice(5, True, False))
     experts, weights = gate(seeded((30, 64), torch.float32, 2))
     assert (weights[:, 1:] <= weights[:, :-1]).all()
     assert torch.allclose(weights.sum(-1), torch.ones(30))
@@ -68,7 +69,8 @@ def test_weights_fall_and_normalized_ones_sum_to_one() -> None:
 
 @pytest.mark.parametrize("kernels", KERNEL_CHOICES)
 def test_a_token_goes_where_it_goes_whoever_comes_along(kernels: str) -> None:
-    gate = Gate(PackedLinear(seeded((12, 64), torch.float32, 1), kernels=kernels_for(kernels)), 3, True, False)
+    linear = PackedLinear(seeded((12, 64), torch.float32, 1), kernels=kernels_for(kernels))
+    gate = Gate(linear, ExpertChoice(3, True, False))
     hidden = seeded((33, 64), torch.float32, 2)
     experts, weights = gate(hidden)
     for row in (0, 7, 32):

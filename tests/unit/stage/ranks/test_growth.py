@@ -35,7 +35,7 @@ def keeper_of(ranks: ThreadRanks, free_bytes: int = PLENTY) -> Iterator[StageWor
     transport: Any = MemoryTransport()
     log: Any = ranks.log
     layers = StageLayers(ranks.config, ranks.checkpoint, NUM_POSITIONS, ranks.kernels, ranks=ranks.group)
-    keeper = StageWorker(layers, transport, "", log, lambda: free_bytes)
+    keeper = StageWorker(layers, transport, "", log, free_bytes=lambda: free_bytes)
     yield keeper
     keeper.close()
 

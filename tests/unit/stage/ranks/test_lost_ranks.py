@@ -41,7 +41,7 @@ def watch_parts(monkeypatch: pytest.MonkeyPatch, fails: Any = lambda rank: None)
     def load(*arguments: Any) -> Any:
         fails(arguments[-1].shard.rank)
         model = load_stage(*arguments)
-        parts.append(weakref.ref(model.layers[0].attention.parts[0].qkv))
+        parts.append(weakref.ref(model.layers[0].half.attention.parts[0].qkv))
         return model
 
     monkeypatch.setattr(worker_module, "load_stage", load)

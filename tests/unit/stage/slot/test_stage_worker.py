@@ -266,7 +266,7 @@ def test_another_dtype_is_another_load(worker: Worker, loads: list[Any]) -> None
     assert isinstance(worker.finish(), RoleTaken)
     assert len(loads) == 2
     assert worker.layers.loaded is not None
-    assert worker.layers.loaded.model.layers[0].input_norm.weight.dtype == torch.bfloat16
+    assert worker.layers.loaded.model.layers[0].half.input_norm.weight.dtype == torch.bfloat16
 
 
 def test_a_load_that_hangs_ends_the_node_also_when_its_slot_was_taken_away(

@@ -1,0 +1,1 @@
+"""The half of a layer that lies between two feed-forward networks, as one callable."""
