@@ -44,6 +44,13 @@ class SpoilRings(BackgroundFault):
         rings = [ring for victim in victims for ring in rings_of(victim)]
         if not rings:
             raise TargetError(f"{', '.join(victim.name for victim in victims)}: no ring is mapped there")
+        for pid, start, stop in rings:
+            try:
+                _slot_bytes((pid, start, stop))
+                with open(f"/proc/{pid}/mem", "r+b", buffering=0):
+                    pass
+            except OSError as error:
+                raise TargetError(f"the rings of process {pid} cannot be changed: {error}") from None
         self._begin(lambda: self._spoil(rings, random.Random(self.seed)), patience_s=0.0)
 
     def _spoil(self, rings: Sequence[Ring], draw: random.Random) -> None:
@@ -74,28 +81,34 @@ def rings_of(node: Node) -> list[Ring]:
 
 def spoil_calls(ring: Ring, head_share: float, draw: random.Random) -> int:
     """Changes bits of each slot whose call is asked, or answered and not read. Returns how many slots that were."""
-    pid, start, stop = ring
+    pid, start, _stop = ring
     num_spoilt = 0
     try:
-        # What is mapped is whole pages; the file has the size of the slots.
-        slot_bytes = os.stat(f"/proc/{pid}/map_files/{start:x}-{stop:x}").st_size // SLOTS
+        slot_bytes = _slot_bytes(ring)
         with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
             for slot in range(SLOTS):
                 place = start + slot * slot_bytes
                 memory.seek(place)
-                data = bytearray(memory.read(slot_bytes))
+                data = memory.read(slot_bytes)
                 if int.from_bytes(data[:4], "little") not in (_ASKED, _ANSWERED):
                     continue
                 num_spoilt += 1
-                for line in range(HEAD_BYTES, slot_bytes - _LINE_BYTES, _LINE_BYTES):
-                    data[line + draw.randrange(_LINE_BYTES)] ^= 1 << draw.randrange(8)
+                lines = range(HEAD_BYTES, slot_bytes - _LINE_BYTES, _LINE_BYTES)
+                spoilt = [line + draw.randrange(_LINE_BYTES) for line in lines]
                 if draw.random() < head_share:
-                    data[draw.randrange(HEAD_BYTES)] ^= 1 << draw.randrange(8)
-                memory.seek(place)
-                memory.write(data)
+                    spoilt.append(draw.randrange(HEAD_BYTES))
+                for offset in spoilt:  # one by one: the other side goes on writing
+                    memory.seek(place + offset)
+                    memory.write(bytes([data[offset] ^ 1 << draw.randrange(8)]))
     except (OSError, ValueError):
         return num_spoilt  # it has ended meanwhile, or has given the ring up
     return num_spoilt
+
+
+def _slot_bytes(ring: Ring) -> int:
+    """What is mapped is whole pages; the file has the size of the slots. Raises OSError."""
+    pid, start, stop = ring
+    return os.stat(f"/proc/{pid}/map_files/{start:x}-{stop:x}").st_size // SLOTS
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -99,7 +99,7 @@ class NativeKernels:
     end_call_server: ctypes._NamedFuncPointer
     add_ring: ctypes._NamedFuncPointer
     remove_ring: ctypes._NamedFuncPointer
-    set_held_shard: ctypes._NamedFuncPointer
+    set_held_shards: ctypes._NamedFuncPointer
     read_call_counts: ctypes._NamedFuncPointer
     ask_experts: ctypes._NamedFuncPointer
     await_answers: ctypes._NamedFuncPointer
@@ -268,7 +268,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         end_call_server=function("end_call_server", "a"),
         add_ring=function("add_ring", "aiai"),
         remove_ring=function("remove_ring", "ai"),
-        set_held_shard=function("set_held_shard", "aiaaai"),
+        set_held_shards=function("set_held_shards", "aai"),
         read_call_counts=function("read_call_counts", "aa", quick=True),
         ask_experts=function("ask_experts", "aaiaaa", result=ctypes.c_int64, quick=True),
         await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),

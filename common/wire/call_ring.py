@@ -28,6 +28,8 @@ SLOTS: Final = 4
 """Calls that one stage may have with one node at a time: two micro-batches, each hedged once."""
 MAX_ROWS: Final = 256
 """Token rows of a call: a chunk of a prompt has no more, by default. A larger call goes as messages."""
+USUAL_RING_BYTES: Final = 64 << 20
+"""A ring is not larger; that of a wide model has fewer rows."""
 _VERSION: Final = 1
 _MAX_MESSAGE_BYTES: Final = 1024
 _MAX_RING_BYTES: Final = 1 << 30
@@ -81,7 +83,9 @@ class RingShape(ctypes.Structure):
 
 def ring_shape(width: int, value_bytes: int, pairs_per_token: int) -> RingShape:
     """Returns the shape of every ring of a mesh whose model has this width and so many (expert, slice) a token."""
-    return RingShape(SLOTS, MAX_ROWS, MAX_ROWS * pairs_per_token, width, value_bytes)
+    row_bytes = (1 + pairs_per_token) * width * value_bytes
+    rows = max(1, min(MAX_ROWS, USUAL_RING_BYTES // (SLOTS * row_bytes)))
+    return RingShape(SLOTS, rows, rows * pairs_per_token, width, value_bytes)
 
 
 def ring_path(folder: Path, node_id: str) -> Path:
@@ -151,8 +155,9 @@ def receive_offer(connection: socket.socket) -> RingOffer:
             raise ProtocolError(f"a ring's offer has sizes {fields[2:]}: each is 1 to {_MAX_RING_BYTES}")
         shape = RingShape(*fields[2:])
         _check_memory(descriptors[0], shape)
+        _check_bell(descriptors[1])
         return RingOffer(fields[1], shape, *descriptors)
-    except (ProtocolError, ValueError, msgpack.UnpackException) as error:
+    except (ProtocolError, OSError, ValueError, msgpack.UnpackException) as error:
         for descriptor in descriptors:
             os.close(descriptor)
         raise error if isinstance(error, ProtocolError) else ProtocolError(f"a ring's offer: {error}") from None
@@ -169,6 +174,13 @@ def _check_memory(descriptor: int, shape: RingShape) -> None:
         raise ProtocolError(f"a ring's memory has {size} bytes and seals {seals}: {shape.num_bytes} and F_SEAL_SHRINK")
 
 
+def _check_bell(descriptor: int) -> None:
+    """What is no eventfd, or waits, could hold whoever rings it."""
+    if "eventfd-count" not in Path(f"/proc/self/fdinfo/{descriptor}").read_text():
+        raise ProtocolError("a ring's bell is an eventfd")
+    os.set_blocking(descriptor, False)
+
+
 def send_verdict(connection: socket.socket, refusal: str, bell: int) -> None:
     """Tells the stage that its ring is in use from now on, with the node's bell, or why not. Raises OSError."""
     _send(connection, msgpack.packb(refusal[:500]), [] if refusal else [bell])
@@ -182,11 +194,15 @@ def receive_verdict(connection: socket.socket) -> int:
         refusal = msgpack.unpackb(body)
     except (ValueError, msgpack.UnpackException):
         refusal = "its answer is not readable"
-    if not refusal and len(descriptors) == 1:
+    try:
+        if refusal or len(descriptors) != 1:
+            raise ProtocolError(f"the ring was refused: {refusal or 'no bell came with it'}")
+        _check_bell(descriptors[0])
         return descriptors[0]
-    for descriptor in descriptors:
-        os.close(descriptor)
-    raise ProtocolError(f"the ring was refused: {refusal or 'no bell came with it'}")
+    except (ProtocolError, OSError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
 
 
 def _send(connection: socket.socket, body: bytes, descriptors: list[int]) -> None:

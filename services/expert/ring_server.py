@@ -7,7 +7,8 @@ import ctypes
 import os
 import socket
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,12 @@ from common.wire.call_ring import (
 from services.expert.shard_store import ShardStore
 
 _BACKLOG = 64
+MAX_LINKS = 256
+"""Stages, and what else connects; who is beyond that waits."""
+OFFER_S = 5.0
+"""How long a connection may bring no ring."""
+RETRY_S = 1.0
+"""How long after a thread could not be started it is tried again."""
 FILE_INTERVAL_S = 1.0
 """How often the file of the listening socket is looked for."""
 _NO_WEIGHTS = (0, 0, 0, 0)
@@ -51,6 +58,7 @@ class CallThread:
     """The native thread that serves the calls of one store's shards."""
 
     def __init__(self, store: ShardStore, kernels: NativeKernels) -> None:
+        """Raises OSError where there is no descriptor or no thread left."""
         config = store.config
         self.shape = ring_shape(
             config.hidden_size, store.dtype.itemsize, config.num_experts_per_token * store.num_slices
@@ -68,6 +76,9 @@ class CallThread:
             kernels.threads,
             self.bell,
         )
+        if not self._handle:
+            os.close(self.bell)
+            raise OSError("no thread can be started; a limit of threads or processes (`ulimit -u`) is reached")
         store.watch(self._changed)
 
     def add(self, number: int, memory: RingMemory, stage_bell: int) -> None:
@@ -94,11 +105,13 @@ class CallThread:
         os.close(self.bell)
         return counts
 
-    def _changed(self, shard: ShardId, expert: GatedExpert | None) -> None:
-        """A shard is there now, or goes: its weights are in no use any more when this returns."""
-        place = shard.layer * self._shards_per_layer + shard.expert * self._store.num_slices + shard.slice_index
-        fields = _NO_WEIGHTS if expert is None else expert.group_fields
-        self._kernels.set_held_shard(self._handle, place, *fields)
+    def _changed(self, changed: Mapping[ShardId, GatedExpert | None]) -> None:
+        """Shards are there now, or go: what was there before is in no use any more when this returns."""
+        places = array("q")
+        for shard, expert in changed.items():
+            place = shard.layer * self._shards_per_layer + shard.expert * self._store.num_slices + shard.slice_index
+            places.extend((place, *(_NO_WEIGHTS if expert is None else expert.group_fields)))
+        self._kernels.set_held_shards(self._handle, places.buffer_info()[0], len(changed))
 
 
 @dataclass(slots=True)
@@ -106,6 +119,7 @@ class _Link:
     """A connection of a stage, and its ring once it has handed one over."""
 
     connection: socket.socket
+    since_s: float
     bell: int | None = None
 
 
@@ -124,6 +138,7 @@ class RingServer:
     _listener: socket.socket = field(init=False)
     _path: Path = field(init=False)
     _look_for_file_s: float = 0.0
+    _open_after_s: float = 0.0
     _thread: CallThread | None = None
     _store: ShardStore | None = None
     _links: dict[int, _Link] = field(default_factory=dict)
@@ -139,19 +154,18 @@ class RingServer:
     def look(self, store: ShardStore | None) -> None:
         """Takes in what has come. `store`: the shards that calls are answered with now; with another one all rings are
         given up, and their stages hand over new ones."""
+        now_s = self.clock()
         if store is not self._store:
             self._give_all_up()
-            self._store = store
-            self._thread = None if store is None else self.open_thread(store, self.kernels)
-        self._look_after_file()
-        with suppress(BlockingIOError):
-            while True:
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                self._num_links += 1
-                self._links[self._num_links] = _Link(connection)
+            self._store, self._open_after_s = store, 0.0
+        if self._thread is None and store is not None and now_s >= self._open_after_s:
+            self._open(store, now_s)
+        if now_s >= self._look_for_file_s:
+            self._look_for_file_s = now_s + FILE_INTERVAL_S
+            self._look_after_file()
+        self._accept(now_s)
         for number, link in list(self._links.items()):
-            self._look_at(number, link)
+            self._look_at(number, link, now_s)
 
     def counts(self) -> RingCounts:
         """Returns the sums over all stores."""
@@ -166,14 +180,30 @@ class RingServer:
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
+    def _open(self, store: ShardStore, now_s: float) -> None:
+        try:
+            self._thread = self.open_thread(store, self.kernels)
+        except OSError as error:
+            self.log.warning("no_rings", folder=str(self.folder), reason=str(error))
+            self._open_after_s = now_s + RETRY_S
+
+    def _accept(self, now_s: float) -> None:
+        try:
+            while len(self._links) < MAX_LINKS:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._num_links += 1
+                self._links[self._num_links] = _Link(connection, now_s)
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptor is left, say: whoever waits is taken in later
+            self.log.warning("ring_not_taken", reason=str(error))
+
     def _look_after_file(self) -> None:
         """Without its file no stage finds the way here any more."""
-        if (now_s := self.clock()) < self._look_for_file_s:
-            return
-        self._look_for_file_s = now_s + FILE_INTERVAL_S
-        if self._path.exists():
-            return
         try:
+            if self._path.exists():
+                return
             listener = _listen(self._path)
         except OSError as error:
             self.log.warning("no_rings", folder=str(self.folder), reason=str(error))
@@ -182,8 +212,10 @@ class RingServer:
         self._listener = listener
         self.log.warning("ring_file_made_again", path=str(self._path), reason="it was gone")
 
-    def _look_at(self, number: int, link: _Link) -> None:
+    def _look_at(self, number: int, link: _Link, now_s: float) -> None:
         try:
+            if link.bell is None and now_s - link.since_s > OFFER_S:
+                raise ProtocolError(f"no ring was offered within {OFFER_S:.0f} s")
             if link.bell is not None:
                 if link.connection.recv(1) == b"":
                     raise ConnectionResetError("the stage is gone")
@@ -266,6 +298,7 @@ def _remove_abandoned(folder: Path) -> None:
             try:
                 asking.connect(str(path))
             except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # in a folder of all it may be another user's
+                    path.unlink(missing_ok=True)
             except OSError:
                 continue  # it is there, and busy, or not ours to look at

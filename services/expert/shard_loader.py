@@ -214,9 +214,7 @@ class ShardLoader:
                 assignment.next_report_s = 0.0  # calls wait for these
 
     def _drop_unwanted(self, store: ShardStore) -> None:
-        for shard in store:
-            if shard not in self._assignment.wanted:
-                store.drop(shard)
+        store.drop(*(shard for shard in store if shard not in self._assignment.wanted))
 
     def _bitmap(self, store: ShardStore) -> TensorFrame:
         config = self.held.config

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ from common.compute.native_library import NativeKernels
 from common.errors import CheckpointError, ExecutionError
 from common.topology import ShardId
 
-ShardWatcher = Callable[[ShardId, GatedExpert | None], None]
-"""Hears of a shard that is there now, or, with None, goes."""
+ShardWatcher = Callable[[Mapping[ShardId, GatedExpert | None]], None]
+"""Hears of shards that are there now, or, with None, go."""
 
 
 class ShardStore:
@@ -61,32 +61,36 @@ class ShardStore:
         rows = probe_rows(self.config.hidden_size).to(weights.dtype).to(weights.device)
         answer = grouped_gated_ffn(rows, (0, PROBE_ROWS), (expert,)).cpu()
         check_answer(answer, torch_answer(rows, gate, up, down).cpu(), shard)
-        self._probes[shard] = summarise(answer)
-        self._shards[shard] = expert
-        self._tell(shard, expert)
+        with self._watching:
+            former = self._shards.get(shard)
+            self._probes[shard] = summarise(answer)
+            self._shards[shard] = expert
+            self._tell({shard: expert})
+        del former  # one that was loaded twice: whoever is told does not use it any more
 
     def probe(self, shard: ShardId) -> ProbeAnswer:
         """Returns what a shard that is held answered."""
         return self._probes[shard]
 
-    def drop(self, shard: ShardId) -> None:
-        """Lets a shard go; one that is not held is not an error."""
-        self._tell(shard, None)
-        self._shards.pop(shard, None)
-        self._probes.pop(shard, None)
+    def drop(self, *shards: ShardId) -> None:
+        """Lets shards go; one that is not held is not an error."""
+        with self._watching:
+            self._tell(dict.fromkeys(shards))
+            for shard in shards:
+                self._shards.pop(shard, None)
+                self._probes.pop(shard, None)
 
     def watch(self, watcher: ShardWatcher | None) -> None:
-        """Tells of each shard that is held, and from now on of each that comes (perhaps twice, from the loader's
-        thread) or goes, which it does when that returns. None: tells nobody, and nobody is being told."""
+        """Tells of all shards that are held, and from now on of each that comes, from the loader's thread, or goes.
+        Weights that go are freed after whoever is told has returned. None: tells nobody, and nobody is being told."""
         with self._watching:
             self._watcher = watcher
-        for shard, expert in list(self._shards.items()):
-            self._tell(shard, expert)
+            self._tell(dict(self._shards))
 
-    def _tell(self, shard: ShardId, expert: GatedExpert | None) -> None:
-        with self._watching:
-            if self._watcher is not None:
-                self._watcher(shard, expert)
+    def _tell(self, changed: Mapping[ShardId, GatedExpert | None]) -> None:
+        """To be called with the lock: what is told is in the order in which it happened."""
+        if self._watcher is not None and changed:
+            self._watcher(changed)
 
     def _read(self, weights: CheckpointWeights, shard: ShardId) -> tuple[Tensor, Tensor, Tensor]:
         """Reads gate, up and down."""

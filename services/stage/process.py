@@ -121,4 +121,8 @@ class StageProcess:
         """Returns the rings for calls to nodes of this host; None where all calls go as messages."""
         if self._kernels is None or node.rings_folder is None:
             return None
-        return Rings(nodes, node.rings_folder, self._kernels, self._resources.config.hidden_size, node.log)
+        try:
+            return Rings(nodes, node.rings_folder, self._kernels, self._resources.config.hidden_size, node.log)
+        except OSError as error:
+            node.log.warning("no_rings", folder=str(node.rings_folder), reason=str(error))
+            return None

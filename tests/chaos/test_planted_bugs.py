@@ -133,10 +133,20 @@ def test_rows_are_cut_or_repeated_to_the_number_that_is_needed() -> None:
 
 def test_a_hedge_counts_twice_and_other_answers_once() -> None:
     taken: list[float] = []
-    take = planted_bugs.count_hedge_twice(lambda self, part, rows: taken.append(float(rows.sum())))
-    take(None, SimpleNamespace(is_hedge=False), torch.ones(2))
-    take(None, SimpleNamespace(is_hedge=True), torch.ones(2))
+    refusals: list[Exception] = []
+
+    def kept(self: object, part: object, answer: torch.Tensor | Exception, now_s: float) -> None:
+        if isinstance(answer, Exception):
+            refusals.append(answer)
+        else:
+            taken.append(float(answer.sum()))
+
+    take = planted_bugs.count_hedge_twice(kept)
+    take(None, SimpleNamespace(is_hedge=False), torch.ones(2), 0.0)
+    take(None, SimpleNamespace(is_hedge=True), torch.ones(2), 0.0)
+    take(None, SimpleNamespace(is_hedge=True), ValueError("refused"), 0.0)
     assert taken == [2.0, 4.0]
+    assert len(refusals) == 1
 
 
 @dataclass(frozen=True)

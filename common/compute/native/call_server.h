@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,6 +19,12 @@ namespace {
 
 struct CallCounts {  // mirrored by _Counts in call_server.py
     std::atomic<int64_t> steps{0}, rows{0}, busy_ns{0}, answer_bytes{0}, refused{0}, in_hand{0};
+};
+
+struct ShardChange {
+    int64_t place;  // layer * shards of a layer + shard
+    const void *gate, *up, *down;
+    int64_t width;
 };
 
 class CallServer {
@@ -40,9 +47,12 @@ class CallServer {
         for (size_t i = 0; i < rings_.size(); i++)
             if (rings_[i].id == id) rings_.erase(rings_.begin() + i--);
     }
-    void set_shard(int64_t place, const Group& weights) {
+    void set_shards(const ShardChange* changes, int64_t count) {
         const Change change(*this);
-        held_[place] = weights;
+        for (int64_t i = 0; i < count; i++) {
+            const ShardChange& shard = changes[i];
+            held_[shard.place] = {shard.gate, shard.up, shard.down, shard.width, 0, 0};
+        }
     }
     CallCounts counts;
 
@@ -89,11 +99,10 @@ class CallServer {
         for (int64_t i = 0; i < count; i++) {
             const Ring& ring = rings_[(first_ring_ + i / shape_.slots) % rings_.size()];
             const Slot slot = slot_of(ring.memory, shape_, i % shape_.slots);
-            if (state_of(slot.head) != ASKED) continue;
+            if (state_of(slot.head) != ASKED || !change_state(slot.head, ASKED, TAKEN)) continue;
             const SlotHead head = *slot.head;  // once: a peer may change it at any time
-            if (!calls_.empty() && head.layer != calls_[0].head.layer) continue;
-            if (!change_state(slot.head, ASKED, TAKEN)) continue;
-            calls_.push_back({ring, slot, head, {}, GIVEN});
+            if (calls_.empty() || head.layer == calls_[0].head.layer) calls_.push_back({ring, slot, head, {}, GIVEN});
+            else if (!change_state(slot.head, TAKEN, ASKED)) set_state(slot.head, FREE);  // nobody wants it any more
         }
         first_ring_++;
         if (calls_.empty()) return false;

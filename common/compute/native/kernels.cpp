@@ -21,7 +21,7 @@
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 7; }
+int64_t moemesh_abi_version(void) { return 8; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -122,16 +122,20 @@ void moemesh_choose_tokens(const void* logits, int64_t stride, SamplingRow* rows
 // Calls through rings, of the expert node: one server a process, with the shards of one store.
 void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape* shape, int64_t is_bf16,
                                 int64_t threads, int64_t bell) {
-    return new CallServer(layers, shards, *shape, is_bf16, threads, bell);
+    try {
+        return new CallServer(layers, shards, *shape, is_bf16, threads, bell);
+    } catch (const std::system_error&) {
+        return nullptr;  // there can be no more threads
+    }
 }
 void moemesh_end_call_server(void* server) { delete (CallServer*)server; }
 void moemesh_add_ring(void* server, int64_t number, void* memory, int64_t stage_bell) {
     ((CallServer*)server)->add_ring(number, (uint8_t*)memory, stage_bell);
 }
 void moemesh_remove_ring(void* server, int64_t number) { ((CallServer*)server)->remove_ring(number); }
-void moemesh_set_held_shard(void* server, int64_t place, const void* gate, const void* up, const void* down,
-                            int64_t width) {
-    ((CallServer*)server)->set_shard(place, {gate, up, down, width, 0, 0});
+// `changes` [count]: place, gate, up, down, width; all null: it goes.
+void moemesh_set_held_shards(void* server, const int64_t* changes, int64_t count) {
+    ((CallServer*)server)->set_shards((const ShardChange*)changes, count);
 }
 void moemesh_read_call_counts(void* server, int64_t* numbers) {
     const CallCounts& counts = ((CallServer*)server)->counts;

@@ -169,6 +169,7 @@ template <class T> int64_t find(const Scaled<T>& row, float floor, float best, b
 
 // Of `count` entries, the last one of the smallest set that holds `target`; false where that is too close to tell.
 bool find_last_within(Entry* entries, int64_t count, double target, double doubt, Cut* cut) {
+    if (!count) return false;
     int64_t low = 0, high = count;
     double before = 0;  // what those before `low` weigh, which all stay
     while (high - low > TILE) {

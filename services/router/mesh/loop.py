@@ -175,13 +175,17 @@ class MeshLoop:
         """Receives results and sends the steps after them, before anything else: stages wait for that and for nothing
         else here. The tokens are written and shown while the stages compute."""
         num_done = self._flow.totals.pipeline_steps
-        self._renew(self._flow.receive_results(now_s), now_s)
-        if self._flow.totals.pipeline_steps > num_done:
-            self._send_plans(now_s)
-            self._flow.hand_on()
+        try:
+            self._renew(self._flow.receive_results(now_s), now_s)
+            if self._flow.totals.pipeline_steps > num_done:
+                # What nodes have said in the meantime has not been heard yet: nobody's time is up before that.
+                self._send_plans(now_s, expires=False)
+        finally:
+            self._flow.hand_on()  # also where this thread breaks: these tokens have been made
 
-    def _send_plans(self, now_s: float) -> None:
-        self._renew(self._flow.send_plans(now_s, partial(self._stages.is_awaited, now_s=now_s)), now_s)
+    def _send_plans(self, now_s: float, *, expires: bool = True) -> None:
+        is_awaited = partial(self._stages.is_awaited, now_s=now_s)
+        self._renew(self._flow.send_plans(now_s, is_awaited, expires=expires), now_s)
 
     def _apply_commands(self, now_s: float) -> None:
         """Applies what others have asked for; what is restored at once, since only a request in line gets the cache of

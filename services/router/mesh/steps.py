@@ -79,13 +79,15 @@ class StepFlow:
         self._client.close_pipeline(pipeline)
         self._answered_s.pop(pipeline, None)  # by others, perhaps, than those that hold the slots next
 
-    def send_plans(self, now_s: float, is_awaited: Callable[[SequenceId], bool]) -> list[PipelineId]:
+    def send_plans(
+        self, now_s: float, is_awaited: Callable[[SequenceId], bool], *, expires: bool = True
+    ) -> list[PipelineId]:
         """Sends what the scheduler decides; what a first stage does not take yet goes with the next call.
 
-        `is_awaited`: as the scheduler takes it. Pipelines that the scheduler has given up need a new generation, and
+        `is_awaited`, `expires`: as the scheduler takes them. Pipelines that it has given up need a new generation, and
         those with a step that fits no message: stages would wait for it, since the next one names it.
         """
-        self.scheduler.schedule(now_s, is_awaited)
+        self.scheduler.schedule(now_s, is_awaited, expires=expires)
         self.scheduler.plan_canaries(now_s)
         for request_id, sequence_id in self.scheduler.pop_placements():
             self._note_placement(request_id, sequence_id)

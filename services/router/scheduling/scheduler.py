@@ -122,14 +122,19 @@ class Scheduler:
     # Steps
 
     def schedule(
-        self, now_s: float, is_awaited: Callable[[SequenceId], bool] = lambda sequence_id: False
+        self,
+        now_s: float,
+        is_awaited: Callable[[SequenceId], bool] = lambda sequence_id: False,
+        *,
+        expires: bool = True,
     ) -> list[StepPlan]:
         """Plans all micro-batches that may be sent now. Ask `pop_failures` afterwards: deadlines are looked at here.
 
         `is_awaited`: whether a restored request, by the sequence that it was, is to wait for the pipeline that has its
-        cache.
+        cache. `expires`: whether requests end whose time is up.
         """
-        self._expire(now_s)
+        if expires:
+            self._expire(now_s)
         self._waiting.place(now_s, is_awaited)
         plans: list[StepPlan] = []
         for pipeline in sorted(self._schedules.open):

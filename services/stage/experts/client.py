@@ -37,6 +37,8 @@ LOOK_AGAIN_S = 0.01
 """The wait after nothing could be done about a late part: no budget, or no copy."""
 SOON_S = 0.002
 """How long a stage that has nothing else to do waits for the answers of rings before it looks at its sockets."""
+LOST_S = 2.0
+"""How long a ring may owe an answer: then it is asked for in a message, of the same node if there is no other."""
 RINGS_INTERVAL_S = 0.02
 """How often rings are looked after, besides when a link changes."""
 AWAY_S = 0.1
@@ -123,7 +125,7 @@ class ExpertClient:
         Before a placement is known they wait for it. Raises ExecutionError for a layer that the placement lacks.
         """
         number, num_slices = next(self._call_numbers), self.nodes.num_slices
-        if self._rings is not None and self.combine == "exact" and not self._in_flight.outliers.is_anyone_struck:
+        if self._rings is not None and self.combine == "exact" and not self._in_flight.outliers.is_anyone_struck(now_s):
             asked = self._rings.ask(number, call, header, now_s, deadline_s)
             if asked is not None:
                 self._in_rings[number] = asked
@@ -136,7 +138,9 @@ class ExpertClient:
     def await_answer(self, number: int, clock: Callable[[], float]) -> CallDone | None:
         """Waits for a call that goes through rings, for SOON_S at most. None: `poll` will say how it has ended."""
         asked = self._in_rings.get(number)
-        if asked is None or self._rings is None or not self._rings.take_in(asked, SOON_S):
+        # With another call there, too, the bell may have been rung for that one: the owner's poll hears it.
+        is_alone = len(self._in_rings) == 1 and not self._in_flight.in_rings
+        if asked is None or self._rings is None or not is_alone or not self._rings.take_in(asked, SOON_S):
             return None
         return self._end_in_rings(asked, clock())
 
@@ -207,7 +211,8 @@ class ExpertClient:
         rings.silence()
         if now_s >= self._next_rings_s:
             self._next_rings_s = now_s + RINGS_INTERVAL_S
-            rings.look(now_s)
+            for number in rings.look(now_s):
+                self._lose_ring(number, now_s)
         for asked in list(self._in_rings.values()):
             if rings.take_in(asked):
                 done = self._end_in_rings(asked, now_s)
@@ -219,11 +224,28 @@ class ExpertClient:
             if part.ring.outcome(part.ring_index) is None:
                 rings.take_in(part.ring)
             outcome = part.ring.outcome(part.ring_index)
-            if outcome is not None and part.number in part.pending.parts:
+            if part.number not in part.pending.parts:
+                continue  # it was taken back by what has been done for one before
+            if outcome is None and now_s - part.asked_s >= LOST_S:
+                self._lose_part(part, now_s)  # perhaps its slot was changed: a message would not be
+            elif outcome is not None:
                 self._heard(part.rows.node, now_s)
                 rows = part.ring.rows[torch.from_numpy(part.rows.pairs)]
                 error = None if outcome is Outcome.GIVEN else ExecutionError(self._refusal(part.rows.node, outcome))
                 self._take(part, rows if error is None else error, now_s)
+
+    def _lose_ring(self, node: int, now_s: float) -> None:
+        """What was asked through a ring that was given up is asked again; the node itself may be well."""
+        for asked in [asked for asked in self._in_rings.values() if any(n.number == node for n in asked.nodes)]:
+            self._follow(asked, now_s)
+        for part in self._in_flight.owed_by(node):
+            if part.ring is not None and part.number in part.pending.parts:
+                self._lose_part(part, now_s)
+
+    def _lose_part(self, part: AskedPart, now_s: float) -> None:
+        self._in_flight.pop(part)
+        part.pending.unask(part)
+        self._resend(part.pending, now_s)
 
     def _end_in_rings(self, asked: RingCall, now_s: float) -> CallDone | None:
         """Ends a call of which nothing is to come. None: it was refused in part, and goes on as others do."""
@@ -253,9 +275,16 @@ class ExpertClient:
         )
         self._in_flight.follow(pending, asked)
         for part in asked.parts():
-            if part.outcome not in (None, Outcome.GIVEN):
+            if part.outcome is None:
+                continue
+            self._heard(part.rows.node, now_s)
+            if part.outcome is Outcome.GIVEN:
+                self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
+                self._in_flight.budget.earn()
+            else:
                 self._note_refusal(pending, part.rows.node, self._refusal(part.rows.node, part.outcome), now_s)
-        self._resend(pending, now_s)
+        if asked.num_slices == self.nodes.num_slices:  # else it fails: there are no such shards any more
+            self._resend(pending, now_s)
         self._finish_if_whole(pending, now_s)
 
     def _refusal(self, node: int, outcome: Outcome) -> str:

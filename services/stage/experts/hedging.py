@@ -111,6 +111,8 @@ FREE_STRIKES = 2
 """A pause or a burst of load makes a strike or two; only more of them make a slow node."""
 FIRST_PENALTY_S = 0.25
 LONGEST_PENALTY_S = 4.0
+STRUCK_S = 30.0
+"""So long after a doubt began a node counts as struck lately, unless it is forgiven before."""
 FORGIVEN_AFTER_ANSWERS = 20
 """Answers in time, one after the other."""
 
@@ -126,6 +128,8 @@ class _Standing:
     not_before_s: float = 0.0
     losses_in_a_row: int = 0
     is_suspect: bool = False
+    struck_s: float = -STRUCK_S
+    """When the last doubt began."""
     strikes: int = 0
     """Times that a doubt began, until it is forgiven."""
     answers_in_a_row: int = 0
@@ -145,10 +149,10 @@ class OutlierDetector:
     def __init__(self) -> None:
         self._standings: dict[int, _Standing] = {}
 
-    @property
-    def is_anyone_struck(self) -> bool:
+    def is_anyone_struck(self, now_s: float) -> bool:
         """Returns whether some node was in doubt lately."""
-        return bool(self._standings)
+        standings = self._standings.values()
+        return any(s.doubted_s is not None or now_s - s.struck_s < STRUCK_S for s in standings)
 
     def heard(self, node: int, now_s: float) -> None:
         """Notes that it said something, however late: it lives, and doubts may end."""
@@ -214,7 +218,7 @@ class OutlierDetector:
         standing.heard = False
         if standing.doubted_s is None:
             standing.strikes += 1
-            standing.doubted_s = now_s
+            standing.doubted_s = standing.struck_s = now_s
             standing.not_before_s = now_s + _penalty_s(standing.strikes)
 
     def _end_doubt(self, standing: _Standing, now_s: float) -> None:

@@ -172,7 +172,7 @@ class InFlightCalls:
         if has_none and self.outliers.is_doubted(node.number, now_s):
             if part.ring is None:
                 node.probe, node.probe_after_s = part.number, part.pending.deadline_s
-            else:
+            elif part.pending.num_slices == self.nodes.num_slices:
                 self._probe(node, part.pending, part.rows.pairs, now_s)
             return
         if node.connected and part.ring is None:

@@ -10,7 +10,6 @@ T tokens, K experts a token, S slices of an expert, D model width; P = T * K * S
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import socket
 import time
@@ -46,6 +45,8 @@ from services.stage.model.decoder import ExpertCall
 
 OPEN_INTERVAL_S = 1.0
 """How often a node is offered a ring again that has refused one, or has closed it."""
+MAX_DOUBLINGS = 5
+"""The interval doubles as often as a node refuses in a row."""
 FULL_S = 2.0
 """How long a node may have no free slot before it is given a new ring."""
 _WAITING, _TAKEN_IN = 0, 1
@@ -87,6 +88,11 @@ class Ring:
     bell: int = -1
     """The node's; -1: it has not said yes yet."""
 
+    def has_free_slot(self, shape: RingShape) -> bool:
+        """Returns whether a call could be written now."""
+        starts = range(0, shape.num_bytes, shape.num_bytes // shape.slots)
+        return any(not ctypes.c_uint32.from_address(self.memory.address + start).value for start in starts)
+
     def close(self) -> None:
         """Gives it up; calls that are in it keep its memory."""
         self.connection.close()
@@ -102,6 +108,7 @@ class _Peers:
     nodes: list[ExpertNode]
     rings: list[Ring]
     """Kept, so that what native code looks into is there."""
+    shape: RingShape
     table: ctypes.Array[_Peer]
     holders: dict[int, Int64Array | None] = field(default_factory=dict)
     """Layer -> int32 [shards, C]: places in `nodes` by shard key and place in the list of copies; None: a shard has no
@@ -177,7 +184,7 @@ class Rings:
         width: int,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
-        """`folder`: where nodes of this host listen. `width`: of the model."""
+        """`folder`: where nodes of this host listen. `width`: of the model. Raises OSError."""
         self._nodes = nodes
         self._folder = folder
         self._kernels = kernels
@@ -191,8 +198,13 @@ class Rings:
         """The changes of nodes and of rings that `_peers` has seen."""
         self._num_changes = 0
         self._open_after_s: dict[int, float] = {}
-        self._full_since_s: float | None = None
-        self._numbers = itertools.count(1)
+        self._full_s: tuple[float, float] | None = None
+        """When a node had no free slot: for the first time, and for the last; None: all had one since."""
+        self._last_number = 0
+        self._gone: set[int] = set()
+        """Nodes whose ring was given up since the last look."""
+        self._refusals: dict[int, int] = {}
+        """How often in a row each node has refused one."""
         self.bell = new_bell()
         """Rings when a node has answered; to be waited for."""
 
@@ -203,15 +215,19 @@ class Rings:
         """Returns how many nodes have taken theirs."""
         return sum(ring.bell >= 0 for ring in self._rings.values())
 
-    def look(self, now_s: float) -> None:
-        """Offers rings to nodes that are new, takes in what they say, and gives up those of nodes that are gone."""
+    def look(self, now_s: float) -> set[int]:
+        """Offers rings to nodes that are new, one a time, takes in what they say, and gives up those of nodes that are
+        gone. Returns the nodes whose ring was given up since the last look: nothing will come through it."""
         for number, ring in list(self._rings.items()):
             is_meant = number in self._nodes and self._nodes[number].connected
             if not is_meant or not self._is_open(number, ring):
                 self._give_up(number, now_s)
         for node in self._nodes:
-            if node.connected and node.number not in self._rings and now_s >= self._open_after_s.get(node.number, 0.0):
-                self._offer(node, now_s)
+            is_due = now_s >= self._open_after_s.get(node.number, 0.0)
+            if node.connected and node.number not in self._rings and is_due and self._offer(node, now_s):
+                break  # making one takes milliseconds
+        gone, self._gone = self._gone, set()
+        return gone
 
     def silence(self) -> None:
         """The bell has been heard: what it was rung for is looked at next."""
@@ -224,11 +240,16 @@ class Rings:
             self._give_up(number, 0.0)
         os.close(self.bell)
 
-    def _offer(self, node: ExpertNode, now_s: float) -> None:
+    def _offer(self, node: ExpertNode, now_s: float) -> bool:
+        """Returns whether a ring was made."""
         if not self._shape.slots:
-            return  # no call has said how large it must be
+            return False  # no call has said how large it must be
         self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._log.info("no_ring", node=node.node_id, reason=str(error))
+            return False
         try:
             connection.setblocking(False)
             connection.connect(str(ring_path(self._folder, node.node_id)))
@@ -239,12 +260,13 @@ class Rings:
                 os.close(descriptor)
         except FileNotFoundError:
             connection.close()  # it is on another host, or does without
-            return
+            return False
         except OSError as error:
             connection.close()
             self._log.info("no_ring", node=node.node_id, reason=str(error))
-            return
+            return False
         self._rings[node.number] = Ring(node.incarnation, connection, memory)
+        return True
 
     def _is_open(self, number: int, ring: Ring) -> bool:
         """Returns False for one that was refused, or whose node has closed it."""
@@ -252,18 +274,22 @@ class Rings:
             if ring.bell < 0:
                 ring.bell = receive_verdict(ring.connection)
                 self._num_changes += 1
+                self._refusals.pop(number, None)
                 self._log.info("ring_open", node=self._nodes[number].node_id)
             return ring.connection.recv(1, socket.MSG_PEEK) != b""
         except BlockingIOError:
             return True
         except (OSError, ProtocolError) as error:
+            self._refusals[number] = self._refusals.get(number, 0) + 1
             self._log.info("ring_not_opened", node=self._nodes[number].node_id, reason=str(error))
             return False
 
     def _give_up(self, number: int, now_s: float) -> None:
         self._rings.pop(number).close()
+        self._gone.add(number)
         self._num_changes += 1
-        self._open_after_s[number] = now_s + OPEN_INTERVAL_S
+        doublings = min(MAX_DOUBLINGS, max(0, self._refusals.get(number, 0) - 1))
+        self._open_after_s[number] = now_s + OPEN_INTERVAL_S * 2**doublings
 
     # ---- calls
 
@@ -287,7 +313,7 @@ class Rings:
             slices,
             call.layer,
             time.monotonic_ns() + int((deadline_s - now_s) * 1e9),
-            next(self._numbers) * len(peers.nodes),
+            self._first_number(len(peers.nodes)),
             holders.ctypes.data,
             *holders.shape,
         )
@@ -299,26 +325,33 @@ class Rings:
             pairs.data_ptr(),
             ctypes.addressof(parts),
         )
+        if num_parts < 0:
+            self._note_full(now_s)
         if num_parts <= 0:
-            self._note_full(num_parts < 0, now_s)
             return None
-        self._full_since_s = None
+        self._full_s = None
         rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
         return RingCall(
             number, call, header, deadline_s, now_s, slices, rows, pairs, num_parts, peers, parts, num_parts
         )
 
-    def _note_full(self, is_full: bool, now_s: float) -> None:
-        """Slots do not stay taken for long, unless their states were changed by something else, or a node hangs: new
-        rings are all free."""
-        if not is_full:
+    def _first_number(self, count: int) -> int:
+        """Returns the first of so many numbers that are used for nothing else."""
+        first, self._last_number = self._last_number + 1, self._last_number + count
+        return first
+
+    def _note_full(self, now_s: float) -> None:
+        """Slots do not stay taken for long, unless their states were changed by something else, or a node hangs: a new
+        ring is free."""
+        since_s, last_s = self._full_s or (now_s, now_s)
+        self._full_s = (since_s if now_s - last_s < FULL_S / 4 else now_s), now_s
+        if now_s - self._full_s[0] < FULL_S:
             return
-        if self._full_since_s is None:
-            self._full_since_s = now_s
-        elif now_s - self._full_since_s >= FULL_S:
-            self._log.warning("rings_given_up", reason=f"no slot was free for {FULL_S:.0f} s")
-            self._full_since_s = None
-            for number in list(self._rings):
+        self._full_s = None
+        for number, ring in list(self._rings.items()):
+            if not ring.has_free_slot(self._shape):
+                reason = f"no slot was free for {FULL_S:.0f} s"
+                self._log.warning("ring_given_up", node=self._nodes[number].node_id, reason=reason)
                 self._give_up(number, now_s - OPEN_INTERVAL_S)
 
     def take_in(self, asked: RingCall, timeout_s: float = 0.0) -> bool:
@@ -327,7 +360,7 @@ class Rings:
             ctypes.addressof(asked._parts),
             asked._num_parts,
             ctypes.addressof(asked._peers.table),
-            ctypes.addressof(self._shape),
+            ctypes.addressof(asked._peers.shape),
             asked.pairs.data_ptr(),
             asked.rows.data_ptr(),
             self.bell,
@@ -339,7 +372,9 @@ class Rings:
         """Does not want one part any more. One that is done already stays as it is."""
         part = asked._parts[index]
         self._kernels.take_call_back(
-            ctypes.addressof(part), ctypes.addressof(asked._peers.table[part.peer]), ctypes.addressof(self._shape)
+            ctypes.addressof(part),
+            ctypes.addressof(asked._peers.table[part.peer]),
+            ctypes.addressof(asked._peers.shape),
         )
 
     def total(self, asked: RingCall) -> Tensor:
@@ -381,7 +416,7 @@ class Rings:
             return None
         found = [ring for ring in rings if ring is not None]
         table = (_Peer * len(nodes))(*(_Peer(ring.memory.address, ring.bell, 0) for ring in found))
-        return _Peers(nodes, found, table)
+        return _Peers(nodes, found, self._shape, table)
 
     def _holders(self, peers: _Peers, layer: int) -> Int64Array | None:
         if layer not in peers.holders:

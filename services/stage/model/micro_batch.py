@@ -216,10 +216,12 @@ def _sampling_columns(step: Step, sequences: Records, kept: KeptAdjustments | No
     if len(sampling) and not (
         np.isfinite(columns_of(sampling)).all()
         and sampling["top_k"].max() < 1 << 31
+        and sampling["top_p"].min() >= 0
         and sampling["num_top_logprobs"].max() <= MAX_TOP_LOGPROBS
     ):
         raise ProtocolError(
-            f"Step.sampling holds a number that is not finite, or asks for over {MAX_TOP_LOGPROBS} logprobs"
+            "Step.sampling holds a number that is not finite, a top_p below 0, or asks for over "
+            f"{MAX_TOP_LOGPROBS} logprobs"
         )
     return SamplingColumns(
         sequence_ids=sequences["sequence_id"],

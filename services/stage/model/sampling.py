@@ -88,6 +88,8 @@ def _best(logprobs: Tensor, count: int) -> Int64Array:
 
     Which of equals `topk` takes depends on how many it takes, and so on what the other rows of a step ask for.
     """
+    # What is not a number is as good as impossible here: it goes out as it is, and is refused there.
+    logprobs = torch.nan_to_num(logprobs, nan=-torch.inf)
     values, least = logprobs.numpy(), torch.topk(logprobs, count, dim=-1).values[:, -1:].numpy()
     found = np.flatnonzero(values >= least)
     rows, tokens = np.divmod(found, logprobs.shape[1])

@@ -47,7 +47,8 @@ class HeldStore(ShardStore):
 
     def put(self, shard: ShardId, expert: GatedExpert) -> None:
         self._shards[shard] = expert
-        self._tell(shard, expert)
+        with self._watching:
+            self._tell({shard: expert})
 
 
 class IdleThread(CallThread):
@@ -97,7 +98,10 @@ class SlotView:
 
     def take(self) -> None:
         """As a node does that begins the call."""
-        ctypes.c_uint32.from_address(self._start).value = 2
+        self.set_state(2)
+
+    def set_state(self, state: int) -> None:
+        ctypes.c_uint32.from_address(self._start).value = state
 
     def spoil_rows(self) -> None:
         ctypes.c_uint8.from_address(self._start + self._rows + 5).value ^= 4
@@ -145,18 +149,20 @@ class RingMesh:
         self.rings = Rings(nodes, folder, kernels, WIDTH, LOG)
         self.client = ExpertClient(nodes, LOG, self.rings)
         self.ended: list[CallDone | CallFailed] = []
-        self.client.apply_placement(self._placement(holdings), 1, num_slices, time.monotonic())
+        self.client.apply_placement(self.placement(holdings), 1, num_slices, time.monotonic())
         for name in holdings:
             self.socket(name).events.append(LinkEvent.CONNECTED)
         self.poll()
 
-    def _placement(self, holdings: Mapping[str, Sequence[int]]) -> PublishPlacement:
-        owners = np.zeros((len(holdings), LAYERS, EXPERTS, self.num_slices), dtype=np.int32)
+    def placement(
+        self, holdings: Mapping[str, Sequence[int]], version: int = 1, num_slices: int | None = None
+    ) -> PublishPlacement:
+        owners = np.zeros((len(holdings), LAYERS, EXPERTS, num_slices or self.num_slices), dtype=np.int32)
         for place, held in enumerate(holdings.values()):
             owners[place, :, list(held)] = 1 + place
         count = len(holdings)
         return PublishPlacement(
-            version=1,
+            version=version,
             node_ids=tuple(holdings),
             incarnations=tuple(range(1, 1 + count)),
             endpoints=tuple(f"tcp://{name}:1" for name in holdings),
@@ -235,11 +241,15 @@ class RingMesh:
         assert thread is not None
         return thread
 
-    def slot(self, name: str) -> SlotView:
-        """The first slot of the node's ring."""
+    def number(self, name: str) -> int:
+        """The stage's number of a node."""
+        return next(node.number for node in self.client.nodes if node.node_id == name)
+
+    def slot(self, name: str, index: int = 0) -> SlotView:
+        """A slot of the node's ring."""
         thread = self.thread(name)
         memories = [memory for memory, _ in thread.rings.values()] if isinstance(thread, IdleThread) else []
-        return SlotView([*memories, *getattr(thread, "_memories", {}).values()][0], thread.shape)
+        return SlotView([*memories, *getattr(thread, "_memories", {}).values()][0], thread.shape, index)
 
     def close(self) -> None:
         self.client.close()

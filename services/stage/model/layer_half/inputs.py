@@ -71,6 +71,11 @@ class LayerInputs:
             raise ValueError("block_tables, row_sequence and positions are int32, and slots are int64")
         if not all(tensor.is_contiguous() for tensor in (*indices, batch.slots)):
             raise ValueError("the tensors of a micro-batch are contiguous")
+        cos, sin = table.cos, table.signed_sin
+        if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.shape[1] % 2:
+            raise ValueError(f"tables {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype} turn no pairs")
+        if not cos.is_contiguous() or not sin.is_contiguous():
+            raise ValueError("the rotary tables are contiguous")
         first, last = (int(bound) for bound in torch.aminmax(batch.positions))
         if first < 0 or last >= table.cos.shape[0]:
             raise IndexError(f"positions {first} to {last} for a table of {table.cos.shape[0]}")

@@ -67,8 +67,15 @@ class NativeHalf:
         x = self._checked(x, batch.tokens)
         fed = None if fed is None else self._checked(fed, batch.tokens)
         keys, values = cache.keys, cache.values
-        if keys.shape[1:3] != self._cache_shape or keys.dtype != self._dtype:
+        if keys.shape[1:3] != self._cache_shape or keys.dtype != self._dtype or values.dtype != self._dtype:
             raise ValueError(f"a cache of {self._cache_shape} {self._dtype} is not {tuple(keys.shape)} {keys.dtype}")
+        if values.stride(0) != keys.stride(0) or values.shape[1] != keys.shape[1]:
+            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} are not of one cache")
+        cos = inputs.rotary.cos
+        if cos.dtype != self._dtype or cos.shape[1] > self._cache_shape[1]:
+            raise ValueError(
+                f"a rotary table of {cos.shape[1]} {cos.dtype} does not fit heads of {self._cache_shape[1]}"
+            )
         residual = torch.empty_like(x) if fed is None else x
         normed = torch.empty_like(x)
         experts = weights = None

@@ -328,3 +328,35 @@ def test_a_request_that_cannot_even_be_taken_in_is_told_so(mesh: FakeMesh, monke
     mesh.settle(2)
     (error,) = mesh.errors("bad")
     assert (error.http_status, "request bad" in error.message) == (500, True)
+
+
+def test_tokens_that_have_been_made_reach_their_client_also_where_planning_ends_the_mesh_thread(mesh: FakeMesh) -> None:
+    request = build_request("a", max_tokens=8)
+    mesh.loop.submit(request)
+    mesh.settle(3)
+    made = len(mesh.tokens("a"))
+    with (
+        mock.patch.object(mesh.scheduler, "plan_canaries", side_effect=KeyError("simulated")),
+        pytest.raises(KeyError),
+    ):
+        mesh.settle(2)
+    assert len(mesh.tokens("a")) == made + 1
+
+
+def test_nobodys_time_is_up_before_what_nodes_have_said_was_heard(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh.loop.submit(build_request("a", max_tokens=8))
+    mesh.settle(3)
+    order: list[str] = []
+    for owner, name in ((mesh.scheduler, "_expire"), (mesh.loop, "_receive_control")):
+        original = getattr(owner, name)
+
+        def noted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+    mesh.settle(3)
+    assert order[:2] == ["_receive_control", "_expire"]
+    assert order.count("_expire") == order.count("_receive_control")

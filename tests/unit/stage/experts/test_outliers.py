@@ -9,6 +9,7 @@ from services.stage.experts.hedging import (
     FORGIVEN_AFTER_ANSWERS,
     FREE_STRIKES,
     LONGEST_PENALTY_S,
+    STRUCK_S,
     SUSPECT_AFTER_LOSSES,
     OutlierDetector,
 )
@@ -103,3 +104,17 @@ def test_a_new_connection_starts_clean() -> None:
     suspicions.forget(NODE)
     assert not suspicions.is_doubted(NODE, 1.0)
     assert not suspicions.is_struck(NODE)
+
+
+def test_a_node_that_is_not_asked_any_more_counts_as_struck_for_a_while_only() -> None:
+    suspicions = OutlierDetector()
+    suspicions.lost(NODE, 1.0)
+    suspicions.heard(NODE, 1.1)
+    assert suspicions.is_anyone_struck(1.0 + STRUCK_S - 0.1)
+    assert not suspicions.is_anyone_struck(1.0 + STRUCK_S)
+
+
+def test_a_node_in_doubt_counts_as_struck_for_as_long_as_it_is() -> None:
+    suspicions = OutlierDetector()
+    suspicions.lost(NODE, 1.0)
+    assert suspicions.is_anyone_struck(1000.0)

@@ -12,11 +12,22 @@ import pytest
 import torch
 
 from common.compute.native_library import NativeKernels
-from common.messages import Dispatch
-from common.wire.call_ring import MAX_ROWS, SLOTS, ring_path
+from common.messages import Dispatch, Header
+from common.topology import ShardId
+from common.wire.call_ring import (
+    MAX_ROWS,
+    SLOTS,
+    USUAL_RING_BYTES,
+    RingOffer,
+    make_ring,
+    ring_path,
+    ring_shape,
+    send_offer,
+)
 from common.wire.transport import LinkEvent
-from services.expert.ring_server import RingServer
-from services.stage.experts.client import CallDone
+from services.expert.ring_server import OFFER_S, RingServer
+from services.stage.experts.client import SOON_S, CallDone, CallFailed
+from services.stage.experts.rings import FULL_S
 from tests.support.nodes.kernels import kernels_for, one_torch_thread
 from tests.support.nodes.ring_nodes import ALL, LOG, HeldStore, IdleThread, RingMesh
 
@@ -224,6 +235,117 @@ def test_a_stage_and_a_node_give_back_every_descriptor(tmp_path: Path, kernels: 
         mesh.open_rings()
         mesh.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_two_calls_in_rings_are_not_waited_for_one_by_one(idle: RingMesh) -> None:
+    numbers = [idle.start(idle.call(2, seed=seed)) for seed in range(2)]
+    began_s = time.monotonic()
+    assert [idle.client.await_answer(number, time.monotonic) for number in numbers] == [None, None]
+    assert time.monotonic() - began_s < SOON_S, "the bell is left to whoever hears both"
+
+
+def test_a_call_in_a_ring_that_is_given_up_goes_on_in_messages_though_its_node_stays(idle: RingMesh) -> None:
+    idle.start(idle.call(8))
+    idle.rings._give_up(idle.number("a"), time.monotonic())
+    assert isinstance(await_message(idle, "b"), Dispatch)
+
+
+def test_what_only_one_node_holds_is_asked_of_it_again_in_a_message_where_its_ring_is_given_up(
+    tmp_path: Path, kernels: NativeKernels
+) -> None:
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL}, idle=["a"])
+    try:
+        mesh.open_rings()
+        mesh.start(mesh.call(4))
+        mesh.rings._give_up(mesh.number("a"), time.monotonic())
+        assert isinstance(await_message(mesh, "a"), Dispatch)
+    finally:
+        mesh.close()
+
+
+def test_a_ring_whose_slots_stay_taken_is_given_up_and_a_new_one_is_free(mesh: RingMesh) -> None:
+    for index in range(SLOTS):
+        mesh.slot("a", index).set_state(7)
+    since_s = time.monotonic()
+    for later_s in (0.0, 0.4, 0.8, 1.2, 1.6, FULL_S):
+        assert mesh.rings.ask(1, mesh.call(8), Header(), since_s + later_s, since_s + 10) is None
+    until_s = time.monotonic() + 5
+    while mesh.rings.num_open < 2 and time.monotonic() < until_s:
+        mesh.poll()
+    mesh.start(mesh.call(8))
+    assert isinstance(mesh.finish(), CallDone)
+    assert not any(mesh.socket_messages().values())
+
+
+def test_an_answer_of_a_call_that_is_late_elsewhere_counts_as_heard(tmp_path: Path, kernels: NativeKernels) -> None:
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL}, idle=["b"])
+    try:
+        mesh.open_rings()
+        began_s = time.monotonic()
+        mesh.start(mesh.call(8))
+        assert isinstance(await_message(mesh, "a"), Dispatch)
+        assert mesh.client.nodes[mesh.number("a")].heard_s >= began_s
+        assert mesh.client.nodes[mesh.number("b")].heard_s < began_s
+    finally:
+        mesh.close()
+
+
+def test_experts_that_are_cut_anew_while_calls_are_in_rings_end_those_with_an_error(idle: RingMesh) -> None:
+    idle.start(idle.call(8))
+    assert idle.client.apply_placement(idle.placement({"a": ALL, "b": ALL}, version=2, num_slices=2), 1, 2, 0.0)
+    ended = idle.finish()
+    assert isinstance(ended, CallFailed)
+    assert "cut into 2" in str(ended.error)
+
+
+def test_no_two_parts_have_one_number_however_many_nodes_there_are(mesh: RingMesh) -> None:
+    numbers = [mesh.rings._first_number(count) for count in (3, 3, 2, 5, 1)]
+    assert numbers == [1, 4, 7, 9, 14]
+
+
+def test_what_connects_and_offers_nothing_is_let_go(tmp_path: Path, kernels: NativeKernels) -> None:
+    now_s = 100.0
+    server = RingServer(tmp_path, "a", 1, kernels, LOG, clock=lambda: now_s)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(str(ring_path(tmp_path, "a")))
+        silent.settimeout(1)
+        server.look(None)
+        now_s += OFFER_S + 0.1
+        server.look(None)
+        assert silent.recv(1) == b""
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_a_bell_that_is_no_eventfd_is_refused(mesh: RingMesh, tmp_path: Path, kind: str) -> None:
+    reading, bell = os.pipe() if kind == "pipe" else (os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDWR))
+    memory, descriptor = make_ring(mesh.thread("a").shape)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stage:
+        stage.connect(str(ring_path(tmp_path, "a")))
+        send_offer(stage, RingOffer(1, mesh.thread("a").shape, descriptor, bell))
+        mesh.look()
+        stage.settimeout(1)
+        assert stage.recv(1) == b""
+    for each in (reading, bell, descriptor):
+        os.close(each)
+    del memory
+
+
+def test_a_shard_that_is_loaded_twice_and_one_that_goes_live_until_whoever_computes_with_them_knows(
+    mesh: RingMesh,
+) -> None:
+    store, shard = mesh.stores["a"], ShardId(0, 0, 0)
+    seen: list[bool] = []
+    store.watch(lambda changed: seen.append(store.find(shard) is not None))
+    store.drop(shard)
+    assert seen == [True, True], "all that are held; and before it goes"
+
+
+def test_a_ring_of_a_wide_model_has_fewer_rows_and_no_more_bytes() -> None:
+    for width, pairs in ((64, 2), (2048, 8), (7168, 32), (1 << 20, 64)):
+        shape = ring_shape(width, 2, pairs)
+        assert shape.max_rows >= 1
+        assert shape.num_bytes <= USUAL_RING_BYTES + SLOTS * 4096 + shape.slots * (pairs + 1) * width * 2
 
 
 def wake(mesh: RingMesh, *names: str) -> None:

@@ -239,3 +239,9 @@ def test_sampling_numbers_that_make_no_sense_harm_no_stage(column: int, value: f
     else:
         return
     assert "Step.sampling" in refused
+
+
+def test_a_share_of_probability_below_nothing_is_refused() -> None:
+    message = step([(7, 0, 2, 0, 1, 1)], [1], sampling=[(0.5, -1e6, 0.0, -1.0)])
+    with pytest.raises(ProtocolError, match="a top_p below 0"):
+        read(message, tables())

@@ -150,3 +150,10 @@ def test_the_rules_are_asked_only_where_they_have_to_be() -> None:
         assert not rules.called
         sample(torch.zeros((ROWS, 10)) + 1, equal, kernels)
         assert rules.call_args.args[2].tolist() == [2]
+
+
+@pytest.mark.parametrize("top_p", [-1e6, -1.0, -1e-9, 0.0])
+def test_a_share_that_leaves_nothing_is_left_to_the_rules(top_p: float) -> None:
+    draw = np.random.default_rng(3)
+    for kind in ("whole numbers", "ascending"):  # the second time there is memory of the first
+        assert_same(logits_of(kind, 300, 3.0, draw), columns_of(draw, top_ps=np.full(ROWS, top_p)))
