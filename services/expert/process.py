@@ -59,8 +59,4 @@ class ExpertProcess:
         folder, hello, kernels = node.rings_folder, node.control.hello, self._held.kernels
         if folder is None or kernels is None:
             return None
-        try:
-            return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log)
-        except OSError as error:
-            node.log.warning("no_rings", folder=str(folder), reason=str(error))
-            return None
+        return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log)

@@ -135,8 +135,12 @@ class RingServer:
     log: structlog.stdlib.BoundLogger
     clock: Callable[[], float] = time.monotonic
     open_thread: Callable[[ShardStore, NativeKernels], CallThread] = CallThread
-    _listener: socket.socket = field(init=False)
     _path: Path = field(init=False)
+    _listener: socket.socket | None = None
+    _identity: tuple[int, int] | None = None
+    """Of the file by which stages find it."""
+    _trouble: str = ""
+    """Why there is none now, as it was logged."""
     _look_for_file_s: float = 0.0
     _open_after_s: float = 0.0
     _thread: CallThread | None = None
@@ -146,10 +150,8 @@ class RingServer:
     _ended: list[RingCounts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Raises OSError."""
         self._path = ring_path(self.folder, self.node_id)
-        _remove_abandoned(self.folder)
-        self._listener = _listen(self._path)
+        self._look_after_file()
 
     def look(self, store: ShardStore | None) -> None:
         """Takes in what has come. `store`: the shards that calls are answered with now; with another one all rings are
@@ -176,9 +178,11 @@ class RingServer:
     def close(self) -> None:
         """Gives all rings up, and listens no more."""
         self._give_all_up()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            if _identity_of(self._path) == self._identity:
+                self._path.unlink()
 
     def _open(self, store: ShardStore, now_s: float) -> None:
         try:
@@ -189,7 +193,7 @@ class RingServer:
 
     def _accept(self, now_s: float) -> None:
         try:
-            while len(self._links) < MAX_LINKS:
+            while self._listener is not None and len(self._links) < MAX_LINKS:
                 connection, _ = self._listener.accept()
                 connection.setblocking(False)
                 self._num_links += 1
@@ -200,17 +204,22 @@ class RingServer:
             self.log.warning("ring_not_taken", reason=str(error))
 
     def _look_after_file(self) -> None:
-        """Without its file no stage finds the way here any more."""
+        """Without its file no stage finds the way here. One that is gone, or something else, is made again."""
         try:
-            if self._path.exists():
+            if self._identity is not None and _identity_of(self._path) == self._identity:
                 return
+            if self._listener is None:
+                _remove_abandoned(self.folder)
             listener = _listen(self._path)
         except OSError as error:
-            self.log.warning("no_rings", folder=str(self.folder), reason=str(error))
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                self.log.warning("no_rings", folder=str(self.folder), reason=self._trouble)
             return
-        self._listener.close()
-        self._listener = listener
-        self.log.warning("ring_file_made_again", path=str(self._path), reason="it was gone")
+        if self._listener is not None:
+            self._listener.close()
+            self.log.warning("ring_file_made_again", path=str(self._path), reason="it was gone, or something else")
+        self._listener, self._identity, self._trouble = listener, _identity_of(self._path), ""
 
     def _look_at(self, number: int, link: _Link, now_s: float) -> None:
         try:
@@ -291,14 +300,21 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what nodes have left that were killed: nobody listens there."""
-    for path in folder.glob("*-rings"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+    """Removes the sockets that nodes have left which were killed: nobody listens there."""
+    for path in (*folder.glob("*-rings"), *folder.glob("*-rings~")):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            if not path.is_socket():
+                continue  # nothing of ours
             asking.setblocking(False)
             try:
                 asking.connect(str(path))
             except ConnectionRefusedError:
-                with suppress(OSError):  # in a folder of all it may be another user's
-                    path.unlink(missing_ok=True)
-            except OSError:
-                continue  # it is there, and busy, or not ours to look at
+                path.unlink(missing_ok=True)
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

@@ -35,7 +35,8 @@ constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
 struct Dealer {  // memory that the stage's thread keeps
     std::vector<int64_t> rows_of_shard, load, order, shard_of_pair, row_of_token;
     std::vector<int32_t> node_of_shard;
-    std::vector<uint8_t> answer;
+    std::vector<Routing> routing;
+    std::vector<uint8_t> rows, answer;
 };
 thread_local Dealer dealer;
 
@@ -96,19 +97,22 @@ void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& 
         for (int64_t& row : dealer.row_of_token)
             if (row == 0) row = head.rows++;
     }
+    dealer.routing.resize(part.pairs);
     for (int64_t i = 0; i < part.pairs; i++)
-        slot.routing[i] = {(int32_t)dealer.row_of_token[pairs[i] / pairs_of_token],
-                           (int32_t)dealer.shard_of_pair[pairs[i]]};
-    uint64_t sum = checksum(slot.routing, part.pairs * (int64_t)sizeof(Routing), checksum_of_head(head));
-    if (takes_all_tokens) {
-        sum = copied(slot.rows, q.hidden, q.tokens * row_bytes, sum);
-    } else {
+        dealer.routing[i] = {(int32_t)dealer.row_of_token[pairs[i] / pairs_of_token],
+                             (int32_t)dealer.shard_of_pair[pairs[i]]};
+    const uint8_t* rows = q.hidden;
+    if (!takes_all_tokens) {
+        dealer.rows.resize(head.rows * row_bytes);
         for (int64_t token = 0; token < q.tokens; token++)
             if (dealer.row_of_token[token] >= 0)
-                memcpy(slot.rows + dealer.row_of_token[token] * row_bytes, q.hidden + token * row_bytes, row_bytes);
-        sum = checksum(slot.rows, head.rows * row_bytes, sum);
+                memcpy(&dealer.rows[dealer.row_of_token[token] * row_bytes], q.hidden + token * row_bytes, row_bytes);
+        rows = dealer.rows.data();
     }
-    head.asked_checksum = sum;
+    // Sums are of memory of our own: what changes in the shared one from here on is noticed.
+    uint64_t sum = checksum_of_head(head);
+    sum = copied(slot.routing, dealer.routing.data(), part.pairs * (int64_t)sizeof(Routing), sum);
+    head.asked_checksum = copied(slot.rows, rows, head.rows * row_bytes, sum);
     head.state = FREE;
     *slot.head = head;
     set_state(slot.head, ASKED);

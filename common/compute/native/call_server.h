@@ -68,6 +68,7 @@ class CallServer {
         SlotHead head;  // as it was when the call was taken
         std::vector<Routing> routing;
         Outcome outcome;
+        const uint8_t* answer;  // in memory of our own
     };
     // The lock between two batches. The thread lets those that wait for it go first.
     struct Change {
@@ -101,8 +102,10 @@ class CallServer {
             const Slot slot = slot_of(ring.memory, shape_, i % shape_.slots);
             if (state_of(slot.head) != ASKED || !change_state(slot.head, ASKED, TAKEN)) continue;
             const SlotHead head = *slot.head;  // once: a peer may change it at any time
-            if (calls_.empty() || head.layer == calls_[0].head.layer) calls_.push_back({ring, slot, head, {}, GIVEN});
-            else if (!change_state(slot.head, TAKEN, ASKED)) set_state(slot.head, FREE);  // nobody wants it any more
+            if (calls_.empty() || head.layer == calls_[0].head.layer)
+                calls_.push_back({ring, slot, head, {}, GIVEN, nullptr});
+            else if (!change_state(slot.head, TAKEN, ASKED))
+                set_state(slot.head, FREE);  // nobody wants it any more
         }
         first_ring_++;
         if (calls_.empty()) return false;
@@ -173,9 +176,13 @@ class CallServer {
             groups_.back().end = i + 1;
         }
         grouped_ffn(sorted.data(), y.data(), groups_.data(), (int64_t)groups_.size(), width, threads_);
-        for (int64_t i = 0; i < rows; i++) {
-            const Call& call = calls_[order_[i].call];
-            memcpy(call.slot.answer + order_[i].pair * width * sizeof(T), &y[i * width], width * sizeof(T));
+        // In the order in which it was asked, call by call: `x` is not needed any more.
+        for (int64_t i = 0; i < rows; i++) memcpy(&x[order_[i].row * width], &y[i * width], width * sizeof(T));
+        int64_t first = 0;
+        for (Call& call : calls_) {
+            if (call.outcome != GIVEN) continue;
+            call.answer = (const uint8_t*)&x[first];
+            first += call.head.pairs * width;
         }
         return rows;
     }
@@ -186,7 +193,7 @@ class CallServer {
         uint64_t sum = checksum_of_outcome(call.head.number, call.outcome);
         if (call.outcome == GIVEN) {
             const int64_t bytes = call.head.pairs * shape_.width * shape_.value_bytes;
-            sum = checksum(call.slot.answer, bytes, sum);
+            sum = copied(call.slot.answer, call.answer, bytes, sum);
             counts.answer_bytes += bytes;
         } else {
             counts.refused++;

@@ -220,7 +220,7 @@ class Rings:
         gone. Returns the nodes whose ring was given up since the last look: nothing will come through it."""
         for number, ring in list(self._rings.items()):
             is_meant = number in self._nodes and self._nodes[number].connected
-            if not is_meant or not self._is_open(number, ring):
+            if not is_meant or not self._is_open(number, ring, now_s):
                 self._give_up(number, now_s)
         for node in self._nodes:
             is_due = now_s >= self._open_after_s.get(node.number, 0.0)
@@ -244,11 +244,10 @@ class Rings:
         """Returns whether a ring was made."""
         if not self._shape.slots:
             return False  # no call has said how large it must be
-        self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
         try:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            self._log.info("no_ring", node=node.node_id, reason=str(error))
+            self._note_refusal(node, str(error), now_s)
             return False
         try:
             connection.setblocking(False)
@@ -260,15 +259,16 @@ class Rings:
                 os.close(descriptor)
         except FileNotFoundError:
             connection.close()  # it is on another host, or does without
+            self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
             return False
         except OSError as error:
             connection.close()
-            self._log.info("no_ring", node=node.node_id, reason=str(error))
+            self._note_refusal(node, str(error), now_s)
             return False
         self._rings[node.number] = Ring(node.incarnation, connection, memory)
         return True
 
-    def _is_open(self, number: int, ring: Ring) -> bool:
+    def _is_open(self, number: int, ring: Ring, now_s: float) -> bool:
         """Returns False for one that was refused, or whose node has closed it."""
         try:
             if ring.bell < 0:
@@ -280,16 +280,19 @@ class Rings:
         except BlockingIOError:
             return True
         except (OSError, ProtocolError) as error:
-            self._refusals[number] = self._refusals.get(number, 0) + 1
-            self._log.info("ring_not_opened", node=self._nodes[number].node_id, reason=str(error))
+            self._note_refusal(self._nodes[number], str(error), now_s)
             return False
+
+    def _note_refusal(self, node: ExpertNode, reason: str, now_s: float) -> None:
+        times = self._refusals[node.number] = self._refusals.get(node.number, 0) + 1
+        self._log.info("no_ring", node=node.node_id, reason=reason)
+        self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S * 2 ** min(MAX_DOUBLINGS, times - 1)
 
     def _give_up(self, number: int, now_s: float) -> None:
         self._rings.pop(number).close()
         self._gone.add(number)
         self._num_changes += 1
-        doublings = min(MAX_DOUBLINGS, max(0, self._refusals.get(number, 0) - 1))
-        self._open_after_s[number] = now_s + OPEN_INTERVAL_S * 2**doublings
+        self._open_after_s[number] = max(now_s + OPEN_INTERVAL_S, self._open_after_s.get(number, 0.0))
 
     # ---- calls
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -346,6 +348,61 @@ def test_a_ring_of_a_wide_model_has_fewer_rows_and_no_more_bytes() -> None:
         shape = ring_shape(width, 2, pairs)
         assert shape.max_rows >= 1
         assert shape.num_bytes <= USUAL_RING_BYTES + SLOTS * 4096 + shape.slots * (pairs + 1) * width * 2
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_something_else_of_a_nodes_name_gives_way_to_its_socket_or_is_waited_for(
+    mesh: RingMesh, tmp_path: Path, kind: str
+) -> None:
+    path = ring_path(tmp_path, "a")
+    path.unlink()
+    path.mkdir() if kind == "folder" else path.write_text("mine")
+    until_s = time.monotonic() + 5
+    while not path.is_socket() and time.monotonic() < until_s:
+        mesh.look()
+        if kind == "folder" and path.is_dir() and time.monotonic() > until_s - 3:
+            path.rmdir()
+    assert path.is_socket()
+
+
+def test_what_is_no_socket_is_nobodys_that_was_killed(tmp_path: Path, kernels: NativeKernels) -> None:
+    (tmp_path / "wedding-rings").write_text("gold")
+    (tmp_path / "old-rings").mkdir()
+    server = RingServer(tmp_path, "next", 1, kernels, LOG)
+    assert ring_path(tmp_path, "next").is_socket()
+    assert {path.name for path in tmp_path.iterdir()} == {"wedding-rings", "old-rings", "next-rings"}
+    server.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"wedding-rings", "old-rings"}
+
+
+def test_a_folder_that_comes_later_is_listened_in_then(tmp_path: Path, kernels: NativeKernels) -> None:
+    now_s = 0.0
+    server = RingServer(tmp_path / "later", "a", 1, kernels, LOG, clock=lambda: now_s)
+    (tmp_path / "later").mkdir()
+    now_s += 10
+    server.look(None)
+    assert ring_path(tmp_path / "later", "a").is_socket()
+    server.close()
+
+
+def test_a_node_without_a_descriptor_left_takes_rings_in_later(mesh: RingMesh) -> None:
+    with mock.patch.object(mesh.servers["a"], "_listener") as listener:
+        listener.accept.side_effect = OSError(errno.EMFILE, "Too many open files")
+        mesh.look()
+    call = mesh.call(3)
+    mesh.start(call)
+    done = mesh.finish()
+    assert isinstance(done, CallDone)
+    assert torch.equal(done.answer, mesh.wanted(call))
+
+
+def test_a_stage_without_a_descriptor_left_goes_on_in_messages(mesh: RingMesh) -> None:
+    mesh.rings._give_up(mesh.number("a"), 0.0)
+    with mock.patch("services.stage.experts.rings.socket.socket", side_effect=OSError(errno.EMFILE, "Too many")):
+        mesh.client._next_rings_s = 0.0
+        mesh.client.poll(time.monotonic() + 100)
+    mesh.start(mesh.call(3))
+    assert any(isinstance(message, Dispatch) for sent in mesh.socket_messages().values() for message in sent)
 
 
 def wake(mesh: RingMesh, *names: str) -> None:
