@@ -139,9 +139,9 @@ def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
 def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
     """What a hedge answers counts twice in the sum."""
 
-    def planted(self: Any, part: Any, answer: Any, now_s: float) -> None:
+    def planted(self: Any, part: Any, answer: Any, now_s: float, **named: Any) -> None:
         is_rows = isinstance(answer, Tensor)
-        take(self, part, answer + answer if part.is_hedge and is_rows else answer, now_s)
+        take(self, part, answer + answer if part.is_hedge and is_rows else answer, now_s, **named)
 
     return planted
 

@@ -232,7 +232,7 @@ class ExpertClient:
                 self._heard(part.rows.node, now_s)
                 rows = part.ring.rows[torch.from_numpy(part.rows.pairs)]
                 error = None if outcome is Outcome.GIVEN else ExecutionError(self._refusal(part.rows.node, outcome))
-                self._take(part, rows if error is None else error, now_s)
+                self._take(part, rows if error is None else error, now_s, pauses=outcome is not Outcome.DAMAGED)
 
     def _lose_ring(self, node: int, now_s: float) -> None:
         """What was asked through a ring that was given up is asked again; the node itself may be well."""
@@ -282,7 +282,9 @@ class ExpertClient:
                 self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
                 self._in_flight.budget.earn()
             else:
-                self._note_refusal(pending, part.rows.node, self._refusal(part.rows.node, part.outcome), now_s)
+                reason = self._refusal(part.rows.node, part.outcome)
+                # What was damaged in a ring is asked again at once: a message will not be.
+                self._note_refusal(pending, part.rows.node, reason, now_s, part.outcome is not Outcome.DAMAGED)
         if asked.num_slices == self.nodes.num_slices:  # else it fails: there are no such shards any more
             self._resend(pending, now_s)
         self._finish_if_whole(pending, now_s)
@@ -371,12 +373,13 @@ class ExpertClient:
             answer = error
         self._take(part, answer, now_s)
 
-    def _take(self, part: AskedPart, answer: Tensor | MoemeshError, now_s: float) -> None:
-        """Uses what a node says to a part: its rows, or why there are none."""
+    def _take(self, part: AskedPart, answer: Tensor | MoemeshError, now_s: float, *, pauses: bool = True) -> None:
+        """Uses what a node says to a part: its rows, or why there are none. `pauses`: whether that node is then left
+        alone for a while."""
         self._in_flight.pop(part)
         pending = part.pending
         if isinstance(answer, MoemeshError):
-            self._note_refusal(pending, part.rows.node, str(answer), now_s)
+            self._note_refusal(pending, part.rows.node, str(answer), now_s, pauses)
             pending.unask(part)
             self._resend(pending, now_s)
             return
@@ -412,10 +415,11 @@ class ExpertClient:
             rows = frozenset(pending.degraded_rows)
             self._ended.append(CallDone(pending.number, pending.sum.total(), rows, pending.num_retried))
 
-    def _note_refusal(self, pending: PendingCall, node: int, reason: str, now_s: float) -> None:
+    def _note_refusal(self, pending: PendingCall, node: int, reason: str, now_s: float, pauses: bool) -> None:
         self._log.warning("expert_call_refused", layer=pending.call.layer, reason=reason)
         pending.last_refusal = reason
-        pending.pause(node, now_s)
+        if pauses:
+            pending.pause(node, now_s)
 
     def _rows(self, message: ExpertRows, part: AskedPart) -> Tensor:
         hidden = part.pending.call.hidden

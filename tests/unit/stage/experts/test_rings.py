@@ -405,6 +405,24 @@ def test_a_stage_without_a_descriptor_left_goes_on_in_messages(mesh: RingMesh) -
     assert any(isinstance(message, Dispatch) for sent in mesh.socket_messages().values() for message in sent)
 
 
+def test_what_was_damaged_in_a_ring_is_asked_of_the_same_node_in_a_message_at_once(
+    tmp_path: Path, kernels: NativeKernels
+) -> None:
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL}, idle=["a"])
+    try:
+        mesh.open_rings()
+        mesh.start(mesh.call(4))
+        mesh.slot("a").spoil_rows()
+        wake(mesh, "a")
+        until_s = time.monotonic() + 5
+        while mesh.slot("a").state != ANSWERED and time.monotonic() < until_s:
+            time.sleep(0.001)
+        mesh.poll()
+        assert isinstance(mesh.socket_messages()["a"][0], Dispatch), "in the very turn in which it was noticed"
+    finally:
+        mesh.close()
+
+
 def wake(mesh: RingMesh, *names: str) -> None:
     for name in names:
         thread = mesh.thread(name)
