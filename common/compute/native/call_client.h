@@ -1,5 +1,5 @@
-// A stage's side of the rings: deals the pairs of an expert call out to nodes, writes what they are asked, takes in what
-// comes back, and adds it up.
+// A stage's side of the rings: deals the pairs of an expert call out to nodes, writes what they are asked, takes in
+// what comes back, and adds it up.
 //
 // A pair is (token, k, slice), numbered (t * K + k) * S + s; a shard is expert * S + slice, as in experts/dispatch.py,
 // whose choices these are.
@@ -13,19 +13,19 @@
 
 namespace {
 
-struct RingPeer {  // one node; mirrored by RingPeer in call_client.py
+struct RingPeer {  // one node; mirrored by _Peer in services/stage/experts/rings.py
     uint8_t* memory;
     int64_t bell;
     int64_t owed_rows;  // what it has been asked for and has not answered, in pairs
 };
-struct ExpertQuestion {  // mirrored by ExpertQuestion in call_client.py
+struct ExpertQuestion {  // mirrored by _Question there
     const uint8_t* hidden;   // [tokens][width]
     const int64_t* experts;  // [tokens][choices]
     int64_t tokens, choices, slices, layer, deadline_ns, first_number;
     const int32_t* holders;  // [shards][copies]: peers that hold it, first choice first; -1 where there is none
     int64_t shards, copies;
 };
-struct AskedPart {  // mirrored by AskedPart in call_client.py
+struct AskedPart {  // mirrored by _Part there
     int64_t peer, slot, number, first, pairs;
     int64_t state;  // WAITING, TAKEN_IN, or minus the outcome that is not an answer
 };
@@ -179,7 +179,8 @@ int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const 
     return waiting;
 }
 
-int64_t await_answers(AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape, const int64_t* pairs,
+int64_t await_answers(AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape,
+                      const int64_t* pairs,
                       uint8_t* rows, int64_t bell, int64_t timeout_ns) {
     const int64_t until_ns = monotonic_ns() + timeout_ns;
     for (;;) {
@@ -210,8 +211,8 @@ INLINE void widen(const bf16* from, float* to, int64_t n) {
     }
 }
 
-// out[t] = sum over k, in the gate's order, of weights[t][k] * (sum over slices of the pair's row), in float32: the bits
-// of `ExactSum` in dispatch.py.
+// out[t] = sum over k, in the gate's order, of weights[t][k] * (sum over slices of the pair's row), in float32: the
+// bits of `ExactSum` in dispatch.py.
 template <class T>
 void sum_experts(const T* rows, const float* weights, int64_t tokens, int64_t choices, int64_t slices, int64_t width,
                  T* out) {

@@ -1,7 +1,7 @@
 // Calls of a stage to an expert node of the same host, in memory that both have mapped: the ring of one such pair.
 //
-// A ring is a row of slots, each for one call: a head, what is asked (for each pair of a token and a shard its row and its
-// shard, then the rows), and the answer, one row a pair. The state of a slot says whose turn it is:
+// A ring is a row of slots, each for one call: a head, what is asked (for each pair of a token and a shard its row and
+// its shard, then the rows), and the answer, one row a pair. The state of a slot says whose turn it is:
 //
 //     FREE -> ASKED       the stage has written a call
 //     ASKED -> FREE       the stage takes it back before anybody has begun it
@@ -10,8 +10,8 @@
 //     TAKEN -> UNWANTED   the stage does not wait any more; the expert node has finished: -> FREE
 //
 // So no answer is ever written into the slot of a later call. A bell (an eventfd) of each side tells the other to look.
-// What stands in the memory is a peer's input: sizes are those that a side has itself, descriptors are copied before they
-// are checked, and what was asked and answered has a checksum that the number of the call is part of.
+// What stands in the memory is a peer's input: sizes are those that a side has itself, descriptors are copied before
+// they are checked, and what was asked and answered has a checksum that the number of the call is part of.
 
 #pragma once
 

@@ -17,11 +17,11 @@
 
 namespace {
 
-struct CallCounts {  // mirrored by _Counts in call_server.py
+struct CallCounts {  // mirrored by RingCounts in services/expert/ring_server.py
     std::atomic<int64_t> steps{0}, rows{0}, busy_ns{0}, answer_bytes{0}, refused{0}, in_hand{0};
 };
 
-struct ShardChange {
+struct ShardChange {  // mirrored by CallThread._changed there
     int64_t place;  // layer * shards of a layer + shard
     const void *gate, *up, *down;
     int64_t width;
@@ -152,11 +152,10 @@ class CallServer {
         std::vector<T>& x = values(asked_f32_, asked_bf16_, (T*)nullptr);
         x.clear();
         order_.clear();
-        for (size_t i = 0; i < calls_.size(); i++) {
-            calls_[i].outcome = read_call(calls_[i], x, now_ns);
-            if (calls_[i].outcome == GIVEN)
-                for (int64_t pair = 0; pair < calls_[i].head.pairs; pair++)
-                    order_.push_back({(int64_t)calls_[i].routing[pair].shard, (int64_t)order_.size(), (int64_t)i, pair});
+        for (Call& call : calls_) {
+            call.outcome = read_call(call, x, now_ns);
+            if (call.outcome != GIVEN) continue;
+            for (const Routing& pair : call.routing) order_.push_back({pair.shard, (int64_t)order_.size()});
         }
         const int64_t width = shape_.width, rows = (int64_t)order_.size();
         if (!rows) return 0;
@@ -210,7 +209,7 @@ class CallServer {
 
     static constexpr int64_t LONGEST_WAIT_NS = 50'000'000;  // a bell may be lost
     struct Pair {
-        int64_t shard, row, call, pair;
+        int64_t shard, row;
     };
     const RingShape shape_;
     const int64_t shards_;

@@ -82,7 +82,6 @@ class _Part(ctypes.Structure):
 class Ring:
     """The ring of one node."""
 
-    incarnation: int
     connection: socket.socket
     memory: RingMemory
     bell: int = -1
@@ -216,8 +215,8 @@ class Rings:
         return sum(ring.bell >= 0 for ring in self._rings.values())
 
     def look(self, now_s: float) -> set[int]:
-        """Offers rings to nodes that are new, one a time, takes in what they say, and gives up those of nodes that are
-        gone. Returns the nodes whose ring was given up since the last look: nothing will come through it."""
+        """Offers rings to new nodes, one at a time, takes in what they say, and gives up those of nodes that are gone.
+        Returns the nodes whose ring was given up since the last look: nothing will come through it."""
         for number, ring in list(self._rings.items()):
             is_meant = number in self._nodes and self._nodes[number].connected
             if not is_meant or not self._is_open(number, ring, now_s):
@@ -265,7 +264,7 @@ class Rings:
             connection.close()
             self._note_refusal(node, str(error), now_s)
             return False
-        self._rings[node.number] = Ring(node.incarnation, connection, memory)
+        self._rings[node.number] = Ring(connection, memory)
         return True
 
     def _is_open(self, number: int, ring: Ring, now_s: float) -> bool:
