@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -107,6 +107,7 @@ class NativeKernels:
     sum_experts: ctypes._NamedFuncPointer
     choose_experts: ctypes._NamedFuncPointer
     layer_half: ctypes._NamedFuncPointer
+    run_layers: ctypes._NamedFuncPointer
 
 
 def load_native_kernels(
@@ -276,6 +277,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
         choose_experts=function("choose_experts", "aaiaai", quick=True),
         layer_half=function("layer_half", "aaaaiaaaaaa"),
+        run_layers=function("run_layers", "aaaaaiaaaii", result=ctypes.c_int64),
     )
 
 

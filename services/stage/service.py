@@ -291,7 +291,7 @@ class StageService(NodeLoop[MessageSocket]):
             ended_s = self._clock()
             self._counters.busy_seconds += ended_s - began_s
             if isinstance(outcome, WantsExperts) and not slot.executor.has_work:
-                self._await_answer()
+                self._await_answer(until_s)
             if outcome is None or ended_s >= until_s:
                 return
 
@@ -313,10 +313,10 @@ class StageService(NodeLoop[MessageSocket]):
         number = self._experts.start(outcome.call, outcome.running.header, now_s, deadline_s)
         self._waiting[number] = (slot.executor, outcome.running)
 
-    def _await_answer(self) -> None:
+    def _await_answer(self, until_s: float) -> None:
         """Waits a moment for the call that was begun last: its answer may be only microseconds away."""
         number = next(reversed(self._waiting), 0)
-        if (done := self._experts.await_answer(number, self._clock)) is not None:
+        if (done := self._experts.await_answer(number, self._clock, until_s)) is not None:
             self._end_call(done)
 
     def _end_calls(self, now_s: float) -> None:

@@ -12,16 +12,15 @@
 //   * threads divide panels, rows or heads, never a sum.
 // Plain C interface, no Python and no torch: common/compute/native_library.py compiles and loads it.
 
-#include "call_client.h"
 #include "call_server.h"
 #include "gated_ffn.h"
-#include "layer_half.h"
+#include "layer_run.h"
 #include "rank_words.h"
 #include "sampling.h"
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 8; }
+int64_t moemesh_abi_version(void) { return 9; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -177,6 +176,17 @@ void moemesh_layer_half(const LayerHalf* l, const LayerBatch* b, void* keys, voi
     const LayerTensors tensors{keys, values, cache_heads, x, fed, residual, normed, experts, weights};
     if (l->is_bf16) layer_half<bf16>(*l, *b, tensors);
     else layer_half<float>(*l, *b, tensors);
+}
+
+int64_t moemesh_run_layers(void* run, void* steps, void* question, void* parts, void* peers, int64_t num_peers,
+                           const RingShape* shape, int64_t* pairs, void* rows, int64_t bell, int64_t is_bf16) {
+    LayerRun& r = *(LayerRun*)run;
+    RunSteps& s = *(RunSteps*)steps;
+    ExpertQuestion& q = *(ExpertQuestion*)question;
+    AskedPart* p = (AskedPart*)parts;
+    RingPeer* nodes = (RingPeer*)peers;
+    if (is_bf16) return run_layers(r, s, q, p, nodes, num_peers, *shape, pairs, (bf16*)rows, bell);
+    return run_layers(r, s, q, p, nodes, num_peers, *shape, pairs, (float*)rows, bell);
 }
 
 }  // extern "C"

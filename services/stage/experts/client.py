@@ -26,7 +26,7 @@ from services.stage.experts.dispatch import ExactSum, PartialSum
 from services.stage.experts.in_flight import CallCounters, InFlightCalls
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.experts.pending_call import FIRST_PAUSE_S, AskedPart, PendingCall
-from services.stage.experts.rings import RingCall, Rings
+from services.stage.experts.rings import PassedCall, RingCall, Rings, RunEnd
 from services.stage.model.decoder import ExpertCall
 
 RETRY_INTERVAL_S = 0.1
@@ -124,25 +124,31 @@ class ExpertClient:
 
         Before a placement is known they wait for it. Raises ExecutionError for a layer that the placement lacks.
         """
-        number, num_slices = next(self._call_numbers), self.nodes.num_slices
+        number = next(self._call_numbers)
         if self._rings is not None and self.combine == "exact" and not self._in_flight.outliers.is_anyone_struck(now_s):
             asked = self._rings.ask(number, call, header, now_s, deadline_s)
             if asked is not None:
                 self._in_rings[number] = asked
                 return number
-        total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
-        pending = PendingCall(number, call, header, deadline_s, num_slices, total, now_s)
-        self._in_flight.begin(pending, now_s)
+        self._ask_in_messages(number, call, header, now_s, deadline_s)
         return number
 
-    def await_answer(self, number: int, clock: Callable[[], float]) -> CallDone | None:
-        """Waits for a call that goes through rings, for SOON_S at most. None: `poll` will say how it has ended."""
+    def _ask_in_messages(self, number: int, call: ExpertCall, header: Header, now_s: float, deadline_s: float) -> None:
+        num_slices = self.nodes.num_slices
+        total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
+        self._in_flight.begin(PendingCall(number, call, header, deadline_s, num_slices, total, now_s), now_s)
+
+    def await_answer(self, number: int, clock: Callable[[], float], until_s: float = 0.0) -> CallDone | None:
+        """Waits for a call that goes through rings, for SOON_S at most. Its forward pass may go on meanwhile, until
+        `until_s`: then what ends is the call of a later layer. None: `poll` will say how it has ended."""
         asked = self._in_rings.get(number)
         # With another call there, too, the bell may have been rung for that one: the owner's poll hears it.
         is_alone = len(self._in_rings) == 1 and not self._in_flight.in_rings
-        if asked is None or self._rings is None or not is_alone or not self._rings.take_in(asked, SOON_S):
+        if asked is None or self._rings is None or not is_alone:
             return None
-        return self._end_in_rings(asked, clock())
+        if asked.call.run is not None:
+            return self._run(self._rings, asked, clock, until_s)
+        return self._end_in_rings(asked, clock()) if self._rings.take_in(asked, SOON_S) else None
 
     def poll(self, now_s: float) -> list[CallDone | CallFailed]:
         """Takes in what nodes say, looks after what is late, and returns the calls that have ended since, each once."""
@@ -247,18 +253,39 @@ class ExpertClient:
         part.pending.unask(part)
         self._resend(part.pending, now_s)
 
+    def _run(self, rings: Rings, asked: RingCall, clock: Callable[[], float], until_s: float) -> CallDone | None:
+        ran = rings.run(asked, SOON_S, until_s)
+        now_s = clock()
+        for node in ran.nodes:
+            node.heard_s = now_s
+        for passed in ran.passed:
+            self._note_answered(passed)
+        if ran.end is RunEnd.ANSWERED_LAST and asked.answer is not None:
+            del self._in_rings[asked.number]
+            return CallDone(asked.number, asked.answer, frozenset(), 0)
+        if ran.end is RunEnd.NOT_ASKED:
+            del self._in_rings[asked.number]
+            self._ask_in_messages(asked.number, asked.call, asked.header, now_s, asked.deadline_s)
+        elif not asked.num_waiting:
+            self._follow(asked, now_s)
+        return None
+
+    def _note_answered(self, passed: PassedCall) -> None:
+        self._in_flight.times.add(passed.layer, passed.seconds, passed.num_parts)
+        self._in_flight.budget.earn(passed.num_parts)
+        self.counters.calls += 1
+        self.counters.call_seconds += passed.seconds
+
     def _end_in_rings(self, asked: RingCall, now_s: float) -> CallDone | None:
         """Ends a call of which nothing is to come. None: it was refused in part, and goes on as others do."""
         if not asked.is_given or self._rings is None:
             self._follow(asked, now_s)
             return None
         del self._in_rings[asked.number]
-        for node in asked.nodes:
+        nodes = list(asked.nodes)
+        for node in nodes:
             node.heard_s = now_s
-            self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
-            self._in_flight.budget.earn()
-        self.counters.calls += 1
-        self.counters.call_seconds += now_s - asked.started_s
+        self._note_answered(PassedCall(asked.call.layer, now_s - asked.started_s, len(nodes)))
         return CallDone(asked.number, self._rings.total(asked), frozenset(), 0)
 
     def _follow(self, asked: RingCall, now_s: float) -> None:

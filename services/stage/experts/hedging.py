@@ -12,9 +12,8 @@ ceiling with nothing wrong. Then the budget is what keeps a general slowdown fro
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 QUANTILE = 0.99
 DELAY_FACTOR = 1.5
@@ -43,10 +42,14 @@ class ReplyTimes:
         self._all_layers = _Window()
         self._layers: dict[int, _Window] = {}
 
-    def add(self, layer: int, seconds: float) -> None:
-        """Notes that a call was answered, or given up after that long."""
-        self._all_layers.add(seconds)
-        self._layers.setdefault(layer, _Window()).add(seconds)
+    def add(self, layer: int, seconds: float, count: int = 1) -> None:
+        """Notes that a call was answered, or given up after that long, by so many nodes."""
+        window = self._layers.get(layer)
+        if window is None:
+            window = self._layers[layer] = _Window()
+        for _ in range(count):
+            self._all_layers.add(seconds)
+            window.add(seconds)
 
     def delay_s(self, layer: int) -> float:
         """Returns how long a call of this layer may be unanswered before a copy is asked, in [FLOOR_S, CEILING_S]."""
@@ -79,7 +82,15 @@ class _Window:
         self._samples.append(seconds)
         self._num_added += 1
         if self._num_added % RECOMPUTE_EVERY == 0:
-            self.quantile_s = float(np.quantile(self._samples, QUANTILE))
+            self.quantile_s = _quantile(sorted(self._samples), QUANTILE)
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    """Returns what lies there between two samples, in proportion; np.quantile takes ten times as long."""
+    place = share * (len(ascending) - 1)
+    below = int(place)
+    above = min(below + 1, len(ascending) - 1)
+    return ascending[below] + (ascending[above] - ascending[below]) * (place - below)
 
 
 class HedgeBudget:
@@ -88,9 +99,9 @@ class HedgeBudget:
     def __init__(self) -> None:
         self._tokens = HEDGE_BURST
 
-    def earn(self) -> None:
-        """Notes that a call was sent that is not a hedge."""
-        self._tokens = min(HEDGE_BURST, self._tokens + HEDGES_PER_CALL)
+    def earn(self, count: int = 1) -> None:
+        """Notes that so many calls were sent that are not hedges."""
+        self._tokens = min(HEDGE_BURST, self._tokens + count * HEDGES_PER_CALL)
 
     def spend(self) -> bool:
         """Returns whether one more hedge may be sent now; it is counted."""

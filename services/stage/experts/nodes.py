@@ -184,6 +184,10 @@ class ExpertNodes:
             return copies
         return [[number for number in holders if number in usable] for holders in copies]
 
+    def has_layer(self, layer: int) -> bool:
+        """Returns whether the placement says where a layer's experts are."""
+        return layer < int(self._owners.shape[1])
+
     def first_class(self, layer: int) -> str | None:
         """Returns the numeric class that answers the calls of a layer, so that their bits do not change with which node
         has time.

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from common.wire.call_ring import (
 from services.stage.experts.dispatch import NodeRows
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.model.decoder import ExpertCall
+from services.stage.model.layer_half.run import RunLayers
 
 OPEN_INTERVAL_S = 1.0
 """How often a node is offered a ring again that has refused one, or has closed it."""
@@ -78,6 +80,52 @@ class _Part(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("peer", "slot", "number", "first", "pairs", "state")]
 
 
+class _Holders(ctypes.Structure):
+    """Mirrors `Holders` in native/layer_run.h."""
+
+    _fields_ = [("table", ctypes.c_void_p), ("shards", ctypes.c_int64), ("copies", ctypes.c_int64)]
+
+
+class _RunSteps(ctypes.Structure):
+    """Mirrors `RunSteps` in native/layer_run.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("holders", "normed", "experts", "weights", "answer", "asked_weights")),
+        *((name, ctypes.c_int64) for name in ("parts", "began_ns", "soon_ns", "until_ns")),
+        *((name, ctypes.c_void_p) for name in ("call_ns", "call_parts", "heard")),
+    ]
+
+
+class RunEnd(IntEnum):
+    """Why a run has ended; mirrors native/layer_run.h."""
+
+    ANSWERED_LAST = 0
+    """The call of the layer that it has come to is answered."""
+    NOT_YET_ANSWERED = 1
+    """That call is still to be answered, or refused in part."""
+    NOT_ASKED = 2
+    """That call could not go through rings."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassedCall:
+    """A call of a run that is answered."""
+
+    layer: int
+    seconds: float
+    num_parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RanOn:
+    """How far a forward pass has come, and what it met."""
+
+    end: RunEnd
+    passed: list[PassedCall]
+    nodes: list[ExpertNode]
+    """Those that have answered."""
+
+
 @dataclass(slots=True)
 class Ring:
     """The ring of one node."""
@@ -112,6 +160,8 @@ class _Peers:
     holders: dict[int, Int64Array | None] = field(default_factory=dict)
     """Layer -> int32 [shards, C]: places in `nodes` by shard key and place in the list of copies; None: a shard has no
     copy."""
+    run_holders: tuple[RunLayers, ctypes.Array[_Holders]] | None = None
+    """The same of each layer of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +189,12 @@ class RingCall:
     pairs: Tensor
     """int64 [P]: the pairs, part by part."""
     num_waiting: int
+    answer: Tensor | None
+    """[T, D]; None: it is not whole, or not added up."""
     _peers: _Peers
     _parts: ctypes.Array[_Part]
     _num_parts: int
+    _question: _Question
 
     @property
     def is_given(self) -> bool:
@@ -334,7 +387,20 @@ class Rings:
         self._full_s = None
         rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
         return RingCall(
-            number, call, header, deadline_s, now_s, slices, rows, pairs, num_parts, peers, parts, num_parts
+            number,
+            call,
+            header,
+            deadline_s,
+            now_s,
+            slices,
+            rows,
+            pairs,
+            num_parts,
+            None,
+            peers,
+            parts,
+            num_parts,
+            question,
         )
 
     def _first_number(self, count: int) -> int:
@@ -369,6 +435,68 @@ class Rings:
             int(timeout_s * 1e9),
         )
         return not asked.num_waiting
+
+    def run(self, asked: RingCall, soon_s: float, until_s: float) -> RanOn:
+        """Takes the forward pass of a call further, from layer to layer, as long as each answer comes within `soon_s`,
+        in seconds, and `until_s` has not come. `asked` is the last call then."""
+        run, call = asked.call.run, asked.call
+        assert run is not None, "its pass can be taken further"
+        first, count, num_peers = run.place, len(run.layers.indices), len(asked._peers.nodes)
+        normed, answer = torch.empty_like(call.hidden), torch.empty_like(call.hidden)
+        experts, weights = torch.empty_like(call.experts), torch.empty_like(call.weights)
+        call_ns, call_parts = (ctypes.c_int64 * count)(), (ctypes.c_int64 * count)()
+        heard = (ctypes.c_int64 * num_peers)()
+        steps = _RunSteps(
+            ctypes.addressof(self._run_holders(asked._peers, run.layers)),
+            *(tensor.data_ptr() for tensor in (normed, experts, weights, answer, call.weights)),
+            asked._num_parts,
+            int(asked.started_s * 1e9),
+            int(soon_s * 1e9),
+            int(until_s * 1e9),
+            ctypes.addressof(call_ns),
+            ctypes.addressof(call_parts),
+            ctypes.addressof(heard),
+        )
+        asked._question.first_number = self._last_number + 1 - num_peers  # the next call has those after
+        end = RunEnd(
+            self._kernels.run_layers(
+                ctypes.addressof(run.descriptor),
+                ctypes.addressof(steps),
+                ctypes.addressof(asked._question),
+                ctypes.addressof(asked._parts),
+                ctypes.addressof(asked._peers.table),
+                num_peers,
+                ctypes.addressof(asked._peers.shape),
+                asked.pairs.data_ptr(),
+                asked.rows.data_ptr(),
+                self.bell,
+                int(call.hidden.dtype == torch.bfloat16),
+            )
+        )
+        self._last_number = asked._question.first_number + num_peers - 1
+        if run.place > first:
+            asked.call = ExpertCall(run.layer, normed, experts, weights, run)
+            asked.started_s = steps.began_ns / 1e9
+            asked._num_parts = max(0, steps.parts)
+            if steps.parts < 0:
+                self._note_full(asked.started_s)
+        asked.num_waiting = sum(part.state == _WAITING for part in asked._parts[: asked._num_parts])
+        asked.answer = answer if end is RunEnd.ANSWERED_LAST else None
+        stop = run.place + (end is RunEnd.ANSWERED_LAST)
+        passed = [
+            PassedCall(run.layers.indices[place], call_ns[place] / 1e9, call_parts[place])
+            for place in range(first, stop)
+        ]
+        nodes = [node for node, was_heard in zip(asked._peers.nodes, heard, strict=True) if was_heard]
+        return RanOn(end, passed, nodes)
+
+    def _run_holders(self, peers: _Peers, layers: RunLayers) -> ctypes.Array[_Holders]:
+        if peers.run_holders is None or peers.run_holders[0] is not layers:
+            tables = [self._holders(peers, layer) if self._nodes.has_layer(layer) else None for layer in layers.indices]
+            empty = _Holders(None, 0, 0)
+            entries = (empty if table is None else _Holders(table.ctypes.data, *table.shape) for table in tables)
+            peers.run_holders = layers, (_Holders * len(tables))(*entries)
+        return peers.run_holders[1]
 
     def take_back(self, asked: RingCall, index: int) -> None:
         """Does not want one part any more. One that is done already stays as it is."""

@@ -19,6 +19,8 @@ from common.compute.device import HOST, Device
 from common.compute.rms_norm import Norm
 from services.stage.model.attention import RotaryTable
 from services.stage.model.layer_half.inputs import Attended, LayerHalf, LayerInputs
+from services.stage.model.layer_half.native import NativeHalf
+from services.stage.model.layer_half.run import LayerRun, RunLayers
 from services.stage.model.micro_batch import MicroBatch
 from services.stage.model.paged_attention import LayerKvCache
 
@@ -34,6 +36,8 @@ class ExpertCall:
     """int64 [T, K]."""
     weights: Tensor
     """float32 [T, K]."""
+    run: LayerRun | None = None
+    """What comes after it, where whoever answers may go on by itself."""
 
 
 class OnItsWay(Protocol):
@@ -77,16 +81,24 @@ class StageModel:
     device: Device = HOST
     is_first_rank: bool = True
 
-    def forward(self, batch: MicroBatch, caches: list[LayerKvCache]) -> ForwardPass:
+    def run_layers(self, caches: list[LayerKvCache]) -> RunLayers | None:
+        """Returns what lets forward passes run from layer to layer in these caches; None where native code cannot."""
+        layers = [(layer.index, layer.half if layer.feed_forward is None else None) for layer in self.layers]
+        return RunLayers(layers, caches) if any(isinstance(half, NativeHalf) for _, half in layers) else None
+
+    def forward(
+        self, batch: MicroBatch, caches: list[LayerKvCache], run_layers: RunLayers | None = None
+    ) -> ForwardPass:
         """Computes what leaves the stage: hidden states [T, D], on the last one logits [S, V] of the rows that sample.
 
-        `caches`, of this rank's KV heads, are on the device. Raises RankLostError where a layer is cut over ranks.
+        `caches`, of this rank's KV heads, are on the device. `run_layers`: what `run_layers` gives for them; None: each
+        answer goes back to this pass. Raises RankLostError where a layer is cut over ranks.
         """
         batch = _put_on(self.device, batch)
         x = batch.hidden if self.embedding is None else self.embedding(batch.hidden)
         fed = x
         if x.shape[0]:  # else the step only releases sequences
-            x, fed = yield from self._through_layers(x, batch, caches)
+            x, fed = yield from self._through_layers(x, batch, caches, run_layers)
         if self.lm_head is None:
             output = x + fed
         else:
@@ -97,27 +109,34 @@ class StageModel:
         return output
 
     def _through_layers(
-        self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache]
+        self, x: Tensor, batch: MicroBatch, caches: list[LayerKvCache], run_layers: RunLayers | None
     ) -> Generator[ExpertCall | AskedElsewhere | OnItsWay, Tensor | None, tuple[Tensor, Tensor]]:
         """Returns the residual stream [T, D], and what the last layer adds to it."""
         inputs = LayerInputs(batch, self.rotary)
+        run = None if run_layers is None else LayerRun(run_layers, inputs)
         fed: Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            attended = layer.half(x, fed, inputs, cache)
+        place = 0
+        while place < len(self.layers):
+            layer = self.layers[place]
+            attended = layer.half(x, fed, inputs, caches[place])
             x = attended.residual
-            if layer.feed_forward is None:
-                fed = yield from self._ask_experts(layer.index, attended)
-            else:
+            if layer.feed_forward is not None:
                 fed = layer.feed_forward(attended.normed)
+            else:
+                if run is not None:
+                    run.arrive(place, x)
+                fed = yield from self._ask_experts(layer.index, attended, run)
+                place = place if run is None else run.place
+            place += 1
         assert fed is not None, "a stage has at least one layer"
         return x, fed
 
-    def _ask_experts(self, layer: int, attended: Attended) -> ForwardPass:
+    def _ask_experts(self, layer: int, attended: Attended, run: LayerRun | None) -> ForwardPass:
         if attended.experts is None or attended.weights is None:
             answer = yield AskedElsewhere()
         else:
-            asked = yield from self._to_host(attended.normed, attended.experts, attended.weights)
-            answer = yield ExpertCall(layer, *asked)
+            hidden, experts, weights = yield from self._to_host(attended.normed, attended.experts, attended.weights)
+            answer = yield ExpertCall(layer, hidden, experts, weights, run)
         assert answer is not None, "an expert call is answered"
         return self.device.to_device(answer)[0]
 

@@ -69,12 +69,13 @@ class Executor:
         self,
         model: StageModel,
         memory: PagedMemory,
-        lead: Callable[[ForwardPass, MicroBatch], ForwardPass] = lambda forward, batch: forward,
+        lead: Callable[[ForwardPass, MicroBatch], ForwardPass] | None = None,
     ) -> None:
         """`lead` makes a forward pass one that takes along those of the stage's other ranks, where there are any."""
         self._model = model
         self._memory = memory
         self._lead = lead
+        self._run_layers = model.run_layers(memory.caches) if lead is None else None
         self._runnable: deque[tuple[RunningBatch, Tensor | None]] = deque()
         self._on_device: deque[tuple[RunningBatch, OnItsWay]] = deque()
         """Those whose results are on their way."""
@@ -97,7 +98,8 @@ class Executor:
         self._runnable.append((running, None))
 
     def _forward(self, batch: MicroBatch) -> ForwardPass:
-        return self._lead(self._model.forward(batch, self._memory.caches), batch)
+        forward = self._model.forward(batch, self._memory.caches, self._run_layers)
+        return forward if self._lead is None else self._lead(forward, batch)
 
     def resume(self, running: RunningBatch, answer: Tensor) -> None:
         """Gives a waiting batch the answer [T, D] of its expert call. One that was dropped meanwhile is ignored."""

@@ -54,7 +54,7 @@ class NativeHalf:
         self._cache_shape = (heads.num_kv_heads, heads.head_dim)
         self._num_experts_per_token = 0 if parts.gate is None else parts.gate.choice.num_experts_per_token
         self._descriptor = _describe(parts, heads, output, kernels)
-        self._address = ctypes.addressof(self._descriptor)
+        self.address = ctypes.addressof(self._descriptor)
         self._function = kernels.layer_half
 
     @property
@@ -67,10 +67,7 @@ class NativeHalf:
         x = self._checked(x, batch.tokens)
         fed = None if fed is None else self._checked(fed, batch.tokens)
         keys, values = cache.keys, cache.values
-        if keys.shape[1:3] != self._cache_shape or keys.dtype != self._dtype or values.dtype != self._dtype:
-            raise ValueError(f"a cache of {self._cache_shape} {self._dtype} is not {tuple(keys.shape)} {keys.dtype}")
-        if values.stride(0) != keys.stride(0) or values.shape[1] != keys.shape[1]:
-            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} are not of one cache")
+        self.check_cache(cache)
         cos = inputs.rotary.cos
         if cos.dtype != self._dtype or cos.shape[1] > self._cache_shape[1]:
             raise ValueError(
@@ -84,7 +81,7 @@ class NativeHalf:
             experts = torch.empty(batch.tokens, self._num_experts_per_token, dtype=torch.int64)
             weights = torch.empty(batch.tokens, self._num_experts_per_token, dtype=torch.float32)
         self._function(
-            self._address,
+            self.address,
             ctypes.addressof(batch),
             keys.data_ptr(),
             values.data_ptr(),
@@ -97,6 +94,14 @@ class NativeHalf:
             None if weights is None else weights.data_ptr(),
         )
         return Attended(residual, normed, experts, weights)
+
+    def check_cache(self, cache: LayerKvCache) -> None:
+        """Raises ValueError when it is not of this layer's shape."""
+        keys, values = cache.keys, cache.values
+        if keys.shape[1:3] != self._cache_shape or keys.dtype != self._dtype or values.dtype != self._dtype:
+            raise ValueError(f"a cache of {self._cache_shape} {self._dtype} is not {tuple(keys.shape)} {keys.dtype}")
+        if values.stride(0) != keys.stride(0) or values.shape[1] != keys.shape[1]:
+            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} are not of one cache")
 
     def _checked(self, x: Tensor, num_tokens: int) -> Tensor:
         if x.shape != (num_tokens, self._width) or x.dtype != self._dtype:

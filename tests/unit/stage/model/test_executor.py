@@ -28,7 +28,10 @@ class Model:
     embedding: Any = None
     lm_head: Any = None
 
-    def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall, Tensor, Tensor]:
+    def run_layers(self, caches: Any) -> None:
+        """It has none."""
+
+    def forward(self, batch: Any, caches: Any, run_layers: Any) -> Generator[ExpertCall, Tensor, Tensor]:
         x: Tensor = batch
         try:
             for number in range(self.calls):
@@ -153,7 +156,7 @@ def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None)
     class Layers(Model):
         """Answers the probe with what its weights make of it."""
 
-        def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall, Tensor, Tensor]:
+        def forward(self, batch: Any, caches: Any, run_layers: Any) -> Generator[ExpertCall, Tensor, Tensor]:
             assert batch.slots.tolist() == [32], "block 1 is nobody's"
             hidden = torch.ones((1, 4)) * (1.0 if damage is None else damage)
             yield ExpertCall(0, hidden, torch.zeros((1, 1), dtype=torch.int64), torch.ones(1, 1))
@@ -179,7 +182,7 @@ def test_the_self_test_refuses_numbers_that_are_not_finite(damage: float | None)
 )
 def test_what_takes_the_whole_stage_along_is_no_broken_step(error: Exception, raised: type[Exception]) -> None:
     class Failing(Model):
-        def forward(self, batch: Any, caches: Any) -> Any:
+        def forward(self, batch: Any, caches: Any, run_layers: Any) -> Any:
             raise error
             yield
 
@@ -205,7 +208,12 @@ class DeviceModel:
 
     awaited: dict[float, Awaited] = field(default_factory=dict)
 
-    def forward(self, batch: Any, caches: Any) -> Generator[ExpertCall | Awaited, Tensor | None, Tensor]:
+    def run_layers(self, caches: Any) -> None:
+        """It has none."""
+
+    def forward(
+        self, batch: Any, caches: Any, run_layers: Any
+    ) -> Generator[ExpertCall | Awaited, Tensor | None, Tensor]:
         x: Tensor = batch
         awaited = self.awaited[float(x[0, 0])] = Awaited()
         yield awaited
