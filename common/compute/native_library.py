@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -271,7 +271,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         set_held_shards=function("set_held_shards", "aai"),
         read_call_counts=function("read_call_counts", "aa", quick=True),
         ask_experts=function("ask_experts", "aaiaaa", result=ctypes.c_int64, quick=True),
-        await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),
+        await_answers=function("await_answers", "aaiaaaaii", result=ctypes.c_int64),
         take_call_back=function("take_call_back", "aaa", quick=True),
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
         choose_experts=function("choose_experts", "aaiaai", quick=True),

@@ -183,7 +183,7 @@ class ExpertClient:
         """Returns how long there is nothing to do here unless a socket says something."""
         delay_s = self._in_flight.times.delay_s
         looks_s = [pending.look_again_s for pending in self._in_flight.open_calls]
-        looks_s += [asked.started_s + delay_s(asked.call.layer) for asked in self._in_rings.values()]
+        looks_s += [asked.asked_s + delay_s(asked.call.layer) for asked in self._in_rings.values()]
         next_s = max(min(looks_s, default=float("inf")), self._patient_until_s)
         return longest_ms if next_s - now_s > longest_ms / 1000 else max(1, int((next_s - now_s) * 1000) + 1)
 
@@ -191,7 +191,7 @@ class ExpertClient:
         """Forgets all calls: their steps are gone, their answers will be late."""
         self._ended.clear()
         for asked in list(self._in_rings.values()):
-            self._follow(asked, self._looked_s)
+            self._adopt(asked)
         for pending in self._in_flight.open_calls:
             self._in_flight.forget(pending, self._looked_s)
 
@@ -217,7 +217,7 @@ class ExpertClient:
             if rings.take_in(asked):
                 done = self._end_in_rings(asked, now_s)
                 self._ended += [] if done is None else [done]
-            elif now_s >= asked.started_s + self._in_flight.times.delay_s(asked.call.layer):
+            elif now_s >= asked.asked_s + self._in_flight.times.delay_s(asked.call.layer):
                 self._follow(asked, now_s)
         for part in self._in_flight.in_rings:
             assert part.ring is not None, "it is in one"
@@ -255,15 +255,16 @@ class ExpertClient:
         del self._in_rings[asked.number]
         for node in asked.nodes:
             node.heard_s = now_s
-            self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
+            self._in_flight.times.add(asked.call.layer, now_s - asked.asked_s)
             self._in_flight.budget.earn()
         self.counters.calls += 1
         self.counters.call_seconds += now_s - asked.started_s
         return CallDone(asked.number, self._rings.total(asked), frozenset(), 0)
 
-    def _follow(self, asked: RingCall, now_s: float) -> None:
-        """Treats a call as one that was sent in messages, from now on: it is late, refused, or has lost a node."""
+    def _adopt(self, asked: RingCall) -> PendingCall:
+        """Makes of a call in rings one as those in messages are; nothing more of it is asked through rings."""
         del self._in_rings[asked.number]
+        asked.ask_no_more()
         pending = PendingCall(
             asked.number,
             asked.call,
@@ -274,12 +275,17 @@ class ExpertClient:
             asked.started_s,
         )
         self._in_flight.follow(pending, asked)
+        return pending
+
+    def _follow(self, asked: RingCall, now_s: float) -> None:
+        """Treats a call as one that was sent in messages, from now on: it is late, refused, or has lost a node."""
+        pending = self._adopt(asked)
         for part in asked.parts():
             if part.outcome is None:
                 continue
             self._heard(part.rows.node, now_s)
             if part.outcome is Outcome.GIVEN:
-                self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
+                self._in_flight.times.add(asked.call.layer, now_s - asked.asked_s)
                 self._in_flight.budget.earn()
             else:
                 reason = self._refusal(part.rows.node, part.outcome)
