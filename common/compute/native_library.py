@@ -272,7 +272,7 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         set_held_shards=function("set_held_shards", "aai"),
         read_call_counts=function("read_call_counts", "aa", quick=True),
         ask_experts=function("ask_experts", "aaiaaa", result=ctypes.c_int64, quick=True),
-        await_answers=function("await_answers", "aiaaaaii", result=ctypes.c_int64),
+        await_answers=function("await_answers", "aaiaaaaii", result=ctypes.c_int64),
         take_call_back=function("take_call_back", "aaa", quick=True),
         sum_experts=function("sum_experts", "aaiiiiia", quick=True),
         choose_experts=function("choose_experts", "aaiaai", quick=True),

@@ -25,9 +25,9 @@ from common.errors import ProtocolError
 HEAD_BYTES: Final = 128
 """Of each slot."""
 SLOTS: Final = 4
-"""Calls that one stage may have with one node at a time: two micro-batches, each hedged once."""
+"""Calls, or pieces of them, that one stage may have with one node at a time: two of each of two micro-batches."""
 MAX_ROWS: Final = 256
-"""Token rows of a call: a chunk of a prompt has no more, by default. A larger call goes as messages."""
+"""Token rows of a slot: a chunk of a prompt has no more, by default. A larger call goes in pieces."""
 USUAL_RING_BYTES: Final = 64 << 20
 """A ring is not larger; that of a wide model has fewer rows."""
 _VERSION: Final = 1

@@ -25,30 +25,35 @@ struct ExpertQuestion {  // mirrored by _Question there
     const int32_t* holders;  // [shards][copies]: peers that hold it, first choice first; -1 where there is none
     int64_t shards, copies;
 };
-struct AskedPart {  // mirrored by _Part there
-    int64_t peer, slot, number, first, pairs;
+struct AskedPart {  // of one piece, what one node is asked; mirrored by _Part there
+    int64_t peer;
+    int64_t slot;  // NO_SLOT: it is not written yet; those that are written come first
+    int64_t number, first, pairs;
     int64_t state;  // WAITING, TAKEN_IN, or minus the outcome that is not an answer
 };
-constexpr int64_t WAITING = 0, TAKEN_IN = 1;
+constexpr int64_t WAITING = 0, TAKEN_IN = 1, NO_SLOT = -1;
+constexpr int64_t PIECES_AT_A_TIME = 2;  // of a call, in one ring: one is computed, one waits; others find slots, too
 constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
 
 struct Dealer {  // memory that the stage's thread keeps
-    std::vector<int64_t> rows_of_shard, load, order, shard_of_pair, row_of_token;
+    std::vector<int64_t> rows_of_shard, load, order, row_of_token;
     std::vector<int32_t> node_of_shard;
     std::vector<Routing> routing;
     std::vector<uint8_t> rows, answer;
 };
 thread_local Dealer dealer;
 
+INLINE int64_t shard_of(const ExpertQuestion& q, int64_t pair) {
+    return q.experts[pair / q.slices] * q.slices + pair % q.slices;
+}
+
 // Chooses a node for every shard of the call, the busiest shard first. Returns false where one has no node.
 bool deal(const ExpertQuestion& q, const RingPeer* peers, int64_t num_peers) {
     const int64_t pairs = q.tokens * q.choices * q.slices;
     dealer.rows_of_shard.assign(q.shards, 0);
-    dealer.shard_of_pair.resize(pairs);
     for (int64_t i = 0; i < pairs; i++) {
-        const int64_t shard = q.experts[i / q.slices] * q.slices + i % q.slices;
+        const int64_t shard = shard_of(q, i);
         if (shard < 0 || shard >= q.shards) return false;
-        dealer.shard_of_pair[i] = shard;
         dealer.rows_of_shard[shard]++;
     }
     dealer.order.clear();
@@ -76,7 +81,7 @@ bool deal(const ExpertQuestion& q, const RingPeer* peers, int64_t num_peers) {
 INLINE int64_t free_slot(const RingPeer& peer, const RingShape& shape) {
     for (int64_t slot = 0; slot < shape.slots; slot++)
         if (state_of(slot_of(peer.memory, shape, slot).head) == FREE) return slot;
-    return -1;
+    return NO_SLOT;
 }
 
 void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& shape, const AskedPart& part,
@@ -100,7 +105,7 @@ void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& 
     dealer.routing.resize(part.pairs);
     for (int64_t i = 0; i < part.pairs; i++)
         dealer.routing[i] = {(int32_t)dealer.row_of_token[pairs[i] / pairs_of_token],
-                             (int32_t)dealer.shard_of_pair[pairs[i]]};
+                             (int32_t)shard_of(q, pairs[i])};
     const uint8_t* rows = q.hidden;
     if (!takes_all_tokens) {
         dealer.rows.resize(head.rows * row_bytes);
@@ -116,43 +121,64 @@ void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& 
     head.state = FREE;
     *slot.head = head;
     set_state(slot.head, ASKED);
-    ring_bell(peer.bell);
 }
 
-// Asks for all pairs of a call. `pairs` [T*K*S] becomes their numbers, node by node, sorted by shard within each;
-// `parts` [peers] says what each was asked. Returns the number of parts; 0 where the call cannot be asked this way as a
-// whole, and then nobody was asked: a shard that nobody holds, a part that is too large; -1: a node has no free slot.
-int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers, const RingShape& shape, int64_t* pairs,
-                    AskedPart* parts) {
-    if (!deal(q, peers, num_peers)) return 0;
-    const int64_t num_pairs = q.tokens * q.choices * q.slices;
-    int64_t num_parts = 0, first = 0;
-    for (int64_t peer = 0; peer < num_peers; peer++) {
-        AskedPart part = {peer, -1, q.first_number + num_parts, first, 0, WAITING};
-        for (int64_t i = 0; i < num_pairs; i++)
-            if (dealer.node_of_shard[dealer.shard_of_pair[i]] == peer) pairs[first + part.pairs++] = i;
-        if (!part.pairs) continue;
-        std::stable_sort(pairs + first, pairs + first + part.pairs, [](int64_t a, int64_t b) {
-            return dealer.shard_of_pair[a] < dealer.shard_of_pair[b];
-        });
-        if (part.pairs > shape.max_pairs || q.tokens > shape.max_rows) return 0;
-        part.slot = free_slot(peers[peer], shape);
-        if (part.slot < 0) return -1;
-        first += part.pairs;
-        parts[num_parts++] = part;
-    }
-    for (int64_t i = 0; i < num_parts; i++) {
-        AskedPart& part = parts[i];
+// Writes what is not written yet, as far as there are slots. Bells are rung last: a node that finds two pieces reads its
+// weights once for both.
+void write_parts(const ExpertQuestion& q, AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape,
+                 const int64_t* pairs) {
+    int64_t first = 0;
+    while (first < num_parts && parts[first].slot != NO_SLOT) first++;
+    int64_t next = first;
+    for (; next < num_parts; next++) {
+        AskedPart& part = parts[next];
+        int64_t under_way = 0;
+        for (int64_t i = 0; i < next; i++) under_way += parts[i].peer == part.peer && parts[i].state == WAITING;
+        if (under_way < PIECES_AT_A_TIME) part.slot = free_slot(peers[part.peer], shape);
+        if (part.slot == NO_SLOT) break;
         write_part(q, peers[part.peer], shape, part, pairs + part.first, q.tokens == 1);
         peers[part.peer].owed_rows += part.pairs;
     }
+    for (int64_t i = first; i < next; i++) ring_bell(peers[parts[i].peer].bell);
+}
+
+INLINE int64_t pieces_of(int64_t tokens, const RingShape& shape) {
+    return (tokens + shape.max_rows - 1) / shape.max_rows;
+}
+
+// Asks for all pairs of a call, in as few pieces as rings have room for, of equally many tokens; later ones are written
+// by await_answers. `pairs` [T*K*S] becomes their numbers, piece by piece, node by node, sorted by shard within each;
+// `parts` [pieces * peers] says what each node was asked in each piece. Returns the number of parts; 0 where a shard is
+// held by nobody; -1: a node has no free slot. In both cases nobody was asked.
+int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers, const RingShape& shape, int64_t* pairs,
+                    AskedPart* parts) {
+    if (!deal(q, peers, num_peers)) return 0;
+    const int64_t pairs_of_token = q.choices * q.slices, pieces = pieces_of(q.tokens, shape);
+    int64_t num_parts = 0, first = 0;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t begin = q.tokens * piece / pieces * pairs_of_token;
+        const int64_t end = q.tokens * (piece + 1) / pieces * pairs_of_token;
+        for (int64_t peer = 0; peer < num_peers; peer++) {
+            AskedPart part = {peer, NO_SLOT, q.first_number + num_parts, first, 0, WAITING};
+            for (int64_t i = begin; i < end; i++)
+                if (dealer.node_of_shard[shard_of(q, i)] == peer) pairs[first + part.pairs++] = i;
+            if (!part.pairs) continue;
+            if (free_slot(peers[peer], shape) == NO_SLOT) return -1;
+            std::stable_sort(pairs + first, pairs + first + part.pairs,
+                             [&](int64_t a, int64_t b) { return shard_of(q, a) < shard_of(q, b); });
+            first += part.pairs;
+            parts[num_parts++] = part;
+        }
+    }
+    write_parts(q, parts, num_parts, peers, shape, pairs);
     return num_parts;
 }
 
 // Takes in what has come for one part: each row goes to the place of its pair in `rows` [T*K*S][width].
 void take_in(AskedPart& part, RingPeer& peer, const RingShape& shape, const int64_t* pairs, uint8_t* rows) {
+    if (part.state != WAITING || part.slot == NO_SLOT) return;
     const Slot slot = slot_of(peer.memory, shape, part.slot);
-    if (part.state != WAITING || state_of(slot.head) != ANSWERED) return;
+    if (state_of(slot.head) != ANSWERED) return;
     const SlotHead head = *slot.head;
     const int64_t row_bytes = shape.width * shape.value_bytes;
     uint64_t sum = checksum_of_outcome(part.number, head.outcome);
@@ -179,12 +205,12 @@ int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const 
     return waiting;
 }
 
-int64_t await_answers(AskedPart* parts, int64_t num_parts, RingPeer* peers, const RingShape& shape,
-                      const int64_t* pairs,
-                      uint8_t* rows, int64_t bell, int64_t timeout_ns) {
+int64_t await_answers(const ExpertQuestion& q, AskedPart* parts, int64_t num_parts, RingPeer* peers,
+                      const RingShape& shape, const int64_t* pairs, uint8_t* rows, int64_t bell, int64_t timeout_ns) {
     const int64_t until_ns = monotonic_ns() + timeout_ns;
     for (;;) {
         const int64_t waiting = take_in_all(parts, num_parts, peers, shape, pairs, rows);
+        if (waiting && parts[num_parts - 1].slot == NO_SLOT) write_parts(q, parts, num_parts, peers, shape, pairs);
         const int64_t left_ns = until_ns - monotonic_ns();
         if (!waiting || left_ns <= 0) return waiting;
         await_bell(bell, left_ns);

@@ -149,10 +149,11 @@ int64_t moemesh_ask_experts(const void* question, void* peers, int64_t num_peers
     return ask_experts(*(const ExpertQuestion*)question, (RingPeer*)peers, num_peers, *shape, pairs,
                        (AskedPart*)parts);
 }
-int64_t moemesh_await_answers(void* parts, int64_t num_parts, void* peers, const RingShape* shape,
-                              const int64_t* pairs, void* rows, int64_t bell, int64_t timeout_ns) {
-    return await_answers((AskedPart*)parts, num_parts, (RingPeer*)peers, *shape, pairs, (uint8_t*)rows, bell,
-                         timeout_ns);
+int64_t moemesh_await_answers(const void* question, void* parts, int64_t num_parts, void* peers,
+                              const RingShape* shape, const int64_t* pairs, void* rows, int64_t bell,
+                              int64_t timeout_ns) {
+    return await_answers(*(const ExpertQuestion*)question, (AskedPart*)parts, num_parts, (RingPeer*)peers, *shape,
+                         pairs, (uint8_t*)rows, bell, timeout_ns);
 }
 void moemesh_take_call_back(void* part, void* peer, const RingShape* shape) {
     take_back(*(AskedPart*)part, *(RingPeer*)peer, *shape);

@@ -53,7 +53,7 @@ template <class T>
 RunEnd run_layers(LayerRun& run, RunSteps& steps, ExpertQuestion& question, AskedPart* parts, RingPeer* peers,
                   int64_t num_peers, const RingShape& shape, int64_t* pairs, T* rows, int64_t bell) {
     for (;;) {
-        if (await_answers(parts, steps.parts, peers, shape, pairs, (uint8_t*)rows, bell, steps.soon_ns) ||
+        if (await_answers(question, parts, steps.parts, peers, shape, pairs, (uint8_t*)rows, bell, steps.soon_ns) ||
             !is_given(parts, steps.parts))
             return NOT_YET_ANSWERED;
         sum_experts(rows, steps.asked_weights, question.tokens, question.choices, question.slices, shape.width,
@@ -71,7 +71,7 @@ RunEnd run_layers(LayerRun& run, RunSteps& steps, ExpertQuestion& question, Aske
         question.hidden = (const uint8_t*)steps.normed;
         question.experts = steps.experts;
         question.layer = layer.index;
-        question.first_number += num_peers;
+        question.first_number += num_peers * pieces_of(question.tokens, shape);
         question.holders = steps.holders[next].table;
         question.shards = steps.holders[next].shards;
         question.copies = steps.holders[next].copies;

@@ -26,7 +26,7 @@ from services.stage.experts.dispatch import ExactSum, PartialSum
 from services.stage.experts.in_flight import CallCounters, InFlightCalls
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.experts.pending_call import FIRST_PAUSE_S, AskedPart, PendingCall
-from services.stage.experts.rings import PassedCall, RingCall, Rings, RunEnd
+from services.stage.experts.rings import RingCall, Rings, RunEnd
 from services.stage.model.decoder import ExpertCall
 
 RETRY_INTERVAL_S = 0.1
@@ -189,7 +189,7 @@ class ExpertClient:
         """Returns how long there is nothing to do here unless a socket says something."""
         delay_s = self._in_flight.times.delay_s
         looks_s = [pending.look_again_s for pending in self._in_flight.open_calls]
-        looks_s += [asked.started_s + delay_s(asked.call.layer) for asked in self._in_rings.values()]
+        looks_s += [asked.asked_s + delay_s(asked.call.layer) for asked in self._in_rings.values()]
         next_s = max(min(looks_s, default=float("inf")), self._patient_until_s)
         return longest_ms if next_s - now_s > longest_ms / 1000 else max(1, int((next_s - now_s) * 1000) + 1)
 
@@ -197,7 +197,7 @@ class ExpertClient:
         """Forgets all calls: their steps are gone, their answers will be late."""
         self._ended.clear()
         for asked in list(self._in_rings.values()):
-            self._follow(asked, self._looked_s)
+            self._adopt(asked)
         for pending in self._in_flight.open_calls:
             self._in_flight.forget(pending, self._looked_s)
 
@@ -223,7 +223,7 @@ class ExpertClient:
             if rings.take_in(asked):
                 done = self._end_in_rings(asked, now_s)
                 self._ended += [] if done is None else [done]
-            elif now_s >= asked.started_s + self._in_flight.times.delay_s(asked.call.layer):
+            elif now_s >= asked.asked_s + self._in_flight.times.delay_s(asked.call.layer):
                 self._follow(asked, now_s)
         for part in self._in_flight.in_rings:
             assert part.ring is not None, "it is in one"
@@ -259,7 +259,8 @@ class ExpertClient:
         for node in ran.nodes:
             node.heard_s = now_s
         for passed in ran.passed:
-            self._note_answered(passed)
+            self._in_flight.times.add(passed.layer, passed.seconds, passed.num_parts)
+            self._note_whole(passed.seconds, passed.num_parts)
         if ran.end is RunEnd.ANSWERED_LAST and asked.answer is not None:
             del self._in_rings[asked.number]
             return CallDone(asked.number, asked.answer, frozenset(), 0)
@@ -270,11 +271,10 @@ class ExpertClient:
             self._follow(asked, now_s)
         return None
 
-    def _note_answered(self, passed: PassedCall) -> None:
-        self._in_flight.times.add(passed.layer, passed.seconds, passed.num_parts)
-        self._in_flight.budget.earn(passed.num_parts)
+    def _note_whole(self, seconds: float, num_parts: int) -> None:
+        self._in_flight.budget.earn(num_parts)
         self.counters.calls += 1
-        self.counters.call_seconds += passed.seconds
+        self.counters.call_seconds += seconds
 
     def _end_in_rings(self, asked: RingCall, now_s: float) -> CallDone | None:
         """Ends a call of which nothing is to come. None: it was refused in part, and goes on as others do."""
@@ -282,15 +282,17 @@ class ExpertClient:
             self._follow(asked, now_s)
             return None
         del self._in_rings[asked.number]
-        nodes = list(asked.nodes)
+        nodes = asked.nodes
         for node in nodes:
             node.heard_s = now_s
-        self._note_answered(PassedCall(asked.call.layer, now_s - asked.started_s, len(nodes)))
+        self._in_flight.times.add(asked.call.layer, now_s - asked.asked_s, len(nodes))
+        self._note_whole(now_s - asked.started_s, len(nodes))
         return CallDone(asked.number, self._rings.total(asked), frozenset(), 0)
 
-    def _follow(self, asked: RingCall, now_s: float) -> None:
-        """Treats a call as one that was sent in messages, from now on: it is late, refused, or has lost a node."""
+    def _adopt(self, asked: RingCall) -> PendingCall:
+        """Makes of a call in rings one as those in messages are; nothing more of it is asked through rings."""
         del self._in_rings[asked.number]
+        asked.ask_no_more()
         pending = PendingCall(
             asked.number,
             asked.call,
@@ -301,12 +303,17 @@ class ExpertClient:
             asked.started_s,
         )
         self._in_flight.follow(pending, asked)
+        return pending
+
+    def _follow(self, asked: RingCall, now_s: float) -> None:
+        """Treats a call as one that was sent in messages, from now on: it is late, refused, or has lost a node."""
+        pending = self._adopt(asked)
         for part in asked.parts():
             if part.outcome is None:
                 continue
             self._heard(part.rows.node, now_s)
             if part.outcome is Outcome.GIVEN:
-                self._in_flight.times.add(asked.call.layer, now_s - asked.started_s)
+                self._in_flight.times.add(asked.call.layer, now_s - asked.asked_s)
                 self._in_flight.budget.earn()
             else:
                 reason = self._refusal(part.rows.node, part.outcome)

@@ -80,9 +80,9 @@ class InFlightCalls:
             if part.outcome is Outcome.GIVEN:
                 pending.accept(part.rows, asked.rows[torch.from_numpy(pairs)])
             elif part.outcome is None:
-                owed = AskedPart(number, pending, part.rows, asked.started_s, False, asked, part.index)
+                owed = AskedPart(number, pending, part.rows, asked.asked_s, False, asked, part.index)
                 pending.parts[number] = self._asked[number] = owed
-                pending.asked_s[pairs] = asked.started_s
+                pending.asked_s[pairs] = asked.asked_s
                 if part.rows.node in self.nodes:
                     self.nodes[part.rows.node].outstanding_rows += pairs.size
         pending.look_again_s = 0.0

@@ -1,8 +1,10 @@
 """The stage's side of the rings: one for each expert node of its host, and the calls that go through them.
 
 A call goes this way as a whole or not at all. It does where nothing is out of the ordinary: every node of the placement
-is connected, has a ring and has proven itself, none is in doubt, all give the same bits, and the call is small enough.
-Else, and from the moment at which such a call is late, refused or has lost a node, it is the business of `client.py`.
+is connected, has a ring and has proven itself, none is in doubt, and all give the same bits. Else, and from the moment
+at which such a call is late, refused or has lost a node, it is the business of `client.py`. A call with more rows than
+a slot has goes in pieces of a slot each, one after another; what of it has not been asked yet when it becomes the
+business of `client.py` is asked there.
 
 T tokens, K experts a token, S slices of an expert, D model width; P = T * K * S pairs, numbered as in `dispatch.py`.
 """
@@ -13,7 +15,7 @@ import ctypes
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -53,6 +55,8 @@ FULL_S = 2.0
 """How long a node may have no free slot before it is given a new ring."""
 _WAITING, _TAKEN_IN = 0, 1
 """States of a part; mirror native/call_client.h."""
+_NO_SLOT = -1
+"""Of a part that is not asked yet; mirrors native/call_client.h."""
 
 
 class _Peer(ctypes.Structure):
@@ -166,7 +170,7 @@ class _Peers:
 
 @dataclass(frozen=True, slots=True)
 class RingPart:
-    """What one node was asked, and what has become of it."""
+    """What one node was asked in one piece, and what has become of it."""
 
     index: int
     rows: NodeRows
@@ -183,6 +187,8 @@ class RingCall:
     header: Header
     deadline_s: float
     started_s: float
+    asked_s: float
+    """When its last piece so far was asked for: a call of many pieces is not late while they come."""
     num_slices: int
     rows: Tensor
     """[P, D]: what has come, each row at its pair's place."""
@@ -191,10 +197,11 @@ class RingCall:
     num_waiting: int
     answer: Tensor | None
     """[T, D]; None: it is not whole, or not added up."""
+    _question: _Question
     _peers: _Peers
     _parts: ctypes.Array[_Part]
     _num_parts: int
-    _question: _Question
+    """Those that have been asked come first."""
 
     @property
     def is_given(self) -> bool:
@@ -202,12 +209,22 @@ class RingCall:
         return not self.num_waiting and all(part.state == _TAKEN_IN for part in self._parts[: self._num_parts])
 
     @property
-    def nodes(self) -> Iterator[ExpertNode]:
-        """Returns those that were asked."""
-        return (self._peers.nodes[part.peer] for part in self._parts[: self._num_parts])
+    def nodes(self) -> list[ExpertNode]:
+        """Returns those that are asked, each once."""
+        return [self._peers.nodes[peer] for peer in sorted({part.peer for part in self._parts[: self._num_parts]})]
+
+    @property
+    def num_unasked(self) -> int:
+        """Returns how many parts had no slot yet."""
+        parts = self._parts[: self._num_parts]
+        return sum(part.slot == _NO_SLOT for part in parts) if parts and parts[-1].slot == _NO_SLOT else 0
+
+    def ask_no_more(self) -> None:
+        """Leaves what has not been asked yet to others."""
+        self._num_parts -= self.num_unasked
 
     def parts(self) -> list[RingPart]:
-        """Returns what each node was asked."""
+        """Returns what each node is asked, piece by piece."""
         found = []
         pairs_per_token = self.call.experts.shape[1] * self.num_slices
         experts: Int64Array = self.call.experts.numpy().reshape(-1)
@@ -353,14 +370,14 @@ class Rings:
         slices = self._nodes.num_slices
         self._expect(call.hidden.dtype, call.experts.shape[1] * slices)
         peers = self._peers_now()
-        if peers is None or call.hidden.shape[0] > self._shape.max_rows:
+        if peers is None:
             return None
         holders = self._holders(peers, call.layer)
         if holders is None:
             return None
         num_pairs = call.experts.numel() * slices
         pairs = torch.empty(num_pairs, dtype=torch.int64)
-        parts = (_Part * len(peers.nodes))()
+        parts = (_Part * (-(-call.hidden.shape[0] // self._shape.max_rows) * len(peers.nodes)))()
         question = _Question(
             call.hidden.data_ptr(),
             call.experts.data_ptr(),
@@ -368,7 +385,7 @@ class Rings:
             slices,
             call.layer,
             time.monotonic_ns() + int((deadline_s - now_s) * 1e9),
-            self._first_number(len(peers.nodes)),
+            self._first_number(len(parts)),
             holders.ctypes.data,
             *holders.shape,
         )
@@ -392,15 +409,16 @@ class Rings:
             header,
             deadline_s,
             now_s,
+            now_s,
             slices,
             rows,
             pairs,
             num_parts,
             None,
+            question,
             peers,
             parts,
             num_parts,
-            question,
         )
 
     def _first_number(self, count: int) -> int:
@@ -423,8 +441,11 @@ class Rings:
                 self._give_up(number, now_s - OPEN_INTERVAL_S)
 
     def take_in(self, asked: RingCall, timeout_s: float = 0.0) -> bool:
-        """Takes in what has come, and waits for the rest for a while. Returns whether nothing is to come any more."""
+        """Takes in what has come, asks for what had no slot yet, and waits for the rest for a while. Returns whether
+        nothing is to come any more."""
+        num_unasked, now_s = asked.num_unasked, time.monotonic()
         asked.num_waiting = self._kernels.await_answers(
+            ctypes.addressof(asked._question),
             ctypes.addressof(asked._parts),
             asked._num_parts,
             ctypes.addressof(asked._peers.table),
@@ -434,6 +455,8 @@ class Rings:
             self.bell,
             int(timeout_s * 1e9),
         )
+        if num_unasked and asked.num_unasked < num_unasked:
+            asked.asked_s = now_s
         return not asked.num_waiting
 
     def run(self, asked: RingCall, soon_s: float, until_s: float) -> RanOn:
@@ -457,7 +480,8 @@ class Rings:
             ctypes.addressof(call_parts),
             ctypes.addressof(heard),
         )
-        asked._question.first_number = self._last_number + 1 - num_peers  # the next call has those after
+        num_numbers = len(asked._parts)
+        asked._question.first_number = self._last_number + 1 - num_numbers  # the next call has those after
         end = RunEnd(
             self._kernels.run_layers(
                 ctypes.addressof(run.descriptor),
@@ -473,10 +497,10 @@ class Rings:
                 int(call.hidden.dtype == torch.bfloat16),
             )
         )
-        self._last_number = asked._question.first_number + num_peers - 1
+        self._last_number = asked._question.first_number + num_numbers - 1
         if run.place > first:
             asked.call = ExpertCall(run.layer, normed, experts, weights, run)
-            asked.started_s = steps.began_ns / 1e9
+            asked.started_s = asked.asked_s = steps.began_ns / 1e9
             asked._num_parts = max(0, steps.parts)
             if steps.parts < 0:
                 self._note_full(asked.started_s)
