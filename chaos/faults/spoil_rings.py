@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import re
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from chaos.faults.background import BackgroundFault
 from chaos.faults.base import Range
-from chaos.faults.processes import descendants
+from chaos.faults.rings import Ring, SlotState, rings_of, stopped_process
 from chaos.target import Node, Target, TargetError
 from common.wire.call_ring import HEAD_BYTES, SLOTS
 
-_RING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-s .*memfd:moemesh-ring", re.MULTILINE)
-_ASKED, _ANSWERED = 1, 3
 _LINE_BYTES = 64
 ANSWER_S = 0.02
 """How long a stopped victim is waited for: meanwhile the nodes answer what it has asked."""
@@ -44,53 +39,36 @@ class SpoilRings(BackgroundFault):
         rings = [ring for victim in victims for ring in rings_of(victim)]
         if not rings:
             raise TargetError(f"{', '.join(victim.name for victim in victims)}: no ring is mapped there")
-        for pid, start, stop in rings:
+        for ring in rings:
             try:
-                _slot_bytes((pid, start, stop))
-                with open(f"/proc/{pid}/mem", "r+b", buffering=0):
+                _ = ring.slot_bytes
+                with open(f"/proc/{ring.pid}/mem", "r+b", buffering=0):
                     pass
             except OSError as error:
-                raise TargetError(f"the rings of process {pid} cannot be changed: {error}") from None
+                raise TargetError(f"the rings of process {ring.pid} cannot be changed: {error}") from None
         self._begin(lambda: self._spoil(rings, random.Random(self.seed)), patience_s=0.0)
 
     def _spoil(self, rings: Sequence[Ring], draw: random.Random) -> None:
-        processes = sorted({pid for pid, _, _ in rings})
+        processes = sorted({ring.pid for ring in rings})
         while not self._stopped.wait(self.every_s):
             for pid in processes:
-                with contextlib.suppress(ProcessLookupError), _stopped_process(pid):
+                with contextlib.suppress(ProcessLookupError), stopped_process(pid):
                     self._stopped.wait(ANSWER_S)
-                    for ring in (ring for ring in rings if ring[0] == pid):
+                    for ring in (ring for ring in rings if ring.pid == pid):
                         spoil_calls(ring, self.head_share, draw)
-
-
-Ring = tuple[int, int, int]
-"""A process, and the first address and the end of a ring that it has mapped."""
-
-
-def rings_of(node: Node) -> list[Ring]:
-    """Returns the rings that a node has mapped; none where it is gone."""
-    found = []
-    for pid in (node.pid, *descendants(node.pid)):
-        try:
-            maps = Path(f"/proc/{pid}/maps").read_text()
-        except OSError:
-            continue
-        found += [(pid, int(start, 16), int(stop, 16)) for start, stop in _RING.findall(maps)]
-    return found
 
 
 def spoil_calls(ring: Ring, head_share: float, draw: random.Random) -> int:
     """Changes bits of each slot whose call is asked, or answered and not read. Returns how many slots that were."""
-    pid, start, _stop = ring
     num_spoilt = 0
     try:
-        slot_bytes = _slot_bytes(ring)
-        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        slot_bytes = ring.slot_bytes
+        with open(f"/proc/{ring.pid}/mem", "r+b", buffering=0) as memory:
             for slot in range(SLOTS):
-                place = start + slot * slot_bytes
+                place = ring.start + slot * slot_bytes
                 memory.seek(place)
                 data = memory.read(slot_bytes)
-                if int.from_bytes(data[:4], "little") not in (_ASKED, _ANSWERED):
+                if int.from_bytes(data[:4], "little") not in (SlotState.ASKED, SlotState.ANSWERED):
                     continue
                 num_spoilt += 1
                 lines = range(HEAD_BYTES, slot_bytes - _LINE_BYTES, _LINE_BYTES)
@@ -103,18 +81,3 @@ def spoil_calls(ring: Ring, head_share: float, draw: random.Random) -> int:
     except (OSError, ValueError):
         return num_spoilt  # it has ended meanwhile, or has given the ring up
     return num_spoilt
-
-
-def _slot_bytes(ring: Ring) -> int:
-    """What is mapped is whole pages; the file has the size of the slots. Raises OSError."""
-    pid, start, stop = ring
-    return os.stat(f"/proc/{pid}/map_files/{start:x}-{stop:x}").st_size // SLOTS
-
-
-@contextlib.contextmanager
-def _stopped_process(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)

@@ -33,6 +33,7 @@ LATE_S = 0.3
 """An answer to an expert call that took longer is late: something was hurt."""
 NUM_SLOTS = 2
 """Of the mesh that is hurt."""
+FOR_EVER_S = 3600.0
 ROWS_LATE_S = 1.0
 """By so much the rows of an overtaken step come late, longer than most requests wait between two steps."""
 
@@ -153,15 +154,42 @@ def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
         ended = take_in(self, asked, timeout_s)
         for part in asked._parts[: asked._num_parts]:
             if part.state == -Outcome.DAMAGED:
-                part.state = 1
-                shape, memory = self._shape, asked._peers.rings[part.peer].memory
-                head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
-                rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
-                place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
-                answer = (ctypes.c_char * (part.pairs * shape.width * shape.value_bytes)).from_address(place)
-                rows = torch.frombuffer(bytearray(answer), dtype=asked.rows.dtype).view(part.pairs, shape.width)
-                asked.rows[asked.pairs[part.first : part.first + part.pairs]] = rows
+                use_what_lies_there(asked, part)
         return ended
+
+    return planted
+
+
+def take_unfinished_answers(reclaim: Callable[..., None]) -> Callable[..., None]:
+    """What lies in the ring of a node that is gone is taken for its answer, whether it was written or not."""
+
+    def planted(self: Any, node: Any, now_s: float) -> None:
+        for asked in self._in_rings.values():
+            for part in asked._parts[: asked._num_parts]:
+                if asked._peers.nodes[part.peer] is node and part.state == 0 and part.slot >= 0:
+                    use_what_lies_there(asked, part)
+        reclaim(self, node, now_s)
+
+    return planted
+
+
+def use_what_lies_there(asked: Any, part: Any) -> None:
+    """Uses the answer's place in a part's slot as its answer."""
+    part.state = 1
+    shape, memory = asked._peers.shape, asked._peers.rings[part.peer].memory
+    head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
+    rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
+    place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
+    answer = (ctypes.c_char * (part.pairs * shape.width * shape.value_bytes)).from_address(place)
+    rows = torch.frombuffer(bytearray(answer), dtype=asked.rows.dtype).view(part.pairs, shape.width)
+    asked.rows[asked.pairs[part.first : part.first + part.pairs]] = rows
+
+
+def await_bells_for_ever(take_in: Callable[..., bool]) -> Callable[..., bool]:
+    """A stage that waits for an answer through a ring looks at nothing else until its bell is rung."""
+
+    def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
+        return take_in(self, asked, FOR_EVER_S if timeout_s else 0.0)
 
     return planted
 
@@ -283,6 +311,10 @@ BUGS = {
         "stage", "services.stage.experts.client", "ExpertClient", "_take", count_hedge_twice
     ),
     "unchecked_ring": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
+    "bell_trusted": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", await_bells_for_ever),
+    "unfinished_answer": PlantedBug(
+        "stage", "services.stage.experts.client", "ExpertClient", "_reclaim", take_unfinished_answers
+    ),
 }
 
 

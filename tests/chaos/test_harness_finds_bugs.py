@@ -42,6 +42,13 @@ SPOILT_RINGS = {
     "heal_after_s": [1.0, 2.0],
     "parameters": {"every_s": 0.05, "head_share": 0.0},
 }
+LOST_BELLS = {
+    "kind": "lose_bells",
+    "victims": {"kind": "stage"},
+    "heal_after_s": [1.0, 2.0],
+    "parameters": {"every_s": 0.02},
+}
+KILLED_IN_CALL = {"kind": "kill_in_call", "victims": {"kind": "expert"}, "parameters": {"state": "taken"}}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -64,6 +71,8 @@ CASES = {
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),
+    "bell_trusted": Case(("recovery", "hung"), LOST_BELLS, {}),
+    "unfinished_answer": Case(TOKENS, KILLED_IN_CALL, {}, num_faults=4),
     "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
     "told_only_once": Case(("recovery",), KILLED_STAGE, {"SPARES": "2"}),
     "files_left_lost": Case(("recovery",), LOST_FILES, {}),

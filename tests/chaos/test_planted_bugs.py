@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +19,14 @@ from common.ids import NodeId
 from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, Unassign
 from common.processes.supervisor import Child, LocalMesh
 from common.wire.array import array_to_frame, frame_to_array
+from common.wire.call_ring import Outcome
 from common.wire.transport import MessageSocket
 from services.router.mesh.sockets import MeshClient
 from services.router.scheduling.block_allocator import BlockAllocator
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
+from tests.support.nodes.kernels import kernels_for
+from tests.support.nodes.ring_nodes import ALL, RingMesh
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,34 @@ def test_lost_socket_files_stay_lost() -> None:
 
     assert planted_bugs.leave_files_lost(look)(None, 1.0, at_once=True) is False
     assert looked == []
+
+
+def test_a_stage_that_trusts_bells_waits_for_one_and_only_where_it_waits_at_all() -> None:
+    waited: list[float] = []
+    take_in = planted_bugs.await_bells_for_ever(lambda self, asked, timeout_s: bool(waited.append(timeout_s)))
+    take_in(None, None)
+    take_in(None, None, 0.002)
+    assert waited == [0.0, planted_bugs.FOR_EVER_S]
+
+
+def test_what_lies_in_the_ring_of_a_node_that_is_gone_is_used_though_it_was_never_written(tmp_path: Path) -> None:
+    kernels = kernels_for("native")
+    assert kernels is not None
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL}, idle=["a", "b"])
+    try:
+        mesh.open_rings()
+        mesh.start(mesh.call(4))
+        (asked,) = mesh.client._in_rings.values()
+        gone = mesh.client.nodes[mesh.number("a")]
+        reclaimed: list[Any] = []
+        reclaim = planted_bugs.take_unfinished_answers(lambda self, node, now_s: reclaimed.append(node))
+        reclaim(mesh.client, gone, 0.0)
+        parts = asked.parts()
+        assert [part.outcome for part in parts if part.rows.node == gone.number] == [Outcome.GIVEN]
+        assert [part.outcome for part in parts if part.rows.node != gone.number] == [None]
+        assert reclaimed == [gone]
+    finally:
+        mesh.close()
 
 
 @pytest.mark.parametrize("name", BUGS)

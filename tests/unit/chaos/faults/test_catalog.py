@@ -15,7 +15,7 @@ from chaos.faults.base import Fault
 from chaos.faults.catalog import FAULTS, faults_in
 from tests.support.chaos.target import ListedTarget
 
-BUILT_ON = {"__init__", "base", "background", "catalog", "cgroups", "network", "processes"}
+BUILT_ON = {"__init__", "base", "background", "catalog", "cgroups", "network", "processes", "rings"}
 NEW_FAULT = '''
 """The room of a node becomes hot."""
 

@@ -21,6 +21,8 @@ RANGES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("flap", "on_s"): (0.5, 0.01, 60.0),
     ("frames", "percent"): (5.0, 0.01, 100.0),
     ("frames", "seed"): (0, 0, 2**31),
+    ("kill_in_call", "within_s"): (5.0, 0.0, 60.0),
+    ("lose_bells", "every_s"): (0.1, 0.01, 10.0),
     ("lose_files", "kill_after_s"): (2.0, 0.0, 60.0),
     ("loss", "percent"): (5.0, 0.01, 100.0),
     ("memory_limit", "headroom_mib"): (8, 1, 4096),
@@ -37,7 +39,9 @@ RANGES: dict[tuple[str, str], tuple[float, float, float]] = {
 """By kind and parameter: default, least, most. Those of whole numbers are whole here too."""
 WORDS = {
     ("cut", "kind"): ("off", "pair", "one_way", "one_way_back", "halves"),
+    ("deny_rings", "what"): ("memory", "names"),
     ("frames", "kind"): ("corrupt", "truncate", "replay", "reorder", "lose"),
+    ("kill_in_call", "state"): ("taken", "asked", "answered"),
     ("lose_files", "what"): ("sockets", "folder", "all"),
     ("scale", "kind"): ("expert", "stage"),
     ("stall", "direction"): ("both", "from", "to"),
