@@ -7,6 +7,7 @@ out the events that the client has already.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -246,6 +247,9 @@ class ReplyReader:
             ChoiceStream(choice.planned, vocabulary, is_event_each_token=wants_ids) for choice in live.choices
         ]
         self._waiting: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._give_up_s = 0.0
+        """When the wait that is under way will have been long enough, on the loop's clock."""
 
     @property
     def finished(self) -> bool:
@@ -296,17 +300,33 @@ class ReplyReader:
     def _is_settled(self) -> bool:
         return self.finished or self.live.error is not None or self.live.is_released
 
+    def close(self) -> None:
+        """Ends its timer; nothing is waited for any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def _wait(self, timeout_s: float | None) -> None:
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
-        # A timer costs a tenth of what wait_for does, and this runs for every token.
-        timer = None if timeout_s is None else loop.call_later(timeout_s, self.wake)
+        self._give_up_s = math.inf if timeout_s is None else loop.time() + timeout_s
+        if self._timer is None and timeout_s is not None:
+            self._timer = loop.call_at(self._give_up_s, self._look_at_time)
         try:
             await self._waiting
         finally:
             self._waiting = None
-            if timer is not None:
-                timer.cancel()
+
+    def _look_at_time(self) -> None:
+        """Wakes the reader if its wait has been long enough. One timer serves many waits: a wait is for a token, and
+        most end long before it."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        if self._waiting is None or self._give_up_s == math.inf:
+            return
+        if loop.time() < self._give_up_s:
+            self._timer = loop.call_at(self._give_up_s, self._look_at_time)
+        else:
+            self.wake()
 
 
 def parse_event_id(text: str | None, num_choices: int) -> tuple[int, ...]:

@@ -366,6 +366,7 @@ class RequestRegistry:
             yield reader
         finally:
             live.listeners.discard(reader)
+            reader.close()
             await self._leave(live)
 
     @contextmanager

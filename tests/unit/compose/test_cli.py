@@ -435,3 +435,14 @@ def test_a_table_in_a_pipe_is_not_folded(serve: Any) -> None:
     (line,) = [line for line in result.output.splitlines() if "moemesh_long_name" in line]
     assert name in line
     assert "7.0" in line
+
+
+def test_a_mesh_starts_without_the_imports_of_faults_and_of_torch() -> None:
+    code = "import sys, compose.cli; print(*{'docker', 'torch', 'yaml', 'chaos.command'}.intersection(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split() == []
+
+
+def test_chaos_is_a_command_like_the_others() -> None:
+    listed = CliRunner().invoke(app, ["--help"]).output
+    assert "chaos" in listed
+    assert CliRunner().invoke(app, ["chaos", "faults"]).exit_code == 0

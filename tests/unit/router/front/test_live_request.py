@@ -85,6 +85,36 @@ def test_nothing_in_time_is_an_empty_list(tokenizer: TextTokenizer) -> None:
     run(main())
 
 
+def test_each_wait_has_its_whole_time_though_a_token_ended_the_one_before(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        engine = FakeEngine(script=[*tokenizer.encode("a"), Pause(), EOS])
+        async with await start(engine, tokenizer) as generation:
+            assert len(await generation.next_events(timeout_s=0.05)) == 1
+            await asyncio.sleep(0.03)
+            began_s = loop.time()
+            assert await generation.next_events(timeout_s=0.05) == []
+            assert loop.time() - began_s >= 0.05
+            engine.gate.set()
+            assert len(await collect(generation)) == 1
+
+    run(main())
+
+
+def test_a_wait_without_end_is_not_ended_by_the_time_of_one_before(tokenizer: TextTokenizer) -> None:
+    async def main() -> None:
+        engine = FakeEngine(script=[*tokenizer.encode("a"), Pause(), EOS])
+        async with await start(engine, tokenizer) as generation:
+            assert len(await generation.next_events(timeout_s=0.01)) == 1
+            waiting = asyncio.create_task(generation.next_events(timeout_s=None))
+            await asyncio.sleep(0.03)
+            assert not waiting.done()
+            engine.gate.set()
+            assert len(await waiting) == 1
+
+    run(main())
+
+
 def test_events_before_an_error_come_before_it(tokenizer: TextTokenizer) -> None:
     async def main() -> None:
         engine = FakeEngine(script=[*tokenizer.encode("ab"), Fault(ExecutionError("bad row"))])
