@@ -92,9 +92,9 @@ def test_decodes_are_shared_out_over_the_micro_batches() -> None:
     assert scheduler.schedule(0.0) == []  # the cap
 
 
-def test_a_single_sequence_is_in_one_step_at_a_time() -> None:
-    scheduler = make_scheduler(num_blocks=200, num_slots=4)
-    add(scheduler, "a", prompt_length=600)
+def test_a_sequence_that_decodes_is_in_one_step_at_a_time() -> None:
+    scheduler = make_scheduler(num_slots=4)
+    add(scheduler, "a")
     assert len(scheduler.schedule(0.0)) == 1
     assert scheduler.schedule(0.0) == []
 
