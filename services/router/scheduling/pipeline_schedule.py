@@ -72,6 +72,9 @@ class PipelineSchedule:
         """When it stopped taking steps, and began to wait for a holder; None: it is open, and takes them."""
         self._has_just_replayed = False
         self.max_micro_batches = settings.micro_batches_per_pipeline or opening.num_slots
+        self._max_prefilling = settings.micro_batches_per_pipeline or max(opening.num_slots, 2)
+        """Steps that may be in flight while nothing decodes: a single stage, too, has one chunk to compute while the
+        experts of another do. Who decodes would wait for both."""
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
@@ -94,7 +97,7 @@ class PipelineSchedule:
     def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
         """Plans the next micro-batch, if one may and need be sent. Returns it, and the requests preempted for it."""
         preempted: list[Request] = []
-        if len(self.in_flight) >= self.max_micro_batches:
+        if len(self.in_flight) >= self._max_in_flight():
             return None, preempted
         replays = self._replay_candidates()
         ordinary = [] if replays and not self._has_just_replayed else self._candidates()
@@ -117,6 +120,9 @@ class PipelineSchedule:
             return None, preempted
         computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
         return self._plan(step, now_s, chunks, computing_slots), preempted
+
+    def _max_in_flight(self) -> int:
+        return self.max_micro_batches if any(other.is_decoding for other in self.running) else self._max_prefilling
 
     def is_canary_due(self, now_s: float) -> bool:
         """Returns whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
@@ -389,7 +395,7 @@ class PipelineSchedule:
         held = [block_id for request in holders.values() for block_id in request.block_table]
         assert len(held) == len(set(held)), "two requests hold one block"
         assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
-        assert len(self.in_flight) <= self.max_micro_batches, "too many micro-batches in flight"
+        assert len(self.in_flight) <= self._max_prefilling, "too many micro-batches in flight"
         arrivals = [request.arrival for request in self.running]
         assert arrivals == sorted(set(arrivals)), "running requests are out of order"
         for request in self.running:

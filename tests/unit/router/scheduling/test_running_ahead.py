@@ -44,6 +44,24 @@ def test_as_many_chunks_are_in_flight_as_steps_may_be() -> None:
     assert starts_in(only_plan(scheduler)) == [12]
 
 
+def test_a_single_stage_has_two_chunks_while_nothing_decodes() -> None:
+    scheduler = make_scheduler(num_slots=1, prefill_chunk_tokens=8)
+    add(scheduler, "a", prompt_length=24, max_tokens=9)
+    plans = scheduler.schedule(0.0)
+    assert [starts_in(plan) for plan in plans] == [[0], [8]]
+    for plan in plans:
+        complete(scheduler, plan)
+    complete(scheduler, only_plan(scheduler))
+    add(scheduler, "b", prompt_length=24)
+    assert names_in(only_plan(scheduler)) == ["a", "b"]
+
+
+def test_the_setting_bounds_also_the_steps_of_prompts() -> None:
+    scheduler = make_scheduler(num_slots=1, prefill_chunk_tokens=8, micro_batches_per_pipeline=1)
+    add(scheduler, "a", prompt_length=24)
+    assert starts_in(only_plan(scheduler)) == [0]
+
+
 def test_a_prompt_runs_ahead_only_while_no_other_waits_for_its_turn() -> None:
     scheduler = make_scheduler(num_slots=2, prefill_chunk_tokens=4)
     add(scheduler, "a", "b", prompt_length=12)
