@@ -277,6 +277,7 @@ class StageService(NodeLoop[MessageSocket]):
         one computes."""
         positions = read_positions(step, slot.held.tables)
         slot.adjustments.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
+        slot.held.tables.computed(step)  # by this stage or one before it, or it could not be relayed
         slot.held.watermark.finish(header.step)
         self._send_on(relayed(slot, step, positions), header, deadline_s)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
-from common.errors import DeadlineError, ExecutionError, MoemeshError
+from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from common.messages import StepResult
 from common.topology import NodeDescription
@@ -133,6 +133,10 @@ class StepFlow:
                 self.totals.dropped += 1
                 continue
             try:
+                if (other := step.overtaken) is not None:
+                    raise ProtocolError(
+                        f"step {step.plan.step} was answered before step {other}, whose tokens it needs"
+                    )
                 sampled = sampled_tokens(message, step.plan, self._vocab_size)
             except Exception as error:  # also what was not foreseen: an answer costs its step, not the mesh
                 known = error if isinstance(error, MoemeshError) else ExecutionError(f"StepResult: {error}")
@@ -177,6 +181,7 @@ class StepFlow:
         return [
             self._fail(step, DeadlineError(f"pipeline {step.plan.pipeline} did not answer a step in time"), now_s)
             for step in late
+            if self.scheduler.step(step.plan.step) is not None  # else it went with another of its pipeline
         ]
 
     def _report_failures(self) -> None:

@@ -4,6 +4,9 @@ When a slot is lost, the pipeline is suspended: steps in flight are void, reques
 new generation, and what the new holder lacks is *replayed*: prefill in steps of their own, in which only its slot
 computes.
 
+Chunks of one prefill may be in flight together, each behind the one before it: stages compute them in their order,
+layer by layer. They are answered in that order, and none counts before those ahead of it.
+
 A pipeline plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the
 oldest always gets on, and admission has made sure that it fits the pool alone.
 """
@@ -38,6 +41,13 @@ class StepInFlight:
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
 
+    @property
+    def overtaken(self) -> StepId | None:
+        """Returns a step in flight that has tokens of one of its requests, ahead of its own: until that is answered it
+        cannot be. None: there is none."""
+        oldest = (next(iter(request.steps)) for request in self.requests)
+        return next((step for step in oldest if step != self.plan.step), None)
+
 
 class PipelineSchedule:
     """See the module."""
@@ -62,6 +72,9 @@ class PipelineSchedule:
         """When it stopped taking steps, and began to wait for a holder; None: it is open, and takes them."""
         self._has_just_replayed = False
         self.max_micro_batches = settings.micro_batches_per_pipeline or opening.num_slots
+        self._max_prefilling = settings.micro_batches_per_pipeline or max(opening.num_slots, 2)
+        """Steps that may be in flight while nothing decodes: a single stage, too, has one chunk to compute while the
+        experts of another do. Who decodes would wait for both."""
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings
@@ -84,7 +97,7 @@ class PipelineSchedule:
     def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
         """Plans the next micro-batch, if one may and need be sent. Returns it, and the requests preempted for it."""
         preempted: list[Request] = []
-        if len(self.in_flight) >= self.max_micro_batches:
+        if len(self.in_flight) >= self._max_in_flight():
             return None, preempted
         replays = self._replay_candidates()
         ordinary = [] if replays and not self._has_just_replayed else self._candidates()
@@ -101,12 +114,15 @@ class PipelineSchedule:
                     chunk = self._plan_chunk(request, num_tokens, preempted)
                 if chunk is not None:
                     chunks[request] = chunk
-                    request.step = step
+                    request.steps[step] = len(chunk.token_ids)
                     request.pace.planned(now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
         computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
         return self._plan(step, now_s, chunks, computing_slots), preempted
+
+    def _max_in_flight(self) -> int:
+        return self.max_micro_batches if any(other.is_decoding for other in self.running) else self._max_prefilling
 
     def is_canary_due(self, now_s: float) -> bool:
         """Returns whether nothing is in flight, and nothing was answered for a while or since the pipeline opened."""
@@ -144,7 +160,8 @@ class PipelineSchedule:
         """Returns the requests of the next step with how many tokens each, by arrival.
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
-        that took them all would leave the other stages idle. Few decoding ones stay together, though.
+        that took them all would leave the other stages idle. Few decoding ones stay together, though. If all that
+        prefill are in flight, they go on with their next chunks: a lone prompt, too, keeps several stages at work.
         """
         settings = self._settings
         decoding: list[Request] = []
@@ -154,8 +171,10 @@ class PipelineSchedule:
                 (decoding if request.is_decoding else prefilling).append(request)
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
-        ready_decodes = [request for request in decoding if request.step is None]
-        ready_prefills = [request for request in prefilling if request.step is None][:prefill_share]
+        ready_decodes = [request for request in decoding if not request.steps]
+        ready_prefills = [request for request in prefilling if not request.steps]
+        ready_prefills = ready_prefills or [request for request in prefilling if request.may_run_ahead]
+        ready_prefills = ready_prefills[:prefill_share]
         # If the oldest of all is to be prefilled, the younger that decode leave it a place and a token.
         oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
         kept_back = 0 if oldest is None or oldest.is_decoding else 1
@@ -163,7 +182,7 @@ class PipelineSchedule:
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
         num_tokens_left = settings.max_batch_tokens - len(picked)
         for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
-            num_tokens = min(request.num_remaining_tokens, settings.prefill_chunk_tokens, num_tokens_left)
+            num_tokens = min(request.num_unplanned_tokens, settings.prefill_chunk_tokens, num_tokens_left)
             if num_tokens < 1:
                 break
             picked.append((request, num_tokens))
@@ -172,7 +191,7 @@ class PipelineSchedule:
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
         """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and no younger one yields."""
-        start = request.num_computed_tokens
+        start = request.num_planned_tokens
         num_known_blocks = len(request.block_table)
         if start + num_tokens <= num_known_blocks * self._settings.block_tokens:
             return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
@@ -197,7 +216,7 @@ class PipelineSchedule:
         num_tokens_left = self._settings.max_batch_tokens
         picked: list[tuple[Request, int]] = []
         for request in self.running:
-            if request.is_replaying and request.step is None and num_tokens_left:
+            if request.is_replaying and not request.steps and num_tokens_left:
                 num_tokens = min(request.replay_stop - request.replay_position, num_tokens_left)
                 picked.append((request, num_tokens))
                 num_tokens_left -= num_tokens
@@ -228,7 +247,7 @@ class PipelineSchedule:
         for other in reversed(self.running):
             if other.arrival <= request.arrival:
                 return None
-            if other.step is None and other.block_table and not self._blame.has(other):
+            if not other.steps and other.block_table and not self._blame.has(other):
                 return other
         return None
 
@@ -243,20 +262,21 @@ class PipelineSchedule:
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
-            self._set_down(request)
+            self._set_down(request, step)
         return in_flight
 
-    def _set_down(self, request: Request) -> None:
-        """Takes the request out of its step. If it has ended meanwhile, only now can nothing write to its blocks."""
-        request.step = None
-        if request.state is not RequestState.RUNNING:
+    def _set_down(self, request: Request, step: StepId) -> None:
+        """Takes the request out of a step. If it has ended meanwhile, nothing can write to its blocks after its last
+        one."""
+        del request.steps[step]
+        if not request.steps and request.state is not RequestState.RUNNING:
             with self._blame.handling(request):
                 self._give_back(request)
 
     def withdraw(self, request: Request) -> None:
-        """Lets it run here no longer. Its blocks are free at once, or when the step that it is part of lands."""
+        """Lets it run here no longer. Its blocks are free at once, or when the last step that it is part of lands."""
         self.running.remove(request)
-        if request.step is None:
+        if not request.steps:
             self._give_back(request)
 
     def _give_back(self, request: Request) -> None:
@@ -269,7 +289,7 @@ class PipelineSchedule:
     def suspend(self, now_s: float) -> None:
         """Ends the generation: what is in flight is void, since every stage drops it before it takes a new step."""
         self.suspended_s = now_s
-        self._void_steps()
+        self.void_steps()
         for request in self.running:
             request.num_recoveries += 1
             request.pace.is_disturbed = True
@@ -338,7 +358,7 @@ class PipelineSchedule:
 
         `held_releases` then has all that stages may still keep.
         """
-        self._void_steps()
+        self.void_steps()
         running, self.running = self.running, []
         for request in running:
             with self._blame.handling(request):
@@ -347,12 +367,15 @@ class PipelineSchedule:
                 request.num_replayed_tokens += request.num_computed_tokens
         return running
 
-    def _void_steps(self) -> None:
+    def void_steps(self) -> None:
+        """Drops what is in flight, of which nothing is known and nothing comes back."""
         in_flight, self.in_flight = list(self.in_flight.values()), {}
         for step in in_flight:
             self.held_releases.extend(step.plan.released)  # not every stage may have been told
             for request in step.requests:
-                self._set_down(request)
+                request.tell_anew()
+                request.pace.is_disturbed = True
+                self._set_down(request, step.plan.step)
 
     # Being observed
 
@@ -366,20 +389,24 @@ class PipelineSchedule:
         self.allocator.check_invariants()
         holders = {id(request): request for request in self.running}
         for step, in_flight in self.in_flight.items():
-            for request in in_flight.requests:
-                assert request.step == step, f"{request.request_id} is in step {step} and says {request.step}"
+            for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
+                assert request.steps.get(step) == len(chunk.token_ids), f"{request.request_id} is not in step {step}"
                 holders[id(request)] = request
         held = [block_id for request in holders.values() for block_id in request.block_table]
         assert len(held) == len(set(held)), "two requests hold one block"
         assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
-        assert len(self.in_flight) <= self.max_micro_batches, "too many micro-batches in flight"
+        assert len(self.in_flight) <= self._max_prefilling, "too many micro-batches in flight"
         arrivals = [request.arrival for request in self.running]
         assert arrivals == sorted(set(arrivals)), "running requests are out of order"
         for request in self.running:
             assert request.state is RequestState.RUNNING, f"{request.request_id} is {request.state} and runs"
             assert request.num_remaining_tokens >= 1, f"{request.request_id} has nothing to compute"
-            covered = len(request.block_table) * self._settings.block_tokens
-            assert covered >= request.num_computed_tokens, f"{request.request_id} has more cache than blocks"
+            assert request.steps.keys() <= self.in_flight.keys(), f"{request.request_id} is in a step that has landed"
+            assert list(request.steps) == sorted(request.steps), f"{request.request_id} is in steps out of order"
+            if not request.is_replaying:
+                covered = len(request.block_table) * self._settings.block_tokens
+                assert request.num_unplanned_tokens >= 0, f"{request.request_id} has more in flight than tokens"
+                assert covered >= request.num_planned_tokens, f"{request.request_id} has more cache than blocks"
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold this many tokens."""

@@ -55,8 +55,9 @@ class Request:
     num_computed_tokens: int = 0
     """Positions whose K and V are in the cache."""
     block_table: list[int] = field(default_factory=list)
-    step: StepId | None = None
-    """The step in flight that it is part of. One that ended in mid-flight keeps it, and its blocks, until it lands."""
+    steps: dict[StepId, int] = field(default_factory=dict)
+    """The steps in flight that it is part of, oldest first, with how many of its tokens each has: several only while a
+    prefill runs ahead. One that ended in mid-flight keeps them, and its blocks, until the last of them lands."""
     num_told_blocks: int = 0
     """Blocks of its table that the stages of this generation know."""
     kv_history: list[tuple[int, int]] = field(default_factory=list)
@@ -109,6 +110,22 @@ class Request:
         return len(self.generation_request.prompt_token_ids) + generated - self.num_computed_tokens
 
     @property
+    def num_planned_tokens(self) -> int:
+        """Counts positions in the cache or in steps in flight: where the next chunk begins. Not while it replays."""
+        return self.num_computed_tokens + sum(self.steps.values())
+
+    @property
+    def num_unplanned_tokens(self) -> int:
+        """Counts known tokens that are neither in the cache nor in a step in flight. Not while it replays."""
+        return self.num_remaining_tokens - sum(self.steps.values())
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Says whether a further chunk of its prefill may follow those in flight: all that it needs of them is that
+        they are computed before it, layer by layer. One that has broken a step goes one at a time."""
+        return bool(self.steps) and self.num_unplanned_tokens > 0 and not self.num_failed_steps
+
+    @property
     def is_decoding(self) -> bool:
         """Says whether only its newest token is left to compute."""
         return self.num_remaining_tokens == 1
@@ -133,6 +150,8 @@ class Request:
         self.num_computed_tokens += num_tokens
         if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
             self.pace.progressed(now_s, is_measure=was_decoding)
+        if self.steps:  # it waits for the next one already
+            self.pace.planned(now_s)
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
         self.kv_history.append((step, self.num_computed_tokens))
         if len(self.kv_history) > MAX_KV_HISTORY:
@@ -187,15 +206,15 @@ class Request:
         self.held_sequence_id = None  # whatever stages still have of it is now either adopted or of no use
 
     def requeue(self, now_s: float) -> None:
-        """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and step were given back before."""
-        if self.step is not None or self.block_table:
+        """RUNNING -> WAITING: the cache is lost, the generated tokens stay. Blocks and steps were given back before."""
+        if self.steps or self.block_table:
             raise ValueError(f"request {self.request_id} still holds a step or blocks")
         self._move({RequestState.RUNNING}, RequestState.WAITING)
         self.start_over(now_s)
 
     def start_over(self, now_s: float) -> None:
         """-> WAITING, whatever it holds: its pipeline's blocks do not add up, and are given up as a whole."""
-        self.state, self.step, self.block_table = RequestState.WAITING, None, []
+        self.state, self.steps, self.block_table = RequestState.WAITING, {}, []
         self.pipeline, self.sequence_id = None, None
         self._forget_cache()
         self.queued_s = now_s

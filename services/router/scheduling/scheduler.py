@@ -199,6 +199,7 @@ class Scheduler:
                     request.note_replayed(step, len(chunk.token_ids), now_s)
                     self.counters.tokens_replayed += len(chunk.token_ids)
                 else:
+                    assert chunk.start_position == request.num_computed_tokens, "chunks are answered in their order"
                     request.note_computed(step, len(chunk.token_ids), now_s)
                     if chunk.samples:
                         outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
@@ -222,7 +223,8 @@ class Scheduler:
         now_s: float,
         culprits: Mapping[SequenceId, Exception] = MappingProxyType({}),
     ) -> None:
-        """Ends a step that could not be done. Its requests are recomputed, or end if they have failed too often.
+        """Ends a step that could not be done. Its requests are recomputed, or end if they have failed too often. The
+        other steps of its pipeline become void, as with the new generation that it needs, and are done again.
 
         `culprits`: sequences that are known to have made it fail, with what they raised; their requests end here.
         """
@@ -230,8 +232,10 @@ class Scheduler:
         if in_flight is None:
             return
         self.counters.failed_steps += 1
+        schedule = self._schedules.all[in_flight.plan.pipeline]
+        schedule.void_steps()
         # Not every stage may have been told; one that has does nothing the second time.
-        self._schedules.all[in_flight.plan.pipeline].held_releases.extend(in_flight.plan.released)
+        schedule.held_releases.extend(in_flight.plan.released)
         for request in in_flight.requests:
             if request.state is RequestState.RUNNING and not self._blame.has(request):
                 with self._blame.handling(request):
@@ -296,7 +300,7 @@ class Scheduler:
         for request in waiting:
             assert request.state is RequestState.WAITING, f"{request.request_id} is {request.state} and waits"
             assert not request.block_table, f"{request.request_id} waits and holds blocks"
-            assert request.step is None, f"{request.request_id} waits and is in flight"
+            assert not request.steps, f"{request.request_id} waits and is in flight"
         arrivals = [request.arrival for request in waiting]
         assert arrivals == sorted(arrivals), "the line is out of order"
         num_reserved = sum(request.generation_request.max_num_tokens for request in placed)

@@ -123,7 +123,7 @@ def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]
         if other.arrival < request.arrival:
             break
         group = group_of(other.generation_request)
-        if other.step is None and num_by_group[group] > 1 and group != own_group:
+        if not other.steps and num_by_group[group] > 1 and group != own_group:
             num_by_group[group] -= 1
             yielding.append(other)
             num_left += len(other.block_table) + _num_promised(schedule, [other])

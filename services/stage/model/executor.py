@@ -3,6 +3,9 @@
 Each micro-batch is a generator (`StageModel.forward`) that yields expert calls, and where the stage has a device also
 what it waits for there. `run_one` drives the next one that can go on until it yields again or ends; what it wants sent
 comes back as a value.
+
+Micro-batches overtake each other, but for chunks of one sequence: a later chunk does each part of its pass, from one
+yield to the next, only after the earlier one has. So it finds the K and V of each layer, and leaves the stage after it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from common.compute.device_errors import raise_if_life_ending
 from common.messages import Header, Step
+from common.wire.records import STEP_SEQUENCE, frame_to_records
 from services.stage.model.decoder import AskedElsewhere, ExpertCall, ForwardPass, OnItsWay, StageModel
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.micro_batch import MicroBatch
@@ -31,10 +35,20 @@ class RunningBatch:
     deadline_s: float
     batch: MicroBatch
     forward: ForwardPass
+    sequence_ids: frozenset[int]
     degraded_rows: set[int] = field(default_factory=set)
     """Token rows that went on here without one of their experts."""
     num_retried_calls: int = 0
     """Expert calls that were asked of another copy too, or instead."""
+    num_parts: int = 0
+    """How many parts of its forward pass have been run, or have at least begun."""
+    ahead: set[RunningBatch] = field(default_factory=set)
+    """Those here with earlier chunks of its sequences."""
+
+    @property
+    def may_run(self) -> bool:
+        """Returns whether all that are ahead have done the part that is its next."""
+        return all(other.num_parts > self.num_parts for other in self.ahead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +70,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The forward pass raised; the batch is gone, the others go on."""
+    """The forward pass raised; the batch is gone, with those that it was ahead of, and the others go on."""
 
     running: RunningBatch
     error: Exception
@@ -84,7 +98,7 @@ class Executor:
     @property
     def has_work(self) -> bool:
         """Returns whether `run_one` might do something."""
-        return bool(self._runnable or self._on_device)
+        return bool(self._on_device) or any(running.may_run for running, _ in self._runnable)
 
     @property
     def num_running(self) -> int:
@@ -93,7 +107,11 @@ class Executor:
 
     def add(self, step: Step, header: Header, deadline_s: float, batch: MicroBatch) -> None:
         """Adds a micro-batch; it runs when its turn comes."""
-        running = RunningBatch(step, header, deadline_s, batch, self._forward(batch))
+        sequence_ids = frozenset(
+            frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")["sequence_id"].tolist()
+        )
+        running = RunningBatch(step, header, deadline_s, batch, self._forward(batch), sequence_ids)
+        running.ahead.update(other for other in self._running if not sequence_ids.isdisjoint(other.sequence_ids))
         self._running.add(running)
         self._runnable.append((running, None))
 
@@ -113,15 +131,16 @@ class Executor:
         if able is None:
             return None
         running, answer = able
+        running.num_parts += 1
         try:
             with torch.inference_mode():
                 wanted = running.forward.send(answer)
         except StopIteration as stop:
-            self._running.discard(running)
+            self._end(running)
             return Finished(running, stop.value)
         except Exception as error:  # whatever a step's numbers provoke must not take the other steps along
             raise_if_life_ending(error)
-            self._running.discard(running)
+            self.drop(running)
             return Broken(running, error)
         if isinstance(wanted, ExpertCall):
             return WantsExperts(running, wanted)
@@ -133,14 +152,27 @@ class Executor:
         """Returns the batch that runs next. What the device has is sent at once: others wait for it elsewhere. Then the
         device gets more to do."""
         for number, (running, awaited) in enumerate(self._on_device):
-            if awaited.is_ready():
+            if running.may_run and awaited.is_ready():
                 del self._on_device[number]
                 return running, None
-        return self._runnable.popleft() if self._runnable else None
+        for number, (running, answer) in enumerate(self._runnable):
+            if running.may_run:
+                del self._runnable[number]
+                return running, answer
+        return None
+
+    def _end(self, running: RunningBatch) -> None:
+        self._running.discard(running)
+        for other in self._running:
+            other.ahead.discard(running)
 
     def drop(self, running: RunningBatch) -> None:
-        """Ends a batch whose step has failed."""
-        self._running.discard(running)
+        """Ends a batch whose step has failed, and those that it is ahead of: what they would read is not there. Their
+        steps end with this generation of the pipeline."""
+        followers = [other for other in self._running if running in other.ahead]
+        self._end(running)
+        for follower in followers:
+            self.drop(follower)
         self._runnable = deque(entry for entry in self._runnable if entry[0] is not running)
         self._on_device = deque(entry for entry in self._on_device if entry[0] is not running)
         running.forward.close()

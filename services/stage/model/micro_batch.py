@@ -91,11 +91,13 @@ class BlockTables:
         return len(self._tables)
 
     def computed(self, step: Step) -> None:
-        """Notes that a step is through: its sequences have K and V up to the ends of its chunks."""
+        """Notes that this stage has K and V for the chunks of a step. One that begins behind what is there counts for
+        nothing: the step before it has failed, or was lost."""
         sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         for sequence_id, start, num_tokens, *_ in sequences.tolist():
-            if sequence_id in self._tables:
-                self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start + num_tokens)
+            computed = self._computed.get(sequence_id, 0)
+            if sequence_id in self._tables and start <= computed:
+                self._computed[sequence_id] = max(computed, start + num_tokens)
 
     def inherit(self, blocks: Iterable[int]) -> None:
         """Notes that the memory is a copy of another holder's, of which these blocks were copied: sequences have them
@@ -147,6 +149,9 @@ class BlockTables:
                     f"sequence {sequence_id}: {num_tokens} tokens from {start} do not fit {table.size} blocks"
                 )
             self._tables[sequence_id] = table
+            if num_known == 0:
+                # Told anew: the router counts on what is before it, which another holder may have computed.
+                self._computed[sequence_id] = max(self._computed.get(sequence_id, 0), start)
             tables.append(table)
         # Each has an owner that is known now: with it the block is released too.
         self._inherited.difference_update(new_blocks.tolist())

@@ -48,6 +48,7 @@ VOCABULARY = 100
 TERM = 4
 WELCOME = Welcome(250, "float32", "exact", 32, 1, 20_000)
 STEP_DEADLINE_S = 10.0
+CHUNK_TOKENS = 32
 Sent = tuple[str, Any, Header]
 
 
@@ -225,7 +226,8 @@ class FakeMesh:
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
         placer = placer or InlinePlacer()
-        self.scheduler = Scheduler(SchedulerSettings(block_tokens=shape.block_tokens), TERM << 32)
+        settings = SchedulerSettings(block_tokens=shape.block_tokens, prefill_chunk_tokens=CHUNK_TOKENS)
+        self.scheduler = Scheduler(settings, TERM << 32)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
         self.membership = Membership(patience_for(STEP_DEADLINE_S, WELCOME.heartbeat_interval_ms / 1000))

@@ -1,6 +1,7 @@
 """Stages without tensors: what they keep of each step plan, and a "model" whose next token depends on every cached one.
 
-Two stages a pipeline, each of which gets steps and is done with them in whatever order. A block that is given out while
+Two stages a pipeline, each of which gets steps and is done with them in whatever order, but for chunks of one sequence:
+a stage takes these in turn, and each needs all positions before its own. A block that is given out while
 an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
 replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
 with what it has. Marks are kept by the stages' own `StepWatermark`.
@@ -125,6 +126,7 @@ class SimulatedPipeline:
         self._stages = (SimulatedStage(), SimulatedStage())
         self._has_left: dict[StepId, int] = {}
         """How many stages have finished each step that is under way."""
+        self._under_way: dict[StepId, StepPlan] = {}
 
     def keep_tables_of(self, former: SimulatedPipeline) -> None:
         """The stages were there before this pipeline was closed and opened again."""
@@ -185,7 +187,7 @@ class SimulatedPipeline:
     def resume(self, generation: Generation, lost: Sequence[int], mirrored: bool) -> None:
         """A new generation, in which other nodes hold the lost slots."""
         self.generation = generation
-        self._has_left.clear()
+        self.drop_steps()
         self._adjustments = KeptAdjustments()
         for stage in lost:
             holder = self._stages[stage]
@@ -196,6 +198,17 @@ class SimulatedPipeline:
             holder.computed.clear()
         for holder in self._stages:
             holder.marks.begin_generation()
+
+    def drop_steps(self) -> None:
+        """What is under way is void."""
+        self._has_left.clear()
+        self._under_way.clear()
+
+    def before(self, plan: StepPlan) -> list[StepPlan]:
+        """Steps under way with chunks of its sequences that come before its own, oldest first."""
+        own = {chunk.sequence_id for chunk in plan.chunks}
+        others = [other for step, other in self._under_way.items() if step < plan.step]
+        return [other for other in others if not own.isdisjoint(chunk.sequence_id for chunk in other.chunks)]
 
     def send(self, plan: StepPlan) -> None:
         """The first stage gets the step, and is done with it at once."""
@@ -223,13 +236,17 @@ class SimulatedPipeline:
             assert chunk.token_ids, "a chunk is empty"
             end = chunk.start_position + len(chunk.token_ids)
             assert end <= len(table) * self._block_tokens, "blocks do not match"
+        self._under_way[plan.step] = plan
         self._arrive(0, plan)
 
     def advance(self, plan: StepPlan) -> bool:
-        """The stage that has the step is done with it, and the next one gets it. False: the last stage is done."""
+        """The stage that has the step is done with it, and the next one gets it. False: the last stage is done. Nothing
+        happens while the stage has one that comes before it."""
         stage = self._has_left[plan.step]
         if stage == 2:
             return False
+        if any(self._has_left[other.step] == stage for other in self.before(plan)):
+            return True
         self._has_left[plan.step] += 1
         rows: dict[int, int] = {}
         if not plan.computing_slots or stage in plan.computing_slots:
@@ -251,9 +268,10 @@ class SimulatedPipeline:
 
     def answer(self, plan: StepPlan) -> dict[SequenceId, Token]:
         """The last stage is done with the step."""
+        assert not self.before(plan), "it cannot overtake them"
         while self.advance(plan):
             pass
-        del self._has_left[plan.step]
+        del self._has_left[plan.step], self._under_way[plan.step]
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         sampled = {chunk.sequence_id: Token(self._sample(chunk)) for chunk in sampling}
         self._check_adjustments(plan, sampling)
@@ -296,6 +314,7 @@ class SimulatedPipeline:
     def _write(self, cache: dict[int, int], chunk: ScheduledChunk) -> dict[int, int]:
         slots = self._slots(chunk, chunk.start_position, end_of(chunk))
         rows = dict(zip(slots, chunk.token_ids, strict=True))
+        assert all(slot in cache for slot in self._slots(chunk, 0, chunk.start_position)), "a chunk skips positions"
         cache.update(rows)
         return rows
 

@@ -22,6 +22,7 @@ from services.router.scheduling.admission import Admission
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Request
 from tests.support.router.fake_mesh import (
+    CHUNK_TOKENS,
     STEP_DEADLINE_S,
     TERM,
     FakeMesh,
@@ -71,6 +72,21 @@ def test_a_result_that_does_not_fit_its_step_fails_it_and_the_request_is_compute
     mesh.client.answers.append((result_of([(999, 1)]), header))
     sent = mesh.turn()
     assert AssignStage in kinds(said_to("a", sent)), "a new generation makes the stages forget"
+    mesh.settle(20)
+    assert mesh.tokens("r") == reference_tokens(request)
+
+
+def test_an_answer_that_has_overtaken_the_one_before_it_counts_for_nothing(mesh: FakeMesh) -> None:
+    request = build_request("r", prompt_length=3 * CHUNK_TOKENS)
+    mesh.loop.submit(request)
+    mesh.turn()
+    stages = mesh.client.pipelines[FIRST]
+    assert len(stages.answers) == 2, "two chunks of one prompt are under way"
+    before = mesh.stages.pipelines[FIRST].generation
+    stages.answers.popleft()  # the stage that has failed it says so on another link
+    mesh.answer()
+    mesh.turn()
+    assert mesh.stages.pipelines[FIRST].generation > before
     mesh.settle(20)
     assert mesh.tokens("r") == reference_tokens(request)
 

@@ -91,7 +91,7 @@ def test_one_long_stall_that_ended_well_does_not_explain_the_next() -> None:
 
 
 def test_a_request_in_line_for_its_first_step_is_not_stuck_while_others_get_on() -> None:
-    scheduler = make_scheduler(max_batch_tokens=4, prefill_chunk_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=4, prefill_chunk_tokens=4, micro_batches_per_pipeline=1)
     add(scheduler, *"abcdef", prompt_length=40, max_tokens=2)
     now_s = 0.0
     while not is_idle(scheduler):
@@ -101,7 +101,7 @@ def test_a_request_in_line_for_its_first_step_is_not_stuck_while_others_get_on()
 
 
 def test_a_replay_is_getting_further() -> None:
-    scheduler = make_scheduler(max_batch_tokens=4, prefill_chunk_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=4, prefill_chunk_tokens=4, micro_batches_per_pipeline=1)
     add(scheduler, "a", prompt_length=40, max_tokens=20)
     now_s = decode(scheduler, 12, 0.05)
     scheduler.suspend_pipeline(P0, now_s)

@@ -60,10 +60,10 @@ def test_requeued_request_keeps_tokens_and_place_and_loses_its_cache() -> None:
 def test_request_that_still_holds_something_cannot_be_requeued() -> None:
     request = waiting_request()
     request.start(PipelineId(0), SequenceId(1), 0.0)
-    request.step = StepId(1)
+    request.steps = {StepId(1): 1}
     with pytest.raises(ValueError, match="still holds"):
         request.requeue(0.0)
-    request.step, request.block_table = None, [0]
+    request.steps, request.block_table = {}, [0]
     with pytest.raises(ValueError, match="still holds"):
         request.requeue(0.0)
 

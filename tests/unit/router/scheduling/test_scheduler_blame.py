@@ -187,7 +187,7 @@ def test_an_error_that_is_nobodys_in_particular_ends_who_runs_there_after_a_few_
 
 
 def test_a_step_that_fits_no_message_costs_the_request_that_does_not_fit() -> None:
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(micro_batches_per_pipeline=1)
     add(scheduler, "a", "b", "c")
     plan = only_plan(scheduler)
     culprit = plan.chunks[1].sequence_id

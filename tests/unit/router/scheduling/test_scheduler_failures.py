@@ -90,7 +90,7 @@ def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
 
 
 def test_request_that_breaks_its_steps_takes_no_other_along() -> None:
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(micro_batches_per_pipeline=1)
     add(scheduler, "a", "b", "c", max_tokens=2)
     ended: list[str] = []
     for _ in range(20):

@@ -162,7 +162,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        self.answer(self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1))))
+        plan = data.draw(st.sampled_from(self.in_flight))
+        plan = (self.stages[plan.pipeline].before(plan) or [plan])[0]
+        self.in_flight.remove(plan)
+        self.answer(plan)
 
     @precondition(lambda self: self.in_flight)
     @rule()
@@ -174,9 +177,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        plan = self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1)))
-        error = ExecutionError("simulated")
-        self.scheduler.fail_step(plan.step, error, self.now_s)
+        """The others of its pipeline are void then, and some of its stages may be done with them."""
+        plan = data.draw(st.sampled_from(self.in_flight))
+        self.scheduler.fail_step(plan.step, ExecutionError("simulated"), self.now_s)
+        self.stages[plan.pipeline].drop_steps()
+        self.stale += [other for other in self.in_flight if other.pipeline == plan.pipeline]
+        self.in_flight = [other for other in self.in_flight if other.pipeline != plan.pipeline]
         self.count_failures(self.scheduler.pop_failures())
 
     @precondition(lambda self: self.stale)

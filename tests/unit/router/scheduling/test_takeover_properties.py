@@ -101,7 +101,7 @@ class Mesh:
         if kind == "w" and plan is not None:
             self.stages.advance(plan)
         elif kind == "a" and plan is not None:
-            self.answer(plan)
+            self.answer((self.stages.before(plan) or [plan])[0])
         elif kind == "f":
             self.stages.fill_mirror(stage, 4 * count, count)
         elif kind == "j":
@@ -150,5 +150,5 @@ def test_marks_that_take_arrival_for_order_read_cache_that_is_not_there(monkeypa
     moves = [("w", 0, 1, 0), ("w", 0, 1, 0), ("f", 1, 0, 1), ("a", 1, 1, 0), ("a", 1, 0, 0), ("t", 1, 0, 0)]
     run(moves)
     monkeypatch.setattr("tests.support.router.simulated_pipeline.StepWatermark", MarkOfTheNewest)
-    with pytest.raises(AssertionError, match=r"caches differ|never written"):
+    with pytest.raises(AssertionError, match="a chunk skips positions"):
         run(moves)

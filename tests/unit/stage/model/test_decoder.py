@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from common.messages import Header
+from services.stage.model.executor import Executor, Finished, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch
 from tests.support.checkpoints.tiny_checkpoints import (
     MIXTRAL_SHARDED,
@@ -116,6 +120,37 @@ def test_stages_chunks_nodes_and_batch_mates_change_no_bit(recipe: Recipe, made:
         pipeline.logits([Chunk(1, TOKENS[69:])]),
     ]
     assert torch.equal(torch.cat(rows), whole)
+
+
+@pytest.mark.parametrize("recipe", [QWEN3, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_of_one_prompt_that_are_under_way_together_have_its_bits(recipe: Recipe, seed: int, made: Made) -> None:
+    """On each stage, experts answer in any order."""
+    directory, _ = made(recipe)
+    kernels, chance = kernels_for("native"), random.Random(seed)
+    whole = LocalPipeline(directory, kernels=kernels).logits([Chunk(1, TOKENS)])
+    pipeline = LocalPipeline(directory, pp=2, kernels=kernels)
+    steps = [pipeline.step([Chunk(1, TOKENS[start : start + 15])]) for start in range(0, len(TOKENS), 15)]
+    arrived = [(step, torch.tensor(TOKENS[15 * n : 15 * n + 15])) for n, step in enumerate(steps)]
+    for model, caches, tables in zip(pipeline.models, pipeline.caches, pipeline.tables, strict=True):
+        memory: Any = SimpleNamespace(caches=caches)
+        executor, waiting, left = Executor(model, memory), [], []
+        for step, hidden in arrived:
+            executor.add(step, Header(), 9.0, read_micro_batch(step, hidden, tables))
+        while executor.num_running:
+            while executor.has_work:
+                outcome = executor.run_one()
+                assert isinstance(outcome, WantsExperts | Finished)
+                if isinstance(outcome, WantsExperts):
+                    waiting.append(outcome)
+                else:
+                    left.append((outcome.running.step, outcome.output))
+            if waiting:
+                wanted = waiting.pop(chance.randrange(len(waiting)))
+                executor.resume(wanted.running, pipeline.answer(wanted.call))
+        assert [step for step, _ in left] == steps, "they leave in their order"
+        arrived = left
+    assert torch.equal(torch.cat([logits for _, logits in arrived]), whole[[14, 29, 44, 59, 69]])
 
 
 @pytest.mark.parametrize("kernels", KERNEL_CHOICES)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from common.errors import DeviceError, RankLostError
@@ -16,6 +19,7 @@ from services.stage.model.decoder import ExpertCall
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.kv_cache import LocalKv, PagedMemory, allocate_paged_memory
 from services.stage.model.paged_attention import KvShape
+from tests.unit.stage.model.test_micro_batch import step as step_of
 
 
 @dataclass
@@ -52,9 +56,9 @@ def executor_of(model: Model) -> Executor:
     return Executor(given, memory)
 
 
-def add(executor: Executor, value: float) -> None:
+def add(executor: Executor, value: float, *sequence_ids: int) -> None:
     batch: Any = torch.full((1, 2), value)
-    step: Any = None
+    step = step_of([(sequence_id, 0, 1, 0, 0, 0) for sequence_id in sequence_ids], [])
     executor.add(step, Header(step=int(value)), 9.0, batch)
 
 
@@ -144,8 +148,7 @@ def test_no_gradient_is_kept() -> None:
     model = Model(calls=0)
     executor = executor_of(model)
     batch: Any = torch.ones((1, 2), requires_grad=True)
-    step: Any = None
-    executor.add(step, Header(), 9.0, batch)
+    executor.add(step_of([], []), Header(), 9.0, batch)
     outcome = executor.run_one()
     assert isinstance(outcome, Finished)
     assert outcome.running.batch is batch
@@ -265,3 +268,54 @@ def test_a_device_that_hangs_is_not_the_fault_of_a_step(monkeypatch: pytest.Monk
     monkeypatch.setattr(Awaited, "is_ready", hangs)
     with pytest.raises(DeviceError):
         executor.run_one()
+
+
+CHUNKS = st.lists(st.frozensets(st.integers(0, 2), max_size=2), min_size=1, max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chunks=CHUNKS, waits=st.booleans(), seed=st.integers(0, 1 << 32))
+def test_a_later_chunk_of_a_sequence_does_each_part_after_the_earlier_one_and_others_take_turns(
+    chunks: list[frozenset[int]], waits: bool, seed: int
+) -> None:
+    model: Any = DeviceModel() if waits else Model(calls=2)
+    executor, chance = executor_of(model), random.Random(seed)
+    order: list[tuple[int, int]] = []  # batch and part, as they were run
+    waiting: list[RunningBatch] = []
+    num_added = num_finished = 0
+    while num_finished < len(chunks):
+        for awaited in getattr(model, "awaited", {}).values():
+            awaited.is_there = awaited.is_there or chance.random() < 0.5
+        if num_added < len(chunks) and (num_added == num_finished or chance.random() < 0.5):
+            num_added += 1
+            add(executor, float(num_added), *chunks[num_added - 1])
+        if waiting and chance.random() < 0.5:
+            executor.resume(waiting.pop(chance.randrange(len(waiting))), torch.zeros(1, 2))
+        before = {running: running.num_parts for running in executor._running}
+        outcome = executor.run_one() if executor.has_work else None
+        order += [(running.header.step - 1, parts) for running, parts in before.items() if running.num_parts > parts]
+        waiting += [outcome.running] if isinstance(outcome, WantsExperts) else []
+        num_finished += isinstance(outcome, Finished)
+        if not waiting and num_added == len(chunks) and not waits and num_finished < num_added:
+            assert executor.has_work, "the oldest can always go on"
+    for (batch, part), run in zip(order, range(len(order)), strict=True):
+        for later in range(batch + 1, len(chunks)):
+            if not chunks[batch].isdisjoint(chunks[later]):
+                assert (later, part) not in order[:run], "a chunk has overtaken the one before it"
+
+
+def test_with_a_batch_that_breaks_go_those_that_need_what_it_leaves_out() -> None:
+    model = Model(calls=2, breaks_at=1)
+    executor = executor_of(model)
+    for value, sequence_ids in ((1.0, (7,)), (2.0, (7, 8)), (3.0, (8,)), (4.0, (9,))):
+        add(executor, value, *sequence_ids)
+    first, second, third, other = [wanting(executor.run_one())[0] for _ in range(4)]
+    for running in (second, first):
+        executor.resume(running, torch.zeros(1, 2))
+    assert isinstance(executor.run_one(), Broken), "the second waits for the first"
+    assert (executor.num_running, executor.has_work) == (1, False)
+    model.breaks_at = -1
+    for running in (third, other):
+        executor.resume(running, torch.zeros(1, 2))
+    assert wanting(executor.run_one())[0] is other
+    assert len(model.closed) == 2

@@ -130,6 +130,29 @@ def test_a_router_that_has_forgotten_is_told_tables_and_what_is_computed() -> No
     assert known.held()[0] == [(8, 0, 1)]
 
 
+def test_what_comes_behind_a_step_that_failed_is_not_there() -> None:
+    known = tables()
+    first, failed, next_one = (
+        step([(7, 3 * n, 3, 0 if n == 0 else 3, 0 if n else 3, 0)], [] if n else [3, 1, 2]) for n in range(3)
+    )
+    for message in (first, failed, next_one):
+        read(message, known)
+    known.computed(first)
+    known.computed(next_one)
+    assert known.held()[0] == [(7, 3, 3)]
+    known.computed(failed)
+    known.computed(next_one)
+    assert known.held()[0] == [(7, 9, 3)], "in their order they count"
+
+
+def test_what_is_before_a_sequence_that_is_told_anew_is_there() -> None:
+    known = tables()
+    anew = step([(7, 6, 2, 0, 2, 0)], [4, 5])
+    read(anew, known)
+    known.computed(anew)
+    assert known.held()[0] == [(7, 8, 2)]
+
+
 def test_a_table_that_is_told_from_its_first_block_on_replaces_what_was_known() -> None:
     known = tables()
     read(step([(7, 0, 3, 0, 1, 0)], [3]), known)
