@@ -1,13 +1,18 @@
 """Message <-> frames, the only place that knows bytes.
 
-    [prefix: magic, version, checksum | msgpack map] [tensor frame]*
+    [prefix: magic, version, flags, checksum | msgpack map] [tensor frame]*
+    [the same prefix | head | trace, padded to 8 bytes | routing, weights] [hidden states]
 
-The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16, zero), xxh3-64 over the map and all frames, seeded
-with the version (a message of one version that became another's on its way must not go unseen). The map
+The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16), xxh3-64 over what follows it and all frames, seeded
+with version and flags (a message of one version that became another's on its way must not go unseen). The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
 anything is handed on. A version that has only added fields understands the one before: such fields have defaults, and
 an older message may lack them. Nothing is ever unpickled.
+
+The second form, with the flag FIXED, is that of the two kinds of which a token needs many, `Dispatch` and `ExpertRows`:
+each value has its place, and what is small travels with the head, so that either is two frames. A change to their
+fields gives others another meaning.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, NoReturn, get_type_hints
 
 import msgpack
 import xxhash
@@ -31,6 +36,9 @@ MAX_ELEMENTS: Final = 1 << 31
 MAX_DIMENSIONS: Final = 4
 MAX_ENTRIES: Final = 1 << 13
 """The longest tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims."""
+
+FIXED: Final = 1
+"""The flag of a message whose values have fixed places."""
 
 _MAGIC: Final = b"MOEM"
 _PREFIX: Final = struct.Struct("<4sHHQ")
@@ -67,8 +75,6 @@ _KINDS: Final[dict[int, type[Message]]] = {
     21: messages.StepResult,
     22: messages.MirrorRows,
     24: messages.MirrorAck,
-    30: messages.Dispatch,
-    31: messages.ExpertRows,
     32: messages.CancelCall,
 }
 _NUMBERS: Final[dict[type[Message], int]] = {kind: number for number, kind in _KINDS.items()}
@@ -98,23 +104,80 @@ _FIELDS: Final = {kind: frozenset(name for name, _ in scalars) for kind, (scalar
 _DEFAULTS: Final = {kind: _defaults(kind) for kind in _NUMBERS}
 _HEADER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Header))
 
+MAX_TRACE: Final = 128
+"""Characters."""
 
-def encode(message: Message, header: Header) -> list[bytes | memoryview]:
+
+_ALIGNMENT: Final = 8
+_HEAD: Final = struct.Struct("<HHBBH12Q")
+"""Number of the kind, bytes of the trace, number of the dtype, zero, zero, the header's seven counters, the call's
+number, rows and width of the tensor frame, pairs of `routing`, weights."""
+_DISPATCH: Final = 30
+_ROWS: Final = 31
+_DTYPES: Final = tuple(ITEM_BYTES)
+_DTYPE_NUMBERS: Final = {name: number for number, name in enumerate(_DTYPES)}
+_COUNTERS: Final = (*_HEADER_FIELDS[:7], "call", "rows", "width", "pairs", "weights")
+
+
+def encode(message: Message, header: Header, sequence_number: int | None = None) -> list[bytes | memoryview]:
     """Returns the frames of a message. Tensor frames are the message's own buffers: do not write to them until they are
-    sent."""
+    sent. `sequence_number`: in place of the header's."""
+    number = header.sequence_number if sequence_number is None else sequence_number
+    if isinstance(message, messages.Dispatch):
+        pairs, weights = message.routing, message.weights
+        assert (pairs.dtype, pairs.shape[:1], len(pairs.shape)) == ("int32", (3,), 2), pairs.shape
+        assert (weights.dtype, len(weights.shape)) == ("float32", 1), weights.shape
+        sizes = pairs.shape[1], weights.shape[0]
+        return _encode_fixed(_DISPATCH, message.call, header, number, message.hidden, sizes, (pairs.data, weights.data))
+    if isinstance(message, messages.ExpertRows):
+        return _encode_fixed(_ROWS, message.call, header, number, message.rows, (0, 0), ())
+    if number != header.sequence_number:
+        header = dataclasses.replace(header, sequence_number=number)
     kind = type(message)
-    scalars, tensors = _PLANS[kind]
-    frames: list[bytes | memoryview] = [getattr(message, name).data for name in tensors]
+    scalars, names = _PLANS[kind]
+    frames: list[bytes | memoryview] = [getattr(message, name).data for name in names]
     body = msgpack.packb(
         {
             "k": _NUMBERS[kind],
             "h": [getattr(header, name) for name in _HEADER_FIELDS],
             "f": {name: getattr(message, name) for name, _ in scalars},
-            "t": [(frame.dtype, frame.shape) for frame in (getattr(message, name) for name in tensors)],
+            "t": [(frame.dtype, frame.shape) for frame in (getattr(message, name) for name in names)],
         }
     )
     prefix = _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, 0, _checksum(body, frames, PROTOCOL_VERSION))
     return [prefix + body, *frames]
+
+
+def _encode_fixed(
+    kind: int,
+    call: int,
+    header: Header,
+    sequence_number: int,
+    rows: TensorFrame,
+    sizes: tuple[int, int],
+    small: tuple[bytes | memoryview, ...],
+) -> list[bytes | memoryview]:
+    trace = header.trace.encode()
+    head = _HEAD.pack(
+        kind,
+        len(trace),
+        _DTYPE_NUMBERS[rows.dtype],
+        0,
+        0,
+        header.router_term,
+        header.generation,
+        header.attempt,
+        header.step,
+        header.layer,
+        sequence_number,
+        header.time_left_ms,
+        call,
+        *rows.shape,
+        *sizes,
+    )
+    body = b"".join((head, trace, bytes(-len(trace) % _ALIGNMENT), *small))
+    checksum = _checksum(body, (rows.data,), PROTOCOL_VERSION, FIXED)
+    return [_PREFIX.pack(_MAGIC, PROTOCOL_VERSION, FIXED, checksum) + body, rows.data]
 
 
 def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
@@ -130,12 +193,72 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     magic, version, flags, checksum = _PREFIX.unpack_from(first)
     if magic != _MAGIC:
         raise ProtocolError("not a moemesh message (wrong magic)")
-    if not OLDEST_VERSION <= version <= PROTOCOL_VERSION or flags:
+    if not OLDEST_VERSION <= version <= PROTOCOL_VERSION:
         understood = " or ".join(map(str, range(OLDEST_VERSION, PROTOCOL_VERSION + 1)))
         raise ProtocolError(f"protocol version {version}; {understood} is understood")
+    if flags not in (0, FIXED):
+        raise ProtocolError(f"flags {flags}; 0 and {FIXED} are understood")
     body = first[_PREFIX.size :]
-    if _checksum(body, frames[1:], version) != checksum:
+    if _checksum(body, frames[1:], version, flags) != checksum:
         raise ProtocolError("checksum does not match: the message was damaged on its way")
+    return _decode_fixed(body, frames[1:]) if flags == FIXED else _decode_map(body, frames[1:], version)
+
+
+def _decode_fixed(body: memoryview, frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
+    if len(body) < _HEAD.size or len(frames) != 1:
+        raise ProtocolError(
+            f"fixed places take {_HEAD.size} bytes and a tensor frame; these are {len(body)} and {len(frames)}"
+        )
+    kind, trace_bytes, dtype_number, *zeros_and_counters = _HEAD.unpack_from(body)
+    counters = zeros_and_counters[2:]
+    if kind != _DISPATCH and kind != _ROWS:
+        raise ProtocolError(f"unknown kind of message {kind} with fixed places")
+    name = "Dispatch.hidden" if kind == _DISPATCH else "ExpertRows.rows"
+    if dtype_number >= len(_DTYPES) or zeros_and_counters[0] or zeros_and_counters[1]:
+        raise ProtocolError(f"{name} has the unknown dtype number {dtype_number}, or no zeros after it")
+    if max(counters) >= _INT64:
+        _refuse_counters(counters)
+    router_term, generation, attempt, step, layer, sequence_number, time_left_ms = counters[:7]
+    call, rows, width, pairs, weights = counters[7:]
+    first, dtype = memoryview(frames[0]), _DTYPES[dtype_number]
+    num_bytes = rows * width * ITEM_BYTES[dtype]
+    # An empty array may not claim huge sizes either: numpy and torch fail on them where it is not expected.
+    if num_bytes != first.nbytes or max(rows, width) > MAX_ELEMENTS:
+        raise ProtocolError(f"{name} of {dtype} {(rows, width)} needs {num_bytes} bytes, not {first.nbytes}")
+    trace_end = _HEAD.size + trace_bytes
+    routing = trace_end + -trace_bytes % _ALIGNMENT
+    routing_end = routing + 12 * pairs
+    end = routing_end + 4 * weights
+    if len(body) != end or (kind == _ROWS and end != routing):
+        raise ProtocolError(
+            f"a trace of {trace_bytes} bytes, {pairs} pairs and {weights} weights need {end} bytes, not {len(body)}"
+        )
+    trace = _decode_trace(body[_HEAD.size : trace_end])
+    header = Header(router_term, generation, attempt, step, layer, sequence_number, time_left_ms, trace)
+    tensor = TensorFrame(dtype, (rows, width), first)
+    if kind == _ROWS:
+        return messages.ExpertRows(call, tensor), header
+    routing_frame = TensorFrame("int32", (3, pairs), body[routing:routing_end])
+    weights_frame = TensorFrame("float32", (weights,), body[routing_end:])
+    return messages.Dispatch(call, tensor, routing_frame, weights_frame), header
+
+
+def _refuse_counters(counters: Sequence[int]) -> NoReturn:
+    name, value = next((name, value) for name, value in zip(_COUNTERS, counters, strict=True) if value >= _INT64)
+    raise ProtocolError(f"header field {name} must be a whole number from 0 to 2^63, not {value}")
+
+
+def _decode_trace(encoded: memoryview) -> str:
+    try:
+        trace = str(encoded, "utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError("header field trace must be UTF-8") from None
+    if len(trace) > MAX_TRACE:
+        raise ProtocolError(f"header field trace must be a string of at most {MAX_TRACE} characters")
+    return trace
+
+
+def _decode_map(body: memoryview, frames: Sequence[bytes | memoryview], version: int) -> tuple[Message, Header]:
     try:
         fields = msgpack.unpackb(
             body,
@@ -155,12 +278,12 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
         raise ProtocolError(f"unknown kind of message {fields['k']!r:.40}")
     defaults = _DEFAULTS[kind] if version < PROTOCOL_VERSION else {}
     values = _decode_fields(kind, fields["f"], defaults)
-    values.update(_decode_tensors(kind, fields["t"], frames[1:], defaults))
+    values.update(_decode_tensors(kind, fields["t"], frames, defaults))
     return kind(**values), _decode_header(fields["h"])
 
 
-def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], version: int) -> int:
-    digest = xxhash.xxh3_64(body, seed=version)
+def _checksum(body: bytes | memoryview, frames: Sequence[bytes | memoryview], version: int, flags: int = 0) -> int:
+    digest = xxhash.xxh3_64(body, seed=version | flags << 16)
     for frame in frames:
         digest.update(frame)
     return digest.intdigest()
@@ -171,8 +294,8 @@ def _decode_header(values: Any) -> Header:
         raise ProtocolError(f"header must have {len(_HEADER_FIELDS)} values")
     for name, value in zip(_HEADER_FIELDS, values, strict=True):
         if name == "trace":
-            if not isinstance(value, str) or len(value) > 128:
-                raise ProtocolError("header field trace must be a string of at most 128 characters")
+            if not isinstance(value, str) or len(value) > MAX_TRACE:
+                raise ProtocolError(f"header field trace must be a string of at most {MAX_TRACE} characters")
         elif not (type(value) is int and 0 <= value < _INT64):
             raise ProtocolError(f"header field {name} must be a whole number from 0 to 2^63, not {value!r:.40}")
     return Header(*values)

@@ -24,6 +24,38 @@ from common.wire.tensor import frame_to_tensor
 from services.expert.shard_store import ShardStore
 
 
+MAX_INT32 = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """How the rows of one or several calls stand when sorted by shard."""
+
+    order: Int64Array | None
+    """[R]: place in the calls' concatenated rows of each sorted row; None: they stand in order already, as those of a
+    single call do."""
+    keys: tuple[int, ...]
+    """Shard key of each group, ascending."""
+    offsets: tuple[int, ...]
+    """[groups + 1]: sorted rows [offsets[i], offsets[i+1]) belong to keys[i]."""
+
+
+def group_rows(routings: Sequence[Int32Array], num_slices: int) -> Grouping:
+    """Groups the rows of calls by shard; `routings` are their [3, R_i] arrays (row, expert, slice)."""
+    by_call = [
+        routing[1] if num_slices == 1 else routing[1].astype(np.int64) * num_slices + routing[2] for routing in routings
+    ]
+    keys = by_call[0] if len(by_call) == 1 else np.concatenate(by_call)
+    steps = keys[1:] - keys[:-1]
+    order = None
+    if steps.size and steps.min() < 0:
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        steps = keys[1:] - keys[:-1]
+    starts = [0, *(steps.nonzero()[0] + 1).tolist()] if keys.size else []
+    return Grouping(order, tuple(keys[starts].tolist()), (*starts, keys.size))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class WaitingCall:
     """A checked Dispatch."""
@@ -38,6 +70,8 @@ class WaitingCall:
     """[3, R]: row of `hidden`, expert, slice."""
     weights: Float32Array | None
     """[R] where the answer is one weighted sum per token (combine mode `partial`)."""
+    grouping: Grouping
+    """Its rows by shard."""
 
 
 def check_call(
@@ -54,17 +88,22 @@ def check_call(
     routing: Int32Array = frame_to_array(message.routing, "int32", (3, None), "Dispatch.routing")
     if routing.size == 0:
         raise ProtocolError("Dispatch.routing has no rows")
-    if routing.min() < 0 or routing[0].max() >= hidden.shape[0] or routing[2].max() >= num_slices:
+    # Seen without their sign, negative numbers are the largest.
+    last_row, last_expert, last_slice = routing.view(np.uint32).max(axis=1).tolist()
+    if last_row >= hidden.shape[0] or last_expert > MAX_INT32 or last_slice >= num_slices:
         raise ProtocolError(
-            f"Dispatch.routing names a row outside [0, {hidden.shape[0]}) or a slice outside [0, {num_slices})"
+            f"Dispatch.routing names a row outside [0, {hidden.shape[0]}), a slice outside [0, {num_slices}) or a "
+            "negative expert"
         )
     weights: Float32Array | None = None
     if message.weights.shape != (0,):
         weights = frame_to_array(message.weights, "float32", (routing.shape[1],), "Dispatch.weights")
-    for expert, slice_index in {(expert, piece) for expert, piece in zip(*routing[1:].tolist(), strict=True)}:
+    grouping = group_rows((routing,), num_slices)
+    for key in grouping.keys:
+        expert, slice_index = divmod(key, num_slices)
         if store.find(ShardId(header.layer, expert, slice_index)) is None:
             raise NotReadyError(f"expert {expert}, slice {slice_index} of layer {header.layer} is not held here")
-    return WaitingCall(identity, message.call, header, arrived_s, hidden, routing, weights)
+    return WaitingCall(identity, message.call, header, arrived_s, hidden, routing, weights, grouping)
 
 
 class CallQueue:
@@ -104,32 +143,6 @@ def _expires_s(call: WaitingCall) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Grouping:
-    """How the rows of several calls stand when sorted by shard."""
-
-    order: Int64Array
-    """[R]: place in the calls' concatenated rows of each sorted row."""
-    keys: tuple[int, ...]
-    """Shard key of each group, ascending."""
-    offsets: tuple[int, ...]
-    """[groups + 1]: sorted rows [offsets[i], offsets[i+1]) belong to keys[i]."""
-
-    @property
-    def is_sorted(self) -> bool:
-        """Returns whether the rows already stood in order, as those of a single call do."""
-        return bool((self.order[1:] > self.order[:-1]).all())
-
-
-def group_rows(routings: Sequence[Int32Array], num_slices: int) -> Grouping:
-    """Groups the rows of calls by shard; `routings` are their [3, R_i] arrays (row, expert, slice)."""
-    keys = np.concatenate([routing[1].astype(np.int64) * num_slices + routing[2] for routing in routings])
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))) if keys.size else np.zeros(0, int)
-    return Grouping(order, tuple(ordered[starts].tolist()), (*starts.tolist(), int(keys.size)))
-
-
-@dataclass(frozen=True, slots=True)
 class LayerAnswer:
     """What the device computes for all calls of a layer that waited."""
 
@@ -147,7 +160,7 @@ class LayerAnswer:
         if self.order is not None:
             rows = torch.empty_like(computed)
             rows[self.order] = computed
-        answers = torch.split(rows, [call.routing.shape[1] for call in self.calls])
+        answers = [rows] if len(self.calls) == 1 else torch.split(rows, [c.routing.shape[1] for c in self.calls])
         return [
             answer if call.weights is None else _weighted(call, call.weights, answer)
             for call, answer in zip(self.calls, answers, strict=True)
@@ -158,12 +171,13 @@ def begin_answer(calls: list[WaitingCall], store: ShardStore, device: Device, be
     """Begins one grouped FFN over all rows of one layer's calls, on the device that has the shards. Raises
     NotReadyError."""
     layer, num_slices = calls[0].header.layer, store.num_slices
-    grouping = group_rows([call.routing for call in calls], num_slices)
+    is_one = len(calls) == 1
+    grouping = calls[0].grouping if is_one else group_rows([call.routing for call in calls], num_slices)
     experts = [_held(store, ShardId(layer, *divmod(key, num_slices))) for key in grouping.keys]
-    rows = [call.hidden[torch.from_numpy(call.routing[0])] for call in calls]
-    x = rows[0] if len(rows) == 1 else torch.cat(rows)
-    order = None if grouping.is_sorted else torch.from_numpy(grouping.order)
-    (there,) = device.to_device(x if order is None else x[order])
+    rows = [call.hidden.index_select(0, torch.from_numpy(call.routing[0])) for call in calls]
+    x = rows[0] if is_one else torch.cat(rows)
+    order = None if grouping.order is None else torch.from_numpy(grouping.order)
+    (there,) = device.to_device(x if order is None else x.index_select(0, order))
     download = device.begin_download(grouped_gated_ffn(there, grouping.offsets, experts))
     return LayerAnswer(calls, began_s, download, order)
 

@@ -107,7 +107,7 @@ class StageProcess:
         ) as node:
             worker = StageWorker(self._layers, node.transport, node.ipc_token, node.log, self._sampling_kernels)
             nodes = ExpertNodes(node.transport, node.ipc_token, own.config.num_experts, node.log)
-            experts = ExpertClient(nodes, node.log, self._rings(nodes, node))
+            experts = ExpertClient(nodes, node.log, self._rings(nodes, node), self._sampling_kernels)
             try:
                 StageService(node, worker, experts).run(own.should_stop)
             except RuntimeError as error:

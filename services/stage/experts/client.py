@@ -17,6 +17,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from common.compute.native_library import NativeKernels
 from common.errors import DeadlineError, ExecutionError, MoemeshError, ProtocolError
 from common.messages import ExpertRows, Failed, Header, Message, PublishPlacement
 from common.wire.call_ring import Outcome
@@ -80,9 +81,16 @@ class CallFailed:
 class ExpertClient:
     """All expert calls of one stage: `start` begins one, and `poll` says which have ended, and how."""
 
-    def __init__(self, nodes: ExpertNodes, log: structlog.stdlib.BoundLogger, rings: Rings | None = None) -> None:
-        """`rings`: None sends all calls as messages."""
+    def __init__(
+        self,
+        nodes: ExpertNodes,
+        log: structlog.stdlib.BoundLogger,
+        rings: Rings | None = None,
+        kernels: NativeKernels | None = None,
+    ) -> None:
+        """`rings`: None sends all calls as messages. `kernels`: None adds with torch what comes as messages."""
         self.nodes = nodes
+        self._kernels = kernels
         self._log = log
         self._rings = rings
         self.counters = CallCounters()
@@ -135,7 +143,8 @@ class ExpertClient:
 
     def _ask_in_messages(self, number: int, call: ExpertCall, header: Header, now_s: float, deadline_s: float) -> None:
         num_slices = self.nodes.num_slices
-        total: ExactSum | PartialSum = ExactSum(call, num_slices) if self.combine == "exact" else PartialSum(call)
+        is_exact = self.combine == "exact"
+        total: ExactSum | PartialSum = ExactSum(call, num_slices, self._kernels) if is_exact else PartialSum(call)
         self._in_flight.begin(PendingCall(number, call, header, deadline_s, num_slices, total, now_s), now_s)
 
     def await_answer(self, number: int, clock: Callable[[], float], until_s: float = 0.0) -> CallDone | None:
@@ -299,7 +308,7 @@ class ExpertClient:
             asked.header,
             asked.deadline_s,
             asked.num_slices,
-            ExactSum(asked.call, asked.num_slices),
+            ExactSum(asked.call, asked.num_slices, self._kernels),
             asked.started_s,
         )
         self._in_flight.follow(pending, asked)

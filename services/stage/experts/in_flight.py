@@ -114,11 +114,15 @@ class InFlightCalls:
                 if pending.unassigned_since_s is None:
                     pending.unassigned_since_s = now_s
                 return
+            num_left = pairs.size
             for part in parts:
                 if self._send(pending, part, now_s, is_hedge=False):
                     self.budget.earn()
+                    num_left -= part.pairs.size
                 else:
                     pending.pause(part.node, now_s)
+            if not num_left:
+                break
         pending.unassigned_since_s = None
 
     def hedge(self, part: AskedPart, pairs: Int64Array, now_s: float, is_free: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -146,4 +146,14 @@ class PendingCall:
     def header_now(self, now_s: float) -> Header:
         """Returns the step's counters with this call's layer and the time that is left."""
         left_ms = max(1, int((self.deadline_s - now_s) * 1000))
-        return replace(self.header, layer=self.call.layer, time_left_ms=left_ms)
+        of_step = self.header
+        return Header(  # `replace` takes four times as long, at each call of each layer
+            of_step.router_term,
+            of_step.generation,
+            of_step.attempt,
+            of_step.step,
+            self.call.layer,
+            of_step.sequence_number,
+            left_ms,
+            of_step.trace,
+        )

@@ -42,7 +42,7 @@ from common.wire.call_ring import (
     ring_shape,
     send_offer,
 )
-from services.stage.experts.dispatch import NodeRows
+from services.stage.experts.dispatch import NodeRows, sum_experts
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
 from services.stage.model.decoder import ExpertCall
 from services.stage.model.layer_half.run import RunLayers
@@ -533,18 +533,7 @@ class Rings:
 
     def total(self, asked: RingCall) -> Tensor:
         """Returns the answer [T, D] of a call of which all has come: that of `ExactSum`, to the last bit."""
-        call = asked.call
-        answer = torch.empty_like(call.hidden)
-        self._kernels.sum_experts(
-            asked.rows.data_ptr(),
-            call.weights.data_ptr(),
-            *call.experts.shape,
-            asked.num_slices,
-            call.hidden.shape[1],
-            int(call.hidden.dtype == torch.bfloat16),
-            answer.data_ptr(),
-        )
-        return answer
+        return sum_experts(self._kernels, asked.rows, asked.call.weights, asked.num_slices)
 
     def _expect(self, dtype: torch.dtype, pairs_per_token: int) -> None:
         shape = ring_shape(self._width, dtype.itemsize, pairs_per_token)
