@@ -216,6 +216,23 @@ def test_a_step_at_which_reading_breaks_costs_that_step_and_not_the_stage(
     assert stage.held_sequences == {8: [4]}
 
 
+@pytest.mark.parametrize(("num_steps", "may_run_on"), [(1, True), (2, False)])
+def test_a_batch_runs_on_from_layer_to_layer_only_while_it_is_alone(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, num_steps: int, may_run_on: bool
+) -> None:
+    """Of two one may have a later chunk of the other's sequence, and must not pass it."""
+    times_s: list[float] = []
+    monkeypatch.setattr(stage._experts, "await_answer", lambda number, clock, until_s: times_s.append(until_s))
+    stage.take_slot(ASSIGN, 1)
+    for number in range(num_steps):
+        stage.get_step(step([(7 + number, 0, 5, 0, 1, 0)], [3 + number]), 1, 10 + number)
+    stage._receive_steps(100.0)
+    assert stage.worker.slot is not None
+    stage._run(stage.worker.slot)
+    assert stage.worker.slot.executor.num_running == num_steps
+    assert [until_s > 100.0 for until_s in times_s] == [may_run_on]
+
+
 def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 1)
     slot = stage.worker.slot
