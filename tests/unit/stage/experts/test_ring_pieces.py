@@ -128,9 +128,9 @@ def test_each_pair_of_a_call_is_in_one_piece_that_a_slot_has_room_for_and_of_a_n
 
 
 def test_a_call_of_many_pieces_leaves_slots_to_others(idle: RingMesh) -> None:
-    ask(idle, 9 * ROWS + 1)
-    ask(idle, ROWS)
-    assert [states(idle, name).count(ASKED) for name in ("a", "b")] == [AT_A_TIME + 1] * 2
+    for num_tokens, num_asked in ((9 * ROWS + 1, 2), (3 * ROWS, 3), (ROWS, 4)):
+        ask(idle, num_tokens)
+        assert [states(idle, name).count(ASKED) for name in ("a", "b")] == [num_asked] * 2
 
 
 def test_pieces_of_several_calls_at_a_time_are_not_mixed_up(mesh: RingMesh) -> None:
