@@ -207,6 +207,19 @@ def test_a_call_that_is_abandoned_frees_its_slots_and_is_asked_no_further(idle: 
     assert not any(isinstance(message, Dispatch) for sent in idle.socket_messages().values() for message in sent)
 
 
+@pytest.mark.parametrize("is_given_up", [False, True])
+def test_nothing_is_written_for_a_call_of_which_a_ring_was_given_up(idle: RingMesh, is_given_up: bool) -> None:
+    asked = ask(idle, 8 * ROWS)
+    num_unasked = asked.num_unasked
+    for part in asked.parts()[: 2 * AT_A_TIME]:
+        idle.rings.take_back(asked, part.index)
+    if is_given_up:
+        idle.rings._give_up(idle.number("a"), time.monotonic())
+    assert not idle.rings.take_in(asked)
+    assert (asked.num_unasked == num_unasked) == is_given_up
+    assert (states(idle, "b") == [FREE] * SLOTS) == is_given_up
+
+
 def test_a_piece_that_was_damaged_is_asked_again_alone(idle: RingMesh) -> None:
     idle.start(idle.call(AT_A_TIME * ROWS))
     parts = [part.rows for asked in idle.client._in_rings.values() for part in asked.parts()]
