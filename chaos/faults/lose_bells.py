@@ -16,13 +16,13 @@ from chaos.target import Node, Target, TargetError
 
 _PIDFD_GETFD = 438
 """The number of the system call, on every kind of machine."""
-RING_S = 0.02
+RING_S = 0.05
 """How long a stopped victim is waited for: meanwhile the others ring its bell."""
 
 
 class LoseBells(BackgroundFault):
-    """Every `every_s` each victim is stopped for 20 ms, and then the bells that it shares with others are read empty,
-    its own and theirs, so that it does not wake up for what has come. Until it is healed."""
+    """Every `every_s` each victim is stopped for 50 ms, while the others ring, and then the bells that it shares with
+    them are read empty, its own and theirs, so that it does not wake up for what has come. Until it is healed."""
 
     name = "lose_bells"
     every_s: Annotated[float, Range(0.01, 10)] = 0.1
@@ -48,7 +48,13 @@ class LoseBells(BackgroundFault):
     def _lose(self, processes: Sequence[int], nodes: Sequence[Node]) -> None:
         while not self._stopped.wait(self.every_s):
             for pid in processes:
-                with contextlib.suppress(ProcessLookupError), stopped_process(pid):
+                with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stopped:
+                    # Those that would ring stand still until it does, or it might be on its way out of its wait.
+                    with contextlib.ExitStack() as others:
+                        for other in processes_of(nodes):
+                            if other != pid:
+                                others.enter_context(stopped_process(other))
+                        stopped.enter_context(stopped_process(pid))
                     self._stopped.wait(RING_S)
                     silence_bells(pid, nodes)
 

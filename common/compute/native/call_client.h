@@ -32,7 +32,7 @@ struct AskedPart {  // of one piece, what one node is asked; mirrored by _Part t
     int64_t state;  // WAITING, TAKEN_IN, or minus the outcome that is not an answer
 };
 constexpr int64_t WAITING = 0, TAKEN_IN = 1, NO_SLOT = -1;
-constexpr int64_t PIECES_AT_A_TIME = 2;  // of a call, in one ring: one is computed, one waits; others find slots, too
+constexpr int64_t PIECES_AT_A_TIME = 2;  // of a call, in one ring; the second one leaves a slot to other calls
 constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
 
 struct Dealer {  // memory that the stage's thread keeps
@@ -78,10 +78,12 @@ bool deal(const ExpertQuestion& q, const RingPeer* peers, int64_t num_peers) {
     return true;
 }
 
-INLINE int64_t free_slot(const RingPeer& peer, const RingShape& shape) {
+// Returns the first free slot, where so many others are free, too.
+INLINE int64_t free_slot(const RingPeer& peer, const RingShape& shape, int64_t others = 0) {
+    int64_t first = NO_SLOT, free = 0;
     for (int64_t slot = 0; slot < shape.slots; slot++)
-        if (state_of(slot_of(peer.memory, shape, slot).head) == FREE) return slot;
-    return NO_SLOT;
+        if (state_of(slot_of(peer.memory, shape, slot).head) == FREE && free++ == 0) first = slot;
+    return free > others ? first : NO_SLOT;
 }
 
 void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& shape, const AskedPart& part,
@@ -134,7 +136,7 @@ void write_parts(const ExpertQuestion& q, AskedPart* parts, int64_t num_parts, R
         AskedPart& part = parts[next];
         int64_t under_way = 0;
         for (int64_t i = 0; i < next; i++) under_way += parts[i].peer == part.peer && parts[i].state == WAITING;
-        if (under_way < PIECES_AT_A_TIME) part.slot = free_slot(peers[part.peer], shape);
+        if (under_way < PIECES_AT_A_TIME) part.slot = free_slot(peers[part.peer], shape, under_way);
         if (part.slot == NO_SLOT) break;
         write_part(q, peers[part.peer], shape, part, pairs + part.first, q.tokens == 1);
         peers[part.peer].owed_rows += part.pairs;

@@ -444,10 +444,12 @@ class Rings:
         """Takes in what has come, asks for what had no slot yet, and waits for the rest for a while. Returns whether
         nothing is to come any more."""
         num_unasked, now_s = asked.num_unasked, time.monotonic()
-        asked.num_waiting = self._kernels.await_answers(
+        # A ring that was given up has no bell any more: the descriptor may be something else's.
+        num_held_back = num_unasked if any(ring.bell < 0 for ring in asked._peers.rings) else 0
+        num_waiting = self._kernels.await_answers(
             ctypes.addressof(asked._question),
             ctypes.addressof(asked._parts),
-            asked._num_parts,
+            asked._num_parts - num_held_back,
             ctypes.addressof(asked._peers.table),
             ctypes.addressof(asked._peers.shape),
             asked.pairs.data_ptr(),
@@ -455,6 +457,7 @@ class Rings:
             self.bell,
             int(timeout_s * 1e9),
         )
+        asked.num_waiting = num_waiting + num_held_back
         if num_unasked and asked.num_unasked < num_unasked:
             asked.asked_s = now_s
         return not asked.num_waiting

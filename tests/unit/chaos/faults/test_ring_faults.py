@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -71,21 +72,33 @@ def bells() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture
-def holder(ring: tuple[RingMemory, int], bells: tuple[int, int], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(ring[1])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        pass_fds=(ring[1], bells[0]),
-        env={**os.environ, "RINGS_FOLDER": str(tmp_path)},
-    )
-    os.close(ring[1])
-    assert process.stdout is not None
-    assert process.stdout.readline() == "has it\n"
-    with process:
-        yield process
-        process.kill()
+def holders(
+    ring: tuple[RingMemory, int], bells: tuple[int, int], tmp_path: Path
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two that have the ring and the bell."""
+    with ExitStack() as started:
+        processes = []
+        for _ in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", HOLDER, str(ring[1])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                pass_fds=(ring[1], bells[0]),
+                env={**os.environ, "RINGS_FOLDER": str(tmp_path)},
+            )
+            processes.append(started.enter_context(process))
+            started.callback(process.kill)
+        os.close(ring[1])
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "has it\n"
+        yield processes
+
+
+@pytest.fixture
+def holder(holders: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    return holders[0]
 
 
 def makes_a_ring(holder: subprocess.Popen[str]) -> str:
@@ -164,10 +177,10 @@ def test_bells_that_two_processes_with_rings_share_are_read_empty_and_no_others(
 
 
 def test_bells_are_lost_again_and_again_until_that_is_healed(
-    ring: tuple[RingMemory, int], holder: subprocess.Popen[str], bells: tuple[int, int], target: SignalledTarget
+    holders: list[subprocess.Popen[str]], bells: tuple[int, int], target: SignalledTarget
 ) -> None:
-    victim = Node("expert-0", "expert", holder.pid)
-    target.running = {"stage-0": Node("stage-0", "stage", os.getpid()), victim.name: victim}
+    stage, victim = Node("stage-0", "stage", holders[0].pid), Node("expert-0", "expert", holders[1].pid)
+    target.running = {node.name: node for node in (stage, victim)}
     fault = LoseBells.from_suite({"every_s": 0.01})
     if reason := fault.unavailable(target):
         pytest.skip(reason)
@@ -188,7 +201,7 @@ def test_bells_are_lost_again_and_again_until_that_is_healed(
     os.eventfd_write(bells[0], 1)
     time.sleep(0.1)
     assert not is_silent()
-    assert makes_a_ring(holder) == "made"
+    assert [makes_a_ring(process) for process in holders] == ["made", "made"]
 
 
 def test_there_is_no_room_for_a_ring_until_that_is_healed(

@@ -128,9 +128,9 @@ def test_each_pair_of_a_call_is_in_one_piece_that_a_slot_has_room_for_and_of_a_n
 
 
 def test_a_call_of_many_pieces_leaves_slots_to_others(idle: RingMesh) -> None:
-    ask(idle, 9 * ROWS + 1)
-    ask(idle, ROWS)
-    assert [states(idle, name).count(ASKED) for name in ("a", "b")] == [AT_A_TIME + 1] * 2
+    for num_tokens, num_asked in ((9 * ROWS + 1, 2), (3 * ROWS, 3), (ROWS, 4)):
+        ask(idle, num_tokens)
+        assert [states(idle, name).count(ASKED) for name in ("a", "b")] == [num_asked] * 2
 
 
 def test_pieces_of_several_calls_at_a_time_are_not_mixed_up(mesh: RingMesh) -> None:
@@ -205,6 +205,19 @@ def test_a_call_that_is_abandoned_frees_its_slots_and_is_asked_no_further(idle: 
     idle.poll()
     assert states(idle, "b") == [FREE] * SLOTS
     assert not any(isinstance(message, Dispatch) for sent in idle.socket_messages().values() for message in sent)
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+def test_nothing_is_written_for_a_call_of_which_a_ring_was_given_up(idle: RingMesh, is_given_up: bool) -> None:
+    asked = ask(idle, 8 * ROWS)
+    num_unasked = asked.num_unasked
+    for part in asked.parts()[: 2 * AT_A_TIME]:
+        idle.rings.take_back(asked, part.index)
+    if is_given_up:
+        idle.rings._give_up(idle.number("a"), time.monotonic())
+    assert not idle.rings.take_in(asked)
+    assert (asked.num_unasked == num_unasked) == is_given_up
+    assert (states(idle, "b") == [FREE] * SLOTS) == is_given_up
 
 
 def test_a_piece_that_was_damaged_is_asked_again_alone(idle: RingMesh) -> None:
