@@ -22,7 +22,7 @@ PIPELINES = [PipelineId(0), PipelineId(1)]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random adds, cancels, answers in any order that stages keep, failed steps, pipelines that close and open again."""
+    """Random adds, cancels, answers in any order that stages keep, failed steps, pipelines that close and open."""
 
     @initialize(
         block_tokens=st.integers(1, 4),
