@@ -234,6 +234,8 @@ class SimulatedPipeline:
             assert all(0 <= block_id < self._num_blocks for block_id in chunk.new_block_ids)
             table.extend(chunk.new_block_ids)
             assert chunk.token_ids, "a chunk is empty"
+            ahead = [own for other in self.before(plan) for own in other.chunks if own.sequence_id == chunk.sequence_id]
+            assert not ahead or chunk.start_position == end_of(ahead[-1]), "chunks do not follow each other"
             end = chunk.start_position + len(chunk.token_ids)
             assert end <= len(table) * self._block_tokens, "blocks do not match"
         self._under_way[plan.step] = plan

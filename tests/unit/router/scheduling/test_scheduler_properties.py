@@ -22,7 +22,7 @@ PIPELINES = [PipelineId(0), PipelineId(1)]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random adds, cancels, answers out of order, failed steps, pipelines that close and open again."""
+    """Random adds, cancels, answers in any order that stages keep, failed steps, pipelines that close and open."""
 
     @initialize(
         block_tokens=st.integers(1, 4),
@@ -257,6 +257,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check_invariants()
+        for plan in self.in_flight:
+            (step,) = [step for step in self.scheduler.steps_in_flight if step.plan is plan]
+            before = self.stages[plan.pipeline].before(plan)
+            assert step.overtaken in [other.step for other in before] or (step.overtaken is None and not before)
         for request_id, tokens in self.tokens.items():
             assert tokens == self.expected[request_id][: len(tokens)], "a wrong token"
 
