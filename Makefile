@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-stalls bench-parity bench-turns bench-router bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-hops bench-stalls bench-parity bench-turns bench-router bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
+	@echo 'make bench-hops    an expert call in messages, beside a bare round trip of the same bytes'
 	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make bench-turns   the longest turns of the mesh thread of a large mesh'
@@ -78,6 +79,9 @@ bench-parallel: $(STAMP)
 
 bench-collectives: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.collectives $(BENCH_ARGS)
+
+bench-hops: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.expert_hop $(BENCH_ARGS)
 
 bench-stalls: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.stalls $(BENCH_ARGS)

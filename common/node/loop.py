@@ -15,6 +15,8 @@ from common.node.process import DataSocket, NodeProcess
 
 POLL_MS = 50
 """The longest that a loop waits for its sockets."""
+CONTROL_INTERVAL_S = 0.01
+"""How often the control link is looked after while nothing has come over it: its times are longer by far."""
 LEAVE_DEADLINE_S = 15.0
 """How long a node that has to stop waits for the router to let it go."""
 
@@ -30,6 +32,7 @@ class NodeLoop(ABC, Generic[DataSocket]):
         self._poller = zmq.Poller()
         self._polled_at_change = -1
         """The transport's `num_changes` when the poller was made."""
+        self._next_control_s = 0.0
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serves until `should_stop` says so and the router lets the node go.
@@ -45,9 +48,12 @@ class NodeLoop(ABC, Generic[DataSocket]):
                     break
             if self._node.transport.num_changes != self._polled_at_change:
                 self._watch_sockets()
-            self._poller.poll(self._wait_ms(now_s))
+            ready = self._poller.poll(self._wait_ms(now_s))
             now_s = self._clock()
-            self._receive_control(now_s)
+            link = self._control.socket
+            if now_s >= self._next_control_s or any(socket in (link.raw, link.monitor) for socket, _ in ready):
+                self._next_control_s = now_s + CONTROL_INTERVAL_S
+                self._receive_control(now_s)
             self._work(now_s)
             self._control.beat(now_s, self._load)
 

@@ -27,7 +27,8 @@ def tensor_to_frame(tensor: torch.Tensor) -> TensorFrame:
     it until it is sent."""
     dense = tensor.detach().cpu().contiguous()
     # numpy has no bfloat16: the bytes travel as they are, whatever they mean.
-    data = dense.view(-1).view(torch.uint8).numpy().data if dense.numel() else b""
+    readable = dense.view(torch.int16) if dense.itemsize == 2 else dense
+    data = readable.numpy().data.cast("B") if dense.numel() else b""
     return TensorFrame(_NAMES[dense.dtype], tuple(dense.shape), data)
 
 

@@ -385,7 +385,7 @@ def _bind_again(raw: zmq.Socket[bytes], endpoint: str) -> None:
 
 def _has_message(raw: zmq.Socket[bytes]) -> bool:
     """Returns whether one waits: a receive that finds none takes five times as long to say so, `poll` thrice."""
-    return bool(raw.get(zmq.EVENTS) & zmq.POLLIN)
+    return bool(int(raw.get(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _receive(raw: zmq.Socket[bytes]) -> list[memoryview] | None:

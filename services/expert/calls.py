@@ -23,7 +23,6 @@ from common.wire.array import Float32Array, Int32Array, Int64Array, frame_to_arr
 from common.wire.tensor import frame_to_tensor
 from services.expert.shard_store import ShardStore
 
-
 MAX_INT32 = (1 << 31) - 1
 
 

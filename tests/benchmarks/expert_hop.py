@@ -26,6 +26,7 @@ import structlog
 import torch
 import zmq
 
+from common.compute.native_library import load_native_kernels
 from common.messages import ExpertHeartbeat, Header, Hello, PublishPlacement, StageHeartbeat, Welcome
 from common.node.control_link import ControlLink, NodeAddresses
 from common.node.process import NodeProcess
@@ -148,7 +149,8 @@ class Rounds:
 def serve_stage(endpoint: str, pattern: str, bare_endpoint: str, rows: int, choices: int, rounds: int) -> None:
     """Prints, for each kind of round trip, the median of the rounds' medians and the fastest round."""
     node = open_link("stage", endpoint, pattern, "pull")
-    experts = ExpertClient(ExpertNodes(node.transport, TOKEN, EXPERTS, LOG), LOG)
+    nodes = ExpertNodes(node.transport, TOKEN, EXPERTS, LOG)
+    experts = ExpertClient(nodes, LOG, kernels=load_native_kernels(threads=1))
     bare = zmq.Context().socket(zmq.DEALER)
     bare.connect(bare_endpoint)
     generator = torch.Generator().manual_seed(1)
@@ -237,7 +239,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--as"]:
         role, *arguments = sys.argv[2:]
         if role == "stage":
-            serve_stage(*arguments[:3], *map(int, arguments[3:]))
+            endpoint, pattern, bare_endpoint, *numbers = arguments
+            rows, choices, rounds = map(int, numbers)
+            serve_stage(endpoint, pattern, bare_endpoint, rows, choices, rounds)
         elif role == "node":
             serve_node(*arguments)
         else:

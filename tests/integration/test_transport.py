@@ -111,7 +111,7 @@ def try_to_send(push: MessageSocket, message: ExpertRows) -> bool:
 
 
 def rows(number: int, size: int = 4) -> ExpertRows:
-    return ExpertRows(number, array_to_frame(np.full(size, number, dtype=np.int32)))
+    return ExpertRows(number, array_to_frame(np.full((size, 1), number, dtype=np.int32)))
 
 
 def test_a_pipeline_carries_messages_in_order_and_counts_them(transport: Transport, address: str) -> None:
@@ -145,7 +145,7 @@ def test_large_tensors_arrive_whole(transport: Transport, address: str) -> None:
     wait_for_link(dealer, LinkEvent.CONNECTED)
     hidden = np.random.default_rng(1).integers(0, 255, (512, 4096)).astype(np.uint8)
     empty = TensorFrame("float32", (0,), b"")
-    dealer.send(Dispatch(1, array_to_frame(hidden), empty, empty), Header())
+    dealer.send(Dispatch(1, array_to_frame(hidden), TensorFrame("int32", (3, 0), b""), empty), Header())
     _, message, _ = wait(router, router.receive)
     assert isinstance(message, Dispatch)
     assert bytes(message.hidden.data) == hidden.tobytes()

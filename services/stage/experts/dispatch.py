@@ -61,7 +61,7 @@ def split_pairs(
     order = np.argsort(keys, kind="stable")
     pairs, keys = pairs[order], keys[order]
     if len(nodes) == 1 and sum(counts[key] for key in chosen) == pairs.size:
-        return [_node_rows(*nodes, pairs, keys, call.experts.shape, num_slices)]
+        return [_node_rows(nodes.pop(), pairs, keys, call.experts.shape, num_slices)]
     node_of = np.full(len(holders), -1)
     node_of[list(chosen)] = list(chosen.values())
     by_node = node_of[keys]

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from hypothesis import strategies as st
 
-from common.messages import Header, Message, TensorFrame
+from common.messages import Dispatch, ExpertRows, Header, Message, TensorFrame
 from common.wire.codec import ITEM_BYTES
 
 KINDS: tuple[type[Any], ...] = get_args(Message)
@@ -24,17 +24,37 @@ _BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
+_SIZES = st.integers(0, 4)
+
+
 @st.composite
-def tensor_frames(draw: st.DrawFn) -> TensorFrame:
+def tensor_frames(
+    draw: st.DrawFn,
+    dtypes: st.SearchStrategy[str] = st.sampled_from(sorted(ITEM_BYTES)),  # noqa: B008
+    shapes: st.SearchStrategy[tuple[int, ...]] = st.lists(_SIZES, max_size=4).map(tuple),  # noqa: B008
+) -> TensorFrame:
     """Any dtype and shape of up to four dimensions, also empty ones."""
-    dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
-    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+    dtype, shape = draw(dtypes), draw(shapes)
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     return TensorFrame(dtype, shape, draw(st.binary(min_size=num_bytes, max_size=num_bytes)))
 
 
+_ROWS = tensor_frames(shapes=st.tuples(_SIZES, _SIZES))
+FIXED_KINDS: dict[type[Any], dict[str, st.SearchStrategy[TensorFrame]]] = {
+    Dispatch: {
+        "hidden": _ROWS,
+        "routing": tensor_frames(st.just("int32"), st.tuples(st.just(3), _SIZES)),
+        "weights": tensor_frames(st.just("float32"), st.tuples(_SIZES)),
+    },
+    ExpertRows: {"rows": _ROWS},
+}
+"""The kinds whose values have fixed places, and what their tensors may be."""
+
+
 def messages_of(kind: type[Any]) -> st.SearchStrategy[Any]:
     """All messages of one kind."""
+    if kind in FIXED_KINDS:
+        return st.builds(kind, call=COUNTS, **FIXED_KINDS[kind])
     hints = get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     return st.builds(

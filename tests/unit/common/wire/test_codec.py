@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -17,18 +18,23 @@ from common.errors import ProtocolError
 from common.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
+    AssignShards,
     Dispatch,
     ExpertHeartbeat,
     ExpertRows,
     Failed,
     Header,
     Leave,
+    StepResult,
     TensorFrame,
 )
-from common.wire.codec import MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
-from tests.support.router.message_strategies import KINDS, headers, messages, messages_of
+from common.wire.codec import FIXED, MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
+from tests.support.router.message_strategies import FIXED_KINDS, KINDS, headers, messages, messages_of
 
-ROWS = ExpertRows(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"))
+SHARDS = AssignShards(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"))
+ROWS = ExpertRows(7, SHARDS.shards)
+MAP_KINDS = [kind for kind in KINDS if kind not in FIXED_KINDS]
+"""Those that are told as a map."""
 
 
 def joined(frames: list[bytes | memoryview]) -> list[bytes]:
@@ -75,8 +81,9 @@ def test_any_flipped_bit_is_a_protocol_error(message: Any, header: Header, data:
         decode(frames)
 
 
-def test_each_single_bit_of_one_message_counts() -> None:
-    frames = joined(encode(ROWS, Header(step=3, trace="t")))
+@pytest.mark.parametrize("message", [SHARDS, ROWS], ids=["map", "fixed"])
+def test_each_single_bit_of_one_message_counts(message: Any) -> None:
+    frames = joined(encode(message, Header(step=3, trace="t")))
     for index, frame in enumerate(frames):
         for bit in range(8 * len(frame)):
             damaged = bytearray(frame)
@@ -138,7 +145,7 @@ def test_any_map_with_a_right_checksum_is_a_message_or_a_protocol_error(fields: 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_field_of_another_type_is_a_protocol_error_or_still_a_message(data: st.DataObject) -> None:
-    message = data.draw(messages())
+    message = data.draw(st.sampled_from(MAP_KINDS).flatmap(messages_of))
     frames = joined(encode(message, Header()))
     fields = fields_of(message)
     part = data.draw(st.sampled_from([key for key in "hft" if fields[key]]))
@@ -166,7 +173,7 @@ def test_deep_nesting_is_a_protocol_error() -> None:
 @pytest.mark.parametrize("version", [0, OLDEST_VERSION - 1, PROTOCOL_VERSION + 1, 65535])
 def test_versions_that_are_not_understood_are_named(version: int) -> None:
     with pytest.raises(ProtocolError, match=f"version {version}"):
-        decode(packed(fields_of(ROWS), (bytes(ROWS.rows.data),), version=version))
+        decode(packed(fields_of(SHARDS), (bytes(SHARDS.shards.data),), version=version))
 
 
 @pytest.fixture
@@ -191,7 +198,7 @@ def as_version_before(message: Any, header: Header) -> list[bytes]:
 
 
 @pytest.mark.usefixtures("understands_the_version_before")
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", MAP_KINDS, ids=lambda kind: kind.__name__)
 def test_what_the_version_before_did_not_have_gets_its_default(kind: type[Any]) -> None:
     @settings(max_examples=10, deadline=None)
     @given(message=messages_of(kind))
@@ -212,16 +219,17 @@ def test_of_the_own_version_a_field_that_is_missing_is_refused() -> None:
 
 
 def test_a_version_whose_fields_were_taken_away_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="protocol version 4; 5 is understood"):
-        decode(packed(fields_of(Leave("stopped")), version=4))
+    with pytest.raises(ProtocolError, match="protocol version 5; 6 is understood"):
+        decode(packed(fields_of(Leave("stopped")), version=5))
 
 
-def test_flags_of_a_later_version_are_refused() -> None:
+@pytest.mark.parametrize("flags", [1, 2, 3, 65535])
+def test_flags_of_a_later_version_and_those_of_another_form_are_refused(flags: int) -> None:
     with pytest.raises(ProtocolError):
-        decode(packed(fields_of(ROWS), (bytes(ROWS.rows.data),), flags=1))
+        decode(packed(fields_of(SHARDS), (bytes(SHARDS.shards.data),), flags=flags))
 
 
-@pytest.mark.parametrize("kind", [0, 99, True, None, "Hello", 1.0])
+@pytest.mark.parametrize("kind", [0, 30, 31, 99, True, None, "Hello", 1.0])
 def test_unknown_kinds_are_refused(kind: Any) -> None:
     with pytest.raises(ProtocolError, match="unknown kind"):
         decode(packed(fields_of(Leave("x")) | {"k": kind}))
@@ -272,16 +280,16 @@ def test_a_long_trace_is_refused() -> None:
     ],
 )
 def test_a_tensor_that_is_not_what_its_frame_holds_is_refused(tensor: Any) -> None:
-    fields = fields_of(ROWS)
-    with pytest.raises(ProtocolError, match=r"ExpertRows\.rows"):
-        decode(packed(fields | {"t": [tensor]}, (bytes(ROWS.rows.data),)))
+    fields = fields_of(SHARDS)
+    with pytest.raises(ProtocolError, match=r"AssignShards\.shards"):
+        decode(packed(fields | {"t": [tensor]}, (bytes(SHARDS.shards.data),)))
 
 
 @pytest.mark.parametrize("shape", [(0, 2**62), (2**62, 0), (0, 2**31, 2**31, 2**31)])
 def test_an_empty_tensor_cannot_claim_sizes_that_nothing_can_hold(shape: tuple[int, ...]) -> None:
     """numpy and torch raise on such a shape, long after it was let in."""
-    fields = fields_of(ROWS)
-    with pytest.raises(ProtocolError, match="rows"):
+    fields = fields_of(SHARDS)
+    with pytest.raises(ProtocolError, match="shards"):
         decode(packed(fields | {"t": [("int32", shape)]}, (b"",)))
 
 
@@ -317,16 +325,141 @@ def test_too_many_frames_and_too_large_headers_are_refused_before_anything_is_re
 
 def test_frames_are_not_copied() -> None:
     data = bytearray(b"\x01\x00\x00\x00")
-    frames = encode(ExpertRows(1, TensorFrame("int32", (1,), memoryview(data))), Header())
+    frames = encode(ExpertRows(1, TensorFrame("int32", (1, 1), memoryview(data))), Header())
     message, _ = decode(frames)
     assert isinstance(message, ExpertRows)
     data[0] = 2
     assert message.rows.data[0] == 2
 
 
-def test_two_messages_whose_frames_are_swapped_are_refused() -> None:
-    frame = TensorFrame("int32", (3, 1), bytes(12))
-    dispatch = Dispatch(1, frame, replace(frame, data=bytes(range(12))), frame)
-    first, hidden, routing, weights = joined(encode(dispatch, Header()))
+def test_a_message_whose_frames_are_swapped_is_refused() -> None:
+    frame = TensorFrame("int32", (1,), bytes(4))
+    first, sequence_ids, token_ids, *others = joined(encode(result_of(frame), Header()))
     with pytest.raises(ProtocolError, match="checksum"):
-        decode([first, routing, hidden, weights])
+        decode([first, token_ids, sequence_ids, *others])
+
+
+def result_of(frame: TensorFrame) -> StepResult:
+    return StepResult(frame, replace(frame, data=b"1234"), frame, frame, frame)
+
+
+# ---- the form with fixed places
+
+DISPATCH = Dispatch(
+    9,
+    TensorFrame("bfloat16", (2, 3), bytes(range(12))),
+    TensorFrame("int32", (3, 2), bytes(range(24))),
+    TensorFrame("float32", (1,), b"abcd"),
+)
+HEADER = Header(1, 2, 3, 4, 5, 6, 7, "0/4")
+PLACES = ("router_term", "generation", "attempt", "step", "layer", "sequence_number", "time_left_ms", "call")
+
+
+def fixed(head: bytes, rest: bytes, frames: list[bytes], flags: int = FIXED) -> list[bytes]:
+    """Frames whose prefix and checksum are right, whatever the places hold."""
+    digest = xxhash.xxh3_64(head + rest, seed=PROTOCOL_VERSION | flags << 16)
+    for frame in frames:
+        digest.update(frame)
+    prefix = b"MOEM" + PROTOCOL_VERSION.to_bytes(2, "little") + flags.to_bytes(2, "little")
+    return [prefix + digest.intdigest().to_bytes(8, "little") + head + rest, *frames]
+
+
+def changed(message: Any, place: int, value: bytes) -> list[bytes]:
+    """The message with other bytes from this place on, counted from the end of the prefix."""
+    first, *frames = joined(encode(message, HEADER))
+    body = bytearray(first[16:])
+    body[place : place + len(value)] = value
+    return fixed(bytes(body[:104]), bytes(body[104:]), frames)
+
+
+def test_the_places_are_those_of_the_protocol() -> None:
+    first, hidden = joined(encode(DISPATCH, HEADER))
+    head = struct.pack("<HHBBH12Q", 30, 3, 2, 0, 0, 1, 2, 3, 4, 5, 6, 7, 9, 2, 3, 2, 1)
+    assert [first, hidden] == fixed(head, b"0/4" + bytes(5) + bytes(range(24)) + b"abcd", [bytes(range(12))])
+    assert joined(encode(ROWS, HEADER)) == fixed(
+        struct.pack("<HHBBH12Q", 31, 3, 5, 0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 2, 1, 0, 0),
+        b"0/4" + bytes(5),
+        [bytes(ROWS.rows.data)],
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    message=st.sampled_from(sorted(FIXED_KINDS, key=str)).flatmap(messages_of),
+    header=headers(),
+    place=st.integers(0, 300),
+    value=st.binary(min_size=1, max_size=8),
+)
+def test_other_bytes_under_a_right_checksum_are_a_message_or_a_protocol_error(
+    message: Any, header: Header, place: int, value: bytes
+) -> None:
+    first, *frames = joined(encode(message, header))
+    body = bytearray(first[16:])
+    body[place : place + len(value)] = value
+    damaged = fixed(bytes(body[:104]), bytes(body[104:]), frames)
+    try:
+        decoded, decoded_header = decode(damaged)
+    except ProtocolError:
+        return
+    again = joined(encode(decoded, decoded_header))
+    assert len(again[0]) == len(damaged[0])
+    assert again[1:] == frames
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_a_counter_beyond_63_bits_is_named(place: int) -> None:
+    with pytest.raises(ProtocolError, match=f"header field {PLACES[place]} must be a whole number"):
+        decode(changed(DISPATCH, 8 + 8 * place, (2**63).to_bytes(8, "little")))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (0, b"\x20\x00", "unknown kind of message 32"),
+        (0, b"\x00\x00", "unknown kind of message 0"),
+        (4, b"\x07", "Dispatch.hidden has the unknown dtype number 7"),
+        (5, b"\x01", "Dispatch.hidden has the unknown dtype number 2, or no zeros"),
+        (7, b"\x01", "Dispatch.hidden has the unknown dtype number 2, or no zeros"),
+        (72, b"\x03", r"Dispatch.hidden of bfloat16 \(3, 3\) needs 18 bytes, not 12"),
+        (80, (2**40).to_bytes(8, "little"), "Dispatch.hidden of bfloat16"),
+        (88, b"\x03", "3 pairs and 1 weights need"),
+        (96, b"\x02", "2 pairs and 2 weights need"),
+        (2, b"\x0b", "a trace of 11 bytes"),
+        (104, b"\xff", "header field trace must be UTF-8"),
+    ],
+)
+def test_what_does_not_fit_its_place_is_named(place: int, value: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        decode(changed(DISPATCH, place, value))
+
+
+def test_an_answer_has_neither_pairs_nor_weights() -> None:
+    first, *frames = joined(encode(ROWS, HEADER))
+    head = bytearray(first[16:120])
+    head[96] = 1
+    with pytest.raises(ProtocolError, match="0 pairs and 1 weights need"):
+        decode(fixed(bytes(head), first[120:] + bytes(4), frames))
+
+
+@pytest.mark.parametrize("sizes", [(0, 2**32), (2**62, 0)])
+def test_no_rows_cannot_claim_sizes_that_nothing_can_hold(sizes: tuple[int, int]) -> None:
+    empty = ExpertRows(7, TensorFrame("int32", (0, 0), b""))
+    with pytest.raises(ProtocolError, match=r"ExpertRows\.rows of int32"):
+        decode(changed(empty, 72, b"".join(size.to_bytes(8, "little") for size in sizes)))
+
+
+def test_a_long_trace_is_refused_of_these_kinds_too() -> None:
+    with pytest.raises(ProtocolError, match="trace must be a string of at most 128"):
+        decode(joined(encode(ROWS, Header(trace="x" * 129))))
+
+
+def test_fewer_bytes_than_the_places_take_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="fixed places take 104 bytes"):
+        decode(fixed(bytes(103), b"", [b""]))
+    with pytest.raises(ProtocolError, match="and a tensor frame; these are 104 and 2"):
+        decode(fixed(bytes(104), b"", [b"", b""]))
+
+
+@pytest.mark.parametrize("message", [SHARDS, DISPATCH], ids=["map", "fixed"])
+def test_a_sequence_number_may_be_told_apart_from_the_header(message: Any) -> None:
+    assert decode(joined(encode(message, HEADER, 77)))[1] == replace(HEADER, sequence_number=77)
