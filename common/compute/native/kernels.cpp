@@ -21,7 +21,7 @@
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 8; }
+int64_t moemesh_abi_version(void) { return 9; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
