@@ -1,25 +1,15 @@
 // Causal attention over a paged KV cache, as an online softmax over its blocks in position order; and filling them.
+// Where there are dot products of bf16 pairs, bf16 rows go by attention_pairs.h instead.
 
 #pragma once
 
-#include "threads.h"
+#include <type_traits>
+
+#include "attention_pairs.h"
+#include "attention_parts.h"
 #include "tile.h"
 
 namespace {
-
-constexpr int BLOCK_ROWS = 24;  // (token, head) rows that share a KV head and go over its tiles together
-
-struct Attention {  // mirrored by _AttentionDescriptor in services/stage/model/paged_attention.py
-    const void* query;          // [T, H, d]
-    const void* keys;           // [blocks, Hkv of the cache, d, 32], from the first head that is attended
-    const void* values;         // [blocks, Hkv of the cache, 32, d]
-    const int32_t* tables;      // [S, max_blocks]
-    const int32_t* sequences;   // [T], a row of tables
-    const int32_t* positions;   // [T]
-    void* output;               // [T, H, d]
-    int64_t tokens, heads, kv_heads, cache_heads, width, max_blocks, window, threads;
-    double scale;
-};
 
 thread_local Buffer attention_buffer;
 
@@ -41,8 +31,8 @@ INLINE void weigh_tile(float* out, int64_t out_stride, const float* weights, con
 struct Rows {  // of one call to attend_rows: what the fold over tiles carries, and this tile's part of it
     int count;
     float *query, *out, *scores;
-    float maxima[BLOCK_ROWS], sums[BLOCK_ROWS], corrections[BLOCK_ROWS];
-    int begin[BLOCK_ROWS], end[BLOCK_ROWS];  // the keys of this tile that the row sees; none where begin >= end
+    float maxima[PART_ROWS], sums[PART_ROWS], corrections[PART_ROWS];
+    int begin[PART_ROWS], end[PART_ROWS];  // the keys of this tile that the row sees; none where begin >= end
 };
 
 // scores[r] becomes the weights of the keys that row r sees; a row that sees none is left as it is.
@@ -105,6 +95,12 @@ struct KvTile {  // where one KV head's part of a block lies
     int64_t bytes = 0;  // of each
 };
 
+template <class T> INLINE KvTile tile_of(const Attention& a, const Part& part, int64_t tile) {
+    const int64_t at = tile_at(a, part, tile);
+    return {(const char*)((const T*)a.keys + at), (const char*)((const T*)a.values + at),
+            KV_BLOCK * a.width * (int64_t)sizeof(T)};
+}
+
 // Asks for what will be read soon: tiles are short and lie anywhere, so the processor does not foresee them.
 INLINE void fetch(const char* memory, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(memory + i);
@@ -130,65 +126,41 @@ __attribute__((noinline)) void attend_tile(Rows& rows, const Cached* keys, const
     for (; column < wide; column += LANES) weigh_values<1>(rows, column, values + column, wide);
 }
 
-struct Part {  // at most BLOCK_ROWS (token, head) rows that share a sequence and a KV head
-    int64_t first_token, first_row, kv_head;
-    int rows;
-};
-
-INLINE int64_t first_seen(const Attention& a, int64_t position) {
-    return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
-}
-
-template <class T> INLINE KvTile tile_of(const Attention& a, int64_t token, int64_t tile, int64_t kv_head) {
-    const int64_t values = KV_BLOCK * a.width, block = a.tables[a.sequences[token] * a.max_blocks + tile];
-    const int64_t at = (block * a.cache_heads + kv_head) * values;
-    return {(const char*)((const T*)a.keys + at), (const char*)((const T*)a.values + at),
-            values * (int64_t)sizeof(T)};
-}
-
 // `after`: the part whose first tile is fetched at the end, or null.
 template <class T> void attend_rows(const Attention& a, const Part& part, const Part* after) {
     const int64_t width = a.width, wide = padded(width, LANES), group = a.heads / a.kv_heads;
     const int count = part.rows;
-    const int64_t tile_values = KV_BLOCK * width, query_values = padded(BLOCK_ROWS * width, LANES);
-    float* memory = attention_buffer.of<float>(query_values + BLOCK_ROWS * (wide + KV_BLOCK) + tile_values +
+    const int64_t tile_values = KV_BLOCK * width, query_values = padded(PART_ROWS * width, LANES);
+    float* memory = attention_buffer.of<float>(query_values + PART_ROWS * (wide + KV_BLOCK) + tile_values +
                                                KV_BLOCK * wide);
     Rows rows;
     rows.count = count;
     rows.query = memory;
     rows.out = rows.query + query_values;
-    rows.scores = rows.out + BLOCK_ROWS * wide;
-    float *keys = rows.scores + BLOCK_ROWS * KV_BLOCK, *values = keys + tile_values;
-    int64_t positions[BLOCK_ROWS], starts[BLOCK_ROWS], at_output[BLOCK_ROWS];
-    int64_t first_tile = INT64_MAX, last_tile = 0;
+    rows.scores = rows.out + PART_ROWS * wide;
+    float *keys = rows.scores + PART_ROWS * KV_BLOCK, *values = keys + tile_values;
+    const RowPlaces places(a, part);
     for (int r = 0; r < count; r++) {
-        int64_t token = part.first_token + (part.first_row + r) / group;
-        int64_t head = part.kv_head * group + (part.first_row + r) % group;
-        positions[r] = a.positions[token];
-        starts[r] = first_seen(a, positions[r]);
-        first_tile = std::min(first_tile, starts[r] / KV_BLOCK);
-        last_tile = std::max(last_tile, positions[r] / KV_BLOCK);
-        at_output[r] = (token * a.heads + head) * width;
-        const T* from = (const T*)a.query + at_output[r];
+        const T* from = (const T*)a.query + places.values[r];
         for (int64_t i = 0; i < width; i++) rows.query[r * width + i] = float_of(from[i]);
         rows.maxima[r] = -INFINITY;
         rows.sums[r] = 0;
     }
     memset(rows.out, 0, count * wide * sizeof(float));
-    for (int64_t t = first_tile; t <= last_tile; t++) {
+    const int64_t last_tile = places.last_key / KV_BLOCK;
+    for (int64_t t = places.first_key / KV_BLOCK; t <= last_tile; t++) {
         for (int r = 0; r < count; r++) {
-            rows.begin[r] = (int)std::min<int64_t>(KV_BLOCK, std::max<int64_t>(0, starts[r] - t * KV_BLOCK));
-            rows.end[r] = (int)std::max<int64_t>(0, std::min<int64_t>(KV_BLOCK, positions[r] - t * KV_BLOCK + 1));
+            rows.begin[r] = places.begin_in(r, t * KV_BLOCK, KV_BLOCK);
+            rows.end[r] = places.end_in(r, t * KV_BLOCK, KV_BLOCK);
         }
-        const KvTile tile = tile_of<T>(a, part.first_token, t, part.kv_head);
+        const KvTile tile = tile_of<T>(a, part, t);
         const T *key_tile = (const T*)tile.keys, *value_tile = (const T*)tile.values;
         KvTile next;  // nothing in a chunk: its parts read the same tiles one after another, which are near
         const bool fetches = count <= group;
         if (fetches && t < last_tile) {
-            next = tile_of<T>(a, part.first_token, t + 1, part.kv_head);
+            next = tile_of<T>(a, part, t + 1);
         } else if (fetches && after) {
-            const int64_t token = after->first_token + after->first_row / group;
-            next = tile_of<T>(a, token, first_seen(a, a.positions[token]) / KV_BLOCK, after->kv_head);
+            next = tile_of<T>(a, *after, first_seen(a, a.positions[token_of(a, *after, 0)]) / KV_BLOCK);
         }
         // Widening and padding change no value: they are done where that is quicker, or where a row ends in mid-vector.
         const float scale = (float)a.scale;
@@ -206,13 +178,22 @@ template <class T> void attend_rows(const Attention& a, const Part& part, const 
         else attend_tile<T>(rows, key_tile, value_tile, width, wide, scale, next);
     }
     for (int r = 0; r < count; r++) {
-        T* to = (T*)a.output + at_output[r];
+        T* to = (T*)a.output + places.values[r];
         vf inverse = all(1.0f / rows.sums[r]);
         for (int64_t i = 0; i < width; i += LANES) {
             put(to + i, load(rows.out + r * wide + i) * inverse, width - i);
         }
     }
 }
+
+template <class T> INLINE void attend(const Attention& a, const Part& part, const Part* after) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) return attend_pairs(a, part, after);
+#endif
+    attend_rows<T>(a, part, after);
+}
+
+constexpr int64_t RUNS = 16;  // of parts, a thread: a run's parts follow each other, so that one can fetch for the next
 
 template <class T> void attention(const Attention& a) {
     static thread_local std::vector<Part> parts;
@@ -226,13 +207,16 @@ template <class T> void attention(const Attention& a) {
         for (last = first + 1; last < a.tokens && a.sequences[last] == a.sequences[first];) last++;
         const int64_t rows = (last - first) * group;
         for (int64_t head = 0; head < a.kv_heads; head++)
-            for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
-                parts.push_back({first, row, head, (int)std::min<int64_t>(BLOCK_ROWS, rows - row)});
+            for (int64_t row = 0; row < rows; row += PART_ROWS)
+                parts.push_back({first, row, head, (int)std::min<int64_t>(PART_ROWS, rows - row)});
     }
     const Part* all_parts = parts.data();
     const int64_t count = (int64_t)parts.size();
-    share(threads, count,
-          [&](int64_t p) { attend_rows<T>(a, all_parts[p], p + 1 < count ? all_parts + p + 1 : nullptr); });
+    const int64_t run = threads > 1 ? std::max<int64_t>(1, count / (RUNS * threads)) : std::max<int64_t>(1, count);
+    share(threads, (count + run - 1) / run, [&](int64_t r) {
+        const int64_t end = std::min(count, (r + 1) * run);
+        for (int64_t p = r * run; p < end; p++) attend<T>(a, all_parts[p], p + 1 < end ? all_parts + p + 1 : nullptr);
+    });
 }
 
 template <class T>

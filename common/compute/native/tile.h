@@ -6,13 +6,14 @@
 
 namespace {
 
-// acc[r][v] += sum over k of x[r][k] * w[k][v], k ascending: the only place where products are added.
-template <int ROWS, int VECTORS, class Weight>
-INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_stride, const Weight* w, int64_t w_stride,
+// acc[r][v] += sum over k of x[r][k] * w[k][v], k ascending: the only place where products are added. `columns(k, c)`
+// makes c the w[k].
+template <int ROWS, int VECTORS, class Columns>
+INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_stride, const Columns& columns,
                        int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++) {
         vf column[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) column[v] = load(w + k * w_stride + v * LANES);
+        columns(k, column);
         UNROLL for (int r = 0; r < ROWS; r++) {
             vf value = all(x[r * x_stride + k]);
             UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = fma_of(value, column[v], acc[r][v]);
@@ -20,15 +21,24 @@ INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_strid
     }
 }
 
+template <int ROWS, int VECTORS, class Weight>
+INLINE void accumulate(vf (&acc)[ROWS][VECTORS], const float* x, int64_t x_stride, const Weight* w, int64_t w_stride,
+                       int64_t begin, int64_t end) {
+    const auto columns = [&](int64_t k, vf (&column)[VECTORS]) {
+        UNROLL for (int v = 0; v < VECTORS; v++) column[v] = load(w + k * w_stride + v * LANES);
+    };
+    accumulate(acc, x, x_stride, columns, begin, end);
+}
+
 // The same for bf16 weights: w holds pairs (k even in the low half, k odd in the high half of each 32-bit lane).
 #if defined(__AVX512BF16__)
 typedef bf16 pair_input;  // x stays bf16; dpbf16ps multiplies the pair and adds both products
-template <int ROWS, int VECTORS>
-INLINE void accumulate_pairs(vf (&acc)[ROWS][VECTORS], const bf16* x, int64_t x_stride, const bf16* w,
-                             int64_t w_stride, int64_t pairs) {
+template <int ROWS, int VECTORS, class Columns>
+INLINE void accumulate_pairs(vf (&acc)[ROWS][VECTORS], const bf16* x, int64_t x_stride, const Columns& columns,
+                             int64_t pairs) {
     for (int64_t k = 0; k < pairs; k++) {
         __m512i column[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) column[v] = _mm512_loadu_si512(w + k * w_stride + v * 2 * LANES);
+        columns(k, column);
         UNROLL for (int r = 0; r < ROWS; r++) {
             int32_t pair;
             memcpy(&pair, x + r * x_stride + 2 * k, 4);
@@ -37,6 +47,14 @@ INLINE void accumulate_pairs(vf (&acc)[ROWS][VECTORS], const bf16* x, int64_t x_
                 acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)value, (__m512bh)column[v]);
         }
     }
+}
+template <int ROWS, int VECTORS>
+INLINE void accumulate_pairs(vf (&acc)[ROWS][VECTORS], const bf16* x, int64_t x_stride, const bf16* w,
+                             int64_t w_stride, int64_t pairs) {
+    const auto columns = [&](int64_t k, __m512i (&column)[VECTORS]) {
+        UNROLL for (int v = 0; v < VECTORS; v++) column[v] = _mm512_loadu_si512(w + k * w_stride + v * 2 * LANES);
+    };
+    accumulate_pairs(acc, x, x_stride, columns, pairs);
 }
 #else
 typedef float pair_input;

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.compute.native_library import NativeKernels
 from services.stage.model.paged_attention import (
@@ -58,8 +60,15 @@ class Sequences:
 
 
 def build(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, width: int, dtype: torch.dtype, kernels: NativeKernels | None
+    lengths: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    kernels: NativeKernels | None,
+    layout: int = 0,
 ) -> Sequences:
+    """`layout`: which of several orders the blocks are dealt out in."""
     generator = torch.Generator().manual_seed(heads * width)
     blocks_each = max(lengths) // KV_BLOCK_TOKENS + 1
     num_blocks = blocks_each * len(lengths) + 2
@@ -67,7 +76,7 @@ def build(
     # What a block's last owner left must not matter, whatever it is.
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.inf)
-    order = torch.randperm(num_blocks, generator=generator)[: blocks_each * len(lengths)]
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(layout))[: blocks_each * len(lengths)]
     tables = order.view(len(lengths), blocks_each).to(torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
     row_sequence = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
@@ -120,6 +129,39 @@ def test_token_keeps_its_bits_in_any_chunk_and_batch(
     assert torch.equal(sequences.attend(decode, window, kernels), together[decode])
 
 
+LONG = (530, 300, 1)
+"""Lengths of sequences that span several sections of the kernels."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "window"), [(8, 2, 64, 0), (6, 1, 40, 270), (3, 3, 7, 0)])
+def test_long_sequence_is_that_of_exact_arithmetic_rounded_once(
+    dtype: torch.dtype, heads: int, kv_heads: int, width: int, window: int
+) -> None:
+    sequences = build(LONG, heads, kv_heads, width, dtype, kernels_for("native"))
+    result, reference = sequences.attend(slice(None), window, kernels_for("native")).double(), exact(sequences, window)
+    half_a_step = torch.finfo(dtype).eps / 2 * reference.abs()
+    assert ((result - reference).abs() <= 1.01 * half_a_step + 4e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "window"), [(8, 2, 64, 0), (6, 1, 40, 270), (3, 3, 7, 0)])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_token_keeps_its_bits_in_any_batch_of_long_sequences(
+    dtype: torch.dtype, heads: int, kv_heads: int, width: int, window: int, data: st.DataObject
+) -> None:
+    whole = build(LONG, heads, kv_heads, width, dtype, kernels_for("native"))
+    together = whole.attend(slice(None), window, kernels_for("native"))
+    layout, threads = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3))
+    sequences = build(LONG, heads, kv_heads, width, dtype, kernels_for("native"), layout)
+    tokens = st.integers(0, sum(LONG) - 1)
+    chunk = st.tuples(tokens, st.integers(1, 60)).map(lambda drawn: range(drawn[0], min(sum(drawn), sum(LONG))))
+    chunks = data.draw(st.lists(st.one_of(chunk, tokens.map(lambda token: [token])), min_size=1, max_size=8))
+    rows = torch.tensor([token for one in chunks for token in one])
+    assert torch.equal(sequences.attend(rows, window, kernels_for("native", threads)), together[rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_number_of_threads_changes_no_bits(dtype: torch.dtype) -> None:
     sequences = build((130, 40), 8, 2, 64, dtype, kernels_for("native"))
@@ -142,11 +184,13 @@ def test_key_and_value_land_in_their_slot_alone(choice: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("choice", KERNEL_CHOICES)
-def test_extreme_scores_do_not_overflow(choice: str) -> None:
-    sequences = build((40,), 1, 1, 16, torch.float32, kernels_for(choice))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_scores_do_not_overflow(choice: str, dtype: torch.dtype) -> None:
+    sequences = build((40,), 1, 1, 16, dtype, kernels_for(choice))
     sequences.query.mul_(1000.0)
     result = sequences.attend(slice(None), 0, kernels_for(choice))
-    torch.testing.assert_close(result.double(), exact(sequences, 0), rtol=1e-4, atol=1e-4)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(result.double(), exact(sequences, 0), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("choice", KERNEL_CHOICES)
