@@ -49,6 +49,12 @@ def prefill_limit(sizes: BenchSizes, tokens: int, flop_per_s: float) -> float:
     return tokens * flop_per_s / (flop.linears + flop.attention)
 
 
+def prefill_s(sizes: BenchSizes, tokens: int, linear_flop_per_s: float, attention_flop_per_s: float) -> float:
+    """Returns the seconds that a prompt's linears take at one rate, and QK and PV at another."""
+    flop = prefill_flop(sizes, tokens)
+    return flop.linears / linear_flop_per_s + flop.attention / attention_flop_per_s
+
+
 def _attention_weights(sizes: BenchSizes) -> int:
     """Of one layer: the projections and the gate."""
     projections = 2 * sizes.width * (sizes.heads + sizes.kv_heads) * sizes.head_width

