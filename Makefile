@@ -20,7 +20,7 @@ help:
 	@echo 'make slow-test     what takes minutes: more faults, builds with planted bugs that the harness must find'
 	@echo 'make lint type fmt ruff, mypy --strict, ruff format'
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
-	@echo 'make bench-peers   the mesh beside llama.cpp, vLLM, OpenVINO and transformers, which it sets up (BENCH_ARGS="--quick")'
+	@echo 'make bench-peers   the mesh beside llama.cpp, vLLM, OpenVINO and transformers (BENCH_ARGS="--quick")'
 	@echo 'make bench-growth  how times grow with streams, context, experts and stages (BENCH_ARGS="--quick")'
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'

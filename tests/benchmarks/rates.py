@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 READ_BYTES = 512 * 2**20
 """Many times what caches hold."""
@@ -71,6 +72,7 @@ def _read_bytes_per_s(threads: int) -> float:
 
 def _linear_flop_per_s(threads: int) -> float:
     import torch
+    from torch.nn import functional
 
     from common.compute.linear import PackedLinear
     from common.compute.native_library import load_native_kernels
@@ -82,15 +84,9 @@ def _linear_flop_per_s(threads: int) -> float:
         x = torch.randn(ROWS, k).to(torch.bfloat16)
         weight = torch.randn(n, k).to(torch.bfloat16)
         ours = PackedLinear(weight, kernels=kernels)
-        seconds = min(_best_s(lambda x=x, ours=ours: ours(x)), _best_s(lambda x=x, w=weight: _torch_linear(x, w)))
+        seconds = min(_best_s(partial(ours, x)), _best_s(partial(functional.linear, x, weight)))
         best = max(best, 2 * ROWS * k * n / seconds)
     return best
-
-
-def _torch_linear(x: object, weight: object) -> object:
-    from torch.nn import functional
-
-    return functional.linear(x, weight)  # type: ignore[arg-type]
 
 
 def _attention_flop_per_s(threads: int) -> float:
@@ -103,8 +99,8 @@ def _attention_flop_per_s(threads: int) -> float:
         queries = torch.randn(heads, rows, head_width).to(dtype)
         keys = torch.randn(heads, positions, head_width).to(dtype)
         weights = torch.randn(heads, rows, positions).to(dtype)
-        scores_s = _best_s(lambda q=queries, k=keys: torch.bmm(q, k.transpose(1, 2)))
-        seconds.append(scores_s + _best_s(lambda w=weights, v=keys: torch.bmm(w, v)))
+        scores_s = _best_s(partial(torch.bmm, queries, keys.transpose(1, 2)))
+        seconds.append(scores_s + _best_s(partial(torch.bmm, weights, keys)))
     return 2 * 2 * heads * rows * head_width * positions / min(seconds)
 
 

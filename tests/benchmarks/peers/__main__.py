@@ -83,10 +83,9 @@ def run(plan: Plan) -> PeersReport:
 def _assemble(plan: Plan, checkpoint: Path) -> tuple[list[Contender], dict[str, str]]:
     contenders = [mesh_contender(checkpoint, settings) for settings in plan.meshes]
     absent = {}
-    max_streams = max(*plan.load.concurrencies, plan.load.crowd)
     for name in plan.peers:
         try:
-            contenders.append(peer_contender(name, checkpoint, plan.peers_dir, max_streams))
+            contenders.append(peer_contender(name, checkpoint, plan.peers_dir))
         except AbsentError as reason:
             absent[name] = str(reason)
             print(f"{name}: {reason}", flush=True)

@@ -43,7 +43,7 @@ def mesh_contender(checkpoint: Path, settings: dict[str, str]) -> Contender:
     return Contender(name, False, "bf16", words or "the defaults", lambda: mesh_engine(checkpoint, settings))
 
 
-def peer_contender(name: str, checkpoint: Path, peers_dir: Path, max_streams: int) -> Contender:
+def peer_contender(name: str, checkpoint: Path, peers_dir: Path) -> Contender:
     """Sets the peer up, where that is still to be done. Raises AbsentError."""
     cores = sorted(os.sched_getaffinity(0))
     match name:
@@ -59,7 +59,7 @@ def peer_contender(name: str, checkpoint: Path, peers_dir: Path, max_streams: in
         case "vllm":
             home, version = set_up(name, peers_dir)
             used = f"{version}, {len(cores)} threads bound to cores, no prefix cache"
-            return Contender(name, True, "bf16", used, lambda: vllm_engine(home, checkpoint, cores, max_streams))
+            return Contender(name, True, "bf16", used, lambda: vllm_engine(home, checkpoint, cores))
         case "openvino":
             home, version = set_up(name, peers_dir)
             exported = export_for_openvino(home, checkpoint)

