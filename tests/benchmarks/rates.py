@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 READ_BYTES = 512 * 2**20
@@ -50,6 +50,11 @@ def measure_rates() -> Rates:
     if done.returncode != 0:
         raise RuntimeError(f"rates could not be measured:\n{done.stderr}")
     return Rates(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def best_rates(measured: Sequence[Rates]) -> Rates:
+    """Returns the best of each figure: what the machine can do, it did at some time."""
+    return Rates(**{each.name: max(getattr(rates, each.name) for rates in measured) for each in fields(Rates)})
 
 
 def _best_s(work: Callable[[], object]) -> float:

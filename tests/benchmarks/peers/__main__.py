@@ -23,7 +23,7 @@ from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.contenders import PEERS, AbsentError, Contender, mesh_contender, peer_contender
 from tests.benchmarks.peers.report import PeersReport, write_report
 from tests.benchmarks.peers.sitting import Load, Sitting, columns_of, sit
-from tests.benchmarks.rates import measure_rates
+from tests.benchmarks.rates import best_rates, measure_rates
 from tests.benchmarks.serve_benchmark import PromptSource
 
 WAYS_TO_FAIL = (RuntimeError, OSError, EOFError, httpx.HTTPError)
@@ -50,7 +50,7 @@ def run(plan: Plan) -> PeersReport:
     """A B C, A B C: drift of the machine meets all."""
     checkpoint = make_bench_model(plan.models_dir / f"{plan.model}-bfloat16", plan.model, "bfloat16")
     contenders, absent = _assemble(plan, checkpoint)
-    machine, rates, started_s = describe_machine(), measure_rates(), time.monotonic()
+    machine, measured, started_s = describe_machine(), [], time.monotonic()
     source = PromptSource(SIZES[plan.model].vocabulary)
     sittings: dict[str, list[Sitting]] = {}
     for number in range(plan.rounds):
@@ -58,6 +58,7 @@ def run(plan: Plan) -> PeersReport:
         if number and elapsed_s * (number + 1) / number > plan.time_limit_s:
             print(f"{number} rounds took {elapsed_s / 60:.0f} minutes: no time for another one", flush=True)
             break
+        measured.append(measure_rates())
         for contender in [each for each in contenders if each.name not in absent]:
             try:
                 with contender.start() as engine:
@@ -70,7 +71,7 @@ def run(plan: Plan) -> PeersReport:
             print(f"round {number + 1}: {contender.name}: {_in_short(sitting, plan.load)}", flush=True)
     return PeersReport(
         machine=machine,
-        rates=rates,
+        rates=best_rates(measured),
         model=plan.model,
         load=plan.load,
         contenders=[each for each in contenders if each.name in sittings],

@@ -92,7 +92,7 @@ def markdown(report: PeersReport) -> str:
     sections = [
         f"# The mesh beside peers on {report.model}",
         f"The same bf16 weights for all but rows that name a quantization. Prompts of {load.prompt_tokens} random "
-        f"tokens that no cache has seen, answers of {load.answer_tokens}, temperature 1; medians of {rounds} rounds, "
+        f"tokens that no cache has seen, answers of {load.answer_tokens}, temperature 1; rounds: {rounds}, medians; "
         f"each engine alone and in turn. In brackets: how many times as fast as the best bf16 peer. The run took "
         f"{report.minutes:.0f} minutes.",
         f"Machine: {machine.cpu}, {machine.cores} cores ({machine.instruction_set}), {machine.memory_gib} GiB, Linux "
