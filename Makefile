@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-safety bench-parallel bench-collectives bench-hops bench-stalls bench-parity bench-turns bench-router bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-stalls bench-parity bench-turns bench-router bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -20,6 +20,8 @@ help:
 	@echo 'make slow-test     what takes minutes: more faults, builds with planted bugs that the harness must find'
 	@echo 'make lint type fmt ruff, mypy --strict, ruff format'
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
+	@echo 'make bench-peers   the mesh beside llama.cpp, vLLM, OpenVINO and transformers (BENCH_ARGS="--quick")'
+	@echo 'make bench-growth  how times grow with streams, context, experts and stages (BENCH_ARGS="--quick")'
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
@@ -70,6 +72,12 @@ fmt: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks $(BENCH_ARGS)
+
+bench-peers: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.peers $(BENCH_ARGS)
+
+bench-growth: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.growth $(BENCH_ARGS)
 
 bench-safety: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.safety_cost $(BENCH_ARGS)

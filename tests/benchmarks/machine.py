@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ class Machine:
     cores: int
     memory_gib: float
     instruction_set: str
+    flags: str
+    """Those of the processor that kernels choose by."""
     kernel: str
     python: str
     torch: str
@@ -27,6 +30,9 @@ class Machine:
     commit: str
     load_average: float
     """At the start, over one minute: what else the machine was doing."""
+
+
+FLAG_PREFIXES = ("avx", "amx", "fma", "f16c")
 
 
 def describe_machine() -> Machine:
@@ -38,6 +44,7 @@ def describe_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(int(memory.split()[1]) / 1024**2, 1),
         instruction_set=torch.backends.cpu.get_cpu_capability(),
+        flags=_flags(cpu_lines),
         kernel=platform.release(),
         python=platform.python_version(),
         torch=str(torch.__version__),
@@ -45,6 +52,11 @@ def describe_machine() -> Machine:
         commit=_commit(),
         load_average=round(os.getloadavg()[0], 2),
     )
+
+
+def _flags(cpu_lines: Sequence[str]) -> str:
+    line = next((line for line in cpu_lines if line.startswith("flags")), "")
+    return " ".join(flag for flag in line.partition(":")[2].split() if flag.startswith(FLAG_PREFIXES))
 
 
 def _commit() -> str:

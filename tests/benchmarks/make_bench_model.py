@@ -46,7 +46,7 @@ class BenchSizes:
     experts_per_token: int
     expert_width: int
     vocabulary: int = 8192
-    context_tokens: int = 8192
+    context_tokens: int = 32_768
 
     @property
     def num_parameters(self) -> int:
@@ -92,24 +92,31 @@ SIZES = {
 
 
 def make_bench_model(directory: Path, model: str = "bench", dtype: str = "bfloat16", seed: int = 0) -> Path:
-    """Makes `directory` that checkpoint and returns it; one that is complete already is left as it is."""
-    if all((directory / name).is_file() for name in FILES):
-        return directory
+    """Makes `directory` that checkpoint and returns it; one that is complete and has this config is left as it is."""
     sizes = SIZES[model]
+    config = _model_config(sizes, dtype)
+    if _is_complete(directory, config):
+        return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         _tokenizer(sizes.vocabulary).save(str(workplace / "tokenizer.json"))
         _write_json(workplace / "tokenizer_config.json", _tokenizer_config(sizes))
-        _write_json(workplace / "config.json", _model_config(sizes, dtype))
+        _write_json(workplace / "config.json", config)
         _write_json(workplace / "generation_config.json", {"eos_token_id": [2, 0], "pad_token_id": 0})
         save_file(_weights(sizes, DTYPES[dtype], seed), workplace / "model.safetensors", metadata={"format": "pt"})
         workplace.chmod(0o755)
+        shutil.rmtree(directory, ignore_errors=True)
         os.rename(workplace, directory)
     except BaseException:
         shutil.rmtree(workplace, ignore_errors=True)
         raise
     return directory
+
+
+def _is_complete(directory: Path, config: dict[str, object]) -> bool:
+    is_whole = all((directory / name).is_file() for name in FILES)
+    return is_whole and json.loads((directory / "config.json").read_text()) == config
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

@@ -76,19 +76,19 @@ def write_report(report: BenchmarkReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{report.name}.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(_without_nan(asdict(report)), indent=1) + "\n")
+    paths[0].write_text(json.dumps(without_nan(asdict(report)), indent=1) + "\n")
     paths[1].write_text(markdown(report))
     _plot(report, paths[2])
     return paths
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON knows no NaN."""
     match value:
         case dict():
-            return {key: _without_nan(item) for key, item in value.items()}
+            return {key: without_nan(item) for key, item in value.items()}
         case list() | tuple():
-            return [_without_nan(item) for item in value]
+            return [without_nan(item) for item in value]
         case float() if math.isnan(value):
             return None
     return value
@@ -111,7 +111,7 @@ def markdown(report: BenchmarkReport) -> str:
         f"![plot]({report.name}.png)",
         "## Tokens a second",
         "Steady: while every stream decodes. Overall: from the first request to the last token, prompts included.",
-        _table(
+        table_of(
             [
                 "concurrency",
                 "mesh steady",
@@ -126,14 +126,17 @@ def markdown(report: BenchmarkReport) -> str:
         ),
         "## Latency",
         "TTFT: request sent to first token, median of the streams (longest). TPOT: between tokens of one stream.",
-        _table(
+        table_of(
             ["concurrency", "mesh TTFT ms", "transformers", "ratio", "mesh TPOT ms", "transformers", "ratio"],
             [_latency_row(level) for level in report.levels],
         ),
     ]
     if report.prefills:
         header = ["prompt tokens", "mesh tokens/s", "transformers", "ratio"]
-        sections += ["## Prefill of one prompt", _table(header, [_prefill_row(prefill) for prefill in report.prefills])]
+        sections += [
+            "## Prefill of one prompt",
+            table_of(header, [_prefill_row(prefill) for prefill in report.prefills]),
+        ]
     sections += ["## Hops", *_hop_sections(report), "## Memory", _memory_table(report.processes)]
     wrapped = [text if text.startswith("|") else textwrap.fill(text, 120, break_long_words=False) for text in sections]
     return "\n\n".join(wrapped) + "\n"
@@ -191,7 +194,7 @@ def _hop_sections(report: BenchmarkReport) -> list[str]:
     ]
     if not rows:
         return ["The mesh counted no hops."]
-    return ["Messages between processes in one round, as the mesh itself counts them.", _table(header, rows)]
+    return ["Messages between processes in one round, as the mesh itself counts them.", table_of(header, rows)]
 
 
 def _memory_table(processes: Sequence[ProcessReport]) -> str:
@@ -199,10 +202,10 @@ def _memory_table(processes: Sequence[ProcessReport]) -> str:
         [process.name, f"{process.resident_bytes / 2**20:.0f}", f"{process.private_bytes / 2**20:.0f}"]
         for process in processes
     ]
-    return _table(["process", "resident MiB", "of it private MiB"], rows)
+    return table_of(["process", "resident MiB", "of it private MiB"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -7,9 +7,10 @@ good part of one core at hundreds of tokens a second, and on a small machine tha
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,17 @@ async def run_round(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> T
     return TimedRound(tuple(streams), time.process_time() - cpu_s)
 
 
+async def run_clients(host: str, port: int, bodies_by_client: Sequence[Sequence[dict[str, Any]]]) -> TimedRound:
+    """Clients side by side, each of which sends its next body when its last answer has ended; otherwise `run_round`."""
+    cpu_s = time.process_time()
+    streams = await asyncio.gather(*(_one_by_one(host, port, bodies) for bodies in bodies_by_client))
+    return TimedRound(tuple(itertools.chain.from_iterable(streams)), time.process_time() - cpu_s)
+
+
+async def _one_by_one(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> list[StreamTimes]:
+    return [await _stream(host, port, body) for body in bodies]
+
+
 async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:
     reader, writer = await asyncio.open_connection(host, port)
     try:
@@ -64,12 +76,23 @@ async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:
             message = json.loads(event)
             if "error" in message:
                 raise RuntimeError(f"the stream ended with an error: {message['error']}")
-            num_tokens = sum(len(choice.get("token_ids") or ()) for choice in message["choices"])
+            num_tokens = count_new_tokens(message, sum(count for _, count in arrivals))
             if num_tokens:
                 arrivals.append((now_s, num_tokens))
         raise RuntimeError("the stream broke off before [DONE]")
     finally:
         writer.close()
+
+
+def count_new_tokens(message: Mapping[str, Any], num_before: int) -> int:
+    """Returns how many tokens an event brings.
+
+    llama.cpp, asked for `timings_per_token`, tells how many there are so far: it holds text back until that is whole
+    UTF-8, so that an event may stand for several tokens. Others send the ids.
+    """
+    if timings := message.get("timings"):
+        return int(timings["predicted_n"]) - num_before
+    return sum(len(choice.get("token_ids") or ()) for choice in message.get("choices") or ())
 
 
 async def _check_head(reader: asyncio.StreamReader) -> None:

@@ -16,10 +16,12 @@ from tests.benchmarks.streaming_client import StreamTimes
 class TransformersPeer:
     """Static batches: all prompts of a round have one length, start together and end together."""
 
-    def __init__(self, directory: Path, dtype: str, threads: int) -> None:
+    def __init__(self, directory: Path, dtype: str, threads: int, *, is_sampling: bool = False) -> None:
+        """`is_sampling`: at temperature 1 from the whole vocabulary, seeded; otherwise greedy."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, directory, dtype, threads), daemon=True)
+        arguments = (theirs, directory, dtype, threads, is_sampling)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
 
     def __enter__(self) -> TransformersPeer:
         self._process.start()
@@ -46,7 +48,7 @@ class TransformersPeer:
             raise RuntimeError("the transformers process died; its words are above") from None
 
 
-def _serve(connection: Connection, directory: Path, dtype: str, threads: int) -> None:
+def _serve(connection: Connection, directory: Path, dtype: str, threads: int, is_sampling: bool) -> None:
     """Runs in the child until the other end closes."""
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
@@ -67,6 +69,10 @@ def _serve(connection: Connection, directory: Path, dtype: str, threads: int) ->
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": 1.0, "top_k": 0} if is_sampling else {"do_sample": False}
+    )
+    torch.manual_seed(0)
     connection.send("ready")
     with torch.inference_mode():
         while True:
@@ -80,7 +86,7 @@ def _serve(connection: Connection, directory: Path, dtype: str, threads: int) ->
                 batch,
                 attention_mask=torch.ones_like(batch),
                 max_new_tokens=max_tokens,
-                do_sample=False,
+                **sampling,
                 stopping_criteria=StoppingCriteriaList([notes]),
             )
             connection.send((sent_s, notes.times_s))

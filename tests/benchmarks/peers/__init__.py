@@ -1,0 +1,1 @@
+"""The mesh beside other engines, on the same weights: `make bench-peers`."""
