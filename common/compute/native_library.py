@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"

@@ -20,7 +20,7 @@
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 9; }
+int64_t moemesh_abi_version(void) { return 10; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
