@@ -206,7 +206,12 @@ def test_lost_socket_files_stay_lost() -> None:
 
 def test_a_stage_that_trusts_bells_waits_for_one_and_only_where_it_waits_at_all() -> None:
     waited: list[float] = []
-    take_in = planted_bugs.await_bells_for_ever(lambda self, asked, timeout_s: bool(waited.append(timeout_s)))
+
+    def wait(self: object, asked: object, timeout_s: float) -> bool:
+        waited.append(timeout_s)
+        return True
+
+    take_in = planted_bugs.await_bells_for_ever(wait)
     take_in(None, None)
     take_in(None, None, 0.002)
     assert waited == [0.0, planted_bugs.FOR_EVER_S]
