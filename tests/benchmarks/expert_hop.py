@@ -222,7 +222,7 @@ def run(pattern: str, rows: int, choices: int, rounds: int) -> dict[str, tuple[f
             other.kill()
         transport.close()
     assert stage.stdout is not None
-    lines = [line.strip().split("|") for line in stage.stdout.read().splitlines()]
+    lines = [line.split("|") for line in stage.stdout.read().splitlines() if line.count("|") == 2]  # and no log
     return {kind: (float(middle), float(fastest)) for kind, middle, fastest in lines}
 
 
