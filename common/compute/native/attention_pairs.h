@@ -1,8 +1,8 @@
 // Attention of bf16 rows where the processor multiplies pairs of bf16: scores by dot products of pairs; softmax and
 // weighted sum in float32. An online softmax over sections of a sequence in position order.
 //
-// What decides a row's bits: its scores, pair by pair; one maximum a section, cut at multiples of SECTION positions; the
-// sum of weights in LANES lanes, folded at the end; the weighted sum, key by key. Nothing of it depends on the rows
+// What decides a row's bits: its scores, pair by pair; one maximum a section, cut at multiples of SECTION positions;
+// the sum of weights in LANES lanes, folded at the end; the weighted sum, key by key. Nothing of it depends on the rows
 // beside it, or on its chunk.
 
 #pragma once
@@ -58,8 +58,8 @@ INLINE vf power_of_2(vf x) {
 INLINE __mmask16 lanes_below(int count) { return (__mmask16)((1u << count) - 1); }
 INLINE __mmask32 columns_below(int64_t count) { return count >= CHUNK ? ~0u : (1u << count) - 1; }
 
-// scores[r][key] = scale * query[r] . keys[key], of TILES tiles from `tile` on. In a tile the keys lie side by side: two
-// of its rows are interleaved to pairs.
+// scores[r][key] = scale * query[r] . keys[key], of TILES tiles from `tile` on. In a tile the keys lie side by side:
+// two of its rows are interleaved to pairs.
 template <int ROWS, int TILES>
 __attribute__((noinline)) void score_tiles(const bf16* query, float* scores, float scale, const Section& section,
                                            int tile, bool fetches) {
