@@ -87,14 +87,14 @@ def run(plan: Plan) -> GrowthReport:
         "stages": lambda: _with_shape(plan, checkpoint, source, "stages", "PP", plan.stages),
     }
     for part in plan.parts:
-        num_told = len(report.sentences())
+        told = report.sentences()
         if part == "long-prompt":
             report.long_prompt = measure_long_prompt(plan.models_dir, plan.long_prompt_tokens, plan.tries)
         elif part == "pair":
-            report.pair = measure_pair(plan.model, checkpoint, report.rates, plan.pair_requests, plan.tries)
+            report.pair = measure_pair(plan.model, checkpoint, plan.pair_requests, plan.tries)
         else:
             report.curves += measures[part]()
-        print("\n".join(report.sentences()[num_told:]), flush=True)
+        print("\n".join(sentence for sentence in report.sentences() if sentence not in told), flush=True)
     return report
 
 

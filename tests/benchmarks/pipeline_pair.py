@@ -21,7 +21,7 @@ from common.processes.supervisor import LocalMesh
 from tests.benchmarks.limits import decode_limit
 from tests.benchmarks.make_bench_model import SIZES
 from tests.benchmarks.peers.sitting import percentile_95
-from tests.benchmarks.rates import Rates
+from tests.benchmarks.rates import best_rates, measure_rates
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, PromptSource
 from tests.benchmarks.streaming_client import StreamTimes, run_clients
 
@@ -48,9 +48,7 @@ class PipelineFigures:
         return self.tokens_per_s / self.allowed_tokens_per_s
 
 
-def measure_pair(
-    model: str, checkpoint: Path, rates: Rates, requests: int, rounds: int
-) -> tuple[PipelineFigures, PipelineFigures]:
+def measure_pair(model: str, checkpoint: Path, requests: int, rounds: int) -> tuple[PipelineFigures, PipelineFigures]:
     """Returns those of one pipeline and of two, in turn in each round; `requests` of each client and round.
 
     Raises RuntimeError if there are fewer than two cores.
@@ -60,9 +58,12 @@ def measure_pair(
         raise RuntimeError("two pipelines with a core each need two cores")
     source = PromptSource(SIZES[model].vocabulary)
     found: dict[int, list[tuple[float, list[float]]]] = {1: [], 2: []}
+    measured = []
     for _ in range(rounds):
+        measured.append(measure_rates())
         for pipelines, runs in found.items():
             runs.append(_run(checkpoint, cores[:pipelines], source, requests))
+    rates = best_rates(measured)
     bandwidths = {1: rates.read_bytes_per_s, 2: rates.read_bytes_per_s_all}
     one, two = (
         PipelineFigures(

@@ -11,6 +11,8 @@ a plot and all figures. Nothing here fails because something was slow.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +159,8 @@ def _pair(word: str) -> tuple[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the page and what was written."""
+    # Servers have sessions of their own: whoever ends this process ends them by its `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     plan = parse_plan(arguments)
     paths = write_report(run(plan), plan.output_dir)
     print(paths[1].read_text())
