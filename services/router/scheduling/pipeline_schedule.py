@@ -72,9 +72,9 @@ class PipelineSchedule:
         """When it stopped taking steps, and began to wait for a holder; None: it is open, and takes them."""
         self._has_just_replayed = False
         self.max_micro_batches = settings.micro_batches_per_pipeline or opening.num_slots
-        self._max_prefilling = settings.micro_batches_per_pipeline or max(opening.num_slots, 2)
-        """Steps that may be in flight while nothing decodes: a single stage, too, has one chunk to compute while the
-        experts of another do. Who decodes would wait for both."""
+        self._max_prefilling = settings.micro_batches_per_pipeline or opening.num_slots + 1
+        """Steps that may be in flight while nothing decodes: one more, for a stage to compute while the experts of
+        another chunk do. Who decodes would wait for both."""
         # More could not be part of every round of micro-batches, and the young would starve.
         self.max_running = self.max_micro_batches * min(settings.max_batch_sequences, settings.max_batch_tokens)
         self._settings = settings

@@ -22,7 +22,7 @@ class SchedulerSettings:
     max_reserved_tokens: int = 4_194_304
     """Prompts and max_tokens of all requests inside: bounds the router's memory."""
     micro_batches_per_pipeline: int | None = None
-    """Steps that may be in flight in a pipeline; None: as many as it has slots, and two while nothing decodes."""
+    """Steps that may be in flight in a pipeline; None: as many as it has slots, and one more while nothing decodes."""
     min_decode_share: int = 1
     """Decoding sequences are cut into several micro-batches only as far as each keeps this many: every micro-batch
     reads all weights again, and until the arithmetic outweighs that, one large step is faster than two small ones."""

@@ -34,7 +34,7 @@ def test_chunks_of_a_lone_prompt_fill_the_micro_batches_in_order() -> None:
 
 
 def test_as_many_chunks_are_in_flight_as_steps_may_be() -> None:
-    scheduler = make_scheduler(num_slots=2, prefill_chunk_tokens=4)
+    scheduler = make_scheduler(num_slots=2, micro_batches_per_pipeline=2, prefill_chunk_tokens=4)
     add(scheduler, "a", prompt_length=20)
     first, second = scheduler.schedule(0.0)
     assert scheduler.schedule(0.0) == []
@@ -44,7 +44,7 @@ def test_as_many_chunks_are_in_flight_as_steps_may_be() -> None:
     assert starts_in(only_plan(scheduler)) == [12]
 
 
-def test_a_single_stage_has_two_chunks_while_nothing_decodes() -> None:
+def test_one_more_chunk_than_there_are_stages_is_in_flight_while_nothing_decodes() -> None:
     scheduler = make_scheduler(num_slots=1, prefill_chunk_tokens=8)
     add(scheduler, "a", prompt_length=24, max_tokens=9)
     plans = scheduler.schedule(0.0)
@@ -63,7 +63,7 @@ def test_the_setting_bounds_also_the_steps_of_prompts() -> None:
 
 
 def test_a_prompt_runs_ahead_only_while_no_other_waits_for_its_turn() -> None:
-    scheduler = make_scheduler(num_slots=2, prefill_chunk_tokens=4)
+    scheduler = make_scheduler(num_slots=2, micro_batches_per_pipeline=2, prefill_chunk_tokens=4)
     add(scheduler, "a", "b", prompt_length=12)
     first, second = scheduler.schedule(0.0)
     assert (names_in(first), names_in(second)) == (["a"], ["b"])
@@ -84,7 +84,7 @@ def test_those_that_decode_go_with_every_round_beside_a_prompt_that_runs_ahead()
 
 
 def test_a_request_that_is_cancelled_keeps_its_blocks_until_its_last_step_has_come_back() -> None:
-    scheduler = make_scheduler(num_slots=2, prefill_chunk_tokens=8)
+    scheduler = make_scheduler(num_slots=2, micro_batches_per_pipeline=2, prefill_chunk_tokens=8)
     add(scheduler, "a", prompt_length=40)
     first, second = scheduler.schedule(0.0)
     scheduler.cancel(RequestId("a"))
@@ -98,7 +98,7 @@ def test_a_request_that_is_cancelled_keeps_its_blocks_until_its_last_step_has_co
 
 
 def test_a_failed_step_takes_the_others_along_and_all_is_done_again_from_where_the_cache_ends() -> None:
-    scheduler = make_scheduler(num_slots=3, prefill_chunk_tokens=8)
+    scheduler = make_scheduler(num_slots=3, micro_batches_per_pipeline=3, prefill_chunk_tokens=8)
     add(scheduler, "a", prompt_length=32)
     first, second, third = scheduler.schedule(0.0)
     complete(scheduler, first)
@@ -123,7 +123,7 @@ def test_only_the_requests_of_the_failed_step_are_charged_for_it() -> None:
 
 
 def test_chunks_in_flight_when_a_slot_is_lost_are_computed_after_what_the_new_holder_lacks() -> None:
-    scheduler = make_scheduler(num_slots=2, prefill_chunk_tokens=8)
+    scheduler = make_scheduler(num_slots=2, micro_batches_per_pipeline=2, prefill_chunk_tokens=8)
     add(scheduler, "a", prompt_length=40)
     first, _ = scheduler.schedule(0.0)
     complete(scheduler, first)
