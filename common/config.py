@@ -55,7 +55,10 @@ class Settings(BaseSettings):
         description="where stages and experts of one host find each other for that, over tcp too; default: the folder "
         "of their sockets, if there is one",
     )
-    threads: int = Field(default=1, ge=1, description="compute threads of a process, and of each rank of a stage")
+    threads: str = Field(
+        default="1",
+        description="compute threads of a process, and of each rank of a stage, auto: the idle cores",
+    )
     tp_reduce: Literal["ordered", "fast"] = Field(
         default="ordered", description="fast: ranks add partial sums, and bits depend on TP"
     )
@@ -143,6 +146,13 @@ class Settings(BaseSettings):
             raise ValueError("must be cpu, cuda, cuda:N (the GPU's number) or auto")
         return device
 
+    @field_validator("threads")
+    @classmethod
+    def _check_threads(cls, threads: str) -> str:
+        if re.fullmatch(r"0*[1-9]\d{0,3}|auto", threads, re.ASCII) is None:
+            raise ValueError("must be a number, 1 or more, or auto")
+        return threads
+
     @field_validator("socks_proxy")
     @classmethod
     def _check_proxy(cls, proxy: str) -> str:
@@ -183,6 +193,11 @@ class Settings(BaseSettings):
     def allowed_host_names(self) -> frozenset[str]:
         """Returns ALLOWED_HOSTS as a set."""
         return frozenset(_listed(self.allowed_hosts))
+
+    @property
+    def library_threads(self) -> int:
+        """Returns on how many threads libraries compute, which do not look for idle cores: one with THREADS=auto."""
+        return 1 if self.threads == "auto" else int(self.threads)
 
     @property
     def stage_processes(self) -> int:

@@ -60,7 +60,7 @@ class CheckpointWeights:
         return tensor.clone(memory_format=torch.contiguous_format) if tensor is part else tensor.contiguous()
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files; a tensor that is read later maps its file again."""
         self._files.clear()
 
     def _open(self, file: Path) -> Any:

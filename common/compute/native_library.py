@@ -27,6 +27,8 @@ from typing import Any
 
 import structlog
 
+from common.processes.cores import usable_cores
+
 ABI_VERSION = 10
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
@@ -112,7 +114,7 @@ class NativeKernels:
 
 def load_native_kernels(
     *,
-    threads: int = 1,
+    threads: int | str = 1,
     cache_folder: Path | None = None,
     prebuilt_folder: Path = PREBUILT_FOLDER,
     cpu_flags: frozenset[str] | None = None,
@@ -121,7 +123,8 @@ def load_native_kernels(
     """Returns the kernels for this processor; None, with the reason logged, where there is no prebuilt library and no
     compiler.
 
-    `threads`: how many threads one call may use; it changes no bits.
+    `threads`: on how many threads one call computes; `auto`: on as many as there are idle cores that this process may
+    use, when it begins. It changes no bits.
     `cache_folder`: where compiled libraries are kept; default the variable MOEMESH_CACHE, else ~/.cache/moemesh.
     """
     flags = read_cpu_flags() if cpu_flags is None else cpu_flags
@@ -232,7 +235,7 @@ _LETTERS: dict[str, Any] = {"a": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctyp
 """Letters of signatures: an address, a whole number, a float."""
 
 
-def _opened(path: Path, threads: int) -> NativeKernels:
+def _opened(path: Path, threads: int | str) -> NativeKernels:
     library = ctypes.CDLL(str(path))
     # Small calls keep the GIL: giving it up and waiting for it again can cost more than the call.
     quick_library = ctypes.PyDLL(str(path))
@@ -248,10 +251,11 @@ def _opened(path: Path, threads: int) -> NativeKernels:
     if version != ABI_VERSION:
         raise OSError(f"{path} has kernel interface {version}, this code needs {ABI_VERSION}")
     variant = function("variant", "", result=ctypes.c_char_p)().decode()
+    function("take_only_idle_cores", "i")(threads == "auto")
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
         variant=f"native-{bits_variant(variant)}-{source_hash()[:8]}",
-        threads=threads,
+        threads=usable_cores() if threads == "auto" else int(threads),
         path=path,
         linear=function("linear", "aaiai"),
         pack=function("pack", "aaiii"),

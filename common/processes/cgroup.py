@@ -69,7 +69,7 @@ def memory_groups(proc: Path = Path("/proc"), root: Path = Path("/")) -> list[Me
     `root`: where paths of mounts begin.
     """
     groups = []
-    for folder, files in _folders(proc, root):
+    for folder, files in own_folders(proc, root):
         limit_bytes = min((_number(folder / name) for name in files.limits), default=UNLIMITED_BYTES)
         used_bytes = _number(folder / files.used)
         if limit_bytes < UNLIMITED_BYTES and used_bytes < UNLIMITED_BYTES:
@@ -80,10 +80,11 @@ def memory_groups(proc: Path = Path("/proc"), root: Path = Path("/")) -> list[Me
 
 def count_memory_kills(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
     """Returns how many processes of this process's own groups the kernel has ended for want of memory, so far."""
-    return sum(read_entry(folder / files.kills, "oom_kill") for folder, files in _folders(proc, root))
+    return sum(read_entry(folder / files.kills, "oom_kill") for folder, files in own_folders(proc, root))
 
 
-def _folders(proc: Path, root: Path) -> Sequence[tuple[Path, MemoryFiles]]:
+def own_folders(proc: Path, root: Path) -> Sequence[tuple[Path, MemoryFiles]]:
+    """Returns the folders of this process's groups and of those above them; none where the system has none."""
     try:
         texts = [(proc / "self" / name).read_text(errors="replace") for name in ("cgroup", "mountinfo")]
     except OSError:

@@ -131,7 +131,8 @@ class LocalMesh:
     def _settings_of_all(self) -> dict[str, str]:
         environment = {**os.environ, **self.environment, "STATE_DIR": str(self.state_dir)}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        environment.setdefault("OMP_NUM_THREADS", environment.get("THREADS") or "1")
+        threads = environment.get("THREADS", "").strip()
+        environment.setdefault("OMP_NUM_THREADS", threads if threads.isdecimal() else "1")
         return environment
 
     def _place(self, service: str, name: str) -> Child:

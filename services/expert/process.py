@@ -30,7 +30,7 @@ class ExpertProcess:
     def __init__(self, settings: Settings, log: structlog.stdlib.BoundLogger) -> None:
         self._device = open_device(settings.device, num_processes=settings.device_processes)
         self._resources = NodeResources(settings, log, lambda config: self._device.offered_bytes())
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.library_threads)
         kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
         self._numeric_class = self._device.numeric_class(kernels.variant if kernels is not None else "torch")
         own = self._resources

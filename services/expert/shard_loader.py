@@ -164,6 +164,8 @@ class ShardLoader:
             self._drop_unwanted(store)  # also what an incarnation before this one was still loading
             assignment.next_report_s = now_s + PROGRESS_INTERVAL_S
             assignment.reported = self._report(store, complete) and complete
+            if complete and weights is not None:
+                self.held.thread.submit(weights.close)  # pages of its files would count as this process's memory
 
     def add_held(self, hello: Hello) -> Hello:
         """Adds what a router that may have been restarted is told."""

@@ -49,7 +49,7 @@ class StageProcess:
         """`forks`: of ranks, where there are others than this process."""
         self._device = open_device(settings.device, num_ranks=settings.tp, num_processes=settings.device_processes)
         self._resources = NodeResources(settings, log, lambda config: self._offered_bytes(config, settings.tp))
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.library_threads)
         # Tokens are chosen on the host, wherever the layers are.
         self._sampling_kernels = load_native_kernels(threads=settings.threads)
         self._kernels = self._sampling_kernels if self._device.is_host else None

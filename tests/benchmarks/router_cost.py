@@ -53,15 +53,14 @@ def run_round(url: str, streams: int, tokens: int) -> int:
         client = socket.create_connection(place)
         client.sendall(request)
         client.setblocking(False)
-        selector.register(client, selectors.EVENT_READ)
+        selector.register(client, selectors.EVENT_READ, client)
         tails[client] = b""
     while tails:
         ready = selector.select(SILENCE_S)
         if not ready:
             raise RuntimeError(f"{len(tails)} streams stand still")
         for key, _ in ready:
-            client = key.fileobj
-            assert isinstance(client, socket.socket)
+            client = key.data
             data = client.recv(1 << 16)
             num_bytes += len(data)
             if data:

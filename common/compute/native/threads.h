@@ -2,8 +2,12 @@
 
 #pragma once
 
+#include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -32,26 +36,53 @@ struct Buffer {  // grows, is kept for the thread's life: a call must not pay fo
     }
 };
 
-// Worker threads, made when a call first asks for them. One call at a time uses them; another one computes alone.
+// How many cores have nothing to do at this moment, by the number of threads of the whole system that want to run: the
+// fourth field of /proc/loadavg, `running/all` (proc(5)). Reading it takes a few microseconds.
+class IdleCores {
+  public:
+    int64_t count() const {
+        char text[64];
+        const ssize_t length = file_ < 0 ? -1 : pread(file_, text, sizeof text - 1, 0);
+        if (length <= 0) return cores_;  // another system: nobody says that they are busy
+        text[length] = 0;
+        const char* field = text;
+        for (int blanks = 0; blanks < 3; blanks++)
+            if (!(field = strchr(field, ' '))) return cores_;
+            else field++;
+        return std::max<int64_t>(0, cores_ - atoll(field));
+    }
+    ~IdleCores() { if (file_ >= 0) close(file_); }
+
+  private:
+    const int file_ = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    const int64_t cores_ = sysconf(_SC_NPROCESSORS_ONLN);
+};
+
+// Worker threads, made when a call first asks for them. One call at a time uses them; another one computes alone. A call
+// waits for no worker that has not begun: where all cores are busy, those that ask compute as if they were alone.
 class Pool {
   public:
     template <class Work> bool run(int64_t threads, int64_t parts, const Work& work) {
         std::unique_lock<std::mutex> only(calls_, std::try_to_lock);
         if (!only.owns_lock()) return false;
-        while ((int64_t)workers_.size() < threads - 1)
-            workers_.emplace_back([this, number = (int64_t)workers_.size()] { serve(number); });
+        int64_t helpers = std::min(threads, parts) - 1;
+        if (only_idle_cores_) helpers = std::min(helpers, idle_.count());
+        if (helpers < 1) return false;
+        while ((int64_t)workers_.size() < helpers) workers_.emplace_back([this] { serve(); });
         std::unique_lock<std::mutex> lock(state_);
-        job_ = {[](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work, parts, threads - 1};
+        job_ = {[](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work, parts};
         next_part_ = 0;
-        busy_ = threads - 1;
-        round_++;
+        free_places_ = helpers;
         lock.unlock();
-        wake_.notify_all();
+        for (int64_t helper = 0; helper < helpers; helper++) wake_.notify_one();
         take_parts();
         lock.lock();
+        free_places_ = 0;  // all parts have begun: whoever comes now would find nothing to do
         done_.wait(lock, [this] { return busy_ == 0; });
         return true;
     }
+    // From now on a call takes no more workers than there are cores with nothing to do.
+    void take_only_idle_cores(bool only) { only_idle_cores_ = only; }
     ~Pool() {
         { std::lock_guard<std::mutex> lock(state_); stop_ = true; }
         wake_.notify_all();
@@ -62,36 +93,42 @@ class Pool {
     struct Job {
         void (*work)(const void*, int64_t);
         const void* context;
-        int64_t parts, helpers;
+        int64_t parts;
     };
     void take_parts() {
         for (int64_t part; (part = next_part_.fetch_add(1)) < job_.parts;) job_.work(job_.context, part);
     }
-    void serve(int64_t number) {
-        std::unique_lock<std::mutex> lock(state_);
-        for (uint64_t seen = 0;;) {
-            wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+    void serve() {
+#ifdef SCHED_BATCH
+        const sched_param normal{};
+        sched_setscheduler(0, SCHED_BATCH, &normal);  // on waking it takes no core from a thread that computes
+#endif
+        for (std::unique_lock<std::mutex> lock(state_);;) {
+            wake_.wait(lock, [this] { return stop_ || free_places_ > 0; });
             if (stop_) return;
-            seen = round_;
-            if (number >= job_.helpers) continue;
+            free_places_--;
+            busy_++;
             lock.unlock();
             take_parts();
             lock.lock();
             if (--busy_ == 0) done_.notify_one();
         }
     }
+    IdleCores idle_;
     std::mutex calls_, state_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
     Job job_{};
     std::atomic<int64_t> next_part_{0};
-    int64_t busy_ = 0;
-    uint64_t round_ = 0;
+    int64_t free_places_ = 0, busy_ = 0;
+    std::atomic<bool> only_idle_cores_{false};
     bool stop_ = false;
 };
 
 constexpr double WORTH_SHARING = 2e6;  // multiply-adds; waking a thread costs about as much as 20 us of work
-INLINE int64_t worth(int64_t threads, double multiply_adds) { return multiply_adds < WORTH_SHARING ? 1 : threads; }
+INLINE int64_t worth(int64_t threads, double multiply_adds) {
+    return std::min(threads, 1 + (int64_t)(multiply_adds / WORTH_SHARING));
+}
 // A few rows wait for the weights to come from memory, which takes as long as computing with this many rows.
 constexpr int64_t ROWS_HIDDEN_BY_MEMORY = 8;
 INLINE double linear_work(int64_t rows, int64_t k, int64_t n) {

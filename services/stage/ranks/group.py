@@ -376,6 +376,7 @@ def open_group(
         "checkpoint": resources.checkpoint,
         "positions": num_positions,
         "threads": settings.threads,
+        "library_threads": settings.library_threads,
         "collectives": collectives,
     }
     supervisor = RankSupervisor(settings.tp - 1, _spawner(memory, options, places, forks), resources.log)

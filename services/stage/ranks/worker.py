@@ -285,15 +285,15 @@ class RankWorker:
 def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
     """Does the work of a rank, until rank 0 ends. Raises MoemeshError."""
     parser = argparse.ArgumentParser(prog="python -m services.stage.ranks")
-    for name in ("seat", "channel", "bytes", "slab", "positions", "threads"):
+    for name in ("seat", "channel", "bytes", "slab", "positions", "library_threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    for name in ("device", "collectives"):
+    for name in ("device", "collectives", "threads"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # rank 0 hears it too, and ends in order
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.library_threads)
     kernels = load_native_kernels(threads=options.threads)
     if kernels is None:
         raise ConfigurationError("a rank needs the native kernels that rank 0 has")

@@ -55,6 +55,7 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("COMBINE", "sum"),
         ("THREADS", "0"),
         ("THREADS", "1.5"),
+        ("THREADS", "all"),
         ("MAX_BATCH_TOKENS", "0"),
         ("KV_CACHE_TOKENS", "63"),
         ("CORS_ORIGINS", "chat.example"),

@@ -169,6 +169,19 @@ def test_what_was_loading_into_a_store_that_was_given_up_is_loaded_into_the_new_
     assert loader.shards == {X, Y}
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read in /proc")
+def test_no_file_stays_mapped_once_all_is_loaded_and_more_can_be_loaded(loader: Loader, tmp_path: Path) -> None:
+    own = write_checkpoint(tmp_path / "own", QWEN3)
+    loader.held = HeldShards(read_model_config(own), own)
+    for shards in ({X}, {X, Y}):
+        loader.control.sent.clear()
+        loader.want(1 + len(loader.shards), *shards)
+        loader.finish()
+        loader.held.thread.submit(lambda: None).result(60)
+        assert str(own) not in Path("/proc/self/maps").read_text()
+        assert loader.shards == shards
+
+
 def test_a_shard_that_could_not_be_loaded_is_tried_again_only_while_it_is_wanted(
     loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,3 +43,19 @@ def test_all_kernels_share_one_pool_of_threads() -> None:
     done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, timeout=300, check=True)
     counts = json.loads(done.stdout.splitlines()[-1])  # after what is logged
     assert counts == [THREADS - 1] * len(counts)
+
+
+def test_auto_computes_the_same_on_the_cores_that_are_idle() -> None:
+    kernels_for("native")
+    code = """
+import torch
+from common.compute.linear import PackedLinear
+from common.compute.native_library import load_native_kernels
+
+torch.manual_seed(0)
+weight, x = torch.randn(640, 512), torch.randn(64, 512)
+alone = PackedLinear(weight, kernels=load_native_kernels(threads=1))(x)
+shared = PackedLinear(weight, kernels=load_native_kernels(threads="auto"))
+assert all(torch.equal(shared(x), alone) for _ in range(200))
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
