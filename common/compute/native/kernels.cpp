@@ -21,7 +21,7 @@
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 9; }
+int64_t moemesh_abi_version(void) { return 8; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -170,8 +170,6 @@ void moemesh_choose_experts(const Choice* c, const void* logits, int64_t rows, i
     if (is_bf16) choose_experts(*c, (const bf16*)logits, rows, experts, weights);
     else choose_experts(*c, (const float*)logits, rows, experts, weights);
 }
-
-void moemesh_take_only_idle_cores(int64_t only) { pool_of_process().take_only_idle_cores(only); }
 
 void moemesh_layer_half(const LayerHalf* l, const LayerBatch* b, void* keys, void* values, int64_t cache_heads,
                         const void* x, const void* fed, void* residual, void* normed, int64_t* experts,
