@@ -56,8 +56,8 @@ class Settings(BaseSettings):
         "of their sockets, if there is one",
     )
     threads: str = Field(
-        default="1",
-        description="compute threads of a process, and of each rank of a stage, auto: the idle cores",
+        default="auto",
+        description="compute threads of a process, and of each rank of a stage; auto: every core that it may use",
     )
     tp_reduce: Literal["ordered", "fast"] = Field(
         default="ordered", description="fast: ranks add partial sums, and bits depend on TP"
@@ -196,7 +196,7 @@ class Settings(BaseSettings):
 
     @property
     def library_threads(self) -> int:
-        """Returns on how many threads libraries compute, which do not look for idle cores: one with THREADS=auto."""
+        """Returns on how many threads libraries compute, whose calls wait for all of them: one with THREADS=auto."""
         return 1 if self.threads == "auto" else int(self.threads)
 
     @property

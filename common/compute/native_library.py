@@ -123,8 +123,8 @@ def load_native_kernels(
     """Returns the kernels for this processor; None, with the reason logged, where there is no prebuilt library and no
     compiler.
 
-    `threads`: on how many threads one call computes; `auto`: on as many as there are idle cores that this process may
-    use, when it begins. It changes no bits.
+    `threads`: on how many threads one call computes, at most; `auto`: on every core that this process may use. It
+    changes no bits.
     `cache_folder`: where compiled libraries are kept; default the variable MOEMESH_CACHE, else ~/.cache/moemesh.
     """
     flags = read_cpu_flags() if cpu_flags is None else cpu_flags
@@ -251,7 +251,6 @@ def _opened(path: Path, threads: int | str) -> NativeKernels:
     if version != ABI_VERSION:
         raise OSError(f"{path} has kernel interface {version}, this code needs {ABI_VERSION}")
     variant = function("variant", "", result=ctypes.c_char_p)().decode()
-    function("take_only_idle_cores", "i")(threads == "auto")
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
         variant=f"native-{bits_variant(variant)}-{source_hash()[:8]}",

@@ -171,8 +171,6 @@ void moemesh_choose_experts(const Choice* c, const void* logits, int64_t rows, i
     else choose_experts(*c, (const float*)logits, rows, experts, weights);
 }
 
-void moemesh_take_only_idle_cores(int64_t only) { pool_of_process().take_only_idle_cores(only); }
-
 void moemesh_layer_half(const LayerHalf* l, const LayerBatch* b, void* keys, void* values, int64_t cache_heads,
                         const void* x, const void* fed, void* residual, void* normed, int64_t* experts,
                         float* weights) {

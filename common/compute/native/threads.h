@@ -2,12 +2,9 @@
 
 #pragma once
 
-#include <fcntl.h>
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -36,28 +33,6 @@ struct Buffer {  // grows, is kept for the thread's life: a call must not pay fo
     }
 };
 
-// How many cores have nothing to do at this moment, by the number of threads of the whole system that want to run: the
-// fourth field of /proc/loadavg, `running/all` (proc(5)). Reading it takes a few microseconds.
-class IdleCores {
-  public:
-    int64_t count() const {
-        char text[64];
-        const ssize_t length = file_ < 0 ? -1 : pread(file_, text, sizeof text - 1, 0);
-        if (length <= 0) return cores_;  // another system: nobody says that they are busy
-        text[length] = 0;
-        const char* field = text;
-        for (int blanks = 0; blanks < 3; blanks++)
-            if (!(field = strchr(field, ' '))) return cores_;
-            else field++;
-        return std::max<int64_t>(0, cores_ - atoll(field));
-    }
-    ~IdleCores() { if (file_ >= 0) close(file_); }
-
-  private:
-    const int file_ = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
-    const int64_t cores_ = sysconf(_SC_NPROCESSORS_ONLN);
-};
-
 // Worker threads, made when a call first asks for them. One call at a time uses them; another one computes alone. A call
 // waits for no worker that has not begun: where all cores are busy, those that ask compute as if they were alone.
 class Pool {
@@ -65,9 +40,7 @@ class Pool {
     template <class Work> bool run(int64_t threads, int64_t parts, const Work& work) {
         std::unique_lock<std::mutex> only(calls_, std::try_to_lock);
         if (!only.owns_lock()) return false;
-        int64_t helpers = std::min(threads, parts) - 1;
-        if (only_idle_cores_) helpers = std::min(helpers, idle_.count());
-        if (helpers < 1) return false;
+        const int64_t helpers = std::min(threads, parts) - 1;
         while ((int64_t)workers_.size() < helpers) workers_.emplace_back([this] { serve(); });
         std::unique_lock<std::mutex> lock(state_);
         job_ = {[](const void* context, int64_t part) { (*(const Work*)context)(part); }, &work, parts};
@@ -81,8 +54,6 @@ class Pool {
         done_.wait(lock, [this] { return busy_ == 0; });
         return true;
     }
-    // From now on a call takes no more workers than there are cores with nothing to do.
-    void take_only_idle_cores(bool only) { only_idle_cores_ = only; }
     ~Pool() {
         { std::lock_guard<std::mutex> lock(state_); stop_ = true; }
         wake_.notify_all();
@@ -114,14 +85,12 @@ class Pool {
             if (--busy_ == 0) done_.notify_one();
         }
     }
-    IdleCores idle_;
     std::mutex calls_, state_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
     Job job_{};
     std::atomic<int64_t> next_part_{0};
     int64_t free_places_ = 0, busy_ = 0;
-    std::atomic<bool> only_idle_cores_{false};
     bool stop_ = false;
 };
 

@@ -45,7 +45,7 @@ def test_all_kernels_share_one_pool_of_threads() -> None:
     assert counts == [THREADS - 1] * len(counts)
 
 
-def test_auto_computes_the_same_on_the_cores_that_are_idle() -> None:
+def test_auto_computes_the_same_on_every_core() -> None:
     kernels_for("native")
     code = """
 import torch
