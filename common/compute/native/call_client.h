@@ -33,6 +33,7 @@ struct AskedPart {  // of one piece, what one node is asked; mirrored by _Part t
 };
 constexpr int64_t WAITING = 0, TAKEN_IN = 1, NO_SLOT = -1;
 constexpr int64_t PIECES_AT_A_TIME = 2;  // of a call, in one ring; the second one leaves a slot to other calls
+constexpr int64_t LOOKING_NS = 200'000;  // as long as a few rows take; a core that sleeps takes 20 to 50 us to wake up
 constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
 
 struct Dealer {  // memory that the stage's thread keeps
@@ -207,15 +208,31 @@ int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const 
     return waiting;
 }
 
+void look_for_answers(const AskedPart* parts, int64_t num_parts, const RingPeer* peers, bool looks) {
+    for (int64_t i = 0; i < num_parts; i++) set_looking(peers[parts[i].peer].memory, looks);
+}
+
+// Returns how many parts are still to come after so long. For a moment it looks all the time, then it waits for a bell.
 int64_t await_answers(const ExpertQuestion& q, AskedPart* parts, int64_t num_parts, RingPeer* peers,
                       const RingShape& shape, const int64_t* pairs, uint8_t* rows, int64_t bell, int64_t timeout_ns) {
-    const int64_t until_ns = monotonic_ns() + timeout_ns;
+    const int64_t began_ns = monotonic_ns(), until_ns = began_ns + timeout_ns;
+    bool looks = timeout_ns > 0;
+    if (looks) look_for_answers(parts, num_parts, peers, true);
     for (;;) {
         const int64_t waiting = take_in_all(parts, num_parts, peers, shape, pairs, rows);
         if (waiting && parts[num_parts - 1].slot == NO_SLOT) write_parts(q, parts, num_parts, peers, shape, pairs);
-        const int64_t left_ns = until_ns - monotonic_ns();
-        if (!waiting || left_ns <= 0) return waiting;
-        await_bell(bell, left_ns);
+        const int64_t now_ns = monotonic_ns();
+        const bool is_over = !waiting || now_ns >= until_ns;
+        if (looks && !is_over && now_ns - began_ns < LOOKING_NS) {
+            sched_yield();
+        } else if (looks) {
+            look_for_answers(parts, num_parts, peers, looks = false);
+            if (!waiting) return 0;  // else it looks once more: what came just now has rung no bell
+        } else if (is_over) {
+            return waiting;
+        } else {
+            await_bell(bell, until_ns - now_ns);
+        }
     }
 }
 

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -38,7 +39,7 @@ struct SlotHead {
     uint64_t asked_checksum, answered_checksum;
 };
 constexpr int64_t HEAD_BYTES = 128;
-static_assert(sizeof(SlotHead) <= HEAD_BYTES, "the head has a place of its own");
+static_assert(sizeof(SlotHead) <= HEAD_BYTES - sizeof(uint32_t), "the head has a place of its own");
 
 struct Routing {  // of one pair
     int32_t row, shard;
@@ -67,10 +68,12 @@ INLINE Slot slot_of(uint8_t* memory, const RingShape& shape, int64_t index) {
     return slot;
 }
 
-INLINE uint32_t state_of(const SlotHead* head) { return __atomic_load_n(&head->state, __ATOMIC_ACQUIRE); }
+// In one order with the word for looking: either the node sees that the stage has stopped to look, or the stage sees
+// the answer.
+INLINE uint32_t state_of(const SlotHead* head) { return __atomic_load_n(&head->state, __ATOMIC_SEQ_CST); }
 INLINE void set_state(SlotHead* head, uint32_t state) { __atomic_store_n(&head->state, state, __ATOMIC_RELEASE); }
 INLINE bool change_state(SlotHead* head, uint32_t from, uint32_t to) {
-    return __atomic_compare_exchange_n(&head->state, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    return __atomic_compare_exchange_n(&head->state, &from, to, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 // A checksum: each step is a bijection of what was before and of the word, so that no single changed word goes unseen.
@@ -114,6 +117,15 @@ INLINE uint64_t checksum_of_head(const SlotHead& head) {
     return checksum(told, sizeof told, 0);
 }
 INLINE uint64_t checksum_of_outcome(int64_t number, uint32_t outcome) { return mixed((uint64_t)number, outcome, 1); }
+
+// Whether the stage looks at its slots all the time for now: then it needs no bell, which costs the node a call of the
+// kernel and the stage a core that has to wake up. A word behind the head of the first slot. It is a hint: what it says
+// wrongly costs a wait that ends by itself, and the stage's next call sets it right.
+INLINE uint32_t* looking_word(uint8_t* memory) { return (uint32_t*)(memory + HEAD_BYTES) - 1; }
+INLINE void set_looking(uint8_t* memory, bool looks) {
+    __atomic_store_n(looking_word(memory), (uint32_t)looks, __ATOMIC_SEQ_CST);
+}
+INLINE bool is_stage_looking(uint8_t* memory) { return __atomic_load_n(looking_word(memory), __ATOMIC_SEQ_CST) == 1; }
 
 INLINE int64_t monotonic_ns() {
     timespec now;

@@ -201,7 +201,7 @@ class CallServer {
         head->outcome = call.outcome;
         head->answered_checksum = sum;
         if (!change_state(head, TAKEN, ANSWERED)) set_state(head, FREE);
-        ring_bell(call.ring.stage_bell);
+        if (!is_stage_looking(call.ring.memory)) ring_bell(call.ring.stage_bell);
     }
 
     static std::vector<float>& values(std::vector<float>& f32, std::vector<bf16>&, float*) { return f32; }
