@@ -94,15 +94,13 @@ class Pool {
     bool stop_ = false;
 };
 
-constexpr double WORTH_SHARING = 2e6;  // multiply-adds; waking a thread costs about as much as 20 us of work
+constexpr double WORTH_SHARING = 4e6;  // multiply-adds; waking a thread costs about as much as half of these
 INLINE int64_t worth(int64_t threads, double multiply_adds) {
     return std::min(threads, 1 + (int64_t)(multiply_adds / WORTH_SHARING));
 }
-// A few rows wait for the weights to come from memory, which takes as long as computing with this many rows.
-constexpr int64_t ROWS_HIDDEN_BY_MEMORY = 8;
-INLINE double linear_work(int64_t rows, int64_t k, int64_t n) {
-    return (double)k * (double)n * (double)std::max(rows, ROWS_HIDDEN_BY_MEMORY);
-}
+// A few rows wait for the weights to come from memory, of which one thread gets nearly as much as several, while other
+// processes compute on other cores: so their waiting does not count as work.
+INLINE double linear_work(int64_t rows, int64_t k, int64_t n) { return (double)rows * (double)k * (double)n; }
 
 // Outside of templates, which would have one of each for every type that they are made for.
 INLINE Pool& pool_of_process() {
