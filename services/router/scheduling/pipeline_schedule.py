@@ -160,8 +160,8 @@ class PipelineSchedule:
         """Returns the requests of the next step with how many tokens each, by arrival.
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
-        that took them all would leave the other stages idle. Few decoding ones stay together, though. If all that
-        prefill are in flight, they go on with their next chunks: a lone prompt, too, keeps several stages at work.
+        that took them all would leave the other stages idle. Few decoding ones stay together, though: those that are
+        ready before the others are back wait for them. If all that prefill are in flight, they go on with their next chunks: a lone prompt, too, keeps several stages at work.
         """
         settings = self._settings
         decoding: list[Request] = []
@@ -172,6 +172,9 @@ class PipelineSchedule:
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
+        steps_of_decodes = {step for request in decoding for step in request.steps}
+        if len(steps_of_decodes) >= -(-len(decoding) // decode_share):
+            ready_decodes = []
         ready_prefills = [request for request in prefilling if not request.steps]
         ready_prefills = ready_prefills or [request for request in prefilling if request.may_run_ahead]
         ready_prefills = ready_prefills[:prefill_share]

@@ -76,6 +76,28 @@ def test_few_decoding_sequences_stay_in_one_micro_batch(num_requests: int, share
     assert [len(plan.chunks) for plan in scheduler.schedule(0.0)] == shares
 
 
+def test_few_decoding_sequences_that_come_at_different_times_meet_in_one_micro_batch() -> None:
+    scheduler = make_scheduler(num_slots=2, min_decode_share=4)
+    add(scheduler, "a", max_tokens=9)
+    complete(scheduler, only_plan(scheduler))
+    first = only_plan(scheduler)
+    add(scheduler, "b", max_tokens=9)
+    complete(scheduler, only_plan(scheduler))
+    assert scheduler.schedule(0.0) == [], "a step of its own for b would read all weights once more"
+    complete(scheduler, first)
+    assert names_in(only_plan(scheduler)) == ["a", "b"]
+
+
+def test_decoding_sequences_that_are_enough_for_two_micro_batches_do_not_wait_for_each_other() -> None:
+    scheduler = make_scheduler(num_slots=2, min_decode_share=1)
+    add(scheduler, "a", max_tokens=9)
+    complete(scheduler, only_plan(scheduler))
+    only_plan(scheduler)
+    add(scheduler, "b", max_tokens=9)
+    complete(scheduler, only_plan(scheduler))
+    assert names_in(only_plan(scheduler)) == ["b"]
+
+
 def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
     scheduler = make_scheduler(max_outage_s=30.0, max_queue_s=600.0)
     add(scheduler, "a")
