@@ -390,7 +390,7 @@ class StageService(NodeLoop[MessageSocket]):
         worker, experts, slot, mirror = self._worker, self._experts, self._worker.slot, self._worker.mirror
         own, calls, ranks = self._counters, self._experts.counters, worker.layers.ranks
         return StageHeartbeat(
-            busy_seconds=own.busy_seconds,
+            busy_seconds=own.busy_seconds + experts.busy_seconds,
             steps=own.steps,
             rows=own.rows,
             # What waits for its link is not lost.

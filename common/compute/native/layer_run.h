@@ -40,6 +40,7 @@ struct RunSteps {  // mirrored by _RunSteps in rings.py
     int64_t until_ns;            // when the next layer is not begun any more
     int64_t *call_ns, *call_parts;  // [layers of the run]: how long each call has taken, and of how many parts it was
     int64_t* heard;                 // [peers]: 1 for those that have answered
+    int64_t busy_ns;                // how long it has computed, and asked
 };
 enum RunEnd : int64_t { ANSWERED_LAST, NOT_YET_ANSWERED, NOT_ASKED };  // mirrored by RunEnd in rings.py
 
@@ -52,7 +53,7 @@ bool is_given(const AskedPart* parts, int64_t count) {
 template <class T>
 RunEnd run_layers(LayerRun& run, RunSteps& steps, ExpertQuestion& question, AskedPart* parts, RingPeer* peers,
                   int64_t num_peers, const RingShape& shape, int64_t* pairs, T* rows, int64_t bell) {
-    for (;;) {
+    for (steps.busy_ns = 0;;) {
         if (await_answers(question, parts, steps.parts, peers, shape, pairs, (uint8_t*)rows, bell, steps.soon_ns) ||
             !is_given(parts, steps.parts))
             return NOT_YET_ANSWERED;
@@ -78,6 +79,7 @@ RunEnd run_layers(LayerRun& run, RunSteps& steps, ExpertQuestion& question, Aske
         steps.asked_weights = steps.weights;
         steps.began_ns = monotonic_ns();
         steps.parts = ask_experts(question, peers, num_peers, shape, pairs, parts);
+        steps.busy_ns += monotonic_ns() - now_ns;
         if (steps.parts <= 0) return NOT_ASKED;
     }
 }

@@ -161,7 +161,8 @@ class PipelineSchedule:
 
         Decoding and prefilling requests are both dealt out evenly over the micro-batches that may be in flight: a step
         that took them all would leave the other stages idle. Few decoding ones stay together, though: those that are
-        ready before the others are back wait for them. If all that prefill are in flight, they go on with their next chunks: a lone prompt, too, keeps several stages at work.
+        ready before the others are back wait for them. If all that prefill are in flight, they go on with their next
+        chunks: a lone prompt, too, keeps several stages at work.
         """
         settings = self._settings
         decoding: list[Request] = []

@@ -105,6 +105,8 @@ class ExpertClient:
         self._next_connect_s = 0.0
         self._looked_s = 0.0
         self._patient_until_s = 0.0
+        self.busy_seconds = 0.0
+        """How long forward passes have computed here, from layer to layer."""
         self.combine = "exact"
         self.degrade_after_s: float | None = None
         """None: a call waits for a copy until its deadline."""
@@ -265,6 +267,7 @@ class ExpertClient:
     def _run(self, rings: Rings, asked: RingCall, clock: Callable[[], float], until_s: float) -> CallDone | None:
         ran = rings.run(asked, SOON_S, until_s)
         now_s = clock()
+        self.busy_seconds += ran.busy_seconds
         for node in ran.nodes:
             node.heard_s = now_s
         for passed in ran.passed:

@@ -97,6 +97,7 @@ class _RunSteps(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("holders", "normed", "experts", "weights", "answer", "asked_weights")),
         *((name, ctypes.c_int64) for name in ("parts", "began_ns", "soon_ns", "until_ns")),
         *((name, ctypes.c_void_p) for name in ("call_ns", "call_parts", "heard")),
+        ("busy_ns", ctypes.c_int64),
     ]
 
 
@@ -128,6 +129,8 @@ class RanOn:
     passed: list[PassedCall]
     nodes: list[ExpertNode]
     """Those that have answered."""
+    busy_seconds: float
+    """How long it has computed."""
 
 
 @dataclass(slots=True)
@@ -515,7 +518,7 @@ class Rings:
             for place in range(first, stop)
         ]
         nodes = [node for node, was_heard in zip(asked._peers.nodes, heard, strict=True) if was_heard]
-        return RanOn(end, passed, nodes)
+        return RanOn(end, passed, nodes, steps.busy_ns / 1e9)
 
     def _run_holders(self, peers: _Peers, layers: RunLayers) -> ctypes.Array[_Holders]:
         if peers.run_holders is None or peers.run_holders[0] is not layers:

@@ -189,6 +189,7 @@ def test_a_run_through_all_layers_has_the_bits_of_one_layer_at_a_time(
     assert same(one_by_one, run)
     assert not messages_of(mesh)
     assert mesh.client.counters.calls == 2 * len(INDICES)
+    assert 0 < mesh.client.busy_seconds < mesh.client.counters.call_seconds + ENOUGH_S
     assert not mesh.client._in_rings
     assert all(peer.owed_rows == 0 for peer in mesh.rings._peers_now().table)  # type: ignore[union-attr]
 
