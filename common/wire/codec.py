@@ -1,11 +1,12 @@
 """Message <-> frames, the only place that knows bytes.
 
-    [prefix: magic, version, flags, checksum | msgpack map] [tensor frame]*
+    [prefix: magic, version, flags, checksum | msgpack map] [small tensors, each padded to 8 bytes] [large tensor]*
     [the same prefix | head | trace, padded to 8 bytes | routing, weights] [hidden states]
 
 The prefix is 16 bytes: `MOEM`, version (uint16), flags (uint16), xxh3-64 over what follows it and all frames, seeded
 with version and flags (a message of one version that became another's on its way must not go unseen). The map
 holds the kind, the header's counters, the message's scalar fields by name and, for each tensor field, dtype and shape.
+Tensors of up to SMALL_BYTES share a frame, which there is where a message has tensor fields; others have one each.
 Decoding goes through an explicit table of kinds and checks version, kind, types, bounds, lengths and checksum before
 anything is handed on. A version that has only added fields understands the one before: such fields have defaults, and
 an older message may lack them. Nothing is ever unpickled.
@@ -36,6 +37,9 @@ MAX_ELEMENTS: Final = 1 << 31
 MAX_DIMENSIONS: Final = 4
 MAX_ENTRIES: Final = 1 << 13
 """The longest tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims."""
+
+SMALL_BYTES: Final = 1 << 12
+"""A frame takes as long as copying some KiB, and a step has ten arrays, most of them of a few bytes."""
 
 FIXED: Final = 1
 """The flag of a message whose values have fixed places."""
@@ -135,17 +139,31 @@ def encode(message: Message, header: Header, sequence_number: int | None = None)
         header = dataclasses.replace(header, sequence_number=number)
     kind = type(message)
     scalars, names = _PLANS[kind]
-    frames: list[bytes | memoryview] = [getattr(message, name).data for name in names]
+    tensors: list[TensorFrame] = [getattr(message, name) for name in names]
+    frames = _frames_of(tensors)
     body = msgpack.packb(
         {
             "k": _NUMBERS[kind],
             "h": [getattr(header, name) for name in _HEADER_FIELDS],
             "f": {name: getattr(message, name) for name, _ in scalars},
-            "t": [(frame.dtype, frame.shape) for frame in (getattr(message, name) for name in names)],
+            "t": [(tensor.dtype, tensor.shape) for tensor in tensors],
         }
     )
     prefix = _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, 0, _checksum(body, frames, PROTOCOL_VERSION))
     return [prefix + body, *frames]
+
+
+def _frames_of(tensors: Sequence[TensorFrame]) -> list[bytes | memoryview]:
+    if not tensors:
+        return []
+    small, large = [], []
+    for tensor in tensors:
+        num_bytes = len(tensor.data)
+        if num_bytes > SMALL_BYTES:
+            large.append(tensor.data)
+        elif num_bytes:
+            small += [tensor.data, bytes(-num_bytes % _ALIGNMENT)]
+    return [b"".join(small), *large]
 
 
 def _encode_fixed(
@@ -340,27 +358,43 @@ def _decode_tensors(
     kind: type[Any], descriptions: Any, frames: Sequence[bytes | memoryview], defaults: dict[str, Any]
 ) -> dict[str, TensorFrame]:
     _, names = _PLANS[kind]
-    added = [name for name in names[len(frames) :] if name in defaults] if defaults else []
+    if not isinstance(descriptions, tuple):
+        raise ProtocolError(f"{kind.__name__} must describe its tensors by dtype and shape")
+    added = [name for name in names[len(descriptions) :] if name in defaults] if defaults else []
     names = names[: len(names) - len(added)]
-    if not isinstance(descriptions, tuple) or len(descriptions) != len(names) or len(frames) != len(names):
-        raise ProtocolError(f"{kind.__name__} must have {len(names)} tensor frames, not {len(frames)}")
+    if len(descriptions) != len(names):
+        raise ProtocolError(f"{kind.__name__} must have {len(names)} tensors, not {len(descriptions)}")
+    if len(frames) < bool(names):
+        raise ProtocolError(f"{kind.__name__} must have a frame for its small tensors")
     tensors = {name: defaults[name] for name in added}
-    for name, description, frame in zip(names, descriptions, frames, strict=True):
-        if not isinstance(description, tuple) or len(description) != 2:
-            raise ProtocolError(f"{kind.__name__}.{name} must be described by dtype and shape")
-        dtype, shape = description
-        item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
-        if item_bytes is None:
-            raise ProtocolError(f"{kind.__name__}.{name} has the unknown dtype {dtype!r:.40}")
-        if not _is_ints(shape) or len(shape) > MAX_DIMENSIONS:
-            raise ProtocolError(f"{kind.__name__}.{name} must have at most {MAX_DIMENSIONS} dimensions")
-        elements = math.prod(shape)
-        data = memoryview(frame)
-        # An empty array may not claim huge sizes either: numpy and torch fail on them where it is not expected.
-        claimed = elements or math.prod(filter(None, shape))
-        if claimed > MAX_ELEMENTS or elements * item_bytes != data.nbytes:
-            raise ProtocolError(
-                f"{kind.__name__}.{name} of {dtype} {shape} needs {elements * item_bytes} bytes, not {data.nbytes}"
-            )
+    waiting = iter(frames)
+    small, place = memoryview(next(waiting) if names else b""), 0
+    for name, description in zip(names, descriptions, strict=True):
+        dtype, shape, num_bytes = _described(f"{kind.__name__}.{name}", description)
+        if num_bytes <= SMALL_BYTES:
+            data, place = small[place : place + num_bytes], place + num_bytes + -num_bytes % _ALIGNMENT
+        else:
+            data = memoryview(next(waiting, b""))
+        if data.nbytes != num_bytes:
+            raise ProtocolError(f"{kind.__name__}.{name} of {dtype} {shape} needs {num_bytes} bytes, not {data.nbytes}")
         tensors[name] = TensorFrame(dtype, shape, data)
+    if place != small.nbytes or next(waiting, None) is not None:
+        raise ProtocolError(f"{kind.__name__} has more bytes than its tensors need")
     return tensors
+
+
+def _described(name: str, description: Any) -> tuple[str, tuple[int, ...], int]:
+    """Returns dtype, shape and bytes. Raises ProtocolError."""
+    if not isinstance(description, tuple) or len(description) != 2:
+        raise ProtocolError(f"{name} must be described by dtype and shape")
+    dtype, shape = description
+    item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item_bytes is None:
+        raise ProtocolError(f"{name} has the unknown dtype {dtype!r:.40}")
+    if not _is_ints(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"{name} must have at most {MAX_DIMENSIONS} dimensions")
+    elements = math.prod(shape)
+    # An empty array may not claim huge sizes either: numpy and torch fail on them where it is not expected.
+    if (elements or math.prod(filter(None, shape))) > MAX_ELEMENTS:
+        raise ProtocolError(f"{name} of {dtype} {shape} has more than {MAX_ELEMENTS} elements")
+    return dtype, shape, elements * item_bytes

@@ -98,15 +98,20 @@ class StageService(NodeLoop[MessageSocket]):
         self._worker.grow()
         if not self._worker.waits_for_quiet:
             self._receive_steps(now_s)
+        if not self._waiting:
+            self._run_what_can()  # first: a lone step waits for nothing else
         if self._worker.mirror is not None:
             self._worker.mirror.look()
         self._end_calls(now_s)
         self._send_unsent(now_s)
         self._feed_mirror(now_s)
+        self._run_what_can()
+        self._forget_after_long_silence(now_s)
+
+    def _run_what_can(self) -> None:
         slot = self._worker.slot
         if slot is not None and slot.executor.has_work:
             self._run(slot)
-        self._forget_after_long_silence(now_s)
 
     # ---- control
 

@@ -25,6 +25,7 @@ from common.messages import (
     Failed,
     Header,
     Leave,
+    Step,
     StepResult,
     TensorFrame,
 )
@@ -182,17 +183,36 @@ def understands_the_version_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.wire.codec.OLDEST_VERSION", PROTOCOL_VERSION - 1)
 
 
+def frames_of(tensors: list[bytes]) -> tuple[bytes, ...]:
+    """One for those of up to 4 KiB, each padded to eight bytes, and one for each other."""
+    if not tensors:
+        return ()
+    small = b"".join(tensor + bytes(-len(tensor) % 8) for tensor in tensors if len(tensor) <= 4096)
+    return (small, *(tensor for tensor in tensors if len(tensor) > 4096))
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (3, 0, 8), (4096, 4097, 1), (5000, 6000)])
+def test_small_tensors_share_a_frame_and_large_ones_have_their_own(sizes: tuple[int, ...]) -> None:
+    filled = [TensorFrame("uint8", (size,), bytes([1 + place]) * size) for place, size in enumerate(sizes)]
+    empty = TensorFrame("uint8", (0,), b"")
+    tensors = [*filled, *[empty] * (6 - len(filled))]
+    hidden, sequences, new_blocks, released, sampling, seeds = tensors
+    message = Step(hidden, sequences, new_blocks, released, sampling, seeds)
+    frames = joined(encode(message, Header()))
+    assert tuple(frames[1:]) == frames_of([bytes(tensor.data) for tensor in tensors])
+    assert decode(frames)[0] == message
+
+
 def as_version_before(message: Any, header: Header) -> list[bytes]:
     """As a process sends it that knows no field with a default."""
     fields = fields_of(message)
     added = {f.name for f in dataclasses.fields(message) if f.default is not dataclasses.MISSING}
     names = [f.name for f in dataclasses.fields(message) if isinstance(getattr(message, f.name), TensorFrame)]
     old = [index for index, name in enumerate(names) if name not in added]
-    frames = joined(encode(message, header))[1:]
     scalars = {name: value for name, value in fields["f"].items() if name not in added}
     return packed(
         fields | {"f": scalars, "t": [fields["t"][index] for index in old]},
-        tuple(frames[index] for index in old),
+        frames_of([bytes(getattr(message, names[index]).data) for index in old]),
         version=PROTOCOL_VERSION - 1,
     )
 
@@ -333,14 +353,16 @@ def test_frames_are_not_copied() -> None:
 
 
 def test_a_message_whose_frames_are_swapped_is_refused() -> None:
-    frame = TensorFrame("int32", (1,), bytes(4))
-    first, sequence_ids, token_ids, *others = joined(encode(result_of(frame), Header()))
+    large = TensorFrame("int32", (2000,), bytes(8000))
+    message = result_of(large, replace(large, data=b"1234" * 2000))
+    first, small, sequence_ids, token_ids = joined(encode(message, Header()))
     with pytest.raises(ProtocolError, match="checksum"):
-        decode([first, token_ids, sequence_ids, *others])
+        decode([first, small, token_ids, sequence_ids])
 
 
-def result_of(frame: TensorFrame) -> StepResult:
-    return StepResult(frame, replace(frame, data=b"1234"), frame, frame, frame)
+def result_of(sequence_ids: TensorFrame, token_ids: TensorFrame) -> StepResult:
+    frame = TensorFrame("int32", (1,), bytes(4))
+    return StepResult(sequence_ids, token_ids, frame, frame, frame)
 
 
 # ---- the form with fixed places
