@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     max_batch_sequences: int = Field(default=64, ge=1)
     prefill_chunk_tokens: int = Field(default=256, ge=1)
     max_waiting: int = Field(default=512, ge=1, description="requests queued before the door says 429")
-    micro_batches: int = Field(default=0, ge=0, description="in flight per pipeline; 0: as many as it has stages")
+    micro_batches: int = Field(default=0, ge=0, description="in flight per pipeline; 0: as many as stages, or one more")
     micro_batch_sequences: int = Field(default=32, ge=1, description="fewer decoding sequences are not split up")
     kv_cache_tokens: int = Field(default=65536, ge=64, description="KV cache of a pipeline, in tokens")
     max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")

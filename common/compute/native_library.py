@@ -27,8 +27,6 @@ from typing import Any
 
 import structlog
 
-from common.processes.cores import usable_cores
-
 ABI_VERSION = 10
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
@@ -114,7 +112,7 @@ class NativeKernels:
 
 def load_native_kernels(
     *,
-    threads: int | str = 1,
+    threads: int = 1,
     cache_folder: Path | None = None,
     prebuilt_folder: Path = PREBUILT_FOLDER,
     cpu_flags: frozenset[str] | None = None,
@@ -123,8 +121,7 @@ def load_native_kernels(
     """Returns the kernels for this processor; None, with the reason logged, where there is no prebuilt library and no
     compiler.
 
-    `threads`: on how many threads one call computes, at most; `auto`: on every core that this process may use. It
-    changes no bits.
+    `threads`: on how many threads one call computes, at most; it changes no bits.
     `cache_folder`: where compiled libraries are kept; default the variable MOEMESH_CACHE, else ~/.cache/moemesh.
     """
     flags = read_cpu_flags() if cpu_flags is None else cpu_flags
@@ -235,7 +232,7 @@ _LETTERS: dict[str, Any] = {"a": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctyp
 """Letters of signatures: an address, a whole number, a float."""
 
 
-def _opened(path: Path, threads: int | str) -> NativeKernels:
+def _opened(path: Path, threads: int) -> NativeKernels:
     library = ctypes.CDLL(str(path))
     # Small calls keep the GIL: giving it up and waiting for it again can cost more than the call.
     quick_library = ctypes.PyDLL(str(path))
@@ -254,7 +251,7 @@ def _opened(path: Path, threads: int | str) -> NativeKernels:
     log.info("native_kernels_loaded", variant=variant, path=str(path), threads=threads)
     return NativeKernels(
         variant=f"native-{bits_variant(variant)}-{source_hash()[:8]}",
-        threads=usable_cores() if threads == "auto" else int(threads),
+        threads=threads,
         path=path,
         linear=function("linear", "aaiai"),
         pack=function("pack", "aaiii"),

@@ -20,6 +20,12 @@ def usable_cores(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
     return max(1, min([own, *(math.ceil(_quota(folder / "cpu.max")) for folder in folders)]))
 
 
+def compute_threads(setting: str) -> int:
+    """Returns on how many threads a call of a kernel computes, at most: what THREADS says, where `auto` stands for
+    every core that this process may use."""
+    return usable_cores() if setting == "auto" else int(setting)
+
+
 def _quota(path: Path) -> float:
     """Returns how many cores' time there is: microseconds of CPU time and of the period that they are for."""
     try:

@@ -33,6 +33,9 @@ from common.messages import OLDEST_VERSION, PROTOCOL_VERSION, Header, Message, T
 
 MAX_FRAMES: Final = 16
 MAX_HEADER_BYTES: Final = 4 << 20
+"""Of a map."""
+MAX_FIXED_BYTES: Final = 1 << 28
+"""Of a header frame with fixed places: 12 bytes for each pair of a token and an expert, 4 for each weight."""
 MAX_ELEMENTS: Final = 1 << 31
 MAX_DIMENSIONS: Final = 4
 MAX_ENTRIES: Final = 1 << 13
@@ -204,10 +207,8 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
     if not 1 <= len(frames) <= 1 + MAX_FRAMES:
         raise ProtocolError(f"a message has 1 to {1 + MAX_FRAMES} frames, not {len(frames)}")
     first = memoryview(frames[0])
-    if not _PREFIX.size < first.nbytes <= MAX_HEADER_BYTES:
-        raise ProtocolError(
-            f"header frame of {first.nbytes} bytes; {_PREFIX.size + 1} to {MAX_HEADER_BYTES} are allowed"
-        )
+    if first.nbytes <= _PREFIX.size:
+        raise ProtocolError(f"header frame of {first.nbytes} bytes; more than {_PREFIX.size} are needed")
     magic, version, flags, checksum = _PREFIX.unpack_from(first)
     if magic != _MAGIC:
         raise ProtocolError("not a moemesh message (wrong magic)")
@@ -216,6 +217,9 @@ def decode(frames: Sequence[bytes | memoryview]) -> tuple[Message, Header]:
         raise ProtocolError(f"protocol version {version}; {understood} is understood")
     if flags not in (0, FIXED):
         raise ProtocolError(f"flags {flags}; 0 and {FIXED} are understood")
+    most = MAX_FIXED_BYTES if flags == FIXED else MAX_HEADER_BYTES
+    if first.nbytes > most:
+        raise ProtocolError(f"header frame of {first.nbytes} bytes; at most {most} are allowed")
     body = first[_PREFIX.size :]
     if _checksum(body, frames[1:], version, flags) != checksum:
         raise ProtocolError("checksum does not match: the message was damaged on its way")

@@ -392,7 +392,10 @@ def _receive(raw: zmq.Socket[bytes]) -> list[memoryview] | None:
     """Returns the frames of the next message, or None when nothing waits."""
     if not _has_message(raw):
         return None
-    frame = raw.recv(zmq.DONTWAIT, copy=False)
+    try:
+        frame = raw.recv(zmq.DONTWAIT, copy=False)
+    except zmq.Again:
+        return None  # its connection has ended since
     frames = [frame.buffer]
     while frame.more:
         frame = raw.recv(zmq.DONTWAIT, copy=False)

@@ -10,6 +10,7 @@ from common.compute.device_errors import raise_if_life_ending
 from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.node.process import NodeProcess, NodeResources, open_node, run_lives
+from common.processes.cores import compute_threads
 from common.topology import NodeKind
 from common.wire.transport import RoutingSocket
 from services.expert.ring_server import RingServer
@@ -31,7 +32,7 @@ class ExpertProcess:
         self._device = open_device(settings.device, num_processes=settings.device_processes)
         self._resources = NodeResources(settings, log, lambda config: self._device.offered_bytes())
         torch.set_num_threads(settings.library_threads)
-        kernels = load_native_kernels(threads=settings.threads) if self._device.is_host else None
+        kernels = load_native_kernels(threads=compute_threads(settings.threads)) if self._device.is_host else None
         self._numeric_class = self._device.numeric_class(kernels.variant if kernels is not None else "torch")
         own = self._resources
         self._held = HeldShards(own.config, own.checkpoint, kernels, self._device, own.loader)

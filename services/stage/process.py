@@ -14,6 +14,7 @@ from common.compute.native_library import load_native_kernels
 from common.config import Settings
 from common.errors import ConfigurationError
 from common.node.process import NodeProcess, NodeResources, open_node, run_lives
+from common.processes.cores import compute_threads
 from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
 from common.wire.transport import MessageSocket
@@ -51,7 +52,7 @@ class StageProcess:
         self._resources = NodeResources(settings, log, lambda config: self._offered_bytes(config, settings.tp))
         torch.set_num_threads(settings.library_threads)
         # Tokens are chosen on the host, wherever the layers are.
-        self._sampling_kernels = load_native_kernels(threads=settings.threads)
+        self._sampling_kernels = load_native_kernels(threads=compute_threads(settings.threads))
         self._kernels = self._sampling_kernels if self._device.is_host else None
         self._collectives = self._choose_collectives(settings)
         self._numeric_class = self._device.numeric_class(self._variant(settings))

@@ -297,7 +297,7 @@ class StageService(NodeLoop[MessageSocket]):
             ended_s = self._clock()
             self._counters.busy_seconds += ended_s - began_s
             if isinstance(outcome, WantsExperts) and not slot.executor.has_work:
-                self._await_answer(slot.executor, until_s)
+                self._await_answer(slot.executor, outcome.running, until_s)
             if outcome is None or ended_s >= until_s:
                 return
 
@@ -319,10 +319,13 @@ class StageService(NodeLoop[MessageSocket]):
         number = self._experts.start(outcome.call, outcome.running.header, now_s, deadline_s)
         self._waiting[number] = (slot.executor, outcome.running)
 
-    def _await_answer(self, executor: Executor, until_s: float) -> None:
-        """Waits a moment for the call that was begun last: its answer may be only microseconds away. A lone batch may
-        go on until `until_s`; of two, one must not overtake the other, of whose sequences it may have later chunks."""
+    def _await_answer(self, executor: Executor, running: RunningBatch, until_s: float) -> None:
+        """Waits a moment for the call that this batch has just begun: its answer may be only microseconds away. A lone
+        batch may go on until `until_s`; of two, one must not overtake the other, of whose sequences it may have later
+        chunks."""
         number = next(reversed(self._waiting), 0)
+        if self._waiting.get(number, (executor, None))[1] is not running:
+            return  # its call could not begin
         until_s = until_s if executor.num_running == 1 else 0.0
         if (done := self._experts.await_answer(number, self._clock, until_s)) is not None:
             self._end_call(done)

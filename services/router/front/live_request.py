@@ -309,6 +309,9 @@ class ReplyReader:
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
         self._give_up_s = math.inf if timeout_s is None else loop.time() + timeout_s
+        if self._timer is not None and self._timer.when() > self._give_up_s:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None and timeout_s is not None:
             self._timer = loop.call_at(self._give_up_s, self._look_at_time)
         try:

@@ -103,8 +103,22 @@ class PipelineSchedule:
         ordinary = [] if replays and not self._has_just_replayed else self._candidates()
         # Those that have all of their cache go on between the replays of the others.
         self._has_just_replayed = bool(replays) and not ordinary
+        picked = ordinary or replays
+        chunks = self._plan_chunks(step, _isolated(picked), preempted, now_s)
+        if not chunks:  # who goes alone has found no blocks: the others go on, and an older one may take its own
+            others = [pick for pick in picked if not pick[0].num_failed_steps]
+            chunks = self._plan_chunks(step, others, preempted, now_s)
+        if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
+            return None, preempted
+        computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
+        return self._plan(step, now_s, chunks, computing_slots), preempted
+
+    def _plan_chunks(
+        self, step: StepId, picked: Sequence[tuple[Request, int]], preempted: list[Request], now_s: float
+    ) -> dict[Request, ScheduledChunk]:
+        """Returns the chunks of a step, of whoever finds blocks for one; those requests are in it from now on."""
         chunks: dict[Request, ScheduledChunk] = {}
-        for request, num_tokens in ordinary or replays:
+        for request, num_tokens in picked:
             if request in preempted or self._blame.has(request):
                 continue  # it gave its blocks to an older one a moment ago; its owner has not put it back in line yet
             with self._blame.handling(request):
@@ -116,10 +130,7 @@ class PipelineSchedule:
                     chunks[request] = chunk
                     request.steps[step] = len(chunk.token_ids)
                     request.pace.planned(now_s)
-        if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
-            return None, preempted
-        computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
-        return self._plan(step, now_s, chunks, computing_slots), preempted
+        return chunks
 
     def _max_in_flight(self) -> int:
         return self.max_micro_batches if any(other.is_decoding for other in self.running) else self._max_prefilling
@@ -173,9 +184,6 @@ class PipelineSchedule:
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
-        steps_of_decodes = {step for request in decoding for step in request.steps}
-        if len(steps_of_decodes) >= -(-len(decoding) // decode_share):
-            ready_decodes = []
         ready_prefills = [request for request in prefilling if not request.steps]
         ready_prefills = ready_prefills or [request for request in prefilling if request.may_run_ahead]
         ready_prefills = ready_prefills[:prefill_share]
@@ -183,6 +191,8 @@ class PipelineSchedule:
         oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
         kept_back = 0 if oldest is None or oldest.is_decoding else 1
         num_decodes = min(decode_share, settings.max_batch_tokens - kept_back, settings.max_batch_sequences - kept_back)
+        if _wait_for_others(decoding, ready_decodes, num_decodes):
+            ready_decodes = []
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
         num_tokens_left = settings.max_batch_tokens - len(picked)
         for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
@@ -191,7 +201,7 @@ class PipelineSchedule:
                 break
             picked.append((request, num_tokens))
             num_tokens_left -= num_tokens
-        return _isolated(sorted(picked, key=lambda pick: pick[0].arrival))
+        return sorted(picked, key=lambda pick: pick[0].arrival)
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
         """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and no younger one yields."""
@@ -224,7 +234,7 @@ class PipelineSchedule:
                 num_tokens = min(request.replay_stop - request.replay_position, num_tokens_left)
                 picked.append((request, num_tokens))
                 num_tokens_left -= num_tokens
-        return _isolated(picked)
+        return picked
 
     def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool = False) -> ScheduledChunk:
         """Makes a chunk of the tokens from `start` on, with the part of the block table that the stages do not know
@@ -389,7 +399,7 @@ class PipelineSchedule:
         return sum(other.num_remaining_tokens for other in self.running if not other.is_decoding)
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if a block is leaked or held twice, or a request is in two steps."""
+        """Raises AssertionError if a block is leaked or held twice, or a request is in steps that do not say so."""
         self.allocator.check_invariants()
         holders = {id(request): request for request in self.running}
         for step, in_flight in self.in_flight.items():
@@ -417,7 +427,15 @@ class PipelineSchedule:
         return num_blocks_for(num_tokens, self._settings.block_tokens)
 
 
-def _isolated(picked: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+def _wait_for_others(decoding: Sequence[Request], ready: Sequence[Request], most: int) -> bool:
+    """Returns whether those that are ready had better go with those that are in steps now, once these are back: all
+    that decode need no more steps, of `most` of them at most, than are in flight. Who goes alone waits for nobody."""
+    num_steps = len({step for request in decoding for step in request.steps})
+    num_needed = -(-len(decoding) // max(1, most))
+    return num_steps >= num_needed and not any(request.num_failed_steps for request in ready)
+
+
+def _isolated(picked: Sequence[tuple[Request, int]]) -> Sequence[tuple[Request, int]]:
     """Returns a request whose last step failed alone, so that one that breaks its steps takes no others along."""
     suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
     return picked if suspect is None else [suspect]

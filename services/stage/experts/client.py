@@ -157,7 +157,7 @@ class ExpertClient:
         is_alone = len(self._in_rings) == 1 and not self._in_flight.in_rings
         if asked is None or self._rings is None or not is_alone:
             return None
-        if asked.call.run is not None:
+        if self._rings.can_run(asked):
             return self._run(self._rings, asked, clock, until_s)
         return self._end_in_rings(asked, clock()) if self._rings.take_in(asked, SOON_S) else None
 

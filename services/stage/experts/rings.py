@@ -167,8 +167,8 @@ class _Peers:
     holders: dict[int, Int64Array | None] = field(default_factory=dict)
     """Layer -> int32 [shards, C]: places in `nodes` by shard key and place in the list of copies; None: a shard has no
     copy."""
-    run_holders: tuple[RunLayers, ctypes.Array[_Holders]] | None = None
-    """The same of each layer of a run."""
+    run_holders: tuple[tuple[int, ...], ctypes.Array[_Holders]] | None = None
+    """The same of each layer of a run, and which they are. The run itself would keep the memory of its caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +404,8 @@ class Rings:
             self._note_full(now_s)
         if num_parts <= 0:
             return None
-        self._full_s = None
+        if self._full_s is not None and all(ring.has_free_slot(self._shape) for ring in peers.rings):
+            self._full_s = None
         rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
         return RingCall(
             number,
@@ -438,7 +439,7 @@ class Rings:
             return
         self._full_s = None
         for number, ring in list(self._rings.items()):
-            if not ring.has_free_slot(self._shape):
+            if number in self._nodes and not ring.has_free_slot(self._shape):
                 reason = f"no slot was free for {FULL_S:.0f} s"
                 self._log.warning("ring_given_up", node=self._nodes[number].node_id, reason=reason)
                 self._give_up(number, now_s - OPEN_INTERVAL_S)
@@ -465,6 +466,10 @@ class Rings:
             asked.asked_s = now_s
         return not asked.num_waiting
 
+    def can_run(self, asked: RingCall) -> bool:
+        """Returns whether the nodes and rings that a call was asked through are those of now."""
+        return asked.call.run is not None and asked._peers is self._peers_now()
+
     def run(self, asked: RingCall, soon_s: float, until_s: float) -> RanOn:
         """Takes the forward pass of a call further, from layer to layer, as long as each answer comes within `soon_s`,
         in seconds, and `until_s` has not come. `asked` is the last call then."""
@@ -486,7 +491,7 @@ class Rings:
             ctypes.addressof(call_parts),
             ctypes.addressof(heard),
         )
-        num_numbers = len(asked._parts)
+        num_numbers, num_unasked = len(asked._parts), asked.num_unasked
         asked._question.first_number = self._last_number + 1 - num_numbers  # the next call has those after
         end = RunEnd(
             self._kernels.run_layers(
@@ -510,6 +515,8 @@ class Rings:
             asked._num_parts = max(0, steps.parts)
             if steps.parts < 0:
                 self._note_full(asked.started_s)
+        elif asked.num_unasked < num_unasked:
+            asked.asked_s = time.monotonic()
         asked.num_waiting = sum(part.state == _WAITING for part in asked._parts[: asked._num_parts])
         asked.answer = answer if end is RunEnd.ANSWERED_LAST else None
         stop = run.place + (end is RunEnd.ANSWERED_LAST)
@@ -521,11 +528,11 @@ class Rings:
         return RanOn(end, passed, nodes, steps.busy_ns / 1e9)
 
     def _run_holders(self, peers: _Peers, layers: RunLayers) -> ctypes.Array[_Holders]:
-        if peers.run_holders is None or peers.run_holders[0] is not layers:
+        if peers.run_holders is None or peers.run_holders[0] != layers.indices:
             tables = [self._holders(peers, layer) if self._nodes.has_layer(layer) else None for layer in layers.indices]
             empty = _Holders(None, 0, 0)
             entries = (empty if table is None else _Holders(table.ctypes.data, *table.shape) for table in tables)
-            peers.run_holders = layers, (_Holders * len(tables))(*entries)
+            peers.run_holders = layers.indices, (_Holders * len(tables))(*entries)
         return peers.run_holders[1]
 
     def take_back(self, asked: RingCall, index: int) -> None:

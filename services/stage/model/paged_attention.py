@@ -4,7 +4,8 @@ T tokens, H query heads, Hkv key/value heads, d head width. One layer's cache is
     keys   [blocks, Hkv, d, KV_BLOCK_TOKENS]   transposed inside a block: scores then need no sums across lanes
     values [blocks, Hkv, KV_BLOCK_TOKENS, d]
 A KV block is also the tile of the online softmax: a token's result is a fold over the tiles of its sequence, in
-position order, cut at multiples of KV_BLOCK_TOKENS. So its bits do not depend on the chunk that it came in.
+position order, cut at multiples of KV_BLOCK_TOKENS, or over sections of several tiles (native/attention_pairs.h). So
+its bits do not depend on the chunk that it came in.
 
 Where there are no native kernels, or K and V are on a device, torch computes the same fold over KV tiles: as in
 common/compute/linear.py every product has one fixed shape, TORCH_TOKENS tokens against one tile each, so that a token's
@@ -50,7 +51,7 @@ class LayerKvCache:
 
 
 class _AttentionDescriptor(ctypes.Structure):
-    """`struct Attention` of common/compute/native/attention.h."""
+    """`struct Attention` of common/compute/native/attention_parts.h."""
 
     _fields_ = (
         *(

@@ -22,6 +22,7 @@ from common.compute.device import HOST, Device
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError, RankLostError
 from common.node.process import NodeResources
+from common.processes.cores import compute_threads
 from common.processes.fork_server import ForkedProcess, ForkServer
 from common.topology import StageRole
 from services.stage.model.kv_cache import KvStore, positions_of_blocks
@@ -363,7 +364,7 @@ def open_group(
     """
     settings, config = resources.settings, resources.config
     check_degree(config, settings.tp)
-    channel_kernels = kernels or load_native_kernels(threads=settings.threads)
+    channel_kernels = kernels or load_native_kernels(threads=compute_threads(settings.threads))
     if channel_kernels is None:
         raise ConfigurationError(
             f"TP={settings.tp} needs the native kernels, by which ranks wait for each other: install a C++ compiler"

@@ -26,6 +26,7 @@ from common.compute.device_errors import LOADING_ERRORS, refusal_to_load
 from common.compute.native_library import NativeKernels, load_native_kernels
 from common.errors import ConfigurationError, RankLostError
 from common.node.loader_thread import LoaderThread
+from common.processes.cores import compute_threads
 from services.stage.model.decoder import ForwardPass, StageModel
 from services.stage.model.loading import load_stage
 from services.stage.model.micro_batch import MicroBatch
@@ -294,7 +295,7 @@ def serve_rank(log: structlog.stdlib.BoundLogger) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # rank 0 hears it too, and ends in order
     torch.set_num_threads(options.library_threads)
-    kernels = load_native_kernels(threads=options.threads)
+    kernels = load_native_kernels(threads=compute_threads(options.threads))
     if kernels is None:
         raise ConfigurationError("a rank needs the native kernels that rank 0 has")
     device = open_device(options.device)

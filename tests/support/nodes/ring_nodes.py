@@ -147,7 +147,7 @@ class RingMesh:
         transport: Any = self.transport
         nodes = ExpertNodes(transport, "", EXPERTS, LOG)
         self.rings = Rings(nodes, folder, kernels, WIDTH, LOG)
-        self.client = ExpertClient(nodes, LOG, self.rings)
+        self.client = ExpertClient(nodes, LOG, self.rings, kernels)
         self.ended: list[CallDone | CallFailed] = []
         self.client.apply_placement(self.placement(holdings), 1, num_slices, time.monotonic())
         for name in holdings:

@@ -101,6 +101,16 @@ class SimulatedStage:
     has_been_complete: bool = False
     """Its mirror: from then on it may take over, however far it lags."""
 
+    def note_computed(self, chunk: ScheduledChunk) -> None:
+        """As block tables do: what stands behind a gap does not count, and the router counts on what is before a chunk
+        whose blocks it tells anew."""
+        computed = self.computed.get(chunk.sequence_id, 0)
+        if chunk.block_offset == 0:
+            computed = max(computed, chunk.start_position)
+        if chunk.start_position <= computed:
+            computed = max(computed, end_of(chunk))
+        self.computed[chunk.sequence_id] = computed
+
     def send_to_mirror(self, rows: dict[int, int]) -> None:
         """With the mark, as it is now."""
         if self.mirror is not None:
@@ -254,8 +264,7 @@ class SimulatedPipeline:
         if not plan.computing_slots or stage in plan.computing_slots:
             for chunk in plan.chunks:
                 rows |= self._write(self._stages[stage].cache, chunk)
-                computed = self._stages[stage].computed
-                computed[chunk.sequence_id] = max(computed.get(chunk.sequence_id, 0), end_of(chunk))
+                self._stages[stage].note_computed(chunk)
         self._stages[stage].marks.finish(plan.step)
         if not plan.computing_slots or stage in plan.computing_slots:
             self._stages[stage].send_to_mirror(rows)

@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from common.checkpoint.model_config import read_model_config
+from common.errors import ExecutionError
 from common.messages import (
     NO_ARRAY,
     AssignMirror,
@@ -231,6 +232,29 @@ def test_a_batch_runs_on_from_layer_to_layer_only_while_it_is_alone(
     stage._run(stage.worker.slot)
     assert stage.worker.slot.executor.num_running == num_steps
     assert [until_s > 100.0 for until_s in times_s] == [may_run_on]
+
+
+def test_a_stage_does_not_wait_for_an_older_call_when_one_could_not_begin(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(stage._experts, "await_answer", lambda number, clock, until_s: waited.append(number))
+    stage.take_slot(ASSIGN, 1)
+    assert stage.worker.slot is not None
+    stage.get_step(step([(7, 0, 5, 0, 1, 0)], [3]), 1, 10)
+    stage._receive_steps(100.0)
+    stage._run(stage.worker.slot)
+    assert waited == [1]
+
+    def fails(*_: object) -> int:
+        raise ExecutionError("the placement has no such layer")
+
+    monkeypatch.setattr(stage._experts, "start", fails)
+    stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 11)
+    stage._receive_steps(100.0)
+    stage._run(stage.worker.slot)
+    assert waited == [1]
+    assert stage.control.failures == ["the placement has no such layer"]
 
 
 def test_a_role_that_is_told_again_loads_nothing_and_goes_on(stage: Stage) -> None:

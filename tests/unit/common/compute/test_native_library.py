@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import fcntl
 import os
 import platform
@@ -197,3 +198,14 @@ def test_every_set_compiles_without_warnings(
         compile_to(tmp_path / "kernels.so", instruction_set, compiler)
     except subprocess.CalledProcessError as failure:
         pytest.fail(failure.stderr.decode())
+
+
+def test_the_module_that_builds_kernels_imports_nothing_of_ours() -> None:
+    """Images build them from this folder alone, before anything else is there."""
+    imported = {
+        alias.name if isinstance(node, ast.Import) else node.module or ""
+        for node in ast.walk(ast.parse(Path(native_library.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not {name for name in imported if name.split(".")[0] in ("common", "services", "compose", "chaos")}

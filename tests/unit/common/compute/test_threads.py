@@ -51,11 +51,12 @@ def test_auto_computes_the_same_on_every_core() -> None:
 import torch
 from common.compute.linear import PackedLinear
 from common.compute.native_library import load_native_kernels
+from common.processes.cores import usable_cores
 
 torch.manual_seed(0)
 weight, x = torch.randn(640, 512), torch.randn(64, 512)
 alone = PackedLinear(weight, kernels=load_native_kernels(threads=1))(x)
-shared = PackedLinear(weight, kernels=load_native_kernels(threads="auto"))
+shared = PackedLinear(weight, kernels=load_native_kernels(threads=usable_cores()))
 assert all(torch.equal(shared(x), alone) for _ in range(200))
 """
     subprocess.run([sys.executable, "-c", code], timeout=300, check=True)

@@ -29,7 +29,7 @@ from common.messages import (
     StepResult,
     TensorFrame,
 )
-from common.wire.codec import FIXED, MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
+from common.wire.codec import FIXED, MAX_FIXED_BYTES, MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
 from tests.support.router.message_strategies import FIXED_KINDS, KINDS, headers, messages, messages_of
 
 SHARDS = AssignShards(7, TensorFrame("int32", (2, 1), b"\x01\x00\x00\x00\x02\x00\x00\x00"))
@@ -336,11 +336,22 @@ def test_claimed_sizes_allocate_nothing(body: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_too_many_frames_and_too_large_headers_are_refused_before_anything_is_read() -> None:
+def test_too_many_frames_and_too_large_headers_are_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ProtocolError, match="frames"):
         decode([b""] * (MAX_FRAMES + 2))
-    with pytest.raises(ProtocolError, match="header frame"):
-        decode([bytes(MAX_HEADER_BYTES + 1)])
+    for flags, most in ((0, MAX_HEADER_BYTES), (FIXED, MAX_FIXED_BYTES)):
+        monkeypatch.setattr("common.wire.codec._checksum", None)  # it would be read for that
+        with pytest.raises(ProtocolError, match=f"at most {most}"):
+            decode([struct.pack("<4sHHQ", b"MOEM", PROTOCOL_VERSION, flags, 0) + bytes(most)])
+
+
+def test_a_call_of_very_many_pairs_comes_through() -> None:
+    pairs = 400_000
+    routing = TensorFrame("int32", (3, pairs), bytes(12 * pairs))
+    message = Dispatch(1, TensorFrame("bfloat16", (1, 1), bytes(2)), routing, TensorFrame("float32", (0,), b""))
+    assert decode(joined(encode(message, Header())))[0] == message
 
 
 def test_frames_are_not_copied() -> None:

@@ -98,6 +98,51 @@ def test_decoding_sequences_that_are_enough_for_two_micro_batches_do_not_wait_fo
     assert names_in(only_plan(scheduler)) == ["b"]
 
 
+def test_decoding_sequences_that_no_step_can_hold_together_take_turns() -> None:
+    scheduler = make_scheduler(num_slots=2, max_batch_sequences=2, min_decode_share=8)
+    add(scheduler, *"abcd", max_tokens=9)
+    decoded: set[str] = set()
+    for _ in range(6):
+        for plan in scheduler.schedule(0.0):
+            decoded.update(names_in(plan))
+            complete(scheduler, plan)
+    assert decoded == set("abcd")
+    plans = scheduler.schedule(0.0)
+    assert [len(plan.chunks) for plan in plans] == [2, 2]
+
+
+def test_sequences_that_go_alone_after_a_failure_wait_for_nobody() -> None:
+    scheduler = make_scheduler(num_slots=2, min_decode_share=8)
+    add(scheduler, *"abcd", max_tokens=9)
+    for plan in scheduler.schedule(0.0):
+        complete(scheduler, plan)
+    scheduler.fail_step(only_plan(scheduler).step, ExecutionError("x"), 0.0)
+    assert [len(plan.chunks) for plan in scheduler.schedule(0.0)] == [1, 1]
+
+
+def test_one_that_goes_alone_and_finds_no_blocks_does_not_keep_the_others_from_going_on() -> None:
+    scheduler = make_scheduler(num_blocks=8, block_tokens=2, prefill_chunk_tokens=4, num_slots=2)
+    add(scheduler, "a", prompt_length=4, max_tokens=12)
+    complete(scheduler, only_plan(scheduler))
+    decode = only_plan(scheduler)
+    add(scheduler, "s", prompt_length=8, max_tokens=1)
+    chunk = only_plan(scheduler)
+    assert names_in(chunk) == ["s"]
+    complete(scheduler, decode)
+    scheduler.fail_step(chunk.step, ExecutionError("x"), 0.0)
+    chunk, decode = scheduler.schedule(0.0)
+    assert [names_in(chunk), names_in(decode)] == [["s"], ["a"]]
+    while scheduler.snapshot().num_free_blocks:  # the older one takes what is left while the younger goes alone
+        complete(scheduler, decode)
+        decode = only_plan(scheduler)
+    complete(scheduler, chunk)
+    complete(scheduler, decode)
+    while plans := scheduler.schedule(0.0):
+        for plan in plans:
+            complete(scheduler, plan)
+    assert is_idle(scheduler), "both end"
+
+
 def test_wait_without_any_open_pipeline_has_an_end_of_its_own() -> None:
     scheduler = make_scheduler(max_outage_s=30.0, max_queue_s=600.0)
     add(scheduler, "a")

@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_sequences=st.integers(1, 5),
         prefill_chunk_tokens=st.integers(1, 8),
         micro_batches=st.one_of(st.none(), st.integers(1, 3)),
+        min_decode_share=st.integers(1, 9),
         max_held_releases=st.integers(0, 4),
         policy=st.sampled_from(["least_in_flight", "weighted"]),
         num_blocks=st.integers(4, 14),
@@ -41,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_sequences: int,
         prefill_chunk_tokens: int,
         micro_batches: int | None,
+        min_decode_share: int,
         max_held_releases: int,
         policy: str,
         num_blocks: int,
@@ -52,6 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefill_chunk_tokens=prefill_chunk_tokens,
             max_waiting=12,
             micro_batches_per_pipeline=micro_batches,
+            min_decode_share=min_decode_share,
             max_held_releases=max_held_releases,
             pipeline_policy=policy,
         )

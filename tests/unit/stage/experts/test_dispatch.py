@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from services.stage.experts.dispatch import (
     split_pairs,
 )
 from services.stage.model.decoder import ExpertCall
-from tests.support.nodes.kernels import one_torch_thread
+from tests.support.nodes.kernels import kernels_for, one_torch_thread
 
 __all__ = ["one_torch_thread"]
 WIDTH = 8
@@ -99,13 +100,13 @@ def test_every_pair_is_asked_exactly_once_and_of_a_node_that_holds_it(data: st.D
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_the_exact_sum_is_the_same_whoever_answers_in_whatever_order(data: st.DataObject) -> None:
+def test_the_exact_sum_is_the_same_whoever_answers_in_whatever_order_and_whatever_adds(data: st.DataObject) -> None:
     call, num_experts, num_slices = data.draw(calls())
     sums = []
-    for _ in range(2):
+    for kernels in (None, kernels_for("native")):
         copies = data.draw(holders(num_experts * num_slices))
         parts = split_all(call, num_slices, copies, {})
-        total = ExactSum(call, num_slices)
+        total = ExactSum(call, num_slices, kernels)
         for part in data.draw(st.permutations(parts)):
             total.add(part, rows_of(call, part, num_slices))
         sums.append(total.total())
@@ -209,11 +210,12 @@ def test_every_shard_goes_to_one_of_its_copies(rows: dict[int, int], copies: lis
     assert all(chosen[shard] in copies[shard] for shard in rows)
 
 
-def test_a_slice_that_is_left_out_takes_its_whole_expert_along_for_that_token() -> None:
+@pytest.mark.parametrize("by", ["torch", "native"])
+def test_a_slice_that_is_left_out_takes_its_whole_expert_along_for_that_token(by: str) -> None:
     call = ExpertCall(
         0, torch.ones((2, WIDTH)), torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     )
-    total = ExactSum(call, 2)
+    total = ExactSum(call, 2, kernels_for(by))
     for part in split_all(call, 2, [[0]] * 4, {}):
         total.add(part, torch.ones((part.pairs.size, WIDTH)))
     assert total.leave_out(np.array([3])).tolist() == [2, 3], "token 0, second choice, both slices"
