@@ -261,16 +261,17 @@ class Run:
         return False
 
     async def _heal(self, planned: PlannedFault) -> None:
-        await asyncio.to_thread(self._try_to_heal, self._open_faults[planned.number])
+        fault = self._open_faults[planned.number]
+        await asyncio.to_thread(self._try_to_heal, fault)
         del self._open_faults[planned.number]
-        self._record(FaultHealed(self.clock(), planned.number))
+        self._record(FaultHealed(self.clock(), planned.number, fault.remark, fault.doubt))
 
     def _heal_all(self) -> None:
         """Heals everything in the loop's own thread: nothing may come between."""
         while self._open_faults:
             number, fault = self._open_faults.popitem()
             self._try_to_heal(fault)
-            self._record(FaultHealed(self.clock(), number))
+            self._record(FaultHealed(self.clock(), number, fault.remark, fault.doubt))
 
     def _try_to_heal(self, fault: Fault) -> None:
         """Says what cannot be healed and raises nothing: the verdict that the mesh is not whole will show it."""

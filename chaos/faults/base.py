@@ -66,6 +66,10 @@ class Fault(ABC):
     """The target must have these features. One without them skips the fault, and the report says so."""
     programs: ClassVar[tuple[str, ...]] = ()
     """These are run in the network namespace of a node, as root."""
+    remark: str = field(default="", init=False, repr=False)
+    """What its work has done, where that shows only later. It is in the record once the fault is healed."""
+    doubt: str = field(default="", init=False, repr=False)
+    """Why its work may not have done what the fault is for. The record has it as well."""
     _undo: UndoList = field(default_factory=UndoList, init=False, repr=False)
 
     def __init_subclass__(cls) -> None:

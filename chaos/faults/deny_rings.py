@@ -50,6 +50,8 @@ class DenyRings(BackgroundFault):
 
     def _limit(self, pid: int, num_bytes: int) -> None:
         limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        if limits[0] != resource.RLIM_INFINITY and limits[0] <= num_bytes:
+            return  # by another such fault, which also lifts it
         self._undo.add(_restore, pid, limits)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
 

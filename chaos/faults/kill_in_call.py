@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from chaos.faults.background import BackgroundFault
 from chaos.faults.base import Range
-from chaos.faults.rings import SlotState, processes_of, rings_of, stopped_process
+from chaos.faults.rings import Ring, SlotState, rings_of, stopped_process
 from chaos.target import Node, Target, TargetError
 
 LOOK_S = 0.02
@@ -23,7 +23,7 @@ PAUSE_S = 0.011
 class KillInCall(BackgroundFault):
     """Each victim is stopped for a moment, again and again, until a slot of its rings is in this state: the call is
     `asked` and not begun, `taken` by the expert node, or `answered` and not read. Then it is killed; if there is no
-    such call `within_s`, it is killed all the same."""
+    such call `within_s`, it is killed all the same, and that is a doubt."""
 
     name = "kill_in_call"
     state: Literal["taken", "asked", "answered"] = "taken"
@@ -33,33 +33,51 @@ class KillInCall(BackgroundFault):
         return bool(rings_of(node))
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        if not processes_of(victims):
-            raise TargetError(f"{', '.join(victim.name for victim in victims)}: no ring is mapped there")
+        for victim in victims:
+            rings = rings_of(victim)
+            if not rings:
+                raise TargetError(f"{victim.name}: no ring is mapped there")
+            try:
+                rings[0].states()
+            except OSError as error:
+                raise TargetError(f"the rings of {victim.name} cannot be read: {error.strerror}") from None
         self._begin(lambda: self._kill_all(target, victims), patience_s=self.within_s + 1)
 
     def _kill_all(self, target: Target, victims: Sequence[Node]) -> None:
         until_s = time.monotonic() + self.within_s
-        for victim in victims:
+        misses = {victim.name: self._kill(target, victim, until_s) for victim in victims}
+        self.remark = "; ".join(f"{name} was killed in a call" for name, miss in misses.items() if not miss)
+        self.doubt = "; ".join(f"{name} {miss}" for name, miss in misses.items() if miss)
+
+    def _kill(self, target: Target, victim: Node, until_s: float) -> str:
+        """Returns what has become of it in place of a kill in a call."""
+        try:
             while not self._kill_if_in_call(target, victim):
                 if self._stopped.wait(PAUSE_S):
-                    return
+                    return "was not killed before all was healed"
                 if time.monotonic() >= until_s:
                     target.signal(victim, signal.SIGKILL)
-                    break
+                    return f"was killed without a call that was {self.state} within {self.within_s:g} s"
+        except ProcessLookupError:
+            return "was gone before a call was found"
+        return ""
 
     def _kill_if_in_call(self, target: Target, victim: Node) -> bool:
-        """Returns whether there is nothing left to kill."""
+        """Returns whether it was. Raises ProcessLookupError."""
         rings = rings_of(victim)
         with contextlib.ExitStack() as stopped:
-            try:
-                for pid in {ring.pid for ring in rings}:
-                    stopped.enter_context(stopped_process(pid))
-            except ProcessLookupError:
-                return True
+            for pid in {ring.pid for ring in rings}:
+                stopped.enter_context(stopped_process(pid))
             until_s = time.monotonic() + LOOK_S
             while time.monotonic() < until_s and not self._stopped.is_set():
-                if SlotState[self.state.upper()] in (state for ring in rings for state in ring.states()):
+                if any(self._is_in_call(ring) for ring in rings):
                     target.signal(victim, signal.SIGKILL)
                     return True
                 self._stopped.wait(STEP_S)
         return False
+
+    def _is_in_call(self, ring: Ring) -> bool:
+        try:
+            return SlotState[self.state.upper()] in ring.states()
+        except OSError:
+            return False  # it was given up meanwhile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -40,23 +40,49 @@ class LoseBells(BackgroundFault):
         return bool(rings_of(node))
 
     def apply(self, target: Target, victims: Sequence[Node]) -> None:
-        processes, nodes = processes_of(victims), target.nodes()
-        if not processes:
-            raise TargetError(f"{', '.join(victim.name for victim in victims)}: no ring is mapped there")
-        self._begin(lambda: self._lose(processes, nodes), patience_s=0.0)
+        nodes = target.nodes()
+        for victim in victims:
+            _take_one_bell(victim, nodes)
+        names = {victim.name for victim in victims}
+        self._begin(lambda: self._lose_until_healed(target, names), patience_s=0.0)
 
-    def _lose(self, processes: Sequence[int], nodes: Sequence[Node]) -> None:
+    def _lose_until_healed(self, target: Target, names: Collection[str]) -> None:
+        num_lost = 0
+        self.doubt = "no bell was rung while its victims stood still"
         while not self._stopped.wait(self.every_s):
-            for pid in processes:
-                with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stopped:
-                    # Those that would ring stand still until it does, or it might be on its way out of its wait.
-                    with contextlib.ExitStack() as others:
-                        for other in processes_of(nodes):
-                            if other != pid:
-                                others.enter_context(stopped_process(other))
-                        stopped.enter_context(stopped_process(pid))
-                    self._stopped.wait(RING_S)
-                    silence_bells(pid, nodes)
+            nodes = target.nodes()  # those that have come since ring as well
+            for pid in processes_of([node for node in nodes if node.name in names]):
+                num_lost += self._lose(pid, nodes)
+            if num_lost:
+                self.remark, self.doubt = f"bells lost: {num_lost}", ""
+
+    def _lose(self, pid: int, nodes: Sequence[Node]) -> int:
+        """Returns how many bells were lost; none where a process has ended meanwhile."""
+        with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stopped:
+            # Those that would ring stand still until it does, or it might be on its way out of its wait.
+            with contextlib.ExitStack() as others:
+                for other in processes_of(nodes):
+                    if other != pid:
+                        others.enter_context(stopped_process(other))
+                stopped.enter_context(stopped_process(pid))
+            self._stopped.wait(RING_S)
+            return silence_bells(pid, nodes)
+        return 0
+
+
+def _take_one_bell(victim: Node, nodes: Sequence[Node]) -> None:
+    """Shows that a bell of the victim can be had. Raises TargetError."""
+    processes = processes_of([victim])
+    if not processes:
+        raise TargetError(f"{victim.name}: no ring is mapped there")
+    bells = [(pid, descriptor) for pid in processes for descriptor in bells_of(pid, nodes)]
+    if not bells:
+        raise TargetError(f"{victim.name}: it shares no bell with another node")
+    try:
+        with _bell_of(*bells[0]):
+            pass
+    except OSError as error:
+        raise TargetError(f"the bells of {victim.name} cannot be had: {error.strerror}") from None
 
 
 def silence_bells(pid: int, nodes: Sequence[Node]) -> int:

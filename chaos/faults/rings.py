@@ -52,14 +52,12 @@ class Ring:
         return self.num_bytes // SLOTS
 
     def states(self) -> list[int]:
-        """Returns the state of each slot; none where the process is gone, or has given the ring up."""
-        try:
-            step = self.slot_bytes
-            with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
-                places = [self.start + index * step for index in range(SLOTS)]
-                return [int.from_bytes(os.pread(memory.fileno(), 4, place), "little") for place in places]
-        except OSError:
-            return []
+        """Returns the state of each slot. Raises OSError where the process is gone, has given the ring up, or is not
+        ours to look into."""
+        step = self.slot_bytes
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            places = [self.start + index * step for index in range(SLOTS)]
+            return [int.from_bytes(os.pread(memory.fileno(), 4, place), "little") for place in places]
 
 
 def rings_of(node: Node) -> list[Ring]:

@@ -150,6 +150,10 @@ class FaultHealed(Event):
     """What was done to the mesh is undone; the mesh may still be recovering."""
 
     fault: int
+    remark: str = ""
+    """What the fault has done, where that showed only after it was put on."""
+    doubt: str = ""
+    """Why it may not have done what it is for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,8 @@ class FaultOutcome:
     """Seconds a token of the same answers, each as a whole."""
     harness_late_s: float = 0.0
     """The longest time that the harness itself stood still meanwhile; a gap may be its own."""
+    remark: str = ""
+    """What it has done, where that showed only after it was put on."""
 
     @property
     def has_hit(self) -> bool:
@@ -84,7 +86,7 @@ class Throughput:
 
 @dataclass(slots=True)
 class _Times:
-    healed: dict[int, float] = field(default_factory=dict)
+    healed: dict[int, FaultHealed] = field(default_factory=dict)
     whole: dict[int, float] = field(default_factory=dict)
 
 
@@ -118,7 +120,7 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
     times = _Times()
     for event in events:
         if isinstance(event, FaultHealed):
-            times.healed.setdefault(event.fault, event.at_s)
+            times.healed.setdefault(event.fault, event)
         elif isinstance(event, MeshWhole):
             times.whole.setdefault(event.fault, event.at_s)
     end_s = max((event.at_s for event in events), default=0.0)
@@ -137,7 +139,8 @@ def fault_outcomes(events: Sequence[Event], operations: Sequence[Operation], usu
 
 def _next_after(fault: FaultApplied, applied: Sequence[FaultApplied], times: _Times, end_s: float) -> float:
     """Returns when the next fault came that did not overlap this one."""
-    healed_s = times.healed.get(fault.fault, end_s)
+    healed = times.healed.get(fault.fault)
+    healed_s = end_s if healed is None else healed.at_s
     later = [other.at_s for other in applied if other.at_s > max(fault.at_s, healed_s)]
     return min(later, default=end_s)
 
@@ -150,7 +153,7 @@ def _outcome(
     usual_s: float,
     is_alone: bool,
 ) -> FaultOutcome:
-    healed_s, whole_s = times.healed.get(fault.fault), times.whole.get(fault.fault)
+    healed, whole_s = times.healed.get(fault.fault), times.whole.get(fault.fault)
     active = [o for o in operations if o.was_streaming(fault.at_s)]
     # Also those that began later: a rolling restart lasts longer than an answer.
     busy_until_s = max(fault.at_s, whole_s if whole_s is not None else next_s)
@@ -167,7 +170,7 @@ def _outcome(
         victims=fault.victims,
         parameters=fault.parameters,
         applied_s=fault.at_s,
-        healed_s=healed_s,
+        healed_s=None if healed is None else healed.at_s,
         whole_s=whole_s,
         until_s=next_s,
         num_streams=len(active),
@@ -177,20 +180,23 @@ def _outcome(
         gap_p99_s=max(percentile(gaps, 0.99), percentile(at_once, 0.99)),
         gap_max_s=max(gaps, default=0.0),
         tokens_again_s=max(again_s, default=fault.at_s) - fault.at_s,
-        doubts=tuple(_doubts(fault, len(active))),
+        doubts=tuple(_doubts(fault, healed, len(active))),
         roles=fault.roles,
         is_alone=is_alone,
         tpot_p99_s=tpot_p99_s(beside),
+        remark="" if healed is None else healed.remark,
     )
 
 
-def _doubts(fault: FaultApplied, num_active: int) -> Iterator[str]:
+def _doubts(fault: FaultApplied, healed: FaultHealed | None, num_active: int) -> Iterator[str]:
     if not num_active:
         yield "no stream was getting tokens when it came"
     if not fault.alive and fault.victims:
         yield "none of its victims lived when it came"
     if fault.roles and set(fault.roles) == {"spare"}:
         yield "its victims were spares, which have no part in any answer"
+    if healed is not None and healed.doubt:
+        yield healed.doubt
 
 
 def _gaps_between(operation: Operation, since_s: float, until_s: float) -> list[tuple[float, float]]:

@@ -152,6 +152,7 @@ def _fault_row(outcome: FaultOutcome) -> dict[str, str]:
         "tokens again s": f"{outcome.tokens_again_s:.2f}",
         "tpot p99 ms": f"{outcome.tpot_p99_s * 1000:.0f}",
         "whole s": "never" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}",
+        "remark": outcome.remark,
         "doubts": "; ".join(outcome.doubts),
     }
 

@@ -205,6 +205,8 @@ def run(pattern: str, rows: int, choices: int, rounds: int) -> dict[str, tuple[f
     stage: subprocess.Popen[str] | None = None
     try:
         while stage is None or stage.poll() is None:
+            if any(other.poll() is not None for other in others if other is not stage):
+                raise RuntimeError("the node or the bare echo has ended before the stage")
             router.raw.poll(100)
             while (received := router.receive()) is not None:
                 identity, message, _ = received

@@ -4,7 +4,8 @@
 
 Counts proportional set sizes (`Pss` of /proc/PID/smaps_rollup: a page that several processes share counts once) of all
 processes of a mesh, after a load. The bound: 1.2 times the weights of stages and of all copies of experts, K, V and the
-activation log as stages say that they have them, shared memory (rings), and 150 MB for each process.
+activation log as stages say that they have them, a ring for each expert node that a stage says it has opened one to,
+and 150 MB for each process.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.checkpoint.model_config import read_model_config
 from common.processes.supervisor import LocalMesh
+from common.wire.call_ring import ring_shape
 from compose.demo_checkpoint import DEMO_CHECKPOINT
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, MeshUnderTest, PromptSource
 from tests.support.processes.process_table import children_of
@@ -43,7 +46,7 @@ class ProcessMemory:
     mapped: int
     """Of `pss`, files: code and checkpoints."""
     shared: int
-    """Of `pss`, shared memory: rings."""
+    """Of `pss`, shared memory: rings, and K and V of ranks."""
 
 
 def read_memory(name: str, pid: int, proc: Path = Path("/proc")) -> ProcessMemory:
@@ -92,10 +95,25 @@ def cache_bytes(log: str) -> int:
     return int(taken[-1]) if taken else 0
 
 
-def bound_bytes(model: ModelBytes, copies: int, caches: int, shared: int, num_processes: int) -> int:
+def num_rings(log: str) -> int:
+    """Returns to how many nodes a stage's log says that it has a ring, each once: a former one should be gone."""
+    opened = (json.loads(line) for line in log.splitlines() if '"ring_open"' in line)
+    return len({event["node"] for event in opened})
+
+
+def ring_bytes(checkpoint: Path, settings: Mapping[str, str]) -> int:
+    """Returns the size of one ring of a mesh."""
+    config = read_model_config(checkpoint)
+    named = settings.get("DTYPE", "auto")
+    value_bytes = 4 if (config.dtype if named == "auto" else named) == "float32" else 2  # float16 is held as bfloat16
+    pairs_per_token = config.num_experts_per_token * int(settings.get("EXPERT_SLICES", "1"))
+    return ring_shape(config.hidden_size, value_bytes, pairs_per_token).num_bytes
+
+
+def bound_bytes(model: ModelBytes, copies: int, caches: int, rings: int, num_processes: int) -> int:
     """Returns what the mesh may take."""
     weights = WEIGHTS_FACTOR * (model.stages + copies * model.experts)
-    return int(weights) + caches + shared + num_processes * PROCESS_BYTES
+    return int(weights) + caches + rings + num_processes * PROCESS_BYTES
 
 
 def table(processes: Iterable[ProcessMemory]) -> str:
@@ -113,8 +131,8 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(each for child in children for each in descendants(child))]
 
 
-def measure(model: Path, settings: dict[str, str], streams: int, tokens: int) -> tuple[list[ProcessMemory], int]:
-    """Returns the processes of a mesh after a load, the supervisor left out, and the bytes of K, V and log."""
+def measure(model: Path, settings: dict[str, str], streams: int, tokens: int) -> tuple[list[ProcessMemory], list[str]]:
+    """Returns the processes of a mesh after a load, the supervisor left out, and the logs of its stages."""
     state_dir = Path(tempfile.mkdtemp(prefix="memory-"))
     try:
         with LocalMesh({"MODEL": str(model), "PORT": "0"} | settings, state_dir) as local:
@@ -123,7 +141,7 @@ def measure(model: Path, settings: dict[str, str], streams: int, tokens: int) ->
             names = {pid: name for name, pid in local.processes()}
             found = [read_memory(names.get(pid) or name_of(pid), pid) for pid in descendants(os.getpid())]
             stages = [name for name, kind in local.kinds().items() if kind == "stage"]
-            return found, sum(cache_bytes(local.logs(name).read_text()) for name in stages)
+            return found, [local.logs(name).read_text() for name in stages]
     finally:
         shutil.rmtree(state_dir, ignore_errors=True)
 
@@ -143,14 +161,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the mesh")
     parsed = parser.parse_args(arguments)
     settings = dict(setting.split("=", 1) for setting in parsed.set) | {"COPIES": str(parsed.copies)}
-    processes, caches = measure(parsed.model.resolve(), settings, parsed.streams, parsed.tokens)
+    processes, logs = measure(parsed.model.resolve(), settings, parsed.streams, parsed.tokens)
     model, taken = weights_of(parsed.model), sum(each.pss for each in processes)
-    shared = sum(each.shared for each in processes)
-    bound = bound_bytes(model, parsed.copies, caches, shared, len(processes))
+    caches = sum(map(cache_bytes, logs))
+    rings = sum(map(num_rings, logs)) * ring_bytes(parsed.model, settings)
+    bound = bound_bytes(model, parsed.copies, caches, rings, len(processes))
     print(table(processes))
     print(
         f"all: {taken / MIB:.0f} MiB; bound {bound / MIB:.0f} MiB: stages {model.stages / MIB:.0f}, experts "
-        f"{model.experts / MIB:.0f} x {parsed.copies}, caches {caches / MIB:.0f}, rings {shared / MIB:.0f}, "
+        f"{model.experts / MIB:.0f} x {parsed.copies}, caches {caches / MIB:.0f}, rings {rings / MIB:.0f}, "
         f"{len(processes)} processes"
     )
     return int(taken > bound)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from compose.tiny_checkpoint import write_tiny_checkpoint
-from tests.benchmarks.memory import ModelBytes, bound_bytes, cache_bytes, read_memory, weights_of
+from tests.benchmarks.memory import ModelBytes, bound_bytes, cache_bytes, num_rings, read_memory, ring_bytes, weights_of
 
 ROLLUP = """\
 5581a000-7ffe1000 ---p 00000000 00:00 0                                  [rollup]
@@ -39,5 +40,24 @@ def test_the_last_slot_of_a_stage_counts() -> None:
     assert cache_bytes("") == 0
 
 
+def test_a_ring_that_is_opened_again_counts_once() -> None:
+    lines = [f'{{"node": "expert-{number}", "event": "ring_open"}}' for number in (0, 1, 0)]
+    assert num_rings("\n".join([*lines, '{"node": "expert-2", "event": "no_ring"}'])) == 2
+    assert num_rings("") == 0
+
+
+def test_a_ring_has_four_slots_of_a_chunk_each_and_more_with_wider_values_and_slices(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    width, choices = config["hidden_size"], config["num_experts_per_tok"]
+    for settings, value_bytes, pairs in (
+        ({"DTYPE": "float32"}, 4, choices),
+        ({"DTYPE": "bfloat16"}, 2, choices),
+        ({"DTYPE": "float32", "EXPERT_SLICES": "2"}, 4, 2 * choices),
+    ):
+        least = 4 * 256 * ((1 + pairs) * width * value_bytes + 8 * pairs)
+        assert least < ring_bytes(folder, settings) <= least + 4 * (128 + 3 * 64)
+
+
 def test_each_copy_of_the_experts_counts() -> None:
-    assert bound_bytes(ModelBytes(100, 1000), 2, caches=7, shared=3, num_processes=1) == 2520 + 10 + 150_000_000
+    assert bound_bytes(ModelBytes(100, 1000), 2, caches=7, rings=3, num_processes=1) == 2520 + 10 + 150_000_000

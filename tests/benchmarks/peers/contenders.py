@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,8 @@ def _make(target: Path, source: Path, command: list[str], behind: tuple[str, ...
     )
     if done.returncode != 0:
         raise AbsentError(f"{Path(command[0]).name}: {last_line(done.stderr.decode(errors='replace'))}")
+    if target.is_dir():
+        shutil.rmtree(target)  # a folder that is not empty is not replaced
     unfinished.rename(target)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from chaos.experiment import Experiment, parse_experiment
+from chaos.faults.kill import Kill
 from chaos.faults.kill_child import KillChild
 from chaos.record import observer
-from chaos.record.history import Event, FaultApplied, FaultSkipped, History, PhaseBegan
+from chaos.record.history import Event, FaultApplied, FaultHealed, FaultSkipped, History, PhaseBegan
 from chaos.runner import CannotRunError, Run, without_long_collections
 from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
@@ -66,6 +67,22 @@ def test_an_undamaged_mesh_is_held_and_every_fault_hits_work_in_flight() -> None
     assert len(judgement.outcomes) == 4
     phases = [event.phase for event in run.history.events if isinstance(event, PhaseBegan)]
     assert phases == ["steady", "reference", "baseline", "faults", "finish", "quiet", "end"]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_what_faults_say_of_themselves_is_in_the_record(monkeypatch: pytest.MonkeyPatch, is_stopped: bool) -> None:
+    def heal(fault: Kill, target: ListedTarget) -> None:
+        fault.remark, fault.doubt = "a call was hit", "and another was not"
+
+    monkeypatch.setattr(Kill, "heal", heal)
+    run = make_run(FakeMesh(), ListedTarget(), experiment(count=1, faults=[{"kind": "kill"}]))
+    if is_stopped:
+        run._open_faults[7] = Kill()
+        run._heal_all()
+    else:
+        asyncio.run(run.execute())
+    (healed,) = (event for event in run.history.events if isinstance(event, FaultHealed))
+    assert (healed.remark, healed.doubt) == ("a call was hit", "and another was not")
 
 
 def test_the_same_seed_asks_and_hurts_the_same() -> None:

@@ -19,6 +19,7 @@ from chaos.faults.rings import rings_of
 from chaos.faults.spoil_rings import spoil_calls
 from chaos.target import Node, TargetError
 from common.wire.call_ring import HEAD_BYTES, SLOTS, RingMemory, make_ring, ring_shape
+from tests.support.chaos.rings import needs_rings
 from tests.support.chaos.target import ListedTarget
 from tests.support.processes.waiting import wait_until
 
@@ -191,6 +192,7 @@ def test_what_breaks_in_a_faults_thread_comes_out_when_it_is_healed(target: List
         fault.heal(target)
 
 
+@needs_rings
 def test_only_calls_that_lie_in_a_ring_are_spoilt_and_their_heads_where_it_is_asked_for(ring: RingMemory) -> None:
     shape, own = ring_shape(48, 4, 2), Node("stage-0", "stage", os.getpid())
     (mapped,) = [found for found in rings_of(own) if found.start == ring.address]

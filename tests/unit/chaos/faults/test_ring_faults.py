@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,13 +20,14 @@ import pytest
 from chaos.faults.deny_rings import DenyRings
 from chaos.faults.kill_in_call import KillInCall
 from chaos.faults.lose_bells import LoseBells, silence_bells
-from chaos.faults.rings import SlotState, bells_of, rings_folder, rings_of, stopped_process
+from chaos.faults.rings import Ring, SlotState, bells_of, rings_folder, rings_of, stopped_process
 from chaos.target import Node, TargetError
 from common.wire.call_ring import SLOTS, RingMemory, make_ring, new_bell, ring_path, ring_shape
+from tests.support.chaos.rings import needs_rings
 from tests.support.chaos.target import ListedTarget
 from tests.support.processes.waiting import wait_until
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/map_files").exists(), reason="rings are seen through /proc")
+pytestmark = needs_rings
 SHAPE = ring_shape(48, 4, 2)
 HOLDER = """
 import ctypes, os, sys
@@ -75,10 +78,10 @@ def bells() -> Iterator[tuple[int, int]]:
 def holders(
     ring: tuple[RingMemory, int], bells: tuple[int, int], tmp_path: Path
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two that have the ring and the bell."""
+    """Three that have the ring and the bell."""
     with ExitStack() as started:
         processes = []
-        for _ in range(2):
+        for _ in range(3):
             process = subprocess.Popen(
                 [sys.executable, "-c", HOLDER, str(ring[1])],
                 stdin=subprocess.PIPE,
@@ -121,7 +124,8 @@ def test_the_slots_of_a_ring_are_seen_from_outside(ring: tuple[RingMemory, int],
     assert seen.states() == [SlotState.ASKED, SlotState.TAKEN, SlotState.UNWANTED, SlotState.FREE]
     holder.kill()
     holder.wait()
-    assert seen.states() == []
+    with pytest.raises(OSError):  # noqa: PT011
+        seen.states()
 
 
 @pytest.mark.parametrize("state", ["taken", "asked", "answered"])
@@ -138,15 +142,31 @@ def test_a_node_is_killed_once_a_call_is_in_the_state_that_is_named(
     assert holder.wait(10) == -signal.SIGKILL
     fault.heal(target)
     assert target.done == [("signal", "expert-0", signal.SIGKILL)]
+    assert (fault.remark, fault.doubt) == ("expert-0 was killed in a call", "")
 
 
-def test_a_node_without_such_a_call_is_killed_when_the_time_is_up(
+def test_a_node_without_such_a_call_is_killed_when_the_time_is_up_and_that_is_a_doubt(
     holder: subprocess.Popen[str], target: SignalledTarget
 ) -> None:
     fault = KillInCall.from_suite({"within_s": 0.2})
     fault.apply(target, [Node("expert-0", "expert", holder.pid)])
     assert holder.wait(10) == -signal.SIGKILL
     fault.heal(target)
+    assert (fault.remark, fault.doubt) == ("", "expert-0 was killed without a call that was taken within 0.2 s")
+
+
+def test_a_node_whose_rings_may_not_be_looked_into_is_not_killed(
+    holder: subprocess.Popen[str], target: SignalledTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(ring: Ring) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Ring, "num_bytes", property(refuse))
+    fault = KillInCall.from_suite({"within_s": 0})
+    with pytest.raises(TargetError, match="the rings of expert-0 cannot be read: Operation not permitted"):
+        fault.apply(target, [Node("expert-0", "expert", holder.pid)])
+    fault.heal(target)
+    assert target.done == []
 
 
 def test_healing_before_the_kill_lets_the_node_live(holder: subprocess.Popen[str], target: SignalledTarget) -> None:
@@ -155,6 +175,7 @@ def test_healing_before_the_kill_lets_the_node_live(holder: subprocess.Popen[str
     fault._stopped.set()
     fault.heal(target)
     assert target.done == []
+    assert fault.doubt == "expert-0 was not killed before all was healed"
     assert makes_a_ring(holder) == "made"
 
 
@@ -201,7 +222,64 @@ def test_bells_are_lost_again_and_again_until_that_is_healed(
     os.eventfd_write(bells[0], 1)
     time.sleep(0.1)
     assert not is_silent()
-    assert [makes_a_ring(process) for process in holders] == ["made", "made"]
+    assert [makes_a_ring(process) for process in holders] == ["made"] * 3
+    assert fault.remark.startswith("bells lost: ")
+    assert int(fault.remark.removeprefix("bells lost: ")) >= 2
+    assert not fault.doubt
+
+
+def test_bells_of_a_node_that_has_come_since_are_lost_as_well(
+    holders: list[subprocess.Popen[str]], bells: tuple[int, int], target: SignalledTarget
+) -> None:
+    stage, first = (Node(f"{kind}-0", kind, holders[place].pid) for place, kind in enumerate(("stage", "expert")))
+    target.running = {node.name: node for node in (stage, first)}
+    fault = LoseBells.from_suite({"every_s": 0.01})
+    if reason := fault.unavailable(target):
+        pytest.skip(reason)
+    fault.apply(target, [stage])
+    target.running = {"stage-0": stage, "expert-0": Node("expert-0", "expert", holders[2].pid)}
+    holders[1].kill()
+    holders[1].wait()
+    os.eventfd_write(bells[0], 1)
+    wait_until(lambda: fault.remark == "bells lost: 1", 10, "a bell that is lost")
+    fault.heal(target)
+
+
+def test_bells_that_nobody_has_rung_are_a_doubt(holders: list[subprocess.Popen[str]], target: SignalledTarget) -> None:
+    stage, victim = Node("stage-0", "stage", holders[0].pid), Node("expert-0", "expert", holders[1].pid)
+    target.running = {node.name: node for node in (stage, victim)}
+    fault = LoseBells.from_suite({"every_s": 0.01})
+    if reason := fault.unavailable(target):
+        pytest.skip(reason)
+    fault.apply(target, [victim])
+    time.sleep(0.2)
+    fault.heal(target)
+    assert (fault.remark, fault.doubt) == ("", "no bell was rung while its victims stood still")
+
+
+def test_a_node_that_shares_no_bell_can_lose_none(holder: subprocess.Popen[str], target: SignalledTarget) -> None:
+    victim = Node("expert-0", "expert", holder.pid)
+    target.running = {"expert-0": victim}
+    fault = LoseBells()
+    with pytest.raises(TargetError, match="expert-0: it shares no bell with another node"):
+        fault.apply(target, [victim])
+    fault.heal(target)
+
+
+def test_bells_that_may_not_be_had_are_told_before_anything_is_done(
+    holders: list[subprocess.Popen[str]], target: SignalledTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, victim = Node("stage-0", "stage", holders[0].pid), Node("expert-0", "expert", holders[1].pid)
+    target.running = {node.name: node for node in (stage, victim)}
+
+    def refuse(pid: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    fault = LoseBells()
+    with pytest.raises(TargetError, match="the bells of expert-0 cannot be had: Operation not permitted"):
+        fault.apply(target, [victim])
+    fault.heal(target)
 
 
 def test_there_is_no_room_for_a_ring_until_that_is_healed(
@@ -215,6 +293,21 @@ def test_there_is_no_room_for_a_ring_until_that_is_healed(
     fault.heal(target)
     assert makes_a_ring(holder) == "made"
     assert target.done == []
+
+
+def test_two_that_leave_no_room_for_rings_leave_it_again_when_they_are_healed_in_order(
+    holder: subprocess.Popen[str], target: SignalledTarget
+) -> None:
+    victim = Node("stage-0", "stage", holder.pid)
+    limits = resource.prlimit(holder.pid, resource.RLIMIT_FSIZE)
+    first, second = DenyRings(), DenyRings()
+    first.apply(target, [victim])
+    second.apply(target, [victim])
+    assert makes_a_ring(holder).startswith("OSError")
+    first.heal(target)
+    second.heal(target)
+    assert makes_a_ring(holder) == "made"
+    assert resource.prlimit(holder.pid, resource.RLIMIT_FSIZE) == limits
 
 
 def test_folders_lie_where_rings_are_waited_for_also_where_sockets_come_back_until_that_is_healed(

@@ -92,6 +92,16 @@ def test_a_fault_that_only_hurt_spares_is_not_known_to_have_hit_work(roles: tupl
     assert judge(events, Bounds()).outcomes[0].has_hit is has_hit
 
 
+def test_what_showed_only_when_a_fault_was_healed_is_told_and_a_doubt_of_then_is_one() -> None:
+    told = alter(good_history(), FaultHealed, lambda e: replace(e, remark="expert-0 was killed in a call"))
+    judgement = judge(told, Bounds())
+    assert judgement.outcomes[0].remark == "expert-0 was killed in a call"
+    assert states(judgement)["faults_hit"] is State.HELD
+    doubted = judge(alter(good_history(), FaultHealed, lambda e: replace(e, doubt="no bell was rung")), Bounds())
+    assert doubted.outcomes[0].doubts == ("no bell was rung",)
+    assert states(doubted)["faults_hit"] is State.UNKNOWN
+
+
 def test_the_time_a_token_takes_beside_a_fault_is_compared_with_the_usual_one_where_asked() -> None:
     def verdict(events: list[Event], ratio: dict[str, float]) -> Verdict | None:
         found = [v for v in judge(events, Bounds(tpot_ratio=ratio)).verdicts if v.name == "tpot"]

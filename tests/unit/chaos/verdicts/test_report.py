@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chaos.command import app
-from chaos.record.history import Event, FaultApplied, MeshWhole, RunBegan, encode_event
+from chaos.record.history import Event, FaultApplied, FaultHealed, MeshWhole, RunBegan, encode_event
 from chaos.record.operations import read_operations
 from chaos.record.reference import StoredReferenceError, read_reference, reference_of, write_reference
 from chaos.record.requests import SuiteLoad, draw_requests
@@ -54,6 +54,11 @@ def test_a_report_names_the_verdicts_the_faults_and_ends_with_both_hashes(tmp_pa
     assert document["state"] == "broken"
     assert document["seed"] == 7
     assert document["faults"][0]["victims"][0]["name"] == "expert-0"
+
+
+def test_a_report_says_what_a_fault_has_done() -> None:
+    events = alter(good_history(), FaultHealed, lambda event: replace(event, remark="bells lost: 3", doubt=""))
+    assert "| bells lost: 3 |" in report(events).markdown()
 
 
 def test_names_of_the_mesh_cannot_break_the_page() -> None:
