@@ -335,6 +335,8 @@ class ShardsReady:
     """Expert node -> router: what is loaded and self-tested now."""
 
     version: int
+    """Of the newest AssignShards that it has from this router; 0: it has none. The router passes over a report that is
+    older than what it told the node last."""
     complete: bool
     """Nothing of `version` is missing."""
     shards: TensorFrame

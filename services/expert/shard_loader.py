@@ -235,7 +235,7 @@ class ShardLoader:
             digests[shard], projections[shard] = store.probe(shard)
         return self._control.send(
             ShardsReady(
-                self._assignment.version,
+                self.version,
                 complete,
                 held,
                 self.num_reports,

@@ -149,7 +149,9 @@ class LargeMesh:
                 self.held[name] = held
                 self.num_reports += 1
                 frames = [array_to_frame(held.astype(dtype)) for dtype in (np.uint8, np.int32, np.float32)]
-                report = ShardsReady(1, False, frames[0], self.num_reports, *frames[1:])
+                report = ShardsReady(
+                    self.believed[name]["shards_version"], False, frames[0], self.num_reports, *frames[1:]
+                )
                 self.believed[name]["shards_reports"] = self.num_reports
                 self.say(name, report)
 

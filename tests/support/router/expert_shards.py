@@ -32,6 +32,8 @@ class PromptRoles:
         self.now_s = 0.0
         self.is_prompt = True
         """Otherwise placements wait for `deliver`."""
+        self.versions: dict[str, int] = {}
+        """Of what each node was told last."""
         self.requests: list[PlacementRequest] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -49,22 +51,29 @@ class PromptRoles:
         self.state.lose(node_id)
         return self.tick(now_s)
 
-    def apply_report(self, node_id: NodeId, held: frozenset[ShardId]) -> list[Action]:
-        self.state.apply_report(node_id, row_of(held))
+    def apply_report(self, node_id: NodeId, held: frozenset[ShardId], version: int | None = None) -> list[Action]:
+        """`version`: of what the node had been told by then; None: all that it was told."""
+        self.state.apply_report(node_id, row_of(held), self.versions.get(node_id, 0) if version is None else version, 0)
         return self.tick(self.now_s + 2 * REPORT_INTERVAL_S)
 
     def tick(self, now_s: float) -> list[Action]:
         self.now_s = max(self.now_s, now_s)
         if (request := self.state.pop_request(self.now_s)) is not None:
             self.requests.append(request)
-        return self.deliver() if self.is_prompt else self.state.tick(self.now_s)
+        return self.deliver() if self.is_prompt else self._note(self.state.tick(self.now_s))
 
     def deliver(self) -> list[Action]:
         """The placements that were asked for have been computed."""
         for request in self.requests:
             self.state.accept_answer(answer_request(request))
         self.requests.clear()
-        return self.state.tick(self.now_s)
+        return self._note(self.state.tick(self.now_s))
+
+    def _note(self, actions: list[Action]) -> list[Action]:
+        for action in actions:
+            if isinstance(action, Tell) and isinstance(action.message, AssignShards):
+                self.versions[action.node_id] = action.message.version
+        return actions
 
 
 def row_of(shards: Iterable[ShardId]) -> BoolArray:

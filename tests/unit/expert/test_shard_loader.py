@@ -118,6 +118,13 @@ def test_another_incarnation_has_the_shards_of_the_one_before_and_says_so(loader
     following.close()
 
 
+def test_a_report_names_no_version_of_a_router_before_this_one(loader: Loader) -> None:
+    loader.want(7, X)
+    loader.control.router_term += 1
+    assert loader.finish().version == 0
+    assert loader.shards == {X}
+
+
 def test_what_an_incarnation_before_was_still_loading_is_dropped_if_nobody_wants_it_now(
     loader: Loader, directory: Path
 ) -> None:

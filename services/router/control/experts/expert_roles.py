@@ -68,7 +68,7 @@ class ExpertRoles:
         self._nodes: dict[NodeId, NodeDescription] = {}
         self._nothing = pack(np.zeros_like(self._is_named))
         self.ready: dict[NodeId, ShardBits] = {}
-        """[W] by node: what it holds, by its own report."""
+        """[W] by node: what it holds, by its own report, without what it was told since to unload."""
         self._told: dict[NodeId, ShardBits] = {}
         self._told_versions: dict[NodeId, int] = {}
         self._report_numbers: dict[NodeId, int] = {}
@@ -122,7 +122,7 @@ class ExpertRoles:
 
     @property
     def num_held(self) -> dict[NodeId, int]:
-        """Counts the shards that each node holds, by its own report."""
+        """Counts the shards that each node holds, as in `ready`."""
         counts = count(stack(list(self.ready.values()), self._is_named.size))  # all rows at once: ten times as fast
         return dict(zip(self.ready, counts.tolist(), strict=True))
 
@@ -154,10 +154,12 @@ class ExpertRoles:
             self._probes.forget(node_id)
             self._change()
 
-    def apply_report(self, node_id: NodeId, held: BoolArray, number: int = 0) -> None:
-        """A node says what it holds, [P]; the roll-out goes on. `number`: of this report; one that a newer one overtook
-        says nothing."""
-        if node_id in self._nodes and number >= self._report_numbers.get(node_id, 0):
+    def apply_report(self, node_id: NodeId, held: BoolArray, version: int, number: int) -> None:
+        """A node says what it holds, [P]; the roll-out goes on. `version`: of what it had been told by then. `number`:
+        of this report. One that a newer one overtook says nothing, nor does one from before the node was told anew: it
+        may have unloaded shards since, and reports again."""
+        is_newest = number >= self._report_numbers.get(node_id, 0)
+        if node_id in self._nodes and is_newest and version >= self._told_versions.get(node_id, 0):
             self.ready[node_id], self._report_numbers[node_id] = pack(held), number
             self._has_reports = True
 
@@ -167,7 +169,7 @@ class ExpertRoles:
         held = self.read_shards(message.shards, "ShardsReady.shards")
         found = self._probes.compare(self._nodes[node_id], message) if node_id in self._nodes else []
         if all(one.node_id != node_id for one in found):
-            self.apply_report(node_id, held, message.number)
+            self.apply_report(node_id, held, message.version, message.number)
         return [self._refuse(one) for one in found]
 
     def _refuse(self, found: Disagreement) -> Action:
@@ -297,6 +299,7 @@ class ExpertRoles:
             # One that leaves keeps what it has, so that calls that are under way to it are answered.
             if node_id not in self._draining and (is_news or node_id not in self._told):
                 self._told[node_id], self._told_versions[node_id] = shards, self.version + 1
+                self.ready[node_id] = self.ready[node_id] & shards  # told to hold the rest again, it loads it again
                 actions.append(self._assign(node_id))
         return actions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.ids import Incarnation, NodeId
 from common.messages import PublishPlacement
+from common.topology import ShardId
 from services.router.control.actions import Action, Tell
 from services.router.control.experts.expert_roles import (
     DRAIN_DEADLINE_S,
@@ -14,6 +15,7 @@ from services.router.control.experts.expert_roles import (
 )
 from tests.support.router.expert_shards import (
     ALL,
+    PromptRoles,
     expert,
     published,
     ready_roles,
@@ -25,7 +27,7 @@ from tests.support.router.expert_shards import (
 )
 from tests.support.router.mesh_shapes import LAYERS
 
-A, B = NodeId("a"), NodeId("b")
+A, B, D = NodeId("a"), NodeId("b"), NodeId("d")
 
 
 def test_the_first_placement_waits_for_the_nodes_that_are_expected() -> None:
@@ -146,6 +148,37 @@ def test_reports_of_strangers_change_nothing() -> None:
     assert all(owners == ["a"] for owners in published(roles).values())
 
 
+# ---- what a node was told to unload
+def with_one_shard_on_two_nodes() -> tuple[PromptRoles, ShardId]:
+    """`b` and `d` hold it; `b` has room for two, and `d` for all."""
+    roles = roles_of(copies=2)
+    roles.join(expert("d", len(ALL)), 0.0)
+    shard = min(told(roles.join(expert("b", 2), 0.0))["b"])
+    for node_id in (B, D):
+        roles.apply_report(node_id, frozenset({shard}))
+    assert sorted(published(roles)[shard]) == ["b", "d"]
+    return roles, shard
+
+
+def test_a_node_that_is_to_hold_again_what_it_unloaded_is_not_asked_for_it_before_it_has_it_again() -> None:
+    roles, shard = with_one_shard_on_two_nodes()
+    assert shard not in told(roles.join(expert("a", len(ALL) - 1), 0.0))["b"], "it makes room; d keeps this one"
+    assert shard in told(roles.lose(D, 0.0))["b"]
+    assert published(roles)[shard] == []
+    roles.apply_report(B, frozenset({shard}))
+    assert published(roles)[shard] == ["b"]
+
+
+def test_a_report_that_was_under_way_when_the_node_was_told_to_unload_says_nothing() -> None:
+    roles, shard = with_one_shard_on_two_nodes()
+    version = roles.versions[B]
+    roles.join(expert("a", len(ALL) - 1), 0.0)
+    roles.apply_report(B, frozenset({shard}), version)
+    roles.lose(D, 0.0)
+    roles.apply_report(B, frozenset({shard}), version)
+    assert published(roles)[shard] == []
+
+
 # ---- nodes that see a part of the checkpoint
 def test_a_node_is_told_to_hold_only_experts_whose_weights_it_sees() -> None:
     roles = roles_of(num_expected=3)
@@ -250,7 +283,7 @@ def test_reports_that_come_close_together_are_answered_together() -> None:
     roles = roles_of(num_expected=1, copies=1)
     wanted = told(roles.join(expert("a"), 1.0))["a"]
     for count in range(1, len(wanted) + 1):
-        roles.state.apply_report(NodeId("a"), row_of(sorted(wanted)[:count]))
+        roles.state.apply_report(A, row_of(sorted(wanted)[:count]), roles.versions[A], count)
         assert roles.tick(1.0 + REPORT_INTERVAL_S / 2) == []
     assert not roles.is_served
     roles.tick(1.0 + 2 * REPORT_INTERVAL_S)

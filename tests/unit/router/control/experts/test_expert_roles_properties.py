@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.ids import NodeId
 from common.topology import CheckpointPart, ShardId
@@ -40,11 +40,22 @@ class Experts(RuleBasedStateMachine):
             assert {shard.expert for shard in wanted} <= self.sees(name), "nor what it does not see"
             self.wanted[name] = wanted
             self.held[name] &= wanted
+            self.reported[name] &= wanted
         assert self.roles.version >= self.version
         self.version = self.roles.version
 
     def sees(self, name: str) -> frozenset[int]:
         return self.PARTS[name].experts if name in self.PARTS else frozenset(range(EXPERTS))
+
+    @initialize(nodes=st.lists(st.tuples(st.integers(2, 14), st.integers(1, 12)), max_size=3))
+    def begin(self, nodes: list[tuple[int, int]]) -> None:
+        """With some loaded in part: from nothing few orders of events come so far that shards move."""
+        started = list(zip(self.NAMES, nodes, strict=False))
+        for name, (shards, _) in started:
+            self.join(name, shards)
+        for name, (_, count) in started:
+            self.load(name, count)
+            self.report(name)
 
     @rule(name=st.sampled_from(NAMES), shards=st.integers(2, 14))
     def join(self, name: str, shards: int) -> None:
@@ -122,13 +133,48 @@ class ExpertsOfParts(Experts):
 
     @rule(name=st.sampled_from(Experts.NAMES), shards=st.just(len(ALL)))
     def join(self, name: str, shards: int) -> None:
-        super().join(name, shards)
+        super().join(name, len(ALL))
 
     def check_that_all_is_served(self) -> None:
         if self.held:
             seen = frozenset[int]().union(*(self.sees(name) for name in self.held))
             assert {shard.expert for shard, owners in published(self.roles).items() if owners} == seen
             assert self.roles.is_served == (len(seen) == EXPERTS)
+
+
+class ExpertsOfLateReports(Experts):
+    """A report is under way for a while; nodes come, go and are told anew meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_prompt = False
+        self.under_way: dict[str, list[tuple[int, frozenset[ShardId]]]] = {}
+        """By node, oldest first: the version of what it had been told, and what it held."""
+
+    @rule(name=st.sampled_from(Experts.NAMES))
+    def lose(self, name: str) -> None:
+        self.under_way.pop(name, None)
+        super().lose(name)
+
+    @rule(name=st.sampled_from(Experts.NAMES))
+    def report(self, name: str) -> None:
+        if name in self.held:
+            self.under_way.setdefault(name, []).append((self.roles.versions.get(name, 0), self.held[name]))
+        if self.is_prompt:
+            self.report_comes(name)
+
+    @rule(name=st.sampled_from(Experts.NAMES))
+    def report_comes(self, name: str) -> None:
+        if self.under_way.get(name):
+            version, held = self.under_way[name].pop(0)
+            if version == self.roles.versions.get(name, 0):
+                self.reported[name] = held
+            self.carry_out(self.roles.apply_report(NodeId(name), held, version))
+
+    def teardown(self) -> None:
+        self.is_prompt = True
+        self.under_way.clear()
+        super().teardown()
 
 
 class ExpertsOfLatePlacements(Experts):
@@ -152,6 +198,8 @@ class ExpertsOfLatePlacements(Experts):
 
 TestExpertsOfLatePlacements = ExpertsOfLatePlacements.TestCase
 TestExpertsOfLatePlacements.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestExpertsOfLateReports = ExpertsOfLateReports.TestCase
+TestExpertsOfLateReports.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestExperts = Experts.TestCase
 TestExperts.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestExpertsOfParts = ExpertsOfParts.TestCase

@@ -100,11 +100,11 @@ def test_a_node_that_is_gone_contradicts_nobody() -> None:
 # ---- in the roles
 
 
-def report(digest: int = 1, number: int = 1) -> ShardsReady:
+def report(version: int, digest: int = 1, number: int = 1) -> ShardsReady:
     shape = (LAYERS, EXPERTS, 1)
     digests, projections = np.full(shape, digest, dtype=np.int32), np.full(shape, digest / 100, dtype=np.float32)
     frames = array_to_frame(digests), array_to_frame(projections)
-    return ShardsReady(1, True, array_to_frame(np.ones(shape, dtype=np.uint8)), number, *frames)
+    return ShardsReady(version, True, array_to_frame(np.ones(shape, dtype=np.uint8)), number, *frames)
 
 
 def refusals(actions: list[Action]) -> dict[str, Failed]:
@@ -115,7 +115,7 @@ def refusals(actions: list[Action]) -> dict[str, Failed]:
 def with_newcomer() -> PromptRoles:
     roles = roles_of(num_expected=1)
     roles.join(expert("a", fingerprint="one"), 0.0)
-    assert roles.state.read_report(A, report()) == []
+    assert roles.state.read_report(A, report(roles.versions[A])) == []
     roles.tick(1.0)
     assert told(roles.join(expert("b", fingerprint="two"), 2.0)) == {"b": ALL}
     return roles
@@ -123,7 +123,7 @@ def with_newcomer() -> PromptRoles:
 
 def test_a_newcomer_whose_answers_differ_is_told_so_and_never_published() -> None:
     roles = with_newcomer()
-    refused = refusals(roles.state.read_report(B, report(digest=2)))
+    refused = refusals(roles.state.read_report(B, report(roles.versions[B], digest=2)))
     assert set(refused) == {B}
     assert refused[B].code == CheckpointError.code
     for part in ("b answers the probe of 12 expert shards", "otherwise than a", "two and one", "checkpoints differ"):
@@ -137,22 +137,22 @@ def test_a_newcomer_whose_answers_differ_is_told_so_and_never_published() -> Non
 
 def test_a_node_that_its_refusal_did_not_reach_is_asked_and_told_once_more() -> None:
     roles = with_newcomer()
-    roles.state.read_report(B, report(digest=2, number=1))
+    roles.state.read_report(B, report(roles.versions[B], digest=2, number=1))
     heard = roles.state.told(B)
     assert heard is not None
     assert heard[1] == 0, "its heartbeats speak of a report more than counts"
     (again,) = roles.state.assign_again(B)
     assert isinstance(again, Tell)
     assert isinstance(again.message, AssignShards)
-    assert set(refusals(roles.state.read_report(B, report(digest=2, number=2)))) == {B}
+    assert set(refusals(roles.state.read_report(B, report(roles.versions[B], digest=2, number=2)))) == {B}
 
 
 def test_one_that_turns_out_wrong_later_is_asked_once_more_too() -> None:
     roles = with_newcomer()
-    roles.state.read_report(B, report())
+    roles.state.read_report(B, report(roles.versions[B]))
     roles.join(expert("c"), 3.0)
     assert roles.state.told(A) is not None
-    assert set(refusals(roles.state.read_report(A, report(digest=2, number=2)))) == {A}
+    assert set(refusals(roles.state.read_report(A, report(roles.versions[A], digest=2, number=2)))) == {A}
     heard = roles.state.told(A)
     assert heard is not None
     assert heard[1] < 2
@@ -160,7 +160,7 @@ def test_one_that_turns_out_wrong_later_is_asked_once_more_too() -> None:
 
 def test_a_newcomer_that_answers_alike_is_published() -> None:
     roles = with_newcomer()
-    assert roles.state.read_report(B, report()) == []
+    assert roles.state.read_report(B, report(roles.versions[B])) == []
     roles.tick(3.0)
     assert {len(owners) for owners in published(roles).values()} == {2}
 
@@ -168,8 +168,8 @@ def test_a_newcomer_that_answers_alike_is_published() -> None:
 @pytest.mark.parametrize("frame", [array_to_frame(np.zeros((1, 2, 3), dtype=np.int32)), NO_ARRAY])
 def test_answers_of_another_shape_or_none_are_refused_by_the_field(frame: TensorFrame) -> None:
     roles = with_newcomer()
-    good = report()
-    bad = ShardsReady(1, True, good.shards, 1, frame, good.projections)
+    good = report(roles.versions[B])
+    bad = ShardsReady(good.version, True, good.shards, 1, frame, good.projections)
     with pytest.raises(ProtocolError, match=r"ShardsReady\.digests"):
         roles.state.read_report(B, bad)
     assert not any(isinstance(action, AssignShards) for action in roles.tick(3.0))
