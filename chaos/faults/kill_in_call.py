@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from chaos.faults.background import BackgroundFault
@@ -14,7 +15,10 @@ from chaos.faults.rings import Ring, SlotState, rings_of, stopped_process
 from chaos.target import Node, Target, TargetError
 
 LOOK_S = 0.02
-"""How long a stopped victim is looked at: meanwhile the others ask it, or answer what it has asked."""
+"""How long a stopped victim is looked at for what others do meanwhile."""
+OTHERS_MAKE_IT = MappingProxyType({"asked": "expert", "answered": "stage"})
+"""States that a slot comes to while a victim of this kind stands still. For another it is looked at once: one that
+stands still for longer is late, and then it is asked in messages for a while."""
 STEP_S = 0.002
 PAUSE_S = 0.011
 """How long it runs between two looks."""
@@ -68,13 +72,12 @@ class KillInCall(BackgroundFault):
         with contextlib.ExitStack() as stopped:
             for pid in {ring.pid for ring in rings}:
                 stopped.enter_context(stopped_process(pid))
-            until_s = time.monotonic() + LOOK_S
-            while time.monotonic() < until_s and not self._stopped.is_set():
-                if any(self._is_in_call(ring) for ring in rings):
-                    target.signal(victim, signal.SIGKILL)
-                    return True
-                self._stopped.wait(STEP_S)
-        return False
+            until_s = time.monotonic() + (LOOK_S if OTHERS_MAKE_IT.get(self.state) == victim.kind else 0.0)
+            while not any(self._is_in_call(ring) for ring in rings):
+                if time.monotonic() >= until_s or self._stopped.wait(STEP_S):
+                    return False
+            target.signal(victim, signal.SIGKILL)
+            return True
 
     def _is_in_call(self, ring: Ring) -> bool:
         try:

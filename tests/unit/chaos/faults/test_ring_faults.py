@@ -145,6 +145,37 @@ def test_a_node_is_killed_once_a_call_is_in_the_state_that_is_named(
     assert (fault.remark, fault.doubt) == ("expert-0 was killed in a call", "")
 
 
+@pytest.mark.parametrize(
+    ("state", "kind", "looks_once"),
+    [
+        ("taken", "expert", True),
+        ("answered", "expert", True),
+        ("asked", "expert", False),
+        ("asked", "stage", True),
+        ("answered", "stage", False),
+    ],
+)
+def test_a_victim_stands_still_for_longer_only_where_others_make_the_state(
+    holder: subprocess.Popen[str],
+    target: SignalledTarget,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    kind: str,
+    looks_once: bool,
+) -> None:
+    """An expert node that stands still is late, and is asked in messages for a while: then no call is in its rings."""
+    looks: list[int] = []
+
+    def look(ring: Ring) -> list[int]:
+        looks.append(ring.pid)
+        return []
+
+    monkeypatch.setattr(Ring, "states", look)
+    fault = KillInCall.from_suite({"state": state})
+    assert not fault._kill_if_in_call(target, Node("victim", kind, holder.pid))
+    assert (len(looks) == 1) == looks_once
+
+
 def test_a_node_without_such_a_call_is_killed_when_the_time_is_up_and_that_is_a_doubt(
     holder: subprocess.Popen[str], target: SignalledTarget
 ) -> None:
