@@ -27,7 +27,7 @@ PAUSE_S = 0.011
 class KillInCall(BackgroundFault):
     """Each victim is stopped for a moment, again and again, until a slot of its rings is in this state: the call is
     `asked` and not begun, `taken` by the expert node, or `answered` and not read. Then it is killed; if there is no
-    such call `within_s`, it is killed all the same, and that is a doubt."""
+    such call `within_s`, it is killed all the same, and the report says so."""
 
     name = "kill_in_call"
     state: Literal["taken", "asked", "answered"] = "taken"
@@ -49,22 +49,22 @@ class KillInCall(BackgroundFault):
 
     def _kill_all(self, target: Target, victims: Sequence[Node]) -> None:
         until_s = time.monotonic() + self.within_s
-        misses = {victim.name: self._kill(target, victim, until_s) for victim in victims}
-        self.remark = "; ".join(f"{name} was killed in a call" for name, miss in misses.items() if not miss)
-        self.doubt = "; ".join(f"{name} {miss}" for name, miss in misses.items() if miss)
+        remarks, doubts = zip(*(self._kill(target, victim, until_s) for victim in victims), strict=True)
+        self.remark = "; ".join(filter(None, remarks))
+        self.doubt = "; ".join(filter(None, doubts))
 
-    def _kill(self, target: Target, victim: Node, until_s: float) -> str:
-        """Returns what has become of it in place of a kill in a call."""
+    def _kill(self, target: Target, victim: Node, until_s: float) -> tuple[str, str]:
+        """Returns how it was killed, or why it was not."""
         try:
             while not self._kill_if_in_call(target, victim):
                 if self._stopped.wait(PAUSE_S):
-                    return "was not killed before all was healed"
+                    return "", f"{victim.name} was not killed before all was healed"
                 if time.monotonic() >= until_s:
                     target.signal(victim, signal.SIGKILL)
-                    return f"was killed without a call that was {self.state} within {self.within_s:g} s"
+                    return f"{victim.name} was killed without a call that was {self.state} in {self.within_s:g} s", ""
         except ProcessLookupError:
-            return "was gone before a call was found"
-        return ""
+            return "", f"{victim.name} was gone before a call was found"
+        return f"{victim.name} was killed in a call", ""
 
     def _kill_if_in_call(self, target: Target, victim: Node) -> bool:
         """Returns whether it was. Raises ProcessLookupError."""
