@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import structlog
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from services.stage.experts.client import CallDone, CallFailed, ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.experts.rings import Rings
 from services.stage.model.decoder import ExpertCall
+from tests.support.nodes.kernels import kernels_for
 from tests.support.nodes.memory_transport import MemorySocket, MemoryTransport
 
 LAYERS, EXPERTS, WIDTH, EXPERT_WIDTH, CHOICES = 2, 6, 48, 32, 2
@@ -241,6 +243,14 @@ class RingMesh:
         assert thread is not None
         return thread
 
+    def wake(self, *names: str) -> None:
+        """Lets nodes go on that are still stopped."""
+        for name in names:
+            thread = self.thread(name)
+            assert isinstance(thread, IdleThread)
+            if thread.awake is None:
+                thread.wake()
+
     def number(self, name: str) -> int:
         """The stage's number of a node."""
         return next(node.number for node in self.client.nodes if node.node_id == name)
@@ -263,3 +273,29 @@ def _random_expert(generator: torch.Generator, dtype: torch.dtype, kernels: Nati
 
     gate, up = weight(EXPERT_WIDTH, WIDTH), weight(EXPERT_WIDTH, WIDTH)
     return GatedExpert(gate, up, weight(WIDTH, EXPERT_WIDTH), kernels=kernels)
+
+
+@pytest.fixture
+def kernels() -> NativeKernels:
+    """Native ones, which rings need; skips the test where there are none."""
+    found = kernels_for("native")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def mesh(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
+    """Two nodes that hold everything."""
+    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL})
+    made.open_rings()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def idle(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
+    """The same, but they are stopped."""
+    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL}, idle=["a", "b"])
+    made.open_rings()
+    yield made
+    made.close()

@@ -25,11 +25,11 @@ from services.stage.model.layer_half.native import NativeHalf, layer_half
 from services.stage.model.layer_half.run import LayerRun, RunLayers
 from services.stage.model.paged_attention import LayerKvCache
 from tests.support.nodes.answered_calls import answer_calls
-from tests.support.nodes.kernels import kernels_for, one_torch_thread
-from tests.support.nodes.ring_nodes import ALL, CHOICES, EXPERTS, WIDTH, IdleThread, RingMesh
+from tests.support.nodes.kernels import one_torch_thread
+from tests.support.nodes.ring_nodes import ALL, CHOICES, EXPERTS, WIDTH, IdleThread, RingMesh, kernels
 from tests.unit.stage.model.test_layer_half import Shape, batch_of, filled_cache, parts_of, table_of
 
-__all__ = ["one_torch_thread"]
+__all__ = ["kernels", "one_torch_thread"]
 SHAPE = Shape("as the rings' nodes", width=WIDTH, num_experts=EXPERTS)
 INDICES = (0, 1, 0, 1, 1)
 """Of the layers: their experts are those of the nodes' two."""
@@ -149,13 +149,6 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.stage.experts.client.SOON_S", 0.2)
 
 
-@pytest.fixture
-def kernels() -> NativeKernels:
-    found = kernels_for("native")
-    assert found is not None
-    return found
-
-
 Meshes = Callable[..., RingMesh]
 
 
@@ -214,7 +207,7 @@ def test_calls_in_pieces_run_from_layer_to_layer_too(
     mesh = meshes(HALVES, idle=idle)
     layers = Layers(mesh, kernels)
     number = mesh.rings._last_number
-    run = layers.through(17, runs=True, when_waiting=lambda: wake(mesh, "b") if idle else None)
+    run = layers.through(17, runs=True, when_waiting=lambda: mesh.wake("b") if idle else None)
     assert mesh.rings._last_number - number >= len(INDICES) * 5 * len(HALVES), "each piece has a number of its own"
     assert len(run.calls) < len(INDICES)
     assert same(layers.through(17, runs=False), run)
@@ -265,7 +258,7 @@ def test_an_answer_that_does_not_come_soon_ends_a_run_and_is_used_when_it_comes(
     layers = Layers(mesh, kernels)
     number, tokens = stops_later(layers)
 
-    run = layers.through(1, runs=True, seed=tokens, when_waiting=lambda: wake(mesh, "b"))
+    run = layers.through(1, runs=True, seed=tokens, when_waiting=lambda: mesh.wake("b"))
     assert run.calls[0] == INDICES[0]
     assert run.moved == number, "it came as far as the first layer that asks b"
     assert same(layers.through(1, runs=False, seed=tokens), run)
@@ -297,7 +290,7 @@ def test_an_answer_that_is_damaged_in_the_middle_of_a_run_is_asked_for_again(
         thread = mesh.thread("b")
         if isinstance(thread, IdleThread) and thread.awake is None:
             mesh.slot("b").spoil_rows()
-            wake(mesh, "b")
+            mesh.wake("b")
         answer_messages(mesh)
 
     run = layers.through(1, runs=True, seed=tokens, when_waiting=spoil)
@@ -314,14 +307,6 @@ def stops_later(layers: Layers) -> tuple[int, int]:
         if place > 0:
             return place, seed
     raise AssertionError("no such token")
-
-
-def wake(mesh: RingMesh, name: str) -> None:
-    """Lets a node go on that is still stopped."""
-    thread = mesh.thread(name)
-    assert isinstance(thread, IdleThread)
-    if thread.awake is None:
-        thread.wake()
 
 
 def answer_messages(mesh: RingMesh) -> None:

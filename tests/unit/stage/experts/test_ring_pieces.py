@@ -4,7 +4,6 @@ is late, damaged, lost or not wanted any more."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,9 +22,9 @@ from services.stage.experts.client import CallDone
 from services.stage.experts.hedging import CEILING_S
 from services.stage.experts.rings import RingCall
 from tests.support.nodes.kernels import kernels_for, one_torch_thread
-from tests.support.nodes.ring_nodes import ALL, CHOICES, IdleThread, RingMesh
+from tests.support.nodes.ring_nodes import ALL, CHOICES, RingMesh, idle, kernels, mesh
 
-__all__ = ["one_torch_thread"]
+__all__ = ["idle", "kernels", "mesh", "one_torch_thread"]
 FREE, ASKED, TAKEN, ANSWERED, UNWANTED = range(5)
 """States of a slot: native/call_ring.h."""
 ROWS = 4
@@ -38,38 +37,6 @@ AT_A_TIME = 2
 @pytest.fixture(autouse=True)
 def small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.wire.call_ring.MAX_ROWS", ROWS)
-
-
-@pytest.fixture
-def kernels() -> NativeKernels:
-    found = kernels_for("native")
-    assert found is not None
-    return found
-
-
-@pytest.fixture
-def mesh(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
-    """Two nodes that hold everything."""
-    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL})
-    made.open_rings()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def idle(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
-    """The same, but they are stopped."""
-    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL}, idle=["a", "b"])
-    made.open_rings()
-    yield made
-    made.close()
-
-
-def wake(mesh: RingMesh, *names: str) -> None:
-    for name in names:
-        thread = mesh.thread(name)
-        assert isinstance(thread, IdleThread)
-        thread.wake()
 
 
 def states(mesh: RingMesh, name: str) -> list[int]:
@@ -171,7 +138,7 @@ def test_a_large_call_is_not_late_while_its_pieces_come(idle: RingMesh, monkeypa
     monkeypatch.setattr("services.stage.experts.hedging.CEILING_S", LATE_S)
     call = idle.call(40 * ROWS)
     idle.start(call)
-    wake(idle, "a", "b")  # they look every 50 ms
+    idle.wake("a", "b")  # they look every 50 ms
     began_s = time.monotonic()
     done = idle.finish(within_s=30)
     assert time.monotonic() - began_s > LATE_S
@@ -189,7 +156,7 @@ def test_a_call_of_one_piece_is_late_by_when_it_began(idle: RingMesh) -> None:
 def test_nothing_is_written_into_a_ring_for_a_call_that_has_become_late(idle: RingMesh) -> None:
     idle.start(idle.call(8 * ROWS))
     assert messages(idle)
-    wake(idle, "a", "b")
+    idle.wake("a", "b")
     until_s = time.monotonic() + 2 * CEILING_S
     while time.monotonic() < until_s:
         idle.poll()
@@ -224,7 +191,7 @@ def test_a_piece_that_was_damaged_is_asked_again_alone(idle: RingMesh) -> None:
     idle.start(idle.call(AT_A_TIME * ROWS))
     parts = [part.rows for asked in idle.client._in_rings.values() for part in asked.parts()]
     idle.slot("a", 1).spoil_rows()
-    wake(idle, "a", "b")
+    idle.wake("a", "b")
     damaged = [rows for rows in parts if rows.node == idle.number("a")][1]
     assert num_pairs(messages(idle)) == damaged.pairs.size
 

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -30,37 +29,12 @@ from common.wire.transport import LinkEvent
 from services.expert.ring_server import OFFER_S, RingServer
 from services.stage.experts.client import SOON_S, CallDone, CallFailed
 from services.stage.experts.rings import FULL_S
-from tests.support.nodes.kernels import kernels_for, one_torch_thread
-from tests.support.nodes.ring_nodes import ALL, LOG, HeldStore, IdleThread, RingMesh
+from tests.support.nodes.kernels import one_torch_thread
+from tests.support.nodes.ring_nodes import ALL, LOG, HeldStore, RingMesh, idle, kernels, mesh
 
-__all__ = ["one_torch_thread"]
+__all__ = ["idle", "kernels", "mesh", "one_torch_thread"]
 FREE, ASKED, TAKEN, ANSWERED, UNWANTED = range(5)
 """States of a slot: native/call_ring.h."""
-
-
-@pytest.fixture
-def kernels() -> NativeKernels:
-    found = kernels_for("native")
-    assert found is not None
-    return found
-
-
-@pytest.fixture
-def mesh(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
-    """Two nodes that hold everything."""
-    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL})
-    made.open_rings()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def idle(tmp_path: Path, kernels: NativeKernels) -> Iterator[RingMesh]:
-    """The same, but they are stopped."""
-    made = RingMesh(tmp_path, kernels, {"a": ALL, "b": ALL}, idle=["a", "b"])
-    made.open_rings()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +84,7 @@ def test_calls_that_waited_together_are_answered_each_by_its_own_rows(idle: Ring
     for seed in range(SLOTS):
         call = idle.call(3 + seed, layer=seed % 2, seed=seed)
         calls[idle.start(call)] = call
-    wake(idle, "a", "b")
+    idle.wake("a", "b")
     while calls:
         done = idle.finish()
         assert isinstance(done, CallDone)
@@ -128,7 +102,7 @@ def test_a_shard_that_was_let_go_is_asked_of_another_node_in_a_message(mesh: Rin
 def test_a_question_that_changes_in_the_memory_is_not_answered_and_is_asked_again(idle: RingMesh) -> None:
     idle.start(idle.call(2))
     idle.slot("a").spoil_rows()
-    wake(idle, "a", "b")
+    idle.wake("a", "b")
     assert isinstance(await_message(idle, "b"), Dispatch)
     assert not idle.ended
 
@@ -408,7 +382,7 @@ def test_what_was_damaged_in_a_ring_is_asked_of_the_same_node_in_a_message_at_on
         mesh.open_rings()
         mesh.start(mesh.call(4))
         mesh.slot("a").spoil_rows()
-        wake(mesh, "a")
+        mesh.wake("a")
         until_s = time.monotonic() + 5
         while mesh.slot("a").state != ANSWERED and time.monotonic() < until_s:
             time.sleep(0.001)
@@ -416,13 +390,6 @@ def test_what_was_damaged_in_a_ring_is_asked_of_the_same_node_in_a_message_at_on
         assert isinstance(mesh.socket_messages()["a"][0], Dispatch), "in the very turn in which it was noticed"
     finally:
         mesh.close()
-
-
-def wake(mesh: RingMesh, *names: str) -> None:
-    for name in names:
-        thread = mesh.thread(name)
-        assert isinstance(thread, IdleThread)
-        thread.wake()
 
 
 def await_message(mesh: RingMesh, name: str) -> object:
