@@ -1,0 +1,80 @@
+"""Steps that the router sent before their tokens were known. Pure: numpy only.
+
+The router plans a decode step while the one before it is under way. Where `Step.hidden` then has AWAITED_TOKEN, the
+token is the one that `Step.awaited_step` samples for the same sequence. The first stage knows it as soon as the last
+one, which tells it, or is it itself. Until then such a step waits here, and what comes behind it waits too, so that
+steps begin in the order in which they were sent, each with all of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.errors import ProtocolError
+from common.messages import AWAITED_TOKEN, Header, Step, StepResult
+from common.wire.array import array_to_frame, frame_to_array
+from common.wire.records import STEP_SEQUENCE, frame_to_records
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedStep:
+    """A step that has come and has not begun."""
+
+    step: Step
+    header: Header
+    arrived_s: float
+
+
+class EarlySteps:
+    """Those of one slot in one generation. Only the newest samples are kept: nothing is planned ahead of a step while
+    another one that samples is under way, and nothing that comes behind begins before."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[ArrivedStep] = deque()
+        self._sampled_step = 0
+        self._samples: dict[int, int] = {}
+        """Tokens by sequence, of that step."""
+
+    def __len__(self) -> int:
+        return len(self._arrived)
+
+    def add(self, step: Step, header: Header, now_s: float) -> None:
+        """Adds one that has just come."""
+        self._arrived.append(ArrivedStep(step, header, now_s))
+
+    def note_samples(self, number: int, result: StepResult) -> None:
+        """Notes what the step of this number has sampled. Raises ProtocolError where that is not in order."""
+        sequence_ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids")
+        token_ids = frame_to_array(result.token_ids, "int32", sequence_ids.shape, "StepResult.token_ids")
+        if number > self._sampled_step:
+            self._sampled_step = number
+            self._samples = dict(zip(sequence_ids.tolist(), token_ids.tolist(), strict=True))
+
+    def pop(self) -> ArrivedStep | None:
+        """Returns the next one, if it need not wait any longer. Its tokens are in `with_tokens`."""
+        if not self._arrived or self._arrived[0].step.awaited_step > self._sampled_step:
+            return None
+        return self._arrived.popleft()
+
+    def with_tokens(self, step: Step) -> Step:
+        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one of them will never
+        be known."""
+        if not step.awaited_step:
+            return step
+        if step.awaited_step != self._sampled_step:
+            raise ProtocolError(
+                f"the step goes on with tokens of step {step.awaited_step}, but step {self._sampled_step} has been "
+                "sampled since"
+            )
+        sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
+        tokens = frame_to_array(step.hidden, "int32", (int(sequences["num_tokens"].sum()),), "Step.hidden").copy()
+        owners = np.repeat(sequences["sequence_id"], sequences["num_tokens"])
+        for row in np.flatnonzero(tokens == AWAITED_TOKEN).tolist():
+            token = self._samples.get(int(owners[row]))
+            if token is None:
+                raise ProtocolError(f"step {step.awaited_step} has sampled no token of sequence {owners[row]}")
+            tokens[row] = token
+        return replace(step, hidden=array_to_frame(tokens))
