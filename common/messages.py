@@ -65,7 +65,8 @@ class Step:
     """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
 
     hidden: TensorFrame
-    """int32 [T] token ids towards the first stage, or AWAITED_TOKEN; model dtype [T, D] hidden states between stages."""
+    """int32 [T] token ids, or AWAITED_TOKEN, towards the first stage; model dtype [T, D] hidden states between
+    stages."""
     sequences: TensorFrame
     """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, 1 if
     it samples."""

@@ -31,7 +31,6 @@ from services.router.scheduling.request import Blame, Request, RequestState, goi
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
-
 UNPLANNED_AHEAD_S = 30.0
 """How long nothing is planned ahead where a step that had waited for tokens was given up."""
 
@@ -139,7 +138,7 @@ class PipelineSchedule:
         return sum(other.plan.awaited_step not in self.in_flight for other in self.in_flight.values())
 
     def _plan_ahead(self, step: StepId, now_s: float) -> StepPlan | None:
-        """Plans what follows the only step in flight, if that is certain: its tokens, not known yet, are referred to."""
+        """Plans what follows the only step in flight, if that is certain. It refers to tokens that are not known yet."""
         if not self._settings.plans_ahead or now_s < self._plans_ahead_from_s or len(self.in_flight) != 1:
             return None
         (under_way,) = self.in_flight.values()

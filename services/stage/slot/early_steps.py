@@ -60,8 +60,8 @@ class EarlySteps:
         return self._arrived.popleft()
 
     def with_tokens(self, step: Step) -> Step:
-        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one of them will never
-        be known."""
+        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one will never be
+        known."""
         if not step.awaited_step:
             return step
         if step.awaited_step != self._sampled_step:

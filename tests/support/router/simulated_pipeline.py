@@ -2,10 +2,10 @@
 
 Two stages a pipeline, each of which gets steps and is done with them in whatever order, but for chunks of one sequence:
 a stage takes these in turn, and each needs all positions before its own. A step that was planned ahead waits in the
-first stage's own `EarlySteps` until it is told what the last one has sampled, some time after that. A block that is given out while
-an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
-replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
-with what it has. Marks are kept by the stages' own `StepWatermark`.
+first stage's own `EarlySteps` until it is told what the last one has sampled, some time after that. A block that is
+given out while an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may
+be lost and replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other
+one goes on with what it has. Marks are kept by the stages' own `StepWatermark`.
 """
 
 from __future__ import annotations

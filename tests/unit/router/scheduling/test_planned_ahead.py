@@ -1,4 +1,4 @@
-"""A decode step that is planned before the tokens that it goes on with are known: when, of what, and what comes of it."""
+"""A decode step that is planned before the tokens that it goes on with are known: when, of what, what comes of it."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ REQUESTS = st.lists(
 
 
 def run(requests: list[GenerationRequest], num_slots: int, num_blocks: int, **changes: Any) -> dict[int, list[Any]]:
-    """Returns by request what the stages computed of it, as far as its tokens go: position, token, and what was told."""
+    """Returns by request what stages computed of it, as far as its tokens go: positions, and what they were told."""
     scheduler = make_scheduler(num_blocks, num_slots, **changes)
     stages = SimulatedPipeline(P0, Generation(1), num_blocks, 4)
     for request in requests:
