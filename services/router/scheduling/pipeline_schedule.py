@@ -138,7 +138,7 @@ class PipelineSchedule:
         return sum(other.plan.awaited_step not in self.in_flight for other in self.in_flight.values())
 
     def _plan_ahead(self, step: StepId, now_s: float) -> StepPlan | None:
-        """Plans what follows the only step in flight, if that is certain. It refers to tokens that are not known yet."""
+        """Plans what follows the only step in flight, if that is certain: with tokens that are not known yet."""
         if not self._settings.plans_ahead or now_s < self._plans_ahead_from_s or len(self.in_flight) != 1:
             return None
         (under_way,) = self.in_flight.values()

@@ -77,4 +77,4 @@ class EarlySteps:
             if token is None:
                 raise ProtocolError(f"step {step.awaited_step} has sampled no token of sequence {owners[row]}")
             tokens[row] = token
-        return replace(step, hidden=array_to_frame(tokens))
+        return replace(step, hidden=array_to_frame(tokens), awaited_step=0)  # no later stage waits for them

@@ -70,6 +70,13 @@ def test_each_sequence_gets_its_own_token_and_what_is_told_stays() -> None:
     assert steps.with_tokens(told) is told
 
 
+def test_a_step_that_has_its_tokens_waits_nowhere_else() -> None:
+    first, second = EarlySteps(), EarlySteps()
+    first.note_samples(10, result({1: 8}))
+    second.add(first.with_tokens(decode({1: AWAITED_TOKEN}, 10)), Header(step=11), 0.0)
+    assert popped(second) == [11]
+
+
 def test_tokens_of_another_step_are_not_taken_for_those_that_are_awaited() -> None:
     steps = EarlySteps()
     steps.note_samples(12, result({1: 8}))
