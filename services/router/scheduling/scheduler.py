@@ -159,6 +159,7 @@ class Scheduler:
                 return plans
             self._last_step = plan.step
             self.counters.steps_planned += 1
+            self.counters.steps_planned_ahead += plan.awaited_step > 0
             self.counters.tokens_planned += plan.num_tokens
             plans.append(plan)
 
