@@ -25,7 +25,7 @@ def result(samples: dict[int, int]) -> StepResult:
 
 def decode(tokens: dict[int, int], awaited_step: int = 0) -> Step:
     """One token of each sequence."""
-    rows = [(sequence_id, 5, 1, 1, 0, 1) for sequence_id in tokens]
+    rows: list[tuple[int, ...]] = [(sequence_id, 5, 1, 1, 0, 1) for sequence_id in tokens]
     hidden = array_to_frame(np.array(list(tokens.values()), dtype=np.int32))
     return replace(step(rows, []), hidden=hidden, awaited_step=awaited_step)
 
