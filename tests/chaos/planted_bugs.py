@@ -203,10 +203,11 @@ def take_stale_samples(note_samples: Callable[..., None]) -> Callable[..., None]
     hit = hit_now_and_then()
 
     def planted(self: Any, number: int, result: StepResult) -> None:
-        before = self._samples
+        before = next(reversed(self._samples.values()), {})
         note_samples(self, number, result)
         if hit():
-            self._samples = {sequence: before.get(sequence, token) for sequence, token in self._samples.items()}
+            samples = self._samples[number]
+            self._samples[number] = {sequence: before.get(sequence, token) for sequence, token in samples.items()}
 
     return planted
 

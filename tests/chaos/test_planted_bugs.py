@@ -164,11 +164,11 @@ def test_a_stale_sample_is_the_token_before_of_the_same_sequence_and_only_now_an
     note_samples = planted_bugs.take_stale_samples(EarlySteps.note_samples)
     for number in range(1, EVERY):
         note_samples(steps, number, samples_of({1: number}))
-    assert steps._samples == {1: EVERY - 1}
+    assert steps._samples[EVERY - 1] == {1: EVERY - 1}
     note_samples(steps, EVERY, samples_of({1: EVERY, 2: 5}))
-    assert steps._samples == {1: EVERY - 1, 2: 5}
+    assert steps._samples[EVERY] == {1: EVERY - 1, 2: 5}
     note_samples(steps, EVERY + 1, samples_of({1: 4}))
-    assert steps._samples == {1: 4}
+    assert steps._samples[EVERY + 1] == {1: 4}
 
 
 def samples_of(samples: dict[int, int]) -> StepResult:

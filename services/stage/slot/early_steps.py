@@ -19,6 +19,11 @@ from common.wire.array import array_to_frame, frame_to_array
 from common.wire.records import STEP_SEQUENCE, frame_to_records
 
 
+KEPT_STEPS = 16
+"""Samples of so many steps are kept. A step is planned ahead of the only one in flight, so that what it waits for is
+sampled behind all that were sent before it; and what comes behind it begins later. One would do where nothing is late."""
+
+
 @dataclass(frozen=True, slots=True)
 class ArrivedStep:
     """A step that has come and has not begun."""
@@ -29,14 +34,12 @@ class ArrivedStep:
 
 
 class EarlySteps:
-    """Those of one slot in one generation. Only the newest samples are kept: nothing is planned ahead of a step while
-    another one that samples is under way, and nothing that comes behind begins before."""
+    """Those of one slot in one generation."""
 
     def __init__(self) -> None:
         self._arrived: deque[ArrivedStep] = deque()
-        self._sampled_step = 0
-        self._samples: dict[int, int] = {}
-        """Tokens by sequence, of that step."""
+        self._samples: dict[int, dict[int, int]] = {}
+        """Tokens by sequence, of the steps that were sampled last, the oldest first."""
 
     def __len__(self) -> int:
         return len(self._arrived)
@@ -49,31 +52,26 @@ class EarlySteps:
         """Notes what the step of this number has sampled. Raises ProtocolError where that is not in order."""
         sequence_ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids")
         token_ids = frame_to_array(result.token_ids, "int32", sequence_ids.shape, "StepResult.token_ids")
-        if number > self._sampled_step:
-            self._sampled_step = number
-            self._samples = dict(zip(sequence_ids.tolist(), token_ids.tolist(), strict=True))
+        self._samples[number] = dict(zip(sequence_ids.tolist(), token_ids.tolist(), strict=True))
+        if len(self._samples) > KEPT_STEPS:
+            del self._samples[next(iter(self._samples))]
 
     def pop(self) -> ArrivedStep | None:
-        """Returns the next one, if it need not wait any longer. Its tokens are in `with_tokens`."""
-        if not self._arrived or self._arrived[0].step.awaited_step > self._sampled_step:
+        """Returns the next one, if it need not wait any longer; `with_tokens` has its tokens."""
+        if not self._arrived or self._arrived[0].step.awaited_step not in (0, *self._samples):
             return None
         return self._arrived.popleft()
 
     def with_tokens(self, step: Step) -> Step:
-        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one will never be
-        known."""
+        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one was not sampled."""
         if not step.awaited_step:
             return step
-        if step.awaited_step != self._sampled_step:
-            raise ProtocolError(
-                f"the step goes on with tokens of step {step.awaited_step}, but step {self._sampled_step} has been "
-                "sampled since"
-            )
+        samples = self._samples[step.awaited_step]
         sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         tokens = frame_to_array(step.hidden, "int32", (int(sequences["num_tokens"].sum()),), "Step.hidden").copy()
         owners = np.repeat(sequences["sequence_id"], sequences["num_tokens"])
         for row in np.flatnonzero(tokens == AWAITED_TOKEN).tolist():
-            token = self._samples.get(int(owners[row]))
+            token = samples.get(int(owners[row]))
             if token is None:
                 raise ProtocolError(f"step {step.awaited_step} has sampled no token of sequence {owners[row]}")
             tokens[row] = token

@@ -235,6 +235,15 @@ class SimulatedPipeline:
         others = [other for step, other in self._under_way.items() if step < plan.step]
         return [other for other in others if not own.isdisjoint(chunk.sequence_id for chunk in other.chunks)]
 
+    def due(self, plan: StepPlan, in_flight: Sequence[StepPlan]) -> StepPlan:
+        """Which of those in flight, in the order in which they were sent, must be answered first so that this one can
+        be: with earlier chunks, or ahead of it in line while it waits, or itself."""
+        own = [other for other in in_flight if other.pipeline == self.pipeline]
+        if plan.step in self._not_begun:
+            return own[0]
+        before = [other.step for other in self.before(plan)]
+        return next((other for other in own if other.step in before), plan)
+
     def send(self, plan: StepPlan) -> None:
         """The first stage gets the step, and is done with it at once."""
         self.deliver(plan)

@@ -169,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         plan = data.draw(st.sampled_from(self.in_flight))
-        plan = (self.stages[plan.pipeline].before(plan) or [plan])[0]
+        plan = self.stages[plan.pipeline].due(plan, self.in_flight)
         self.in_flight.remove(plan)
         self.answer(plan)
 

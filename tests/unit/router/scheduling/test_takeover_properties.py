@@ -103,7 +103,7 @@ class Mesh:
         if kind == "w" and plan is not None:
             self.stages.advance(plan)
         elif kind == "a" and plan is not None:
-            self.answer((self.stages.before(plan) or [plan])[0])
+            self.answer(self.stages.due(plan, self.in_flight))
         elif kind == "s":
             self.stages.tell_samples()
         elif kind == "f":

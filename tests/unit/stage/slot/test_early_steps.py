@@ -10,7 +10,7 @@ import pytest
 from common.errors import ProtocolError
 from common.messages import AWAITED_TOKEN, Header, Step, StepResult
 from common.wire.array import array_to_frame, frame_to_array
-from services.stage.slot.early_steps import EarlySteps
+from services.stage.slot.early_steps import KEPT_STEPS, EarlySteps
 from services.stage.step_output import EMPTY_RESULT
 from tests.unit.stage.model.test_micro_batch import step
 
@@ -49,8 +49,9 @@ def test_a_step_waits_for_its_tokens_and_what_is_behind_it_waits_too() -> None:
     steps.add(decode({1: AWAITED_TOKEN}, 10), Header(step=11), 0.0)
     steps.add(decode({2: 4}), Header(step=12), 0.0)
     assert popped(steps) == [10]
-    steps.note_samples(9, result({1: 3}))
-    assert popped(steps) == [], "these are older"
+    for other in (9, 13):
+        steps.note_samples(other, result({1: 3}))
+        assert popped(steps) == [], "these are other tokens"
     steps.note_samples(10, result({1: 8}))
     assert popped(steps) == [11, 12]
 
@@ -77,16 +78,6 @@ def test_a_step_that_has_its_tokens_waits_nowhere_else() -> None:
     assert popped(second) == [11]
 
 
-def test_tokens_of_another_step_are_not_taken_for_those_that_are_awaited() -> None:
-    steps = EarlySteps()
-    steps.note_samples(12, result({1: 8}))
-    steps.add(decode({1: AWAITED_TOKEN}, 10), Header(step=11), 0.0)
-    arrived = steps.pop()
-    assert arrived is not None, "it must not wait for ever"
-    with pytest.raises(ProtocolError, match="step 12 has been sampled since"):
-        steps.with_tokens(arrived.step)
-
-
 def test_a_sequence_without_a_sample_is_refused() -> None:
     steps = EarlySteps()
     steps.note_samples(10, result({1: 8}))
@@ -94,11 +85,15 @@ def test_a_sequence_without_a_sample_is_refused() -> None:
         steps.with_tokens(decode({1: AWAITED_TOKEN, 2: AWAITED_TOKEN}, 10))
 
 
-def test_a_result_that_comes_late_does_not_replace_a_newer_one() -> None:
+def test_samples_of_the_last_few_steps_are_kept_in_whatever_order_they_come() -> None:
     steps = EarlySteps()
-    steps.note_samples(10, result({1: 8}))
-    steps.note_samples(9, result({1: 3}))
-    assert tokens_of(steps.with_tokens(decode({1: AWAITED_TOKEN}, 10))) == [8]
+    for number in (12, 10, 14):
+        steps.note_samples(number, result({1: number}))
+    assert tokens_of(steps.with_tokens(decode({1: AWAITED_TOKEN}, 10))) == [10]
+    for number in range(20, 20 + KEPT_STEPS):
+        steps.note_samples(number, result({1: 3}))
+    steps.add(decode({1: AWAITED_TOKEN}, 14), Header(step=15), 0.0)
+    assert popped(steps) == [], "its tokens were let go: it is lost, and done again"
 
 
 def test_a_result_whose_arrays_do_not_fit_is_refused() -> None:
