@@ -203,7 +203,7 @@ def take_stale_samples(note_samples: Callable[..., None]) -> Callable[..., None]
     hit = hit_now_and_then()
 
     def planted(self: Any, number: int, result: StepResult) -> None:
-        before = next(reversed(self._samples.values()), {})
+        before: dict[int, int] = next(reversed(self._samples.values()), {})
         note_samples(self, number, result)
         if hit():
             samples = self._samples[number]

@@ -18,10 +18,9 @@ from common.messages import AWAITED_TOKEN, Header, Step, StepResult
 from common.wire.array import array_to_frame, frame_to_array
 from common.wire.records import STEP_SEQUENCE, frame_to_records
 
-
 KEPT_STEPS = 16
 """Samples of so many steps are kept. A step is planned ahead of the only one in flight, so that what it waits for is
-sampled behind all that were sent before it; and what comes behind it begins later. One would do where nothing is late."""
+sampled behind nearly all that were sent before it; and what comes behind it begins later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,8 @@ class EarlySteps:
         return self._arrived.popleft()
 
     def with_tokens(self, step: Step) -> Step:
-        """Returns a step with all of its tokens, each of its sequence. Raises ProtocolError where one was not sampled."""
+        """Returns a step that may begin with all of its tokens, each of its sequence. Raises ProtocolError where one was
+        not sampled."""
         if not step.awaited_step:
             return step
         samples = self._samples[step.awaited_step]
