@@ -62,8 +62,8 @@ class EarlySteps:
         return self._arrived.popleft()
 
     def with_tokens(self, step: Step) -> Step:
-        """Returns a step that may begin with all of its tokens, each of its sequence. Raises ProtocolError where one was
-        not sampled."""
+        """Returns a step that need not wait, with all of its tokens, each of its sequence. Raises ProtocolError where
+        one was not sampled."""
         if not step.awaited_step:
             return step
         samples = self._samples[step.awaited_step]
