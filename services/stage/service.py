@@ -85,7 +85,7 @@ class StageService(NodeLoop[MessageSocket]):
         """The newest number that this stage was told; roles may come late, or twice."""
 
     def _sockets(self) -> Iterable[zmq.Socket[bytes] | int | None]:
-        links = *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets()
+        links = *self._experts.poll_sockets(), *self._mirror_link.poll_sockets()
         return self._node.data.raw, self._experts.bell, *links
 
     def _wait_ms(self, now_s: float) -> int:
