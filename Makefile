@@ -25,7 +25,7 @@ help:
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
-	@echo 'make bench-hops    an expert call in messages, beside a bare round trip of the same bytes'
+	@echo 'make bench-hops    an expert call, beside a bare round trip of the same bytes'
 	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make bench-turns   the longest turns of the mesh thread of a large mesh'

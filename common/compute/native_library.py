@@ -97,6 +97,7 @@ class NativeKernels:
     await_word: ctypes._NamedFuncPointer
     start_call_server: ctypes._NamedFuncPointer
     end_call_server: ctypes._NamedFuncPointer
+    open_links: ctypes._NamedFuncPointer
     add_ring: ctypes._NamedFuncPointer
     remove_ring: ctypes._NamedFuncPointer
     set_held_shards: ctypes._NamedFuncPointer
@@ -267,8 +268,9 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         choose_tokens=function("choose_tokens", "aiaiiii"),
         set_word=function("set_word", "ai", quick=True),
         await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
-        start_call_server=function("start_call_server", "iiaiiia", result=ctypes.c_void_p),
+        start_call_server=function("start_call_server", "iiaiii", result=ctypes.c_void_p),
         end_call_server=function("end_call_server", "a"),
+        open_links=function("open_links", "aa"),
         add_ring=function("add_ring", "aiai"),
         remove_ring=function("remove_ring", "ai"),
         set_held_shards=function("set_held_shards", "aai"),

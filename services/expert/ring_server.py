@@ -91,12 +91,12 @@ class CallThread:
             int(store.dtype.itemsize == 2),
             kernels.threads,
             self.bell,
-            ctypes.byref(links),
         )
         if not self._handle:
             os.close(self.bell)
             raise OSError("no thread can be started; a limit of threads or processes (`ulimit -u`) is reached")
         store.watch(self._changed)
+        kernels.open_links(self._handle, ctypes.byref(links))
 
     def add(self, number: int, memory: RingMemory, stage_bell: int) -> None:
         """Serves this ring from now on."""

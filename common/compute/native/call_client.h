@@ -17,7 +17,7 @@ struct StageLink {  // mirrored by LinkState in services/stage/experts/peers.py
     const Zmq* zmq;
     void* socket;  // null once it was given up
     uint64_t seal;
-    int64_t late, damaged;  // answers that nobody waits for any more, and frames that make no sense
+    int64_t dropped;  // answers that nobody waited for any more, and frames that make no sense
 };
 struct RingPeer {  // one node; mirrored by _Peer in services/stage/experts/rings.py
     uint8_t* memory;
@@ -220,7 +220,8 @@ void put_answer(const RingPeer& peer, const RingShape& shape, const uint8_t* fra
         if (state_of(slot.head) == FREE || slot.head->number != head.number) continue;
         if (state_of(slot.head) == UNWANTED) {
             set_state(slot.head, FREE);
-            break;
+            peer.link->dropped += head.outcome == GIVEN;
+            return;
         }
         if (state_of(slot.head) != ASKED) return;  // said twice
         const int64_t bytes = head.outcome == GIVEN ? slot.head->pairs * shape.width * shape.value_bytes : 0;
@@ -232,7 +233,7 @@ void put_answer(const RingPeer& peer, const RingShape& shape, const uint8_t* fra
         set_state(slot.head, ANSWERED);
         return;
     }
-    peer.link->late++;
+    peer.link->dropped++;
 }
 
 // Takes off a link what has come.
@@ -243,7 +244,7 @@ void receive_answers(const RingPeer& peer, const RingShape& shape) {
         if (is_last_part(frame, peer.link->socket) && frame.size() >= (int64_t)sizeof(SlotHead))
             put_answer(peer, shape, frame.data(), frame.size());
         else
-            peer.link->damaged++;
+            peer.link->dropped++;
     }
 }
 

@@ -29,7 +29,7 @@ struct ShardChange {  // mirrored by CallThread._changed there
     int64_t width;
 };
 
-struct NodeLinks {  // where links come in; mirrored by _Links there
+struct NodeLinks {  // where links come in; mirrored by NodeLinks there
     const Zmq* zmq;
     void* socket;  // a ROUTER, of the thread alone as long as there is one; null: there are no links
     int64_t incarnation;
@@ -37,10 +37,8 @@ struct NodeLinks {  // where links come in; mirrored by _Links there
 
 class CallServer {
   public:
-    CallServer(int64_t layers, int64_t shards, const RingShape& shape, bool is_bf16, int64_t threads, int64_t bell,
-               const NodeLinks& links)
-        : shape_(shape), shards_(shards), is_bf16_(is_bf16), threads_(threads), bell_(bell), links_(links),
-          seal_(link_seal(links.incarnation, shards, shape)), held_(layers * shards) {
+    CallServer(int64_t layers, int64_t shards, const RingShape& shape, bool is_bf16, int64_t threads, int64_t bell)
+        : shape_(shape), shards_(shards), is_bf16_(is_bf16), threads_(threads), bell_(bell), held_(layers * shards) {
         thread_ = std::thread([this] { serve(); });
     }
     ~CallServer() {
@@ -56,6 +54,13 @@ class CallServer {
         const Change change(*this);
         for (size_t i = 0; i < rings_.size(); i++)
             if (rings_[i].id == id) rings_.erase(rings_.begin() + i--);
+    }
+    // Calls may be waiting there: shards come first.
+    void open_links(const NodeLinks& links) {
+        const Change change(*this);
+        links_ = links;
+        seal_ = link_seal(links.incarnation, shards_, shape_);
+        ring_bell(bell_);
     }
     void set_shards(const ShardChange* changes, int64_t count) {
         const Change change(*this);
@@ -314,8 +319,8 @@ class CallServer {
     const int64_t shards_;
     const bool is_bf16_;
     const int64_t threads_, bell_;
-    const NodeLinks links_;
-    const uint64_t seal_;
+    NodeLinks links_ = {};
+    uint64_t seal_ = 0;
     std::vector<Group> held_;  // by layer and shard; gate is null where it is not held
     std::vector<Ring> rings_;
     int64_t first_ring_ = 0;

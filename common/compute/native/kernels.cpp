@@ -120,14 +120,15 @@ void moemesh_choose_tokens(const void* logits, int64_t stride, SamplingRow* rows
 
 // Calls through rings and links, of the expert node: one server a process, with the shards of one store.
 void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape* shape, int64_t is_bf16,
-                                int64_t threads, int64_t bell, const NodeLinks* links) {
+                                int64_t threads, int64_t bell) {
     try {
-        return new CallServer(layers, shards, *shape, is_bf16, threads, bell, *links);
+        return new CallServer(layers, shards, *shape, is_bf16, threads, bell);
     } catch (const std::system_error&) {
         return nullptr;  // there can be no more threads
     }
 }
 void moemesh_end_call_server(void* server) { delete (CallServer*)server; }
+void moemesh_open_links(void* server, const NodeLinks* links) { ((CallServer*)server)->open_links(*links); }
 void moemesh_add_ring(void* server, int64_t number, void* memory, int64_t stage_bell) {
     ((CallServer*)server)->add_ring(number, (uint8_t*)memory, stage_bell);
 }

@@ -230,7 +230,7 @@ class ExpertClient:
             self._rings.close()
 
     def _look_at_rings(self, rings: Rings, now_s: float) -> None:
-        rings.hear()
+        self.counters.late_answers += rings.hear()
         if now_s >= self._next_rings_s:
             self._next_rings_s = now_s + RINGS_INTERVAL_S
             for number in rings.look(now_s):

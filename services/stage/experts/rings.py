@@ -240,12 +240,17 @@ class Rings:
         """Looks after rings and links. Returns the nodes of which one was given up: nothing will come through it."""
         return self.peers.look(now_s)
 
-    def hear(self) -> None:
-        """Takes in what has come, to where `take_in` finds it: nothing of it wakes anybody again."""
+    def hear(self) -> int:
+        """Takes in what has come, to where `take_in` finds it: nothing of it wakes anybody again. Returns how much came
+        over links since the last time that nobody waited for, or that made no sense."""
         self.peers.silence()
+        num_dropped = 0
         for link in self.peers.all_links:
             entry = link.entry()
             self._kernels.receive_answers(ctypes.addressof(entry), ctypes.addressof(self.peers.shape))
+            num_dropped += link.state.dropped
+            link.state.dropped = 0
+        return num_dropped
 
     def close(self) -> None:
         """Gives all of them up."""
