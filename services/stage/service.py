@@ -405,7 +405,7 @@ class StageService(NodeLoop[MessageSocket]):
             queued=len(self._unsent) + (slot.executor.num_running if slot is not None else 0),
             dropped=own.dropped + calls.late_answers,
             **asdict(calls),
-            call_bytes=experts.nodes.bytes_sent,
+            call_bytes=experts.bytes_sent,
             rank_degree=1 if ranks is None else ranks.degree,
             reduce_seconds=0.0 if ranks is None else ranks.exchange.seconds,
             reduces=0 if ranks is None else ranks.exchange.count,

@@ -17,7 +17,7 @@ struct StageLink {  // mirrored by LinkState in services/stage/experts/peers.py
     const Zmq* zmq;
     void* socket;  // null once it was given up
     uint64_t seal;
-    int64_t dropped;  // answers that nobody waited for any more, and frames that make no sense
+    int64_t sent_bytes, dropped;  // dropped: what nobody waited for any more, or made no sense
 };
 struct RingPeer {  // one node; mirrored by _Peer in services/stage/experts/rings.py
     uint8_t* memory;
@@ -104,7 +104,7 @@ uint64_t put_question(const Slot& slot, const SlotHead& head, const uint8_t* row
 }
 
 // Returns false where the link does not take it now.
-bool send_question(const StageLink& link, SlotHead& head, const uint8_t* rows, int64_t row_bytes) {
+bool send_question(StageLink& link, SlotHead& head, const uint8_t* rows, int64_t row_bytes) {
     if (!link.socket) return false;
     Frame frame(*link.zmq);
     if (!frame.make(question_bytes(head, row_bytes))) return false;
@@ -112,7 +112,10 @@ bool send_question(const StageLink& link, SlotHead& head, const uint8_t* rows, i
     const Slot place = question_in(frame.data(), head.pairs);
     head.asked_checksum = put_question(place, head, rows, row_bytes, link.seal);
     memcpy((void*)place.head, &head, sizeof head);
-    return frame.send(link.socket);
+    const int64_t bytes = frame.size();
+    if (!frame.send(link.socket)) return false;
+    link.sent_bytes += bytes;
+    return true;
 }
 
 // Returns false where it could not be.

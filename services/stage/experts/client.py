@@ -224,6 +224,11 @@ class ExpertClient:
         """Returns the sockets by which nodes answer, and those that tell of them."""
         return self.nodes.poll_sockets() + ([] if self._rings is None else self._rings.poll_sockets())
 
+    @property
+    def bytes_sent(self) -> int:
+        """Returns what was sent to all nodes since start, in messages and over links."""
+        return self.nodes.bytes_sent + (0 if self._rings is None else self._rings.bytes_sent)
+
     def close(self) -> None:
         """Gives up the rings."""
         if self._rings is not None:

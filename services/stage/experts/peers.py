@@ -46,6 +46,7 @@ class LinkState(ctypes.Structure):
         ("zmq", ctypes.c_void_p),
         ("socket", ctypes.c_void_p),
         ("seal", ctypes.c_uint64),
+        ("sent_bytes", ctypes.c_int64),
         ("dropped", ctypes.c_int64),
     ]
 
@@ -277,7 +278,7 @@ class CallPeers:
             return None
         seal = self.links.seal(node.incarnation, self.nodes.shards_per_layer, ctypes.addressof(self.shape))
         functions = ctypes.addressof(self.links.functions)
-        return Link(raw, memory, LinkState(functions, raw.raw.underlying, seal, 0))
+        return Link(raw, memory, LinkState(functions, raw.raw.underlying, seal, 0, 0))
 
     def _is_kept(self, number: int, peer: Peer, now_s: float) -> bool:
         """Returns False for one that was refused, or is closed."""

@@ -226,6 +226,8 @@ class Rings:
         self._full_s: tuple[float, float] | None = None
         """When a node had no free slot: for the first time, and for the last; None: all had one since."""
         self._last_number = 0
+        self.bytes_sent = 0
+        """Over links."""
 
     @property
     def bell(self) -> int:
@@ -249,7 +251,8 @@ class Rings:
             entry = link.entry()
             self._kernels.receive_answers(ctypes.addressof(entry), ctypes.addressof(self.peers.shape))
             num_dropped += link.state.dropped
-            link.state.dropped = 0
+            self.bytes_sent += link.state.sent_bytes
+            link.state.dropped = link.state.sent_bytes = 0
         return num_dropped
 
     def close(self) -> None:

@@ -258,7 +258,7 @@ def test_a_stage_that_has_heard_what_came_is_not_woken_by_it_again(mesh: RingMes
     until_s = time.monotonic() + 5
     while {mesh.slot(name).state for name in ("a", "b")} != {FREE} and time.monotonic() < until_s:
         mesh.poll()
-    assert not any(raw.get(zmq.EVENTS) & zmq.POLLIN for raw in mesh.rings.poll_sockets())
+    assert not any(int(raw.get(zmq.EVENTS)) & zmq.POLLIN for raw in mesh.rings.poll_sockets())
 
 
 def test_a_frame_that_is_damaged_is_refused_by_a_node_and_the_next_one_is_answered(meshes: Meshes) -> None:
