@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from common.compute.native_library import NativeKernels
+from common.compute.native_library import NativeKernels, load_native_kernels
+from services.stage import process
+from services.stage.service import StageService
 from tests.benchmarks.kernel_gaps import Gaps, gaps_of, table
 from tests.benchmarks.timed_stage import KERNELS, KernelClock
 from tests.support.served.metrics_text import read_metrics
@@ -49,6 +51,12 @@ def test_the_table_has_medians_and_says_whether_the_goal_is_met() -> None:
     assert page.endswith(
         "100 us stand between the kernels of a layer, 50 of them in its expert call; the goal of 75 us is not met."
     )
+
+
+def test_what_a_timed_stage_replaces_is_what_a_stage_uses() -> None:
+    # Under another name it would replace nothing, and time nothing.
+    assert vars(process)["load_native_kernels"] is load_native_kernels
+    assert vars(process)["StageService"] is StageService
 
 
 def test_the_kernels_that_are_timed_are_kernels_and_answer_as_before() -> None:

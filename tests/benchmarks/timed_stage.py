@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from common.compute.native_library import NativeKernels
+from common.compute.native_library import NativeKernels, load_native_kernels
 from common.messages import StageHeartbeat
 from services.stage import process
 from services.stage.__main__ import main
@@ -56,7 +56,7 @@ class KernelClock:
 
 def count_kernels_only() -> None:
     """From now on, stages of this process do. Raises RuntimeError where they have no native kernels."""
-    clock, load_kernels, report = KernelClock(), process.load_native_kernels, StageService._load
+    clock, load_kernels, report = KernelClock(), load_native_kernels, StageService._load
 
     def load_timed(**options: Any) -> NativeKernels:
         kernels = load_kernels(**options)
