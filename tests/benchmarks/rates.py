@@ -40,7 +40,9 @@ class Rates:
     linear_flop_per_s: float
     linear_flop_per_s_all: float
     attention_flop_per_s_all: float
-    """Products of the shapes of QK and PV, by the faster one of float32 and bf16."""
+    """Products of the shapes of QK and PV by torch, in the faster one of float32 and bf16."""
+    own_attention_flop_per_s_all: float
+    """The same products in our kernel, with its softmax."""
 
 
 def measure_rates() -> Rates:
@@ -109,6 +111,35 @@ def _attention_flop_per_s(threads: int) -> float:
     return 2 * 2 * heads * rows * head_width * positions / min(seconds)
 
 
+def _own_attention_flop_per_s(threads: int) -> float:
+    """Of one KV head for four heads of queries, as in the models, each row at all positions."""
+    import torch
+
+    from common.compute.native_library import load_native_kernels
+    from services.stage.model.paged_attention import (
+        KV_BLOCK_TOKENS,
+        AttendingRows,
+        KvShape,
+        allocate_kv_cache,
+        paged_attention,
+    )
+
+    heads, rows, head_width, positions = ATTENTION
+    blocks = positions // KV_BLOCK_TOKENS
+    (cache,) = allocate_kv_cache(KvShape(1, blocks, heads // 4, head_width, torch.bfloat16))
+    for tensor in (cache.keys, cache.values):
+        tensor.normal_()
+    queries = torch.randn(rows, heads, head_width).to(torch.bfloat16)
+    attending = AttendingRows(
+        block_tables=torch.arange(blocks, dtype=torch.int32)[None],
+        row_sequence=torch.zeros(rows, dtype=torch.int32),
+        positions=torch.full((rows,), positions - 1, dtype=torch.int32),
+    )
+    kernels = load_native_kernels(threads=threads)
+    attend = partial(paged_attention, queries, cache, attending, scale=head_width**-0.5, kernels=kernels)
+    return 2 * 2 * heads * rows * head_width * positions / _best_s(attend)
+
+
 def main() -> int:
     """Prints one line."""
     import torch
@@ -122,6 +153,7 @@ def main() -> int:
             linear_flop_per_s=_linear_flop_per_s(1),
             linear_flop_per_s_all=_linear_flop_per_s(cores),
             attention_flop_per_s_all=_attention_flop_per_s(cores),
+            own_attention_flop_per_s_all=_own_attention_flop_per_s(cores),
         )
     print(json.dumps(asdict(rates)))
     return 0
