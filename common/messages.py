@@ -225,6 +225,8 @@ class Hello:
     no layers, or, where `part_experts` is empty too, the whole checkpoint."""
     part_experts: tuple[int, ...] = ()
     """The experts that it can load, of every MoE layer."""
+    links: tuple[str, ...] = ()
+    """Where an expert node's native code takes calls over tcp (protocol.md). Empty: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +378,8 @@ class PublishPlacement:
     first_classes: tuple[str, ...] = ()
     """For each layer the numeric class whose nodes are asked, those of another one only for what it has no copy of that
     answers; empty string: no node has held anything of the layer. None at all where all nodes have one class."""
+    links: tuple[str, ...] = ()
+    """Each node's endpoints for calls of native code, as `join_endpoints` joins them. Empty: no node has any."""
 
 
 @dataclass(frozen=True, slots=True)
