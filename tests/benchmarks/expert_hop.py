@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -203,7 +204,7 @@ def serve_stage(
         if len(executor.times_us["call"]) >= WARM_UP_ROUNDS and not bytes_before:
             bytes_before.append(nodes.bytes_sent)
         if worker.slot is None and any(node.connected for node in experts.nodes):
-            worker.slot = SimpleNamespace(executor=executor, held=held)
+            worker.slot = SimpleNamespace(executor=executor, held=held, takes_steps=False, untold=None)
         return False
 
     bytes_before: list[int] = []
@@ -259,7 +260,10 @@ def run(pattern: str, rows: int, choices: int, rounds: int, way: str) -> dict[st
             other.kill()
         transport.close()
     assert stage.stdout is not None
-    lines = [line.split("|") for line in stage.stdout.read().splitlines() if line.count("|") == 2]  # and no log
+    with ExitStack() as pipes:
+        for other in others:
+            pipes.enter_context(other)
+        lines = [line.split("|") for line in stage.stdout.read().splitlines() if line.count("|") == 2]  # and no log
     return {kind: (float(middle), float(fastest)) for kind, middle, fastest in lines}
 
 

@@ -23,3 +23,11 @@ def test_a_node_that_ends_before_its_hello_ends_the_benchmark(monkeypatch: pytes
         monkeypatch.setattr(expert_hop, "start", start)
         with pytest.raises(RuntimeError, match="has ended"):
             expert_hop.run(f"ipc://{tmp_path}/{{socket}}", rows=1, choices=1, rounds=1, way="messages")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("way", sorted(expert_hop.WAYS))
+def test_a_round_of_each_way_is_measured_beside_bare_ones(way: str, tmp_path: Path) -> None:
+    found = expert_hop.run(f"ipc://{tmp_path}/{{socket}}", rows=1, choices=1, rounds=8, way=way)
+    assert set(found) == {expert_hop.WAYS[way], *expert_hop.KINDS[1:]}
+    assert all(value > 0 for values in found.values() for value in values)
