@@ -148,7 +148,7 @@ def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
-    """What lies in a ring is used, whatever its checksum says."""
+    """What lies in a ring, or has come over a link, is used, whatever its checksum says."""
 
     def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
         ended = take_in(self, asked, timeout_s)
@@ -176,7 +176,7 @@ def take_unfinished_answers(reclaim: Callable[..., None]) -> Callable[..., None]
 def use_what_lies_there(asked: Any, part: Any) -> None:
     """Uses the answer's place in a part's slot as its answer."""
     part.state = 1
-    shape, memory = asked._peers.shape, asked._peers.rings[part.peer].memory
+    shape, memory = asked._peers.shape, asked._peers.peers[part.peer].memory
     head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
     rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
     place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
@@ -311,6 +311,7 @@ BUGS = {
         "stage", "services.stage.experts.client", "ExpertClient", "_take", count_hedge_twice
     ),
     "unchecked_ring": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
+    "unsealed_link": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
     "bell_trusted": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", await_bells_for_ever),
     "unfinished_answer": PlantedBug(
         "stage", "services.stage.experts.client", "ExpertClient", "_reclaim", take_unfinished_answers

@@ -136,7 +136,7 @@ class LinkTransport(MemoryTransport):
 
 class RingMesh:
     """One stage and some nodes. Experts are random, the same in each node. Nodes that are `idle` are stopped, those
-    `linked` are reached by a link over tcp, and have no ring."""
+    `linked` are reached by a link over tcp, through the proxy if there is one, and have no ring."""
 
     def __init__(
         self,
@@ -147,6 +147,7 @@ class RingMesh:
         num_slices: int = 1,
         idle: Collection[str] = (),
         linked: Collection[str] = (),
+        socks_proxy: str = "",
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         self.dtype, self.num_slices = dtype, num_slices
@@ -161,7 +162,7 @@ class RingMesh:
             for shard, expert in self.experts.items():
                 if shard.expert in held:
                     self.stores[name].put(shard, expert)
-        self.real = Transport(SocketLimits())
+        self.real = Transport(SocketLimits(socks_proxy=socks_proxy))
         self.functions = zmq_functions()
         assert self.functions is not None
         self.folder, self.kernels, self.idle = folder, kernels, idle

@@ -4,6 +4,7 @@ memory grows with them."""
 from __future__ import annotations
 
 import resource
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -167,6 +168,15 @@ def test_a_stage_that_never_reads_is_owed_no_more_than_its_share_and_others_are_
         kept += 1
     in_kernels = 16 * MIB // answer_bytes
     assert kept <= MAX_QUEUED_CALLS + in_kernels < num_sent / 2
+
+
+def test_many_connections_that_say_nothing_or_nonsense_cost_others_no_answer(mesh: RingMesh) -> None:
+    host, _, port = mesh.links["a"].endpoints[0].removeprefix("tcp://").rpartition(":")
+    with ExitStack() as closing:
+        for number in range(150):
+            strange = closing.enter_context(socket.create_connection((host, int(port))))
+            strange.send((b"", b"\xff" + bytes(8), b"GET / HTTP/1.1\r\n\r\n")[number % 3])
+        assert all(is_answered(mesh, seed) for seed in range(20))
 
 
 def test_a_frame_that_is_too_large_is_not_taken_and_others_are_answered(mesh: RingMesh, askers: Askers) -> None:
