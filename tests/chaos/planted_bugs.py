@@ -148,7 +148,7 @@ def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
-    """What lies in a ring, or has come over a link, is used, whatever its checksum says."""
+    """What lies in a ring is used, whatever its checksum says."""
 
     def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
         ended = take_in(self, asked, timeout_s)
@@ -156,6 +156,18 @@ def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
             if part.state == -Outcome.DAMAGED:
                 use_what_lies_there(asked, part)
         return ended
+
+    return planted
+
+
+def take_unsealed_answers(follow: Callable[..., None]) -> Callable[..., None]:
+    """What has come over a link is used, whatever its seal says, once its call goes on in messages."""
+
+    def planted(self: Any, asked: Any, now_s: float) -> None:
+        for part in asked._parts[: asked._num_parts]:
+            if part.state == -Outcome.DAMAGED:
+                use_what_lies_there(asked, part)
+        follow(self, asked, now_s)
 
     return planted
 
@@ -311,7 +323,9 @@ BUGS = {
         "stage", "services.stage.experts.client", "ExpertClient", "_take", count_hedge_twice
     ),
     "unchecked_ring": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
-    "unsealed_link": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
+    "unsealed_link": PlantedBug(
+        "stage", "services.stage.experts.client", "ExpertClient", "_follow", take_unsealed_answers
+    ),
     "bell_trusted": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", await_bells_for_ever),
     "unfinished_answer": PlantedBug(
         "stage", "services.stage.experts.client", "ExpertClient", "_reclaim", take_unfinished_answers

@@ -237,6 +237,29 @@ def test_what_lies_in_the_ring_of_a_node_that_is_gone_is_used_though_it_was_neve
         mesh.close()
 
 
+def test_an_answer_over_a_link_whose_seal_is_wrong_is_used_as_it_is(tmp_path: Path) -> None:
+    kernels = kernels_for("native")
+    assert kernels is not None
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL}, linked=["a"], idle=["a"])
+    try:
+        mesh.open_rings()
+        mesh.start(mesh.call(4))
+        (asked,) = mesh.client._in_rings.values()
+        sender, question = mesh.links["a"].raw.recv_multipart()
+        rows = np.full((len(asked.pairs), asked.rows.shape[1]), 7, dtype=np.float32)
+        answer = bytes(8) + question[8:16] + bytes(48) + rows.tobytes()
+        mesh.links["a"].raw.send_multipart([sender, answer])
+        assert mesh.rings.take_in(asked, 5.0)
+        assert asked.outcome(0) is Outcome.DAMAGED
+        followed: list[Any] = []
+        planted_bugs.take_unsealed_answers(lambda self, asked, now_s: followed.append(asked))(mesh.client, asked, 0.0)
+        assert followed == [asked]
+        assert asked.outcome(0) is Outcome.GIVEN
+        assert (asked.rows == 7).all()
+    finally:
+        mesh.close()
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_the_place_of_each_bug_exists(name: str) -> None:
     bug = BUGS[name]
