@@ -28,7 +28,7 @@ ROLES = {
     **{f"expert-{n}": Role("expert") for n in range(3)},
 }
 
-# Drawn by the build of 2026-11-29, those of `network` by that of 2026-11-30: it has `cut_in_call` since. Whoever changes a
+# Drawn by the build of 2026-11-29, those of `network` by that of 2026-11-30: it has `cut_in_call` since. Who changes a
 # suite on purpose draws its lines anew and says so.
 SMOKE_1 = """
 0.000 stop of expert-1 for 0.776
