@@ -22,6 +22,8 @@ from chaos.target import Target, TargetError
 
 Identify = Callable[[str, int], str]
 """It names the node at a host and port, or "" if it is unknown."""
+Cut = Callable[[str, str, Message], bool]
+"""It says of a message, and of the nodes that it comes from and goes to, whether the connection ends in its middle."""
 Resolve = Callable[[str], str]
 """It turns a host name as a node says it into one that this process can connect to."""
 _Result = TypeVar("_Result")
@@ -38,6 +40,7 @@ class RuleBook:
 
     def __init__(self) -> None:
         self.rules: list[LinkRule] = []
+        self.cuts: list[Cut] = []
         self._changed = asyncio.Event()
 
     def add(self, rules: Sequence[LinkRule]) -> None:
@@ -113,13 +116,23 @@ class Pipe:
         try:
             while data := await reader.read(CHUNK_BYTES):
                 due_s = loop.time() + self._now().delay_ms / 1000
-                going_on = b"".join(self._treat(passage) for passage in self._stream.feed(data))
+                passages = self._stream.feed(data)
+                cut = next((place for place, passage in enumerate(passages) if self._is_cut_in(passage)), None)
+                going_on = b"".join(self._treat(passage) for passage in passages[:cut])
+                if cut is not None:
+                    self._stream = ZmtpStream()
+                    going_on += passages[cut].raw[: len(passages[cut].raw) // 2]
                 if going_on:
                     await self._queue.put((due_s, going_on))
+                if cut is not None:
+                    break
         except ConnectionError:
             self._stream = ZmtpStream()  # a reset is an end too, and what was unfinished is lost with it
         await self._queue.put((loop.time(), self._stream.rest()))
         await self._queue.put(None)
+
+    def _is_cut_in(self, passage: Passage) -> bool:
+        return bool(passage.message) and any(cut(*self._ends, passage.message) for cut in self._book.cuts)
 
     def _treat(self, passage: Passage) -> bytes:
         rules = self._now().frames
@@ -227,6 +240,14 @@ class LinkProxy:
     def remove(self, rules: Sequence[LinkRule]) -> None:
         """Undoes `add`; rules that do not hold are not errors."""
         self._call(lambda: self._book.remove(rules))
+
+    def add_cut(self, cut: Cut) -> None:
+        """Ends connections in the middle of messages, from now on. `cut` is called in the proxy's thread."""
+        self._call(lambda: self._book.cuts.append(cut))
+
+    def remove_cut(self, cut: Cut) -> None:
+        """Undoes `add_cut`; one that is not there is not an error."""
+        self._call(lambda: self._book.cuts.remove(cut) if cut in self._book.cuts else None)
 
     def links(self) -> list[tuple[str, str]]:
         """Returns (the node that opened it, the other end) of every open link."""

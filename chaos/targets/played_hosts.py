@@ -38,7 +38,7 @@ class PlayedHosts:
             raise TargetError(f"{count} hosts cannot be played; 1 to {_MAX_HOSTS} can")
         self.count = count
         self._switch = f"{PREFIX}-{os.getpid()}-switch"
-        self._own_link = f"mm{os.getpid()}"
+        self._own_link = _own_link(os.getpid())
         self._network = ""
 
     def __enter__(self) -> Self:
@@ -92,6 +92,7 @@ class PlayedHosts:
             _configure(self._switch, f"link set {port} master bridge", f"link set {port} up")
 
     def _remove(self) -> None:
+        _delete_link(self._own_link)
         for name in (self._switch, *(self.namespace(number) for number in range(self.count))):
             with contextlib.suppress(TargetError):  # it was not made yet
                 run(["ip", "netns", "delete", name])
@@ -102,11 +103,24 @@ def _configure(namespace: str, *commands: str) -> None:
         run(["ip", "-n", namespace, *command.split()])
 
 
+def _own_link(pid: int | str) -> str:
+    """Returns the name of the link by which this machine reaches the hosts that a process plays."""
+    return f"mm{pid}"
+
+
+def _delete_link(name: str) -> None:
+    """Deletes a link, with its other end, if there is one. With the namespace of its other end it would go as well, but
+    some time later, and its name could not be given again meanwhile."""
+    with contextlib.suppress(TargetError):
+        run(["ip", "link", "delete", name])
+
+
 def remove_left_over(folder: Path = NAMESPACES) -> None:
-    """Deletes namespaces of harnesses that were killed."""
-    for path in folder.glob(f"{PREFIX}-*") if folder.is_dir() else ():
+    """Deletes links and namespaces of harnesses that were killed."""
+    for path in sorted(folder.glob(f"{PREFIX}-*")) if folder.is_dir() else ():
         pid = path.name.removeprefix(f"{PREFIX}-").partition("-")[0]
         if not Path("/proc", pid).exists():
+            _delete_link(_own_link(pid))
             run(["ip", "netns", "delete", path.name])
 
 

@@ -30,6 +30,7 @@ from common.standard_streams import open_closed_streams
 from common.topology import CheckpointPart, NodeKind
 from common.wire.tcp_addresses import control_host, speaks_ipv6
 from common.wire.transport import MessageSocket, RoutingSocket, SocketLimits, Transport
+from common.wire.zmq_functions import link_limits
 
 DataSocket = TypeVar("DataSocket", MessageSocket, RoutingSocket)
 
@@ -149,7 +150,8 @@ def _bind_node(
     is_native = own.settings.call_rings == "auto"
     links = None
     if has_links and is_native and addresses.bind_pattern.startswith("tcp://"):
-        links = transport.router("links", [addresses.bind_pattern.format(socket="links")])
+        bound = [addresses.bind_pattern.format(socket="links")]
+        links = transport.router("links", bound, link_limits(transport.limits))
     part = own.seen.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
     hello = Hello(
         node_id=node_id,

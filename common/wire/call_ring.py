@@ -30,6 +30,8 @@ MAX_ROWS: Final = 256
 """Token rows of a slot: a chunk of a prompt has no more, by default. A larger call goes in pieces."""
 USUAL_RING_BYTES: Final = 64 << 20
 """A ring is not larger; that of a wide model has fewer rows."""
+MAX_LINK_FRAME_BYTES: Final = USUAL_RING_BYTES // SLOTS + HEAD_BYTES
+"""What travels over a link lies in a slot as well."""
 _VERSION: Final = 1
 _MAX_MESSAGE_BYTES: Final = 1024
 _MAX_RING_BYTES: Final = 1 << 30

@@ -125,13 +125,16 @@ class Transport:
         """Opens a connected PUSH to one peer. One that `is_watched` is asked for its `link_events` in each turn."""
         return self._connected(zmq.PUSH, name, endpoint, is_watched=is_watched)
 
-    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
-        """Opens a connected DEALER to one peer's ROUTER."""
-        return self._connected(zmq.DEALER, name, endpoint, identity)
+    def dealer(
+        self, name: str, endpoint: str, identity: bytes = b"", limits: SocketLimits | None = None
+    ) -> MessageSocket:
+        """Opens a connected DEALER to one peer's ROUTER. `limits`: None: those of all."""
+        return self._connected(zmq.DEALER, name, endpoint, identity, limits=limits)
 
-    def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
-        """Opens a bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping."""
-        raw = self._raw(zmq.ROUTER, name, endpoints)
+    def router(self, name: str, endpoints: Sequence[str], limits: SocketLimits | None = None) -> RoutingSocket:
+        """Opens a bound ROUTER: answers go to the identity that asked; an unknown one raises instead of dropping.
+        `limits`: None: those of all."""
+        raw = self._raw(zmq.ROUTER, name, endpoints, limits)
         raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
         raw.setsockopt(zmq.ROUTER_HANDOVER, 1)
         return RoutingSocket(self, name, raw, self._bind(name, raw, endpoints))
@@ -183,9 +186,16 @@ class Transport:
         self._files.clear()
 
     def _connected(
-        self, kind: int, name: str, endpoint: str, identity: bytes = b"", *, is_watched: bool = True
+        self,
+        kind: int,
+        name: str,
+        endpoint: str,
+        identity: bytes = b"",
+        *,
+        is_watched: bool = True,
+        limits: SocketLimits | None = None,
     ) -> MessageSocket:
-        raw = self._raw(kind, name, [endpoint])
+        raw = self._raw(kind, name, [endpoint], limits)
         raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity:
             raw.setsockopt(zmq.IDENTITY, identity)
@@ -206,12 +216,14 @@ class Transport:
             raise ConfigurationError(f"{name}: {endpoint!r} is not an address to connect to: {error}") from None
         return MessageSocket(self, name, raw, (endpoint,), monitor, is_watched=is_watched)
 
-    def _raw(self, kind: int, name: str, endpoints: Sequence[str]) -> zmq.Socket[bytes]:
+    def _raw(
+        self, kind: int, name: str, endpoints: Sequence[str], limits: SocketLimits | None = None
+    ) -> zmq.Socket[bytes]:
         try:
             raw = self.context.socket(kind)
         except zmq.ZMQError as error:
             raise _no_socket(name, error) from None
-        limits = self.limits
+        limits = limits or self.limits
         raw.setsockopt(zmq.IPV6, int(limits.ipv6 or any(endpoint.startswith("tcp://[") for endpoint in endpoints)))
         raw.setsockopt(zmq.SNDHWM, limits.high_water_mark)
         raw.setsockopt(zmq.RCVHWM, limits.receive_high_water_mark)

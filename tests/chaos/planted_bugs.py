@@ -147,28 +147,28 @@ def count_hedge_twice(take: Callable[..., None]) -> Callable[..., None]:
     return planted
 
 
-def take_answers_unchecked(take_in: Callable[..., bool]) -> Callable[..., bool]:
-    """What lies in a ring is used, whatever its checksum says."""
+def take_answers_unchecked(follow: Callable[..., None]) -> Callable[..., None]:
+    """What lies in a ring, or has come over a link, is used, whatever its checksum says, once its call goes on in
+    messages."""
 
-    def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
-        ended = take_in(self, asked, timeout_s)
+    def planted(self: Any, asked: Any, now_s: float) -> None:
         for part in asked._parts[: asked._num_parts]:
             if part.state == -Outcome.DAMAGED:
                 use_what_lies_there(asked, part)
-        return ended
+        follow(self, asked, now_s)
 
     return planted
 
 
-def take_unfinished_answers(reclaim: Callable[..., None]) -> Callable[..., None]:
+def take_unfinished_answers(follow: Callable[..., None]) -> Callable[..., None]:
     """What lies in the ring of a node that is gone is taken for its answer, whether it was written or not."""
 
-    def planted(self: Any, node: Any, now_s: float) -> None:
-        for asked in self._in_rings.values():
-            for part in asked._parts[: asked._num_parts]:
-                if asked._peers.nodes[part.peer] is node and part.state == 0 and part.slot >= 0:
-                    use_what_lies_there(asked, part)
-        reclaim(self, node, now_s)
+    def planted(self: Any, asked: Any, now_s: float) -> None:
+        for part in asked._parts[: asked._num_parts]:
+            is_gone = not (asked._peers.nodes[part.peer].connected and asked._peers.peers[part.peer].is_open)
+            if is_gone and part.state == 0 and part.slot >= 0:
+                use_what_lies_there(asked, part)
+        follow(self, asked, now_s)
 
     return planted
 
@@ -176,7 +176,7 @@ def take_unfinished_answers(reclaim: Callable[..., None]) -> Callable[..., None]
 def use_what_lies_there(asked: Any, part: Any) -> None:
     """Uses the answer's place in a part's slot as its answer."""
     part.state = 1
-    shape, memory = asked._peers.shape, asked._peers.rings[part.peer].memory
+    shape, memory = asked._peers.shape, asked._peers.peers[part.peer].memory
     head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
     rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
     place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
@@ -186,7 +186,9 @@ def use_what_lies_there(asked: Any, part: Any) -> None:
 
 
 def await_bells_for_ever(take_in: Callable[..., bool]) -> Callable[..., bool]:
-    """A stage that waits for an answer through a ring looks at nothing else until its bell is rung."""
+    """A stage that waits for an answer through a ring looks at nothing else until its bell is rung. It waits for each
+    layer by itself: native code that goes from layer to layer waits no longer than for a moment."""
+    importlib.import_module("services.stage.experts.rings").Rings.can_run = lambda self, asked: False
 
     def planted(self: Any, asked: Any, timeout_s: float = 0.0) -> bool:
         return take_in(self, asked, FOR_EVER_S if timeout_s else 0.0)
@@ -327,10 +329,15 @@ BUGS = {
     "hedge_counted_twice": PlantedBug(
         "stage", "services.stage.experts.client", "ExpertClient", "_take", count_hedge_twice
     ),
-    "unchecked_ring": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", take_answers_unchecked),
+    "unchecked_ring": PlantedBug(
+        "stage", "services.stage.experts.client", "ExpertClient", "_follow", take_answers_unchecked
+    ),
+    "unsealed_link": PlantedBug(
+        "stage", "services.stage.experts.client", "ExpertClient", "_follow", take_answers_unchecked
+    ),
     "bell_trusted": PlantedBug("stage", "services.stage.experts.rings", "Rings", "take_in", await_bells_for_ever),
     "unfinished_answer": PlantedBug(
-        "stage", "services.stage.experts.client", "ExpertClient", "_reclaim", take_unfinished_answers
+        "stage", "services.stage.experts.client", "ExpertClient", "_follow", take_unfinished_answers
     ),
 }
 

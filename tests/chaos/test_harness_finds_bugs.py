@@ -15,7 +15,7 @@ from chaos.experiment import Experiment, parse_experiment
 from chaos.record.history import History
 from chaos.record.reference import Reference
 from chaos.runner import Run
-from chaos.targets.local_target import LocalTarget
+from chaos.targets.local_target import LocalTarget, ProxiedLocalTarget
 from chaos.verdicts.judgement import RunJudgement, judge
 from chaos.verdicts.verdict import State
 from compose.tiny_checkpoint import write_tiny_checkpoint
@@ -49,6 +49,12 @@ LOST_BELLS = {
     "parameters": {"every_s": 0.02},
 }
 KILLED_IN_CALL = {"kind": "kill_in_call", "victims": {"kind": "expert"}, "parameters": {"state": "taken"}}
+DAMAGED_FRAMES = {
+    "kind": "frames",
+    "victims": {"kind": "expert"},
+    "heal_after_s": [1.0, 2.0],
+    "parameters": {"kind": "corrupt", "percent": 10.0, "seed": 7},
+}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -60,6 +66,7 @@ class Case:
     fault: Mapping[str, Any]
     settings: Mapping[str, str]
     num_faults: int = 2
+    target: type[LocalTarget] = LocalTarget
 
 
 TOKENS = ("tokens_changed", "logprobs")
@@ -72,6 +79,7 @@ CASES = {
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),
+    "unsealed_link": Case(TOKENS, DAMAGED_FRAMES, {}, target=ProxiedLocalTarget),  # without rings: over tcp
     "bell_trusted": Case(("recovery", "hung"), LOST_BELLS, {}),
     "unfinished_answer": Case(TOKENS, KILLED_IN_CALL, {}, num_faults=4),
     "overclaimed_mark": Case(TOKENS, KILLED_STAGE, {"SPARES": "2"}),
@@ -115,7 +123,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(case: Case, model: Path, logs: Path, modules: Mapping[str, str]) -> tuple[History, Run]:
     settings = {"MODEL": str(model), "PP": "2", "EXPERTS": "2", "COPIES": "2", "KV_CACHE_TOKENS": "16384"}
     history, started_s = History(), time.monotonic()
-    with LocalTarget({**settings, **case.settings}, logs, modules=modules) as target:
+    with case.target({**settings, **case.settings}, logs, modules=modules) as target:
         made = Run(experiment(case), target, "local", SEED, history, lambda: time.monotonic() - started_s, 0.0, print)
         asyncio.run(made.execute())
     return history, made

@@ -23,6 +23,7 @@ from common.wire.call_ring import Outcome
 from common.wire.transport import MessageSocket
 from services.router.mesh.sockets import MeshClient
 from services.router.scheduling.block_allocator import BlockAllocator
+from services.stage.experts.rings import Rings
 from services.stage.slot.early_steps import EarlySteps
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
@@ -227,7 +228,10 @@ def test_lost_socket_files_stay_lost() -> None:
     assert looked == []
 
 
-def test_a_stage_that_trusts_bells_waits_for_one_and_only_where_it_waits_at_all() -> None:
+def test_a_stage_that_trusts_bells_waits_for_one_and_only_where_it_waits_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Rings, "can_run", Rings.can_run)  # so that it is put back
     waited: list[float] = []
 
     def wait(self: object, asked: object, timeout_s: float) -> bool:
@@ -249,13 +253,39 @@ def test_what_lies_in_the_ring_of_a_node_that_is_gone_is_used_though_it_was_neve
         mesh.start(mesh.call(4))
         (asked,) = mesh.client._in_rings.values()
         gone = mesh.client.nodes[mesh.number("a")]
-        reclaimed: list[Any] = []
-        reclaim = planted_bugs.take_unfinished_answers(lambda self, node, now_s: reclaimed.append(node))
-        reclaim(mesh.client, gone, 0.0)
+        followed: list[Any] = []
+        follow = planted_bugs.take_unfinished_answers(lambda self, asked, now_s: followed.append(asked))
+        follow(mesh.client, asked, 0.0)
+        assert all(part.outcome is None for part in asked.parts()), "both are there"
+        gone.connected = False
+        follow(mesh.client, asked, 0.0)
         parts = asked.parts()
         assert [part.outcome for part in parts if part.rows.node == gone.number] == [Outcome.GIVEN]
         assert [part.outcome for part in parts if part.rows.node != gone.number] == [None]
-        assert reclaimed == [gone]
+        assert followed == [asked, asked]
+    finally:
+        mesh.close()
+
+
+def test_an_answer_over_a_link_whose_seal_is_wrong_is_used_as_it_is(tmp_path: Path) -> None:
+    kernels = kernels_for("native")
+    assert kernels is not None
+    mesh = RingMesh(tmp_path, kernels, {"a": ALL}, linked=["a"], idle=["a"])
+    try:
+        mesh.open_rings()
+        mesh.start(mesh.call(4))
+        (asked,) = mesh.client._in_rings.values()
+        sender, question = mesh.links["a"].raw.recv_multipart()
+        rows = np.full((len(asked.pairs), asked.rows.shape[1]), 7, dtype=np.float32)
+        answer = bytes(8) + question[8:16] + bytes(48) + rows.tobytes()
+        mesh.links["a"].raw.send_multipart([sender, answer])
+        assert mesh.rings.take_in(asked, 5.0)
+        assert asked.outcome(0) is Outcome.DAMAGED
+        followed: list[Any] = []
+        planted_bugs.take_answers_unchecked(lambda self, asked, now_s: followed.append(asked))(mesh.client, asked, 0.0)
+        assert followed == [asked]
+        assert asked.outcome(0) is Outcome.GIVEN
+        assert (asked.rows == 7).all()
     finally:
         mesh.close()
 

@@ -10,6 +10,7 @@ import pytest
 
 from chaos.faults.base import Fault
 from chaos.faults.cut import Cut
+from chaos.faults.cut_in_call import CutInCall
 from chaos.faults.delay import Delay
 from chaos.faults.frames import Frames
 from chaos.faults.half_close import HalfClose
@@ -82,6 +83,29 @@ def expert(target: Target) -> Node:
 def test_every_kind_of_link_goes_through_and_both_its_ends_are_known(local: ProxiedLocalTarget) -> None:
     ask(local)
     assert kinds_linked(link_proxy(local), local.nodes()) == ALL_LINKS
+
+
+@pytest.mark.slow
+def test_native_code_calls_every_expert_node_over_a_link_of_its_own_that_goes_through_too(
+    local: ProxiedLocalTarget,
+) -> None:
+    fault = CutInCall()
+    fault.apply(local, [node for node in local.nodes() if node.kind == "expert"])
+    try:
+        before, _ = ask(local)
+        after, _ = ask(local)
+    finally:
+        fault.heal(local)
+    assert after == before
+    assert fault.remark.startswith("links cut in a call: ")
+    stages, experts = ([node.name for node in local.nodes() if node.kind == kind] for kind in ("stage", "expert"))
+
+    def have_both() -> bool:
+        """A connection for messages, and a link."""
+        links = link_proxy(local).links()
+        return all(links.count((stage, expert)) == 2 for stage in stages for expert in experts)
+
+    wait_for("links are made again", have_both)
 
 
 @pytest.mark.slow

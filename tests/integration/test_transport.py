@@ -46,11 +46,13 @@ class KeptTransport(Transport):
     def push(self, name: str, endpoint: str, *, is_watched: bool = False) -> MessageSocket:
         return self._keep(super().push(name, endpoint, is_watched=is_watched))
 
-    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> MessageSocket:
-        return self._keep(super().dealer(name, endpoint, identity))
+    def dealer(
+        self, name: str, endpoint: str, identity: bytes = b"", limits: SocketLimits | None = None
+    ) -> MessageSocket:
+        return self._keep(super().dealer(name, endpoint, identity, limits))
 
-    def router(self, name: str, endpoints: Sequence[str]) -> RoutingSocket:
-        return self._keep(super().router(name, endpoints))
+    def router(self, name: str, endpoints: Sequence[str], limits: SocketLimits | None = None) -> RoutingSocket:
+        return self._keep(super().router(name, endpoints, limits))
 
     def _keep(self, socket: Kept) -> Kept:
         self.kept.append(socket)

@@ -41,6 +41,7 @@ struct AskedPart {  // of one piece, what one node is asked; mirrored by _Part t
 constexpr int64_t WAITING = 0, TAKEN_IN = 1, NO_SLOT = -1;
 constexpr int64_t PIECES_AT_A_TIME = 2;  // of a call, in one ring; the second one leaves a slot to other calls
 constexpr int64_t LOOKING_NS = 200'000;  // as long as a few rows take; a core that sleeps takes 20 to 50 us to wake up
+constexpr int ANSWERS_AT_A_TIME = 64;  // of one link; mirrored by FLOOD in services/stage/experts/peers.py
 constexpr int64_t WEIGHT_READ_ROWS = 8;  // as in dispatch.py
 
 struct Dealer {  // memory that the stage's thread keeps
@@ -243,7 +244,7 @@ void put_answer(const RingPeer& peer, const RingShape& shape, const uint8_t* fra
 void receive_answers(const RingPeer& peer, const RingShape& shape) {
     if (!peer.link || !peer.link->socket) return;
     Frame frame(*peer.link->zmq);
-    for (int i = 0; i < FRAMES_AT_A_TIME && frame.receive(peer.link->socket); i++) {
+    for (int i = 0; i < ANSWERS_AT_A_TIME && frame.receive(peer.link->socket); i++) {
         if (is_last_part(frame, peer.link->socket) && frame.size() >= (int64_t)sizeof(SlotHead))
             put_answer(peer, shape, frame.data(), frame.size());
         else

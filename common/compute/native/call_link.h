@@ -8,7 +8,7 @@
 //     ASKED -> ANSWERED   an answer of that number has come: -> FREE
 //     ASKED -> UNWANTED   the stage does not wait any more, and has said so; an answer of that number has come: -> FREE
 //
-// So a node owes a stage no more than there are slots. A frame is a peer's input: its size must be what its head says,
+// So a node owes a stage no more than there are slots, and refuses what a stage asks beyond that. A frame is a peer's input: its size must be what its head says,
 // and its checksum begins with a seal that both sides compute from what they must agree about. A frame that was meant
 // for another life of a node, another model or another version is a damaged one. In a frame `deadline_ns` is the time
 // that is left, since clocks of two hosts do not agree.
@@ -48,7 +48,6 @@ struct Zmq {  // libzmq's functions; mirrored by ZmqFunctions in common/wire/zmq
 constexpr int DO_NOT_WAIT = 1, MORE_FOLLOW = 2;  // ZMQ_DONTWAIT, ZMQ_SNDMORE
 constexpr short CAN_RECEIVE = 1;                 // ZMQ_POLLIN
 constexpr int64_t LINK_VERSION = 1;
-constexpr int FRAMES_AT_A_TIME = 64;  // that are taken in before its owner looks after something else
 
 // One frame, sent or received; it is let go with this object.
 class Frame {

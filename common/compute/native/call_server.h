@@ -120,6 +120,7 @@ class CallServer {
     // Takes all calls of one layer, beginning with another ring each time, or with the links, and answers them.
     bool answer_next_layer() {
         calls_.clear();
+        pairs_ = 0;
         receive_calls();
         const bool links_first = first_ring_ % ((int64_t)rings_.size() + 1) == (int64_t)rings_.size();
         if (links_first) take_received();
@@ -129,8 +130,8 @@ class CallServer {
             const Slot slot = slot_of(ring.memory, shape_, i % shape_.slots);
             if (state_of(slot.head) != ASKED || !change_state(slot.head, ASKED, TAKEN)) continue;
             const SlotHead head = *slot.head;  // once: a peer may change it at any time
-            if (calls_.empty() || head.layer == calls_[0].head.layer)
-                calls_.push_back({ring, slot, head, head.deadline_ns, {}, GIVEN, nullptr, {}, {}});
+            if (is_next(head))
+                begin({ring, slot, head, head.deadline_ns, {}, GIVEN, nullptr, {}, {}});
             else if (!change_state(slot.head, TAKEN, ASKED))
                 set_state(slot.head, FREE);  // nobody wants it any more
         }
@@ -148,9 +149,22 @@ class CallServer {
         return true;
     }
 
-    // Takes in what has come over links. What makes no sense is answered at once.
+    // Whether a call may be computed with those that are begun: of one layer, and only so many that memory suffices.
+    bool is_next(const SlotHead& head) const {
+        return calls_.empty() || (head.layer == calls_[0].head.layer &&
+                                  (pairs_ + pairs_of(head)) * row_bytes() <= MAX_BATCH_BYTES);
+    }
+    void begin(Call&& call) {
+        pairs_ += pairs_of(call.head);
+        calls_.push_back(std::move(call));
+    }
+    int64_t pairs_of(const SlotHead& head) const { return fits(head) ? head.pairs : 0; }
+    int64_t row_bytes() const { return shape_.width * shape_.value_bytes; }
+
+    // Takes in what has come over links. What makes no sense, and what would be too much, is answered at once: nothing
+    // that has come stays in the socket, whose memory has no bound in bytes.
     void receive_calls() {
-        for (int i = 0; links_.socket && i < FRAMES_AT_A_TIME && received_.size() < MAX_RECEIVED; i++) {
+        for (int i = 0; links_.socket && i < MAX_FRAMES; i++) {
             Call call = {{0, nullptr, -1}, {}, {}, 0, {}, GIVEN, nullptr, Frame(*links_.zmq), Frame(*links_.zmq)};
             if (!call.sender.receive(links_.socket)) return;
             const bool is_one = call.sender.has_more() && call.frame.receive(links_.socket) &&
@@ -165,13 +179,23 @@ class CallServer {
                 continue;
             }
             call.deadline_ns = monotonic_ns() + std::clamp<int64_t>(call.head.deadline_ns, 0, LONGEST_CALL_NS);
-            if (fits(call.head) && call.frame.size() == question_bytes(call.head, shape_.width * shape_.value_bytes)) {
+            const bool is_whole = fits(call.head) && call.frame.size() == question_bytes(call.head, row_bytes());
+            if (is_whole && has_room(call)) {
+                received_bytes_ += call.frame.size();
                 received_.push_back(std::move(call));
                 continue;
             }
-            call.outcome = MALFORMED;
+            call.outcome = is_whole ? OUT_OF_TIME : MALFORMED;
             give(call);
         }
+    }
+
+    // A stage has no more calls under way than slots.
+    bool has_room(Call& call) {
+        int64_t waiting = 0;
+        for (Call& other : received_) waiting += is_same_sender(other, call);
+        return waiting < shape_.slots && received_.size() < MAX_RECEIVED &&
+               received_bytes_ + call.frame.size() <= MAX_RECEIVED_BYTES;
     }
 
     // A call that has not been begun, and is not wanted any more, frees its slot by an answer, as all do.
@@ -184,6 +208,7 @@ class CallServer {
             if (call->head.number != wish.head.number || !is_same_sender(*call, wish)) continue;
             call->outcome = OUT_OF_TIME;
             give(*call);
+            received_bytes_ -= call->frame.size();
             received_.erase(call);
             return;
         }
@@ -198,9 +223,10 @@ class CallServer {
     void take_received() {
         size_t kept = 0;
         for (Call& call : received_) {
-            if (calls_.empty() || call.head.layer == calls_[0].head.layer) {
+            if (is_next(call.head)) {
+                received_bytes_ -= call.frame.size();
                 call.slot = question_in(call.frame.data(), call.head.pairs);
-                calls_.push_back(std::move(call));
+                begin(std::move(call));
             } else if (&received_[kept++] != &call) {
                 received_[kept - 1] = std::move(call);
             }
@@ -311,7 +337,10 @@ class CallServer {
 
     static constexpr int64_t LONGEST_WAIT_NS = 50'000'000;  // a bell may be lost
     static constexpr int64_t LONGEST_CALL_NS = 3'600'000'000'000;
-    static constexpr size_t MAX_RECEIVED = 1024;  // what comes beyond that waits in the socket
+    static constexpr int MAX_FRAMES = 1024;  // that are taken in before a layer: more than come while it is computed
+    static constexpr size_t MAX_RECEIVED = 1024;  // calls that wait; what comes beyond that is refused
+    static constexpr int64_t MAX_RECEIVED_BYTES = 256 << 20;
+    static constexpr int64_t MAX_BATCH_BYTES = 64 << 20;  // of the answers that are computed at a time
     struct Pair {
         int64_t shard, row;
     };
@@ -325,7 +354,9 @@ class CallServer {
     std::vector<Ring> rings_;
     int64_t first_ring_ = 0;
     std::vector<Call> calls_;
+    int64_t pairs_ = 0;  // of these
     std::deque<Call> received_;  // over links, not begun yet
+    int64_t received_bytes_ = 0;
     std::vector<Pair> order_;
     std::vector<Group> groups_;
     std::vector<uint8_t> rows_;

@@ -15,6 +15,7 @@ from common.messages import PublishPlacement
 from common.wire.array import Int32Array, Int64Array, frame_to_array
 from common.wire.endpoints import choose_endpoint, split_endpoints
 from common.wire.transport import MessageSocket, Transport
+from common.wire.zmq_functions import link_limits
 
 
 @dataclass(slots=True, eq=False)
@@ -169,8 +170,9 @@ class ExpertNodes:
     def open_link(self, node: ExpertNode) -> MessageSocket | None:
         """Returns a new socket to where a node's native code takes calls; None: it has said of no such place that can
         be reached. Raises SocketError."""
+        limits = link_limits(self._transport.limits)
         try:
-            return self._transport.dealer(f"link to {node.node_id}", choose_endpoint(node.links, "", ""))
+            return self._transport.dealer(f"link to {node.node_id}", choose_endpoint(node.links, "", ""), limits=limits)
         except ConfigurationError:
             return None
 

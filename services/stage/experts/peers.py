@@ -35,6 +35,9 @@ from services.stage.experts.nodes import ExpertNode, ExpertNodes
 
 OPEN_INTERVAL_S = 1.0
 """How often a node is tried again that has refused a ring, or has closed it, or whose link has broken."""
+FLOOD = 64
+"""So many answers at a time that nobody waits for are no late ones: a node owes no more than slots. Mirrors
+`ANSWERS_AT_A_TIME` in native/call_client.h."""
 MAX_DOUBLINGS = 5
 """The interval doubles as often as a node refuses in a row."""
 
@@ -108,10 +111,21 @@ class Link:
     """Of this process alone."""
     state: LinkState
     is_open: bool = False
+    is_flooded: bool = False
+    """Whether more has come than the node can owe."""
+
+    def count(self) -> tuple[int, int]:
+        """Returns how many bytes were sent, and how many answers came that nobody waited for, since the last time."""
+        sent_bytes, num_dropped = self.state.sent_bytes, self.state.dropped
+        self.state.sent_bytes = self.state.dropped = 0
+        self.is_flooded = self.is_flooded or num_dropped >= FLOOD
+        return sent_bytes, num_dropped
 
     def look(self) -> bool:
         """Returns whether it has just come to stand. Raises ConnectionResetError where it has broken: what was asked
-        over it may be lost."""
+        over it may be lost; and where a flood comes over it, which would fill this process's memory."""
+        if self.is_flooded:
+            raise ConnectionResetError("more answers come than were asked for")
         was_open = self.is_open
         for event in self.socket.link_events():
             if event is not LinkEvent.CONNECTED and self.is_open:

@@ -250,9 +250,9 @@ class Rings:
         for link in self.peers.all_links:
             entry = link.entry()
             self._kernels.receive_answers(ctypes.addressof(entry), ctypes.addressof(self.peers.shape))
-            num_dropped += link.state.dropped
-            self.bytes_sent += link.state.sent_bytes
-            link.state.dropped = link.state.sent_bytes = 0
+            sent_bytes, dropped = link.count()
+            self.bytes_sent += sent_bytes
+            num_dropped += dropped
         return num_dropped
 
     def close(self) -> None:

@@ -21,8 +21,8 @@ from common.messages import Header, PublishPlacement
 from common.topology import ShardId
 from common.wire.array import array_to_frame
 from common.wire.call_ring import RingMemory, RingShape, new_bell, ring_shape
-from common.wire.transport import LinkEvent, SocketLimits, Transport
-from common.wire.zmq_functions import zmq_functions
+from common.wire.transport import LinkEvent, RoutingSocket, SocketLimits, Transport
+from common.wire.zmq_functions import link_limits, zmq_functions
 from services.expert.ring_server import CallThread, LinkSocket, NodeLinks, RingCounts, RingServer
 from services.expert.shard_store import ShardStore
 from services.stage.experts.client import CallDone, CallFailed, ExpertClient
@@ -124,13 +124,19 @@ class LinkTransport(MemoryTransport):
         super().__init__()
         self._real = real
 
-    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> Any:
-        return self._real.dealer(name, endpoint) if name.startswith("link to ") else super().dealer(name, endpoint)
+    @property
+    def limits(self) -> SocketLimits:
+        return self._real.limits
+
+    def dealer(self, name: str, endpoint: str, identity: bytes = b"", limits: SocketLimits | None = None) -> Any:
+        if name.startswith("link to "):
+            return self._real.dealer(name, endpoint, limits=limits)
+        return super().dealer(name, endpoint)
 
 
 class RingMesh:
     """One stage and some nodes. Experts are random, the same in each node. Nodes that are `idle` are stopped, those
-    `linked` are reached by a link over tcp, and have no ring."""
+    `linked` are reached by a link over tcp, through the proxy if there is one, and have no ring."""
 
     def __init__(
         self,
@@ -141,6 +147,7 @@ class RingMesh:
         num_slices: int = 1,
         idle: Collection[str] = (),
         linked: Collection[str] = (),
+        socks_proxy: str = "",
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         self.dtype, self.num_slices = dtype, num_slices
@@ -155,11 +162,11 @@ class RingMesh:
             for shard, expert in self.experts.items():
                 if shard.expert in held:
                     self.stores[name].put(shard, expert)
-        self.real = Transport(SocketLimits())
+        self.real = Transport(SocketLimits(socks_proxy=socks_proxy))
         self.functions = zmq_functions()
         assert self.functions is not None
         self.folder, self.kernels, self.idle = folder, kernels, idle
-        self.links = {name: self.real.router(f"links of {name}", ["tcp://127.0.0.1:*"]) for name in linked}
+        self.links = {name: self.link_socket(name) for name in linked}
         self.servers = {name: self.server(name, number) for number, name in enumerate(holdings, start=1)}
         self.transport = LinkTransport(self.real)
         transport: Any = self.transport
@@ -171,6 +178,10 @@ class RingMesh:
         for name in holdings:
             self.socket(name).events.append(LinkEvent.CONNECTED)
         self.poll()
+
+    def link_socket(self, name: str, endpoint: str = "tcp://127.0.0.1:*") -> RoutingSocket:
+        """Where a node's links come in."""
+        return self.real.router(f"links of {name}", [endpoint], link_limits(self.real.limits))
 
     def server(self, name: str, incarnation: int) -> RingServer:
         """A node's."""

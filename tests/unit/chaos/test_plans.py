@@ -28,7 +28,8 @@ ROLES = {
     **{f"expert-{n}": Role("expert") for n in range(3)},
 }
 
-# Drawn by the build of 2026-11-29. Whoever changes a suite on purpose draws its lines anew and says so.
+# Drawn by the build of 2026-11-29, those of `network` by that of 2026-11-30: it has `cut_in_call` since. Who changes a
+# suite on purpose draws its lines anew and says so.
 SMOKE_1 = """
 0.000 stop of expert-1 for 0.776
 1.135 pause of expert-2 for 2.844
@@ -59,9 +60,9 @@ PLANS = {
     ("isolation", 1): "bc3ce18c5727eb48 bc3ce18c5727eb48 378cc5fdcae4a564 378cc5fdcae4a564",
     ("isolation", 2): "e00cc99340d35f58 e00cc99340d35f58 967307fcb8894c06 967307fcb8894c06",
     ("isolation", 1700): "275473b34d57715d 275473b34d57715d 42365295494745a2 42365295494745a2",
-    ("network", 1): "8de20f16fbec1db4 bfb969c666d75e7d c60b32824270f8b0 ace0ae0aa5ab0df0",
-    ("network", 2): "6f86392c57a438af 1cfd989d7add1db8 0a66628f529cbfba 61eee32257553531",
-    ("network", 1700): "32f09848e8c56a77 cb9f7f4f4657e5bc a902e2b0868e3d45 396206cb8f9febfd",
+    ("network", 1): "8de20f16fbec1db4 eea21f20a57b4768 c60b32824270f8b0 fb151861da7a314d",
+    ("network", 2): "6f86392c57a438af 64ed4d976bc84ebe 0a66628f529cbfba 574b0d05fa207915",
+    ("network", 1700): "32f09848e8c56a77 880cd0568556c42b a902e2b0868e3d45 1254cd9f5ae10fda",
     ("nightly", 1): "97c31d6f870cc049 4d1301155a76c37c 5138d4953dbca1f9 b5017b98ff0ae4bf",
     ("nightly", 2): "d6ce86d4420a94d3 251c74407cfc8551 d076cee5637f7608 efc7c284d9622ebc",
     ("nightly", 1700): "3f25ba30d66e1177 e595f7f1623dfe57 3355acbde65056e6 e30329580527fb9e",

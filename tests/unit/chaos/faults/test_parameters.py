@@ -14,6 +14,7 @@ RANGES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("clock_jump", "offset_s"): (3600.0, -1e9, 1e9),
     ("cpu_hog", "per_cpu"): (1.0, 0.1, 16.0),
     ("cpu_quota", "percent"): (20.0, 5.0, 10_000.0),
+    ("cut_in_call", "every_s"): (0.3, 0.0, 10.0),
     ("delay", "delay_ms"): (50.0, 0.1, 60_000.0),
     ("disk_full", "left_kib"): (0, 0, 1 << 20),
     ("flap", "times"): (3, 1, 100),
@@ -39,6 +40,7 @@ RANGES: dict[tuple[str, str], tuple[float, float, float]] = {
 """By kind and parameter: default, least, most. Those of whole numbers are whole here too."""
 WORDS = {
     ("cut", "kind"): ("off", "pair", "one_way", "one_way_back", "halves"),
+    ("cut_in_call", "frame"): ("answer", "question"),
     ("deny_rings", "what"): ("memory", "names"),
     ("frames", "kind"): ("corrupt", "truncate", "replay", "reorder", "lose"),
     ("kill_in_call", "state"): ("taken", "asked", "answered"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from chaos.faults.host_loss import HostLoss
 from chaos.target import Node, TargetError
 from chaos.targets import local_target, played_hosts
+from chaos.targets.host_commands import missing
 from chaos.targets.played_hosts import HostsTarget, PlayedHosts, free_network
 from tests.unit.chaos.targets.test_local_target import StandIn
 
@@ -101,6 +105,28 @@ def test_what_was_made_is_removed_also_when_the_mesh_does_not_start(
     assert len(made) == 3
 
 
+def test_the_link_to_hosts_is_deleted_by_name_before_the_namespace_of_its_other_end(commands: list[str]) -> None:
+    with PlayedHosts(1):
+        pass
+    (made,) = (line.split()[3] for line in commands if line.startswith("ip link add"))
+    deleted = commands.index(f"ip link delete {made}")
+    assert commands[deleted + 1 :] == [line for line in commands if line.startswith("ip netns delete")]
+
+
+@pytest.mark.skipif(missing("ip") != "", reason="hosts cannot be played here")
+def test_hosts_are_played_again_at_once_while_a_namespace_of_those_before_is_still_there() -> None:
+    with ExitStack() as guests:
+        for _ in range(3):
+            with PlayedHosts(1) as hosts:
+                words = ["ip", "netns", "exec", hosts._switch, sys.executable, "-c", "print(1, flush=True); input()"]
+                guest = guests.enter_context(
+                    subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                )
+                guests.callback(guest.kill)
+                assert guest.stdout is not None
+                assert guest.stdout.readline() == "1\n", "it is in there, and keeps it"
+
+
 def test_a_network_in_use_is_not_taken() -> None:
     links = [{"addr_info": [{"local": f"10.213.{number}.1"}]} for number in range(3)]
     assert free_network(json.dumps(links)) == "10.213.3"
@@ -122,7 +148,10 @@ def test_namespaces_of_a_harness_that_was_killed_are_removed_and_no_others(
     for name in ("moemesh-chaos-1-host-0", "moemesh-chaos-999999999-switch", "somebody-elses"):
         (tmp_path / name).touch()
     played_hosts.remove_left_over(tmp_path)
-    assert said == [["ip", "netns", "delete", "moemesh-chaos-999999999-switch"]]
+    assert said == [
+        ["ip", "link", "delete", "mm999999999"],
+        ["ip", "netns", "delete", "moemesh-chaos-999999999-switch"],
+    ]
 
 
 def test_a_target_without_hosts_says_so() -> None:

@@ -361,7 +361,7 @@ def listening_again(mesh: RingMesh, endpoint: str) -> RoutingSocket:
     until_s = time.monotonic() + 5
     while True:
         try:
-            return mesh.real.router("links of a", [endpoint])
+            return mesh.link_socket("a", endpoint)
         except ConfigurationError:
             assert time.monotonic() < until_s
             time.sleep(0.01)
