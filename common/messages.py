@@ -56,6 +56,8 @@ NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
 NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
 NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
+FIRST_CLASS = 1
+"""`Step.numeric_class` before any stage has added its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,9 @@ class Step:
     told anew."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
+    numeric_class: int = 0
+    """Stands for the numeric classes of the stages before and of the experts of their layers, as `class_number` makes
+    it of those; 0: rows were computed by several. The router sends `FIRST_CLASS`."""
     retried_calls: int = 0
     """Expert calls that stages before asked of another copy too, or instead."""
     previous_step: int = 0
@@ -116,7 +121,9 @@ class StepResult:
     top_logprobs: TensorFrame
     """float32 [S, P]."""
     degraded: TensorFrame = NO_ARRAY
-    """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
+    """uint8 [Q], of all sequences of the step: 1 where a stage went on without an expert; [0] where none did."""
+    numeric_class: int = 0
+    """As in Step, of all stages."""
     retried_calls: int = 0
     """Expert calls of all stages that were asked of another copy too, or instead."""
 
@@ -238,6 +245,8 @@ class Welcome:
     """Endpoints of the router's pulse socket: the node connects to one, under its id, and sends back what comes. Empty:
     there is none."""
     pulse_ipc_token: str = ""
+    caches_prefixes: bool = False
+    """Whether the router may count on what is in blocks of sequences that were released."""
 
 
 @dataclass(frozen=True, slots=True)

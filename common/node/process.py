@@ -102,6 +102,7 @@ class NodeProcess(Generic[DataSocket]):
     """A logger that names the node."""
     rings_folder: Path | None = None
     """Where nodes of one host find each other for calls through shared memory; None: they do not."""
+    numeric_class: str = ""
 
 
 @contextlib.contextmanager
@@ -167,6 +168,7 @@ def _bind_node(
         addresses.folder_token,
         log,
         folder if own.settings.call_rings == "auto" else None,
+        numeric_class,
     )
 
 

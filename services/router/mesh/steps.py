@@ -19,7 +19,13 @@ from services.router.control.actions import OpenPipeline
 from services.router.engine import Token
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.status import HopTotals
-from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
+from services.router.mesh.step_message import (
+    computed_by,
+    sampled_tokens,
+    step_header,
+    step_message,
+    unsendable_sequences,
+)
 from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
 
@@ -148,7 +154,8 @@ class StepFlow:
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.pipeline_steps += 1
                 self.totals.pipeline_seconds += now_s - (step.sent_s or now_s)
-            outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
+            by = computed_by(message, plan)
+            outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls, by)
             self._outcomes += [(output.request_id, output.token) for output in outputs]
         return broken
 

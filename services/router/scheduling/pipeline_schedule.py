@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,11 @@ from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.router.scheduling.pace import PipelinePace
+from services.router.scheduling.prefixes.prefix_cache import PrefixCounters
+from services.router.scheduling.prefixes.sharing import PrefixSharing
 from services.router.scheduling.request import Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk, StepPlan
 
 
 @dataclass(slots=True)
@@ -52,11 +55,18 @@ class StepInFlight:
 class PipelineSchedule:
     """See the module."""
 
-    def __init__(self, opening: OpenPipeline, settings: SchedulerSettings, blame: Blame) -> None:
+    def __init__(
+        self,
+        opening: OpenPipeline,
+        settings: SchedulerSettings,
+        blame: Blame,
+        prefix_counters: PrefixCounters | None = None,
+    ) -> None:
         self.pipeline = opening.pipeline
         self.generation = opening.generation
         self.num_slots = opening.num_slots
-        self.allocator = BlockAllocator(opening.num_blocks)
+        self.allocator = BlockAllocator(opening.num_blocks, prefix_counters)
+        self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, is_on=settings.caches_prefixes)
         self.running: list[Request] = []
         """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
@@ -88,7 +98,11 @@ class PipelineSchedule:
         return self.num_blocks_for(request.generation_request.max_num_tokens) <= self.allocator.num_blocks
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
-        """Lets it run here from now on."""
+        """Lets it run here from now on, with the cached blocks that it finds."""
+        self._start(request, sequence_id, now_s)
+        self.prefixes.begin(request)
+
+    def _start(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
         request.start(self.pipeline, sequence_id, now_s)
         insort(self.running, request, key=lambda other: other.arrival)
 
@@ -181,6 +195,9 @@ class PipelineSchedule:
         for request in self.running:
             if not request.is_replaying:
                 (decoding if request.is_decoding else prefilling).append(request)
+                if not request.is_decoding:
+                    self.prefixes.take(request)
+        prefilling = self.prefixes.without_followers(prefilling)
         decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
@@ -229,9 +246,15 @@ class PipelineSchedule:
         """Returns which requests replay how many tokens next, by arrival; in all as many tokens as a step may have."""
         num_tokens_left = self._settings.max_batch_tokens
         picked: list[tuple[Request, int]] = []
+        replays = [step for step in self.in_flight.values() if step.plan.computing_slots]
+        ended = [other for step in replays for other in step.requests if other.state is not RequestState.RUNNING]
+        of_others = {block_id for other in ended for block_id in other.block_table}
         for request in self.running:
-            if request.is_replaying and not request.steps and num_tokens_left:
-                num_tokens = min(request.replay_stop - request.replay_position, num_tokens_left)
+            self.prefixes.skip_replayed(request, self.last_step)
+            if not request.is_replaying:
+                continue
+            num_tokens = min(self.prefixes.num_to_replay(request, of_others), num_tokens_left)
+            if num_tokens and not request.steps:
                 picked.append((request, num_tokens))
                 num_tokens_left -= num_tokens
         return picked
@@ -279,6 +302,25 @@ class PipelineSchedule:
             self._set_down(request, step)
         return in_flight
 
+    def note_computed(
+        self,
+        request: Request,
+        chunk: ScheduledChunk,
+        step: StepId,
+        computed_by: ComputedBy,
+        now_s: float,
+        *,
+        is_replay: bool,
+    ) -> None:
+        """Notes that a chunk of a step that has landed is in the cache: of every slot; or, of a replay, there again."""
+        if is_replay:
+            request.note_replayed(step, len(chunk.token_ids), now_s)
+            self.prefixes.note_replayed(request, chunk.start_position)
+        else:
+            assert chunk.start_position == request.num_computed_tokens, "chunks are answered in their order"
+            request.note_computed(step, len(chunk.token_ids), now_s)
+        self.prefixes.note_computed(request, chunk, step, computed_by)
+
     def _set_down(self, request: Request, step: StepId) -> None:
         """Takes the request out of a step. If it has ended meanwhile, nothing can write to its blocks after its last
         one."""
@@ -297,7 +339,7 @@ class PipelineSchedule:
         assert request.sequence_id is not None, "it has run here"
         if request.block_table:  # else no stage has heard of it
             self.held_releases.append(request.sequence_id)
-            self.allocator.free(request.block_table)
+            self.allocator.free(reversed(request.block_table))  # what a longer chain ends with is evicted first
             request.block_table = []
 
     def suspend(self, now_s: float) -> None:
@@ -322,6 +364,7 @@ class PipelineSchedule:
                 covered[request] = by_slot
         for request, by_slot in covered.items():
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
+        self.prefixes.resume(self.running, kv_marks)
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
         self._last_planned = 0
         self.pace.opened(now_s)
@@ -358,11 +401,14 @@ class PipelineSchedule:
         """Returns False if it does not fit here, its blocks are not free, or its handling raised."""
         with self._blame.handling(request):
             num_computed = min(held.num_computed, request.num_tokens - 1)
-            if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
+            if num_computed < 1 or not self.can_ever_hold(request):
                 return False
-            self.admit(request, sequence_id, now_s)
+            if not self.prefixes.claim(request, held.block_ids, num_computed, self.running):
+                return False
+            self._start(request, sequence_id, now_s)
             request.block_table = list(held.block_ids)
             request.num_computed_tokens = num_computed
+            request.numeric_class = 0  # whether a row of it went on without an expert, say, nobody knows any more
             request.kv_history = [(step, num_computed)]
             return True
         return False
@@ -393,6 +439,14 @@ class PipelineSchedule:
 
     # Being observed
 
+    def num_blocks_needed(self, request: Request) -> int:
+        """Returns how many free blocks the prefill of a request that waits would take."""
+        return self.num_blocks_for(request.num_tokens) - self.prefixes.num_held(request)
+
+    def num_blocks_alone(self, request: Request) -> int:
+        """Returns how many blocks would be free if it gave up its own."""
+        return sum(self.allocator.reference_count(block_id) == 1 for block_id in request.block_table)
+
     @property
     def num_queued_tokens(self) -> int:
         """Counts tokens of its requests that are still to be prefilled."""
@@ -406,9 +460,10 @@ class PipelineSchedule:
             for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
                 assert request.steps.get(step) == len(chunk.token_ids), f"{request.request_id} is not in step {step}"
                 holders[id(request)] = request
-        held = [block_id for request in holders.values() for block_id in request.block_table]
-        assert len(held) == len(set(held)), "two requests hold one block"
-        assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
+        held = Counter(block_id for request in holders.values() for block_id in request.block_table)
+        for block_id in range(self.allocator.num_blocks):
+            references = self.allocator.reference_count(block_id)
+            assert references == held[block_id], f"{held[block_id]} hold block {block_id}, {references} are counted"
         assert len(self.in_flight) <= self._max_prefilling, "too many micro-batches in flight"
         arrivals = [request.arrival for request in self.running]
         assert arrivals == sorted(set(arrivals)), "running requests are out of order"
@@ -444,9 +499,12 @@ def _isolated(picked: Sequence[tuple[Request, int]]) -> Sequence[tuple[Request, 
 class PipelineSchedules:
     """All pipelines that are open or suspended."""
 
-    def __init__(self, settings: SchedulerSettings, blame: Blame) -> None:
+    def __init__(
+        self, settings: SchedulerSettings, blame: Blame, prefix_counters: PrefixCounters | None = None
+    ) -> None:
         self._settings = settings
         self._blame = blame
+        self._prefix_counters = prefix_counters
         self.all: dict[PipelineId, PipelineSchedule] = {}
         self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
         """Releases of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
@@ -491,7 +549,7 @@ class PipelineSchedules:
     def begin(self, opening: OpenPipeline) -> PipelineSchedule:
         """Returns the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
         if opening.pipeline not in self.all:
-            schedule = PipelineSchedule(opening, self._settings, self._blame)
+            schedule = PipelineSchedule(opening, self._settings, self._blame, self._prefix_counters)
             schedule.held_releases.extend(self._untold_releases.pop(opening.pipeline, []))
             self.all[opening.pipeline] = schedule
         return self.all[opening.pipeline]
