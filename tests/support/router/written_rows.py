@@ -118,7 +118,8 @@ class WrittenRows(SimulatedPipeline):
         earlier = [self._check_row(chunk, cache, position, slot) for position, slot in enumerate(slots)]
         is_clean = all(row.is_clean and row.made_by == made_by for row in earlier)
         is_clean = is_clean and not self._is_degraded(self._advancing, chunk)
-        request, rows = self._requests[chunk.sampling.seed], {}
+        request = self._requests[chunk.sampling.seed]
+        rows: dict[int, int] = {}
         for slot, position in zip(
             self._slots(chunk, chunk.start_position, end_of(chunk)),
             range(chunk.start_position, end_of(chunk)),
