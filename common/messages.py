@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 """It counts what messages hold: a change that adds a field raises it, and gives the field a default."""
-OLDEST_VERSION: Final = 6
+OLDEST_VERSION: Final = 7
 """Messages of this version are understood too; they may lack the fields that have a default. A change that takes a
 field or a kind away, or gives a field another meaning, raises it as well."""
 

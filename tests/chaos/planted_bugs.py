@@ -299,7 +299,7 @@ BUGS = {
         "stage", "services.stage.model.kv_cache", "PagedMemory", "logged", flip_replayed_bit
     ),
     "leaked_block": PlantedBug(
-        "router", "services.router.scheduling.block_allocator", "BlockAllocator", "free", leak_block
+        "router", "services.router.scheduling.blocks.block_allocator", "BlockAllocator", "free", leak_block
     ),
     "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(

@@ -22,7 +22,7 @@ from common.wire.array import array_to_frame, frame_to_array
 from common.wire.call_ring import Outcome
 from common.wire.transport import MessageSocket
 from services.router.mesh.sockets import MeshClient
-from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
 from tests.support.nodes.kernels import kernels_for

@@ -18,8 +18,8 @@ import numpy as np
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.engine import FinishReason, GenerationRequest, RecoveryCounts, Token
+from services.router.scheduling.blocks.key_chain import BlockKey, KeyChain
 from services.router.scheduling.pace import RequestPace
-from services.router.scheduling.prefixes.key_chain import BlockKey, KeyChain
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""

@@ -16,7 +16,8 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
-from services.router.scheduling.pipeline_schedule import PipelineSchedules, StepInFlight
+from services.router.scheduling.pipeline_schedule import StepInFlight
+from services.router.scheduling.pipeline_schedules import PipelineSchedules
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings

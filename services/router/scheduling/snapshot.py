@@ -6,9 +6,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from services.router.control.readiness import PipelineEvidence
+from services.router.scheduling.blocks.prefix_cache import PrefixCounters
 from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
-from services.router.scheduling.prefixes.prefix_cache import PrefixCounters
 from services.router.scheduling.request import Request
 
 WAIT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -10,7 +10,8 @@ from itertools import count
 from common.ids import PipelineId, RequestId, SequenceId
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import group_of, num_ahead
-from services.router.scheduling.pipeline_schedule import PipelineSchedule, PipelineSchedules
+from services.router.scheduling.pipeline_schedule import PipelineSchedule
+from services.router.scheduling.pipeline_schedules import PipelineSchedules
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.snapshot import SchedulerCounters

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from services.router.scheduling.block_allocator import BlockAllocator
-from services.router.scheduling.prefixes.key_chain import BlockKey
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.key_chain import BlockKey
 from services.router.scheduling.request import Request
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from services.router.scheduling.prefixes.prefix_cache import PrefixCache, PrefixCounters
+from services.router.scheduling.blocks.prefix_cache import PrefixCache, PrefixCounters
 
 
 class BlockAllocator:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.router.scheduling.prefixes.key_chain import BlockKey
+from services.router.scheduling.blocks.key_chain import BlockKey
 
 
 @dataclass(slots=True)
