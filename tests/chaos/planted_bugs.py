@@ -109,6 +109,22 @@ def leak_block(free: Callable[..., None]) -> Callable[..., None]:
     return planted
 
 
+def forget_salt(root: Callable[..., bytes]) -> Callable[..., bytes]:
+    """What was computed under one salt is found under every other one."""
+    return lambda salt, numeric_class: root("", numeric_class)
+
+
+def keep_evicted(evict: Callable[..., int]) -> Callable[..., int]:
+    """A cached block is given to another, and its entry stays."""
+
+    def planted(self: Any) -> int:
+        block_id: int = next(iter(self._idle))
+        self.wake(block_id)
+        return block_id
+
+    return planted
+
+
 def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
     """A late answer of an expert node is taken for the answer to another call: the next that is answered."""
     sent_s: dict[int, float] = {}
@@ -287,6 +303,7 @@ class PlantedBug:
     """Whose process it is in."""
     module: str
     owner: str
+    """A class; empty: the module itself."""
     function: str
     plant: Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -300,6 +317,10 @@ BUGS = {
     ),
     "leaked_block": PlantedBug(
         "router", "services.router.scheduling.blocks.block_allocator", "BlockAllocator", "free", leak_block
+    ),
+    "forgotten_salt": PlantedBug("router", "services.router.scheduling.blocks.key_chain", "", "root_key", forget_salt),
+    "kept_evicted": PlantedBug(
+        "router", "services.router.scheduling.blocks.prefix_cache", "PrefixCache", "evict", keep_evicted
     ),
     "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(
@@ -327,7 +348,8 @@ def module_of(name: str) -> dict[str, str]:
 def plant(name: str) -> None:
     """Into this process. Raises LookupError if the product has no such place."""
     bug = BUGS[name]
-    owner = getattr(importlib.import_module(bug.module), bug.owner)
+    module = importlib.import_module(bug.module)
+    owner = getattr(module, bug.owner) if bug.owner else module
     if not hasattr(owner, bug.function):
         raise LookupError(f"{name}: {bug.module}.{bug.owner} has no {bug.function}")
     setattr(owner, bug.function, bug.plant(getattr(owner, bug.function)))
