@@ -115,10 +115,10 @@ def forget_salt(root: Callable[..., bytes]) -> Callable[..., bytes]:
 
 
 def keep_evicted(evict: Callable[..., int]) -> Callable[..., int]:
-    """A cached block is given to another, and its entry stays."""
+    """A cached block is given to another, and its entry stays: the one that was of use last, so that it is missed."""
 
     def planted(self: Any) -> int:
-        block_id: int = next(iter(self._idle))
+        block_id: int = next(reversed(self._idle))
         self.wake(block_id)
         return block_id
 

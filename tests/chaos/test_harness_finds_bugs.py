@@ -49,7 +49,7 @@ LOST_BELLS = {
     "parameters": {"every_s": 0.02},
 }
 KILLED_IN_CALL = {"kind": "kill_in_call", "victims": {"kind": "expert"}, "parameters": {"state": "taken"}}
-ALIKE = {"alike": 1.0, "salted": 0.5, "requests": 8}
+ALIKE = {"alike": 1.0, "salted": 0.4, "requests": 8, "prompt_words": [40, 60]}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -72,7 +72,7 @@ CASES = {
     "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
     "forgotten_salt": Case(("salts",), BLIP, {}, load=ALIKE),
-    "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "2048"}, load=ALIKE),
+    "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "4096"}, num_faults=4, load=ALIKE),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import StepPlan
+from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, StepPlan
 from services.stage.slot.step_watermark import StepWatermark
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
@@ -26,6 +27,8 @@ MOVES = st.lists(
 class Mesh:
     """One pipeline of two slots, four requests in micro-batches of one, and mirrors of both slots."""
 
+    caches_prefixes = False
+
     def __init__(self) -> None:
         self.settings = SchedulerSettings(
             block_tokens=4,
@@ -33,14 +36,15 @@ class Mesh:
             max_batch_sequences=1,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
+            caches_prefixes=self.caches_prefixes,
         )
         self.scheduler = Scheduler(self.settings)
         open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
-        self.stages = SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+        self.requests = self.make_requests()
+        self.stages = self.make_stages()
         self.generation = 1
         self.router_term = 0
         self.in_flight: list[StepPlan] = []
-        self.requests = [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
         self.sequences: dict[RequestId, SequenceId] = {}
         self.tokens: dict[RequestId, list[int]] = {request.request_id: [] for request in self.requests}
         for request in self.requests:
@@ -48,6 +52,15 @@ class Mesh:
         for stage in (0, 1):
             self.stages.mirror(stage)
         self.send()
+
+    def make_requests(self) -> list[GenerationRequest]:
+        return [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
+
+    def make_stages(self) -> SimulatedPipeline:
+        return SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+
+    def computed_by(self, plan: StepPlan) -> ComputedBy:
+        return UNKNOWN
 
     def send(self) -> None:
         for plan in self.scheduler.schedule(0.0):
@@ -58,7 +71,7 @@ class Mesh:
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages.answer(plan)
         self.in_flight.remove(plan)
-        for output in self.scheduler.complete(plan.step, sampled, 0.0):
+        for output in self.scheduler.complete(plan.step, sampled, 0.0, computed_by=self.computed_by(plan)):
             self.tokens[output.request_id].append(output.token.token_id)
         self.send()
 
