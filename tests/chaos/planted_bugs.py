@@ -109,9 +109,9 @@ def leak_block(free: Callable[..., None]) -> Callable[..., None]:
     return planted
 
 
-def forget_salt(root: Callable[..., bytes]) -> Callable[..., bytes]:
+def forget_salt(make: Callable[..., None]) -> Callable[..., None]:
     """What was computed under one salt is found under every other one."""
-    return lambda salt, numeric_class: root("", numeric_class)
+    return lambda self, salt, block_tokens: make(self, "", block_tokens)
 
 
 def keep_evicted(evict: Callable[..., int]) -> Callable[..., int]:
@@ -303,7 +303,6 @@ class PlantedBug:
     """Whose process it is in."""
     module: str
     owner: str
-    """A class; empty: the module itself."""
     function: str
     plant: Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -318,7 +317,9 @@ BUGS = {
     "leaked_block": PlantedBug(
         "router", "services.router.scheduling.blocks.block_allocator", "BlockAllocator", "free", leak_block
     ),
-    "forgotten_salt": PlantedBug("router", "services.router.scheduling.blocks.key_chain", "", "root_key", forget_salt),
+    "forgotten_salt": PlantedBug(
+        "router", "services.router.scheduling.blocks.key_chain", "KeyChain", "__init__", forget_salt
+    ),
     "kept_evicted": PlantedBug(
         "router", "services.router.scheduling.blocks.prefix_cache", "PrefixCache", "evict", keep_evicted
     ),
@@ -348,8 +349,7 @@ def module_of(name: str) -> dict[str, str]:
 def plant(name: str) -> None:
     """Into this process. Raises LookupError if the product has no such place."""
     bug = BUGS[name]
-    module = importlib.import_module(bug.module)
-    owner = getattr(module, bug.owner) if bug.owner else module
+    owner = getattr(importlib.import_module(bug.module), bug.owner)
     if not hasattr(owner, bug.function):
         raise LookupError(f"{name}: {bug.module}.{bug.owner} has no {bug.function}")
     setattr(owner, bug.function, bug.plant(getattr(owner, bug.function)))

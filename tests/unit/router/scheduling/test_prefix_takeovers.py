@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from common.ids import Generation
 from services.router.engine import GenerationRequest
@@ -47,7 +46,9 @@ def test_every_token_is_right_whoever_takes_over_or_restarts(moves: list[tuple[s
 
 def test_a_restarted_router_shares_the_blocks_that_were_shared() -> None:
     mesh = AlikeMesh()
-    while not all(mesh.tokens[name] for name in ("r0", "r1", "r2")):  # the pipeline takes three at a time
+    while not all(
+        mesh.tokens[request.request_id] for request in mesh.requests[:3]
+    ):  # the pipeline takes three at a time
         mesh.answer(mesh.in_flight[0])
     before = mesh.scheduler.snapshot()
     assert before.counters.prefixes.blocks_found == 4

@@ -24,7 +24,7 @@ def chain_of(tokens: list[int], salt: str = "", numeric_class: int = 1) -> list[
 
 
 def test_a_key_is_sha256_over_the_parent_and_the_tokens() -> None:
-    root = hashlib.sha256(struct.pack("<q", 5) + "salt".encode()).digest()
+    root = hashlib.sha256(struct.pack("<q", 5) + b"salt").digest()
     assert root_key("salt", 5) == root
     assert child_key(root, [1, 2, 3, 70000]) == hashlib.sha256(root + struct.pack("<4i", 1, 2, 3, 70000)).digest()
     assert chain_of([1, 2, 3, 70000], "salt", 5) == [child_key(root, [1, 2, 3, 70000])]

@@ -154,7 +154,7 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     go_on(scheduler)
     scheduler._schedules.all[P0].withdraw(request := scheduler._schedules.all[P0].running[0])
     scheduler._waiting.requeue(request, 0.0)
-    ((plan, tokens),) = go_on(scheduler)
+    ((plan, _),) = go_on(scheduler)
     assert [(chunk.start_position, len(chunk.token_ids)) for chunk in plan.chunks] == [(8, 2)]
     assert request.num_found_tokens == 0, "it had computed them itself"
 
