@@ -438,10 +438,6 @@ class PipelineSchedule:
 
     # Being observed
 
-    def num_blocks_needed(self, request: Request) -> int:
-        """Returns how many free blocks the prefill of a request that waits would take."""
-        return self.num_blocks_for(request.num_tokens) - self.prefixes.num_held(request)
-
     def num_blocks_alone(self, request: Request) -> int:
         """Returns how many blocks would be free if it gave up its own."""
         return sum(self.allocator.reference_count(block_id) == 1 for block_id in request.block_table)

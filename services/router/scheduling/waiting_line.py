@@ -74,7 +74,8 @@ class WaitingLine:
         fitting = [pipeline for pipeline in schedules if schedules[pipeline].can_ever_hold(request)]
         open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
         with_room = [schedules[p] for p in open_to_it if has_room(schedules[p], request)]
-        choice = self._selection.choose(with_room, [schedule.prefixes.num_found(request) for schedule in with_room])
+        of_use = with_room if len(with_room) > 1 else []  # else there is nothing to choose
+        choice = self._selection.choose(with_room, [schedule.prefixes.num_found(request) for schedule in of_use])
         if choice is None:
             choice = self._make_room(request, open_to_it, now_s)
         if choice is None:
@@ -140,7 +141,8 @@ def _fits(schedule: PipelineSchedule, request: Request, num_running: int, num_le
         return False
     # A little is left for those that decode, so that a joiner is not preempted at once.
     headroom = schedule.allocator.num_blocks // 64
-    return not num_running or num_left - headroom >= schedule.num_blocks_needed(request)
+    lacking = schedule.num_blocks_for(request.num_tokens) - (num_left - headroom)
+    return not num_running or lacking <= 0 or schedule.prefixes.holds(request, lacking)
 
 
 def _num_promised(schedule: PipelineSchedule, requests: Sequence[Request]) -> int:

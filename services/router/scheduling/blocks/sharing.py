@@ -63,9 +63,12 @@ class PrefixSharing:
         """Counts the tokens that a request which waits would find."""
         return len(self.find(request)) * self._block_tokens
 
-    def num_held(self, request: Request) -> int:
-        """Counts the blocks that a request which waits would find, and that others hold: they cost it no free ones."""
-        return sum(not self._cache.is_idle(block_id) for block_id in self.find(request))
+    def holds(self, request: Request, count: int) -> bool:
+        """Returns whether a request which waits would find so many blocks that others hold: they cost it no free
+        ones."""
+        if self._cache.num_blocks - self._cache.num_idle < count:
+            return False  # it is asked in every turn while the request waits, and a long chain takes a millisecond
+        return sum(not self._cache.is_idle(block_id) for block_id in self.find(request)) >= count
 
     def _may_find(self, request: Request) -> bool:
         """Returns whether nothing of it is under way, its own blocks are all whole, and of the class of now."""
