@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -25,7 +25,11 @@ help:
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
 	@echo 'make bench-collectives what ranks pay for one exchange, beside Gloo alone'
-	@echo 'make bench-hops    an expert call in messages, beside a bare round trip of the same bytes'
+	@echo 'make bench-hops    an expert call, beside a bare round trip of the same bytes'
+	@echo 'make bench-gaps    what stands between the kernels of a layer, with one stream'
+	@echo 'make bench-hosts   two hosts, played by namespaces, beside one on the same cores (needs root)'
+	@echo 'make bench-pipelines two pipelines beside one, a pinned core and one request in flight each'
+	@echo 'make bench-long-prompt a prompt of 10,240 tokens beside what its products alone take'
 	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
 	@echo 'make bench-parity  every comparison with transformers, the long ones too'
 	@echo 'make bench-turns   the longest turns of the mesh thread of a large mesh'
@@ -91,6 +95,19 @@ bench-collectives: $(STAMP)
 
 bench-hops: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.expert_hop $(BENCH_ARGS)
+
+bench-gaps: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.kernel_gaps $(BENCH_ARGS)
+
+bench-hosts: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.hosts $(BENCH_ARGS)
+
+# Parts of bench-growth, whose report they leave as it is.
+bench-pipelines: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.growth --parts pair --output-dir state/pipelines $(BENCH_ARGS)
+
+bench-long-prompt: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.growth --parts long-prompt --output-dir state/long-prompt $(BENCH_ARGS)
 
 bench-stalls: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.stalls $(BENCH_ARGS)

@@ -48,12 +48,14 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     combine: Literal["exact", "partial"] = "exact"
     call_rings: Literal["auto", "off"] = Field(
-        default="auto", description="expert calls within a host go through shared memory; off: all go as messages"
+        default="auto",
+        description="native code makes expert calls: through shared memory within a host, else over tcp; off: all go "
+        "as messages",
     )
     rings_folder: str = Field(
         default="",
-        description="where stages and experts of one host find each other for that, over tcp too; default: the folder "
-        "of their sockets, if there is one",
+        description="where stages and experts of one host find each other for shared memory, over tcp too; default: "
+        "the folder of their sockets, if there is one",
     )
     threads: str = Field(
         default="auto",

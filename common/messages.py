@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 """It counts what messages hold: a change that adds a field raises it, and gives the field a default."""
-OLDEST_VERSION: Final = 7
+OLDEST_VERSION: Final = 8
 """Messages of this version are understood too; they may lack the fields that have a default. A change that takes a
 field or a kind away, or gives a field another meaning, raises it as well."""
 
@@ -225,6 +225,8 @@ class Hello:
     no layers, or, where `part_experts` is empty too, the whole checkpoint."""
     part_experts: tuple[int, ...] = ()
     """The experts that it can load, of every MoE layer."""
+    links: tuple[str, ...] = ()
+    """Where an expert node's native code takes calls over tcp (protocol.md). Empty: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +377,8 @@ class PublishPlacement:
     first_classes: tuple[str, ...] = ()
     """For each layer the numeric class whose nodes are asked, those of another one only for what it has no copy of that
     answers; empty string: no node has held anything of the layer. None at all where all nodes have one class."""
+    links: tuple[str, ...] = ()
+    """Each node's endpoints for calls of native code, as `join_endpoints` joins them. Empty: no node has any."""
 
 
 @dataclass(frozen=True, slots=True)

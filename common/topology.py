@@ -93,6 +93,8 @@ class NodeDescription:
     """HOST/PID as the process itself sees them: for people, who find it by that."""
     part: CheckpointPart | None = None
     """What it can load; None: everything."""
+    links: tuple[str, ...] = ()
+    """Where native code of an expert node takes calls over tcp; empty: nowhere."""
 
     @property
     def summary(self) -> dict[str, str | int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
-from common.compute.row_reduction import folded_softmax, folded_sum
+from common.compute.torch_functions import folded_softmax, folded_sum
 
 
 class ChoiceDescriptor(ctypes.Structure):

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.compute.linear import PackedLinear, check_weight, pack_weight
+from common.compute.linear import PackedLinear, check_weight, pack_weights
 from common.compute.native_library import NativeKernels
-from common.compute.torch_elementwise import silu
+from common.compute.torch_functions import silu
 
 
 class GatedExpert:
@@ -35,7 +35,7 @@ class GatedExpert:
         if self.kernels is None:
             self._layers = [PackedLinear(weight, kernels=None) for weight in (gate, up, down)]
         else:
-            self._packed = [pack_weight(weight, self.kernels) for weight in (gate, up, down)]
+            self._packed = pack_weights((gate, up, down), self.kernels)
             # gate, up, down, F: the first fields of `struct Group` in native/gated_ffn.h
             self.group_fields = (*(weight.data_ptr() for weight in self._packed), self.expert_width)
 

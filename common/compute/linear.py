@@ -6,11 +6,14 @@ The bits of y[t] depend on x[t] and the weights only, not on T, on the other row
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.compute.huge_pages import empty_in_huge_pages
 from common.compute.native_library import NativeKernels
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -46,7 +49,7 @@ class PackedLinear:
         if self.kernels is None:
             self._by_torch = TorchLinear(weight, bias) if is_on_host else DeviceLinear(weight, bias)
             return
-        self._packed = pack_weight(weight, self.kernels)
+        (self._packed,) = pack_weights((weight,), self.kernels)
         # fp32, so that a bf16 result is rounded once, after the bias was added.
         self._bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         self._descriptor = _LinearDescriptor(
@@ -89,13 +92,22 @@ def check_weight(weight: Tensor, bias: Tensor | None = None) -> None:
         )
 
 
-def pack_weight(weight: Tensor, kernels: NativeKernels) -> Tensor:
-    """weight [N, K] -> the kernels' own layout, a flat tensor of the same dtype, zero padded."""
-    rows, columns = weight.shape
-    is_bf16 = int(weight.dtype == torch.bfloat16)
-    source = weight.detach().contiguous()
-    packed = torch.empty(kernels.packed_values(rows, columns, is_bf16), dtype=weight.dtype)
-    kernels.pack(source.data_ptr(), packed.data_ptr(), rows, columns, is_bf16)
+PACKED_ALIGNMENT = 64
+"""In values: a packed weight begins at a cache line."""
+
+
+def pack_weights(weights: Sequence[Tensor], kernels: NativeKernels) -> list[Tensor]:
+    """weights, each [N, K], of one dtype -> the kernels' own layout of each: flat tensors, zero padded, in memory that
+    lies together. Raises RuntimeError for want of memory."""
+    dtype = weights[0].dtype
+    is_bf16 = int(dtype == torch.bfloat16)
+    sizes = [kernels.packed_values(*weight.shape, is_bf16) for weight in weights]
+    starts = [0, *accumulate(-(-size // PACKED_ALIGNMENT) * PACKED_ALIGNMENT for size in sizes)]
+    memory = empty_in_huge_pages((starts[-1],), dtype)
+    packed = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    for weight, place in zip(weights, packed, strict=True):
+        source = weight.detach().contiguous()
+        kernels.pack(source.data_ptr(), place.data_ptr(), *weight.shape, is_bf16)
     return packed
 
 

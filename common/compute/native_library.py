@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 LOOK_S = 0.05
 """How long to wait between looks at whether another process has finished compiling."""
 SOURCE = Path(__file__).parent / "native" / "kernels.cpp"
@@ -97,10 +97,13 @@ class NativeKernels:
     await_word: ctypes._NamedFuncPointer
     start_call_server: ctypes._NamedFuncPointer
     end_call_server: ctypes._NamedFuncPointer
+    open_links: ctypes._NamedFuncPointer
     add_ring: ctypes._NamedFuncPointer
     remove_ring: ctypes._NamedFuncPointer
     set_held_shards: ctypes._NamedFuncPointer
     read_call_counts: ctypes._NamedFuncPointer
+    link_seal: ctypes._NamedFuncPointer
+    receive_answers: ctypes._NamedFuncPointer
     ask_experts: ctypes._NamedFuncPointer
     await_answers: ctypes._NamedFuncPointer
     take_call_back: ctypes._NamedFuncPointer
@@ -267,10 +270,13 @@ def _opened(path: Path, threads: int) -> NativeKernels:
         await_word=function("await_word", "aiaiii", result=ctypes.c_int64),
         start_call_server=function("start_call_server", "iiaiii", result=ctypes.c_void_p),
         end_call_server=function("end_call_server", "a"),
+        open_links=function("open_links", "aa"),
         add_ring=function("add_ring", "aiai"),
         remove_ring=function("remove_ring", "ai"),
         set_held_shards=function("set_held_shards", "aai"),
         read_call_counts=function("read_call_counts", "aa", quick=True),
+        link_seal=function("link_seal", "iia", result=ctypes.c_uint64, quick=True),
+        receive_answers=function("receive_answers", "aa", quick=True),
         ask_experts=function("ask_experts", "aaiaaa", result=ctypes.c_int64, quick=True),
         await_answers=function("await_answers", "aaiaaaaii", result=ctypes.c_int64),
         take_call_back=function("take_call_back", "aaa", quick=True),

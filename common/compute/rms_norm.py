@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
-from common.compute.row_reduction import mean_of_squares
+from common.compute.torch_functions import mean_of_squares
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, kernels: NativeKernels | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
-from common.compute.row_reduction import mean_of_squares
+from common.compute.torch_functions import mean_of_squares
 
 
 def apply_rotary(

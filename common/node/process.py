@@ -102,6 +102,8 @@ class NodeProcess(Generic[DataSocket]):
     """A logger that names the node."""
     rings_folder: Path | None = None
     """Where nodes of one host find each other for calls through shared memory; None: they do not."""
+    links: RoutingSocket | None = None
+    """Where stages that share no memory with this node bring their calls, for native code; None: as messages."""
     numeric_class: str = ""
 
 
@@ -111,15 +113,18 @@ def open_node(
     own: NodeResources,
     numeric_class: str,
     open_data: Callable[[Transport, str], DataSocket],
+    *,
+    has_links: bool = False,
 ) -> Iterator[NodeProcess[DataSocket]]:
     """Opens one incarnation: its sockets are closed in the end, and the router's term is kept for the next one.
 
-    `open_data` makes the data socket, bound to the address that it is given.
+    `open_data` makes the data socket, bound to the address that it is given. `has_links`: native code can answer calls
+    that come over tcp, if the settings allow it.
     """
     refuse_useless_part(own.seen.part, kind, own.settings.model)
     transport = open_transport(own.settings, own.log)
     try:
-        node = _bind_node(kind, own, numeric_class, transport, open_data)
+        node = _bind_node(kind, own, numeric_class, transport, open_data, has_links)
         node.control.router_term = own.router_term
         try:
             yield node
@@ -135,12 +140,17 @@ def _bind_node(
     numeric_class: str,
     transport: Transport,
     open_data: Callable[[Transport, str], DataSocket],
+    has_links: bool,
 ) -> NodeProcess[DataSocket]:
     node_id, incarnation = draw_identity(kind)
     addresses = find_addresses(own.settings, node_id)
     # Nothing is sent on it; that it closes tells the router that this process has ended.
     lifeline = transport.router("lifeline", [addresses.bind_pattern.format(socket="lifeline")])
     data = open_data(transport, addresses.bind_pattern.format(socket="data"))
+    is_native = own.settings.call_rings == "auto"
+    links = None
+    if has_links and is_native and addresses.bind_pattern.startswith("tcp://"):
+        links = transport.router("links", [addresses.bind_pattern.format(socket="links")])
     part = own.seen.part or CheckpointPart()  # the whole checkpoint is said by leaving both out
     hello = Hello(
         node_id=node_id,
@@ -156,6 +166,7 @@ def _bind_node(
         process=f"{socket.gethostname()}/{os.getpid()}",
         part_layers=part.layers or (),
         part_experts=tuple(sorted(part.experts)),
+        links=() if links is None else addresses.advertised(links.endpoints),
     )
     control = ControlLink(transport, addresses, hello)
     log, named = own.log.bind(node=node_id), own.settings.rings_folder
@@ -167,7 +178,8 @@ def _bind_node(
         data,
         addresses.folder_token,
         log,
-        folder if own.settings.call_rings == "auto" else None,
+        folder if is_native else None,
+        links,
         numeric_class,
     )
 

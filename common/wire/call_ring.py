@@ -102,11 +102,13 @@ class RingMemory:
     """A ring's memory as this process has mapped it. Closed by the garbage collector: calls may be under way."""
 
     def __init__(self, descriptor: int, shape: RingShape) -> None:
-        """Takes the descriptor over. Raises OSError, ValueError."""
+        """Takes the descriptor over; -1: the memory is this process's own. Raises OSError, ValueError."""
         try:
-            self._map = mmap.mmap(descriptor, shape.num_bytes, mmap.MAP_SHARED)
+            flags = mmap.MAP_SHARED if descriptor >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._map = mmap.mmap(descriptor, shape.num_bytes, flags)
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
         self._view = (ctypes.c_uint8 * shape.num_bytes).from_buffer(self._map)
         self.address = ctypes.addressof(self._view)
 

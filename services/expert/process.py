@@ -13,7 +13,8 @@ from common.node.process import NodeProcess, NodeResources, open_node, run_lives
 from common.processes.cores import compute_threads
 from common.topology import NodeKind
 from common.wire.transport import RoutingSocket
-from services.expert.ring_server import RingServer
+from common.wire.zmq_functions import zmq_functions
+from services.expert.ring_server import LinkSocket, RingServer
 from services.expert.service import ExpertService
 from services.expert.shard_loader import HeldShards, ShardLoader
 
@@ -34,6 +35,7 @@ class ExpertProcess:
         torch.set_num_threads(settings.library_threads)
         kernels = load_native_kernels(threads=compute_threads(settings.threads)) if self._device.is_host else None
         self._numeric_class = self._device.numeric_class(kernels.variant if kernels is not None else "torch")
+        self._zmq = zmq_functions()
         own = self._resources
         self._held = HeldShards(own.config, own.checkpoint, kernels, self._device, own.loader)
 
@@ -41,7 +43,11 @@ class ExpertProcess:
         """Lives through one incarnation. Raises MoemeshError, NodeLostError where another one may follow."""
         own = self._resources
         with open_node(
-            NodeKind.EXPERT, own, self._numeric_class, lambda transport, address: transport.router("calls", [address])
+            NodeKind.EXPERT,
+            own,
+            self._numeric_class,
+            lambda transport, address: transport.router("calls", [address]),
+            has_links=self._held.kernels is not None and self._zmq is not None,
         ) as node:
             shards = ShardLoader(self._held, node.control, node.log)
             rings = self._open_rings(node)
@@ -56,8 +62,9 @@ class ExpertProcess:
                 shards.close()
 
     def _open_rings(self, node: NodeProcess[RoutingSocket]) -> RingServer | None:
-        """Returns what takes calls of stages on this host; None where it cannot be: they come as messages then."""
+        """Returns what takes calls in native code; None where it cannot be: all come as messages then."""
         folder, hello, kernels = node.rings_folder, node.control.hello, self._held.kernels
-        if folder is None or kernels is None:
+        links = None if node.links is None or self._zmq is None else LinkSocket(node.links, self._zmq)
+        if kernels is None or (folder is None and links is None):
             return None
-        return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log)
+        return RingServer(folder, hello.node_id, hello.incarnation, kernels, node.log, links=links)

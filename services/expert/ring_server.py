@@ -1,5 +1,5 @@
-"""The rings of an expert node: who has handed one over, and the native thread that answers the calls in them
-(native/call_server.h)."""
+"""The native thread that answers the calls of stages (native/call_server.h), and the rings through which they come: who
+has handed one over. What comes over links is between the thread and its socket."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from common.wire.call_ring import (
     ring_shape,
     send_verdict,
 )
+from common.wire.transport import RoutingSocket
+from common.wire.zmq_functions import ZmqFunctions
 from services.expert.shard_store import ShardStore
 
 _BACKLOG = 64
@@ -54,10 +56,24 @@ class RingCounts:
     in_hand: int = 0
 
 
+class NodeLinks(ctypes.Structure):
+    """Where links come in; mirrors `NodeLinks` in native/call_server.h."""
+
+    _fields_ = [("zmq", ctypes.c_void_p), ("socket", ctypes.c_void_p), ("incarnation", ctypes.c_int64)]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSocket:
+    """The socket for links, which nobody touches but the native thread while there is one."""
+
+    socket: RoutingSocket
+    functions: ZmqFunctions
+
+
 class CallThread:
     """The native thread that serves the calls of one store's shards."""
 
-    def __init__(self, store: ShardStore, kernels: NativeKernels) -> None:
+    def __init__(self, store: ShardStore, kernels: NativeKernels, links: NodeLinks) -> None:
         """Raises OSError where there is no descriptor or no thread left."""
         config = store.config
         self.shape = ring_shape(
@@ -80,6 +96,7 @@ class CallThread:
             os.close(self.bell)
             raise OSError("no thread can be started; a limit of threads or processes (`ulimit -u`) is reached")
         store.watch(self._changed)
+        kernels.open_links(self._handle, ctypes.byref(links))
 
     def add(self, number: int, memory: RingMemory, stage_bell: int) -> None:
         """Serves this ring from now on."""
@@ -125,17 +142,18 @@ class _Link:
 
 @dataclass(slots=True)
 class RingServer:
-    """Takes rings in and gives them up with their stages. The owner calls `look` in each turn of its loop."""
+    """Has the thread, takes rings in, and gives them up with their stages. The owner calls `look` in each turn of its
+    loop."""
 
-    folder: Path
-    """Where stages of this host look for it."""
+    folder: Path | None
+    """Where stages of this host look for it; None: calls come over links alone."""
     node_id: str
     incarnation: int
     kernels: NativeKernels
     log: structlog.stdlib.BoundLogger
     clock: Callable[[], float] = time.monotonic
-    open_thread: Callable[[ShardStore, NativeKernels], CallThread] = CallThread
-    _path: Path = field(init=False)
+    open_thread: Callable[[ShardStore, NativeKernels, NodeLinks], CallThread] = CallThread
+    links: LinkSocket | None = None
     _listener: socket.socket | None = None
     _identity: tuple[int, int] | None = None
     """Of the file by which stages find it."""
@@ -150,8 +168,8 @@ class RingServer:
     _ended: list[RingCounts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._path = ring_path(self.folder, self.node_id)
-        self._look_after_file()
+        if self.folder is not None:
+            self._look_after_file(self.folder)
 
     def look(self, store: ShardStore | None) -> None:
         """Takes in what has come. `store`: the shards that calls are answered with now; with another one all rings are
@@ -162,9 +180,9 @@ class RingServer:
             self._store, self._open_after_s = store, 0.0
         if self._thread is None and store is not None and now_s >= self._open_after_s:
             self._open(store, now_s)
-        if now_s >= self._look_for_file_s:
+        if self.folder is not None and now_s >= self._look_for_file_s:
             self._look_for_file_s = now_s + FILE_INTERVAL_S
-            self._look_after_file()
+            self._look_after_file(self.folder)
         self._accept(now_s)
         for number, link in list(self._links.items()):
             self._look_at(number, link, now_s)
@@ -181,15 +199,24 @@ class RingServer:
         if self._listener is not None:
             self._listener.close()
         with suppress(OSError):
-            if _identity_of(self._path) == self._identity:
-                self._path.unlink()
+            if self.folder is not None and _identity_of(self._path_in(self.folder)) == self._identity:
+                self._path_in(self.folder).unlink()
+
+    def _path_in(self, folder: Path) -> Path:
+        return ring_path(folder, self.node_id)
 
     def _open(self, store: ShardStore, now_s: float) -> None:
         try:
-            self._thread = self.open_thread(store, self.kernels)
+            self._thread = self.open_thread(store, self.kernels, self._node_links())
         except OSError as error:
             self.log.warning("no_rings", folder=str(self.folder), reason=str(error))
             self._open_after_s = now_s + RETRY_S
+
+    def _node_links(self) -> NodeLinks:
+        if self.links is None:
+            return NodeLinks(None, None, self.incarnation)
+        raw = self.links.socket.raw
+        return NodeLinks(ctypes.addressof(self.links.functions), raw.underlying, self.incarnation)
 
     def _accept(self, now_s: float) -> None:
         try:
@@ -203,23 +230,24 @@ class RingServer:
         except OSError as error:  # no descriptor is left, say: whoever waits is taken in later
             self.log.warning("ring_not_taken", reason=str(error))
 
-    def _look_after_file(self) -> None:
+    def _look_after_file(self, folder: Path) -> None:
         """Without its file no stage finds the way here. One that is gone, or something else, is made again."""
+        path = self._path_in(folder)
         try:
-            if self._identity is not None and _identity_of(self._path) == self._identity:
+            if self._identity is not None and _identity_of(path) == self._identity:
                 return
             if self._listener is None:
-                _remove_abandoned(self.folder)
-            listener = _listen(self._path)
+                _remove_abandoned(folder)
+            listener = _listen(path)
         except OSError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                self.log.warning("no_rings", folder=str(self.folder), reason=self._trouble)
+                self.log.warning("no_rings", folder=str(folder), reason=self._trouble)
             return
         if self._listener is not None:
             self._listener.close()
-            self.log.warning("ring_file_made_again", path=str(self._path), reason="it was gone, or something else")
-        self._listener, self._identity, self._trouble = listener, _identity_of(self._path), ""
+            self.log.warning("ring_file_made_again", path=str(path), reason="it was gone, or something else")
+        self._listener, self._identity, self._trouble = listener, _identity_of(path), ""
 
     def _look_at(self, number: int, link: _Link, now_s: float) -> None:
         try:

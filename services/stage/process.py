@@ -18,6 +18,7 @@ from common.processes.cores import compute_threads
 from common.processes.fork_server import ForkServer
 from common.topology import NodeKind
 from common.wire.transport import MessageSocket
+from common.wire.zmq_functions import zmq_functions
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
 from services.stage.experts.rings import Rings
@@ -119,11 +120,13 @@ class StageProcess:
                 worker.close()
 
     def _rings(self, nodes: ExpertNodes, node: NodeProcess[MessageSocket]) -> Rings | None:
-        """Returns the rings for calls to nodes of this host; None where all calls go as messages."""
-        if self._kernels is None or node.rings_folder is None:
+        """Returns what makes calls from native code; None where all calls go as messages."""
+        settings, functions = self._resources.settings, zmq_functions()
+        if self._kernels is None or settings.call_rings == "off" or (node.rings_folder is None and functions is None):
             return None
+        width = self._resources.config.hidden_size
         try:
-            return Rings(nodes, node.rings_folder, self._kernels, self._resources.config.hidden_size, node.log)
+            return Rings(nodes, node.rings_folder, functions, self._kernels, width, node.log)
         except OSError as error:
             node.log.warning("no_rings", folder=str(node.rings_folder), reason=str(error))
             return None

@@ -88,7 +88,7 @@ class StageService(NodeLoop[MessageSocket]):
         self._class_numbers: dict[int, int] = {}
 
     def _sockets(self) -> Iterable[zmq.Socket[bytes] | int | None]:
-        links = *self._experts.nodes.poll_sockets(), *self._mirror_link.poll_sockets()
+        links = *self._experts.poll_sockets(), *self._mirror_link.poll_sockets()
         return self._node.data.raw, self._experts.bell, *links
 
     def _wait_ms(self, now_s: float) -> int:
@@ -427,7 +427,7 @@ class StageService(NodeLoop[MessageSocket]):
             queued=len(self._unsent) + (slot.executor.num_running if slot is not None else 0),
             dropped=own.dropped + calls.late_answers,
             **asdict(calls),
-            call_bytes=experts.nodes.bytes_sent,
+            call_bytes=experts.bytes_sent,
             rank_degree=1 if ranks is None else ranks.degree,
             reduce_seconds=0.0 if ranks is None else ranks.exchange.seconds,
             reduces=0 if ranks is None else ranks.exchange.count,

@@ -1,22 +1,26 @@
-"""What one expert call costs in messages, beside a bare round trip of the same bytes over the same kind of sockets.
+"""What one expert call costs, beside a bare round trip of the same bytes over the same kind of sockets.
 
     make bench-hops BENCH_ARGS="--choices 1 --rounds 40"
 
 A stage's loop and an expert node's loop run in a process each, with their real client, service, sockets and a router
-that says no more than it must. The feed-forward network is an echo, rings are off, and calls of one layer follow each
-other, one at a time. In between, in the same process, the same bytes go to an echo and back, blocking, with nothing
-around them. A call of T rows with K choices sends T rows of 1,024 bf16, and is answered T * K rows.
+that says no more than it must. Calls go as they ship, over a link (tcp) or through a ring (ipc), and, in a run of its
+own, in messages. The feed-forward network is an echo in messages, and has no hidden units in native code. Calls of one
+layer follow each other, one at a time. In between, in the same process, the same bytes go to an echo and back,
+blocking, with nothing around them. A call of T rows with K choices sends T rows of 1,024 bf16, and is answered T * K
+rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -33,13 +37,17 @@ from common.node.process import NodeProcess
 from common.processes.child_process import end_with_parent
 from common.topology import ShardId
 from common.wire.array import array_to_frame
-from common.wire.transport import SocketLimits, Transport
+from common.wire.endpoints import join_endpoints
+from common.wire.transport import RoutingSocket, SocketLimits, Transport
+from common.wire.zmq_functions import zmq_functions
 from services.expert import calls
+from services.expert.ring_server import LinkSocket, RingServer
 from services.expert.service import ExpertService
 from services.expert.shard_loader import HeldShards, ShardLoader
 from services.expert.shard_store import ShardStore
 from services.stage.experts.client import ExpertClient
 from services.stage.experts.nodes import ExpertNodes
+from services.stage.experts.rings import Rings
 from services.stage.model.decoder import ExpertCall
 from services.stage.model.executor import WantsExperts
 from services.stage.service import StageService
@@ -49,7 +57,8 @@ CALLS_A_ROUND = 50
 WARM_UP_ROUNDS = 4
 TOKEN = "bench"
 LOG: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
-CONFIG: Any = SimpleNamespace(num_layers=LAYERS, num_experts=EXPERTS, hidden_size=WIDTH, num_experts_per_token=EXPERTS)
+CONFIG: Any = SimpleNamespace(num_layers=LAYERS, num_experts=EXPERTS, hidden_size=WIDTH)
+WAYS = {"native": "call", "messages": "call in messages"}
 KINDS = ("call", "bare round trip", "bare without copies")
 
 
@@ -58,23 +67,38 @@ def open_link(kind: str, endpoint: str, pattern: str, data: str) -> NodeProcess[
     transport = Transport(SocketLimits())
     socket = getattr(transport, data)("data", [pattern.format(socket=f"{kind}-data")])
     lifeline = transport.router("lifeline", [pattern.format(socket=f"{kind}-lifeline")])
-    hello = Hello(f"{kind}-1", 1, kind, 0, "", "cpu", "", socket.endpoints, lifeline.endpoints, "")
+    is_tcp, links = pattern.startswith("tcp://"), None
+    if kind == "expert" and is_tcp:
+        links = transport.router("links", [pattern])
+    told = () if links is None else links.endpoints
+    hello = Hello(f"{kind}-1", 1, kind, 0, "", "cpu", "", socket.endpoints, lifeline.endpoints, "", links=told)
     control = ControlLink(transport, NodeAddresses(endpoint, "", pattern), hello)
-    return NodeProcess(transport, control, lifeline, socket, "", LOG)
+    folder = None if is_tcp else Path(pattern.removeprefix("ipc://")).parent
+    return NodeProcess(transport, control, lifeline, socket, "", LOG, folder, links)
 
 
-def serve_node(endpoint: str, pattern: str) -> None:
-    """An expert node that answers each row with itself."""
+def serve_node(endpoint: str, pattern: str, choices: int) -> None:
+    """An expert node that answers each row with itself, or with zeros where native code answers."""
+    CONFIG.num_experts_per_token = choices
     echo: Callable[..., Any] = lambda rows, offsets, experts: rows  # noqa: E731
     vars(calls)["grouped_gated_ffn"] = echo
     node = open_link("expert", endpoint, pattern, "router")
     held = HeldShards(CONFIG, None)  # type: ignore[arg-type]
     store = held.store = ShardStore(CONFIG, 1, torch.bfloat16, None)
-    expert: Any = object()
+    memory = torch.zeros(WIDTH)
+    expert: Any = SimpleNamespace(group_fields=(*[memory.data_ptr()] * 3, 0))
     store._shards = {ShardId(0, number, 0): expert for number in range(EXPERTS)}
     shards = ShardLoader(held, node.control, LOG)
     shards._weights = expert  # there is no checkpoint
-    ExpertService(node, shards).run(lambda: False)
+    ExpertService(node, shards, rings=_open_rings(node)).run(lambda: False)
+
+
+def _open_rings(node: NodeProcess[RoutingSocket]) -> RingServer:
+    kernels, functions = load_native_kernels(threads=1), zmq_functions()
+    assert kernels is not None
+    assert functions is not None
+    links = None if node.links is None else LinkSocket(node.links, functions)
+    return RingServer(node.rings_folder, node.control.hello.node_id, 1, kernels, LOG, links=links)
 
 
 def serve_bare(endpoint: str, answer_bytes: int) -> None:
@@ -146,11 +170,16 @@ class Rounds:
         self._bare.recv_multipart(copy=False)
 
 
-def serve_stage(endpoint: str, pattern: str, bare_endpoint: str, rows: int, choices: int, rounds: int) -> None:
+def serve_stage(
+    endpoint: str, pattern: str, bare_endpoint: str, rows: int, choices: int, rounds: int, way: str
+) -> None:
     """Prints, for each kind of round trip, the median of the rounds' medians and the fastest round."""
     node = open_link("stage", endpoint, pattern, "pull")
     nodes = ExpertNodes(node.transport, TOKEN, EXPERTS, LOG)
-    experts = ExpertClient(nodes, LOG, kernels=load_native_kernels(threads=1))
+    kernels = load_native_kernels(threads=1)
+    assert kernels is not None
+    rings = Rings(nodes, node.rings_folder, zmq_functions(), kernels, WIDTH, LOG) if way == "native" else None
+    experts = ExpertClient(nodes, LOG, rings, kernels)
     bare = zmq.Context().socket(zmq.DEALER)
     bare.connect(bare_endpoint)
     generator = torch.Generator().manual_seed(1)
@@ -171,15 +200,21 @@ def serve_stage(endpoint: str, pattern: str, bare_endpoint: str, rows: int, choi
     held: Any = SimpleNamespace(watermark=SimpleNamespace(mark=0))
 
     def should_stop() -> bool:
+        if len(executor.times_us["call"]) >= WARM_UP_ROUNDS and not bytes_before:
+            bytes_before.append(nodes.bytes_sent)
         if worker.slot is None and any(node.connected for node in experts.nodes):
             worker.slot = SimpleNamespace(executor=executor, held=held)
         return False
 
+    bytes_before: list[int] = []
     try:
         service.run(should_stop)
     except StopIteration:
         pass
+    if rings is not None and nodes.bytes_sent > bytes_before[0]:
+        raise SystemExit("calls went as messages")
     for kind, times_us in executor.times_us.items():
+        kind = WAYS[way] if kind == "call" else kind
         print(f"{kind}|{median(times_us[WARM_UP_ROUNDS:])}|{min(times_us[WARM_UP_ROUNDS:])}", flush=True)
 
 
@@ -194,11 +229,11 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def run(pattern: str, rows: int, choices: int, rounds: int) -> dict[str, tuple[float, float]]:
+def run(pattern: str, rows: int, choices: int, rounds: int, way: str) -> dict[str, tuple[float, float]]:
     """Returns median and fastest round in microseconds by kind of round trip; `pattern` is what is bound to."""
     transport = Transport(SocketLimits())
     router = transport.router("control", [pattern.format(socket="control")])
-    others = [start("node", router.endpoints[0], pattern)]
+    others = [start("node", router.endpoints[0], pattern, choices)]
     others.append(start("bare", pattern.format(socket="bare"), rows * choices * WIDTH * 2))
     assert others[1].stdout is not None
     bare_endpoint = others[1].stdout.readline().strip()
@@ -215,7 +250,7 @@ def run(pattern: str, rows: int, choices: int, rounds: int) -> dict[str, tuple[f
                 router.send(identity, Welcome(250, "bfloat16", "exact", 32, 1, 10_000), Header(router_term=1))
                 if message.node_kind == "expert":
                     placement = _placement(message)
-                    stage = start("stage", router.endpoints[0], pattern, bare_endpoint, rows, choices, rounds)
+                    stage = start("stage", router.endpoints[0], pattern, bare_endpoint, rows, choices, rounds, way)
                     others.append(stage)
                 else:
                     router.send(identity, placement, Header(router_term=1))
@@ -230,9 +265,8 @@ def run(pattern: str, rows: int, choices: int, rounds: int) -> dict[str, tuple[f
 
 def _placement(expert: Hello) -> PublishPlacement:
     owners = array_to_frame(np.ones((1, LAYERS, EXPERTS, 1), dtype=np.int32))
-    return PublishPlacement(
-        1, (expert.node_id,), (expert.incarnation,), (expert.endpoints[0],), (TOKEN,), ("cpu",), owners
-    )
+    names, incarnations, links = (expert.node_id,), (expert.incarnation,), (join_endpoints(expert.links),)
+    return PublishPlacement(1, names, incarnations, (expert.endpoints[0],), (TOKEN,), ("cpu",), owners, links=links)
 
 
 def main() -> None:
@@ -241,11 +275,11 @@ def main() -> None:
     if sys.argv[1:2] == ["--as"]:
         role, *arguments = sys.argv[2:]
         if role == "stage":
-            endpoint, pattern, bare_endpoint, *numbers = arguments
+            endpoint, pattern, bare_endpoint, *numbers, way = arguments
             rows, choices, rounds = map(int, numbers)
-            serve_stage(endpoint, pattern, bare_endpoint, rows, choices, rounds)
+            serve_stage(endpoint, pattern, bare_endpoint, rows, choices, rounds, way)
         elif role == "node":
-            serve_node(*arguments)
+            serve_node(arguments[0], arguments[1], int(arguments[2]))
         else:
             serve_bare(arguments[0], int(arguments[1]))
         return
@@ -255,10 +289,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help=f"of {CALLS_A_ROUND} round trips of each kind")
     parsed = parser.parse_args()
     print("| link | round trip | p50 us | fastest round us | of the bare one |\n| --- | --- | --- | --- | --- |")
-    for link in ("tcp", "ipc"):
+    for link, way in itertools.product(("tcp", "ipc"), WAYS):
         with tempfile.TemporaryDirectory() as folder:
             pattern = "tcp://127.0.0.1:*" if link == "tcp" else f"ipc://{folder}/{{socket}}"
-            found = run(pattern, parsed.rows, parsed.choices, parsed.rounds)
+            found = run(pattern, parsed.rows, parsed.choices, parsed.rounds, way)
         bare_us = found["bare round trip"][0]
         for kind, (middle_us, fastest_us) in found.items():
             print(f"| {link} | {kind} | {middle_us:.0f} | {fastest_us:.0f} | {middle_us / bare_us:.2f} |", flush=True)

@@ -26,7 +26,7 @@ from tests.benchmarks.long_prompt import LongPrompt, measure_long_prompt
 from tests.benchmarks.machine import Machine, describe_machine
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.engines import Engine, mesh_engine
-from tests.benchmarks.pipeline_pair import PipelineFigures, measure_pair
+from tests.benchmarks.pipeline_pair import PairFigures, measure_pair
 from tests.benchmarks.rates import Rates, measure_rates
 from tests.benchmarks.report import table_of, without_nan
 from tests.benchmarks.serve_benchmark import PromptSource
@@ -65,13 +65,13 @@ class GrowthReport:
     model: str
     curves: list[Curve] = field(default_factory=list)
     long_prompt: LongPrompt | None = None
-    pair: tuple[PipelineFigures, PipelineFigures] | None = None
+    pair: PairFigures | None = None
 
     def sentences(self) -> list[str]:
         """Returns what is to be said of it all."""
         found = [f"{curve.name} with {curve.grows_with}: {verdict(curve)}." for curve in self.curves]
         found += long_prompt.describe(self.long_prompt) if self.long_prompt else ()
-        found += pipeline_pair.describe(*self.pair) if self.pair else ()
+        found += pipeline_pair.describe(self.pair) if self.pair else ()
         return found
 
 

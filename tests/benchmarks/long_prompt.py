@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.benchmarks.limits import prefill_s
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.engines import mesh_engine
-from tests.benchmarks.rates import measure_rates
+from tests.benchmarks.rates import best_rates, measure_rates
 from tests.benchmarks.serve_benchmark import PromptSource
 
 MODEL = "seed"
@@ -19,13 +19,13 @@ GOAL = 1.5
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """Medians over the tries."""
+    """The median over the tries, beside the best rates."""
 
     model: str
     prompt_tokens: int
     ttft_s: float
     products_s: float
-    """Linears, QK and PV at the rates that were measured between the tries, with all cores."""
+    """Linears, QK and PV at the best rates that were measured between the tries, with all cores."""
 
     @property
     def ratio(self) -> float:
@@ -33,20 +33,21 @@ class LongPrompt:
 
 
 def measure_long_prompt(models_dir: Path, prompt_tokens: int, tries: int) -> LongPrompt:
-    """A mesh as it ships. Rates are taken before each try, while it idles: an hour's drift meets both."""
+    """A mesh as it ships. Rates are taken before each try, while it idles; the best of all tries count."""
     checkpoint = make_bench_model(models_dir / f"{MODEL}-bfloat16", MODEL, "bfloat16")
     sizes = SIZES[MODEL]
     source = PromptSource(sizes.vocabulary)
-    waits_s, products_s = [], []
+    waits_s, measured = [], []
     with mesh_engine(checkpoint, {}) as engine:
         engine.run_round(source.take(1, 64), 4)
         for _ in range(tries):
-            rates = measure_rates()
-            linear_flop_per_s = max(rates.linear_flop_per_s, rates.linear_flop_per_s_all)
-            products_s.append(prefill_s(sizes, prompt_tokens, linear_flop_per_s, rates.attention_flop_per_s_all))
+            measured.append(measure_rates())
             (stream,) = engine.run_round(source.take(1, prompt_tokens), 1)
             waits_s.append(stream.arrivals[0][0] - stream.sent_s)
-    return LongPrompt(MODEL, prompt_tokens, statistics.median(waits_s), statistics.median(products_s))
+    rates = best_rates(measured)
+    linear_flop_per_s = max(rates.linear_flop_per_s, rates.linear_flop_per_s_all)
+    products_s = prefill_s(sizes, prompt_tokens, linear_flop_per_s, rates.attention_flop_per_s_all)
+    return LongPrompt(MODEL, prompt_tokens, statistics.median(waits_s), products_s)
 
 
 def describe(found: LongPrompt) -> Sequence[str]:

@@ -22,4 +22,4 @@ def test_a_node_that_ends_before_its_hello_ends_the_benchmark(monkeypatch: pytes
 
         monkeypatch.setattr(expert_hop, "start", start)
         with pytest.raises(RuntimeError, match="has ended"):
-            expert_hop.run(f"ipc://{tmp_path}/{{socket}}", rows=1, choices=1, rounds=1)
+            expert_hop.run(f"ipc://{tmp_path}/{{socket}}", rows=1, choices=1, rounds=1, way="messages")

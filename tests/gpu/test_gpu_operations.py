@@ -15,8 +15,7 @@ from common.compute.expert_choice import ExpertChoice
 from common.compute.gated_ffn import GatedExpert
 from common.compute.linear import DEVICE_ROWS, PackedLinear
 from common.compute.rms_norm import rms_norm
-from common.compute.row_reduction import folded_softmax, folded_sum
-from common.compute.torch_elementwise import exponential, silu
+from common.compute.torch_functions import exponential, folded_softmax, folded_sum, silu
 from services.stage.model.layer_half.composed import Gate
 from services.stage.model.paged_attention import (
     KV_BLOCK_TOKENS,

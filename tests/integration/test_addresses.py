@@ -39,6 +39,20 @@ def test_a_mesh_may_speak_ipv6_between_its_processes(tmp_path: Path) -> None:
         assert len(mesh.client.ask(Ask("Hello", 8, ignore_eos=True)).token_ids) == 8
 
 
+def test_over_tcp_expert_calls_go_over_links_and_tokens_are_the_same(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny")
+    control = f"tcp://127.0.0.1:{free_port(socket.AF_INET, '127.0.0.1')}"
+    said, events = [], []
+    for settings in ({}, {"CONTROL": control}, {"CONTROL": control, "CALL_RINGS": "off"}):
+        with served_mesh(model, {"PP": "1", **settings}) as mesh:
+            mesh.client.ask(Ask("Hello", 8, ignore_eos=True))
+            said.append(mesh.client.ask(Ask("Hello", 40, ignore_eos=True)).token_ids)
+            log = mesh.local.logs("stage-0").read_text()
+            events.append({event for event in ("ring_open", "link_open") if f'"{event}"' in log})
+    assert said[0] == said[1] == said[2]
+    assert events == [{"ring_open"}, {"link_open"}, set()]
+
+
 def test_a_mesh_whose_results_lead_nowhere_is_never_ready(tmp_path: Path) -> None:
     control = f"tcp://127.0.0.1:{free_port(socket.AF_INET, '127.0.0.1')}"
     environment = {"MODEL": str(write_tiny_checkpoint(tmp_path / "tiny")), "PORT": "0", "CONTROL": control}

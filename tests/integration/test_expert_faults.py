@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos.targets.local_target import free_port
 from compose.tiny_checkpoint import TINY, write_tiny_checkpoint
 from tests.support.processes.process_table import is_alive
 from tests.support.processes.waiting import wait_until
@@ -37,10 +38,12 @@ READY_AGAIN_WITHIN_S = 90
 run_fault = partial(run_through, max_gap_s=MAX_GAP_S)
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
+@pytest.fixture(scope="module", params=["through rings", pytest.param("over links", marks=pytest.mark.slow)])
+def mesh(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[ServedMesh]:
+    """`request.param`: how calls go."""
     model = write_tiny_checkpoint(Path(tmp_path_factory.mktemp("faults")) / "tiny")
-    with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "2"}) as served:
+    over_tcp = {"CONTROL": f"tcp://127.0.0.1:{free_port()}"} if request.param == "over links" else {}
+    with served_mesh(model, {"PP": "2", "EXPERTS": "2", "COPIES": "2", **over_tcp}) as served:
         yield served
 
 

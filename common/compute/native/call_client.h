@@ -1,5 +1,5 @@
-// A stage's side of the rings: deals the pairs of an expert call out to nodes, writes what they are asked, takes in
-// what comes back, and adds it up.
+// A stage's side of rings and links: deals the pairs of an expert call out to nodes, writes what they are asked, takes
+// in what comes back, and adds it up.
 //
 // A pair is (token, k, slice), numbered (t * K + k) * S + s; a shard is expert * S + slice, as in experts/dispatch.py,
 // whose choices these are.
@@ -9,13 +9,20 @@
 #include <algorithm>
 #include <vector>
 
-#include "call_ring.h"
+#include "call_link.h"
 
 namespace {
 
+struct StageLink {  // mirrored by LinkState in services/stage/experts/peers.py
+    const Zmq* zmq;
+    void* socket;  // null once it was given up
+    uint64_t seal;
+    int64_t sent_bytes, dropped;  // dropped: what nobody waited for any more, or made no sense
+};
 struct RingPeer {  // one node; mirrored by _Peer in services/stage/experts/rings.py
     uint8_t* memory;
-    int64_t bell;
+    StageLink* link;  // null: the node has mapped the memory too
+    int64_t bell;     // of a ring
     int64_t owed_rows;  // what it has been asked for and has not answered, in pairs
 };
 struct ExpertQuestion {  // mirrored by _Question there
@@ -41,6 +48,7 @@ struct Dealer {  // memory that the stage's thread keeps
     std::vector<int32_t> node_of_shard;
     std::vector<Routing> routing;
     std::vector<uint8_t> rows, answer;
+    std::vector<ZmqPollItem> waited_for;
 };
 thread_local Dealer dealer;
 
@@ -87,7 +95,31 @@ INLINE int64_t free_slot(const RingPeer& peer, const RingShape& shape, int64_t o
     return free > others ? first : NO_SLOT;
 }
 
-void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& shape, const AskedPart& part,
+// Copies what is asked to its place. Returns the checksum of all of it, which is of memory of our own: what changes in
+// the shared one from here on is noticed.
+uint64_t put_question(const Slot& slot, const SlotHead& head, const uint8_t* rows, int64_t row_bytes, uint64_t seal) {
+    uint64_t sum = checksum_of_head(head, seal);
+    sum = copied(slot.routing, dealer.routing.data(), head.pairs * (int64_t)sizeof(Routing), sum);
+    return copied(slot.rows, rows, head.rows * row_bytes, sum);
+}
+
+// Returns false where the link does not take it now.
+bool send_question(StageLink& link, SlotHead& head, const uint8_t* rows, int64_t row_bytes) {
+    if (!link.socket) return false;
+    Frame frame(*link.zmq);
+    if (!frame.make(question_bytes(head, row_bytes))) return false;
+    head.deadline_ns -= monotonic_ns();
+    const Slot place = question_in(frame.data(), head.pairs);
+    head.asked_checksum = put_question(place, head, rows, row_bytes, link.seal);
+    memcpy((void*)place.head, &head, sizeof head);
+    const int64_t bytes = frame.size();
+    if (!frame.send(link.socket)) return false;
+    link.sent_bytes += bytes;
+    return true;
+}
+
+// Returns false where it could not be.
+bool write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& shape, const AskedPart& part,
                 const int64_t* pairs, bool takes_all_tokens) {
     const Slot slot = slot_of(peer.memory, shape, part.slot);
     const int64_t pairs_of_token = q.choices * q.slices, row_bytes = shape.width * shape.value_bytes;
@@ -110,20 +142,21 @@ void write_part(const ExpertQuestion& q, const RingPeer& peer, const RingShape& 
         dealer.routing[i] = {(int32_t)dealer.row_of_token[pairs[i] / pairs_of_token],
                              (int32_t)shard_of(q, pairs[i])};
     const uint8_t* rows = q.hidden;
-    if (!takes_all_tokens) {
+    if (head.rows < q.tokens) {
         dealer.rows.resize(head.rows * row_bytes);
         for (int64_t token = 0; token < q.tokens; token++)
             if (dealer.row_of_token[token] >= 0)
                 memcpy(&dealer.rows[dealer.row_of_token[token] * row_bytes], q.hidden + token * row_bytes, row_bytes);
         rows = dealer.rows.data();
     }
-    // Sums are of memory of our own: what changes in the shared one from here on is noticed.
-    uint64_t sum = checksum_of_head(head);
-    sum = copied(slot.routing, dealer.routing.data(), part.pairs * (int64_t)sizeof(Routing), sum);
-    head.asked_checksum = copied(slot.rows, rows, head.rows * row_bytes, sum);
     head.state = FREE;
+    if (!peer.link)
+        head.asked_checksum = put_question(slot, head, rows, row_bytes, 0);
+    else if (!send_question(*peer.link, head, rows, row_bytes))
+        return false;
     *slot.head = head;
     set_state(slot.head, ASKED);
+    return true;
 }
 
 // Writes what is not written yet, as far as there are slots. Bells are rung last: a node that finds two pieces reads its
@@ -139,10 +172,14 @@ void write_parts(const ExpertQuestion& q, AskedPart* parts, int64_t num_parts, R
         for (int64_t i = 0; i < next; i++) under_way += parts[i].peer == part.peer && parts[i].state == WAITING;
         if (under_way < PIECES_AT_A_TIME) part.slot = free_slot(peers[part.peer], shape, under_way);
         if (part.slot == NO_SLOT) break;
-        write_part(q, peers[part.peer], shape, part, pairs + part.first, q.tokens == 1);
+        if (!write_part(q, peers[part.peer], shape, part, pairs + part.first, q.tokens == 1)) {
+            part.slot = NO_SLOT;
+            break;
+        }
         peers[part.peer].owed_rows += part.pairs;
     }
-    for (int64_t i = first; i < next; i++) ring_bell(peers[parts[i].peer].bell);
+    for (int64_t i = first; i < next; i++)
+        if (!peers[parts[i].peer].link) ring_bell(peers[parts[i].peer].bell);
 }
 
 INLINE int64_t pieces_of(int64_t tokens, const RingShape& shape) {
@@ -152,7 +189,7 @@ INLINE int64_t pieces_of(int64_t tokens, const RingShape& shape) {
 // Asks for all pairs of a call, in as few pieces as rings have room for, of equally many tokens; later ones are written
 // by await_answers. `pairs` [T*K*S] becomes their numbers, piece by piece, node by node, sorted by shard within each;
 // `parts` [pieces * peers] says what each node was asked in each piece. Returns the number of parts; 0 where a shard is
-// held by nobody; -1: a node has no free slot. In both cases nobody was asked.
+// held by nobody; -1: a node has no free slot, or takes nothing now. In both cases nobody was asked.
 int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers, const RingShape& shape, int64_t* pairs,
                     AskedPart* parts) {
     if (!deal(q, peers, num_peers)) return 0;
@@ -174,7 +211,44 @@ int64_t ask_experts(const ExpertQuestion& q, RingPeer* peers, int64_t num_peers,
         }
     }
     write_parts(q, parts, num_parts, peers, shape, pairs);
-    return num_parts;
+    return num_parts && parts[0].slot == NO_SLOT ? -1 : num_parts;
+}
+
+// Takes one answer off a link, to the slot of its number. What was not wanted any more frees its slot.
+void put_answer(const RingPeer& peer, const RingShape& shape, const uint8_t* frame, int64_t size) {
+    SlotHead head;
+    memcpy(&head, frame, sizeof head);
+    for (int64_t index = 0; index < shape.slots; index++) {
+        const Slot slot = slot_of(peer.memory, shape, index);
+        if (state_of(slot.head) == FREE || slot.head->number != head.number) continue;
+        if (state_of(slot.head) == UNWANTED) {
+            set_state(slot.head, FREE);
+            peer.link->dropped += head.outcome == GIVEN;
+            return;
+        }
+        if (state_of(slot.head) != ASKED) return;  // said twice
+        const int64_t bytes = head.outcome == GIVEN ? slot.head->pairs * shape.width * shape.value_bytes : 0;
+        const bool fits = size == (int64_t)sizeof head + bytes;
+        if (fits) memcpy(slot.answer, frame + sizeof head, bytes);
+        slot.head->outcome = fits ? head.outcome : DAMAGED;
+        slot.head->answered_checksum =
+            fits ? head.answered_checksum : checksum_of_outcome(head.number, DAMAGED, peer.link->seal);
+        set_state(slot.head, ANSWERED);
+        return;
+    }
+    peer.link->dropped++;
+}
+
+// Takes off a link what has come.
+void receive_answers(const RingPeer& peer, const RingShape& shape) {
+    if (!peer.link || !peer.link->socket) return;
+    Frame frame(*peer.link->zmq);
+    for (int i = 0; i < FRAMES_AT_A_TIME && frame.receive(peer.link->socket); i++) {
+        if (is_last_part(frame, peer.link->socket) && frame.size() >= (int64_t)sizeof(SlotHead))
+            put_answer(peer, shape, frame.data(), frame.size());
+        else
+            peer.link->dropped++;
+    }
 }
 
 // Takes in what has come for one part: each row goes to the place of its pair in `rows` [T*K*S][width].
@@ -184,7 +258,7 @@ void take_in(AskedPart& part, RingPeer& peer, const RingShape& shape, const int6
     if (state_of(slot.head) != ANSWERED) return;
     const SlotHead head = *slot.head;
     const int64_t row_bytes = shape.width * shape.value_bytes;
-    uint64_t sum = checksum_of_outcome(part.number, head.outcome);
+    uint64_t sum = checksum_of_outcome(part.number, head.outcome, peer.link ? peer.link->seal : 0);
     if (head.outcome == GIVEN) {
         dealer.answer.resize(part.pairs * row_bytes);
         sum = copied(dealer.answer.data(), slot.answer, part.pairs * row_bytes, sum);
@@ -202,6 +276,7 @@ int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const 
                     uint8_t* rows) {
     int64_t waiting = 0;
     for (int64_t i = 0; i < num_parts; i++) {
+        if (parts[i].state == WAITING) receive_answers(peers[parts[i].peer], shape);
         take_in(parts[i], peers[parts[i].peer], shape, pairs, rows);
         waiting += parts[i].state == WAITING;
     }
@@ -210,6 +285,22 @@ int64_t take_in_all(AskedPart* parts, int64_t num_parts, RingPeer* peers, const 
 
 void look_for_answers(const AskedPart* parts, int64_t num_parts, const RingPeer* peers, bool looks) {
     for (int64_t i = 0; i < num_parts; i++) set_looking(peers[parts[i].peer].memory, looks);
+}
+
+// Waits for a bell, or for a link that owes something.
+void await_something(const AskedPart* parts, int64_t num_parts, const RingPeer* peers, int64_t bell,
+                     int64_t timeout_ns) {
+    const Zmq* zmq = nullptr;
+    dealer.waited_for.assign(1, {nullptr, (int)bell, CAN_RECEIVE, 0});
+    for (int64_t i = 0; i < num_parts; i++) {
+        const StageLink* link = peers[parts[i].peer].link;
+        if (parts[i].state != WAITING || !link || !link->socket) continue;
+        zmq = link->zmq;
+        dealer.waited_for.push_back({link->socket, 0, CAN_RECEIVE, 0});
+    }
+    if (!zmq) return await_bell(bell, timeout_ns);
+    zmq->poll(dealer.waited_for.data(), (int)dealer.waited_for.size(), (long)((timeout_ns + 999'999) / 1'000'000));
+    if (dealer.waited_for[0].happened) await_bell(bell, 0);
 }
 
 // Returns how many parts are still to come after so long. For a moment it looks all the time, then it waits for a bell.
@@ -231,16 +322,31 @@ int64_t await_answers(const ExpertQuestion& q, AskedPart* parts, int64_t num_par
         } else if (is_over) {
             return waiting;
         } else {
-            await_bell(bell, until_ns - now_ns);
+            await_something(parts, num_parts, peers, bell, until_ns - now_ns);
         }
     }
+}
+
+// Says that a call is not wanted any more: a head without pairs. One that does not arrive costs the node a call.
+void send_cancel(const StageLink& link, int64_t number) {
+    if (!link.socket) return;
+    SlotHead head = {};
+    head.number = number;
+    head.asked_checksum = checksum_of_head(head, link.seal);
+    Frame frame(*link.zmq);
+    if (!frame.make(sizeof head)) return;
+    memcpy(frame.data(), &head, sizeof head);
+    frame.send(link.socket);
 }
 
 // Takes a part back that is not wanted any more; its slot is free now, or once the node has finished.
 void take_back(AskedPart& part, RingPeer& peer, const RingShape& shape) {
     if (part.state != WAITING) return;
     SlotHead* head = slot_of(peer.memory, shape, part.slot).head;
-    if (!change_state(head, ASKED, FREE) && !change_state(head, TAKEN, UNWANTED)) set_state(head, FREE);
+    if (peer.link && change_state(head, ASKED, UNWANTED))
+        send_cancel(*peer.link, part.number);
+    else if (!change_state(head, ASKED, FREE) && !change_state(head, TAKEN, UNWANTED))
+        set_state(head, FREE);
     part.state = -(int64_t)OUT_OF_TIME;
     peer.owed_rows -= part.pairs;
 }

@@ -112,11 +112,14 @@ INLINE uint64_t copied(void* target, const void* data, int64_t bytes, uint64_t s
         return word;
     });
 }
-INLINE uint64_t checksum_of_head(const SlotHead& head) {
+// `seal`: of a link (call_link.h); 0 in a ring.
+INLINE uint64_t checksum_of_head(const SlotHead& head, uint64_t seal) {
     const int64_t told[5] = {head.number, head.layer, head.deadline_ns, head.rows, head.pairs};
-    return checksum(told, sizeof told, 0);
+    return checksum(told, sizeof told, seal);
 }
-INLINE uint64_t checksum_of_outcome(int64_t number, uint32_t outcome) { return mixed((uint64_t)number, outcome, 1); }
+INLINE uint64_t checksum_of_outcome(int64_t number, uint32_t outcome, uint64_t seal) {
+    return mixed((uint64_t)number ^ seal, outcome, 1);
+}
 
 // Whether the stage looks at its slots all the time for now: then it needs no bell, which costs the node a call of the
 // kernel and the stage a core that has to wake up. A word behind the head of the first slot. It is a hint: what it says

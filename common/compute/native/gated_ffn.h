@@ -26,8 +26,8 @@ void gated_ffn(const float* x, float* y, const Group& g, int64_t d, int64_t thre
     int64_t panels = panels_of(width);
     share(worth(threads, linear_work(rows, d, 2 * width)), 2 * panels, [&](int64_t p) {
         bool is_up = p >= panels;
-        linear_panel(x + g.begin * d, d, (const float*)(is_up ? g.up : g.gate), d, nullptr, is_up ? up : gate, width,
-                     rows, d, width, is_up ? p - panels : p);
+        linear_panel(x + g.begin * d, d, (const float*)(is_up ? g.up : g.gate), d, (const float*)nullptr, nullptr,
+                     is_up ? up : gate, width, rows, d, width, is_up ? p - panels : p);
     });
     activate(gate, up, product, all_values);
     linear(product, width, (const float*)g.down, nullptr, y + g.begin * d, rows, width, d, threads);
@@ -38,10 +38,16 @@ void gated_ffn(const bf16* x, bf16* y, const Group& g, int64_t d, int64_t thread
     bf16* product = product_buffer.of<bf16>(all_values);
     int64_t panels = panels_of(width), x_stride = d;
     PairRows pairs = pair_rows(x + g.begin * d, x_stride, rows, d, input_buffer);
-    share(worth(threads, linear_work(rows, d, 2 * width)), 2 * panels, [&](int64_t p) {
+    const int64_t stored = padded(d, 2), helping = worth(threads, linear_work(rows, d, 2 * width));
+    const auto panel_at = [&](int64_t p) {
+        return p < panels       ? (const bf16*)g.gate + p * PANEL * stored
+               : p < 2 * panels ? (const bf16*)g.up + (p - panels) * PANEL * stored
+                                : (const bf16*)g.down;
+    };
+    share(helping, 2 * panels, [&](int64_t p) {
         bool is_up = p >= panels;
-        linear_panel(pairs, x_stride, (const bf16*)(is_up ? g.up : g.gate), padded(d, 2), nullptr, is_up ? up : gate,
-                     width, rows, d, width, is_up ? p - panels : p);
+        linear_panel(pairs, x_stride, (const bf16*)(is_up ? g.up : g.gate), stored, panel_at(p + helping), nullptr,
+                     is_up ? up : gate, width, rows, d, width, is_up ? p - panels : p);
     });
     activate(gate, up, product, all_values);
     linear(product, width, (const bf16*)g.down, nullptr, y + g.begin * d, rows, width, d, threads);

@@ -20,7 +20,7 @@
 
 extern "C" {
 
-int64_t moemesh_abi_version(void) { return 10; }
+int64_t moemesh_abi_version(void) { return 11; }
 
 const char* moemesh_variant(void) {
 #if defined(__AVX512BF16__)
@@ -118,7 +118,7 @@ void moemesh_choose_tokens(const void* logits, int64_t stride, SamplingRow* rows
     else choose_tokens((const float*)logits, stride, rows, count, size, threads);
 }
 
-// Calls through rings, of the expert node: one server a process, with the shards of one store.
+// Calls through rings and links, of the expert node: one server a process, with the shards of one store.
 void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape* shape, int64_t is_bf16,
                                 int64_t threads, int64_t bell) {
     try {
@@ -128,6 +128,7 @@ void* moemesh_start_call_server(int64_t layers, int64_t shards, const RingShape*
     }
 }
 void moemesh_end_call_server(void* server) { delete (CallServer*)server; }
+void moemesh_open_links(void* server, const NodeLinks* links) { ((CallServer*)server)->open_links(*links); }
 void moemesh_add_ring(void* server, int64_t number, void* memory, int64_t stage_bell) {
     ((CallServer*)server)->add_ring(number, (uint8_t*)memory, stage_bell);
 }
@@ -143,7 +144,15 @@ void moemesh_read_call_counts(void* server, int64_t* numbers) {
     for (int i = 0; i < 6; i++) numbers[i] = *all[i];
 }
 
+// Of both: what the checksums of a link begin with.
+uint64_t moemesh_link_seal(int64_t incarnation, int64_t shards, const RingShape* shape) {
+    return link_seal(incarnation, shards, *shape);
+}
+
 // The same of the stage.
+void moemesh_receive_answers(const void* peer, const RingShape* shape) {
+    receive_answers(*(const RingPeer*)peer, *shape);
+}
 int64_t moemesh_ask_experts(const void* question, void* peers, int64_t num_peers, const RingShape* shape,
                             int64_t* pairs, void* parts) {
     return ask_experts(*(const ExpertQuestion*)question, (RingPeer*)peers, num_peers, *shape, pairs,

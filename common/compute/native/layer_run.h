@@ -40,7 +40,7 @@ struct RunSteps {  // mirrored by _RunSteps in rings.py
     int64_t until_ns;            // when the next layer is not begun any more
     int64_t *call_ns, *call_parts;  // [layers of the run]: how long each call has taken, and of how many parts it was
     int64_t* heard;                 // [peers]: 1 for those that have answered
-    int64_t busy_ns;                // how long it has computed, and asked
+    int64_t busy_ns;                // how long it has computed: halves of layers
 };
 enum RunEnd : int64_t { ANSWERED_LAST, NOT_YET_ANSWERED, NOT_ASKED };  // mirrored by RunEnd in rings.py
 
@@ -78,8 +78,8 @@ RunEnd run_layers(LayerRun& run, RunSteps& steps, ExpertQuestion& question, Aske
         question.copies = steps.holders[next].copies;
         steps.asked_weights = steps.weights;
         steps.began_ns = monotonic_ns();
+        steps.busy_ns += steps.began_ns - now_ns;
         steps.parts = ask_experts(question, peers, num_peers, shape, pairs, parts);
-        steps.busy_ns += monotonic_ns() - now_ns;
         if (steps.parts <= 0) return NOT_ASKED;
     }
 }

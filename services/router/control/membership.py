@@ -261,6 +261,7 @@ def check_hello(hello: Hello, sender: NodeId, fingerprint: str, config: ModelCon
         ipc_token=hello.ipc_token,
         process=hello.process,
         part=_read_part(hello, config),
+        links=hello.links,
     )
 
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import structlog
 import torch
+import zmq
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
@@ -221,13 +222,22 @@ class ExpertClient:
         """Returns what rings when an answer has come through a ring; None: none does."""
         return None if self._rings is None else self._rings.bell
 
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """Returns the sockets by which nodes answer, and those that tell of them."""
+        return self.nodes.poll_sockets() + ([] if self._rings is None else self._rings.poll_sockets())
+
+    @property
+    def bytes_sent(self) -> int:
+        """Returns what was sent to all nodes since start, in messages and over links."""
+        return self.nodes.bytes_sent + (0 if self._rings is None else self._rings.bytes_sent)
+
     def close(self) -> None:
         """Gives up the rings."""
         if self._rings is not None:
             self._rings.close()
 
     def _look_at_rings(self, rings: Rings, now_s: float) -> None:
-        rings.silence()
+        self.counters.late_answers += rings.hear()
         if now_s >= self._next_rings_s:
             self._next_rings_s = now_s + RINGS_INTERVAL_S
             for number in rings.look(now_s):

@@ -28,6 +28,8 @@ class ExpertNode:
     numeric_class: str
     """Nodes of one class give the same bits."""
     socket: MessageSocket
+    links: tuple[str, ...] = ()
+    """Where its native code takes calls."""
     connected: bool = False
     outstanding_rows: int = 0
     heard_s: float = 0.0
@@ -126,7 +128,8 @@ class ExpertNodes:
                 f"PublishPlacement.owners has {owners.shape[3]} slices per expert, this mesh has {num_slices}"
             )
         columns = placement.incarnations, placement.endpoints, placement.ipc_tokens, placement.numeric_classes
-        if any(len(column) != len(placement.node_ids) for column in columns):
+        links = placement.links or placement.node_ids  # where no node has any
+        if any(len(column) != len(placement.node_ids) for column in (*columns, links)):
             raise ProtocolError(
                 f"a column of PublishPlacement has no entry for each of its {len(placement.node_ids)} node_ids"
             )
@@ -158,6 +161,19 @@ class ExpertNodes:
             self._current[index] = self._connect(self._placement, index)
         if self._unopened != unopened:
             self._number_owners(_read_owners(self._placement))
+
+    @property
+    def shards_per_layer(self) -> int:
+        """Returns how many shard keys a layer has."""
+        return self._num_experts * self.num_slices
+
+    def open_link(self, node: ExpertNode) -> MessageSocket | None:
+        """Returns a new socket to where a node's native code takes calls; None: it has said of no such place that can
+        be reached. Raises SocketError."""
+        try:
+            return self._transport.dealer(f"link to {node.node_id}", choose_endpoint(node.links, "", ""))
+        except ConfigurationError:
+            return None
 
     def _number_owners(self, owners: Int32Array) -> None:
         numbers = np.array([-1, *(-1 if node is None else node.number for node in self._current)], dtype=np.int64)
@@ -225,8 +241,14 @@ class ExpertNodes:
             self._log.error("expert_without_socket", node=node_id, reason=str(error))
             self._unopened.add(index)
             return None
-        numeric_class = placement.numeric_classes[index]
-        node = ExpertNode(next(self._numbers), node_id, placement.incarnations[index], numeric_class, socket)
+        node = ExpertNode(
+            next(self._numbers),
+            node_id,
+            placement.incarnations[index],
+            placement.numeric_classes[index],
+            socket,
+            tuple(split_endpoints(placement.links[index])) if placement.links else (),
+        )
         node.is_proven = self._come_together
         self._nodes[node.number] = node
         return node

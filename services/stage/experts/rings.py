@@ -1,10 +1,10 @@
-"""The stage's side of the rings: one for each expert node of its host, and the calls that go through them.
+"""Calls that go from native code to native code, through rings and links (`peers.py`).
 
 A call goes this way as a whole or not at all. It does where nothing is out of the ordinary: every node of the placement
-is connected, has a ring and has proven itself, none is in doubt, and all give the same bits. Else, and from the moment
-at which such a call is late, refused or has lost a node, it is the business of `client.py`. A call with more rows than
-a slot has goes in pieces of a slot each, one after another; what of it has not been asked yet when it becomes the
-business of `client.py` is asked there.
+is connected, has a ring or a link and has proven itself, none is in doubt, and all give the same bits. Else, and from
+the moment at which such a call is late, refused or has lost a node, it is the business of `client.py`. A call with more
+rows than a slot has goes in pieces of a slot each, one after another; what of it has not been asked yet when it becomes
+the business of `client.py` is asked there.
 
 T tokens, K experts a token, S slices of an expert, D model width; P = T * K * S pairs, numbered as in `dispatch.py`.
 """
@@ -12,11 +12,8 @@ T tokens, K experts a token, S slices of an expert, D model width; P = T * K * S
 from __future__ import annotations
 
 import ctypes
-import os
-import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -24,45 +21,26 @@ from pathlib import Path
 import numpy as np
 import structlog
 import torch
+import zmq
 from torch import Tensor
 
 from common.compute.native_library import NativeKernels
-from common.errors import ProtocolError
 from common.messages import Header
 from common.wire.array import Int64Array
-from common.wire.call_ring import (
-    Outcome,
-    RingMemory,
-    RingOffer,
-    RingShape,
-    make_ring,
-    new_bell,
-    receive_verdict,
-    ring_path,
-    ring_shape,
-    send_offer,
-)
+from common.wire.call_ring import Outcome, RingShape, ring_shape
+from common.wire.zmq_functions import ZmqFunctions
 from services.stage.experts.dispatch import NodeRows, sum_experts
 from services.stage.experts.nodes import ExpertNode, ExpertNodes
+from services.stage.experts.peers import CallPeers, LinkMaker, Peer, PeerEntry, has_free_slot
 from services.stage.model.decoder import ExpertCall
 from services.stage.model.layer_half.run import RunLayers
 
-OPEN_INTERVAL_S = 1.0
-"""How often a node is offered a ring again that has refused one, or has closed it."""
-MAX_DOUBLINGS = 5
-"""The interval doubles as often as a node refuses in a row."""
 FULL_S = 2.0
 """How long a node may have no free slot before it is given a new ring."""
 _WAITING, _TAKEN_IN = 0, 1
 """States of a part; mirror native/call_client.h."""
 _NO_SLOT = -1
 """Of a part that is not asked yet; mirrors native/call_client.h."""
-
-
-class _Peer(ctypes.Structure):
-    """Mirrors `RingPeer` in native/call_client.h."""
-
-    _fields_ = [("memory", ctypes.c_void_p), ("bell", ctypes.c_int64), ("owed_rows", ctypes.c_int64)]
 
 
 class _Question(ctypes.Structure):
@@ -134,36 +112,14 @@ class RanOn:
 
 
 @dataclass(slots=True)
-class Ring:
-    """The ring of one node."""
-
-    connection: socket.socket
-    memory: RingMemory
-    bell: int = -1
-    """The node's; -1: it has not said yes yet."""
-
-    def has_free_slot(self, shape: RingShape) -> bool:
-        """Returns whether a call could be written now."""
-        starts = range(0, shape.num_bytes, shape.num_bytes // shape.slots)
-        return any(not ctypes.c_uint32.from_address(self.memory.address + start).value for start in starts)
-
-    def close(self) -> None:
-        """Gives it up; calls that are in it keep its memory."""
-        self.connection.close()
-        if self.bell >= 0:
-            os.close(self.bell)
-        self.bell = -1
-
-
-@dataclass(slots=True)
 class _Peers:
     """All nodes of a placement, as long as nothing changes about them."""
 
     nodes: list[ExpertNode]
-    rings: list[Ring]
+    peers: list[Peer]
     """Kept, so that what native code looks into is there."""
     shape: RingShape
-    table: ctypes.Array[_Peer]
+    table: ctypes.Array[PeerEntry]
     holders: dict[int, Int64Array | None] = field(default_factory=dict)
     """Layer -> int32 [shards, C]: places in `nodes` by shard key and place in the list of copies; None: a shard has no
     copy."""
@@ -251,120 +207,57 @@ class Rings:
     def __init__(
         self,
         nodes: ExpertNodes,
-        folder: Path,
+        folder: Path | None,
+        functions: ZmqFunctions | None,
         kernels: NativeKernels,
         width: int,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
-        """`folder`: where nodes of this host listen. `width`: of the model. Raises OSError."""
+        """`folder`: where nodes of this host listen; None: there are no rings. `functions`: None: there are no links.
+        `width`: of the model. Raises OSError."""
+        links = None if functions is None else LinkMaker(functions, kernels.link_seal)
+        self.peers = CallPeers(nodes, folder, links, log)
         self._nodes = nodes
-        self._folder = folder
         self._kernels = kernels
         self._width = width
-        self._log = log
-        self._shape = RingShape()
-        self._rings: dict[int, Ring] = {}
-        """By number of the node."""
         self._peers: _Peers | None = None
         self._peers_of = (-1, -1)
-        """The changes of nodes and of rings that `_peers` has seen."""
-        self._num_changes = 0
-        self._open_after_s: dict[int, float] = {}
+        """The changes of nodes and of their peers that `_peers` has seen."""
         self._full_s: tuple[float, float] | None = None
         """When a node had no free slot: for the first time, and for the last; None: all had one since."""
         self._last_number = 0
-        self._gone: set[int] = set()
-        """Nodes whose ring was given up since the last look."""
-        self._refusals: dict[int, int] = {}
-        """How often in a row each node has refused one."""
-        self.bell = new_bell()
-        """Rings when a node has answered; to be waited for."""
-
-    # ---- rings
+        self.bytes_sent = 0
+        """Over links."""
 
     @property
-    def num_open(self) -> int:
-        """Returns how many nodes have taken theirs."""
-        return sum(ring.bell >= 0 for ring in self._rings.values())
+    def bell(self) -> int:
+        """Returns what rings when a node has answered in a ring; to be waited for."""
+        return self.peers.bell
+
+    def poll_sockets(self) -> list[zmq.Socket[bytes]]:
+        """Returns what else is to be waited for."""
+        return self.peers.poll_sockets()
 
     def look(self, now_s: float) -> set[int]:
-        """Offers rings to new nodes, one at a time, takes in what they say, and gives up those of nodes that are gone.
-        Returns the nodes whose ring was given up since the last look: nothing will come through it."""
-        for number, ring in list(self._rings.items()):
-            is_meant = number in self._nodes and self._nodes[number].connected
-            if not is_meant or not self._is_open(number, ring, now_s):
-                self._give_up(number, now_s)
-        for node in self._nodes:
-            is_due = now_s >= self._open_after_s.get(node.number, 0.0)
-            if node.connected and node.number not in self._rings and is_due and self._offer(node, now_s):
-                break  # making one takes milliseconds
-        gone, self._gone = self._gone, set()
-        return gone
+        """Looks after rings and links. Returns the nodes of which one was given up: nothing will come through it."""
+        return self.peers.look(now_s)
 
-    def silence(self) -> None:
-        """The bell has been heard: what it was rung for is looked at next."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.bell)
+    def hear(self) -> int:
+        """Takes in what has come, to where `take_in` finds it: nothing of it wakes anybody again. Returns how much came
+        over links since the last time that nobody waited for, or that made no sense."""
+        self.peers.silence()
+        num_dropped = 0
+        for link in self.peers.all_links:
+            entry = link.entry()
+            self._kernels.receive_answers(ctypes.addressof(entry), ctypes.addressof(self.peers.shape))
+            num_dropped += link.state.dropped
+            self.bytes_sent += link.state.sent_bytes
+            link.state.dropped = link.state.sent_bytes = 0
+        return num_dropped
 
     def close(self) -> None:
         """Gives all of them up."""
-        for number in list(self._rings):
-            self._give_up(number, 0.0)
-        os.close(self.bell)
-
-    def _offer(self, node: ExpertNode, now_s: float) -> bool:
-        """Returns whether a ring was made."""
-        if not self._shape.slots:
-            return False  # no call has said how large it must be
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError as error:
-            self._note_refusal(node, str(error), now_s)
-            return False
-        try:
-            connection.setblocking(False)
-            connection.connect(str(ring_path(self._folder, node.node_id)))
-            memory, descriptor = make_ring(self._shape)
-            try:
-                send_offer(connection, RingOffer(node.incarnation, self._shape, descriptor, self.bell))
-            finally:
-                os.close(descriptor)
-        except FileNotFoundError:
-            connection.close()  # it is on another host, or does without
-            self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S
-            return False
-        except OSError as error:
-            connection.close()
-            self._note_refusal(node, str(error), now_s)
-            return False
-        self._rings[node.number] = Ring(connection, memory)
-        return True
-
-    def _is_open(self, number: int, ring: Ring, now_s: float) -> bool:
-        """Returns False for one that was refused, or whose node has closed it."""
-        try:
-            if ring.bell < 0:
-                ring.bell = receive_verdict(ring.connection)
-                self._num_changes += 1
-                self._refusals.pop(number, None)
-                self._log.info("ring_open", node=self._nodes[number].node_id)
-            return ring.connection.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except (OSError, ProtocolError) as error:
-            self._note_refusal(self._nodes[number], str(error), now_s)
-            return False
-
-    def _note_refusal(self, node: ExpertNode, reason: str, now_s: float) -> None:
-        times = self._refusals[node.number] = self._refusals.get(node.number, 0) + 1
-        self._log.info("no_ring", node=node.node_id, reason=reason)
-        self._open_after_s[node.number] = now_s + OPEN_INTERVAL_S * 2 ** min(MAX_DOUBLINGS, times - 1)
-
-    def _give_up(self, number: int, now_s: float) -> None:
-        self._rings.pop(number).close()
-        self._gone.add(number)
-        self._num_changes += 1
-        self._open_after_s[number] = max(now_s + OPEN_INTERVAL_S, self._open_after_s.get(number, 0.0))
+        self.peers.close()
 
     # ---- calls
 
@@ -380,7 +273,7 @@ class Rings:
             return None
         num_pairs = call.experts.numel() * slices
         pairs = torch.empty(num_pairs, dtype=torch.int64)
-        parts = (_Part * (-(-call.hidden.shape[0] // self._shape.max_rows) * len(peers.nodes)))()
+        parts = (_Part * (-(-call.hidden.shape[0] // self.peers.shape.max_rows) * len(peers.nodes)))()
         question = _Question(
             call.hidden.data_ptr(),
             call.experts.data_ptr(),
@@ -396,7 +289,7 @@ class Rings:
             ctypes.addressof(question),
             ctypes.addressof(peers.table),
             len(peers.nodes),
-            ctypes.addressof(self._shape),
+            ctypes.addressof(self.peers.shape),
             pairs.data_ptr(),
             ctypes.addressof(parts),
         )
@@ -404,7 +297,7 @@ class Rings:
             self._note_full(now_s)
         if num_parts <= 0:
             return None
-        if self._full_s is not None and all(ring.has_free_slot(self._shape) for ring in peers.rings):
+        if self._full_s is not None and all(has_free_slot(peer, peers.shape) for peer in peers.peers):
             self._full_s = None
         rows = torch.empty((num_pairs, call.hidden.shape[1]), dtype=call.hidden.dtype)
         return RingCall(
@@ -438,18 +331,14 @@ class Rings:
         if now_s - self._full_s[0] < FULL_S:
             return
         self._full_s = None
-        for number, ring in list(self._rings.items()):
-            if number in self._nodes and not ring.has_free_slot(self._shape):
-                reason = f"no slot was free for {FULL_S:.0f} s"
-                self._log.warning("ring_given_up", node=self._nodes[number].node_id, reason=reason)
-                self._give_up(number, now_s - OPEN_INTERVAL_S)
+        self.peers.give_up_full(now_s, f"no slot was free for {FULL_S:.0f} s")
 
     def take_in(self, asked: RingCall, timeout_s: float = 0.0) -> bool:
         """Takes in what has come, asks for what had no slot yet, and waits for the rest for a while. Returns whether
         nothing is to come any more."""
         num_unasked, now_s = asked.num_unasked, time.monotonic()
         # A ring that was given up has no bell any more: the descriptor may be something else's.
-        num_held_back = num_unasked if any(ring.bell < 0 for ring in asked._peers.rings) else 0
+        num_held_back = 0 if all(peer.is_open for peer in asked._peers.peers) else num_unasked
         num_waiting = self._kernels.await_answers(
             ctypes.addressof(asked._question),
             ctypes.addressof(asked._parts),
@@ -549,30 +438,25 @@ class Rings:
         return sum_experts(self._kernels, asked.rows, asked.call.weights, asked.num_slices)
 
     def _expect(self, dtype: torch.dtype, pairs_per_token: int) -> None:
-        shape = ring_shape(self._width, dtype.itemsize, pairs_per_token)
-        if shape != self._shape:
-            self._shape = shape
-            for number in list(self._rings):
-                self._give_up(number, -OPEN_INTERVAL_S)
-            self._open_after_s.clear()
+        self.peers.expect(ring_shape(self._width, dtype.itemsize, pairs_per_token))
 
     def _peers_now(self) -> _Peers | None:
-        changes = (self._nodes.num_changes, self._num_changes)
+        changes = (self._nodes.num_changes, self.peers.num_changes)
         if changes != self._peers_of:
             self._peers, self._peers_of = self._new_peers(), changes
         return self._peers
 
     def _new_peers(self) -> _Peers | None:
         nodes = list(self._nodes)
-        rings = [self._rings.get(node.number) for node in nodes]
+        peers = [self.peers.find(node.number) for node in nodes]
         is_usual = all(node.connected and node.is_proven for node in nodes)
         if not nodes or not is_usual or len({node.numeric_class for node in nodes}) > 1:
             return None
-        if not all(ring is not None and ring.bell >= 0 for ring in rings):
+        found = [peer for peer in peers if peer is not None]
+        if len(found) < len(nodes):
             return None
-        found = [ring for ring in rings if ring is not None]
-        table = (_Peer * len(nodes))(*(_Peer(ring.memory.address, ring.bell, 0) for ring in found))
-        return _Peers(nodes, found, self._shape, table)
+        table = (PeerEntry * len(nodes))(*(peer.entry() for peer in found))
+        return _Peers(nodes, found, self.peers.shape, table)
 
     def _holders(self, peers: _Peers, layer: int) -> Int64Array | None:
         if layer not in peers.holders:

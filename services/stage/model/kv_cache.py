@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common.compute.device import HOST, Device
+from common.compute.huge_pages import zeros_in_huge_pages
 from common.compute.native_library import NativeKernels
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, KvShape, LayerKvCache, allocate_kv_cache, write_kv
 
@@ -64,7 +65,9 @@ class LocalKv:
     def allocate(cls, shape: KvShape, kernels: NativeKernels | None = None, device: Device = HOST) -> LocalKv:
         """Returns zeroed K and V. Raises ValueError, RuntimeError for want of memory."""
         with torch.inference_mode(False):  # mirrors write to it outside of that mode
-            caches = allocate_kv_cache(shape, partial(torch.zeros, device=device.place))
+            is_on_host = device.place.type == "cpu"
+            new_tensor = zeros_in_huge_pages if is_on_host else partial(torch.zeros, device=device.place)
+            caches = allocate_kv_cache(shape, new_tensor)
         return cls(shape, caches, kernels, device)
 
     def use_heads(self, heads: slice) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.compute.linear import KERNEL_DTYPES
 from common.compute.native_library import NativeKernels
-from common.compute.torch_elementwise import exponential
+from common.compute.torch_functions import exponential
 
 KV_BLOCK_TOKENS = 32  # KV_BLOCK in common/compute/native/vectors.h
 TORCH_TOKENS = 16

@@ -21,8 +21,9 @@ from common.messages import Header, PublishPlacement
 from common.topology import ShardId
 from common.wire.array import array_to_frame
 from common.wire.call_ring import RingMemory, RingShape, new_bell, ring_shape
-from common.wire.transport import LinkEvent
-from services.expert.ring_server import CallThread, RingCounts, RingServer
+from common.wire.transport import LinkEvent, SocketLimits, Transport
+from common.wire.zmq_functions import zmq_functions
+from services.expert.ring_server import CallThread, LinkSocket, NodeLinks, RingCounts, RingServer
 from services.expert.shard_store import ShardStore
 from services.stage.experts.client import CallDone, CallFailed, ExpertClient
 from services.stage.experts.nodes import ExpertNodes
@@ -56,8 +57,8 @@ class HeldStore(ShardStore):
 class IdleThread(CallThread):
     """Takes rings in and answers nothing, as a stopped process, until it is woken."""
 
-    def __init__(self, store: ShardStore, kernels: NativeKernels) -> None:
-        self._store, self._kernels, self.bell = store, kernels, new_bell()
+    def __init__(self, store: ShardStore, kernels: NativeKernels, links: NodeLinks) -> None:
+        self._store, self._kernels, self._links, self.bell = store, kernels, links, new_bell()
         self.shape = ring_shape(WIDTH, store.dtype.itemsize, CHOICES * store.num_slices)
         self.rings: dict[int, tuple[RingMemory, int]] = {}
         self.awake: CallThread | None = None
@@ -71,7 +72,7 @@ class IdleThread(CallThread):
             self.awake.remove(number)
 
     def wake(self) -> None:
-        self.awake = CallThread(self._store, self._kernels)
+        self.awake = CallThread(self._store, self._kernels, self._links)
         for number, (memory, stage_bell) in self.rings.items():
             self.awake.add(number, memory, stage_bell)
 
@@ -116,8 +117,20 @@ def lines(num_bytes: int) -> int:
     return (num_bytes + 63) // 64 * 64
 
 
+class LinkTransport(MemoryTransport):
+    """What is sent as messages stays in memory; links are real."""
+
+    def __init__(self, real: Transport) -> None:
+        super().__init__()
+        self._real = real
+
+    def dealer(self, name: str, endpoint: str, identity: bytes = b"") -> Any:
+        return self._real.dealer(name, endpoint) if name.startswith("link to ") else super().dealer(name, endpoint)
+
+
 class RingMesh:
-    """One stage and some nodes. Experts are random, the same in each node. Nodes that are `idle` are stopped."""
+    """One stage and some nodes. Experts are random, the same in each node. Nodes that are `idle` are stopped, those
+    `linked` are reached by a link over tcp, and have no ring."""
 
     def __init__(
         self,
@@ -127,6 +140,7 @@ class RingMesh:
         dtype: torch.dtype = torch.float32,
         num_slices: int = 1,
         idle: Collection[str] = (),
+        linked: Collection[str] = (),
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         self.dtype, self.num_slices = dtype, num_slices
@@ -141,20 +155,30 @@ class RingMesh:
             for shard, expert in self.experts.items():
                 if shard.expert in held:
                     self.stores[name].put(shard, expert)
-        self.servers = {
-            name: RingServer(folder, name, number, kernels, LOG, open_thread=IdleThread if name in idle else CallThread)
-            for number, name in enumerate(holdings, start=1)
-        }
-        self.transport = MemoryTransport()
+        self.real = Transport(SocketLimits())
+        self.functions = zmq_functions()
+        assert self.functions is not None
+        self.folder, self.kernels, self.idle = folder, kernels, idle
+        self.links = {name: self.real.router(f"links of {name}", ["tcp://127.0.0.1:*"]) for name in linked}
+        self.servers = {name: self.server(name, number) for number, name in enumerate(holdings, start=1)}
+        self.transport = LinkTransport(self.real)
         transport: Any = self.transport
         nodes = ExpertNodes(transport, "", EXPERTS, LOG)
-        self.rings = Rings(nodes, folder, kernels, WIDTH, LOG)
+        self.rings = Rings(nodes, folder, self.functions, kernels, WIDTH, LOG)
         self.client = ExpertClient(nodes, LOG, self.rings, kernels)
         self.ended: list[CallDone | CallFailed] = []
         self.client.apply_placement(self.placement(holdings), 1, num_slices, time.monotonic())
         for name in holdings:
             self.socket(name).events.append(LinkEvent.CONNECTED)
         self.poll()
+
+    def server(self, name: str, incarnation: int) -> RingServer:
+        """A node's."""
+        assert self.functions is not None
+        links = LinkSocket(self.links[name], self.functions) if name in self.links else None
+        thread = IdleThread if name in self.idle else CallThread
+        folder = None if links is not None else self.folder
+        return RingServer(folder, name, incarnation, self.kernels, LOG, open_thread=thread, links=links)
 
     def placement(
         self, holdings: Mapping[str, Sequence[int]], version: int = 1, num_slices: int | None = None
@@ -171,6 +195,7 @@ class RingMesh:
             ipc_tokens=("",) * count,
             numeric_classes=("cpu",) * count,
             owners=array_to_frame(owners),
+            links=tuple("".join(self.links[name].endpoints) if name in self.links else "" for name in holdings),
         )
 
     def socket(self, name: str) -> MemorySocket:
@@ -182,9 +207,9 @@ class RingMesh:
         self.client.abandon()
         self.socket_messages()
         deadline_s = time.monotonic() + 5
-        while self.rings.num_open < len(self.servers) and time.monotonic() < deadline_s:
+        while self.rings.peers.num_open < len(self.servers) and time.monotonic() < deadline_s:
             self.poll()
-        assert self.rings.num_open == len(self.servers)
+        assert self.rings.peers.num_open == len(self.servers)
 
     def look(self) -> None:
         """A turn of each node's loop."""
@@ -256,7 +281,10 @@ class RingMesh:
         return next(node.number for node in self.client.nodes if node.node_id == name)
 
     def slot(self, name: str, index: int = 0) -> SlotView:
-        """A slot of the node's ring."""
+        """A slot of the node's ring, or of the stage's memory beside its link."""
+        if name in self.links:
+            peer = self.rings.peers._peers[self.number(name)]
+            return SlotView(peer.memory, self.rings.peers.shape, index)
         thread = self.thread(name)
         memories = [memory for memory, _ in thread.rings.values()] if isinstance(thread, IdleThread) else []
         return SlotView([*memories, *getattr(thread, "_memories", {}).values()][0], thread.shape, index)
@@ -265,6 +293,7 @@ class RingMesh:
         self.client.close()
         for server in self.servers.values():
             server.close()
+        self.real.close()
 
 
 def _random_expert(generator: torch.Generator, dtype: torch.dtype, kernels: NativeKernels) -> GatedExpert:

@@ -325,4 +325,5 @@ class ExpertRoles:
                 assignment.owners.reshape(-1, self._table_shape[0], self._table_shape[1] * self._table_shape[2]),
                 [node.numeric_class for node in described],
             ),
+            links=tuple(join_endpoints(node.links) for node in described),
         )

@@ -13,7 +13,7 @@ from common.compute.gated_ffn import GatedExpert, grouped_gated_ffn
 from common.compute.linear import DEVICE_ROWS, DeviceLinear, PackedLinear
 from common.compute.rms_norm import add_rms_norm, rms_norm
 from common.compute.rotary import apply_rotary
-from common.compute.row_reduction import folded_softmax, folded_sum, mean_of_squares
+from common.compute.torch_functions import folded_softmax, folded_sum, mean_of_squares
 from tests.support.nodes.simulated_gpu import PLACE, hidden_waits, simulated_gpu
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.compute.linear import PackedLinear
+from common.compute.linear import PackedLinear, pack_weights
 from tests.support.nodes.kernels import KERNEL_CHOICES, kernels_for
 
 ROW_COUNTS = (1, 2, 3, 5, 8, 17, 64, 130, 300)
@@ -84,3 +84,13 @@ def test_what_does_not_fit_is_refused_with_both_shapes(choice: str) -> None:
         PackedLinear(torch.ones(3, 4, dtype=torch.float16), kernels=kernels_for(choice))
     with pytest.raises(ValueError, match="bias"):
         PackedLinear(torch.ones(3, 4), torch.ones(4), kernels=kernels_for(choice))
+
+
+def test_weights_that_are_packed_together_are_those_packed_alone() -> None:
+    kernels = kernels_for("native")
+    assert kernels is not None
+    weights = [torch.randn(shape).to(torch.bfloat16) for shape in ((384, 1024), (70, 33), (1024, 384))]
+    alone = [pack_weights((weight,), kernels)[0] for weight in weights]
+    together = pack_weights(weights, kernels)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert all(packed.data_ptr() % 64 == 0 for packed in together)

@@ -120,3 +120,26 @@ def test_a_node_says_what_of_the_checkpoint_it_sees(
     with open_node(kind, own, "cpu", open_data) as node:
         hello = node.control.hello
     assert (hello.fingerprint, hello.part_layers, hello.part_experts) == ("print", *said)
+
+
+@pytest.mark.parametrize(
+    ("control", "call_rings", "has_links", "says_so"),
+    [
+        ("tcp://127.0.0.1:1", "auto", True, True),
+        ("tcp://127.0.0.1:1", "off", True, False),
+        ("tcp://127.0.0.1:1", "auto", False, False),
+        ("", "auto", True, False),
+    ],
+)
+def test_a_node_says_where_links_come_in_if_it_speaks_over_tcp_and_its_native_code_can_answer(
+    control: str, call_rings: str, has_links: bool, says_so: bool, tmp_path: Path
+) -> None:
+    settings, log = given(tmp_path, tmp_path)
+    settings = settings.model_copy(update={"control": control, "call_rings": call_rings})
+    own: Any = SimpleNamespace(settings=settings, log=log, seen=SeenCheckpoint("print", None), router_term=0)
+    with open_node(
+        NodeKind.EXPERT, own, "cpu", lambda transport, at: transport.router("calls", [at]), has_links=has_links
+    ) as node:
+        links = node.control.hello.links
+        assert bool(links) == (node.links is not None) == says_so
+        assert all(link.startswith("tcp://127.0.0.1:") and link not in node.data.endpoints for link in links)

@@ -157,9 +157,13 @@ def meshes(tmp_path: Path, kernels: NativeKernels) -> Iterator[Meshes]:
     made: list[RingMesh] = []
 
     def make(
-        holdings: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32, num_slices: int = 1, idle: str = ""
+        holdings: Mapping[str, Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        num_slices: int = 1,
+        idle: str = "",
+        linked: str = "",
     ) -> RingMesh:
-        mesh = RingMesh(tmp_path, kernels, holdings, dtype, num_slices, idle.split())
+        mesh = RingMesh(tmp_path, kernels, holdings, dtype, num_slices, idle.split(), linked.split())
         made.append(mesh)
         mesh.open_rings()
         return mesh
@@ -183,10 +187,11 @@ def messages_of(mesh: RingMesh) -> list[Dispatch]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_slices", [1, 2])
 @pytest.mark.parametrize("num_tokens", [1, 2, 17])
+@pytest.mark.parametrize("linked", ["", "a", "a b"])
 def test_a_run_through_all_layers_has_the_bits_of_one_layer_at_a_time(
-    meshes: Meshes, kernels: NativeKernels, dtype: torch.dtype, num_slices: int, num_tokens: int
+    meshes: Meshes, kernels: NativeKernels, dtype: torch.dtype, num_slices: int, num_tokens: int, linked: str
 ) -> None:
-    mesh = meshes({"a": (0, 1, 2, 3), "b": (2, 3, 4, 5)}, dtype, num_slices)
+    mesh = meshes({"a": (0, 1, 2, 3), "b": (2, 3, 4, 5)}, dtype, num_slices, linked=linked)
     layers = Layers(mesh, kernels)
     one_by_one, run = layers.through(num_tokens, runs=False), layers.through(num_tokens, runs=True)
     assert one_by_one.calls == list(INDICES)
@@ -199,12 +204,13 @@ def test_a_run_through_all_layers_has_the_bits_of_one_layer_at_a_time(
     assert all(peer.owed_rows == 0 for peer in mesh.rings._peers_now().table)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("linked", ["", "a b"])
 @pytest.mark.parametrize("idle", ["", "b"])
 def test_calls_in_pieces_run_from_layer_to_layer_too(
-    meshes: Meshes, kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, idle: str
+    meshes: Meshes, kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch, idle: str, linked: str
 ) -> None:
     monkeypatch.setattr("common.wire.call_ring.MAX_ROWS", 4)
-    mesh = meshes(HALVES, idle=idle)
+    mesh = meshes(HALVES, idle=idle, linked=linked)
     layers = Layers(mesh, kernels)
     number = mesh.rings._last_number
     run = layers.through(17, runs=True, when_waiting=lambda: mesh.wake("b") if idle else None)
@@ -251,10 +257,11 @@ def test_a_run_ends_before_a_layer_of_another_kind(meshes: Meshes, kernels: Nati
     assert same(one_by_one, run)
 
 
+@pytest.mark.parametrize("linked", ["", "b"])
 def test_an_answer_that_does_not_come_soon_ends_a_run_and_is_used_when_it_comes(
-    meshes: Meshes, kernels: NativeKernels
+    meshes: Meshes, kernels: NativeKernels, linked: str
 ) -> None:
-    mesh = meshes(HALVES, idle="b")
+    mesh = meshes(HALVES, idle="b", linked=linked)
     layers = Layers(mesh, kernels)
     number, tokens = stops_later(layers)
 

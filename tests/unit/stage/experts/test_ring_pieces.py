@@ -181,7 +181,7 @@ def test_nothing_is_written_for_a_call_of_which_a_ring_was_given_up(idle: RingMe
     for part in asked.parts()[: 2 * AT_A_TIME]:
         idle.rings.take_back(asked, part.index)
     if is_given_up:
-        idle.rings._give_up(idle.number("a"), time.monotonic())
+        idle.rings.peers.give_up(idle.number("a"), time.monotonic())
     assert not idle.rings.take_in(asked)
     assert (asked.num_unasked == num_unasked) == is_given_up
     assert (states(idle, "b") == [FREE] * SLOTS) == is_given_up

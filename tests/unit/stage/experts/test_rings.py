@@ -154,9 +154,9 @@ def test_a_node_whose_link_closes_loses_its_rows_to_another_at_once(idle: RingMe
 def test_a_ring_whose_node_has_gone_is_given_up_and_calls_go_as_messages(mesh: RingMesh) -> None:
     mesh.servers["a"].close()
     until_s = time.monotonic() + 5
-    while mesh.rings.num_open > 1 and time.monotonic() < until_s:
+    while mesh.rings.peers.num_open > 1 and time.monotonic() < until_s:
         mesh.rings.look(time.monotonic())
-    assert mesh.rings.num_open == 1
+    assert mesh.rings.peers.num_open == 1
     mesh.start(mesh.call(2))
     assert any(isinstance(message, Dispatch) for sent in mesh.socket_messages().values() for message in sent)
 
@@ -168,9 +168,9 @@ def test_a_node_that_cuts_its_experts_anew_gets_new_rings(mesh: RingMesh, kernel
     mesh.stores["a"] = store
     mesh.look()
     until_s = time.monotonic() + 5
-    while mesh.rings.num_open == 2 and time.monotonic() < until_s:
+    while mesh.rings.peers.num_open == 2 and time.monotonic() < until_s:
         mesh.rings.look(time.monotonic())
-    while mesh.rings.num_open < 2 and time.monotonic() < until_s:
+    while mesh.rings.peers.num_open < 2 and time.monotonic() < until_s:
         mesh.poll()
     call = mesh.call(3)
     mesh.start(call)
@@ -217,7 +217,7 @@ def test_two_calls_in_rings_are_not_waited_for_one_by_one(idle: RingMesh) -> Non
 
 def test_a_call_in_a_ring_that_is_given_up_goes_on_in_messages_though_its_node_stays(idle: RingMesh) -> None:
     idle.start(idle.call(8))
-    idle.rings._give_up(idle.number("a"), time.monotonic())
+    idle.rings.peers.give_up(idle.number("a"), time.monotonic())
     assert isinstance(await_message(idle, "b"), Dispatch)
 
 
@@ -228,7 +228,7 @@ def test_what_only_one_node_holds_is_asked_of_it_again_in_a_message_where_its_ri
     try:
         mesh.open_rings()
         mesh.start(mesh.call(4))
-        mesh.rings._give_up(mesh.number("a"), time.monotonic())
+        mesh.rings.peers.give_up(mesh.number("a"), time.monotonic())
         assert isinstance(await_message(mesh, "a"), Dispatch)
     finally:
         mesh.close()
@@ -241,7 +241,7 @@ def test_a_ring_whose_slots_stay_taken_is_given_up_and_a_new_one_is_free(mesh: R
     for later_s in (0.0, 0.4, 0.8, 1.2, 1.6, FULL_S):
         assert mesh.rings.ask(1, mesh.call(8), Header(), since_s + later_s, since_s + 10) is None
     until_s = time.monotonic() + 5
-    while mesh.rings.num_open < 2 and time.monotonic() < until_s:
+    while mesh.rings.peers.num_open < 2 and time.monotonic() < until_s:
         mesh.poll()
     mesh.start(mesh.call(8))
     assert isinstance(mesh.finish(), CallDone)
@@ -366,8 +366,8 @@ def test_a_node_without_a_descriptor_left_takes_rings_in_later(mesh: RingMesh) -
 
 
 def test_a_stage_without_a_descriptor_left_goes_on_in_messages(mesh: RingMesh) -> None:
-    mesh.rings._give_up(mesh.number("a"), 0.0)
-    with mock.patch("services.stage.experts.rings.socket.socket", side_effect=OSError(errno.EMFILE, "Too many")):
+    mesh.rings.peers.give_up(mesh.number("a"), 0.0)
+    with mock.patch("services.stage.experts.peers.socket.socket", side_effect=OSError(errno.EMFILE, "Too many")):
         mesh.client._next_rings_s = 0.0
         mesh.client.poll(time.monotonic() + 100)
     mesh.start(mesh.call(3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.compute.torch_elementwise import exponential, silu
+from common.compute.torch_functions import exponential, silu
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 33, 4096, 5000])
