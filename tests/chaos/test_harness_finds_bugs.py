@@ -73,6 +73,7 @@ CASES = {
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
     "forgotten_salt": Case(("salts",), BLIP, {}, load=ALIKE),
     "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "4096"}, num_faults=4, load=ALIKE),
+    "stale_samples": Case(TOKENS, BLIP, {}),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),

@@ -56,6 +56,7 @@ def step_message(plan: StepPlan) -> Step:
         computing_slots=plan.computing_slots,
         previous_step=plan.previous_step,
         numeric_class=FIRST_CLASS,
+        awaited_step=plan.awaited_step,
     )
     adjusted = adjusted_rows(sampled)
     if not len(adjusted):

@@ -74,8 +74,8 @@ class WrittenRows(SimulatedPipeline):
                 self._planned.update((chunk.sequence_id, chunk.start_position) for chunk in plan.chunks)
         super().drop_steps()
 
-    def deliver(self, plan: StepPlan) -> None:
-        super().deliver(plan)
+    def _begin(self, plan: StepPlan) -> None:
+        super()._begin(plan)
         for chunk in plan.chunks:
             if not plan.computing_slots:
                 # A restarted router may count less than the one before it.

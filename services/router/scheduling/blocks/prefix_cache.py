@@ -59,6 +59,10 @@ class PrefixCache:
         """Returns the block of a key."""
         return self._blocks.get(key)
 
+    def is_cached(self, block_id: int) -> bool:
+        """Returns whether the block can be found."""
+        return block_id in self._entries
+
     def is_idle(self, block_id: int) -> bool:
         """Returns whether the block is cached and nobody holds it."""
         return block_id in self._idle

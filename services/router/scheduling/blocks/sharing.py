@@ -1,7 +1,9 @@
 """What the requests of one pipeline share: who finds which cached blocks, who waits for whom, what is entered.
 
 A block is whole once a step that completes it is answered: then it is entered, and nobody writes into it any more but a
-replay, which writes the same. Cached is what a chain of such blocks leads to from position 0.
+replay, which writes the same. Cached is what a chain of such blocks leads to from position 0. A block that a step
+planned ahead completes has no name before that: one of its tokens is not known. If the request has ended meanwhile,
+it gets none, and is free once that step is back.
 """
 
 from __future__ import annotations
@@ -205,6 +207,12 @@ class PrefixSharing:
         whole = request.replay_position // self._block_tokens * self._block_tokens
         stop = whole if request.is_replaying else request.replay_position
         self._lacking.difference_update(self._blocks(request, start, stop))
+
+    def check_is_its_own(self, request: Request, chunk: ScheduledChunk) -> None:
+        """Raises AssertionError if a chunk is written to a block that others hold or may find."""
+        for block_id in self._blocks(request, chunk.start_position, chunk.start_position + len(chunk.token_ids)):
+            assert self._allocator.reference_count(block_id) == 1, f"{request.request_id} writes to block {block_id}"
+            assert not self._cache.is_cached(block_id), f"block {block_id} is cached and written to"
 
     def _blocks(self, request: Request, start: int, stop: int) -> list[int]:
         """Returns the blocks that hold positions [start, stop)."""

@@ -1,4 +1,5 @@
-"""Prompts that begin alike, and whatever happens: what is found is what was to be computed; no block is lost."""
+"""Prompts that begin alike, and whatever happens, with steps planned ahead and without: what is found is what was to be
+computed; no block is lost."""
 
 from __future__ import annotations
 
@@ -60,15 +61,24 @@ class PrefixMachine(SchedulerMachine):
         salt=st.sampled_from(["", "", "a"]),
         uses_cache=st.integers(0, 5),
         num_choices=st.integers(1, 3),
+        stops=st.booleans(),
     )
     def add_alike(
-        self, shared: int, own: int, text: int, max_tokens: int, salt: str, uses_cache: int, num_choices: int
+        self,
+        shared: int,
+        own: int,
+        text: int,
+        max_tokens: int,
+        salt: str,
+        uses_cache: int,
+        num_choices: int,
+        stops: bool,
     ) -> None:
         """Requests with the beginning of one of two texts, in which a turn of a conversation goes on, too."""
         number = len(self.by_seed)
         prompt = tuple((text * 31 + position * 7) % 97 for position in range(shared))
         prompt += tuple((number * 13 + position) % 97 for position in range(own)) or (5,)
-        self.add_choices(prompt, max_tokens, salt, uses_cache > 0, num_choices)
+        self.add_choices(prompt, max_tokens, salt, uses_cache > 0, num_choices, stops)
 
     @precondition(lambda self: self.by_seed)
     @rule(data=st.data(), max_tokens=st.integers(1, 8), own=st.integers(0, 4))
@@ -79,11 +89,19 @@ class PrefixMachine(SchedulerMachine):
         self.add_choices(prompt[:24], max_tokens, earlier.cache_salt, True, 1)
 
     def add_choices(
-        self, prompt: tuple[int, ...], max_tokens: int, salt: str, uses_cache: bool, num_choices: int
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        salt: str,
+        uses_cache: bool,
+        num_choices: int,
+        stops: bool = False,
     ) -> None:
+        """`stops`: each fourth token ends a choice, so that one in four has a row too many in a step planned ahead."""
+        stop_token_ids = frozenset(range(0, 97, 4)) if stops else frozenset()
         for choice in range(num_choices):
             number = len(self.by_seed)
-            request = build_request(f"request-{number}", 1, max_tokens, seed=number)
+            request = build_request(f"request-{number}", 1, max_tokens, seed=number, stop_token_ids=stop_token_ids)
             request = replace(
                 request,
                 prompt_token_ids=prompt,

@@ -18,22 +18,26 @@ from tests.support.router.simulated_pipeline import SimulatedPipeline, build_req
 P0 = PipelineId(0)
 NUM_BLOCKS = 64
 MOVES = st.lists(
-    st.tuples(st.sampled_from("wwwwwwwaaaaffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.sampled_from("wwwwwwwaaaassffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     min_size=20,
     max_size=120,
 )
 
 
 class Mesh:
-    """One pipeline of two slots, four requests in micro-batches of one, and mirrors of both slots."""
+    """One pipeline of two slots, four requests, and mirrors of both slots."""
 
     caches_prefixes = False
+    num_at_start = 4
+    """The requests after these come later."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_sequences: int) -> None:
+        """Requests go in micro-batches of so many: of one they overtake each other, of all they are planned ahead."""
         self.settings = SchedulerSettings(
             block_tokens=4,
             max_batch_tokens=8,
-            max_batch_sequences=1,
+            max_batch_sequences=batch_sequences,
+            min_decode_share=batch_sequences,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
             caches_prefixes=self.caches_prefixes,
@@ -47,11 +51,10 @@ class Mesh:
         self.in_flight: list[StepPlan] = []
         self.sequences: dict[RequestId, SequenceId] = {}
         self.tokens: dict[RequestId, list[int]] = {request.request_id: [] for request in self.requests}
-        for request in self.requests:
-            self.scheduler.add(request, 0.0)
+        self.num_added = 0
         for stage in (0, 1):
             self.stages.mirror(stage)
-        self.send()
+        self.add_next(self.num_at_start)
 
     def make_requests(self) -> list[GenerationRequest]:
         return [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
@@ -61,6 +64,13 @@ class Mesh:
 
     def computed_by(self, plan: StepPlan) -> ComputedBy:
         return UNKNOWN
+
+    def add_next(self, count: int) -> None:
+        """So many requests come, if there are more."""
+        for request in self.requests[self.num_added :][:count]:
+            self.scheduler.add(request, 0.0)
+            self.num_added += 1
+        self.send()
 
     def send(self) -> None:
         for plan in self.scheduler.schedule(0.0):
@@ -91,9 +101,9 @@ class Mesh:
         self.in_flight.clear()
         self.router_term += 1
         self.scheduler = Scheduler(self.settings, first_number=self.router_term << 32)
-        for request in self.requests:
+        for request in self.requests[: self.num_added]:
             tokens = self.tokens[request.request_id]
-            if len(tokens) < request.sampling.max_tokens:
+            if tokens != reference_tokens(request):
                 self.scheduler.add(request.restored(tokens, self.sequences.get(request.request_id)), 0.0)
         self.generation += 1
         self.stages.resume(Generation(self.generation), lost, mirrored=True)
@@ -114,7 +124,9 @@ class Mesh:
         if kind == "w" and plan is not None:
             self.stages.advance(plan)
         elif kind == "a" and plan is not None:
-            self.answer((self.stages.before(plan) or [plan])[0])
+            self.answer(self.stages.due(plan, self.in_flight))
+        elif kind == "s":
+            self.stages.tell_samples()
         elif kind == "f":
             self.stages.fill_mirror(stage, 4 * count, count)
         elif kind == "j":
@@ -123,8 +135,11 @@ class Mesh:
             self.take_over(stage)
         elif kind == "r":
             self.restart_router([stage] if count else [])
+        elif kind == "n":
+            self.add_next(1)
 
     def finish(self) -> None:
+        self.add_next(len(self.requests))
         for _ in range(2000):
             if self.in_flight:
                 self.answer(self.in_flight[0])
@@ -133,19 +148,19 @@ class Mesh:
             assert self.tokens[request.request_id] == reference_tokens(request)
 
 
-def run(moves: list[tuple[str, int, int, int]]) -> None:
-    mesh = Mesh()
+def run(moves: list[tuple[str, int, int, int]], batch_sequences: int = 1) -> None:
+    mesh = Mesh(batch_sequences)
     for move in moves:
         mesh.move(*move)
     mesh.finish()
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=MOVES)
+@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]))
 def test_a_mirror_that_takes_over_while_steps_overtake_each_other_never_reads_cache_that_it_lacks(
-    moves: list[tuple[str, int, int, int]],
+    moves: list[tuple[str, int, int, int]], batch_sequences: int
 ) -> None:
-    run(moves)
+    run(moves, batch_sequences)
 
 
 class MarkOfTheNewest(StepWatermark):
