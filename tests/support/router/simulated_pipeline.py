@@ -242,7 +242,8 @@ class SimulatedPipeline:
         if plan.step in self._not_begun:
             return own[0]
         before = [other.step for other in self.before(plan)]
-        return next((other for other in own if other.step in before), plan)
+        first = next((other for other in own if other.step in before), None)
+        return plan if first is None else self.due(first, in_flight)  # it may wait for others of its own
 
     def send(self, plan: StepPlan) -> None:
         """The first stage gets the step, and is done with it at once."""
