@@ -192,7 +192,7 @@ def take_unfinished_answers(reclaim: Callable[..., None]) -> Callable[..., None]
 def use_what_lies_there(asked: Any, part: Any) -> None:
     """Uses the answer's place in a part's slot as its answer."""
     part.state = 1
-    shape, memory = asked._peers.shape, asked._peers.rings[part.peer].memory
+    shape, memory = asked._peers.shape, asked._peers.peers[part.peer].memory
     head = HEAD_BYTES + whole_lines(shape.max_pairs * 8)
     rows_bytes = whole_lines(shape.max_rows * shape.width * shape.value_bytes)
     place = memory.address + part.slot * (shape.num_bytes // SLOTS) + head + rows_bytes
